@@ -1,0 +1,25 @@
+"""bigtx: from text to a trained Transformer.
+
+import bigtx
+print(bigtx.load("runs/mine").generate("Once upon"))
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from bigtx.utils.version import __version__
+
+if TYPE_CHECKING:
+    from bigtx.generate import load
+
+__all__ = ["__version__", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch when it is first asked for, so that the commands start at once."""
+    if name == "load":
+        from bigtx.generate import load
+
+        return load
+    raise AttributeError(f"module 'bigtx' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""The commands that join parts which do not know each other."""

@@ -1,0 +1,261 @@
+"""`bigtx tokenizer train | import | inspect`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import shlex
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from bigtx.config.load import PRINT_CONFIG, parse_command_line, to_yaml
+from bigtx.config.schema import TokenizerTrainConfig
+from bigtx.data.prepare.recipe import describe_inputs
+from bigtx.data.raw.files import counts_by_suffix
+from bigtx.data.raw.read import InputFile, Rejects, list_files, read_documents
+from bigtx.tokenizer import report
+from bigtx.tokenizer.sample import draw_sample
+from bigtx.tokenizer.tokenizer import DESCRIPTION, Tokenizer
+from bigtx.tokenizer.train import check, train_on_sample
+from bigtx.utils.errors import ConfigError, DataError
+from bigtx.utils.files import write_json
+from bigtx.utils.units import format_size
+
+RECIPE = "recipe.json"
+"""What a trained tokenizer was made from; a run's or a corpus' copy goes without."""
+
+_SAY_EVERY_SECONDS = 10.0
+
+
+def train_command(argv: Sequence[str]) -> int:
+    """Train a tokenizer from files of text, and report what it does."""
+    parsed = parse_command_line(
+        TokenizerTrainConfig,
+        argv,
+        program="bigtx tokenizer train",
+        flags=PRINT_CONFIG,
+        example="input.paths=my/texts output=my/tokenizer vocab_size=16k",
+    )
+    config = parsed.config
+    if parsed.print_config:
+        print(to_yaml(config), end="")
+        return 0
+    check(config)
+    _refuse_unwritable(config.output)
+    begin = time.perf_counter()
+    passed_over: Counter[str] = Counter()
+    files = list_files(config.input, passed_over)
+    recipe = _recipe(config, files)
+    same_input = "".join(f"{shlex.quote(item)} " for item in argv if item.startswith("input."))
+    next_line = f"Next: bigtx data prepare {same_input}tokenizer={config.output} output=FOLDER"
+    if (Path(config.output) / DESCRIPTION).exists():
+        tokenizer = _same_as_trained(config.output, recipe)
+        print(
+            f"{config.output} is trained already, with these settings and this input; nothing to do "
+            f"({tokenizer.vocab_size:,} ids, fingerprint {tokenizer.fingerprint[:12]}).\n{next_line}"
+        )
+        return 0
+    print(f"Reading {_number(len(files), 'file')}, {format_size(sum(file.size for file in files))}")
+    if passed_over:
+        print(f"Passed over, by their suffix: {counts_by_suffix(passed_over)}; see input.text_suffixes")
+    rejects = Rejects(config.input.max_rejects)
+    sample = draw_sample(_texts(config, rejects), config.max_bytes, config.seed)
+    rejects.check(sample.num_documents)
+    rejected = f"; {rejects.count:,} could not be read" if rejects.count else ""
+    print(f"{_number(sample.num_documents, 'document')}, {format_size(sample.num_bytes)} of text{rejected}")
+    print(f"Learning {config.vocab_size:,} pieces ({config.method}) from {format_size(sample.training_bytes)}")
+    with _interruptible():
+        tokenizer = train_on_sample(config, sample)
+    _save(tokenizer, config.output, recipe | {"fingerprint": tokenizer.fingerprint})
+    texts = sample.held_out or [piece.decode() for piece in sample.training[:64]]
+    print(f"\nOn {'documents that it did not learn from' if sample.held_out else 'the text that it learned from'}:")
+    measures = _print_figures(tokenizer, texts)
+    print(f"\nHard texts:\n{report.examples(tokenizer)}")
+    if remark := report.remark_on_size(tokenizer, measures, sample.num_bytes):
+        print(f"\n{remark}")
+    print(
+        f"\n{tokenizer.vocab_size:,} ids in {time.perf_counter() - begin:.0f} s: {config.output} "
+        f"(fingerprint {tokenizer.fingerprint[:12]})\n"
+        f"{next_line}"
+    )
+    return 0
+
+
+def import_command(argv: Sequence[str]) -> int:
+    """Take over a tokenizer that was made elsewhere."""
+    parser = argparse.ArgumentParser(
+        prog="bigtx tokenizer import",
+        description="Take over a tokenizer made elsewhere, its ids as they are.",
+    )
+    parser.add_argument(
+        "path", type=Path, help="a sentencepiece .model file, or a Hugging Face tokenizer.json or its folder"
+    )
+    parser.add_argument("-o", "--output", required=True, help="folder of the tokenizer")
+    options = parser.parse_args(argv)
+    if (Path(options.output) / DESCRIPTION).exists():
+        raise _already_there(options.output)
+    _refuse_unwritable(options.output)
+    tokenizer = _bring(options.path)
+    _save(tokenizer, options.output)
+    print(
+        f"{tokenizer.vocab_size:,} ids ({tokenizer.kind}): {options.output} (fingerprint {tokenizer.fingerprint[:12]})"
+    )
+    print(f"Special ids: {report.special_line(tokenizer)}")
+    changed = [name for name, text in report.HARD_TEXTS.items() if tokenizer.decode(tokenizer.encode(text)) != text]
+    if changed:
+        print(f"It loses something of: {', '.join(changed)}")
+    print(f"Next: bigtx tokenizer inspect {options.output}")
+    return 0
+
+
+def inspect_command(argv: Sequence[str]) -> int:
+    """Show what a tokenizer does with text."""
+    parser = argparse.ArgumentParser(
+        prog="bigtx tokenizer inspect", description="Show what a tokenizer makes of texts."
+    )
+    parser.add_argument("folder", help="folder written by `bigtx tokenizer train` or `import`")
+    parser.add_argument("--text", action="append", default=[], help="a text to show; may be given again")
+    parser.add_argument(
+        "--file", action="append", type=Path, default=[], help="a UTF-8 file to measure; may be given again"
+    )
+    options = parser.parse_args(argv)
+    tokenizer = Tokenizer.load(options.folder)
+    print(f"{options.folder}: {tokenizer.kind}, {tokenizer.vocab_size:,} ids, fingerprint {tokenizer.fingerprint}")
+    print(f"Special ids: {report.special_line(tokenizer)}")
+    for text in options.text:
+        print(f"\n{report.visible(text)}\n  {report.example(tokenizer, text)}\n  ids: {tokenizer.encode(text)}")
+    for path in options.file:
+        print(f"\n{path}:")
+        _print_figures(tokenizer, [_read_text(path)])
+    if not options.text and not options.file:
+        print(f"\nHard texts:\n{report.examples(tokenizer)}")
+    return 0
+
+
+def _texts(config: TokenizerTrainConfig, rejects: Rejects) -> Iterator[str]:
+    """The documents' texts; says now and then how far the reading has come."""
+    next_line = time.monotonic() + _SAY_EVERY_SECONDS
+    num_characters = 0
+    for number, document in enumerate(read_documents(config.input, rejects), 1):
+        num_characters += len(document.text)
+        if time.monotonic() > next_line:
+            next_line = time.monotonic() + _SAY_EVERY_SECONDS
+            print(f"  {number:,} documents, {num_characters / 1e6:,.0f} million characters so far", flush=True)
+        yield document.text
+
+
+def _bring(path: Path) -> Tokenizer:
+    if not path.exists():
+        raise DataError(f"There is no {path}.")
+    if (path / "tokenizer.json").exists() or path.suffix == ".json":
+        return Tokenizer.from_huggingface(path)
+    models = sorted(path.glob("*.model")) if path.is_dir() else [path]
+    if len(models) != 1:
+        raise DataError(
+            f"{path} holds no tokenizer.json and {len(models) or 'no'} sentencepiece .model files; name the file."
+        )
+    return Tokenizer.from_sentencepiece(models[0])
+
+
+def _recipe(config: TokenizerTrainConfig, files: list[InputFile]) -> dict[str, Any]:
+    """What a tokenizer follows from: the settings and the input's extent."""
+    settings = dataclasses.asdict(config)
+    del settings["output"], settings["input"]["max_rejects"]
+    settings |= {f"input.{name}": value for name, value in settings.pop("input").items()}
+    return {"settings": settings, "inputs": describe_inputs(files)}
+
+
+def _same_as_trained(output: str, recipe: dict[str, Any]) -> Tokenizer:
+    """The tokenizer in a folder, if it was trained by this recipe.
+
+    Raises:
+        ConfigError: it was made otherwise; says what differs.
+        DataError: it is damaged.
+    """
+    tokenizer = Tokenizer.load(output)
+    try:
+        found = json.loads((Path(output) / RECIPE).read_bytes())
+        settings, inputs = dict(found["settings"]), found["inputs"]
+        known = found["fingerprint"] == tokenizer.fingerprint
+    except (OSError, ValueError, KeyError, TypeError):
+        known = False
+    if not known:
+        raise _already_there(output)
+    now, same_files = recipe["settings"], inputs == recipe["inputs"]
+    changes = [
+        f"{name} was {settings.get(name)!r} and is now {now.get(name)!r}"
+        for name in dict.fromkeys([*now, *settings])
+        # Another way to write the same files is no difference.
+        if settings.get(name) != now.get(name) and not (name == "input.paths" and same_files)
+    ]
+    if not same_files and not changes:
+        changes = ["the input files were changed, moved or touched since"]
+    if changes:
+        raise _already_there(output, f", made otherwise: {'; '.join(changes)}")
+    return tokenizer
+
+
+def _already_there(output: str, how: str = "") -> ConfigError:
+    return ConfigError(
+        f"{output} holds a tokenizer already{how}. Corpora may have been prepared with it: name another output, or "
+        f"delete that folder first."
+    )
+
+
+def _refuse_unwritable(output: str) -> None:
+    # Found before the work, not after it.
+    nearest = next(path for path in (Path(output).absolute(), *Path(output).absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        what = "cannot be written to" if nearest.is_dir() else "is a file"
+        raise ConfigError(f"output={output} cannot be made: {nearest} {what}; name another folder.")
+
+
+def _save(tokenizer: Tokenizer, output: str, recipe: dict[str, Any] | None = None) -> None:
+    try:
+        Path(output).mkdir(parents=True, exist_ok=True)
+        if recipe:
+            write_json(Path(output) / RECIPE, recipe)
+        tokenizer.save(output)
+    except OSError as error:
+        raise ConfigError(f"output={output} cannot be written: {error.strerror}; name another folder.") from error
+
+
+def _number(count: int, thing: str) -> str:
+    return f"{count:,} {thing}{'s' * (count != 1)}"
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode()
+    except OSError as error:
+        raise DataError(f"Cannot read {path}: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8: {error.reason} at byte {error.start + 1}.") from None
+
+
+def _print_figures(tokenizer: Tokenizer, texts: list[str]) -> report.Measures:
+    measures = report.measure(tokenizer, texts)
+    print(report.figures(tokenizer, measures))
+    print(f"  most of the text is in: {report.pieces_line(tokenizer, measures)}")
+    return measures
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C end the process at once: the trainer's C++ code would not hear of it for minutes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,302 @@
+"""From a tree of text to typed values, by the schema, collecting every problem on the way."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import typing
+from collections.abc import Callable
+from typing import Any
+
+from bigtx.config.nodes import Node, Problem
+from bigtx.config.settings import Setting, find, members, similar_keys
+from bigtx.utils import units
+from bigtx.utils.secrets import HIDDEN, is_secret_key, scrub_text
+
+INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*(_[0-9]+)*)")
+FLOAT = re.compile(r"[-+]?((0|[1-9][0-9]*(_[0-9]+)*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
+ENTRY_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
+BOOLEANS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+YAML_BOOLEANS = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
+SEXAGESIMAL = re.compile(r"[-+]?[0-9]+(:[0-5]?[0-9])+(\.[0-9]*)?")
+LEADING_ZERO = re.compile(r"[-+]?0[0-9_]+")
+
+
+class Converter:
+    """Reads one tree against one schema.
+
+    Attributes:
+        problems: everything found wrong, in the order of the tree.
+        origins: where each key that was given stands.
+    """
+
+    def __init__(self, schema: type) -> None:
+        self.schema = schema
+        self.problems: list[Problem] = []
+        self.origins: dict[str, str] = {}
+
+    def convert(self, tree: Node) -> dict[str, Any]:
+        """The tree's values; what has a problem is left out."""
+        return self._section(self.schema, tree, "")
+
+    def _section(self, schema: type, node: Node, prefix: str) -> dict[str, Any]:
+        if node.is_empty:
+            return {}
+        if not isinstance(node.content, dict):
+            self._report(
+                prefix[:-1], node, "is a section; write its keys, e.g. " + prefix + next(iter(members(schema)))
+            )
+            return {}
+        known = members(schema, prefix)
+        values = {}
+        for name, member in node.content.items():
+            key = prefix + name
+            if self._is_secret(key, member):
+                continue
+            if name not in known:
+                self._unknown(key, member)
+                continue
+            self.origins[key] = member.where
+            try:
+                values[name] = self._value(known[name], member)
+            except ValueError as error:
+                # A section reports its own members; the doc line says what the value is for.
+                doc = f" ({known[name].doc.rstrip('.')})" if known[name].doc else ""
+                self._report(key, member, f"{error}{doc}")
+        return values
+
+    def _value(self, setting: Setting, node: Node) -> Any:
+        if setting.section:
+            return self._section(setting.section, node, setting.key + ".")
+        if setting.named_section:
+            return self._entries(setting, setting.named_section, node)
+        if setting.type == dict[str, Any]:
+            return self._raw_mapping(setting.key, node)
+        if setting.type == dict[str, float]:
+            return self._numbers(setting, node)
+        if node.is_null and setting.optional:
+            return None
+        if setting.type == list[float]:
+            return self._number_list(setting, node)
+        if typing.get_origin(setting.type) is list:
+            return self._texts(setting, node)
+        return _scalar(setting, node)
+
+    def _entries(self, setting: Setting, schema: type, node: Node) -> dict[str, Any]:
+        if node.is_null:
+            return {}
+        if not isinstance(node.content, dict):
+            raise ValueError(f"holds entries by name; write e.g. {setting.key}.mine.{next(iter(members(schema)))}=...")
+        entries = {}
+        for name, member in node.content.items():
+            key = f"{setting.key}.{name}"
+            if not ENTRY_NAME.fullmatch(name):
+                self._report(key, member, f"{name!r} cannot be a name; use letters, digits, - and _")
+            # null takes an entry of a file below out again.
+            elif member.is_empty or not member.is_null:
+                self.origins[key] = member.where
+                entries[name] = self._section(schema, member, f"{key}.")
+        return entries
+
+    def _texts(self, setting: Setting, node: Node) -> list[str]:
+        if isinstance(node.content, dict) or node.is_null:
+            raise ValueError(f"is a list; write {setting.key}=[...]")
+        # One text is a list of one: brackets are a pattern for some shells and would have to be quoted.
+        members = node.content if isinstance(node.content, list) else [node]
+        texts = []
+        for index, member in enumerate(members):
+            key = f"{setting.key}[{index}]" if member is not node else setting.key
+            if not isinstance(member.content, str) or member.is_null:
+                self._report(key, member, "is not text; put it into quotes")
+            elif not self._is_secret(key, member):
+                try:
+                    _refuse_filling_in(member.content)
+                    texts.append(member.content)
+                except ValueError as error:
+                    self._report(key, member, str(error))
+        return texts
+
+    def _number_list(self, setting: Setting, node: Node) -> list[float]:
+        if not isinstance(node.content, list):
+            raise ValueError(f"is a list of numbers; write {setting.key}=[...]")
+        numbers = []
+        for index, member in enumerate(node.content):
+            key = f"{setting.key}[{index}]"
+            try:
+                numbers.append(_scalar(dataclasses.replace(setting, key=key, type=float), member))
+            except ValueError as error:
+                self._report(key, member, str(error))
+        return numbers
+
+    def _numbers(self, setting: Setting, node: Node) -> dict[str, float]:
+        if node.is_null:
+            return {}
+        if not isinstance(node.content, dict):
+            raise ValueError(f"holds numbers by name; write e.g. {setting.key}.mine=1")
+        numbers = {}
+        for name, member in node.content.items():
+            key = f"{setting.key}.{name}"
+            if self._is_secret(key, member):
+                continue
+            self.origins[key] = member.where
+            try:
+                # null takes a number of a file below out again.
+                if not member.is_null:
+                    numbers[name] = _scalar(dataclasses.replace(setting, key=key, type=float), member)
+            except ValueError as error:
+                self._report(key, member, str(error))
+        return numbers
+
+    def _raw_mapping(self, key: str, node: Node) -> dict[str, Any]:
+        if node.is_null:
+            return {}
+        if not isinstance(node.content, dict):
+            raise ValueError(f"holds keys and values; write e.g. {key}.NAME=VALUE")
+        return self._raw(key, node)
+
+    def _raw(self, key: str, node: Node) -> Any:
+        """A value that no schema describes, by YAML 1.2's plain rules."""
+        if isinstance(node.content, dict):
+            return {
+                name: self._raw(f"{key}.{name}", member)
+                for name, member in node.content.items()
+                if not self._is_secret(f"{key}.{name}", member)
+            }
+        if isinstance(node.content, list):
+            return [self._raw(f"{key}[{index}]", member) for index, member in enumerate(node.content)]
+        try:
+            return _untyped(node)
+        except ValueError as error:
+            self._report(key, node, str(error))
+            return None
+
+    def _unknown(self, key: str, node: Node) -> None:
+        what = "no such setting"
+        if "." in key.rpartition(".")[2] or ("." in key and find(self.schema, key)):
+            parent, _, name = key.rpartition(".")
+            what += f"; in a file, {name} stands on a line of its own below {parent}:"
+        else:
+            similar = similar_keys(self.schema, key)
+            if similar:
+                what += f"; did you mean {' or '.join(similar)}?"
+            else:
+                what += "; `bigtx configs explain` shows them all"
+        self._report(key, node, what)
+
+    def _is_secret(self, key: str, node: Node) -> bool:
+        text = node.content if isinstance(node.content, str) else ""
+        # A key of the schema is none of a secret, whatever its name.
+        if (is_secret_key(key.rpartition(".")[2]) and not find(self.schema, key)) or scrub_text(text) != text:
+            what = (
+                "looks like a secret, and a run writes its config into its folder; give it by an environment variable"
+            )
+            self.problems.append(Problem(key, HIDDEN, what, node.where))
+            return True
+        return False
+
+    def _report(self, key: str, node: Node, what: str) -> None:
+        self.problems.append(Problem(key, node.text, what, node.where))
+
+
+def _refuse_filling_in(text: str) -> None:
+    """OmegaConf, which builds the config in the end, would act on these."""
+    if "${" in text:
+        raise ValueError("holds ${...}, which bigtx never fills in, from the environment or elsewhere; write the value")
+    if text == "???":
+        raise ValueError("stands for a missing value; write the value")
+
+
+def _scalar(setting: Setting, node: Node) -> Any:
+    if not isinstance(node.content, str):
+        raise ValueError(f"is {'a list' if isinstance(node.content, list) else 'a mapping'}; write one value")
+    _refuse_filling_in(node.content)
+    if setting.choices:
+        return _choice(node.content, setting.choices)
+    if setting.type is str:
+        return _text(setting, node)
+    if node.is_null:
+        raise ValueError("has no value")
+    if not node.plain:
+        raise ValueError("is text in quotes; write it without them")
+    readers: dict[type, Callable[[str], Any]] = {bool: _boolean, int: _integer, float: _float}
+    marked = {"count": units.parse_count, "size": units.parse_size}
+    value = (marked.get(setting.kind) or readers[setting.type])(node.content)
+    _check_bounds(setting, value)
+    return value
+
+
+def _choice(text: str, choices: tuple[str, ...]) -> str:
+    if text in choices:
+        return text
+    similar = difflib.get_close_matches(text.lower(), choices, 1)
+    hint = f"; did you mean {similar[0]}?" if similar else ""
+    raise ValueError(f"is none of {', '.join(choices)}{hint}")
+
+
+def _text(setting: Setting, node: Node) -> str:
+    assert isinstance(node.content, str)
+    if node.is_null and not (node.is_empty and node.where == "command line"):
+        raise ValueError("has no value; write '' for an empty text")
+    if setting.kind == "duration":
+        units.parse_duration(node.content)
+    return node.content
+
+
+def _boolean(text: str) -> bool:
+    if text in BOOLEANS:
+        return BOOLEANS[text]
+    if text.lower() in YAML_BOOLEANS:
+        raise ValueError(f"is read in different ways by different programs; write {YAML_BOOLEANS[text.lower()]}")
+    raise ValueError("is neither true nor false")
+
+
+def _integer(text: str) -> int:
+    if INTEGER.fullmatch(text):
+        return int(text)
+    _refuse_surprise(text)
+    raise ValueError("is not a whole number; write it in digits, e.g. 8")
+
+
+def _float(text: str) -> float:
+    if FLOAT.fullmatch(text):
+        value = float(text)
+        if math.isfinite(value):
+            return value
+    _refuse_surprise(text)
+    raise ValueError("is not a number; write it in digits, e.g. 0.5 or 3e-4")
+
+
+def _refuse_surprise(text: str) -> None:
+    if SEXAGESIMAL.fullmatch(text):
+        raise ValueError("would be a number to base 60 in YAML; write a plain number, or put a text into quotes")
+    if LEADING_ZERO.fullmatch(text):
+        raise ValueError(f"would be an octal number in YAML; write {text.replace('_', '').lstrip('+-0') or '0'}")
+
+
+def _check_bounds(setting: Setting, value: float) -> None:
+    if setting.minimum is not None and value < setting.minimum:
+        raise ValueError(f"is too small; the least is {setting.minimum:g}")
+    if setting.maximum is not None and value > setting.maximum:
+        raise ValueError(f"is too large; the most is {setting.maximum:g}")
+
+
+def _untyped(node: Node) -> Any:
+    assert isinstance(node.content, str)
+    text = node.content
+    _refuse_filling_in(text)
+    if not node.plain:
+        return text
+    if node.is_null:
+        return None
+    if text in BOOLEANS:
+        return BOOLEANS[text]
+    if text.lower() in YAML_BOOLEANS:
+        raise ValueError(
+            f"is read in different ways by different programs; write {YAML_BOOLEANS[text.lower()]}, or quotes"
+        )
+    _refuse_surprise(text)
+    if INTEGER.fullmatch(text):
+        return int(text)
+    return float(text) if FLOAT.fullmatch(text) else text

@@ -1,0 +1,41 @@
+"""How the schema marks a field whose text form people write: counts, sizes, durations, fractions of a run.
+
+A marked field keeps one plain type in the dataclass (int or str), so OmegaConf can hold it; the mark tells the
+loader how to read what was written, and resume how far the value may change within one run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+Change = Literal["free", "by_name", "never"]
+"""What resume allows: any change; a change named in `allow_changes`; no change at all."""
+
+
+def field(
+    default: Any = dataclasses.MISSING,
+    *,
+    kind: str = "",
+    change: Change | Literal[""] = "",
+    minimum: float | None = None,
+    maximum: float | None = None,
+    factory: Any = dataclasses.MISSING,
+) -> Any:
+    """A schema field with what the type alone cannot say.
+
+    Args:
+        kind: "count" (`10B`, `64k` into an int), "size" (`512 MiB` into bytes), "duration" (`500 steps`,
+            `2B tokens`, `30 min`, kept as text), or "" for the plain type.
+        change: how far resume lets the value change; "" means as its section says.
+        minimum, maximum: inclusive bounds of a number.
+    """
+    metadata = {"kind": kind, "change": change, "minimum": minimum, "maximum": maximum}
+    if factory is not dataclasses.MISSING:
+        return dataclasses.field(default_factory=factory, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def section(factory: Any, *, change: Change) -> Any:
+    """A nested section; `change` is the default for the fields inside."""
+    return field(factory=factory, change=change)

@@ -1,0 +1,250 @@
+"""Configuration as it was written: trees of text that remember where each piece stands.
+
+YAML's own guesses about types (12:30 is 750, 010 is 8, on is true) are never made: a scalar stays the text that was
+written, and the schema says later how to read it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+COMMAND_LINE = "command line"
+NULLS = ("", "~", "null", "Null", "NULL")
+PLAIN_TAGS = {
+    f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "timestamp", "seq", "map", "value")
+}
+DOTLIST = re.compile(r"(?P<key>[^\s=/]+)=(?P<value>.*)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong in a configuration.
+
+    Attributes:
+        key: dotted key, or "" for a whole file.
+        value: as written; "" if the value does not matter.
+        what: what is wrong and what to write instead.
+        where: file and line, or the command line; "" where a default is meant.
+        related: other keys that the judgement rests on.
+    """
+
+    key: str
+    value: str
+    what: str
+    where: str = ""
+    related: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        subject = f"{self.key}={self.value}" if self.value else self.key
+        if self.where:
+            subject = f"{subject} ({self.where})" if subject else self.where
+        return f"{subject}: {self.what}"
+
+
+class ProblemError(Exception):
+    """A problem after which the file or argument cannot be read on."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(str(problem))
+        self.problem = problem
+
+
+@dataclass(frozen=True)
+class Node:
+    """A piece of a configuration.
+
+    Attributes:
+        content: a scalar's text, a list, or a mapping.
+        where: file and line, or the command line.
+        plain: for a scalar: written without quotes.
+    """
+
+    content: str | list[Node] | dict[str, Node]
+    where: str
+    plain: bool = True
+
+    @property
+    def is_null(self) -> bool:
+        """Whether it is YAML's null."""
+        return self.plain and isinstance(self.content, str) and self.content in NULLS
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was written after the key."""
+        return self.plain and self.content == ""
+
+    @property
+    def text(self) -> str:
+        """The value for a message, on one line and not too long."""
+        if isinstance(self.content, dict):
+            text = "{" + ", ".join(f"{key}: {node.text}" for key, node in self.content.items()) + "}"
+        elif isinstance(self.content, list):
+            text = "[" + ", ".join(node.text for node in self.content) + "]"
+        else:
+            text = self.content if self.plain else repr(self.content)
+        text = " ".join(text.split())
+        return text if len(text) <= 60 else text[:57] + "..."
+
+
+def merge(below: Node, above: Node) -> Node:
+    """`above` laid over `below`: mappings key by key, anything else as a whole; an empty section changes nothing."""
+    if not isinstance(below.content, dict):
+        return above
+    if above.is_empty:
+        return below
+    if not isinstance(above.content, dict):
+        return above
+    content = dict(below.content)
+    for key, node in above.content.items():
+        content[key] = merge(content[key], node) if key in content else node
+    return Node(content, above.where)
+
+
+def read_yaml(path: Path, problems: list[Problem]) -> Node:
+    """A YAML file as a tree; a mapping at the top.
+
+    Args:
+        problems: grows by the keys that stand twice.
+
+    Raises:
+        ProblemError: the file cannot be read at all.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ProblemError(Problem("", "", f"cannot be read: {reason}", str(path))) from error
+    root = _compose(text, str(path))
+    if root is None:
+        return Node({}, str(path))
+    tree = _Converter(str(path), problems).convert(root, "")
+    if not isinstance(tree.content, dict):
+        raise ProblemError(
+            Problem(
+                "",
+                "",
+                "holds no keys at the top; write lines such as train.max_steps as\n    train:\n      max_steps: 1000",
+                str(path),
+            )
+        )
+    return tree
+
+
+def read_argument(argument: str) -> Node:
+    """`train.max_steps=100` as a tree. Lists, mappings and quotes are read as in YAML; anything else is plain text.
+
+    Raises:
+        ProblemError: it has no such form.
+    """
+    match = DOTLIST.fullmatch(argument)
+    if match is None:
+        raise ProblemError(Problem("", "", f"{argument!r} is neither a YAML file nor key=value", COMMAND_LINE))
+    key, text = match["key"], match["value"]
+    names = key.split(".")
+    if not all(names):
+        raise ProblemError(Problem(key, text, "a part of the key is empty", COMMAND_LINE))
+    node = Node(text.strip(), COMMAND_LINE)
+    if text.lstrip().startswith(("[", "{", "'", '"')):
+        problems: list[Problem] = []
+        root = _compose(text, COMMAND_LINE, f"{key}={text}")
+        assert root is not None
+        node = _Converter(COMMAND_LINE, problems).convert(root, key)
+        if problems:
+            raise ProblemError(problems[0])
+    for name in reversed(names):
+        node = Node({name: node}, COMMAND_LINE)
+    return node
+
+
+def from_values(value: Any, where: str) -> Node:
+    """Python values (a saved config) as a tree.
+
+    Args:
+        value: nested dicts, lists, texts, numbers, booleans and None.
+    """
+    if isinstance(value, dict):
+        return Node({str(key): from_values(member, where) for key, member in value.items()}, where)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return Node([from_values(member, where) for member in value], where)
+    if value is None or isinstance(value, bool):
+        return Node({None: "null", True: "true", False: "false"}[value], where)
+    return Node(value if isinstance(value, str) else repr(value), where, plain=not isinstance(value, str))
+
+
+def _compose(text: str, where: str, shown: str = "") -> yaml.Node | None:
+    try:
+        return yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{where}:{mark.line + 1}" if mark and where != COMMAND_LINE else where
+        what = f"is not YAML: {error.problem or error.context}"
+        raise ProblemError(Problem("", "", f"{shown!r} {what}" if shown else what, place)) from error
+    except yaml.YAMLError as error:
+        raise ProblemError(Problem("", "", f"is not YAML: {' '.join(str(error).split())}", where)) from error
+
+
+class _Converter:
+    """From PyYAML's nodes, whose types are guesses, to ours."""
+
+    def __init__(self, source: str, problems: list[Problem]) -> None:
+        self.source = source
+        self.problems = problems
+        self.seen: set[int] = set()
+
+    def convert(self, node: yaml.Node, key: str, place: str = "") -> Node:
+        """One node and all below it; what bigtx does not read is reported and left out.
+
+        Args:
+            place: where the node is used, if that is not where it stands.
+        """
+        where = self._where(node)
+        # An alias gives the same object again, and may even contain itself.
+        if id(node) in self.seen:
+            what = (
+                "uses a YAML alias (*), which bigtx does not read; write the value out, or build on a file with base:"
+            )
+            self._report(key, what, place or where)
+            return Node("", where)
+        self.seen.add(id(node))
+        if node.tag not in PLAIN_TAGS:
+            self._report(key, f"has the YAML tag {node.tag}, which bigtx does not read; write the plain value", where)
+            return Node("", where)
+        if isinstance(node, yaml.ScalarNode):
+            return Node(node.value, where, plain=node.style is None)
+        if isinstance(node, yaml.SequenceNode):
+            return Node([self.convert(member, f"{key}[{index}]") for index, member in enumerate(node.value)], where)
+        assert isinstance(node, yaml.MappingNode)
+        return Node(self._mapping(node, key), where)
+
+    def _mapping(self, node: yaml.MappingNode, key: str) -> dict[str, Node]:
+        content: dict[str, Node] = {}
+        for name_node, value_node in node.value:
+            place = self._where(name_node)
+            if not isinstance(name_node, yaml.ScalarNode):
+                self._report(key, "has a key that is no plain name", place)
+                continue
+            name = name_node.value
+            full = f"{key}.{name}" if key else name
+            if name == "<<" and name_node.style is None:
+                self._report(full, "is a YAML merge, which bigtx does not read; build on a file with base:", place)
+            elif name in content:
+                self._report(full, f"stands twice; the first is at {content[name].where}. Keep one", place)
+            else:
+                reported = len(self.problems)
+                value = self.convert(value_node, full, place)
+                # A value that was left out would be reported again for being empty.
+                if len(self.problems) == reported or not value.is_empty:
+                    content[name] = value
+        return content
+
+    def _where(self, node: yaml.Node) -> str:
+        return self.source if self.source == COMMAND_LINE else f"{self.source}:{node.start_mark.line + 1}"
+
+    def _report(self, key: str, what: str, where: str) -> None:
+        self.problems.append(Problem(key, "", what, where))

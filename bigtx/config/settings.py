@@ -1,0 +1,251 @@
+"""What the schema says about each key: type, default, bounds, documentation, and what resume allows."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import functools
+import inspect
+import itertools
+import sys
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from bigtx.config.fields import Change
+
+NAME = "NAME"
+"""Stands in a key for the name that a user chooses: `data.sources.NAME.path`."""
+
+# What other frameworks call it; too far from our names for a comparison of letters.
+KNOWN_ELSEWHERE = {
+    "lr": "learning_rate",
+    "batch_size": "global_batch_size",
+    "per_device_train_batch_size": "micro_batch_size",
+    "train_micro_batch_size_per_gpu": "micro_batch_size",
+    "train_batch_size": "global_batch_size",
+    "d_model": "hidden_size",
+    "dim": "hidden_size",
+    "n_embd": "hidden_size",
+    "n_layer": "num_layers",
+    "n_layers": "num_layers",
+    "num_hidden_layers": "num_layers",
+    "n_head": "num_heads",
+    "n_heads": "num_heads",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "intermediate_size": "mlp_size",
+    "block_size": "sequence_length",
+    "seq_len": "sequence_length",
+    "max_seq_len": "sequence_length",
+    "max_position_embeddings": "max_sequence_length",
+    "max_grad_norm": "gradient_clipping",
+    "grad_clip": "gradient_clipping",
+    "warmup_steps": "warmup",
+    "max_iters": "max_steps",
+    "num_train_epochs": "max_tokens",
+    "save_steps": "checkpoint_every",
+    "output_dir": "run_dir",
+    "bf16": "precision",
+    "fp16": "precision",
+    "stage": "zero_stage",
+    "lr_scheduler_type": "schedule.name",
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One key of a schema.
+
+    Attributes:
+        key: dotted, from the top.
+        type: the annotation without Optional.
+        optional: whether null is a value.
+        kind, minimum, maximum: as in `fields.field`.
+        change: what resume allows, inherited from the section where the field does not say.
+        doc: the line under the field in the schema.
+    """
+
+    key: str
+    type: Any
+    optional: bool
+    default: Any
+    kind: str
+    minimum: float | None
+    maximum: float | None
+    change: Change
+    doc: str
+
+    @property
+    def section(self) -> type | None:
+        """The dataclass of a nested section."""
+        return self.type if dataclasses.is_dataclass(self.type) else None
+
+    @property
+    def named_section(self) -> type | None:
+        """The dataclass of the entries, where users name the entries: dict[str, Section]."""
+        arguments = typing.get_args(self.type)
+        if typing.get_origin(self.type) is dict and dataclasses.is_dataclass(arguments[1]):
+            return typing.cast(type, arguments[1])
+        return None
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The values of a Literal; empty for other types."""
+        return typing.get_args(self.type) if typing.get_origin(self.type) is Literal else ()
+
+
+def members(schema: type, prefix: str = "", change: Change = "never") -> dict[str, Setting]:
+    """The direct fields of a dataclass, by name.
+
+    Args:
+        prefix: of their keys, with its dot.
+        change: the mark that the section bears.
+    """
+    hints = _hints(schema)
+    docs = documentation(schema)
+    found = {}
+    for field in dataclasses.fields(schema):
+        annotation, optional = _without_none(hints[field.name])
+        marks = field.metadata
+        found[field.name] = Setting(
+            key=prefix + field.name,
+            type=annotation,
+            optional=optional,
+            default=field.default if field.default_factory is dataclasses.MISSING else field.default_factory(),
+            kind=marks.get("kind", ""),
+            minimum=marks.get("minimum"),
+            maximum=marks.get("maximum"),
+            change=marks.get("change") or change,
+            doc=docs.get(field.name, ""),
+        )
+    return found
+
+
+def leaves(schema: type, prefix: str = "", change: Change = "never") -> Iterator[Setting]:
+    """Every setting of a schema in its order; entries with names of the user's own have `NAME` in their keys."""
+    for setting in members(schema, prefix, change).values():
+        if setting.section:
+            yield from leaves(setting.section, setting.key + ".", setting.change)
+            continue
+        yield setting
+        if setting.named_section:
+            yield from leaves(setting.named_section, f"{setting.key}.{NAME}.", setting.change)
+
+
+def find(schema: type, key: str) -> Setting | None:
+    """The setting of a key as a user writes it (`data.sources.wiki.path`), a section's included."""
+    current: type | None = schema
+    setting: Setting | None = None
+    names = key.split(".")
+    while names:
+        if current is None:
+            return None
+        setting = members(current, _prefix(setting), setting.change if setting else "never").get(names.pop(0))
+        if setting is None:
+            return None
+        current = setting.section
+        if setting.named_section and names:
+            name = names.pop(0)
+            setting = dataclasses.replace(setting, key=f"{setting.key}.{name}", type=setting.named_section)
+            current = setting.section
+        elif setting.type == dict[str, float] and names:
+            setting = dataclasses.replace(setting, key=f"{setting.key}.{names.pop(0)}", type=float)
+    return setting
+
+
+def similar_keys(schema: type, key: str, *, limit: int = 3) -> list[str]:
+    """Keys that the user may have meant: the same name elsewhere, another framework's name, a few other letters."""
+    known = [setting.key for setting in leaves(schema)]
+    known += list({prefix: None for name in known for prefix in _parents(name)})
+    section, _, name = key.rpartition(".")
+    found = [candidate for candidate in known if candidate.rpartition(".")[2] == name and candidate != key]
+    alias = KNOWN_ELSEWHERE.get(name.lower())
+    if alias:
+        found += [candidate for candidate in known if f".{candidate}".endswith(f".{alias}")]
+    in_section = {member.rpartition(".")[2]: member for member in known if member.rpartition(".")[0] == section}
+    found += [in_section[match] for match in difflib.get_close_matches(name, in_section, limit, 0.7)]
+    if not found:
+        last_names: dict[str, list[str]] = {}
+        for candidate in known:
+            last_names.setdefault(candidate.rpartition(".")[2], []).append(candidate)
+        for match in difflib.get_close_matches(name, last_names, limit, 0.75):
+            found += last_names[match]
+    if not found:
+        found = difflib.get_close_matches(key, known, limit, 0.75)
+    return list(dict.fromkeys(found))[:limit]
+
+
+def describe_type(setting: Setting) -> str:
+    """What may be written for a setting, in words."""
+    if setting.section:
+        return "a section"
+    if setting.named_section:
+        return "entries by name, each a section"
+    marked = {
+        "count": "a count (500, 64k, 1.5M, 10B)",
+        "size": "a size (512 MiB, 1.5 GB)",
+        "duration": "a duration (500 steps, 2B tokens, 30 min, 5 %)",
+    }
+    plain = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    if setting.choices:
+        text = "one of " + ", ".join(setting.choices)
+    elif setting.kind:
+        text = marked[setting.kind]
+    elif typing.get_origin(setting.type) is list:
+        numbers = setting.type == list[float]
+        text = "a list of numbers: [0.2, 0.1]" if numbers else "a text, or a list of them: [a, b]"
+    else:
+        text = "numbers by name" if setting.type == dict[str, float] else plain.get(setting.type, "keys and values")
+    if setting.minimum is not None:
+        text += f", at least {setting.minimum:g}"
+    if setting.maximum is not None:
+        text += f", at most {setting.maximum:g}"
+    return text + (", or null" if setting.optional else "")
+
+
+@functools.cache
+def documentation(schema: type) -> dict[str, str]:
+    """The docstring line under each field of a dataclass, by field name."""
+    module = sys.modules[schema.__module__]
+    tree = _syntax_tree(module)
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == schema.__name__)
+    docs = {}
+    for statement, following in itertools.pairwise(body):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            value = following.value if isinstance(following, ast.Expr) else None
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                docs[statement.target.id] = value.value
+    return docs
+
+
+@functools.cache
+def _syntax_tree(module: types.ModuleType) -> ast.Module:
+    return ast.parse(inspect.getsource(module))
+
+
+@functools.cache
+def _hints(schema: type) -> dict[str, Any]:
+    return typing.get_type_hints(schema)
+
+
+def _without_none(annotation: Any) -> tuple[Any, bool]:
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType) and type(None) in arguments:
+        (inner,) = (argument for argument in arguments if argument is not type(None))
+        return inner, True
+    return annotation, False
+
+
+def _prefix(setting: Setting | None) -> str:
+    return f"{setting.key}." if setting else ""
+
+
+def _parents(key: str) -> Iterator[str]:
+    parts = key.split(".")
+    for length in range(1, len(parts)):
+        if parts[length - 1] != NAME:
+            yield ".".join(parts[:length])

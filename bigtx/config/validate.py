@@ -1,0 +1,382 @@
+"""What a type cannot say: settings that must fit each other, and files that must exist."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bigtx.config.nodes import Problem
+from bigtx.config.schema import (
+    DataConfig,
+    FilterConfig,
+    InputConfig,
+    ModelConfig,
+    PrepareConfig,
+    PretrainConfig,
+    ScheduleConfig,
+    SourceConfig,
+    TokenizerTrainConfig,
+    TrainConfig,
+    ValidationConfig,
+)
+from bigtx.config.settings import find, similar_keys
+from bigtx.utils.processes import world_size
+from bigtx.utils.units import Duration, parse_duration, parse_range
+from bigtx.utils.urls import is_url, url_problem
+
+MANIFEST = "manifest.json"
+
+
+def validate(config: Any) -> Iterator[Problem]:
+    """Every problem between the settings of a configuration; none for a schema without such rules."""
+    if isinstance(config, PretrainConfig):
+        yield from _pretrain(config)
+    elif isinstance(config, TokenizerTrainConfig):
+        yield from _input(config.input)
+        if not config.output:
+            yield Problem(
+                "output", "", "is not given; name the folder of the new tokenizer, e.g. output=runs/tokenizer"
+            )
+    elif isinstance(config, PrepareConfig):
+        yield from _prepare(config)
+
+
+def _pretrain(config: PretrainConfig) -> Iterator[Problem]:
+    if not config.run_dir:
+        yield Problem("run_dir", "", "is not given; name the folder of the run, e.g. run_dir=runs/first")
+    started = any(Path(config.run_dir, "checkpoints").glob("step-*[0-9]"))  # Then the weights have been taken already.
+    if config.init_from is not None and not started and not Path(config.init_from).is_dir():
+        yield Problem("init_from", config.init_from, "no such folder; name a run or one of its checkpoints")
+    for key in config.allow_changes:
+        yield from _allowed_change(key)
+    yield from _model(config.model)
+    yield from _data(config.data)
+    yield from _phases(config.data, config.train.sequence_length)
+    yield from _skip(config.data.skip)
+    yield from _validation(config.validation)
+    yield from _lengths(config)
+    yield from _batches(config.train, world_size())
+    yield from _rhythms(config)
+    yield from _schedule(config.schedule, config.train)
+    yield from _engine(config)
+
+
+def _allowed_change(key: str) -> Iterator[Problem]:
+    setting = find(PretrainConfig, key)
+    if setting is None or setting.section:
+        similar = similar_keys(PretrainConfig, key)
+        hint = f"; did you mean {' or '.join(similar)}?" if similar else ""
+        yield Problem(
+            "allow_changes", key, f"no such setting{hint}" if setting is None else "is a section; name its settings"
+        )
+    elif setting.change == "never":
+        yield Problem("allow_changes", key, "can never change within a run; start a new one with init_from")
+
+
+def _model(model: ModelConfig) -> Iterator[Problem]:
+    width, heads = model.hidden_size, model.num_heads
+    if model.head_width is None and width % heads:
+        yield Problem(
+            "model.num_heads",
+            str(heads),
+            f"does not divide model.hidden_size={width}; {_nearby_divisors(width, heads)} do, or set model.head_width",
+        )
+    elif model.positions == "rope" and (head_width := model.head_width or width // heads) % 2:
+        yield Problem(
+            "model.num_heads" if model.head_width is None else "model.head_width",
+            str(model.head_width or heads),
+            f"gives heads {head_width} wide, and rotary positions need an even width",
+        )
+    if model.num_kv_heads is not None and heads % model.num_kv_heads:
+        yield Problem(
+            "model.num_kv_heads",
+            str(model.num_kv_heads),
+            f"does not divide model.num_heads={heads}; {_nearby_divisors(heads, model.num_kv_heads)} do",
+        )
+    if model.norm == "rms" and model.norm_bias:
+        yield Problem("model.norm_bias", "true", "an RMSNorm has no bias; write false, or model.norm=layer")
+    if model.positions == "relative" and model.relative_max_distance <= model.relative_num_buckets // 2:
+        yield Problem(
+            "model.relative_max_distance",
+            str(model.relative_max_distance),
+            f"half of model.relative_num_buckets={model.relative_num_buckets} are exact distances; write a larger one",
+        )
+    if model.positions != "rope" and model.rope_scaling.method != "none":
+        yield Problem(
+            "model.rope_scaling.method",
+            model.rope_scaling.method,
+            f"stretches rotary positions, but model.positions={model.positions}; write none",
+        )
+
+
+def _data(data: DataConfig) -> Iterator[Problem]:
+    if data.foreign.paths:
+        yield from _foreign(data)
+        return
+    if not data.sources:
+        yield Problem(
+            "data.sources",
+            "",
+            "is empty; name a prepared corpus, e.g. data.sources.mine.path=runs/corpus "
+            "(`bigtx data prepare` makes one)",
+        )
+        return
+    yield from _sources(data.sources, "data.sources", "train")
+    if all(source.weight == 0 for source in data.sources.values()):
+        yield Problem("data.sources", "", "every weight is 0; give one source a weight above it")
+
+
+def _foreign(data: DataConfig) -> Iterator[Problem]:
+    foreign = data.foreign
+    for key, value in (("sources", data.sources), ("phases", data.phases), ("skip", data.skip)):
+        if value:
+            yield Problem(f"data.{key}", "", "belongs to prepared corpora; leave it out, or data.foreign.paths")
+    for path in foreign.paths:
+        if is_url(path) and (problem := url_problem(path)):
+            yield Problem("data.foreign.paths", path, problem)
+        elif not is_url(path) and "{" not in path and not Path(path).is_file():
+            yield Problem("data.foreign.paths", path, "no such file")
+    if not foreign.tokenizer:
+        yield Problem("data.foreign.tokenizer", "", "is not given; name a folder written by `bigtx tokenizer train`")
+    elif not Path(foreign.tokenizer).is_dir():
+        yield Problem(
+            "data.foreign.tokenizer",
+            foreign.tokenizer,
+            "no such folder; name one written by `bigtx tokenizer train`",
+        )
+
+
+def _phases(data: DataConfig, sequence_length: int) -> Iterator[Problem]:
+    starts: dict[int, str] = {}
+    for name, phase in data.phases.items():
+        key = f"data.phases.{name}"
+        if phase.start is None:
+            yield Problem(f"{key}.start", "", "is not given; write the tokens before the phase, e.g. 8B")
+        else:
+            sequence = -(-phase.start // sequence_length)
+            other = starts.setdefault(sequence, name)
+            if other != name:
+                yield Problem(
+                    f"{key}.start",
+                    str(phase.start),
+                    f"begins with sequence {sequence:,}, as data.phases.{other} does; leave one of them out",
+                    related=("train.sequence_length",),
+                )
+        for source in phase.weights:
+            if source not in data.sources:
+                similar = difflib.get_close_matches(source, data.sources, 3, 0.6)
+                hint = f"did you mean {' or '.join(similar)}?" if similar else f"there are {', '.join(data.sources)}"
+                yield Problem(f"{key}.weights.{source}", "", f"is no source in data.sources; {hint}")
+        if data.sources and not any(phase.weights.get(name, source.weight) for name, source in data.sources.items()):
+            yield Problem(f"{key}.weights", "", "every weight is 0; give one source a weight above it")
+
+
+def _skip(ranges: list[str]) -> Iterator[Problem]:
+    windows = []
+    for text in ranges:
+        try:
+            windows.append((*parse_range(text), text))
+        except ValueError as error:
+            yield Problem("data.skip", text, str(error))
+    for (_, end, earlier), (start, _, text) in itertools.pairwise(sorted(windows)):
+        if start < end:
+            yield Problem("data.skip", text, f"overlaps {earlier}; write one range")
+
+
+def _validation(validation: ValidationConfig) -> Iterator[Problem]:
+    yield from _sources(validation.sources, "validation.sources", "validation")
+
+
+def _sources(sources: dict[str, SourceConfig], key: str, split: str) -> Iterator[Problem]:
+    for name, source in sources.items():
+        path = f"{key}.{name}.path"
+        if not source.path:
+            yield Problem(path, "", "is not given; name a folder written by `bigtx data prepare`")
+        elif is_url(source.path):
+            if problem := url_problem(source.path):
+                yield Problem(path, source.path, problem)
+        elif not Path(source.path).is_dir():
+            yield Problem(path, source.path, "no such folder; name one written by `bigtx data prepare`")
+        elif not (Path(source.path) / split / MANIFEST).is_file():
+            yield Problem(
+                path,
+                source.path,
+                f"holds no {split}/{MANIFEST}, so it is no prepared corpus, or its preparation has not "
+                f"ended, or it has no {split} split",
+            )
+
+
+def _lengths(config: PretrainConfig) -> Iterator[Problem]:
+    train, model = config.train, config.model
+    if (train.max_steps is None) == (train.max_tokens is None):
+        given = (
+            "both are given; keep one"
+            if train.max_steps is not None
+            else "is not given; write it, e.g. 1000, or train.max_tokens=1B"
+        )
+        yield Problem(
+            "train.max_steps",
+            "",
+            f"{given}: the run's length is max_steps or max_tokens",
+            related=("train.max_tokens",),
+        )
+    if model.positions == "learned" and train.sequence_length > model.max_sequence_length:
+        yield Problem(
+            "train.sequence_length",
+            str(train.sequence_length),
+            f"is longer than the learned positions; the most is model.max_sequence_length={model.max_sequence_length}",
+            related=("model.max_sequence_length",),
+        )
+
+
+def _batches(train: TrainConfig, ranks: int) -> Iterator[Problem]:
+    total, micro = train.global_batch_size, train.micro_batch_size
+    if total % ranks:
+        below, above = total // ranks * ranks, -(-total // ranks) * ranks
+        fitting = f"{below} or {above}" if below else str(above)
+        yield Problem(
+            "train.global_batch_size",
+            str(total),
+            f"does not divide over {ranks} ranks; {fitting} would, or another number of ranks",
+        )
+    elif total // ranks % micro:
+        share = total // ranks
+        divisors = [size for size in range(1, share + 1) if share % size == 0]
+        yield Problem(
+            "train.micro_batch_size",
+            str(micro),
+            f"does not divide a rank's share: train.global_batch_size={total} over {ranks} "
+            f"rank{'s' if ranks > 1 else ''} is {share} sequences each. These divide it: {_some(divisors)}",
+            related=("train.global_batch_size",),
+        )
+
+
+def _rhythms(config: PretrainConfig) -> Iterator[Problem]:
+    every = {
+        "train.log_every": config.train.log_every,
+        "train.checkpoint_every": config.train.checkpoint_every,
+        "validation.every": config.validation.every,
+    }
+    for key, text in every.items():
+        duration = _duration(text)
+        if duration and duration.value == 0:
+            yield Problem(key, text, "is no rhythm; write a duration above 0, such as 100 steps")
+        elif duration and duration.unit == "fraction":
+            yield Problem(key, text, "is a share of the run; write steps, tokens or a time, such as 100 steps")
+    timeout = _duration(config.engine.timeout)
+    if timeout and (timeout.unit != "seconds" or timeout.value == 0):
+        yield Problem("engine.timeout", config.engine.timeout, "is no time; write one such as 30 min")
+
+
+def _schedule(schedule: ScheduleConfig, train: TrainConfig) -> Iterator[Problem]:
+    """Warm-up and decay must be lengths of the run and fit into it."""
+    parts = {"schedule.warmup": schedule.warmup}
+    if schedule.name == "warmup_stable_decay":
+        parts["schedule.decay"] = schedule.decay
+    shares = {}
+    for key, text in parts.items():
+        duration = _duration(text)
+        if duration and duration.unit == "seconds":
+            yield Problem(key, text, "is a time; write steps, tokens or a share of the run, such as 5 %")
+        elif duration and (share := _share_of_run(duration, train)) is not None:
+            shares[key] = share
+    # The lengths of the run in steps and in tokens differ by rounding.
+    if sum(shares.values()) > 1 + 1e-6:
+        key = max(shares, key=lambda name: shares[name])
+        whole = " and ".join(f"{name}={parts[name]}" for name in shares)
+        yield Problem(
+            key, parts[key], f"{whole} take more than the whole run; shorten them", related=("train.max_steps", *parts)
+        )
+
+
+def _share_of_run(duration: Duration, train: TrainConfig) -> float | None:
+    """A duration in steps, tokens or shares as a share of the run; None when the run's length is not known."""
+    if duration.unit == "fraction":
+        return duration.value
+    tokens_per_step = train.global_batch_size * train.sequence_length
+    tokens = duration.value * (tokens_per_step if duration.unit == "steps" else 1)
+    if train.max_steps is not None:
+        return tokens / (train.max_steps * tokens_per_step) if train.max_steps else None
+    # Rounded up to whole steps, as the run is.
+    return tokens / (-(-train.max_tokens // tokens_per_step) * tokens_per_step) if train.max_tokens else None
+
+
+def _engine(config: PretrainConfig) -> Iterator[Problem]:
+    engine = config.engine
+    if engine.offload_optimizer != "none" and engine.zero_stage == 0:
+        yield Problem(
+            "engine.offload_optimizer", engine.offload_optimizer, "needs engine.zero_stage 1, 2 or 3; it is 0"
+        )
+    if engine.offload_parameters != "none" and engine.zero_stage != 3:
+        yield Problem(
+            "engine.offload_parameters",
+            engine.offload_parameters,
+            f"needs engine.zero_stage=3; it is {engine.zero_stage}",
+        )
+
+
+def _prepare(config: PrepareConfig) -> Iterator[Problem]:
+    yield from _input(config.input)
+    if not config.output:
+        yield Problem("output", "", "is not given; name the folder of the prepared corpus, e.g. output=runs/corpus")
+    if not config.tokenizer:
+        yield Problem("tokenizer", "", "is not given; name a folder written by `bigtx tokenizer train`")
+    elif not Path(config.tokenizer).is_dir():
+        yield Problem("tokenizer", config.tokenizer, "no such folder; name one written by `bigtx tokenizer train`")
+    yield from _filters(config.filters)
+    yield from _paths("decontaminate.paths", config.decontaminate.paths)
+
+
+def _filters(filters: FilterConfig) -> Iterator[Problem]:
+    for name in ("words", "mean_word_length"):
+        least, most = getattr(filters, f"min_{name}"), getattr(filters, f"max_{name}")
+        if least is not None and most is not None and least > most:
+            yield Problem(
+                f"filters.min_{name}",
+                str(least),
+                f"is above filters.max_{name}={most}, so no document could be kept",
+                related=(f"filters.max_{name}",),
+            )
+
+
+def _input(config: InputConfig) -> Iterator[Problem]:
+    if not config.paths:
+        yield Problem("input.paths", "", "is empty; name files, folders or globs, e.g. input.paths=[texts/]")
+    yield from _paths("input.paths", config.paths)
+
+
+def _paths(key: str, paths: list[str]) -> Iterator[Problem]:
+    for path in paths:
+        if is_url(path) or "{" in path:
+            continue  # What they stand for is found out when they are read.
+        if not glob.has_magic(path) and not Path(path).exists():
+            yield Problem(key, path, "no such file or folder")
+        elif glob.has_magic(path) and not Path(path).exists() and not any(glob.iglob(path, recursive=True)):
+            yield Problem(key, path, "matches no file")
+
+
+def _duration(text: str) -> Duration | None:
+    try:
+        return parse_duration(text)
+    except ValueError:
+        # Reported where it was read.
+        return None
+
+
+def _nearby_divisors(number: int, wanted: int) -> str:
+    divisors = sorted(
+        (size for size in range(1, number + 1) if number % size == 0), key=lambda size: abs(size - wanted)
+    )
+    return " and ".join(str(size) for size in sorted(divisors[:2]))
+
+
+def _some(numbers: list[int]) -> str:
+    return (
+        ", ".join(map(str, numbers))
+        if len(numbers) <= 12
+        else ", ".join(map(str, numbers[:11])) + f" ... {numbers[-1]}"
+    )

@@ -1,0 +1,180 @@
+"""Reading the blocks of a split (the format stands in manifest.py): mapped from local shards, or fetched by range."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import mmap
+import resource
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from bigtx.data.corpus.manifest import DOCS_DTYPE, MEMBER_HEADER_BYTES, Manifest
+from bigtx.data.storage.cache import Content, DamagedError
+from bigtx.data.storage.places import TRIES, RemotePath
+from bigtx.utils.errors import DataError
+
+WINDOW_BLOCKS = 64
+"""Blocks whose rows are shuffled together: 16 million tokens, 32 MiB, with blocks of the usual size."""
+CACHED_BLOCKS = 2 * WINDOW_BLOCKS
+"""Blocks whose views a reader keeps: two windows of the order. Each may hold one file descriptor."""
+FETCHES_AT_ONCE = 16
+"""Remote blocks that one reader fetches at the same time."""
+
+
+class BlockReader:
+    """Reads the blocks of a split from memory-mapped shards; verifies each block when it is first touched."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        _allow_open_files()
+        self.manifest = manifest
+        self.block = functools.lru_cache(maxsize=CACHED_BLOCKS)(self._read_block)
+        self._shard = functools.lru_cache(maxsize=CACHED_BLOCKS // 8)(self._map_shard)
+        self._verified = np.zeros(len(manifest.blocks), dtype=bool)
+
+    def expect(self, blocks: Iterable[int]) -> None:
+        """Hear which blocks will be read soon. Mapped shards need no telling."""
+
+    def close(self) -> None:
+        """Fetch nothing more."""
+
+    def _read_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens and the document starts of a block.
+
+        Returns:
+            tokens: [n] read-only view of the shard, in the manifest's dtype.
+            starts: [documents] uint32, ascending; a document that began in an earlier block has no entry.
+
+        Raises:
+            DataError: the block's bytes are not those that were written.
+        """
+        record = self.manifest.blocks[block]
+        content = self._shard(int(record["shard"]))
+        if not self._verified[block]:
+            self._verify(block, content)
+        return block_views(self.manifest, block, content, int(record["offset"]))
+
+    def _verify(self, block: int, content: mmap.mmap) -> None:
+        begin, end = self.manifest.block_range(block)
+        if not is_block(self.manifest, block, memoryview(content)[begin:end]):
+            raise damaged_block(
+                self.manifest, block, "Copy the shard again from where it was prepared, or prepare the corpus again."
+            )
+        self._verified[block] = True
+
+    def _map_shard(self, shard: int) -> mmap.mmap:
+        path = self.manifest.shard_path(shard)
+        assert isinstance(path, Path)
+        try:
+            with open(path, "rb") as file:
+                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            hint = "was the corpus moved or removed during the run?"
+            if isinstance(error, OSError) and error.errno == errno.EMFILE:
+                hint = "the limit of open files is too low for so many shards and sources: raise it (ulimit -Hn)."
+            raise DataError(f"{path} cannot be read ({error}); {hint}") from error
+        if len(content) != self.manifest.shards[shard].size:
+            raise DataError(
+                f"{path} has {len(content):,} bytes instead of {self.manifest.shards[shard].size:,}; "
+                "was it changed during the run? Restore it or prepare the corpus again."
+            )
+        return content
+
+
+class RemoteBlockReader(BlockReader):
+    """Reads the blocks of a split by range from where its shards lie, through the cache of this machine.
+
+    What is expected is fetched by threads, so that reading it later waits for nothing. A block is verified whenever it
+    comes from the network or from the cache; one that is damaged is fetched once more.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        super().__init__(manifest)
+        assert isinstance(manifest.folder, RemotePath)
+        self._cache = manifest.folder.cache
+        self._pool = ThreadPoolExecutor(FETCHES_AT_ONCE, thread_name_prefix="bigtx-fetch")
+        self._given_up = threading.Event()
+        self._coming: dict[int, Future[Content]] = {}
+        self._read: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self.block = self._read_block  # type: ignore[assignment]
+
+    def expect(self, blocks: Iterable[int]) -> None:
+        """Begin to fetch blocks that are not here yet, in their order, CACHED_BLOCKS at most."""
+        for block in blocks:
+            if block in self._read:
+                self._read.move_to_end(block)
+            elif block not in self._coming and len(self._coming) < CACHED_BLOCKS:
+                self._coming[block] = self._pool.submit(self._fetch, block)
+
+    def close(self) -> None:
+        """Fetch nothing more, and leave what is being fetched."""
+        self._given_up.set()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _read_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        views = self._read.get(block)
+        if views is None:
+            coming = self._coming.pop(block, None)
+            content = coming.result() if coming else self._fetch(block)
+            views = block_views(self.manifest, block, content, MEMBER_HEADER_BYTES)
+            self._read[block] = views
+            if len(self._read) > CACHED_BLOCKS:
+                self._read.popitem(last=False)
+        return views
+
+    def _fetch(self, block: int) -> Content:
+        begin, end = self.manifest.block_range(block)
+        shard = self.manifest.shard_path(int(self.manifest.blocks[block]["shard"]))
+        assert isinstance(shard, RemotePath)
+        try:
+            # The table's hash stands for all of the split's bytes, so a corpus that is prepared anew shares nothing.
+            return self._cache.get(
+                f"{self.manifest.blocks_sha256[:32]}/{block >> 12:x}/{block:x}",
+                lambda: shard.read_bytes(begin, end, tries=TRIES, given_up=self._given_up),
+                lambda content: is_block(self.manifest, block, content),
+            )
+        except DamagedError:
+            advice = "It was fetched twice; look at the shard where it lies, with `bigtx data verify`."
+            raise damaged_block(self.manifest, block, advice) from None
+        except FileNotFoundError:
+            raise DataError(f"{shard} is missing; was the corpus moved or removed during the run?") from None
+
+
+def open_reader(manifest: Manifest) -> BlockReader:
+    """The reader for where the split lies."""
+    return RemoteBlockReader(manifest) if isinstance(manifest.folder, RemotePath) else BlockReader(manifest)
+
+
+def is_block(manifest: Manifest, block: int, content: Content | memoryview) -> bool:
+    """Whether the bytes are those that the block table has the checksum of."""
+    return xxhash.xxh3_64_intdigest(content) == int(manifest.blocks[block]["checksum"])
+
+
+def block_views(manifest: Manifest, block: int, content: Content, offset: int) -> tuple[np.ndarray, np.ndarray]:
+    """A block's tokens and document starts, as views of the bytes in which its token payload begins at `offset`."""
+    record = manifest.blocks[block]
+    tokens = np.frombuffer(content, manifest.dtype, int(record["tokens"]), offset)
+    starts = np.frombuffer(content, DOCS_DTYPE, int(record["documents"]), offset + int(record["docs_offset"]))
+    return tokens, starts
+
+
+def damaged_block(manifest: Manifest, block: int, advice: str) -> DataError:
+    """The error that names a block whose bytes are not those that were written."""
+    begin, end = manifest.block_range(block)
+    path = manifest.shard_path(int(manifest.blocks[block]["shard"]))
+    return DataError(
+        f"Block {block} of {manifest.folder} is damaged: bytes {begin:,} to {end:,} of {path} are not those that were "
+        f"written. {advice}"
+    )
+
+
+def _allow_open_files() -> None:
+    """Lift this process's limit of open files as far as it may: every mapped shard holds one, and 1024 is usual."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,146 @@
+"""What a prepared corpus holds, as text for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from bigtx.data.corpus.blocks import open_reader
+from bigtx.data.corpus.manifest import Manifest
+from bigtx.data.corpus.splits import load_tokenizer, open_splits
+from bigtx.data.storage.places import Place
+from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.utils.errors import DataError
+from bigtx.utils.units import format_count, format_size
+
+_BLOCKS_READ = 64
+"""Blocks that lengths and samples are taken from; documents are shuffled, so these are a random part of the corpus."""
+_BAR_WIDTH = 40
+_SAMPLE_CHARACTERS = 600
+
+
+def describe(place: Place, *, split: str, num_samples: int, seed: int) -> Iterator[str]:
+    """Lines that describe a corpus: its splits and shards, lengths of documents, decoded samples of one split.
+
+    Raises:
+        DataError: it is no whole corpus.
+    """
+    manifests = open_splits(place)
+    chosen = next((manifest for manifest in manifests if manifest.split == split), None)
+    if chosen is None:
+        raise DataError(f"{place} has no split {split!r}; it has {' and '.join(m.split for m in manifests)}.")
+    yield from describe_splits(manifests)
+    yield ""
+    yield f"{chosen.vocab_size:,} ids of tokenizer {chosen.tokenizer_fingerprint[:12]}, {chosen.dtype.name} on disk"
+    yield from _describe_shards(chosen)
+    sample = read_sample(chosen)
+    yield ""
+    yield from describe_lengths(chosen, sample.lengths)
+    tokenizer = load_tokenizer(place, chosen.tokenizer_fingerprint)
+    random = np.random.default_rng(seed)
+    for number in random.permutation(len(sample.lengths))[:num_samples].tolist():
+        yield ""
+        yield from _describe_document(sample, number, tokenizer)
+
+
+def describe_splits(manifests: list[Manifest]) -> Iterator[str]:
+    """A table of splits."""
+    heads = ("", "documents", "tokens", "text", "bytes/token", "blocks", "shards", "on disk")
+    yield _row(heads)
+    for manifest in manifests:
+        yield _row(
+            (
+                manifest.split,
+                f"{manifest.num_documents:,}",
+                format_count(manifest.num_tokens),
+                format_size(manifest.num_bytes),
+                f"{manifest.bytes_per_token:.2f}",
+                f"{len(manifest.blocks):,}",
+                f"{len(manifest.shards):,}",
+                format_size(sum(shard.size for shard in manifest.shards)),
+            )
+        )
+
+
+def _row(cells: tuple[str, ...]) -> str:
+    return f"{cells[0]:<10}" + "".join(f"{cell:>13}" for cell in cells[1:])
+
+
+def _describe_shards(manifest: Manifest) -> Iterator[str]:
+    shown = manifest.shards if len(manifest.shards) <= 8 else manifest.shards[:6]
+    for shard in shown:
+        yield f"  {manifest.folder / shard.name}  {format_size(shard.size)}  sha256 {shard.sha256[:12]}"
+    if len(shown) < len(manifest.shards):
+        yield f"  and {len(manifest.shards) - len(shown):,} more"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Documents that lie whole in the first blocks of a split.
+
+    Attributes:
+        tokens: of the blocks.
+        bounds: [documents + 1] where in them each document starts, and where the last one ends; int64.
+    """
+
+    tokens: np.ndarray
+    bounds: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[documents] tokens of each, its end included."""
+        return np.diff(self.bounds)
+
+    def document(self, number: int) -> np.ndarray:
+        """The tokens of a document, without its end."""
+        return self.tokens[self.bounds[number] : self.bounds[number + 1] - 1]
+
+
+def read_sample(manifest: Manifest) -> Sample:
+    """The first blocks of a split: quick, whatever the corpus."""
+    reader = open_reader(manifest)
+    numbers = range(min(_BLOCKS_READ, len(manifest.blocks)))
+    reader.expect(numbers)
+    blocks = [reader.block(number) for number in numbers]
+    reader.close()
+    tokens = np.concatenate([tokens for tokens, _ in blocks])
+    before = np.cumsum([0, *(len(tokens) for tokens, _ in blocks)])
+    starts = [starts + begin for begin, (_, starts) in zip(before.tolist(), blocks, strict=False)]
+    bounds = np.concatenate([*starts, [len(tokens)] if len(blocks) == len(manifest.blocks) else []])
+    return Sample(tokens, bounds.astype(np.int64))
+
+
+def length_bins(lengths: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    """Counts of lengths between powers of two: (from, to, documents)."""
+    bins = np.floor(np.log2(lengths)).astype(int)
+    for exponent, count in enumerate(np.bincount(bins).tolist()):
+        if exponent >= bins.min():
+            yield 2**exponent, 2 ** (exponent + 1) - 1, count
+
+
+def describe_lengths(manifest: Manifest, lengths: np.ndarray) -> Iterator[str]:
+    """Mean, quartiles and a histogram of documents' tokens."""
+    part = "" if len(lengths) == manifest.num_documents else f" (of {len(lengths):,} documents)"
+    if len(lengths) == 0:
+        yield "No document lies whole in the blocks that were read."
+        return
+    quartiles = "  ".join(
+        f"{name} {value:,.0f}"
+        for name, value in zip(
+            ("shortest", "25 %", "median", "75 %", "longest"), np.percentile(lengths, [0, 25, 50, 75, 100]), strict=True
+        )
+    )
+    yield f"Tokens of a document in {manifest.split}{part}: mean {lengths.mean():,.0f}  {quartiles}"
+    bins = list(length_bins(lengths))
+    largest = max(count for _, _, count in bins)
+    for low, high, count in bins:
+        yield f"  {low:>11,} to {high:>11,} {count:>11,} {'█' * round(_BAR_WIDTH * count / largest)}".rstrip()
+
+
+def _describe_document(sample: Sample, number: int, tokenizer: Tokenizer) -> Iterator[str]:
+    tokens = sample.document(number)
+    text = tokenizer.decode(tokens.tolist())
+    yield f"--- document {number}: {len(tokens) + 1:,} tokens, {len(text.encode()):,} bytes"
+    yield text if len(text) <= _SAMPLE_CHARACTERS else text[:_SAMPLE_CHARACTERS] + " ..."

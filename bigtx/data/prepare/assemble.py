@@ -1,0 +1,334 @@
+"""Tokenized chunks -> the shards of a corpus.
+
+    chunks ──count──▶ for each range of keys: what is kept, in each split ──▶ plan: which tokens each shard holds
+    chunks ──write──▶ shards, each from the ranges that hold its tokens, in any order, in any process
+
+Which documents are kept and where each token goes follows from the records alone, so shards are independent of each
+other: a job that was killed writes those that are missing. A shard's rows of the block table and its entry of the
+manifest are written beside the chunks after the shard itself; where the entry is, the shard is done.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bigtx.config.schema import PrepareConfig
+from bigtx.data.corpus.manifest import BLOCK_DTYPE, Manifest, Shard
+from bigtx.data.corpus.shards import ShardWriter, blocks_of_a_shard, token_dtype
+from bigtx.data.prepare.chunks import Documents
+from bigtx.data.prepare.encode import UnitResult
+from bigtx.data.prepare.ranges import CHUNKS_NAME, Chunks, save_chunks
+from bigtx.data.workers import Workers, advance
+from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.utils.files import write_atomic, write_json
+
+SPLITS = ("train", "validation")
+PLAN_NAME = "plan.json"
+
+
+@dataclass
+class Count:
+    """What one range of keys, or the whole corpus, holds.
+
+    Attributes:
+        removed: documents left out, by rule.
+        smallest, largest: text hashes of the kept documents.
+        documents, tokens, bytes: [2] of each split.
+        groups: by index into `Chunks.groups`, [2 splits] of [documents, tokens, bytes].
+    """
+
+    removed: dict[str, int]
+    smallest: int
+    largest: int
+    documents: list[int]
+    tokens: list[int]
+    bytes: list[int]
+    groups: dict[str, list[list[int]]]
+
+
+def count_range(work: Path, held_out_below: int, number: int) -> Count:
+    """Count a range of keys."""
+    records, _, removed = _chunks(work).records(number)
+    held_out = records["text_hash"] < np.uint64(held_out_below)
+    hashes = records["text_hash"] if len(records) else np.array([2**64 - 1], np.uint64)
+    by_split = [records[~held_out], records[held_out]]
+    groups = {
+        str(group): [_sums(part[part["group"] == group]) for part in by_split]
+        for group in np.unique(records["group"]).tolist()
+    }
+    sums = [_sums(part) for part in by_split]
+    return Count(
+        removed,
+        int(hashes.min()),
+        int(hashes.max()) if len(records) else 0,
+        [count for count, _, _ in sums],
+        [count for _, count, _ in sums],
+        [count for _, _, count in sums],
+        groups,
+    )
+
+
+def _sums(records: np.ndarray) -> list[int]:
+    """Documents, tokens and bytes."""
+    return [len(records), int(records["tokens"].sum(dtype=np.int64)), int(records["bytes"].sum(dtype=np.int64))]
+
+
+def add_up(counts: list[Count]) -> Count:
+    """The whole corpus."""
+    total = Count({}, 2**64 - 1, 0, [0, 0], [0, 0], [0, 0], {})
+    for count in counts:
+        for rule, number in count.removed.items():
+            total.removed[rule] = total.removed.get(rule, 0) + number
+        total.smallest, total.largest = min(total.smallest, count.smallest), max(total.largest, count.largest)
+        for name in ("documents", "tokens", "bytes"):
+            setattr(total, name, [a + b for a, b in zip(getattr(total, name), getattr(count, name), strict=True)])
+        for group, sums in count.groups.items():
+            held = total.groups.setdefault(group, [[0, 0, 0], [0, 0, 0]])
+            total.groups[group] = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(held, sums, strict=True)]
+    return total
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where every kept token goes.
+
+    Attributes:
+        held_out_below: texts with a smaller hash are the validation split.
+        tokens_before: for each split, [ranges + 1] tokens of it in the ranges before.
+        block_tokens, shard_blocks: tokens of a block, and blocks of a shard.
+    """
+
+    held_out_below: int
+    tokens_before: list[list[int]]
+    block_tokens: int
+    shard_blocks: int
+
+    def num_shards(self, split: int) -> int:
+        """Shards of a split."""
+        return -(-self.tokens_before[split][-1] // (self.block_tokens * self.shard_blocks))
+
+
+@dataclass(frozen=True)
+class Task:
+    """Neighbouring shards for one process."""
+
+    split: int
+    first: int
+    end: int
+
+
+def make_tasks(plan: Plan, num_ranges: int) -> list[Task]:
+    """All shards, in runs that hold about a range each, so that little is read twice."""
+    tasks = []
+    for split in range(len(SPLITS)):
+        num_shards = plan.num_shards(split)
+        length = max(1, num_shards // num_ranges)
+        tasks += [Task(split, first, min(first + length, num_shards)) for first in range(0, num_shards, length)]
+    return tasks
+
+
+def write_shards(work: Path, corpus: Path, task: Task) -> None:
+    """Write those shards of a task that are missing."""
+    plan, chunks = _plan(work), _chunks(work)
+    split = SPLITS[task.split]
+    missing = [shard for shard in range(task.first, task.end) if not entry_path(work, split, shard).exists()]
+    if not missing:
+        return
+    shard_tokens = plan.block_tokens * plan.shard_blocks
+    before = plan.tokens_before[task.split]
+    begin, end = missing[0] * shard_tokens, min((missing[-1] + 1) * shard_tokens, before[-1])
+    writer = ShardWriter(
+        corpus / split,
+        first_shard=missing[0],
+        shard_blocks=plan.shard_blocks,
+        block_tokens=plan.block_tokens,
+        dtype=chunks.dtype,
+        done=lambda number, shard, rows: _save_entry(work, split, number, shard, rows),
+    )
+    with writer:
+        first = int(np.searchsorted(before, begin, side="right")) - 1
+        for number in range(first, chunks.num_ranges):
+            if before[number] >= end:
+                break
+            documents = _of_split(chunks, plan, task.split, number)
+            starts = np.cumsum(documents.records["tokens"], dtype=np.int64) - documents.records["tokens"]
+            first_token, last_token = max(0, begin - before[number]), min(end, before[number + 1]) - before[number]
+            inside = slice(*np.searchsorted(starts, (first_token, last_token)))
+            writer.add(documents.tokens[first_token:last_token], starts[inside] - first_token)
+            advance(0, 0)
+        writer.finish()
+
+
+def _of_split(chunks: Chunks, plan: Plan, split: int, number: int) -> Documents:
+    """The kept documents of a range that belong to a split."""
+    records, places, _ = chunks.records(number)
+    held_out = records["text_hash"] < np.uint64(plan.held_out_below)
+    chosen = held_out if split else ~held_out
+    return chunks.documents(records[chosen], places[chosen])
+
+
+def entry_path(work: Path, split: str, shard: int) -> Path:
+    """Where a finished shard's entry of the manifest lies; its rows of the block table lie beside it, as .npy."""
+    return work / f"{split}-{shard:06d}.shard"
+
+
+def _save_entry(work: Path, split: str, number: int, shard: Shard, rows: np.ndarray) -> None:
+    path = entry_path(work, split, number)
+    np.save(path.with_suffix(".npy"), rows, allow_pickle=False)
+    write_json(path, vars(shard))
+
+
+@functools.lru_cache(maxsize=1)
+def _chunks(work: Path) -> Chunks:
+    return Chunks.load(work)
+
+
+@functools.lru_cache(maxsize=1)
+def _plan(work: Path) -> Plan:
+    return Plan(**json.loads((work / PLAN_NAME).read_bytes()))
+
+
+class Assembly:
+    """Turns the chunks of a corpus into its splits.
+
+    Args:
+        work: folder of the chunks.
+        corpus: folder of the splits.
+        show: gets what is going on, for the progress line.
+    """
+
+    def __init__(
+        self, work: Path, corpus: Path, config: PrepareConfig, workers: Workers, show: Callable[[str, float], None]
+    ) -> None:
+        self._work, self._corpus, self._config = work, corpus, config
+        self._workers, self._show = workers, show
+
+    def run(
+        self,
+        results: list[UnitResult],
+        tokenizer: Tokenizer,
+        recipe: dict[str, Any],
+        *,
+        near: Path | None,
+        range_bytes: int,
+    ) -> Count:
+        """Count, plan and write; returns what the corpus holds."""
+        _chunks.cache_clear()
+        _plan.cache_clear()
+        self._forget_other_inputs(results)
+        dtype = token_dtype(tokenizer.vocab_size)
+        # Ranges are fixed when they are first made: what follows counts in them, and may be done in part.
+        if (self._work / CHUNKS_NAME).exists():
+            chunks = Chunks.load(self._work)
+        else:
+            chunks = save_chunks(self._work, results, self._config, dtype, near=near, range_bytes=range_bytes)
+        counts, held_out_below = self._count(chunks)
+        total = add_up(counts)
+        plan = self._save_plan(counts, held_out_below, dtype)
+        tasks = make_tasks(plan, chunks.num_ranges)
+        for name in SPLITS:
+            (self._corpus / name).mkdir(parents=True, exist_ok=True)
+        write = functools.partial(write_shards, self._work, self._corpus)
+        for number, _ in enumerate(self._workers.map(write, tasks), start=1):
+            self._show(f"writing shards: {number / len(tasks):.0%}", number / len(tasks))
+        for split, name in enumerate(SPLITS):
+            self._finish(split, name, plan, total, chunks, tokenizer, recipe)
+        return total
+
+    def _forget_other_inputs(self, results: list[UnitResult]) -> None:
+        """Remove what was planned and written from other units or for other shards than today's."""
+        settings = [self._config.validation_fraction, self._config.block_tokens, self._config.shard_size]
+        content = json.dumps([settings, [(result.number, result.key) for result in results]])
+        digest = hashlib.sha256(content.encode()).hexdigest()
+        marker = self._work / "assembly"
+        if marker.exists() and marker.read_text() == digest:
+            return
+        marker.unlink(missing_ok=True)
+        for path in [self._work / CHUNKS_NAME, self._work / PLAN_NAME]:
+            path.unlink(missing_ok=True)
+        for split in SPLITS:
+            shutil.rmtree(self._corpus / split, ignore_errors=True)
+            for path in self._work.glob(f"{split}-*.shard"):
+                path.unlink()
+        write_atomic(marker, digest)
+
+    def _count(self, chunks: Chunks) -> tuple[list[Count], int]:
+        """Count all ranges, with at least one text held out if a share is asked for, and never all."""
+        fraction = self._config.validation_fraction
+        threshold = int(fraction * 2**64)
+        while True:
+            count = functools.partial(count_range, self._work, threshold)
+            counts = list(self._workers.map(count, range(chunks.num_ranges)))
+            total = add_up(counts)
+            exact = _held_out_below(fraction, total.smallest, total.largest)
+            if exact == threshold:
+                return counts, threshold
+            threshold = exact
+
+    def _save_plan(self, counts: list[Count], held_out_below: int, dtype: np.dtype[Any]) -> Plan:
+        tokens = np.array([count.tokens for count in counts], np.int64).T
+        before = np.concatenate([np.zeros((len(SPLITS), 1), np.int64), np.cumsum(tokens, axis=1)], axis=1)
+        shard_blocks = blocks_of_a_shard(self._config.shard_size, self._config.block_tokens, dtype)
+        plan = Plan(held_out_below, before.tolist(), self._config.block_tokens, shard_blocks)
+        write_atomic(self._work / PLAN_NAME, json.dumps(vars(plan)))
+        return plan
+
+    def _finish(
+        self,
+        split: int,
+        name: str,
+        plan: Plan,
+        total: Count,
+        chunks: Chunks,
+        tokenizer: Tokenizer,
+        recipe: dict[str, Any],
+    ) -> None:
+        """Write a split's block table and manifest; a split without documents is none."""
+        folder = self._corpus / name
+        if not total.documents[split]:
+            folder.rmdir()
+            return
+        paths = [entry_path(self._work, name, shard) for shard in range(plan.num_shards(split))]
+        rows = [np.load(path.with_suffix(".npy"), allow_pickle=False) for path in paths]
+        shards = [Shard(**json.loads(path.read_bytes())) for path in paths]
+        groups = [
+            {
+                "source": chunks.groups[int(index)][0],
+                "language": chunks.groups[int(index)][1],
+                **dict(zip(("documents", "tokens", "bytes"), sums[split], strict=True)),
+            }
+            for index, sums in sorted(total.groups.items(), key=lambda item: int(item[0]))
+            if sums[split][0]
+        ]
+        Manifest(
+            folder=folder,
+            split=name,
+            dtype=chunks.dtype,
+            vocab_size=tokenizer.vocab_size,
+            end_id=tokenizer.end_id,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            block_tokens=plan.block_tokens,
+            num_tokens=total.tokens[split],
+            num_documents=total.documents[split],
+            num_bytes=total.bytes[split],
+            shards=tuple(shards),
+            blocks=np.concatenate(rows).astype(BLOCK_DTYPE),
+            recipe=recipe,
+            groups=groups,
+        ).save()
+
+
+def _held_out_below(fraction: float, smallest: int, largest: int) -> int:
+    """The hash below which texts are held out: at least one text, if there are two; never all."""
+    if fraction == 0 or smallest >= largest:
+        return 0
+    return min(max(int(fraction * 2**64), smallest + 1), largest)

@@ -1,0 +1,139 @@
+"""Tokenized documents on disk between tokenizing and writing: an external sort by a shuffling key.
+
+    tokenizing process ──▶ chunk: documents sorted by key ──┐
+    tokenizing process ──▶ chunk                            ├──▶ ranges of keys, any of them at any time ──▶ shards
+    ...                                                     ┘
+
+A document's key is a hash, so the sorted order is a shuffle of the whole corpus. It depends on the documents alone: not
+on how the input was cut into chunks, nor on the number of processes. Where copies are to be removed the key is a
+bijection of the text's hash, so that copies meet in one range, side by side.
+"""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+
+RECORD_DTYPE = np.dtype(
+    [
+        ("key", "<u8"),  # place in the shuffled order
+        ("text_hash", "<u8"),  # low half of the text's xxh3_128: decides the split
+        ("text_hash_high", "<u8"),  # the other half: with it, two texts of one hash are one text
+        ("start", "<u8"),  # of its tokens in the chunk
+        ("tokens", "<u4"),  # length in tokens
+        ("bytes", "<u4"),  # length of the text in UTF-8
+        ("number", "<u4"),  # of the document in its unit, in reading order
+        ("group", "<u4"),  # index into the unit's list of (source, language)
+    ]
+)
+
+
+_SPARSE = 4
+"""Documents that are less than this part of what lies between the first and the last are read one by one."""
+
+
+class Documents(NamedTuple):
+    """Documents in some order: RECORD_DTYPE records, and all their tokens one after the other."""
+
+    records: np.ndarray
+    tokens: np.ndarray
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A sorted run of one unit's documents: records in `<path>.index`, their tokens in that order in `<path>.tokens`.
+
+    Attributes:
+        path: without the suffix.
+        num_documents, num_tokens: in it.
+        checksum: xxh3_64 of the tokens' bytes, then the records'.
+    """
+
+    path: Path
+    num_documents: int
+    num_tokens: int
+    checksum: int
+
+    @staticmethod
+    def write(path: Path, records: np.ndarray, tokens: np.ndarray) -> Chunk:
+        """Sort documents by key (equal keys keep their order) and write them.
+
+        Args:
+            records: [documents] RECORD_DTYPE; `start` is set here.
+            tokens: [sum of the records' tokens] in the records' order.
+        """
+        ends = np.cumsum(records["tokens"], dtype=np.uint64)
+        records["start"] = ends - records["tokens"]
+        sorted_documents = take(records, tokens, np.argsort(records["key"], kind="stable"))
+        records, tokens = sorted_documents
+        ends = np.cumsum(records["tokens"], dtype=np.uint64)
+        records["start"] = ends - records["tokens"]
+        chunk = Chunk(path, len(records), len(tokens), _checksum(tokens, records))
+        tokens.tofile(chunk._file("tokens"))
+        records.tofile(chunk._file("index"))
+        return chunk
+
+    def is_whole(self, dtype: np.dtype[Any]) -> bool:
+        """Whether both files hold what was written: they were not forced to the disk, so a crash may have lost it."""
+        try:
+            tokens, records = np.fromfile(self._file("tokens"), dtype), np.fromfile(self._file("index"), RECORD_DTYPE)
+        except OSError:
+            return False
+        return _checksum(tokens, records) == self.checksum
+
+    def records(self, first_key: int, last_key: int) -> np.ndarray:
+        """The records with keys from the first to the last, both included."""
+        whole = np.memmap(self._file("index"), RECORD_DTYPE, "r")
+        places = range(len(whole))
+        begin = bisect.bisect_left(places, first_key, key=lambda place: int(whole[place]["key"]))
+        end = bisect.bisect_right(places, last_key, begin, key=lambda place: int(whole[place]["key"]))
+        return np.array(whole[begin:end])
+
+    def tokens(self, records: np.ndarray, dtype: np.dtype[Any]) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of some of the records, in any order.
+
+        Returns:
+            tokens: all of theirs, and perhaps some between them.
+            starts: uint64 [records] where each one's begin.
+        """
+        first = int(records["start"].min())
+        end = int((records["start"] + records["tokens"]).max())
+        if int(records["tokens"].sum()) * _SPARSE >= end - first:
+            whole = np.fromfile(self._file("tokens"), dtype, end - first, offset=first * dtype.itemsize)
+            return whole, records["start"] - np.uint64(first)
+        mapped = np.memmap(self._file("tokens"), dtype, "r")
+        few = take(records, mapped, np.arange(len(records)))
+        return few.tokens, np.cumsum(records["tokens"], dtype=np.uint64) - records["tokens"]
+
+    def _file(self, kind: str) -> Path:
+        return self.path.with_name(f"{self.path.name}.{kind}")
+
+
+def take(records: np.ndarray, tokens: np.ndarray, order: np.ndarray) -> Documents:
+    """The documents that `order` names, in that order.
+
+    Args:
+        records: [documents] whose `start` counts from the first of `tokens`.
+        order: int64 [n] indices into the records.
+    """
+    chosen = records[order]
+    begins = chosen["start"].astype(np.int64)
+    spans = zip(begins.tolist(), (begins + chosen["tokens"]).tolist(), strict=True)
+    parts = [tokens[begin:end] for begin, end in spans]
+    return Documents(chosen, np.concatenate(parts) if parts else tokens[:0])
+
+
+def key_range(number: int, num_ranges: int) -> tuple[int, int]:
+    """The first and the last key of one of `num_ranges` equal ranges of all keys."""
+    return (number << 64) // num_ranges, ((number + 1) << 64) // num_ranges - 1
+
+
+def _checksum(tokens: np.ndarray, records: np.ndarray) -> int:
+    digest = xxhash.xxh3_64(tokens.data)
+    digest.update(records.view(np.uint8).data)
+    return digest.intdigest()

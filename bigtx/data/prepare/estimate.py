@@ -1,0 +1,152 @@
+"""`bigtx data prepare --dry-run`: what a corpus will be, from a sample of its input. Nothing is written."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from bigtx.config.schema import PrepareConfig
+from bigtx.data.corpus.shards import token_dtype
+from bigtx.data.prepare.encode import make_units
+from bigtx.data.raw.formats import is_compressed
+from bigtx.data.raw.read import Rejects, list_files, read_file
+from bigtx.data.text.decontaminate import build_contamination_index
+from bigtx.data.text.rules import Dropped, TextRules, check_rules
+from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.utils.errors import DataError
+from bigtx.utils.hardware import num_cores
+from bigtx.utils.units import format_count, format_size
+
+SAMPLE_SECONDS = 10.0
+SAMPLE_BYTES = 32 << 20
+"""Text of the sample, unless time runs out first."""
+_BATCH_CHARACTERS = 1 << 17
+_WORK_BYTES_PER_DOCUMENT = 48
+"""A record beside each document's tokens while they are shuffled."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What was sampled, and what the whole input will come to by it.
+
+    Attributes:
+        stored_bytes: of all input files.
+        sampled_bytes: of them, as stored.
+        num_processes: that the time is for.
+        documents, text_bytes, tokens: kept of the sample.
+        removed: documents of the sample that a rule left out.
+        rejects: of the sample, that could not be read.
+        seconds: for the sample, in one process.
+        token_bytes: on disk.
+    """
+
+    stored_bytes: int
+    sampled_bytes: int
+    num_processes: int
+    documents: int
+    text_bytes: int
+    tokens: int
+    removed: int
+    rejects: int
+    seconds: float
+    token_bytes: int
+
+    @property
+    def factor(self) -> float:
+        """How much more than the sample there is."""
+        return self.stored_bytes / self.sampled_bytes
+
+    def lines(self) -> Iterator[str]:
+        """The estimate as text."""
+        tokens = self.tokens * self.factor
+        disk = tokens * self.token_bytes
+        work = disk + self.documents * self.factor * _WORK_BYTES_PER_DOCUMENT
+        seconds = self.seconds * self.factor / self.num_processes
+        share = self.sampled_bytes / self.stored_bytes
+        yield (
+            f"Sampled {format_size(self.sampled_bytes)} of {format_size(self.stored_bytes)} ({share:.2%}): "
+            f"{self.documents:,} documents, {self.tokens:,} tokens, {self.text_bytes / self.tokens:.2f} bytes a token, "
+            f"{self.text_bytes / self.seconds / 1e6:.1f} MB/s in one process."
+        )
+        if self.removed or self.rejects:
+            total = self.documents + self.removed + self.rejects
+            yield f"Of {total:,} documents the rules leave out {self.removed:,}, and {self.rejects:,} cannot be read."
+        yield "The whole, by this sample (duplicates not looked for):"
+        yield f"  documents  about {format_count(self.documents * self.factor)}"
+        yield f"  tokens     about {format_count(tokens)}"
+        yield f"  time       about {_duration(seconds)} in {self.num_processes} processes"
+        yield f"  disk       about {format_size(round(disk))}, and {format_size(round(work))} more while it is made"
+
+
+def estimate(config: PrepareConfig) -> Estimate:
+    """Tokenize a seeded sample of the input.
+
+    Raises:
+        DataError: nothing to read.
+    """
+    tokenizer = Tokenizer.load(config.tokenizer)
+    check_rules(config)
+    with tempfile.TemporaryDirectory() as scratch:
+        index = build_contamination_index(config.decontaminate, Path(scratch)) if config.decontaminate.paths else None
+        return _sample(config, tokenizer, TextRules(config, index))
+
+
+def _sample(config: PrepareConfig, tokenizer: Tokenizer, rules: TextRules) -> Estimate:
+    files = list_files(config.input)
+    units = list(make_units(files, config.input))
+    random.Random(config.seed).shuffle(units)
+    rejects = Rejects(max_share=1.0)
+    stored = documents = text_bytes = tokens = removed = 0
+    begin = time.monotonic()
+
+    def is_enough() -> bool:
+        return time.monotonic() - begin > SAMPLE_SECONDS or text_bytes >= SAMPLE_BYTES
+
+    for file in (file for unit in units for _, file in unit.files):
+        batch: list[str] = []
+        before = text_bytes
+        for document in read_file(file, config.input, rejects):
+            outcome = document.text if rules.is_empty else rules.apply(document.text, document.language)
+            if isinstance(outcome, Dropped):
+                removed += 1
+                continue
+            batch.append(outcome)
+            documents += 1
+            text_bytes += len(outcome.encode())
+            if sum(map(len, batch)) >= _BATCH_CHARACTERS:
+                tokens += len(tokenizer.encode_documents(batch)[0])
+                batch = []
+                if is_enough():
+                    # Where in a compressed file that is nobody can tell: text shrinks to about a third.
+                    stored += min(file.size, (text_bytes - before) // (3 if is_compressed(file.path) else 1))
+                    break
+        else:
+            stored += file.size
+        tokens += len(tokenizer.encode_documents(batch)[0])
+        if is_enough():
+            break
+    if not tokens:
+        raise DataError(f"No text in the {len(files):,} files sampled; check input.paths and the rules.")
+    return Estimate(
+        stored_bytes=sum(file.size for file in files),
+        sampled_bytes=max(1, stored),
+        num_processes=config.num_processes or num_cores(),
+        documents=documents,
+        text_bytes=text_bytes,
+        tokens=tokens,
+        removed=removed,
+        rejects=rejects.count,
+        seconds=time.monotonic() - begin,
+        token_bytes=token_dtype(tokenizer.vocab_size).itemsize,
+    )
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{max(1, round(seconds))} seconds"

@@ -1,0 +1,119 @@
+"""The folder in which a corpus is made: `<output>.partial`, shared by all jobs that tokenize a part of it.
+
+corpus.partial/
+  part-2-of-3/     lock; at the end the part's recipe.json and config.yaml. An undivided job is part 1 of 1
+  part-0-of-3/     the lock of the job that merges
+  tokenizer/       a copy
+  work/            units, chunks and finished shards' entries: see encode.py and assemble.py
+  corpus/          what becomes the output
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bigtx.config.load import load
+from bigtx.config.schema import PrepareConfig
+from bigtx.data.prepare.recipe import RECIPE_NAME, differences
+from bigtx.utils.errors import DataError, LaunchError
+from bigtx.utils.files import FolderLock
+
+CONFIG_NAME = "config.yaml"
+
+
+@contextmanager
+def working(output: Path) -> Iterator[None]:
+    """Have what the system refuses (a full disk, a read-only folder) said in words; what was done is kept."""
+    partial = partial_folder(output)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        # numpy says of a write that was cut short only how much was missing.
+        reason = error.strerror or f"a file could not be written in full, as happens when a disk is full ({error})"
+        raise DataError(
+            f"Preparing {output} failed: {reason}{where}. Mend that and run the command again: it "
+            f"goes on from what {partial} holds. To begin anew, remove that folder."
+        ) from error
+
+
+@contextmanager
+def part_folder(output: Path, part: tuple[int, int]) -> Iterator[Path]:
+    """The folder of a part (part 0 merges), held against a second job that works on the same.
+
+    Raises:
+        DataError: another job holds it, or the corpus was begun in another number of parts.
+    """
+    for other in partial_folder(output).glob("part-*-of-*"):
+        if not other.name.endswith(f"-of-{part[1]}"):
+            count = other.name.rpartition("-")[2]
+            raise DataError(
+                f"{partial_folder(output)} was begun in {count} part{'s' * (count != '1')}, and this command would "
+                f"work on it in {part[1]}. Go on as it was begun, or remove that folder and begin anew."
+            )
+    folder = _folder(output, part)
+    folder.mkdir(exist_ok=True)
+    try:
+        lock = FolderLock(folder)
+    except LaunchError as error:
+        raise DataError(f"Another `bigtx data` command is writing {output}: {error}") from error
+    try:
+        yield folder
+    finally:
+        lock.release()
+
+
+def partial_folder(output: Path) -> Path:
+    """Where a corpus is made."""
+    return output.with_name(f"{output.name}.partial")
+
+
+def _folder(output: Path, part: tuple[int, int]) -> Path:
+    return partial_folder(output) / f"part-{part[0]}-of-{part[1]}"
+
+
+def is_done(output: Path, part: tuple[int, int]) -> bool:
+    """Whether a part has tokenized all its units."""
+    return (_folder(output, part) / RECIPE_NAME).exists()
+
+
+def count_parts(output: Path) -> int:
+    """In how many parts a corpus was begun.
+
+    Raises:
+        DataError: there are none to merge.
+    """
+    counts = {path.name.rpartition("-")[2] for path in partial_folder(output).glob("part-*-of-*")}
+    if len(counts) != 1 or counts == {"1"}:
+        raise DataError(
+            f"{partial_folder(output)} holds no parts to merge; `bigtx data prepare ... output={output} --part 1/N` "
+            "makes one."
+        )
+    return int(counts.pop())
+
+
+def common_recipe(output: Path, num_parts: int) -> tuple[dict[str, Any], PrepareConfig]:
+    """The recipe (with `num_units`) and the configuration by which all parts were made.
+
+    Raises:
+        DataError: a part is not done, or was made otherwise than the first.
+    """
+    folders = [_folder(output, (number, num_parts)) for number in range(1, num_parts + 1)]
+    missing = [number for number in range(1, num_parts + 1) if not is_done(output, (number, num_parts))]
+    if missing:
+        named = ", ".join(f"--part {number}/{num_parts}" for number in missing)
+        raise DataError(f"Not all parts of {output} are done: run `bigtx data prepare` with {named} first.")
+    recipes = [json.loads((folder / RECIPE_NAME).read_bytes()) for folder in folders]
+    for number, recipe in enumerate(recipes[1:], start=2):
+        changes = differences(recipes[0], recipe)
+        if changes:
+            raise DataError(
+                f"Part {number} of {output} was made otherwise than part 1: {'; '.join(changes)}. "
+                f"Run --part {number}/{num_parts} again with the settings and the input of part 1."
+            )
+    return recipes[0], load(PrepareConfig, [str(folders[0] / CONFIG_NAME)], check=False)

@@ -1,0 +1,164 @@
+"""All chunks of a corpus as ranges of keys, each of which any process can read at any time."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bigtx.config.schema import PrepareConfig
+from bigtx.data.prepare.chunks import RECORD_DTYPE, Chunk, Documents, key_range, take
+from bigtx.data.prepare.encode import UnitResult, chunk_path
+from bigtx.utils.files import write_atomic
+
+CHUNKS_NAME = "chunks.json"
+MAX_RANGES = 1 << 16
+
+Group = tuple[str | None, str | None]
+"""A source and a language; None where the documents do not say."""
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """All chunks of a corpus, in reading order, as every process needs them.
+
+    Attributes:
+        chunks: in the order of units.
+        first_numbers: of the whole input, of the first document of each chunk's unit.
+        groups: all (source, language) pairs.
+        unit_groups: for each chunk, its unit's groups as indices into `groups`.
+        dtype: of the tokens.
+        num_ranges: of keys.
+        exact: whether copies of a text are removed.
+        near: file with one byte for each document of the input, 1 for near duplicates to remove; or None.
+    """
+
+    chunks: list[Chunk]
+    first_numbers: list[int]
+    groups: list[Group]
+    unit_groups: list[np.ndarray]
+    dtype: np.dtype[Any]
+    num_ranges: int
+    exact: bool
+    near: Path | None
+
+    @staticmethod
+    def load(work: Path) -> Chunks:
+        """What `save_chunks` wrote."""
+        content = json.loads((work / CHUNKS_NAME).read_bytes())
+        rows = content["chunks"]
+        return Chunks(
+            [
+                Chunk(
+                    chunk_path(work, row["unit"], row["index"]),
+                    row["num_documents"],
+                    row["num_tokens"],
+                    row["checksum"],
+                )
+                for row in rows
+            ],
+            [row["first_number"] for row in rows],
+            [(source, language) for source, language in content["groups"]],
+            [np.array(content["unit_groups"][str(row["unit"])], np.uint32) for row in rows],
+            np.dtype(content["dtype"]),
+            content["num_ranges"],
+            content["exact"],
+            Path(content["near"]) if content["near"] else None,
+        )
+
+    def records(self, number: int) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
+        """What is kept of a range of keys.
+
+        Returns:
+            records: [documents] in their final order; `group` counts in `groups`.
+            places: int64 [documents] the chunk of each.
+            removed: documents left out, by the name of the rule.
+        """
+        first, last = key_range(number, self.num_ranges)
+        parts, places, numbers = [np.empty(0, RECORD_DTYPE)], [np.empty(0, np.int64)], [np.empty(0, np.uint64)]
+        for place, chunk in enumerate(self.chunks):
+            records = chunk.records(first, last)
+            if len(records):
+                records["group"] = self.unit_groups[place][records["group"]]
+                parts.append(records)
+                places.append(np.full(len(records), place))
+                numbers.append(records["number"].astype(np.uint64) + np.uint64(self.first_numbers[place]))
+        records = np.concatenate(parts)
+        order = np.lexsort((records["text_hash_high"], records["key"]))
+        kept, removed = self._kept(records[order], np.concatenate(numbers)[order])
+        chosen = order[kept]
+        return records[chosen], np.concatenate(places)[chosen], removed
+
+    def documents(self, records: np.ndarray, places: np.ndarray) -> Documents:
+        """Documents with their tokens, in the order of `records`, which lie in the chunks `places`."""
+        by_chunk = np.argsort(places, kind="stable")
+        bounds = np.flatnonzero(np.diff(places[by_chunk], prepend=-1, append=-1))
+        texts, offset = [np.empty(0, self.dtype)], 0
+        records = records.copy()
+        for begin, end in itertools.pairwise(bounds.tolist()):
+            own = by_chunk[begin:end]
+            tokens, starts = self.chunks[places[own[0]]].tokens(records[own], self.dtype)
+            records["start"][own] = starts + np.uint64(offset)
+            texts.append(tokens)
+            offset += len(tokens)
+        return take(records, np.concatenate(texts), np.arange(len(records)))
+
+    def _kept(self, records: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
+        """Which of sorted records stay: the first of each text, and what is near no other."""
+        copies = np.zeros(len(records), bool)
+        if self.exact and len(records):
+            same = np.ones(len(records) - 1, bool)
+            for name in ("key", "text_hash", "text_hash_high"):
+                same &= records[name][1:] == records[name][:-1]
+            copies[1:] = same
+        near = np.zeros(len(records), bool)
+        if self.near and len(records):
+            near = np.memmap(self.near, bool, "r")[numbers] & ~copies
+        removed = {"exact duplicate": int(copies.sum()), "near duplicate": int(near.sum())}
+        return np.flatnonzero(~copies & ~near), removed
+
+
+def save_chunks(
+    work: Path,
+    results: Iterable[UnitResult],
+    config: PrepareConfig,
+    dtype: np.dtype[Any],
+    *,
+    near: Path | None,
+    range_bytes: int,
+) -> Chunks:
+    """Write down all chunks for every process, and read them back."""
+    groups: dict[Group, int] = {}
+    rows, unit_groups = [], {}
+    first_number = num_tokens = 0
+    for result in results:
+        unit_groups[str(result.number)] = [groups.setdefault(group, len(groups)) for group in result.groups]
+        for index, (documents, tokens, checksum) in enumerate(result.chunks):
+            rows.append(
+                {
+                    "unit": result.number,
+                    "index": index,
+                    "first_number": first_number,
+                    "num_documents": documents,
+                    "num_tokens": tokens,
+                    "checksum": checksum,
+                }
+            )
+        first_number += result.num_documents
+        num_tokens += result.num_tokens
+    content = {
+        "chunks": rows,
+        "groups": list(groups),
+        "unit_groups": unit_groups,
+        "dtype": dtype.str,
+        "num_ranges": min(MAX_RANGES, max(1, -(-num_tokens * dtype.itemsize // range_bytes))),
+        "exact": config.exact_duplicates == "remove",
+        "near": str(near) if near else None,
+    }
+    write_atomic(work / CHUNKS_NAME, json.dumps(content))
+    return Chunks.load(work)

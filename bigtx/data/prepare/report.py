@@ -1,0 +1,87 @@
+"""What `bigtx data prepare` and `bigtx data merge` say at their end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from bigtx.data.corpus.inspect import describe_splits
+from bigtx.data.prepare.job import REJECTS_NAME, REPORT_NAME, PartReport, Report
+from bigtx.data.raw.files import counts_by_suffix
+from bigtx.utils.units import format_count, format_size
+
+FEW_DOCUMENTS, FEW_TOKENS = 20, 100_000
+"""Held-out text below both is too little for a steady validation loss."""
+
+
+def describe_report(report: Report) -> Iterator[str]:
+    """The end report of `bigtx data prepare`, line by line."""
+    if report.reused:
+        yield f"{report.output} is prepared already, with these settings and this input; nothing to do."
+    else:
+        speed = sum(manifest.num_bytes for manifest in report.splits) / report.seconds / 1e6
+        yield f"Prepared {report.output} in {report.seconds:.1f} s ({speed:.1f} MB of text per second)."
+    yield ""
+    yield from describe_splits(report.splits)
+    yield ""
+    yield from _describe_held_out(report)
+    if report.passed_over:
+        yield f"Passed over, by their suffix: {counts_by_suffix(report.passed_over)}; see input.text_suffixes."
+    yield from _describe_removed(report)
+    if report.num_rejects or report.num_empty:
+        yield (
+            f"Left out: {report.num_rejects:,} that cannot be read, {report.num_empty:,} empty; "
+            f"listed in {report.output / REJECTS_NAME}."
+        )
+    yield ""
+    yield "Next:"
+    yield f"  bigtx data inspect {report.output}"
+    yield (
+        f"  deepspeed --module bigtx.pretrain pretrain/small.yaml data.sources.mine.path={report.output} "
+        "run_dir=runs/mine"
+    )
+
+
+def _describe_removed(report: Report) -> Iterator[str]:
+    """What rules and the search for duplicates left out, with an example of each where there is one."""
+    if not report.removed:
+        return
+    total = sum(removed.documents for removed in report.removed.values())
+    yield (
+        f"Removed {total:,} of {report.num_read:,} documents ({total / report.num_read:.2%}); "
+        f"examples in {report.output / REPORT_NAME}:"
+    )
+    for rule, removed in sorted(report.removed.items(), key=lambda item: -item[1].documents):
+        size = f", {format_size(removed.bytes)}" if removed.bytes else ""
+        example = f", e.g. {removed.examples[0]['detail']}" if removed.examples else ""
+        yield f"  {rule:<28} {removed.documents:>11,} documents{size}{example}"
+
+
+def _describe_held_out(report: Report) -> Iterator[str]:
+    if report.validation is None:
+        yield "Nothing is held out for validation."
+        return
+    held_out = report.validation.num_documents
+    total = held_out + report.train.num_documents
+    yield (
+        f"Held out for validation: {held_out:,} document{'s' * (held_out != 1)} ({held_out / total:.2%}), "
+        "by a hash of the text."
+    )
+    if held_out < FEW_DOCUMENTS and total >= 2 * FEW_DOCUMENTS and report.validation.num_tokens < FEW_TOKENS:
+        yield (
+            f"That is little to measure on; validation_fraction={FEW_DOCUMENTS / total:.1g} would hold out "
+            f"about {FEW_DOCUMENTS}."
+        )
+
+
+def describe_part(report: PartReport) -> Iterator[str]:
+    """What a part did, and what is left to do."""
+    number, count = report.part
+    yield (
+        f"Part {number} of {count}: {report.num_own_units:,} of {report.num_units:,} units tokenized, "
+        f"{format_count(report.num_tokens)} tokens."
+    )
+    yield ""
+    yield "Next:"
+    for other in report.missing_parts:
+        yield f"  the same command with --part {other}/{count}, here or on another machine"
+    yield f"  bigtx data merge {report.output}"

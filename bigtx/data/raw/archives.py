@@ -1,0 +1,235 @@
+"""Tar archives, member by member from a stream: members are bytes with a name, and nothing is ever extracted.
+
+The standard library's own reader takes an archive that is cut at a member's border, or whose header is damaged, for
+one that ends there, and holds whatever length of name a header claims; so only its parser of single headers is used.
+The format: POSIX.1-2001, pax; GNU tar's long names.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO, cast
+
+from bigtx.data.raw.documents import Reject, Rejects
+from bigtx.data.raw.formats import READ_ERRORS, read_up_to
+from bigtx.data.raw.records import unreadable
+from bigtx.data.storage.access import CHUNK_BYTES
+
+_UNIT = tarfile.BLOCKSIZE
+_ZEROS = bytes(_UNIT)
+_MAX_HEADER_BYTES = 1 << 20
+"""Longest extended header that is read."""
+
+_REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+_LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
+_DEVICES = (tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
+_PAX_HEADERS = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
+
+_LEADS_OUT = re.compile(r"[/\\]|[A-Za-z]:[/\\]|(.*[/\\])?\.\.([/\\].*)?\Z", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A regular file in an archive.
+
+    Attributes:
+        name: its path within the archive.
+        offset: of its header in the archive, in bytes.
+        stream: its bytes, to be read before the next member is asked for.
+    """
+
+    name: str
+    offset: int
+    stream: BinaryIO
+
+
+class DamagedArchiveError(Exception):
+    """The archive cannot be read on; the message is the reason.
+
+    Attributes:
+        is_told: the member's reader met it first and has told the rejects.
+    """
+
+    def __init__(self, reason: str, *, is_told: bool = False) -> None:
+        super().__init__(reason)
+        self.is_told = is_told
+
+
+class _MemberBytes(io.RawIOBase):
+    """So many bytes of the archive's stream."""
+
+    def __init__(self, archive: BinaryIO, size: int) -> None:
+        self._archive = archive
+        self.left = size
+        self.is_broken = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        wanted = min(len(buffer), self.left)
+        try:
+            content = self._archive.read(wanted)
+        except READ_ERRORS:
+            self.is_broken = True
+            raise
+        if wanted and not content:
+            self.is_broken = True
+            raise EOFError("the archive is cut short")
+        buffer[: len(content)] = content
+        self.left -= len(content)
+        return len(content)
+
+
+@dataclass
+class _Header:
+    """A member's header, with what the extended headers before it say."""
+
+    name: str
+    size: int
+    type: bytes
+    is_sparse: bool
+
+
+def read_members(archive: BinaryIO, file: str, rejects: Rejects) -> Iterator[Member]:
+    """The regular files of an archive in their order.
+
+    Members that are links, devices or sparse, or whose name leads out of the archive, are rejected by their names.
+
+    Args:
+        file: what rejects name the archive.
+
+    Raises:
+        DamagedArchiveError: it is damaged or cut short, or lacks its end-of-archive marker, so that any number of
+            members may be missing. Those before were given.
+    """
+    try:
+        yield from _read_members(archive, file, rejects)
+    except READ_ERRORS as error:
+        raise DamagedArchiveError(unreadable(error)) from None
+
+
+def _read_members(archive: BinaryIO, file: str, rejects: Rejects) -> Iterator[Member]:
+    offset = 0
+    common: dict[str, str] = {}
+    while found := _next_header(archive, offset, common):
+        header, length = found
+        has_content = header.type not in (*_LINKS, *_DEVICES, tarfile.DIRTYPE)
+        size = header.size if has_content else 0
+        reason = _refusal(header)
+        content = _MemberBytes(archive, size)
+        if reason:
+            rejects.add(Reject(f"{file}/{header.name}", 0, reason))
+        elif header.type != tarfile.DIRTYPE:
+            yield Member(header.name, offset, cast(BinaryIO, io.BufferedReader(content, min(CHUNK_BYTES, size + 1))))
+            if content.is_broken:
+                raise DamagedArchiveError("cut short", is_told=True)
+        _skip(archive, content.left + -size % _UNIT, header.name)
+        offset += length + size + -size % _UNIT
+    while rest := archive.read(CHUNK_BYTES):
+        if rest.strip(b"\0"):
+            rejects.add(Reject(file, 0, "bytes behind its end are not read; are there several archives in one file?"))
+            return
+
+
+def _next_header(archive: BinaryIO, offset: int, common: dict[str, str]) -> tuple[_Header, int] | None:
+    """The next member's header, and its length with all extended headers; None at the end-of-archive marker."""
+    own: dict[str, str] = {}
+    begin = offset
+    while True:
+        block = read_up_to(archive, _UNIT)
+        if not block:
+            raise DamagedArchiveError("cut short: it ends without an end-of-archive marker, members may be missing")
+        if len(block) < _UNIT:
+            raise DamagedArchiveError("cut short inside a header" if offset else "no tar archive")
+        if block == _ZEROS:
+            return None
+        try:
+            info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except tarfile.HeaderError as error:
+            raise DamagedArchiveError(
+                f"damaged at byte {offset:,}: {error}; nothing behind is read" if offset else f"no tar archive: {error}"
+            ) from None
+        if info.size < 0:
+            raise DamagedArchiveError(f"damaged at byte {offset:,}: a size below 0; nothing behind is read")
+        offset += _UNIT
+        if info.type in (*_PAX_HEADERS, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
+            content = _extended(archive, info)
+            offset += len(content)
+            content = content[: info.size]
+            if info.type == tarfile.GNUTYPE_LONGNAME:
+                own["path"] = content.rstrip(b"\0").decode(errors="surrogateescape")
+            elif info.type != tarfile.GNUTYPE_LONGLINK:
+                (common if info.type == tarfile.XGLTYPE else own).update(_pax_records(content, offset))
+            continue
+        if info.type == tarfile.GNUTYPE_SPARSE:
+            offset += _skip_sparse_map(archive, block)
+        told = common | own
+        size = told.get("size", "")
+        name = told.get("path", info.name).removesuffix("/")
+        is_sparse = info.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse") for key in own)
+        header = _Header(name, int(size) if size.isdecimal() else info.size, info.type, is_sparse)
+        return header, offset - begin
+
+
+def _refusal(header: _Header) -> str:
+    """Why a member is not read; "" if nothing speaks against it."""
+    if not header.name or _LEADS_OUT.match(header.name):
+        return "a path that leads out of the archive"
+    if header.type in _LINKS:
+        return "a link, which is not followed"
+    if header.type in _DEVICES:
+        return "a device or pipe"
+    if header.is_sparse:
+        return "a sparse file"
+    if header.type not in (*_REGULAR, tarfile.DIRTYPE):
+        return f"a member of unknown type {header.type.decode('latin-1')!r}"
+    return ""
+
+
+def _extended(archive: BinaryIO, info: tarfile.TarInfo) -> bytes:
+    """The content of an extended header, padded as it stands in the archive."""
+    if info.size > _MAX_HEADER_BYTES:
+        raise DamagedArchiveError(f"an extended header of {info.size:,} bytes; nothing behind is read")
+    padded = info.size + -info.size % _UNIT
+    content = read_up_to(archive, padded)
+    if len(content) < padded:
+        raise DamagedArchiveError("cut short inside a header")
+    return content
+
+
+def _pax_records(content: bytes, offset: int) -> dict[str, str]:
+    """The records `<length> <key>=<value>\\n` of a pax header."""
+    records = {}
+    while content.rstrip(b"\0"):
+        length = content.partition(b" ")[0]
+        record = content[: int(length)] if length.isdigit() and len(length) < 8 else b""
+        key, equals, value = record[len(length) + 1 :].partition(b"=")
+        if not equals or not value.endswith(b"\n"):
+            raise DamagedArchiveError(f"damaged before byte {offset:,}: a pax header that cannot be read")
+        records[key.decode(errors="surrogateescape")] = value[:-1].decode(errors="surrogateescape")
+        content = content[len(record) :]
+    return records
+
+
+def _skip_sparse_map(archive: BinaryIO, header: bytes) -> int:
+    """Pass GNU tar's further blocks of holes; returns their bytes."""
+    num_bytes, goes_on = 0, header[482]
+    while goes_on:
+        block = read_up_to(archive, _UNIT)
+        if len(block) < _UNIT:
+            raise DamagedArchiveError("cut short inside a header")
+        num_bytes, goes_on = num_bytes + _UNIT, block[504]
+    return num_bytes
+
+
+def _skip(archive: BinaryIO, num_bytes: int, name: str) -> None:
+    while num_bytes:
+        skipped = len(archive.read(min(num_bytes, CHUNK_BYTES)))
+        if not skipped:
+            raise DamagedArchiveError(f"cut short inside of {name}")
+        num_bytes -= skipped

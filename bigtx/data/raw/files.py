@@ -1,0 +1,300 @@
+"""Which files hold the raw text: folders, globs, URLs and single files -> an ordered list.
+
+The order depends on nothing but the configuration and the names, so every job that reads the same input sees the same
+documents in the same order, on any machine.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import itertools
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import BinaryIO
+
+from bigtx.config.schema import InputConfig
+from bigtx.data.raw.formats import SUFFIXES, Format, format_of, is_compressed, suffix_of
+from bigtx.data.raw.parquet import check_package, row_group_ranges
+from bigtx.data.storage import buckets
+from bigtx.data.storage.access import CHUNK_BYTES, InputFile, is_remote, stat
+from bigtx.data.storage.remote import check_scheme, name_of, scheme_of, shown
+from bigtx.utils.errors import DataError
+
+_BRACES = re.compile(r"\{(?:(\d{1,12})\.\.(\d{1,12})|([^{}]*,[^{}]*))\}")
+_MAX_EXPANDED = 1_000_000
+_REQUESTS_AT_ONCE = 16
+
+
+def list_files(config: InputConfig, passed_over: Counter[str] | None = None) -> list[InputFile]:
+    """The files that `config.paths` names, each once.
+
+    `passed_over`, if given, counts by suffix the files of folders and globs that are not read.
+
+    Paths keep the order in which they are written, `{000..010}` and `{a,b}` in them stand for several; the files of a
+    folder or glob are sorted by their path in it. Folders are read recursively, links included; names that begin with a
+    dot are left out. In folders and globs, files with other suffixes are passed over; a file that is named itself must
+    have a suffix that is known.
+
+    Raises:
+        DataError: no paths, one that names nothing readable, a protocol that is not read, or a missing package.
+    """
+    if not config.paths:
+        raise DataError("No input: input.paths is empty. Name files, folders or globs, e.g. input.paths=[my/texts].")
+    passed_over = Counter() if passed_over is None else passed_over
+    files: dict[str, InputFile] = {}
+    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+        paths = [expanded for path in config.paths for expanded in _expanded(path)]
+        # A web server is asked about each of its files, which may be many.
+        asked = {path: pool.submit(_stat_named, path, config) for path in paths if scheme_of(path).startswith("http")}
+        try:
+            for path in paths:
+                found = [asked[path].result()] if path in asked else _files_of(path, config, passed_over)
+                for file in found:
+                    files.setdefault(file.path if is_remote(file.path) else os.path.abspath(file.path), file)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+    for file in files.values():
+        if format_of(name_of(file.path), config) is Format.PARQUET:
+            check_package(file.shown)
+            break
+    return list(files.values())
+
+
+def counts_by_suffix(counts: Counter[str]) -> str:
+    """Numbers of files by suffix as text, the most frequent first."""
+    parts = [f"{number:,} {suffix}" for suffix, number in counts.most_common(4)]
+    rest = sum(counts.values()) - sum(number for _, number in counts.most_common(4))
+    return ", ".join(parts + [f"{rest:,} others"] * (rest > 0))
+
+
+def split_file(file: InputFile, config: InputConfig, part_bytes: int) -> list[InputFile]:
+    """Cut a large local file into ranges of about `part_bytes`, for several processes.
+
+    Files whose documents are lines are cut between lines if they are not compressed, parquet between row groups. A file
+    of lines is read once for that, at the speed of the disk, to number them; so remote files come back as they are,
+    like all others.
+    """
+    kind = format_of(file.path, config)
+    if is_remote(file.path) or is_compressed(file.path) or file.size <= part_bytes:
+        return [file]
+    if kind is Format.PARQUET:
+        return row_group_ranges(file, part_bytes)
+    if kind is Format.JSON_LINES or (kind is Format.TEXT and config.document_per_line):
+        return _line_ranges(file, part_bytes)
+    return [file]
+
+
+def is_left_out(relative: str, config: InputConfig) -> bool:
+    """Whether a path within a folder or archive is not to be read: hidden names, and what `exclude` says."""
+    return any(name.startswith(".") for name in relative.split("/")) or _is_excluded(relative, config)
+
+
+def expand_braces(path: str) -> Iterator[str]:
+    """The paths that `{000..010}` and `{a,b}` in a path stand for, in a shell's order, one after the other."""
+    match = _BRACES.search(path)
+    if not match:
+        yield path
+        return
+    first, last, listed = match.groups()
+    if listed is None:
+        # As in a shell, a zero in front gives all of them one width.
+        has_width = any(len(end) > 1 and end.startswith("0") for end in (first, last))
+        width = max(len(first), len(last)) if has_width else 0
+        step = 1 if int(first) <= int(last) else -1
+        options: Iterable[str] = (f"{n:0{width}d}" for n in range(int(first), int(last) + step, step))
+    else:
+        options = listed.split(",")
+    for option in options:
+        for rest in expand_braces(path[match.end() :]):
+            yield f"{path[: match.start()]}{option}{rest}"
+
+
+def _expanded(path: str) -> list[str]:
+    """The paths that braces stand for, as a shell would have them."""
+    check_scheme(path)
+    if "{" not in path or (not is_remote(path) and os.path.lexists(path)):
+        return [path]
+    paths = list(itertools.islice(expand_braces(path), _MAX_EXPANDED + 1))
+    if len(paths) > _MAX_EXPANDED:
+        raise DataError(f"{shown(path)} in input.paths stands for more than {_MAX_EXPANDED:,} paths; use fewer.")
+    for expanded in paths:
+        check_scheme(expanded)
+    return paths
+
+
+def _files_of(path: str, config: InputConfig, passed_over: Counter[str]) -> list[InputFile]:
+    """The files that a path stands for, with their sizes and versions."""
+    try:
+        if not is_remote(path):
+            return _local_files(path, config, passed_over)
+        if glob.has_magic(path):
+            base, candidates = _fixed_part(path), buckets.glob(path)
+            for folder in [found for found, (size, _) in candidates.items() if size < 0]:
+                candidates.pop(folder)
+                candidates.update(buckets.find(folder))
+        else:
+            size, version = stat(path)
+            if size >= 0:
+                _refuse_unknown(path, config)
+                return [InputFile(path, size, version=version, name=path.rpartition("/")[2])]
+            base, candidates = path.rstrip("/"), buckets.find(path)
+    except OSError as error:
+        raise _unreachable(path, error) from None
+    relative = {found: found[len(base) :].lstrip("/") for found in candidates}
+    names = [found for found in relative if not is_left_out(relative[found], config)]
+    return [
+        InputFile(found, candidates[found][0], version=candidates[found][1], name=relative[found])
+        for found in _known(path, names, config, passed_over)
+    ]
+
+
+def _local_files(path: str, config: InputConfig, passed_over: Counter[str]) -> list[InputFile]:
+    if os.path.isdir(path):
+        base, candidates = path, list(_walk(path, config))
+    elif os.path.exists(path):
+        _refuse_unknown(path, config)
+        return [_local(path, os.path.basename(path))]
+    elif glob.has_magic(path):
+        base = _fixed_part(path)
+        candidates = []
+        for match in sorted(glob.glob(path, recursive=True)):
+            if _is_excluded(os.path.relpath(match, base), config):
+                continue
+            candidates += _walk(match, config) if os.path.isdir(match) else [match]
+    else:
+        raise DataError(f"There is no file or folder {path} (named in input.paths).")
+    return [_local(found, os.path.relpath(found, base)) for found in _known(path, candidates, config, passed_over)]
+
+
+def _local(path: str, name: str) -> InputFile:
+    try:
+        size, version = stat(path)
+    except OSError:
+        size, version = 0, ""  # A dangling link: the reader rejects it, by name.
+    return InputFile(path, size, version=version, name=name)
+
+
+def _stat_named(url: str, config: InputConfig) -> InputFile:
+    """A file of a web server."""
+    if "*" in name_of(url):
+        raise DataError(
+            f"{shown(url)} in input.paths: a web server does not tell which files there are. Name them, e.g. with "
+            "{000..010}."
+        )
+    _refuse_unknown(url, config)
+    try:
+        size, version = stat(url)
+    except OSError as error:
+        raise _unreachable(url, error) from None
+    return InputFile(url, size, version=version, name=name_of(url).rpartition("/")[2])
+
+
+def _unreachable(path: str, error: OSError) -> DataError:
+    return DataError(f"{shown(path)} (named in input.paths) cannot be read: {error.strerror or error}.")
+
+
+def _known(path: str, candidates: list[str], config: InputConfig, passed_over: Counter[str]) -> list[str]:
+    """Those of a folder's or glob's files that are read, sorted; the others are counted."""
+    files = sorted({found for found in candidates if format_of(found, config)})
+    others = Counter(suffix_of(found) for found in set(candidates).difference(files))
+    passed_over.update(others)
+    if not files:
+        inside = f"; it has {counts_by_suffix(others)}" if others else ""
+        raise DataError(
+            f"No text in {path}: no file in it ends in {_listed([*config.text_suffixes, *SUFFIXES])} "
+            f"(plain, .gz or .zst){inside}. Name the suffixes of text files in input.text_suffixes, or another folder."
+        )
+    return files
+
+
+def _refuse_unknown(path: str, config: InputConfig) -> None:
+    """Refuse a file that is named itself and whose suffix says nothing."""
+    name = name_of(path)
+    if format_of(name, config):
+        return
+    suffix = Path(name).suffix
+    advice = f"say so: input.text_suffixes=[{suffix}]" if suffix else "give it a name that ends in .txt"
+    raise DataError(
+        f"Cannot tell what {shown(path)} holds: it ends neither in one of {_listed(SUFFIXES)} nor in one of "
+        f"input.text_suffixes ({_listed(config.text_suffixes)}), plain or with .gz or .zst. If it is text, {advice}."
+    )
+
+
+def _walk(folder: str, config: InputConfig) -> Iterator[str]:
+    """All files below a folder that are not excluded; links to folders are followed, each folder once."""
+    visited: set[str] = set()
+    pending = [folder]
+    while pending:
+        current = pending.pop()
+        real = os.path.realpath(current)
+        if real in visited:
+            continue
+        visited.add(real)
+        try:
+            entries = sorted(os.scandir(current), key=lambda entry: entry.name)
+        except OSError as error:
+            raise DataError(f"Cannot read the folder {current}: {error.strerror}.") from error
+        for entry in entries:
+            if entry.name.startswith(".") or _is_excluded(os.path.relpath(entry.path, folder), config):
+                continue
+            if entry.is_dir():
+                pending.append(entry.path)
+            elif entry.is_file() or entry.is_symlink():
+                # A dangling link is rejected by name when it is read; pipes and devices are no texts.
+                yield entry.path
+
+
+def _is_excluded(relative: str, config: InputConfig) -> bool:
+    names = relative.split("/")
+    for pattern in config.exclude:
+        if "/" not in pattern:
+            if fnmatch.filter(names, pattern):
+                return True
+        # With a slash in front, */test/* means a folder test at the top as well.
+        elif fnmatch.fnmatchcase(relative, pattern) or fnmatch.fnmatchcase(f"/{relative}", pattern):
+            return True
+    return False
+
+
+def _fixed_part(pattern: str) -> str:
+    """The folder before the first wildcard of a glob."""
+    parts = pattern.split("/")
+    fixed = "/".join(itertools.takewhile(lambda part: not glob.has_magic(part), parts[:-1]))
+    return fixed or ("/" if pattern.startswith("/") else ".")
+
+
+def _listed(suffixes: tuple[str, ...] | list[str]) -> str:
+    return ", ".join(suffixes)
+
+
+def _line_ranges(file: InputFile, part_bytes: int) -> list[InputFile]:
+    parts: list[InputFile] = []
+    try:
+        with open(file.path, "rb") as stream:
+            start, first_line = 0, 1
+            while start < file.size:
+                num_lines = _skip_lines(stream, min(part_bytes, file.size - start))
+                end = stream.tell()
+                if end == start:
+                    break  # It has become shorter; the reader says so.
+                parts.append(replace(file, size=end - start, start=start, end=end, first_line=first_line))
+                start, first_line = end, first_line + num_lines
+    except OSError:
+        return [file]  # Reading it says what is wrong with it.
+    return parts
+
+
+def _skip_lines(stream: BinaryIO, num_bytes: int) -> int:
+    """Read at least `num_bytes` and on to the end of the line; returns how many lines that was."""
+    num_lines, last = 0, b"\n"
+    while num_bytes > 0 and (chunk := stream.read(min(num_bytes, CHUNK_BYTES))):
+        num_lines, num_bytes, last = num_lines + chunk.count(b"\n"), num_bytes - len(chunk), chunk
+    while not last.endswith(b"\n") and (last := stream.readline(CHUNK_BYTES)):
+        num_lines += last.endswith(b"\n")
+    return num_lines

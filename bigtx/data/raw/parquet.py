@@ -1,0 +1,125 @@
+"""Parquet -> documents: the wanted columns, batch by batch, in ranges of row groups (the extra `parquet`)."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from bigtx.config.schema import InputConfig
+from bigtx.data.raw import documents
+from bigtx.data.raw.documents import Document, Origin, Reject, Rejects
+from bigtx.data.raw.lines import too_long
+from bigtx.data.raw.records import BadRecordError, Fields
+from bigtx.data.storage.access import CHUNK_BYTES, InputFile, open_binary
+from bigtx.utils.errors import DataError
+
+_BATCH_ROWS = 128
+
+
+def check_package(path: str) -> None:
+    """Make sure that parquet can be read at all.
+
+    Raises:
+        DataError: the package is missing.
+    """
+    if importlib.util.find_spec("pyarrow") is None:
+        raise DataError(
+            f"Reading {path} needs pyarrow, which is not there: pip install 'bigtx[parquet]'. To leave such files out: "
+            "input.exclude=['*.parquet']."
+        )
+
+
+def row_group_ranges(file: InputFile, part_bytes: int) -> list[InputFile]:
+    """Cut a file into ranges of row groups of about `part_bytes`; one that cannot be opened comes back as it is."""
+    try:
+        with _opened(file) as parquet:
+            groups = [parquet.metadata.row_group(number) for number in range(parquet.num_row_groups)]
+            sizes = [sum(group.column(i).total_compressed_size for i in range(group.num_columns)) for group in groups]
+            rows = [group.num_rows for group in groups]
+    except Exception:
+        return [file]  # Reading it says what is wrong with it.
+    parts: list[InputFile] = []
+    start, first_row = 0, 1
+    for end in range(1, len(groups) + 1):
+        size = sum(sizes[start:end])
+        if size >= part_bytes or end == len(groups):
+            parts.append(replace(file, size=size, start=start, end=end, first_line=first_row))
+            start, first_row = end, first_row + sum(rows[start:end])
+    if len(parts) < 2:
+        return [file]
+    # The sizes of the parts add up to the file's.
+    rest = file.size - sum(part.size for part in parts)
+    return [*parts[:-1], replace(parts[-1], size=max(1, parts[-1].size + rest))]
+
+
+def read_parquet(file: InputFile, origin: Origin, config: InputConfig, rejects: Rejects) -> Iterator[Document]:
+    """A document in each row of a file or range of row groups; a damaged row group is one reject, the next is read."""
+    fields = Fields(config)
+    with contextlib.ExitStack() as stack:
+        try:
+            parquet = stack.enter_context(_opened(file))
+            columns = set(parquet.schema_arrow.names)
+        except Exception as error:
+            rejects.add(Reject(origin.file, 0, _damaged(error)))
+            return
+        if not columns & {fields.text, fields.text.partition(".")[0]}:
+            names = ", ".join(sorted(columns)[:8])
+            rejects.add(
+                Reject(origin.file, 0, f"no column {fields.text!r} (its columns: {names}); see input.text_field")
+            )
+            return
+        first_row = file.first_line
+        for group in range(file.start, parquet.num_row_groups if file.end is None else file.end):
+            yield from _read_group(parquet, group, first_row, fields, origin, rejects)
+            first_row += parquet.metadata.row_group(group).num_rows
+
+
+def _read_group(
+    parquet: Any, group: int, first_row: int, fields: Fields, origin: Origin, rejects: Rejects
+) -> Iterator[Document]:
+    row = first_row
+    batches = parquet.iter_batches(_BATCH_ROWS, row_groups=[group], columns=fields.names, use_threads=False)
+    while True:
+        try:
+            batch = next(batches, None)
+        except Exception as error:
+            rejects.add(Reject(origin.file, row, f"{_damaged(error)} (row group {group})"))
+            return
+        if batch is None:
+            return
+        for index in range(batch.num_rows):
+            try:
+                document = fields.document(_record(batch, index), origin, row)
+                if len(document.text) > documents.MAX_DOCUMENT_BYTES:
+                    raise BadRecordError(too_long())
+            except UnicodeDecodeError as error:
+                rejects.add(Reject(origin.file, row, f"not UTF-8: {error.reason} at byte {error.start + 1} of a field"))
+            except BadRecordError as error:
+                rejects.add(Reject(origin.file, row, str(error)))
+            else:
+                yield document
+            row += 1
+
+
+def _record(batch: Any, index: int) -> dict[str, Any]:
+    return {name: column[index].as_py() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+
+
+@contextlib.contextmanager
+def _opened(file: InputFile) -> Iterator[Any]:
+    """The file in pyarrow's hands, with one thread and a buffer instead of whole columns in memory."""
+    from pyarrow.parquet import ParquetFile
+
+    with (
+        contextlib.closing(open_binary(file, seeks=True)) as stream,
+        ParquetFile(stream, buffer_size=CHUNK_BYTES, pre_buffer=False, page_checksum_verification=True) as parquet,
+    ):
+        yield parquet
+
+
+def _damaged(error: Exception) -> str:
+    """Why pyarrow could not read on; its errors are of many classes, and long."""
+    return f"cannot be read: {(str(error) or type(error).__name__).splitlines()[0][:200]}"

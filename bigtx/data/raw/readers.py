@@ -1,0 +1,22 @@
+"""Which reader takes a stream of which format; files and members of archives are read alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import BinaryIO
+
+from bigtx.config.schema import InputConfig
+from bigtx.data.raw.documents import Document, Origin, Rejects
+from bigtx.data.raw.formats import Format
+from bigtx.data.raw.lines import read_json_lines, read_text
+from bigtx.data.raw.tables import read_csv, read_tsv
+
+Reader = Callable[[BinaryIO, Origin, InputConfig, Rejects], Iterator[Document]]
+
+STREAM_READERS: dict[Format, Reader] = {
+    Format.TEXT: read_text,
+    Format.JSON_LINES: read_json_lines,
+    Format.CSV: read_csv,
+    Format.TSV: read_tsv,
+}
+"""Readers of what comes from beginning to end; parquet and archives need more (parquet.py, samples.py)."""

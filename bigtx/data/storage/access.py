@@ -1,0 +1,103 @@
+"""Where files lie: this machine, web servers (web.py), object stores (buckets.py). Everything is streamed."""
+
+from __future__ import annotations
+
+import io
+import os
+from dataclasses import dataclass
+from typing import BinaryIO, cast
+
+from bigtx.data.storage import buckets, web
+from bigtx.data.storage.remote import RefusedError, scheme_of, shown
+
+CHUNK_BYTES = 1 << 20
+"""What is read at once."""
+_BUCKET_CHUNK_BYTES = 8 << 20
+"""What is asked for at once of an object store, whose answers take their time."""
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file of raw text, or a range of its lines or row groups.
+
+    Attributes:
+        path: local, or a URL; its query may hold a signature, so what is written down is `shown`.
+        size: bytes as stored, of the range if it is one.
+        start, end: of the range: byte offsets at which lines begin, in parquet numbers of row groups; `end` None: to
+            the end of the file.
+        first_line: number, counted from 1, of the line (in parquet: row) at `start`.
+        version: what changes when the file does: its time of change in nanoseconds, a server's ETag; "" if not known.
+        name: its path within the folder or glob that was named.
+    """
+
+    path: str
+    size: int
+    start: int = 0
+    end: int | None = None
+    first_line: int = 1
+    version: str = ""
+    name: str = ""
+
+    @property
+    def shown(self) -> str:
+        """The path without credentials."""
+        return shown(self.path)
+
+    @property
+    def identity(self) -> tuple[str | int | None, ...]:
+        """All that says which bytes these are, without credentials; of local files with the absolute path."""
+        path = self.shown if is_remote(self.path) else os.path.abspath(self.path)
+        return path, self.size, self.start, self.end, self.first_line, self.version
+
+
+def is_remote(path: str) -> bool:
+    """Whether the path is a URL."""
+    return bool(scheme_of(path))
+
+
+def stat(path: str) -> tuple[int, str]:
+    """Size in bytes (-1 of a remote folder) and version: what changes when the content does.
+
+    Raises:
+        OSError: it is not there, or cannot be reached.
+    """
+    scheme = scheme_of(path)
+    if not scheme:
+        found = os.stat(path)
+        return found.st_size, str(found.st_mtime_ns)
+    return web.stat(path) if scheme in ("http", "https") else buckets.stat(path)
+
+
+def read_range(url: str, start: int | None = None, end: int | None = None) -> bytes:
+    """A remote file's bytes, or those from start to end, end not included, in one request.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        TransientError: trying again may help.
+        OSError: it does not.
+    """
+    read = web.read_range if scheme_of(url) in ("http", "https") else buckets.read_range
+    return read(url, start, end)
+
+
+def open_binary(file: InputFile, *, seeks: bool = False) -> BinaryIO:
+    """A stream of a file's stored bytes from its start; remote files are always whole ones.
+
+    Args:
+        seeks: the reader goes to and fro in the file.
+
+    Raises:
+        OSError: it cannot be opened, or was changed since it was listed. Reading raises it too, e.g. where it is cut.
+    """
+    scheme = scheme_of(file.path)
+    if scheme in ("http", "https"):
+        web_file = web.WebFile(file.path, file.size, file.version, needs_ranges=seeks)
+        return cast(BinaryIO, io.BufferedReader(web_file, CHUNK_BYTES))
+    if scheme:
+        chunk = CHUNK_BYTES if seeks else _BUCKET_CHUNK_BYTES
+        return cast(BinaryIO, io.BufferedReader(buckets.BucketFile(file.path, file.size, file.version), chunk))
+    stream = open(file.path, "rb", min(CHUNK_BYTES, max(file.size, 512)))  # noqa: SIM115 - the caller closes it
+    if file.version and str(os.fstat(stream.fileno()).st_mtime_ns) != file.version:
+        stream.close()
+        raise RefusedError("it was changed since it was listed")
+    return stream

@@ -1,0 +1,130 @@
+"""Files of object stores (S3 and what speaks like it, Google Cloud Storage), by fsspec's file systems."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from bigtx.data.storage.remote import RefusedError, RemoteFile, TransientError, retried, scheme_of, without_secrets
+from bigtx.utils.errors import DataError
+
+Result = TypeVar("Result")
+
+_PACKAGES = {"s3": ("s3fs", "S3FileSystem"), "gs": ("gcsfs", "GCSFileSystem")}
+_VERSION_KEYS = ("ETag", "etag", "generation", "LastModified", "updated", "mtime")
+
+
+@functools.cache
+def file_system(scheme: str) -> Any:
+    """fsspec's file system of `s3` or `gs`, which finds its keys as the provider's own tools do.
+
+    Raises:
+        DataError: its package is missing.
+    """
+    package, name = _PACKAGES[scheme]
+    try:
+        module = importlib.import_module(package)
+    except ImportError as error:
+        raise DataError(
+            f"Reading {scheme}:// needs {package}, which is not there ({error.name}): pip install 'bigtx[{scheme}]'."
+        ) from None
+    return getattr(module, name)(use_listings_cache=False, skip_instance_cache=True)
+
+
+def stat(url: str) -> tuple[int, str]:
+    """Size in bytes and version of an object; size -1 of a folder.
+
+    Raises:
+        OSError: it is not there, or cannot be reached.
+    """
+    return _described(_asked(url, lambda: file_system(scheme_of(url)).info(url)))
+
+
+def find(folder: str) -> dict[str, tuple[int, str]]:
+    """Size and version of all objects below a folder, by their URLs."""
+    return _objects(folder, lambda: file_system(scheme_of(folder)).find(folder, detail=True))
+
+
+def glob(pattern: str) -> dict[str, tuple[int, str]]:
+    """Size (-1 of a folder) and version of what matches, by their URLs."""
+    return _objects(pattern, lambda: file_system(scheme_of(pattern)).glob(pattern, detail=True))
+
+
+def read_range(url: str, start: int | None = None, end: int | None = None) -> bytes:
+    """An object's bytes, or those from start to end, end not included, in one request.
+
+    Raises:
+        FileNotFoundError: there is no such object.
+        TransientError: trying again may help.
+        OSError: it does not.
+    """
+    content: bytes = _answer(url, lambda: file_system(scheme_of(url)).cat_file(url, start=start, end=end))
+    if start is not None and end is not None and len(content) != end - start:
+        raise TransientError(f"{len(content):,} bytes came instead of {end - start:,}")
+    return content
+
+
+class BucketFile(RemoteFile):
+    """An object.
+
+    Args:
+        version: as `stat` gave it; "" takes any.
+
+    Raises:
+        OSError: it cannot be opened, or is another than `stat` saw.
+    """
+
+    def __init__(self, url: str, size: int, version: str) -> None:
+        super().__init__(size)
+        self._url = url
+        if version and stat(url) != (size, version):
+            raise RefusedError("it was changed since it was listed")
+
+    def fetch(self, buffer: memoryview) -> int:
+        """Ask for just the bytes that the buffer holds."""
+        begin, end = self.position, self.position + len(buffer)
+        content = _answer(
+            self._url, lambda: file_system(scheme_of(self._url)).cat_file(self._url, start=begin, end=end)
+        )
+        buffer[: len(content)] = content
+        return len(content)
+
+
+def _objects(url: str, call: Callable[[], dict[str, Any]]) -> dict[str, tuple[int, str]]:
+    scheme = scheme_of(url)
+    found = {f"{scheme}://{path}": _described(info) for path, info in _asked(url, call).items()}
+    # Some tools mark a folder by an object of no bytes.
+    return {path: about for path, about in found.items() if not path.endswith("/")}
+
+
+def _described(info: dict[str, Any]) -> tuple[int, str]:
+    if info.get("type") == "directory":
+        return -1, ""
+    version = next((str(info[key]) for key in _VERSION_KEYS if info.get(key)), "")
+    return int(info.get("size") or 0), version
+
+
+def _asked(url: str, call: Callable[[], Result]) -> Result:
+    return retried(lambda: _answer(url, call))
+
+
+def _answer(url: str, call: Callable[[], Result]) -> Result:
+    """What a call of the library returns; whatever it raises becomes an OSError without secrets."""
+    try:
+        return call()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no {url}") from None
+    except DataError:
+        raise
+    except PermissionError as error:
+        raise RefusedError(f"access is refused: {without_secrets(str(error), url)}") from None
+    except Exception as error:
+        said = without_secrets(f"{type(error).__name__}: {error}", url)
+        if "Credentials" in type(error).__name__:
+            raise RefusedError(
+                f"no keys are known ({said}); set them up as for the provider's own tools, or for a public bucket "
+                f"FSSPEC_{scheme_of(url).upper()}_ANON=true"
+            ) from None
+        raise TransientError(said) from None

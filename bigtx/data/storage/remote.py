@@ -1,0 +1,138 @@
+"""Files on other machines: what their places have in common."""
+
+from __future__ import annotations
+
+import io
+import re
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from bigtx.utils.errors import DataError
+from bigtx.utils.secrets import HIDDEN, scrub_text
+from bigtx.utils.urls import is_url, url_problem
+
+BACK_OFF_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0)
+"""Waits before a request is tried again; each byte that comes starts them anew."""
+
+Result = TypeVar("Result")
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+
+
+class TransientError(OSError):
+    """A request failed in a way that may pass: a lost connection, a busy server."""
+
+
+def scheme_of(path: str) -> str:
+    """The scheme of a URL, in lower case; "" for a local path."""
+    match = _SCHEME.match(path)
+    return match[1].lower() if match else ""
+
+
+def check_scheme(path: str) -> None:
+    """Refuse what is neither a local path nor a URL that is read: no command, no protocol inside another, no password.
+
+    Raises:
+        DataError: it is something else.
+    """
+    problem = url_problem(path) if is_url(path) or "://" in path else None
+    if problem:
+        raise DataError(f"input.paths: {scrub_text(shown(path))} {problem}.")
+
+
+def shown(path: str) -> str:
+    """A path as it may be written down: a URL without user, password and the values of its query."""
+    scheme = scheme_of(path)
+    if not scheme:
+        return path
+    address, _, query = path.partition("#")[0].partition("?") if scheme in ("http", "https") else (path, "", "")
+    host, slash, rest = address[len(scheme) + 3 :].partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{rest}{f'?{HIDDEN}' if query else ''}"
+
+
+def name_of(path: str) -> str:
+    """The path inside the place, by which a file's suffix is known: a URL without its query."""
+    return path.partition("#")[0].partition("?")[0] if scheme_of(path) in ("http", "https") else path
+
+
+def without_secrets(said: str, path: str) -> str:
+    """What a library said about a remote file, fit to be written down."""
+    return scrub_text(said.replace(path, shown(path)))
+
+
+def retried(call: Callable[[], Result]) -> Result:
+    """What the call returns, after as many waits as BACK_OFF_SECONDS has.
+
+    Raises:
+        TransientError: the last one.
+    """
+    for seconds in BACK_OFF_SECONDS:
+        try:
+            return call()
+        except TransientError:
+            time.sleep(seconds)
+    return call()
+
+
+class RefusedError(OSError):
+    """A request failed in a way that trying again does not mend."""
+
+
+class RemoteFile(io.RawIOBase):
+    """A remote file of known size, read where its position is; wrapped into an `io.BufferedReader` for use.
+
+    A lost connection is taken up again where it broke.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.position = 0
+
+    def fetch(self, buffer: memoryview) -> int:
+        """Put the next bytes at `position` into the buffer, which ends within the file.
+
+        Returns:
+            How many; 0 where the place has no more of the file.
+
+        Raises:
+            TransientError: trying again may help.
+            OSError: it does not.
+        """
+        raise NotImplementedError
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        """Fetch with retries.
+
+        Raises:
+            OSError: the file cannot be reached, or has fewer bytes than it should.
+        """
+        wanted = memoryview(buffer)[: max(0, self.size - self.position)]
+        if not wanted:
+            return 0
+
+        def fetch() -> int:
+            if count := self.fetch(wanted):
+                return count
+            raise TransientError(f"it ends early, after {self.position:,} of {self.size:,} bytes")
+
+        count = retried(fetch)
+        self.position += count
+        return count
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def tell(self) -> int:
+        """The position in bytes."""
+        return self.position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a position; nothing is fetched before it is read."""
+        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
+        return self.position

@@ -1,0 +1,224 @@
+"""Files of web servers, by the standard library: streamed, and taken up again where a connection broke."""
+
+from __future__ import annotations
+
+import base64
+import http
+import http.client
+import netrc
+import ssl
+import urllib.error
+import urllib.request
+from typing import Any
+from urllib.parse import quote, urlsplit, urlunsplit
+
+from bigtx.data.storage.remote import RefusedError, RemoteFile, TransientError, retried, without_secrets
+from bigtx.utils.version import __version__
+
+TIMEOUT_SECONDS = 60.0
+"""How long a server may be silent."""
+
+_TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504}
+_SKIP_BYTES = 1 << 20
+
+
+def stat(url: str) -> tuple[int, str]:
+    """Size in bytes and version (ETag, else the time of change) of a file.
+
+    The first byte is asked for, since a signed URL often allows no HEAD request.
+
+    Raises:
+        OSError: it cannot be reached, or its size is not told.
+    """
+    with retried(lambda: _open(url, "bytes=0-0")) as response:
+        size = _total_size(response)
+        if size is None:
+            raise RefusedError("its server does not say how long it is; copy it and read the copy")
+        return size, _version(response)
+
+
+def read_range(url: str, start: int | None = None, end: int | None = None) -> bytes:
+    """A file's bytes, or those from start to end, end not included, in one request.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        TransientError: trying again may help.
+        OSError: it does not, as where the file ends before `end`.
+    """
+    is_part = start is not None and end is not None
+    try:
+        with _open(url, f"bytes={start}-{end - 1}" if is_part else None) as response:  # type: ignore[operator]
+            if is_part and response.status != http.HTTPStatus.PARTIAL_CONTENT:
+                raise RefusedError("its server sends no parts of files, or the file is shorter than it should be")
+            if is_part and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+                raise RefusedError("its server sends another part of it than it was asked for")
+            content: bytes = response.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise _sorted_out(error, url) from None
+    if is_part and len(content) != end - start:  # type: ignore[operator]
+        raise TransientError(f"{len(content):,} bytes came instead of {end - start:,}")  # type: ignore[operator]
+    return content
+
+
+class WebFile(RemoteFile):
+    """A file of a web server.
+
+    Args:
+        version: as `stat` gave it; "" takes any.
+        needs_ranges: refuse to skip bytes by reading them where the server knows no ranges.
+
+    Raises:
+        OSError: it cannot be opened, or is another file than `stat` saw.
+    """
+
+    def __init__(self, url: str, size: int, version: str, *, needs_ranges: bool = False) -> None:
+        super().__init__(size)
+        self._url = url
+        self._expected_version = version
+        self._needs_ranges = needs_ranges
+        self._response: Any = None
+        self._response_position = 0
+
+    def fetch(self, buffer: memoryview) -> int:
+        """Read on from the open response, or from a new one at the position."""
+        try:
+            if self._response is None or self._response_position != self.position:
+                self._connect()
+            count = self._response.readinto(buffer)
+        except (OSError, http.client.HTTPException) as error:
+            self._disconnect()
+            raise _sorted_out(error, self._url) from None
+        if not count:
+            self._disconnect()
+        self._response_position += count
+        return count
+
+    def close(self) -> None:
+        """Leave the connection."""
+        self._disconnect()
+        super().close()
+
+    def _connect(self) -> None:
+        self._disconnect()
+        response = _open(self._url, f"bytes={self.position}-" if self.position else None)
+        self._response, self._response_position = response, self.position
+        if self._expected_version and _version(response) != self._expected_version:
+            raise RefusedError("it was changed since it was listed")
+        if _total_size(response) not in (None, self.size):
+            raise RefusedError(f"it has {_total_size(response):,} bytes and had {self.size:,} when it was listed")
+        if response.status == http.HTTPStatus.PARTIAL_CONTENT:
+            if not response.headers.get("Content-Range", "").startswith(f"bytes {self.position}-"):
+                raise RefusedError("its server sends another part of it than it was asked for")
+        elif self.position:
+            if self._needs_ranges:
+                raise RefusedError("its server sends no parts of files, which parquet needs; copy it and read the copy")
+            self._skip(response)
+
+    def _skip(self, response: Any) -> None:
+        left = self.position
+        while left and (part := response.read(min(left, _SKIP_BYTES))):
+            left -= len(part)
+        if left:
+            raise TransientError("the connection was lost")
+
+    def _disconnect(self) -> None:
+        if self._response is not None:
+            self._response.close()
+            self._response = None
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows to other web servers and to nothing else."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        if urlsplit(newurl).scheme.lower() not in ("http", "https"):
+            raise RefusedError("its server leads to another protocol, which is not followed")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    # Put together here, because the usual one opens file:, ftp: and data: too.
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler(),
+        urllib.request.HTTPHandler(),
+        urllib.request.HTTPSHandler(),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.HTTPErrorProcessor(),
+        _Redirects(),
+    ):
+        opener.add_handler(handler)
+    return opener
+
+
+def _open(url: str, byte_range: str | None) -> Any:
+    """The answer of a server, 416 (of an empty file) included; an `http.client.HTTPResponse` or the like."""
+    try:
+        request = _request(url)
+        if byte_range:
+            request.add_header("Range", byte_range)
+        return _opener().open(request, timeout=TIMEOUT_SECONDS)
+    except urllib.error.HTTPError as error:
+        if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            return error
+        raise _sorted_out(error, url) from None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise _sorted_out(error, url) from None
+
+
+def _request(url: str) -> urllib.request.Request:
+    parts = urlsplit(url)
+    path = quote(parts.path, safe="/%:=&+,;@!$'()*~")
+    request = urllib.request.Request(urlunsplit((parts.scheme, parts.netloc, path, parts.query, "")))
+    request.add_header("User-Agent", f"bigtx/{__version__}")
+    request.add_header("Accept-Encoding", "identity")
+    login = _login_from_netrc(parts.hostname or "")
+    if login:
+        # Unredirected: another host has no business with it.
+        coded = base64.b64encode(login.encode()).decode()
+        request.add_unredirected_header("Authorization", f"Basic {coded}")
+    return request
+
+
+def _login_from_netrc(host: str) -> str:
+    """`name:password` of a host in ~/.netrc; "" if it has none."""
+    try:
+        found = netrc.netrc().authenticators(host)
+    except (OSError, netrc.NetrcParseError):
+        return ""
+    return f"{found[0]}:{found[2]}" if found else ""
+
+
+def _sorted_out(error: Exception, url: str) -> OSError:
+    """The error as one that may pass or as one that stays, without secrets."""
+    if isinstance(error, (TransientError, RefusedError, FileNotFoundError)):
+        return error
+    if isinstance(error, urllib.error.HTTPError):
+        # The server's own words may hold the address that it leads to, with its keys.
+        said = f"its server answers {error.code} {http.client.responses.get(error.code, '')}".rstrip()
+        error.close()
+        if error.code in (http.HTTPStatus.NOT_FOUND, http.HTTPStatus.GONE):
+            return FileNotFoundError(said)
+        return TransientError(said) if error.code in _TRANSIENT_STATUS else RefusedError(said)
+    cause = error.reason if isinstance(error, urllib.error.URLError) else error
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return RefusedError(f"its server's certificate is not trusted: {cause.verify_message}")
+    if isinstance(cause, (ValueError, http.client.InvalidURL)):
+        return RefusedError("its address is not valid")
+    if isinstance(cause, http.client.HTTPException):
+        return TransientError("the connection was lost")
+    reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
+    return TransientError(without_secrets(reason, url))
+
+
+def _total_size(response: Any) -> int | None:
+    """Bytes of the whole file, if the answer tells."""
+    if response.status in (http.HTTPStatus.PARTIAL_CONTENT, http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE):
+        told = response.headers.get("Content-Range", "").rpartition("/")[2]
+    else:
+        told = response.headers.get("Content-Length", "")
+    return int(told) if told.isdecimal() else None
+
+
+def _version(response: Any) -> str:
+    return response.headers.get("ETag") or response.headers.get("Last-Modified") or ""

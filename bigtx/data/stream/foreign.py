@@ -1,0 +1,278 @@
+"""Text shards from elsewhere: plain webdataset tars, streamed, tokenized and packed on the fly.
+
+    shard list ──▶ this rank's ──▶ this worker's ──▶ samples ──▶ shuffle buffer ──▶ ids ──▶ rows      (each epoch anew)
+
+The list, the splits and the buffer are webdataset's. Opening and unpacking are not: its opener runs commands (`pipe:`,
+curl), its decoders unpickle, and its tar reader takes a damaged shard for a short one. So a sample here is bytes by
+suffix, of which one suffix is read as text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import braceexpand
+import numpy as np
+
+from bigtx.config.schema import ForeignConfig
+from bigtx.data.corpus.manifest import TAR_UNIT
+from bigtx.data.hashing import hash64
+from bigtx.data.raw.archives import DamagedArchiveError, read_members
+from bigtx.data.raw.documents import MAX_DOCUMENT_BYTES, Reject, Rejects
+from bigtx.data.storage.places import Place, RemotePath, as_place, open_stream
+from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.utils.errors import DataError
+
+Row = tuple[np.ndarray, np.ndarray]
+"""[T + 1] int32 tokens, and where in them documents start, int64 ascending."""
+
+EXECUTABLE_SUFFIXES = ("pickle", "pkl", "pt", "pth", "pyd")
+_BATCH_CHARACTERS = 1 << 17
+"""Characters of text that the tokenizer gets at once."""
+_CHECKS_AT_ONCE = 32
+
+
+def expand(paths: list[str]) -> list[str]:
+    """The shards that `data.foreign.paths` names, braces expanded.
+
+    Raises:
+        DataError: unbalanced braces, or a shard that is named twice.
+    """
+    shards: list[str] = []
+    for path in paths:
+        try:
+            shards.extend(braceexpand.braceexpand(path))
+        except ValueError as error:
+            raise DataError(f"data.foreign.paths: the braces in {path!r} are not balanced ({error}).") from None
+    twice = sorted({shard for shard in shards if shards.count(shard) > 1}) if len(set(shards)) < len(shards) else []
+    if twice:
+        raise DataError(f"data.foreign.paths names {twice[0]} twice.")
+    return shards
+
+
+def check_shards(config: ForeignConfig, world_size: int) -> str:
+    """Refuse shards that are missing, empty or cut off, as far as their sizes and ends tell, or fewer than ranks.
+
+    Returns:
+        A digest of the shards' names and sizes and of how their text is found: another one means other data.
+
+    Raises:
+        DataError: names all of them.
+    """
+    shards = expand(config.paths)
+    if len(shards) < world_size:
+        raise DataError(
+            f"data.foreign.paths names {len(shards)} shards for {world_size} ranks, and each rank needs one of its "
+            f"own; start at most {len(shards)} ranks, or cut the text into more shards."
+        )
+    with ThreadPoolExecutor(_CHECKS_AT_ONCE) as pool:
+        found = list(pool.map(_check_shard, shards))
+    problems = [problem for _, problem in found if problem]
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        named = "; ".join(problems[:5]) + more
+        raise DataError(f"data.foreign.paths: {named}. Restore these shards, or leave them out.")
+    names = sorted((shard.rpartition("/")[2], size) for shard, (size, _) in zip(shards, found, strict=True))
+    return hashlib.sha256(json.dumps([names, config.member, config.text_field]).encode()).hexdigest()
+
+
+def _check_shard(shard: str) -> tuple[int, str | None]:
+    """A shard's size, and what is wrong with it."""
+    try:
+        place = as_place(shard)
+        size, end = _size_and_end(place)
+    except FileNotFoundError:
+        return 0, f"{shard} is missing"
+    except OSError as error:
+        return 0, f"{shard} cannot be read ({error.strerror})"
+    except DataError as error:
+        return 0, str(error).rstrip(".")
+    if size == 0:
+        return size, f"{shard} is empty"
+    if size % TAR_UNIT or size < 2 * TAR_UNIT or any(end):
+        return size, f"{shard} is no whole tar: its {size:,} bytes do not end with an end-of-archive mark"
+    return size, None
+
+
+def _size_and_end(place: Place) -> tuple[int, bytes]:
+    if isinstance(place, RemotePath):
+        size = place.size()
+        return size, place.read_bytes(size - 2 * TAR_UNIT, size) if size >= 2 * TAR_UNIT else b""
+    size = place.stat().st_size
+    with open(place, "rb") as file:
+        file.seek(max(0, size - 2 * TAR_UNIT))
+        return size, file.read()
+
+
+def read_samples(shard: str) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Key and members by suffix of each sample of a shard.
+
+    Raises:
+        DataError: the shard cannot be read or is damaged, holds code, or its keys come twice or are interleaved.
+    """
+    from webdataset.tariterators import base_plus_ext
+
+    key: str | None = None
+    members: dict[str, bytes] = {}
+    seen: set[str] = set()
+    try:
+        with open_stream(as_place(shard)) as stream:
+            for member in read_members(stream, shard, Rejects(max_share=0.0, sink=_refuse)):
+                name = member.name
+                member_key, suffix = base_plus_ext(name)
+                if member_key is None or name.startswith("__"):
+                    # No sample by webdataset's convention: without a suffix, or about the shard itself.
+                    continue
+                suffix = suffix.lower()
+                if suffix.rpartition(".")[2] in EXECUTABLE_SUFFIXES:
+                    raise DataError(f"{shard} holds {name!r}: what may run when it is loaded is refused.")
+                if member_key != key:
+                    if key is not None:
+                        yield key, members
+                    if member_key in seen:
+                        raise DataError(
+                            f"{shard}: the key {member_key!r} comes again after others: its keys are interleaved or "
+                            "stand there twice. Write each sample's members one after the other, with a key of its own."
+                        )
+                    key, members = member_key, {}
+                    seen.add(member_key)
+                if suffix in members:
+                    raise DataError(f"{shard} holds {name!r} twice.")
+                members[suffix] = member.stream.read(MAX_DOCUMENT_BYTES + 1)
+                if len(members[suffix]) > MAX_DOCUMENT_BYTES:
+                    raise DataError(f"{shard} holds {name!r} of more than {MAX_DOCUMENT_BYTES:,} bytes.")
+    except (DamagedArchiveError, EOFError) as error:
+        raise DataError(f"{shard} is refused: {error}. Restore it from where it came.") from error
+    except OSError as error:
+        raise DataError(f"{shard} cannot be read: {error.strerror or error}.") from error
+    if key is None:
+        raise DataError(f"{shard} holds no sample.")
+    yield key, members
+
+
+def _refuse(reject: Reject) -> None:
+    raise DataError(f"{reject.file} is refused: {reject.reason}.")
+
+
+def text_of(shard: str, key: str, members: dict[str, bytes], config: ForeignConfig) -> str:
+    """The text of a sample.
+
+    Raises:
+        DataError: it has none where the config says, or none that can be read.
+    """
+    content = members.get(config.member)
+    if content is None:
+        found = ", ".join(f".{name}" for name in members)
+        raise DataError(
+            f"{shard}: the sample {key!r} has no member .{config.member}, but {found}; see data.foreign.member."
+        )
+    try:
+        text = content.decode()
+        if config.member.rpartition(".")[2] == "json":
+            text = json.loads(text)[config.text_field]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(
+            f"{shard}: the text of the sample {key!r} cannot be read ({reason}). `bigtx data prepare` lists such "
+            "samples and goes on without them."
+        ) from None
+    if not isinstance(text, str):
+        raise DataError(f"{shard}: the field {config.text_field!r} of the sample {key!r} is no text.")
+    return text
+
+
+@dataclass(frozen=True)
+class RowStream:
+    """The rows of one worker of one rank, without end.
+
+    Attributes:
+        seed: of the run.
+        worker, num_workers: which part of the rank's shards is read; `announce` tells webdataset's splits.
+    """
+
+    config: ForeignConfig
+    sequence_length: int
+    seed: int
+    rank: int
+    world_size: int
+    worker: int
+    num_workers: int
+
+    def announce(self) -> None:
+        """Say in this process's environment whose rows it makes: there webdataset's splits look."""
+        os.environ |= {"RANK": str(self.rank), "WORLD_SIZE": str(self.world_size)}
+        os.environ |= {"WORKER": str(self.worker), "NUM_WORKERS": str(self.num_workers)}
+
+    def rows(self) -> Iterator[Row]:
+        """Rows of sequence_length inputs with their labels; each begins with the last label of the one before.
+
+        Raises:
+            DataError: a shard is refused, or there is no text at all.
+        """
+        tokenizer = Tokenizer.load(self.config.tokenizer)
+        length, tokens, starts = self.sequence_length, np.empty(0, np.int32), np.empty(0, np.int64)
+        for batch in self._batches():
+            ids, lengths = tokenizer.encode_documents(batch)
+            starts = np.concatenate([starts, len(tokens) + np.cumsum(lengths) - lengths])
+            tokens = np.concatenate([tokens, ids])
+            num_rows = (len(tokens) - 1) // length
+            for begin in range(0, num_rows * length, length):
+                first, last = np.searchsorted(starts, (begin, begin + length + 1))
+                yield tokens[begin : begin + length + 1].copy(), starts[first:last] - begin
+            used = num_rows * length
+            tokens, starts = tokens[used:].copy(), starts[np.searchsorted(starts, used) :] - used
+
+    def _batches(self) -> Iterator[list[str]]:
+        """Texts that the tokenizer gets together, epoch after epoch."""
+        batch: list[str] = []
+        size = epoch = 0
+        while True:
+            is_empty = True
+            for text in self._texts(epoch):
+                if not text:
+                    continue
+                is_empty = False
+                batch.append(text)
+                size += len(text)
+                if size >= _BATCH_CHARACTERS:
+                    yield batch
+                    batch, size = [], 0
+            if is_empty:
+                raise DataError("The shards of data.foreign.paths hold no text: every sample is empty.")
+            epoch += 1
+
+    def _texts(self, epoch: int) -> Iterator[str]:
+        """The texts of this worker's shards in one epoch."""
+        # Late: it brings torch along.
+        from webdataset import filters
+        from webdataset.shardlists import SimpleShardList, split_by_node, split_by_worker
+
+        shards = SimpleShardList(expand(self.config.paths), seed=int(hash64(self.seed, epoch)[0]))
+        own = split_by_worker(split_by_node(iter(shards)))
+        texts = (
+            text_of(shard["url"], key, members, self.config)
+            for shard in own
+            for key, members in read_samples(shard["url"])
+        )
+        size = self.config.shuffle_buffer
+        if size < 2:
+            return texts
+        seed = int(hash64(self.seed, epoch, self.rank, self.worker)[0])
+        shuffled: Iterator[str] = filters.shuffle(size, initial=size, seed=seed)(texts)
+        return shuffled
+
+
+def num_workers(config: ForeignConfig, world_size: int) -> int:
+    """Workers of each rank: no more than it has shards."""
+    return max(1, min(config.num_workers, len(expand(config.paths)) // world_size))
+
+
+def load_tokenizer(config: ForeignConfig) -> Tokenizer:
+    """The tokenizer of `data.foreign.tokenizer`."""
+    return Tokenizer.load(Path(config.tokenizer))

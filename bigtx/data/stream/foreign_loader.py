@@ -1,0 +1,218 @@
+"""The batches of a run on foreign shards: rows that worker processes tokenize, dealt in turn."""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import multiprocessing
+import queue
+import signal
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, cast
+
+import numpy as np
+
+from bigtx.config.schema import DataConfig
+from bigtx.data.corpus.blocks import BlockReader
+from bigtx.data.stream.foreign import Row, RowStream, num_workers
+from bigtx.data.stream.loader import Prefetcher
+from bigtx.data.stream.order import Places
+from bigtx.data.stream.rows import Batch, RowFormat, read_rows
+from bigtx.data.workers import end_with_parent
+from bigtx.utils.errors import BigtxError, DataError
+
+_PARCEL_ROWS = 16
+"""Rows that a worker hands over at once."""
+_PARCELS_AHEAD = 4
+_POLL_SECONDS = 1.0
+
+
+class ForeignLoader:
+    """Iterates over optimizer steps, without end, as `TrainLoader` does: each item is this rank's micro batches.
+
+    Its state is the number of sequences consumed too, but to come back there it reads all that came before again. With
+    another number of ranks or workers the shards are split otherwise, and the order is another.
+
+    Args:
+        data: its section `foreign`, and how rows are cut.
+        Else as for `TrainLoader`.
+
+    Attributes:
+        next_sequence: sequences of the run consumed, those handed out included: the state to save.
+        wait_seconds: time that `next` waited for data so far.
+
+    Raises:
+        DataError: from `next`: a shard is refused.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        *,
+        sequence_length: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        start_sequence: int,
+        pad_id: int,
+    ) -> None:
+        self.next_sequence = start_sequence
+        self.wait_seconds = 0.0
+        self._global_batch_size = global_batch_size
+        self._micro_batch_size = micro_batch_size
+        self._num_micro_batches = global_batch_size // (world_size * micro_batch_size)
+        self._rank = rank
+        self._form = RowFormat(
+            sequence_length=sequence_length,
+            pad_id=pad_id,
+            document_mask=data.document_mask,
+        )
+        stream = RowStream(
+            data.foreign, sequence_length, seed, rank, world_size, 0, num_workers(data.foreign, world_size)
+        )
+        self._workers = _Workers(stream, skip_rows=start_sequence // world_size)
+        batches = self._micro_batches(start_sequence)
+        self._prefetcher = Prefetcher(batches, data.prefetch_batches) if data.prefetch_batches else None
+        self._batches = self._prefetcher or batches
+
+    def __iter__(self) -> ForeignLoader:
+        return self
+
+    def __next__(self) -> list[Batch]:
+        begin = time.perf_counter()
+        micro_batches = [next(self._batches) for _ in range(self._num_micro_batches)]
+        self.wait_seconds += time.perf_counter() - begin
+        self.next_sequence += self._global_batch_size
+        return micro_batches
+
+    def close(self) -> None:
+        """End the processes and the reading thread."""
+        self._workers.close()
+        if self._prefetcher:
+            self._prefetcher.close()
+
+    def _micro_batches(self, step_start: int) -> Iterator[Batch]:
+        rows, size = self._workers.rows(), self._micro_batch_size
+        own = self._num_micro_batches * size
+        zeros = np.zeros(size, np.int64)
+        places = Places(zeros, zeros, np.arange(size), zeros)
+        while True:
+            first = step_start + self._rank * own
+            for begin in range(first, first + own, size):
+                reader = cast(BlockReader, _RowReader([next(rows) for _ in range(size)]))
+                yield read_rows([reader], places, np.arange(begin, begin + size), size, self._form)
+            step_start += self._global_batch_size
+
+
+@dataclasses.dataclass(frozen=True)
+class _RowReader:
+    """Rows in the place of blocks that hold one row each."""
+
+    rows: list[Row]
+
+    def block(self, number: int) -> Row:
+        return self.rows[number]
+
+
+class _Workers:
+    """Processes that fill a queue each.
+
+    Not torch's: those hand over by /dev/shm, which containers keep small, and one that ends by a signal raises an error
+    wherever the trainer happens to be.
+
+    Args:
+        stream: of worker 0; the others differ by the number.
+        skip_rows: rows of this rank that were used before.
+    """
+
+    def __init__(self, stream: RowStream, *, skip_rows: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        count = stream.num_workers
+        self._closed = threading.Event()
+        self._queues: list[Any] = [context.Queue(_PARCELS_AHEAD) for _ in range(count)]
+        self._first = skip_rows % count
+        self._processes = []
+        # The terminal, or SLURM, sends its signals to all processes of a job; they are for the trainer alone, which
+        # may still want rows for its last step.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+        try:
+            for number, parcels in enumerate(self._queues):
+                skip = (skip_rows - number + count - 1) // count
+                of_worker = dataclasses.replace(stream, worker=number)
+                process = context.Process(target=_work, args=(of_worker, skip, parcels), daemon=True)
+                process.start()
+                self._processes.append(process)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        # Before multiprocessing's own end, which would wait for processes that hear no SIGTERM.
+        atexit.register(self.close)
+
+    def rows(self) -> Iterator[Row]:
+        """The rows of all workers, in turn.
+
+        Raises:
+            DataError: a shard is refused, or a process was killed.
+        """
+        ready: list[deque[Row]] = [deque() for _ in self._queues]
+        number = self._first
+        while not self._closed.is_set():
+            if not ready[number]:
+                ready[number].extend(self._take(number))
+                continue
+            yield ready[number].popleft()
+            number = (number + 1) % len(ready)
+
+    def close(self) -> None:
+        """End the processes; more calls do nothing."""
+        self._closed.set()
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+        atexit.unregister(self.close)
+
+    def _take(self, number: int) -> list[Row]:
+        process = self._processes[number]
+        while not self._closed.is_set():
+            is_alive = process.is_alive()
+            try:
+                parcel = self._queues[number].get(timeout=_POLL_SECONDS)
+            except queue.Empty:
+                if is_alive:
+                    continue
+                if not self._closed.is_set():
+                    raise DataError(
+                        f"A process that tokenizes data.foreign ended with status {process.exitcode}, most often "
+                        "because memory ran out; lower data.foreign.num_workers or data.foreign.shuffle_buffer."
+                    ) from None
+                break
+            if isinstance(parcel, BaseException):
+                raise parcel
+            return list(parcel)
+        return []
+
+
+def _work(stream: RowStream, skip: int, parcels: Any) -> None:
+    """Fill a queue with lists of rows; an error is the last thing in it."""
+    end_with_parent()
+    stream.announce()
+    try:
+        parcel: list[Row] = []
+        for number, row in enumerate(stream.rows()):
+            if number < skip:
+                continue
+            parcel.append(row)
+            if len(parcel) == _PARCEL_ROWS:
+                parcels.put(parcel)
+                parcel = []
+    except BigtxError as error:
+        parcels.put(parcel)
+        parcels.put(error)
+    except Exception:
+        parcels.put(RuntimeError(traceback.format_exc()))

@@ -1,0 +1,267 @@
+"""The batches of a run: the global order, cut among ranks and micro batches, read ahead by a thread.
+
+Each optimizer step takes the next `global_batch_size` sequences of the global order, but for those to skip. Rank r of R
+reads the r-th of R equal, contiguous slices, in micro batches. So the next sequence's number is all the state there is,
+and neither the number of ranks nor the micro batch changes which sequences a step is made of.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from bigtx.config.schema import DataConfig
+from bigtx.data.corpus.blocks import open_reader
+from bigtx.data.corpus.manifest import Manifest
+from bigtx.data.storage.places import Place, as_place
+from bigtx.data.stream.ahead import rows_ahead, tell_ahead
+from bigtx.data.stream.mixture import MAX_SPAN
+from bigtx.data.stream.order import Places, rows_of_blocks
+from bigtx.data.stream.rows import Batch, RowFormat, read_rows
+from bigtx.data.stream.skip import SkippedWindows
+from bigtx.data.stream.sources import check_sources, make_order
+from bigtx.utils.errors import ConfigError
+
+BATCHES_AHEAD = 16
+"""Batches of a validation whose blocks are told to the reader ahead of need."""
+LOCATED_ROWS = 1024
+"""Rows of one rank that are located at once, if a step has no more."""
+
+
+class TrainLoader:
+    """Iterates over optimizer steps, without end: each item is the list of this rank's micro batches.
+
+    Args:
+        data: the mixture.
+        sequence_length: tokens T of a row.
+        global_batch_size: sequences of a step over all ranks.
+        micro_batch_size: rows B of a batch.
+        seed: of the run.
+        rank, world_size: which slice of each global batch is read.
+        start_sequence: of the global order, where to begin.
+        pad_id: the id that fills short rows.
+
+    Attributes:
+        next_sequence: of the global order, after those handed out: the state to save.
+        wait_seconds: time that `next` waited for data so far.
+
+    Raises:
+        ConfigError: the global batch does not divide into ranks and micro batches.
+        DataError: from the constructor what `check_sources` refuses; from `next` a damaged block.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        *,
+        sequence_length: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        start_sequence: int,
+        pad_id: int,
+    ) -> None:
+        if global_batch_size % (world_size * micro_batch_size):
+            raise ConfigError(
+                f"train.global_batch_size={global_batch_size} does not divide into {world_size} ranks with micro "
+                f"batches of {micro_batch_size}: choose train.micro_batch_size so that their product divides it."
+            )
+        sources = check_sources(data, sequence_length=sequence_length)
+        self.next_sequence = start_sequence
+        self.wait_seconds = 0.0
+        self._readers = [open_reader(source.manifest) for source in sources]
+        self._skipped = SkippedWindows(data.skip)
+        self._order = make_order(data, sources, sequence_length=sequence_length, seed=seed)
+        self._form = RowFormat(
+            sequence_length=sequence_length,
+            pad_id=pad_id,
+            document_mask=data.document_mask,
+        )
+        self._global_batch_size = global_batch_size
+        self._micro_batch_size = micro_batch_size
+        self._num_micro_batches = global_batch_size // (world_size * micro_batch_size)
+        self._rank = rank
+        self._world_size = world_size
+        batches = self._micro_batches(start_sequence)
+        self._prefetcher = Prefetcher(batches, data.prefetch_batches) if data.prefetch_batches else None
+        self._batches = self._prefetcher or batches
+
+    def __iter__(self) -> TrainLoader:
+        return self
+
+    def __next__(self) -> list[Batch]:
+        begin = time.perf_counter()
+        micro_batches = [next(self._batches) for _ in range(self._num_micro_batches)]
+        self.wait_seconds += time.perf_counter() - begin
+        self.next_sequence = self._skipped.after(self.next_sequence, self._global_batch_size)
+        return micro_batches
+
+    def close(self) -> None:
+        """End the reading thread."""
+        for reader in self._readers:
+            reader.close()
+        if self._prefetcher:
+            self._prefetcher.close()
+
+    def _micro_batches(self, start_sequence: int) -> Iterator[Batch]:
+        """This rank's micro batches of all steps from start_sequence on."""
+        size = self._micro_batch_size
+        located = ((sequences, self._order.places(sequences)) for sequences in self._slices(start_sequence))
+        ahead = rows_ahead(self._num_micro_batches * size, self._world_size, self._form.sequence_length)
+        for sequences, places in tell_ahead(located, self._readers, ahead):
+            for begin in range(0, len(sequences), size):
+                part = slice(begin, begin + size)
+                of_batch = Places(*(array[part] for array in places))
+                yield read_rows(self._readers, of_batch, sequences[part], size, self._form)
+
+    def _slices(self, position: int) -> Iterator[np.ndarray]:
+        """This rank's sequences, of as many steps at a time as are quicker to locate together."""
+        own = self._num_micro_batches * self._micro_batch_size
+        num_steps = max(1, min(LOCATED_ROWS // own, MAX_SPAN // self._global_batch_size))
+        while True:
+            steps = self._skipped.read_from(position, num_steps * self._global_batch_size)
+            position = int(steps[-1]) + 1
+            yield steps.reshape(num_steps, self._world_size, own)[:, self._rank].ravel()
+
+
+class Prefetcher:
+    """Runs an iterator in a thread, up to `depth` items ahead.
+
+    What the iterator raises is raised by `next`, as it was, once the items before it are taken.
+    """
+
+    def __init__(self, items: Iterator[Batch], depth: int) -> None:
+        self._items = items
+        # Two queues of the plainest kind, for items and for room, hand over in half the time of one bounded queue.
+        self._ready: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()
+        self._room: queue.SimpleQueue[None] = queue.SimpleQueue()
+        for _ in range(depth):
+            self._room.put(None)
+        self._stopping = threading.Event()
+        # A new thread starts on CUDA device 0, and pinning memory from there would open a context on it.
+        self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        self._thread = threading.Thread(target=self._run, name="bigtx-prefetch", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Prefetcher:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._stopping.is_set():
+            raise StopIteration
+        item = self._ready.get()
+        if isinstance(item, BaseException):
+            self.close()
+            raise item
+        self._room.put(None)
+        return item
+
+    def close(self) -> None:
+        """End the thread and wait for it; more calls do nothing."""
+        self._stopping.set()
+        self._room.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            if self._device is not None:
+                torch.cuda.set_device(self._device)
+            for item in self._items:
+                self._room.get()
+                if self._stopping.is_set():
+                    return
+                self._ready.put(item)
+            self._ready.put(StopIteration())
+        except BaseException as error:
+            self._ready.put(error)
+
+
+class ValidationBatches(Sequence[Batch]):
+    """This rank's batches of a validation split: rows at even distances over all of it, in order.
+
+    Every rank has the same number of batches, so that collectives meet; rows beyond the end are padding without labels.
+
+    Attributes:
+        manifest: of the split; `bytes_per_token` turns a loss per token into one per byte.
+        num_sequences: rows over all ranks, padding not counted.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        *,
+        micro_batch_size: int,
+        max_sequences: int,
+        rank: int,
+        world_size: int,
+        form: RowFormat,
+    ) -> None:
+        self.manifest = manifest
+        self._form = form
+        self._ends = np.cumsum(rows_of_blocks(manifest.blocks["tokens"], form.sequence_length))
+        self.num_sequences = min(max_sequences, int(self._ends[-1]))
+        self._micro_batch_size = micro_batch_size
+        self._rank = rank
+        self._world_size = world_size
+        self._reader = open_reader(manifest)
+
+    def __len__(self) -> int:
+        return -(-self.num_sequences // (self._micro_batch_size * self._world_size))
+
+    def __getitem__(self, index: int) -> Batch:  # type: ignore[override]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        for coming in range(index, min(index + BATCHES_AHEAD, len(self))):
+            self._reader.expect(self._locate(coming)[1].block.tolist())
+        numbers, places = self._locate(index)
+        return read_rows([self._reader], places, numbers, self._micro_batch_size, self._form)
+
+    def _locate(self, index: int) -> tuple[np.ndarray, Places]:
+        """The numbers of a batch's rows among all that are read, and their places."""
+        first = (index * self._world_size + self._rank) * self._micro_batch_size
+        numbers = np.arange(first, min(first + self._micro_batch_size, self.num_sequences))
+        rows = numbers * int(self._ends[-1]) // self.num_sequences
+        blocks = np.searchsorted(self._ends, rows, side="right")
+        before = np.where(blocks > 0, self._ends[blocks - 1], 0)
+        return numbers, Places(np.zeros_like(rows), np.zeros_like(rows), blocks, rows - before)
+
+
+def validation_batches(
+    path: str | Place,
+    *,
+    sequence_length: int,
+    micro_batch_size: int,
+    max_sequences: int,
+    rank: int,
+    world_size: int,
+    document_mask: bool,
+    pad_id: int,
+) -> ValidationBatches:
+    """This rank's share of `max_sequences` rows of a prepared corpus's validation split.
+
+    Args:
+        path: folder or URL of the corpus, as in `data.sources.NAME.path`.
+
+    Raises:
+        DataError: the corpus has no whole validation split.
+    """
+    form = RowFormat(
+        sequence_length=sequence_length,
+        pad_id=pad_id,
+        document_mask=document_mask,
+    )
+    return ValidationBatches(
+        Manifest.load(as_place(path) / "validation"),
+        micro_batch_size=micro_batch_size,
+        max_sequences=max_sequences,
+        rank=rank,
+        world_size=world_size,
+        form=form,
+    )

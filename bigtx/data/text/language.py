@@ -1,0 +1,45 @@
+"""Which language a text is in: as its metadata says, else by py3langid (naive Bayes over byte n-grams, Lui 2012)."""
+
+from __future__ import annotations
+
+from bigtx.config.schema import FilterConfig
+
+_CHARACTERS = 512
+"""What is looked at, from the text's middle: pages begin and end with menus and notices in any language."""
+
+
+class LanguageFilter:
+    """Keeps the texts of some languages."""
+
+    def __init__(self, config: FilterConfig) -> None:
+        """Raises ImportError without py3langid."""
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+        self._allowed = {primary_language(language) for language in config.languages}
+        self._least = config.min_language_probability
+        self._identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+    @property
+    def labels(self) -> list[str]:
+        """The languages that can be detected, as ISO 639 codes."""
+        return sorted(self._identifier.labels)
+
+    def refusal(self, text: str, language: str | None) -> str:
+        """Why a text is not kept; empty if it is.
+
+        Args:
+            language: the text's, by its metadata; only without one is it detected.
+        """
+        if language:
+            known = primary_language(language)
+            return "" if known in self._allowed else f"in {known}, as its metadata says"
+        begin = max(0, (len(text) - _CHARACTERS) // 2)
+        found, probability = self._identifier.classify(text[begin : begin + _CHARACTERS])
+        if found in self._allowed and probability >= self._least:
+            return ""
+        return f"in {found} with probability {probability:.2f}, at least {self._least:.2f}"
+
+
+def primary_language(code: str) -> str:
+    """`en` of en, EN-us or en_US."""
+    return code.strip().lower().replace("_", "-").partition("-")[0]

@@ -1,0 +1,83 @@
+"""MinHash signatures of documents (Broder, "On the resemblance and containment of documents", 1997).
+
+The smallest hash of a document's n-grams under one of many hash functions is equal in two documents with the
+probability of their n-grams' Jaccard similarity; so the share of equal entries in two signatures estimates it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bigtx.config.schema import NearDuplicateConfig
+from bigtx.data.hashing import hash64
+from bigtx.data.text.words import Words, hash_ngrams, hash_words
+
+SIGNATURE_DTYPE = np.dtype("<u2")
+"""Of each hash 16 bits are kept (b-bit minwise hashing, arXiv:0910.3349): two of 65,536 agree by chance."""
+NOTHING = 0xFFFF
+"""All entries of a document without a word, which is near to nothing."""
+
+_BLOCK = 1 << 15
+"""N-grams that are hashed at once: they stay in the processor's cache."""
+
+
+class Signer:
+    """Makes signatures; the same ones for equal settings, on every machine.
+
+    A document of fewer words than an n-gram counts as one n-gram of its own length.
+    """
+
+    def __init__(self, config: NearDuplicateConfig) -> None:
+        self.num_hashes = config.num_bands * config.rows_per_band
+        self._n = config.ngram
+        # Of well mixed numbers, odd multiples modulo 2^32 are as good as hashes: each order of them is as likely.
+        self._factors = (hash64(config.seed, np.arange(self.num_hashes)) >> np.uint64(32)).astype(np.uint32) | 1
+
+    def sign(self, texts: list[str]) -> np.ndarray:
+        """The signatures of texts.
+
+        Returns:
+            [texts, num_hashes] of SIGNATURE_DTYPE.
+        """
+        words = hash_words(texts)
+        signatures = np.full((len(texts), self.num_hashes), NOTHING, SIGNATURE_DTYPE)
+        speaking = np.flatnonzero(words.counts)
+        if len(speaking):
+            smallest = self._smallest(*_ngrams(Words(words.hashes, words.counts[speaking]), self._n))
+            signatures[speaking] = (smallest ^ (smallest >> np.uint32(16))).T.astype(SIGNATURE_DTYPE)
+        return signatures
+
+    def _smallest(self, ngrams: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """The smallest hashes of documents whose n-grams begin at `starts`: [num_hashes, documents] uint32."""
+        smallest = np.full((self.num_hashes, len(starts)), 0xFFFFFFFF, np.uint32)
+        buffer = np.empty(min(_BLOCK, len(ngrams)), np.uint32)
+        for begin in range(0, len(ngrams), _BLOCK):
+            block = ngrams[begin : begin + _BLOCK]
+            hashes = buffer[: len(block)]
+            first = int(np.searchsorted(starts, begin, side="right")) - 1
+            last = int(np.searchsorted(starts, begin + len(block)))
+            places = np.maximum(starts[first:last] - begin, 0)
+            for number, factor in enumerate(self._factors):
+                np.multiply(block, factor, out=hashes)
+                chosen = smallest[number, first:last]
+                np.minimum(chosen, np.minimum.reduceat(hashes, places), out=chosen)
+        return smallest
+
+
+def _ngrams(words: Words, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The n-grams of texts that have words: [n-grams] uint32, and where each text's begin."""
+    hashes, counts = words
+    if counts.min() < n:
+        # Short texts are filled up with a word that does not exist.
+        padded = np.maximum(counts, n)
+        shifts = np.cumsum(padded) - padded - (np.cumsum(counts) - counts)
+        filled = np.zeros(int(padded.sum()), np.uint64)
+        filled[np.arange(len(hashes)) + np.repeat(shifts, counts)] = hashes
+        hashes, counts = filled, padded
+    ends = np.cumsum(counts)
+    whole = np.ones(len(hashes), bool)
+    for place in range(1, n):
+        whole[ends - place] = False  # Too near to the text's end to begin an n-gram.
+    ngrams = hash_ngrams(hashes, n) >> np.uint64(32)
+    num_ngrams = counts - (n - 1)
+    return ngrams[whole[: len(ngrams)]].astype(np.uint32), np.cumsum(num_ngrams) - num_ngrams

@@ -1,0 +1,102 @@
+"""All that may happen to a text between reading and tokenizing, in one place.
+
+text ──clean──▶ ──language──▶ ──C4's lines──▶ ──limits──▶ ──decontaminate──▶ text, or Dropped
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bigtx.config.schema import PrepareConfig
+from bigtx.data.text.c4 import C4Lines
+from bigtx.data.text.clean import Cleaner
+from bigtx.data.text.decontaminate import Contamination
+from bigtx.data.text.filters import Limits
+from bigtx.data.text.language import LanguageFilter, primary_language
+from bigtx.utils.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A text that is left out: the setting that says so, and what was found against what is allowed."""
+
+    rule: str
+    detail: str
+
+
+class TextRules:
+    """Applies a config's rules to one text after the other; the same text always fares the same.
+
+    Args:
+        config: checked by `check_rules`.
+        contamination: index of `build_contamination_index`; needed if the config has evaluation sets.
+    """
+
+    def __init__(self, config: PrepareConfig, contamination: Path | None = None) -> None:
+        assert contamination is not None or not config.decontaminate.paths
+        self._cleaner = Cleaner(config.clean)
+        self._language = LanguageFilter(config.filters) if config.filters.languages else None
+        self._lines = C4Lines(config.filters)
+        self._limits = Limits(config.filters)
+        self._contamination = Contamination(contamination) if contamination is not None else None
+        self.is_empty = (
+            self._cleaner.is_empty
+            and self._language is None
+            and self._lines.is_empty
+            and self._limits.is_empty
+            and self._contamination is None
+        )
+
+    def apply(self, text: str, language: str | None = None) -> str | Dropped:
+        """The text as it is kept, or the first rule that leaves it out.
+
+        Args:
+            text: not empty.
+            language: of the text by its metadata, if that says anything.
+        """
+        text = self._cleaner.clean(text)
+        if not text:
+            return Dropped("clean.repair_unicode", "nothing is left of it")
+        if self._language and (reason := self._language.refusal(text, language)):
+            return Dropped("filters.languages", reason)
+        if not self._lines.is_empty:
+            if reason := self._lines.unfit(text):
+                return Dropped("filters.c4", reason)
+            text = self._lines.keep(text)
+            if not text:
+                return Dropped("filters.c4", "no line is left of it")
+        if not self._limits.is_empty and (broken := self._limits.first_broken(text)):
+            name, reason = broken
+            return Dropped(f"filters.{name}", reason)
+        if self._contamination and (ngram := self._contamination.find(text)):
+            return Dropped("decontaminate", f"the evaluation sets have {ngram!r}, too")
+        return text
+
+
+def check_rules(config: PrepareConfig) -> None:
+    """Make sure before the work starts that each process will be able to apply the rules.
+
+    Raises:
+        ConfigError: a package is not installed, or a language cannot be detected.
+    """
+    try:
+        Cleaner(config.clean)
+    except ImportError:
+        raise ConfigError(
+            "clean.repair_unicode=true needs ftfy, which is not installed: pip install 'bigtx[clean]'"
+        ) from None
+    if not config.filters.languages:
+        return
+    try:
+        known = LanguageFilter(config.filters).labels
+    except ImportError:
+        raise ConfigError(
+            "filters.languages needs py3langid, which is not installed: pip install 'bigtx[language]'"
+        ) from None
+    unknown = [language for language in config.filters.languages if primary_language(language) not in known]
+    if unknown:
+        raise ConfigError(
+            f"filters.languages has {', '.join(unknown)}, which cannot be detected; write two-letter codes of ISO 639: "
+            f"{', '.join(known)}"
+        )

@@ -1,0 +1,196 @@
+"""Words and n-grams of words as 64-bit numbers, whole batches of texts at a time.
+
+A word is a run of letters, marks and digits, compared in lower case; all else separates words. In scripts that are
+written without spaces (Han, kana, Thai, Lao, Khmer, Myanmar) every character is a word. Near duplicates and evaluation
+texts are found by these words, so neither punctuation nor white space nor case hides them.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import unicodedata
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from bigtx.data.hashing import splitmix64
+
+_TABLE_SIZE = 0x20000
+"""Code points from here on are nearly all ideographs, and count as such."""
+_UNSPACED = (
+    (0x0E00, 0x0EFF),  # Thai, Lao
+    (0x1000, 0x109F),  # Myanmar
+    (0x1780, 0x17FF),  # Khmer
+    (0x2E80, 0x2FDF),  # radicals
+    (0x3005, 0x3007),
+    (0x3040, 0x30FF),  # kana
+    (0x31F0, 0x31FF),
+    (0x3400, 0x4DBF),
+    (0x4E00, 0x9FFF),  # Han
+    (0xF900, 0xFAFF),
+)
+_OTHER, _LETTER, _WORD = 0, 1, 2
+"""Kinds of characters: between words, part of a word, a word by itself."""
+
+_PIECE_CHARACTERS = 1 << 18
+"""Characters that are taken at once: memory stays bounded, and the arrays near the processor."""
+_CHARACTER_BASE = 0x9E3779B97F4A7C15
+_WORD_BASE = 0xD6E8FEB86659FD93
+"""Odd numbers, so that powers modulo 2^64 can be undone."""
+
+
+class Words(NamedTuple):
+    """The words of several texts, one text after the other.
+
+    Attributes:
+        hashes: [words] uint64.
+        counts: [texts] int64, words of each text.
+    """
+
+    hashes: np.ndarray
+    counts: np.ndarray
+
+
+def hash_words(texts: list[str]) -> Words:
+    """The hashes of all words; a text's are the same in any company and on every machine."""
+    hashes: list[np.ndarray] = []
+    counts = np.zeros(len(texts), np.int64)
+    for first, last, piece in _pieces(texts):
+        words, starts = _hash_piece(piece)
+        hashes.append(words)
+        if first == last:
+            counts[first] += len(words)
+        else:
+            ends = np.cumsum([len(text) + 1 for text in texts[first : last + 1]])
+            counts[first : last + 1] = np.diff(np.searchsorted(starts, ends), prepend=0)
+    return Words(np.concatenate(hashes) if hashes else np.zeros(0, np.uint64), counts)
+
+
+def hash_ngrams(words: np.ndarray, n: int) -> np.ndarray:
+    """The hash of each run of n words.
+
+    Args:
+        words: [words] uint64, at least n.
+
+    Returns:
+        [words - n + 1] uint64; the order of the words counts.
+    """
+    count = len(words) - n + 1
+    state = words[:count].copy()
+    for place in range(1, n):
+        state *= np.uint64(_WORD_BASE)
+        state += words[place : place + count]
+    return splitmix64(state)
+
+
+def split_words(text: Iterable[str]) -> Iterator[str]:
+    """The words that `hash_words` hashes, as texts: slower, to show them."""
+    kinds = _tables()[0]
+    word = ""
+    for character in text:
+        kind = kinds[ord(character)] if ord(character) < _TABLE_SIZE else _WORD
+        if kind == _LETTER:
+            word += _lower(character)
+            continue
+        if word:
+            yield word
+            word = ""
+        if kind == _WORD:
+            yield _lower(character)
+    if word:
+        yield word
+
+
+def words_at(text: str, place: int, count: int) -> list[str]:
+    """The words from number `place` on, so many of them, without splitting what is before them."""
+    offset = 0
+    for _, _, piece in _pieces([text]):
+        starts = _hash_piece(piece)[1]
+        if place < len(starts):
+            rest = itertools.islice(text, offset + int(starts[place]), None)
+            return list(itertools.islice(split_words(rest), count))
+        place -= len(starts)
+        offset += len(piece)
+    return []
+
+
+def _pieces(texts: list[str]) -> Iterator[tuple[int, int, str]]:
+    """Short texts together and long ones in parts: number of the first text, of the last one, and the characters."""
+    first, size = 0, 0
+    for number, text in enumerate(texts):
+        if size and size + len(text) > _PIECE_CHARACTERS:
+            yield first, number - 1, "\n".join(texts[first:number])
+            first, size = number, 0
+        if len(text) > _PIECE_CHARACTERS:
+            for part in _parts(text):
+                yield number, number, part
+            first = number + 1
+        else:
+            size += len(text) + 1
+    if first < len(texts):
+        yield first, len(texts) - 1, "\n".join(texts[first:])
+
+
+def _parts(text: str) -> Iterator[str]:
+    """A long text cut at white space; where a part has none, anywhere."""
+    begin = 0
+    while begin < len(text):
+        end = begin + _PIECE_CHARACTERS
+        if end < len(text):
+            end = max(text.rfind(" ", begin + 1, end), text.rfind("\n", begin + 1, end))
+            end = begin + _PIECE_CHARACTERS if end < 0 else end
+        yield text[begin:end]
+        begin = end
+
+
+def _hash_piece(piece: str) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes and places of the words in a piece: a polynomial over the characters, taken from running sums."""
+    kinds, values = _tables()
+    codes = np.frombuffer(piece.encode("utf-32-le", "surrogatepass"), np.uint32)
+    if piece.isascii():
+        kind, value = kinds[codes], values[codes]
+    else:
+        inside = np.minimum(codes, _TABLE_SIZE - 1)
+        beyond = codes >= _TABLE_SIZE
+        kind, value = kinds[inside], values[inside]
+        kind[beyond] = _WORD
+        value[beyond] = splitmix64(codes[beyond].astype(np.uint64))
+    inner = np.zeros(len(codes) + 1, bool)  # Letters that go on with the word before them.
+    np.logical_and(kind[1:] == _LETTER, kind[:-1] == _LETTER, out=inner[1:-1])
+    within = kind > _OTHER
+    starts = np.flatnonzero(within & ~inner[:-1])
+    ends = np.flatnonzero(within & ~inner[1:]) + 1
+    powers, inverses = _powers()
+    sums = np.zeros(len(codes) + 1, np.uint64)
+    np.cumsum(value * powers[: len(codes)], out=sums[1:])
+    return splitmix64((sums[ends] - sums[starts]) * inverses[starts]), starts
+
+
+@functools.cache
+def _tables() -> tuple[np.ndarray, np.ndarray]:
+    """Kind and value of each code point of the table: uint8, and uint64 that is 0 between words."""
+    kinds = np.array([unicodedata.category(chr(code))[0] in "LMN" for code in range(_TABLE_SIZE)], np.uint8)
+    for first, last in _UNSPACED:
+        kinds[first : last + 1] *= _WORD
+    lowered = np.fromiter((ord(_lower(chr(code))) for code in range(_TABLE_SIZE)), np.uint64, _TABLE_SIZE)
+    return kinds, np.where(kinds > _OTHER, splitmix64(lowered), np.uint64(0))
+
+
+def _lower(character: str) -> str:
+    """The character in lower case where that is one character, too."""
+    lower = character.lower()
+    return lower if len(lower) == 1 else character
+
+
+@functools.cache
+def _powers() -> tuple[np.ndarray, np.ndarray]:
+    """The base's powers modulo 2^64, and their inverses, as many as a piece has characters."""
+
+    def powers(base: int) -> np.ndarray:
+        factors = np.full(_PIECE_CHARACTERS, base, np.uint64)
+        factors[0] = 1
+        return np.cumprod(factors)
+
+    return powers(_CHARACTER_BASE), powers(pow(_CHARACTER_BASE, -1, 1 << 64))

@@ -1,0 +1,174 @@
+"""The DeepSpeed JSON, generated from the typed config.
+
+Every key that matters is written out, because DeepSpeed's own defaults change between releases. Raw keys of the
+`deepspeed:` section are added at the end; one that contradicts a generated key is an error.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bigtx.config.schema import PretrainConfig
+from bigtx.utils.errors import ConfigError
+
+DECIDED_BY = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
+    "gradient_clipping": "train.gradient_clipping",
+    "bf16.enabled": "engine.precision",
+    "fp16.enabled": "engine.precision",
+    "torch_autocast": "engine.precision",
+    "amp": "engine.precision",
+    "zero_optimization.stage": "engine.zero_stage",
+    "zero_optimization.offload_optimizer": "engine.offload_optimizer",
+    "zero_optimization.offload_param": "engine.offload_parameters",
+    "zero_optimization.overlap_comm": "engine.overlap_communication",
+    "zero_optimization.reduce_bucket_size": "engine.bucket_size",
+    "zero_optimization.allgather_bucket_size": "engine.bucket_size",
+    "zero_optimization.stage3_prefetch_bucket_size": "engine.bucket_size",
+    "activation_checkpointing": "engine.activation_checkpointing",
+    "compile": "engine.compile",
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+    "wandb": "track",
+}
+"""The typed field that decides a DeepSpeed key."""
+RELIED_ON = (
+    "data_types",
+    "bf16.check_grad_overflow",
+    "bf16.immediate_grad_update",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "zero_optimization.mics_shard_size",
+    "zero_optimization.zenflow",
+)
+"""Keys with the one value that bigtx's steps and checkpoints work with."""
+PASSED_ON = ("aio", "comms_logger", "csv_monitor", "flops_profiler", "sparse_gradients", "tensorboard", "timers")
+"""Sections that are not generated and may be given raw. DeepSpeed ignores a misspelled one without a word."""
+
+
+def deepspeed_config(config: PretrainConfig, *, world_size: int) -> dict[str, Any]:
+    """The JSON for `deepspeed.initialize`.
+
+    Raises:
+        ConfigError: the typed fields, or the raw keys, contradict each other.
+    """
+    train, engine = config.train, config.engine
+    stage, precision = engine.zero_stage, engine.precision
+    refuse_unsupported(config)
+    generated: dict[str, Any] = {
+        "train_batch_size": train.global_batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": train.global_batch_size // (world_size * train.micro_batch_size),
+        # At stage 0 the engine clips by itself: DeepSpeed reports no norm there.
+        "gradient_clipping": train.gradient_clipping if stage > 0 else 0.0,
+        "bf16": {
+            "enabled": precision == "bf16" and stage > 0,
+            "check_grad_overflow": True,
+            "immediate_grad_update": False,
+        },
+        "fp16": {
+            "enabled": precision == "fp16",
+            "loss_scale": 0,
+            "initial_scale_power": 16,
+            "loss_scale_window": 1000,
+            "hysteresis": 2,
+            "consecutive_hysteresis": False,
+            "min_loss_scale": 1,
+        },
+        # DeepSpeed accumulates in 16 bits without ZeRO, so there the weights stay fp32 and the arithmetic is cast.
+        "torch_autocast": {"enabled": precision == "bf16" and stage == 0, "dtype": "bfloat16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "prescale_gradients": False,
+        "gradient_predivide_factor": 1.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": _zero(config),
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+        "memory_breakdown": False,
+        "dump_state": False,
+    }
+    _merge_raw(generated, config.deepspeed, "")
+    return generated
+
+
+def _zero(config: PretrainConfig) -> dict[str, Any]:
+    engine = config.engine
+    zero: dict[str, Any] = {
+        "stage": engine.zero_stage,
+        "overlap_comm": engine.overlap_communication,
+        "contiguous_gradients": True,
+        "reduce_scatter": True,
+        "reduce_bucket_size": engine.bucket_size,
+        "allgather_partitions": True,
+        "allgather_bucket_size": engine.bucket_size,
+        "round_robin_gradients": False,
+        "ignore_unused_parameters": True,
+    }
+    if engine.offload_optimizer == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if engine.zero_stage == 3:
+        zero |= {
+            "sub_group_size": 1_000_000_000,
+            "stage3_prefetch_bucket_size": engine.bucket_size,
+            "stage3_param_persistence_threshold": 100_000,
+            "stage3_max_live_parameters": 1_000_000_000,
+            "stage3_max_reuse_distance": 1_000_000_000,
+            "stage3_gather_16bit_weights_on_model_save": False,
+        }
+        if engine.offload_parameters == "cpu":
+            zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    return zero
+
+
+def refuse_unsupported(config: PretrainConfig) -> None:
+    """Refuse, by name, what DeepSpeed cannot do or does wrongly.
+
+    Raises:
+        ConfigError: naming the two settings and what to choose instead.
+    """
+    engine = config.engine
+    stage = engine.zero_stage
+    problems = []
+    if engine.precision == "fp16" and stage == 0:
+        problems.append(
+            "engine.precision=fp16 needs engine.zero_stage of 1 to 3 (stage 1 costs nothing on one device): "
+            "DeepSpeed's 16-bit wrapper without ZeRO accumulates gradients in fp16"
+        )
+    if engine.offload_optimizer == "cpu" and stage == 0:
+        problems.append("engine.offload_optimizer=cpu needs engine.zero_stage of 1 to 3")
+    if engine.offload_parameters == "cpu" and stage != 3:
+        problems.append("engine.offload_parameters=cpu needs engine.zero_stage=3")
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+def _merge_raw(generated: dict[str, Any], raw: dict[str, Any], prefix: str) -> None:
+    for key, value in raw.items():
+        path, ours = prefix + str(key), generated.get(key)
+        if path in DECIDED_BY or path in RELIED_ON:
+            if ours != value:
+                raise ConfigError(_contradiction(path, value, ours))
+        elif isinstance(ours, dict):
+            if not isinstance(value, dict):
+                raise ConfigError(f"deepspeed.{path}={value!r} must be a section; its keys are {', '.join(ours)}")
+            _merge_raw(ours, value, path + ".")
+        elif prefix or key in generated or key in PASSED_ON:
+            generated[key] = value
+        else:
+            known = sorted({*generated, *PASSED_ON})
+            raise ConfigError(
+                f"deepspeed.{path} is no key that bigtx passes on to DeepSpeed; it knows {', '.join(known)}"
+            )
+
+
+def _contradiction(path: str, value: Any, ours: Any) -> str:
+    given = f"deepspeed.{path}={value!r}"
+    if path in RELIED_ON:
+        return f"{given}: bigtx works with {'no such key' if ours is None else ours} alone; leave it out"
+    field = DECIDED_BY[path]
+    gives = "decides about it" if ours is None else f"gives {ours!r}"
+    return f"{given} contradicts {field}, which {gives}; leave it out and set {field} instead"

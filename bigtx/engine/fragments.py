@@ -1,0 +1,149 @@
+"""Which part of which parameter's fp32 master weights lives where.
+
+DeepSpeed keeps the fp32 masters and optimizer states of a rank in a few flat tensors, laid out differently by
+each of its optimizer wrappers. A `Fragment` says: elements [start, start + numel) of this parameter, flattened,
+are elements [offset, offset + numel) of that flat tensor. Optimizer states have the flat tensor's shape, so the
+same numbers find them too. Everything that must know the layout uses fragments alone: checkpoints, the initial
+weights, Muon's exchange of matrix parts, and the parity tests.
+
+There is one small adaptor for each wrapper. They read DeepSpeed's internals, so each asserts what it relies on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A contiguous part of one parameter, held by this rank.
+
+    Attributes:
+        name: the parameter's name in the module.
+        shape: the whole parameter's shape.
+        start: first element held, in the flattened parameter.
+        numel: elements held.
+        group: index of the optimizer's parameter group.
+        flat: fp32 tensor that the base optimizer updates; the key of its state.
+        offset: where the fragment begins in `flat` (flattened).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    numel: int
+    group: int
+    flat: Tensor
+    offset: int
+
+    @property
+    def stop(self) -> int:
+        """One past the last element held."""
+        return self.start + self.numel
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """The fragment's elements of `tensor`, which has the shape of `flat` (master weights or a state)."""
+        return tensor.detach().view(-1).narrow(0, self.offset, self.numel)
+
+
+def held_fragments(deepspeed_engine: Any) -> list[Fragment]:
+    """All that this rank holds, in the order of the module's parameters within each flat tensor."""
+    wrapper = deepspeed_engine.optimizer
+    adaptor = {
+        "DeepSpeedZeroOptimizer": _stages_1_and_2,
+        "BF16_Optimizer": _stage_1_bf16,
+        "DeepSpeedZeroOptimizer_Stage3": _stage_3,
+    }.get(type(wrapper).__name__, _stage_0)
+    names = {id(parameter): name for name, parameter in deepspeed_engine.module.named_parameters()}
+    fragments = list(adaptor(wrapper, names))
+    assert {fragment.name for fragment in fragments} <= set(names.values())  # A rank may hold nothing of some.
+    return fragments
+
+
+def owned_fragments(fragments: list[Fragment], *, replicated: bool, rank: int, world_size: int) -> list[Fragment]:
+    """What this rank writes to a checkpoint: all it holds, or its slice where every rank holds everything."""
+    if not replicated:
+        return fragments
+    owned = []
+    for fragment in fragments:
+        share = -(-fragment.numel // world_size)
+        start, stop = min(rank * share, fragment.numel), min((rank + 1) * share, fragment.numel)
+        if start < stop:
+            owned.append(replace(fragment, start=start, numel=stop - start, offset=fragment.offset + start))
+    return owned
+
+
+def refresh_model_weights(deepspeed_engine: Any) -> None:
+    """Copy the fp32 masters into the weights that the model computes with. Every rank must call it."""
+    wrapper = deepspeed_engine.optimizer
+    if type(wrapper).__name__ in ("DeepSpeedZeroOptimizer", "BF16_Optimizer"):
+        wrapper.update_lp_params()
+    elif type(wrapper).__name__ == "DeepSpeedZeroOptimizer_Stage3":
+        # Parameters below the persistence threshold stay gathered: release them, or the old values survive.
+        wrapper._partition_all_parameters()
+        for sub_group in range(len(wrapper.fp16_groups)):
+            wrapper._reassign_or_swap_out_partitioned_parameters(sub_group)
+        if wrapper.persistent_parameters:
+            wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
+
+
+def _stage_0(wrapper: Any, names: dict[int, str]) -> Iterator[Fragment]:
+    """No wrapper: every rank holds every parameter, and the parameter itself is the master."""
+    assert isinstance(wrapper, torch.optim.Optimizer), type(wrapper)
+    for group, parameter_group in enumerate(wrapper.param_groups):
+        for parameter in parameter_group["params"]:
+            assert parameter.dtype == torch.float32
+            yield Fragment(names[id(parameter)], tuple(parameter.shape), 0, parameter.numel(), group, parameter, 0)
+
+
+def _stages_1_and_2(wrapper: Any, names: dict[int, str]) -> Iterator[Fragment]:
+    for group, parameters in enumerate(wrapper.round_robin_bit16_groups):
+        flat = wrapper.single_partition_of_fp32_groups[group]
+        offsets = wrapper.round_robin_bit16_offsets[group]
+        first = torch.distributed.get_rank(wrapper.real_dp_process_group[group]) * wrapper.partition_size[group]
+        yield from _of_partition(parameters, offsets, first, flat, group, names)
+
+
+def _stage_1_bf16(wrapper: Any, names: dict[int, str]) -> Iterator[Fragment]:
+    for group, parameters in enumerate(wrapper.bf16_groups):
+        flat = wrapper.fp32_groups_flat_partition[group]
+        offsets, offset = [], 0
+        for parameter in parameters:
+            offsets.append(offset)
+            offset += parameter.numel()
+        first = torch.distributed.get_rank(wrapper.real_dp_process_group[group]) * flat.numel()
+        yield from _of_partition(parameters, offsets, first, flat, group, names)
+
+
+def _of_partition(
+    parameters: list[nn.Parameter], offsets: list[int], first: int, flat: Tensor, group: int, names: dict[int, str]
+) -> Iterator[Fragment]:
+    """Fragments of one rank's slice, beginning at `first`, of the group's flattened parameters."""
+    last = first + flat.numel()
+    for parameter, begin in zip(parameters, offsets, strict=True):
+        start, stop = max(begin, first), min(begin + parameter.numel(), last)
+        if start < stop:
+            yield Fragment(
+                names[id(parameter)], tuple(parameter.shape), start - begin, stop - start, group, flat, start - first
+            )
+
+
+def _stage_3(wrapper: Any, names: dict[int, str]) -> Iterator[Fragment]:
+    """Each parameter is cut in equal parts, the last one padded; a sub-group's parts lie one after another."""
+    for sub_group, parameters in enumerate(wrapper.fp16_groups):
+        flat = wrapper.fp32_partitioned_groups_flat[sub_group]
+        group = wrapper.sub_group_to_group_id[sub_group]
+        for parameter in parameters:
+            position, offset, part = wrapper.grad_position[wrapper.get_param_id(parameter)]
+            assert position == sub_group
+            start = torch.distributed.get_rank(parameter.ds_process_group) * part
+            stop = min(start + part, parameter.ds_numel)
+            if start < stop:
+                yield Fragment(
+                    names[id(parameter)], tuple(parameter.ds_shape), start, stop - start, group, flat, offset
+                )

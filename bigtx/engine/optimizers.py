@@ -1,0 +1,167 @@
+"""AdamW, and Muon with AdamW, as the base optimizer under every ZeRO stage.
+
+DeepSpeed hands it flat fp32 tensors that hold this rank's share of the master weights, with the reduced,
+unscaled and clipped gradient in `.grad`, and calls `step` once for each of them. Because the raw gradient has
+been clipped before it arrives, and Muon's matrices are put together by `MatrixExchange`, the update is the same
+at every stage and number of ranks.
+
+States, by kind: AdamW `exp_avg`, `exp_avg_sq`; Muon `momentum`; both `ema` where it is asked for. All fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from bigtx.config.schema import OptimizerConfig
+from bigtx.engine.fragments import Fragment
+from bigtx.engine.muon import MatrixExchange
+
+
+def parameter_groups(config: OptimizerConfig, parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
+    """Parameters by how they are updated; norms, biases and other vectors do not decay.
+
+    Args:
+        parameters: names and parameters; a parameter that ZeRO-3 has partitioned tells its shape by `ds_shape`.
+
+    Returns:
+        Groups with `name`, `method`, `peak_learning_rate` and `weight_decay`; empty ones left out.
+    """
+    embedding_decay = config.weight_decay if config.decay_embeddings else 0.0
+    embedding_rate = config.learning_rate * config.embedding_learning_rate_scale
+    matrices: dict[str, Any] = {
+        "method": "adamw",
+        "peak_learning_rate": config.learning_rate,
+        "weight_decay": config.weight_decay,
+    }
+    if config.name == "muon":
+        matrices = {
+            "method": "muon",
+            "peak_learning_rate": config.muon_learning_rate,
+            "weight_decay": config.muon_weight_decay,
+        }
+    groups: dict[str, dict[str, Any]] = {
+        "matrices": matrices,
+        "embeddings": {"method": "adamw", "peak_learning_rate": embedding_rate, "weight_decay": embedding_decay},
+        "vectors": {"method": "adamw", "peak_learning_rate": config.learning_rate, "weight_decay": 0.0},
+    }
+    for name, group in groups.items():
+        group.update(name=name, params=[], lr=group["peak_learning_rate"])
+    for name, parameter in parameters:
+        if parameter.requires_grad:
+            groups[_group_of(name, parameter)]["params"].append(parameter)
+    return [group for group in groups.values() if group["params"]]
+
+
+def _group_of(name: str, parameter: nn.Parameter) -> str:
+    if len(getattr(parameter, "ds_shape", parameter.shape)) < 2:
+        return "vectors"
+    return "matrices" if "blocks." in name else "embeddings"
+
+
+class Optimizer(torch.optim.Optimizer):
+    """AdamW and Muon over flat shares of the parameters.
+
+    `bind` must be called once DeepSpeed has made its flat tensors, before the first step.
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], config: OptimizerConfig, arithmetic_dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Args:
+        groups: from `parameter_groups`.
+        arithmetic_dtype: of Muon's Newton-Schulz iteration: bf16, or fp32 in an fp32 run.
+        device: where Muon's matrices are put together and orthogonalised, also when the states are offloaded.
+        """
+        super().__init__(groups, {"lr": config.learning_rate})
+        self.config = config
+        self.arithmetic_dtype = arithmetic_dtype
+        self.device = device
+        self.exchanges: dict[Tensor, MatrixExchange] = {}
+
+    def state_kinds(self, group: int) -> list[str]:
+        """Names of the states that each element of a group has."""
+        kinds = {"muon": ["momentum"], "adamw": ["exp_avg", "exp_avg_sq"]}[self.param_groups[group]["method"]]
+        return kinds + (["ema"] if self.config.ema_decay is not None else [])
+
+    def bind(self, fragments: list[Fragment], flats: list[tuple[int, Tensor]], *, replicated: bool) -> None:
+        """Make the states, and plan Muon's exchange.
+
+        Args:
+            fragments: what this rank holds.
+            flats: (group, flat tensor) in the same order on every rank.
+            replicated: every rank holds everything (ZeRO 0), so each works for itself.
+        """
+        for group, flat in flats:
+            state = self.state[flat]
+            for kind in self.state_kinds(group):
+                state[kind] = torch.zeros_like(flat, requires_grad=False)
+            state["updates"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+            if self.param_groups[group]["method"] == "muon":
+                mine = [fragment for fragment in fragments if fragment.flat is flat]
+                process_group = None if replicated else dist.group.WORLD
+                self.exchanges[flat] = MatrixExchange(mine, process_group)
+
+    def set_learning_rate_factor(self, factor: float) -> None:
+        """Scale every group's peak rate."""
+        for group in self.param_groups:
+            group["lr"] = factor * group["peak_learning_rate"]
+
+    @property
+    def num_updates(self) -> int:
+        """Updates applied so far."""
+        return int(next(iter(self.state.values()))["updates"])
+
+    @num_updates.setter
+    def num_updates(self, value: int) -> None:
+        for state in self.state.values():
+            state["updates"].fill_(value)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update every tensor that has a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            flats = [flat for flat in group["params"] if flat.grad is not None]
+            if group["method"] == "muon":
+                for flat in flats:
+                    self._muon(flat, group)
+            elif flats:
+                self._adamw(flats, group)
+            if self.config.ema_decay is not None:
+                for flat in flats:
+                    self.state[flat]["ema"].lerp_(flat, 1 - self.config.ema_decay)
+
+    def _adamw(self, flats: list[Tensor], group: dict[str, Any]) -> None:
+        states = [self.state[flat] for flat in flats]
+        adamw(
+            flats,
+            [flat.grad for flat in flats if flat.grad is not None],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["updates"] for state in states],
+            fused=True,
+            amsgrad=False,
+            maximize=False,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            beta1=self.config.beta1,
+            beta2=self.config.beta2,
+            eps=self.config.eps,
+        )
+
+    def _muon(self, flat: Tensor, group: dict[str, Any]) -> None:
+        state, momentum = self.state[flat], self.config.muon_momentum
+        assert flat.grad is not None
+        state["momentum"].lerp_(flat.grad, 1 - momentum)
+        update = flat.grad.lerp(state["momentum"], momentum).view(-1).to(self.device)
+        self.exchanges[flat].orthogonalize_(update, self.config.muon_num_iterations, self.arithmetic_dtype)
+        flat.mul_(1 - group["lr"] * group["weight_decay"])
+        flat.add_(update.to(flat.device).view_as(flat), alpha=-group["lr"])
+        state["updates"] += 1

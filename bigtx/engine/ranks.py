@@ -1,0 +1,150 @@
+"""The processes of a run: how they find each other, and what they must agree on.
+
+Agreements go over a gloo group of their own, on the CPU, so that none of them waits for the accelerator.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from bigtx.utils.errors import BigtxError, LaunchError
+from bigtx.utils.processes import stopped_at_once
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """All ranks of the run.
+
+    Attributes:
+        rank, world_size, local_rank: this process's place.
+    """
+
+    def __init__(self, *, timeout_seconds: float) -> None:
+        """Join the other ranks; a process started alone becomes the only rank.
+
+        Raises:
+            LaunchError: the environment announces several tasks but no launcher named their ranks, or the ranks do
+                not find each other.
+        """
+        set_environment_of_single_process()
+        import deepspeed
+
+        use_own_device()
+        try:
+            with stopped_at_once():
+                deepspeed.init_distributed(timeout=timedelta(seconds=timeout_seconds), verbose=False)
+        except dist.DistNetworkError as error:
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise LaunchError(
+                f"the ranks cannot meet at {place}: {str(error).splitlines()[0]}; if another run uses that port, "
+                "name a free one, e.g. deepspeed --master_port 29501 ..."
+            ) from error
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.local_rank = int(os.environ["LOCAL_RANK"])
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+
+    def sum(self, numbers: Sequence[int]) -> list[int]:
+        """Element-wise sums over all ranks."""
+        tensor = torch.tensor(list(numbers), dtype=torch.int64)
+        dist.all_reduce(tensor, group=self._group)
+        return tensor.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in the order of ranks, on every rank. For small values."""
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value, group=self._group)
+        return gathered
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's value on every rank."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self._group)
+        return values[0]
+
+    def on_first(self, action: Callable[[], T]) -> T | None:
+        """Let rank 0 act. Returns its result there, None elsewhere.
+
+        Raises:
+            BigtxError: on every rank, if the action raised it.
+        """
+        result, failure = None, None
+        if self.rank == 0:
+            try:
+                result = action()
+            except BigtxError as error:
+                failure = error
+        failure = self.from_first(failure)
+        if failure is not None:
+            raise failure
+        return result
+
+    def is_first_to_fail(self) -> bool:
+        """Whether no other rank has asked this before: the one that speaks for all.
+
+        Rank 0 holds the answer. If it was killed, one rank of each machine speaks.
+        """
+        try:
+            return dist.distributed_c10d._get_default_store().add("bigtx/failures", 1) == 1
+        except (RuntimeError, ValueError):
+            return self.rank == 1 or self.local_rank == 0
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        dist.barrier(group=self._group)
+
+    def close(self) -> None:
+        """Leave the others in order."""
+        dist.destroy_process_group()
+
+
+def set_environment_of_single_process() -> None:
+    """Fill in what a launcher would have set, for `python bigtx/pretrain.py`."""
+    if "RANK" in os.environ:
+        return
+    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
+        raise LaunchError(
+            f"SLURM started {os.environ['SLURM_NTASKS']} tasks, but no launcher named their ranks, so each would train "
+            "alone; start one task a node and let it run the deepspeed launcher with --no_ssh and --node_rank"
+        )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def use_own_device() -> None:
+    """Give this process the accelerator of its local rank: until told, each would use the first. Without accelerators,
+    give it its share of the cores.
+
+    Raises:
+        LaunchError: more processes on this machine than accelerators that they can see.
+    """
+    import deepspeed
+
+    accelerator = deepspeed.get_accelerator()
+    if accelerator.device_name() == "cpu":
+        use_share_of_cores()
+        return
+    local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), accelerator.device_count()
+    if local_rank >= count:
+        raise LaunchError(
+            f"local rank {local_rank} has no device of its own: this machine shows {count} to it; start at most that "
+            "many ranks on it (deepspeed --num_gpus), or show it more (CUDA_VISIBLE_DEVICES)"
+        )
+    accelerator.set_device(local_rank)
+
+
+def use_share_of_cores() -> None:
+    """Divide this machine's cores between its ranks, unless OMP_NUM_THREADS says otherwise."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        local_ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        torch.set_num_threads(max(1, cores // local_ranks))

@@ -1,0 +1,338 @@
+"""`bigtx generate`: continue texts with a trained run. `load` gives the same to Python.
+
+Nothing heavy is imported before the arguments, the prompts and the run folder have been found good.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+
+from bigtx.config.load import from_dict
+from bigtx.config.schema import PretrainConfig
+from bigtx.utils.errors import CheckpointError, ConfigError, DataError, LaunchError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from bigtx.model.decode import OnToken
+    from bigtx.model.transformer import Transformer
+    from bigtx.tokenizer.tokenizer import Tokenizer
+
+Weights = Literal["master", "ema"]
+
+BATCH_SIZE = 16
+"""Prompts of a file that are continued side by side."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A trained model with its tokenizer, ready to use.
+
+    Attributes:
+        model: in evaluation mode; fp32 on a CPU, bf16 on a GPU.
+        config: of the run.
+        checkpoint: the folder that the weights came from.
+    """
+
+    model: Transformer
+    tokenizer: Tokenizer
+    config: PretrainConfig
+    checkpoint: Path
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 1,
+        on_token: OnToken | None = None,
+    ) -> str:
+        """Continue a text; returns the continuation alone. See `bigtx.model.decode.generate`."""
+        return self.generate_batch(
+            [prompt],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            on_token=on_token,
+        )[0]
+
+    def generate_batch(self, prompts: Sequence[str], **options: Any) -> list[str]:
+        """Continue several texts side by side, each as it would be alone; options as for `generate`."""
+        from bigtx.model.decode import generate
+
+        return generate(self.model, self.tokenizer, prompts, **options)
+
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        """Logits of what follows each of T token ids: fp32 [T, vocab_size] on the CPU."""
+        import torch
+
+        device = next(self.model.parameters()).device
+        with torch.no_grad():
+            return self.model(torch.tensor([list(ids)], device=device))[0].cpu()
+
+
+def load(run: Path | str, *, weights: Weights = "master", device: str = "auto") -> LoadedModel:
+    """Open the newest checkpoint of a run, or the checkpoint whose folder is named.
+
+    Args:
+        weights: master, or ema for the averaged copy that runs with optimizer.ema_decay keep.
+        device: auto (a GPU if there is one), cpu, cuda, cuda:1, ...
+
+    Raises:
+        CheckpointError: no such run, no checkpoint yet, or a damaged one.
+        ConfigError: see `find`.
+        LaunchError: no such device.
+    """
+    checkpoint, config = find(run)
+    from bigtx.tokenizer.tokenizer import Tokenizer
+
+    place = _device(device)
+    tokenizer = Tokenizer.load(_run_dir(checkpoint) / "tokenizer")
+    if config.model.vocab_size is None:
+        config.model.vocab_size = tokenizer.vocab_size
+    model = _empty_model(config, place)
+    _fill(model, checkpoint, weights)
+    return LoadedModel(model.eval(), tokenizer, config, checkpoint)
+
+
+def find(run: Path | str) -> tuple[Path, PretrainConfig]:
+    """The checkpoint folder and the config that `load` would use, before anything large is read.
+
+    Raises:
+        CheckpointError: no such run, or no checkpoint yet.
+        ConfigError: the run's config holds what this bigtx does not know.
+    """
+    folder = Path(run)
+    if not folder.is_dir():
+        raise CheckpointError(f"{run} is not a folder; name a run's folder (its run_dir) or one of its checkpoints")
+    path = _run_dir(folder) / "config.yaml"
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{run} is not a run: it has no config.yaml; name the run_dir of a training") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} is not a run's config; restore it from a copy")
+    config = from_dict(PretrainConfig, values, where=str(path))
+    from bigtx.engine.checkpoint import newest
+
+    return newest(folder), config
+
+
+def _run_dir(folder: Path) -> Path:
+    """The run of a folder that is the run or one of its checkpoints."""
+    folder = folder.resolve()
+    return folder.parent.parent if folder.parent.name == "checkpoints" else folder
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise LaunchError(f"device {name!r} cannot be used: {reason}; --device auto takes what is there") from error
+    return device
+
+
+def _empty_model(config: PretrainConfig, device: torch.device) -> Transformer:
+    import torch
+
+    from bigtx.model.transformer import Transformer
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32 if device.type == "cpu" else torch.bfloat16)
+    try:
+        with device:
+            return Transformer(config.model)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _fill(model: Transformer, checkpoint: Path, kind: Weights) -> None:
+    """Read the weights one by one, so that they are in memory once.
+
+    Raises:
+        CheckpointError: they are not those of the model.
+    """
+    import torch
+
+    from bigtx.engine.checkpoint import Checkpoint, load_weights
+
+    parameters = dict(model.named_parameters())
+    expected = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    saved = Checkpoint(checkpoint).shapes
+    if expected != saved:
+        names = sorted(name for name in expected | saved if expected.get(name) != saved.get(name))
+        raise CheckpointError(
+            f"{checkpoint} does not fit the run's config.yaml: {len(names)} parameters differ, first {names[0]} "
+            f"({saved.get(names[0], 'none')} saved, {expected.get(names[0], 'none')} configured); was it edited?"
+        )
+    with torch.no_grad():
+        for name, weight in load_weights(checkpoint, kind=kind):
+            parameters[name].copy_(weight)
+
+
+def command(argv: Sequence[str]) -> int:
+    """`bigtx generate`.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        BigtxError: a run, prompts or settings that cannot be used.
+    """
+    arguments = _parser().parse_args(argv)
+    _check_sampling(arguments)
+    records = _read_prompts(Path(arguments.prompts_file)) if arguments.prompts_file else []
+    loaded = load(arguments.run, weights=arguments.weights, device=arguments.device)
+    options = {
+        "max_new_tokens": arguments.max_new_tokens,
+        "temperature": arguments.temperature,
+        "top_k": arguments.top_k,
+        "top_p": arguments.top_p,
+        "seed": arguments.seed,
+    }
+    started, num_tokens = time.monotonic(), 0
+
+    def count(index: int, token: int) -> None:
+        nonlocal num_tokens
+        num_tokens += 1
+
+    _remark_on_length(loaded, [record["prompt"] for record in records] or [arguments.prompt])
+    if arguments.prompts_file:
+        _answer_file(loaded, records, options, count)
+    else:
+        _answer_prompt(loaded, arguments.prompt, options, count)
+    seconds = time.monotonic() - started
+    print(f"[{loaded.checkpoint}: {num_tokens} tokens in {seconds:.1f} s]", file=sys.stderr)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bigtx generate",
+        description="Continue prompts with a trained model: one on the terminal as it grows, or a file of them as "
+        "JSON lines on standard output.",
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of a run, or of one of its checkpoints")
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", metavar="TEXT", help="the text to continue; '' starts a new document")
+    prompts.add_argument(
+        "--prompts-file", metavar="FILE", help='.txt with a prompt on each line, or .jsonl with {"prompt": ...}'
+    )
+    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=128, help="tokens of a continuation (128)")
+    parser.add_argument("--temperature", metavar="X", type=float, default=0.8, help="0: the likeliest token (0.8)")
+    parser.add_argument("--top-k", metavar="N", type=int, help="draw from the N likeliest tokens only (all)")
+    parser.add_argument("--top-p", metavar="X", type=float, help="draw from the likeliest that reach X together (all)")
+    parser.add_argument("--seed", metavar="N", type=int, default=1, help="another seed, another text (1)")
+    parser.add_argument(
+        "--weights", choices=["master", "ema"], default="master", help="ema: the averaged copy (master)"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto: a GPU if there is one)")
+    return parser
+
+
+def _check_sampling(arguments: argparse.Namespace) -> None:
+    problems = [
+        f"{name}={value}: {rule}"
+        for name, value, good, rule in (
+            ("--max-new-tokens", arguments.max_new_tokens, arguments.max_new_tokens >= 1, "at least 1"),
+            ("--temperature", arguments.temperature, arguments.temperature >= 0.0, "0 or more"),
+            ("--top-k", arguments.top_k, arguments.top_k is None or arguments.top_k >= 1, "at least 1"),
+            ("--top-p", arguments.top_p, arguments.top_p is None or 0.0 < arguments.top_p <= 1.0, "above 0, at most 1"),
+        )
+        if not good
+    ]
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+def _read_prompts(path: Path) -> list[dict[str, Any]]:
+    """The records of a file of prompts; a text line becomes {"prompt": line}, and blank lines are left out."""
+    if path.suffix not in (".txt", ".jsonl"):
+        raise DataError(f"{path} is neither .txt (a prompt on each line) nor .jsonl (objects with a prompt)")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8: {error.reason} at byte {error.start + 1}") from error
+    read = _json_record if path.suffix == ".jsonl" else _text_record
+    records = [read(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
+    if not records:
+        raise DataError(f"{path} holds no prompt; write one on each line")
+    return records
+
+
+def _text_record(line: str, where: str) -> dict[str, Any]:
+    return {"prompt": line.removesuffix("\r")}
+
+
+def _json_record(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where} is not JSON: {error}") from error
+    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+        raise DataError(f'{where} has no prompt; each line is an object like {{"prompt": "Once upon"}}')
+    return record
+
+
+def _remark_on_length(loaded: LoadedModel, prompts: Sequence[str]) -> None:
+    """Say of which prompts the model reads the end alone."""
+    window = loaded.config.model.max_sequence_length
+    for number, prompt in enumerate(prompts, start=1):
+        # No token stands for less than a byte, so that most prompts need not be encoded for this.
+        if len(prompt.encode("utf-8", "surrogatepass")) <= window:
+            continue
+        num_tokens = len(loaded.tokenizer.encode(prompt))
+        if num_tokens > window:
+            which = "the prompt" if len(prompts) == 1 else f"prompt {number}"
+            print(
+                f"[{which} has {num_tokens:,} tokens; the model reads the last {window:,} (model.max_sequence_length)]",
+                file=sys.stderr,
+            )
+
+
+def _answer_prompt(loaded: LoadedModel, prompt: str, options: dict[str, Any], count: OnToken) -> None:
+    """Show a continuation as it grows."""
+    stream = loaded.tokenizer.stream()
+
+    def show(index: int, token: int) -> None:
+        count(index, token)
+        print(stream.push(token), end="", flush=True)
+
+    print(prompt, end="", flush=True)
+    loaded.generate(prompt, on_token=show, **options)
+    print(stream.flush())
+
+
+def _answer_file(loaded: LoadedModel, records: list[dict[str, Any]], options: dict[str, Any], count: OnToken) -> None:
+    """Print each record with its completion, in the file's order."""
+    for start in range(0, len(records), BATCH_SIZE):
+        batch = records[start : start + BATCH_SIZE]
+        prompts = [record["prompt"] for record in batch]
+        completions = loaded.generate_batch(prompts, first_index=start, on_token=count, **options)
+        for record, completion in zip(batch, completions, strict=True):
+            print(json.dumps(record | {"completion": completion}, ensure_ascii=False), flush=True)

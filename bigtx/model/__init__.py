@@ -1,0 +1,1 @@
+"""The Transformer: its parts, its loss, its initial weights, and generation."""

@@ -1,0 +1,292 @@
+"""Generation: sampling one token at a time, with the keys and values of all tokens before it kept.
+
+A batch of prompts of different lengths gives each prompt what it would give alone: rows are padded on the right, where
+causal attention never looks, each row goes on at its own position, and each row draws from its own generator.
+Shape letters: B rows, T new tokens, S columns of the cache, K key heads, C head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bigtx.config.schema import ModelConfig
+
+OnToken = Callable[[int, int], None]
+"""Called with (index of the prompt, token id) as soon as a token is drawn."""
+Agree = Callable[[list[int]], list[int]]
+"""What every rank's draws become before they are used: rank 0's. Ranks that differed would stop at different steps, and
+wait for each other for ever."""
+
+
+class Decoder(Protocol):
+    """The part of a tokenizer that generation needs: see bigtx.tokenizer.tokenizer."""
+
+    vocab_size: int
+    end_id: int
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text."""
+        ...
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a token is drawn from the logits.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: only this many likeliest tokens may be drawn; None: all.
+        top_p: only the likeliest tokens that together reach this probability (arXiv:1904.09751); None or 1: all.
+        seed: with the index of a prompt it determines what that prompt draws, whatever else is in the batch.
+    """
+
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        assert self.temperature >= 0.0, "temperature must be at least 0"
+        assert self.top_k is None or self.top_k >= 1, "top_k must be at least 1"
+        assert self.top_p is None or 0.0 < self.top_p <= 1.0, "top_p must be above 0 and at most 1"
+
+    def draw(self, logits: Tensor, generators: Sequence[torch.Generator]) -> list[int]:
+        """One token id for each row of logits [B, V], by that row's generator."""
+        logits = logits.float().cpu()
+        if self.temperature == 0.0:
+            return logits.argmax(dim=-1).tolist()
+        ordered, ids = (logits / self.temperature).sort(dim=-1, descending=True, stable=True)
+        if self.top_k is not None:
+            ordered[:, self.top_k :] = float("-inf")
+        probabilities = ordered.softmax(dim=-1)
+        if self.top_p is not None:
+            # A token stays if those before it do not reach top_p: the likeliest always does.
+            before = probabilities.cumsum(dim=-1) - probabilities
+            probabilities = probabilities.masked_fill(before >= self.top_p, 0.0)
+        places = [torch.multinomial(row, 1, generator=own) for row, own in zip(probabilities, generators, strict=True)]
+        return ids.gather(1, torch.stack(places)).flatten().tolist()
+
+    def generator(self, index: int) -> torch.Generator:
+        """The source of randomness of one prompt."""
+        key = hashlib.sha256(f"{self.seed}/{index}".encode()).digest()
+        # torch's CPU generator uses 32 bits of its seed.
+        return torch.Generator().manual_seed(int.from_bytes(key[:4], "little"))
+
+
+class KeyValueCache:
+    """Keys and values of every layer; the token at position p of row b lies in column p of row b."""
+
+    def __init__(self, num_layers: int) -> None:
+        self.layers = [_Layer(self) for _ in range(num_layers)]
+        self.positions = torch.empty(0, 0, dtype=torch.long)  # B T, where the tokens being read go
+        self.num_columns = 0
+
+    def place(self, positions: Tensor) -> Tensor:
+        """Say where the next tokens go, int64 [B, T]; returns the positions [S] of all columns in use."""
+        self.positions = positions
+        self.num_columns = max(self.num_columns, int(positions.max()) + 1)
+        return torch.arange(self.num_columns, device=positions.device)
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all rows but these, int64 [rows]."""
+        for layer in self.layers:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+
+
+class _Layer:
+    """One layer's keys and values [B, K, columns, C]; columns grow in steps, so that most tokens copy nothing."""
+
+    GROWTH = 256
+
+    def __init__(self, cache: KeyValueCache) -> None:
+        self.cache = cache
+        self.keys = self.values = torch.empty(0)
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write keys and values [B, K, T, C] to their columns; returns those of all columns in use [B, K, S, C]."""
+        columns, used = self.cache.positions, self.cache.num_columns
+        self.keys, self.values = self._with_room(self.keys, keys, used), self._with_room(self.values, values, used)
+        rows = torch.arange(keys.shape[0], device=keys.device)[:, None]  # B 1
+        self.keys[rows, :, columns] = keys.transpose(1, 2)
+        self.values[rows, :, columns] = values.transpose(1, 2)
+        return self.keys[:, :, :used], self.values[:, :, :used]
+
+    def _with_room(self, held: Tensor, like: Tensor, used: int) -> Tensor:
+        if held.dim() == 4 and held.shape[2] >= used:
+            return held
+        rows, heads, _, width = like.shape
+        larger = like.new_zeros(rows, heads, -(-used // self.GROWTH) * self.GROWTH, width)
+        if held.dim() == 4:
+            larger[:, :, : held.shape[2]] = held
+        return larger
+
+
+@dataclass
+class _Row:
+    """A text that is being continued."""
+
+    index: int
+    ids: list[int]
+    start: int
+    generator: torch.Generator
+    new_ids: list[int] = field(default_factory=list)
+
+    def window(self) -> list[int]:
+        """The tokens that the model reads: those from `start` on."""
+        return self.ids[self.start :]
+
+    def take(self, token: int, on_token: OnToken | None) -> int:
+        """Add a token; returns how many are new by now."""
+        self.ids.append(token)
+        self.new_ids.append(token)
+        if on_token is not None:
+            on_token(self.index, token)
+        return len(self.new_ids)
+
+
+@torch.no_grad()
+def decode_tokens(
+    forward: Callable[..., Tensor],
+    config: ModelConfig,
+    prompt_ids: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    end_id: int | None,
+    num_ids: int | None = None,
+    device: torch.device | str = "cpu",
+    first_index: int = 0,
+    on_token: OnToken | None = None,
+    agree: Agree | None = None,
+) -> list[list[int]]:
+    """Continue each prompt.
+
+    A text that reaches `config.max_sequence_length` goes on from its newer half, read again from position 0.
+
+    Args:
+        forward: a Transformer's forward, in evaluation mode.
+        prompt_ids: at least one token each.
+        end_id: the token that ends a text; it is not part of the result. None: no token does.
+        num_ids: only ids below it may be drawn; the tokenizer of a model may have fewer than its vocab_size.
+        first_index: index of the first prompt, where these are a part of more prompts.
+        on_token: see `OnToken`.
+        agree: see `Agree`; needed where the weights are sharded over ranks.
+
+    Returns:
+        The new tokens of each prompt, at most `max_new_tokens`.
+    """
+    assert all(prompt_ids), "a prompt needs at least one token"
+    limit = config.max_sequence_length
+    rows = [
+        _Row(index, list(ids), max(0, len(ids) - limit), sampling.generator(index))
+        for index, ids in enumerate(prompt_ids, start=first_index)
+    ]
+    results = [row.new_ids for row in rows]
+    cache: KeyValueCache | None = None
+    while rows and max_new_tokens > 0:
+        with _uncompiled():
+            if cache is None:
+                cache = KeyValueCache(config.num_layers)
+                logits = _read_windows(forward, rows, cache, device)  # B V
+            else:
+                logits = _read_last(forward, rows, cache, device)  # B V
+        tokens = sampling.draw(logits[:, :num_ids], [row.generator for row in rows])
+        tokens = agree(tokens) if agree else tokens
+        kept = [
+            place
+            for place, (row, token) in enumerate(zip(rows, tokens, strict=True))
+            if token != end_id and row.take(token, on_token) < max_new_tokens
+        ]
+        if len(kept) < len(rows):
+            rows = [rows[place] for place in kept]
+            cache.keep(torch.tensor(kept, dtype=torch.long, device=device))
+        for row in rows:
+            if len(row.window()) > limit:
+                row.start = len(row.ids) - max(1, limit // 2)
+                cache = None
+    return results
+
+
+def _uncompiled() -> contextlib.AbstractContextManager[None]:
+    """Compiled blocks run as they were written: every length would be compiled anew."""
+    # Asking takes seconds where nothing has been compiled yet, and is then of no use.
+    if "torch._dynamo" not in sys.modules:
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+def _read_windows(
+    forward: Callable[..., Tensor], rows: list[_Row], cache: KeyValueCache, device: torch.device | str
+) -> Tensor:
+    """Read every row's window into an empty cache; logits [B, V] of what follows."""
+    windows = [row.window() for row in rows]
+    longest = max(map(len, windows))
+    # Any token pads: its column is written anew by the row's own token before that row may see it.
+    tokens = torch.tensor([window + [0] * (longest - len(window)) for window in windows], device=device)
+    positions = torch.arange(longest, device=device).expand_as(tokens)
+    last = torch.tensor([len(window) - 1 for window in windows], device=device)
+    return forward(tokens, positions=positions, cache=cache, logits_at=last)[:, 0]
+
+
+def _read_last(
+    forward: Callable[..., Tensor], rows: list[_Row], cache: KeyValueCache, device: torch.device | str
+) -> Tensor:
+    """Read every row's newest token; logits [B, V] of what follows."""
+    tokens = torch.tensor([[row.ids[-1]] for row in rows], device=device)
+    positions = torch.tensor([[len(row.window()) - 1] for row in rows], device=device)
+    return forward(tokens, positions=positions, cache=cache)[:, 0]
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: Decoder,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 1,
+    first_index: int = 0,
+    on_token: OnToken | None = None,
+    agree: Agree | None = None,
+) -> list[str]:
+    """Continue texts with a Transformer that is in evaluation mode.
+
+    Args:
+        prompts: an empty one starts a new document.
+        temperature, top_k, top_p, seed: see `Sampling`.
+        first_index, on_token, agree: see `decode_tokens`.
+
+    Returns:
+        The continuation of each prompt, the prompt itself left out.
+    """
+    # Documents follow the end of another in training, so that is how a new one begins.
+    prompt_ids = [tokenizer.encode(prompt) or [tokenizer.end_id] for prompt in prompts]
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    new_ids = decode_tokens(
+        model,
+        model.config,  # type: ignore[arg-type]
+        prompt_ids,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        end_id=tokenizer.end_id,
+        num_ids=tokenizer.vocab_size,
+        device=next(model.parameters()).device,
+        first_index=first_index,
+        on_token=on_token,
+        agree=agree,
+    )
+    return [tokenizer.decode(ids) for ids in new_ids]

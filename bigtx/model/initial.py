@@ -1,0 +1,67 @@
+"""The initial weights, each parameter's from the seed and its own name.
+
+So a model starts with the same weights however many ranks hold it, in whatever order they fill it, and any rank can
+make just the piece that it owns: values are drawn in runs of a fixed length, each from its own generator.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bigtx.config.schema import ModelConfig
+
+RUN = 2**20
+"""Values drawn from one generator; part of what (seed, name) means, so it never changes."""
+
+PROJECTIONS = ("attention.output.weight", "mlp.down.weight")
+"""The matrices that write into the residual stream."""
+
+
+def initial_value(
+    name: str, shape: tuple[int, ...], config: ModelConfig, seed: int, start: int = 0, stop: int | None = None
+) -> Tensor:
+    """The initial value of one parameter, or of a piece of it.
+
+    Args:
+        name: as in `named_parameters()`.
+        shape: of the whole parameter.
+        start, stop: the piece, as a range of the flattened parameter; the default is all of it.
+
+    Returns:
+        fp32 on the CPU: of `shape` without a range, else flat [stop - start].
+    """
+    total = math.prod(shape)
+    whole = start == 0 and stop is None
+    stop = total if stop is None else stop
+    assert 0 <= start <= stop <= total, f"{name}: no piece {start}:{stop} of {total} values"
+    deviation = _deviation(name, config)
+    if name.endswith("norm.weight"):
+        value = torch.ones(stop - start)
+    elif name.endswith(".bias") or deviation == 0.0:
+        value = torch.zeros(stop - start)
+    else:
+        value = torch.from_numpy(_normal(name, seed, start, stop)).mul_(deviation)
+    return value.view(shape) if whole else value
+
+
+def _deviation(name: str, config: ModelConfig) -> float:
+    if not name.endswith(PROJECTIONS) or config.init == "normal":
+        return config.init_std
+    return 0.0 if config.init == "zero_projections" else config.init_std / math.sqrt(2 * config.num_layers)
+
+
+def _normal(name: str, seed: int, start: int, stop: int) -> np.ndarray:
+    """Standard normal values start:stop of the endless sequence that (seed, name) names."""
+    values = np.empty(stop - start, dtype=np.float32)
+    for run in range(start // RUN, -(-stop // RUN)):
+        key = hashlib.sha256(f"{seed}/{name}/{run}".encode()).digest()
+        generator = np.random.Generator(np.random.PCG64(int.from_bytes(key[:16], "little")))
+        first, last = max(start, run * RUN), min(stop, (run + 1) * RUN)
+        drawn = generator.standard_normal(last - run * RUN, dtype=np.float32)
+        values[first - start : last - start] = drawn[first - run * RUN :]
+    return values

@@ -1,0 +1,160 @@
+"""The head and the loss, fused so that the logits of a whole batch never exist.
+
+Logits are made for one chunk of tokens at a time, and with them the chunk's gradients at once: the loss is a sum over
+tokens, so the gradient that comes down later is one number to multiply by. Against recomputing each chunk in the
+backward pass this saves one of four matrix products; against plain cross-entropy it saves holding B T V logits.
+(torch 2.13's linear_cross_entropy is as fast, but rounds the loss to bf16 and knows neither soft cap nor z-loss.)
+Shape letters: N tokens, D hidden size, V vocabulary, P the vocabulary padded.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bigtx.config import shape
+from bigtx.config.schema import ModelConfig
+
+IGNORED = -100
+"""The label of a position that is not predicted."""
+
+CHUNK_LOGITS = {"cpu": 2**21, "cuda": 2**27}
+"""Logits made at once: what fits the caches of a CPU core, and 512 MiB in fp32 where large products run faster."""
+
+ChunkLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""Logits [n, P] and labels [n] to the summed loss, the summed cross-entropy, and the loss's gradient [n, P]."""
+
+
+class Loss(NamedTuple):
+    """What the model returns for labels."""
+
+    loss_sum: Tensor
+    """fp32 scalar with a gradient: cross-entropy in nats, z-loss included, summed over predicted tokens."""
+    cross_entropy_sum: Tensor
+    """fp32 scalar without a gradient: the cross-entropy alone."""
+
+
+class Head(nn.Module):
+    """From the last hidden states to logits or to the loss. A tied head holds the embedding's own parameter."""
+
+    def __init__(self, config: ModelConfig, tied_to: Tensor | None = None) -> None:
+        super().__init__()
+        assert config.vocab_size is not None
+        self.vocab_size = config.vocab_size
+        self.soft_cap = config.logit_soft_cap
+        self.chunk_loss = chunk_loss_and_gradient
+        rows = shape.padded_vocab_size(config)
+        self.weight = nn.Parameter(torch.empty(rows, config.hidden_size)) if tied_to is None else tied_to
+
+    def compile_loss(self) -> None:
+        """Let torch.compile fuse the passes over a chunk of logits, which on a GPU are bound by its memory."""
+        self.chunk_loss = torch.compile(chunk_loss_and_gradient, dynamic=False)
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, z_loss: float = 0.0) -> Tensor | Loss:
+        """Logits [B, T, V], fp32, of hidden [B, T, D]; or, given labels [B, T] (-100 is ignored), the loss."""
+        if labels is None:
+            return soft_capped(F.linear(hidden, self.weight[: self.vocab_size]).float(), self.soft_cap)
+        labels = labels.flatten()
+        per_chunk = functools.partial(
+            self.chunk_loss, vocab_size=self.vocab_size, soft_cap=self.soft_cap, z_loss=z_loss
+        )
+        inputs = hidden.flatten(0, 1), self.weight
+        if not torch.is_grad_enabled():
+            # Inside the function torch says of both that they want a gradient, also where none is recorded.
+            inputs = inputs[0].detach(), inputs[1].detach()
+        loss, cross_entropy = ChunkedLoss.apply(*inputs, labels, per_chunk)
+        return Loss(loss, cross_entropy)
+
+
+def soft_capped(logits: Tensor, cap: float | None) -> Tensor:
+    """cap * tanh(logits / cap) (arXiv:2408.00118), or the logits themselves."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """The sum of a loss on logits, a chunk of tokens at a time, with the gradients made on the way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, per_chunk: ChunkLoss
+    ) -> tuple[Tensor, Tensor]:
+        """Sum the loss of hidden [N, D] under weight [P, D] and labels [N], and keep the gradients of both.
+
+        Returns:
+            The loss and the cross-entropy, fp32 scalars.
+        """
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        hidden_grad = torch.empty_like(hidden) if wants_hidden else None
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        sums = torch.zeros(2, dtype=torch.float32, device=hidden.device)
+        device = hidden.device.type
+        # Autocast would cast the weight again for each chunk.
+        arithmetic = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        matrix = weight.to(arithmetic)
+        size = max(1, CHUNK_LOGITS.get(device, CHUNK_LOGITS["cuda"]) // weight.shape[0])
+        for start in range(0, hidden.shape[0], size):
+            chunk = slice(start, start + size)
+            inputs = hidden[chunk].to(arithmetic)
+            loss, cross_entropy, grad = per_chunk(F.linear(inputs, matrix), labels[chunk])
+            sums += torch.stack((loss, cross_entropy))
+            if hidden_grad is not None:
+                hidden_grad[chunk] = grad @ matrix
+            if weight_grad is not None:
+                weight_grad += grad.t() @ inputs
+        ctx.grads = (hidden_grad, weight_grad)
+        ctx.weight_dtype = weight.dtype
+        loss, cross_entropy = sums.unbind()
+        ctx.mark_non_differentiable(cross_entropy)
+        return loss, cross_entropy
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale the kept gradients by the gradient of the sum."""
+        hidden_grad, weight_grad = ctx.grads
+        scale = upstream[0]
+        return (
+            None if hidden_grad is None else (hidden_grad * scale).to(hidden_grad.dtype),
+            None if weight_grad is None else (weight_grad * scale).to(ctx.weight_dtype),
+            None,
+            None,
+        )
+
+
+def chunk_loss_and_gradient(
+    logits: Tensor, labels: Tensor, vocab_size: int, soft_cap: float | None, z_loss: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy plus z_loss * logsumexp^2 (PaLM, arXiv:2204.02311), in fp32.
+
+    It works in place on one fp32 copy of the logits: this is all memory traffic.
+
+    Args:
+        logits: [n, P] before the soft cap, the product of a matrix multiplication; may be overwritten.
+        labels: int64 [n].
+
+    Returns:
+        The loss and the cross-entropy, fp32 scalars summed over the chunk, and the loss's gradient [n, P] in the
+        logits' type.
+    """
+    predicted = (labels != IGNORED).float()  # n
+    target = labels.clamp(min=0)[:, None]  # n 1
+    scores = soft_capped(logits.float(), soft_cap)
+    slope = None if soft_cap is None else 1.0 - (scores / soft_cap).square()
+    scores[:, vocab_size:] = float("-inf")
+    of_target = scores.gather(1, target).squeeze(1)
+    top = scores.amax(dim=-1, keepdim=True)
+    weights = scores.sub_(top).exp_()
+    total = weights.sum(dim=-1, keepdim=True)
+    log_partition = (total.log() + top).squeeze(1)
+    cross_entropy = (log_partition - of_target) * predicted
+    loss = cross_entropy + z_loss * log_partition.square() * predicted
+    # d logsumexp = softmax, and the z-loss adds 2 z logsumexp of it; the label's own logit is subtracted.
+    factor = predicted * (1.0 + 2.0 * z_loss * log_partition)
+    grad = weights.mul_(factor[:, None] / total).scatter_add_(1, target, -predicted[:, None])
+    if slope is not None:
+        grad = grad.mul_(slope)
+    return loss.sum(), cross_entropy.sum(), grad.to(logits.dtype)

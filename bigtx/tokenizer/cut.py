@@ -1,0 +1,27 @@
+"""Long texts in pieces of bounded length, cut where words and lines end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+MAX_ENCODE_CHARACTERS = 1 << 18
+"""What is given to a tokenizer at once: encoding takes some hundred bytes of memory per character."""
+
+
+def cut(text: str, limit: int) -> Iterator[str]:
+    """The text in pieces of at most `limit` characters; together they are the text.
+
+    A piece ends with a line's end where there is one, otherwise before a space, otherwise at the limit.
+    """
+    start = 0
+    while len(text) - start > limit:
+        end = start + limit
+        at = text.rfind("\n", start, end) + 1
+        if at <= start:
+            at = text.rfind(" ", start + 1, end)
+        if at <= start:
+            at = end
+        yield text[start:at]
+        start = at
+    if start < len(text):
+        yield text[start:]

@@ -1,0 +1,155 @@
+"""A Hugging Face `tokenizer.json` behind a `Tokenizer`, through the `tokenizers` library (an extra)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bigtx.tokenizer import special
+from bigtx.tokenizer.special import SpecialIds
+from bigtx.utils.errors import DataError
+
+
+class HuggingFaceModel:
+    """Encodes and decodes with a `tokenizer.json`, adding no special ids and reading none from the text."""
+
+    kind = "huggingface"
+    file_name = "tokenizer.json"
+    words = None
+    """Such a tokenizer may do anything to white space, so there is no encoding word by word."""
+
+    def __init__(self, data: bytes) -> None:
+        """Args: data: the content of tokenizer.json.
+
+        Raises:
+            DataError: the library is missing, or the content is no tokenizer.
+        """
+        try:
+            import tokenizers
+        except ImportError:
+            raise DataError(
+                "Hugging Face tokenizers are read by the package tokenizers, which is not installed: "
+                "pip install 'bigtx[huggingface]'"
+            ) from None
+        self.data = data
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
+        except Exception as error:  # The library raises bare Exception.
+            raise DataError(f"not a Hugging Face tokenizer.json: {error}") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        # Ids may have gaps.
+        self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int], keep_special: bool) -> str:
+        """The text of ids; bytes that are no UTF-8 become U+FFFD."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=not keep_special))
+
+    def stream(self) -> WindowStream:
+        """A decoder for ids that come one by one."""
+        return WindowStream(self)
+
+    def piece(self, i: int) -> str:
+        """The piece as the model writes it; empty in a gap between the ids."""
+        return self._tokenizer.id_to_token(i) or ""
+
+    def is_byte(self, i: int) -> bool:
+        """Whether the piece is a byte that alone is no character."""
+        return self.decode([i], keep_special=False) == "\ufffd"
+
+    def special_ids(self, settings: dict[str, Any]) -> SpecialIds:
+        """The special ids, by what the files beside tokenizer.json say of them.
+
+        Args:
+            settings: `bos_token` and the like, as in special_tokens_map.json.
+
+        Raises:
+            DataError: there is no id that ends a text.
+        """
+        added = {token.content: i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+
+        def named(role: str) -> int | None:
+            value = settings.get(role)
+            text = value.get("content") if isinstance(value, dict) else value
+            return self._tokenizer.token_to_id(text) if isinstance(text, str) else None
+
+        end = named("eos_token")
+        end = named("sep_token") if end is None else end
+        if end is None:
+            raise DataError(
+                "no end-of-text token: the folder needs a tokenizer_config.json or special_tokens_map.json that names "
+                "eos_token (or sep_token), since it ends every document"
+            )
+        begin = named("bos_token")
+        begin = named("cls_token") if begin is None else begin
+        pad = named("pad_token")
+        sentinels = (added.get(special.sentinel(number)) for number in range(special.NUM_SENTINELS))
+        return SpecialIds(
+            pad=end if pad is None else pad,
+            unknown=named("unk_token"),
+            begin=end if begin is None else begin,
+            end=end,
+            mask=named("mask_token"),
+            sentinels=[i for i in sentinels if i is not None],
+            roles={name: added[special.role(name)] for name in special.CHAT_ROLES if special.role(name) in added},
+        )
+
+
+class WindowStream:
+    """Text from ids one by one, through a decoder that only knows whole sequences.
+
+    A few ids before the new ones are decoded along, since what an id says may depend on its neighbors; what they say
+    alone is taken off again. Text that ends in U+FFFD may be half a character, and waits.
+    """
+
+    def __init__(self, model: HuggingFaceModel) -> None:
+        self._model = model
+        self._shown: list[int] = []
+        self._waiting: list[int] = []
+
+    def push(self, i: int) -> str:
+        """The text that id `i` completes, often empty."""
+        self._waiting.append(i)
+        text = self._new_text()
+        if not text or text.endswith("\ufffd"):
+            return ""
+        self._shown, self._waiting = self._waiting, []
+        return text
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for a character that was cut short."""
+        text = self._new_text()
+        self._shown, self._waiting = [], []
+        return text
+
+    def _new_text(self) -> str:
+        before = self._model.decode(self._shown, keep_special=False)
+        return self._model.decode(self._shown + self._waiting, keep_special=False)[len(before) :]
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What tokenizer_config.json and special_tokens_map.json, where they exist, say; the second has the last word.
+
+    Raises:
+        DataError: one of them is no JSON object.
+    """
+    settings: dict[str, Any] = {}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = folder / name
+        if not path.exists():
+            continue
+        try:
+            content = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise DataError(f"{path} is not JSON: {error}") from None
+        if not isinstance(content, dict):
+            raise DataError(f"{path} is not a JSON object")
+        settings |= {key: value for key, value in content.items() if value is not None}
+    return settings

@@ -1,0 +1,187 @@
+"""What a tokenizer does with text, in figures and examples."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import time
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bigtx.tokenizer.sentencepiece_model import SPACE_MARK
+from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.utils.units import format_count
+
+HARD_TEXTS = {
+    "prose": "The naïve café owner's well-known co-operation wasn't re-evaluated.",
+    "code": "def area(self):\n    if self.width > 0:\n        return self.width**2\n",
+    "tabs and line ends": "a\tb\t\tc\r\nd\r\r\n\n",
+    "numbers": "1234567 3.14159 2026-11-30 0x7f",
+    "other scripts": "Привет, мир! 你好，世界。 नमस्ते שלום",
+    "emoji": "👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽",
+    "combining marks": "é ≠ e\u0301",
+    "spaces": "  two before, two after  ",
+    "special names": "<mask></s><|user|>",
+    "the space mark": f"a{SPACE_MARK}b",
+    "NUL and byte order mark": "\x00\ufeff",
+}
+
+_UNSHOWN = {"\n": "⏎", "\r": "␍", "\t": "⇥", "\x00": "␀", "\ufeff": "[U+FEFF]", " ": "·"}
+_BATCH_TEXTS = 256
+_MAX_EXAMPLE_PIECES = 40
+_TOKENS_PER_ID = 100
+_SMALLEST_SUITED = 2
+
+
+@dataclass
+class Measures:
+    """Figures over some texts.
+
+    Attributes:
+        num_bytes, num_tokens: of all texts (UTF-8).
+        num_lossless: texts that came back as they were.
+        tokens: how often each id was used.
+        seconds: that encoding took, on one core.
+    """
+
+    num_texts: int
+    num_bytes: int
+    num_tokens: int
+    num_lossless: int
+    tokens: Counter[int]
+    seconds: float
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text for one token."""
+        return self.num_bytes / max(1, self.num_tokens)
+
+
+def measure(tokenizer: Tokenizer, texts: Sequence[str]) -> Measures:
+    """Encode and decode the texts."""
+    measures = Measures(len(texts), 0, 0, 0, Counter(), 0.0)
+    for start in range(0, len(texts), _BATCH_TEXTS):
+        batch = texts[start : start + _BATCH_TEXTS]
+        begin = time.perf_counter()
+        encoded = tokenizer.encode_batch(batch)
+        measures.seconds += time.perf_counter() - begin
+        for text, ids in zip(batch, encoded, strict=True):
+            measures.num_bytes += len(text.encode())
+            measures.num_tokens += len(ids)
+            measures.num_lossless += tokenizer.decode(ids) == text
+            measures.tokens.update(ids)
+    return measures
+
+
+def kind_of(tokenizer: Tokenizer, i: int) -> str:
+    """What an id stands for: a special id, a single byte, or the kind of characters in its piece."""
+    if i in tokenizer.special.all():
+        return "special"
+    if tokenizer.is_byte(i):
+        return "single bytes"
+    text = tokenizer.decode([i]) or tokenizer.id_to_piece(i)
+    if not text.strip() or text == SPACE_MARK:
+        return "white space"
+    kinds = {_KINDS.get(unicodedata.category(character)[0], "punctuation and signs") for character in text.strip()}
+    return kinds.pop() if len(kinds) == 1 else "mixed"
+
+
+_KINDS = {"L": "letters", "M": "letters", "N": "digits"}
+
+
+def figures(tokenizer: Tokenizer, measures: Measures) -> str:
+    """A paragraph and a table: bytes per token, losses, and the kinds of pieces."""
+    vocabulary = Counter(kind_of(tokenizer, i) for i in range(tokenizer.vocab_size))
+    used: Counter[str] = Counter()
+    num_used = 0
+    for i, count in measures.tokens.items():
+        used[kind_of(tokenizer, i)] += count
+        num_used += 1
+    lossy = measures.num_texts - measures.num_lossless
+    lines = [
+        f"{measures.bytes_per_token:.3f} bytes per token "
+        f"({measures.num_bytes:,} bytes, {measures.num_tokens:,} tokens, {measures.num_texts:,} texts); "
+        f"{num_used / tokenizer.vocab_size:.0%} of the vocabulary is used",
+        f"{used['single bytes'] / max(1, measures.num_tokens):.3%} of the tokens are single bytes; "
+        + ("every text comes back as it was" if not lossy else f"{lossy:,} texts come back changed"),
+        f"encodes {measures.num_bytes / 1e6 / max(measures.seconds, 1e-9):.1f} MB/s on one core",
+        "",
+        f"  {'kind':<24}{'pieces':>10}{'of tokens':>12}",
+    ]
+    for kind, count in sorted(vocabulary.items(), key=lambda item: -item[1]):
+        lines.append(f"  {kind:<24}{count:>10,}{used[kind] / max(1, measures.num_tokens):>12.2%}")
+    return "\n".join(lines)
+
+
+def remark_on_size(tokenizer: Tokenizer, measures: Measures, num_bytes: int) -> str:
+    """What to say of a vocabulary that is too large for its text; empty if it is not.
+
+    A model learns an id from the places where it stands: with some hundred places for each id there are enough, with
+    some dozen most ids have next to none.
+
+    Args:
+        num_bytes: of the whole text (UTF-8).
+    """
+    num_tokens = int(num_bytes / measures.bytes_per_token)
+    thousands = max(1, num_tokens // _TOKENS_PER_ID // 1000)
+    suited = max(_SMALLEST_SUITED, 1 << thousands.bit_length() - 1)
+    if tokenizer.vocab_size < 4 * suited * 1000:
+        return ""
+    return (
+        f"{tokenizer.vocab_size:,} ids are many for this text: it has about {format_count(num_tokens)} tokens, "
+        f"{num_tokens // tokenizer.vocab_size:,} for each id, so a model would learn most of them badly and pay for "
+        f"them all. vocab_size={suited}k would suit it."
+    )
+
+
+def pieces_line(tokenizer: Tokenizer, measures: Measures) -> str:
+    """The pieces that carry most of the text, longest share first."""
+    share = Counter({i: count * len(tokenizer.decode([i])) for i, count in measures.tokens.items()})
+    return "  ".join(_shown_piece(tokenizer, i) for i, _ in share.most_common(24))
+
+
+def example(tokenizer: Tokenizer, text: str) -> str:
+    """A text's pieces with bars between them, how many they are, and whether the text came back changed."""
+    ids = tokenizer.encode(text)
+    pieces: list[str] = []
+    for is_byte, run in itertools.groupby(ids, tokenizer.is_byte):
+        same = list(run)
+        if is_byte:
+            pieces.append(f"[{visible(tokenizer.decode(same))}: {len(same)} bytes]")
+        else:
+            pieces += [_shown_piece(tokenizer, i) for i in same]
+    more = "|..." if len(pieces) > _MAX_EXAMPLE_PIECES else ""
+    changed = "" if tokenizer.decode(ids) == text else f"   CHANGED to {visible(tokenizer.decode(ids))!r}"
+    return f"{'|'.join(pieces[:_MAX_EXAMPLE_PIECES])}{more}  ({len(ids):,} tokens){changed}"
+
+
+def examples(tokenizer: Tokenizer) -> str:
+    """What becomes of texts that tokenizers are known to stumble over."""
+    width = max(map(len, HARD_TEXTS)) + 2
+    return "\n".join(f"  {name:<{width}}{example(tokenizer, text)}" for name, text in HARD_TEXTS.items())
+
+
+def special_line(tokenizer: Tokenizer) -> str:
+    """The special ids, runs of them shortened."""
+    ids = tokenizer.special
+    named = {"padding": ids.pad, "unknown": ids.unknown, "begin": ids.begin, "end": ids.end, "mask": ids.mask}
+    parts = [f"{name} {i}" if i is not None else f"no {name}" for name, i in named.items()]
+    sentinels = f"{ids.sentinels[0]}..{ids.sentinels[-1]}" if ids.sentinels else ""
+    parts.append(f"{len(ids.sentinels)} sentinels {sentinels}" if sentinels else "no sentinels")
+    parts += [f"{name} {i}" for name, i in ids.roles.items()] or ["no chat roles"]
+    return ", ".join(parts)
+
+
+def _shown_piece(tokenizer: Tokenizer, i: int) -> str:
+    return visible(tokenizer.id_to_piece(i).replace(SPACE_MARK, " "))
+
+
+def visible(text: str) -> str:
+    """Text on one line, with signs for what is not seen."""
+    text = re.sub("[\n\r\t\x00\ufeff ]", lambda match: _UNSHOWN[match[0]], text)
+    return "".join(
+        character if character.isprintable() or character == "\u200d" else f"[U+{ord(character):04X}]"
+        for character in text
+    )

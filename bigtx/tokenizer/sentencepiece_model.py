@@ -1,0 +1,173 @@
+"""A sentencepiece model behind a `Tokenizer`: encoding by the library, decoding by a table of each id's bytes."""
+
+from __future__ import annotations
+
+import codecs
+import functools
+import re
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+from bigtx.tokenizer import special
+from bigtx.tokenizer.special import SpecialIds
+from bigtx.tokenizer.words import WordEncoder, splits_at_spaces
+from bigtx.utils.errors import DataError
+
+SPACE_MARK = "\u2581"
+"""What sentencepiece writes for a space inside its pieces."""
+
+# Texts that show what a model does with white space.
+_PROBES = ("a b", " a  b \n c ", "")
+
+
+class SentencePieceModel:
+    """Encodes and decodes with a sentencepiece model.
+
+    Sentencepiece turns the character U+2581 into a space. Where the model has the 256 bytes as pieces and leaves
+    white space as it is, U+2581 is written as its three UTF-8 bytes instead, so that text comes back as it was.
+    """
+
+    kind = "sentencepiece"
+    file_name = "tokenizer.model"
+
+    def __init__(self, data: bytes) -> None:
+        """Args: data: a serialized ModelProto.
+
+        Raises:
+            DataError: it is no sentencepiece model.
+        """
+        import sentencepiece
+
+        self.data = data
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            loaded = bool(data) and self._processor.LoadFromSerializedProto(data)
+        except RuntimeError:
+            loaded = False
+        if not loaded:
+            raise DataError("not a sentencepiece model, or a damaged one")
+        self.vocab_size: int = self._processor.vocab_size()
+        # The probes look at few pieces; the table of all is made when a text is decoded.
+        self._adds_space = b"".join(map(self._bytes_of, self._encode("a"))).startswith(b" ")
+        mark_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
+        keeps_space = all(b"".join(map(self._bytes_of, self._encode(text))) == text.encode() for text in _PROBES)
+        writes_mark = keeps_space and not self._adds_space and all(map(self._processor.is_byte, mark_ids))
+        self._mark_ids: list[int] | None = mark_ids if writes_mark else None
+
+    @functools.cached_property
+    def _bytes(self) -> list[bytes]:
+        return [self._bytes_of(i) for i in range(self.vocab_size)]
+
+    @functools.cached_property
+    def _bytes_with_special(self) -> list[bytes]:
+        return [part or self.piece(i).encode() for i, part in enumerate(self._bytes)]
+
+    @functools.cached_property
+    def words(self) -> WordEncoder | None:
+        """Encodes whole texts as the model does, only faster; None if the model does not work word by word."""
+        return WordEncoder(self.encode_batch, self.vocab_size) if splits_at_spaces(self.data) else None
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text."""
+        if self._mark_ids is None or not any(SPACE_MARK in text for text in texts):
+            return self._encode(list(texts))
+        parts = [text.split(SPACE_MARK) for text in texts]
+        encoded = iter(self._encode(list(chain.from_iterable(parts))))
+        ids: list[list[int]] = []
+        for own in parts:
+            whole = next(encoded)
+            for _ in own[1:]:
+                whole += self._mark_ids
+                whole += next(encoded)
+            ids.append(whole)
+        return ids
+
+    def bytes_of(self, ids: Sequence[int], keep_special: bool) -> bytes:
+        """The UTF-8 bytes of ids, a space that the model put at the front included."""
+        return b"".join(map((self._bytes_with_special if keep_special else self._bytes).__getitem__, ids))
+
+    def decode(self, ids: Sequence[int], keep_special: bool) -> str:
+        """The text of ids; bytes that are no UTF-8 become U+FFFD."""
+        text = self.bytes_of(ids, keep_special).decode(errors="replace")
+        return text.removeprefix(" ") if self._adds_space else text
+
+    def stream(self) -> Utf8Stream:
+        """A decoder for ids that come one by one."""
+        return Utf8Stream(self._bytes)
+
+    def piece(self, i: int) -> str:
+        """The piece as the model writes it."""
+        return str(self._processor.id_to_piece(i))
+
+    def is_byte(self, i: int) -> bool:
+        """Whether the piece is a single byte that stands in for a character without a piece."""
+        return bool(self._processor.is_byte(i))
+
+    def special_ids(self, roles: Sequence[str]) -> SpecialIds:
+        """Find the special ids by their kind and name.
+
+        Raises:
+            DataError: there is no id that ends a text.
+        """
+        processor = self._processor
+        end = processor.eos_id()
+        if end < 0:
+            raise DataError("this sentencepiece model has no end-of-text piece (eos_id), which ends every document")
+
+        def control(piece: str) -> int | None:
+            i = processor.piece_to_id(piece)
+            return i if processor.id_to_piece(i) == piece and processor.is_control(i) else None
+
+        sentinels = (control(special.sentinel(number)) for number in range(special.NUM_SENTINELS))
+        found_roles = {name: control(special.role(name)) for name in roles}
+        return SpecialIds(
+            pad=processor.pad_id() if processor.pad_id() >= 0 else end,
+            unknown=processor.unk_id(),
+            begin=processor.bos_id() if processor.bos_id() >= 0 else end,
+            end=end,
+            mask=control(special.MASK),
+            sentinels=[i for i in sentinels if i is not None],
+            roles={name: i for name, i in found_roles.items() if i is not None},
+        )
+
+    def check_decoding(self) -> None:
+        """Compare our decoding with the library's.
+
+        Raises:
+            DataError: they differ, e.g. because the model rewrites text in decoding.
+        """
+        for text in _PROBES:
+            ids = self._encode(text)
+            if self.decode(ids, keep_special=False) != self._processor.decode(ids):
+                raise DataError("its pieces do not spell what it decodes to, which bigtx relies on")
+
+    def _encode(self, texts: Any) -> Any:
+        # The library's own threads make lists no faster; processes do.
+        return self._processor.encode(texts, num_threads=1)
+
+    def _bytes_of(self, i: int) -> bytes:
+        if self._processor.is_control(i) or self._processor.is_unknown(i):
+            return b""
+        piece = self.piece(i)
+        if self._processor.is_byte(i):
+            match = re.fullmatch(r"<0x([0-9A-F]{2})>", piece)
+            assert match, piece
+            return bytes.fromhex(match[1])
+        return piece.replace(SPACE_MARK, " ").encode()
+
+
+class Utf8Stream:
+    """Text from ids one by one: a character comes out when the last of its bytes is in."""
+
+    def __init__(self, bytes_of: Sequence[bytes]) -> None:
+        self._bytes_of = bytes_of
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, i: int) -> str:
+        """The text that id `i` completes, often empty."""
+        return self._decoder.decode(self._bytes_of[i])
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for a character that was cut short."""
+        return self._decoder.decode(b"", final=True)

@@ -1,0 +1,59 @@
+"""The ids that stand for no text: what they are called and what they are for.
+
+Text can never produce them: `<mask>` in a document is five characters, not the mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+PAD = "<pad>"
+UNKNOWN = "<unk>"
+BEGIN = "<s>"
+END = "</s>"
+MASK = "<mask>"
+NUM_SENTINELS = 100
+CHAT_ROLES = ("system", "user", "assistant", "tool")
+
+
+def sentinel(number: int) -> str:
+    """The piece that stands for masked span `number`, as T5 calls it (arXiv:1910.10683)."""
+    return f"<extra_id_{number}>"
+
+
+def role(name: str) -> str:
+    """The piece that opens a chat message of this role."""
+    return f"<|{name}|>"
+
+
+def control_pieces(roles: Sequence[str]) -> list[str]:
+    """The special pieces after padding, unknown, begin and end, in the order of their ids."""
+    return [MASK, *(sentinel(number) for number in range(NUM_SENTINELS)), *(role(name) for name in roles)]
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """Special ids of a tokenizer.
+
+    A tokenizer that was brought may lack some: then `unknown` and `mask` are None, `sentinels` and `roles` empty, and
+    `pad` and `begin` are the end id, as in GPT-2.
+    """
+
+    pad: int
+    unknown: int | None
+    begin: int
+    end: int
+    mask: int | None
+    sentinels: list[int]
+    roles: dict[str, int]
+
+    def all(self) -> set[int]:
+        """Every special id."""
+        single = {self.pad, self.unknown, self.begin, self.end, self.mask} - {None}
+        return {i for i in single if i is not None} | set(self.sentinels) | set(self.roles.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return asdict(self)

@@ -1,0 +1,266 @@
+"""`Tokenizer`: the one face of every tokenizer, and its folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from bigtx.tokenizer.cut import MAX_ENCODE_CHARACTERS, cut
+from bigtx.tokenizer.huggingface_model import HuggingFaceModel, read_settings
+from bigtx.tokenizer.sentencepiece_model import SentencePieceModel
+from bigtx.tokenizer.special import CHAT_ROLES, SpecialIds
+from bigtx.utils.errors import DataError
+from bigtx.utils.files import write_atomic, write_json
+
+DESCRIPTION = "bigtx_tokenizer.json"
+"""The file that makes a folder a tokenizer of bigtx; it is written last."""
+
+_FORMAT = 1
+
+_Model = SentencePieceModel | HuggingFaceModel
+
+
+class StreamDecoder(Protocol):
+    """Turns ids that come one by one into text, complete characters only; special ids say nothing."""
+
+    def push(self, i: int) -> str:
+        """The text that id `i` completes, often empty."""
+        ...
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for a character that was cut short."""
+        ...
+
+
+class Tokenizer:
+    """Text to ids and back.
+
+    Attributes:
+        vocab_size: ids are 0 .. vocab_size - 1.
+        fingerprint: SHA-256 over the kind, the model's bytes and the special ids; equal ones give the same ids.
+        special: the special ids, also as `pad_id`, `unk_id` and so on.
+        origin: how the tokenizer came to be; not part of the fingerprint.
+    """
+
+    def __init__(self, model: _Model, special: SpecialIds, origin: dict[str, Any] | None = None) -> None:
+        """Use `train`, `load` or one of the `from_` functions instead."""
+        self._model = model
+        self.special = special
+        self.origin = origin or {}
+        self.vocab_size = model.vocab_size
+        self.pad_id, self.unk_id, self.begin_id = special.pad, special.unknown, special.begin
+        self.end_id, self.mask_id = special.end, special.mask
+        self.sentinel_ids, self.role_ids = special.sentinels, special.roles
+        self.fingerprint = _fingerprint(model, special)
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Tokenizer:
+        """Read a tokenizer's folder.
+
+        Raises:
+            DataError: it is no tokenizer of bigtx, or its files do not belong together.
+        """
+        folder = Path(folder)
+        description = _read_description(folder)
+        kind = description["kind"]
+        model_type: type[_Model] = SentencePieceModel if kind == SentencePieceModel.kind else HuggingFaceModel
+        path = folder / model_type.file_name
+        model = model_type(_read(path))
+        tokenizer = cls(model, SpecialIds(**description["special"]), description.get("origin"))
+        if tokenizer.fingerprint != description["fingerprint"]:
+            raise DataError(
+                f"The tokenizer in {folder} is damaged or was edited: {path.name} and {DESCRIPTION} do not belong "
+                f"together (fingerprint {tokenizer.fingerprint[:12]}, expected {description['fingerprint'][:12]}). "
+                f"Copy it again from where it came."
+            )
+        return tokenizer
+
+    @classmethod
+    def from_sentencepiece(cls, path: Path | str, roles: Sequence[str] = CHAT_ROLES) -> Tokenizer:
+        """Take over a sentencepiece `.model` file, its ids as they are.
+
+        Args:
+            roles: names of chat roles whose control pieces (`<|user|>`) to look for.
+
+        Raises:
+            DataError: it cannot be read, or is no such model, or has no end-of-text piece.
+        """
+        try:
+            return cls.from_sentencepiece_bytes(_read(Path(path)), roles, {"imported": Path(path).name})
+        except DataError as error:
+            raise DataError(f"Cannot use {path}: {error}.") from None
+
+    @classmethod
+    def from_sentencepiece_bytes(
+        cls, data: bytes, roles: Sequence[str] = CHAT_ROLES, origin: dict[str, Any] | None = None
+    ) -> Tokenizer:
+        """As `from_sentencepiece`, from a serialized model."""
+        model = SentencePieceModel(data)
+        model.check_decoding()
+        return cls(model, model.special_ids(roles), origin)
+
+    @classmethod
+    def from_huggingface(cls, path: Path | str) -> Tokenizer:
+        """Take over a Hugging Face tokenizer: a folder with tokenizer.json, or that file.
+
+        The special ids are those that tokenizer_config.json and special_tokens_map.json beside it name.
+
+        Raises:
+            DataError: it cannot be read, names no end-of-text token, or the extra `huggingface` is not installed.
+        """
+        path = Path(path)
+        path = path / HuggingFaceModel.file_name if path.is_dir() else path
+        try:
+            model = HuggingFaceModel(_read(path))
+            return cls(model, model.special_ids(read_settings(path.parent)), {"imported": path.parent.resolve().name})
+        except DataError as error:
+            raise DataError(f"Cannot use {path}: {error}.") from None
+
+    def save(self, folder: Path | str) -> None:
+        """Write the tokenizer's two files; the folder is made if need be."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / self._model.file_name, self._model.data)
+        description = {
+            "format": _FORMAT,
+            "kind": self._model.kind,
+            "vocab_size": self.vocab_size,
+            "fingerprint": self.fingerprint,
+            "special": self.special.to_dict(),
+            "origin": self.origin,
+        }
+        write_json(folder / DESCRIPTION, description)
+
+    @property
+    def kind(self) -> str:
+        """`sentencepiece` or `huggingface`."""
+        return self._model.kind
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text; no special ids are added, and none can come from the text."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text; as `encode`, faster.
+
+        A text longer than 262,144 characters is cut at line ends and encoded piece by piece, so that memory stays
+        bounded; at a cut its ids may differ from those of the text in one piece. (Tokenizers that bigtx trains by BPE
+        are exact: they encode word by word.)
+
+        Raises:
+            DataError: a text holds half a surrogate pair, which is no character.
+        """
+        try:
+            if words := self._model.words:
+                return [np.frombuffer(content, words.dtype).tolist() for content in words.encode(texts)]
+            if all(len(text) <= MAX_ENCODE_CHARACTERS for text in texts):
+                return self._model.encode_batch(texts)
+            return [self._encode_long(text) for text in texts]
+        except (TypeError, RuntimeError):
+            _refuse_surrogates(texts)
+            raise
+
+    def encode_documents(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of texts as arrays, each text followed by the end id.
+
+        Returns:
+            ids: [sum of lengths] unsigned, of all texts one after the other.
+            lengths: int64 [texts] ids of each, its end included.
+
+        Raises:
+            DataError: as `encode_batch`.
+        """
+        words = self._model.words
+        if words is None:
+            encoded = [[*ids, self.end_id] for ids in self.encode_batch(texts)]
+            lengths = np.array([len(ids) for ids in encoded], np.int64)
+            return np.fromiter(chain.from_iterable(encoded), np.uint32, int(lengths.sum())), lengths
+        end = np.array([self.end_id], words.dtype).tobytes()
+        try:
+            contents = [content + end for content in words.encode(texts)]
+        except (TypeError, RuntimeError):
+            _refuse_surrogates(texts)
+            raise
+        lengths = np.array([len(content) for content in contents], np.int64) // words.dtype.itemsize
+        return np.frombuffer(b"".join(contents), words.dtype), lengths
+
+    def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
+        """The text of ids.
+
+        Args:
+            keep_special: write special ids as their pieces; otherwise they say nothing.
+
+        Raises:
+            ValueError: an id below 0, such as the -100 of ignored labels.
+            IndexError: an id beyond the vocabulary.
+        """
+        if len(ids) and min(ids) < 0:
+            raise ValueError(f"{min(ids)} is no token id")
+        return self._model.decode(ids, keep_special)
+
+    def stream(self) -> StreamDecoder:
+        """A decoder for ids that come one by one, as in generation."""
+        return self._model.stream()
+
+    def id_to_piece(self, i: int) -> str:
+        """The piece of an id as its model writes it."""
+        return self._model.piece(i)
+
+    def is_byte(self, i: int) -> bool:
+        """Whether an id is a byte that stands in for a character, or part of one, without a piece of its own."""
+        return self._model.is_byte(i)
+
+    def _encode_long(self, text: str) -> list[int]:
+        return list(
+            chain.from_iterable(self._model.encode_batch([part])[0] for part in cut(text, MAX_ENCODE_CHARACTERS))
+        )
+
+
+def _fingerprint(model: _Model, special: SpecialIds) -> str:
+    digest = hashlib.sha256(f"{model.kind}\n{json.dumps(special.to_dict(), sort_keys=True)}\n".encode())
+    digest.update(model.data)
+    return digest.hexdigest()
+
+
+def _refuse_surrogates(texts: Sequence[str]) -> None:
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"A text holds half a surrogate pair, at character {error.start + 1}.") from None
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    path = folder / DESCRIPTION
+    if not path.exists():
+        raise DataError(
+            f"No tokenizer in {folder}: it has no {DESCRIPTION}. Train one with `bigtx tokenizer train`, or take over "
+            f"a sentencepiece or Hugging Face tokenizer with `bigtx tokenizer import PATH -o FOLDER`."
+        )
+    try:
+        description = json.loads(_read(path))
+        kinds = (SentencePieceModel.kind, HuggingFaceModel.kind)
+        known = description["format"] == _FORMAT and description["kind"] in kinds
+        SpecialIds(**description["special"])
+        str(description["fingerprint"])
+    except (ValueError, TypeError, KeyError):
+        raise DataError(f"{path} is damaged; copy the tokenizer again from where it came.") from None
+    if not known:
+        raise DataError(
+            f"{path} has format {description['format']!r} and kind {description['kind']!r}, which this bigtx does not "
+            f"know; update bigtx."
+        )
+    return dict(description)

@@ -1,0 +1,141 @@
+"""Train a sentencepiece tokenizer that loses nothing.
+
+Any text comes back as it went in: no normalization, no space added or taken away, and characters without a piece are
+written as their UTF-8 bytes. Special ids are control pieces, which text cannot produce.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from bigtx.config.schema import TokenizerTrainConfig
+from bigtx.config.settings import find
+from bigtx.tokenizer import special
+from bigtx.tokenizer.sample import Sample, draw_sample
+from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.utils.errors import ConfigError, DataError
+
+# A unigram model depends on how its sums are split over threads, and either model's file says how many there were; with
+# one number for every machine, the same text and seed give the same file.
+_NUM_THREADS = 16
+# Beyond any piece of a sample: the trainer drops longer ones silently.
+_MAX_PIECE_BYTES = 1 << 20
+# The trainer drops a text that holds its own mark of an unknown character, and takes its mark of a space for a space:
+# U+2585 and U+2581, here in UTF-8.
+_TRAINER_MARKS = re.compile(b"\xe2\x96[\x81\x85]")
+
+
+def train(config: TokenizerTrainConfig, documents: Iterable[str]) -> Tokenizer:
+    """Train a tokenizer on a seeded sample of the documents.
+
+    The same documents, whatever their order, and the same settings give the same tokenizer, byte for byte.
+
+    Args:
+        documents: texts of any number and length; memory grows with config.max_bytes alone.
+
+    Raises:
+        ConfigError: the vocabulary is too large or too small for the text, or a chat role's name is unfit.
+        DataError: there is no text.
+    """
+    check(config)
+    return train_on_sample(config, draw_sample(documents, config.max_bytes, config.seed))
+
+
+def check(config: TokenizerTrainConfig) -> None:
+    """Find what would only go wrong after the input has been read.
+
+    Raises:
+        ConfigError: as `train`.
+    """
+    for name in config.chat_roles:
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+            raise ConfigError(
+                f"chat_roles: {name!r} cannot name a role; use lower-case letters, digits and _, e.g. assistant."
+            )
+    if len(set(config.chat_roles)) < len(config.chat_roles):
+        raise ConfigError(f"chat_roles: a name stands there twice: {', '.join(config.chat_roles)}.")
+    needed = 4 + len(special.control_pieces(config.chat_roles)) + 256
+    if config.vocab_size <= needed:
+        raise ConfigError(
+            f"vocab_size={config.vocab_size:,} is too small: the reserved ids and the 256 bytes alone are {needed:,}. "
+            f"Useful sizes begin at about 2,000; 16,384 to 131,072 are usual."
+        )
+
+
+def train_on_sample(config: TokenizerTrainConfig, sample: Sample) -> Tokenizer:
+    """`train`, with a sample that has been drawn.
+
+    Raises:
+        ConfigError, DataError: as `train`.
+    """
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_trainer_texts(sample), model_writer=model, **_trainer_settings(config)
+        )
+    except RuntimeError as error:
+        raise _explain(str(error), config, sample) from error
+    origin = {
+        "method": config.method,
+        "seed": config.seed,
+        "split_digits": config.split_digits,
+        "whitespace_pieces": config.whitespace_pieces,
+        "num_documents": sample.num_documents,
+        "num_bytes": sample.num_bytes,
+        "training_bytes": sample.training_bytes,
+    }
+    return Tokenizer.from_sentencepiece_bytes(model.getvalue(), config.chat_roles, origin)
+
+
+def _trainer_settings(config: TokenizerTrainConfig) -> dict[str, Any]:
+    return {
+        "vocab_size": config.vocab_size,
+        "model_type": config.method,
+        "normalization_rule_name": "identity",
+        "add_dummy_prefix": False,
+        "remove_extra_whitespaces": False,
+        "byte_fallback": True,
+        "split_digits": config.split_digits,
+        "allow_whitespace_only_pieces": config.whitespace_pieces,
+        "pad_id": 0, "unk_id": 1, "bos_id": 2, "eos_id": 3,
+        "pad_piece": special.PAD, "unk_piece": special.UNKNOWN, "bos_piece": special.BEGIN, "eos_piece": special.END,
+        "control_symbols": special.control_pieces(config.chat_roles),
+        "max_sentence_length": _MAX_PIECE_BYTES,
+        "num_threads": _NUM_THREADS,
+        "minloglevel": 2,
+    }  # fmt: skip
+
+
+def _trainer_texts(sample: Sample) -> Iterator[bytes]:
+    for piece in sample.training:
+        yield from filter(None, _TRAINER_MARKS.split(piece))
+
+
+def _explain(message: str, config: TokenizerTrainConfig, sample: Sample) -> Exception:
+    """What a failure of sentencepiece means."""
+    text = f"{sample.training_bytes:,} bytes of text"
+    if found := re.search(r"Vocabulary size too high \(\d+\)\. Please set it to a value <= (\d+)", message):
+        most, setting = int(found[1]), find(TokenizerTrainConfig, "vocab_size")
+        assert setting is not None and setting.minimum is not None
+        if most < setting.minimum:
+            return DataError(
+                f"{text} are too few for a tokenizer: there are no more than {most:,} different pieces in them, and "
+                f"the smallest vocabulary has {setting.minimum:g}. Give more text."
+            )
+        return ConfigError(
+            f"vocab_size={config.vocab_size:,} is larger than {text} allow: there are no more than {most:,} "
+            f"different pieces. Give more text, or set vocab_size={most} or less."
+        )
+    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return ConfigError(
+            f"vocab_size={config.vocab_size:,} is too small: the characters of the text, the reserved ids and the 256 "
+            f"bytes alone are {int(found[1]):,}. Set vocab_size to several times that."
+        )
+    if "sentences_.empty()" in message or "all_chars_count" in message:
+        return DataError(f"There is nothing to learn from in {sample.num_documents:,} documents ({text}).")
+    return RuntimeError(f"sentencepiece could not train: {message}")

@@ -1,0 +1,151 @@
+"""What a person sees of a run: a progress bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import TextIO
+
+_BAR_WIDTH = 24
+_SECONDS_BETWEEN_DRAWINGS = 0.1
+# Speed is taken over the last calls: the first steps (compilation, warm caches) say little about the rest.
+_SPEED_WINDOW = 30
+
+
+class Console:
+    """Writes to a stream; a stream that breaks (a closed terminal, a full disk) is left alone from then on."""
+
+    def __init__(self, stream: TextIO, *, total_steps: int) -> None:
+        """Start with nothing shown.
+
+        Args:
+            stream: a text stream; the bar is drawn if it is a terminal.
+            total_steps: optimizer steps of the whole run; 0 if unknown.
+        """
+        self._stream = stream
+        self._total_steps = total_steps
+        self._is_terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._times: deque[tuple[float, int]] = deque(maxlen=_SPEED_WINDOW)
+        self._bar = ""
+        self._drawn_at = 0.0
+
+    def message(self, text: str) -> None:
+        """Print lines; on a terminal they stand above the bar. Control characters are shown as escapes."""
+        self._write(self._erase() + "".join(f"{visible(line)}\n" for line in text.split("\n")) + self._bar)
+
+    def progress(self, step: int, tokens: int, figures: Mapping[str, float]) -> None:
+        """Redraw the bar, or print one line.
+
+        Args:
+            step: optimizer steps done.
+            tokens: input tokens seen.
+            figures: metrics by name; of these train/loss, perf/tokens_per_second, perf/mfu (a fraction) and
+                perf/memory_gib are shown.
+        """
+        now = time.monotonic()
+        self._times.append((now, step))
+        parts = [*_describe(figures), *self._describe_rest(step)]
+        if not self._is_terminal:
+            share = f"  {step / self._total_steps:.1%}" if self._total_steps else ""
+            parts = [f"step {step}{self._of_total()}{share}", f"{shorten(tokens)} tokens", *parts]
+            self._write("  ".join(parts) + "\n")
+            return
+        if now - self._drawn_at < _SECONDS_BETWEEN_DRAWINGS and step != self._total_steps:
+            return
+        self._drawn_at = now
+        erase = self._erase()
+        self._bar = self._fit(step, parts)
+        self._write(erase + self._bar)
+
+    def close(self) -> None:
+        """Leave the last bar standing and go to a new line."""
+        if self._bar:
+            self._bar = ""
+            self._write("\n")
+
+    def _fit(self, step: int, parts: list[str]) -> str:
+        """The bar's line, with as much as the terminal has room for."""
+        columns = self._columns() - 1
+        lead = f"{step}{self._of_total()}"
+        line = lead
+        for part in parts:
+            if len(line) + 2 + len(part) <= columns:
+                line += "  " + part
+        bar = self._draw_bar(step)
+        if bar and len(line) + len(bar) + 1 <= columns:
+            line = f"{bar} {line}"
+        return line[:columns]
+
+    def _draw_bar(self, step: int) -> str:
+        if not self._total_steps:
+            return ""
+        full, empty = ("━", "─") if "utf" in (self._stream.encoding or "").lower() else ("#", "-")
+        done = min(_BAR_WIDTH, _BAR_WIDTH * step // self._total_steps)
+        return full * done + empty * (_BAR_WIDTH - done)
+
+    def _of_total(self) -> str:
+        return f"/{self._total_steps}" if self._total_steps else ""
+
+    def _describe_rest(self, step: int) -> list[str]:
+        (first_time, first_step), (last_time, _) = self._times[0], self._times[-1]
+        if step <= first_step or not self._total_steps:
+            return []
+        seconds = (last_time - first_time) / (step - first_step) * max(0, self._total_steps - step)
+        return [f"{clock(seconds)} left"]
+
+    def _columns(self) -> int:
+        try:
+            return os.get_terminal_size(self._stream.fileno()).columns or 80
+        except (OSError, ValueError):
+            return 80
+
+    def _erase(self) -> str:
+        return "\r\x1b[K" if self._bar else ""
+
+    def _write(self, text: str) -> None:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except (OSError, ValueError):
+            self._stream = open_nowhere()
+            self._is_terminal = False
+
+
+def visible(text: str) -> str:
+    """The text with control characters as escapes, so that a sample cannot command the terminal."""
+    return "".join(c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def shorten(number: float) -> str:
+    """A count in three digits: 45.1k, 1.20M, 3.00B."""
+    for factor, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= factor:
+            return f"{number / factor:#.3g}".rstrip(".") + suffix
+    return f"{number:.4g}"
+
+
+def clock(seconds: float) -> str:
+    """A duration as 4:05, 1:02:11 or 3d 04:10."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days}d {hour:02}:{minute:02}"
+    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
+
+
+def _describe(figures: Mapping[str, float]) -> list[str]:
+    shown = {
+        "train/loss": lambda value: f"loss {value:.4f}",
+        "perf/tokens_per_second": lambda value: f"{shorten(value)} tok/s",
+        "perf/mfu": lambda value: f"MFU {value:.1%}",
+        "perf/memory_gib": lambda value: f"{value:.1f} GiB",
+    }
+    return [describe(figures[name]) for name, describe in shown.items() if name in figures]
+
+
+def open_nowhere() -> TextIO:
+    """A stream that shows nothing."""
+    return open(os.devnull, "w", encoding="utf-8")

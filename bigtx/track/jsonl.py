@@ -1,0 +1,143 @@
+"""A file of JSON objects, one per line, that survives being killed, resumed, and a full disk."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bigtx.utils.errors import LaunchError
+from bigtx.utils.files import write_atomic
+
+Record = dict[str, Any]
+
+
+class JsonLines:
+    """Appends records to a file; each has reached the operating system when the call returns.
+
+    Floats read back exactly. JSON has no NaN and no infinity: they are written as the texts "NaN", "Infinity" and
+    "-Infinity", which `float()` reads.
+
+    When the disk is full, records are kept in memory, `warn` is called once, and every later call tries again.
+    """
+
+    def __init__(self, path: Path, *, warn: Callable[[str], None], up_to_step: int | None = None) -> None:
+        """Open or create the file, without the line that a crash tore and without what will be done again.
+
+        Args:
+            up_to_step: records of later steps are removed; None removes none.
+
+        Raises:
+            LaunchError: The file cannot be written.
+        """
+        self._path = path
+        self._warn = warn
+        self._warned = False
+        self._unwritten = b""
+        try:
+            kept = _keep_whole_lines(path, up_to_step)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise LaunchError(f"cannot write {path}: {error.strerror}. Mend the folder or choose another.") from None
+        last_line = kept[-1] if kept else b""
+        self._end = sum(map(len, kept))
+        self._last_start = self._end - len(last_line)
+        self._last: Record = parse_line(last_line) or {}
+
+    def append(self, record: Record) -> None:
+        """Write one record as a new line."""
+        self.extend([record])
+
+    def extend(self, records: list[Record]) -> None:
+        """Write records as new lines, all at once."""
+        lines = [_line(record) for record in records]
+        self._unwritten += b"".join(lines)
+        self._flush(len(lines[-1]))
+        self._last = records[-1]
+
+    def merge(self, record: Record) -> None:
+        """Write a record; when the last line is of the same step, the two become one line."""
+        if self._last.get("step") == record["step"]:
+            record = {**self._last, **record, "time": self._last["time"]}
+            if self._unwritten:
+                self._unwritten = self._unwritten[: -len(_line(self._last))]
+            else:
+                self._end = self._last_start
+        self.append(record)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._file)
+
+    def _flush(self, last_length: int) -> None:
+        text = self._unwritten
+        try:
+            done = 0
+            while done < len(text):
+                done += os.pwrite(self._file, text[done:], self._end + done)
+            # A joined line goes over the old one in place, so that a reader never finds the step missing.
+            os.ftruncate(self._file, self._end + len(text))
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, self._end)
+            if not self._warned:
+                self._warned = True
+                self._warn(f"cannot write {self._path}: {error.strerror}; the run goes on and tries again later")
+            return
+        self._end += len(text)
+        self._last_start = self._end - last_length
+        self._unwritten = b""
+
+
+def parse_line(line: bytes) -> Record | None:
+    """The record of one line, or None if the line is torn or is no JSON object."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _keep_whole_lines(path: Path, up_to_step: int | None) -> list[bytes]:
+    """Remove from the file what is torn or of a later step; returns the lines that stay."""
+    text = path.read_bytes() if path.exists() else b""
+    kept = []
+    for line in text.splitlines(keepends=True):
+        record = parse_line(line)
+        if record is not None and (up_to_step is None or record.get("step", 0) <= up_to_step):
+            kept.append(line)
+    wanted = b"".join(kept)
+    if text.startswith(wanted):
+        if wanted != text:
+            os.truncate(path, len(wanted))
+    else:
+        write_atomic(path, wanted)
+    return kept
+
+
+def _line(record: Record) -> bytes:
+    # A lone surrogate in a text becomes its JSON escape.
+    return json.dumps(_plain(record), allow_nan=False, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+
+
+def _plain(value: Any) -> Any:
+    """The value in JSON's own types: scalars of numpy and torch become numbers, what has no JSON form becomes text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(member) for key, member in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(member) for member in value]
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if hasattr(value, "item"):
+        return _plain(value.item())
+    if not isinstance(value, float):
+        return str(value)
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

@@ -1,0 +1,190 @@
+"""The one object through which the training loop says what happens."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from bigtx.config.schema import TrackConfig
+from bigtx.track.console import Console, open_nowhere, shorten
+from bigtx.track.jsonl import JsonLines
+from bigtx.track.wandb_run import WandbRun, read_or_make_run_id
+from bigtx.utils.secrets import scrub
+
+_SHOWN_SAMPLE_LENGTH = 600
+
+
+class Tracker:
+    """Writes a run's metrics, samples and events to its folder, to W&B and to the console.
+
+    Only rank 0 writes; on all other ranks every call does nothing. Use it from one thread.
+
+    Attributes:
+        wandb_run_id: the W&B run's id, "" where W&B is off.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path | str,
+        config: TrackConfig,
+        *,
+        run_config: Mapping[str, Any],
+        environment: Mapping[str, Any],
+        rank: int,
+        total_steps: int,
+        resumed_step: int = 0,
+        name: str = "",
+        job_type: str = "pretrain",
+        stream: TextIO | None = None,
+    ) -> None:
+        """Open the run's files, without what will be done again, and start W&B in the background.
+
+        Args:
+            run_dir: the run folder; it exists.
+            run_config: the resolved config, for W&B.
+            environment: versions, commit, hardware, for W&B under the key `environment`.
+            rank: this process's rank.
+            total_steps: optimizer steps of the whole run, 0 if unknown.
+            resumed_step: the step whose checkpoint was loaded; 0 begins anew, and removes what an earlier life wrote.
+            name: W&B's display name; "" takes the run folder's.
+            job_type: W&B's job type.
+            stream: where the console lines go, `bigtx.utils.log.console()` in a run; None: nowhere.
+
+        Raises:
+            LaunchError: The run folder cannot be written.
+        """
+        self.wandb_run_id = ""
+        self._wandb: WandbRun | None = None
+        self._is_writer = rank == 0
+        if not self._is_writer:
+            return
+        folder = Path(run_dir).resolve()
+        self._console = Console(stream or open_nowhere(), total_steps=total_steps)
+        self._has_warned = False
+        up_to_step = resumed_step or -1
+        self._metrics = JsonLines(folder / "metrics.jsonl", warn=self._warn, up_to_step=up_to_step)
+        self._samples = JsonLines(folder / "samples.jsonl", warn=self._warn, up_to_step=up_to_step)
+        self._events = JsonLines(folder / "events.jsonl", warn=self._warn)
+        self._step = resumed_step
+        if config.wandb == "off" or os.environ.get("WANDB_MODE") == "disabled":
+            return
+        self.wandb_run_id = read_or_make_run_id(folder)
+        init = {
+            "id": self.wandb_run_id,
+            "dir": str(folder),
+            "project": config.project,
+            "entity": config.entity,
+            "group": config.group,
+            "tags": list(config.tags),
+            "name": name or folder.name,
+            "job_type": job_type,
+            "config": scrub({**run_config, "environment": dict(environment)}),
+        }
+        task = {"mode": config.wandb, "resumed_step": resumed_step, "init": init}
+        self._wandb = WandbRun(folder, task, tell=self._console.message, note=self._note)
+
+    @property
+    def wandb_mode(self) -> str:
+        """What W&B does: "online", "offline", "" until that is known (a few seconds), or "off"."""
+        return self._wandb.mode if self._wandb else "off"
+
+    def log(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
+        """Write metrics of a step to metrics.jsonl, from where they reach W&B.
+
+        Calls for the same step become one line.
+
+        Args:
+            step: optimizer steps done.
+            tokens: input tokens seen by all ranks, W&B's x axis.
+            metrics: values by name, `group/name`.
+        """
+        if not self._is_writer:
+            return
+        self._step = step
+        self._metrics.merge({"step": step, "tokens": tokens, "time": _now(), **metrics})
+        self._poll()
+
+    def samples(self, step: int, tokens: int, rows: Sequence[Mapping[str, str]]) -> None:
+        """Show samples and write them to samples.jsonl and to W&B's table `validation/samples`.
+
+        Args:
+            step: optimizer steps done; one call a step.
+            tokens: input tokens seen by all ranks.
+            rows: each a `prompt` and its `completion`.
+        """
+        if not self._is_writer or not rows:
+            return
+        self._console.message(f"samples at step {step} ({shorten(tokens)} tokens)")
+        for row in rows:
+            self._console.message(_shown_sample(row["prompt"], row["completion"]))
+        stamp = {"step": step, "tokens": tokens, "time": _now()}
+        self._samples.extend([{**stamp, **row} for row in rows])
+        self._poll()
+
+    def event(self, step: int, kind: str, **facts: Any) -> None:
+        """Record something that happened (a resume, a skipped step, a changed setting, a signal) in events.jsonl.
+
+        W&B's summary counts the events of each kind.
+        """
+        if not self._is_writer:
+            return
+        self._step = step
+        self._note(kind, **facts)
+        self._poll()
+
+    def message(self, text: str) -> None:
+        """Print a line for the user, above the progress bar."""
+        if self._is_writer:
+            self._console.message(text)
+
+    def progress(self, step: int, tokens: int, figures: Mapping[str, float]) -> None:
+        """Show how far the run is; see `Console.progress` for the figures."""
+        if self._is_writer:
+            self._console.progress(step, tokens, figures)
+            self._poll()
+
+    def close(self, status: Literal["finished", "stopped", "failed"], step: int | None = None) -> None:
+        """Write down how the run ended and close everything; a W&B server that is silent costs 3 s at most.
+
+        Args:
+            status: finished: all steps done; stopped: asked to, will go on later; failed: an error.
+            step: optimizer steps done; None: as many as were told last.
+        """
+        if not self._is_writer:
+            return
+        self._is_writer = False
+        self._step = self._step if step is None else step
+        self._note("end", status=status)
+        self._console.close()
+        if self._wandb:
+            self._wandb.close(status)
+        for file in (self._metrics, self._samples, self._events):
+            file.close()
+
+    def _note(self, kind: str, **facts: Any) -> None:
+        self._events.append({"step": self._step, "time": _now(), "kind": kind, **scrub(facts)})
+
+    def _warn(self, text: str) -> None:
+        # A full disk is full for all files.
+        if not self._has_warned:
+            self._has_warned = True
+            self._console.message(f"warning: {text}")
+
+    def _poll(self) -> None:
+        if self._wandb:
+            self._wandb.poll()
+
+
+def _now() -> float:
+    return round(time.time(), 3)
+
+
+def _shown_sample(prompt: str, completion: str) -> str:
+    text = f"{prompt}▸{completion}"
+    if len(text) > _SHOWN_SAMPLE_LENGTH:
+        text = text[:_SHOWN_SAMPLE_LENGTH] + " ..."
+    return textwrap.indent(text, "  ")

@@ -1,0 +1,188 @@
+"""The training's end of W&B: starts the follower process, hears what became of it, and never waits for it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bigtx.track.jsonl import Record, parse_line
+from bigtx.track.wandb_host import answers
+from bigtx.utils.files import write_atomic
+from bigtx.utils.secrets import scrub
+
+WAIT_SECONDS = 3.0
+PROBE_SECONDS = 1.0
+# At the end of a run whose server answers, an upload may take this long; the data is on disk in any case.
+UPLOAD_SECONDS = 30.0
+
+
+class WandbRun:
+    """A W&B run, fed from the run folder's JSON lines by a process of its own.
+
+    No method raises because of W&B and none waits for it, but `close`, for at most 3 s, or while a server that answers
+    takes the last of the data, for at most 30 s.
+
+    Attributes:
+        mode: "online" or "offline"; "" until that is known; "off" after W&B failed for good.
+    """
+
+    def __init__(self, folder: Path, task: Record, tell: Callable[[str], None], note: Callable[..., None]) -> None:
+        """Start the follower.
+
+        Args:
+            folder: the run folder.
+            task: for the follower: `mode`, `resumed_step`, and `init`, the arguments of `wandb.init`.
+            tell: prints a line for the user.
+            note: records an event: `note(kind, **facts)`.
+        """
+        self.mode = ""
+        self._folder = folder
+        self._task = {**task, "pid": os.getpid()}
+        self._tell = tell
+        self._note = note
+        # Of the process that starts the follower and ends; its pipes lead to the follower.
+        self._starter: subprocess.Popen[bytes] | None = None
+        self._has_ended = False
+        self._text = b""
+        self._error = ""
+        self._host = ""
+        self._told = ""
+        self._start()
+
+    def poll(self) -> None:
+        """Hear the follower's reports."""
+        if self._starter is None:
+            return
+        self._starter.poll()  # Takes it out of the table of processes.
+        self._receive()
+        for report in self._reports():
+            self._hear(report)
+        if self._has_ended:
+            self._close_pipes()
+            self._give_up(self._error or f"its process ended; see {self._folder / 'logs' / 'wandb.log'}")
+
+    def close(self, status: str) -> None:
+        """Tell the follower how the run ended and let it finish."""
+        self.poll()
+        if self._starter is None:
+            return
+        self._send({"status": status})
+        if not self._ends_within(WAIT_SECONDS):
+            host_answers = self.mode == "online" and answers(self._host, timeout=PROBE_SECONDS)
+            if not (host_answers and self._ends_within(UPLOAD_SECONDS)):
+                self._tell(f"W&B is still writing {self._folder / 'wandb'}, in the background")
+        for record in self._reports():
+            self._hear(record)
+        self._close_pipes()
+        self._starter = None
+
+    def _start(self) -> None:
+        package_root = str(Path(__file__).resolve().parents[2])
+        search_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH", "")]))
+        try:
+            with _log_file(self._folder / "logs" / "wandb.log") as log:
+                self._starter = subprocess.Popen(
+                    # The folder tells whoever lists processes whose it is.
+                    [sys.executable, "-P", "-m", "bigtx.track.follower", str(self._folder)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    env={**os.environ, "PYTHONPATH": search_path},
+                    # Ctrl-C is for the training, which then tells the follower.
+                    start_new_session=True,
+                )
+        except OSError as error:
+            self._give_up(str(error))
+            return
+        assert self._starter.stdout is not None
+        os.set_blocking(self._starter.stdout.fileno(), False)
+        self._send(self._task)
+
+    def _give_up(self, reason: str) -> None:
+        self._starter = None
+        self.mode = "off"
+        self._note("wandb_off", error=reason)
+        self._tell(f"warning: W&B is switched off for the rest of this run ({reason}); metrics.jsonl goes on")
+
+    def _hear(self, report: Record) -> None:
+        report = scrub(report)
+        if "error" in report:
+            self._error = report["error"]
+            self._note("wandb_error", error=self._error)
+            return
+        self.mode = report["mode"]
+        self._host = report["host"]
+        self._note("wandb", **report)
+        if self.mode == "online":
+            text = f"W&B: {report['url']}"
+        else:
+            warning = "warning: " if self._task["mode"] == "online" else ""
+            text = f"{warning}W&B offline, {report['why']}; later: wandb sync {self._folder}/wandb/offline-run-*"
+        if text != self._told:  # W&B starts again when it was killed.
+            self._told = text
+            self._tell(text)
+        replayed_from = self._task["resumed_step"] + 1
+        if report["first_step"] > replayed_from:
+            self._note("wandb_replayed_steps", first=replayed_from, last=report["first_step"] - 1)
+
+    def _receive(self) -> None:
+        assert self._starter is not None and self._starter.stdout is not None
+        with contextlib.suppress(BlockingIOError):
+            while chunk := os.read(self._starter.stdout.fileno(), 65536):
+                self._text += chunk
+            self._has_ended = True
+
+    def _reports(self) -> list[Record]:
+        *lines, self._text = self._text.split(b"\n")
+        return [record for line in lines if (record := parse_line(line + b"\n")) is not None]
+
+    def _send(self, record: Record) -> None:
+        assert self._starter is not None and self._starter.stdin is not None
+        with contextlib.suppress(OSError):
+            self._starter.stdin.write(json.dumps(record).encode() + b"\n")
+            self._starter.stdin.flush()
+
+    def _ends_within(self, seconds: float) -> bool:
+        assert self._starter is not None and self._starter.stdout is not None
+        pipe = select.poll()
+        pipe.register(self._starter.stdout, select.POLLIN)
+        deadline = time.monotonic() + seconds
+        while not self._has_ended and (left := deadline - time.monotonic()) > 0:
+            pipe.poll(left * 1000)
+            self._receive()
+        return self._has_ended
+
+    def _close_pipes(self) -> None:
+        assert self._starter is not None
+        self._starter.poll()
+        for pipe in (self._starter.stdin, self._starter.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+
+
+def read_or_make_run_id(folder: Path) -> str:
+    """The run's W&B id, the same for all lives of the run folder."""
+    path = folder / "wandb_run_id"
+    if path.exists() and (run_id := path.read_text(encoding="utf-8").strip()):
+        return run_id
+    run_id = secrets.token_hex(6)
+    write_atomic(path, f"{run_id}\n")
+    return run_id
+
+
+def _log_file(path: Path) -> Any:
+    try:
+        path.parent.mkdir(exist_ok=True)
+        return path.open("ab")
+    except OSError:
+        return open(os.devnull, "wb")

@@ -1,0 +1,125 @@
+"""Validation inside a run: loss on held-out text, and samples. All ranks in lockstep."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from bigtx.config.schema import PretrainConfig, SourceConfig
+from bigtx.data.corpus.manifest import has_split
+from bigtx.data.storage.cache import Cache
+from bigtx.data.storage.places import Place, as_place
+from bigtx.data.stream.loader import ValidationBatches, validation_batches
+from bigtx.engine.engine import Engine, Task
+from bigtx.engine.ranks import Ranks
+from bigtx.model.decode import generate
+from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.track.tracker import Tracker
+from bigtx.train.seeds import derive_seed
+from bigtx.train.state import RunState
+from bigtx.utils.errors import ConfigError
+
+
+class Validation:
+    """The held-out sources of a run, opened once."""
+
+    def __init__(self, config: PretrainConfig, engine: Engine, ranks: Ranks, task: Task, tokenizer: Tokenizer) -> None:
+        """Raises:
+        ConfigError: a source named for validation has no validation split, or another tokenizer's.
+        """
+        self.config, self.engine, self.ranks, self.task, self.tokenizer = config, engine, ranks, task, tokenizer
+        self.sources = {
+            name: validation_batches(
+                _place(config, source),
+                sequence_length=config.train.sequence_length,
+                micro_batch_size=config.train.micro_batch_size,
+                max_sequences=config.validation.max_sequences,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+                document_mask=config.data.document_mask,
+                pad_id=tokenizer.pad_id,
+            )
+            for name, source in validation_sources(config).items()
+        }
+        for name, batches in self.sources.items():
+            if batches.manifest.tokenizer_fingerprint != tokenizer.fingerprint:
+                raise ConfigError(
+                    f"validation.sources.{name}: {batches.manifest.folder} was prepared with another tokenizer than "
+                    "the training data; prepare it again with the run's tokenizer"
+                )
+
+    def report(self, tracker: Tracker, state: RunState) -> None:
+        """Measure, sample, and hand both to the tracker. Every rank must call it."""
+        metrics: dict[str, float] = {}
+        for name, batches in self.sources.items():
+            metrics |= self._measure(name, batches)
+        if metrics:
+            tracker.log(state.step, state.tokens, metrics)
+            shown = (
+                f"{name} loss {metrics[f'validation/{name}/loss']:.4f} "
+                f"({metrics[f'validation/{name}/bits_per_byte']:.3f} bits per byte)"
+                for name in self.sources
+            )
+            tracker.message(f"validation at step {state.step}: {', '.join(shown)}")
+        prompts = list(self.config.validation.sample_prompts)
+        if prompts:
+            completions = self._sample(prompts, state.step)
+            tracker.samples(
+                state.step,
+                state.tokens,
+                [
+                    {"prompt": prompt, "completion": completion}
+                    for prompt, completion in zip(prompts, completions, strict=True)
+                ],
+            )
+
+    def _measure(self, name: str, batches: ValidationBatches) -> dict[str, float]:
+        loss_sum, num_labels = self.engine.evaluate(batches, self.task)
+        loss = loss_sum / max(1, num_labels)
+        return {
+            f"validation/{name}/loss": loss,
+            f"validation/{name}/perplexity": math.exp(min(loss, 700.0)),
+            f"validation/{name}/bits_per_byte": loss / math.log(2) / batches.manifest.bytes_per_token,
+        }
+
+    @torch.no_grad()
+    def _sample(self, prompts: list[str], step: int) -> list[str]:
+        """Every rank takes rank 0's draws, so that ZeRO-3's gathering of weights stays in lockstep."""
+        settings = self.config.validation
+        self.engine.module.eval()
+        return generate(
+            self.engine.module,
+            self.tokenizer,
+            prompts,
+            max_new_tokens=settings.sample_tokens,
+            temperature=settings.sample_temperature,
+            top_k=None,
+            top_p=None,
+            seed=derive_seed("sample", self.config.seed, step),
+            agree=self.ranks.from_first,
+        )
+
+
+def validation_sources(config: PretrainConfig) -> dict[str, SourceConfig]:
+    """The corpora to validate on: those named, or those of the training data that hold some documents out.
+
+    Raises:
+        ConfigError: a corpus that was named holds none out.
+    """
+    if config.validation.max_sequences == 0:
+        return {}
+    named = config.validation.sources
+    for name, source in named.items():
+        if not has_split(_place(config, source), "validation"):
+            raise ConfigError(
+                f"validation.sources.{name}.path={source.path!r} has no validation split; "
+                "prepare it with validation_fraction above 0, or name another corpus"
+            )
+    return named or {
+        name: source for name, source in config.data.sources.items() if has_split(_place(config, source), "validation")
+    }
+
+
+def _place(config: PretrainConfig, source: SourceConfig) -> Place:
+    return as_place(source.path, Cache(config.data.cache_dir, config.data.cache_size))

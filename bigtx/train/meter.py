@@ -1,0 +1,92 @@
+"""From steps to metrics: sums between two log lines."""
+
+from __future__ import annotations
+
+import resource
+import time
+from typing import Any
+
+import torch
+
+from bigtx.engine.engine import StepResult
+
+
+class Meter:
+    """Sums over the steps since the last log line.
+
+    The loss's sums travel with the checkpoint (`to_dict`), so that a resumed run logs what it would have logged.
+    Time spent outside of steps (validation, checkpoints) is taken out by `pause` and `go_on`.
+    """
+
+    def __init__(self, *, tokens_per_step: int, flops_per_token: float, peak_flops: float | None) -> None:
+        """Args:
+        tokens_per_step: input tokens of a global batch.
+        flops_per_token: of the model, forward and backward.
+        peak_flops: of all ranks together, per second; None where unknown.
+        """
+        self.tokens_per_step = tokens_per_step
+        self.flops_per_token = flops_per_token
+        self.peak_flops = peak_flops
+        self.labels = 0
+        self.loss_sum = torch.zeros((), dtype=torch.float64)
+        self._wait_end = 0.0
+        self.start()
+
+    def start(self) -> None:
+        """Begin a window's clock."""
+        self.steps, self.seconds, self._wait_start = 0, 0.0, self._wait_end
+        self._since: float | None = time.monotonic()
+
+    def add(self, result: StepResult, *, num_labels: int, wait_seconds: float) -> None:
+        """One step; `wait_seconds` is the loader's total so far."""
+        self.loss_sum = self.loss_sum.to(result.loss_sum.device)
+        if not result.skipped:
+            self.loss_sum += result.loss_sum
+            self.labels += num_labels
+        self.steps += 1
+        self._wait_end = wait_seconds
+
+    def pause(self) -> None:
+        """Stop the clock."""
+        assert self._since is not None
+        self.seconds += time.monotonic() - self._since
+        self._since = None
+
+    def go_on(self) -> None:
+        """Start the clock again."""
+        self._since = time.monotonic()
+
+    def metrics(self) -> dict[str, float]:
+        """Metrics of the window, which ends here."""
+        self.pause()
+        seconds = max(self.seconds, 1e-9)
+        tokens_per_second = self.steps * self.tokens_per_step / seconds
+        metrics = {
+            "train/loss": float(self.loss_sum) / self.labels if self.labels else float("nan"),
+            "perf/tokens_per_second": tokens_per_second,
+            "perf/step_seconds": seconds / max(1, self.steps),
+            "perf/data_wait_fraction": (self._wait_end - self._wait_start) / seconds,
+            "perf/memory_gib": memory_gib(),
+        }
+        if self.peak_flops:
+            metrics["perf/mfu"] = tokens_per_second * self.flops_per_token / self.peak_flops
+        self.labels = 0
+        self.loss_sum.zero_()
+        self.start()
+        return metrics
+
+    def to_dict(self) -> dict[str, Any]:
+        """The open window's loss sums."""
+        return {"labels": self.labels, "loss_sum": float(self.loss_sum).hex()}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Go on with a window that `to_dict` gave."""
+        self.labels = saved["labels"]
+        self.loss_sum = torch.tensor(float.fromhex(saved["loss_sum"]), dtype=torch.float64)
+
+
+def memory_gib() -> float:
+    """Peak memory of this process: allocated on the accelerator, or resident without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,425 @@
+"""One life of a run, from the first log line to the last: what the entry points are made of.
+
+A run may have many lives, one for each time its command is started; each finds in the run folder where the last one
+ended.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from bigtx.config.schema import PretrainConfig
+from bigtx.train.stop import EarlyStop, StopRequest
+from bigtx.utils import hardware, log, processes
+from bigtx.utils.errors import BigtxError, CheckpointError, ConfigError, LaunchError
+from bigtx.utils.files import refuse_if_held
+from bigtx.utils.units import format_count, parse_duration
+
+LOST_RANK = re.compile(
+    r"Connection (closed|reset) by peer|Broken pipe|Timed out waiting|NCCL (communicator was aborted|error)"
+)
+"""What torch.distributed's backends say when another process is gone."""
+
+
+class Session:
+    """Opens everything that training needs, in order, and closes it whatever happens.
+
+    Use as a context; then call the methods in the order in which they stand.
+    """
+
+    def __init__(self, config: PretrainConfig, *, dry_run: bool) -> None:
+        """Args:
+        config: checked, but with the vocabulary's size still to be taken from the tokenizer.
+        dry_run: one step in a temporary folder, and nothing is kept.
+        """
+        self.config, self.dry_run = config, dry_run
+        self.status: Literal["finished", "stopped", "failed"] = "failed"
+        self.tracker: Any = None
+        self.loader: Any = None
+        self.lock: Any = None
+        self.ranks: Any = None
+        self.checkpoint: Any = None
+
+    def __enter__(self) -> Session:
+        """Start the log, and listen to requests to stop.
+
+        Raises:
+            LaunchError: the run folder cannot be written, or another run holds it.
+        """
+        if not self.dry_run:
+            # Before anything is written there, and before the ranks find that run's port taken.
+            refuse_if_held(self.config.run_dir)
+        else:
+            self._scratch = tempfile.mkdtemp(prefix="bigtx-dry-run-")
+            self.config = dataclasses.replace(
+                self.config, run_dir=self._scratch, track=dataclasses.replace(self.config.track, wandb="off")
+            )
+        self.run_dir = Path(self.config.run_dir)
+        try:
+            log.setup(self.run_dir, processes.rank())
+        except OSError as error:
+            raise LaunchError(
+                f"run_dir={self.config.run_dir!r} cannot be written: {error}; name another folder"
+            ) from error
+        log.say(f"bigtx: {processes.launcher_name()}, {_ranks(processes.world_size())}; run folder {self.run_dir}")
+        self.stop = StopRequest(lambda: log.say("stopped before the first step; nothing to save"))
+        return self
+
+    def join_ranks(self) -> None:
+        """Meet the other ranks.
+
+        Raises:
+            LaunchError: see `Ranks`.
+        """
+        from bigtx.engine.ranks import Ranks
+
+        self.ranks = Ranks(timeout_seconds=parse_duration(self.config.engine.timeout).value)
+
+    def open_data(self) -> None:
+        """Open the prepared corpora and their tokenizer.
+
+        Raises:
+            DataError: a corpus is missing or damaged, too small, or does not fit the others.
+            ConfigError: the model's vocabulary is too small for the tokenizer.
+        """
+        from bigtx.train.run_data import open_run_data
+
+        config = self.config
+        self.total_steps = total_steps(config)
+        self.data = open_run_data(config, self.total_steps, self.ranks)
+        self.tokenizer = self.data.tokenizer
+        self.facts: dict[str, Any] = {
+            "tokenizer": self.tokenizer.fingerprint,
+            "seed": config.seed,
+            "data": self.data.identity,
+        }
+        if config.model.vocab_size is None:
+            self.config = config = dataclasses.replace(
+                config, model=dataclasses.replace(config.model, vocab_size=self.tokenizer.vocab_size)
+            )
+        elif config.model.vocab_size < self.tokenizer.vocab_size:
+            raise ConfigError(
+                f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's "
+                f"{self.tokenizer.vocab_size} ids in {self.data.tokenizer_place}; leave it empty to take it from there"
+            )
+        log.say(f"data: {self.data.description}; vocabulary {config.model.vocab_size:,}")
+
+    def open_folder(self) -> None:
+        """Take the run folder, and find the checkpoint to go on from.
+
+        Raises:
+            LaunchError, ConfigError, CheckpointError: see `open_run_folder` and `checkpoint.choose`.
+        """
+        from bigtx.engine import checkpoint
+        from bigtx.train.run_folder import open_run_folder
+
+        opened = self.ranks.on_first(lambda: open_run_folder(self.config))
+        self.lock = opened.lock if opened else None
+        self.changed = self.ranks.from_first(opened.changed if opened else None)
+        self.damaged: list[str] = []
+        self.checkpoint = checkpoint.choose(self.run_dir, self.ranks, self._note_damaged)
+        if self.checkpoint:
+            for key, what in (("tokenizer", "with another tokenizer"), ("data", "on other data (or in another state)")):
+                if self.checkpoint.manifest[key] != self.facts[key]:
+                    raise CheckpointError(
+                        f"{self.checkpoint.path} was trained {what} than data.sources now name: it had "
+                        f"{self.checkpoint.manifest[key]}, here is {self.facts[key]}; give it its own data back, or "
+                        "begin another run_dir with init_from"
+                    )
+
+    def is_finished(self) -> bool:
+        """Whether the run has made all its steps; says so, before the model is built for nothing."""
+        step = self.checkpoint.manifest["state"]["step"] if self.checkpoint else 0
+        if step < self.total_steps:
+            return False
+        log.say(
+            f"the run is finished: {step:,} steps. To train on: train.max_steps=N "
+            "allow_changes=[train.max_steps]; to start anew: another run_dir"
+        )
+        self.status = "finished"
+        return True
+
+    def build_engine(self) -> None:
+        """Build the model under DeepSpeed; its weights are not set yet."""
+        from bigtx.engine.engine import Engine
+        from bigtx.model.transformer import Transformer
+        from bigtx.plan.parameters import count_parameters
+
+        count = count_parameters(self.config.model)
+        log.say(
+            f"model: {format_count(count.total)} parameters; engine: ZeRO {self.config.engine.zero_stage}, "
+            f"{self.config.engine.precision}, {self.config.optimizer.name}"
+        )
+        self.engine = Engine(self.config, lambda: Transformer(self.config.model))
+
+    def load_weights(self) -> None:
+        """Set the weights: from the run's checkpoint, from another run (`init_from`), or from the seed.
+
+        Raises:
+            CheckpointError, ConfigError: the other run's weights do not fit.
+        """
+        from bigtx.model.initial import initial_value
+        from bigtx.train.state import RunState
+
+        self.state = RunState(skipped_sequences=self.config.data.skip)
+        if self.checkpoint:
+            self.state = RunState.from_dict(self.checkpoint.manifest["state"])
+            self.engine.fill(self.checkpoint.read, states=True)
+            self.engine.optimizer.num_updates = self.checkpoint.manifest["num_updates"]
+            self.engine.set_loss_scale(self.checkpoint.manifest["loss_scale"])
+            self.checkpoint.close()
+            self.state.pass_over(self.config.data.skip)
+            log.say(f"resumed from {self.checkpoint.path} ({format_count(self.state.tokens)} tokens)")
+        elif self.config.init_from:
+            source = self._open_other_run(self.config.init_from)
+            self.engine.fill(source.read, states=False)
+            source.close()
+            log.say(f"weights from {source.path}")
+        else:
+            shapes = {fragment.name: fragment.shape for fragment in self.engine.fragments}
+            self.engine.fill(
+                lambda name, kind, start, stop: initial_value(
+                    name, shapes[name], self.config.model, self.config.seed, start, stop
+                ),
+                states=False,
+            )
+
+    def train(self) -> int:
+        """Train to the end or to a stop request. Returns the exit status."""
+        from bigtx.train.loop import train
+
+        if self.dry_run:
+            return self._one_step()
+        run = self._run()
+        self.stop.defer()
+        finished = train(run, self.stop)
+        self.status = "finished" if finished else "stopped"
+        if finished:
+            log.say(
+                f"finished: {self.state.step:,} steps, {format_count(self.state.tokens)} tokens, in {self.run_dir}\n"
+                f"next: bigtx generate {self.run_dir} --prompt '...'"
+            )
+            return 0
+        log.say(f"stopped at step {self.state.step:,} with a checkpoint; the same command goes on from there")
+        return self.stop.exit_status
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close what was opened. An error of the user is printed by the first rank that meets it."""
+        self.stop.defer()
+        if self.stop.came_early:
+            self.status = "stopped"
+        if self.loader:
+            self.loader.close()
+        if self.tracker:
+            self.tracker.close(self.status, self.state.step)
+        if self.lock:
+            self.lock.release()
+        if error is not None:
+            self._explain(error)
+        elif self.ranks:
+            self.ranks.barrier()  # Leaving first would look like a failure to the others.
+            self.ranks.close()
+        # Other errors are explained by the log.
+        if self.dry_run and (error is None or isinstance(error, BigtxError | EarlyStop)):
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _run(self) -> Any:
+        """Everything that the loop uses."""
+        from bigtx.engine.schedules import Schedule
+        from bigtx.plan.parameters import flops_per_token
+        from bigtx.track.tracker import Tracker
+        from bigtx.train.evaluation import Validation
+        from bigtx.train.loop import Run
+        from bigtx.train.meter import Meter
+        from bigtx.train.run_folder import describe_run, dump
+        from bigtx.train.tasks import CausalTask
+
+        config, train = self.config, self.config.train
+        tokens_per_step = train.global_batch_size * train.sequence_length
+        environment = hardware.describe()
+        self.ranks.on_first(
+            lambda: describe_run(
+                config,
+                tokenizer=self.tokenizer,
+                deepspeed=self.engine.deepspeed_config,
+                environment=environment,
+            )
+        )
+        task = CausalTask(z_loss=train.z_loss)
+        if self.checkpoint and config.data.foreign.paths:
+            self._tell_rereading()
+        self.loader = self.data.loader_type(
+            config.data,
+            sequence_length=train.sequence_length,
+            global_batch_size=train.global_batch_size,
+            micro_batch_size=train.micro_batch_size,
+            seed=config.seed,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            start_sequence=self.state.sequences,
+            pad_id=self.tokenizer.pad_id,
+        )
+        self.tracker = Tracker(
+            self.run_dir,
+            config.track,
+            run_config=dump(config),
+            environment=environment,
+            rank=self.ranks.rank,
+            total_steps=self.total_steps,
+            resumed_step=self.state.step,
+            stream=log.console(),
+        )
+        self._tell_history()
+        meter = Meter(
+            tokens_per_step=tokens_per_step,
+            flops_per_token=flops_per_token(config.model, train.sequence_length),
+            peak_flops=self._peak_flops(),
+        )
+        if self.checkpoint:
+            meter.restore(self.checkpoint.manifest["meter"])
+        self.facts["wandb_run_id"] = self.ranks.from_first(self.tracker.wandb_run_id)
+        validation = Validation(config, self.engine, self.ranks, task, self.tokenizer)
+        if not validation.sources and config.validation.max_sequences:
+            log.say(
+                "no validation: none of the corpora holds text out; `bigtx data prepare` does with a larger "
+                "validation_fraction, or name another corpus as validation.sources.NAME.path"
+            )
+        return Run(
+            config=config,
+            run_dir=self.run_dir,
+            ranks=self.ranks,
+            engine=self.engine,
+            task=task,
+            loader=self.loader,
+            schedule=Schedule(config.schedule, total_steps=self.total_steps, tokens_per_step=tokens_per_step),
+            validation=validation,
+            tracker=self.tracker,
+            meter=meter,
+            state=self.state,
+            facts=self.facts,
+        )
+
+    def _one_step(self) -> int:
+        from bigtx.train.loop import train_step
+
+        run = self._run()
+        micro_batches = next(self.loader)
+        (num_labels,) = self.ranks.sum([sum(batch.num_labels for batch in micro_batches)])
+        result = train_step(run, micro_batches, num_labels)
+        metrics = run.meter.metrics()
+        self.status = "finished"
+        log.say(
+            f"dry run: one step, loss {metrics['train/loss']:.4f}, gradient norm {result.grad_norm:.3f}, "
+            f"{metrics['perf/memory_gib']:.2f} GiB; nothing was kept"
+        )
+        return 0
+
+    def _tell_history(self) -> None:
+        """Record how this life began."""
+        for text in self.damaged:
+            self.tracker.event(self.state.step, "damaged_checkpoint", text=text)
+        if self.checkpoint:
+            self.tracker.event(
+                self.state.step,
+                "resume",
+                checkpoint=self.checkpoint.path.name,
+                world_size=self.ranks.world_size,
+                zero_stage=self.config.engine.zero_stage,
+            )
+        for change in self.changed:
+            self.tracker.event(self.state.step, "config_change", **change)
+
+    def _tell_rereading(self) -> None:
+        """Foreign shards have no places to come back to."""
+        rows, ranks = self.state.sequences, self.checkpoint.manifest["world_size"]
+        other = (
+            f", and with {_ranks(self.ranks.world_size)} instead of {ranks} the shards are split otherwise"
+            if ranks != self.ranks.world_size
+            else ""
+        )
+        log.say(
+            f"data: reading {rows:,} rows again to come to where the run was{other}; exact and quick resume needs "
+            "prepared shards: bigtx data prepare"
+        )
+
+    def _note_damaged(self, text: str) -> None:
+        log.say(f"warning: {text}")
+        self.damaged.append(text)
+
+    def _open_other_run(self, folder: str) -> Any:
+        from bigtx.engine import checkpoint
+
+        # One choice for all ranks: the other run may be alive and save meanwhile.
+        path = self.ranks.from_first(self.ranks.on_first(lambda: checkpoint.newest(folder)))
+        source = checkpoint.choose(path, self.ranks, self._note_damaged)
+        assert source is not None
+        shapes = {
+            name: tuple(getattr(parameter, "ds_shape", parameter.shape))
+            for name, parameter in self.engine.module.named_parameters()
+        }
+        if shapes != source.shapes:
+            different = sorted(name for name in shapes | source.shapes if shapes.get(name) != source.shapes.get(name))
+            raise ConfigError(
+                f"init_from={folder}: its model has other parameters than this config's: "
+                + ", ".join(
+                    f"{name} {source.shapes.get(name)} there, {shapes.get(name)} here" for name in different[:5]
+                )
+                + f" ({len(different)} in all); copy the model section of its config.yaml"
+            )
+        if source.manifest["tokenizer"] != self.tokenizer.fingerprint:
+            raise ConfigError(
+                f"init_from={folder}: its tokenizer is not the one of this run's data; prepare the data with "
+                "that run's tokenizer folder"
+            )
+        return source
+
+    def _peak_flops(self) -> float | None:
+        """Of all ranks together."""
+        import torch
+
+        precision = self.config.engine.precision
+        if torch.cuda.is_available():
+            peak = hardware.peak_flops(torch.cuda.get_device_name(), precision)
+        else:
+            peak = hardware.measure_peak_flops(precision)  # On all ranks at once, as they compute.
+        return None if peak is None else peak * self.ranks.world_size
+
+    def _explain(self, error: BaseException) -> None:
+        """Say why this life ends, once for all ranks; other errors keep their traceback."""
+        if self.stop.came_early:
+            if not isinstance(error, EarlyStop):  # Another rank's end was noticed before this one's own.
+                raise EarlyStop(self.stop.exit_status) from error
+        elif isinstance(error, RuntimeError) and LOST_RANK.search(str(error)):
+            lost = LaunchError(
+                "lost the connection to another rank, which has ended or hangs; its last words are above or in "
+                f"{self.run_dir / 'logs'}. The same command goes on from the last checkpoint"
+            )
+            self._say_once(lost)
+            raise lost from error
+        elif isinstance(error, BigtxError) and self.ranks:
+            self._say_once(error)
+
+    def _say_once(self, error: BigtxError) -> None:
+        if self.ranks.is_first_to_fail():
+            log.say_error(f"{type(error).__name__}: {error}", any_rank=True)
+        error.reported = True
+
+
+def total_steps(config: PretrainConfig) -> int:
+    """Optimizer steps of the run."""
+    if config.train.max_steps is not None:
+        return config.train.max_steps
+    assert config.train.max_tokens is not None
+    return -(-config.train.max_tokens // (config.train.global_batch_size * config.train.sequence_length))
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank" + "s" * (count != 1)

@@ -1,0 +1,93 @@
+"""Where a run is: a few integers, saved with each checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from bigtx.data.stream.skip import SkippedWindows
+from bigtx.utils.errors import ConfigError
+from bigtx.utils.units import parse_duration
+
+
+@dataclass
+class RunState:
+    """Progress of a run.
+
+    Attributes:
+        step: optimizer steps done, skipped ones included.
+        sequences: of the global order that are behind, read or skipped, over all ranks: the position in the data.
+        tokens: input tokens consumed over all ranks.
+        skipped_steps: steps without an update because of a non-finite value.
+        skipped_in_a_row: the latest of them without a good step between.
+        skipped_sequences: windows of the global order that the run passes over, as in `data.skip`.
+    """
+
+    step: int = 0
+    sequences: int = 0
+    tokens: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    skipped_sequences: list[str] = field(default_factory=list)
+
+    def advance(self, *, sequences: int, tokens: int, skipped: bool) -> None:
+        """One optimizer step.
+
+        Args:
+            sequences: the position in the data after it.
+            tokens: that it consumed.
+        """
+        self.step += 1
+        self.sequences = sequences
+        self.tokens += tokens
+        self.skipped_steps += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+
+    def pass_over(self, ranges: list[str]) -> None:
+        """Take on `data.skip`.
+
+        Raises:
+            ConfigError: it differs from what the run has passed over until now.
+        """
+        before, now = (SkippedWindows(each).before(self.sequences) for each in (self.skipped_sequences, ranges))
+        if before != now:
+            raise ConfigError(
+                f"data.skip=[{', '.join(ranges)}]: the run stands at sequence {self.sequences:,} and has passed over "
+                f"[{', '.join(f'{start}-{end}' for start, end in before)}] until there; what was read cannot be "
+                "skipped any more, nor the other way. Change only what comes later, or go back to an earlier checkpoint"
+            )
+        self.skipped_sequences = ranges
+
+    def to_dict(self) -> dict[str, Any]:
+        """As saved in a checkpoint's manifest."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> RunState:
+        """As `to_dict` gave it."""
+        return cls(**saved)
+
+
+class Cadence:
+    """Something that happens every so often, by steps, tokens or time.
+
+    Every rank must be told the same numbers: the time is rank 0's.
+    """
+
+    def __init__(self, every: str, *, tokens_per_step: int) -> None:
+        """Args:
+        every: "500 steps", "1B tokens" or "30 min".
+        """
+        duration = parse_duration(every)
+        assert duration.unit != "fraction", f"{every!r} is not how often something happens"
+        self.unit, self.every, self.tokens_per_step = duration.unit, duration.value, tokens_per_step
+        self._previous_seconds = 0.0
+
+    def due(self, state: RunState, elapsed_seconds: float) -> bool:
+        """Whether the step just done reached another multiple; to be asked once after every step."""
+        if self.unit == "steps":
+            return state.step % max(1, round(self.every)) == 0
+        if self.unit == "tokens":
+            return state.tokens // self.every > (state.tokens - self.tokens_per_step) // self.every
+        previous, self._previous_seconds = self._previous_seconds, elapsed_seconds
+        return elapsed_seconds // self.every > previous // self.every

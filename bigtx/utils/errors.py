@@ -1,0 +1,70 @@
+"""The errors that a user can cause, and how they end a command.
+
+Each is one paragraph that says what is wrong, where, and what to do. A command that meets one prints it
+once (rank 0 alone speaks) and ends with status 2 and no traceback. What only bigtx itself can cause is an
+assertion.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+
+from bigtx.utils import log
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+class BigtxError(Exception):
+    """Something that the user can mend; the message says what, where and how.
+
+    Attributes:
+        reported: it has been printed already, by this rank or another.
+    """
+
+    reported = False
+
+
+class ConfigError(BigtxError):
+    """A configuration that cannot be run."""
+
+
+class DataError(BigtxError):
+    """Input text, shards or a manifest that cannot be used."""
+
+
+class CheckpointError(BigtxError):
+    """A checkpoint or run folder that cannot be used."""
+
+
+class LaunchError(BigtxError):
+    """Processes, devices or a cluster that are not as the run needs them."""
+
+
+def exit_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
+    """Turn a command's `main` into one that reports a `BigtxError` as a paragraph.
+
+    Returns:
+        A function that returns the exit status: what `main` returned, 2 after a `BigtxError`, 130 after Ctrl-C.
+        Any other exception is a defect of bigtx and keeps its traceback.
+    """
+
+    @functools.wraps(main)
+    def wrapped(*args: object, **kwargs: object) -> int:
+        try:
+            return main(*args, **kwargs) or 0
+        except BigtxError as error:
+            if not error.reported:
+                log.say_error(f"{type(error).__name__}: {error}")
+            return EXIT_USER_ERROR
+        except KeyboardInterrupt:
+            return EXIT_INTERRUPTED
+        except BrokenPipeError:
+            # The reader of our output went away (`bigtx ... | head`): not an error.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+
+    return wrapped

@@ -1,0 +1,193 @@
+"""What this machine is: the arithmetic peak of its device, and a description for the run's record."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+import platform
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from bigtx.utils.version import __version__
+
+PEAK_FLOPS: tuple[tuple[str, dict[str, float]], ...] = (
+    # Dense FLOP/s without sparsity, fp32 without TF32, as others quote the maker's page or data sheet that is named
+    # above each; what no quotation was found of is left out. The first name that stands as words in the device's name
+    # counts, so the narrower names stand first.
+    # NVIDIA's Blackwell data sheet, by https://glennklockwood.com/garden/processors/B200: 1,200 W and 1,000 W.
+    ("GB200", {"bf16": 2500e12, "fp16": 2500e12, "fp32": 90e12}),
+    ("B200", {"bf16": 2250e12, "fp16": 2250e12, "fp32": 80e12}),
+    # https://www.nvidia.com/en-us/data-center/h200/ gives the SXM part the rates of the H100's.
+    ("H200 NVL", {}),
+    ("H200", {"bf16": 989e12, "fp16": 989e12, "fp32": 67e12}),
+    # https://www.nvidia.com/en-us/data-center/h100/
+    ("H100 NVL", {"bf16": 835e12, "fp16": 835e12}),
+    ("H100 PCIe", {"bf16": 756e12, "fp16": 756e12, "fp32": 51e12}),
+    ("H100", {"bf16": 989e12, "fp16": 989e12, "fp32": 67e12}),
+    # https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/
+    #     nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf
+    ("A100", {"bf16": 312e12, "fp16": 312e12, "fp32": 19.5e12}),
+    # https://images.nvidia.cn/content/Solutions/data-center/a40/nvidia-a40-datasheet.pdf
+    ("A40", {"bf16": 149.7e12, "fp16": 149.7e12, "fp32": 37.4e12}),
+    # https://www.nvidia.com/content/dam/en-zz/Solutions/data-center/products/a30-gpu/pdf/a30-datasheet.pdf
+    ("A30", {"bf16": 165e12, "fp16": 165e12}),
+    # https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a10/pdf/datasheet-new/nvidia-a10-datasheet.pdf
+    ("A10G", {"bf16": 70e12, "fp16": 70e12}),
+    ("A10", {"bf16": 125e12, "fp16": 125e12}),
+    # https://resources.nvidia.com/en-us-l40s/l40s-datasheet-28413
+    ("L40S", {"bf16": 362e12, "fp16": 362e12, "fp32": 91.6e12}),
+    # https://images.nvidia.cn/content/Solutions/data-center/vgpu-L40-datasheet.pdf
+    ("L40", {"bf16": 181e12, "fp16": 181e12}),
+    # https://nvdam.widen.net/s/rvq98gbwsw/l4-datasheet-2595652
+    ("L4", {"bf16": 121e12, "fp16": 121e12}),
+    # https://images.nvidia.cn/content/technologies/volta/pdf/volta-v100-datasheet-update-us-1165301-r5.pdf
+    ("V100S", {"fp16": 130e12}),
+    ("V100-PCIE", {"fp16": 112e12, "fp32": 14e12}),
+    ("V100", {"fp16": 125e12, "fp32": 15.7e12}),
+    # https://www.amd.com/en/products/accelerators/instinct/mi300/mi300x.html (and mi325x.html)
+    ("MI325X", {"bf16": 1307e12, "fp16": 1307e12}),
+    ("MI300X", {"bf16": 1307e12, "fp16": 1307e12}),
+    # https://www.amd.com/en/products/accelerators/instinct/mi200/mi250x.html: one of its two dies, which is what the
+    # software sees as a device.
+    ("MI250X", {"bf16": 191.5e12, "fp16": 191.5e12}),
+)
+
+PACKAGES = (
+    "deepspeed",
+    "numpy",
+    "omegaconf",
+    "pyyaml",
+    "safetensors",
+    "sentencepiece",
+    "tokenizers",
+    "torch",
+    "triton",
+    "wandb",
+    "webdataset",
+)
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """Peak dense FLOP/s of an accelerator, the denominator of MFU.
+
+    Args:
+        device_name: as the driver names it, e.g. "NVIDIA H100 80GB HBM3".
+        precision: bf16, fp16 or fp32.
+
+    Returns:
+        None for a device or a precision that the table does not hold.
+    """
+    for name, peaks in PEAK_FLOPS:
+        if re.search(rf"\b{re.escape(name)}\b", device_name, re.IGNORECASE):
+            return peaks.get(precision)
+    return None
+
+
+def measure_peak_flops(precision: str, *, seconds: float = 0.2) -> float:
+    """The FLOP/s that this process reaches in a large matrix product on the CPU, with the threads that torch uses now.
+
+    Args:
+        precision: bf16, fp16 or fp32.
+        seconds: how long to measure, after one product to warm up.
+    """
+    import torch
+
+    size = 1024
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    left, right = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+    with torch.inference_mode():
+        torch.mm(left, right)
+        best, end = float("inf"), time.perf_counter() + seconds
+        while (start := time.perf_counter()) < end:
+            torch.mm(left, right)
+            # The quickest product is the one that nothing else on the machine disturbed.
+            best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def num_cores() -> int:
+    """Cores that this process may use: its affinity, which a container or a scheduler narrows."""
+    return len(os.sched_getaffinity(0))
+
+
+def memory_bytes() -> int:
+    """Memory that this process may use: the machine's, or its container's limit if that is less."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return total
+    return total if limit == "max" else min(total, int(limit))
+
+
+def describe() -> dict[str, Any]:
+    """The environment of a run as JSON-ready data, by a fixed list of harmless facts: no environment variables, no
+    command line, no remote addresses, so that no secret can be among them."""
+    return {
+        # A clone need not be installed to run.
+        "packages": {"bigtx": __version__} | {name: found for name in PACKAGES if (found := _version(name))},
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "cpu": _cpu_name(),
+        "num_cores": num_cores(),
+        "memory_bytes": memory_bytes(),
+        "git": git_state(),
+        **_accelerators(),
+    }
+
+
+@functools.cache
+def git_state() -> dict[str, Any] | None:
+    """The commit of the clone that bigtx runs from and whether files differ from it; None for an installed copy."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    commit = _git(root, "rev-parse", "HEAD")
+    return None if commit is None else {"commit": commit, "dirty": bool(_git(root, "status", "--porcelain", "-uno"))}
+
+
+def _git(root: Path, *command: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *command], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.machine()
+
+
+def _accelerators() -> dict[str, Any]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return {"gpus": []}
+    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return {
+        "cuda": torch.version.cuda,
+        "gpus": [{"name": device.name, "memory_bytes": device.total_memory} for device in devices],
+    }

@@ -1,0 +1,166 @@
+"""Two places for what a run says: the screen, which is ours alone, and the rank's log file, which takes everything.
+
+    say(), console()  ──────────────▶ the screen (and the log)
+    deepspeed, torch, wandb, warnings,
+    print(), C code on fd 1 and 2 ──▶ <run>/logs/rank-00000.log
+    errors that end the process ────▶ both
+
+Before `setup` nothing is redirected and `say` is a print.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import io
+import logging
+import os
+import sys
+import threading
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TextIO
+
+from bigtx.utils.processes import rank
+
+FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+NOISY = ("DeepSpeed", "torch", "wandb", "py.warnings")
+
+
+class Stream(io.TextIOWrapper):
+    """A text stream whose reader or disk may vanish: what cannot be written is dropped, so that training goes on."""
+
+    def write(self, text: str, /) -> int:
+        """Write through at once, or drop the text."""
+        with contextlib.suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing is held back, so nothing can fail here."""
+        with contextlib.suppress(OSError):
+            super().flush()
+
+
+@dataclass
+class _Redirection:
+    """What `setup` changed, to be changed back."""
+
+    screen: Stream
+    errors: Stream
+    log: Stream
+    handler: logging.Handler
+    saved_stdout: TextIO
+    saved_stderr: TextIO
+
+
+_active: _Redirection | None = None
+
+
+def setup(run_dir: Path | str, rank: int) -> Path:
+    """Send everything but our own words from the screen to this rank's log file, appending to it.
+
+    Done once per process, before anything chatty is imported; child processes inherit it.
+
+    Returns:
+        The log file's path.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    global _active
+    assert _active is None, "log.setup was called twice"
+    path = Path(run_dir) / "logs" / f"rank-{rank:05d}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    log = _stream(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    screen, errors = _stream(os.dup(1)), _stream(os.dup(2))
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    handler = logging.StreamHandler(log)
+    handler.setFormatter(logging.Formatter(FORMAT))
+    _active = _Redirection(screen, errors, log, handler, sys.stdout, sys.stderr)
+    sys.stdout = sys.stderr = log
+    _route_loggers(handler)
+    sys.excepthook = _report_exception
+    threading.excepthook = _report_thread_exception
+    # A crash in C code: its Python stack goes to the screen, since nothing may run then that could copy it.
+    faulthandler.enable(errors.fileno())
+    return path
+
+
+def restore() -> None:
+    """Undo `setup`, for a process that goes on after its run."""
+    global _active
+    if _active is None:
+        return
+    active, _active = _active, None
+    faulthandler.disable()
+    sys.excepthook, threading.excepthook = sys.__excepthook__, threading.__excepthook__
+    logging.getLogger().removeHandler(active.handler)
+    logging.captureWarnings(False)
+    sys.stdout, sys.stderr = active.saved_stdout, active.saved_stderr
+    os.dup2(active.screen.fileno(), 1)
+    os.dup2(active.errors.fileno(), 2)
+    for stream in (active.screen, active.errors, active.log):
+        stream.close()
+
+
+def console() -> TextIO:
+    """The true standard output, for what needs a terminal: `console().isatty()`."""
+    return _active.screen if _active else sys.stdout
+
+
+def say(text: str = "") -> None:
+    """Show a line on the screen (rank 0 alone), and keep it in the log."""
+    if rank() == 0:
+        print(text, file=console(), flush=True)
+    if _active:
+        print(text, file=_active.log)
+
+
+def say_error(text: str, *, any_rank: bool = False) -> None:
+    """Show why this process ends: on the true standard error (rank 0 alone, or any), and in the log."""
+    if any_rank or rank() == 0:
+        print(text, file=_active.errors if _active else sys.stderr, flush=True)
+    if _active:
+        print(text, file=_active.log)
+
+
+def _stream(descriptor: int) -> Stream:
+    raw = open(descriptor, "wb", buffering=0)  # noqa: SIM115 - closed by restore()
+    return Stream(raw, encoding="utf-8", errors="backslashreplace", write_through=True)
+
+
+def _route_loggers(handler: logging.Handler) -> None:
+    """One handler at the root. Handlers that libraries install themselves end in the log as well, by their streams."""
+    logging.captureWarnings(True)
+    root = logging.getLogger()
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    for name in NOISY:
+        logger = logging.getLogger(name)
+        # Installed before `setup`, they hold the old streams, and would write each line a second time.
+        logger.handlers.clear()
+        logger.propagate = True
+
+
+def _report_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    _report(f"rank {rank()}: " + "".join(traceback.format_exception(kind, error, trace)))
+
+
+def _report_thread_exception(arguments: threading.ExceptHookArgs) -> None:
+    if arguments.exc_type is SystemExit or arguments.exc_value is None:
+        return
+    name = arguments.thread.name if arguments.thread else "?"
+    lines = traceback.format_exception(arguments.exc_type, arguments.exc_value, arguments.exc_traceback)
+    _report(f"rank {rank()}, thread {name}: " + "".join(lines))
+
+
+def _report(text: str) -> None:
+    assert _active is not None
+    for stream in (_active.errors, _active.log):
+        print(text, end="", file=stream)

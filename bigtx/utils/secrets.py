@@ -1,0 +1,95 @@
+"""Keeping secrets out of everything that a run writes.
+
+A secret is known by its key (`api_key`, `HF_TOKEN`, `password`), by its shape (an AWS key id, a private key, a
+password inside a URL), or because the environment holds it under such a key (the value of WANDB_API_KEY, say).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+HIDDEN = "<hidden>"
+
+# A count of tokens is no secret: `max_tokens`, `tokenizer` and `pad_token_id` must not match, `HF_TOKEN` must.
+_SECRET_KEY = re.compile(
+    r"(api|access|secret|private|signing|encryption|account)[-_]?key(?!s?_?(path|file))|secret|passw(or)?d|passphrase"
+    r"|credential|(^|[-_./])(auth|bearer|access|refresh|id|session|security)?[-_]?token$|(^|[-_./])(pw|pwd|jwt|sas)$",
+    re.IGNORECASE,
+)
+_SPECIAL_TOKEN_KEY = re.compile(r"(pad|bos|eos|unk|mask|sep|cls|begin|end|image|special)[-_]token$", re.IGNORECASE)
+
+_SECRET_SHAPE = re.compile(
+    r"\b(AKIA|ASIA)[0-9A-Z]{16}\b"
+    r"|\bhf_[A-Za-z0-9]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{16,}"
+    r"|\bsk-[\w-]{20,}|\bxox[abprs]-[\w-]{10,}|\bAIza[\w-]{30,}|\bwandb_v\d_\w{20,}"
+    r"|\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,}"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END [A-Z ]*PRIVATE KEY-----|$)"
+    r"|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)"
+    r"|(?<=[?&])(X-Amz-(Signature|Credential|Security-Token)|sig|token|access_token|api_key)=[^&\s]+",
+    re.DOTALL | re.IGNORECASE,
+)
+# Options as they stand in a command line: --api-key=VALUE, password: VALUE.
+_SECRET_OPTION = re.compile(r"(?P<key>[\w.-]*[A-Za-z_])(?P<sign>\s*[=:]\s*|\s+)(?P<value>[^\s,;'\"]{8,})")
+
+_SHORTEST_SECRET = 8
+
+
+def is_secret_key(key: str) -> bool:
+    """Whether a setting or variable of this name is taken to hold a secret."""
+    return bool(_SECRET_KEY.search(key)) and not _SPECIAL_TOKEN_KEY.search(key)
+
+
+def scrub(value: Any) -> Any:
+    """A copy of nested dicts, lists and texts in which every secret is replaced by `<hidden>`.
+
+    Numbers, booleans and None are returned as they are, whatever their key.
+    """
+    return _scrub(value, _environment_secrets())
+
+
+def scrub_text(text: str) -> str:
+    """`scrub` for one text, e.g. a line of a log or a command line."""
+    return _scrub_text(text, _environment_secrets())
+
+
+def _environment_secrets() -> list[str]:
+    # PWD is every shell's working folder, and all paths below it would be hidden.
+    variables = {key: value for key, value in os.environ.items() if key != "PWD" and is_secret_key(key)}
+    secrets = {value for value in variables.values() if len(value) >= _SHORTEST_SECRET}
+    # Where one secret contains another, the longer one goes first.
+    return sorted(secrets, key=len, reverse=True)
+
+
+def _scrub(value: Any, secrets: list[str]) -> Any:
+    if isinstance(value, Mapping):
+        return {_scrub(key, secrets): _scrub_member(key, member, secrets) for key, member in value.items()}
+    if isinstance(value, (list, tuple)):
+        # In a command line, ["--password", "..."], the option before tells what the value is.
+        options = ["", *(member if str(member).startswith("--") else "" for member in value)]
+        return [_scrub_member(option, member, secrets) for option, member in zip(options, value, strict=False)]
+    return _scrub_text(value, secrets) if isinstance(value, str) else value
+
+
+def _scrub_member(key: Any, value: Any, secrets: list[str]) -> Any:
+    is_secret = isinstance(key, str) and "=" not in key and is_secret_key(key.lstrip("-"))
+    if is_secret and isinstance(value, str) and value:
+        return HIDDEN
+    return _scrub(value, secrets)
+
+
+def _scrub_text(text: str, secrets: list[str]) -> str:
+    for secret in secrets:
+        text = text.replace(secret, HIDDEN)
+    text = _SECRET_SHAPE.sub(HIDDEN, text)
+    return _SECRET_OPTION.sub(_hide_option, text)
+
+
+def _hide_option(match: re.Match[str]) -> str:
+    # Prose has a word after a word ("the password was"): without a sign, only what looks like an option counts.
+    is_option = match["sign"].strip() or match["key"].startswith("--")
+    if is_option and is_secret_key(match["key"].lstrip("-")):
+        return f"{match['key']}{match['sign']}{HIDDEN}"
+    return match[0]

@@ -1,0 +1,162 @@
+"""Counts, sizes and durations as people write them: `10B`, `512 MiB`, `500 steps`, `30 min`, `5 %`.
+
+A parser raises ValueError with a phrase that says what is wrong and what to write instead.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Literal
+
+Unit = Literal["steps", "tokens", "seconds", "fraction"]
+
+COUNT_SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+SIZE_SUFFIXES = {
+    **{"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12},
+    **{"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40},
+}
+SECONDS = {
+    **dict.fromkeys(("s", "sec", "second", "seconds"), 1),
+    **dict.fromkeys(("min", "minute", "minutes"), 60),
+    **dict.fromkeys(("h", "hour", "hours"), 3600),
+    **dict.fromkeys(("d", "day", "days"), 86400),
+}
+
+COUNT_EXAMPLE = "a whole number such as 500, 64k, 1.5M or 10B"
+SIZE_EXAMPLE = "a size such as 512 MiB, 1.5 GB or a number of bytes"
+DURATION_EXAMPLE = "a duration such as 500 steps, 2B tokens, 30 min or 5 %"
+RANGE_EXAMPLE = "a range START-END such as 120k-121k"
+
+# A number, then whatever is left as the suffix. Underscores group digits; some read a leading zero as octal.
+NUMBER = r"(?P<number>(?:0|[1-9][0-9]*(?:_[0-9]+)*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,2})?)"
+QUANTITY = re.compile(rf"{NUMBER}\s*(?P<suffix>.*)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Duration:
+    """A length of a run.
+
+    Attributes:
+        value: steps, tokens, seconds, or the share of the run between 0 and 1; never negative.
+    """
+
+    value: float
+    unit: Unit
+
+
+def parse_count(text: str) -> int:
+    """`500`, `64k`, `1.5M`, `10B`, `2T` (powers of 1000) or `64Ki`, `1Mi` (powers of 1024) as a whole number.
+
+    Raises:
+        ValueError: anything else, a negative or a fractional count included.
+    """
+    return _whole(text, COUNT_SUFFIXES, COUNT_EXAMPLE)
+
+
+def parse_size(text: str) -> int:
+    """`512 MiB`, `1.5 GB` or a plain number as bytes.
+
+    Raises:
+        ValueError: anything else.
+    """
+    return _whole(text, SIZE_SUFFIXES, SIZE_EXAMPLE)
+
+
+def parse_duration(text: str) -> Duration:
+    """`500 steps`, `2B tokens`, `30 min`, `1.5 h`, `5 %` as a Duration.
+
+    Raises:
+        ValueError: anything else: a bare number, an unknown unit, more than 100 %.
+    """
+    words = text.strip()
+    if words.endswith("%"):
+        percent = _quantity(words[:-1].strip(), {"": 1}, DURATION_EXAMPLE)
+        if percent > 100:
+            raise ValueError(f"is more than the whole run; write at most 100 %, or {DURATION_EXAMPLE}")
+        return Duration(float(percent / 100), "fraction")
+    match = re.fullmatch(r"(.*?)\s*([A-Za-z]+)", words, re.DOTALL)
+    if match is None:
+        raise ValueError(f"has no unit; write {DURATION_EXAMPLE}")
+    amount, unit = match[1], match[2].lower()
+    if unit in ("step", "steps"):
+        return Duration(float(_whole(amount, COUNT_SUFFIXES, DURATION_EXAMPLE)), "steps")
+    if unit in ("token", "tokens"):
+        return Duration(float(_whole(amount, COUNT_SUFFIXES, DURATION_EXAMPLE)), "tokens")
+    if unit in SECONDS:
+        return Duration(float(_quantity(amount, {"": 1}, DURATION_EXAMPLE) * SECONDS[unit]), "seconds")
+    raise ValueError(f"has no unit that bigtx knows; write {DURATION_EXAMPLE}")
+
+
+def parse_range(text: str) -> tuple[int, int]:
+    """`1000-2000`, `1.5M-1.6M` as two counts, the first and the one after the last.
+
+    Raises:
+        ValueError: anything else, an empty range included.
+    """
+    parts = text.split("-")
+    if len(parts) != 2:
+        raise ValueError(f"is not {RANGE_EXAMPLE}")
+    start, end = (_whole(part, COUNT_SUFFIXES, RANGE_EXAMPLE) for part in parts)
+    if start >= end:
+        raise ValueError(f"ends before it begins; write {RANGE_EXAMPLE}, without the last one")
+    return start, end
+
+
+def format_count(value: float) -> str:
+    """A count in at most three significant digits: 10B, 1.23M, 512; `parse_count` reads whole ones back."""
+    return _short(value, (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)))
+
+
+def format_size(num_bytes: float) -> str:
+    """Bytes in at most three significant digits: 512 MiB, 1.5 GiB, 17 B; `parse_size` reads whole ones back."""
+    text = _short(num_bytes, ((" TiB", 2**40), (" GiB", 2**30), (" MiB", 2**20), (" KiB", 2**10)))
+    return text if text.endswith("iB") else f"{text} B"
+
+
+def format_duration(duration: Duration) -> str:
+    """The text that `parse_duration` reads back as the same duration."""
+    if duration.unit == "fraction":
+        return f"{_plain(Decimal(repr(duration.value)) * 100)} %"
+    if duration.unit == "seconds":
+        for unit, seconds in (("days", 86400), ("h", 3600), ("min", 60)):
+            if duration.value and duration.value % seconds == 0:
+                return f"{_plain(Decimal(duration.value) / seconds)} {unit}"
+        return f"{_plain(Decimal(repr(duration.value)))} s"
+    return f"{int(duration.value)} {duration.unit}"
+
+
+def _quantity(text: str, suffixes: dict[str, int], example: str) -> Decimal:
+    match = QUANTITY.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"is not {example}")
+    factor = suffixes.get(match["suffix"].lower())
+    if factor is None:
+        raise ValueError(f"ends in {match['suffix']!r}, which is no unit here; write {example}")
+    return Decimal(match["number"].replace("_", "")) * factor
+
+
+def _whole(text: str, suffixes: dict[str, int], example: str) -> int:
+    value = _quantity(text, suffixes, example)
+    if value != value.to_integral_value():
+        raise ValueError(f"is not a whole number; write {example}")
+    return int(value)
+
+
+def _short(value: float, suffixes: tuple[tuple[str, int], ...]) -> str:
+    for suffix, factor in suffixes:
+        # 999.5 of a unit would round up to 1000 of it: that is 1 of the next.
+        if abs(value) >= 0.9995 * factor:
+            return f"{_three_digits(value / factor)}{suffix}"
+    return _three_digits(value)
+
+
+def _three_digits(value: float) -> str:
+    return _plain(Decimal(f"{value:.3g}")) if abs(value) < 1000 else f"{value:.0f}"
+
+
+def _plain(value: Decimal) -> str:
+    """Without an exponent and without trailing zeros."""
+    text = f"{value:f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text

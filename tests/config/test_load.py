@@ -1,0 +1,325 @@
+from __future__ import annotations
+
+import re
+import tempfile
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bigtx.config.load import from_dict, load, parse_command_line, to_dict, to_yaml
+from bigtx.config.schema import PrepareConfig, PretrainConfig
+from bigtx.config.settings import leaves
+from bigtx.utils.errors import ConfigError
+
+
+def read(*args: str | Path) -> PretrainConfig:
+    return load(PretrainConfig, [str(argument) for argument in args], check=False)
+
+
+def refusal(*args: str | Path, check: bool = False) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(PretrainConfig, [str(argument) for argument in args], check=check)
+    return str(caught.value)
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(textwrap.dedent(text))
+    return path
+
+
+def test_later_files_and_arguments_win(tmp_path: Path) -> None:
+    first = write(tmp_path, "first.yaml", "seed: 2\ntrain: {max_steps: 10, sequence_length: 1k}\n")
+    second = write(tmp_path, "second.yaml", "train:\n  max_steps: 20\n")
+    config = read("seed=3", first, second)
+    assert (config.seed, config.train.max_steps, config.train.sequence_length) == (3, 20, 1000)
+    assert config.model == PretrainConfig().model
+
+
+@pytest.mark.parametrize(
+    ("argument", "key", "value"),
+    [
+        ("train.max_tokens=10B", "train.max_tokens", 10**10),
+        ("train.max_steps=null", "train.max_steps", None),
+        ("train.gradient_clipping=0", "train.gradient_clipping", 0.0),
+        ("optimizer.learning_rate=3e-4", "optimizer.learning_rate", 3e-4),
+        ("optimizer.eps=1e-8", "optimizer.eps", 1e-8),
+        ("engine.compile=true", "engine.compile", True),
+        ("track.wandb=off", "track.wandb", "off"),
+        ("track.project=010", "track.project", "010"),
+        ("track.project='null'", "track.project", "null"),
+        ("track.group=12:30", "track.group", "12:30"),
+        ("track.group=", "track.group", None),
+        ("track.tags=[a, 'b c', on, 010]", "track.tags", ["a", "b c", "on", "010"]),
+        ("track.tags=[]", "track.tags", []),
+        ("track.tags=a", "track.tags", ["a"]),
+        ("validation.sample_prompts=Hello, world", "validation.sample_prompts", ["Hello, world"]),
+        ("schedule.warmup=5 %", "schedule.warmup", "5 %"),
+        ("run_dir=runs/a=b", "run_dir", "runs/a=b"),
+        ("run_dir=", "run_dir", ""),
+        ("validation.sample_prompts=[\"def f(x):\\n\", 'it''s']", "validation.sample_prompts", ["def f(x):\n", "it's"]),
+        ("data.sources.wiki.path=w", "data.sources.wiki.path", "w"),
+        ("data.sources={wiki: {path: w, weight: 2}}", "data.sources.wiki.weight", 2.0),
+        (
+            "deepspeed.zero_optimization.round_robin_gradients=true",
+            "deepspeed.zero_optimization.round_robin_gradients",
+            True,
+        ),
+        ("deepspeed.x=[1, 2.5, a, '3', null]", "deepspeed.x", [1, 2.5, "a", "3", None]),
+    ],
+)
+def test_values(argument: str, key: str, value: Any) -> None:
+    found: Any = to_dict(read(argument))
+    for name in key.split("."):
+        found = found[name]
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("train.max_stepz=1", "did you mean train.max_steps?"),
+        ("modle.num_layers=1", "did you mean model"),
+        ("learning_rate=1", "did you mean optimizer.learning_rate?"),
+        ("optimizer.lr=1", "did you mean optimizer.learning_rate"),
+        ("model.n_layer=1", "did you mean model.num_layers"),
+        ("train.learning_rate=1", "did you mean optimizer.learning_rate"),
+        ("data.sources.wiki.pth=x", "did you mean data.sources."),
+        ("zzz=1", "`bigtx configs explain`"),
+        ("train.max_steps=many", "is not a count|is not a whole number"),
+        ("train.max_steps=1.5", "not a whole number"),
+        ("model.num_layers=8.0", "not a whole number"),
+        ("model.num_layers=12:30", "base 60"),
+        ("model.num_layers=010", "octal.*write 10"),
+        ("model.num_layers='8'", "without"),
+        ("model.num_layers=null", "no value"),
+        ("model.num_layers=[8]", "is a list"),
+        ("model.num_layers={a: 8}", "is a mapping"),
+        ("model.num_layers=0", "the least is 1"),
+        ("model.dropout=1.5", "the most is 0.9"),
+        ("model.dropout=nan", "not a number"),
+        ("model.dropout=1e999", "not a number"),
+        ("model.norm=batch", "none of rms, layer"),
+        ("model.norm=LAYER", "did you mean layer"),
+        ("engine.compile=yes", "write true"),
+        ("engine.compile=off", "write false"),
+        ("engine.compile=1", "neither true nor false"),
+        ("track.project=null", "write '' for an empty text"),
+        ("track.tags={a: b}", r"write track\.tags=\[...\]"),
+        ("track.tags=null", r"write track\.tags=\[...\]"),
+        ("track.tags=[[a]]", "is not text"),
+        ("train.log_every=500", "500 steps"),
+        ("train.log_every=12:30", "30 min"),
+        ("train.log_every=3 epochs", "30 min"),
+        ("train=3", "is a section"),
+        ("data.sources=wiki", "entries by name"),
+        ("data.sources.a/b=x", "neither a YAML file nor key=value|no file"),
+        ("data.sources={'a b': {path: x}}", "cannot be a name"),
+        ("deepspeed=3", "keys and values"),
+        ("deepspeed.a=on", "write true, or quotes"),
+        ("deepspeed.a=12:30", "base 60"),
+        ("run_dir=${oc.env:HOME}", "never fills in"),
+        ("run_dir=runs/${seed}", "never fills in"),
+        ("track.tags=['${oc.env:USER}']", "never fills in"),
+        ("deepspeed.a=${now:}", "never fills in"),
+        ("run_dir=???", "missing value"),
+        ("track.tags=['???']", "missing value"),
+        ("deepspeed.a=???", "missing value"),
+        ("train..max_steps=1", "part of the key is empty"),
+        ("=1", "no file"),
+        ("track.tags=[a", "not YAML"),
+        ("track.tags=[*x]", "not YAML|alias"),
+        ("track.tags=[!!python/name:os.system a]", "tag"),
+        ("--train.max_steps=1", "write train.max_steps=1"),
+        ("--max-steps=1", "did you mean train.max_steps"),
+        ("--verbose", "see --help"),
+        ("--dry-runn", "did you mean --dry-run?"),
+        ("train.max_steps", r"write train\.max_steps=VALUE, without spaces"),
+        (tempfile.gettempdir(), r"is a folder.*did you mean data\.sources\.mine\.path="),
+    ],
+)
+def test_refused_arguments(argument: str, words: str) -> None:
+    text = refusal(argument)
+    assert re.search(words, text), text
+    assert "Traceback" not in text and "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "train:\n  max_steps: 1\n  max_steps: 2\n",
+            r"train\.max_steps .*\.yaml:3\): stands twice; the first is at .*\.yaml:2",
+        ),
+        (
+            "train.max_steps: 1\n",
+            r"\.yaml:1\): no such setting; in a file, max_steps stands on a line of its own below train:",
+        ),
+        ("- a\n", "no keys at the top"),
+        ("just text\n", "no keys at the top"),
+        ("a: [\n", r"\.yaml:2: is not YAML"),
+        ("seed: 1\n---\nseed: 2\n", "not YAML"),
+        ("seed: &x 1\ntrain: {max_steps: *x}\n", r"train\.max_steps .*\.yaml:2\): uses a YAML alias"),
+        ("train: &a {b: *a}\n", "alias"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "alias"),
+        ("train: {<<: {max_steps: 1}}\n", "YAML merge"),
+        ("? [a]\n: b\n", "no plain name"),
+        ("run_dir: !!python/object/apply:os.system [touch /tmp/never]\n", "YAML tag"),
+        ("track: {api_key: 0123456789abcdef}\n", "looks like a secret"),
+        ("deepspeed: {hf_token: 0123456789abcdef}\n", "looks like a secret"),
+        ("run_dir: https://user:hunter2hunter2@host/x\n", "looks like a secret"),
+        ("base: missing.yaml\n", r"\.yaml:1\): no file .*missing\.yaml"),
+        ("base: {a: b}\n", "a file or a list of files"),
+        ("seed: \x00\n", "not YAML"),
+    ],
+)
+def test_refused_files(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    message = refusal(path)
+    assert re.search(words, message), message
+    for secret in ("0123456789abcdef", "hunter2"):
+        assert secret not in message
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    assert "not UTF-8" in refusal(path)
+    assert "cannot be read" in refusal(tmp_path / "config.yaml", tmp_path / "config.yaml")
+    assert "no file" in refusal(tmp_path / "absent.yaml")
+
+
+def test_every_problem_is_reported_with_its_place(tmp_path: Path) -> None:
+    path = write(tmp_path, "config.yaml", "model:\n  hiden_size: 64\n  num_layers: no\nengine:\n  zero_stage: 7\n")
+    message = refusal(path, "train.max_steps=abc", "nofile.yaml", "foo=1")
+    lines = message.splitlines()
+    assert lines[0] == "6 problems in the configuration:"
+    assert len(lines) == 7
+    assert f"model.hiden_size=64 ({path}:2): no such setting; did you mean model.hidden_size?" in message
+    assert f"engine.zero_stage=7 ({path}:5): is too large; the most is 3" in message
+    assert "train.max_steps=abc (command line)" in message
+
+
+def test_base_files_are_found_from_where_they_are_named(tmp_path: Path) -> None:
+    write(tmp_path, "model/small.yaml", "model: {num_layers: 2, num_heads: 2}\n")
+    write(tmp_path, "common.yaml", "base: model/small.yaml\nseed: 5\nmodel: {num_heads: 4}\n")
+    write(tmp_path, "more.yaml", "seed: 6\ntrack: {tags: [a, b]}\n")
+    top = write(tmp_path, "runs/top.yaml", "base: [../common.yaml, ../more.yaml]\ntrack: {tags: [c]}\ntrain:\n")
+    config = read(top)
+    assert (config.model.num_layers, config.model.num_heads, config.seed, config.track.tags) == (2, 4, 6, ["c"])
+
+
+def test_a_circle_of_bases_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "a.yaml", "base: b.yaml\n")
+    write(tmp_path, "b.yaml", "base: a.yaml\n")
+    assert "goes in a circle" in refusal(tmp_path / "a.yaml")
+    # Twice the same file without a circle is none.
+    write(tmp_path, "c.yaml", "seed: 4\n")
+    assert read(write(tmp_path, "d.yaml", "base: [c.yaml, c.yaml]\n")).seed == 4
+
+
+def test_null_takes_an_entry_out(tmp_path: Path) -> None:
+    below = write(tmp_path, "below.yaml", "data: {sources: {a: {path: x}, b: {path: y}}}\n")
+    assert list(read(below, "data.sources.a=null").data.sources) == ["b"]
+    assert read(below, "data.sources=null").data.sources == {}
+    assert read(below, "data.sources.a.path=z").data.sources["a"].path == "z"
+
+
+def test_an_empty_section_changes_nothing(tmp_path: Path) -> None:
+    below = write(tmp_path, "below.yaml", "train: {max_steps: 3}\n")
+    assert read(below, write(tmp_path, "above.yaml", "train:\n  # all commented out\n")).train.max_steps == 3
+
+
+def test_a_recipe_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "shipped/pretrain/tiny.yaml", "seed: 9\n")
+    monkeypatch.setattr("bigtx.config.shipped.shipped_folder", lambda: tmp_path / "shipped")
+    monkeypatch.chdir(tmp_path)
+    assert read("pretrain/tiny.yaml").seed == read("configs/pretrain/tiny.yaml").seed == 9
+    write(tmp_path, "pretrain/tiny.yaml", "seed: 10\n")
+    assert read("pretrain/tiny.yaml").seed == 10
+
+
+def test_the_environment_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BIGTX_SEED", "7")
+    monkeypatch.setenv("SEED", "7")
+    assert read() == PretrainConfig()
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(
+    lambda text: "${" not in text and text != "???"
+)
+
+
+@settings(max_examples=40)
+@given(
+    st.fixed_dictionaries(
+        {
+            "run_dir": TEXT,
+            "validation": st.fixed_dictionaries({"sample_prompts": st.lists(TEXT, max_size=3)}),
+            "optimizer": st.fixed_dictionaries(
+                {"learning_rate": st.floats(0, 1), "name": st.sampled_from(["adamw", "muon"])}
+            ),
+            "train": st.fixed_dictionaries({"max_tokens": st.none() | st.integers(1, 10**15)}),
+            "deepspeed": st.dictionaries(
+                st.from_regex(r"[a-z]{1,5}x", fullmatch=True),
+                st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
+                max_size=3,
+            ),
+        }
+    )
+)
+def test_a_config_written_comes_back(values: dict[str, Any]) -> None:
+    try:
+        config = from_dict(PretrainConfig, values)
+    except ConfigError as error:
+        assert "secret" in str(error)
+        return
+    assert to_dict(config)["deepspeed"] == values["deepspeed"]
+    text = to_yaml(config)
+    assert yaml.safe_load(text) == to_dict(config)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "config.yaml")
+        path.write_text(text, encoding="utf-8")
+        assert read(path) == config
+
+
+def test_from_dict_refuses_like_load() -> None:
+    with pytest.raises(ConfigError, match=r"train\.max_steps=-1.*\n.*old=1: no such setting"):
+        from_dict(PretrainConfig, {"train": {"max_steps": -1}, "old": 1})
+
+
+def test_every_setting_is_documented() -> None:
+    for setting in leaves(PretrainConfig):
+        assert setting.doc, setting.key
+
+
+def test_parse_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--local_rank=1", "seed=2", "--dry-run", "--local-rank", "0", "--print-config"]
+    parsed = parse_command_line(PretrainConfig, argv, program="deepspeed bigtx/pretrain.py", check=False)
+    assert (parsed.config.seed, parsed.print_config, parsed.dry_run) == (2, True, True)
+    parsed = parse_command_line(PretrainConfig, [], program="x", check=False)
+    assert (parsed.print_config, parsed.dry_run) == (False, False)
+    with pytest.raises(ConfigError, match="--dry-run"):
+        parse_command_line(PrepareConfig, ["--dry-run"], program="x", flags=["--print-config"], check=False)
+    with pytest.raises(SystemExit) as caught:
+        parse_command_line(PretrainConfig, ["--help"], program="deepspeed bigtx/pretrain.py")
+    shown = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert shown.startswith("usage: deepspeed bigtx/pretrain.py [FILE.yaml ...] [KEY=VALUE ...]")
+    for word in ("run_dir", "optimizer", "bigtx configs explain KEY", "--dry-run"):
+        assert word in shown
+
+
+def test_the_working_folder_is_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PWD", "/home/somebody")
+    monkeypatch.setenv("DATABASE_PASSWORD", "correct-horse")
+    assert read("run_dir=/home/somebody/runs").run_dir == "/home/somebody/runs"
+    message = refusal("run_dir=runs/correct-horse")
+    assert "looks like a secret" in message and "correct-horse" not in message

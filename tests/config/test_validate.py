@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from bigtx.config.load import load
+from bigtx.config.schema import PrepareConfig, PretrainConfig, TokenizerTrainConfig
+from bigtx.utils.errors import ConfigError
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that looks like a prepared corpus, and the working directory above it."""
+    for split in ("train", "validation"):
+        (tmp_path / "corpus" / split).mkdir(parents=True)
+        (tmp_path / "corpus" / split / "manifest.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    return tmp_path / "corpus"
+
+
+GOOD = ["run_dir=run", "data.sources.mine.path=corpus", "train.max_steps=100"]
+
+
+def refusal(schema: type, *args: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(schema, args)
+    return str(caught.value)
+
+
+def test_a_good_config_has_no_problem(corpus: Path) -> None:
+    assert load(PretrainConfig, GOOD).run_dir == "run"
+
+
+def test_an_empty_config_lists_what_is_missing(corpus: Path) -> None:
+    text = refusal(PretrainConfig)
+    for words in ("run_dir: is not given", "data.sources: is empty", "train.max_steps: is not given"):
+        assert words in text
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["data.sources.mine.path=nowhere"], r"data\.sources\.mine\.path=nowhere \(command line\): no such folder"),
+        (["data.sources.mine.path=."], r"holds no train/manifest\.json"),
+        (["data.sources.mine.weight=0"], "every weight is 0"),
+        (["data.sources.other.weight=1"], r"data\.sources\.other\.path: is not given"),
+        (["validation.sources.v.path=nowhere"], r"validation\.sources\.v\.path=nowhere"),
+        (["train.max_tokens=1B"], "both are given; keep one"),
+        (["init_from=nowhere"], "init_from=nowhere .*no such folder"),
+        (["allow_changes=[train.max_stepz]"], "no such setting; did you mean train.max_steps"),
+        (["allow_changes=[train]"], "is a section"),
+        (["allow_changes=[seed]"], "can never change"),
+        (["train.global_batch_size=30", "train.micro_batch_size=4"], r"30 sequences each.*1, 2, 3, 5, 6, 10, 15, 30"),
+        (["model.hidden_size=100", "model.num_heads=8"], "does not divide model.hidden_size=100; 5 and 10 do"),
+        (["model.hidden_size=24", "model.num_heads=8"], "3 wide.*even"),
+        (["model.head_width=3"], "model.head_width=3 .*even"),
+        (["model.num_kv_heads=3"], "does not divide model.num_heads=8; 2 and 4 do"),
+        (["model.norm_bias=true"], "RMSNorm has no bias"),
+        (["model.positions=relative", "model.relative_max_distance=16"], "exact distances"),
+        (["model.positions=learned", "model.rope_scaling.method=linear"], "stretches rotary"),
+        (["model.positions=learned", "train.sequence_length=4k"], "longer than the learned positions"),
+        (["engine.offload_optimizer=cpu", "engine.zero_stage=0"], "needs engine.zero_stage 1, 2 or 3"),
+        (["engine.offload_parameters=cpu"], "needs engine.zero_stage=3; it is 1"),
+        (["engine.timeout=30 steps"], "is no time"),
+        (["train.log_every=0 steps"], "is no rhythm"),
+        (["schedule.warmup=30 min"], "is a time; write steps"),
+        (["schedule.warmup=101 steps"], "more than the whole run"),
+        (
+            ["schedule.name=warmup_stable_decay", "schedule.warmup=30 %", "schedule.decay=71 steps"],
+            "more than the whole run",
+        ),
+        (["train.max_steps=null", "train.max_tokens=1M", "schedule.warmup=2M tokens"], "more than the whole run"),
+    ],
+)
+def test_refused(corpus: Path, args: list[str], words: str) -> None:
+    text = refusal(PretrainConfig, *GOOD, *args)
+    assert re.search(words, text), text
+    assert "\n" not in text
+
+
+def test_a_schedule_that_fills_the_run_is_good(corpus: Path) -> None:
+    load(
+        PretrainConfig, [*GOOD, "schedule.name=warmup_stable_decay", "schedule.warmup=30 %", "schedule.decay=70 steps"]
+    )
+    # cosine has no decay of its own: the setting's default does not count.
+    load(PretrainConfig, [*GOOD, "schedule.warmup=90 %", "schedule.decay=20 %"])
+
+
+def test_the_ranks_count(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "does not divide over 3 ranks; 30 or 33 would" in refusal(PretrainConfig, *GOOD)
+    assert load(PretrainConfig, [*GOOD, "train.global_batch_size=36"]).train.micro_batch_size == 4
+    monkeypatch.setenv("WORLD_SIZE", "64")
+    assert "64 would" in refusal(PretrainConfig, *GOOD)
+
+
+def test_a_wrong_value_has_no_followers(corpus: Path) -> None:
+    text = refusal(PretrainConfig, *GOOD[:2], "train.max_stepz=100")
+    assert "did you mean train.max_steps" in text and "\n" not in text
+
+
+def test_prepare(corpus: Path) -> None:
+    text = refusal(PrepareConfig, "input.paths=[nowhere, '*.none', corpus]", "tokenizer=absent")
+    for words in (
+        "input.paths=nowhere (command line): no such file",
+        "*.none (command line): matches no file",
+        "output: is not given",
+        "tokenizer=absent (command line): no such folder",
+    ):
+        assert words in text
+    assert "input.paths=corpus" not in text
+    assert load(PrepareConfig, ["input.paths=[corpus, 'corp*']", "output=o", "tokenizer=corpus"]).output == "o"
+
+
+def test_filters_and_evaluation_sets(corpus: Path) -> None:
+    good = ["input.paths=[corpus]", "output=o", "tokenizer=corpus"]
+    text = refusal(
+        PrepareConfig,
+        *good,
+        "filters.min_words=1k",
+        "filters.max_words=10",
+        "decontaminate.paths=[nowhere, corpus]",
+    )
+    assert "filters.min_words=1000 (command line): is above filters.max_words=10" in text
+    assert "decontaminate.paths=nowhere (command line): no such file" in text and text.count("decontaminate") == 1
+    text = refusal(PrepareConfig, *good, "filters.max_top_ngrams=[x, 0.2, 18]", "filters.max_duplicate_ngrams=0.1")
+    for words in ("max_top_ngrams[0]=x (command line): is not a number", "[2]=18", "too large", "is a list of numbers"):
+        assert words in text
+    shares = load(PrepareConfig, [*good, "filters.max_top_ngrams=[0.2, 0.1]"]).filters.max_top_ngrams
+    assert shares == [0.2, 0.1]
+
+
+def test_tokenizer(corpus: Path) -> None:
+    text = refusal(TokenizerTrainConfig)
+    assert "input.paths: is empty" in text and "output: is not given" in text
+    assert load(TokenizerTrainConfig, ["input.paths=[corpus]", "output=o"]).vocab_size == 16_384

@@ -1,0 +1,261 @@
+"""`bigtx data verify | stats | inspect`, and what each kind of damage is found by."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import random
+import re
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+from corpora import write_split
+from doors import TINY, bigtx, losses, pretrain
+from servers import flipped, serve
+
+from bigtx.cli import main
+from bigtx.config.schema import TokenizerTrainConfig
+from bigtx.data.corpus.manifest import Manifest
+from bigtx.data.corpus.verify import verify
+from bigtx.data.storage.places import as_place
+from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.tokenizer.train import train
+
+WORDS = [f"{a}{b}{c}" for a in "bdklmnprst" for b in "aeiou" for c in ("", "n", "r", "st")]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of two splits in several shards, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("whole") / "corpus"
+    draw = random.Random(1)
+    texts = [" ".join(draw.choices(WORDS, k=draw.randrange(3, 60))) for _ in range(300)]
+    tokenizer = train(TokenizerTrainConfig(vocab_size=420), texts)
+    tokenizer.save(folder / "tokenizer")
+    documents = [np.array([*ids, tokenizer.end_id]) for ids in tokenizer.encode_batch(texts)]
+    assert tokenizer.end_id == 3
+    settings = {"block_tokens": 512, "shard_size": 8192, "vocab_size": 420, "fingerprint": tokenizer.fingerprint}
+    write_split(folder / "train", [documents[20:]], split="train", **settings)
+    write_split(folder / "validation", [documents[:20]], split="validation", **settings)
+    return folder
+
+
+@pytest.fixture
+def corpus_copy(tmp_path: Path, whole: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "corpus"))
+
+
+def run(*arguments: str) -> int:
+    return main(["data", *arguments])
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_whole_corpus_is_as_it_was_written(whole: Path, capsys: pytest.CaptureFixture[str], processes: str) -> None:
+    assert run("verify", str(whole), "--processes", processes) == 0
+    manifests = [Manifest.load(whole / split) for split in ("train", "validation")]
+    shards, blocks = (sum(len(getattr(m, part)) for m in manifests) for part in ("shards", "blocks"))
+    assert f"{whole} is as it was written: {shards} shards, {blocks} blocks" in capsys.readouterr().out
+
+
+def test_every_flipped_byte_is_found(corpus_copy: Path) -> None:
+    shard = corpus_copy / "train" / "000001.tar"
+    content = shard.read_bytes()
+    places = [0, 130, 520, 700, len(content) - 1, *np.random.default_rng(0).integers(0, len(content), 20).tolist()]
+    for place in places:
+        shard.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        problems = verify(as_place(corpus_copy), 1).problems
+        assert len(problems) >= 2 and all("000001.tar" in problem for problem in problems)
+        assert any("SHA-256" in problem for problem in problems)
+        assert any("block" in problem for problem in problems) or place >= len(content) - 1024
+
+
+def flip(place: int):
+    def change(folder: Path) -> None:
+        path = folder / "train" / "000001.tar"
+        content = bytearray(path.read_bytes())
+        content[place] ^= 1
+        path.write_bytes(content)
+
+    return change
+
+
+def cut(num_bytes: int):
+    def change(folder: Path) -> None:
+        path = folder / "train" / "000001.tar"
+        path.write_bytes(path.read_bytes()[:num_bytes])
+
+    return change
+
+
+def remove(folder: Path) -> None:
+    (folder / "train" / "000001.tar").unlink()
+
+
+DAMAGE = {
+    "header": (flip(3), "Block|block"),
+    "payload": (flip(900), "Block|block"),
+    "member": (cut(2 * 1024 + 512), "instead of"),
+    "inside": (cut(1000), "instead of"),
+    "empty": (cut(0), "has 0 bytes instead of"),
+    "missing": (remove, "is missing"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_shards_are_named_by_verify(corpus_copy: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    change, said = DAMAGE[kind]
+    change(corpus_copy)
+    assert run("verify", str(corpus_copy), "--processes", "1") == 2
+    told = capsys.readouterr().err
+    assert "DataError" in told and "000001.tar" in told and any(part in told for part in said.split("|")), told
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    "kind", [kind if kind in ("payload", "missing") else pytest.param(kind, marks=pytest.mark.slow) for kind in DAMAGE]
+)
+def test_damaged_shards_end_a_training_and_are_named(corpus_copy: Path, tmp_path: Path, kind: str) -> None:
+    change, said = DAMAGE[kind]
+    change(corpus_copy)
+    done = pretrain(*TINY, f"data.sources.a.path={corpus_copy}", f"run_dir={tmp_path / 'run'}", "train.max_steps=1000")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "000001.tar" in done.stderr and any(part in done.stderr for part in said.split("|")), done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def rewrite_block(folder: Path, block: int, change) -> None:
+    """Change a block's bytes, and every hash with it: what is wrong is the content alone."""
+    manifest = Manifest.load(folder)
+    blocks, shard = np.array(manifest.blocks), int(manifest.blocks[block]["shard"])
+    begin, end = manifest.block_range(block)
+    path = folder / manifest.shards[shard].name
+    content = bytearray(path.read_bytes())
+    content[begin:end] = change(bytes(content[begin:end]))
+    path.write_bytes(content)
+    blocks[block]["checksum"] = xxhash.xxh3_64_intdigest(bytes(content[begin:end]))
+    np.save(folder / "blocks.npy", blocks)
+    raw = json.loads((folder / "manifest.json").read_text())
+    raw["blocks_sha256"] = hashlib.sha256((folder / "blocks.npy").read_bytes()).hexdigest()
+    raw["shards"][shard]["sha256"] = hashlib.sha256(content).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(raw))
+
+
+def with_token(place: int, token: int):
+    def change(content: bytes) -> bytes:
+        at = 640 + 2 * place
+        return content[:at] + token.to_bytes(2, "little") + content[at + 2 :]
+
+    return change
+
+
+def renamed(content: bytes) -> bytes:
+    info = tarfile.TarInfo.frombuf(content[:512], "utf-8", "strict")
+    info.name = "../../000000.tokens.npy"
+    return info.tobuf(tarfile.USTAR_FORMAT) + content[512:]
+
+
+def pickled(content: bytes) -> bytes:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|O", "fortran_order": False, "shape": (512,)})
+    return content[:512] + header.getvalue().ljust(128, b"\n")[:128] + content[640:]
+
+
+@pytest.mark.parametrize(
+    ("block", "change", "said"),
+    [
+        (1, with_token(7, 9999), "holds the id 9999, and the vocabulary has 420"),
+        (1, with_token(7, 3), "do not start where the ones before end"),
+        (1, renamed, "is the member '../../000000.tokens.npy'"),
+        (1, pickled, "an array .* of object"),
+        (0, with_token(511, 3), "against the end of the block before"),
+    ],
+)
+def test_wrong_content_with_right_hashes_is_found(corpus_copy: Path, block: int, change, said: str) -> None:
+    rewrite_block(corpus_copy / "train", block, change)
+    problems = verify(as_place(corpus_copy), 1).problems
+    assert problems
+    assert any(re.search(said, problem) for problem in problems), problems
+
+
+def test_all_problems_are_named_together(corpus_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flip(900)(corpus_copy)
+    (corpus_copy / "train" / "000002.tar").unlink()
+    (corpus_copy / "validation" / "blocks.npy").write_bytes(b"")
+    model = next((corpus_copy / "tokenizer").glob("*.model"))
+    model.write_bytes(model.read_bytes() + b"\0")
+    assert run("verify", str(corpus_copy), "--processes", "1") == 2
+    told = capsys.readouterr().err
+    for named in (
+        "000001.tar: block",
+        "000002.tar is missing",
+        "validation/blocks.npy was changed",
+        "corpus/tokenizer: ",
+    ):
+        assert named in told, told
+
+
+def test_verify_reads_what_a_url_serves(
+    corpus_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with serve(corpus_copy.parent) as served:
+        url = f"{served.url}/corpus"
+        assert run("verify", url, "--processes", "1") == 0
+        served.faults["000001.tar"] = flipped
+        assert run("verify", url, "--processes", "1") == 2
+        assert f"{url}/train/000001.tar: block" in capsys.readouterr().err
+        served.faults.clear()
+        assert run("stats", url) == 0 and run("inspect", url, "--samples", "1") == 0
+        shown = capsys.readouterr().out
+    assert run("inspect", str(corpus_copy), "--samples", "1") == 0
+    local = capsys.readouterr().out
+    assert local.replace(str(corpus_copy), url) in shown
+
+
+def test_stats_in_words_and_as_json(corpus_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = corpus_copy / "train" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    tokens, documents = manifest["num_tokens"], manifest["num_documents"]
+    groups = [
+        {"source": "wiki", "language": "de", "documents": documents - 30, "tokens": tokens - 700, "bytes": 5000},
+        {"source": None, "language": None, "documents": 30, "tokens": 700, "bytes": 1400},
+    ]
+    path.write_text(json.dumps(manifest | {"groups": groups}))
+    assert run("stats", str(corpus_copy)) == 0
+    shown = capsys.readouterr().out
+    assert f"{documents:,}" in shown and "wiki" in shown and f"{700 / tokens:.2%}" in shown and "█" in shown
+    assert next(line for line in shown.splitlines() if line.startswith("not known")).split()[-1] == "2.00"
+    assert run("stats", str(corpus_copy), "--json") == 0
+    figures = json.loads(capsys.readouterr().out)
+    train_split, validation = figures["splits"]
+    assert train_split["groups"] == groups and validation["groups"] == []
+    assert (train_split["documents"], train_split["tokens"]) == (documents, tokens)
+    assert sum(bar["documents"] for bar in train_split["lengths"]["histogram"]) == documents
+    assert train_split["lengths"]["mean"] == pytest.approx(tokens / documents)
+
+
+def test_there_must_be_a_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("verify", "stats", "inspect"):
+        for path, said in ((tmp_path, "has neither of the splits"), (tmp_path / "none", "does not exist")):
+            assert run(command, str(path)) == 2
+            assert said in capsys.readouterr().err
+
+
+@pytest.mark.dist
+def test_from_text_to_a_verified_corpus_and_a_training_by_url(corpus: Path, tmp_path: Path) -> None:
+    assert "is as it was written" in bigtx("data", "verify", str(corpus)).stdout
+    with serve(corpus.parent) as served:
+        settings = [f"data.cache_dir={tmp_path / 'cache'}", "train.max_steps=3", "track.wandb=off"]
+        remote = f"{served.url}/{corpus.name}"
+        done = pretrain(*TINY, f"data.sources.a.path={remote}", f"run_dir={tmp_path / 'run'}", *settings)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "validation at step 3: a loss" in done.stdout
+    assert sorted(losses(tmp_path / "run")) == [1, 2, 3]
+    assert (
+        Tokenizer.load(tmp_path / "run" / "tokenizer").fingerprint == Tokenizer.load(corpus / "tokenizer").fingerprint
+    )

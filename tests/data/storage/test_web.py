@@ -1,0 +1,199 @@
+"""Text on web servers: streamed, taken up again after a fault, and never with its credentials in what is written."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from data.inputs import gz, json_lines, parquet, read_all, tar, texts_of
+from data.web_double import LOGIN, Web, start
+
+from bigtx.cli import main
+from bigtx.config.schema import InputConfig, TokenizerTrainConfig
+from bigtx.data.raw.read import Reject, Rejects, list_files, read_file, split_file
+from bigtx.data.storage import remote, web
+from bigtx.tokenizer.train import train
+from bigtx.utils.errors import DataError
+
+# More than what is asked for at once.
+TEXTS = [f"text {number} {random.Random(number).randbytes(400).hex()}" for number in range(4000)]
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(remote, "BACK_OFF_SECONDS", (0.0, 0.01, 0.01))
+    web = Web()
+    running = start(web)
+    yield web
+    running.shutdown()
+    running.server_close()
+
+
+def test_files_of_all_kinds_are_streamed(server: Web) -> None:
+    server.files = {
+        "/a.jsonl": json_lines(TEXTS),
+        "/b.jsonl.gz": gz(json_lines(TEXTS[:100])),
+        "/c d/ö.txt": b"c",
+        "/e.tar": tar({"e.txt": b"e"}),
+        "/f.parquet": parquet([{"text": text} for text in TEXTS[:2000]]),
+    }
+    paths = [f"{server.url}{path}" for path in server.files]
+    assert texts_of(paths) == [*TEXTS, *TEXTS[:100], "c", "e", *TEXTS[:2000]]
+    found, _ = read_all(paths[2])
+    assert (found[0].file, found[0].id) == (f"{server.url}/c d/ö.txt", "ö.txt")
+
+
+def test_braces_stand_for_several_files(server: Web) -> None:
+    server.files = {f"/{number:03d}.txt": str(number).encode() for number in range(12)}
+    assert texts_of(f"{server.url}/{{000..011}}.txt") == [str(number) for number in range(12)]
+    with pytest.raises(DataError, match=r"/012\.txt \(named in input\.paths\) cannot be read: its server answers 404"):
+        texts_of(f"{server.url}/{{000..012}}.txt")
+    with pytest.raises(DataError, match="does not tell which files there are"):
+        texts_of(f"{server.url}/*.txt")
+
+
+@pytest.mark.parametrize("ranges", ["", "no ranges"])
+def test_a_connection_that_breaks_is_taken_up_again(server: Web, ranges: str) -> None:
+    server.files = {"/a.jsonl": json_lines(TEXTS)}
+    faults = {1: "cut 1000000", 2: "503", 3: "cut 1000000", 4: ranges, 5: "429"}
+    server.faults = {"/a.jsonl": lambda number: faults.get(number, ranges)}
+    assert texts_of(f"{server.url}/a.jsonl") == TEXTS
+    assert any(asked for _, _, asked in server.requests[2:])
+
+
+def test_a_file_that_ends_early_is_one_reject(server: Web) -> None:
+    content = json_lines(TEXTS)
+    server.files = {"/a.jsonl": content}
+    server.faults = {"/a.jsonl": lambda number: "cut 1500000" if number else ""}
+    found, [reject] = read_all(f"{server.url}/a.jsonl")
+    assert [d.text for d in found] == TEXTS[: len(found)] and 1000 < len(found) < len(TEXTS)
+    assert reject.reason == f"cannot be read: it ends early, after 1,500,000 of {len(content):,} bytes"
+    assert reject.line == len(found) + 1
+    assert len(server.requests) < 10
+
+
+@pytest.mark.parametrize(("fault", "reason"), [("404", "answers 404"), ("500", "answers 500"), ("401", "answers 401")])
+def test_a_file_that_vanishes_is_one_reject(server: Web, fault: str, reason: str) -> None:
+    server.files = {"/a.txt": b"a", "/b.txt": b"b"}
+    server.faults = {"/a.txt": lambda number: fault if number else ""}
+    found, [reject] = read_all([f"{server.url}/a.txt", f"{server.url}/b.txt"])
+    assert [d.text for d in found] == ["b"]
+    assert reason in reject.reason and reject.file == f"{server.url}/a.txt"
+    assert len(server.requests) == (3 + 4 if fault == "500" else 4)
+
+
+def test_a_file_that_changes_is_one_reject(server: Web) -> None:
+    server.files = {"/a.txt": b"before"}
+    [file] = list_files(InputConfig(paths=[f"{server.url}/a.txt"]))
+    for content, version, reason in ((b"after!", "", "was changed"), (b"longer", 'W/"x"', "was changed")):
+        server.files["/a.txt"] = content
+        server.versions = {"/a.txt": version} if version else {}
+        found: list[Reject] = []
+        assert list(read_file(file, InputConfig(), Rejects(0, found.append))) == []
+        assert reason in found[0].reason
+
+
+def test_a_silent_server_is_given_up(server: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.files = {"/a.txt": b"a", "/b.txt": b"b"}
+    server.faults = {"/a.txt": lambda number: "slow" if number == 1 else "", "/b.txt": lambda _: "slow"}
+    monkeypatch.setattr(web, "TIMEOUT_SECONDS", 0.2)
+    assert texts_of(f"{server.url}/a.txt") == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("path", "fault", "message"),
+    [
+        ("/a.txt", "404", "answers 404"),
+        ("/a.txt", "403", "answers 403"),
+        ("/a.txt", "503", "answers 503"),
+        ("/a.txt", "no ranges, no length", "does not say how long it is"),
+        ("/a.txt", "to file:///etc/hostname", "answers 302 Found"),
+        ("/a.txt", "to ftp://127.0.0.1/a.txt", "leads to another protocol"),
+        ("/a", "", "Cannot tell what"),
+        ("", "", "Cannot tell what"),
+    ],
+)
+def test_what_cannot_be_read_at_all_is_an_error(server: Web, path: str, fault: str, message: str) -> None:
+    server.files = {"/a.txt": b"a"}
+    server.faults = {"/a.txt": lambda _: fault}
+    with pytest.raises(DataError, match=message):
+        list_files(InputConfig(paths=[f"{server.url}{path}"]))
+
+
+def test_a_server_that_is_not_there_is_an_error(server: Web) -> None:
+    with pytest.raises(DataError, match=r"http://127\.0\.0\.1:9/a\.txt\?<hidden> .*cannot be read: Connection refused"):
+        list_files(InputConfig(paths=["http://127.0.0.1:9/a.txt?sig=abc"]))
+
+
+def test_redirections_are_followed_without_the_password(
+    server: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.files = {"/b.txt": b"b"}
+    server.faults = {"/a.txt": lambda _: f"to {server.url.replace('127.0.0.1', 'localhost')}/b.txt"}
+    assert texts_of(f"{server.url}/a.txt") == ["b"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".netrc").write_text(f"machine 127.0.0.1 login user password {LOGIN.partition(':')[2]}")
+    (tmp_path / ".netrc").chmod(0o600)
+    server.needs_login = True
+    assert texts_of(f"{server.url}/b.txt") == ["b"]
+    with pytest.raises(DataError, match="answers 401"):
+        texts_of(f"{server.url}/a.txt")
+
+
+def test_an_empty_file_is_told(server: Web) -> None:
+    server.files = {"/a.txt": b"", "/b.txt": b"b"}
+    found, [reject] = read_all([f"{server.url}/a.txt", f"{server.url}/b.txt"])
+    assert (found[0].text, reject.reason) == ("b", "empty")
+
+
+def test_parquet_needs_ranges(server: Web) -> None:
+    server.files = {"/a.parquet": parquet([{"text": text} for text in TEXTS])}
+    server.faults = {"/a.parquet": lambda _: "no ranges"}
+    _, [reject] = read_all(f"{server.url}/a.parquet")
+    assert "sends no parts of files" in reject.reason
+
+
+def test_remote_files_are_not_cut_into_parts(server: Web) -> None:
+    server.files = {"/a.jsonl": json_lines(TEXTS)}
+    [file] = list_files(InputConfig(paths=[f"{server.url}/a.jsonl"]))
+    assert file.size == len(server.files["/a.jsonl"]) and file.version
+    assert split_file(file, InputConfig(), 1000) == [file]
+
+
+def test_credentials_are_used_and_never_written(
+    server: Web, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    train(TokenizerTrainConfig(vocab_size=400), [text[:60] for text in TEXTS[:300]]).save(tmp_path / "tokenizer")
+    server.needs_login = True
+    server.files = {"/a.jsonl": json_lines(TEXTS[:50]) + b"broken\n", "/b.txt": b"\xff"}
+    query = "id=0123secret&share=tokensecret"
+    (tmp_path / ".netrc").write_text(f"machine 127.0.0.1 login user password {LOGIN.partition(':')[2]}")
+    (tmp_path / ".netrc").chmod(0o600)
+    paths = ",".join(f'"{server.url}/{name}?{query}"' for name in ("a.jsonl", "b.txt"))
+    with_login = server.url.replace("://", f"://{LOGIN}@")
+    assert main(["data", "prepare", f"input.paths=[{with_login}/b.txt]", f"output={tmp_path}/d"]) == 2
+    for path in (f"{with_login}/b.txt", f"simplecache::{with_login}/b.txt", f"ftp://{LOGIN}@host/b.txt"):
+        with pytest.raises(DataError, match=r"input\.paths") as caught:
+            list_files(InputConfig(paths=[path]))
+        assert LOGIN.partition(":")[2] not in str(caught.value)
+    arguments = ["data", "prepare", f"input.paths=[{paths}]", f"tokenizer={tmp_path}/tokenizer", "num_processes=1"]
+    assert main([*arguments, f"output={tmp_path}/a", "input.max_rejects=1"]) == 0
+    assert main([*arguments, f"output={tmp_path}/b"]) == 2
+    server.faults = {"/b.txt": lambda _: "404"}
+    assert main([*arguments, f"output={tmp_path}/c"]) == 2
+    assert all(f"?{query}" in asked for _, asked, _ in server.requests)
+    out, err = capsys.readouterr()
+    (tmp_path / ".netrc").unlink()
+    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    rejects = [json.loads(line) for line in (tmp_path / "a" / "rejects.jsonl").read_text().splitlines()]
+    assert [reject["file"] for reject in rejects] == [f"{server.url}/{name}?<hidden>" for name in ("a.jsonl", "b.txt")]
+    assert "b.txt?<hidden>" in err and "404" in err
+    for secret in (LOGIN.rpartition(":")[2], "0123secret", "tokensecret"):
+        assert secret not in out + err
+        assert not any(secret.encode() in content for content in written)

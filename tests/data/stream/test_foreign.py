@@ -1,0 +1,386 @@
+"""Text shards from elsewhere: rows packed on the fly, and every way in which a shard may be broken."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import random
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from doors import TINY, losses, pretrain
+from servers import first, serve, status
+
+from bigtx.config.schema import DataConfig, ForeignConfig, TokenizerTrainConfig
+from bigtx.data.stream.foreign import RowStream, check_shards, expand, read_samples
+from bigtx.data.stream.foreign_loader import ForeignLoader
+from bigtx.data.stream.rows import IGNORED_LABEL, Batch
+from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.tokenizer.train import train
+from bigtx.utils.errors import DataError
+
+LENGTH = 32
+WORDS = [f"{a}{b}{c}" for a in "bdklmnprst" for b in "aeiou" for c in ("", "n", "r", "st")]
+
+
+def make_texts(count: int, seed: int = 0) -> list[str]:
+    generator = random.Random(seed)
+    return [f"{number} " + " ".join(generator.choices(WORDS, k=generator.randrange(3, 30))) for number in range(count)]
+
+
+def write_shard(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as shard:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            shard.addfile(info, io.BytesIO(content))
+    return path
+
+
+def write_shards(folder: Path, texts: list[str], count: int) -> list[str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    return [
+        str(
+            write_shard(
+                folder / f"{shard:03d}.tar",
+                [(f"{number:05d}.txt", text.encode()) for number, text in enumerate(texts) if number % count == shard],
+            )
+        )
+        for shard in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train(TokenizerTrainConfig(vocab_size=420), make_texts(200)).save(folder)
+    return folder
+
+
+def stream(config: ForeignConfig, monkeypatch: pytest.MonkeyPatch, **place: int) -> RowStream:
+    whose = {"rank": 0, "world_size": 1, "worker": 0, "num_workers": 1} | place
+    for name, value in whose.items():
+        monkeypatch.setenv(name.upper(), str(value))
+    return RowStream(config, LENGTH, 1, **whose)
+
+
+def texts_of_rows(rows: list[tuple[np.ndarray, np.ndarray]], tokenizer: Tokenizer) -> list[str]:
+    """The whole documents in consecutive rows."""
+    tokens = np.concatenate([row[:-1] for row, _ in rows])
+    starts = np.concatenate([LENGTH * i + s[s < LENGTH] for i, (_, s) in enumerate(rows)])
+    assert np.array_equal(starts[1:], np.flatnonzero(tokens == tokenizer.end_id)[: len(starts) - 1] + 1)
+    return [tokenizer.decode(tokens[a : b - 1].tolist()) for a, b in itertools.pairwise(starts)]
+
+
+def test_rows_hold_every_text_once_an_epoch_in_another_order(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = make_texts(120)
+    config = ForeignConfig(paths=write_shards(tmp_path, texts, 4), tokenizer=str(tokenizer), shuffle_buffer=20)
+    rows = stream(config, monkeypatch).rows()
+    found = texts_of_rows([next(rows) for _ in range(600)], Tokenizer.load(tokenizer))
+    assert len(found) > 240
+    epochs = [found[:120], found[120:240]]
+    assert all(sorted(epoch) == sorted(texts) for epoch in epochs)
+    assert epochs[0] != epochs[1] and epochs[0] != texts
+    again = stream(config, monkeypatch).rows()
+    assert texts_of_rows([next(again) for _ in range(600)], Tokenizer.load(tokenizer)) == found
+
+
+def test_consecutive_rows_share_one_token_as_label_and_input(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ForeignConfig(paths=write_shards(tmp_path, make_texts(50), 1), tokenizer=str(tokenizer))
+    rows = stream(config, monkeypatch).rows()
+    previous = next(rows)[0]
+    for _ in range(200):
+        current = next(rows)[0]
+        assert len(current) == LENGTH + 1 and current[0] == previous[-1]
+        previous = current
+
+
+def test_ranks_and_workers_share_the_shards_of_an_epoch(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = make_texts(70)
+    config = ForeignConfig(paths=write_shards(tmp_path, texts, 7), tokenizer=str(tokenizer), shuffle_buffer=0)
+    found: list[str] = []
+    for rank in range(2):
+        for worker in range(2):
+            part = stream(config, monkeypatch, rank=rank, world_size=2, worker=worker, num_workers=2)
+            found += list(part._texts(0))
+    assert sorted(found) == sorted(texts)
+
+
+def load(
+    config: ForeignConfig, num_steps: int, *, start: int = 0, rank: int = 0, world_size: int = 1, mask: bool = False
+) -> list[Batch]:
+    loader = ForeignLoader(
+        DataConfig(foreign=config, document_mask=mask),
+        sequence_length=LENGTH,
+        global_batch_size=8,
+        micro_batch_size=2,
+        seed=1,
+        rank=rank,
+        world_size=world_size,
+        start_sequence=start,
+        pad_id=0,
+    )
+    try:
+        batches = [batch for _ in range(num_steps) for batch in next(loader)]
+        assert loader.next_sequence == start + 8 * num_steps
+        return batches
+    finally:
+        loader.close()
+
+
+def test_batches_resume_where_they_were(tmp_path: Path, tokenizer: Path) -> None:
+    paths = write_shards(tmp_path, make_texts(200), 5)
+    config = ForeignConfig(paths=paths, tokenizer=str(tokenizer), num_workers=2)
+    straight = load(config, 12, mask=True)
+    assert straight[0].tokens.shape == (2, LENGTH) and straight[0].tokens.dtype.is_signed
+    assert [i for batch in straight for i in batch.sequence_ids.tolist()] == list(range(96))
+    resumed = load(config, 5, start=56, mask=True)
+    for expected, found in zip(straight[28:], resumed, strict=True):
+        for name in ("tokens", "labels", "positions", "segment_ids", "sequence_ids"):
+            assert getattr(expected, name).equal(getattr(found, name))
+    end = Tokenizer.load(tokenizer).end_id
+    for batch in straight:
+        # Nothing is predicted across a border, and positions begin anew behind one.
+        assert batch.labels[batch.tokens == end].eq(IGNORED_LABEL).all()
+        assert batch.positions is not None and batch.positions[:, 1:][batch.tokens[:, :-1] == end].eq(0).all()
+
+
+def test_text_in_json_over_http_with_braces(tmp_path: Path, tokenizer: Path) -> None:
+    texts = make_texts(40)
+    (tmp_path / "web").mkdir()
+    for shard in range(2):
+        members = [
+            (f"a/{number}.json", json.dumps({"id": number, "body": text}).encode())
+            for number, text in enumerate(texts)
+            if number % 2 == shard
+        ]
+        write_shard(tmp_path / "web" / f"{shard:04d}.tar", members)
+    settings = {"tokenizer": str(tokenizer), "member": "json", "text_field": "body"}
+    local = ForeignConfig(paths=[f"{tmp_path}/web/{{0000..0001}}.tar"], **settings)
+    with serve(tmp_path / "web") as served:
+        remote = ForeignConfig(paths=[f"{served.url}/{{0000..0001}}.tar"], **settings)
+        served.faults["0001.tar"] = first(1, status(503))
+        assert check_shards(remote, 2) == check_shards(local, 2)
+        here, there = load(local, 3), load(remote, 3)
+    assert all(a.tokens.equal(b.tokens) for a, b in zip(here, there, strict=True))
+
+
+def cut_at_a_border(content: bytes) -> bytes:
+    return content[: 2 * 1024]
+
+
+def cut_inside(content: bytes) -> bytes:
+    return content[: 3 * 1024 + 700]
+
+
+def without_second_end(content: bytes) -> bytes:
+    return content[:10240]
+
+
+def flip_header(content: bytes) -> bytes:
+    return content[:2048] + bytes([content[2048] ^ 1]) + content[2049:]
+
+
+def two_archives(content: bytes) -> bytes:
+    return content + content
+
+
+def plain(text: str, number: int) -> tuple[str, bytes]:
+    return f"{number}.txt", text.encode()
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Path:
+    """One good shard and one to be broken: ten samples of less than 512 bytes."""
+    write_shard(tmp_path / "good.tar", [plain("good", number) for number in range(5)])
+    return write_shard(tmp_path / "broken.tar", [plain("some text", number) for number in range(10)])
+
+
+def damage(shard: Path, how: object) -> None:
+    if how is None:
+        shard.unlink()
+    elif callable(how):
+        shard.write_bytes(how(shard.read_bytes()))
+    else:
+        write_shard(shard, how)  # type: ignore[arg-type]
+
+
+LINK = tarfile.TarInfo("9.txt")
+LINK.type, LINK.linkname = tarfile.SYMTYPE, "/etc/passwd"
+
+BROKEN_AT_START = [
+    (None, "is missing|no such file"),
+    (lambda _: b"", "is empty"),
+    (cut_at_a_border, "is no whole tar"),
+    (cut_inside, "is no whole tar"),
+    (lambda content: content[:-1], "is no whole tar"),
+]
+BROKEN_INSIDE = [
+    (flip_header, "damaged at byte 2,048"),
+    (two_archives, "bytes behind its end"),
+    (lambda _: bytes(1 << 14), "holds no sample"),
+    (lambda _: b"\x1f\x8b" + bytes(10238), "no tar archive"),
+    ([plain("a", 1), plain("b", 2), plain("c", 1)], "'1' comes again after others"),
+    ([("1.txt", b"a"), ("2.txt", b"b"), ("1.json", b"{}"), ("2.json", b"{}")], "'1' comes again after others"),
+    ([plain("a", 1), plain("b", 1)], "holds '1.txt' twice"),
+    ([("../../escaped.txt", b"a")], "leads out of the archive"),
+    ([("/tmp/escaped.txt", b"a")], "leads out of the archive"),
+    ([("1.txt", b"a"), ("1.pkl", b"cos\nsystem\n(S'touch canary'\ntR.")], "may run when it is loaded"),
+    ([("1.txt", b"a"), ("1.pyd", b"cos\nsystem\n(S'touch canary'\ntR.")], "may run when it is loaded"),
+    ([("1.jpg", b"a")], r"has no member \.txt, but \.jpg"),
+    ([("1.txt", b"\xff")], "cannot be read .*UnicodeDecodeError"),
+]
+
+
+@pytest.mark.parametrize(("how", "said"), BROKEN_AT_START)
+def test_broken_shards_are_refused_at_the_start(tmp_path: Path, tokenizer: Path, broken: Path, how, said: str) -> None:
+    damage(broken, how)
+    config = ForeignConfig(paths=[str(tmp_path / "good.tar"), str(broken)], tokenizer=str(tokenizer))
+    with pytest.raises(DataError, match=rf"broken.tar.*({said})"):
+        check_shards(config, 1)
+
+
+@pytest.mark.parametrize(("how", "said"), BROKEN_INSIDE)
+def test_broken_shards_are_refused_when_they_are_read(
+    tmp_path: Path, tokenizer: Path, broken: Path, how, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    damage(broken, how)
+    config = ForeignConfig(paths=[str(broken)], tokenizer=str(tokenizer))
+    with pytest.raises(DataError, match=rf"broken.tar.*({said})"):
+        for _ in itertools.islice(stream(config, monkeypatch).rows(), 1000):
+            pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.tar", "good.tar"]
+
+
+def test_a_link_is_refused(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "broken.tar", "w") as shard:
+        shard.addfile(LINK)
+    with pytest.raises(DataError, match=r"9\.txt is refused: a link"):
+        list(read_samples(str(tmp_path / "broken.tar")))
+
+
+def test_long_and_other_names_are_read(tmp_path: Path) -> None:
+    long = "folder/" + "n" * 150
+    for kind in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        with tarfile.open(tmp_path / "shard.tar", "w", format=kind) as shard:
+            folder = tarfile.TarInfo("folder")
+            folder.type = tarfile.DIRTYPE
+            shard.addfile(folder)
+            for name in ("README", f"{long}.txt", f"{long}.JSON", "folder/ü.txt"):
+                info = tarfile.TarInfo(name)
+                info.size = 1
+                shard.addfile(info, io.BytesIO(b"x"))
+        assert list(read_samples(str(tmp_path / "shard.tar"))) == [
+            (long, {"txt": b"x", "json": b"x"}),
+            ("folder/ü", {"txt": b"x"}),
+        ]
+
+
+def test_no_opener_of_webdatasets_is_asked(
+    tmp_path: Path, tokenizer: Path, broken: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GOPEN_REWRITE", f"{broken}=pipe:touch {tmp_path}/canary")
+    rows = stream(ForeignConfig(paths=[str(broken)], tokenizer=str(tokenizer)), monkeypatch).rows()
+    next(rows)
+    monkeypatch.setenv("WDS_CANARY", f"pipe:touch {tmp_path}/canary;")
+    for path in ("${CANARY}", f"pipe:touch {tmp_path}/canary", f"{broken}::pipe:touch {tmp_path}/canary"):
+        with pytest.raises(DataError):
+            check_shards(ForeignConfig(paths=[path], tokenizer=str(tokenizer)), 1)
+    assert not (tmp_path / "canary").exists()
+
+
+def test_lists_of_shards(tmp_path: Path) -> None:
+    assert expand(["a/{08..11}.tar", "b.tar"]) == ["a/08.tar", "a/09.tar", "a/10.tar", "a/11.tar", "b.tar"]
+    with pytest.raises(DataError, match="not balanced"):
+        expand(["a/{0..3.tar"])
+    with pytest.raises(DataError, match=r"names b\.tar twice"):
+        expand(["b.tar", "{a,b}.tar"])
+    config = ForeignConfig(paths=write_shards(tmp_path, make_texts(6), 3))
+    with pytest.raises(DataError, match="3 shards for 4 ranks"):
+        check_shards(config, 4)
+
+
+def test_a_killed_process_is_told(tmp_path: Path, tokenizer: Path, broken: Path) -> None:
+    config = ForeignConfig(paths=[str(broken)], tokenizer=str(tokenizer))
+    data = DataConfig(foreign=config)
+    settings = {"global_batch_size": 2, "micro_batch_size": 2, "seed": 1, "pad_id": 0, "start_sequence": 0}
+    loader = ForeignLoader(data, sequence_length=LENGTH, rank=0, world_size=1, **settings)
+    next(loader)
+    loader._workers._processes[0].kill()
+    with pytest.raises(DataError, match="ended with status -9"):
+        for _ in range(10_000):
+            next(loader)
+    loader.close()
+
+
+def foreign_run(folder: Path, corpus: Path, run_dir: Path) -> list[str]:
+    write_shards(folder, make_texts(400), 5)
+    return [
+        *TINY,
+        f"data.foreign.paths=['{folder}/{{000..004}}.tar']",
+        f"data.foreign.tokenizer={corpus / 'tokenizer'}",
+        f"validation.sources.held_out.path={corpus}",
+        "train.checkpoint_every=4 steps",
+        "track.wandb=off",
+        f"run_dir={run_dir}",
+    ]
+
+
+@pytest.mark.dist
+def test_training_on_foreign_shards_and_going_on(tmp_path: Path, corpus: Path) -> None:
+    arguments = foreign_run(tmp_path / "shards", corpus, tmp_path / "run")
+    done = pretrain(*arguments, "train.max_steps=8", ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "5 shards from elsewhere" in done.stdout and "validation at step 8: held_out loss" in done.stdout
+    straight = losses(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000008")
+    done = pretrain(*arguments, "train.max_steps=8", ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "reading 32 rows again" in done.stdout and "bigtx data prepare" in done.stdout
+    assert losses(tmp_path / "run") == straight
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_other_ranks_and_a_damaged_foreign_shard(tmp_path: Path, corpus: Path) -> None:
+    arguments = foreign_run(tmp_path / "shards", corpus, tmp_path / "run")
+    assert pretrain(*arguments, "train.max_steps=4", ranks=2).returncode == 0
+    more = [*arguments, "allow_changes=[train.max_steps]"]
+    done = pretrain(*more, "train.max_steps=8")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "with 1 rank instead of 2 the shards are split otherwise" in done.stdout
+    with open(tmp_path / "shards" / "003.tar", "r+b") as shard:
+        shard.seek(2048)
+        shard.write(b"\xff")
+    done = pretrain(*more, "train.max_steps=1000", ranks=2)
+    assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr
+    assert "003.tar is refused: damaged at byte 2,048" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["data.sources.a.path={corpus}"], "belongs to prepared corpora"),
+        (["data.foreign.paths=[pipe:touch canary]"], "is no URL that bigtx reads"),
+        (["data.foreign.paths=[file:///etc/passwd]"], "write its plain path"),
+        (["data.foreign.paths=[nowhere.tar]"], "no such file"),
+        (["data.foreign.tokenizer="], "is not given; name a folder"),
+    ],
+)
+def test_mistakes_in_the_config(tmp_path: Path, tokenizer: Path, broken: Path, arguments: list[str], said: str) -> None:
+    given = [argument.format(corpus=tmp_path) for argument in arguments]
+    settings = [f"data.foreign.paths=[{broken}]", f"data.foreign.tokenizer={tokenizer}", f"run_dir={tmp_path / 'run'}"]
+    done = pretrain(*TINY, *settings, *given, "train.max_steps=2", cwd=tmp_path)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not (tmp_path / "canary").exists()

@@ -1,0 +1,148 @@
+"""Starting bigtx as its users do: real commands, real launchers, real signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = [
+    "model.hidden_size=64",
+    "model.num_layers=2",
+    "model.num_heads=2",
+    "train.sequence_length=64",
+    "train.global_batch_size=8",
+    "train.micro_batch_size=2",
+    "train.log_every=1 steps",
+    "validation.max_sequences=8",
+    "validation.every=1000 steps",
+    "optimizer.learning_rate=1e-3",
+    "engine.timeout=2 min",
+    "track.wandb=offline",
+]
+"""A model and a rhythm for tests."""
+
+
+def environment(*, gpus: bool = False, **changes: str) -> dict[str, str]:
+    """The environment of a user without an accelerator, or with all that this machine has."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    hidden = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
+    return os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"} | hidden | changes
+
+
+def bigtx(
+    *arguments: str, cwd: Path | None = None, gpus: bool = False, **changes: str
+) -> subprocess.CompletedProcess[str]:
+    """`bigtx ARGUMENTS`, to its end."""
+    # The clone's bigtx, beside packages that the tests themselves were given in this way.
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(
+        [sys.executable, "-m", "bigtx", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=cwd,
+        env=environment(gpus=gpus, **{"PYTHONPATH": paths, **changes}),
+    )
+
+
+def pretrain_command(arguments: Sequence[str], ranks: int, *, launcher: bool = False) -> list[str]:
+    """The command line of a training: plain python for one rank, the deepspeed launcher for more or if asked for."""
+    script = str(ROOT / "bigtx" / "pretrain.py")
+    if ranks == 1 and not launcher:
+        return [sys.executable, script, *arguments]
+    return [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_accelerators",
+        str(ranks),
+        "--master_port",
+        str(random.randrange(20_000, 60_000)),
+        script,
+        *arguments,
+    ]
+
+
+def pretrain(
+    *arguments: str, ranks: int = 1, launcher: bool = False, cwd: Path | None = None, gpus: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """A training, to its end."""
+    return subprocess.run(
+        pretrain_command(arguments, ranks, launcher=launcher),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=cwd,
+        env=environment(gpus=gpus),
+    )
+
+
+def start_pretrain(*arguments: str, ranks: int) -> subprocess.Popen[str]:
+    """A training in a session (and process group) of its own, like a terminal's foreground job."""
+    return subprocess.Popen(
+        pretrain_command(arguments, ranks),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=environment(),
+    )
+
+
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str], timeout: float = 300) -> Any:
+    """Wait until the condition holds while the process lives; fail with its output if it does not."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        result = condition()
+        if result:
+            return result
+        if process.poll() is not None:
+            break
+        time.sleep(0.05)
+    process.kill()
+    out, err = process.communicate()
+    raise AssertionError(f"never happened; status {process.returncode}\n{out[-3000:]}\n{err[-3000:]}")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; a last line that is still being written is left out."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
+
+
+def last_step(run_dir: Path) -> int:
+    """The newest step in a run's metrics."""
+    lines = read_lines(run_dir / "metrics.jsonl")
+    return int(lines[-1]["step"]) if lines else 0
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """Each step's training loss; fails if a step stands there twice."""
+    found: dict[int, float] = {}
+    for line in read_lines(run_dir / "metrics.jsonl"):
+        assert line["step"] not in found, f"step {line['step']} twice"
+        found[line["step"]] = line["train/loss"]
+    return found
+
+
+def rank_pids(run_dir: Path) -> list[int]:
+    """Processes whose command line names the run folder and this package's entry point, launchers left out."""
+    pids = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if f"run_dir={run_dir}".encode() in command and not any(b"launch" in part for part in command):
+                pids.append(int(entry.name))
+    return sorted(pids)

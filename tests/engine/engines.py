@@ -1,0 +1,272 @@
+"""Small engines for tests: a model, batches made from the seed, and a plain torch loop to compare with."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bigtx.config.schema import (
+    EngineConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    TrainConfig,
+)
+from bigtx.model.initial import initial_value
+from bigtx.model.transformer import Transformer
+
+SEQUENCE_LENGTH = 32
+GLOBAL_BATCH = 8
+MODEL = ModelConfig(vocab_size=200, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, max_sequence_length=64)
+LARGE_MODEL = dataclasses.replace(MODEL, hidden_size=512, num_layers=16)
+"""47 million parameters: 180 MiB in fp32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One combination of settings."""
+
+    stage: int
+    precision: str = "fp32"
+    accumulation: int = 1
+    optimizer: str = "adamw"
+    clipping: float = 0.5
+    ema: float | None = None
+    tied: bool = False
+    offload: bool = False
+    offload_parameters: bool = False
+    dropout: float = 0.0
+    recompute: str = "none"
+    compile: bool = False
+    deterministic: bool = False
+    deepspeed: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def config(self, world_size: int) -> PretrainConfig:
+        """The case for a number of ranks."""
+        return PretrainConfig(
+            run_dir="unused",
+            model=dataclasses.replace(MODEL, tie_embeddings=self.tied, dropout=self.dropout),
+            train=TrainConfig(
+                max_steps=20,
+                sequence_length=SEQUENCE_LENGTH,
+                global_batch_size=GLOBAL_BATCH,
+                micro_batch_size=GLOBAL_BATCH // world_size // self.accumulation,
+                gradient_clipping=self.clipping,
+            ),
+            optimizer=OptimizerConfig(name=self.optimizer, learning_rate=1e-3, ema_decay=self.ema),  # type: ignore[arg-type]
+            engine=EngineConfig(
+                zero_stage=self.stage,
+                precision=self.precision,  # type: ignore[arg-type]
+                bucket_size=20_000,
+                offload_optimizer="cpu" if self.offload else "none",
+                offload_parameters="cpu" if self.offload_parameters else "none",
+                activation_checkpointing=self.recompute,  # type: ignore[arg-type]
+                compile=self.compile,
+                deterministic=self.deterministic,
+            ),
+            deepspeed=self.deepspeed,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A batch: tokens and labels, int64 [B, T]."""
+
+    tokens: Tensor
+    labels: Tensor
+
+    @property
+    def num_labels(self) -> int:
+        """Labels that count."""
+        return int((self.labels != -100).sum())
+
+    def to(self, device: torch.device) -> Rows:
+        """The rows on a device."""
+        return Rows(self.tokens.to(device), self.labels.to(device))
+
+
+class RowsTask:
+    """The causal task on `Rows`."""
+
+    def loss(self, model: Any, batch: Rows) -> tuple[Tensor, Tensor]:
+        """As bigtx.train.tasks.CausalTask."""
+        result = model(batch.tokens, labels=batch.labels)
+        return result.loss_sum, result.cross_entropy_sum
+
+
+def global_batch(step: int) -> Rows:
+    """The global batch of a step; some rows have fewer labels than others, so that weighting by tokens matters."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    # A pattern that can be learned: each token is mostly the successor of the one before it.
+    start = torch.randint(0, 200, (GLOBAL_BATCH, 1), generator=generator)
+    tokens = (start + torch.arange(SEQUENCE_LENGTH + 1)) % 200
+    noise = torch.rand(tokens.shape, generator=generator) < 0.1
+    tokens = torch.where(noise, torch.randint(0, 200, tokens.shape, generator=generator), tokens)
+    labels = tokens[:, 1:].clone()
+    for row in range(GLOBAL_BATCH):
+        labels[row, : 2 * row] = -100
+    return Rows(tokens[:, :-1].contiguous(), labels)
+
+
+def slice_of_rank(batch: Rows, rank: int, world_size: int, accumulation: int) -> list[Rows]:
+    """A rank's micro batches."""
+    share = GLOBAL_BATCH // world_size
+    rows = slice(rank * share, (rank + 1) * share)
+    size = share // accumulation
+    return [
+        Rows(tokens, labels)
+        for tokens, labels in zip(batch.tokens[rows].split(size), batch.labels[rows].split(size), strict=True)
+    ]
+
+
+def run_engine(
+    case: Case, ranks: Any, steps: int, *, poison: dict[int, int] | None = None, start: int = 0, engine: Any = None
+) -> tuple[Any, list[float], list[bool]]:
+    """Train a new engine, or go on with one. Returns it, the mean loss of each step, and which were skipped.
+
+    Args:
+        poison: step -> rank whose embedding is made NaN for that step's forward.
+    """
+    from bigtx.engine.engine import Engine
+
+    config = case.config(ranks.world_size)
+    if engine is None:
+        engine = Engine(config, lambda: Transformer(config.model))
+        engine.fill(
+            lambda name, kind, first, last: initial_value(
+                name, {f.name: f.shape for f in engine.fragments}[name], config.model, 1, first, last
+            ),
+            states=False,
+        )
+    losses, skipped = [], []
+    for step in range(start, start + steps):
+        batch = global_batch(step)
+        task: Any = RowsTask()
+        if poison and poison.get(step) == ranks.rank:
+            task = PoisonedTask()
+        result = engine.train_step(
+            [rows.to(engine.device) for rows in slice_of_rank(batch, ranks.rank, ranks.world_size, case.accumulation)],
+            task,
+            num_labels=batch.num_labels,
+            learning_rate_factor=1.0,
+            seeds=[step] * case.accumulation,
+        )
+        losses.append(float(result.loss_sum) / batch.num_labels)
+        skipped.append(result.skipped)
+    return engine, losses, skipped
+
+
+class PoisonedTask(RowsTask):
+    """A task whose loss is NaN."""
+
+    def loss(self, model: Any, batch: Rows) -> tuple[Tensor, Tensor]:
+        """The loss times NaN."""
+        loss, reported = super().loss(model, batch)
+        return loss * float("nan"), reported * float("nan")
+
+
+def whole_parameters(engine: Any, ranks: Any, kind: str = "master") -> dict[str, Tensor]:
+    """Every parameter (or state) put together from all ranks' fragments."""
+    pieces = [
+        (
+            f.name,
+            f.shape,
+            f.start,
+            f.view(f.flat if kind == "master" else engine.optimizer.state[f.flat][kind]).cpu().clone(),
+        )
+        for f in engine.owned
+        if kind == "master" or kind in engine.optimizer.state_kinds(f.group)
+    ]
+    result: dict[str, Tensor] = {}
+    for rank_pieces in ranks.gather(pieces):
+        for name, shape, start, values in rank_pieces:
+            result.setdefault(name, torch.full(shape, float("nan"))).view(-1)[start : start + len(values)] = values
+    return result
+
+
+def plain_loop(case: Case, steps: int, device: torch.device) -> tuple[dict[str, Tensor], list[float]]:
+    """The same training without DeepSpeed or bigtx's engine, in one process.
+
+    bf16: at stage 0 autocast over fp32 weights; else bf16 weights beside fp32 masters, gradients of every micro batch
+    added up in fp32. Returns the fp32 weights, on the CPU, and the losses.
+    """
+    config = case.config(1)
+    model = Transformer(config.model)
+    model.init_weights(1)
+    model.to(device)
+    masters = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    autocast = case.precision == "bf16" and case.stage == 0
+    if case.precision == "bf16" and not autocast:
+        model.bfloat16()
+    update = PlainUpdate(case, masters)
+    losses = []
+    for step in range(steps):
+        batch = global_batch(step).to(device)
+        gradients = {name: torch.zeros_like(master) for name, master in masters.items()}
+        total = 0.0
+        size = GLOBAL_BATCH // case.accumulation
+        for tokens, labels in zip(batch.tokens.split(size), batch.labels.split(size), strict=True):
+            model.zero_grad()
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+                logits = model(tokens)
+            loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
+            (loss / batch.num_labels).backward()
+            total += float(loss.detach())
+            for name, parameter in model.named_parameters():
+                gradients[name] += parameter.grad.float()
+        losses.append(total / batch.num_labels)
+        update(gradients)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(masters[name])
+    return {name: master.cpu() for name, master in masters.items()}, losses
+
+
+class PlainUpdate:
+    """Clipping, then AdamW or Muon written out from their formulas."""
+
+    def __init__(self, case: Case, masters: dict[str, Tensor]) -> None:
+        self.case, self.masters = case, masters
+        self.mean = {name: torch.zeros_like(master) for name, master in masters.items()}
+        self.square = {name: torch.zeros_like(master) for name, master in masters.items()}
+        self.steps = 0
+
+    @torch.no_grad()
+    def __call__(self, gradients: dict[str, Tensor]) -> None:
+        """One update in place."""
+        self.steps += 1
+        norm = torch.sqrt(sum((gradient.double() ** 2).sum() for gradient in gradients.values()))  # type: ignore[arg-type]
+        clip = min(1.0, self.case.clipping / (float(norm) + 1e-6)) if self.case.clipping else 1.0
+        for name, master in self.masters.items():
+            gradient = gradients[name] * clip
+            if self.case.optimizer == "muon" and "blocks." in name and master.ndim == 2:
+                self._muon(name, master, gradient)
+            else:
+                self._adamw(name, master, gradient)
+
+    def _adamw(self, name: str, master: Tensor, gradient: Tensor) -> None:
+        rate, beta1, beta2, eps = 1e-3, 0.9, 0.95, 1e-8
+        self.mean[name] = beta1 * self.mean[name] + (1 - beta1) * gradient
+        self.square[name] = beta2 * self.square[name] + (1 - beta2) * gradient**2
+        if master.ndim == 2:
+            master *= 1 - rate * 0.1
+        mean = self.mean[name] / (1 - beta1**self.steps)
+        square = self.square[name] / (1 - beta2**self.steps)
+        master -= rate * mean / (square.sqrt() + eps)
+
+    def _muon(self, name: str, master: Tensor, gradient: Tensor) -> None:
+        self.mean[name] = 0.95 * self.mean[name] + 0.05 * gradient
+        x = 0.05 * gradient + 0.95 * self.mean[name]
+        x = x.to(torch.float32 if self.case.precision == "fp32" else torch.bfloat16)
+        transposed = x.shape[0] > x.shape[1]
+        x = x.T if transposed else x
+        x = x / (x.float().norm().to(x.dtype) + 1e-7)
+        for _ in range(5):
+            square = x @ x.T
+            x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+        x = x.T if transposed else x
+        master -= 0.02 * max(1.0, master.shape[0] / master.shape[1]) ** 0.5 * x.float()

@@ -1,0 +1,139 @@
+"""The engine against a plain torch loop, and its checkpoints against themselves: real ranks, many engines a process."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine.ranks import OPTIMIZERS, PRECISIONS, STAGES, Saved, cases, check_parity, run_ranks
+
+from bigtx.engine import checkpoint
+from bigtx.utils.errors import CheckpointError
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (2, 4)])
+def test_parity_with_a_plain_loop(tmp_path: Path, world_size: int, accumulation: int) -> None:
+    check_parity(run_ranks(tmp_path, world_size, "parity", cases=cases((accumulation,)), steps=10))
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_parity_of_every_combination(tmp_path: Path, world_size: int) -> None:
+    every = cases((1, 4))
+    extra = [
+        {"stage": stage, "precision": precision, "accumulation": 2, "optimizer": optimizer, "tied": True}
+        for stage, precision, optimizer in itertools.product(STAGES, PRECISIONS, OPTIMIZERS)
+    ]
+    offloaded = [
+        {"stage": stage, "precision": "bf16", "accumulation": 2, "optimizer": optimizer, "offload": True}
+        for stage, optimizer in itertools.product((1, 2, 3), OPTIMIZERS)
+    ]
+    check_parity(run_ranks(tmp_path, world_size, "parity", cases=every + extra + offloaded, steps=10))
+
+
+@pytest.mark.dist
+def test_a_nan_on_one_rank_changes_no_weight(tmp_path: Path) -> None:
+    poisoned = [
+        {"stage": stage, "precision": precision, "optimizer": optimizer, "accumulation": 2}
+        for stage, precision in itertools.product(STAGES, PRECISIONS)
+        for optimizer in ("muon",)
+    ]
+    for answer in run_ranks(tmp_path, 2, "poison", cases=poisoned):
+        assert answer == {"unchanged": True, "updates": 2, "finite_after": True, "skipped_others": False}
+
+
+@pytest.mark.dist
+def test_resume_with_other_ranks_and_stages(tmp_path: Path) -> None:
+    saved = Saved(tmp_path, (1, 3), "fp32", ("muon",))
+    saved.check_resumed((1, 2, 4), [(1, 1, "muon"), (1, 3, "muon"), (3, 0, "muon"), (3, 3, "muon"), (1, 2, "muon")])
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_resume_from_every_stage_to_every_stage(tmp_path: Path, precision: str) -> None:
+    saved = Saved(tmp_path, STAGES, precision, OPTIMIZERS)
+    saved.check_resumed((1, 2, 4), list(itertools.product(STAGES, STAGES, OPTIMIZERS)))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with one checkpoint by two ranks."""
+    folder = tmp_path_factory.mktemp("run")
+    run_ranks(folder, 2, "save", case={"stage": 2, "precision": "bf16"}, folder=str(folder), before=1, after=1)
+    return folder
+
+
+@pytest.mark.dist
+def test_a_checkpoint_is_read_without_deepspeed(written: Path) -> None:
+    code = (
+        "import sys; from bigtx.engine.checkpoint import load_weights, newest\n"
+        f"weights = dict(load_weights(newest({str(written)!r})))\n"
+        "assert 'deepspeed' not in sys.modules; print(*weights['embedding.weight'].shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["256", "64"]  # 200 ids, padded to a multiple of 128.
+
+
+@pytest.mark.dist
+def test_damage_is_found_before_anything_is_used(written: Path, tmp_path: Path) -> None:
+    import random
+    import shutil
+
+    source = checkpoint.newest(written)
+    generator = random.Random(1)
+    files = [*sorted(checkpoint.Checkpoint(source).manifest["files"]), "manifest.json"]
+    for attempt in range(200):
+        copy = tmp_path / source.name
+        shutil.copytree(source, copy)
+        victim = copy / files[attempt % len(files)]
+        content = bytearray(victim.read_bytes())
+        content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+        victim.write_bytes(content)
+        with pytest.raises(CheckpointError, match=victim.name):
+            next(iter(checkpoint.load_weights(copy)))
+        shutil.rmtree(copy)
+
+
+@pytest.mark.dist
+def test_an_unfinished_checkpoint_does_not_exist(written: Path, tmp_path: Path) -> None:
+    import shutil
+
+    source = checkpoint.newest(written)
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(source, folder / "step-00000009.partial")
+    shutil.copytree(source, folder / "step-00000008")
+    (folder / "step-00000008" / "manifest.json").unlink()
+    assert checkpoint.list_checkpoints(tmp_path) == []
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        checkpoint.newest(tmp_path)
+
+
+def test_a_pickle_in_place_of_a_checkpoint_is_never_run(tmp_path: Path) -> None:
+    import pickle
+
+    canary = tmp_path / "canary"
+
+    class Malicious:
+        def __reduce__(self) -> Any:
+            return os.system, (f"touch {canary}",)
+
+    folder = tmp_path / "checkpoints" / "step-00000001"
+    folder.mkdir(parents=True)
+    payload = pickle.dumps(Malicious())
+    (folder / "rank-00000.safetensors").write_bytes(payload)
+    import hashlib
+
+    digest = hashlib.sha256(payload).hexdigest()
+    files = {"rank-00000.safetensors": {"size": len(payload), "sha256": digest}}
+    checkpoint.write_manifest(folder, {"format": 1, "step": 1, "parameters": {"x": [1]}, "files": files})
+    with pytest.raises(CheckpointError, match="safetensors"):
+        next(checkpoint.load_weights(checkpoint.newest(tmp_path)))
+    assert not canary.exists()

@@ -1,0 +1,206 @@
+"""One rank of the engine tests: `deepspeed worker.py OUT.json SCENARIO ARGUMENTS_AS_JSON`. Rank 0 writes the answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from engines import LARGE_MODEL, Case, plain_loop, run_engine, whole_parameters
+
+from bigtx.engine import checkpoint
+from bigtx.engine.engine import Engine
+from bigtx.engine.ranks import Ranks
+from bigtx.model.transformer import Transformer
+
+
+def parity(ranks: Ranks, cases: list[dict[str, Any]], steps: int) -> list[dict[str, Any]]:
+    """Each case's greatest difference from the plain loop."""
+    answers = []
+    for fields in cases:
+        case = Case(**fields)
+        engine, losses, skipped = run_engine(case, ranks, steps)
+        weights = whole_parameters(engine, ranks)
+        masters, expected = plain_loop(case, steps, engine.device) if ranks.rank == 0 else ({}, [])
+        answers.append(
+            {
+                **fields,
+                "device": engine.device.type,
+                "skipped": any(skipped),
+                "loss": max((abs(a - b) for a, b in zip(losses, expected, strict=False)), default=0.0),
+                "weights": max((float((weights[name] - masters[name]).abs().max()) for name in masters), default=0.0),
+                "same_names": set(weights) == set(masters),
+                "fell": losses[0] - losses[-1],
+            }
+        )
+        engine.deepspeed.destroy()
+    return answers
+
+
+def save(ranks: Ranks, case: dict[str, Any], folder: str, before: int, after: int) -> dict[str, Any]:
+    """Train, save, and go on as if nothing had happened."""
+    engine, losses, skipped = run_engine(Case(**case), ranks, before)
+    path = checkpoint.save(engine, ranks, Path(folder), {"step": before}, keep=2)
+    _, later, skipped_later = run_engine(Case(**case), ranks, after, start=before, engine=engine)
+    engine.deepspeed.destroy()
+    return {
+        "checkpoint": str(path),
+        "losses": losses,
+        "later": [loss.hex() for loss in later],
+        "skipped": skipped,
+        "skipped_later": skipped_later,
+    }
+
+
+def resume(
+    ranks: Ranks, cases: list[dict[str, Any]], folders: list[str], before: int, after: int
+) -> list[dict[str, Any]]:
+    """Load each folder's checkpoint into an engine of the case and train on."""
+    answers = []
+    for fields, folder in zip(cases, folders, strict=True):
+        case = Case(**fields)
+        config = case.config(ranks.world_size)
+        opened = checkpoint.choose(Path(folder), ranks, print)
+        assert opened is not None
+        engine = Engine(config, lambda config=config: Transformer(config.model))
+        engine.fill(opened.read, states=True)
+        engine.optimizer.num_updates = opened.manifest["num_updates"]
+        engine.set_loss_scale(opened.manifest["loss_scale"])
+        equal = True
+        kinds = sorted(
+            {
+                kind
+                for group in range(len(engine.optimizer.param_groups))
+                for kind in engine.optimizer.state_kinds(group)
+            }
+        )
+        for kind in ["master", *kinds]:
+            for name, value in whole_parameters(engine, ranks, kind).items():
+                equal &= torch.equal(value.view(-1), opened.read(name, kind, 0, value.numel()))
+        _, later, skipped = run_engine(case, ranks, after, start=before, engine=engine)
+        losses = [loss.hex() for loss in later]
+        answers.append({"kinds": kinds, "equal": equal, "later": losses, "skipped_later": skipped})
+        engine.deepspeed.destroy()
+    return answers
+
+
+def train(ranks: Ranks, cases: list[dict[str, Any]], steps: int) -> list[dict[str, Any]]:
+    """Each case's losses, which steps were skipped, and the loss scale and AdamW's mean gradient at the end."""
+    answers = []
+    for fields in cases:
+        engine, losses, skipped = run_engine(Case(**fields), ranks, steps)
+        mean = whole_parameters(engine, ranks, "exp_avg").values()
+        norm = float(torch.stack([part.norm() for part in mean]).norm())
+        answers.append({"losses": losses, "skipped": skipped, "scale": engine.loss_scale(), "mean_gradient": norm})
+        engine.deepspeed.destroy()
+    return answers
+
+
+def average(ranks: Ranks, cases: list[dict[str, Any]], steps: int) -> list[float]:
+    """Each case's greatest difference between the kept average and one computed from the weights after each step."""
+    answers = []
+    for fields in cases:
+        case = Case(**fields)
+        assert case.ema is not None
+        engine, _, _ = run_engine(case, ranks, 0)
+        expected = whole_parameters(engine, ranks)
+        for step in range(steps):
+            run_engine(case, ranks, 1, start=step, engine=engine)
+            for name, weight in whole_parameters(engine, ranks).items():
+                expected[name] = case.ema * expected[name] + (1 - case.ema) * weight
+        kept = whole_parameters(engine, ranks, "ema")
+        answers.append(max(float((kept[name] - expected[name]).abs().max()) for name in expected))
+        engine.deepspeed.destroy()
+    return answers
+
+
+def start_within(ranks: Ranks, mebibytes: int) -> dict[str, Any]:
+    """Make a large model at stage 3 in so much more memory than the process holds; then try its weights in one piece.
+
+    To be asked of a young process: later ones hold freed memory, which can be used again.
+    """
+    config = dataclasses.replace(Case(stage=3).config(ranks.world_size), model=LARGE_MODEL)
+    engine = Engine(config, lambda: within(mebibytes, lambda: Transformer(config.model)))
+    numel = sum(torch.Size(parameter.ds_shape).numel() for parameter in engine.module.parameters())
+    engine.deepspeed.destroy()
+    try:
+        within(mebibytes, lambda: torch.empty(numel))
+    except RuntimeError as error:
+        return {"numel": numel, "in one piece": str(error)}
+    return {"numel": numel, "in one piece": "fits"}
+
+
+def within(mebibytes: int, action: Callable[[], Any]) -> Any:
+    """Act with a limit on what the process may hold beyond what it holds already."""
+    held = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
+    assert held
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (int(held[1]) * 1024 + mebibytes * 2**20, before[1]))
+    try:
+        return action()
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def several(ranks: Ranks, scenarios: dict[str, list[Any]]) -> dict[str, Any]:
+    """Label -> answer of one of the scenarios, given as [name, parameters]: processes start but once."""
+    return {label: SCENARIOS[name](ranks, **parameters) for label, (name, parameters) in scenarios.items()}
+
+
+def poison(ranks: Ranks, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A NaN on the last rank at step 2: what it does to the weights."""
+    answers = []
+    for fields in cases:
+        case = Case(**fields)
+        engine, _, first = run_engine(case, ranks, 2)
+        before = whole_parameters(engine, ranks)
+        run_engine(case, ranks, 1, start=2, engine=engine, poison={2: ranks.world_size - 1})
+        after = whole_parameters(engine, ranks)
+        updates = engine.optimizer.num_updates
+        _, losses, later = run_engine(case, ranks, 2, start=3, engine=engine)
+        answers.append(
+            {
+                "unchanged": all(torch.equal(before[name], after[name]) for name in before),
+                "updates": updates,
+                "finite_after": all(loss == loss for loss in losses),
+                "skipped_others": any(first + later),
+            }
+        )
+        engine.deepspeed.destroy()
+    return answers
+
+
+SCENARIOS: dict[str, Any] = {
+    function.__name__: function for function in (parity, train, average, save, resume, poison, start_within, several)
+}
+
+
+def allow_fp16_on_cpu() -> None:
+    """DeepSpeed refuses fp16 where the CPU has no instructions for it, but torch computes it all the same."""
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    CPU_Accelerator.is_fp16_supported = lambda self: True
+
+
+def main() -> None:
+    """Run one scenario."""
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+    out, scenario, parameters = arguments[0], arguments[1], json.loads(arguments[2])
+    torch.set_num_threads(1)
+    ranks = Ranks(timeout_seconds=300)
+    allow_fp16_on_cpu()
+    answer = SCENARIOS[scenario](ranks, **parameters)
+    if ranks.rank == 0:
+        Path(out).write_text(json.dumps(answer), encoding="utf-8")
+    ranks.barrier()
+    ranks.close()
+
+
+if __name__ == "__main__":
+    main()

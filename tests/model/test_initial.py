@@ -1,0 +1,78 @@
+"""Initial weights are a function of the seed and the name, whole or in pieces."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from bigtx.config.schema import ModelConfig
+from bigtx.model import initial
+from bigtx.model.initial import initial_value
+from bigtx.model.transformer import Transformer
+
+CONFIG = ModelConfig(vocab_size=1000, hidden_size=128, num_layers=3, num_heads=4, norm="layer", norm_bias=True)
+PINNED = [0.044994764, 1.0123044, -1.5491681, 0.62705797, 0.09839581, 0.86294818]
+
+
+def started(config: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
+    model = Transformer(config)
+    model.init_weights(seed)
+    return dict(model.named_parameters())
+
+
+def test_same_seed_same_weights() -> None:
+    first, again, other = (started(CONFIG, seed) for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    drawn = [name for name in first if first[name].dim() == 2]
+    assert drawn and not any(torch.equal(first[name], other[name]) for name in drawn)
+
+
+def test_every_parameter_has_its_own_values() -> None:
+    values = started(CONFIG, 1)
+    square = [value for value in values.values() if value.shape == (128, 128)]
+    assert len(square) == 3 * 4
+    assert len({tuple(value.flatten()[:8].tolist()) for value in square}) == len(square)
+
+
+def test_it_never_changes() -> None:
+    """A run's start must be the same in every later version."""
+    value = initial_value("blocks.0.mlp.up.weight", (2, 3), ModelConfig(init_std=1.0), seed=7)
+    assert value.flatten().tolist() == pytest.approx(PINNED, rel=1e-6)
+
+
+def test_pieces_make_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(initial, "RUN", 100)
+    for name, shape in (("embedding.weight", (37, 9)), ("norm.weight", (333,)), ("blocks.0.mlp.up.bias", (333,))):
+        whole = initial_value(name, shape, CONFIG, 3)
+        assert whole.shape == shape and whole.dtype == torch.float32
+        borders = [0, 1, 99, 100, 101, 250, 333]
+        pieces = [initial_value(name, shape, CONFIG, 3, start, stop) for start, stop in itertools.pairwise(borders)]
+        assert torch.equal(torch.cat(pieces), whole.flatten())
+    assert initial_value("embedding.weight", (37, 9), CONFIG, 3, 5, 5).shape == (0,)
+
+
+def test_runs_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(initial, "RUN", 100)
+    value = initial_value("embedding.weight", (2, 100), CONFIG, 3)
+    assert not torch.equal(value[0], value[1])
+
+
+@pytest.mark.parametrize(
+    ("init", "projection"), [("normal", 0.02), ("scaled", 0.02 / math.sqrt(6)), ("zero_projections", 0.0)]
+)
+def test_deviations(init: str, projection: float) -> None:
+    config = ModelConfig(
+        vocab_size=1000, hidden_size=128, num_layers=3, num_heads=4, init=init, qk_norm=True, attention_bias=True
+    )
+    for name, value in started(config, 1).items():
+        if name.endswith("norm.weight"):
+            assert torch.equal(value, torch.ones_like(value)), name
+        elif name.endswith(".bias"):
+            assert not value.any(), name
+        else:
+            expected = projection if name.endswith(("attention.output.weight", "mlp.down.weight")) else 0.02
+            assert value.std().item() == pytest.approx(expected, rel=0.03), name
+            assert abs(value.mean().item()) < 1e-3, name

@@ -1,0 +1,124 @@
+"""The chunked loss against cross-entropy in float64, its gradients against autograd's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from bigtx.config.schema import ModelConfig
+from bigtx.model import loss as loss_module
+from bigtx.model.loss import Head, soft_capped
+
+VOCAB_SIZE, HIDDEN, ROWS, LENGTH = 150, 24, 3, 13
+
+
+def inputs(dtype: torch.dtype = torch.float32, **changes: object) -> tuple[Head, Tensor, Tensor]:
+    """A head, hidden states and labels of which some are ignored."""
+    head = Head(ModelConfig(vocab_size=VOCAB_SIZE, hidden_size=HIDDEN, **changes))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        head.weight.normal_(generator=generator)
+    hidden = torch.randn(ROWS, LENGTH, HIDDEN, generator=generator).to(dtype).requires_grad_()
+    labels = torch.randint(VOCAB_SIZE, (ROWS, LENGTH), generator=generator)
+    labels[0, :5] = labels[2, -1] = -100
+    return head.to(dtype), hidden, labels
+
+
+def plain(head: Head, hidden: Tensor, labels: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+    """Loss and cross-entropy from all logits at once."""
+    logits = soft_capped(hidden @ head.weight[:VOCAB_SIZE].t(), head.soft_cap).flatten(0, 1)
+    entropy = F.cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="sum")
+    squares = torch.logsumexp(logits, dim=-1).square()[labels.flatten() != -100].sum()
+    return entropy + z_loss * squares, entropy
+
+
+@pytest.mark.parametrize("chunk", [1, 7 * 256, 2**20])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+@pytest.mark.parametrize("soft_cap", [None, 3.0])
+def test_equals_float64(soft_cap: float | None, z_loss: float, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(loss_module.CHUNK_LOGITS, "cpu", chunk)
+    head, hidden, labels = inputs(logit_soft_cap=soft_cap)
+    result = head(hidden, labels, z_loss)
+    (result.loss_sum * 0.3).backward()
+    found = (hidden.grad.double(), head.weight.grad.double())
+
+    exact_head, exact_hidden = inputs(torch.float64, logit_soft_cap=soft_cap)[:2]
+    with torch.no_grad():
+        exact_head.weight.copy_(head.weight)
+        exact_hidden.copy_(hidden)
+    expected, entropy = plain(exact_head, exact_hidden, labels, z_loss)
+    (expected * 0.3).backward()
+
+    assert result.loss_sum.dtype == result.cross_entropy_sum.dtype == torch.float32
+    assert result.loss_sum.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert result.cross_entropy_sum.item() == pytest.approx(entropy.item(), rel=1e-5)
+    torch.testing.assert_close(found, (exact_hidden.grad, exact_head.weight.grad), rtol=1e-4, atol=1e-5)
+    assert not head.weight.grad[VOCAB_SIZE:].any(), "padding of the vocabulary is no part of the partition"
+
+
+def test_bf16_loses_no_more_than_its_logits_do() -> None:
+    head, hidden, labels = inputs(torch.bfloat16)
+    result = head(hidden, labels)
+    result.loss_sum.backward()
+    exact_head, exact_hidden = inputs()[:2]
+    expected, _ = plain(exact_head, exact_hidden, labels, 0.0)
+    expected.backward()
+    assert result.loss_sum.item() == pytest.approx(expected.item(), rel=5e-3)
+    for found, exact in ((hidden.grad, exact_hidden.grad), (head.weight.grad, exact_head.weight.grad)):
+        assert (found.float() - exact).norm() < 0.02 * exact.norm()
+
+
+def test_a_frozen_head_and_no_gradients() -> None:
+    head, hidden, labels = inputs()
+    with torch.no_grad():
+        expected = head(hidden, labels).loss_sum
+    head.weight.requires_grad_(False)
+    result = head(hidden, labels)
+    result.loss_sum.backward()
+    assert result.loss_sum.item() == expected.item()
+    assert head.weight.grad is None and hidden.grad is not None
+
+
+def test_without_gradients_only_the_logits_are_made() -> None:
+    head, hidden, labels = inputs()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        head(hidden, labels)
+    assert counter.get_total_flops() == 2 * ROWS * LENGTH * HIDDEN * head.weight.shape[0]
+
+
+def test_nothing_to_predict() -> None:
+    head, hidden, labels = inputs()
+    result = head(hidden, torch.full_like(labels, -100), 1e-2)
+    result.loss_sum.backward()
+    assert result.loss_sum.item() == 0.0
+    assert not hidden.grad.any() and not head.weight.grad.any()
+
+
+def test_a_non_finite_input_is_seen() -> None:
+    head, hidden, labels = inputs()
+    with torch.no_grad():
+        hidden[1, 2, 3] = float("inf")
+    assert not head(hidden, labels).loss_sum.isfinite()
+
+
+def test_large_logits_are_no_trouble() -> None:
+    head, hidden, labels = inputs()
+    result = head(hidden * 1e4, labels)
+    result.loss_sum.backward()
+    assert result.loss_sum.isfinite() and hidden.grad.isfinite().all()
+
+
+@pytest.mark.slow
+def test_compiled_loss() -> None:
+    results = []
+    for compiled in (False, True):
+        head, hidden, labels = inputs(logit_soft_cap=20.0)
+        if compiled:
+            head.compile_loss()
+        result = head(hidden, labels, 1e-3)
+        result.loss_sum.backward()
+        results.append((result.loss_sum, result.cross_entropy_sum, hidden.grad, head.weight.grad))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,94 @@
+"""Parameters counted from the config alone, against torch's own count and published ones."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bigtx.config.load import load
+from bigtx.config.schema import ModelConfig, PretrainConfig
+from bigtx.model.transformer import Transformer
+from bigtx.plan.parameters import count_parameters, flops_per_token, parameter_shapes
+
+RECIPES = sorted((Path(__file__).parents[2] / "configs" / "model").glob("*.yaml"))
+HEADER = re.compile(r"# parameters: ([\d,]+) with a vocabulary of ([\d,]+): \S.*\.\n")
+
+
+def torch_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        model = Transformer(config)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
+def test_recipes_say_their_size(path: Path) -> None:
+    header = HEADER.match(path.read_text(encoding="utf-8"))
+    assert header, "the first line says how many parameters, with which vocabulary, and what for"
+    count, vocab_size = (int(number.replace(",", "")) for number in header.groups())
+    model = load(PretrainConfig, [str(path)], check=False).model
+    assert model.vocab_size is None, "the vocabulary is the tokenizer's"
+    model.vocab_size = vocab_size
+    assert parameter_shapes(model) == torch_shapes(model)
+    assert count_parameters(model).total == count
+    named = float(path.stem.removeprefix("decoder-")[:-1]) * {"m": 1e6, "b": 1e9}[path.stem[-1]]
+    assert count == pytest.approx(named, rel=0.2)
+
+
+def test_published_counts() -> None:
+    """Llama 2 7B and 13B, Llama 3.2 3B and Llama 3 70B, as their publishers' weights have it."""
+    published = {"7b": 6_738_415_616, "13b": 13_015_864_320, "3b": 3_212_749_824, "70b": 70_553_706_496}
+    for name, count in published.items():
+        path = next(path for path in RECIPES if path.stem == f"decoder-{name}")
+        assert f"# parameters: {count:,} " in path.read_text(encoding="utf-8")
+
+
+CHOICES: dict[str, list[Any]] = {
+    "mlp": ["swiglu", "gelu"],
+    "norm": ["rms", "layer"],
+    "norm_placement": ["pre", "post"],
+    "norm_scale": [True, False],
+    "norm_bias": [False, True],
+    "qk_norm": [False, True],
+    "positions": ["rope", "learned", "sinusoidal", "relative"],
+    "attention_bias": [False, True],
+    "attention_output_bias": [True, False],
+    "mlp_bias": [False, True],
+    "tie_embeddings": [False, True],
+}
+
+
+def combinations() -> list[dict[str, Any]]:
+    """Every pair of choices of two settings at least once."""
+    pairs = itertools.combinations(CHOICES, 2)
+    return [{first: one, second: two} for first, second in pairs for one in CHOICES[first] for two in CHOICES[second]]
+
+
+def test_shapes_equal_torch_for_every_pair_of_settings() -> None:
+    for index, changes in enumerate(combinations()):
+        sizes = {"head_width": 12} if index % 3 == 0 else {"num_kv_heads": 2, "mlp_size": 50}
+        config = ModelConfig(vocab_size=300 + index, hidden_size=32, num_layers=2, num_heads=4, **sizes, **changes)
+        expected = torch_shapes(config)
+        assert parameter_shapes(config) == expected, changes
+        counts = count_parameters(config)
+        assert counts.total == sum(torch.Size(shape).numel() for shape in expected.values()) == counts.active
+        assert counts.embedding + counts.non_embedding == counts.total
+        assert counts.non_embedding == sum(
+            torch.Size(shape).numel()
+            for name, shape in expected.items()
+            if not name.startswith(("embedding", "position_embedding", "relative_bias", "head"))
+        )
+
+
+def test_flops() -> None:
+    """6 N + 12 L D T, a tied head counted as the product that it is."""
+    sizes: dict[str, Any] = {"vocab_size": 1024, "hidden_size": 64, "num_layers": 3, "num_heads": 4}
+    untied, tied = ModelConfig(**sizes), ModelConfig(**sizes, tie_embeddings=True)
+    matrices = count_parameters(untied).total - 1024 * 64
+    assert flops_per_token(untied, 100) == 6 * matrices + 12 * 3 * 64 * 100
+    assert flops_per_token(tied, 100) == flops_per_token(untied, 100)
+    assert flops_per_token(ModelConfig(**sizes, head_width=32), 100) > flops_per_token(untied, 100)

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bigtx.commands.configs import copy_command, explain_command, list_command
+from bigtx.config.load import load
+from bigtx.config.schema import PretrainConfig
+from bigtx.utils.errors import ConfigError
+
+
+@pytest.fixture
+def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "shipped"
+    for name, text in {
+        "model/small.yaml": "# Small.\nmodel: {num_layers: 2}\n",
+        "pretrain/first.yaml": "# The first run.\nbase: ../model/small.yaml\nseed: 3\n",
+    }.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    for module in ("bigtx.commands.configs", "bigtx.config.shipped"):
+        monkeypatch.setattr(f"{module}.shipped_folder", lambda: folder)
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def test_list(recipes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert list_command([]) == 0
+    shown = capsys.readouterr().out
+    assert "model/small.yaml     Small.\npretrain/first.yaml  The first run.\n" in shown
+
+
+def test_a_copy_works_as_the_recipe_does(recipes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert copy_command(["pretrain/first.yaml", "mine"]) == 0
+    shown = capsys.readouterr().out
+    assert "wrote mine/pretrain/first.yaml" in shown and "wrote mine/model/small.yaml" in shown
+    (tmp_path / "mine/model/small.yaml").write_text("model: {num_layers: 3}\n")
+    assert load(PretrainConfig, ["mine/pretrain/first.yaml"], check=False).model.num_layers == 3
+    with pytest.raises(ConfigError, match=r"small\.yaml is there already"):
+        copy_command(["pretrain/first.yaml", "mine"])
+    assert (tmp_path / "mine/model/small.yaml").read_text() == "model: {num_layers: 3}\n"
+
+
+def test_what_copy_says_to_run_names_the_data(recipes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy_command(["pretrain/first.yaml", "mine"])
+    line = "deepspeed --module bigtx.pretrain mine/pretrain/first.yaml data.sources.mine.path=CORPUS run_dir=runs/mine"
+    assert line in capsys.readouterr().out
+    (recipes / "pretrain/first.yaml").write_text("data: {sources: {web: {path: there}}}\n")
+    copy_command(["pretrain/first.yaml", "other"])
+    assert "other/pretrain/first.yaml run_dir=runs/mine" in capsys.readouterr().out
+
+
+def test_copy_refuses(recipes: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no recipe 'absent\.yaml'"):
+        copy_command(["absent.yaml"])
+    with pytest.raises(ConfigError, match=r"did you mean pretrain/first\.yaml\?"):
+        copy_command(["frist.yaml"])
+    with pytest.raises(ConfigError, match="is the recipe itself"):
+        copy_command(["model/small.yaml", str(recipes)])
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        (
+            "train.max_steps",
+            ["train.max_steps=null", "a count (500, 64k, 1.5M, 10B), at least 0, or null", "allow_changes"],
+        ),
+        ("model.mlp", ["one of swiglu, geglu, gelu, relu2", "cannot change"]),
+        ("engine", ["engine.zero_stage=1:", "engine.compile=false:"]),
+        ("data.sources", ["data.sources.NAME.path:"]),
+        ("data.sources.wiki.weight", ["data.sources.wiki.weight=1.0"]),
+        ("shard_size", ["bigtx data prepare", "a size (512 MiB, 1.5 GB)"]),
+        ("input.paths", ["bigtx tokenizer train", "bigtx data prepare", "a text, or a list of them"]),
+    ],
+)
+def test_explain(key: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert explain_command([key]) == 0
+    shown = capsys.readouterr().out
+    for word in words:
+        assert word in shown, shown
+
+
+def test_explain_all_and_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert explain_command([]) == 0
+    shown = capsys.readouterr().out
+    assert "optimizer: AdamW" in shown and "vocab_size=16384" in shown
+    with pytest.raises(ConfigError, match=r"did you mean model\.hidden_size"):
+        explain_command(["hiden_size"])

@@ -1,0 +1,156 @@
+"""What befalls a run: lost ranks, full and read-only disks, kills during a save, a loss that is not finite."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+from doors import TINY, last_step, losses, pretrain, rank_pids, read_lines, start_pretrain, wait_for
+
+from bigtx.engine.checkpoint import Checkpoint, list_checkpoints
+
+pytestmark = pytest.mark.dist
+QUIET = [argument for argument in TINY if not argument.startswith("track.")] + ["track.wandb=off"]
+
+Mount = Callable[[Path, str], None]
+
+
+@pytest.fixture
+def mount() -> Iterator[Mount]:
+    """Mounts a tmpfs with options on a new folder, for the time of a test."""
+    with ExitStack() as stack:
+
+        def mount_tmpfs(folder: Path, options: str) -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+            if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+                pytest.skip("may not mount file systems")
+            stack.callback(subprocess.run, ["umount", "--lazy", str(folder)], check=True)
+
+        yield mount_tmpfs
+
+
+def run_of(corpus: Path, run_dir: Path, *changes: str) -> list[str]:
+    return [*QUIET, f"data.sources.a.path={corpus}", f"run_dir={run_dir}", *changes]
+
+
+@contextmanager
+def killed_afterwards(process: subprocess.Popen[str], run_dir: Path) -> Iterator[None]:
+    """Leave nothing of a run behind."""
+    try:
+        yield
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        for pid in rank_pids(run_dir):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_lost_rank_ends_the_run_at_once_and_with_one_message(corpus: Path, tmp_path: Path, victim: int) -> None:
+    run_dir = tmp_path / "run"
+    arguments = run_of(corpus, run_dir, "train.checkpoint_every=5 steps", "engine.zero_stage=2")
+    process = start_pretrain(*arguments, "train.max_steps=100000", ranks=2)
+    with killed_afterwards(process, run_dir):
+        wait_for(lambda: last_step(run_dir) >= 6, process)
+        os.kill(rank_pids(run_dir)[victim], signal.SIGKILL)
+        out, err = process.communicate(timeout=30)
+        assert process.returncode != 0
+        assert rank_pids(run_dir) == []
+    assert (out + err).count("LaunchError: lost the connection to another rank") == 1, out + err
+    assert "Traceback" not in out + err
+    saved = list_checkpoints(run_dir)[0]
+    step = int(saved.name.removeprefix("step-"))
+    done = pretrain(*arguments, f"train.max_steps={step + 2}", "allow_changes=[train.max_steps]", ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"resumed from {saved}" in done.stdout
+    assert sorted(losses(run_dir)) == list(range(1, step + 3))
+
+
+def test_a_loss_that_is_never_finite_ends_the_run(corpus: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    changes = ["optimizer.learning_rate=1e30", "schedule.warmup=0 steps", "train.max_skipped_steps=3"]
+    done = pretrain(*run_of(corpus, run_dir, "train.max_steps=50", *changes))
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "train.max_skipped_steps" in done.stderr and "learning rate" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    skipped = [event["step"] for event in read_lines(run_dir / "events.jsonl") if event["kind"] == "skipped_step"]
+    assert len(skipped) == 4 and skipped == sorted(skipped)
+
+
+@pytest.mark.parametrize("where", ["a file", "under a file", "read-only"])
+def test_a_run_dir_that_cannot_be_written(corpus: Path, tmp_path: Path, where: str, mount: Mount) -> None:
+    run_dir = tmp_path / "run"
+    if where == "read-only":
+        mount(run_dir, "ro")
+    else:
+        run_dir.write_text("not a folder")
+    if where == "under a file":
+        run_dir = run_dir / "run"
+    done = pretrain(*run_of(corpus, run_dir, "train.max_steps=2"))
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith("LaunchError: ") and str(run_dir) in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_a_full_disk_spares_the_checkpoint_before(corpus: Path, tmp_path: Path, mount: Mount) -> None:
+    run_dir = tmp_path / "run"
+    mount(run_dir / "checkpoints", "size=3m")  # A checkpoint takes 2 MB.
+    arguments = run_of(corpus, run_dir, "train.max_steps=12", "train.checkpoint_every=4 steps")
+    done = pretrain(*arguments, ranks=2)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.count("CheckpointError") == 1 and "No space left on device" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-00000004"]
+    assert Checkpoint(run_dir / "checkpoints" / "step-00000004").verify() == []
+    subprocess.run(["mount", "-o", "remount,size=20m", str(run_dir / "checkpoints")], check=True)
+    done = pretrain(*arguments, ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    straight = tmp_path / "straight"
+    assert pretrain(*run_of(corpus, straight, "train.max_steps=12"), ranks=2).returncode == 0
+    assert losses(run_dir) == losses(straight)
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_of_a_save(corpus: Path, tmp_path: Path) -> None:
+    run_dir, straight = tmp_path / "run", tmp_path / "straight"
+    changes = ["train.max_steps=60", "train.checkpoint_every=4 steps", "model.hidden_size=192", "model.num_layers=4"]
+    assert pretrain(*run_of(corpus, straight, *changes), ranks=2).returncode == 0
+    arguments, in_the_middle = run_of(corpus, run_dir, *changes), 0
+    for _ in range(4):
+        process = start_pretrain(*arguments, ranks=2)
+        with killed_afterwards(process, run_dir):
+            begin = last_step(run_dir)
+            wait_for(lambda begin=begin: last_step(run_dir) > begin + 4, process)
+            wait_for_save(run_dir, process)
+            time.sleep(random.uniform(0, 0.05))
+        in_the_middle += any((run_dir / "checkpoints").glob("*.partial"))
+        for path in list_checkpoints(run_dir):
+            assert Checkpoint(path).verify() == []
+        assert last_step(run_dir) - int(list_checkpoints(run_dir)[0].name.removeprefix("step-")) <= 4
+    assert in_the_middle, "no kill fell into a save: the test tests nothing"
+    done = pretrain(*arguments, ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search("resumed from .*step-", done.stdout)
+    assert losses(run_dir) == losses(straight)
+    assert len(list_checkpoints(run_dir)) == 2 and not list((run_dir / "checkpoints").glob("*.partial"))
+
+
+def wait_for_save(run_dir: Path, process: subprocess.Popen[str]) -> None:
+    """Return as soon as a checkpoint is being written."""
+    while process.poll() is None:
+        if any((run_dir / "checkpoints").glob("*.partial")):
+            return
+        time.sleep(0.001)
+    raise AssertionError("the run ended first")

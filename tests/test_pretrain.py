@@ -1,0 +1,312 @@
+"""Pretraining through its doors: the launchers, signals, resume, and what a user gets wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from doors import TINY, last_step, losses, pretrain, rank_pids, read_lines, start_pretrain, wait_for
+
+pytestmark = pytest.mark.dist
+
+
+def test_all_launchers_say_who_they_are(corpus: Path, tmp_path: Path) -> None:
+    alone = pretrain(
+        *TINY, f"data.sources.a.path={corpus}", f"run_dir={tmp_path / 'one'}", "train.max_steps=2", cwd=tmp_path
+    )
+    assert alone.returncode == 0, alone.stderr
+    assert "1 rank;" in alone.stdout
+    two = pretrain(
+        *TINY,
+        f"data.sources.a.path={corpus}",
+        f"run_dir={tmp_path / 'two'}",
+        "train.max_steps=2",
+        ranks=2,
+        cwd=tmp_path,
+    )
+    assert two.returncode == 0, two.stdout + two.stderr
+    assert "deepspeed" in two.stdout and "2 ranks" in two.stdout
+    for run in ("one", "two"):
+        folder = tmp_path / run
+        assert {
+            "config.yaml",
+            "deepspeed.json",
+            "environment.json",
+            "tokenizer",
+            "checkpoints",
+            "metrics.jsonl",
+            "logs",
+        } <= {path.name for path in folder.iterdir()}
+        metrics = read_lines(folder / "metrics.jsonl")[-1]
+        assert {
+            "train/loss",
+            "train/grad_norm",
+            "train/learning_rate",
+            "perf/tokens_per_second",
+            "perf/memory_gib",
+            "validation/a/loss",
+            "validation/a/bits_per_byte",
+        } <= metrics.keys()
+
+
+def test_dry_run_keeps_nothing_and_misses_the_validation(corpus: Path, tmp_path: Path) -> None:
+    shutil.copytree(corpus, tmp_path / "corpus", ignore=shutil.ignore_patterns("validation"))
+    source = f"data.sources.a.path={tmp_path / 'corpus'}"
+    done = pretrain(*TINY, source, f"run_dir={tmp_path / 'run'}", "train.max_steps=9", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "dry run: one step, loss" in done.stdout
+    assert "no validation: none of the corpora holds text out" in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks that nobody disturbed."""
+    run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
+    done = pretrain(*resumable(corpus, run_dir), ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return run_dir
+
+
+def resumable(corpus: Path, run_dir: Path, stage: int = 1) -> list[str]:
+    return [
+        *TINY,
+        f"data.sources.a.path={corpus}",
+        f"run_dir={run_dir}",
+        "train.max_steps=40",
+        "optimizer.name=muon",
+        "train.checkpoint_every=7 steps",
+        "model.dropout=0.1",
+        f"engine.zero_stage={stage}",
+    ]
+
+
+def test_killed_and_started_again_nothing_is_lost(corpus: Path, tmp_path: Path, uninterrupted: Path) -> None:
+    run_dir, stop_at = tmp_path / "run", random.randrange(8, 30)
+    process = start_pretrain(*resumable(corpus, run_dir), ranks=2)
+    wait_for(lambda: last_step(run_dir) >= stop_at, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    kill_left_over(run_dir)
+    run_id = (run_dir / "wandb_run_id").read_text()
+    done = pretrain(*resumable(corpus, run_dir), ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "resumed from" in done.stdout
+    assert losses(run_dir) == losses(uninterrupted), f"killed at step {stop_at}"
+    assert (run_dir / "wandb_run_id").read_text() == run_id
+    segments = sorted(path.name for path in (run_dir / "wandb").glob("offline-run-*"))
+    assert len(segments) == 2 and all(name.endswith(run_id.strip()) for name in segments)
+    same_weights(run_dir, uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_killed_and_started_again_at_the_other_stages(corpus: Path, tmp_path: Path, stage: int) -> None:
+    straight, run_dir = tmp_path / "straight", tmp_path / "run"
+    assert pretrain(*resumable(corpus, straight, stage), ranks=2).returncode == 0
+    process = start_pretrain(*resumable(corpus, run_dir, stage), ranks=2)
+    wait_for(lambda: last_step(run_dir) >= random.randrange(8, 30), process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    kill_left_over(run_dir)
+    assert pretrain(*resumable(corpus, run_dir, stage), ranks=2).returncode == 0
+    assert losses(run_dir) == losses(straight)
+    same_weights(run_dir, straight)
+
+
+def test_sigterm_to_one_rank_saves_and_asks_to_be_run_again(corpus: Path, tmp_path: Path, uninterrupted: Path) -> None:
+    run_dir = tmp_path / "run"
+    process = start_pretrain(*resumable(corpus, run_dir), ranks=2)
+    wait_for(lambda: last_step(run_dir) >= 10, process)
+    os.kill(rank_pids(run_dir)[-1], signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode not in (0, 2), out + err
+    assert "Traceback" not in out + err
+    saved = {path.name for path in (run_dir / "checkpoints").iterdir()}
+    assert f"step-{last_step(run_dir):08d}" in saved
+    assert pretrain(*resumable(corpus, run_dir), ranks=2).returncode == 0
+    assert losses(run_dir) == losses(uninterrupted)
+
+
+def test_ctrl_c_saves_without_a_traceback(corpus: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    arguments = [*resumable(corpus, run_dir), "train.max_steps=100000", "train.log_every=4 steps"]
+    process = start_pretrain(*arguments, ranks=2)
+    wait_for(lambda: last_step(run_dir) >= 3 and events(run_dir, "wandb"), process)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    ours = [line for line in (out + err).splitlines() if "launch" not in line]
+    assert "Traceback" not in out, out
+    assert "stopped at step" in out, ours
+    saved = max(path.name for path in (run_dir / "checkpoints").iterdir())
+    (end,) = events(run_dir, "end")
+    assert (end["status"], f"step-{end['step']:08d}") == ("stopped", saved)
+    # The launcher ends all that its ranks have started; W&B is not among it.
+    assert events(run_dir, "wandb_error") == [] and len(list((run_dir / "wandb").glob("offline-run-*"))) == 1
+    assert "Traceback" not in (run_dir / "logs" / "wandb.log").read_text()
+    assert rank_pids(run_dir) == []
+
+
+def test_stopped_before_the_first_step(corpus: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    process = start_pretrain(*resumable(corpus, run_dir), ranks=1)
+    log = run_dir / "logs" / "rank-00000.log"
+    wait_for(lambda: log.exists() and "model:" in log.read_text(), process)
+    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, signal.SIGTERM)  # As the deepspeed launcher does at once.
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, out + err
+    assert "stopped before the first step; nothing to save" in out and "Traceback" not in out + err
+    assert [path.name for path in run_dir.iterdir()] == ["logs"]
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
+    corpus: Path, tmp_path: Path, uninterrupted: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(uninterrupted, run_dir)
+    newest = max((run_dir / "checkpoints").iterdir())
+    victim = next(newest.glob("*.safetensors"))
+    victim.write_bytes(victim.read_bytes()[:-100])
+    done = pretrain(*resumable(corpus, run_dir), ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert victim.name in done.stdout and "damaged" in done.stdout
+    assert losses(run_dir) == losses(uninterrupted)
+    for checkpoint in (run_dir / "checkpoints").iterdir():
+        for file in checkpoint.glob("*.safetensors"):
+            file.write_bytes(file.read_bytes()[:-100])
+    done = pretrain(*resumable(corpus, run_dir))
+    assert done.returncode == 2
+    assert "every checkpoint" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_resumed_with_other_ranks_stage_and_precision(corpus: Path, tmp_path: Path, uninterrupted: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(uninterrupted, run_dir)
+    shutil.rmtree(max((run_dir / "checkpoints").iterdir()))
+    done = pretrain(*resumable(corpus, run_dir, stage=3), "engine.precision=fp32", "train.micro_batch_size=4")
+    assert done.returncode == 0, done.stdout + done.stderr
+    expected, found = losses(uninterrupted), losses(run_dir)
+    assert found.keys() == expected.keys()
+    manifest = json.loads((max((run_dir / "checkpoints").iterdir()) / "manifest.json").read_text())
+    assert manifest["state"]["sequences"] == 40 * 8
+    # Dropout is drawn for each rank, so another number of ranks means other draws, not other data.
+    assert all(abs(found[step] - expected[step]) < 0.3 for step in expected)
+
+
+def test_what_may_change_at_resume(corpus: Path, tmp_path: Path, uninterrupted: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(uninterrupted, run_dir)
+    refused = pretrain(
+        *resumable(corpus, run_dir), "optimizer.learning_rate=5e-4", "train.max_steps=42", "model.num_layers=3"
+    )
+    assert refused.returncode == 2
+    for key in ("optimizer.learning_rate", "train.max_steps", "model.num_layers"):
+        assert key in refused.stderr
+    done = pretrain(
+        *resumable(corpus, run_dir),
+        "optimizer.learning_rate=5e-4",
+        "train.max_steps=42",
+        "allow_changes=[optimizer.learning_rate,train.max_steps]",
+        ranks=2,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert max(losses(run_dir)) == 42
+    changes = {
+        event["key"]: event["new"] for event in read_lines(run_dir / "events.jsonl") if event["kind"] == "config_change"
+    }
+    assert changes == {"optimizer.learning_rate": 5e-4, "train.max_steps": 42}
+
+
+def test_a_finished_run_says_so(corpus: Path, tmp_path: Path, uninterrupted: Path) -> None:
+    done = pretrain(*resumable(corpus, uninterrupted))
+    assert done.returncode == 0
+    assert "the run is finished" in done.stdout
+
+
+def test_init_from_another_run(corpus: Path, tmp_path: Path, uninterrupted: Path) -> None:
+    done = pretrain(
+        *resumable(corpus, tmp_path / "run"),
+        f"init_from={uninterrupted}",
+        "train.max_steps=3",
+        "optimizer.name=adamw",
+        "engine.zero_stage=0",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(tmp_path / "run")[1] < losses(uninterrupted)[1] - 0.5
+    other = pretrain(*resumable(corpus, tmp_path / "other"), f"init_from={uninterrupted}", "model.hidden_size=32")
+    assert other.returncode == 2 and "other parameters" in other.stderr and "Traceback" not in other.stderr
+
+
+def test_two_runs_for_one_folder(corpus: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    process = start_pretrain(*resumable(corpus, run_dir), "train.max_steps=100000", ranks=2)
+    wait_for(lambda: last_step(run_dir) >= 1, process)
+    second = pretrain(*resumable(corpus, run_dir), "train.max_steps=100000")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    kill_left_over(run_dir)
+    assert second.returncode == 2 and "is in use by process" in second.stderr and "Traceback" not in second.stderr
+    assert second.stdout == "", "it looks before it begins anything"
+    assert (
+        pretrain(
+            *resumable(corpus, run_dir),
+            "train.max_steps=100000",
+            "allow_changes=[train.max_steps]",
+            "train.max_steps=12",
+        ).returncode
+        == 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["model.hiden_size=64"], "hidden_size"),
+        (
+            ["model.num_layers=two"],
+            "model.num_layers=two (command line): is not a whole number; write it in digits, e.g. 8",
+        ),
+        (["data.sources.a.path=/nowhere"], "/nowhere"),
+        (["train.global_batch_size=7"], "train.global_batch_size"),
+        (["model.vocab_size=300", "model.hidden_size=64"], "vocab_size"),
+        (["engine.precision=fp16", "engine.zero_stage=0"], "fp16"),
+        (["engine.offload_parameters=cpu"], "offload_parameters"),
+        (["deepspeed.zero_optimization.stage=3"], "engine.zero_stage"),
+        (["no/such/file.yaml"], "no/such/file.yaml"),
+    ],
+)
+def test_mistakes_are_one_paragraph(corpus: Path, tmp_path: Path, arguments: list[str], expected: str) -> None:
+    done = pretrain(
+        *TINY, f"data.sources.a.path={corpus}", f"run_dir={tmp_path / 'run'}", "train.max_steps=2", *arguments
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    """The run's events of a kind."""
+    return [event for event in read_lines(run_dir / "events.jsonl") if event["kind"] == kind]
+
+
+def same_weights(run_dir: Path, other: Path) -> None:
+    """Both runs' last checkpoints hold the same bytes."""
+    first, second = max((run_dir / "checkpoints").iterdir()), max((other / "checkpoints").iterdir())
+    hashes = [
+        {name: file["sha256"] for name, file in json.loads((path / "manifest.json").read_text())["files"].items()}
+        for path in (first, second)
+    ]
+    assert hashes[0] == hashes[1]
+
+
+def kill_left_over(run_dir: Path) -> None:
+    """End what a killed launcher left behind (its ranks were killed with it, being of its group)."""
+    for pid in rank_pids(run_dir):
+        os.kill(pid, signal.SIGKILL)

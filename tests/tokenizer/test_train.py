@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from bigtx.config.schema import TokenizerTrainConfig
+from bigtx.tokenizer.report import measure, remark_on_size
+from bigtx.tokenizer.sample import HELD_OUT_BYTES, draw_sample
+from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.tokenizer.train import train
+from bigtx.utils.errors import ConfigError, DataError
+
+
+@pytest.mark.parametrize("method", ["bpe", "unigram"])
+def test_the_same_text_and_seed_give_the_same_tokenizer_in_any_order(texts: list[str], method) -> None:
+    config = TokenizerTrainConfig(vocab_size=800, method=method, max_bytes=100_000)
+    first = train(config, texts)
+    again = train(config, random.Random(0).sample(texts, len(texts)))
+    assert first.fingerprint == again.fingerprint
+    other_seed = TokenizerTrainConfig(vocab_size=800, method=method, max_bytes=100_000, seed=2)
+    assert train(other_seed, texts).fingerprint != first.fingerprint
+
+
+def test_white_space_and_line_ends_are_learned(bpe: Tokenizer) -> None:
+    pieces = {bpe.decode([i]) for i in range(bpe.vocab_size)}
+    assert {" " * 4, " " * 8, "\n", ":\n", "\t"} <= pieces
+
+
+def test_settings_shape_the_pieces(texts: list[str]) -> None:
+    plain = train(TokenizerTrainConfig(vocab_size=800, whitespace_pieces=False, chat_roles=["pilot"]), texts)
+    assert " " * 4 not in {plain.decode([i]) for i in range(plain.vocab_size)}
+    assert plain.role_ids == {"pilot": 105}
+    with_digits = [*texts, "2026 " * 1000]
+    digits = train(TokenizerTrainConfig(vocab_size=800, split_digits=False), with_digits)
+    assert len(digits.encode(" 2026")) == 1
+    assert len(train(TokenizerTrainConfig(vocab_size=800), with_digits).encode(" 2026")) == 5
+
+
+def test_texts_of_any_length_are_learned_from() -> None:
+    # One line of 3 MB, which sentencepiece by itself would skip.
+    tokenizer = train(TokenizerTrainConfig(vocab_size=440), ["lorem ipsum dolor sit amet consectetur " * 80_000])
+    assert len(tokenizer.encode(" consectetur")) == 1
+
+
+def test_marks_of_the_trainer_do_not_hide_the_text_around_them() -> None:
+    text = "\u2585\u2581".join(f"some{i % 7} words{i % 11} that{i % 13} matter " for i in range(3000))
+    tokenizer = train(TokenizerTrainConfig(vocab_size=415), [text])
+    assert len(tokenizer.encode(" matter")) == 1
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("method", ["bpe", "unigram"])
+def test_a_vocabulary_beyond_the_text_names_the_largest_that_works(method) -> None:
+    documents = [
+        "the quick brown fox jumps over the lazy dog while pigs and geese and horses stand and stare " * 5,
+        "pack my box with five dozen liquor jugs and send them to the harbour before the ship sails " * 5,
+        "".join(f"{a}{b}{c}x " for a in "abcdefghij" for b in "klmnopqrstuvwx" for c in "aeiou") * 3,
+    ]
+    with pytest.raises(ConfigError, match=r"set vocab_size=\d+ or less") as error:
+        train(TokenizerTrainConfig(vocab_size=8000, method=method), documents)
+    largest = int(str(error.value).rpartition("vocab_size=")[2].split()[0])
+    assert train(TokenizerTrainConfig(vocab_size=largest, method=method), documents).vocab_size == largest
+
+
+def test_text_too_short_for_any_vocabulary_says_only_that() -> None:
+    few = ["a few words, and a few more words " * 5]
+    with pytest.raises(DataError, match=r"smallest vocabulary has 512\. Give more text\.$") as error:
+        train(TokenizerTrainConfig(vocab_size=64_000), few)
+    assert "set vocab_size" not in str(error.value)
+
+
+def test_a_vocabulary_too_small_is_refused() -> None:
+    with pytest.raises(ConfigError, match="365"):
+        train(TokenizerTrainConfig(vocab_size=365), ["a"])
+    many = ["".join(chr(0x4E00 + i) for i in range(3000))]
+    with pytest.raises(ConfigError, match="characters of the text"):
+        train(TokenizerTrainConfig(vocab_size=512), many)
+
+
+@pytest.mark.parametrize("documents", [[], ["\x00"], ["\u2581\u2585"]])
+def test_nothing_to_learn_from_is_an_error(documents: list[str]) -> None:
+    with pytest.raises(DataError, match="nothing to learn from"):
+        train(TokenizerTrainConfig(vocab_size=512), documents)
+
+
+@pytest.mark.parametrize("roles", [["User"], ["a,b"], ["user", "user"], [""]])
+def test_unfit_names_of_roles_are_refused(roles: list[str]) -> None:
+    with pytest.raises(ConfigError, match="chat_roles"):
+        train(TokenizerTrainConfig(vocab_size=512, chat_roles=roles), ["a"])
+
+
+def test_a_vocabulary_too_large_for_its_text_is_remarked_on(bpe: Tokenizer, texts: list[str]) -> None:
+    measures = measure(bpe, texts)
+    large = train(TokenizerTrainConfig(vocab_size=12_000), texts)
+    remark = remark_on_size(large, measure(large, texts), num_bytes=measures.num_bytes)
+    assert "12,000 ids are many" in remark and "vocab_size=2k would suit it" in remark
+    assert remark_on_size(bpe, measures, num_bytes=measures.num_bytes) == ""
+    assert remark_on_size(large, measures, num_bytes=10_000_000) == ""
+
+
+def test_the_trainer_is_silent(capfd: pytest.CaptureFixture[str], texts: list[str]) -> None:
+    train(TokenizerTrainConfig(vocab_size=600), texts[:2])
+    with pytest.raises(ConfigError):
+        train(TokenizerTrainConfig(vocab_size=100_000), texts[:2])
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_sample_has_the_size_asked_for_whatever_the_order() -> None:
+    documents = [f"document {i} " * 20 for i in range(2000)]
+    whole = draw_sample(documents, 10**9, seed=1)
+    assert whole.num_documents == 2000
+    assert whole.num_bytes == sum(map(len, documents))
+    assert whole.training_bytes + sum(map(len, whole.held_out)) == whole.num_bytes
+    assert 10 <= len(whole.held_out) <= 60
+
+    part = draw_sample(documents, 50_000, seed=1)
+    assert 50_000 <= part.training_bytes <= 50_000 + max(map(len, documents))
+    assert part.training == draw_sample(documents[::-1], 50_000, seed=1).training
+    assert part.training == whole.training[: len(part.training)]
+    assert part.training != draw_sample(documents, 50_000, seed=2).training
+    assert not set(part.training) & {text.encode() for text in part.held_out}
+
+
+def test_one_long_document_is_sampled_in_parts() -> None:
+    document = "".join(f"line {i} of many\n" for i in range(200_000))
+    sample = draw_sample([document], 100_000, seed=1)
+    assert 100_000 <= sample.training_bytes <= 100_000 + 16_384
+    assert all(piece.decode() in document for piece in sample.training[:3])
+
+
+def test_a_document_too_long_to_be_held_out_whole_is_cut_to_characters() -> None:
+    documents = ["é" * HELD_OUT_BYTES + str(i) for i in range(200)]
+    sample = draw_sample(documents[:200], 1000, seed=1)
+    assert sample.held_out
+    assert all(set(text) == {"é"} for text in sample.held_out)
+
+
+def test_a_lone_document_is_learned_from() -> None:
+    for i in range(300):
+        assert draw_sample([f"text {i}"], 1000, seed=1).training

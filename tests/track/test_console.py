@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import fcntl
+import io
+import os
+import pty
+import re
+import struct
+import termios
+from collections.abc import Iterator
+from typing import TextIO
+
+import pytest
+
+from bigtx.track.console import Console, clock, shorten
+
+FIGURES = {"train/loss": 3.21456, "perf/tokens_per_second": 45123.0, "perf/mfu": 0.3124, "perf/memory_gib": 12.34}
+
+
+class Terminal:
+    """A pseudo terminal and what it shows."""
+
+    def __init__(self, columns: int) -> None:
+        self._master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        self.stream: TextIO = open(slave, "w", encoding="utf-8")  # noqa: SIM115
+
+    def text(self) -> str:
+        return os.read(self._master, 65536).decode()
+
+    def screen(self) -> list[str]:
+        """The lines as a person sees them, for the two controls that are used: return, and erase to the end."""
+        lines = [""]
+        for part in re.split(r"(\r\x1b\[K|\r\n)", self.text()):
+            if part == "\r\x1b[K":
+                lines[-1] = ""
+            elif part == "\r\n":
+                lines.append("")
+            else:
+                lines[-1] += part
+        return lines
+
+    def close(self) -> None:
+        self.stream.close()
+        os.close(self._master)
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("bigtx.track.console._SECONDS_BETWEEN_DRAWINGS", 0.0)
+    terminal = Terminal(columns=120)
+    yield terminal
+    terminal.close()
+
+
+def test_plain_lines_where_there_is_no_terminal() -> None:
+    stream = io.StringIO()
+    console = Console(stream, total_steps=200)
+    console.progress(10, 1_200_000, FIGURES)
+    console.message("samples\nfollow")
+    console.progress(20, 2_400_000, FIGURES)
+    console.close()
+    first, *middle, last = stream.getvalue().splitlines()
+    assert first == "step 10/200  5.0%  1.20M tokens  loss 3.2146  45.1k tok/s  MFU 31.2%  12.3 GiB"
+    assert middle == ["samples", "follow"]
+    assert last.startswith("step 20/200  10.0%") and last.endswith("left")
+
+
+def test_the_bar_is_redrawn_and_messages_stand_above(terminal: Terminal) -> None:
+    console = Console(terminal.stream, total_steps=200)
+    console.progress(10, 1000, FIGURES)
+    console.message("a message")
+    console.progress(100, 2000, {"train/loss": 2.5})
+    console.close()
+    above, bar, after = terminal.screen()
+    assert (above, after) == ("a message", "")
+    assert bar.startswith("━━━━━━━━━━━━────────────") and "100/200" in bar and "loss 2.5000" in bar and "left" in bar
+
+
+def test_a_narrow_terminal_gets_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    terminal = Terminal(columns=30)
+    Console(terminal.stream, total_steps=200).progress(10, 1000, FIGURES)
+    text = terminal.text()
+    assert len(text) < 30 and "10/200" in text and "loss" in text
+    terminal.close()
+
+
+def test_samples_cannot_command_the_terminal() -> None:
+    stream = io.StringIO()
+    Console(stream, total_steps=0).message("\x1b[2Jgone\x07\r\u202e é")
+    assert stream.getvalue() == "\\x1b[2Jgone\\x07\\r\\u202e é\n"
+
+
+def test_a_broken_stream_is_left_alone() -> None:
+    stream = open("/dev/full", "w")  # noqa: SIM115
+    console = Console(stream, total_steps=10)
+    for step in range(3):
+        console.progress(step, step, {})
+        console.message("text")
+    console.close()
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(7, "7"), (999, "999"), (45123, "45.1k"), (1.2e6, "1.20M"), (3e12, "3.00T")]
+)
+def test_shorten(number: float, text: str) -> None:
+    assert shorten(number) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(5, "0:05"), (3731, "1:02:11"), (3 * 86400 + 4.2 * 3600, "3d 04:12")])
+def test_clock(seconds: float, text: str) -> None:
+    assert clock(seconds) == text

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from bigtx.train.stop import EarlyStop, StopRequest
+from bigtx.utils.processes import STOP_SIGNALS, stopped_at_once
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
+def test_a_request_before_the_first_step_ends_the_run_once(number: signal.Signals, status: int) -> None:
+    told: list[str] = []
+    stop = StopRequest(lambda: told.append("stopped"))
+    with pytest.raises(EarlyStop) as early:
+        signal.raise_signal(number)
+    assert early.value.code == status
+    signal.raise_signal(signal.SIGTERM)
+    assert told == ["stopped"] and stop.came_early
+
+
+def test_a_request_in_training_is_a_flag() -> None:
+    stop = StopRequest(lambda: pytest.fail("there is something to save"))
+    stop.defer()
+    assert not stop.requested
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGTERM)
+    assert stop.requested and not stop.came_early and stop.exit_status == 130
+
+
+def test_where_no_handler_is_heard_signals_do_what_they_do_by_themselves() -> None:
+    StopRequest(lambda: None)
+    handler = signal.getsignal(signal.SIGTERM)
+    with stopped_at_once():
+        assert all(signal.getsignal(number) is signal.SIG_DFL for number in STOP_SIGNALS)
+    assert all(signal.getsignal(number) == handler for number in STOP_SIGNALS)
