@@ -23,7 +23,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "positions": "learned",
         "norm": "layer",
         "norm_bias": True,
-        "mlp": "gelu",
+        "mlp": "gelu_tanh",
         "mlp_bias": True,
         "attention_bias": True,
         "attention_output_bias": True,

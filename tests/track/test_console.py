@@ -16,6 +16,8 @@ from bigtx.track.console import Console, clock, shorten
 
 FIGURES = {"train/loss": 3.21456, "perf/tokens_per_second": 45123.0, "perf/mfu": 0.3124, "perf/memory_gib": 12.34}
 
+_END_OF_TEXT = "\x1c"
+
 
 class Terminal:
     """A pseudo terminal and what it shows."""
@@ -26,7 +28,13 @@ class Terminal:
         self.stream: TextIO = open(slave, "w", encoding="utf-8")  # noqa: SIM115
 
     def text(self) -> str:
-        return os.read(self._master, 65536).decode()
+        """All that was written so far; the kernel may hand it over in several pieces, hence the mark at the end."""
+        self.stream.write(_END_OF_TEXT)
+        self.stream.flush()
+        data = b""
+        while not data.endswith(_END_OF_TEXT.encode()):
+            data += os.read(self._master, 65536)
+        return data.decode().removesuffix(_END_OF_TEXT)
 
     def screen(self) -> list[str]:
         """The lines as a person sees them, for the two controls that are used: return, and erase to the end."""

@@ -1,0 +1,140 @@
+"""The Transformer: every field of its architecture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Optional
+
+from bigtx.config.fields import field, section
+
+
+@dataclass(kw_only=True)
+class RopeScalingConfig:
+    """How rotary positions reach beyond the length they were trained on."""
+
+    method: Literal["none", "linear", "llama3", "yarn"] = "none"
+    """none; linear (interpolation, arXiv:2306.15595); llama3 (by frequency, Llama 3.1); yarn (arXiv:2309.00071)."""
+    factor: float = field(1.0, minimum=1.0)
+    """How many times longer than `original_length` the reach becomes."""
+    original_length: int = field(8192, kind="count", minimum=1)
+    """Positions of the original training, for llama3 and yarn."""
+    low_frequency_factor: float = 1.0
+    """llama3: wave lengths above original_length / this are scaled fully."""
+    high_frequency_factor: float = 4.0
+    """llama3: wave lengths below original_length / this are left alone."""
+    beta_fast: float = 32.0
+    """yarn: rotations over original_length above which a frequency is left alone."""
+    beta_slow: float = 1.0
+    """yarn: rotations over original_length below which a frequency is scaled fully."""
+
+
+@dataclass(kw_only=True)
+class ExpertsConfig:
+    """A mixture of experts in place of each block's feed-forward (arXiv:1701.06538); a decoder alone has one."""
+
+    num_experts: int = field(0, minimum=0)
+    """Experts of each block; 0 is the plain feed-forward."""
+    num_active: int = field(2, minimum=1)
+    """Experts that each token is sent to."""
+    expert_size: Optional[int] = field(None, minimum=1)
+    """Inner width of one expert. Empty: the feed-forward's own width."""
+    shared_size: int = field(0, minimum=0)
+    """Inner width of an expert that every token meets as well (arXiv:2401.06066); 0: none."""
+    shared_gate: bool = False
+    """Whether a sigmoid of each token weights the shared expert (Qwen2-MoE)."""
+    normalize_weights: bool = True
+    """Whether the weights of a token's experts are made to sum to one, as in Mixtral."""
+    balance_loss: float = field(0.01, minimum=0.0, change="by_name")
+    """Weight of the loss that spreads tokens over the experts (arXiv:2101.03961, equation 4)."""
+    router_z_loss: float = field(0.0, minimum=0.0, change="by_name")
+    """Weight of the squared log-partition of the router (arXiv:2202.08906: 1e-3)."""
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The Transformer. Llama-like by default: a pre-norm decoder, RMSNorm, rotary positions, SwiGLU, no biases."""
+
+    shape: Literal["decoder", "encoder", "encoder_decoder"] = "decoder"
+    """decoder (predicts what follows), encoder (reads both ways), or both, joined by cross attention."""
+    vocab_size: Optional[int] = field(None, kind="count", minimum=2)
+    """Token ids of the tokenizer; empty takes it from the tokenizer. Padded to a multiple of 128 inside."""
+    hidden_size: int = field(512, minimum=8)
+    """Width D of the residual stream."""
+    num_layers: int = field(8, minimum=1)
+    """Blocks in the stack; of an encoder-decoder, in the encoder."""
+    num_decoder_layers: Optional[int] = field(None, minimum=1)
+    """Blocks in the decoder of an encoder-decoder. Empty: num_layers."""
+    num_heads: int = field(8, minimum=1)
+    """Query heads H."""
+    num_kv_heads: Optional[int] = field(None, minimum=1)
+    """Key and value heads K; a divisor of num_heads (grouped-query attention, arXiv:2305.13245). Empty: num_heads."""
+    head_width: Optional[int] = field(None, minimum=2)
+    """Width C of one head. Empty: hidden_size / num_heads."""
+    mlp: Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu", "relu2"] = "swiglu"
+    """Feed-forward: gated (swiglu, geglu: arXiv:2002.05202), gelu, relu, or its square (relu2: arXiv:2109.08668)."""
+    mlp_size: Optional[int] = field(None, minimum=1)
+    """Inner width. Empty: 4 D, or for the gated ones 8/3 D rounded up to a multiple of 64."""
+    experts: ExpertsConfig = section(ExpertsConfig, change="never")
+    """Several feed-forwards in each block, of which a token meets a few."""
+    norm: Literal["rms", "layer"] = "rms"
+    """RMSNorm (arXiv:1910.07467) or LayerNorm."""
+    norm_placement: Literal["pre", "post"] = "pre"
+    """pre: before each sublayer, and one at the end; post: after each residual sum, as in the 2017 Transformer."""
+    embedding_norm: bool = False
+    """A norm of the embeddings; the first block of a pre-norm stack then has none before its attention."""
+    norm_eps: float = 1e-5
+    """Added to the variance."""
+    norm_scale: bool = True
+    """Whether norms have a learned scale."""
+    norm_bias: bool = False
+    """Whether layer norms have a learned bias."""
+    qk_norm: bool = False
+    """RMSNorm of queries and keys per head before the positions are applied (arXiv:2010.04245)."""
+    attention_scale: Optional[float] = field(None, minimum=0.0)
+    """Factor on the products of queries and keys; T5 has 1. Empty: 1 / sqrt(head_width)."""
+    attention_window: Optional[int] = field(None, kind="count", minimum=1)
+    """Most positions between a token and what it sees, in each direction. Empty: no limit."""
+    global_attention_every: Optional[int] = field(None, minimum=1)
+    """Blocks 0, n, 2 n ... see all in spite of attention_window. Empty: none of them."""
+    prefix_attention: bool = False
+    """A decoder's tokens of a prefix see each other both ways (prefix language model, arXiv:1910.10683)."""
+    positions: Literal["rope", "learned", "sinusoidal", "relative"] = "rope"
+    """Rotary (arXiv:2104.09864), a learned table, fixed sinusoids, or T5's bucketed bias (arXiv:1910.10683)."""
+    position_offset: int = field(0, minimum=0)
+    """Rows of a learned table before that of the first position; RoBERTa has 2."""
+    rope_theta: float = field(10000.0, minimum=1.0)
+    """Base of the rotary frequencies."""
+    local_rope_theta: Optional[float] = field(None, minimum=1.0)
+    """The same in blocks with an attention_window. Empty: rope_theta."""
+    rope_scaling: RopeScalingConfig = section(RopeScalingConfig, change="never")
+    """How rotary positions are stretched."""
+    relative_num_buckets: int = field(32, minimum=2)
+    """Buckets of the relative bias."""
+    relative_max_distance: int = field(128, minimum=2)
+    """Distance from which all positions share the last bucket."""
+    max_sequence_length: int = field(2048, kind="count", minimum=1)
+    """Positions of a learned table, and the longest text that generation keeps."""
+    num_token_types: int = field(0, minimum=0)
+    """Rows of a learned table of token types, which tell the texts of a pair apart (BERT: 2); 0: none."""
+    attention_bias: bool = False
+    """Biases on the query, key and value projections."""
+    attention_output_bias: bool = False
+    """A bias on the attention's output projection."""
+    mlp_bias: bool = False
+    """Biases in the feed-forward."""
+    tie_embeddings: bool = False
+    """Whether the head is the embedding table."""
+    head_bias: bool = False
+    """A bias on the logits."""
+    head_transform: bool = False
+    """A linear map, GELU and a norm before the head, as in BERT."""
+    dropout: float = field(0.0, minimum=0.0, maximum=0.9)
+    """Probability of dropping embeddings, attention weights and sublayer outputs."""
+    logit_scale: float = field(1.0, minimum=0.0)
+    """Factor on what the head reads; T5 with a tied head has 1 / sqrt(hidden_size)."""
+    logit_soft_cap: Optional[float] = field(None, minimum=1e-3)
+    """cap * tanh(logits / cap), as in Gemma 2 (arXiv:2408.00118). Empty: none."""
+    init_std: float = field(0.02, minimum=0.0)
+    """Standard deviation of the initial weights."""
+    init: Literal["normal", "scaled", "zero_projections"] = "scaled"
+    """Output projections of the sublayers start as the others do, divided by sqrt(2 num_layers) (GPT-2), or at zero."""
