@@ -7,7 +7,7 @@ from bigtx.config.schema import ModelConfig
 VOCABULARY_MULTIPLE = 128
 """Rows of the embedding and of the head are a multiple of this, so that their matrix products fill whole tiles."""
 
-GATED = ("swiglu", "geglu")
+GATED = ("swiglu", "geglu", "geglu_tanh")
 """The feed-forwards with a gate: three matrices instead of two."""
 
 
@@ -33,6 +33,29 @@ def mlp_size(config: ModelConfig) -> int:
     if config.mlp in GATED:
         return -(-8 * config.hidden_size // (3 * 64)) * 64
     return 4 * config.hidden_size
+
+
+def expert_size(config: ModelConfig) -> int:
+    """Inner width of one expert."""
+    return config.experts.expert_size or mlp_size(config)
+
+
+def num_decoder_layers(config: ModelConfig) -> int:
+    """Blocks of the decoder; 0 in an encoder."""
+    if config.shape == "encoder_decoder":
+        return config.num_decoder_layers or config.num_layers
+    return config.num_layers if config.shape == "decoder" else 0
+
+
+def num_encoder_layers(config: ModelConfig) -> int:
+    """Blocks of the encoder; 0 in a decoder."""
+    return 0 if config.shape == "decoder" else config.num_layers
+
+
+def has_window(config: ModelConfig, layer: int) -> bool:
+    """Whether block `layer` of a stack sees no farther than attention_window."""
+    every = config.global_attention_every
+    return config.attention_window is not None and not (every is not None and layer % every == 0)
 
 
 def padded_vocab_size(config: ModelConfig) -> int:

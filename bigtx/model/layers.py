@@ -6,6 +6,9 @@ initial.py fills each parameter from its name. Shape letters: B batch, T tokens,
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -53,25 +56,41 @@ class Norm(nn.Module):
         return cls(config.norm, config.hidden_size, eps=config.norm_eps, scale=config.norm_scale, bias=config.norm_bias)
 
 
+_tanh_gelu = functools.partial(F.gelu, approximate="tanh")
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """max(x, 0) ** 2 (arXiv:2109.08668)."""
+    return F.relu(x).square()
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "swiglu": F.silu,
+    "geglu": F.gelu,
+    "geglu_tanh": _tanh_gelu,
+    "gelu": F.gelu,
+    "gelu_tanh": _tanh_gelu,
+    "relu": F.relu,
+    "relu2": squared_relu,
+}
+"""What stands between the matrices of each kind of feed-forward; of a gated one it is applied to the gate."""
+
+
 class MLP(nn.Module):
-    """The feed-forward: down(act(gate x) * up x) for the gated kinds, down(act(up x)) for the others.
+    """The feed-forward: down(act(gate x) * up x) for the gated kinds, down(act(up x)) for the others."""
 
-    GELU is the tanh approximation, as in GPT-2, T5 1.1 and Gemma.
-    """
-
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, size: int | None = None) -> None:
+        """Args: size: the inner width, if not that of the config."""
         super().__init__()
         self.kind = config.mlp
-        inner, outer, bias = shape.mlp_size(config), config.hidden_size, config.mlp_bias
+        inner, outer, bias = size or shape.mlp_size(config), config.hidden_size, config.mlp_bias
         self.gate = Linear(outer, inner, bias=bias) if config.mlp in shape.GATED else None
         self.up = Linear(outer, inner, bias=bias)
         self.down = Linear(inner, outer, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [B, T, D] to [B, T, D]."""
+        activation = ACTIVATIONS[self.kind]
         if self.gate is None:
-            hidden = self.up(x)
-            return self.down(F.relu(hidden).square() if self.kind == "relu2" else F.gelu(hidden, approximate="tanh"))
-        gate = self.gate(x)
-        gate = F.silu(gate) if self.kind == "swiglu" else F.gelu(gate, approximate="tanh")
-        return self.down(gate * self.up(x))
+            return self.down(activation(self.up(x)))
+        return self.down(activation(self.gate(x)) * self.up(x))
