@@ -1,0 +1,59 @@
+"""What a family of Hugging Face models must say of itself to be read and written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from bigtx.config.schema.model import ModelConfig
+
+if TYPE_CHECKING:
+    from bigtx.interop.maps import Link
+    from bigtx.tokenizer.tokenizer import Tokenizer
+
+
+class Family(Protocol):
+    """A kind of model that transformers knows, and how bigtx's fields and parameters express it.
+
+    The vocabulary's padding is none of a family's business: links speak of embedding.weight, head.weight and head.bias,
+    whose foreign tensors have vocab_size rows.
+
+    Attributes:
+        model_type: of config.json.
+        architecture: class that config.json's `architectures` names.
+        auto_class: class of transformers that loads it.
+    """
+
+    model_type: str
+    architecture: str
+    auto_class: str
+
+    def read_config(self, values: dict[str, Any]) -> ModelConfig:
+        """bigtx's config of a config.json; vocab_size is set.
+
+        Raises:
+            ConfigError: it names every field whose value bigtx does not express.
+        """
+        ...
+
+    def problems(self, config: ModelConfig) -> list[str]:
+        """Fields that the family does not express, each as "model.FIELD=VALUE: why"."""
+        ...
+
+    def write_config(self, config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+        """A config.json of a config without problems, model_type and architectures included; `read_config` inverts
+        it. Every field that matters is written out, so that another release's defaults change nothing."""
+        ...
+
+    def links(self, config: ModelConfig) -> list[Link]:
+        """Every parameter of bigtx in exactly one link, in the order in which a checkpoint is best written."""
+        ...
+
+    def rename(self, key: str) -> str:
+        """An older spelling of a foreign key (another prefix, gamma for weight) as `links` spells it; else the key."""
+        ...
+
+    def unused(self, config: ModelConfig) -> Sequence[str]:
+        """Regular expressions of whole foreign keys that may be there and are not needed: buffers, tied copies,
+        poolers. Import reports them as dropped."""
+        ...

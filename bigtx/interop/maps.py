@@ -1,0 +1,96 @@
+"""How parameters of bigtx and tensors of a foreign checkpoint become each other, one link at a time.
+
+A link's two functions only cut, join, transpose and reorder, so they lose nothing, and they run on meta tensors too:
+that is how the shapes of what a checkpoint must hold are known before a byte of it is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Convert = Callable[[list[Tensor]], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Link:
+    """Some parameters of bigtx and the foreign tensors that hold the same numbers.
+
+    Attributes:
+        names: of bigtx's parameters.
+        keys: of the foreign tensors.
+        to_bigtx: from tensors in the order of `keys` to tensors in the order of `names`.
+        to_foreign: its inverse.
+    """
+
+    names: tuple[str, ...]
+    keys: tuple[str, ...]
+    to_bigtx: Convert
+    to_foreign: Convert
+
+
+def same(name: str, key: str) -> Link:
+    """One parameter that both sides hold alike."""
+    return Link((name,), (key,), list, list)
+
+
+def transposed(name: str, key: str) -> Link:
+    """A matrix that the other side holds as [inputs, outputs]."""
+    return Link((name,), (key,), _transpose, _transpose)
+
+
+def split_rows(names: Sequence[str], key: str, sizes: Sequence[int] | None = None, *, transpose: bool = False) -> Link:
+    """Parameters that the other side holds as one tensor, one below the other.
+
+    Args:
+        sizes: rows of each; equal ones if left out.
+        transpose: the fused matrix is [inputs, outputs], as GPT-2's Conv1D holds it.
+    """
+
+    def to_bigtx(tensors: list[Tensor]) -> list[Tensor]:
+        fused = tensors[0].T if transpose else tensors[0]
+        parts = fused.chunk(len(names)) if sizes is None else fused.split(list(sizes))
+        return [part.contiguous() for part in parts]
+
+    def to_foreign(tensors: list[Tensor]) -> list[Tensor]:
+        fused = torch.cat(tensors)
+        return [fused.T.contiguous() if transpose else fused]
+
+    return Link(tuple(names), (key,), to_bigtx, to_foreign)
+
+
+def stacked(name: str, keys: Sequence[str]) -> Link:
+    """One parameter [E, ...] that the other side holds as E tensors [...]."""
+
+    def to_bigtx(tensors: list[Tensor]) -> list[Tensor]:
+        return [torch.stack(tensors)]
+
+    def to_foreign(tensors: list[Tensor]) -> list[Tensor]:
+        return list(tensors[0].unbind())
+
+    return Link((name,), tuple(keys), to_bigtx, to_foreign)
+
+
+def swapped_halves(name: str, key: str, width: int) -> Link:
+    """Rows of a query or key projection whose heads the other side turns the other way.
+
+    Rotary positions turn the plane of dimensions (i, i + C/2) by an angle; with the two halves of a head swapped, the
+    same formula turns it by the opposite angle. Products of queries and keys see only the difference of positions,
+    and a swap on both sides leaves them alone otherwise.
+
+    Args:
+        width: C of one head; the tensor has [heads * C, ...] rows.
+    """
+
+    def swap(tensors: list[Tensor]) -> list[Tensor]:
+        heads = tensors[0].unflatten(0, (-1, 2, width // 2))
+        return [heads.flip(1).flatten(0, 2)]
+
+    return Link((name,), (key,), swap, swap)
+
+
+def _transpose(tensors: list[Tensor]) -> list[Tensor]:
+    return [tensors[0].T.contiguous()]
