@@ -67,7 +67,7 @@ def test_copy_refuses(recipes: Path) -> None:
             "train.max_steps",
             ["train.max_steps=null", "a count (500, 64k, 1.5M, 10B), at least 0, or null", "allow_changes"],
         ),
-        ("model.mlp", ["one of swiglu, geglu, gelu, relu2", "cannot change"]),
+        ("model.mlp", ["one of swiglu, geglu, geglu_tanh, gelu, gelu_tanh, relu, relu2", "cannot change"]),
         ("engine", ["engine.zero_stage=1:", "engine.compile=false:"]),
         ("data.sources", ["data.sources.NAME.path:"]),
         ("data.sources.wiki.weight", ["data.sources.wiki.weight=1.0"]),

@@ -61,7 +61,7 @@ def parameter_groups(config: OptimizerConfig, parameters: Iterable[tuple[str, nn
 def _group_of(name: str, parameter: nn.Parameter) -> str:
     if len(getattr(parameter, "ds_shape", parameter.shape)) < 2:
         return "vectors"
-    return "matrices" if "blocks." in name else "embeddings"
+    return "matrices" if ".blocks." in name else "embeddings"
 
 
 class Optimizer(torch.optim.Optimizer):

@@ -1,4 +1,4 @@
-"""Grouped-query self-attention over torch's scaled_dot_product_attention.
+"""Grouped-query attention over torch's scaled_dot_product_attention, or FlexAttention where a mask is sparse.
 
 Queries, keys and values are three matrices and three products: Muon orthogonalizes a matrix as a whole, and Hugging
 Face keeps them apart, so a fused one would have to be cut for both. One fused product took as long as the three (one
@@ -8,19 +8,26 @@ H heads, K key heads, C head width.
 
 from __future__ import annotations
 
-from typing import Protocol
+import functools
+from typing import Any, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 
 from bigtx.config import shape
 from bigtx.config.schema import ModelConfig
 from bigtx.model.layers import Linear, Norm
+from bigtx.model.mask import Mask
 from bigtx.model.positions import Rotation, rotate
 
 
 class LayerCache(Protocol):
     """Where a layer keeps the keys and values of the tokens that were read before."""
+
+    source: tuple[Tensor, Tensor] | None
+    """Of an encoder-decoder: the keys and values [B, K, S, C] of the source, once they are made."""
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Take in keys and values [B, K, T, C] and return those of all tokens so far [B, K, S, C]."""
@@ -28,12 +35,13 @@ class LayerCache(Protocol):
 
 
 class Attention(nn.Module):
-    """Causal self-attention; K key and value heads serve H query heads (arXiv:2305.13245)."""
+    """Attention to the own text or to a source; K key and value heads serve H query heads (arXiv:2305.13245)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads = config.num_heads, shape.num_kv_heads(config)
         self.width = shape.head_width(config)
+        self.scale = config.attention_scale
         self.dropout = config.dropout
         size, queries, keys = config.hidden_size, self.num_heads * self.width, self.num_kv_heads * self.width
         self.query = Linear(size, queries, bias=config.attention_bias)
@@ -46,42 +54,81 @@ class Attention(nn.Module):
     def _head_norm(self, config: ModelConfig) -> Norm:
         return Norm("rms", self.width, eps=config.norm_eps, scale=config.norm_scale)
 
-    def forward(self, x: Tensor, rotation: Rotation | None, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
-        """Attend.
+    def forward(
+        self,
+        x: Tensor,
+        mask: Mask,
+        rotation: Rotation | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """Attend to the text itself.
 
         Args:
             x: [B, T, D].
+            mask: what each token sees.
             rotation: the rotary angles, or None for other kinds of positions.
-            mask: bool [B or 1, 1, T, S] (True may be seen) or a bias on the scores [B or 1, H, T, S]; None is causal.
-            cache: keys and values of earlier tokens; needs a mask.
+            cache: keys and values of earlier tokens.
 
         Returns:
             [B, T, D].
         """
-        queries = self._heads(self.query(x), self.num_heads)  # B H T C
-        keys = self._heads(self.key(x), self.num_kv_heads)  # B K T C
-        values = self._heads(self.value(x), self.num_kv_heads)  # B K T C
-        if self.query_norm is not None and self.key_norm is not None:
-            queries, keys = self.query_norm(queries), self.key_norm(keys)
+        queries, (keys, values) = self._queries(x), self._keys_and_values(x)
         if rotation is not None:
             queries, keys = rotate(queries, rotation), rotate(keys, rotation)
         if cache is not None:
             keys, values = cache.extend(keys, values)
-        attended = self._attend(queries, keys, values, mask)  # B H T C
-        return self.output(attended.transpose(1, 2).flatten(2))
+        return self._attend(queries, keys, values, mask)
+
+    def across(self, x: Tensor, source: Tensor, mask: Mask, cache: LayerCache | None = None) -> Tensor:
+        """Attend from x [B, T, D] to the source [B, S, D]; returns [B, T, D]."""
+        if cache is None:
+            return self._attend(self._queries(x), *self._keys_and_values(source), mask)
+        if cache.source is None:
+            cache.source = self._keys_and_values(source)
+        return self._attend(self._queries(x), *cache.source, mask)
+
+    def _queries(self, x: Tensor) -> Tensor:
+        queries = self._heads(self.query(x), self.num_heads)  # B H T C
+        return queries if self.query_norm is None else self.query_norm(queries)
+
+    def _keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        keys = self._heads(self.key(x), self.num_kv_heads)  # B K S C
+        values = self._heads(self.value(x), self.num_kv_heads)  # B K S C
+        return keys if self.key_norm is None else self.key_norm(keys), values
 
     def _heads(self, x: Tensor, num_heads: int) -> Tensor:
         return x.view(*x.shape[:2], num_heads, self.width).transpose(1, 2)
 
-    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Mask) -> Tensor:
+        attended = self._weigh(queries, keys, values, mask)  # B H T C
+        return self.output(attended.transpose(1, 2).flatten(2))
+
+    def _weigh(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Mask) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        if mask is None:
+        grouped = self.num_kv_heads != self.num_heads
+        if mask.blocks is not None:
+            flex = _compiled_flex_attention() if queries.is_cuda else flex_attention
+            return flex(queries, keys, values, block_mask=mask.blocks, scale=self.scale, enable_gqa=grouped)
+        if mask.scores is None:
             return F.scaled_dot_product_attention(
-                queries, keys, values, dropout_p=dropout, is_causal=True, enable_gqa=self.num_kv_heads != self.num_heads
+                queries,
+                keys,
+                values,
+                dropout_p=dropout,
+                is_causal=mask.causal,
+                scale=self.scale,
+                enable_gqa=grouped,
             )
-        if mask.is_floating_point():
-            mask = mask.to(queries.dtype)
+        scores = mask.scores.to(queries.dtype) if mask.scores.is_floating_point() else mask.scores
         # No CUDA kernel takes a mask and grouped heads at once, and the fallback holds all scores in memory.
         repeats = self.num_heads // self.num_kv_heads
         keys, values = keys.repeat_interleave(repeats, dim=1), values.repeat_interleave(repeats, dim=1)
-        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropout)
+        return F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=scores, dropout_p=dropout, scale=self.scale
+        )
+
+
+@functools.cache
+def _compiled_flex_attention() -> Any:
+    """Compiled even where the blocks are not: as it is written it holds all scores in memory."""
+    return torch.compile(flex_attention, dynamic=False)

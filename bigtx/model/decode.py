@@ -17,7 +17,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from bigtx.config import shape
 from bigtx.config.schema import ModelConfig
+from bigtx.model.transformer import Text
 
 OnToken = Callable[[int, int], None]
 """Called with (index of the prompt, token id) as soon as a token is drawn."""
@@ -31,6 +33,7 @@ class Decoder(Protocol):
 
     vocab_size: int
     end_id: int
+    pad_id: int
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
@@ -86,9 +89,14 @@ class Sampling:
 
 
 class KeyValueCache:
-    """Keys and values of every layer; the token at position p of row b lies in column p of row b."""
+    """Keys and values of every layer; the token at position p of row b lies in column p of row b.
+
+    Attributes:
+        source: of an encoder-decoder: what the encoder made of the rows' sources, once it has read them.
+    """
 
     def __init__(self, num_layers: int) -> None:
+        self.source: Text | None = None
         self.layers = [_Layer(self) for _ in range(num_layers)]
         self.positions = torch.empty(0, 0, dtype=torch.long)  # B T, where the tokens being read go
         self.num_columns = 0
@@ -101,8 +109,12 @@ class KeyValueCache:
 
     def keep(self, rows: Tensor) -> None:
         """Forget all rows but these, int64 [rows]."""
+        if self.source is not None:
+            self.source = Text(*(None if part is None else part[rows] for part in self.source))  # type: ignore[arg-type]
         for layer in self.layers:
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+            if layer.source is not None:
+                layer.source = layer.source[0][rows], layer.source[1][rows]
 
 
 class _Layer:
@@ -113,6 +125,7 @@ class _Layer:
     def __init__(self, cache: KeyValueCache) -> None:
         self.cache = cache
         self.keys = self.values = torch.empty(0)
+        self.source: tuple[Tensor, Tensor] | None = None
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write keys and values [B, K, T, C] to their columns; returns those of all columns in use [B, K, S, C]."""
@@ -135,11 +148,20 @@ class _Layer:
 
 @dataclass
 class _Row:
-    """A text that is being continued."""
+    """A text that is being continued.
+
+    Attributes:
+        ids: the prompt and what was drawn; of an encoder-decoder, its start id and what was drawn.
+        prompt_length: how many of them were given.
+        start: the first of them that the model still reads.
+        source: of an encoder-decoder: the prompt.
+    """
 
     index: int
     ids: list[int]
+    prompt_length: int
     start: int
+    source: list[int]
     generator: torch.Generator
     new_ids: list[int] = field(default_factory=list)
 
@@ -166,12 +188,13 @@ def decode_tokens(
     sampling: Sampling,
     end_id: int | None,
     num_ids: int | None = None,
+    start_id: int | None = None,
     device: torch.device | str = "cpu",
     first_index: int = 0,
     on_token: OnToken | None = None,
     agree: Agree | None = None,
 ) -> list[list[int]]:
-    """Continue each prompt.
+    """Continue each prompt; an encoder-decoder reads it as the source and begins a text of its own.
 
     A text that reaches `config.max_sequence_length` goes on from its newer half, read again from position 0.
 
@@ -180,6 +203,7 @@ def decode_tokens(
         prompt_ids: at least one token each.
         end_id: the token that ends a text; it is not part of the result. None: no token does.
         num_ids: only ids below it may be drawn; the tokenizer of a model may have fewer than its vocab_size.
+        start_id: the token that the decoder of an encoder-decoder begins with.
         first_index: index of the first prompt, where these are a part of more prompts.
         on_token: see `OnToken`.
         agree: see `Agree`; needed where the weights are sharded over ranks.
@@ -189,19 +213,16 @@ def decode_tokens(
     """
     assert all(prompt_ids), "a prompt needs at least one token"
     limit = config.max_sequence_length
-    rows = [
-        _Row(index, list(ids), max(0, len(ids) - limit), sampling.generator(index))
-        for index, ids in enumerate(prompt_ids, start=first_index)
-    ]
+    rows = [_new_row(index, list(ids), start_id, config, sampling) for index, ids in enumerate(prompt_ids, first_index)]
     results = [row.new_ids for row in rows]
     cache: KeyValueCache | None = None
     while rows and max_new_tokens > 0:
         with _uncompiled():
             if cache is None:
-                cache = KeyValueCache(config.num_layers)
-                logits = _read_windows(forward, rows, cache, device)  # B V
+                cache = KeyValueCache(shape.num_decoder_layers(config))
+                logits = _read_windows(forward, rows, cache, config, device)  # B V
             else:
-                logits = _read_last(forward, rows, cache, device)  # B V
+                logits = _read_last(forward, rows, cache, config, device)  # B V
         tokens = sampling.draw(logits[:, :num_ids], [row.generator for row in rows])
         tokens = agree(tokens) if agree else tokens
         kept = [
@@ -227,25 +248,64 @@ def _uncompiled() -> contextlib.AbstractContextManager[None]:
     return torch.compiler.set_stance("force_eager")
 
 
+def _new_row(index: int, ids: list[int], start_id: int | None, config: ModelConfig, sampling: Sampling) -> _Row:
+    limit, generator = config.max_sequence_length, sampling.generator(index)
+    if config.shape == "encoder_decoder":
+        assert start_id is not None, "an encoder-decoder's text begins with a start id"
+        return _Row(index, [start_id], 1, 0, ids[-limit:], generator)
+    assert config.shape == "decoder", "an encoder continues nothing"
+    return _Row(index, ids, len(ids), max(0, len(ids) - limit), [], generator)
+
+
 def _read_windows(
-    forward: Callable[..., Tensor], rows: list[_Row], cache: KeyValueCache, device: torch.device | str
+    forward: Callable[..., Tensor],
+    rows: list[_Row],
+    cache: KeyValueCache,
+    config: ModelConfig,
+    device: torch.device | str,
 ) -> Tensor:
-    """Read every row's window into an empty cache; logits [B, V] of what follows."""
+    """Read every row's window, and its source if there is one, into an empty cache; logits [B, V] of what follows."""
     windows = [row.window() for row in rows]
-    longest = max(map(len, windows))
-    # Any token pads: its column is written anew by the row's own token before that row may see it.
-    tokens = torch.tensor([window + [0] * (longest - len(window)) for window in windows], device=device)
-    positions = torch.arange(longest, device=device).expand_as(tokens)
-    last = torch.tensor([len(window) - 1 for window in windows], device=device)
-    return forward(tokens, positions=positions, cache=cache, logits_at=last)[:, 0]
+    tokens = _padded(windows, device)
+    positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
+    columns = torch.tensor([[len(window) - 1] for window in windows], device=device)
+    if config.shape == "encoder_decoder":
+        sources = [row.source for row in rows]
+        # All decoder tokens are of segment 0; padding of the source is of another, that nobody reads.
+        segment_ids = _padded([[0] * len(source) for source in sources], device, fill=1)
+        return forward(
+            _padded(sources, device),
+            segment_ids=segment_ids,
+            target_tokens=tokens,
+            target_positions=positions,
+            cache=cache,
+            columns=columns,
+        )[:, 0]
+    prefix_mask = None
+    if config.prefix_attention:
+        ends = torch.tensor([[row.prompt_length - row.start] for row in rows], device=device)
+        prefix_mask = positions < ends
+    return forward(tokens, positions=positions, prefix_mask=prefix_mask, cache=cache, columns=columns)[:, 0]
+
+
+def _padded(rows: Sequence[list[int]], device: torch.device | str, fill: int = 0) -> Tensor:
+    """int64 [B, T]. Any token pads: its column is written anew by the row's own token before that row may see it."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [fill] * (longest - len(row)) for row in rows], device=device)
 
 
 def _read_last(
-    forward: Callable[..., Tensor], rows: list[_Row], cache: KeyValueCache, device: torch.device | str
+    forward: Callable[..., Tensor],
+    rows: list[_Row],
+    cache: KeyValueCache,
+    config: ModelConfig,
+    device: torch.device | str,
 ) -> Tensor:
     """Read every row's newest token; logits [B, V] of what follows."""
     tokens = torch.tensor([[row.ids[-1]] for row in rows], device=device)
     positions = torch.tensor([[len(row.window()) - 1] for row in rows], device=device)
+    if config.shape == "encoder_decoder":
+        return forward(None, target_tokens=tokens, target_positions=positions, cache=cache)[:, 0]
     return forward(tokens, positions=positions, cache=cache)[:, 0]
 
 
@@ -273,17 +333,23 @@ def generate(
     Returns:
         The continuation of each prompt, the prompt itself left out.
     """
-    # Documents follow the end of another in training, so that is how a new one begins.
-    prompt_ids = [tokenizer.encode(prompt) or [tokenizer.end_id] for prompt in prompts]
+    config: ModelConfig = model.config  # type: ignore[assignment]
+    prompt_ids = [tokenizer.encode(prompt) for prompt in prompts]
+    if config.shape == "encoder_decoder":
+        prompt_ids = [[*ids, tokenizer.end_id] for ids in prompt_ids]  # As sources end in training.
+    else:
+        # Documents follow the end of another in training, so that is how a new one begins.
+        prompt_ids = [ids or [tokenizer.end_id] for ids in prompt_ids]
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     new_ids = decode_tokens(
         model,
-        model.config,  # type: ignore[arg-type]
+        config,
         prompt_ids,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         end_id=tokenizer.end_id,
         num_ids=tokenizer.vocab_size,
+        start_id=tokenizer.pad_id,
         device=next(model.parameters()).device,
         first_index=first_index,
         on_token=on_token,

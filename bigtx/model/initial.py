@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bigtx.config import shape as shapes
 from bigtx.config.schema import ModelConfig
 
 RUN = 2**20
@@ -50,9 +51,16 @@ def initial_value(
 
 
 def _deviation(name: str, config: ModelConfig) -> float:
+    if name.endswith("attention.query.weight") and config.attention_scale:
+        # So that the scores start as large as under the usual scale.
+        return config.init_std / (config.attention_scale * math.sqrt(shapes.head_width(config)))
     if not name.endswith(PROJECTIONS) or config.init == "normal":
         return config.init_std
-    return 0.0 if config.init == "zero_projections" else config.init_std / math.sqrt(2 * config.num_layers)
+    if config.init == "zero_projections":
+        return 0.0
+    across = config.shape == "encoder_decoder" and name.startswith("decoder.")
+    num_sums = 3 * shapes.num_decoder_layers(config) if across else 2 * config.num_layers
+    return config.init_std / math.sqrt(num_sums)
 
 
 def _normal(name: str, seed: int, start: int, stop: int) -> np.ndarray:

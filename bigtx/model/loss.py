@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from bigtx.config import shape
 from bigtx.config.schema import ModelConfig
+from bigtx.model.experts import Routing
+from bigtx.model.layers import Linear, Norm
 
 IGNORED = -100
 """The label of a position that is not predicted."""
@@ -37,6 +39,8 @@ class Loss(NamedTuple):
     """fp32 scalar with a gradient: cross-entropy in nats, z-loss included, summed over predicted tokens."""
     cross_entropy_sum: Tensor
     """fp32 scalar without a gradient: the cross-entropy alone."""
+    routing: Routing | None = None
+    """Where the tokens went, if there are experts."""
 
 
 class Head(nn.Module):
@@ -46,10 +50,14 @@ class Head(nn.Module):
         super().__init__()
         assert config.vocab_size is not None
         self.vocab_size = config.vocab_size
+        self.scale = config.logit_scale
         self.soft_cap = config.logit_soft_cap
         self.chunk_loss = chunk_loss_and_gradient
-        rows = shape.padded_vocab_size(config)
-        self.weight = nn.Parameter(torch.empty(rows, config.hidden_size)) if tied_to is None else tied_to
+        rows, size = shape.padded_vocab_size(config), config.hidden_size
+        self.transform = Linear(size, size, bias=config.mlp_bias) if config.head_transform else None
+        self.norm = Norm.of(config) if config.head_transform else None
+        self.weight = nn.Parameter(torch.empty(rows, size)) if tied_to is None else tied_to
+        self.bias = nn.Parameter(torch.empty(rows)) if config.head_bias else None
 
     def compile_loss(self) -> None:
         """Let torch.compile fuse the passes over a chunk of logits, which on a GPU are bound by its memory."""
@@ -57,17 +65,21 @@ class Head(nn.Module):
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None, z_loss: float = 0.0) -> Tensor | Loss:
         """Logits [B, T, V], fp32, of hidden [B, T, D]; or, given labels [B, T] (-100 is ignored), the loss."""
+        if self.transform is not None and self.norm is not None:
+            hidden = self.norm(F.gelu(self.transform(hidden)))
+        if self.scale != 1.0:
+            hidden = hidden * self.scale
         if labels is None:
-            return soft_capped(F.linear(hidden, self.weight[: self.vocab_size]).float(), self.soft_cap)
-        labels = labels.flatten()
+            bias = None if self.bias is None else self.bias[: self.vocab_size]
+            return soft_capped(F.linear(hidden, self.weight[: self.vocab_size], bias).float(), self.soft_cap)
         per_chunk = functools.partial(
             self.chunk_loss, vocab_size=self.vocab_size, soft_cap=self.soft_cap, z_loss=z_loss
         )
-        inputs = hidden.flatten(0, 1), self.weight
+        inputs: tuple[Tensor, Tensor, Tensor | None] = hidden.flatten(0, 1), self.weight, self.bias
         if not torch.is_grad_enabled():
-            # Inside the function torch says of both that they want a gradient, also where none is recorded.
-            inputs = inputs[0].detach(), inputs[1].detach()
-        loss, cross_entropy = ChunkedLoss.apply(*inputs, labels, per_chunk)
+            # Inside the function torch says of all that they want a gradient, also where none is recorded.
+            inputs = inputs[0].detach(), inputs[1].detach(), None if self.bias is None else self.bias.detach()
+        loss, cross_entropy = ChunkedLoss.apply(*inputs, labels.flatten(), per_chunk)
         return Loss(loss, cross_entropy)
 
 
@@ -81,33 +93,36 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, per_chunk: ChunkLoss
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, per_chunk: ChunkLoss
     ) -> tuple[Tensor, Tensor]:
-        """Sum the loss of hidden [N, D] under weight [P, D] and labels [N], and keep the gradients of both.
+        """Sum the loss of hidden [N, D] under weight [P, D], bias [P] and labels [N], and keep the gradients.
 
         Returns:
             The loss and the cross-entropy, fp32 scalars.
         """
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         hidden_grad = torch.empty_like(hidden) if wants_hidden else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        bias_grad = torch.zeros_like(weight[:, 0], dtype=torch.float32) if wants_bias else None
         sums = torch.zeros(2, dtype=torch.float32, device=hidden.device)
         device = hidden.device.type
         # Autocast would cast the weight again for each chunk.
         arithmetic = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        matrix = weight.to(arithmetic)
+        matrix, offsets = weight.to(arithmetic), None if bias is None else bias.to(arithmetic)
         size = max(1, CHUNK_LOGITS.get(device, CHUNK_LOGITS["cuda"]) // weight.shape[0])
         for start in range(0, hidden.shape[0], size):
             chunk = slice(start, start + size)
             inputs = hidden[chunk].to(arithmetic)
-            loss, cross_entropy, grad = per_chunk(F.linear(inputs, matrix), labels[chunk])
+            loss, cross_entropy, grad = per_chunk(F.linear(inputs, matrix, offsets), labels[chunk])
             sums += torch.stack((loss, cross_entropy))
             if hidden_grad is not None:
                 hidden_grad[chunk] = grad @ matrix
             if weight_grad is not None:
                 weight_grad += grad.t() @ inputs
-        ctx.grads = (hidden_grad, weight_grad)
-        ctx.weight_dtype = weight.dtype
+            if bias_grad is not None:
+                bias_grad += grad.sum(dim=0, dtype=torch.float32)
+        ctx.grads = (hidden_grad, weight_grad, bias_grad)
+        ctx.dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
         loss, cross_entropy = sums.unbind()
         ctx.mark_non_differentiable(cross_entropy)
         return loss, cross_entropy
@@ -115,14 +130,11 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the kept gradients by the gradient of the sum."""
-        hidden_grad, weight_grad = ctx.grads
-        scale = upstream[0]
-        return (
-            None if hidden_grad is None else (hidden_grad * scale).to(hidden_grad.dtype),
-            None if weight_grad is None else (weight_grad * scale).to(ctx.weight_dtype),
-            None,
-            None,
+        scaled = (
+            None if grad is None else (grad * upstream[0]).to(dtype)
+            for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)
         )
+        return *scaled, None, None
 
 
 def chunk_loss_and_gradient(

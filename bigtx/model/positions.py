@@ -20,9 +20,10 @@ Rotation = tuple[Tensor, Tensor]
 """cos and sin of each position's angles, each fp32 [B, 1, T, C/2]."""
 
 
-def rotation(config: ModelConfig, positions: Tensor) -> Rotation:
-    """The rotary angles (arXiv:2104.09864) of positions [B, T]."""
-    frequencies, magnitude = rotary_frequencies(config, positions.device)
+def rotation(config: ModelConfig, positions: Tensor, *, local: bool = False) -> Rotation:
+    """The rotary angles (arXiv:2104.09864) of positions [B, T], in blocks with a window (`local`) or without."""
+    theta = (config.local_rope_theta if local else None) or config.rope_theta
+    frequencies, magnitude = rotary_frequencies(config, theta, positions.device)
     angles = positions[:, None, :, None].float() * frequencies  # B 1 T C/2
     return angles.cos() * magnitude, angles.sin() * magnitude
 
@@ -38,12 +39,12 @@ def rotate(x: Tensor, by: Rotation) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def rotary_frequencies(config: ModelConfig, device: torch.device | str) -> tuple[Tensor, float]:
+def rotary_frequencies(config: ModelConfig, theta: float, device: torch.device | str) -> tuple[Tensor, float]:
     """Radians per position of each pair of dimensions, fp32 [C/2], and the factor that YaRN puts on cos and sin."""
     width, scaling = shape.head_width(config), config.rope_scaling
     assert width % 2 == 0, "rotary positions turn pairs of dimensions: the head width must be even"
     exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
-    frequencies = config.rope_theta**-exponents
+    frequencies = theta**-exponents
     if scaling.method == "none":
         return frequencies, 1.0
     stretched = frequencies / scaling.factor
@@ -55,17 +56,17 @@ def rotary_frequencies(config: ModelConfig, device: torch.device | str) -> tuple
         low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
         kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
         return stretched + (frequencies - stretched) * kept, 1.0
-    low, high = (_yarn_dimension(config, width, beta) for beta in (scaling.beta_fast, scaling.beta_slow))
+    low, high = (_yarn_dimension(config, theta, width, beta) for beta in (scaling.beta_fast, scaling.beta_slow))
     low, high = max(math.floor(low), 0), min(math.ceil(high), width - 1)
     index = torch.arange(width // 2, dtype=torch.float32, device=device)
     kept = 1.0 - ((index - low) / max(high - low, 1e-3)).clamp(0.0, 1.0)
     return stretched + (frequencies - stretched) * kept, 0.1 * math.log(scaling.factor) + 1.0
 
 
-def _yarn_dimension(config: ModelConfig, width: int, turns: float) -> float:
+def _yarn_dimension(config: ModelConfig, theta: float, width: int, turns: float) -> float:
     """The pair of dimensions that makes this many turns within the original length (arXiv:2309.00071, section 3.2)."""
     per_radian = config.rope_scaling.original_length / (turns * 2 * math.pi)
-    return width * math.log(per_radian) / (2 * math.log(config.rope_theta))
+    return width * math.log(per_radian) / (2 * math.log(theta))
 
 
 def sinusoids(positions: Tensor, size: int) -> Tensor:
@@ -77,22 +78,27 @@ def sinusoids(positions: Tensor, size: int) -> Tensor:
 
 
 class RelativeBias(nn.Module):
-    """T5's bias on attention scores by bucketed distance (arXiv:1910.10683), one table for all blocks."""
+    """T5's bias on attention scores by bucketed distance (arXiv:1910.10683), one table for all blocks of a stack."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, both_ways: bool) -> None:
+        """Args: both_ways: whether tokens see what follows them; half of the buckets are for that."""
         super().__init__()
         self.num_buckets = config.relative_num_buckets
         self.max_distance = config.relative_max_distance
+        self.both_ways = both_ways
         self.table = Embedding(config.relative_num_buckets, config.num_heads)
 
     def forward(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         """The bias [B, H, T, S] for query positions [B, T] and key positions [B, S]."""
-        distance = (query_positions[:, :, None] - key_positions[:, None, :]).clamp(min=0)  # B T S
-        return self.table(self.bucket(distance)).permute(0, 3, 1, 2)
+        behind = query_positions[:, :, None] - key_positions[:, None, :]  # B T S
+        return self.table(self.bucket(behind)).permute(0, 3, 1, 2)
 
-    def bucket(self, distance: Tensor) -> Tensor:
-        """Bucket of each distance back: exact for the first half of the buckets, then by its logarithm."""
-        exact = self.num_buckets // 2
+    def bucket(self, behind: Tensor) -> Tensor:
+        """Bucket of each distance back (of keys ahead: negative): exact for small ones, then by its logarithm."""
+        num_buckets = self.num_buckets // 2 if self.both_ways else self.num_buckets
+        exact = num_buckets // 2
+        distance = behind.abs() if self.both_ways else behind.clamp(min=0)
         octaves = torch.log(distance.clamp(min=1).float() / exact) / math.log(self.max_distance / exact)
-        far = exact + (octaves * (self.num_buckets - exact)).long()
-        return torch.where(distance < exact, distance, far.clamp(max=self.num_buckets - 1))
+        far = (exact + (octaves * (num_buckets - exact)).long()).clamp(max=num_buckets - 1)
+        bucket = torch.where(distance < exact, distance, far)
+        return bucket + num_buckets * (behind < 0) if self.both_ways else bucket

@@ -1,12 +1,16 @@
-"""The Transformer, top to bottom: embed, blocks, norm, head.
+"""The Transformer, top to bottom: embed, blocks, norm, head; and its three shapes.
 
-    tokens ── embedding ──▶ [ x + attention(norm x) ─▶ x + mlp(norm x) ] * num_layers ── norm ── head ──▶ logits or loss
-                 ▲                      ▲
-              positions         rotation, mask: made once, shared by all blocks
+    block     x + attention(norm x) ─▶ [ x + attention(norm x, source) ─▶ ] x + mlp(norm x)
+    stack     block * num_layers ─▶ norm                          positions and masks are made once, for all blocks
+
+    decoder             tokens ─ embed ─▶ stack, causal ─▶ head ─▶ logits or loss
+    encoder             tokens ─ embed ─▶ stack, both ways ─▶ head
+    encoder_decoder     tokens ─ embed ─▶ stack, both ways ─▶ source
+                        target tokens ─ embed ─▶ stack, causal, attending to source ─▶ head
 
 Every parameter is used inside the forward of the module that owns it, because ZeRO-3 gathers a module's parameters
-around its forward and nowhere else. Shape letters: B batch, T query tokens, S key tokens, D hidden size, H heads,
-K key heads, C head width, V vocabulary.
+around its forward and nowhere else. Shape letters: B batch, T tokens (of the target, where there is a source), S source
+tokens, D hidden size, H heads, K key heads, C head width, V vocabulary, M columns whose logits are wanted.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +28,25 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from bigtx.config import shape
 from bigtx.config.schema import ModelConfig
 from bigtx.model.attention import Attention, LayerCache
+from bigtx.model.experts import Experts, Routing
 from bigtx.model.initial import initial_value
 from bigtx.model.layers import MLP, Embedding, Norm
 from bigtx.model.loss import Head, Loss
+from bigtx.model.mask import Mask, Side, make_mask
 from bigtx.model.positions import RelativeBias, Rotation, rotation, sinusoids
 
 Recompute = Literal["none", "selective", "full"]
+
+
+class Text(NamedTuple):
+    """Tokens on their way through a stack."""
+
+    x: Tensor
+    """[B, T, D]."""
+    positions: Tensor
+    """int64 [B or 1, T], of each token in its text."""
+    segment_ids: Tensor | None = None
+    """int64 [B, T]: the text of a row that a token belongs to; it sees only that one."""
 
 
 class Cache(Protocol):
@@ -38,9 +55,12 @@ class Cache(Protocol):
     Columns of the cache are positions of the text: a token at position p of its row lies in column p.
     """
 
+    source: Text | None
+    """What the encoder made of the source, once it has read it."""
+
     @property
     def layers(self) -> Sequence[LayerCache]:
-        """One for each block."""
+        """One for each block of the decoder."""
         ...
 
     def place(self, positions: Tensor) -> Tensor:
@@ -48,48 +68,158 @@ class Cache(Protocol):
         ...
 
 
-class Block(nn.Module):
-    """Attention and a feed-forward, each with its norm and residual."""
+class Surroundings(NamedTuple):
+    """What the blocks of a stack share: the mask and the rotation of those that see all and of those with a window."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    masks: tuple[Mask, Mask]
+    rotations: tuple[Rotation | None, Rotation | None]
+    source_mask: Mask | None
+
+
+class Block(nn.Module):
+    """Attention, in the decoder of an encoder-decoder also attention to the source, and a feed-forward."""
+
+    def __init__(self, config: ModelConfig, *, layer: int, across: bool) -> None:
+        """Args:
+        layer: the block's number in its stack.
+        across: whether it attends to a source.
+        """
         super().__init__()
         self.norm_first = config.norm_placement == "pre"
+        self.has_window = shape.has_window(config, layer)
         self.dropout = config.dropout
-        self.attention_norm = Norm.of(config)
+        # Embeddings that were just normalized need no other norm (ModernBERT, arXiv:2412.13663).
+        normalized = self.norm_first and config.embedding_norm and layer == 0
+        self.attention_norm = None if normalized else Norm.of(config)
         self.attention = Attention(config)
+        self.cross_attention_norm = Norm.of(config) if across else None
+        self.cross_attention = Attention(config) if across else None
         self.mlp_norm = Norm.of(config)
-        self.mlp = MLP(config)
+        self.mlp = Experts(config) if config.experts.num_experts else MLP(config)
 
     def forward(
         self,
         x: Tensor,
-        rotation: Rotation | None = None,
-        mask: Tensor | None = None,
+        around: Surroundings,
+        source: Tensor | None = None,
         cache: LayerCache | None = None,
         recompute: Recompute = "none",
-    ) -> Tensor:
-        """Map x [B, T, D] to [B, T, D]; `recompute` says what the backward pass makes again instead of keeping."""
+    ) -> tuple[Tensor, Routing | None]:
+        """Map x [B, T, D] to [B, T, D]; `recompute` says what the backward pass makes again instead of keeping.
+
+        Returns:
+            The new x, and where the tokens went if there are experts.
+        """
         # Decided inside the block, so that torch.compile of the block sees it and plans for it.
         if recompute == "none" or not torch.is_grad_enabled():
-            return self._compute(x, rotation, mask, cache)
+            return self._compute(x, around, source, cache)
         if recompute == "full":
-            return checkpoint(self._compute, x, rotation, mask, cache, use_reentrant=False)
+            return checkpoint(self._compute, x, around, source, cache, use_reentrant=False)
         contexts = functools.partial(create_selective_checkpoint_contexts, _keep_or_recompute)
-        return checkpoint(self._compute, x, rotation, mask, cache, use_reentrant=False, context_fn=contexts)
+        return checkpoint(self._compute, x, around, source, cache, use_reentrant=False, context_fn=contexts)
 
-    def _compute(self, x: Tensor, rotation: Rotation | None, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
-        if self.norm_first:
-            x = x + self._drop(self.attention(self.attention_norm(x), rotation, mask, cache))
-            return x + self._drop(self.mlp(self.mlp_norm(x)))
-        x = self.attention_norm(x + self._drop(self.attention(x, rotation, mask, cache)))
-        return self.mlp_norm(x + self._drop(self.mlp(x)))
+    def _compute(
+        self, x: Tensor, around: Surroundings, source: Tensor | None, cache: LayerCache | None
+    ) -> tuple[Tensor, Routing | None]:
+        mask, turn = around.masks[self.has_window], around.rotations[self.has_window]
+        change = self.attention(self._before(self.attention_norm, x), mask, turn, cache)
+        x = self._after(self.attention_norm, x, change)
+        if self.cross_attention is not None:
+            assert source is not None and around.source_mask is not None
+            change = self.cross_attention.across(
+                self._before(self.cross_attention_norm, x), source, around.source_mask, cache
+            )
+            x = self._after(self.cross_attention_norm, x, change)
+        change, routing = self._feed_forward(self._before(self.mlp_norm, x))
+        return self._after(self.mlp_norm, x, change), routing
 
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
+    def _feed_forward(self, x: Tensor) -> tuple[Tensor, Routing | None]:
+        return self.mlp(x) if isinstance(self.mlp, Experts) else (self.mlp(x), None)
+
+    def _before(self, norm: Norm | None, x: Tensor) -> Tensor:
+        """What a sublayer reads."""
+        return norm(x) if self.norm_first and norm is not None else x
+
+    def _after(self, norm: Norm | None, x: Tensor, change: Tensor) -> Tensor:
+        """The residual sum of a sublayer."""
+        x = x + F.dropout(change, self.dropout, self.training)
+        return x if self.norm_first or norm is None else norm(x)
+
+
+class Stack(nn.Module):
+    """The blocks of an encoder or of a decoder, and the norm at their end."""
+
+    def __init__(self, config: ModelConfig, *, causal: bool) -> None:
+        super().__init__()
+        self.config, self.causal = config, causal
+        num_layers = shape.num_decoder_layers(config) if causal else shape.num_encoder_layers(config)
+        across = causal and config.shape == "encoder_decoder"
+        self.relative_bias = RelativeBias(config, both_ways=not causal) if config.positions == "relative" else None
+        self.blocks = nn.ModuleList(Block(config, layer=layer, across=across) for layer in range(num_layers))
+        self.norm = Norm.of(config) if config.norm_placement == "pre" else None
+
+    def forward(
+        self,
+        text: Text,
+        source: Text | None = None,
+        prefix_mask: Tensor | None = None,
+        cache: Cache | None = None,
+        recompute: Recompute = "none",
+    ) -> tuple[Tensor, Routing | None]:
+        """The hidden states [B, T, D] of a text, and where its tokens went if there are experts."""
+        around = self._surroundings(text, source, prefix_mask, cache)
+        x, source_x = text.x, None if source is None else source.x
+        routings = []
+        for index, block in enumerate(self.blocks):
+            x, routing = block(x, around, source_x, None if cache is None else cache.layers[index], recompute)
+            if routing is not None:
+                routings.append(routing)
+        return x if self.norm is None else self.norm(x), Routing.of_stack(routings) if routings else None
+
+    def _surroundings(
+        self, text: Text, source: Text | None, prefix_mask: Tensor | None, cache: Cache | None
+    ) -> Surroundings:
+        config, positions = self.config, text.positions
+        if cache is None:
+            key_positions = positions
+            queries = keys = _side(text)
+        else:
+            assert text.segment_ids is None, "a cache holds one text per row"
+            key_positions = cache.place(positions)[None]  # 1 S
+            queries, keys = Side(positions), Side(key_positions)
+        sparse = text.x.is_cuda and not (self.training and config.dropout)
+        mask = functools.partial(
+            make_mask,
+            queries,
+            keys,
+            causal=self.causal,
+            prefix=prefix_mask,
+            bias=None if self.relative_bias is None else self.relative_bias(positions, key_positions),
+            in_order=cache is None,
+            sparse=sparse,
+        )
+        full = mask()
+        turn = rotation(config, positions) if config.positions == "rope" else None
+        source_mask = None if source is None else _source_mask(text, source, sparse=sparse)
+        if not any(block.has_window for block in self.blocks):
+            return Surroundings((full, full), (turn, turn), source_mask)
+        local_turn = rotation(config, positions, local=True) if config.positions == "rope" else None
+        return Surroundings((full, mask(window=config.attention_window)), (turn, local_turn), source_mask)
+
+
+def _side(text: Text) -> Side:
+    return Side(torch.arange(text.x.shape[1], device=text.x.device)[None], text.segment_ids)
+
+
+def _source_mask(text: Text, source: Text, *, sparse: bool) -> Mask:
+    """What the decoder sees of the source: its own segment, which is 0 where a text is not cut into segments."""
+    if text.segment_ids is None and source.segment_ids is not None:
+        text = text._replace(segment_ids=torch.zeros_like(text.positions))
+    return make_mask(_side(text), _side(source), causal=False, sparse=sparse)
 
 
 class Transformer(nn.Module):
-    """A decoder that predicts the next token.
+    """A decoder, an encoder, or both.
 
     Its weights are unwritten memory until `init_weights` or a checkpoint fills them; it may be built on the meta
     device. `activation_checkpointing` is set by whoever trains it.
@@ -100,14 +230,20 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = Embedding(shape.padded_vocab_size(config), config.hidden_size)
-        self.position_embedding = (
-            Embedding(config.max_sequence_length, config.hidden_size) if config.positions == "learned" else None
-        )
-        self.relative_bias = RelativeBias(config) if config.positions == "relative" else None
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = Norm.of(config) if config.norm_placement == "pre" else None
+        size = config.hidden_size
+        self.embedding = Embedding(shape.padded_vocab_size(config), size)
+        num_rows = config.max_sequence_length + config.position_offset
+        self.position_embedding = Embedding(num_rows, size) if config.positions == "learned" else None
+        self.type_embedding = Embedding(config.num_token_types, size) if config.num_token_types else None
+        self.embedding_norm = Norm.of(config) if config.embedding_norm else None
+        self.encoder = Stack(config, causal=False) if config.shape != "decoder" else None
+        self.decoder = Stack(config, causal=True) if config.shape != "encoder" else None
         self.head = Head(config, tied_to=self.embedding.weight if config.tie_embeddings else None)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The blocks of all stacks."""
+        return [module for module in self.modules() if isinstance(module, Block)]
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -117,68 +253,98 @@ class Transformer(nn.Module):
 
     def forward(
         self,
-        tokens: Tensor,
+        tokens: Tensor | None,
         labels: Tensor | None = None,
+        *,
         positions: Tensor | None = None,
         segment_ids: Tensor | None = None,
+        token_types: Tensor | None = None,
+        prefix_mask: Tensor | None = None,
+        target_tokens: Tensor | None = None,
+        target_positions: Tensor | None = None,
+        target_segment_ids: Tensor | None = None,
+        columns: Tensor | None = None,
         cache: Cache | None = None,
         z_loss: float = 0.0,
-        logits_at: Tensor | None = None,
     ) -> Tensor | Loss:
-        """Predict each token's successor.
+        """Predict: each token's successor, or in an encoder the token itself.
 
         Args:
-            tokens: int64 [B, T].
-            labels: int64 [B, T], already shifted: labels[b, t] is the successor of tokens[b, t]; -100 is ignored.
+            tokens: int64 [B, T]; of an encoder-decoder the source [B, S], or None once the cache holds what it became.
+            labels: int64 [B, T] or [B, M], what is to be predicted at each column: for a decoder already shifted, so
+                that labels[b, t] is the successor of tokens[b, t]; -100 is ignored.
             positions: int64 [B, T] within each text; by default 0, 1, ... in every row. Needed with a cache.
             segment_ids: int64 [B, T]; a token sees only tokens of its own segment.
-            cache: keys and values of earlier tokens, extended by this call.
+            token_types: int64 [B, T]; by default 0.
+            prefix_mask: bool [B, T]: tokens that all tokens of their segment see, those before them too.
+            target_tokens, target_positions, target_segment_ids: the same [B, T], for what the decoder of an
+                encoder-decoder reads; it sees the source tokens of its own segment, which is 0 by default.
+            columns: int64 [B, M], the only columns of each row whose logits are wanted.
+            cache: keys and values of earlier tokens of the decoder, extended by this call.
             z_loss: weight of the squared log-partition (PaLM, arXiv:2204.02311).
-            logits_at: int64 [B], the only column of each row whose logits are wanted.
 
         Returns:
-            With labels, a `Loss`; else logits, fp32 [B, T, V], or [B, 1, V] with `logits_at`.
+            With labels, a `Loss`; else logits, fp32 [B, T, V], or [B, M, V] with `columns`.
         """
-        if positions is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # 1 T
-        x = self._embed(tokens, positions)  # B T D
-        angles = rotation(self.config, positions) if self.config.positions == "rope" else None
-        mask = self._mask(positions, segment_ids, cache)
-        for index, block in enumerate(self.blocks):
-            layer_cache = None if cache is None else cache.layers[index]
-            x = block(x, angles, mask, layer_cache, self.activation_checkpointing)
-        if logits_at is not None:
-            x = x[torch.arange(x.shape[0], device=x.device), logits_at][:, None]  # B 1 D
-        if self.norm is not None:
-            x = self.norm(x)
-        return self.head(x, labels, z_loss)
+        recompute = self.activation_checkpointing
+        if self.encoder is None or self.decoder is None:
+            assert tokens is not None
+            (text,) = self._embed((tokens, positions, segment_ids), token_types=token_types)
+            if self.decoder is None:
+                assert self.encoder is not None
+                x, routing = self.encoder(text, recompute=recompute)
+            else:
+                x, routing = self.decoder(text, prefix_mask=prefix_mask, cache=cache, recompute=recompute)
+        else:
+            assert target_tokens is not None
+            target = (target_tokens, target_positions, target_segment_ids)
+            source = None if cache is None else cache.source
+            if source is None:
+                assert tokens is not None
+                source, text = self._embed((tokens, positions, segment_ids), target)
+                source = source._replace(x=self.encoder(source, recompute=recompute)[0])
+            else:
+                (text,) = self._embed(target)
+            if cache is not None:
+                cache.source = source
+            x, routing = self.decoder(text, source, cache=cache, recompute=recompute)
+        if columns is not None:
+            x = x[torch.arange(x.shape[0], device=x.device)[:, None], columns]  # B M D
+        result = self.head(x, labels, z_loss)
+        return result._replace(routing=routing) if isinstance(result, Loss) else result
 
-    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+    def _embed(
+        self, *texts: tuple[Tensor, Tensor | None, Tensor | None], token_types: Tensor | None = None
+    ) -> list[Text]:
+        """Tokens, positions and segment ids of each text to what a stack reads.
+
+        Source and target go through the tables together: DeepSpeed's ZeRO-2 has added up wrong gradients where a
+        module ran twice in a step.
+        """
+        lengths = [tokens.shape[1] for tokens, _, _ in texts]
+        places = [
+            torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens) if positions is None else positions
+            for tokens, positions, _ in texts
+        ]
+        x = self._look_up(torch.cat([tokens for tokens, _, _ in texts], dim=1), torch.cat(places, dim=1), token_types)
+        return [
+            Text(part, positions, segment_ids)
+            for part, positions, (_, _, segment_ids) in zip(x.split(lengths, dim=1), places, texts, strict=True)
+        ]
+
+    def _look_up(self, tokens: Tensor, positions: Tensor, token_types: Tensor | None) -> Tensor:
+        config = self.config
         x = self.embedding(tokens)
         if self.position_embedding is not None:
-            x = x + self.position_embedding(positions)
-        if self.config.positions == "sinusoidal":
+            x = x + self.position_embedding(positions + config.position_offset)
+        if self.type_embedding is not None:
+            x = x + self.type_embedding(torch.zeros_like(tokens) if token_types is None else token_types)
+        if config.positions == "sinusoidal":
             # Scaled, so that waves of amplitude one do not drown the embeddings (arXiv:1706.03762, section 3.4).
-            x = x * math.sqrt(self.config.hidden_size) + sinusoids(positions, self.config.hidden_size).to(x.dtype)
-        return F.dropout(x, self.config.dropout, self.training)
-
-    def _mask(self, positions: Tensor, segment_ids: Tensor | None, cache: Cache | None) -> Tensor | None:
-        """What each token may see: None is causal, bool [B, 1, T, S], or with a relative bias [B, H, T, S]."""
-        if cache is not None:
-            assert segment_ids is None, "a cache holds one text per row"
-            key_positions = cache.place(positions)[None]  # 1 S
-            visible = key_positions[:, None, :] <= positions[:, :, None]  # B T S
-        elif segment_ids is None and self.relative_bias is None:
-            return None
-        else:
-            columns = torch.arange(positions.shape[1], device=positions.device)
-            key_positions, visible = positions, (columns <= columns[:, None])[None]  # 1 T T
-            if segment_ids is not None:
-                visible = visible & (segment_ids[:, :, None] == segment_ids[:, None, :])
-        if self.relative_bias is None:
-            return visible[:, None]
-        bias = self.relative_bias(positions, key_positions)  # B H T S
-        return bias.masked_fill(~visible[:, None], float("-inf"))
+            x = x * math.sqrt(config.hidden_size) + sinusoids(positions, config.hidden_size).to(x.dtype)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
+        return F.dropout(x, config.dropout, self.training)
 
 
 _KEPT_OPERATIONS = {

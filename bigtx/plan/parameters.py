@@ -17,7 +17,7 @@ class Counts:
         total: all of them, padding of the vocabulary included, a tied table once.
         embedding: tables of tokens, positions and relative distances, and the head where it is not tied.
         non_embedding: the rest: blocks and norms.
-        active: those that a token meets; here all.
+        active: those that a token meets: of the experts only the active ones.
     """
 
     total: int
@@ -31,30 +31,78 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     hidden, rows = config.hidden_size, shape.padded_vocab_size(config)
     shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (rows, hidden)}
     if config.positions == "learned":
-        shapes["position_embedding.weight"] = (config.max_sequence_length, hidden)
-    if config.positions == "relative":
-        shapes["relative_bias.table.weight"] = (config.relative_num_buckets, config.num_heads)
-    for index in range(config.num_layers):
-        shapes |= {f"blocks.{index}.{name}": size for name, size in _block_shapes(config).items()}
-    if config.norm_placement == "pre":
-        shapes |= _norm_shapes("norm", config)
+        shapes["position_embedding.weight"] = (config.max_sequence_length + config.position_offset, hidden)
+    if config.num_token_types:
+        shapes["type_embedding.weight"] = (config.num_token_types, hidden)
+    if config.embedding_norm:
+        shapes |= _norm_shapes("embedding_norm", config)
+    for stack, num_layers in stacks(config).items():
+        if config.positions == "relative":
+            shapes[f"{stack}.relative_bias.table.weight"] = (config.relative_num_buckets, config.num_heads)
+        for index in range(num_layers):
+            block = _block_shapes(config, stack, index)
+            shapes |= {f"{stack}.blocks.{index}.{name}": size for name, size in block.items()}
+        if config.norm_placement == "pre":
+            shapes |= _norm_shapes(f"{stack}.norm", config)
+    if config.head_transform:
+        shapes |= _linear_shapes("head.transform", hidden, hidden, config.mlp_bias) | _norm_shapes("head.norm", config)
     if not config.tie_embeddings:
         shapes["head.weight"] = (rows, hidden)
+    if config.head_bias:
+        shapes["head.bias"] = (rows,)
     return shapes
 
 
-def _block_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    hidden, inner, width = config.hidden_size, shape.mlp_size(config), shape.head_width(config)
+def stacks(config: ModelConfig) -> dict[str, int]:
+    """The stacks of a model and their numbers of blocks."""
+    layers = {"encoder": shape.num_encoder_layers(config), "decoder": shape.num_decoder_layers(config)}
+    return {name: count for name, count in layers.items() if count}
+
+
+def _block_shapes(config: ModelConfig, stack: str, index: int) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    if not (config.embedding_norm and config.norm_placement == "pre" and index == 0):
+        shapes |= _norm_shapes("attention_norm", config)
+    shapes |= _attention_shapes("attention", config)
+    if stack == "decoder" and config.shape == "encoder_decoder":
+        shapes |= _norm_shapes("cross_attention_norm", config) | _attention_shapes("cross_attention", config)
+    shapes |= _norm_shapes("mlp_norm", config)
+    if config.experts.num_experts:
+        return shapes | _expert_shapes(config)
+    return shapes | _mlp_shapes("mlp", config, shape.mlp_size(config))
+
+
+def _attention_shapes(name: str, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    hidden, width = config.hidden_size, shape.head_width(config)
     queries, keys = config.num_heads * width, shape.num_kv_heads(config) * width
-    shapes = _norm_shapes("attention_norm", config) | _norm_shapes("mlp_norm", config)
-    for name, outputs in (("query", queries), ("key", keys), ("value", keys)):
-        shapes |= _linear_shapes(f"attention.{name}", hidden, outputs, config.attention_bias)
-    shapes |= _linear_shapes("attention.output", queries, hidden, config.attention_output_bias)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for part, outputs in (("query", queries), ("key", keys), ("value", keys)):
+        shapes |= _linear_shapes(f"{name}.{part}", hidden, outputs, config.attention_bias)
+    shapes |= _linear_shapes(f"{name}.output", queries, hidden, config.attention_output_bias)
     if config.qk_norm and config.norm_scale:
-        shapes |= {"attention.query_norm.weight": (width,), "attention.key_norm.weight": (width,)}
-    for name in ("gate", "up") if config.mlp in shape.GATED else ("up",):
-        shapes |= _linear_shapes(f"mlp.{name}", hidden, inner, config.mlp_bias)
-    return shapes | _linear_shapes("mlp.down", inner, hidden, config.mlp_bias)
+        shapes |= {f"{name}.query_norm.weight": (width,), f"{name}.key_norm.weight": (width,)}
+    return shapes
+
+
+def _mlp_shapes(name: str, config: ModelConfig, inner: int) -> dict[str, tuple[int, ...]]:
+    hidden, bias = config.hidden_size, config.mlp_bias
+    shapes: dict[str, tuple[int, ...]] = {}
+    for part in ("gate", "up") if config.mlp in shape.GATED else ("up",):
+        shapes |= _linear_shapes(f"{name}.{part}", hidden, inner, bias)
+    return shapes | _linear_shapes(f"{name}.down", inner, hidden, bias)
+
+
+def _expert_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    experts, hidden, inner = config.experts, config.hidden_size, shape.expert_size(config)
+    shapes = _linear_shapes("mlp.router", hidden, experts.num_experts, bias=False)
+    for part in ("gate", "up") if config.mlp in shape.GATED else ("up",):
+        shapes[f"mlp.{part}"] = (experts.num_experts, inner, hidden)
+    shapes["mlp.down"] = (experts.num_experts, hidden, inner)
+    if experts.shared_size:
+        shapes |= _mlp_shapes("mlp.shared", config, experts.shared_size)
+    if experts.shared_size and experts.shared_gate:
+        shapes |= _linear_shapes("mlp.shared_gate", hidden, 1, bias=False)
+    return shapes
 
 
 def _linear_shapes(name: str, inputs: int, outputs: int, bias: bool) -> dict[str, tuple[int, ...]]:
@@ -75,19 +123,64 @@ def _norm_shapes(name: str, config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def count_parameters(config: ModelConfig) -> Counts:
     """Count the parameters of a model whose vocab_size is set."""
-    sizes = {name: math.prod(size) for name, size in parameter_shapes(config).items()}
-    total = sum(sizes.values())
-    blocks = sum(size for name, size in sizes.items() if name.startswith(("blocks.", "norm.")))
-    return Counts(total=total, embedding=total - blocks, non_embedding=blocks, active=total)
+    total = sum(math.prod(size) for size in parameter_shapes(config).values())
+    sizes = _of_stacks(config)
+    blocks = sum(sizes.values())
+    idle = sum(size for name, size in sizes.items() if name.endswith(_OF_EXPERTS)) * _idle_share(config)
+    return Counts(total=total, embedding=total - blocks, non_embedding=blocks, active=total - round(idle))
+
+
+def _of_stacks(config: ModelConfig) -> dict[str, int]:
+    """Sizes of the parameters of the blocks and the norms after them."""
+    shapes = {
+        name: size for name, size in parameter_shapes(config).items() if name.startswith(("encoder.", "decoder."))
+    }
+    return {name: math.prod(size) for name, size in shapes.items() if ".relative_bias." not in name}
+
+
+_OF_EXPERTS = (".mlp.gate", ".mlp.up", ".mlp.down")
+"""Ends of the names of parameters that hold all experts of a block."""
+
+
+def _idle_share(config: ModelConfig) -> float:
+    """Share of the experts that a token does not meet."""
+    experts = config.experts
+    return 1.0 - experts.num_active / experts.num_experts if experts.num_experts else 0.0
+
+
+def flops_per_row(config: ModelConfig, *, source_length: int, target_length: int, num_predicted: int) -> int:
+    """Floating-point operations of a training step per row, forward and backward, recomputation left out.
+
+    6 for each parameter that a token meets in the blocks and the head (looked-up tables do no arithmetic), and
+    12 (H C) for each pair of tokens in each block's attention, over the full square, the usual convention (PaLM,
+    arXiv:2204.02311, appendix B).
+
+    Args:
+        source_length: tokens that the encoder reads, 0 without one.
+        target_length: tokens that the decoder reads, 0 without one.
+        num_predicted: columns whose logits are made.
+    """
+    arithmetic = 0.0
+    for name, size in _of_stacks(config).items():
+        used = size * (1.0 - _idle_share(config)) if name.endswith(_OF_EXPERTS) else size
+        # Keys and values of the cross attention are made of the source.
+        reads_source = (
+            name.startswith("encoder.") or ".cross_attention.key." in name or ".cross_attention.value." in name
+        )
+        arithmetic += 6 * used * (source_length if reads_source else target_length)
+    head = (shape.padded_vocab_size(config) + config.head_transform * config.hidden_size) * config.hidden_size
+    counts = stacks(config)
+    pairs = counts.get("encoder", 0) * source_length**2 + counts.get("decoder", 0) * target_length**2
+    if config.shape == "encoder_decoder":
+        pairs += counts["decoder"] * source_length * target_length
+    attention = 12 * config.num_heads * shape.head_width(config) * pairs
+    return round(arithmetic) + 6 * head * num_predicted + attention
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
-    """Floating-point operations of a training step per token, forward and backward, recomputation left out.
-
-    6 for each parameter of the blocks and the head (looked-up tables do no arithmetic), and 12 L (H C) T for attention
-    over the full square, the usual convention (PaLM, arXiv:2204.02311, appendix B).
-    """
-    head = shape.padded_vocab_size(config) * config.hidden_size
-    matrices = count_parameters(config).non_embedding + head
-    attention_size = config.num_heads * shape.head_width(config)
-    return 6 * matrices + 12 * config.num_layers * attention_size * sequence_length
+    """The same per token of a row that one stack reads, and predicts, as a whole."""
+    lengths = {"encoder": (sequence_length, 0), "decoder": (0, sequence_length)}[config.shape]
+    return (
+        flops_per_row(config, source_length=lengths[0], target_length=lengths[1], num_predicted=sequence_length)
+        // sequence_length
+    )

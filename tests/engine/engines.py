@@ -243,7 +243,7 @@ class PlainUpdate:
         clip = min(1.0, self.case.clipping / (float(norm) + 1e-6)) if self.case.clipping else 1.0
         for name, master in self.masters.items():
             gradient = gradients[name] * clip
-            if self.case.optimizer == "muon" and "blocks." in name and master.ndim == 2:
+            if self.case.optimizer == "muon" and ".blocks." in name and master.ndim == 2:
                 self._muon(name, master, gradient)
             else:
                 self._adamw(name, master, gradient)

@@ -15,6 +15,7 @@ from bigtx.config.schema import DataConfig, ModelConfig, SourceConfig
 from bigtx.data.stream.loader import TrainLoader
 from bigtx.model.attention import Attention
 from bigtx.model.loss import CHUNK_LOGITS, Head
+from bigtx.model.mask import Mask
 from bigtx.model.positions import rotation
 
 pytestmark = pytest.mark.gpu
@@ -35,7 +36,7 @@ def attend(kernel: SDPBackend, mask: str, num_kv_heads: int, head_width: int) ->
     x = torch.randn(2, LENGTH, config.hidden_size).to("cuda", torch.bfloat16).requires_grad_()
     angles = rotation(config, torch.arange(LENGTH, device="cuda")[None])
     with sdpa_kernel([kernel]):
-        result = attention(x, angles, make_mask(mask), None)
+        result = attention(x, Mask(True, make_mask(mask)), angles)
         result.backward(torch.ones_like(result) / result.numel() ** 0.5)
     assert x.grad is not None
     return result.detach().float(), x.grad.float()

@@ -135,7 +135,7 @@ def test_distributions() -> None:
 class Letters:
     """A tokenizer of 26 letters; 26 ends a text."""
 
-    vocab_size, end_id = 27, 26
+    vocab_size, end_id, pad_id = 27, 26, 0
 
     def encode(self, text: str) -> list[int]:
         return [ord(letter) - ord("a") for letter in text]

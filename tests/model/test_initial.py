@@ -45,7 +45,11 @@ def test_it_never_changes() -> None:
 
 def test_pieces_make_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(initial, "RUN", 100)
-    for name, shape in (("embedding.weight", (37, 9)), ("norm.weight", (333,)), ("blocks.0.mlp.up.bias", (333,))):
+    for name, shape in (
+        ("embedding.weight", (37, 9)),
+        ("decoder.norm.weight", (333,)),
+        ("decoder.blocks.0.mlp.up.bias", (333,)),
+    ):
         whole = initial_value(name, shape, CONFIG, 3)
         assert whole.shape == shape and whole.dtype == torch.float32
         borders = [0, 1, 99, 100, 101, 250, 333]

@@ -20,7 +20,7 @@ def plain(index: int, width: int = 64, theta: float = 500_000.0) -> float:
 
 
 def frequencies(**scaling: object) -> tuple[list[float], float]:
-    found, magnitude = rotary_frequencies(config(**scaling), "cpu")
+    found, magnitude = rotary_frequencies(config(**scaling), 500_000.0, "cpu")
     assert found.dtype == torch.float32
     return found.tolist(), magnitude
 
@@ -96,7 +96,8 @@ def test_sinusoids() -> None:
 
 def test_relative_buckets() -> None:
     """T5's for a decoder: 16 exact distances, then 16 by logarithm up to 128."""
-    bias = RelativeBias(ModelConfig(positions="relative", relative_num_buckets=32, relative_max_distance=128))
+    settings = ModelConfig(positions="relative", relative_num_buckets=32, relative_max_distance=128)
+    bias = RelativeBias(settings, both_ways=False)
 
     def expected(distance: int) -> int:
         if distance < 16:
@@ -105,3 +106,20 @@ def test_relative_buckets() -> None:
 
     distances = torch.arange(300)
     assert bias.bucket(distances).tolist() == [expected(distance) for distance in range(300)]
+    assert bias.bucket(-distances).tolist() == [0] * 300
+
+
+def test_relative_buckets_both_ways() -> None:
+    """T5's for an encoder: the same with half of the buckets, the other half for what follows."""
+    settings = ModelConfig(positions="relative", relative_num_buckets=32, relative_max_distance=128)
+    bias = RelativeBias(settings, both_ways=True)
+
+    def expected(distance: int) -> int:
+        if distance < 8:
+            return distance
+        return min(15, 8 + int(math.log(distance / 8) / math.log(128 / 8) * 8))
+
+    distances = torch.arange(1, 300)
+    assert bias.bucket(distances).tolist() == [expected(distance) for distance in range(1, 300)]
+    assert bias.bucket(-distances).tolist() == [16 + expected(distance) for distance in range(1, 300)]
+    assert bias.bucket(torch.tensor([0])).tolist() == [0]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bigtx.config import shape
-from bigtx.config.schema import ModelConfig, RopeScalingConfig
+from bigtx.config.schema import ExpertsConfig, ModelConfig, RopeScalingConfig
 from bigtx.model.transformer import Transformer
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -83,7 +83,7 @@ def plain_logits(config: ModelConfig, weights: dict[str, Tensor], tokens: list[i
 
     stream = [weights["embedding.weight"][token] for token in tokens]
     for layer in range(config.num_layers):
-        own = {name.removeprefix(f"blocks.{layer}."): weight for name, weight in weights.items()}
+        own = {name.removeprefix(f"decoder.blocks.{layer}."): weight for name, weight in weights.items()}
         queries, keys, values = [], [], []
         for position, x in enumerate(stream):
             x = norm(x, own["attention_norm.weight"])
@@ -105,7 +105,7 @@ def plain_logits(config: ModelConfig, weights: dict[str, Tensor], tokens: list[i
             gate, up = own["mlp.gate.weight"] @ inner, own["mlp.up.weight"] @ inner
             stream[position] = x + own["mlp.down.weight"] @ (gate * torch.sigmoid(gate) * up)
     head = weights.get("head.weight", weights["embedding.weight"])[: config.vocab_size]
-    return torch.stack([head @ norm(x, weights["norm.weight"]) for x in stream])
+    return torch.stack([head @ norm(x, weights["decoder.norm.weight"]) for x in stream])
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 2, "qk_norm": True, "tie_embeddings": True, "head_width": 6}])
@@ -126,8 +126,8 @@ def test_shapes_and_padding_of_the_vocabulary(variant: str) -> None:
     logits = model(tokens)
     assert logits.shape == (3, 11, 70) and logits.dtype == torch.float32
     at = torch.tensor([0, 4, 10])
-    torch.testing.assert_close(model(tokens, logits_at=at)[:, 0], logits[torch.arange(3), at])
-    loss, cross_entropy = model(tokens, labels=tokens)
+    torch.testing.assert_close(model(tokens, columns=at[:, None])[:, 0], logits[torch.arange(3), at])
+    loss, cross_entropy, _ = model(tokens, labels=tokens)
     assert loss.shape == cross_entropy.shape == () and loss.requires_grad and not cross_entropy.requires_grad
 
 
@@ -265,31 +265,45 @@ def test_a_tied_head_is_one_parameter() -> None:
 
 # Field: (what it is changed to, what else must be set for it to matter). Defaults of `tiny_config` otherwise.
 FIELDS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "shape": ("encoder", {}),
     "vocab_size": (71, {}),
     "hidden_size": (40, {}),
     "num_layers": (3, {}),
+    "num_decoder_layers": (3, {"shape": "encoder_decoder"}),
     "num_heads": (2, {}),
     "num_kv_heads": (2, {}),
     "head_width": (12, {}),
     "mlp": ("geglu", {}),
     "mlp_size": (48, {}),
+    "experts": (ExpertsConfig(num_experts=4), {}),
     "norm": ("layer", {}),
     "norm_placement": ("post", {}),
+    "embedding_norm": (True, {}),
     "norm_eps": (0.1, {}),
     "norm_scale": (False, {}),
     "norm_bias": (True, {"norm": "layer"}),
     "qk_norm": (True, {}),
+    "attention_scale": (1.0, {}),
+    "attention_window": (5, {}),
+    "global_attention_every": (2, {"attention_window": 5}),
+    "prefix_attention": (True, {}),
     "positions": ("sinusoidal", {}),
+    "position_offset": (2, {"positions": "learned"}),
     "rope_theta": (100.0, {}),
+    "local_rope_theta": (100.0, {"attention_window": 5}),
     "rope_scaling": (RopeScalingConfig(method="linear", factor=2.0), {}),
     "relative_num_buckets": (16, {"positions": "relative"}),
     "relative_max_distance": (40, {"positions": "relative", "relative_num_buckets": 8}),
     "max_sequence_length": (65, {"positions": "learned"}),
+    "num_token_types": (2, {}),
     "attention_bias": (True, {}),
     "attention_output_bias": (True, {}),
     "mlp_bias": (True, {}),
     "tie_embeddings": (True, {}),
+    "head_bias": (True, {}),
+    "head_transform": (True, {}),
     "dropout": (0.5, {}),
+    "logit_scale": (0.5, {}),
     "logit_soft_cap": (2.0, {}),
     "init_std": (0.5, {}),
     "init": ("scaled", {}),
@@ -312,7 +326,13 @@ def same(first: ModelConfig, second: ModelConfig) -> bool:
         model = Transformer(config).train()
         model.init_weights(1)
         torch.manual_seed(1)
-        answers.append((dict(model.named_parameters()), model(random_tokens(2, 60)).detach()))
+        tokens = random_tokens(2, 60)
+        inputs: dict[str, Tensor] = {}
+        if config.shape == "encoder_decoder":
+            inputs["target_tokens"] = tokens
+        if config.prefix_attention:
+            inputs["prefix_mask"] = torch.arange(60).expand(2, 60) < 30
+        answers.append((dict(model.named_parameters()), model(tokens, **inputs).detach()))
     (weights, logits), (other_weights, other_logits) = answers
     return (
         weights.keys() == other_weights.keys()
@@ -340,7 +360,7 @@ def test_every_field_of_rope_scaling_matters(name: str) -> None:
     assert not same(tiny_config(rope_scaling=first), tiny_config(rope_scaling=second))
 
 
-@pytest.mark.parametrize("kind", ["swiglu", "geglu", "gelu", "relu2"])
+@pytest.mark.parametrize("kind", ["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu", "relu2"])
 def test_feed_forwards(kind: str) -> None:
     mlp = tiny_model(mlp=kind).blocks[0].mlp
     x = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(1))
@@ -348,8 +368,11 @@ def test_feed_forwards(kind: str) -> None:
     gate = x @ mlp.gate.weight.t() if mlp.gate is not None else None
     inner = {
         "swiglu": lambda: gate * torch.sigmoid(gate) * up,
-        "geglu": lambda: F.gelu(gate, approximate="tanh") * up,
-        "gelu": lambda: F.gelu(up, approximate="tanh"),
+        "geglu": lambda: gate * torch.special.ndtr(gate) * up,
+        "geglu_tanh": lambda: F.gelu(gate, approximate="tanh") * up,
+        "gelu": lambda: up * torch.special.ndtr(up),
+        "gelu_tanh": lambda: F.gelu(up, approximate="tanh"),
+        "relu": lambda: up.clamp(min=0),
         "relu2": lambda: up.clamp(min=0) ** 2,
     }[kind]()
     torch.testing.assert_close(mlp(x), inner @ mlp.down.weight.t(), rtol=1e-4, atol=1e-4)

@@ -49,6 +49,13 @@ def test_published_counts() -> None:
 
 CHOICES: dict[str, list[Any]] = {
     "mlp": ["swiglu", "gelu"],
+    "shape": ["decoder", "encoder", "encoder_decoder"],
+    "embedding_norm": [False, True],
+    "num_token_types": [0, 2],
+    "head_bias": [False, True],
+    "head_transform": [False, True],
+    "num_decoder_layers": [None, 3],
+    "position_offset": [0, 2],
     "norm": ["rms", "layer"],
     "norm_placement": ["pre", "post"],
     "norm_scale": [True, False],
@@ -80,7 +87,7 @@ def test_shapes_equal_torch_for_every_pair_of_settings() -> None:
         assert counts.non_embedding == sum(
             torch.Size(shape).numel()
             for name, shape in expected.items()
-            if not name.startswith(("embedding", "position_embedding", "relative_bias", "head"))
+            if name.startswith(("encoder.", "decoder.")) and ".relative_bias." not in name
         )
 
 

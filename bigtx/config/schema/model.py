@@ -90,7 +90,7 @@ class ModelConfig:
     """Whether layer norms have a learned bias."""
     qk_norm: bool = False
     """RMSNorm of queries and keys per head before the positions are applied (arXiv:2010.04245)."""
-    attention_scale: Optional[float] = field(None, minimum=0.0)
+    attention_scale: Optional[float] = field(None, minimum=1e-6)
     """Factor on the products of queries and keys; T5 has 1. Empty: 1 / sqrt(head_width)."""
     attention_window: Optional[int] = field(None, kind="count", minimum=1)
     """Most positions between a token and what it sees, in each direction. Empty: no limit."""
@@ -130,7 +130,7 @@ class ModelConfig:
     """A linear map, GELU and a norm before the head, as in BERT."""
     dropout: float = field(0.0, minimum=0.0, maximum=0.9)
     """Probability of dropping embeddings, attention weights and sublayer outputs."""
-    logit_scale: float = field(1.0, minimum=0.0)
+    logit_scale: float = field(1.0, minimum=1e-6)
     """Factor on what the head reads; T5 with a tied head has 1 / sqrt(hidden_size)."""
     logit_soft_cap: Optional[float] = field(None, minimum=1e-3)
     """cap * tanh(logits / cap), as in Gemma 2 (arXiv:2408.00118). Empty: none."""
