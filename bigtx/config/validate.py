@@ -111,6 +111,22 @@ def _model(model: ModelConfig) -> Iterator[Problem]:
             model.rope_scaling.method,
             f"stretches rotary positions, but model.positions={model.positions}; write none",
         )
+    yield from _idle_model_fields(model)
+
+
+def _idle_model_fields(model: ModelConfig) -> Iterator[Problem]:
+    """Fields that would do nothing."""
+    window = model.attention_window is not None
+    conditions: tuple[tuple[str, Any, bool, str], ...] = (
+        ("num_decoder_layers", model.num_decoder_layers, model.shape == "encoder_decoder", "shape=encoder_decoder"),
+        ("prefix_attention", model.prefix_attention, model.shape == "decoder", "shape=decoder"),
+        ("global_attention_every", model.global_attention_every, window, "attention_window=N"),
+        ("local_rope_theta", model.local_rope_theta, window and model.positions == "rope", "attention_window=N"),
+        ("position_offset", model.position_offset, model.positions == "learned", "positions=learned"),
+    )
+    for name, value, matters, needed in conditions:
+        if value and not matters:
+            yield Problem(f"model.{name}", str(value), f"says nothing without model.{needed}; leave it out")
 
 
 def _data(data: DataConfig) -> Iterator[Problem]:
