@@ -28,6 +28,9 @@ IGNORED = -100
 CHUNK_LOGITS = {"cpu": 2**21, "cuda": 2**27}
 """Logits made at once: what fits the caches of a CPU core, and 512 MiB in fp32 where large products run faster."""
 
+MIN_CHUNK_TOKENS = 128
+"""With a large vocabulary, smaller chunks spend their time on adding to the weight's gradient."""
+
 ChunkLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 """Logits [n, P] and labels [n] to the summed loss, the summed cross-entropy, and the loss's gradient [n, P]."""
 
@@ -109,7 +112,7 @@ class ChunkedLoss(torch.autograd.Function):
         # Autocast would cast the weight again for each chunk.
         arithmetic = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         matrix, offsets = weight.to(arithmetic), None if bias is None else bias.to(arithmetic)
-        size = max(1, CHUNK_LOGITS.get(device, CHUNK_LOGITS["cuda"]) // weight.shape[0])
+        size = max(MIN_CHUNK_TOKENS, CHUNK_LOGITS.get(device, CHUNK_LOGITS["cuda"]) // weight.shape[0])
         for start in range(0, hidden.shape[0], size):
             chunk = slice(start, start + size)
             inputs = hidden[chunk].to(arithmetic)

@@ -75,6 +75,7 @@ def test_attention_never_holds_all_scores(mask: str, kernel: SDPBackend, num_kv_
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_compiled_loss_is_the_loss(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bigtx.model.loss.MIN_CHUNK_TOKENS", 1)
     monkeypatch.setitem(CHUNK_LOGITS, "cuda", 2**16)  # Several chunks, the last one shorter.
     results: list[list[Tensor]] = []
     for compiled in (False, True):

@@ -40,6 +40,7 @@ def plain(head: Head, hidden: Tensor, labels: Tensor, z_loss: float) -> tuple[Te
 @pytest.mark.parametrize("soft_cap", [None, 3.0])
 def test_equals_float64(soft_cap: float | None, z_loss: float, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(loss_module.CHUNK_LOGITS, "cpu", chunk)
+    monkeypatch.setattr(loss_module, "MIN_CHUNK_TOKENS", 1)
     head, hidden, labels = inputs(logit_soft_cap=soft_cap)
     result = head(hidden, labels, z_loss)
     (result.loss_sum * 0.3).backward()
