@@ -22,6 +22,12 @@ from bigtx.model.transformer import Transformer
 SEQUENCE_LENGTH = 32
 GLOBAL_BATCH = 8
 MODEL = ModelConfig(vocab_size=200, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, max_sequence_length=64)
+SHAPES: dict[str, dict[str, Any]] = {
+    "decoder": {},
+    "encoder": {"shape": "encoder", "norm": "layer", "embedding_norm": True, "head_transform": True, "head_bias": True},
+    "encoder_decoder": {"shape": "encoder_decoder", "positions": "relative", "attention_scale": 1.0},
+}
+"""What is changed in MODEL for each shape: ModernBERT's parts, and T5's."""
 LARGE_MODEL = dataclasses.replace(MODEL, hidden_size=512, num_layers=16)
 """47 million parameters: 180 MiB in fp32."""
 
@@ -37,6 +43,7 @@ class Case:
     clipping: float = 0.5
     ema: float | None = None
     tied: bool = False
+    shape: str = "decoder"
     offload: bool = False
     offload_parameters: bool = False
     dropout: float = 0.0
@@ -49,7 +56,7 @@ class Case:
         """The case for a number of ranks."""
         return PretrainConfig(
             run_dir="unused",
-            model=dataclasses.replace(MODEL, tie_embeddings=self.tied, dropout=self.dropout),
+            model=dataclasses.replace(MODEL, tie_embeddings=self.tied, dropout=self.dropout, **SHAPES[self.shape]),
             train=TrainConfig(
                 max_steps=20,
                 sequence_length=SEQUENCE_LENGTH,
@@ -89,12 +96,19 @@ class Rows:
         return Rows(self.tokens.to(device), self.labels.to(device))
 
 
+@dataclasses.dataclass(frozen=True)
 class RowsTask:
-    """The causal task on `Rows`."""
+    """Predict the labels of `Rows`; an encoder-decoder reads the row on both sides."""
+
+    shape: str = "decoder"
+
+    def target_tokens(self, batch: Rows) -> Tensor | None:
+        """What the decoder of an encoder-decoder reads."""
+        return batch.tokens if self.shape == "encoder_decoder" else None
 
     def loss(self, model: Any, batch: Rows) -> tuple[Tensor, Tensor]:
         """As bigtx.train.tasks.CausalTask."""
-        result = model(batch.tokens, labels=batch.labels)
+        result = model(batch.tokens, labels=batch.labels, target_tokens=self.target_tokens(batch))
         return result.loss_sum, result.cross_entropy_sum
 
 
@@ -145,9 +159,9 @@ def run_engine(
     losses, skipped = [], []
     for step in range(start, start + steps):
         batch = global_batch(step)
-        task: Any = RowsTask()
+        task: Any = RowsTask(case.shape)
         if poison and poison.get(step) == ranks.rank:
-            task = PoisonedTask()
+            task = PoisonedTask(case.shape)
         result = engine.train_step(
             [rows.to(engine.device) for rows in slice_of_rank(batch, ranks.rank, ranks.world_size, case.accumulation)],
             task,
@@ -212,7 +226,7 @@ def plain_loop(case: Case, steps: int, device: torch.device) -> tuple[dict[str, 
         for tokens, labels in zip(batch.tokens.split(size), batch.labels.split(size), strict=True):
             model.zero_grad()
             with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                logits = model(tokens)
+                logits = model(tokens, target_tokens=RowsTask(case.shape).target_tokens(Rows(tokens, labels)))
             loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
             (loss / batch.num_labels).backward()
             total += float(loss.detach())

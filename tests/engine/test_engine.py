@@ -22,6 +22,28 @@ def test_parity_with_a_plain_loop(tmp_path: Path, world_size: int, accumulation:
     check_parity(run_ranks(tmp_path, world_size, "parity", cases=cases((accumulation,)), steps=10))
 
 
+@pytest.mark.dist
+def test_parity_of_encoders_and_encoder_decoders(tmp_path: Path) -> None:
+    """Tied tables too: source and target go through one, the head is the same.
+
+    In bf16 with AdamW: under Muon's rate the roundings of an encoder-decoder grow within ten steps to 4e-3 of a loss
+    that has fallen by 73 %.
+    """
+    tried: list[dict[str, Any]] = [
+        {
+            "stage": stage,
+            "precision": precision,
+            "accumulation": 2,
+            "optimizer": optimizer,
+            "shape": shape,
+            "tied": True,
+        }
+        for stage, shape in itertools.product(STAGES, ("encoder", "encoder_decoder"))
+        for precision, optimizer in (("fp32", "muon"), ("bf16", "adamw"))
+    ]
+    check_parity(run_ranks(tmp_path, 2, "parity", cases=tried, steps=10))
+
+
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.parametrize("world_size", [1, 2])
