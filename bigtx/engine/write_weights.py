@@ -1,0 +1,146 @@
+"""Writing weights that no engine holds: safetensors files a tensor at a time, and a checkpoint made of them.
+
+The header of a safetensors file says where each tensor lies, so with the shapes known beforehand a file of any size is
+written with one tensor in memory. This module does not import deepspeed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigtx.engine.checkpoint import FOLDER, FORMAT_VERSION, write_manifest
+from bigtx.utils.files import fsync_dir
+
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""Safetensors' names of the types that are written here."""
+
+PART_BYTES = 4 * 2**30
+"""About how large the files of a written checkpoint become."""
+
+Entry = tuple[str, tuple[int, ...], torch.dtype]
+"""Name, shape and type of a tensor."""
+
+
+class SafetensorsWriter:
+    """A safetensors file that is written one tensor after the other, in the order given at the start."""
+
+    def __init__(self, path: Path, entries: Sequence[Entry], metadata: Mapping[str, str] | None = None) -> None:
+        """Begin the file.
+
+        Args:
+            entries: every tensor that will come, in order.
+            metadata: texts for the header.
+        """
+        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        end = 0
+        for name, shape, dtype in entries:
+            start, end = end, end + math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        content = json.dumps(header, separators=(",", ":")).encode()
+        content += b" " * (-len(content) % 8)  # Tensors then begin at a multiple of 8.
+        self._left = list(reversed(entries))
+        self._file = open(path, "xb")  # noqa: SIM115 - `__exit__` closes it
+        self._hash, self._size = hashlib.sha256(), 0
+        self._put(len(content).to_bytes(8, "little"))
+        self._put(content)
+
+    def write(self, tensor: Tensor) -> None:
+        """Write the next tensor; its shape and type are those that were announced."""
+        name, shape, dtype = self._left.pop()
+        assert (tuple(tensor.shape), tensor.dtype) == (shape, dtype), name
+        self._put(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+    def finish(self) -> dict[str, Any]:
+        """Make the file durable; returns its `size` and `sha256`."""
+        assert not self._left, "not every announced tensor was written"
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return {"size": self._size, "sha256": self._hash.hexdigest()}
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def _put(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+        self._size += len(data)
+
+
+def save_weights(
+    run_dir: Path,
+    facts: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    weights: Iterable[tuple[str, Tensor]],
+    *,
+    part_bytes: int = PART_BYTES,
+) -> Path:
+    """Write a checkpoint of weights alone, one tensor in memory at a time; it has its name once it is complete.
+
+    Args:
+        facts: what the manifest records beside the files: at least `step`.
+        shapes: of every parameter.
+        weights: name and fp32 tensor of each of them, in the same order.
+
+    Returns:
+        Its folder.
+
+    Raises:
+        OSError: it could not be written; nothing is left of it.
+    """
+    final = run_dir / FOLDER / f"step-{facts['step']:08d}"
+    partial = final.with_name(final.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        files, given = {}, iter(weights)
+        for number, names in enumerate(_parts(shapes, part_bytes)):
+            file = f"rank-{number:05d}.safetensors"
+            entries = [(f"{name}|0|master", (math.prod(shapes[name]),), torch.float32) for name in names]
+            with SafetensorsWriter(partial / file, entries) as writer:
+                for name in names:
+                    came, weight = next(given)
+                    assert came == name and tuple(weight.shape) == tuple(shapes[name]), (came, name)
+                    writer.write(weight.reshape(-1))
+                files[file] = writer.finish()
+        assert next(given, None) is None, "more weights came than were announced"
+        parameters = {name: list(shape) for name, shape in shapes.items()}
+        write_manifest(partial, {"format": FORMAT_VERSION, **facts, "parameters": parameters, "files": files})
+        fsync_dir(partial)
+        os.rename(partial, final)
+        fsync_dir(final.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return final
+
+
+def _parts(shapes: Mapping[str, tuple[int, ...]], part_bytes: int) -> Iterator[list[str]]:
+    """Names cut into groups of at most `part_bytes` in fp32, or of one name."""
+    group: list[str] = []
+    size = 0
+    for name, shape in shapes.items():
+        own = 4 * math.prod(shape)
+        if group and size + own > part_bytes:
+            yield group
+            group, size = [], 0
+        group.append(name)
+        size += own
+    if group:
+        yield group

@@ -1,0 +1,110 @@
+"""Reading a config.json field by field: every problem is gathered, and told at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from bigtx.utils.errors import ConfigError
+
+T = TypeVar("T")
+
+
+class Fields:
+    """The values of a config.json, and what bigtx cannot express of them.
+
+    A field that is missing or null has its default; without a default that is a problem too. Fields that nobody asks
+    for are left alone, as transformers does.
+    """
+
+    def __init__(self, values: Mapping[str, Any], prefix: str = "") -> None:
+        """Args: prefix: goes before the keys in problems, e.g. `rope_parameters.`."""
+        self.values = values
+        self.prefix = prefix
+        self.problems: list[str] = []
+
+    def size(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
+        """A whole number of at least `minimum`."""
+        value = self._given(key, default)
+        if isinstance(value, int) and not isinstance(value, bool) and value >= minimum:
+            return value
+        if value is not None:
+            self.problem(key, f"is not a whole number of at least {minimum}")
+        return minimum
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """Any number."""
+        value = self._given(key, default)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if value is not None:
+            self.problem(key, "is not a number")
+        return 1.0
+
+    def flag(self, key: str, default: bool) -> bool:
+        """true or false."""
+        value = self._given(key, default)
+        if not isinstance(value, bool):
+            self.problem(key, "is neither true nor false")
+        return value is True
+
+    def choice(self, key: str, meanings: Mapping[str, T], default: str) -> T:
+        """What a name stands for."""
+        value = self._given(key, default)
+        if isinstance(value, str) and value in meanings:
+            return meanings[value]
+        self.problem(key, f"is not one of those that bigtx has: {', '.join(meanings)}")
+        return next(iter(meanings.values()))
+
+    def expect(self, key: str, allowed: Any, why: str) -> None:
+        """Note a problem where a field is given, is not null, and differs from the one value that bigtx has."""
+        value = self.values.get(key)
+        if value is not None and value != allowed:
+            self.problem(key, why)
+
+    def problem(self, key: str, why: str) -> None:
+        """Note a field whose value cannot be used."""
+        self.problems.append(f"{self.prefix}{key}={self.values.get(key)!r} {why}")
+
+    def finish(self) -> None:
+        """Do nothing without problems.
+
+        Raises:
+            ConfigError: it names them all.
+        """
+        if self.problems:
+            raise ConfigError(f"config.json has what bigtx does not express: {'; '.join(self.problems)}")
+
+    def _given(self, key: str, default: Any) -> Any:
+        value = self.values.get(key)
+        if value is None:
+            if default is None:
+                self.problems.append(f"{self.prefix}{key} is missing")
+            return default
+        return value
+
+
+def differing(config: Any, allowed: Mapping[str, Sequence[Any]], why: Mapping[str, str]) -> list[str]:
+    """The fields of a bigtx config whose values are not among those that a family expresses.
+
+    Args:
+        config: a ModelConfig or one of its sections.
+        allowed: values by field.
+        why: by field, what to say; else that the family has something else.
+
+    Returns:
+        "model.FIELD=VALUE: why" for each.
+    """
+    found = []
+    for name, values in allowed.items():
+        value = getattr(config, name)
+        if value not in values:
+            has = " or ".join("none" if one is None else str(one).lower() for one in values)
+            found.append(f"model.{name}={_plain(value)}: {why.get(name, f'the family has {has}')}")
+    return found
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,170 @@
+"""From a Hugging Face folder to a run folder, which generation, fine-tuning and `init_from` open like any other run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bigtx.config.load import to_yaml
+from bigtx.config.schema import PretrainConfig
+from bigtx.config.schema.model import ModelConfig
+from bigtx.config.validate import validate
+from bigtx.engine.write_weights import PART_BYTES, save_weights
+from bigtx.interop.families import by_model_type
+from bigtx.interop.family import Family
+from bigtx.interop.maps import Link
+from bigtx.interop.read import CONFIG, ForeignWeights, read_config, refuse_differences
+from bigtx.interop.staging import new_folder, refuse_filled
+from bigtx.interop.vocabulary import bigtx_shapes, check_links, foreign_shapes, padded
+from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.utils.errors import CheckpointError, ConfigError, DataError
+from bigtx.utils.files import write_atomic
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What came of an import.
+
+    Attributes:
+        model_type: the family.
+        config: of the model.
+        tokenizer: as it stands in the run.
+        num_tensors: foreign tensors that were taken over.
+        num_files: safetensors files that held them.
+        dropped: foreign tensors that were there and are not needed.
+        checkpoint: its folder.
+    """
+
+    model_type: str
+    config: ModelConfig
+    tokenizer: Tokenizer
+    num_tensors: int
+    num_files: int
+    dropped: list[str]
+    checkpoint: Path
+
+
+def import_model(
+    source: Path, run_dir: Path, *, tokenizer_folder: Path | None = None, part_bytes: int = PART_BYTES
+) -> Imported:
+    """Read a Hugging Face model and write it as a run with one checkpoint, at step 0.
+
+    Weights pass through memory one link at a time.
+
+    Args:
+        source: a local folder with config.json, safetensors and a tokenizer.
+        run_dir: the folder to make.
+        tokenizer_folder: where the tokenizer is, if it is not in `source`.
+        part_bytes: about how large the files of the checkpoint become.
+
+    Raises:
+        ConfigError: a model that bigtx does not express, or a run_dir that is in use.
+        CheckpointError: weights that are incomplete or do not fit config.json.
+        DataError: no tokenizer, or one that does not fit.
+        LaunchError: run_dir cannot be written.
+    """
+    refuse_filled(run_dir)
+    values = read_config(source)
+    try:
+        family = by_model_type(values["model_type"])
+        config = family.read_config(values)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    run = PretrainConfig(run_dir=str(run_dir), model=config)
+    _check(run, source)
+    tokenizer = _read_tokenizer(tokenizer_folder or source)
+    assert config.vocab_size is not None
+    if tokenizer.vocab_size > config.vocab_size:
+        raise DataError(
+            f"the tokenizer in {tokenizer_folder or source} has {tokenizer.vocab_size:,} ids, more than the "
+            f"{config.vocab_size:,} rows that {source / CONFIG} gives the model; name the model's own with --tokenizer"
+        )
+    weights = ForeignWeights(source)
+    links, keys, dropped = _match(family, config, weights)
+    sizes = bigtx_shapes(config)
+    shapes = {name: sizes[name] for link in links for name in link.names}
+    facts = {
+        "step": 0,
+        "tokens": 0,
+        "tokenizer": tokenizer.fingerprint,
+        "data": None,
+        "imported": {"from": source.resolve().name, "model_type": family.model_type},
+    }
+    with new_folder(run_dir) as folder:
+        write_atomic(folder / "config.yaml", to_yaml(run))
+        tokenizer.save(folder / "tokenizer")
+        made = save_weights(folder, facts, shapes, _converted(links, keys, weights, shapes), part_bytes=part_bytes)
+    weights.close()
+    return Imported(
+        model_type=family.model_type,
+        config=config,
+        tokenizer=tokenizer,
+        num_tensors=len(keys),
+        num_files=weights.num_files,
+        dropped=dropped,
+        checkpoint=run_dir / made.relative_to(folder),
+    )
+
+
+def _check(run: PretrainConfig, source: Path) -> None:
+    """Hold the model to the rules that every config is held to."""
+    if problems := [str(problem) for problem in validate(run) if problem.key.startswith("model.")]:
+        raise ConfigError(f"{source / CONFIG} describes a model that bigtx cannot build: {'; '.join(problems)}")
+
+
+def _read_tokenizer(folder: Path) -> Tokenizer:
+    from bigtx.interop.tokenizer import import_tokenizer
+
+    try:
+        return import_tokenizer(folder)
+    except DataError as error:
+        raise DataError(
+            f"{error} A run needs its tokenizer; if it lies elsewhere, name that folder with --tokenizer"
+        ) from None
+
+
+def _match(
+    family: Family, config: ModelConfig, weights: ForeignWeights
+) -> tuple[list[Link], dict[str, str], list[str]]:
+    """Find the tensor of every key.
+
+    Returns:
+        The links; the file's spelling of each key; tensors that are not needed.
+    """
+    spelled: dict[str, str] = {}
+    for key in weights.shapes:
+        name = family.rename(key)
+        if name in spelled:
+            raise CheckpointError(f"{weights.folder} holds one tensor twice, as {spelled[name]} and as {key}")
+        spelled[name] = key
+    links = family.links(config)
+    check_links(links, config)
+    expected = foreign_shapes(links, config)
+    patterns = [re.compile(pattern) for pattern in family.unused(config)]
+    dropped = [
+        key
+        for name, key in spelled.items()
+        if name not in expected and any(pattern.fullmatch(name) for pattern in patterns)
+    ]
+    found = {name: weights.shapes[key] for name, key in spelled.items() if key not in dropped}
+    refuse_differences(weights.folder, expected, found)
+    weights.check_kinds(spelled[name] for name in expected)
+    return links, {name: spelled[name] for name in expected}, dropped
+
+
+def _converted(
+    links: list[Link], keys: dict[str, str], weights: ForeignWeights, shapes: dict[str, tuple[int, ...]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter of bigtx, link by link."""
+    for link in links:
+        tensors = [weights.read(keys[key]) for key in link.keys]
+        for tensor in tensors:
+            if not torch.isfinite(tensor).all():
+                raise CheckpointError(f"{weights.folder}: {', '.join(link.keys)} holds values that are not finite")
+        for name, tensor in zip(link.names, link.to_bigtx(tensors), strict=True):
+            yield name, padded(tensor, shapes[name])

@@ -1,0 +1,202 @@
+"""A folder as Hugging Face lays it out: config.json and safetensors, in one file or in shards with an index.
+
+Nothing in it is executed: no pickle is opened and no code imported, whatever config.json says.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from bigtx.utils.errors import CheckpointError, ConfigError
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_FLOATS = ("F64", "F32", "BF16", "F16")
+_SHOWN = 8
+"""Keys of a kind that an error names."""
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a folder, as far as bigtx can read such a model at all.
+
+    Raises:
+        ConfigError: no such folder or file, a quantized model, or one that comes with its own code.
+    """
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{folder} is not a folder. Weights are not downloaded by bigtx: fetch them first, e.g. with "
+            f"`hf download OWNER/NAME --local-dir {folder.name}`"
+        )
+    values = _read_json(folder / CONFIG)
+    if "auto_map" in values:
+        raise ConfigError(
+            f"{folder / CONFIG} names code of its own (auto_map: {', '.join(map(str, values['auto_map']))}), which "
+            "bigtx never runs; only models of transformers' own classes can be imported"
+        )
+    if values.get("quantization_config"):
+        raise ConfigError(
+            f"{folder / CONFIG} has a quantization_config: its weights are quantized; import the original instead"
+        )
+    if not isinstance(values.get("model_type"), str):
+        raise ConfigError(f"{folder / CONFIG} names no model_type; is it the config.json of a transformers model?")
+    return values
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path.parent} has no {path.name}; name the folder of a Hugging Face model, with its {CONFIG} and weights"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} is not a JSON object; copy it again from where it came")
+    return values
+
+
+class ForeignWeights:
+    """The tensors of a folder; their headers are read and checked, their content not yet.
+
+    Attributes:
+        shapes: of every tensor.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Raises:
+        CheckpointError: no safetensors, a missing or damaged file, or an index that does not fit the files.
+        """
+        self.folder = folder
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._files: dict[str, str] = {}
+        self._dtypes: dict[str, str] = {}
+        self._open: tuple[str, Any] | None = None
+        index = self._read_index()
+        for name in sorted(set(index.values())) if index else [SINGLE]:
+            self._read_header(name)
+        if wrong := sorted(key for key, name in index.items() if self._files.get(key) != name):
+            raise CheckpointError(
+                f"{folder / INDEX} does not fit the files: {_listed(wrong)} not in the shard that it names; "
+                "copy the folder again"
+            )
+
+    @property
+    def num_files(self) -> int:
+        """Safetensors files that hold the tensors."""
+        return len(set(self._files.values()))
+
+    def check_kinds(self, keys: Iterable[str]) -> None:
+        """Make sure that tensors are floating-point numbers.
+
+        Raises:
+            CheckpointError: some are integers or of 8 bits, so the checkpoint is quantized.
+        """
+        wrong = [f"{key} ({self._dtypes[key]})" for key in keys if self._dtypes[key] not in _FLOATS]
+        if wrong:
+            raise CheckpointError(
+                f"{self.folder} holds tensors that are not fp64, fp32, bf16 or fp16: {_listed(wrong)}; is it "
+                "quantized? import the original weights"
+            )
+
+    def read(self, key: str) -> Tensor:
+        """A tensor, whole, in fp32.
+
+        Raises:
+            CheckpointError: its file cannot be read any more.
+        """
+        file = self._files[key]
+        try:
+            # One file is open at a time: what was read of a mapped file counts as memory until it is closed.
+            if self._open is None or self._open[0] != file:
+                self._open = None
+                self._open = file, safe_open(self.folder / file, framework="pt")
+            tensor: Tensor = self._open[1].get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.folder / file} cannot be read: {error}") from error
+        return tensor.to(torch.float32, copy=True)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._open = None
+
+    def _read_index(self) -> dict[str, str]:
+        """File by key, or nothing where one file holds all."""
+        if (self.folder / SINGLE).is_file():
+            return {}
+        if not (self.folder / INDEX).is_file():
+            raise _no_weights(self.folder)
+        index = _read_json(self.folder / INDEX).get("weight_map")
+        if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()) or not index:
+            raise CheckpointError(f"{self.folder / INDEX} has no weight_map; copy it again from where it came")
+        if outside := sorted({name for name in index.values() if Path(name).name != name}):
+            raise CheckpointError(f"{self.folder / INDEX} names files outside of its folder: {_listed(outside)}")
+        if missing := sorted({name for name in index.values() if not (self.folder / name).is_file()}):
+            raise CheckpointError(
+                f"{self.folder} lacks {_listed(missing)}, which {INDEX} names; fetch the missing shards"
+            )
+        return index
+
+    def _read_header(self, name: str) -> None:
+        try:
+            # The library refuses a file that is longer or shorter than its header says.
+            with safe_open(self.folder / name, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 - a file, not a dict
+                    part = file.get_slice(key)
+                    self.shapes[key], self._dtypes[key] = tuple(part.get_shape()), part.get_dtype()
+                    self._files[key] = name
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{self.folder / name} is not a whole safetensors file ({error}); fetch it again"
+            ) from error
+
+
+def _no_weights(folder: Path) -> CheckpointError:
+    names = sorted(path.name for path in folder.iterdir())
+    if pickles := [name for name in names if name.endswith(_PICKLES)]:
+        return CheckpointError(
+            f"{folder} holds its weights as pickle only ({_listed(pickles)}), which can run any code when it is opened; "
+            f"bigtx never opens one: look for a {SINGLE} of the same model, or have whoever trusts it convert it"
+        )
+    others = [name for name in names if name.endswith(".safetensors")]
+    found = f"; it has {_listed(others)}, which is no whole model by its name" if others else ""
+    return CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}{found}")
+
+
+def refuse_differences(folder: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
+    """Compare the tensors that a model needs with those that are there.
+
+    Raises:
+        CheckpointError: it names those that are missing, unknown or of another shape.
+    """
+    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    wrong = [
+        f"{key} {list(found[key])} instead of {list(shape)}"
+        for key, shape in expected.items()
+        if key in found and found[key] != shape
+    ]
+    parts = [
+        f"{len(keys)} {what}: {_listed(keys)}"
+        for what, keys in (
+            ("missing", missing),
+            ("unknown, so the model does more than bigtx would", unknown),
+            ("of another shape", wrong),
+        )
+        if keys
+    ]
+    if parts:
+        raise CheckpointError(f"{folder} does not hold the tensors that its {CONFIG} calls for: {'; '.join(parts)}")
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

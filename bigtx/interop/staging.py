@@ -1,0 +1,52 @@
+"""A new folder that is whole or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from bigtx.utils.errors import ConfigError, LaunchError
+from bigtx.utils.files import fsync_dir
+
+PARTIAL = ".partial"
+
+
+def refuse_filled(folder: Path) -> None:
+    """Look before the work begins.
+
+    Raises:
+        ConfigError: something is there already.
+    """
+    if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
+        raise ConfigError(f"{folder} is there already and is not an empty folder; name another one with -o")
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, beside the one that it becomes at the end; after an error or a kill, no such folder is there.
+
+    What an earlier attempt left behind is removed.
+
+    Raises:
+        ConfigError: something has the name already.
+        LaunchError: it cannot be written.
+    """
+    refuse_filled(folder)
+    # Resolved, because "." and names ending in ".." have no name to add to.
+    partial = folder.resolve().with_name(folder.resolve().name + PARTIAL)
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+        yield partial
+        for inner, _, _ in os.walk(partial):
+            fsync_dir(inner)
+        os.rename(partial, folder.resolve())
+        fsync_dir(partial.parent)
+    except OSError as error:
+        raise LaunchError(f"{folder} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
