@@ -72,18 +72,34 @@ class LoadedModel:
         )[0]
 
     def generate_batch(self, prompts: Sequence[str], **options: Any) -> list[str]:
-        """Continue several texts side by side, each as it would be alone; options as for `generate`."""
+        """Continue several texts side by side, each as it would be alone; options as for `generate`.
+
+        An encoder-decoder reads each as its source and writes a text of its own.
+
+        Raises:
+            ConfigError: the model is an encoder, which writes nothing.
+        """
         from bigtx.model.decode import generate
 
+        refuse_encoder(self.config)
         return generate(self.model, self.tokenizer, prompts, **options)
 
-    def logits(self, ids: Sequence[int]) -> Tensor:
-        """Logits of what follows each of T token ids: fp32 [T, vocab_size] on the CPU."""
+    def logits(self, ids: Sequence[int], target_ids: Sequence[int] | None = None) -> Tensor:
+        """Logits of what follows each of T token ids, or of an encoder for the tokens themselves.
+
+        Args:
+            ids: what a decoder or an encoder reads; of an encoder-decoder the source.
+            target_ids: what the decoder of an encoder-decoder reads.
+
+        Returns:
+            fp32 [T, vocab_size] on the CPU.
+        """
         import torch
 
         device = next(self.model.parameters()).device
+        target_tokens = None if target_ids is None else torch.tensor([list(target_ids)], device=device)
         with torch.no_grad():
-            return self.model(torch.tensor([list(ids)], device=device))[0].cpu()
+            return self.model(torch.tensor([list(ids)], device=device), target_tokens=target_tokens)[0].cpu()
 
 
 def load(run: Path | str, *, weights: Weights = "master", device: str = "auto") -> LoadedModel:
@@ -133,6 +149,18 @@ def find(run: Path | str) -> tuple[Path, PretrainConfig]:
     from bigtx.engine.checkpoint import newest
 
     return newest(folder), config
+
+
+def refuse_encoder(config: PretrainConfig) -> None:
+    """Refuse to write with a model that only reads.
+
+    Raises:
+        ConfigError: it is an encoder.
+    """
+    if config.model.shape == "encoder":
+        raise ConfigError(
+            "model.shape=encoder: an encoder reads texts and writes none; name a run of a decoder or an encoder-decoder"
+        )
 
 
 def _run_dir(folder: Path) -> Path:
@@ -205,6 +233,7 @@ def command(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     _check_sampling(arguments)
     records = _read_prompts(Path(arguments.prompts_file)) if arguments.prompts_file else []
+    refuse_encoder(find(arguments.run)[1])
     loaded = load(arguments.run, weights=arguments.weights, device=arguments.device)
     options = {
         "max_new_tokens": arguments.max_new_tokens,
@@ -323,7 +352,8 @@ def _answer_prompt(loaded: LoadedModel, prompt: str, options: dict[str, Any], co
         count(index, token)
         print(stream.push(token), end="", flush=True)
 
-    print(prompt, end="", flush=True)
+    if loaded.config.model.shape == "decoder":
+        print(prompt, end="", flush=True)
     loaded.generate(prompt, on_token=show, **options)
     print(stream.flush())
 

@@ -17,6 +17,7 @@ from bigtx.model.attention import Attention
 from bigtx.model.loss import CHUNK_LOGITS, Head
 from bigtx.model.mask import Mask
 from bigtx.model.positions import rotation
+from bigtx.model.transformer import Transformer
 
 pytestmark = pytest.mark.gpu
 
@@ -71,6 +72,45 @@ def test_attention_never_holds_all_scores(mask: str, kernel: SDPBackend, num_kv_
     for ours, plain in zip(computed, expected, strict=True):
         assert ours.isfinite().all()
         assert (ours - plain).norm() <= 0.02 * plain.norm()  # bf16 rounds to 2^-9 of a value, a few times over.
+
+
+@pytest.mark.parametrize("window", [None, 64])
+@pytest.mark.parametrize("shape", ["decoder", "encoder", "encoder_decoder"])
+def test_packed_rows_are_their_documents_alone(shape: str, window: int | None) -> None:
+    """Through FlexAttention, with gradients; alone, documents go through plain attention (and a window through it)."""
+    config = ModelConfig(
+        shape=shape,  # type: ignore[arg-type]
+        vocab_size=256,
+        hidden_size=256,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        attention_window=window,
+    )
+    with torch.device("cuda"):
+        model = Transformer(config)
+    model.init_weights(1)
+    model.bfloat16()
+    lengths = [100, 28, 300, 84]
+    tokens = torch.randint(256, (1, sum(lengths)), generator=torch.Generator().manual_seed(1)).cuda()
+    segments = torch.cat([torch.full((length,), index) for index, length in enumerate(lengths)])[None].cuda()
+    positions = torch.cat([torch.arange(length) for length in lengths])[None].cuda()
+    inputs = {"positions": positions, "segment_ids": segments}
+    if shape == "encoder_decoder":
+        inputs |= {"target_tokens": tokens, "target_positions": positions, "target_segment_ids": segments}
+    packed = model(tokens, labels=tokens, **inputs).loss_sum
+    packed.backward()
+    together = [parameter.grad.float().clone() for parameter in model.parameters() if parameter.grad is not None]
+    model.zero_grad()
+    alone = torch.zeros((), device="cuda")
+    for text in tokens.split(lengths, dim=1):
+        loss = model(text, labels=text, target_tokens=text if shape == "encoder_decoder" else None).loss_sum
+        loss.backward()
+        alone += loss.detach()
+    assert abs(packed.item() - alone.item()) <= 2e-3 * alone.item()
+    apart = [parameter.grad.float() for parameter in model.parameters() if parameter.grad is not None]
+    for ours, plain in zip(together, apart, strict=True):
+        assert (ours - plain).norm() <= 0.05 * plain.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

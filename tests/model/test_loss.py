@@ -35,6 +35,15 @@ def plain(head: Head, hidden: Tensor, labels: Tensor, z_loss: float) -> tuple[Te
     return entropy + z_loss * squares, entropy
 
 
+def test_a_frozen_bias() -> None:
+    head, hidden, labels = inputs(head_bias=True)
+    with torch.no_grad():
+        head.bias.normal_(generator=torch.Generator().manual_seed(2))
+    head.bias.requires_grad_(False)
+    head(hidden, labels).loss_sum.backward()
+    assert head.bias.grad is None and head.weight.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("chunk", [1, 7 * 256, 2**20])
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
 @pytest.mark.parametrize("soft_cap", [None, 3.0])
@@ -58,6 +67,25 @@ def test_equals_float64(soft_cap: float | None, z_loss: float, chunk: int, monke
     assert result.cross_entropy_sum.item() == pytest.approx(entropy.item(), rel=1e-5)
     torch.testing.assert_close(found, (exact_hidden.grad, exact_head.weight.grad), rtol=1e-4, atol=1e-5)
     assert not head.weight.grad[VOCAB_SIZE:].any(), "padding of the vocabulary is no part of the partition"
+
+
+def test_bias_scale_and_transform() -> None:
+    """Of BERT's and T5's heads: logits and loss agree, and so do gradients with autograd's own."""
+    settings = {"head_bias": True, "head_transform": True, "mlp_bias": True, "logit_scale": 0.5, "norm": "layer"}
+    grads = []
+    for chunked in (True, False):
+        head, hidden, labels = inputs(**settings)
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for parameter in head.parameters():
+                parameter.normal_(generator=generator)
+        if chunked:
+            loss = head(hidden, labels).loss_sum
+        else:
+            loss = F.cross_entropy(head(hidden).flatten(0, 1), labels.flatten(), reduction="sum")
+        loss.backward()
+        grads.append([loss.detach(), hidden.grad, *(parameter.grad for parameter in head.parameters())])
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
 
 
 def test_bf16_loses_no_more_than_its_logits_do() -> None:

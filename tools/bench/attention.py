@@ -1,0 +1,133 @@
+"""Milliseconds of attention with a document mask, by kernel, forward and backward, on a GPU; prints JSON.
+
+    python tools/bench/attention.py [--rows 8] [--length 2048] [--heads 16] [--kv-heads 4] [--head-width 128]
+
+Rows are packed with documents of random lengths. `causal` attends over whole rows, without a mask: what the others are
+measured against. `dense` is a tensor over all pairs, `flex` FlexAttention over sparse blocks, as bigtx has it, with the
+mask made anew for each pass, and `varlen` torch's variable-length attention over the documents one after another, where
+this torch has it. The kernels take turns, and a figure is the median of the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import inspect
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+
+from bigtx.model.mask import Side, block_mask, dense_mask
+
+varlen_attn: Any = None
+with contextlib.suppress(ImportError):
+    from torch.nn.attention.varlen import varlen_attn
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def causal(queries: Tensor, keys: Tensor, values: Tensor, segments: Tensor) -> Tensor:
+    """Whole rows."""
+    return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
+
+
+def dense(queries: Tensor, keys: Tensor, values: Tensor, segments: Tensor) -> Tensor:
+    """A mask of all pairs; no kernel takes grouped heads with it."""
+    repeats = queries.shape[1] // keys.shape[1]
+    keys, values = keys.repeat_interleave(repeats, dim=1), values.repeat_interleave(repeats, dim=1)
+    mask = dense_mask(side(segments), side(segments), causal=True, window=None, prefix=None)[:, None]
+    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+
+
+compiled_flex = torch.compile(flex_attention, dynamic=False)
+
+
+def flex(queries: Tensor, keys: Tensor, values: Tensor, segments: Tensor) -> Tensor:
+    """FlexAttention."""
+    blocks = block_mask(side(segments), side(segments), causal=True, window=None, prefix=None)
+    return compiled_flex(queries, keys, values, block_mask=blocks, enable_gqa=True)
+
+
+def varlen(queries: Tensor, keys: Tensor, values: Tensor, segments: Tensor) -> Tensor:
+    """All documents of all rows in one line."""
+    first = torch.ones_like(segments, dtype=torch.bool)
+    first[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    starts = first.flatten().nonzero().flatten()
+    ends = F.pad(starts, (0, 1), value=segments.numel()).int()
+    longest = int(ends.diff().max())
+    repeats = queries.shape[1] // keys.shape[1]
+    keys, values = keys.repeat_interleave(repeats, dim=1), values.repeat_interleave(repeats, dim=1)
+    lined = (part.transpose(1, 2).flatten(0, 1) for part in (queries, keys, values))
+    # Causality was named otherwise before windows came.
+    windowed = "window_size" in inspect.signature(varlen_attn).parameters
+    causality: dict[str, Any] = {"window_size": (-1, 0)} if windowed else {"is_causal": True}
+    return varlen_attn(*lined, ends, ends, longest, longest, **causality)
+
+
+def side(segments: Tensor) -> Side:
+    """The tokens of packed rows."""
+    return Side(torch.arange(segments.shape[1], device=segments.device)[None], segments)
+
+
+KERNELS: dict[str, Kernel] = {"causal": causal, "dense": dense, "flex": flex}
+if varlen_attn is not None:
+    KERNELS["varlen"] = varlen
+
+
+def packed_segments(rows: int, length: int, mean: int) -> Tensor:
+    """Segment ids of rows whose documents have geometric lengths."""
+    begins = torch.rand(rows, length, generator=torch.Generator().manual_seed(1)) < 1 / mean
+    return begins.long().cumsum(dim=1)
+
+
+def main() -> None:
+    """Measure the kernels in turns."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("rows", 8), ("length", 2048), ("heads", 16), ("kv-heads", 4), ("head-width", 128)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--mean-document", type=int, default=500, help="mean tokens of a document (500)")
+    parser.add_argument("--rounds", type=int, default=20)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("tools/bench/attention.py compares kernels of a GPU, and this machine has none")
+    segments = packed_segments(options.rows, options.length, options.mean_document).cuda()
+    torch.manual_seed(1)
+    queries, keys, values = (
+        torch.randn(options.rows, heads, options.length, options.head_width).to("cuda", torch.bfloat16).requires_grad_()
+        for heads in (options.heads, options.kv_heads, options.kv_heads)
+    )
+    found: dict[str, list[float]] = {name: [] for name in KERNELS}
+    for number in range(options.rounds + 3):
+        for name, kernel in KERNELS.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            result = kernel(queries, keys, values, segments)
+            result.backward(torch.ones_like(result))
+            end.record()
+            torch.cuda.synchronize()
+            if number >= 3:  # The first passes compile.
+                found[name].append(start.elapsed_time(end))
+    milliseconds = {name: round(statistics.median(times), 3) for name, times in found.items()}
+    print(
+        json.dumps(
+            {
+                "torch": torch.__version__,
+                "gpu": torch.cuda.get_device_name(),
+                **vars(options),
+                "milliseconds": milliseconds,
+                "over_causal": {name: round(time / milliseconds["causal"], 3) for name, time in milliseconds.items()},
+            },
+            indent=2,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
