@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bigtx.tokenizer import special
 from bigtx.tokenizer.special import SpecialIds
 from bigtx.utils.errors import DataError
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+SETTINGS_FILES = (TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE)
+"""What lies beside tokenizer.json and says how others use it; bigtx reads the special ids from it and keeps it."""
 
 
 class HuggingFaceModel:
@@ -134,22 +139,29 @@ class WindowStream:
         return self._model.decode(self._shown + self._waiting, keep_special=False)[len(before) :]
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
+def read_settings_files(folder: Path) -> dict[str, bytes]:
+    """The contents of those `SETTINGS_FILES` that a folder has, by name."""
+    return {name: (folder / name).read_bytes() for name in SETTINGS_FILES if (folder / name).is_file()}
+
+
+def settings_of(files: Mapping[str, bytes]) -> dict[str, Any]:
     """What tokenizer_config.json and special_tokens_map.json, where they exist, say; the second has the last word.
+
+    Args:
+        files: as from `read_settings_files`.
 
     Raises:
         DataError: one of them is no JSON object.
     """
     settings: dict[str, Any] = {}
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        path = folder / name
-        if not path.exists():
+    for name in (TOKENIZER_CONFIG, "special_tokens_map.json"):
+        if name not in files:
             continue
         try:
-            content = json.loads(path.read_bytes())
+            content = json.loads(files[name])
         except ValueError as error:
-            raise DataError(f"{path} is not JSON: {error}") from None
+            raise DataError(f"{name} is not JSON: {error}") from None
         if not isinstance(content, dict):
-            raise DataError(f"{path} is not a JSON object")
+            raise DataError(f"{name} is not a JSON object")
         settings |= {key: value for key, value in content.items() if value is not None}
     return settings

@@ -26,6 +26,9 @@ class SentencePieceModel:
 
     Sentencepiece turns the character U+2581 into a space. Where the model has the 256 bytes as pieces and leaves
     white space as it is, U+2581 is written as its three UTF-8 bytes instead, so that text comes back as it was.
+
+    Attributes:
+        writes_mark: whether U+2581 is written so.
     """
 
     kind = "sentencepiece"
@@ -52,8 +55,8 @@ class SentencePieceModel:
         self._adds_space = b"".join(map(self._bytes_of, self._encode("a"))).startswith(b" ")
         mark_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         keeps_space = all(b"".join(map(self._bytes_of, self._encode(text))) == text.encode() for text in _PROBES)
-        writes_mark = keeps_space and not self._adds_space and all(map(self._processor.is_byte, mark_ids))
-        self._mark_ids: list[int] | None = mark_ids if writes_mark else None
+        self.writes_mark = keeps_space and not self._adds_space and all(map(self._processor.is_byte, mark_ids))
+        self._mark_ids: list[int] | None = mark_ids if self.writes_mark else None
 
     @functools.cached_property
     def _bytes(self) -> list[bytes]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from bigtx.tokenizer.chat import ASSISTANT, check_messages
 from bigtx.tokenizer.cut import MAX_ENCODE_CHARACTERS, cut
-from bigtx.tokenizer.huggingface_model import HuggingFaceModel, read_settings
+from bigtx.tokenizer.huggingface_model import CHAT_TEMPLATE, HuggingFaceModel, read_settings_files, settings_of
 from bigtx.tokenizer.sentencepiece_model import SentencePieceModel
 from bigtx.tokenizer.special import CHAT_ROLES, SpecialIds
 from bigtx.utils.errors import DataError
@@ -46,13 +47,21 @@ class Tokenizer:
         fingerprint: SHA-256 over the kind, the model's bytes and the special ids; equal ones give the same ids.
         special: the special ids, also as `pad_id`, `unk_id` and so on.
         origin: how the tokenizer came to be; not part of the fingerprint.
+        settings_files: what lay beside a Hugging Face tokenizer.json, by file name, as it came; bigtx only keeps it.
     """
 
-    def __init__(self, model: _Model, special: SpecialIds, origin: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        model: _Model,
+        special: SpecialIds,
+        origin: dict[str, Any] | None = None,
+        settings_files: Mapping[str, bytes] | None = None,
+    ) -> None:
         """Use `train`, `load` or one of the `from_` functions instead."""
         self._model = model
         self.special = special
         self.origin = origin or {}
+        self.settings_files = dict(settings_files or {})
         self.vocab_size = model.vocab_size
         self.pad_id, self.unk_id, self.begin_id = special.pad, special.unknown, special.begin
         self.end_id, self.mask_id = special.end, special.mask
@@ -72,7 +81,8 @@ class Tokenizer:
         model_type: type[_Model] = SentencePieceModel if kind == SentencePieceModel.kind else HuggingFaceModel
         path = folder / model_type.file_name
         model = model_type(_read(path))
-        tokenizer = cls(model, SpecialIds(**description["special"]), description.get("origin"))
+        files = read_settings_files(folder) if kind == HuggingFaceModel.kind else {}
+        tokenizer = cls(model, SpecialIds(**description["special"]), description.get("origin"), files)
         if tokenizer.fingerprint != description["fingerprint"]:
             raise DataError(
                 f"The tokenizer in {folder} is damaged or was edited: {path.name} and {DESCRIPTION} do not belong "
@@ -118,15 +128,19 @@ class Tokenizer:
         path = path / HuggingFaceModel.file_name if path.is_dir() else path
         try:
             model = HuggingFaceModel(_read(path))
-            return cls(model, model.special_ids(read_settings(path.parent)), {"imported": path.parent.resolve().name})
+            files = read_settings_files(path.parent)
+            origin = {"imported": path.parent.resolve().name}
+            return cls(model, model.special_ids(settings_of(files)), origin, files)
         except DataError as error:
             raise DataError(f"Cannot use {path}: {error}.") from None
 
     def save(self, folder: Path | str) -> None:
-        """Write the tokenizer's two files; the folder is made if need be."""
+        """Write the tokenizer's files; the folder is made if need be."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / self._model.file_name, self._model.data)
+        for name, content in self.settings_files.items():
+            write_atomic(folder / name, content)
         description = {
             "format": _FORMAT,
             "kind": self._model.kind,
@@ -141,6 +155,16 @@ class Tokenizer:
     def kind(self) -> str:
         """`sentencepiece` or `huggingface`."""
         return self._model.kind
+
+    @property
+    def model(self) -> SentencePieceModel | HuggingFaceModel:
+        """What encodes; for those who write it in another format."""
+        return self._model
+
+    @property
+    def has_own_chat_template(self) -> bool:
+        """Whether it came with a chat template, a program that bigtx does not run."""
+        return CHAT_TEMPLATE in self.settings_files or "chat_template" in settings_of(self.settings_files)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text; no special ids are added, and none can come from the text."""
@@ -165,6 +189,42 @@ class Tokenizer:
         except (TypeError, RuntimeError):
             _refuse_surrogates(texts)
             raise
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False) -> list[int]:
+        """The ids of a chat: for each message the id of its role, those of its content, and the end id.
+
+            <|user|>What is a token?</s><|assistant|>A piece of text.</s>
+
+        There is no begin id, since no document of the training begins with one. A content cannot produce special ids:
+        `</s>` in it is four characters. Transformers' `apply_chat_template`, with the template that an export holds,
+        gives the same ids, but there special tokens in a content are special unless `sanitize_control_tokens=True`.
+
+        Args:
+            messages: each with a `role`, one of `role_ids`, and a `content`, a text; other keys are not read.
+            add_generation_prompt: end with the assistant's id, so that a model goes on with its answer.
+
+        Raises:
+            DataError: the tokenizer has no chat roles or a chat template of its own, or a message is none.
+        """
+        if self.has_own_chat_template:
+            raise DataError(
+                "This tokenizer came with a chat template of its own, a program that bigtx does not run; let "
+                "transformers' apply_chat_template make the ids of its chats."
+            )
+        if not self.role_ids:
+            raise DataError(
+                "This tokenizer has no chat roles; train one with e.g. chat_roles=[system,user,assistant,tool]."
+            )
+        check_messages(messages, self.role_ids)
+        if add_generation_prompt and ASSISTANT not in self.role_ids:
+            raise DataError(
+                f"There is no role {ASSISTANT} to answer in; this tokenizer knows {', '.join(self.role_ids)}."
+            )
+        ids: list[int] = []
+        contents = self.encode_batch([message["content"] for message in messages])
+        for message, content in zip(messages, contents, strict=True):
+            ids += [self.role_ids[message["role"]], *content, self.end_id]
+        return [*ids, self.role_ids[ASSISTANT]] if add_generation_prompt else ids
 
     def encode_documents(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """The ids of texts as arrays, each text followed by the end id.

@@ -17,7 +17,9 @@ import numpy as np
 
 from bigtx.tokenizer.cut import MAX_ENCODE_CHARACTERS, cut
 
-_WORDS = re.compile(" *[^ ]+| +")
+WORDS = re.compile(" *[^ ]+| +")
+"""A word, with the spaces before it."""
+
 _BORDER = re.compile("[^\u2581]\u2581")
 _MAX_WORDS = 1 << 18
 """Words remembered, about 40 MiB; then all are forgotten."""
@@ -40,7 +42,7 @@ class WordEncoder:
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
         """The ids of each text, as the bytes of an array in `dtype`."""
-        words = [_WORDS.findall(text) for text in texts]
+        words = [WORDS.findall(text) for text in texts]
         new = set().union(*words).difference(self._table)
         if new and len(self._table) + len(new) > _MAX_WORDS:
             self._table.clear()

@@ -1,0 +1,243 @@
+"""The tokenizer's way to and from Hugging Face.
+
+An export loads with transformers' AutoTokenizer and gives bigtx's ids, without custom code:
+
+- `tokenizer.json` holds the tokenizer itself: that of a tokenizer which came from Hugging Face is written as it came, a
+  sentencepiece model is converted (`bigtx.interop.sentencepiece_json`).
+- `tokenizer_config.json` names the special tokens and has transformers read tokenizer.json as it is, instead of
+  building the tokenizer that other models of this type have.
+- `chat_template.jinja` writes chats as `Tokenizer.encode_chat` does.
+
+There is one difference by intent: where the text spells a special token, as chat templates do, transformers gives its
+id, and bigtx the ids of its characters. With `split_special_tokens=True` transformers does as bigtx.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from bigtx.interop.chat_template import chat_template
+from bigtx.interop.sentencepiece_json import to_tokenizer_json
+from bigtx.tokenizer.huggingface_model import CHAT_TEMPLATE, TOKENIZER_CONFIG, HuggingFaceModel
+from bigtx.tokenizer.sentencepiece_model import SentencePieceModel
+from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.utils.errors import DataError
+from bigtx.utils.files import write_atomic, write_json
+
+READ_WITH_END = frozenset({"bert", "modernbert", "roberta", "t5"})
+"""Model types that read a text with its end, as in training; the end of a decoder's prompt is not the text's end."""
+
+HARD_TEXTS = (
+    "",
+    " ",
+    "a",
+    "The naïve café owner's well-known co-operation wasn't re-evaluated.",
+    "def area(self):\n    if self.width > 0:\n\treturn self.width**2  # 0x7f\n",
+    " one before, one after ",
+    "   three before, three after   ",
+    "two  three   four    eight        sixteen                spaces",
+    "\ta\t\tb\n\nc\r\nd\r\r\n\n\n",
+    "\n",
+    "\r\n",
+    "1234567 3.14159 2026-11-30 1e-05 0000000000",
+    "--- ----- ======= ....... !!!!!!! hahahahaha",
+    "Привет, мир! 你好，世界。 नमस्ते दुनिया สวัสดี ㅎㅇ 한국어 日本語",
+    "שלום עולם السلام عليكم \u200fabc\u200e \u202bעברית\u202c",
+    "\U0001f469\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466 \U0001f3f3\ufe0f\u200d\U0001f308 \U0001f44d\U0001f3fd",
+    "é e\u0301 ǖ u\u0308\u0304 Z\u0351\u036b\u0343 각 \u1100\u1161\u11a8",
+    "\ufb01 \u2460 \u00bd \u2163 \uff21\uff22\uff23 \u210c \u00b5",
+    "a\x00b\x01\x02\x07\x08\x0b\x0c\x1b[0m\x7f\x80\x9f",
+    "\ufeffbyte order mark\ufeff",
+    "no-break\u00a0space, \u3000ideographic\u3000, thin\u2009, zero\u200bwidth, line\u2028paragraph\u2029, soft\u00adhyphen",
+    "\ufffd \ufffe \uffff \U0010ffff \U000e0041 \ue000",
+    "Donaudampfschifffahrtselektrizitätenhauptbetriebswerkbauunterbeamtengesellschaft",
+    "x" * 300,
+    "ab" * 300,
+    "https://example.org/a/b?c=d&e=%20f#g user@example.org C:\\temp\\new",
+    "<0x41><0x0A> <0xE2><0x96><0x81>",
+    "<mask></s><s><unk><pad> <|user|>hello</s><|assistant|> <extra_id_0> <extra_id_5>",
+    "[CLS] [SEP] [MASK] [PAD] [UNK] <|endoftext|> <|im_start|>user",
+    "a\u2581b \u2581 \u2581\u2581",
+)
+"""Texts that tokenizers take differently, U+2581 (sentencepiece's mark of a space) and special names included."""
+
+_CHAT = (("system", "Be brief.\n"), ("user", " What is  2+2?"), ("assistant", "4"), ("tool", '{"a": 1}'))
+_MODEL_NAMES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")
+
+
+def export_tokenizer(tokenizer: Tokenizer, folder: Path, *, model_type: str, max_length: int) -> None:
+    """Write the files from which AutoTokenizer makes this tokenizer.
+
+    Without being asked otherwise, AutoTokenizer adds the end id after a text for an encoder or a T5, which read texts so
+    in training, and nothing for a decoder. (A tokenizer from Hugging Face adds what it always added.)
+
+    Args:
+        folder: the export; its config.json has to stand there before transformers reads the tokenizer.
+        model_type: as in that config.json.
+        max_length: tokens that the model takes at most.
+
+    Raises:
+        DataError: the tokenizer has no counterpart.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config: dict[str, Any] = json.loads(tokenizer.settings_files.get(TOKENIZER_CONFIG, b"{}"))
+    model = tokenizer.model
+    if isinstance(model, SentencePieceModel):
+        ends_text = tokenizer.end_id if model_type in READ_WITH_END else None
+        write_json(folder / HuggingFaceModel.file_name, to_tokenizer_json(model, ends_text=ends_text))
+    else:
+        write_atomic(folder / HuggingFaceModel.file_name, model.data)
+        for name, content in tokenizer.settings_files.items():
+            write_atomic(folder / name, content)
+    if not tokenizer.settings_files:
+        config |= _special_tokens(tokenizer)
+        config |= {
+            "clean_up_tokenization_spaces": False,
+            "padding_side": "right" if model_type in READ_WITH_END else "left",
+        }
+    # Code from elsewhere has no place in an export.
+    config.pop("auto_map", None)
+    config |= {"tokenizer_class": _tokenizer_class(model_type), "model_max_length": max_length}
+    write_json(folder / TOKENIZER_CONFIG, config)
+    template = chat_template(tokenizer)
+    if template and not tokenizer.has_own_chat_template:
+        write_atomic(folder / CHAT_TEMPLATE, template)
+
+
+def import_tokenizer(folder: Path) -> Tokenizer:
+    """Take over the tokenizer of a Hugging Face folder, its ids as they are.
+
+    A tokenizer.json is taken as it is. A sentencepiece model alone is taken if transformers makes the same ids of it:
+    what it makes depends on the model's type and the settings beside it.
+
+    Raises:
+        DataError: there is none, or transformers does something else with it.
+    """
+    if (folder / HuggingFaceModel.file_name).is_file():
+        return Tokenizer.from_huggingface(folder)
+    names = [name for name in _MODEL_NAMES if (folder / name).is_file()]
+    if not names:
+        raise DataError(
+            f"{folder} holds no tokenizer: neither {HuggingFaceModel.file_name} nor a sentencepiece model "
+            f"({', '.join(_MODEL_NAMES)})."
+        )
+    tokenizer = Tokenizer.from_sentencepiece(folder / names[0])
+    differences = _differences(tokenizer, _load(folder))
+    if differences:
+        raise DataError(
+            f"Transformers does not read {folder / names[0]} as it stands: {differences[0]}"
+            f"{f' (and {len(differences) - 1} more differences)' if differences[1:] else ''}. Have transformers write "
+            f'what it reads as a {HuggingFaceModel.file_name}, and try again: python -c "from transformers import '
+            f"AutoTokenizer as A; A.from_pretrained('{folder}').save_pretrained('{folder}')\""
+        )
+    return tokenizer
+
+
+def compare_tokenizers(tokenizer: Tokenizer, folder: Path) -> list[str]:
+    """What AutoTokenizer, loading a folder, does otherwise than a tokenizer of bigtx.
+
+    Special ids, the vocabulary's size, the ids of `HARD_TEXTS` and of a chat are compared; the network is not used, and
+    no code in the folder runs.
+
+    Returns:
+        One line for each difference; none if all is the same.
+
+    Raises:
+        DataError: transformers is not installed, or cannot load the folder.
+    """
+    return _differences(tokenizer, _load(folder))
+
+
+def _special_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Names for the special ids, as tokenizer_config.json has them."""
+    own = tokenizer.special
+    named = {
+        "pad_token": own.pad,
+        "bos_token": own.begin,
+        "eos_token": own.end,
+        "unk_token": own.unknown,
+        "mask_token": own.mask,
+    }
+    tokens: dict[str, Any] = {name: tokenizer.id_to_piece(i) for name, i in named.items() if i is not None}
+    extra = [*own.sentinels, *own.roles.values()]
+    if extra:
+        tokens["additional_special_tokens"] = [tokenizer.id_to_piece(i) for i in extra]
+    return tokens
+
+
+def _tokenizer_class(model_type: str) -> str:
+    """The class that has transformers 5 read tokenizer.json as it is.
+
+    For most types it is the general one. Where transformers distrusts what such folders name, it puts the type's own
+    class in its place, which builds another tokenizer; a class without a name is the only one that it leaves alone.
+    """
+    return "" if model_type == "qwen2" else "PreTrainedTokenizerFast"
+
+
+def _load(folder: Path) -> Any:
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise DataError(
+            "What transformers makes of a tokenizer can only be seen with it, and it is not installed: "
+            "pip install 'bigtx[huggingface]'"
+        ) from None
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # The libraries below raise bare Exception too.
+        raise DataError(f"Transformers cannot load the tokenizer in {folder}: {error}") from None
+
+
+def _differences(tokenizer: Tokenizer, theirs: Any) -> list[str]:
+    return [
+        *_special_differences(tokenizer, theirs),
+        *_text_differences(tokenizer, theirs),
+        *_chat_difference(tokenizer, theirs),
+    ]
+
+
+def _special_differences(tokenizer: Tokenizer, theirs: Any) -> Iterator[str]:
+    own = tokenizer.special
+    pairs = {
+        "the end id": (own.end, theirs.eos_token_id, theirs.sep_token_id),
+        "the mask id": (own.mask, theirs.mask_token_id),
+        "the size of the vocabulary": (tokenizer.vocab_size, len(theirs)),
+    }
+    for what, (mine, *others) in pairs.items():
+        if mine not in others:
+            yield f"{what} is {mine} in bigtx and {others[0]} in transformers"
+
+
+def _text_differences(tokenizer: Tokenizer, theirs: Any) -> Iterator[str]:
+    names = [str(token) for token in theirs.get_added_vocab()]
+    for text, ids in zip(HARD_TEXTS, tokenizer.encode_batch(HARD_TEXTS), strict=True):
+        plain = theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        if plain != ids:
+            yield f"{text!a:.60}: {_first_difference(ids, plain)}"
+        elif not any(name in text for name in names):
+            usual = theirs(text, add_special_tokens=False)["input_ids"]
+            if usual != ids:
+                yield f"{text!a:.60}, special tokens looked for: {_first_difference(ids, usual)}"
+
+
+def _chat_difference(tokenizer: Tokenizer, theirs: Any) -> Iterator[str]:
+    chat = [{"role": role, "content": content} for role, content in _CHAT if role in tokenizer.role_ids]
+    if not chat or tokenizer.has_own_chat_template:
+        return
+    if not theirs.chat_template:
+        yield "transformers has no chat template"
+        return
+    ids = tokenizer.encode_chat(chat)
+    rendered = theirs.apply_chat_template(chat, return_dict=False)
+    if rendered != ids:
+        yield f"a chat: {_first_difference(ids, rendered)}"
+
+
+def _first_difference(mine: list[int], theirs: list[int]) -> str:
+    pairs = zip_longest(mine, theirs)
+    at = next(number for number, (one, other) in enumerate(pairs) if one != other)
+    return f"from token {at} on, bigtx gives {mine[at : at + 5]} and transformers {theirs[at : at + 5]}"
