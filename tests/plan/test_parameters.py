@@ -12,6 +12,7 @@ import torch
 
 from bigtx.config.load import load
 from bigtx.config.schema import ModelConfig, PretrainConfig
+from bigtx.config.shipped import shipped_configs, shipped_folder
 from bigtx.model.transformer import Transformer
 from bigtx.plan.parameters import count_parameters, flops_per_token, parameter_shapes
 
@@ -37,6 +38,14 @@ def test_recipes_say_their_size(path: Path) -> None:
     assert count_parameters(model).total == count
     named = float(path.stem.removeprefix("decoder-")[:-1]) * {"m": 1e6, "b": 1e9}[path.stem[-1]]
     assert count == pytest.approx(named, rel=0.2)
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_configs() if name.startswith(("model/", "pretrain/"))])
+def test_every_recipe_builds(name: str) -> None:
+    """On the meta device: names and shapes as counted, without memory for any of them."""
+    model = load(PretrainConfig, [str(shipped_folder() / name)], check=False).model
+    model.vocab_size = model.vocab_size or 1000
+    assert parameter_shapes(model) == torch_shapes(model)
 
 
 def test_published_counts() -> None:
