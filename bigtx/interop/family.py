@@ -17,16 +17,22 @@ class Family(Protocol):
 
     The vocabulary's padding is none of a family's business: links speak of embedding.weight, head.weight and head.bias,
     whose foreign tensors have vocab_size rows.
-
-    Attributes:
-        model_type: of config.json.
-        architecture: class that config.json's `architectures` names.
-        auto_class: class of transformers that loads it.
     """
 
-    model_type: str
-    architecture: str
-    auto_class: str
+    @property
+    def model_type(self) -> str:
+        """The family's name in config.json."""
+        ...
+
+    @property
+    def architecture(self) -> str:
+        """The class that config.json's `architectures` names."""
+        ...
+
+    @property
+    def auto_class(self) -> str:
+        """The class of transformers that loads it: AutoModelForCausalLM, ..MaskedLM or ..Seq2SeqLM."""
+        ...
 
     def read_config(self, values: dict[str, Any]) -> ModelConfig:
         """bigtx's config of a config.json; vocab_size is set.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any, TypeVar
 
 from bigtx.utils.errors import ConfigError
@@ -88,18 +89,18 @@ def differing(config: Any, allowed: Mapping[str, Sequence[Any]], why: Mapping[st
     """The fields of a bigtx config whose values are not among those that a family expresses.
 
     Args:
-        config: a ModelConfig or one of its sections.
-        allowed: values by field.
-        why: by field, what to say; else that the family has something else.
+        config: a ModelConfig.
+        allowed: values by field, `experts.num_experts` of a field in a section.
+        why: by field, what to say; else what the family has.
 
     Returns:
         "model.FIELD=VALUE: why" for each.
     """
     found = []
     for name, values in allowed.items():
-        value = getattr(config, name)
+        value = attrgetter(name)(config)
         if value not in values:
-            has = " or ".join("none" if one is None else str(one).lower() for one in values)
+            has = " or ".join("none" if one is None else _plain(one) for one in values)
             found.append(f"model.{name}={_plain(value)}: {why.get(name, f'the family has {has}')}")
     return found
 

@@ -6,7 +6,8 @@ that is how the shapes of what a checkpoint must hold are known before a byte of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,6 +91,20 @@ def swapped_halves(name: str, key: str, width: int) -> Link:
         return [heads.flip(1).flatten(0, 2)]
 
     return Link((name,), (key,), swap, swap)
+
+
+def spelled(name: str, outer: Mapping[str, str], block: Mapping[str, str], layers: str) -> str:
+    """The key of a parameter where modules are only called otherwise.
+
+    Args:
+        name: of bigtx's parameter, e.g. decoder.blocks.3.attention.query.weight.
+        outer: foreign names of the modules outside of blocks.
+        block: foreign names of the modules of a block.
+        layers: foreign name of the list of blocks, e.g. model.layers.
+    """
+    module, _, part = name.rpartition(".")
+    found = re.fullmatch(r"(?:encoder|decoder)\.blocks\.(\d+)\.(.+)", module)
+    return f"{layers}.{found[1]}.{block[found[2]]}.{part}" if found else f"{outer[module]}.{part}"
 
 
 def _transpose(tensors: list[Tensor]) -> list[Tensor]:

@@ -164,7 +164,7 @@ def _no_weights(folder: Path) -> CheckpointError:
     names = sorted(path.name for path in folder.iterdir())
     if pickles := [name for name in names if name.endswith(_PICKLES)]:
         return CheckpointError(
-            f"{folder} holds its weights as pickle only ({_listed(pickles)}), which can run any code when it is opened; "
+            f"{folder} holds its weights as pickle only ({_listed(pickles)}), which can run any code once opened; "
             f"bigtx never opens one: look for a {SINGLE} of the same model, or have whoever trusts it convert it"
         )
     others = [name for name in names if name.endswith(".safetensors")]

@@ -1,0 +1,150 @@
+"""GPT-2: LayerNorm, learned positions, biases everywhere, and matrices that are held as [inputs, outputs]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from bigtx.config import shape
+from bigtx.config.schema.model import ModelConfig
+from bigtx.interop.families import decoder
+from bigtx.interop.family import Family
+from bigtx.interop.fields import Fields, differing
+from bigtx.interop.maps import Link, same, spelled, split_rows, transposed
+from bigtx.plan.parameters import parameter_shapes
+from bigtx.tokenizer.tokenizer import Tokenizer
+
+FIXED = decoder.FIXED | {
+    "experts.num_experts": (0,),
+    "norm": ("layer",),
+    "norm_scale": (True,),
+    "norm_bias": (True,),
+    "embedding_norm": (False,),
+    "qk_norm": (False,),
+    "attention_window": (None,),
+    "positions": ("learned",),
+    "position_offset": (0,),
+    "attention_bias": (True,),
+    "attention_output_bias": (True,),
+    "mlp_bias": (True,),
+    "logit_soft_cap": (None,),
+}
+OUTER = {
+    "embedding": "transformer.wte",
+    "position_embedding": "transformer.wpe",
+    "decoder.norm": "transformer.ln_f",
+    "head": "lm_head",
+}
+BLOCK = {
+    "attention_norm": "ln_1",
+    "attention.query": "attn.c_attn",
+    "attention.output": "attn.c_proj",
+    "mlp_norm": "ln_2",
+    "mlp.up": "mlp.c_fc",
+    "mlp.down": "mlp.c_proj",
+}
+
+
+class GPT2:
+    """GPT2LMHeadModel."""
+
+    model_type = "gpt2"
+    architecture = "GPT2LMHeadModel"
+    auto_class = decoder.AUTO_CLASS
+
+    def read_config(self, values: dict[str, Any]) -> ModelConfig:
+        """bigtx's config of a config.json.
+
+        Raises:
+            ConfigError: it names every field whose value bigtx does not express.
+        """
+        fields = Fields(values)
+        hidden_size = fields.size("n_embd", 768)
+        fields.expect("scale_attn_by_inverse_layer_idx", False, "weakens attention from block to block")
+        fields.expect("add_cross_attention", False, "attends to a source")
+        dropouts = {fields.number(key, 0.1) for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+        config = ModelConfig(
+            vocab_size=fields.size("vocab_size"),
+            hidden_size=hidden_size,
+            num_layers=fields.size("n_layer", 12),
+            num_heads=fields.size("n_head", 12),
+            mlp=fields.choice("activation_function", decoder.PLAIN, "gelu_new"),  # type: ignore[arg-type]
+            mlp_size=fields.size("n_inner", 4 * hidden_size),
+            norm="layer",
+            norm_eps=fields.number("layer_norm_epsilon", 1e-5),
+            norm_bias=True,
+            attention_scale=None if fields.flag("scale_attn_weights", True) else 1.0,
+            positions="learned",
+            max_sequence_length=fields.size("n_positions", 1024),
+            attention_bias=True,
+            attention_output_bias=True,
+            mlp_bias=True,
+            tie_embeddings=fields.flag("tie_word_embeddings", True),
+            # bigtx has one rate for all three places.
+            dropout=dropouts.pop() if len(dropouts) == 1 else 0.0,
+            init_std=fields.number("initializer_range", 0.02),
+        )
+        fields.finish()
+        return config
+
+    def problems(self, config: ModelConfig) -> list[str]:
+        """Fields that the family does not express."""
+        width = config.hidden_size // config.num_heads
+        allowed = FIXED | {
+            "mlp": tuple(decoder.PLAIN.values()),
+            "num_kv_heads": (None, config.num_heads),
+            "head_width": (None, width),
+            "attention_scale": (*decoder.usual_scale(config), 1.0),
+        }
+        return differing(config, allowed, {})
+
+    def write_config(self, config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+        """A config.json of a config without problems."""
+        return {
+            "model_type": self.model_type,
+            "architectures": [self.architecture],
+            "vocab_size": config.vocab_size,
+            "n_embd": config.hidden_size,
+            "n_layer": config.num_layers,
+            "n_head": config.num_heads,
+            "n_inner": shape.mlp_size(config),
+            "n_positions": config.max_sequence_length,
+            "activation_function": decoder.activation(config.mlp),
+            "layer_norm_epsilon": config.norm_eps,
+            "scale_attn_weights": not self._unscaled(config),
+            "scale_attn_by_inverse_layer_idx": False,
+            "add_cross_attention": False,
+            "tie_word_embeddings": config.tie_embeddings,
+            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
+            "initializer_range": config.init_std,
+            **decoder.special_ids(tokenizer),
+        }
+
+    def _unscaled(self, config: ModelConfig) -> bool:
+        return config.attention_scale == 1.0 and shape.head_width(config) != 1
+
+    def links(self, config: ModelConfig) -> list[Link]:
+        """Queries, keys and values are one tensor there."""
+        return [link for name in parameter_shapes(config) if (link := self._link(name))]
+
+    def _link(self, name: str) -> Link | None:
+        if ".attention.key." in name or ".attention.value." in name:
+            return None  # In the link of the queries.
+        key = spelled(name, OUTER, BLOCK, "transformer.h")
+        is_matrix = name.endswith(".weight") and (".attention." in name or ".mlp." in name)
+        if ".attention.query." in name:
+            names = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+            return split_rows(names, key, transpose=is_matrix)
+        return transposed(name, key) if is_matrix else same(name, key)
+
+    def rename(self, key: str) -> str:
+        """Keys of a model that was saved without its head, as OpenAI's weights were."""
+        return f"transformer.{key}" if key.startswith(("wte.", "wpe.", "h.", "ln_f.")) else key
+
+    def unused(self, config: ModelConfig) -> Sequence[str]:
+        """Causal masks that old releases saved, and copies of what is tied."""
+        masks = r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"
+        return (masks, r"lm_head\.weight") if config.tie_embeddings else (masks,)
+
+
+FAMILIES: tuple[Family, ...] = (GPT2(),)

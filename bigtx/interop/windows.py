@@ -1,0 +1,91 @@
+"""Sliding windows in a config.json. There a window of w is the token itself and w - 1 before it, in bigtx the w - 1."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bigtx.config import shape
+from bigtx.config.schema.model import ModelConfig
+from bigtx.interop.fields import Fields
+
+Window = tuple[int | None, int | None]
+"""attention_window and global_attention_every."""
+
+_KINDS = {True: "sliding_attention", False: "full_attention"}
+
+
+def read_window(fields: Fields, default: int | None) -> Window:
+    """`sliding_window` where it holds for all blocks; null is none.
+
+    Args:
+        default: where the key is missing.
+    """
+    if fields.values.get("sliding_window", default) is None:
+        return None, None
+    return fields.size("sliding_window", default, minimum=2) - 1, None
+
+
+def read_layer_windows(fields: Fields, layer_types: list[str]) -> Window:
+    """`sliding_window` where `use_sliding_window` allows it and `layer_types` says which blocks have it.
+
+    Args:
+        layer_types: of the family, where the file names none.
+    """
+    types = fields.values.get("layer_types") or layer_types
+    if not isinstance(types, list) or not set(types) <= set(_KINDS.values()):
+        fields.problem("layer_types", f"has others than {' and '.join(_KINDS.values())}")
+        return None, None
+    full = [layer for layer, kind in enumerate(types) if kind == _KINDS[False]]
+    if len(full) == len(types):
+        return None, None
+    if not fields.flag("use_sliding_window", False):
+        fields.problem("use_sliding_window", "but layer_types has sliding_attention")
+        return None, None
+    window, _ = read_window(fields, 4096)
+    if not full:
+        return window, None
+    every = full[1] if len(full) > 1 else len(types)
+    if full != list(range(0, len(types), every)):
+        fields.problem("layer_types", f"has full_attention in blocks {full}; bigtx has it in none, or in 0, n, 2 n ...")
+    return window, every
+
+
+def write_window(config: ModelConfig) -> dict[str, Any]:
+    """`sliding_window` for all blocks, or null."""
+    window = config.attention_window
+    return {"sliding_window": None if window is None else window + 1}
+
+
+def write_layer_windows(config: ModelConfig) -> dict[str, Any]:
+    """`sliding_window` and the blocks that have it."""
+    has_window = [shape.has_window(config, layer) for layer in range(config.num_layers)]
+    return {
+        "use_sliding_window": any(has_window),
+        **(write_window(config) if any(has_window) else {"sliding_window": None}),
+        # Releases of transformers before `layer_types` know windows from a certain block on.
+        "max_window_layers": has_window.index(True) if any(has_window) else config.num_layers,
+        "layer_types": [_KINDS[one] for one in has_window],
+    }
+
+
+def window_problems(config: ModelConfig, *, allowed: bool, by_layer: bool = False) -> list[str]:
+    """What stands against a family in a config's windows.
+
+    Args:
+        allowed: the family has windows.
+        by_layer: not all of its blocks must have one.
+    """
+    if config.attention_window is None:
+        return []
+    if not allowed:
+        return [f"model.attention_window={config.attention_window}: the family has none"]
+    problems = []
+    if config.global_attention_every is not None and not by_layer:
+        problems.append(
+            f"model.global_attention_every={config.global_attention_every}: the family has none, or one in all blocks"
+        )
+    if config.local_rope_theta not in (None, config.rope_theta):
+        problems.append(
+            f"model.local_rope_theta={config.local_rope_theta}: the family has one rope_theta for all blocks"
+        )
+    return problems
