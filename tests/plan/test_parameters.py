@@ -12,6 +12,7 @@ import torch
 
 from bigtx.config.load import load
 from bigtx.config.schema import ModelConfig, PretrainConfig
+from bigtx.config.shape import padded_vocab_size
 from bigtx.config.shipped import shipped_configs, shipped_folder
 from bigtx.model.transformer import Transformer
 from bigtx.plan.parameters import count_parameters, flops_per_token, parameter_shapes
@@ -36,7 +37,7 @@ def test_recipes_say_their_size(path: Path) -> None:
     model.vocab_size = vocab_size
     assert parameter_shapes(model) == torch_shapes(model)
     assert count_parameters(model).total == count
-    named = float(path.stem.removeprefix("decoder-")[:-1]) * {"m": 1e6, "b": 1e9}[path.stem[-1]]
+    named = float(path.stem.rpartition("-")[2][:-1]) * {"m": 1e6, "b": 1e9}[path.stem[-1]]
     assert count == pytest.approx(named, rel=0.2)
 
 
@@ -49,11 +50,21 @@ def test_every_recipe_builds(name: str) -> None:
 
 
 def test_published_counts() -> None:
-    """Llama 2 7B and 13B, Llama 3.2 3B and Llama 3 70B, as their publishers' weights have it."""
+    """Of decoders Llama 2 7B and 13B, Llama 3.2 3B and Llama 3 70B, as their publishers' weights have it; of the others
+    BERT base, ModernBERT base, T5 1.1 small and base, as transformers counts them."""
     published = {"7b": 6_738_415_616, "13b": 13_015_864_320, "3b": 3_212_749_824, "70b": 70_553_706_496}
     for name, count in published.items():
         path = next(path for path in RECIPES if path.stem == f"decoder-{name}")
         assert f"# parameters: {count:,} " in path.read_text(encoding="utf-8")
+    others = {"encoder-110m": 109_514_298, "encoder-150m": 149_655_232}
+    others |= {"encoder-decoder-77m": 76_961_152, "encoder-decoder-250m": 247_577_856}
+    for name, count in others.items():
+        model = load(PretrainConfig, [str(shipped_folder() / f"model/{name}.yaml")], check=False).model
+        header = HEADER.match((shipped_folder() / f"model/{name}.yaml").read_text(encoding="utf-8"))
+        assert header
+        model.vocab_size = int(header[2].replace(",", ""))
+        padding = padded_vocab_size(model) - model.vocab_size
+        assert count_parameters(model).total == count + padding * (model.hidden_size + model.head_bias)
 
 
 CHOICES: dict[str, list[Any]] = {
