@@ -50,8 +50,8 @@ def test_every_recipe_builds(name: str) -> None:
 
 
 def test_published_counts() -> None:
-    """Of decoders Llama 2 7B and 13B, Llama 3.2 3B and Llama 3 70B, as their publishers' weights have it; of the others
-    BERT base, ModernBERT base, T5 1.1 small and base, as transformers counts them."""
+    """Of decoders Llama 2 7B and 13B, Llama 3.2 3B and Llama 3 70B, as their publishers' weights have it; BERT base and
+    ModernBERT base as transformers counts them, and T5 1.1 small and base with the heads of their own."""
     published = {"7b": 6_738_415_616, "13b": 13_015_864_320, "3b": 3_212_749_824, "70b": 70_553_706_496}
     for name, count in published.items():
         path = next(path for path in RECIPES if path.stem == f"decoder-{name}")
