@@ -12,7 +12,7 @@ from bigtx.config.schema.model import ModelConfig
 from bigtx.interop.family import Family
 from bigtx.utils.errors import ConfigError
 
-MODULES = ("llama", "gpt2", "nanochat", "experts")
+MODULES = ("llama", "gpt2", "nanochat", "experts", "bert", "modernbert", "t5")
 """In the order in which an export tries them: of two that express a config, the first."""
 
 

@@ -1,0 +1,230 @@
+"""ModernBERT (arXiv:2412.13663) with the head of masked language modelling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from bigtx.config import shape
+from bigtx.config.schema.model import ModelConfig
+from bigtx.interop.family import Family
+from bigtx.interop.fields import Fields, differing
+from bigtx.interop.maps import Link, same, spelled, split_rows
+from bigtx.plan.parameters import parameter_shapes
+from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.utils import log
+
+FIXED: dict[str, Sequence[Any]] = {
+    "shape": ("encoder",),
+    "experts.num_experts": (0,),
+    "norm": ("layer",),
+    "norm_placement": ("pre",),
+    "embedding_norm": (True,),
+    "norm_scale": (True,),
+    "qk_norm": (False,),
+    "positions": ("rope",),
+    "rope_scaling.method": ("none",),
+    "num_token_types": (0,),
+    "head_transform": (True,),
+    "logit_scale": (1.0,),
+    "logit_soft_cap": (None,),
+}
+
+ACTIVATIONS = {"gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh", "gelu_new": "geglu_tanh", "silu": "swiglu"}
+"""The feed-forward by the name of its activation; of two names for one, the first is written."""
+
+OUTER = {
+    "embedding": "model.embeddings.tok_embeddings",
+    "embedding_norm": "model.embeddings.norm",
+    "encoder.norm": "model.final_norm",
+    "head.transform": "head.dense",
+    "head.norm": "head.norm",
+    "head": "decoder",
+}
+BLOCK = {
+    "attention_norm": "attn_norm",
+    "attention.query": "attn.Wqkv",
+    "attention.output": "attn.Wo",
+    "mlp_norm": "mlp_norm",
+    "mlp.gate": "mlp.Wi",
+    "mlp.down": "mlp.Wo",
+}
+FUSED = {
+    "attention.query": ("attention.query", "attention.key", "attention.value"),
+    # Its "input" goes through the activation, and its "gate" does not.
+    "mlp.gate": ("mlp.gate", "mlp.up"),
+}
+"""Modules that are one there, under the first of their names."""
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+class ModernBert:
+    """ModernBertForMaskedLM."""
+
+    model_type = "modernbert"
+    architecture = "ModernBertForMaskedLM"
+    auto_class = "AutoModelForMaskedLM"
+
+    def read_config(self, values: dict[str, Any]) -> ModelConfig:
+        """bigtx's config of a config.json.
+
+        Raises:
+            ConfigError: it names every field whose value bigtx does not express.
+        """
+        fields = Fields(values)
+        num_layers = fields.size("num_hidden_layers", 22)
+        windowed, every = _windows(fields, num_layers)
+        theta, local_theta = _rope(fields)
+        mlp_bias = fields.flag("mlp_bias", False)
+        if fields.flag("classifier_bias", False) != mlp_bias:
+            fields.problem("classifier_bias", "is not mlp_bias, and bigtx has one of both")
+        fields.choice("classifier_activation", {"gelu": True}, "gelu")
+        attention_bias = fields.flag("attention_bias", False)
+        dropouts = {name: fields.number(f"{name}_dropout", 0.0) for name in ("embedding", "attention", "mlp")}
+        config = ModelConfig(
+            shape="encoder",
+            vocab_size=fields.size("vocab_size", 50368),
+            hidden_size=fields.size("hidden_size", 768),
+            num_layers=num_layers,
+            num_heads=fields.size("num_attention_heads", 12),
+            mlp=fields.choice("hidden_activation", ACTIVATIONS, "gelu"),  # type: ignore[arg-type]
+            mlp_size=fields.size("intermediate_size", 1152),
+            norm="layer",
+            embedding_norm=True,
+            norm_eps=fields.number("norm_eps", 1e-5),
+            norm_bias=fields.flag("norm_bias", False),
+            attention_window=fields.size("local_attention", 128, minimum=2) // 2 if windowed else None,
+            global_attention_every=every if windowed else None,
+            rope_theta=theta,
+            local_rope_theta=local_theta if windowed else None,
+            max_sequence_length=fields.size("max_position_embeddings", 8192),
+            attention_bias=attention_bias,
+            attention_output_bias=attention_bias,
+            mlp_bias=mlp_bias,
+            tie_embeddings=fields.flag("tie_word_embeddings", True),
+            head_bias=fields.flag("decoder_bias", True),
+            head_transform=True,
+            dropout=dropouts["embedding"],
+            init_std=fields.number("initializer_range", 0.02),
+        )
+        fields.finish()
+        if set(dropouts.values()) != {config.dropout}:
+            others = ", ".join(f"{name}_dropout={value}" for name, value in dropouts.items() if name != "embedding")
+            log.say(f"embedding_dropout={config.dropout} stands for {others} too")
+        return config
+
+    def problems(self, config: ModelConfig) -> list[str]:
+        """Fields that the family does not express, each as "model.FIELD=VALUE: why"."""
+        allowed = {
+            "num_kv_heads": (None, config.num_heads),
+            "head_width": (None, config.hidden_size // config.num_heads),
+            "attention_scale": (None, shape.head_width(config) ** -0.5),
+            "mlp": tuple(ACTIVATIONS.values()),
+            "attention_output_bias": (config.attention_bias,),
+        }
+        return differing(config, FIXED | allowed, {"attention_output_bias": "the family has it as attention_bias"})
+
+    def write_config(self, config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+        """A config.json of a config without problems."""
+        layers = range(config.num_layers)
+        window, every = config.attention_window, config.global_attention_every
+        local_theta = config.local_rope_theta or config.rope_theta
+        values = {
+            "architectures": [self.architecture],
+            "model_type": self.model_type,
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.hidden_size,
+            "num_hidden_layers": config.num_layers,
+            "num_attention_heads": config.num_heads,
+            "intermediate_size": shape.mlp_size(config),
+            "hidden_activation": next(name for name, kind in ACTIVATIONS.items() if kind == config.mlp),
+            "max_position_embeddings": config.max_sequence_length,
+            "initializer_range": config.init_std,
+            "norm_eps": config.norm_eps,
+            "norm_bias": config.norm_bias,
+            "attention_bias": config.attention_bias,
+            "mlp_bias": config.mlp_bias,
+            "decoder_bias": config.head_bias,
+            "classifier_bias": config.mlp_bias,
+            "classifier_activation": "gelu",
+            "attention_dropout": config.dropout,
+            "embedding_dropout": config.dropout,
+            "mlp_dropout": config.dropout,
+            "layer_types": [SLIDING if shape.has_window(config, layer) else FULL for layer in layers],
+            "rope_parameters": {
+                FULL: {"rope_type": "default", "rope_theta": config.rope_theta},
+                SLIDING: {"rope_type": "default", "rope_theta": local_theta},
+            },
+            # Releases of transformers before 5 have these in place of the two above.
+            "global_rope_theta": config.rope_theta,
+            "local_rope_theta": local_theta,
+            "tie_word_embeddings": config.tie_embeddings,
+            "pad_token_id": tokenizer.pad_id,
+            "bos_token_id": tokenizer.begin_id,
+            "eos_token_id": tokenizer.end_id,
+            "cls_token_id": tokenizer.begin_id,
+            "sep_token_id": tokenizer.end_id,
+        }
+        if window is not None:
+            values["local_attention"] = 2 * window
+        if window is None or every is not None:
+            values["global_attn_every_n_layers"] = 1 if window is None else every
+        return values
+
+    def links(self, config: ModelConfig) -> list[Link]:
+        """Every parameter of bigtx in exactly one link."""
+        return [link for name in parameter_shapes(config) if (link := _link(name))]
+
+    def rename(self, key: str) -> str:
+        """Keys of a model that was saved without its head."""
+        return f"model.{key}" if key.startswith(("embeddings.", "layers.", "final_norm.")) else key
+
+    def unused(self, config: ModelConfig) -> Sequence[str]:
+        """The copy of a tied table."""
+        return (r"decoder\.weight",) if config.tie_embeddings else ()
+
+
+def _link(name: str) -> Link | None:
+    for first, modules in FUSED.items():
+        if any(f".{module}." in name for module in modules[1:]):
+            return None  # In the link of the first.
+        if f".{first}." in name:
+            names = [name.replace(first, module) for module in modules]
+            return split_rows(names, spelled(name, OUTER, BLOCK, "model.layers"))
+    return same(name, spelled(name, OUTER, BLOCK, "model.layers"))
+
+
+def _windows(fields: Fields, num_layers: int) -> tuple[bool, int | None]:
+    """Whether any layer has a window, and of which every n-th, from the first on, has none."""
+    kinds = fields.values.get("layer_types")
+    if kinds is None:
+        # transformers before 5 wrote the rule, and writes out the layers since.
+        every = fields.size("global_attn_every_n_layers", 3)
+        return every > 1 and num_layers > 1, every
+    full = [layer for layer, kind in enumerate(kinds) if kind == FULL]
+    if not full:
+        return True, None
+    # Without a second layer that sees all, the next one would come after the last.
+    every = full[1] if len(full) > 1 else num_layers
+    if full != list(range(0, num_layers, every)) or len(kinds) != num_layers:
+        fields.problem("layer_types", f"has not {FULL} in every n-th layer, from the first on, and nowhere else")
+    return len(full) < num_layers, every
+
+
+def _rope(fields: Fields) -> tuple[float, float]:
+    """The bases of the frequencies of layers that see all, and of those with a window."""
+    theta = fields.number("global_rope_theta", 160_000.0)
+    # Absent it has its own default; null it was the other's in transformers before 5.
+    local_theta = fields.number("local_rope_theta", theta if "local_rope_theta" in fields.values else 10_000.0)
+    fields.expect("rope_scaling", {}, "stretches rotary positions, which bigtx does not do by kinds of layers")
+    thetas = []
+    for name, default in ((FULL, theta), (SLIDING, local_theta)):
+        rope = Fields((fields.values.get("rope_parameters") or {}).get(name) or {}, f"rope_parameters.{name}.")
+        rope.choice("rope_type", {"default": True}, "default")
+        thetas.append(rope.number("rope_theta", default))
+        fields.problems += rope.problems
+    return thetas[0], thetas[1]
+
+
+FAMILIES: tuple[Family, ...] = (ModernBert(),)
