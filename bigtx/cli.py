@@ -21,6 +21,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data stats": ("bigtx.commands.data:stats_command", "show a prepared corpus in figures"),
     "data verify": ("bigtx.commands.data:verify_command", "read all of a prepared corpus and check it"),
     "generate": ("bigtx.generate:command", "continue prompts with a trained model"),
+    "import": ("bigtx.commands.interop:import_command", "make a run of a Hugging Face model"),
+    "export": ("bigtx.commands.interop:export_command", "write a run as a Hugging Face model"),
     "configs list": ("bigtx.commands.configs:list_command", "show the recipes that come with bigtx"),
     "configs copy": ("bigtx.commands.configs:copy_command", "copy a recipe, to change it"),
     "configs explain": ("bigtx.commands.configs:explain_command", "say what a setting means"),

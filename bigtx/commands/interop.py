@@ -1,0 +1,141 @@
+"""`bigtx import` and `bigtx export`: models from and for Hugging Face's transformers."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bigtx.utils.errors import CheckpointError, ConfigError
+from bigtx.utils.log import say
+from bigtx.utils.units import format_count, format_size, parse_size
+
+if TYPE_CHECKING:
+    from bigtx.config.schema import ModelConfig
+    from bigtx.interop.exporter import Exported, ExportSettings
+    from bigtx.tokenizer.tokenizer import Tokenizer
+
+
+def import_command(argv: Sequence[str]) -> int:
+    """Make a run of a Hugging Face model, and say what became of it."""
+    parser = argparse.ArgumentParser(
+        prog="bigtx import",
+        description="Make a run of a model in Hugging Face's layout, to generate with, to train on and to fine-tune. "
+        "Nothing in the folder is executed.",
+    )
+    parser.add_argument("source", metavar="FOLDER", type=Path, help="with config.json, safetensors and the tokenizer")
+    parser.add_argument("-o", "--output", metavar="RUN", type=Path, required=True, help="folder of the new run")
+    parser.add_argument("--tokenizer", metavar="FOLDER", type=Path, help="where the tokenizer is, if not beside it")
+    options = parser.parse_args(argv)
+    from bigtx.interop.importer import import_model
+    from bigtx.plan.parameters import count_parameters
+
+    run, made = options.output, import_model(options.source, options.output, tokenizer_folder=options.tokenizer)
+    counts, config = count_parameters(made.config), made.config
+    say(
+        f"{made.model_type}: {made.num_tensors:,} tensors of {made.num_files} files are {format_count(counts.total)} "
+        f"parameters ({config.shape}, {config.num_layers} layers, {config.hidden_size} wide), all taken over"
+    )
+    if made.dropped:
+        say(f"Dropped, as the model does not need them: {_listed(made.dropped)}")
+    say(f"{made.tokenizer.vocab_size:,} token ids, {config.vocab_size:,} rows in the vocabulary")
+    say(f"Wrote {made.checkpoint}")
+    if config.shape == "decoder":
+        say(f"Next: bigtx generate {run} --prompt 'Once upon a time'")
+    say(f"To train on: bigtx data prepare input.paths=TEXTS tokenizer={run / 'tokenizer'} output=CORPUS")
+    say(
+        f"  deepspeed --module bigtx.pretrain {run / 'config.yaml'} init_from={run} run_dir=runs/next "
+        "data.sources.mine.path=CORPUS train.max_steps=1000"
+    )
+    return 0
+
+
+def export_command(argv: Sequence[str]) -> int:
+    """Write a run for transformers and compare the two.
+
+    Raises:
+        BigtxError: a run that cannot be exported, or an export that transformers reads otherwise.
+    """
+    options = _export_parser().parse_args(argv)
+    shard_bytes = _shard_bytes(options.max_shard_size)
+    from bigtx.generate import find
+    from bigtx.interop.exporter import ExportSettings, export_model
+    from bigtx.interop.verify import require_transformers
+    from bigtx.tokenizer.tokenizer import Tokenizer
+
+    if not options.no_verify:
+        require_transformers()
+    checkpoint, run = find(options.run)
+    tokenizer = Tokenizer.load(checkpoint.resolve().parent.parent / "tokenizer")
+    if run.model.vocab_size is None:
+        run.model.vocab_size = tokenizer.vocab_size
+    settings = ExportSettings(
+        dtype=options.dtype, weights=options.weights, family=options.family, shard_bytes=shard_bytes
+    )
+    made = export_model(checkpoint, run.model, tokenizer, options.output, settings)
+    say(
+        f"{checkpoint} as {made.family.architecture}: {made.num_tensors:,} tensors, "
+        f"{format_count(made.num_parameters)} parameters in {options.dtype}, {len(made.files)} files of "
+        f"{format_size(sum(made.files.values()))}"
+    )
+    if options.no_verify:
+        say(f"Wrote {made.folder}; it was not compared with transformers (--no-verify)")
+    else:
+        say(f"Wrote {made.folder}. Loading it with transformers, to compare")
+        _compare(made, checkpoint, run.model, tokenizer, settings)
+    say(f"Next, in Python: transformers.{made.family.auto_class}.from_pretrained({str(made.folder)!r})")
+    return 0
+
+
+def _compare(
+    made: Exported, checkpoint: Path, config: ModelConfig, tokenizer: Tokenizer, settings: ExportSettings
+) -> None:
+    from bigtx.interop.verify import verify
+
+    verdict = verify(made.folder, made.family, checkpoint, config, tokenizer, settings)
+    if verdict.problems:
+        raise CheckpointError(
+            f"{made.folder} is written, but transformers reads it otherwise than bigtx, so do not use it: "
+            f"{'; '.join(verdict.problems)}. It is left as it is, to look into"
+        )
+    say(
+        f"The same token ids, and {verdict.num_logits:,} logits of random tokens that differ by at most "
+        f"{verdict.difference:.1e} of the largest"
+    )
+
+
+def _export_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bigtx export",
+        description="Write a run's newest checkpoint as a folder that transformers loads without bigtx's code, then "
+        "load it so and compare ids and logits.",
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of a run, or of one of its checkpoints")
+    parser.add_argument("--to", choices=["hf"], default="hf", help="hf: Hugging Face transformers")
+    parser.add_argument("-o", "--output", metavar="FOLDER", type=Path, required=True, help="folder to make")
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the weights (fp32)")
+    parser.add_argument(
+        "--weights", choices=["master", "ema"], default="master", help="ema: the averaged copy (master)"
+    )
+    parser.add_argument("--family", metavar="NAME", help="model_type to write (the first that expresses the model)")
+    parser.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="most bytes of a file (5GB)")
+    parser.add_argument(
+        "--no-verify", action="store_true", help="skip the comparison, which needs 4 bytes of memory per parameter"
+    )
+    return parser
+
+
+def _shard_bytes(text: str) -> int:
+    try:
+        size = parse_size(text)
+    except ValueError as error:
+        raise ConfigError(f"--max-shard-size {text} {error}") from None
+    if size < 1:
+        raise ConfigError(f"--max-shard-size {text}: write a size above 0, e.g. 5GB")
+    return size
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more

@@ -1,0 +1,195 @@
+"""From a run to a Hugging Face folder: config.json, safetensors, tokenizer, and a card.
+
+The shapes of all tensors are known from the config, so that shards are planned first and then written one link at a
+time: memory holds one link, not a shard.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bigtx.config.schema.model import ModelConfig
+from bigtx.engine.checkpoint import Checkpoint
+from bigtx.engine.write_weights import SafetensorsWriter
+from bigtx.interop.families import choose
+from bigtx.interop.family import Family
+from bigtx.interop.maps import Link
+from bigtx.interop.read import CONFIG, INDEX, SINGLE
+from bigtx.interop.staging import new_folder
+from bigtx.interop.tokenizer import export_tokenizer
+from bigtx.interop.vocabulary import bigtx_shapes, check_links, cut, foreign_shapes
+from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.utils.errors import CheckpointError, ConfigError
+from bigtx.utils.files import write_json
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""As config.json calls them."""
+
+SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """What an export may choose.
+
+    Attributes:
+        dtype: of the tensors.
+        weights: master, or ema for the averaged copy that runs with optimizer.ema_decay keep.
+        family: model_type to write; None takes the first that expresses the model.
+        shard_bytes: most bytes of a file, unless one tensor is larger.
+    """
+
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    weights: Literal["master", "ema"] = "master"
+    family: str | None = None
+    shard_bytes: int = SHARD_BYTES
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What came of an export.
+
+    Attributes:
+        folder: where it is.
+        family: as which it was written.
+        num_tensors, num_parameters: in its files, a tied table once.
+        files: safetensors files and their sizes in bytes.
+    """
+
+    folder: Path
+    family: Family
+    num_tensors: int
+    num_parameters: int
+    files: dict[str, int]
+
+
+def export_model(
+    checkpoint: Path, config: ModelConfig, tokenizer: Tokenizer, folder: Path, settings: ExportSettings
+) -> Exported:
+    """Write a checkpoint as a Hugging Face folder, which has its name once it is complete.
+
+    Args:
+        checkpoint: of any run, whatever its ZeRO stage and number of ranks.
+        config: of the run's model, vocab_size set.
+
+    Raises:
+        ConfigError: no family expresses the model, or the folder is in use.
+        CheckpointError: a damaged checkpoint, no such weights, or numbers that the dtype does not hold.
+        DataError: the tokenizer has no counterpart.
+        LaunchError: the folder cannot be written.
+    """
+    family = choose(config, settings.family)
+    links = family.links(config)
+    check_links(links, config)
+    source = _Source(checkpoint, config, settings.weights)
+    shapes, dtype = foreign_shapes(links, config), DTYPES[settings.dtype]
+    values = family.write_config(config, tokenizer) | {"dtype": _NAMES[settings.dtype]}
+    with new_folder(folder) as partial:
+        write_json(partial / CONFIG, values)
+        if generation := _generation_config(values, family):
+            write_json(partial / "generation_config.json", generation)
+        export_tokenizer(tokenizer, partial, model_type=family.model_type, max_length=config.max_sequence_length)
+        files = _write_shards(partial, source, links, shapes, dtype, settings.shard_bytes)
+    return Exported(folder, family, len(shapes), sum(map(math.prod, shapes.values())), files)
+
+
+class _Source:
+    """The parameters of a checkpoint, one at a time and without padding."""
+
+    def __init__(self, path: Path, config: ModelConfig, kind: str) -> None:
+        self.checkpoint, self.config, self.kind = Checkpoint(path), config, kind
+        if problems := self.checkpoint.verify():
+            raise CheckpointError(f"{path}: {'; '.join(problems)}; use another checkpoint of the run")
+        if self.checkpoint.shapes != bigtx_shapes(config):
+            raise CheckpointError(f"{path} does not fit the run's config.yaml; was it edited?")
+        kinds = self.checkpoint.kinds(next(iter(self.checkpoint.shapes)))
+        if kind not in kinds:
+            raise CheckpointError(
+                f"{path} holds no {kind} weights (it has {', '.join(kinds)}); an average of the weights is kept by "
+                "runs with optimizer.ema_decay"
+            )
+
+    def read(self, name: str) -> Tensor:
+        shape = self.checkpoint.shapes[name]
+        flat = self.checkpoint.read(name, self.kind, 0, math.prod(shape))
+        return cut(name, flat.view(shape), self.config)
+
+    def rest(self) -> None:
+        """Let go of the files: what was read of a mapped file counts as memory until it is closed."""
+        self.checkpoint.close()
+
+
+def _generation_config(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """The ids that generation needs; nothing for a model that does not generate."""
+    if family.auto_class == "AutoModelForMaskedLM":
+        return {}
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+    return {name: values[name] for name in names if values.get(name) is not None}
+
+
+def _write_shards(
+    folder: Path,
+    source: _Source,
+    links: Sequence[Link],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    shard_bytes: int,
+) -> dict[str, int]:
+    """Write the tensors in the order of the links; returns the files with their sizes."""
+    shards = list(_plan(shapes, dtype, shard_bytes))
+    tensors = _converted(source, links, dtype)
+    files: dict[str, int] = {}
+    places: dict[str, str] = {}
+    for number, keys in enumerate(shards, start=1):
+        name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        entries = [(key, shapes[key], dtype) for key in keys]
+        # transformers opens no file that does not say which library wrote it.
+        with SafetensorsWriter(folder / name, entries, {"format": "pt"}) as writer:
+            for key in keys:
+                came, tensor = next(tensors)
+                assert came == key
+                writer.write(tensor)
+            files[name] = writer.finish()["size"]
+        places |= dict.fromkeys(keys, name)
+        source.rest()
+    if len(shards) > 1:
+        total = dtype.itemsize * sum(map(math.prod, shapes.values()))
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+    return files
+
+
+def _plan(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, shard_bytes: int) -> Iterator[list[str]]:
+    """Keys cut into shards."""
+    shard: list[str] = []
+    size = 0
+    for key, shape in shapes.items():
+        own = dtype.itemsize * math.prod(shape)
+        if shard and size + own > shard_bytes:
+            yield shard
+            shard, size = [], 0
+        shard.append(key)
+        size += own
+    yield shard
+
+
+def _converted(source: _Source, links: Sequence[Link], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    for link in links:
+        for key, tensor in zip(link.keys, link.to_foreign([source.read(name) for name in link.names]), strict=True):
+            yield key, _as_dtype(key, tensor, dtype)
+
+
+def _as_dtype(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    result = tensor.to(dtype)
+    if not torch.isfinite(result).all():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{key} holds values that are not finite: the training has failed")
+        raise ConfigError(f"{key} holds values beyond fp16's largest, 65,504; export as bf16 or fp32 (--dtype)")
+    return result
