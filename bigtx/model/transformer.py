@@ -88,8 +88,10 @@ class Block(nn.Module):
         self.norm_first = config.norm_placement == "pre"
         self.has_window = shape.has_window(config, layer)
         self.dropout = config.dropout
-        # Embeddings that were just normalized need no other norm (ModernBERT, arXiv:2412.13663).
-        normalized = self.norm_first and config.embedding_norm and layer == 0
+        # Embeddings that were just normalized need no other scale (ModernBERT, arXiv:2412.13663). A norm without any
+        # is not left out: small embeddings come nearer to length one by it (NanoChat has both).
+        learned = config.norm_scale or config.norm_bias
+        normalized = self.norm_first and config.embedding_norm and layer == 0 and learned
         self.attention_norm = None if normalized else Norm.of(config)
         self.attention = Attention(config)
         self.cross_attention_norm = Norm.of(config) if across else None

@@ -81,7 +81,7 @@ class ModelConfig:
     norm_placement: Literal["pre", "post"] = "pre"
     """pre: before each sublayer, and one at the end; post: after each residual sum, as in the 2017 Transformer."""
     embedding_norm: bool = False
-    """A norm of the embeddings; the first block of a pre-norm stack then has none before its attention."""
+    """A norm of the embeddings; the first block of a pre-norm stack then has none with a scale before its attention."""
     norm_eps: float = 1e-5
     """Added to the variance."""
     norm_scale: bool = True
