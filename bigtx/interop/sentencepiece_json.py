@@ -123,9 +123,12 @@ def _pre_tokenizer(proto: Any, data: bytes) -> dict[str, Any] | None:
         pattern = WORDS.pattern
     elif proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM:
         # The library would take the text "<0x41>" for the byte 0x41, where no other way to spell it is better. With
-        # the characters that have no piece out of the way, all others together always spell it better.
+        # the characters that have no piece out of the way, all others together always spell it better. Without bytes,
+        # a run of them is one unknown piece.
         known = {_spelled(piece) for piece in proto.pieces if piece.type == piece.NORMAL}
         pattern = f"[^{_character_class(character for character in known if len(character) == 1)}]"
+        if not proto.trainer_spec.byte_fallback:
+            pattern += "+"
     else:
         return None
     return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}

@@ -197,7 +197,7 @@ class Tokenizer:
 
         There is no begin id, since no document of the training begins with one. A content cannot produce special ids:
         `</s>` in it is four characters. Transformers' `apply_chat_template`, with the template that an export holds,
-        gives the same ids, but there special tokens in a content are special unless `sanitize_control_tokens=True`.
+        gives the same ids, except that a special token's name in a content becomes that token there.
 
         Args:
             messages: each with a `role`, one of `role_ids`, and a `content`, a text; other keys are not read.

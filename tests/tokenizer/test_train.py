@@ -139,3 +139,12 @@ def test_a_document_too_long_to_be_held_out_whole_is_cut_to_characters() -> None
 def test_a_lone_document_is_learned_from() -> None:
     for i in range(300):
         assert draw_sample([f"text {i}"], 1000, seed=1).training
+
+
+def test_sums_of_unigram_scores_are_exact(unigram: Tokenizer) -> None:
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto.FromString(unigram.model.data)
+    scores = {piece.score for piece in model.pieces if piece.type == piece.NORMAL}
+    assert len(scores) > 100
+    assert all((score * 64).is_integer() for score in scores)
