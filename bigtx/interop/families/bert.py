@@ -185,7 +185,14 @@ class Bert:
             "head": self.head_key if config.tie_embeddings else f"{self.head_key}.decoder",
         }
         layers = f"{self.model_type}.encoder.layer"
-        return [same(name, spelled(name, outer, BLOCK, layers)) for name in parameter_shapes(config)]
+        doubled = () if config.tie_embeddings else ("head.bias",)
+        names = [name for name in parameter_shapes(config) if name not in doubled]
+        # transformers holds an untied head's bias twice, and reads that of the decoder.
+        keys = (f"{self.head_key}.decoder.bias", f"{self.head_key}.bias")
+        return [
+            *(same(name, spelled(name, outer, BLOCK, layers)) for name in names),
+            *(Link((name,), keys, lambda held: held[:1], lambda held: held * 2) for name in doubled),
+        ]
 
     def rename(self, key: str) -> str:
         """Keys of the first BERT releases, and of a model that was saved without its head."""
@@ -197,9 +204,8 @@ class Bert:
     def unused(self, config: ModelConfig) -> Sequence[str]:
         """The pooler, the prediction of the next sentence, position numbers, and copies of what is tied."""
         body, head = self.model_type, re.escape(self.head_key)
-        # An untied head reads its decoder's bias, and transformers keeps the other one idle.
-        copies = rf"{head}\.decoder\.(weight|bias)" if config.tie_embeddings else rf"{head}\.bias"
-        return (rf"{body}\.pooler\..*", r"cls\.seq_relationship\..*", rf"{body}\.embeddings\.position_ids", copies)
+        beside = (rf"{body}\.pooler\..*", r"cls\.seq_relationship\..*", rf"{body}\.embeddings\.position_ids")
+        return (*beside, rf"{head}\.decoder\.(weight|bias)") if config.tie_embeddings else beside
 
 
 FAMILIES: tuple[Family, ...] = (
