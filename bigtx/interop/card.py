@@ -1,0 +1,230 @@
+"""The README.md of an exported model: what it is and how it came to be, as far as its run recorded it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bigtx.config import shape
+from bigtx.config.schema import PretrainConfig
+from bigtx.config.schema.model import ModelConfig
+from bigtx.engine.checkpoint import Checkpoint
+from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.track.jsonl import parse_line
+from bigtx.utils.files import write_atomic
+from bigtx.utils.version import __version__
+
+UNKNOWN_LICENSE = "unknown"
+"""How the hub writes that nobody has said."""
+
+_PIPELINES = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForSeq2SeqLM": "text2text-generation",
+}
+_NOT_RECORDED = "not recorded"
+_VALIDATION_LOSS = re.compile(r"validation/(.+)/(loss|bits_per_byte)")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFacts:
+    """What the export itself knows.
+
+    Attributes:
+        name: of the model, a title.
+        model_type, architecture, auto_class: as transformers calls the family, its class, and the class that loads it.
+        num_parameters: in the files, a tied table once.
+        dtype: of the files.
+        license: the hub's identifier of one, such as apache-2.0; None: nobody has said.
+    """
+
+    name: str
+    model_type: str
+    architecture: str
+    auto_class: str
+    num_parameters: int
+    dtype: str
+    license: str | None = None
+
+
+def write_card(
+    folder: Path, facts: ModelFacts, *, checkpoint: Path, config: PretrainConfig, tokenizer: Tokenizer
+) -> str:
+    """Write README.md into an export.
+
+    The names of the data's sources are in it, and no paths.
+
+    Args:
+        checkpoint: the one that was exported, in its run's folder, whose metrics.jsonl holds the losses.
+        config: of the run, model.vocab_size set.
+
+    Returns:
+        The card's text.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+        LaunchError: the folder cannot be written.
+    """
+    manifest = Checkpoint(checkpoint).manifest
+    sections = {
+        "Model": _table(_model_rows(config.model, facts)),
+        "Data": _data(config, manifest),
+        "Training": _training(config, manifest),
+        "Losses": _losses(checkpoint.parent.parent / "metrics.jsonl", manifest),
+        "Tokenizer": _table(_tokenizer_rows(tokenizer)),
+        "How to use it": _usage(facts),
+    }
+    title = f"# {facts.name}\n\n{_summary(facts, config, manifest)}"
+    body = "\n\n".join([title, *(f"## {name}\n\n{text}" for name, text in sections.items())])
+    text = f"---\n{yaml.safe_dump(_front_matter(facts), sort_keys=False)}---\n\n{body}\n"
+    write_atomic(folder / "README.md", text)
+    return text
+
+
+def _front_matter(facts: ModelFacts) -> dict[str, Any]:
+    return {
+        "license": facts.license or UNKNOWN_LICENSE,
+        "library_name": "transformers",
+        "pipeline_tag": _PIPELINES[facts.auto_class],
+        "tags": ["bigtx", facts.model_type],
+    }
+
+
+def _summary(facts: ModelFacts, config: PretrainConfig, manifest: Mapping[str, Any]) -> str:
+    kind = {"decoder": "a decoder", "encoder": "an encoder", "encoder_decoder": "an encoder-decoder"}
+    origin = f"Trained with bigtx ({config.objective.name} objective) and exported by bigtx {__version__}."
+    if imported := manifest.get("imported"):
+        origin = (
+            f"Its weights came to bigtx from a Hugging Face model, `{imported['from']}`, and were exported again by "
+            f"bigtx {__version__}, without training in between."
+        )
+    elif config.init_from:
+        origin += f" The training began with the weights of `{Path(config.init_from).name}`."
+    return (
+        f"A Transformer, {kind[config.model.shape]}, of {facts.num_parameters:,} parameters, in the form of "
+        f"transformers' `{facts.architecture}`. {origin}"
+    )
+
+
+def _model_rows(model: ModelConfig, facts: ModelFacts) -> dict[str, Any]:
+    layers = {"encoder": shape.num_encoder_layers(model), "decoder": shape.num_decoder_layers(model)}
+    experts, heads, width = model.experts, shape.num_kv_heads(model), shape.head_width(model)
+    rows: dict[str, Any] = {
+        "Parameters": f"{facts.num_parameters:,}",
+        "Class in transformers": f"`{facts.architecture}`",
+        "Precision of the files": facts.dtype,
+        "Vocabulary": f"{model.vocab_size:,}",
+        "Hidden size": f"{model.hidden_size:,}",
+    }
+    rows |= {f"Layers of the {stack}": count for stack, count in layers.items() if count}
+    rows |= {
+        "Attention heads": f"{model.num_heads}, of keys and values {heads}, width {width}",
+        "Feed-forward": f"{model.mlp}, {shape.mlp_size(model):,}",
+        "Norm": f"{model.norm}, {model.norm_placement}",
+        "Positions": model.positions,
+        "Longest sequence": f"{model.max_sequence_length:,} tokens",
+        "Tied embeddings": "yes" if model.tie_embeddings else "no",
+    }
+    if experts.num_experts:
+        rows["Experts"] = f"{experts.num_experts}, {experts.num_active} active, {shape.expert_size(model):,} wide"
+    return rows
+
+
+def _data(config: PretrainConfig, manifest: Mapping[str, Any]) -> str:
+    tokens = manifest.get("state", {}).get("tokens")
+    read = f"Tokens read in training: {_NOT_RECORDED if tokens is None else f'{tokens:,}'}."
+    sources = config.data.sources
+    if not sources:
+        return f"Sources: {_NOT_RECORDED}. {read}"
+    rows = "\n".join(f"| {name} | {source.weight:g} |" for name, source in sources.items())
+    return f"| Source | Weight |\n|---|---|\n{rows}\n\n{read}"
+
+
+def _training(config: PretrainConfig, manifest: Mapping[str, Any]) -> str:
+    if "imported" in manifest:
+        return f"Before the weights came to bigtx: {_NOT_RECORDED}."
+    optimizer, train = config.optimizer, config.train
+    return _table(
+        {
+            "Steps": f"{manifest['step']:,}",
+            "Rows in a step": f"{train.global_batch_size:,} of {train.sequence_length:,} tokens",
+            "Objective": config.objective.name,
+            "Precision": manifest.get("precision", _NOT_RECORDED),
+            "Optimizer": f"{optimizer.name}, peak learning rate {optimizer.learning_rate:g}",
+            "Schedule": f"{config.schedule.name}, warm-up {config.schedule.warmup}",
+            "Processes": manifest.get("world_size", _NOT_RECORDED),
+            "Seed": config.seed,
+        }
+    )
+
+
+def _losses(metrics: Path, manifest: Mapping[str, Any]) -> str:
+    """The last validation losses up to the checkpoint's step."""
+    last: dict[str, dict[str, Any]] = {}
+    for record in _records(metrics):
+        if record.get("step", 0) > manifest["step"]:
+            continue
+        now: dict[str, dict[str, Any]] = {}
+        for key, value in record.items():
+            if found := _VALIDATION_LOSS.fullmatch(key):
+                # float also reads "NaN" and "Infinity", as metrics.jsonl writes them.
+                now.setdefault(found[1], {"step": record["step"]})[found[2]] = float(value)
+        last |= now
+    if not last:
+        return f"Validation losses: {_NOT_RECORDED}."
+    rows = (
+        [name, f"{values['step']:,}", *(_number(values.get(key)) for key in ("loss", "bits_per_byte"))]
+        for name, values in last.items()
+    )
+    lines = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join(["| Validation text | Step | Loss | Bits per byte |", "|---|---|---|---|", *lines])
+
+
+def _number(value: float | None) -> str:
+    return _NOT_RECORDED if value is None else f"{value:.4f}"
+
+
+def _records(path: Path) -> Iterable[dict[str, Any]]:
+    if path.is_file():
+        with open(path, "rb") as file:
+            yield from filter(None, map(parse_line, file))
+
+
+def _tokenizer_rows(tokenizer: Tokenizer) -> dict[str, Any]:
+    rows = {
+        "Kind": " ".join(filter(None, [tokenizer.kind, tokenizer.origin.get("method")])),
+        "Ids": f"{tokenizer.vocab_size:,}",
+        "Fingerprint": f"`{tokenizer.fingerprint}`",
+    }
+    if tokenizer.role_ids:
+        rows["Chat roles"] = ", ".join(tokenizer.role_ids)
+    return rows
+
+
+def _usage(facts: ModelFacts) -> str:
+    return f"""\
+With transformers; FOLDER is where this file lies:
+
+```python
+from transformers import AutoTokenizer, {facts.auto_class}
+
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+model = {facts.auto_class}.from_pretrained("FOLDER")
+```
+
+With bigtx, after `bigtx import FOLDER -o runs/imported`:
+
+```python
+import bigtx
+
+loaded = bigtx.load("runs/imported")
+```"""
+
+
+def _table(rows: Mapping[str, Any]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
