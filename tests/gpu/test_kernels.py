@@ -153,7 +153,7 @@ def test_batches_come_pinned_and_arrive_whole(corpus: Path) -> None:
         for _ in range(20):
             for batch in next(loader):
                 moved = batch.to(torch.device("cuda"))
-                for name, tensor in vars(batch).items():
+                for name, tensor in batch.inputs().items():
                     assert tensor.is_pinned(), name
                     assert torch.equal(getattr(moved, name).cpu(), tensor), name
     finally:

@@ -8,7 +8,6 @@ import multiprocessing
 import queue
 import signal
 import threading
-import time
 import traceback
 from collections import deque
 from collections.abc import Iterator
@@ -19,9 +18,9 @@ import numpy as np
 from bigtx.config.schema import DataConfig
 from bigtx.data.corpus.blocks import BlockReader
 from bigtx.data.stream.foreign import Row, RowStream, num_workers
-from bigtx.data.stream.loader import Prefetcher
+from bigtx.data.stream.loader import StepLoader
 from bigtx.data.stream.order import Places
-from bigtx.data.stream.rows import Batch, RowFormat, read_rows
+from bigtx.data.stream.rows import Batch, Prepare, RowFormat, as_they_are, read_rows
 from bigtx.data.workers import end_with_parent
 from bigtx.utils.errors import BigtxError, DataError
 
@@ -31,8 +30,8 @@ _PARCELS_AHEAD = 4
 _POLL_SECONDS = 1.0
 
 
-class ForeignLoader:
-    """Iterates over optimizer steps, without end, as `TrainLoader` does: each item is this rank's micro batches.
+class ForeignLoader(StepLoader):
+    """The steps of a run on foreign shards.
 
     Its state is the number of sequences consumed too, but to come back there it reads all that came before again. With
     another number of ranks or workers the shards are split otherwise, and the order is another.
@@ -40,10 +39,6 @@ class ForeignLoader:
     Args:
         data: its section `foreign`, and how rows are cut.
         Else as for `TrainLoader`.
-
-    Attributes:
-        next_sequence: sequences of the run consumed, those handed out included: the state to save.
-        wait_seconds: time that `next` waited for data so far.
 
     Raises:
         DataError: from `next`: a shard is refused.
@@ -61,9 +56,8 @@ class ForeignLoader:
         world_size: int,
         start_sequence: int,
         pad_id: int,
+        prepare: Prepare = as_they_are,
     ) -> None:
-        self.next_sequence = start_sequence
-        self.wait_seconds = 0.0
         self._global_batch_size = global_batch_size
         self._micro_batch_size = micro_batch_size
         self._num_micro_batches = global_batch_size // (world_size * micro_batch_size)
@@ -73,29 +67,25 @@ class ForeignLoader:
             pad_id=pad_id,
             document_mask=data.document_mask,
         )
+        self._prepare = prepare
         stream = RowStream(
             data.foreign, sequence_length, seed, rank, world_size, 0, num_workers(data.foreign, world_size)
         )
         self._workers = _Workers(stream, skip_rows=start_sequence // world_size)
-        batches = self._micro_batches(start_sequence)
-        self._prefetcher = Prefetcher(batches, data.prefetch_batches) if data.prefetch_batches else None
-        self._batches = self._prefetcher or batches
+        super().__init__(
+            self._micro_batches(start_sequence),
+            num_micro_batches=self._num_micro_batches,
+            start_sequence=start_sequence,
+            prefetch_batches=data.prefetch_batches,
+        )
 
-    def __iter__(self) -> ForeignLoader:
-        return self
-
-    def __next__(self) -> list[Batch]:
-        begin = time.perf_counter()
-        micro_batches = [next(self._batches) for _ in range(self._num_micro_batches)]
-        self.wait_seconds += time.perf_counter() - begin
-        self.next_sequence += self._global_batch_size
-        return micro_batches
+    def _sequence_after_step(self) -> int:
+        return self.next_sequence + self._global_batch_size
 
     def close(self) -> None:
         """End the processes and the reading thread."""
         self._workers.close()
-        if self._prefetcher:
-            self._prefetcher.close()
+        super().close()
 
     def _micro_batches(self, step_start: int) -> Iterator[Batch]:
         rows, size = self._workers.rows(), self._micro_batch_size
@@ -106,7 +96,7 @@ class ForeignLoader:
             first = step_start + self._rank * own
             for begin in range(first, first + own, size):
                 reader = cast(BlockReader, _RowReader([next(rows) for _ in range(size)]))
-                yield read_rows([reader], places, np.arange(begin, begin + size), size, self._form)
+                yield self._prepare(read_rows([reader], places, np.arange(begin, begin + size), size, self._form))
             step_start += self._global_batch_size
 
 

@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from typing import Self
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from bigtx.data.storage.places import Place, as_place
 from bigtx.data.stream.ahead import rows_ahead, tell_ahead
 from bigtx.data.stream.mixture import MAX_SPAN
 from bigtx.data.stream.order import Places, rows_of_blocks
-from bigtx.data.stream.rows import Batch, RowFormat, read_rows
+from bigtx.data.stream.rows import Batch, Prepare, RowFormat, as_they_are, read_rows
 from bigtx.data.stream.skip import SkippedWindows
 from bigtx.data.stream.sources import check_sources, make_order
 from bigtx.utils.errors import ConfigError
@@ -33,8 +34,48 @@ LOCATED_ROWS = 1024
 """Rows of one rank that are located at once, if a step has no more."""
 
 
-class TrainLoader:
+class StepLoader:
     """Iterates over optimizer steps, without end: each item is the list of this rank's micro batches.
+
+    Attributes:
+        next_sequence: of the global order, after those handed out: the state to save.
+        wait_seconds: time that `next` waited for data so far.
+    """
+
+    def __init__(
+        self, batches: Iterator[Batch], *, num_micro_batches: int, start_sequence: int, prefetch_batches: int
+    ) -> None:
+        """Args:
+        batches: this rank's micro batches of all steps.
+        prefetch_batches: how many of them are read ahead, in a thread; 0: none.
+        """
+        self.next_sequence = start_sequence
+        self.wait_seconds = 0.0
+        self._num_micro_batches = num_micro_batches
+        self._prefetcher = Prefetcher(batches, prefetch_batches) if prefetch_batches else None
+        self._batches = self._prefetcher or batches
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> list[Batch]:
+        begin = time.perf_counter()
+        micro_batches = [next(self._batches) for _ in range(self._num_micro_batches)]
+        self.wait_seconds += time.perf_counter() - begin
+        self.next_sequence = self._sequence_after_step()
+        return micro_batches
+
+    def _sequence_after_step(self) -> int:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """End the reading thread."""
+        if self._prefetcher:
+            self._prefetcher.close()
+
+
+class TrainLoader(StepLoader):
+    """The steps of a run on prepared corpora.
 
     Args:
         data: the mixture.
@@ -45,10 +86,7 @@ class TrainLoader:
         rank, world_size: which slice of each global batch is read.
         start_sequence: of the global order, where to begin.
         pad_id: the id that fills short rows.
-
-    Attributes:
-        next_sequence: of the global order, after those handed out: the state to save.
-        wait_seconds: time that `next` waited for data so far.
+        prepare: what is made of the rows.
 
     Raises:
         ConfigError: the global batch does not divide into ranks and micro batches.
@@ -67,6 +105,7 @@ class TrainLoader:
         world_size: int,
         start_sequence: int,
         pad_id: int,
+        prepare: Prepare = as_they_are,
     ) -> None:
         if global_batch_size % (world_size * micro_batch_size):
             raise ConfigError(
@@ -74,8 +113,6 @@ class TrainLoader:
                 f"batches of {micro_batch_size}: choose train.micro_batch_size so that their product divides it."
             )
         sources = check_sources(data, sequence_length=sequence_length)
-        self.next_sequence = start_sequence
-        self.wait_seconds = 0.0
         self._readers = [open_reader(source.manifest) for source in sources]
         self._skipped = SkippedWindows(data.skip)
         self._order = make_order(data, sources, sequence_length=sequence_length, seed=seed)
@@ -84,31 +121,27 @@ class TrainLoader:
             pad_id=pad_id,
             document_mask=data.document_mask,
         )
+        self._prepare = prepare
         self._global_batch_size = global_batch_size
         self._micro_batch_size = micro_batch_size
         self._num_micro_batches = global_batch_size // (world_size * micro_batch_size)
         self._rank = rank
         self._world_size = world_size
-        batches = self._micro_batches(start_sequence)
-        self._prefetcher = Prefetcher(batches, data.prefetch_batches) if data.prefetch_batches else None
-        self._batches = self._prefetcher or batches
+        super().__init__(
+            self._micro_batches(start_sequence),
+            num_micro_batches=self._num_micro_batches,
+            start_sequence=start_sequence,
+            prefetch_batches=data.prefetch_batches,
+        )
 
-    def __iter__(self) -> TrainLoader:
-        return self
-
-    def __next__(self) -> list[Batch]:
-        begin = time.perf_counter()
-        micro_batches = [next(self._batches) for _ in range(self._num_micro_batches)]
-        self.wait_seconds += time.perf_counter() - begin
-        self.next_sequence = self._skipped.after(self.next_sequence, self._global_batch_size)
-        return micro_batches
+    def _sequence_after_step(self) -> int:
+        return self._skipped.after(self.next_sequence, self._global_batch_size)
 
     def close(self) -> None:
         """End the reading thread."""
         for reader in self._readers:
             reader.close()
-        if self._prefetcher:
-            self._prefetcher.close()
+        super().close()
 
     def _micro_batches(self, start_sequence: int) -> Iterator[Batch]:
         """This rank's micro batches of all steps from start_sequence on."""
@@ -119,7 +152,7 @@ class TrainLoader:
             for begin in range(0, len(sequences), size):
                 part = slice(begin, begin + size)
                 of_batch = Places(*(array[part] for array in places))
-                yield read_rows(self._readers, of_batch, sequences[part], size, self._form)
+                yield self._prepare(read_rows(self._readers, of_batch, sequences[part], size, self._form))
 
     def _slices(self, position: int) -> Iterator[np.ndarray]:
         """This rank's sequences, of as many steps at a time as are quicker to locate together."""
@@ -202,9 +235,11 @@ class ValidationBatches(Sequence[Batch]):
         rank: int,
         world_size: int,
         form: RowFormat,
+        prepare: Prepare = as_they_are,
     ) -> None:
         self.manifest = manifest
         self._form = form
+        self._prepare = prepare
         self._ends = np.cumsum(rows_of_blocks(manifest.blocks["tokens"], form.sequence_length))
         self.num_sequences = min(max_sequences, int(self._ends[-1]))
         self._micro_batch_size = micro_batch_size
@@ -221,7 +256,7 @@ class ValidationBatches(Sequence[Batch]):
         for coming in range(index, min(index + BATCHES_AHEAD, len(self))):
             self._reader.expect(self._locate(coming)[1].block.tolist())
         numbers, places = self._locate(index)
-        return read_rows([self._reader], places, numbers, self._micro_batch_size, self._form)
+        return self._prepare(read_rows([self._reader], places, numbers, self._micro_batch_size, self._form))
 
     def _locate(self, index: int) -> tuple[np.ndarray, Places]:
         """The numbers of a batch's rows among all that are read, and their places."""
@@ -243,11 +278,13 @@ def validation_batches(
     world_size: int,
     document_mask: bool,
     pad_id: int,
+    prepare: Prepare = as_they_are,
 ) -> ValidationBatches:
     """This rank's share of `max_sequences` rows of a prepared corpus's validation split.
 
     Args:
         path: folder or URL of the corpus, as in `data.sources.NAME.path`.
+        prepare: what is made of the rows.
 
     Raises:
         DataError: the corpus has no whole validation split.
@@ -264,4 +301,5 @@ def validation_batches(
         rank=rank,
         world_size=world_size,
         form=form,
+        prepare=prepare,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -18,14 +19,19 @@ PADDING_SEQUENCE = -1
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro batch; B rows of T positions.
+    """One micro batch: B rows of T positions as they come from the stream, or what an objective made of them.
 
     Attributes:
         tokens: int64 [B, T].
-        labels: int64 [B, T], the next token, or IGNORED_LABEL.
+        labels: int64 [B, T], the next token, or IGNORED_LABEL. An objective may ask for less: [B, M] with `columns`.
         positions: int64 [B, T], restarting at each document; None unless the document mask is on.
         segment_ids: int64 [B, T], counting the documents of a row; None unless the document mask is on.
         sequence_ids: int64 [B], each row's number in the global order, or PADDING_SEQUENCE.
+        text_lengths: int64 [B], tokens of text in each row; what follows is padding.
+        columns: int64 [B, M], where labels belong; None: everywhere.
+        prefix_mask: bool [B, T], tokens that all of their segment see.
+        target_tokens, target_positions, target_segment_ids: int64 [B, U], what the decoder of an encoder-decoder
+            reads; the labels are then its own.
     """
 
     tokens: torch.Tensor
@@ -33,16 +39,36 @@ class Batch:
     positions: torch.Tensor | None
     segment_ids: torch.Tensor | None
     sequence_ids: torch.Tensor
+    text_lengths: torch.Tensor
+    columns: torch.Tensor | None = None
+    prefix_mask: torch.Tensor | None = None
+    target_tokens: torch.Tensor | None = None
+    target_positions: torch.Tensor | None = None
+    target_segment_ids: torch.Tensor | None = None
 
     @property
     def num_labels(self) -> int:
         """Positions that are predicted. Ask before `to`, or the answer waits for the device."""
         return int((self.labels != IGNORED_LABEL).sum())
 
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """What a Transformer is called with."""
+        of_stream = ("sequence_ids", "text_lengths")
+        return {name: part for name, part in vars(self).items() if part is not None and name not in of_stream}
+
     def to(self, device: torch.device) -> Batch:
         """The batch on a device, copied without waiting where its memory is pinned."""
         moved = {name: part.to(device, non_blocking=True) for name, part in vars(self).items() if part is not None}
         return replace(self, **moved)
+
+
+Prepare = Callable[[Batch], Batch]
+"""What an objective makes of rows, on the CPU and ahead of time."""
+
+
+def as_they_are(batch: Batch) -> Batch:
+    """Rows for the next token."""
+    return batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +97,7 @@ def read_rows(
     token_rows, label_rows = tokens.numpy(), labels.numpy()
     # Whether a document, or the padding, begins at a position of a row (T: at the row's end).
     begins = np.zeros((num_rows, length + 1), bool) if form.document_mask else None
+    text_lengths = torch.zeros(num_rows, dtype=torch.int64, pin_memory=form.pin_memory)
     located = zip(places.source.tolist(), places.block.tolist(), places.row.tolist(), strict=True)
     for i, (source, block, row) in enumerate(located):
         block_tokens, starts = readers[source].block(block)
@@ -79,6 +106,7 @@ def read_rows(
         targets = block_tokens[begin + 1 : begin + length + 1]
         token_rows[i, : len(inputs)] = inputs
         label_rows[i, : len(targets)] = targets
+        text_lengths[i] = len(inputs)
         if len(targets) < length:
             token_rows[i, len(inputs) :] = form.pad_id
             label_rows[i, len(targets) :] = IGNORED_LABEL
@@ -95,7 +123,7 @@ def read_rows(
     # Pinned like the others: a copy from pageable memory may wait for all that the device has still to do.
     sequence_ids = torch.full((num_rows,), PADDING_SEQUENCE, dtype=torch.int64, pin_memory=form.pin_memory)
     sequence_ids[:count] = torch.from_numpy(sequences)
-    return Batch(tokens, labels, positions, segment_ids, sequence_ids)
+    return Batch(tokens, labels, positions, segment_ids, sequence_ids, text_lengths)
 
 
 def _empty(num_rows: int, form: RowFormat) -> torch.Tensor:
