@@ -37,6 +37,7 @@ class Mixtral(LlamaKin):
         return ExpertsConfig(
             num_experts=self.num_experts(fields, 8),
             num_active=fields.size("num_experts_per_tok", 2),
+            expert_size=fields.size("intermediate_size"),
             balance_loss=fields.number("router_aux_loss_coef", 0.001),
         )
 
