@@ -20,7 +20,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from bigtx.interop.chat_template import chat_template
 from bigtx.interop.sentencepiece_json import to_tokenizer_json
 from bigtx.tokenizer.huggingface_model import CHAT_TEMPLATE, TOKENIZER_CONFIG, HuggingFaceModel
 from bigtx.tokenizer.sentencepiece_model import SPACE_MARK, SentencePieceModel
@@ -104,9 +103,8 @@ def export_tokenizer(tokenizer: Tokenizer, folder: Path, *, model_type: str, max
     config.pop("auto_map", None)
     config |= {"tokenizer_class": _tokenizer_class(model_type), "model_max_length": max_length}
     write_json(folder / TOKENIZER_CONFIG, config)
-    template = chat_template(tokenizer)
-    if template and not tokenizer.has_own_chat_template:
-        write_atomic(folder / CHAT_TEMPLATE, template)
+    if tokenizer.chat_template and not tokenizer.has_own_chat_template:
+        write_atomic(folder / CHAT_TEMPLATE, tokenizer.chat_template)
 
 
 def import_tokenizer(folder: Path) -> Tokenizer:

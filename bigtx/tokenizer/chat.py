@@ -1,7 +1,8 @@
-"""What a chat may consist of, before it becomes ids."""
+"""What a chat may consist of, and its format as a Jinja template for programs that know nothing of bigtx."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,21 @@ from bigtx.utils.errors import DataError
 
 ASSISTANT = "assistant"
 """The role that a model speaks in."""
+
+_FORMAT = """\
+{%- for message in messages %}
+{%- if message['role'] not in roles %}
+{{- raise_exception('unknown role ' ~ message['role'] ~ '; this tokenizer knows ' ~ roles | join(', ')) }}
+{%- endif %}
+{{- '<|' + message['role'] + '|>' + message['content'] + end }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{%- if 'assistant' not in roles %}
+{{- raise_exception('there is no role assistant to answer in') }}
+{%- endif %}
+{{- '<|assistant|>' }}
+{%- endif %}
+"""
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]], roles: Collection[str]) -> None:
@@ -35,3 +51,14 @@ def check_messages(messages: Sequence[Mapping[str, Any]], roles: Collection[str]
             raise DataError(
                 f"Message {number} of a chat ({role}) has the content {content!r:.80}; it has to be a text."
             )
+
+
+def chat_template(roles: Collection[str], end: str) -> str:
+    """The format of `Tokenizer.encode_chat` as Hugging Face tokenizers read it from chat_template.jinja.
+
+    Args:
+        end: the piece that ends a message.
+    """
+    # JSON's strings and lists are Jinja's too.
+    names, quoted = json.dumps(list(roles)), json.dumps(end, ensure_ascii=False)
+    return f"{{%- set roles = {names} %}}\n{{%- set end = {quoted} %}}\n{_FORMAT}"

@@ -140,28 +140,35 @@ class WindowStream:
 
 
 def read_settings_files(folder: Path) -> dict[str, bytes]:
-    """The contents of those `SETTINGS_FILES` that a folder has, by name."""
-    return {name: (folder / name).read_bytes() for name in SETTINGS_FILES if (folder / name).is_file()}
+    """The contents of those `SETTINGS_FILES` that a folder has, by name.
+
+    Raises:
+        DataError: one cannot be read, or should be a JSON object and is none.
+    """
+    files = {}
+    for path in (folder / name for name in SETTINGS_FILES):
+        if not path.is_file():
+            continue
+        try:
+            files[path.name] = path.read_bytes()
+            content = json.loads(files[path.name]) if path.suffix == ".json" else {}
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}") from None
+        except ValueError as error:
+            raise DataError(f"{path} is not JSON: {error}") from None
+        if not isinstance(content, dict):
+            raise DataError(f"{path} is not a JSON object")
+    return files
 
 
 def settings_of(files: Mapping[str, bytes]) -> dict[str, Any]:
-    """What tokenizer_config.json and special_tokens_map.json, where they exist, say; the second has the last word.
+    """What tokenizer_config.json and special_tokens_map.json say; the second has the last word.
 
     Args:
-        files: as from `read_settings_files`.
-
-    Raises:
-        DataError: one of them is no JSON object.
+        files: as from `read_settings_files`; any may be missing.
     """
     settings: dict[str, Any] = {}
     for name in (TOKENIZER_CONFIG, "special_tokens_map.json"):
-        if name not in files:
-            continue
-        try:
-            content = json.loads(files[name])
-        except ValueError as error:
-            raise DataError(f"{name} is not JSON: {error}") from None
-        if not isinstance(content, dict):
-            raise DataError(f"{name} is not a JSON object")
+        content = json.loads(files.get(name, b"{}"))
         settings |= {key: value for key, value in content.items() if value is not None}
     return settings

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from bigtx.tokenizer.chat import ASSISTANT, check_messages
+from bigtx.tokenizer.chat import ASSISTANT, chat_template, check_messages
 from bigtx.tokenizer.cut import MAX_ENCODE_CHARACTERS, cut
 from bigtx.tokenizer.huggingface_model import CHAT_TEMPLATE, HuggingFaceModel, read_settings_files, settings_of
 from bigtx.tokenizer.sentencepiece_model import SentencePieceModel
@@ -162,9 +162,16 @@ class Tokenizer:
         return self._model
 
     @property
+    def chat_template(self) -> str | None:
+        """The format of `encode_chat` for Hugging Face tokenizers; None without chat roles."""
+        return chat_template(self.role_ids, self.id_to_piece(self.end_id)) if self.role_ids else None
+
+    @property
     def has_own_chat_template(self) -> bool:
-        """Whether it came with a chat template, a program that bigtx does not run."""
-        return CHAT_TEMPLATE in self.settings_files or "chat_template" in settings_of(self.settings_files)
+        """Whether it came with another chat template, a program that bigtx does not run."""
+        if content := self.settings_files.get(CHAT_TEMPLATE):
+            return content.decode(errors="replace") != self.chat_template
+        return "chat_template" in settings_of(self.settings_files)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text; no special ids are added, and none can come from the text."""

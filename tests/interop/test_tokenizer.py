@@ -279,6 +279,24 @@ def test_a_hugging_face_tokenizer_leaves_as_it_came(
         tokenizer.encode_chat([{"role": "user", "content": "ba"}])
 
 
+def test_what_was_exported_comes_back(bpe: Tokenizer, export: Export, tmp_path: Path) -> None:
+    import_tokenizer(export(bpe)).save(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    assert again.special == bpe.special
+    assert again.vocab_size == bpe.vocab_size
+    assert again.encode_batch(HARD_TEXTS) == bpe.encode_batch(HARD_TEXTS)
+    assert [again.decode(ids) for ids in again.encode_batch(HARD_TEXTS)] == list(HARD_TEXTS)
+    assert again.encode_chat(CHAT) == bpe.encode_chat(CHAT)
+    assert compare_tokenizers(bpe, export(again, "t5")) == []
+
+
+def test_roles_of_other_names_come_back_as_somebody_elses(unigram: Tokenizer, export: Export) -> None:
+    again = import_tokenizer(export(unigram))
+    assert again.encode_batch(HARD_TEXTS) == unigram.encode_batch(HARD_TEXTS)
+    with pytest.raises(DataError, match="chat template of its own"):
+        again.encode_chat([{"role": "pilot", "content": "ba"}])
+
+
 def test_a_hugging_face_tokenizer_without_its_settings_leaves_with_its_special_ids(
     gpt_folder: Path, export: Export, tmp_path: Path
 ) -> None:

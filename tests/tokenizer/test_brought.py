@@ -139,6 +139,15 @@ def test_hugging_face_files_that_cannot_serve_are_refused(huggingface_folder: Pa
         Tokenizer.from_huggingface(tmp_path / "tokenizer.json")
 
 
+def test_settings_that_are_damaged_are_named(byte_level: Tokenizer, tmp_path: Path) -> None:
+    byte_level.save(tmp_path)
+    for content, message in (("{", "is not JSON"), ("[]", "is not a JSON object")):
+        (tmp_path / "tokenizer_config.json").write_text(content)
+        for load in (Tokenizer.load, Tokenizer.from_huggingface):
+            with pytest.raises(DataError, match=rf"tokenizer_config\.json {message}"):
+                load(tmp_path)
+
+
 def test_the_missing_extra_is_named(huggingface_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(DataError, match=r"pip install 'bigtx\[huggingface\]'"):
