@@ -1,12 +1,15 @@
 """A mixture of experts in place of a block's feed-forward.
 
-Shape letters: B batch, T tokens, D hidden size, E experts, F inner width of one.
+Nothing waits for the device where torch has a kernel for all experts at once; elsewhere a loop over the experts does.
+Shape letters: B batch, T tokens, N tokens of all rows, D hidden size, E experts, k of them active, F inner width of
+one, M = N k rows that are sorted by expert.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,26 +55,122 @@ class Experts(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """Map x [B, T, D] to [B, T, D]."""
         tokens = x.flatten(0, 1)  # N D
-        scores = F.linear(tokens.float(), self.router.weight.float())  # N E
+        scores = self._scores(tokens)  # N E
         probabilities = scores.softmax(dim=-1)
         weights, chosen = probabilities.topk(self.settings.num_active, dim=-1)  # N k
         if self.settings.normalize_weights:
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        result = torch.zeros_like(tokens)
-        for expert in range(self.settings.num_experts):
-            rows, places = (chosen == expert).nonzero(as_tuple=True)
-            result = result.index_add(
-                0, rows, (self._expert(tokens[rows], expert) * weights[rows, places, None]).to(x.dtype)
-            )
+        result, counts = self._chosen(tokens, weights, chosen)
         if self.shared is not None:
             shared = self.shared(tokens)
             result = result + (shared if self.shared_gate is None else self.shared_gate(tokens).sigmoid() * shared)
-        counts = torch.bincount(chosen.flatten(), minlength=self.settings.num_experts).float()
         balance = self.settings.num_experts * (counts / counts.sum() * probabilities.mean(dim=0)).sum()
         routing = Routing(counts, balance, scores.logsumexp(dim=-1).square().mean())
         return result.view_as(x), routing
 
-    def _expert(self, x: Tensor, expert: int) -> Tensor:
-        activation, up = ACTIVATIONS[self.kind], F.linear(x, self.up[expert])
-        hidden = activation(up) if self.gate is None else activation(F.linear(x, self.gate[expert])) * up
-        return F.linear(hidden, self.down[expert])
+    def _scores(self, tokens: Tensor) -> Tensor:
+        """What the router gives each expert, fp32 [N, E]: in 16 bits, close experts would change places by rounding."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            return F.linear(tokens.float(), self.router.weight.float())
+
+    def _chosen(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """The weighted sum of what each token's experts make of it.
+
+        Args:
+            tokens: [N, D].
+            weights: fp32 [N, k].
+            chosen: int64 [N, k], experts.
+
+        Returns:
+            [N, D] in the tokens' type, and how many tokens each expert had, fp32 [E].
+        """
+        count = self.settings.num_experts
+        experts, order = chosen.flatten().sort(stable=True)  # N k, tokens of one expert together
+        rows = order // self.settings.num_active
+        # Not by bincount, which waits for the device to learn the size of its own result.
+        ends = torch.searchsorted(experts, torch.arange(count, device=experts.device), right=True)
+        made = self._by_expert(tokens.index_select(0, rows), ends).float() * weights.flatten()[order, None]
+        # fp32, so that a sum of many experts is rounded once.
+        result = torch.zeros_like(tokens, dtype=torch.float32).index_add(0, rows, made)
+        return result.to(tokens.dtype), ends.diff(prepend=ends.new_zeros(1)).float()
+
+    def _by_expert(self, x: Tensor, ends: Tensor) -> Tensor:
+        """Each expert's feed-forward of its own rows of x [M, D]; those of expert e end before row ends[e]."""
+        activation = ACTIVATIONS[self.kind]
+        up = expert_products(x, self.up, ends)
+        hidden = activation(up) if self.gate is None else activation(expert_products(x, self.gate, ends)) * up
+        return expert_products(hidden, self.down, ends)
+
+
+def expert_products(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """Multiply rows by the matrix of the expert that they belong to, in the type that autocast asks for.
+
+    Args:
+        x: [M, inputs], sorted by expert.
+        weights: [E, outputs, inputs].
+        ends: int64 [E], the row before which each expert's rows end; the last one is M.
+
+    Returns:
+        [M, outputs].
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    x, weights = x.to(dtype), weights.to(dtype)
+    if _has_kernel(weights):
+        return F.grouped_mm(x, weights.mT, offs=ends.int())
+    return _loop(x, weights, ends)
+
+
+def _has_kernel(weights: Tensor) -> bool:
+    """Whether torch multiplies all experts at once: in bf16 on CUDA from compute capability 8 on, with rows of whole
+    16 bytes. Elsewhere it would loop too, and torch.compile refuses it."""
+    return (
+        weights.is_cuda
+        and weights.dtype == torch.bfloat16
+        and torch.cuda.get_device_capability(weights.device) >= (8, 0)
+        and weights.shape[1] % 8 == weights.shape[2] % 8 == 0
+    )
+
+
+# Operators of their own, so that torch.compile and selective checkpointing see one product and not a loop whose lengths
+# depend on the data.
+
+
+@torch.library.custom_op("bigtx::expert_products", mutates_args=())
+def _loop(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """As `expert_products`, one expert after another."""
+    result = x.new_empty(x.shape[0], weights.shape[1])
+    for expert, (start, end) in enumerate(itertools.pairwise([0, *ends.tolist()])):
+        torch.mm(x[start:end], weights[expert].t(), out=result[start:end])
+    return result
+
+
+@torch.library.custom_op("bigtx::expert_outer_products", mutates_args=())
+def _loop_backward(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """The gradient [E, outputs, inputs] of the weights, from that of the products [M, outputs] and x [M, inputs]."""
+    result = x.new_empty(ends.shape[0], grad.shape[1], x.shape[1])
+    for expert, (start, end) in enumerate(itertools.pairwise([0, *ends.tolist()])):
+        torch.mm(grad[start:end].t(), x[start:end], out=result[expert])
+    return result
+
+
+@_loop.register_fake
+def _(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weights.shape[1])
+
+
+@_loop_backward.register_fake
+def _(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(ends.shape[0], grad.shape[1], x.shape[1])
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    x, weights, ends = ctx.saved_tensors
+    return _loop(grad, weights.mT, ends), _loop_backward(grad, x, ends), None
+
+
+_loop.register_autograd(_gradients, setup_context=_keep)

@@ -1,0 +1,171 @@
+"""The mixture of experts against one token after another, and under what training does to a block."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bigtx.config.schema import ExpertsConfig, ModelConfig
+from bigtx.model.experts import Experts, Routing
+from bigtx.model.transformer import Transformer
+
+CHOICES: dict[str, dict[str, Any]] = {
+    "mixtral": {},
+    "not normalized": {"normalize_weights": False},
+    "shared": {"shared_size": 10},
+    "gated shared": {"shared_size": 10, "shared_gate": True, "normalize_weights": False},
+    "one": {"num_active": 1, "normalize_weights": False},
+    "all": {"num_active": 5},
+}
+
+
+def config_of(**experts: Any) -> ModelConfig:
+    """A config of a tiny model with five experts, three of them active."""
+    settings = ExpertsConfig(**{"num_experts": 5, "num_active": 3, "expert_size": 12} | experts)
+    return ModelConfig(vocab_size=70, hidden_size=16, num_layers=2, num_heads=2, experts=settings)
+
+
+def filled(module: torch.nn.Module, seed: int = 1) -> Any:
+    """The module with weights of about one over the root of their inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+    return module
+
+
+def token_by_token(layer: Experts, x: Tensor, kind: str) -> Tensor:
+    """The same without batching: for each token its experts, one after another."""
+    settings, rows = layer.settings, []
+
+    def feed_forward(token: Tensor, gate: Tensor | None, up: Tensor, down: Tensor) -> Tensor:
+        hidden = F.silu(gate @ token) * (up @ token) if gate is not None else F.relu(up @ token).square()
+        return down @ hidden
+
+    for token in x.flatten(0, 1):
+        shares = torch.softmax(layer.router.weight @ token, dim=0)
+        best = sorted(range(settings.num_experts), key=lambda expert: -shares[expert].item())[: settings.num_active]
+        total = sum(shares[expert] for expert in best) if settings.normalize_weights else 1.0
+        row = torch.zeros_like(token)
+        for expert in best:
+            gate = None if layer.gate is None else layer.gate[expert]
+            row = row + shares[expert] / total * feed_forward(token, gate, layer.up[expert], layer.down[expert])
+        if layer.shared is not None:
+            gate = None if layer.shared.gate is None else layer.shared.gate.weight
+            shared = feed_forward(token, gate, layer.shared.up.weight, layer.shared.down.weight)
+            if layer.shared_gate is not None:
+                shared = torch.sigmoid(layer.shared_gate.weight @ token) * shared
+            row = row + shared
+        rows.append(row)
+    return torch.stack(rows).view_as(x)
+
+
+@pytest.mark.parametrize(("choice", "kind"), [*itertools.product(CHOICES, ["swiglu"]), ("shared", "relu2")])
+def test_equals_one_token_after_another(choice: str, kind: str) -> None:
+    config = config_of(**CHOICES[choice])
+    config.mlp = kind  # type: ignore[assignment]
+    layer = filled(Experts(config))
+    x = torch.randn(3, 7, 16, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    weight = torch.randn(3, 7, 16, generator=torch.Generator().manual_seed(3))
+    results = []
+    for made in (layer(x)[0], token_by_token(layer, x, kind)):
+        inputs = [x, *layer.parameters()]
+        results.append([made, *torch.autograd.grad((made * weight).sum(), inputs, allow_unused=True)])
+    for name, (own, plain) in zip(
+        ["result", "x", *dict(layer.named_parameters())], zip(*results, strict=True), strict=True
+    ):
+        assert plain is not None, name
+        torch.testing.assert_close(own, plain, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_routing_by_its_formulas() -> None:
+    layer = filled(Experts(config_of()))
+    x = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(2))
+    routing = layer(x)[1]
+    shares = torch.softmax(x.flatten(0, 1).double() @ layer.router.weight.double().T, dim=-1)
+    chosen = shares.argsort(dim=-1, descending=True)[:, :3]
+    counts = torch.tensor([float((chosen == expert).sum()) for expert in range(5)])
+    assert torch.equal(routing.counts, counts)
+    balance = 5 * sum(counts[expert] / (18 * 3) * shares[:, expert].mean() for expert in range(5))
+    assert routing.balance.item() == pytest.approx(float(balance), rel=1e-5)
+    z = (x.flatten(0, 1).double() @ layer.router.weight.double().T).exp().sum(dim=-1).log().square().mean()
+    assert routing.z.item() == pytest.approx(float(z), rel=1e-5)
+
+
+def test_balance_is_one_where_the_load_is_even_and_pulls_towards_it() -> None:
+    layer = filled(Experts(config_of(num_experts=4, num_active=1)))
+    with torch.no_grad():
+        layer.router.weight.zero_()[:, :4] = torch.eye(4)
+    even = torch.eye(16)[:4][None]
+    crowded = even[:, [0, 0, 0, 1]]
+    assert layer(even)[1].balance.item() == pytest.approx(1.0)
+    routing = layer(crowded)[1]
+    assert routing.counts.tolist() == [3.0, 1.0, 0.0, 0.0] and routing.balance > 1.1
+    (slope,) = torch.autograd.grad(routing.balance, [layer.router.weight])
+    assert slope[0, 0] > 0  # Downhill, expert 0 loses the tokens that it has too many of.
+
+
+def test_an_expert_without_tokens() -> None:
+    layer = filled(Experts(config_of(num_active=1)))
+    with torch.no_grad():
+        layer.router.weight.zero_()[2, 0] = 1.0
+    x = torch.rand(2, 3, 16) + 0.1
+    made, routing = layer(x)
+    made.sum().backward()
+    assert routing.counts.tolist() == [0, 0, 6, 0, 0]
+    for weight in (layer.gate, layer.up, layer.down):
+        assert [bool(part.abs().sum()) for part in weight.grad] == [False, False, True, False, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_sixteen_bits_route_in_fp32(dtype: torch.dtype, autocast: bool) -> None:
+    """Scores too close for 16 bits still find the better expert; products stay near."""
+    layer = filled(Experts(config_of(num_experts=2, num_active=1)))
+    x = torch.randn(4, 8, 16, generator=torch.Generator().manual_seed(2)).to(dtype).float()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(parameter.to(dtype))
+        layer.router.weight[1] = layer.router.weight[0]
+        layer.router.weight[1, 0] += 0.01  # Its sign decides, where scores of about one would round to the same.
+        layer.router.weight.copy_(layer.router.weight.to(dtype))
+    exact, routing = layer(x)
+    if autocast:
+        with torch.autocast("cpu", dtype):
+            made, rounded = layer(x)
+    else:
+        made, rounded = layer.to(dtype)(x.to(dtype))
+    assert torch.equal(routing.counts, rounded.counts) and 0 < routing.counts[0] < 32
+    assert rounded.counts.dtype == rounded.balance.dtype == rounded.z.dtype == torch.float32
+    torch.testing.assert_close(rounded.z, routing.z, rtol=1e-5, atol=0)
+    assert (made.float() - exact).norm() < 0.02 * exact.norm()
+    made.float().sum().backward()
+    assert all(parameter.grad.dtype == parameter.dtype for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+def test_recomputed_and_compiled_blocks_give_the_same(mode: str, compiled: bool) -> None:
+    """Counts too: recomputing them for the backward pass counts no token twice."""
+    config = config_of(shared_size=10, shared_gate=True)
+    tokens = torch.randint(70, (2, 16), generator=torch.Generator().manual_seed(0))
+
+    def answer(mode: Any, compiled: bool) -> list[Any]:
+        model = filled(Transformer(config))
+        model.activation_checkpointing = mode
+        if compiled:
+            for block in model.blocks:
+                block.compile(backend="aot_eager", dynamic=False)
+        loss = model(tokens, labels=tokens)
+        routing: Routing = loss.routing
+        assert routing.counts.shape == (2, 5)
+        (loss.loss_sum + 10.0 * routing.balance + routing.z).backward()
+        assert routing.counts.sum(dim=1).tolist() == [2 * 16 * 3] * 2
+        return [loss.loss_sum, *routing, *(parameter.grad for parameter in model.parameters())]
+
+    torch.testing.assert_close(answer(mode, compiled), answer("none", False), rtol=1e-4, atol=1e-4)
