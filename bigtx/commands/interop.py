@@ -71,9 +71,13 @@ def export_command(argv: Sequence[str]) -> int:
     if run.model.vocab_size is None:
         run.model.vocab_size = tokenizer.vocab_size
     settings = ExportSettings(
-        dtype=options.dtype, weights=options.weights, family=options.family, shard_bytes=shard_bytes
+        dtype=options.dtype,
+        weights=options.weights,
+        family=options.family,
+        shard_bytes=shard_bytes,
+        license=options.license,
     )
-    made = export_model(checkpoint, run.model, tokenizer, options.output, settings)
+    made = export_model(checkpoint, run, tokenizer, options.output, settings)
     say(
         f"{checkpoint} as {made.family.architecture}: {made.num_tensors:,} tensors, "
         f"{format_count(made.num_parameters)} parameters in {options.dtype}, {len(made.files)} files of "
@@ -120,6 +124,7 @@ def _export_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--family", metavar="NAME", help="model_type to write (the first that expresses the model)")
     parser.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="most bytes of a file (5GB)")
+    parser.add_argument("--license", metavar="ID", help="for the model card, as the hub writes it: apache-2.0, mit ...")
     parser.add_argument(
         "--no-verify", action="store_true", help="skip the comparison, which needs 4 bytes of memory per parameter"
     )

@@ -15,9 +15,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bigtx.config.schema.model import ModelConfig
+from bigtx.config.schema import ModelConfig, PretrainConfig
 from bigtx.engine.checkpoint import Checkpoint
 from bigtx.engine.write_weights import SafetensorsWriter
+from bigtx.interop.card import ModelFacts, write_card
 from bigtx.interop.families import choose
 from bigtx.interop.family import Family
 from bigtx.interop.maps import Link
@@ -45,12 +46,14 @@ class ExportSettings:
         weights: master, or ema for the averaged copy that runs with optimizer.ema_decay keep.
         family: model_type to write; None takes the first that expresses the model.
         shard_bytes: most bytes of a file, unless one tensor is larger.
+        license: what the card says of it, by the hub's identifier.
     """
 
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     weights: Literal["master", "ema"] = "master"
     family: str | None = None
     shard_bytes: int = SHARD_BYTES
+    license: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,13 +75,13 @@ class Exported:
 
 
 def export_model(
-    checkpoint: Path, config: ModelConfig, tokenizer: Tokenizer, folder: Path, settings: ExportSettings
+    checkpoint: Path, run: PretrainConfig, tokenizer: Tokenizer, folder: Path, settings: ExportSettings
 ) -> Exported:
     """Write a checkpoint as a Hugging Face folder, which has its name once it is complete.
 
     Args:
         checkpoint: of any run, whatever its ZeRO stage and number of ranks.
-        config: of the run's model, vocab_size set.
+        run: its config, model.vocab_size set.
 
     Raises:
         ConfigError: no family expresses the model, or the folder is in use.
@@ -86,19 +89,30 @@ def export_model(
         DataError: the tokenizer has no counterpart.
         LaunchError: the folder cannot be written.
     """
-    family = choose(config, settings.family)
+    config, family = run.model, choose(run.model, settings.family)
     links = family.links(config)
     check_links(links, config)
     source = _Source(checkpoint, config, settings.weights)
     shapes, dtype = foreign_shapes(links, config), DTYPES[settings.dtype]
     values = family.write_config(config, tokenizer) | {"dtype": _NAMES[settings.dtype]}
+    num_parameters = sum(map(math.prod, shapes.values()))
+    facts = ModelFacts(
+        name=folder.resolve().name,
+        model_type=family.model_type,
+        architecture=family.architecture,
+        auto_class=family.auto_class,
+        num_parameters=num_parameters,
+        dtype=settings.dtype,
+        license=settings.license,
+    )
     with new_folder(folder) as partial:
         write_json(partial / CONFIG, values)
         if generation := _generation_config(values, family):
             write_json(partial / "generation_config.json", generation)
         export_tokenizer(tokenizer, partial, model_type=family.model_type, max_length=config.max_sequence_length)
+        write_card(partial, facts, checkpoint=checkpoint.resolve(), config=run, tokenizer=tokenizer)
         files = _write_shards(partial, source, links, shapes, dtype, settings.shard_bytes)
-    return Exported(folder, family, len(shapes), sum(map(math.prod, shapes.values())), files)
+    return Exported(folder, family, len(shapes), num_parameters, files)
 
 
 class _Source:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +70,8 @@ def verify(
     Raises:
         CheckpointError: the checkpoint cannot be read.
     """
-    problems = [f"tokenizer: {line}" for line in compare_tokenizers(tokenizer, folder)]
+    with _quiet():
+        problems = [f"tokenizer: {line}" for line in compare_tokenizers(tokenizer, folder)]
     inputs = _random_inputs(config, tokenizer)
     own = _own_logits(checkpoint, config, settings, inputs)
     try:
@@ -116,12 +119,28 @@ def _their_logits(folder: Path, family: Family, inputs: dict[str, Tensor]) -> Te
     import transformers
 
     loader: Any = getattr(transformers, family.auto_class)
-    model, report = loader.from_pretrained(
-        str(folder), local_files_only=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
-    )
-    left_over = {kind: sorted(keys) for kind, keys in report.items() if keys}
-    if left_over:
-        raise CheckpointError(f"it does not find its tensors: {left_over}")
+    with _quiet():
+        model, report = loader.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
+        )
+    if unmatched := {kind: sorted(keys) for kind, keys in report.items() if keys}:
+        raise CheckpointError(f"its tensors are not those that the class has: {unmatched}")
     with torch.no_grad():
         logits: Tensor = model.eval()(**inputs).logits
     return logits
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and warnings of transformers: what it finds wrong is reported in full."""
+    from transformers.utils import logging
+
+    shows_progress, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shows_progress:
+            logging.enable_progress_bar()
