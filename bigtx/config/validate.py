@@ -54,6 +54,7 @@ def _pretrain(config: PretrainConfig) -> Iterator[Problem]:
     for key in config.allow_changes:
         yield from _allowed_change(key)
     yield from _model(config.model)
+    yield from _objective(config)
     yield from _data(config.data)
     yield from _phases(config.data, config.train.sequence_length)
     yield from _skip(config.data.skip)
@@ -127,6 +128,24 @@ def _idle_model_fields(model: ModelConfig) -> Iterator[Problem]:
     for name, value, matters, needed in conditions:
         if value and not matters:
             yield Problem(f"model.{name}", str(value), f"says nothing without model.{needed}; leave it out")
+
+
+def _objective(config: PretrainConfig) -> Iterator[Problem]:
+    name, shape = config.objective.name, config.model.shape
+    fitting = {
+        "decoder": ("prefix",) if config.model.prefix_attention else ("causal", "fill_in_middle"),
+        "encoder": ("masked",),
+        "encoder_decoder": ("span_corruption", "prefix"),
+    }[shape]
+    if name not in fitting:
+        what = "a decoder with model.prefix_attention" if config.model.prefix_attention else f"model.shape={shape}"
+        yield Problem("objective.name", name, f"is not for {what}; write {' or '.join(fitting)}")
+    if shape == "encoder" and config.validation.sample_prompts:
+        yield Problem(
+            "validation.sample_prompts",
+            str(config.validation.sample_prompts),
+            "an encoder (model.shape) writes no text; leave it out",
+        )
 
 
 def _data(data: DataConfig) -> Iterator[Problem]:

@@ -148,7 +148,7 @@ def _idle_share(config: ModelConfig) -> float:
     return 1.0 - experts.num_active / experts.num_experts if experts.num_experts else 0.0
 
 
-def flops_per_row(config: ModelConfig, *, source_length: int, target_length: int, num_predicted: int) -> int:
+def flops_per_row(config: ModelConfig, *, source: int, target: int, predicted: int) -> int:
     """Floating-point operations of a training step per row, forward and backward, recomputation left out.
 
     6 for each parameter that a token meets in the blocks and the head (looked-up tables do no arithmetic), and
@@ -156,9 +156,9 @@ def flops_per_row(config: ModelConfig, *, source_length: int, target_length: int
     arXiv:2204.02311, appendix B).
 
     Args:
-        source_length: tokens that the encoder reads, 0 without one.
-        target_length: tokens that the decoder reads, 0 without one.
-        num_predicted: columns whose logits are made.
+        source: tokens that the encoder reads, 0 without one.
+        target: tokens that the decoder reads, 0 without one.
+        predicted: columns whose logits are made.
     """
     arithmetic = 0.0
     for name, size in _of_stacks(config).items():
@@ -167,20 +167,17 @@ def flops_per_row(config: ModelConfig, *, source_length: int, target_length: int
         reads_source = (
             name.startswith("encoder.") or ".cross_attention.key." in name or ".cross_attention.value." in name
         )
-        arithmetic += 6 * used * (source_length if reads_source else target_length)
+        arithmetic += 6 * used * (source if reads_source else target)
     head = (shape.padded_vocab_size(config) + config.head_transform * config.hidden_size) * config.hidden_size
     counts = stacks(config)
-    pairs = counts.get("encoder", 0) * source_length**2 + counts.get("decoder", 0) * target_length**2
+    pairs = counts.get("encoder", 0) * source**2 + counts.get("decoder", 0) * target**2
     if config.shape == "encoder_decoder":
-        pairs += counts["decoder"] * source_length * target_length
+        pairs += counts["decoder"] * source * target
     attention = 12 * config.num_heads * shape.head_width(config) * pairs
-    return round(arithmetic) + 6 * head * num_predicted + attention
+    return round(arithmetic) + 6 * head * predicted + attention
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
     """The same per token of a row that one stack reads, and predicts, as a whole."""
-    lengths = {"encoder": (sequence_length, 0), "decoder": (0, sequence_length)}[config.shape]
-    return (
-        flops_per_row(config, source_length=lengths[0], target_length=lengths[1], num_predicted=sequence_length)
-        // sequence_length
-    )
+    source, target = {"encoder": (sequence_length, 0), "decoder": (0, sequence_length)}[config.shape]
+    return flops_per_row(config, source=source, target=target, predicted=sequence_length) // sequence_length

@@ -16,6 +16,7 @@ from bigtx.engine.ranks import Ranks
 from bigtx.model.decode import generate
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.track.tracker import Tracker
+from bigtx.train.objectives import make_objective
 from bigtx.train.seeds import derive_seed
 from bigtx.train.state import RunState
 from bigtx.utils.errors import ConfigError
@@ -29,6 +30,7 @@ class Validation:
         ConfigError: a source named for validation has no validation split, or another tokenizer's.
         """
         self.config, self.engine, self.ranks, self.task, self.tokenizer = config, engine, ranks, task, tokenizer
+        self.objective = make_objective(config, tokenizer, purpose="validation")
         self.sources = {
             name: validation_batches(
                 _place(config, source),
@@ -39,6 +41,7 @@ class Validation:
                 world_size=ranks.world_size,
                 document_mask=config.data.document_mask,
                 pad_id=tokenizer.pad_id,
+                prepare=self.objective.prepare,
             )
             for name, source in validation_sources(config).items()
         }
@@ -57,8 +60,7 @@ class Validation:
         if metrics:
             tracker.log(state.step, state.tokens, metrics)
             shown = (
-                f"{name} loss {metrics[f'validation/{name}/loss']:.4f} "
-                f"({metrics[f'validation/{name}/bits_per_byte']:.3f} bits per byte)"
+                f"{name} loss {metrics[f'validation/{name}/loss']:.4f}{self._bits(name, metrics)}"
                 for name in self.sources
             )
             tracker.message(f"validation at step {state.step}: {', '.join(shown)}")
@@ -77,11 +79,17 @@ class Validation:
     def _measure(self, name: str, batches: ValidationBatches) -> dict[str, float]:
         loss_sum, num_labels = self.engine.evaluate(batches, self.task)
         loss = loss_sum / max(1, num_labels)
-        return {
+        metrics = {
             f"validation/{name}/loss": loss,
             f"validation/{name}/perplexity": math.exp(min(loss, 700.0)),
-            f"validation/{name}/bits_per_byte": loss / math.log(2) / batches.manifest.bytes_per_token,
         }
+        if self.objective.bits_per_byte:
+            metrics[f"validation/{name}/bits_per_byte"] = loss / math.log(2) / batches.manifest.bytes_per_token
+        return metrics
+
+    def _bits(self, name: str, metrics: dict[str, float]) -> str:
+        bits = metrics.get(f"validation/{name}/bits_per_byte")
+        return "" if bits is None else f" ({bits:.3f} bits per byte)"
 
     @torch.no_grad()
     def _sample(self, prompts: list[str], step: int) -> list[str]:

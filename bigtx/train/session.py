@@ -82,12 +82,13 @@ class Session:
         self.ranks = Ranks(timeout_seconds=parse_duration(self.config.engine.timeout).value)
 
     def open_data(self) -> None:
-        """Open the prepared corpora and their tokenizer.
+        """Open the prepared corpora and their tokenizer, and make the objective.
 
         Raises:
             DataError: a corpus is missing or damaged, too small, or does not fit the others.
-            ConfigError: the model's vocabulary is too small for the tokenizer.
+            ConfigError: the model's vocabulary is too small for the tokenizer, or the objective needs other ids.
         """
+        from bigtx.train.objectives import make_objective
         from bigtx.train.run_data import open_run_data
 
         config = self.config
@@ -109,6 +110,8 @@ class Session:
                 f"{self.tokenizer.vocab_size} ids in {self.data.tokenizer_place}; leave it empty to take it from there"
             )
         log.say(f"data: {self.data.description}; vocabulary {config.model.vocab_size:,}")
+        self.objective = make_objective(config, self.tokenizer, purpose="train")
+        log.say(f"objective: {config.objective.name}, {self.objective.describe()}")
 
     def open_folder(self) -> None:
         """Take the run folder, and find the checkpoint to go on from.
@@ -234,13 +237,13 @@ class Session:
     def _run(self) -> Any:
         """Everything that the loop uses."""
         from bigtx.engine.schedules import Schedule
-        from bigtx.plan.parameters import flops_per_token
+        from bigtx.plan.parameters import flops_per_row
         from bigtx.track.tracker import Tracker
         from bigtx.train.evaluation import Validation
         from bigtx.train.loop import Run
         from bigtx.train.meter import Meter
         from bigtx.train.run_folder import describe_run, dump
-        from bigtx.train.tasks import CausalTask
+        from bigtx.train.tasks import LikelihoodTask
 
         config, train = self.config, self.config.train
         tokens_per_step = train.global_batch_size * train.sequence_length
@@ -253,7 +256,7 @@ class Session:
                 environment=environment,
             )
         )
-        task = CausalTask(z_loss=train.z_loss)
+        task = LikelihoodTask(z_loss=train.z_loss)
         if self.checkpoint and config.data.foreign.paths:
             self._tell_rereading()
         self.loader = self.data.loader_type(
@@ -266,6 +269,7 @@ class Session:
             world_size=self.ranks.world_size,
             start_sequence=self.state.sequences,
             pad_id=self.tokenizer.pad_id,
+            prepare=self.objective.prepare,
         )
         self.tracker = Tracker(
             self.run_dir,
@@ -280,7 +284,7 @@ class Session:
         self._tell_history()
         meter = Meter(
             tokens_per_step=tokens_per_step,
-            flops_per_token=flops_per_token(config.model, train.sequence_length),
+            flops_per_token=flops_per_row(config.model, **self.objective.lengths._asdict()) // train.sequence_length,
             peak_flops=self._peak_flops(),
         )
         if self.checkpoint:

@@ -10,8 +10,8 @@ from torch import Tensor
 from bigtx.data.stream.rows import Batch
 
 
-class CausalTask:
-    """Predict each next token: maximum likelihood, with z-loss if asked for."""
+class LikelihoodTask:
+    """Maximum likelihood of a batch's labels, with z-loss if asked for."""
 
     def __init__(self, *, z_loss: float) -> None:
         self.z_loss = z_loss
@@ -20,11 +20,5 @@ class CausalTask:
         """Returns:
         The differentiable loss and the plain cross-entropy, fp32 scalars in nats summed over the batch's labels.
         """
-        result = model(
-            batch.tokens,
-            labels=batch.labels,
-            positions=batch.positions,
-            segment_ids=batch.segment_ids,
-            z_loss=self.z_loss,
-        )
+        result = model(**batch.inputs(), z_loss=self.z_loss)
         return result.loss_sum, result.cross_entropy_sum

@@ -107,7 +107,7 @@ class RowsTask:
         return batch.tokens if self.shape == "encoder_decoder" else None
 
     def loss(self, model: Any, batch: Rows) -> tuple[Tensor, Tensor]:
-        """As bigtx.train.tasks.CausalTask."""
+        """As bigtx.train.tasks.LikelihoodTask."""
         result = model(batch.tokens, labels=batch.labels, target_tokens=self.target_tokens(batch))
         return result.loss_sum, result.cross_entropy_sum
 
@@ -177,10 +177,10 @@ def run_engine(
 class PoisonedTask(RowsTask):
     """A task whose loss is NaN."""
 
-    def loss(self, model: Any, batch: Rows) -> tuple[Tensor, Tensor]:
+    def loss(self, model: Any, batch: Rows) -> TaskLoss:
         """The loss times NaN."""
-        loss, reported = super().loss(model, batch)
-        return loss * float("nan"), reported * float("nan")
+        loss = super().loss(model, batch)
+        return loss._replace(loss_sum=loss.loss_sum * float("nan"), reported_sum=loss.reported_sum * float("nan"))
 
 
 def whole_parameters(engine: Any, ranks: Any, kind: str = "master") -> dict[str, Tensor]:

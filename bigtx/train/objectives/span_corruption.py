@@ -1,0 +1,113 @@
+"""Span corruption (T5, arXiv:1910.10683): spans of a text are cut out, and an encoder-decoder writes them down.
+
+    a row       Thank you for inviting me to your party last week
+    source      Thank you <0> me to your party <1> week </s>
+    target      <0> for inviting <1> last </s>
+
+How much is cut out and in how many spans is the same for every row, so that both sides of a full row have lengths that
+are known beforehand, and nothing of it is padding.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bigtx.config.schema import PretrainConfig
+from bigtx.data.stream.rows import Batch
+from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.train.objectives.objective import Lengths, Objective
+from bigtx.train.objectives.sides import Sides
+from bigtx.utils.errors import ConfigError
+
+
+def noise_counts(length: int, density: float, mean_span_length: float) -> tuple[int, int]:
+    """How many of a text's tokens are cut out, and in how many spans.
+
+    Between two spans, and before the first, stands at least one token.
+    """
+    num_noise = min(max(round(length * density), 1), length - 1)
+    num_spans = min(max(round(num_noise / mean_span_length), 1), num_noise, length - num_noise)
+    return num_noise, num_spans
+
+
+class SpanCorruption(Objective):
+    """Cut spans out of the source; they are the target."""
+
+    def __init__(self, config: PretrainConfig, tokenizer: Tokenizer, purpose: str) -> None:
+        """Raises:
+        ConfigError: a row has more spans than the tokenizer has sentinels.
+        """
+        super().__init__(config, tokenizer, purpose)
+        self.num_noise, self.num_spans = self._counts(self.length)
+        if self.num_spans > len(tokenizer.sentinel_ids):
+            raise ConfigError(
+                f"objective.name=span_corruption cuts {self.num_spans} spans out of a row of {self.length} tokens, and "
+                f"the tokenizer has {len(tokenizer.sentinel_ids)} sentinels to name them; lower train.sequence_length "
+                "or objective.noise_density, or raise objective.mean_span_length"
+            )
+        self.sentinels = np.array(tokenizer.sentinel_ids)
+
+    def _counts(self, length: int) -> tuple[int, int]:
+        return noise_counts(length, self.settings.noise_density, self.settings.mean_span_length)
+
+    @property
+    def lengths(self) -> Lengths:
+        """What is left, a sentinel for each span and the end; each span after its sentinel, and the end."""
+        target = self.num_noise + self.num_spans + 1
+        return Lengths(self.length - self.num_noise + self.num_spans + 1, target, target)
+
+    def describe(self) -> str:
+        """In a few words."""
+        source, target, _ = self.lengths
+        return (
+            f"{self.num_spans} spans of {self.num_noise} tokens in all are cut out of every {self.length}; the encoder "
+            f"reads {source} tokens, the decoder {target}"
+        )
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Source and target of each row."""
+        sides = Sides(
+            batch,
+            source_length=self.lengths.source,
+            target_length=self.lengths.target,
+            pad_id=self.tokenizer.pad_id,
+            document_mask=self.document_mask,
+        )
+        segments = None if batch.segment_ids is None else batch.segment_ids.numpy()
+        for row, text, generator in self.rows(batch):
+            if len(text) > 1:  # Of a single token nothing could be cut out.
+                documents = np.zeros(len(text), np.int64) if segments is None else segments[row, : len(text)]
+                self._cut(sides, row, text, documents, generator)
+        return sides.batch_of_both()
+
+    def _cut(
+        self, sides: Sides, row: int, text: np.ndarray, documents: np.ndarray, generator: np.random.Generator
+    ) -> None:
+        num_noise, num_spans = self._counts(len(text))
+        kept = _random_parts(len(text) - num_noise, num_spans, generator)
+        cut = _random_parts(num_noise, num_spans, generator)
+        ends = np.cumsum(kept + cut)
+        begins = ends - cut
+        is_noise = np.repeat(np.tile([False, True], num_spans), np.stack((kept, cut), axis=1).ravel())
+        sentinels, end, last = self.sentinels[:num_spans], self.tokenizer.end_id, documents[-1]
+        source = np.insert(text, begins, sentinels)[~np.insert(is_noise, begins, False)]
+        source_documents = np.insert(documents, begins, documents[begins])[~np.insert(is_noise, begins, False)]
+        in_target = np.insert(is_noise, begins, True)
+        target = np.insert(text, begins, sentinels)[in_target]
+        target_documents = np.insert(documents, begins, documents[begins])[in_target]
+        sides.put(
+            row,
+            np.append(source, end),
+            np.append(source_documents, last),
+            np.append(target, end),
+            np.append(target_documents, last),
+        )
+        # What of a span lies beyond the end of its document cannot be known from there.
+        span = np.repeat(np.arange(num_spans), cut + 1)
+        sides.ignore(row, np.flatnonzero(target_documents != documents[begins][span]))
+
+
+def _random_parts(total: int, count: int, generator: np.random.Generator) -> np.ndarray:
+    """`count` positive integers that sum to `total`, every such choice as likely."""
+    cuts = np.sort(generator.permutation(total - 1)[: count - 1]) + 1
+    return np.diff(np.concatenate(([0], cuts, [total])))

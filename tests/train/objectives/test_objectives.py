@@ -1,0 +1,321 @@
+"""What objectives make of rows: nothing lost, nothing seen that must not be, the same whatever the batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bigtx.config.schema import DataConfig, ModelConfig, ObjectiveConfig, PretrainConfig, TrainConfig
+from bigtx.data.stream.rows import IGNORED_LABEL, Batch
+from bigtx.tokenizer.special import SpecialIds
+from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.tokenizer.word_marks import begins_word
+from bigtx.train.objectives import Objective, make_objective
+from bigtx.utils.errors import ConfigError
+
+LENGTH, VOCABULARY, END = 96, 300, 3
+SHAPES = {
+    "causal": "decoder",
+    "fill_in_middle": "decoder",
+    "masked": "encoder",
+    "span_corruption": "encoder_decoder",
+    "prefix": "encoder_decoder",
+}
+
+
+class Words:
+    """Stands in for a tokenizer: ids from 130 on; an even one begins a word."""
+
+    vocab_size, pad_id, end_id, mask_id = VOCABULARY, 0, END, 4
+    sentinel_ids = tuple(range(5, 105))
+    special = SpecialIds(pad=0, unknown=1, begin=2, end=END, mask=4, sentinels=list(sentinel_ids), roles={})
+
+    def id_to_piece(self, i: int) -> str:
+        return f"▁{i}" if i % 2 == 0 else str(i)
+
+
+def make(name: str, *, document_mask: bool = False, shape: str | None = None, **settings: Any) -> Objective:
+    config = PretrainConfig(
+        model=ModelConfig(shape=shape or SHAPES[name]),  # type: ignore[arg-type]
+        data=DataConfig(document_mask=document_mask),
+        train=TrainConfig(sequence_length=LENGTH),
+        objective=ObjectiveConfig(name=name, **settings),  # type: ignore[arg-type]
+    )
+    return make_objective(config, Words(), purpose="train")  # type: ignore[arg-type]
+
+
+def rows(count: int = 4, *, document_mask: bool = False, short: bool = False, first: int = 0) -> Batch:
+    """Rows of documents of 5 to 40 tokens that end with the end id; the last row may be short."""
+    tokens, labels = np.zeros((count, LENGTH), np.int64), np.full((count, LENGTH), IGNORED_LABEL)
+    segments, positions = np.zeros_like(tokens), np.zeros_like(tokens)
+    lengths = np.full(count, LENGTH)
+    if short:
+        lengths[-1] = 17
+    for row in range(count):
+        generator = np.random.default_rng(first + row)
+        text: list[int] = []
+        while len(text) <= LENGTH:
+            text += [*generator.integers(130, VOCABULARY, generator.integers(5, 40)).tolist(), END]
+        length = int(lengths[row])
+        tokens[row, :length] = text[:length]
+        labels[row, :length] = text[1 : length + 1]
+        if length < LENGTH:
+            labels[row, length - 1] = IGNORED_LABEL
+        begins = np.concatenate(([False], np.array(text[: LENGTH - 1]) == END))
+        begins[length:] = np.arange(length, LENGTH) == length
+        segments[row] = np.cumsum(begins)
+        positions[row] = np.arange(LENGTH) - np.maximum.accumulate(np.where(begins, np.arange(LENGTH), 0))
+        if document_mask:
+            labels[row, :length][np.array(text[:length]) == END] = IGNORED_LABEL
+    parts = [tokens, labels, positions, segments]
+    made = [torch.from_numpy(part) for part in parts]
+    return Batch(
+        made[0],
+        made[1],
+        made[2] if document_mask else None,
+        made[3] if document_mask else None,
+        torch.arange(first, first + count),
+        torch.from_numpy(lengths),
+    )
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_row_is_made_the_same_in_any_batch(name: str, document_mask: bool) -> None:
+    objective = make(name, document_mask=document_mask)
+    together = objective.prepare(rows(6, document_mask=document_mask)).inputs()
+    for first in (0, 3):
+        apart = objective.prepare(rows(3, document_mask=document_mask, first=first)).inputs()
+        assert apart.keys() == together.keys()
+        for key, part in apart.items():
+            assert torch.equal(part, together[key][first : first + 3]), key
+
+
+@pytest.mark.parametrize("name", ["fill_in_middle", "masked", "span_corruption"])
+def test_other_seeds_draw_otherwise(name: str) -> None:
+    config = PretrainConfig(
+        model=ModelConfig(shape=SHAPES[name]),  # type: ignore[arg-type]
+        train=TrainConfig(sequence_length=LENGTH),
+        objective=ObjectiveConfig(name=name),  # type: ignore[arg-type]
+    )
+    words: Any = Words()
+    made = [
+        make_objective(config, words, purpose=purpose).prepare(rows()).tokens for purpose in ("train", "validation")
+    ]
+    config.seed = 2
+    made.append(make_objective(config, words, purpose="train").prepare(rows()).tokens)
+    assert not torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_are_those_that_were_told(name: str, document_mask: bool) -> None:
+    objective = make(name, document_mask=document_mask)
+    source, target, predicted = objective.lengths
+    for short in (False, True):
+        batch = objective.prepare(rows(document_mask=document_mask, short=short))
+        read = batch.tokens if batch.target_tokens is None else batch.target_tokens
+        assert batch.labels.shape[1] == predicted
+        assert read.shape[1] == (target or source)
+        if source and target:
+            assert batch.tokens.shape[1] == source
+        assert batch.num_labels > 0
+        if short and name not in ("causal", "fill_in_middle"):
+            assert batch.segment_ids is not None, "padding is kept apart where a model reads both ways"
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_spans_and_what_is_left_make_the_row(document_mask: bool) -> None:
+    objective = make("span_corruption", document_mask=document_mask)
+    raw = rows(8, document_mask=document_mask)
+    batch = objective.prepare(raw)
+    noise = 0
+    for row in range(8):
+        *source, source_end = batch.tokens[row].tolist()
+        *labels, labels_end = unmasked_labels(batch, row)
+        assert source_end == labels_end == END
+        spans: dict[int, list[int]] = {}
+        for token in labels:
+            if token in Words.sentinel_ids:
+                spans[token] = []
+            else:
+                spans[list(spans)[-1]].append(token)
+        assert list(spans) == list(Words.sentinel_ids[: len(spans)]) and all(spans.values())
+        rebuilt = [token for piece in source for token in spans.get(piece, [piece])]
+        assert rebuilt == raw.tokens[row].tolist()
+        noise += sum(map(len, spans.values()))
+    assert noise == 8 * round(0.15 * LENGTH)
+
+
+def unmasked_labels(batch: Batch, row: int) -> list[int]:
+    """The whole target, from what the decoder reads one step late where a label is ignored."""
+    assert batch.target_tokens is not None
+    labels, read = batch.labels[row].tolist(), batch.target_tokens[row].tolist()
+    return [
+        label if label != IGNORED_LABEL else (read[index + 1] if index + 1 < len(read) else END)
+        for index, label in enumerate(labels)
+    ]
+
+
+def test_the_decoder_reads_its_labels_one_step_late() -> None:
+    for name in ("span_corruption", "prefix"):
+        batch = make(name).prepare(rows())
+        assert batch.target_tokens is not None
+        assert (batch.target_tokens[:, 0] == Words.pad_id).all()
+        assert torch.equal(batch.target_tokens[:, 1:], batch.labels[:, :-1])
+
+
+@pytest.mark.parametrize("name", ["span_corruption", "prefix"])
+def test_documents_do_not_meet_across_the_two_sides(name: str) -> None:
+    """Tokens have the segments of their documents, positions restart, and no input comes from another document."""
+    raw = rows(8, document_mask=True)
+    batch = make(name, document_mask=True).prepare(raw)
+    assert batch.segment_ids is not None and batch.target_segment_ids is not None and raw.segment_ids is not None
+    assert batch.target_tokens is not None and batch.target_positions is not None
+    for row in range(8):
+        owners: dict[int, set[int]] = {}
+        for token, segment in zip(raw.tokens[row].tolist(), raw.segment_ids[row].tolist(), strict=True):
+            owners.setdefault(token, set()).add(segment)
+        sides = [
+            (batch.tokens, batch.segment_ids),
+            (batch.labels, batch.target_segment_ids),
+        ]
+        for tokens, segments in sides:
+            for token, segment in zip(tokens[row].tolist(), segments[row].tolist(), strict=True):
+                if token >= 130:
+                    assert segment in owners[token]
+        starts = batch.target_positions[row] == 0
+        assert (batch.target_tokens[row][starts] == Words.pad_id).all(), "no token of another document is read"
+        assert torch.equal(starts[1:], batch.target_segment_ids[row][1:] != batch.target_segment_ids[row][:-1])
+
+
+@pytest.mark.parametrize("whole_words", [False, True])
+def test_masked_tokens(whole_words: bool) -> None:
+    objective = make("masked", whole_words=whole_words, mask_rate=0.15)
+    count = round(0.15 * LENGTH)
+    masked = random = kept = cut_words = 0
+    for first in range(0, 400, 8):
+        raw = rows(8, first=first)
+        batch = objective.prepare(raw)
+        assert batch.columns is not None
+        assert (batch.columns.diff(dim=1) > 0).all() and batch.columns.shape == (8, count)
+        original = raw.tokens.gather(1, batch.columns)
+        assert torch.equal(batch.labels, original) and (original >= 130).all(), "special tokens are never chosen"
+        hidden = batch.tokens.gather(1, batch.columns)
+        masked += int((hidden == Words.mask_id).sum())
+        kept += int((hidden == original).sum())
+        random += int(((hidden != Words.mask_id) & (hidden != original)).sum())
+        assert (hidden[hidden != Words.mask_id] >= 105).all()
+        untouched = torch.ones_like(raw.tokens, dtype=torch.bool).scatter_(1, batch.columns, False)
+        assert torch.equal(batch.tokens[untouched], raw.tokens[untouched])
+        for row in range(8):
+            cut_words += count_cut_words(raw.tokens[row].numpy(), set(batch.columns[row].tolist()))
+    total = masked + random + kept
+    assert abs(masked / total - 0.8) < 0.02 and abs(random / total - 0.1) < 0.02 and abs(kept / total - 0.1) < 0.02
+    assert cut_words <= 400 if whole_words else cut_words > 1000, "at most the last word of a row is cut"
+
+
+def count_cut_words(tokens: np.ndarray, columns: set[int]) -> int:
+    begins = (tokens % 2 == 0) & (tokens >= 130)
+    begins[1:] |= tokens[:-1] < 130
+    words: dict[int, list[bool]] = {}
+    for column, word in enumerate(np.cumsum(begins).tolist()):
+        if tokens[column] >= 130:
+            words.setdefault(word, []).append(column in columns)
+    return sum(any(chosen) and not all(chosen) for chosen in words.values())
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+@pytest.mark.parametrize("suffix_first", [0.0, 1.0])
+def test_rearranged_documents_can_be_put_back(suffix_first: float, document_mask: bool) -> None:
+    objective = make(
+        "fill_in_middle", fill_in_middle_rate=1.0, suffix_first_rate=suffix_first, document_mask=document_mask
+    )
+    raw = rows(8, document_mask=document_mask)
+    batch = objective.prepare(raw)
+    of_prefix, of_suffix, of_middle = Words.sentinel_ids[-3:]
+    for row in range(8):
+        text, made = raw.tokens[row].tolist(), batch.tokens[row].tolist()
+        rebuilt: list[int] = []
+        for piece in pieces_of(made):
+            if of_middle not in piece or piece[-1] != END:
+                break  # The row's last document is cut off.
+            body = piece[:-1]
+            suffix_at, middle_at = body.index(of_suffix), body.index(of_middle)
+            assert body[0] == of_prefix and (suffix_at == 1 or not suffix_first)
+            prefix, suffix = body[1:suffix_at], body[suffix_at + 1 : middle_at]
+            rebuilt += [*prefix, *body[middle_at + 1 :], *suffix, END]
+        assert rebuilt == text[: len(rebuilt)] and len(rebuilt) > 30
+        following = batch.labels[row].tolist()
+        for column in range(LENGTH - 1):
+            at_border = document_mask and made[column] == END
+            assert following[column] == (IGNORED_LABEL if at_border else made[column + 1])
+
+
+def pieces_of(tokens: list[int]) -> list[list[int]]:
+    pieces: list[list[int]] = [[]]
+    for token in tokens:
+        pieces[-1].append(token)
+        if token == END:
+            pieces.append([])
+    return pieces
+
+
+def test_no_document_rearranged_is_causal() -> None:
+    for document_mask in (False, True):
+        raw = rows(document_mask=document_mask, short=True)
+        batch = make("fill_in_middle", fill_in_middle_rate=0.0, document_mask=document_mask).prepare(raw)
+        assert torch.equal(batch.tokens, raw.tokens) and torch.equal(batch.labels, raw.labels)
+        if document_mask:
+            assert batch.positions is not None and raw.positions is not None
+            text = raw.text_lengths[:, None] > torch.arange(LENGTH)
+            assert torch.equal(batch.positions[text], raw.positions[text])
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_a_prefix_of_a_decoder(document_mask: bool) -> None:
+    raw = rows(16, document_mask=document_mask, short=True)
+    batch = make("prefix", shape="decoder", document_mask=document_mask).prepare(raw)
+    assert batch.prefix_mask is not None
+    lengths = set()
+    for row in range(16):
+        segments = raw.segment_ids[row] if raw.segment_ids is not None else torch.zeros(LENGTH, dtype=torch.long)
+        for segment in segments[: raw.text_lengths[row]].unique():
+            columns = ((segments == segment) & (torch.arange(LENGTH) < raw.text_lengths[row])).nonzero().flatten()
+            prefix = batch.prefix_mask[row, columns]
+            length = int(prefix.sum())
+            lengths.add(length)
+            assert prefix[:length].all() and (0 < length < len(columns) or len(columns) == 1)
+            labels, plain = batch.labels[row, columns], raw.labels[row, columns]
+            if len(columns) > 1:
+                assert (labels[: length - 1] == IGNORED_LABEL).all()
+                assert torch.equal(labels[length - 1 :], plain[length - 1 :])
+    assert len(lengths) > 10
+    assert not batch.prefix_mask[-1, 17:].any()
+
+
+def test_what_a_tokenizer_lacks() -> None:
+    bare: Any = Words()
+    bare.mask_id, bare.sentinel_ids = None, ()
+    for name, word in (("masked", "mask"), ("span_corruption", "sentinels"), ("fill_in_middle", "sentinels")):
+        config = PretrainConfig(
+            model=ModelConfig(shape=SHAPES[name]),  # type: ignore[arg-type]
+            train=TrainConfig(sequence_length=LENGTH),
+            objective=ObjectiveConfig(name=name),  # type: ignore[arg-type]
+        )
+        with pytest.raises(ConfigError, match=word):
+            make_objective(config, bare, purpose="train")
+
+
+def test_word_marks(corpus: Path) -> None:
+    tokenizer = Tokenizer.load(corpus / "tokenizer")
+    begins, spaces = begins_word(tokenizer)
+    assert len(begins) == len(spaces) == tokenizer.vocab_size
+    for i in range(tokenizer.vocab_size):
+        piece = tokenizer.id_to_piece(i)
+        assert begins[i] == (piece.startswith("▁") or not piece.strip())
+    assert begins.sum() > 20 and not begins.all()
