@@ -17,7 +17,7 @@ from bigtx.interop.tokenizer import export_tokenizer
 from bigtx.tokenizer.tokenizer import Tokenizer
 
 TOLERANCE = 1e-4
-"""Between logits of a few units in fp32."""
+"""Of `distance` in fp32."""
 
 
 def randomize(model: torch.nn.Module, *, std: float = 0.2) -> None:
@@ -45,12 +45,17 @@ def to_bigtx(folder: Path, run: Path) -> tuple[LoadedModel, Imported]:
 
 def to_foreign(loaded: LoadedModel, folder: Path) -> Path:
     """Export an imported run."""
-    return export_model(loaded.checkpoint, loaded.config.model, loaded.tokenizer, folder, ExportSettings()).folder
+    return export_model(loaded.checkpoint, loaded.config, loaded.tokenizer, folder, ExportSettings()).folder
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
     """What a folder's one safetensors file holds."""
     return load_file(folder / "model.safetensors")
+
+
+def distance(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference of two sets of logits, by their own spread where that is below one."""
+    return float((ours - theirs).abs().max() / theirs.std().clamp(max=1.0))
 
 
 def padded_tokens(lengths: tuple[int, ...], vocab_size: int, pad_id: int) -> tuple[Tensor, Tensor]:

@@ -46,9 +46,10 @@ ACTIVATIONS = {
     "relu2": "relu2",
     # The tanh approximation in spite of the name, as the published models were trained.
     "gated-gelu": "geglu_tanh",
+    "gated-gelu_new": "geglu_tanh",
     "gated-silu": "swiglu",
 }
-"""The feed-forward by the name of its projection."""
+"""The feed-forward by the name of its projection; of two names for one, the first is written."""
 
 _TABLE = "block.0.layer.0.SelfAttention.relative_attention_bias"
 OUTER = {
