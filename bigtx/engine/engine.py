@@ -7,7 +7,7 @@ import gc
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import deepspeed
 import torch
@@ -19,6 +19,7 @@ from bigtx.config.schema import PretrainConfig
 from bigtx.engine.deepspeed_config import deepspeed_config
 from bigtx.engine.fragments import Fragment, held_fragments, owned_fragments, refresh_model_weights
 from bigtx.engine.optimizers import Optimizer, parameter_groups
+from bigtx.model.experts import Routing
 from bigtx.utils.errors import ConfigError
 
 ReadRange = Callable[[str, str, int, int], Tensor]
@@ -28,11 +29,22 @@ LOSS_SCALE_NUMBERS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hyster
 """What DeepSpeed's dynamic loss scaler changes as it goes; its other attributes are settings."""
 
 
+class TaskLoss(NamedTuple):
+    """What a task makes of a batch."""
+
+    loss_sum: Tensor
+    """fp32 scalar with a gradient, summed over the batch's labels."""
+    reported_sum: Tensor
+    """fp32 scalar: the part of it that is reported."""
+    routing: Routing | None = None
+    """Where the tokens went, if there are experts."""
+
+
 class Task(Protocol):
     """What a batch means: see bigtx.train.tasks."""
 
-    def loss(self, model: Callable[..., Any], batch: Any) -> tuple[Tensor, Tensor]:
-        """The differentiable loss summed over the batch's labels, and the part of it that is reported."""
+    def loss(self, model: Callable[..., Any], batch: Any) -> TaskLoss:
+        """The loss of a batch."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +55,13 @@ class StepResult:
         loss_sum: fp32 scalar on the device: reported loss summed over the labels of all ranks.
         grad_norm: global norm before clipping; infinite or NaN if the step was skipped.
         skipped: a rank met a non-finite value, so no rank changed its weights.
+        routing: if there are experts, on the device: counts summed over all ranks, and the means of the others.
     """
 
     loss_sum: Tensor
     grad_norm: float
     skipped: bool
+    routing: Routing | None = None
 
 
 class Engine:
@@ -168,23 +182,26 @@ class Engine:
         self.optimizer.set_learning_rate_factor(learning_rate_factor)
         # DeepSpeed averages gradients over ranks; the factor turns that mean into a sum.
         scale = self.world_size / max(1, num_labels)
-        reported = torch.zeros((), device=self.device)
-        skipped = False
+        totals, routing, skipped = torch.zeros((), device=self.device), None, False
         if self.config.engine.precision == "fp16":
             # Held for the step: left alone, DeepSpeed 0.19 doubles the scale before it divides the gradient by it.
             self.deepspeed.optimizer.override_loss_scale(self.deepspeed.optimizer.loss_scaler.cur_scale)
         for index, (batch, seed) in enumerate(zip(micro_batches, seeds, strict=True)):
             torch.manual_seed(seed)
-            loss_sum, reported_sum = task.loss(self.deepspeed, batch)
-            reported += reported_sum.detach()
-            self.deepspeed.backward(loss_sum * scale, scale_wrt_gas=False)
+            loss = task.loss(self.deepspeed, batch)
+            totals, routing = totals + _reported(loss), loss.routing
+            self.deepspeed.backward(loss.loss_sum * scale, scale_wrt_gas=False)
             if self.replicated and index == len(micro_batches) - 1:
                 skipped = not self._clip_at_stage_0()
             self.deepspeed.step()
-        dist.all_reduce(reported)
+        dist.all_reduce(totals)
+        if routing is not None:
+            balance, z = totals[1:3] / (len(micro_batches) * self.world_size)
+            routing = Routing(totals[3:].view_as(routing.counts), balance, z)
         if self.replicated:
-            return StepResult(reported, self._stage_0_norm, skipped)
-        return StepResult(reported, float(self.deepspeed.get_global_grad_norm()), self.deepspeed.optimizer.overflow)
+            return StepResult(totals[0], self._stage_0_norm, skipped, routing)
+        norm = float(self.deepspeed.get_global_grad_norm())
+        return StepResult(totals[0], norm, self.deepspeed.optimizer.overflow, routing)
 
     def _clip_at_stage_0(self) -> bool:
         """Clip the reduced gradients, or drop them if their norm is not finite. Returns whether they stay."""
@@ -208,7 +225,7 @@ class Engine:
         loss_sum, num_labels = torch.zeros((), dtype=torch.float64, device=self.device), 0
         for batch in batches:
             num_labels += batch.num_labels
-            loss_sum += task.loss(self.deepspeed, batch.to(self.device))[1]
+            loss_sum += task.loss(self.deepspeed, batch.to(self.device)).reported_sum
         totals = torch.stack([loss_sum, torch.full_like(loss_sum, num_labels)])
         dist.all_reduce(totals)
         return float(totals[0]), int(totals[1])
@@ -224,6 +241,14 @@ class Engine:
         """Restore what `loss_scale` gave; nothing where this run or that one is not fp16."""
         if self.config.engine.precision == "fp16" and self.deepspeed.optimizer.loss_scaler.dynamic:
             vars(self.deepspeed.optimizer.loss_scaler).update(numbers)
+
+
+def _reported(loss: TaskLoss) -> Tensor:
+    """What is reported of a micro batch: one vector, so that one sum over the ranks does for all of it."""
+    numbers = [loss.reported_sum]
+    if loss.routing is not None:
+        numbers += [loss.routing.balance, loss.routing.z, loss.routing.counts]
+    return torch.cat([number.detach().flatten() for number in numbers])
 
 
 def use_deterministic_kernels() -> None:

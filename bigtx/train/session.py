@@ -256,7 +256,7 @@ class Session:
                 environment=environment,
             )
         )
-        task = LikelihoodTask(z_loss=train.z_loss)
+        task = LikelihoodTask(z_loss=train.z_loss, experts=config.model.experts)
         if self.checkpoint and config.data.foreign.paths:
             self._tell_rereading()
         self.loader = self.data.loader_type(

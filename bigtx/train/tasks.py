@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
+from bigtx.config.schema import ExpertsConfig
 from bigtx.data.stream.rows import Batch
+from bigtx.engine.engine import TaskLoss
+from bigtx.model.loss import IGNORED
+from bigtx.train.expert_losses import with_expert_losses
 
 
 class LikelihoodTask:
-    """Maximum likelihood of a batch's labels, with z-loss if asked for."""
+    """Maximum likelihood of a batch's labels, with z-loss if asked for, and the losses of experts if there are any."""
 
-    def __init__(self, *, z_loss: float) -> None:
-        self.z_loss = z_loss
+    def __init__(self, *, z_loss: float, experts: ExpertsConfig) -> None:
+        self.z_loss, self.experts = z_loss, experts
 
-    def loss(self, model: Callable[..., Any], batch: Batch) -> tuple[Tensor, Tensor]:
-        """Returns:
-        The differentiable loss and the plain cross-entropy, fp32 scalars in nats summed over the batch's labels.
-        """
+    def loss(self, model: Callable[..., Any], batch: Batch) -> TaskLoss:
+        """The differentiable loss, and the plain cross-entropy, in nats."""
         result = model(**batch.inputs(), z_loss=self.z_loss)
-        return result.loss_sum, result.cross_entropy_sum
+        return with_expert_losses(result, (batch.labels != IGNORED).sum(), self.experts)

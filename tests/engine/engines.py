@@ -11,13 +11,17 @@ from torch import Tensor
 
 from bigtx.config.schema import (
     EngineConfig,
+    ExpertsConfig,
     ModelConfig,
     OptimizerConfig,
     PretrainConfig,
     TrainConfig,
 )
+from bigtx.engine.engine import TaskLoss
+from bigtx.model.experts import Experts, Routing
 from bigtx.model.initial import initial_value
 from bigtx.model.transformer import Transformer
+from bigtx.train.expert_losses import with_expert_losses
 
 SEQUENCE_LENGTH = 32
 GLOBAL_BATCH = 8
@@ -26,8 +30,13 @@ SHAPES: dict[str, dict[str, Any]] = {
     "decoder": {},
     "encoder": {"shape": "encoder", "norm": "layer", "embedding_norm": True, "head_transform": True, "head_bias": True},
     "encoder_decoder": {"shape": "encoder_decoder", "positions": "relative", "attention_scale": 1.0},
+    "experts": {
+        "experts": ExpertsConfig(
+            num_experts=4, expert_size=96, shared_size=64, shared_gate=True, balance_loss=0.1, router_z_loss=0.01
+        )
+    },
 }
-"""What is changed in MODEL for each shape: ModernBERT's parts, and T5's."""
+"""What is changed in MODEL for each shape: ModernBERT's parts, T5's, and Qwen2-MoE's."""
 LARGE_MODEL = dataclasses.replace(MODEL, hidden_size=512, num_layers=16)
 """47 million parameters: 180 MiB in fp32."""
 
@@ -106,10 +115,11 @@ class RowsTask:
         """What the decoder of an encoder-decoder reads."""
         return batch.tokens if self.shape == "encoder_decoder" else None
 
-    def loss(self, model: Any, batch: Rows) -> tuple[Tensor, Tensor]:
+    def loss(self, model: Any, batch: Rows) -> TaskLoss:
         """As bigtx.train.tasks.LikelihoodTask."""
         result = model(batch.tokens, labels=batch.labels, target_tokens=self.target_tokens(batch))
-        return result.loss_sum, result.cross_entropy_sum
+        experts = dataclasses.replace(MODEL, **SHAPES[self.shape]).experts
+        return with_expert_losses(result, (batch.labels != -100).sum(), experts)
 
 
 def global_batch(step: int) -> Rows:
@@ -202,11 +212,12 @@ def whole_parameters(engine: Any, ranks: Any, kind: str = "master") -> dict[str,
     return result
 
 
-def plain_loop(case: Case, steps: int, device: torch.device) -> tuple[dict[str, Tensor], list[float]]:
+def plain_loop(case: Case, steps: int, device: torch.device, world_size: int) -> tuple[dict[str, Tensor], list[float]]:
     """The same training without DeepSpeed or bigtx's engine, in one process.
 
     bf16: at stage 0 autocast over fp32 weights; else bf16 weights beside fp32 masters, gradients of every micro batch
-    added up in fp32. Returns the fp32 weights, on the CPU, and the losses.
+    added up in fp32. The micro batches are those of the ranks that it is compared with, because the balance of experts
+    is a mean over each of them. Returns the fp32 weights, on the CPU, and the losses.
     """
     config = case.config(1)
     model = Transformer(config.model)
@@ -217,20 +228,29 @@ def plain_loop(case: Case, steps: int, device: torch.device) -> tuple[dict[str, 
     if case.precision == "bf16" and not autocast:
         model.bfloat16()
     update = PlainUpdate(case, masters)
+    routings: list[Routing] = []
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.register_forward_hook(lambda module, inputs, outputs: routings.append(outputs[1]))
     losses = []
     for step in range(steps):
         batch = global_batch(step).to(device)
         gradients = {name: torch.zeros_like(master) for name, master in masters.items()}
         total = 0.0
-        size = GLOBAL_BATCH // case.accumulation
+        size = GLOBAL_BATCH // case.accumulation // world_size
         for tokens, labels in zip(batch.tokens.split(size), batch.labels.split(size), strict=True):
             model.zero_grad()
+            routings.clear()
             with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                 logits = model(tokens, target_tokens=RowsTask(case.shape).target_tokens(Rows(tokens, labels)))
             loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
-            (loss / batch.num_labels).backward()
             total += float(loss.detach())
+            for routing in routings:
+                added = 0.1 * routing.balance + 0.01 * routing.z
+                loss = loss + added / len(routings) * (labels != -100).sum()
+            (loss / batch.num_labels).backward()
             for name, parameter in model.named_parameters():
+                assert parameter.grad is not None, name
                 gradients[name] += parameter.grad.float()
         losses.append(total / batch.num_labels)
         update(gradients)
@@ -266,7 +286,7 @@ class PlainUpdate:
         rate, beta1, beta2, eps = 1e-3, 0.9, 0.95, 1e-8
         self.mean[name] = beta1 * self.mean[name] + (1 - beta1) * gradient
         self.square[name] = beta2 * self.square[name] + (1 - beta2) * gradient**2
-        if master.ndim == 2:
+        if master.ndim >= 2:
             master *= 1 - rate * 0.1
         mean = self.mean[name] / (1 - beta1**self.steps)
         square = self.square[name] / (1 - beta2**self.steps)

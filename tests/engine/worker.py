@@ -27,7 +27,7 @@ def parity(ranks: Ranks, cases: list[dict[str, Any]], steps: int) -> list[dict[s
         case = Case(**fields)
         engine, losses, skipped = run_engine(case, ranks, steps)
         weights = whole_parameters(engine, ranks)
-        masters, expected = plain_loop(case, steps, engine.device) if ranks.rank == 0 else ({}, [])
+        masters, expected = plain_loop(case, steps, engine.device, ranks.world_size) if ranks.rank == 0 else ({}, [])
         answers.append(
             {
                 **fields,
