@@ -34,7 +34,7 @@ def import_command(argv: Sequence[str]) -> int:
     run, made = options.output, import_model(options.source, options.output, tokenizer_folder=options.tokenizer)
     counts, config = count_parameters(made.config), made.config
     say(
-        f"{made.model_type}: {made.num_tensors:,} tensors of {made.num_files} files are {format_count(counts.total)} "
+        f"{made.model_type}: {made.num_tensors:,} tensors in {_files(made.num_files)} are {format_count(counts.total)} "
         f"parameters ({config.shape}, {config.num_layers} layers, {config.hidden_size} wide), all taken over"
     )
     if made.dropped:
@@ -80,8 +80,8 @@ def export_command(argv: Sequence[str]) -> int:
     made = export_model(checkpoint, run, tokenizer, options.output, settings)
     say(
         f"{checkpoint} as {made.family.architecture}: {made.num_tensors:,} tensors, "
-        f"{format_count(made.num_parameters)} parameters in {options.dtype}, {len(made.files)} files of "
-        f"{format_size(sum(made.files.values()))}"
+        f"{format_count(made.num_parameters)} parameters in {options.dtype}, {format_size(sum(made.files.values()))} in "
+        f"{_files(len(made.files))}"
     )
     if options.no_verify:
         say(f"Wrote {made.folder}; it was not compared with transformers (--no-verify)")
@@ -139,6 +139,10 @@ def _shard_bytes(text: str) -> int:
     if size < 1:
         raise ConfigError(f"--max-shard-size {text}: write a size above 0, e.g. 5GB")
     return size
+
+
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count:,} files"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -74,7 +74,7 @@ class Fields:
             ConfigError: it names them all.
         """
         if self.problems:
-            raise ConfigError(f"config.json has what bigtx does not express: {'; '.join(self.problems)}")
+            raise ConfigError(f"config.json has what bigtx does not express: {'; '.join(dict.fromkeys(self.problems))}")
 
     def _given(self, key: str, default: Any) -> Any:
         value = self.values.get(key)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ def import_model(
         config = family.read_config(values)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
-    run = PretrainConfig(run_dir=str(run_dir), model=config)
+    run = _run_config(run_dir, config)
     _check(run, source)
     tokenizer = _read_tokenizer(tokenizer_folder or source)
     assert config.vocab_size is not None
@@ -90,7 +91,6 @@ def import_model(
     shapes = {name: sizes[name] for link in links for name in link.names}
     facts = {
         "step": 0,
-        "tokens": 0,
         "tokenizer": tokenizer.fingerprint,
         "data": None,
         "imported": {"from": source.resolve().name, "model_type": family.model_type},
@@ -109,6 +109,22 @@ def import_model(
         dropped=dropped,
         checkpoint=run_dir / made.relative_to(folder),
     )
+
+
+OBJECTIVES: dict[str, Literal["causal", "masked", "span_corruption"]] = {
+    "decoder": "causal",
+    "encoder": "masked",
+    "encoder_decoder": "span_corruption",
+}
+"""What a model of each shape is usually trained for."""
+
+
+def _run_config(run_dir: Path, model: ModelConfig) -> PretrainConfig:
+    """A config that trains the model on, once it has data."""
+    run = PretrainConfig(run_dir=str(run_dir), model=model)
+    run.objective.name = OBJECTIVES[model.shape]
+    run.train.sequence_length = min(run.train.sequence_length, model.max_sequence_length)
+    return run
 
 
 def _check(run: PretrainConfig, source: Path) -> None:

@@ -27,9 +27,8 @@ def read_rope(fields: Fields, default_theta: float = 10_000.0) -> tuple[float, R
     rope = Fields(theta | {key: value for key, value in values.items() if value is not None}, f"{written}.")
     if "rope_type" not in values and "type" in values:
         rope.values = {**rope.values, "rope_type": values["type"]}
-    for key in ("partial_rotary_factor",):
-        rope.expect(key, 1.0, "turns a part of each head, and bigtx turns all of it")
-        fields.expect(key, 1.0, "turns a part of each head, and bigtx turns all of it")
+    for where in (rope, fields):
+        where.expect("partial_rotary_factor", 1.0, "turns a part of each head, and bigtx turns all of it")
     method = rope.choice("rope_type", _METHODS, "default")
     scaling = _read_scaling(rope, method, fields)
     fields.problems += rope.problems
