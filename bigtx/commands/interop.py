@@ -78,10 +78,10 @@ def export_command(argv: Sequence[str]) -> int:
         license=options.license,
     )
     made = export_model(checkpoint, run, tokenizer, options.output, settings)
+    size = format_size(sum(made.files.values()))
     say(
         f"{checkpoint} as {made.family.architecture}: {made.num_tensors:,} tensors, "
-        f"{format_count(made.num_parameters)} parameters in {options.dtype}, {format_size(sum(made.files.values()))} in "
-        f"{_files(len(made.files))}"
+        f"{format_count(made.num_parameters)} parameters in {options.dtype}, {size} in {_files(len(made.files))}"
     )
     if options.no_verify:
         say(f"Wrote {made.folder}; it was not compared with transformers (--no-verify)")
