@@ -8,6 +8,7 @@ parameters twice a step, the work is divided over the ranks, and the update does
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,21 @@ class _Part:
     offset: int
 
 
+_MatrixPart = tuple[tuple[str, int], tuple[int, int], int, int, int]
+"""((parameter, number of the matrix in it), shape, start, numel, offset), the last three as in `_Part`."""
+
+
+def _matrix_parts(fragment: Fragment) -> Iterator[_MatrixPart]:
+    """What a fragment holds of each matrix: a parameter [E, rows, columns] of experts is E matrices in a row."""
+    assert len(fragment.shape) in (2, 3), f"Muon takes matrices only, not {fragment.name} of shape {fragment.shape}"
+    rows, columns = fragment.shape[-2:]
+    size = rows * columns
+    for number in range(fragment.start // size, -(-fragment.stop // size)):
+        start, stop = max(fragment.start, number * size), min(fragment.stop, (number + 1) * size)
+        offset = fragment.offset + start - fragment.start
+        yield (fragment.name, number), (rows, columns), start - number * size, stop - start, offset
+
+
 class MatrixExchange:
     """Orthogonalises the matrices of one flat tensor that is spread over the ranks of a group.
 
@@ -71,22 +87,19 @@ class MatrixExchange:
         self.group = group
         self.rank = dist.get_rank(group) if group else 0
         self.world_size = dist.get_world_size(group) if group else 1
-        local = [
-            (fragment.name, fragment.shape, fragment.start, fragment.numel, fragment.offset) for fragment in fragments
-        ]
+        local = [part for fragment in fragments for part in _matrix_parts(fragment)]
         gathered = [local]
         if self.world_size > 1:
             gathered = [[] for _ in range(self.world_size)]
             dist.all_gather_object(gathered, local, group=group)
-        names = sorted({entry[0] for entries in gathered for entry in entries})
-        index = {name: number for number, name in enumerate(names)}
-        self.shapes: dict[int, tuple[int, ...]] = {}
+        keys = sorted({entry[0] for entries in gathered for entry in entries})
+        index = {key: number for number, key in enumerate(keys)}
+        self.shapes: dict[int, tuple[int, int]] = {}
         parts = []
         for rank, entries in enumerate(gathered):
-            for name, shape, start, numel, offset in entries:
-                assert len(shape) == 2, f"Muon takes matrices only, not {name} of shape {shape}"
-                self.shapes[index[name]] = tuple(shape)
-                parts.append(_Part(index[name], rank, start, numel, offset))
+            for key, shape, start, numel, offset in entries:
+                self.shapes[index[key]] = shape
+                parts.append(_Part(index[key], rank, start, numel, offset))
         self.parts = sorted(parts, key=lambda part: (part.matrix, part.start))
         self.worker = self._assign()
 

@@ -47,6 +47,11 @@ def parameter_groups(config: OptimizerConfig, parameters: Iterable[tuple[str, nn
         }
     groups: dict[str, dict[str, Any]] = {
         "matrices": matrices,
+        "routers": {
+            "method": "adamw",
+            "peak_learning_rate": config.learning_rate,
+            "weight_decay": config.weight_decay,
+        },
         "embeddings": {"method": "adamw", "peak_learning_rate": embedding_rate, "weight_decay": embedding_decay},
         "vectors": {"method": "adamw", "peak_learning_rate": config.learning_rate, "weight_decay": 0.0},
     }
@@ -61,6 +66,10 @@ def parameter_groups(config: OptimizerConfig, parameters: Iterable[tuple[str, nn
 def _group_of(name: str, parameter: nn.Parameter) -> str:
     if len(getattr(parameter, "ds_shape", parameter.shape)) < 2:
         return "vectors"
+    # Their rows are scores, each of an expert, as a head's are of tokens. Muon would move all of them as far, those of
+    # experts too that hardly a token is sent to, and the one row of a gate by its sign of direction alone.
+    if name.endswith((".router.weight", ".shared_gate.weight")):
+        return "routers"
     return "matrices" if ".blocks." in name else "embeddings"
 
 

@@ -19,8 +19,8 @@ from bigtx.config.schema import ModelConfig
 RUN = 2**20
 """Values drawn from one generator; part of what (seed, name) means, so it never changes."""
 
-PROJECTIONS = ("attention.output.weight", "mlp.down.weight")
-"""The matrices that write into the residual stream."""
+PROJECTIONS = ("attention.output.weight", "mlp.down.weight", "mlp.down", "mlp.shared.down.weight")
+"""The matrices that write into the residual stream; those of experts too, all in one parameter."""
 
 
 def initial_value(

@@ -277,7 +277,10 @@ class PlainUpdate:
         clip = min(1.0, self.case.clipping / (float(norm) + 1e-6)) if self.case.clipping else 1.0
         for name, master in self.masters.items():
             gradient = gradients[name] * clip
-            if self.case.optimizer == "muon" and ".blocks." in name and master.ndim == 2:
+            by_adamw = (
+                master.ndim < 2 or ".blocks." not in name or name.endswith(("router.weight", "shared_gate.weight"))
+            )
+            if self.case.optimizer == "muon" and not by_adamw:
                 self._muon(name, master, gradient)
             else:
                 self._adamw(name, master, gradient)
@@ -294,7 +297,11 @@ class PlainUpdate:
 
     def _muon(self, name: str, master: Tensor, gradient: Tensor) -> None:
         self.mean[name] = 0.95 * self.mean[name] + 0.05 * gradient
-        x = 0.05 * gradient + 0.95 * self.mean[name]
+        update = 0.05 * gradient + 0.95 * self.mean[name]
+        for matrix, x in zip(master, update, strict=True) if master.ndim == 3 else [(master, update)]:
+            matrix -= 0.02 * max(1.0, x.shape[0] / x.shape[1]) ** 0.5 * self._orthogonal(x)
+
+    def _orthogonal(self, x: Tensor) -> Tensor:
         x = x.to(torch.float32 if self.case.precision == "fp32" else torch.bfloat16)
         transposed = x.shape[0] > x.shape[1]
         x = x.T if transposed else x
@@ -302,5 +309,4 @@ class PlainUpdate:
         for _ in range(5):
             square = x @ x.T
             x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-        x = x.T if transposed else x
-        master -= 0.02 * max(1.0, master.shape[0] / master.shape[1]) ** 0.5 * x.float()
+        return (x.T if transposed else x).float()

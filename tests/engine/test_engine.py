@@ -23,8 +23,8 @@ def test_parity_with_a_plain_loop(tmp_path: Path, world_size: int, accumulation:
 
 
 @pytest.mark.dist
-def test_parity_of_encoders_and_encoder_decoders(tmp_path: Path) -> None:
-    """Tied tables too: source and target go through one, the head is the same.
+def test_parity_of_encoders_and_encoder_decoders_and_experts(tmp_path: Path) -> None:
+    """Tied tables too: source and target go through one, the head is the same. Experts with the losses of routing.
 
     In bf16 with AdamW: under Muon's rate the roundings of an encoder-decoder grow within ten steps to 4e-3 of a loss
     that has fallen by 73 %.
@@ -38,7 +38,7 @@ def test_parity_of_encoders_and_encoder_decoders(tmp_path: Path) -> None:
             "shape": shape,
             "tied": True,
         }
-        for stage, shape in itertools.product(STAGES, ("encoder", "encoder_decoder"))
+        for stage, shape in itertools.product(STAGES, ("encoder", "encoder_decoder", "experts"))
         for precision, optimizer in (("fp32", "muon"), ("bf16", "adamw"))
     ]
     check_parity(run_ranks(tmp_path, 2, "parity", cases=tried, steps=10))
