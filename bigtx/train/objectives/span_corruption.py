@@ -86,25 +86,35 @@ class SpanCorruption(Objective):
         num_noise, num_spans = self._counts(len(text))
         kept = _random_parts(len(text) - num_noise, num_spans, generator)
         cut = _random_parts(num_noise, num_spans, generator)
-        ends = np.cumsum(kept + cut)
-        begins = ends - cut
+        begins = np.cumsum(kept + cut) - cut
         is_noise = np.repeat(np.tile([False, True], num_spans), np.stack((kept, cut), axis=1).ravel())
-        sentinels, end, last = self.sentinels[:num_spans], self.tokenizer.end_id, documents[-1]
-        source = np.insert(text, begins, sentinels)[~np.insert(is_noise, begins, False)]
-        source_documents = np.insert(documents, begins, documents[begins])[~np.insert(is_noise, begins, False)]
-        in_target = np.insert(is_noise, begins, True)
-        target = np.insert(text, begins, sentinels)[in_target]
-        target_documents = np.insert(documents, begins, documents[begins])[in_target]
-        sides.put(
-            row,
-            np.append(source, end),
-            np.append(source_documents, last),
-            np.append(target, end),
-            np.append(target_documents, last),
-        )
+        spans = np.arange(num_spans)
+        source_marks, target_marks = np.cumsum(kept) + spans, np.cumsum(cut) - cut + spans
+        from_source = _with_marks(np.flatnonzero(~is_noise), begins, source_marks, end=len(text) - 1)
+        from_target = _with_marks(np.flatnonzero(is_noise), begins, target_marks, end=len(text) - 1)
+        source, target = text[from_source], text[from_target]
+        source[source_marks] = target[target_marks] = self.sentinels[:num_spans]
+        source[-1] = target[-1] = self.tokenizer.end_id
+        sides.put(row, source, documents[from_source], target, documents[from_target])
         # What of a span lies beyond the end of its document cannot be known from there.
-        span = np.repeat(np.arange(num_spans), cut + 1)
-        sides.ignore(row, np.flatnonzero(target_documents != documents[begins][span]))
+        begun = np.repeat(documents[begins], cut + 1)
+        sides.ignore(row, np.flatnonzero(documents[from_target[:-1]] != begun))
+
+
+def _with_marks(columns: np.ndarray, begins: np.ndarray, marks: np.ndarray, *, end: int) -> np.ndarray:
+    """For each token of a side, the column of the row whose document it belongs to.
+
+    Args:
+        columns: of the tokens that the side takes over.
+        begins: where the spans begin, to which its sentinels belong.
+        marks: where its sentinels stand.
+        end: the column for its last token.
+    """
+    result = np.empty(len(columns) + len(marks) + 1, np.int64)
+    taken_over = np.ones(len(result), bool)
+    taken_over[marks] = taken_over[-1] = False
+    result[taken_over], result[marks], result[-1] = columns, begins, end
+    return result
 
 
 def _random_parts(total: int, count: int, generator: np.random.Generator) -> np.ndarray:
