@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -146,3 +147,19 @@ def rank_pids(run_dir: Path) -> list[int]:
             if f"run_dir={run_dir}".encode() in command and not any(b"launch" in part for part in command):
                 pids.append(int(entry.name))
     return sorted(pids)
+
+
+def same_weights(run_dir: Path, other: Path) -> None:
+    """Both runs' last checkpoints hold the same bytes."""
+    first, second = max((run_dir / "checkpoints").iterdir()), max((other / "checkpoints").iterdir())
+    hashes = [
+        {name: file["sha256"] for name, file in json.loads((path / "manifest.json").read_text())["files"].items()}
+        for path in (first, second)
+    ]
+    assert hashes[0] == hashes[1]
+
+
+def kill_left_over(run_dir: Path) -> None:
+    """End what a killed launcher left behind (its ranks were killed with it, being of its group)."""
+    for pid in rank_pids(run_dir):
+        os.kill(pid, signal.SIGKILL)

@@ -11,7 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from doors import TINY, last_step, losses, pretrain, rank_pids, read_lines, start_pretrain, wait_for
+from doors import (
+    TINY,
+    kill_left_over,
+    last_step,
+    losses,
+    pretrain,
+    rank_pids,
+    read_lines,
+    same_weights,
+    start_pretrain,
+    wait_for,
+)
 
 pytestmark = pytest.mark.dist
 
@@ -294,19 +305,3 @@ def test_mistakes_are_one_paragraph(corpus: Path, tmp_path: Path, arguments: lis
 def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:
     """The run's events of a kind."""
     return [event for event in read_lines(run_dir / "events.jsonl") if event["kind"] == kind]
-
-
-def same_weights(run_dir: Path, other: Path) -> None:
-    """Both runs' last checkpoints hold the same bytes."""
-    first, second = max((run_dir / "checkpoints").iterdir()), max((other / "checkpoints").iterdir())
-    hashes = [
-        {name: file["sha256"] for name, file in json.loads((path / "manifest.json").read_text())["files"].items()}
-        for path in (first, second)
-    ]
-    assert hashes[0] == hashes[1]
-
-
-def kill_left_over(run_dir: Path) -> None:
-    """End what a killed launcher left behind (its ranks were killed with it, being of its group)."""
-    for pid in rank_pids(run_dir):
-        os.kill(pid, signal.SIGKILL)

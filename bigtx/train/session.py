@@ -206,11 +206,16 @@ class Session:
         if finished:
             log.say(
                 f"finished: {self.state.step:,} steps, {format_count(self.state.tokens)} tokens, in {self.run_dir}\n"
-                f"next: bigtx generate {self.run_dir} --prompt '...'"
+                f"next: {self._next_command()}"
             )
             return 0
         log.say(f"stopped at step {self.state.step:,} with a checkpoint; the same command goes on from there")
         return self.stop.exit_status
+
+    def _next_command(self) -> str:
+        if self.config.model.shape == "encoder":
+            return f"bigtx export {self.run_dir} --to hf -o FOLDER"
+        return f"bigtx generate {self.run_dir} --prompt '...'"
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
