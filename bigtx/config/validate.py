@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import glob
 import itertools
@@ -12,9 +13,11 @@ from typing import Any
 from bigtx.config.nodes import Problem
 from bigtx.config.schema import (
     DataConfig,
+    ExpertsConfig,
     FilterConfig,
     InputConfig,
     ModelConfig,
+    ObjectiveConfig,
     PrepareConfig,
     PretrainConfig,
     ScheduleConfig,
@@ -112,7 +115,41 @@ def _model(model: ModelConfig) -> Iterator[Problem]:
             model.rope_scaling.method,
             f"stretches rotary positions, but model.positions={model.positions}; write none",
         )
+    yield from _experts(model)
     yield from _idle_model_fields(model)
+
+
+def _experts(model: ModelConfig) -> Iterator[Problem]:
+    """A mixture of experts must fit the model, and say nothing where there is none."""
+    experts = model.experts
+    if not experts.num_experts:
+        for field in dataclasses.fields(experts):
+            value = getattr(experts, field.name)
+            if value != getattr(ExpertsConfig(), field.name):
+                key = f"model.experts.{field.name}"
+                yield Problem(key, str(value), "says nothing without model.experts.num_experts=N; leave it out")
+        return
+    count = str(experts.num_experts)
+    if model.shape != "decoder":
+        yield Problem(
+            "model.experts.num_experts",
+            count,
+            f"only a decoder has experts, but model.shape={model.shape}; write 0, or model.shape=decoder",
+            related=("model.shape",),
+        )
+    if experts.num_active > experts.num_experts:
+        yield Problem(
+            "model.experts.num_active",
+            str(experts.num_active),
+            f"is more than model.experts.num_experts={count}; write at most {count}",
+            related=("model.experts.num_experts",),
+        )
+    if model.mlp_bias:
+        yield Problem("model.mlp_bias", "true", "experts have no biases; write false, or model.experts.num_experts=0")
+    if experts.shared_gate and not experts.shared_size:
+        yield Problem(
+            "model.experts.shared_gate", "true", "says nothing without model.experts.shared_size=N; leave it out"
+        )
 
 
 def _idle_model_fields(model: ModelConfig) -> Iterator[Problem]:
@@ -140,6 +177,22 @@ def _objective(config: PretrainConfig) -> Iterator[Problem]:
     if name not in fitting:
         what = "a decoder with model.prefix_attention" if config.model.prefix_attention else f"model.shape={shape}"
         yield Problem("objective.name", name, f"is not for {what}; write {' or '.join(fitting)}")
+    for field, owner in (
+        ("fill_in_middle_rate", "fill_in_middle"),
+        ("suffix_first_rate", "fill_in_middle"),
+        ("mask_rate", "masked"),
+        ("whole_words", "masked"),
+        ("noise_density", "span_corruption"),
+        ("mean_span_length", "span_corruption"),
+    ):
+        value = getattr(config.objective, field)
+        if name != owner and value != getattr(ObjectiveConfig(), field):
+            yield Problem(
+                f"objective.{field}",
+                str(value),
+                f"says nothing without objective.name={owner}; leave it out",
+                related=("objective.name",),
+            )
     if shape == "encoder" and config.validation.sample_prompts:
         yield Problem(
             "validation.sample_prompts",
@@ -259,7 +312,9 @@ def _lengths(config: PretrainConfig) -> Iterator[Problem]:
             f"{given}: the run's length is max_steps or max_tokens",
             related=("train.max_tokens",),
         )
-    if model.positions == "learned" and train.sequence_length > model.max_sequence_length:
+    # An encoder-decoder reads a row in two parts, whose lengths the objective knows.
+    whole = model.shape != "encoder_decoder"
+    if whole and model.positions == "learned" and train.sequence_length > model.max_sequence_length:
         yield Problem(
             "train.sequence_length",
             str(train.sequence_length),

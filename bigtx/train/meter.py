@@ -9,13 +9,57 @@ from typing import Any
 import torch
 
 from bigtx.engine.engine import StepResult
+from bigtx.model.experts import Routing
+
+
+class RoutingMeter:
+    """Where the tokens of a window went, if there are experts. Nothing of it waits for the device before `metrics`."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin a window."""
+        self.steps = 0
+        self.means = torch.zeros(2, dtype=torch.float64)  # Balance and z, summed over steps.
+        self.counts = torch.zeros((1, 1), dtype=torch.float64)
+
+    def add(self, routing: Routing) -> None:
+        """One step's."""
+        means = torch.stack([routing.balance, routing.z])
+        self.steps += 1
+        self.means = self.means.to(means.device) + means
+        self.counts = self.counts.to(means.device) + routing.counts
+
+    def metrics(self) -> dict[str, float]:
+        """Balance and z, and the largest and the smallest share of an expert in any layer, where 1 is an even one."""
+        if not self.steps:
+            return {}
+        balance, z = (self.means / self.steps).tolist()
+        loads = self.counts / self.counts.mean(dim=1, keepdim=True)
+        return {
+            "experts/balance": balance,
+            "experts/router_z": z,
+            "experts/max_load": float(loads.max()),
+            "experts/min_load": float(loads.min()),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The open window; JSON keeps the numbers exactly."""
+        return {"steps": self.steps, "means": self.means.tolist(), "counts": self.counts.tolist()}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Go on with a window that `to_dict` gave."""
+        self.steps = saved["steps"]
+        self.means = torch.tensor(saved["means"], dtype=torch.float64)
+        self.counts = torch.tensor(saved["counts"], dtype=torch.float64)
 
 
 class Meter:
     """Sums over the steps since the last log line.
 
-    The loss's sums travel with the checkpoint (`to_dict`), so that a resumed run logs what it would have logged.
-    Time spent outside of steps (validation, checkpoints) is taken out by `pause` and `go_on`.
+    The sums of the loss and of the routing travel with the checkpoint (`to_dict`), so that a resumed run logs what it
+    would have logged. Time spent outside of steps (validation, checkpoints) is taken out by `pause` and `go_on`.
     """
 
     def __init__(self, *, tokens_per_step: int, flops_per_token: float, peak_flops: float | None) -> None:
@@ -29,6 +73,7 @@ class Meter:
         self.peak_flops = peak_flops
         self.labels = 0
         self.loss_sum = torch.zeros((), dtype=torch.float64)
+        self.routing = RoutingMeter()
         self._wait_end = 0.0
         self.start()
 
@@ -43,6 +88,8 @@ class Meter:
         if not result.skipped:
             self.loss_sum += result.loss_sum
             self.labels += num_labels
+            if result.routing is not None:
+                self.routing.add(result.routing)
         self.steps += 1
         self._wait_end = wait_seconds
 
@@ -70,19 +117,24 @@ class Meter:
         }
         if self.peak_flops:
             metrics["perf/mfu"] = tokens_per_second * self.flops_per_token / self.peak_flops
+        metrics |= self.routing.metrics()
         self.labels = 0
         self.loss_sum.zero_()
+        self.routing.clear()
         self.start()
         return metrics
 
     def to_dict(self) -> dict[str, Any]:
-        """The open window's loss sums."""
-        return {"labels": self.labels, "loss_sum": float(self.loss_sum).hex()}
+        """The open window's sums."""
+        routing = {"routing": self.routing.to_dict()} if self.routing.steps else {}
+        return {"labels": self.labels, "loss_sum": float(self.loss_sum).hex()} | routing
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Go on with a window that `to_dict` gave."""
         self.labels = saved["labels"]
         self.loss_sum = torch.tensor(float.fromhex(saved["loss_sum"]), dtype=torch.float64)
+        if "routing" in saved:
+            self.routing.restore(saved["routing"])
 
 
 def memory_gib() -> float:
