@@ -61,7 +61,7 @@ def run_of(corpus: Path, run_dir: Path, kind: str, *changes: str) -> list[str]:
 
 
 def fell(run_dir: Path) -> bool:
-    """Whether the loss went below its start, which is that of a guess; of five spans a row a tiny model learns slowly."""
+    """Whether the loss went below its start, which is that of a guess; a tiny model learns spans slowly."""
     found = losses(run_dir)
     return sum(found[step] for step in range(36, 41)) / 5 < 0.93 * found[1]
 
