@@ -32,6 +32,15 @@ from bigtx.utils.units import Duration, parse_duration, parse_range
 from bigtx.utils.urls import is_url, url_problem
 
 MANIFEST = "manifest.json"
+OBJECTIVES_OF_FIELDS = {
+    "fill_in_middle_rate": "fill_in_middle",
+    "suffix_first_rate": "fill_in_middle",
+    "mask_rate": "masked",
+    "whole_words": "masked",
+    "noise_density": "span_corruption",
+    "mean_span_length": "span_corruption",
+}
+"""The settings of the section `objective` that one objective alone reads."""
 
 
 def validate(config: Any) -> Iterator[Problem]:
@@ -177,21 +186,12 @@ def _objective(config: PretrainConfig) -> Iterator[Problem]:
     if name not in fitting:
         what = "a decoder with model.prefix_attention" if config.model.prefix_attention else f"model.shape={shape}"
         yield Problem("objective.name", name, f"is not for {what}; write {' or '.join(fitting)}")
-    for field, owner in (
-        ("fill_in_middle_rate", "fill_in_middle"),
-        ("suffix_first_rate", "fill_in_middle"),
-        ("mask_rate", "masked"),
-        ("whole_words", "masked"),
-        ("noise_density", "span_corruption"),
-        ("mean_span_length", "span_corruption"),
-    ):
+    defaults = ObjectiveConfig()
+    for field, owner in OBJECTIVES_OF_FIELDS.items():
         value = getattr(config.objective, field)
-        if name != owner and value != getattr(ObjectiveConfig(), field):
+        if owner != name and value != getattr(defaults, field):
             yield Problem(
-                f"objective.{field}",
-                str(value),
-                f"says nothing without objective.name={owner}; leave it out",
-                related=("objective.name",),
+                f"objective.{field}", str(value), f"says nothing without objective.name={owner}; leave it out"
             )
     if shape == "encoder" and config.validation.sample_prompts:
         yield Problem(

@@ -15,16 +15,17 @@ from __future__ import annotations
 from bigtx.config.schema import PretrainConfig
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.train.objectives.objective import Lengths, Objective
+from bigtx.utils.errors import ConfigError
 
 
 def make_objective(config: PretrainConfig, tokenizer: Tokenizer, *, purpose: str) -> Objective:
     """The objective of a run.
 
     Args:
-        purpose: train or validation: each draws its own.
+        purpose: train, or validation, which asks the same of every run.
 
     Raises:
-        ConfigError: the tokenizer lacks ids that the objective needs, or its rows are too long or short for it.
+        ConfigError: the tokenizer lacks ids that the objective needs, or what it makes of rows is too long.
     """
     from bigtx.train.objectives.causal import Causal
     from bigtx.train.objectives.fill_in_middle import FillInMiddle
@@ -39,7 +40,15 @@ def make_objective(config: PretrainConfig, tokenizer: Tokenizer, *, purpose: str
         "span_corruption": SpanCorruption,
         "prefix": DecoderPrefix if config.model.shape == "decoder" else SourcePrefix,
     }
-    return kinds[config.objective.name](config, tokenizer, purpose)
+    objective = kinds[config.objective.name](config, tokenizer, purpose)
+    longest, most = max(objective.lengths.source, objective.lengths.target), config.model.max_sequence_length
+    if config.model.positions == "learned" and longest > most:
+        raise ConfigError(
+            f"objective.name={config.objective.name} makes {longest} tokens for one side of a row of "
+            f"train.sequence_length={config.train.sequence_length}, and the learned positions end at "
+            f"model.max_sequence_length={most}; lower train.sequence_length"
+        )
+    return objective
 
 
 __all__ = ["Lengths", "Objective", "make_objective"]

@@ -107,8 +107,11 @@ def test_other_seeds_draw_otherwise(name: str) -> None:
         make_objective(config, words, purpose=purpose).prepare(rows()).tokens for purpose in ("train", "validation")
     ]
     config.seed = 2
-    made.append(make_objective(config, words, purpose="train").prepare(rows()).tokens)
-    assert not torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+    again = [
+        make_objective(config, words, purpose=purpose).prepare(rows()).tokens for purpose in ("train", "validation")
+    ]
+    assert not torch.equal(made[0], made[1]) and not torch.equal(made[0], again[0])
+    assert torch.equal(made[1], again[1]), "validation asks the same of every run"
 
 
 @pytest.mark.parametrize("document_mask", [False, True])
@@ -309,6 +312,26 @@ def test_what_a_tokenizer_lacks() -> None:
         )
         with pytest.raises(ConfigError, match=word):
             make_objective(config, bare, purpose="train")
+
+
+def test_learned_positions_reach_as_far_as_both_sides() -> None:
+    """A row may be longer than the positions where the encoder reads less than all of it, and the other way round."""
+    words: Any = Words()
+    for settings, longest in (
+        ({"name": "prefix"}, LENGTH // 2 + 1),
+        ({"name": "span_corruption", "mean_span_length": 1.0}, LENGTH + 1),
+    ):
+        config = PretrainConfig(
+            model=ModelConfig(shape="encoder_decoder", positions="learned", max_sequence_length=longest),
+            train=TrainConfig(sequence_length=LENGTH),
+            objective=ObjectiveConfig(**settings),
+        )
+        made = make_objective(config, words, purpose="train").prepare(rows())
+        assert made.target_tokens is not None
+        assert max(made.tokens.shape[1], made.target_tokens.shape[1]) == longest
+        config.model.max_sequence_length -= 1
+        with pytest.raises(ConfigError, match="lower train"):
+            make_objective(config, words, purpose="train")
 
 
 def test_word_marks(corpus: Path) -> None:
