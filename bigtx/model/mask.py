@@ -60,6 +60,7 @@ def make_mask(
         in_order: whether both sides stand at columns 0, 1, 2, ...; not so where keys come from a cache.
         sparse: whether FlexAttention shall serve; it knows no dropout, and bigtx gives it no bias.
     """
+    assert (queries.segment_ids is None) == (keys.segment_ids is None), "segments are of both sides"
     plain = queries.segment_ids is None and window is None and prefix is None and in_order
     if plain and bias is None:
         return Mask(causal)
@@ -79,8 +80,7 @@ def dense_mask(queries: Side, keys: Side, *, causal: bool, window: int | None, p
         visible = visible | prefix[:, None, :]
     if window is not None:
         visible = visible & (behind.abs() <= window)
-    if queries.segment_ids is not None:
-        assert keys.segment_ids is not None
+    if queries.segment_ids is not None and keys.segment_ids is not None:
         visible = visible & (queries.segment_ids[:, :, None] == keys.segment_ids[:, None, :])
     return visible
 

@@ -214,9 +214,12 @@ def _side(text: Text) -> Side:
 
 
 def _source_mask(text: Text, source: Text, *, sparse: bool) -> Mask:
-    """What the decoder sees of the source: its own segment, which is 0 where a text is not cut into segments."""
-    if text.segment_ids is None and source.segment_ids is not None:
-        text = text._replace(segment_ids=torch.zeros_like(text.positions))
+    """What the decoder sees of the source: its own segment, which is 0 where one of the two is not cut into segments."""
+    if (text.segment_ids is None) != (source.segment_ids is None):
+        text, source = (
+            side if side.segment_ids is not None else side._replace(segment_ids=torch.zeros_like(side.positions))
+            for side in (text, source)
+        )
     return make_mask(_side(text), _side(source), causal=False, sparse=sparse)
 
 

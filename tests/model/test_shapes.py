@@ -93,6 +93,18 @@ def test_padding_of_a_source_is_not_seen() -> None:
         torch.testing.assert_close(logits, model(source, target_tokens=target))
 
 
+def test_one_side_without_segments_is_segment_0() -> None:
+    model, source, target = tiny_model(**T5), random_tokens(1, 8), random_tokens(1, 6, seed=2)
+    segments = torch.tensor([[0, 0, 0, 1, 1, 1]])
+    logits = model(source, target_tokens=target, target_segment_ids=segments)
+    first = model(source, target_tokens=target[:, :3])
+    torch.testing.assert_close(logits[:, :3], first)
+    other = source.clone()
+    other[0, 2] = (other[0, 2] + 1) % 70
+    changed = (model(other, target_tokens=target, target_segment_ids=segments) - logits).abs().amax(-1)[0] > 1e-6
+    assert changed.tolist() == [True] * 3 + [False] * 3, "segment 1 sees nothing of the source"
+
+
 def test_a_prefix_is_seen_by_those_before_it() -> None:
     model, tokens = tiny_model(prefix_attention=True), random_tokens(1, 10)
     prefix = torch.arange(10)[None] < 6
