@@ -22,7 +22,7 @@ from bigtx.interop.card import ModelFacts, write_card
 from bigtx.interop.families import choose
 from bigtx.interop.family import Family
 from bigtx.interop.maps import Link
-from bigtx.interop.read import CONFIG, INDEX, SINGLE
+from bigtx.interop.read import CONFIG, INDEX, MAPPED_BYTES, SINGLE
 from bigtx.interop.staging import new_folder
 from bigtx.interop.tokenizer import export_tokenizer
 from bigtx.interop.vocabulary import bigtx_shapes, check_links, cut, foreign_shapes
@@ -92,7 +92,7 @@ def export_model(
     config, family = run.model, choose(run.model, settings.family)
     links = family.links(config)
     check_links(links, config)
-    source = _Source(checkpoint, config, settings.weights)
+    source = _Source(checkpoint, config, settings.weights, max(MAPPED_BYTES, settings.shard_bytes // 8))
     shapes, dtype = foreign_shapes(links, config), DTYPES[settings.dtype]
     values = family.write_config(config, tokenizer) | {"dtype": _NAMES[settings.dtype]}
     num_parameters = sum(map(math.prod, shapes.values()))
@@ -118,8 +118,10 @@ def export_model(
 class _Source:
     """The parameters of a checkpoint, one at a time and without padding."""
 
-    def __init__(self, path: Path, config: ModelConfig, kind: str) -> None:
+    def __init__(self, path: Path, config: ModelConfig, kind: str, mapped_bytes: int) -> None:
+        """Args: mapped_bytes: about how much is read of the files before they are opened anew."""
         self.checkpoint, self.config, self.kind = Checkpoint(path), config, kind
+        self.mapped_bytes, self.num_read = mapped_bytes, 0
         if problems := self.checkpoint.verify():
             raise CheckpointError(f"{path}: {'; '.join(problems)}; use another checkpoint of the run")
         if self.checkpoint.shapes != bigtx_shapes(config):
@@ -132,13 +134,15 @@ class _Source:
             )
 
     def read(self, name: str) -> Tensor:
+        """One parameter, fp32."""
         shape = self.checkpoint.shapes[name]
         flat = self.checkpoint.read(name, self.kind, 0, math.prod(shape))
+        self.num_read += flat.nbytes
+        if self.num_read > self.mapped_bytes:
+            # What was read of a mapped file counts as memory until it is closed.
+            self.checkpoint.close()
+            self.num_read = 0
         return cut(name, flat.view(shape), self.config)
-
-    def rest(self) -> None:
-        """Let go of the files: what was read of a mapped file counts as memory until it is closed."""
-        self.checkpoint.close()
 
 
 def _generation_config(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
@@ -173,7 +177,6 @@ def _write_shards(
                 writer.write(tensor)
             files[name] = writer.finish()["size"]
         places |= dict.fromkeys(keys, name)
-        source.rest()
     if len(shards) > 1:
         total = dtype.itemsize * sum(map(math.prod, shapes.values()))
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})

@@ -21,6 +21,8 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _FLOATS = ("F64", "F32", "BF16", "F16")
+MAPPED_BYTES = 64 * 2**20
+"""Read of a file before it is opened anew."""
 _SHOWN = 8
 """Keys of a kind that an error names."""
 
@@ -81,6 +83,7 @@ class ForeignWeights:
         self._files: dict[str, str] = {}
         self._dtypes: dict[str, str] = {}
         self._open: tuple[str, Any] | None = None
+        self._num_read = 0
         index = self._read_index()
         for name in sorted(set(index.values())) if index else [SINGLE]:
             self._read_header(name)
@@ -116,13 +119,14 @@ class ForeignWeights:
         """
         file = self._files[key]
         try:
-            # One file is open at a time: what was read of a mapped file counts as memory until it is closed.
-            if self._open is None or self._open[0] != file:
-                self._open = None
+            # What was read of a mapped file counts as memory until it is closed.
+            if self._open is None or self._open[0] != file or self._num_read > MAPPED_BYTES:
+                self._open, self._num_read = None, 0
                 self._open = file, safe_open(self.folder / file, framework="pt")
             tensor: Tensor = self._open[1].get_tensor(key)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.folder / file} cannot be read: {error}") from error
+        self._num_read += tensor.nbytes
         return tensor.to(torch.float32, copy=True)
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -14,13 +15,13 @@ import torch
 import yaml
 from doors import environment
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import bigtx
 from bigtx.cli import main
 from bigtx.config.load import to_yaml
 from bigtx.config.schema import ModelConfig, PretrainConfig, TokenizerTrainConfig
-from bigtx.engine.checkpoint import Checkpoint, list_checkpoints, load_weights, newest
+from bigtx.engine.checkpoint import Checkpoint, list_checkpoints, load_weights, newest, write_manifest
 from bigtx.engine.write_weights import save_weights
 from bigtx.interop.families import choose
 from bigtx.interop.vocabulary import bigtx_shapes
@@ -100,6 +101,28 @@ def test_narrow_types_in_shards(run: Path, tmp_path: Path, dtype: str, expected:
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == expected
 
 
+def test_fragments_of_two_ranks_and_their_average(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    folder = newest(copy)
+    pieces: list[dict[str, torch.Tensor]] = [{}, {}]
+    for name, weight in load_weights(newest(run)):
+        middle = weight.numel() // 3
+        for kind, flat in (("master", weight.flatten()), ("ema", weight.flatten() / 2)):
+            pieces[0][f"{name}|0|{kind}"] = flat[:middle].clone()
+            pieces[1][f"{name}|{middle}|{kind}"] = flat[middle:].clone()
+    manifest = Checkpoint(folder).manifest | {"files": {}}
+    for number, tensors in enumerate(pieces):
+        path = folder / f"rank-{number:05d}.safetensors"
+        save_file(tensors, path)
+        manifest["files"][path.name] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
+    write_manifest(folder, manifest)
+    export(run, tmp_path / "one")
+    export(copy, tmp_path / "two")
+    export(folder, tmp_path / "average", "--weights", "ema")
+    one, two, average = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two", "average"))
+    assert all(torch.equal(one[key], two[key]) and torch.equal(one[key] / 2, average[key]) for key in one)
+
+
 def test_every_decoder_of_bigtx_that_has_a_family(tmp_path: Path) -> None:
     """Configs as people write them for bigtx, not as they come from transformers."""
     wanted: dict[str, dict[str, Any]] = {
@@ -148,13 +171,17 @@ def test_a_checkpoint_whose_weights_break_off_is_not_there(tmp_path: Path) -> No
 
 
 PEAK = """
-import resource, sys
-import torch, transformers
+import sys
+from pathlib import Path
 import bigtx.interop.exporter, bigtx.interop.importer
 from bigtx.cli import main
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def kib(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(field)))
+Path("/proc/self/clear_refs").write_text("5")  # The peak begins anew here.
+before = kib("VmRSS")
 status = main(sys.argv[1:])
-print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print("PEAK", kib("VmHWM") - before)
 sys.exit(status)
 """
 
@@ -165,7 +192,7 @@ def peak_bytes(*arguments: object) -> int:
         [sys.executable, "-c", PEAK, *map(str, arguments)],
         capture_output=True,
         text=True,
-        env=environment() | {"MALLOC_MMAP_THRESHOLD_": "1000000"},
+        env=environment(),
     )
     assert done.returncode == 0, done.stderr
     return 1024 * int(done.stdout.rpartition("PEAK ")[2])
@@ -183,5 +210,4 @@ def test_memory_holds_a_shard_and_not_the_model(tmp_path: Path) -> None:
     shard = max(path.stat().st_size for path in out.glob("*.safetensors"))
     importing = peak_bytes("import", out, "-o", tmp_path / "again")
     print(f"shard {shard / 1e6:.0f} MB, export {exporting / 1e6:.0f} MB, import {importing / 1e6:.0f} MB")
-    assert importing < 1.2 * shard + 64e6
-    assert exporting < 1.2 * shard * 2 + 64e6  # The masters of a bf16 shard are twice its size.
+    assert 1e7 < importing < 1.2 * shard and 1e7 < exporting < 1.2 * shard
