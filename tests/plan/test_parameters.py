@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bigtx.config.load import load
-from bigtx.config.schema import ModelConfig, PretrainConfig
+from bigtx.config.schema import ExpertsConfig, ModelConfig, PretrainConfig
 from bigtx.config.shape import padded_vocab_size
 from bigtx.config.shipped import shipped_configs, shipped_folder
 from bigtx.model.transformer import Transformer
@@ -109,6 +109,24 @@ def test_shapes_equal_torch_for_every_pair_of_settings() -> None:
             for name, shape in expected.items()
             if name.startswith(("encoder.", "decoder.")) and ".relative_bias." not in name
         )
+
+
+@pytest.mark.parametrize("mlp", ["swiglu", "relu2"])
+@pytest.mark.parametrize("shared", [{}, {"shared_size": 24}, {"shared_size": 24, "shared_gate": True}])
+def test_experts(mlp: Any, shared: dict[str, Any]) -> None:
+    """Names and shapes as torch has them; a token meets as many parameters as if there were its own experts alone."""
+    sizes: dict[str, Any] = {"vocab_size": 300, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "mlp": mlp}
+    many, few = (
+        ModelConfig(**sizes, experts=ExpertsConfig(num_experts=number, num_active=3, expert_size=20, **shared))
+        for number in (8, 3)
+    )
+    assert parameter_shapes(many) == torch_shapes(many)
+    counts, own = count_parameters(many), count_parameters(few)
+    matrices = 3 if mlp == "swiglu" else 2
+    assert counts.total - own.total == 2 * 5 * (matrices * 32 * 20 + 32)
+    routing = 2 * 5 * 32  # A token meets every row of the router.
+    assert counts.active == own.total + routing
+    assert flops_per_token(many, 100) == flops_per_token(few, 100) + 6 * routing
 
 
 def test_flops() -> None:
