@@ -214,7 +214,7 @@ def _side(text: Text) -> Side:
 
 
 def _source_mask(text: Text, source: Text, *, sparse: bool) -> Mask:
-    """What the decoder sees of the source: its own segment, which is 0 where one of the two is not cut into segments."""
+    """What the decoder sees of the source: its own segment; where one of the two has none, that is segment 0."""
     if (text.segment_ids is None) != (source.segment_ids is None):
         text, source = (
             side if side.segment_ids is not None else side._replace(segment_ids=torch.zeros_like(side.positions))
