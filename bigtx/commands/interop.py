@@ -126,7 +126,7 @@ def _export_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="most bytes of a file (5GB)")
     parser.add_argument("--license", metavar="ID", help="for the model card, as the hub writes it: apache-2.0, mit ...")
     parser.add_argument(
-        "--no-verify", action="store_true", help="skip the comparison, which needs 4 bytes of memory per parameter"
+        "--no-verify", action="store_true", help="skip the comparison, which needs 8 bytes of memory per parameter"
     )
     return parser
 
