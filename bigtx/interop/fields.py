@@ -100,7 +100,7 @@ def differing(config: Any, allowed: Mapping[str, Sequence[Any]], why: Mapping[st
     for name, values in allowed.items():
         value = attrgetter(name)(config)
         if value not in values:
-            has = " or ".join("none" if one is None else _plain(one) for one in values)
+            has = " or ".join(dict.fromkeys("none" if one is None else _plain(one) for one in values))
             found.append(f"model.{name}={_plain(value)}: {why.get(name, f'the family has {has}')}")
     return found
 

@@ -26,6 +26,13 @@ from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import CheckpointError, ConfigError, DataError
 from bigtx.utils.files import write_atomic
 
+OBJECTIVES: dict[str, Literal["causal", "masked", "span_corruption"]] = {
+    "decoder": "causal",
+    "encoder": "masked",
+    "encoder_decoder": "span_corruption",
+}
+"""What a model of each shape is usually trained for."""
+
 
 @dataclass(frozen=True)
 class Imported:
@@ -109,14 +116,6 @@ def import_model(
         dropped=dropped,
         checkpoint=run_dir / made.relative_to(folder),
     )
-
-
-OBJECTIVES: dict[str, Literal["causal", "masked", "span_corruption"]] = {
-    "decoder": "causal",
-    "encoder": "masked",
-    "encoder_decoder": "span_corruption",
-}
-"""What a model of each shape is usually trained for."""
 
 
 def _run_config(run_dir: Path, model: ModelConfig) -> PretrainConfig:

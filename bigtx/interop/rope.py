@@ -38,13 +38,12 @@ def read_rope(fields: Fields, default_theta: float = 10_000.0) -> tuple[float, R
 def _read_scaling(rope: Fields, method: str, fields: Fields) -> RopeScalingConfig:
     if method == "none":
         return RopeScalingConfig()
-    longest = fields.size("max_position_embeddings")
-    original = fields.values.get("original_max_position_embeddings") or longest
     if method == "linear":
         return RopeScalingConfig(method="linear", factor=_factor(rope, None))
-    length = rope.size("original_max_position_embeddings", original)
-    if fields.values.get("original_max_position_embeddings"):
-        length = original
+    longest = fields.size("max_position_embeddings")
+    # One beside the rotary fields comes first, as in transformers.
+    where = fields if "original_max_position_embeddings" in fields.values else rope
+    length = where.size("original_max_position_embeddings", longest)
     if method == "llama3":
         return RopeScalingConfig(
             method="llama3",

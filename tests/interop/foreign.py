@@ -53,9 +53,9 @@ def make_model(config: Any, seed: int = 1) -> Any:
     return model
 
 
-def save_tokenizer(folder: Path, vocab_size: int = VOCAB_SIZE) -> None:
+def save_tokenizer(folder: Path) -> None:
     """A tokenizer whose words are w0, w1, ..."""
-    names = [*(f"w{number}" for number in range(vocab_size - 3)), "<unk>", "<s>", "</s>"]
+    names = [*(f"w{number}" for number in range(VOCAB_SIZE - 3)), "<unk>", "<s>", "</s>"]
     words = Tokenizer(models.WordLevel({name: number for number, name in enumerate(names)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(
@@ -64,8 +64,9 @@ def save_tokenizer(folder: Path, vocab_size: int = VOCAB_SIZE) -> None:
 
 
 def save_folder(folder: Path, config: Any, *, shard_size: str = "5GB", seed: int = 1) -> Any:
-    """Save a model and a tokenizer as transformers does; returns the model."""
+    """Save a model and a tokenizer as transformers does; returns the model, which may have more rows than the
+    tokenizer has ids."""
     model = make_model(config, seed)
     model.save_pretrained(str(folder), max_shard_size=shard_size)
-    save_tokenizer(folder, config.vocab_size)
+    save_tokenizer(folder)
     return model
