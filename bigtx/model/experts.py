@@ -127,7 +127,7 @@ def _has_kernel(weights: Tensor) -> bool:
     return (
         weights.is_cuda
         and weights.dtype == torch.bfloat16
-        and torch.cuda.get_device_capability(weights.device) >= (8, 0)
+        and torch.cuda.get_device_properties(weights.device).major >= 8
         and weights.shape[1] % 8 == weights.shape[2] % 8 == 0
     )
 
