@@ -16,21 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from bigtx.data.hashing import splitmix64
+from bigtx.utils.scripts import IDEOGRAPHS, UNSPACED
 
-_TABLE_SIZE = 0x20000
-"""Code points from here on are nearly all ideographs, and count as such."""
-_UNSPACED = (
-    (0x0E00, 0x0EFF),  # Thai, Lao
-    (0x1000, 0x109F),  # Myanmar
-    (0x1780, 0x17FF),  # Khmer
-    (0x2E80, 0x2FDF),  # radicals
-    (0x3005, 0x3007),
-    (0x3040, 0x30FF),  # kana
-    (0x31F0, 0x31FF),
-    (0x3400, 0x4DBF),
-    (0x4E00, 0x9FFF),  # Han
-    (0xF900, 0xFAFF),
-)
 _OTHER, _LETTER, _WORD = 0, 1, 2
 """Kinds of characters: between words, part of a word, a word by itself."""
 
@@ -90,7 +77,7 @@ def split_words(text: Iterable[str]) -> Iterator[str]:
     kinds = _tables()[0]
     word = ""
     for character in text:
-        kind = kinds[ord(character)] if ord(character) < _TABLE_SIZE else _WORD
+        kind = kinds[ord(character)] if ord(character) < IDEOGRAPHS else _WORD
         if kind == _LETTER:
             word += _lower(character)
             continue
@@ -152,8 +139,8 @@ def _hash_piece(piece: str) -> tuple[np.ndarray, np.ndarray]:
     if piece.isascii():
         kind, value = kinds[codes], values[codes]
     else:
-        inside = np.minimum(codes, _TABLE_SIZE - 1)
-        beyond = codes >= _TABLE_SIZE
+        inside = np.minimum(codes, IDEOGRAPHS - 1)
+        beyond = codes >= IDEOGRAPHS
         kind, value = kinds[inside], values[inside]
         kind[beyond] = _WORD
         value[beyond] = splitmix64(codes[beyond].astype(np.uint64))
@@ -171,10 +158,10 @@ def _hash_piece(piece: str) -> tuple[np.ndarray, np.ndarray]:
 @functools.cache
 def _tables() -> tuple[np.ndarray, np.ndarray]:
     """Kind and value of each code point of the table: uint8, and uint64 that is 0 between words."""
-    kinds = np.array([unicodedata.category(chr(code))[0] in "LMN" for code in range(_TABLE_SIZE)], np.uint8)
-    for first, last in _UNSPACED:
+    kinds = np.array([unicodedata.category(chr(code))[0] in "LMN" for code in range(IDEOGRAPHS)], np.uint8)
+    for first, last in UNSPACED:
         kinds[first : last + 1] *= _WORD
-    lowered = np.fromiter((ord(_lower(chr(code))) for code in range(_TABLE_SIZE)), np.uint64, _TABLE_SIZE)
+    lowered = np.fromiter((ord(_lower(chr(code))) for code in range(IDEOGRAPHS)), np.uint64, IDEOGRAPHS)
     return kinds, np.where(kinds > _OTHER, splitmix64(lowered), np.uint64(0))
 
 

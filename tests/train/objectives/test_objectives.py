@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,6 @@ import torch
 from bigtx.config.schema import DataConfig, ModelConfig, ObjectiveConfig, PretrainConfig, TrainConfig
 from bigtx.data.stream.rows import IGNORED_LABEL, Batch
 from bigtx.tokenizer.special import SpecialIds
-from bigtx.tokenizer.tokenizer import Tokenizer
-from bigtx.tokenizer.word_marks import begins_word
 from bigtx.train.objectives import Objective, make_objective
 from bigtx.utils.errors import ConfigError
 
@@ -36,6 +33,9 @@ class Words:
 
     def id_to_piece(self, i: int) -> str:
         return f"▁{i}" if i % 2 == 0 else str(i)
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(map(self.id_to_piece, ids)).replace("▁", " ")
 
 
 def make(name: str, *, document_mask: bool = False, shape: str | None = None, **settings: Any) -> Objective:
@@ -332,13 +332,3 @@ def test_learned_positions_reach_as_far_as_both_sides() -> None:
         config.model.max_sequence_length -= 1
         with pytest.raises(ConfigError, match="lower train"):
             make_objective(config, words, purpose="train")
-
-
-def test_word_marks(corpus: Path) -> None:
-    tokenizer = Tokenizer.load(corpus / "tokenizer")
-    begins, spaces = begins_word(tokenizer)
-    assert len(begins) == len(spaces) == tokenizer.vocab_size
-    for i in range(tokenizer.vocab_size):
-        piece = tokenizer.id_to_piece(i)
-        assert begins[i] == (piece.startswith("▁") or not piece.strip())
-    assert begins.sum() > 20 and not begins.all()
