@@ -66,8 +66,8 @@ def parameter_groups(config: OptimizerConfig, parameters: Iterable[tuple[str, nn
 def _group_of(name: str, parameter: nn.Parameter) -> str:
     if len(getattr(parameter, "ds_shape", parameter.shape)) < 2:
         return "vectors"
-    # Their rows are scores, each of an expert, as a head's are of tokens. Muon would move all of them as far, those of
-    # experts too that hardly a token is sent to, and the one row of a gate by its sign of direction alone.
+    # Each of their rows makes one score, as a head's rows do, and heads are no matter for Muon either: it would move the
+    # rows of experts that hardly a token is sent to as far as all others.
     if name.endswith((".router.weight", ".shared_gate.weight")):
         return "routers"
     return "matrices" if ".blocks." in name else "embeddings"
