@@ -9,7 +9,6 @@ The three marks are the tokenizer's last three sentinels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -62,7 +61,7 @@ class FillInMiddle(Objective):
             owner = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
             lengths[row] = length = min(self.length, len(joined))
             tokens[row, :length] = joined[:length]
-            # Where nothing was moved, the row's own last label follows.
+            # The row's own last label counts where nothing was moved; else its place is cut off, or padding follows.
             following = np.append(joined[1:], raw_labels[row, len(text) - 1])[:length]
             if self.document_mask:
                 following = np.where(
@@ -77,10 +76,10 @@ class FillInMiddle(Objective):
             return changed
         return replace(changed, segment_ids=tensor(segments, batch), positions=tensor(positions, batch))
 
-    def _documents(self, text: np.ndarray) -> Iterator[np.ndarray]:
+    def _documents(self, text: np.ndarray) -> list[np.ndarray]:
         """The documents of a row, or what of them stands in it; each but the last ends with the end id."""
         ends = np.flatnonzero(text == self.tokenizer.end_id) + 1
-        return iter(piece for piece in np.split(text, ends) if len(piece))
+        return [piece for piece in np.split(text, ends) if len(piece)]
 
     def _rearrange(self, piece: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         moved, suffix_first, *cuts = generator.random(4)
