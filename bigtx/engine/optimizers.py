@@ -66,8 +66,8 @@ def parameter_groups(config: OptimizerConfig, parameters: Iterable[tuple[str, nn
 def _group_of(name: str, parameter: nn.Parameter) -> str:
     if len(getattr(parameter, "ds_shape", parameter.shape)) < 2:
         return "vectors"
-    # Each of their rows makes one score, as a head's rows do, and heads are no matter for Muon either: it would move the
-    # rows of experts that hardly a token is sent to as far as all others.
+    # Each of their rows makes one score, as a head's rows do, which AdamW updates too: Muon would move the rows of
+    # experts that hardly a token is sent to as far as all others.
     if name.endswith((".router.weight", ".shared_gate.weight")):
         return "routers"
     return "matrices" if ".blocks." in name else "embeddings"
