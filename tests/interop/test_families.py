@@ -153,6 +153,21 @@ def test_there_and_back(name: str, tmp_path: Path, capsys: pytest.CaptureFixture
     assert bigtx.load(tmp_path / "again", device="cpu").config.model == ours.config.model
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe, other fields"])
+def test_the_load_of_experts_weighs_the_same_in_the_loss(name: str, tmp_path: Path) -> None:
+    """In one block: transformers multiplies the shares of all blocks together, bigtx takes the mean of the blocks."""
+    model_type, changes = CASES[name]
+    config = make_config(model_type, **changes, num_hidden_layers=1, router_aux_loss_coef=0.3)
+    theirs = save_folder(tmp_path / "source", config)
+    run_command("import", tmp_path / "source", "-o", tmp_path / "run")
+    ours = bigtx.load(tmp_path / "run", device="cpu")
+    ids = torch.randint(0, 100, (2, 30), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = 0.3 * theirs(ids, output_router_logits=True).aux_loss
+        routing = ours.model(ids, labels=ids).routing
+    torch.testing.assert_close(ours.config.model.experts.balance_loss * routing.balance, expected)
+
+
 def test_every_decoder_has_a_case() -> None:
     decoders = {name for name, family in families().items() if family.auto_class == "AutoModelForCausalLM"}
     assert decoders == {model_type for model_type, _ in CASES.values()}

@@ -34,12 +34,17 @@ class Mixtral(LlamaKin):
 
     def read_experts(self, fields: Fields) -> ExpertsConfig:
         """The mixture; its experts have the width of the feed-forward."""
+        num_active = fields.size("num_experts_per_tok", 2)
         return ExpertsConfig(
             num_experts=self.num_experts(fields, 8),
-            num_active=fields.size("num_experts_per_tok", 2),
+            num_active=num_active,
             expert_size=fields.size("intermediate_size"),
-            balance_loss=fields.number("router_aux_loss_coef", 0.001),
+            balance_loss=self.balance_loss(fields, num_active),
         )
+
+    def balance_loss(self, fields: Fields, num_active: int) -> float:
+        """The weight of the same loss: transformers adds up what bigtx takes the mean of, over a token's experts."""
+        return fields.number("router_aux_loss_coef", 0.001) * num_active
 
     def num_experts(self, fields: Fields, default: int) -> int:
         """Experts of each block, of which the field has two names."""
@@ -56,8 +61,8 @@ class Mixtral(LlamaKin):
 
     def write_config(self, config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
         """A config.json of a config without problems."""
-        values = super().write_config(config, tokenizer)
-        return values | self.write_experts(config) | {"router_aux_loss_coef": config.experts.balance_loss}
+        values = super().write_config(config, tokenizer) | self.write_experts(config)
+        return values | {"router_aux_loss_coef": config.experts.balance_loss / config.experts.num_active}
 
     def write_experts(self, config: ModelConfig) -> dict[str, Any]:
         """The fields of the mixture."""
@@ -101,14 +106,15 @@ class QwenExperts(Mixtral):
         """The mixture, which must be in every block."""
         fields.expect("decoder_sparse_step", 1, "leaves blocks without experts")
         fields.expect("mlp_only_layers", [], "leaves blocks without experts")
+        num_active = fields.size("num_experts_per_tok", 4 if self.shared else 8)
         return ExpertsConfig(
             num_experts=self.num_experts(fields, 60 if self.shared else 128),
-            num_active=fields.size("num_experts_per_tok", 4 if self.shared else 8),
+            num_active=num_active,
             expert_size=fields.size("moe_intermediate_size"),
             shared_size=fields.size("shared_expert_intermediate_size") if self.shared else 0,
             shared_gate=self.shared,
             normalize_weights=fields.flag("norm_topk_prob", False),
-            balance_loss=fields.number("router_aux_loss_coef", 0.001),
+            balance_loss=self.balance_loss(fields, num_active),
         )
 
     def layer_types(self, fields: Fields, num_layers: int) -> list[str]:
