@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -169,7 +169,23 @@ def _match(
     found = {name: weights.shapes[key] for name, key in spelled.items() if key not in dropped}
     refuse_differences(weights.folder, expected, found)
     weights.check_kinds(spelled[name] for name in expected)
+    if config.tie_embeddings:
+        _refuse_another_head(family, config, weights, spelled)
     return links, {name: spelled[name] for name in expected}, dropped
+
+
+def _refuse_another_head(family: Family, config: ModelConfig, weights: ForeignWeights, spelled: dict[str, str]) -> None:
+    """Refuse a head that config.json calls tied and that is not the embedding: transformers would use it."""
+    untied = family.links(replace(config, tie_embeddings=False))
+    embedding, head = (
+        spelled.get(next(link.keys[0] for link in untied if name in link.names))
+        for name in ("embedding.weight", "head.weight")
+    )
+    if embedding and head and not torch.equal(weights.read(embedding), weights.read(head)):
+        raise CheckpointError(
+            f"{weights.folder}: {CONFIG} ties the head to the embedding (tie_word_embeddings), but {head} holds other "
+            f"numbers than {embedding}; if the head is the model's own, write false there"
+        )
 
 
 def _converted(

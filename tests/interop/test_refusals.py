@@ -213,6 +213,15 @@ def test_tensors_that_are_no_numbers(whole: Path, tmp_path: Path, capsys: pytest
     assert "lm_head.weight holds values that are not finite" in import_refused(capsys, folder)
 
 
+def test_a_head_of_its_own_that_is_called_tied(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = copied(whole, tmp_path)
+    change_config(folder, tie_word_embeddings=True)
+    assert "lm_head.weight holds other numbers than model.embed_tokens.weight" in import_refused(capsys, folder)
+    embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    change_tensors(folder, **{"lm_head.weight": embedding.clone()})
+    assert main(["import", str(folder), "-o", str(tmp_path / "run")]) == 0
+
+
 def test_an_index_that_does_not_fit(sharded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = copied(sharded, tmp_path)
     whole_index = json.loads((folder / INDEX).read_text())
