@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from bigtx.config.schema.model import ModelConfig
@@ -10,6 +10,14 @@ from bigtx.config.schema.model import ModelConfig
 if TYPE_CHECKING:
     from bigtx.interop.maps import Link
     from bigtx.tokenizer.tokenizer import Tokenizer
+
+
+class SaidByConfig:
+    """Of families whose config.json says all."""
+
+    def settled(self, config: ModelConfig, keys: Collection[str]) -> ModelConfig:
+        """The config as it is."""
+        return config
 
 
 class Family(Protocol):
@@ -40,6 +48,10 @@ class Family(Protocol):
         Raises:
             ConfigError: it names every field whose value bigtx does not express.
         """
+        ...
+
+    def settled(self, config: ModelConfig, keys: Collection[str]) -> ModelConfig:
+        """The config once it is known which tensors there are, where config.json does not say all of it."""
         ...
 
     def problems(self, config: ModelConfig) -> list[str]:

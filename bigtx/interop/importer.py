@@ -83,6 +83,9 @@ def import_model(
         config = family.read_config(values)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
+    weights = ForeignWeights(source)
+    spelled = _spellings(family, weights)
+    config = family.settled(config, spelled)
     run = _run_config(run_dir, config)
     _check(run, source)
     tokenizer = _read_tokenizer(tokenizer_folder or source)
@@ -92,8 +95,7 @@ def import_model(
             f"the tokenizer in {tokenizer_folder or source} has {tokenizer.vocab_size:,} ids, more than the "
             f"{config.vocab_size:,} rows that {source / CONFIG} gives the model; name the model's own with --tokenizer"
         )
-    weights = ForeignWeights(source)
-    links, keys, dropped = _match(family, config, weights)
+    links, keys, dropped = _match(family, config, weights, spelled)
     sizes = bigtx_shapes(config)
     shapes = {name: sizes[name] for link in links for name in link.names}
     facts = {
@@ -143,20 +145,25 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
         ) from None
 
 
-def _match(
-    family: Family, config: ModelConfig, weights: ForeignWeights
-) -> tuple[list[Link], dict[str, str], list[str]]:
-    """Find the tensor of every key.
-
-    Returns:
-        The links; the file's spelling of each key; tensors that are not needed.
-    """
+def _spellings(family: Family, weights: ForeignWeights) -> dict[str, str]:
+    """The files' spelling of each key."""
     spelled: dict[str, str] = {}
     for key in weights.shapes:
         name = family.rename(key)
         if name in spelled:
             raise CheckpointError(f"{weights.folder} holds one tensor twice, as {spelled[name]} and as {key}")
         spelled[name] = key
+    return spelled
+
+
+def _match(
+    family: Family, config: ModelConfig, weights: ForeignWeights, spelled: dict[str, str]
+) -> tuple[list[Link], dict[str, str], list[str]]:
+    """Find the tensor of every key.
+
+    Returns:
+        The links; the files' spelling of each key that is read; tensors that are not needed.
+    """
     links = family.links(config)
     check_links(links, config)
     expected = foreign_shapes(links, config)

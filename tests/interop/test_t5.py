@@ -16,7 +16,7 @@ from bigtx.interop.families import by_model_type, choose
 from bigtx.model.decode import Sampling, decode_tokens
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.tokenizer.train import train
-from bigtx.utils.errors import CheckpointError, ConfigError
+from bigtx.utils.errors import ConfigError
 from tests.interop.both_sides import TOLERANCE, distance, padded_tokens, randomize, save, tensors, to_bigtx, to_foreign
 
 transformers = pytest.importorskip("transformers")
@@ -27,6 +27,7 @@ SOURCES, TARGETS = (40, 17, 5), (12, 30, 7)
 VARIANTS: dict[str, dict[str, Any]] = {
     "1.0": {},
     "1.1": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "1.1, made anew": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "untied": False},
     "gated and tied": {"feed_forward_proj": "gated-silu"},
     "plain and untied": {"feed_forward_proj": "gelu_new", "tie_word_embeddings": False},
     "narrow heads, a deeper decoder": {"d_kv": 6, "num_heads": 2, "num_decoder_layers": 4, "layer_norm_epsilon": 0.1},
@@ -44,14 +45,18 @@ def tokenizer() -> Tokenizer:
     return train(TokenizerTrainConfig(vocab_size=450), [" ".join(words[i:] + words[:i]) for i in range(0, 150, 3)])
 
 
-def make(tokenizer: Tokenizer, *, std: float = 0.2, **fields: Any) -> Any:
-    """A model of transformers with random weights, in evaluation mode."""
+def make(tokenizer: Tokenizer, *, std: float = 0.2, untied: bool = True, **fields: Any) -> Any:
+    """A model of transformers with random weights, in evaluation mode.
+
+    Args:
+        untied: whether a 1.1 gets a head of its own, as the published ones have it.
+    """
     ids = {"pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.end_id}
     ids["decoder_start_token_id"] = tokenizer.pad_id
     config = transformers.T5Config(**({"vocab_size": tokenizer.vocab_size} | TINY | ids | fields))
     model = transformers.T5ForConditionalGeneration(config).eval()
-    if not config.scale_decoder_outputs:
-        # transformers 5 ties every T5 that it makes anew, and unties one whose file has another head.
+    # transformers 5 ties every T5 that it makes anew, and unties one whose file has another head.
+    if untied and not config.scale_decoder_outputs:
         model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
     randomize(model, std=std)
     return model
@@ -118,7 +123,8 @@ def test_an_export_is_what_was_imported(variant: str, tokenizer: Tokenizer, tmp_
 
     family = by_model_type("t5")
     assert family.problems(imported.config) == []
-    assert family.read_config(json.loads((exported / "config.json").read_text())) == imported.config
+    written = family.read_config(json.loads((exported / "config.json").read_text()))
+    assert family.settled(written, after) == imported.config
 
 
 @pytest.mark.parametrize("variant", ["1.0", "1.1"])
@@ -162,13 +168,6 @@ def test_releases_of_transformers_told_a_tied_head_differently() -> None:
     assert family.read_config(old).logit_scale == 1.0
     tied = family.read_config({})
     assert (tied.tie_embeddings, tied.logit_scale) == (True, 512**-0.5)
-
-
-def test_a_missing_head_is_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    foreign = make(tokenizer)
-    foreign.config.scale_decoder_outputs = False
-    with pytest.raises(CheckpointError, match=r"1 missing: lm_head\.weight"):
-        to_bigtx(save(foreign, tokenizer, tmp_path / "foreign"), tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -238,8 +237,7 @@ def test_every_field_is_expressed_or_named_as_a_problem(tokenizer: Tokenizer) ->
         changed = dataclasses.replace(config, **{name: value})
         assert family.problems(changed) == [], name
         assert family.read_config(family.write_config(changed, tokenizer)) == changed, name
-    (problem,) = family.problems(dataclasses.replace(config, tie_embeddings=True))
-    assert problem.startswith("model.logit_scale=1.0")
+    assert family.problems(dataclasses.replace(config, tie_embeddings=True)) == []
     fields = {field.name for field in dataclasses.fields(ModelConfig)}
     assert fields - IDLE - CANNOT.keys() - FREE.keys() == {"tie_embeddings"}
 

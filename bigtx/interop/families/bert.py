@@ -13,7 +13,7 @@ from typing import Any
 
 from bigtx.config import shape
 from bigtx.config.schema.model import ModelConfig
-from bigtx.interop.family import Family
+from bigtx.interop.family import Family, SaidByConfig
 from bigtx.interop.fields import Fields, differing
 from bigtx.interop.maps import Link, same, spelled
 from bigtx.plan.parameters import parameter_shapes
@@ -55,7 +55,7 @@ BLOCK = {
 
 
 @dataclass(kw_only=True)
-class Bert:
+class Bert(SaidByConfig):
     """A family of the kin.
 
     Attributes:

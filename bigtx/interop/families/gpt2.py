@@ -8,7 +8,7 @@ from typing import Any
 from bigtx.config import shape
 from bigtx.config.schema.model import ModelConfig
 from bigtx.interop.families import decoder
-from bigtx.interop.family import Family
+from bigtx.interop.family import Family, SaidByConfig
 from bigtx.interop.fields import Fields, differing
 from bigtx.interop.maps import Link, same, spelled, split_rows, transposed
 from bigtx.plan.parameters import parameter_shapes
@@ -45,7 +45,7 @@ BLOCK = {
 }
 
 
-class GPT2:
+class GPT2(SaidByConfig):
     """GPT2LMHeadModel."""
 
     model_type = "gpt2"

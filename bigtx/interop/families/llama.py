@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from bigtx.config import shape
 from bigtx.config.schema.model import ModelConfig
 from bigtx.interop.families import decoder
-from bigtx.interop.family import Family
+from bigtx.interop.family import Family, SaidByConfig
 from bigtx.interop.fields import Fields, differing
 from bigtx.interop.maps import Link, same, spelled
 from bigtx.interop.rope import read_rope, write_rope
@@ -41,7 +41,7 @@ BLOCK = {
 
 
 @dataclass(frozen=True)
-class LlamaKin:
+class LlamaKin(SaidByConfig):
     """A pre-norm decoder with RMSNorm, rotary positions and a gated feed-forward.
 
     Attributes:

@@ -7,7 +7,7 @@ from typing import Any
 
 from bigtx.config import shape
 from bigtx.config.schema.model import ModelConfig
-from bigtx.interop.family import Family
+from bigtx.interop.family import Family, SaidByConfig
 from bigtx.interop.fields import Fields, differing
 from bigtx.interop.maps import Link, same, spelled, split_rows
 from bigtx.plan.parameters import parameter_shapes
@@ -59,7 +59,7 @@ FUSED = {
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
-class ModernBert:
+class ModernBert(SaidByConfig):
     """ModernBertForMaskedLM."""
 
     model_type = "modernbert"

@@ -12,7 +12,7 @@ from typing import Any
 from bigtx.config import shape
 from bigtx.config.schema.model import ModelConfig
 from bigtx.interop.families import decoder
-from bigtx.interop.family import Family
+from bigtx.interop.family import Family, SaidByConfig
 from bigtx.interop.fields import Fields, differing
 from bigtx.interop.maps import Link, same, spelled, swapped_halves
 from bigtx.interop.rope import read_rope, write_rope
@@ -42,7 +42,7 @@ SOFT_CAP = 15.0
 """Where a config.json does not name one; null is none."""
 
 
-class NanoChat:
+class NanoChat(SaidByConfig):
     """NanoChatForCausalLM."""
 
     model_type = "nanochat"

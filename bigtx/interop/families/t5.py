@@ -8,7 +8,9 @@ transformers before 5 told the two by `tie_word_embeddings`; release 5 writes tr
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 from bigtx.config import shape
@@ -51,6 +53,7 @@ ACTIVATIONS = {
 }
 """The feed-forward by the name of its projection; of two names for one, the first is written."""
 
+HEAD = "lm_head.weight"
 _TABLE = "block.0.layer.0.SelfAttention.relative_attention_bias"
 OUTER = {
     "embedding": "shared",
@@ -105,13 +108,18 @@ class T5:
         fields.finish()
         return config
 
+    def settled(self, config: ModelConfig, keys: Collection[str]) -> ModelConfig:
+        """Without a head in the files it is tied: release 5 of transformers ties every T5 that it makes anew, and
+        then does not scale what the head of a 1.1 reads."""
+        return config if HEAD in keys else replace(config, tie_embeddings=True)
+
     def problems(self, config: ModelConfig) -> list[str]:
         """Fields that the family does not express, each as "model.FIELD=VALUE: why"."""
         allowed = {"num_kv_heads": (None, config.num_heads), "mlp": tuple(ACTIVATIONS.values())}
         problems = differing(config, FIXED | allowed, {})
-        scale = config.hidden_size**-0.5 if config.tie_embeddings else 1.0
-        if not math.isclose(config.logit_scale, scale, rel_tol=1e-6):
-            kind, formula = ("a tied", "1 / sqrt(hidden_size)") if config.tie_embeddings else ("an untied", "1")
+        if config.logit_scale != 1.0 and not (config.tie_embeddings and _is_scaled(config)):
+            formula = "1 or 1 / sqrt(hidden_size)" if config.tie_embeddings else "1"
+            kind = "a tied" if config.tie_embeddings else "an untied"
             problems.append(f"model.logit_scale={config.logit_scale}: {kind} head of the family has {formula}")
         return problems
 
@@ -135,8 +143,9 @@ class T5:
             "feed_forward_proj": next(name for name, kind in ACTIVATIONS.items() if kind == config.mlp),
             "n_positions": config.max_sequence_length,
             "is_encoder_decoder": True,
-            "tie_word_embeddings": config.tie_embeddings,
-            "scale_decoder_outputs": config.tie_embeddings,
+            # What transformers scales by; whether the head is tied it sees by the files.
+            "tie_word_embeddings": _is_scaled(config),
+            "scale_decoder_outputs": _is_scaled(config),
             "use_cache": True,
             "pad_token_id": tokenizer.pad_id,
             "eos_token_id": tokenizer.end_id,
@@ -161,7 +170,12 @@ class T5:
         """Copies of the shared table, and a bias of the cross attention that the first release held and never read."""
         tied = r"(encoder|decoder)\.embed_tokens\.weight"
         unread = r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
-        return (tied, unread, r"lm_head\.weight") if config.tie_embeddings else (tied, unread)
+        return (tied, unread, re.escape(HEAD)) if config.tie_embeddings else (tied, unread)
+
+
+def _is_scaled(config: ModelConfig) -> bool:
+    """Whether the head reads hidden states times 1 / sqrt(hidden_size)."""
+    return math.isclose(config.logit_scale, config.hidden_size**-0.5, rel_tol=1e-6)
 
 
 def _block(*, across: bool, gated: bool) -> dict[str, str]:
