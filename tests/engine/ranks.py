@@ -82,11 +82,13 @@ class Saved:
         *,
         world_size: int = 2,
         gpus: bool = False,
+        shape: str = "decoder",
     ) -> None:
         self.tmp_path, self.precision, self.world_size, self.gpus = tmp_path, precision, world_size, gpus
+        self.shape = shape
         self.runs = {
             (stage, optimizer): {
-                "case": self.case(stage, optimizer),
+                "case": self.case(stage, optimizer, world_size),
                 "folder": str(tmp_path / f"{stage}-{precision}-{optimizer}"),
                 "before": 4,
                 "after": 10,
@@ -96,9 +98,11 @@ class Saved:
         scenarios = {f"{stage} {optimizer}": ["save", run] for (stage, optimizer), run in self.runs.items()}
         self.answers = run_ranks(tmp_path, world_size, "several", gpus=gpus, scenarios=scenarios)
 
-    def case(self, stage: int, optimizer: str) -> dict[str, Any]:
-        case = {"stage": stage, "precision": self.precision, "optimizer": optimizer}
-        return case | {"accumulation": 1, "ema": 0.9, "deterministic": True}
+    def case(self, stage: int, optimizer: str, world_size: int) -> dict[str, Any]:
+        case = {"stage": stage, "precision": self.precision, "optimizer": optimizer, "shape": self.shape}
+        # Micro batches stay what they were, as in a run: the balance of experts is a mean over each.
+        accumulation = max(1, self.world_size // world_size)
+        return case | {"accumulation": accumulation, "ema": 0.9, "deterministic": True}
 
     def check_resumed(self, world_sizes: tuple[int, ...], targets: list[tuple[int, int, str]]) -> None:
         """targets: (from stage, to stage, optimizer)."""
@@ -110,7 +114,7 @@ class Saved:
                 gpus=self.gpus,
                 before=4,
                 after=10,
-                cases=[self.case(target, optimizer) for _, target, optimizer in targets],
+                cases=[self.case(target, optimizer, world_size) for _, target, optimizer in targets],
                 folders=[self.runs[source, optimizer]["folder"] for source, _, optimizer in targets],
             )
             for target, answer in zip(targets, answers, strict=True):

@@ -79,6 +79,14 @@ def test_resume_with_other_ranks_and_stages(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.dist
+def test_resume_of_experts_with_other_ranks_and_stages(tmp_path: Path) -> None:
+    saved = Saved(tmp_path, (1, 3), "fp32", OPTIMIZERS, shape="experts")
+    targets = itertools.product(((1, 1), (1, 3), (3, 0), (3, 2)), OPTIMIZERS)
+    saved.check_resumed((1, 2), [(source, target, optimizer) for (source, target), optimizer in targets])
+
+
+@pytest.mark.slow
+@pytest.mark.dist
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_resume_from_every_stage_to_every_stage(tmp_path: Path, precision: str) -> None:
     saved = Saved(tmp_path, STAGES, precision, OPTIMIZERS)
