@@ -114,13 +114,8 @@ def load(run: Path | str, *, weights: Weights = "master", device: str = "auto") 
         ConfigError: see `find`.
         LaunchError: no such device.
     """
-    checkpoint, config = find(run)
-    from bigtx.tokenizer.tokenizer import Tokenizer
-
+    checkpoint, config, tokenizer = find_with_tokenizer(run)
     place = _device(device)
-    tokenizer = Tokenizer.load(_run_dir(checkpoint) / "tokenizer")
-    if config.model.vocab_size is None:
-        config.model.vocab_size = tokenizer.vocab_size
     model = _empty_model(config, place)
     _fill(model, checkpoint, weights)
     return LoadedModel(model.eval(), tokenizer, config, checkpoint)
@@ -149,6 +144,21 @@ def find(run: Path | str) -> tuple[Path, PretrainConfig]:
     from bigtx.engine.checkpoint import newest
 
     return newest(folder), config
+
+
+def find_with_tokenizer(run: Path | str) -> tuple[Path, PretrainConfig, Tokenizer]:
+    """As `find`, with the run's tokenizer; the config has its vocab_size.
+
+    Raises:
+        DataError: the tokenizer is missing or damaged.
+    """
+    checkpoint, config = find(run)
+    from bigtx.tokenizer.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(_run_dir(checkpoint) / "tokenizer")
+    if config.model.vocab_size is None:
+        config.model.vocab_size = tokenizer.vocab_size
+    return checkpoint, config, tokenizer
 
 
 def refuse_encoder(config: PretrainConfig) -> None:

@@ -59,17 +59,13 @@ def export_command(argv: Sequence[str]) -> int:
     """
     options = _export_parser().parse_args(argv)
     shard_bytes = _shard_bytes(options.max_shard_size)
-    from bigtx.generate import find
+    from bigtx.generate import find_with_tokenizer
     from bigtx.interop.exporter import ExportSettings, export_model
     from bigtx.interop.verify import require_transformers
-    from bigtx.tokenizer.tokenizer import Tokenizer
 
     if not options.no_verify:
         require_transformers()
-    checkpoint, run = find(options.run)
-    tokenizer = Tokenizer.load(checkpoint.resolve().parent.parent / "tokenizer")
-    if run.model.vocab_size is None:
-        run.model.vocab_size = tokenizer.vocab_size
+    checkpoint, run, tokenizer = find_with_tokenizer(options.run)
     settings = ExportSettings(
         dtype=options.dtype,
         weights=options.weights,

@@ -110,7 +110,8 @@ def save_weights(
     partial.mkdir(parents=True)
     try:
         files, given = {}, iter(weights)
-        for number, names in enumerate(_parts(shapes, part_bytes)):
+        sizes = {name: 4 * math.prod(shape) for name, shape in shapes.items()}
+        for number, names in enumerate(groups(sizes, part_bytes)):
             file = f"rank-{number:05d}.safetensors"
             entries = [(f"{name}|0|master", (math.prod(shapes[name]),), torch.float32) for name in names]
             with SafetensorsWriter(partial / file, entries) as writer:
@@ -131,13 +132,12 @@ def save_weights(
     return final
 
 
-def _parts(shapes: Mapping[str, tuple[int, ...]], part_bytes: int) -> Iterator[list[str]]:
-    """Names cut into groups of at most `part_bytes` in fp32, or of one name."""
+def groups(sizes: Mapping[str, int], most: int) -> Iterator[list[str]]:
+    """Names in their order, in groups whose sizes sum to at most `most`, or of one name."""
     group: list[str] = []
     size = 0
-    for name, shape in shapes.items():
-        own = 4 * math.prod(shape)
-        if group and size + own > part_bytes:
+    for name, own in sizes.items():
+        if group and size + own > most:
             yield group
             group, size = [], 0
         group.append(name)

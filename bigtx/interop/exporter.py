@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bigtx.config.schema import ModelConfig, PretrainConfig
 from bigtx.engine.checkpoint import Checkpoint
-from bigtx.engine.write_weights import SafetensorsWriter
+from bigtx.engine.write_weights import SafetensorsWriter, groups
 from bigtx.interop.card import ModelFacts, write_card
 from bigtx.interop.families import choose
 from bigtx.interop.family import Family
@@ -25,7 +25,8 @@ from bigtx.interop.maps import Link
 from bigtx.interop.read import CONFIG, INDEX, MAPPED_BYTES, SINGLE
 from bigtx.interop.staging import new_folder
 from bigtx.interop.tokenizer import export_tokenizer
-from bigtx.interop.vocabulary import bigtx_shapes, check_links, cut, foreign_shapes
+from bigtx.interop.vocabulary import check_links, cut, foreign_shapes
+from bigtx.plan.parameters import parameter_shapes
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import CheckpointError, ConfigError
 from bigtx.utils.files import write_json
@@ -124,7 +125,7 @@ class _Source:
         self.mapped_bytes, self.num_read = mapped_bytes, 0
         if problems := self.checkpoint.verify():
             raise CheckpointError(f"{path}: {'; '.join(problems)}; use another checkpoint of the run")
-        if self.checkpoint.shapes != bigtx_shapes(config):
+        if self.checkpoint.shapes != parameter_shapes(config):
             raise CheckpointError(f"{path} does not fit the run's config.yaml; was it edited?")
         kinds = self.checkpoint.kinds(next(iter(self.checkpoint.shapes)))
         if kind not in kinds:
@@ -162,7 +163,8 @@ def _write_shards(
     shard_bytes: int,
 ) -> dict[str, int]:
     """Write the tensors in the order of the links; returns the files with their sizes."""
-    shards = list(_plan(shapes, dtype, shard_bytes))
+    sizes = {key: dtype.itemsize * math.prod(shape) for key, shape in shapes.items()}
+    shards = list(groups(sizes, shard_bytes))
     tensors = _converted(source, links, dtype)
     files: dict[str, int] = {}
     places: dict[str, str] = {}
@@ -178,23 +180,8 @@ def _write_shards(
             files[name] = writer.finish()["size"]
         places |= dict.fromkeys(keys, name)
     if len(shards) > 1:
-        total = dtype.itemsize * sum(map(math.prod, shapes.values()))
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+        write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places})
     return files
-
-
-def _plan(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, shard_bytes: int) -> Iterator[list[str]]:
-    """Keys cut into shards."""
-    shard: list[str] = []
-    size = 0
-    for key, shape in shapes.items():
-        own = dtype.itemsize * math.prod(shape)
-        if shard and size + own > shard_bytes:
-            yield shard
-            shard, size = [], 0
-        shard.append(key)
-        size += own
-    yield shard
 
 
 def _converted(source: _Source, links: Sequence[Link], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

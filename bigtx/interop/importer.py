@@ -21,7 +21,8 @@ from bigtx.interop.family import Family
 from bigtx.interop.maps import Link
 from bigtx.interop.read import CONFIG, ForeignWeights, read_config, refuse_differences
 from bigtx.interop.staging import new_folder, refuse_filled
-from bigtx.interop.vocabulary import bigtx_shapes, check_links, foreign_shapes, padded
+from bigtx.interop.vocabulary import check_links, foreign_shapes, padded
+from bigtx.plan.parameters import parameter_shapes
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import CheckpointError, ConfigError, DataError
 from bigtx.utils.files import write_atomic
@@ -96,7 +97,7 @@ def import_model(
             f"{config.vocab_size:,} rows that {source / CONFIG} gives the model; name the model's own with --tokenizer"
         )
     links, keys, dropped = _match(family, config, weights, spelled)
-    sizes = bigtx_shapes(config)
+    sizes = parameter_shapes(config)
     shapes = {name: sizes[name] for link in links for name in link.names}
     facts = {
         "step": 0,

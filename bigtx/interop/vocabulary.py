@@ -15,23 +15,18 @@ PADDED = ("embedding.weight", "head.weight", "head.bias")
 """Parameters with a row for each token id; foreign ones have vocab_size rows, bigtx's a multiple of 128."""
 
 
-def bigtx_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter, padding included."""
-    return parameter_shapes(config)
-
-
 def check_links(links: Sequence[Link], config: ModelConfig) -> None:
     """Assert that every parameter is in exactly one link, and every key too."""
     names = [name for link in links for name in link.names]
     keys = [key for link in links for key in link.keys]
-    assert sorted(names) == sorted(bigtx_shapes(config)), set(names) ^ set(bigtx_shapes(config))
+    assert sorted(names) == sorted(parameter_shapes(config)), set(names) ^ set(parameter_shapes(config))
     assert len(set(keys)) == len(keys), "two links have the same key"
 
 
 def foreign_shapes(links: Sequence[Link], config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every foreign tensor, in the order of the links."""
     shapes: dict[str, tuple[int, ...]] = {}
-    sizes = bigtx_shapes(config)
+    sizes = parameter_shapes(config)
     for link in links:
         tensors = [cut(name, torch.empty(sizes[name], device="meta"), config) for name in link.names]
         made = link.to_foreign(tensors)

@@ -11,7 +11,8 @@ from bigtx.interop.fields import Fields
 Window = tuple[int | None, int | None]
 """attention_window and global_attention_every."""
 
-_KINDS = {True: "sliding_attention", False: "full_attention"}
+SLIDING, FULL = "sliding_attention", "full_attention"
+"""Blocks with a window and without, as `layer_types` calls them."""
 
 
 def read_window(fields: Fields, default: int | None) -> Window:
@@ -32,22 +33,33 @@ def read_layer_windows(fields: Fields, layer_types: list[str]) -> Window:
         layer_types: of the family, where the file names none.
     """
     types = fields.values.get("layer_types") or layer_types
-    if not isinstance(types, list) or not set(types) <= set(_KINDS.values()):
-        fields.problem("layer_types", f"has others than {' and '.join(_KINDS.values())}")
+    if not isinstance(types, list) or not set(types) <= {SLIDING, FULL}:
+        fields.problem("layer_types", f"has others than {SLIDING} and {FULL}")
         return None, None
-    full = [layer for layer, kind in enumerate(types) if kind == _KINDS[False]]
-    if len(full) == len(types):
+    if SLIDING not in types:
         return None, None
     if not fields.flag("use_sliding_window", False):
         fields.problem("use_sliding_window", "but layer_types has sliding_attention")
         return None, None
     window, _ = read_window(fields, 4096)
+    return window, read_rhythm(fields, types)
+
+
+def read_rhythm(fields: Fields, types: list[str]) -> int | None:
+    """Of which every n-th block sees all, from the first on: global_attention_every. None: no block does."""
+    full = [layer for layer, kind in enumerate(types) if kind == FULL]
     if not full:
-        return window, None
+        return None
+    # Without a second block that sees all, the next one would come after the last.
     every = full[1] if len(full) > 1 else len(types)
     if full != list(range(0, len(types), every)):
         fields.problem("layer_types", f"has full_attention in blocks {full}; bigtx has it in none, or in 0, n, 2 n ...")
-    return window, every
+    return every
+
+
+def layer_types(config: ModelConfig) -> list[str]:
+    """Which blocks have a window."""
+    return [SLIDING if shape.has_window(config, layer) else FULL for layer in range(config.num_layers)]
 
 
 def write_window(config: ModelConfig) -> dict[str, Any]:
@@ -58,13 +70,14 @@ def write_window(config: ModelConfig) -> dict[str, Any]:
 
 def write_layer_windows(config: ModelConfig) -> dict[str, Any]:
     """`sliding_window` and the blocks that have it."""
-    has_window = [shape.has_window(config, layer) for layer in range(config.num_layers)]
+    types = layer_types(config)
+    has_window = SLIDING in types
     return {
-        "use_sliding_window": any(has_window),
-        **(write_window(config) if any(has_window) else {"sliding_window": None}),
+        "use_sliding_window": has_window,
+        **(write_window(config) if has_window else {"sliding_window": None}),
         # Releases of transformers before `layer_types` know windows from a certain block on.
-        "max_window_layers": has_window.index(True) if any(has_window) else config.num_layers,
-        "layer_types": [_KINDS[one] for one in has_window],
+        "max_window_layers": types.index(SLIDING) if has_window else config.num_layers,
+        "layer_types": types,
     }
 
 

@@ -68,11 +68,20 @@ class Cache(Protocol):
         ...
 
 
-class Surroundings(NamedTuple):
-    """What the blocks of a stack share: the mask and the rotation of those that see all and of those with a window."""
+class View(NamedTuple):
+    """What tokens see of their text."""
 
-    masks: tuple[Mask, Mask]
-    rotations: tuple[Rotation | None, Rotation | None]
+    mask: Mask
+    rotation: Rotation | None
+
+
+class Surroundings(NamedTuple):
+    """What the blocks of a stack share."""
+
+    everything: View | None
+    """For blocks that see all, if there are any."""
+    window: View | None
+    """For blocks with a window."""
     source_mask: Mask | None
 
 
@@ -123,8 +132,9 @@ class Block(nn.Module):
     def _compute(
         self, x: Tensor, around: Surroundings, source: Tensor | None, cache: LayerCache | None
     ) -> tuple[Tensor, Routing | None]:
-        mask, turn = around.masks[self.has_window], around.rotations[self.has_window]
-        change = self.attention(self._before(self.attention_norm, x), mask, turn, cache)
+        view = around.window if self.has_window else around.everything
+        assert view is not None
+        change = self.attention(self._before(self.attention_norm, x), view.mask, view.rotation, cache)
         x = self._after(self.attention_norm, x, change)
         if self.cross_attention is not None:
             assert source is not None and around.source_mask is not None
@@ -200,13 +210,12 @@ class Stack(nn.Module):
             in_order=cache is None,
             sparse=sparse,
         )
-        full = mask()
-        turn = rotation(config, positions) if config.positions == "rope" else None
+        views: dict[bool, View] = {}
+        for local in {bool(block.has_window) for block in self.blocks}:
+            turn = rotation(config, positions, local=local) if config.positions == "rope" else None
+            views[local] = View(mask(window=config.attention_window if local else None), turn)
         source_mask = None if source is None else _source_mask(text, source, sparse=sparse)
-        if not any(block.has_window for block in self.blocks):
-            return Surroundings((full, full), (turn, turn), source_mask)
-        local_turn = rotation(config, positions, local=True) if config.positions == "rope" else None
-        return Surroundings((full, mask(window=config.attention_window)), (turn, local_turn), source_mask)
+        return Surroundings(views.get(False), views.get(True), source_mask)
 
 
 def _side(text: Text) -> Side:

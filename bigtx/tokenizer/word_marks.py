@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from bigtx.tokenizer.tokenizer import Tokenizer
@@ -13,6 +15,7 @@ _CONTINUATION_MARK = "##"
 """Of WordPiece."""
 
 
+@functools.lru_cache(maxsize=1)  # Training and validation ask for the same.
 def begins_word(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """What pieces say of the words around them.
 

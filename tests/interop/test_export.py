@@ -24,8 +24,8 @@ from bigtx.config.schema import ModelConfig, PretrainConfig, TokenizerTrainConfi
 from bigtx.engine.checkpoint import Checkpoint, list_checkpoints, load_weights, newest, write_manifest
 from bigtx.engine.write_weights import save_weights
 from bigtx.interop.families import choose
-from bigtx.interop.vocabulary import bigtx_shapes
 from bigtx.model.transformer import Transformer
+from bigtx.plan.parameters import parameter_shapes
 from bigtx.tokenizer.train import train
 from bigtx.utils.files import sha256_file
 
@@ -44,7 +44,9 @@ def make_run(folder: Path, model: ModelConfig, seed: int = 1) -> Path:
     built = Transformer(model)
     built.init_weights(seed)
     weights = dict(built.named_parameters())
-    save_weights(folder, {"step": 7}, bigtx_shapes(model), ((name, weights[name]) for name in bigtx_shapes(model)))
+    save_weights(
+        folder, {"step": 7}, parameter_shapes(model), ((name, weights[name]) for name in parameter_shapes(model))
+    )
     return folder
 
 
@@ -203,7 +205,7 @@ def test_memory_holds_a_shard_and_not_the_model(tmp_path: Path) -> None:
     """300M parameters: 1.2 GB of masters, exported in shards of 200 MB and imported from them."""
     model = ModelConfig(hidden_size=1024, num_layers=23, num_heads=16, tie_embeddings=True)
     run = make_run(tmp_path / "run", model)
-    total = sum(4 * shape.numel() for shape in map(torch.Size, bigtx_shapes(model).values()))
+    total = sum(4 * shape.numel() for shape in map(torch.Size, parameter_shapes(model).values()))
     assert total > 1.1e9
     out = tmp_path / "out"
     exporting = peak_bytes("export", run, "-o", out, "--no-verify", "--dtype", "bf16", "--max-shard-size", "200 MB")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Self
 
@@ -34,7 +35,7 @@ LOCATED_ROWS = 1024
 """Rows of one rank that are located at once, if a step has no more."""
 
 
-class StepLoader:
+class StepLoader(ABC):
     """Iterates over optimizer steps, without end: each item is the list of this rank's micro batches.
 
     Attributes:
@@ -65,8 +66,9 @@ class StepLoader:
         self.next_sequence = self._sequence_after_step()
         return micro_batches
 
+    @abstractmethod
     def _sequence_after_step(self) -> int:
-        raise NotImplementedError
+        """The next sequence once a step's are handed out."""
 
     def close(self) -> None:
         """End the reading thread."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from bigtx.config import shape
 from bigtx.config.schema.model import ModelConfig
+from bigtx.interop.families.common import plain_heads, special_ids, usual_scale
 from bigtx.interop.family import Family, SaidByConfig
 from bigtx.interop.fields import Fields, differing
 from bigtx.interop.maps import Link, same, spelled
@@ -122,9 +123,8 @@ class Bert(SaidByConfig):
     def problems(self, config: ModelConfig) -> list[str]:
         """Fields that the family does not express, each as "model.FIELD=VALUE: why"."""
         allowed = {
-            "num_kv_heads": (None, config.num_heads),
-            "head_width": (None, config.hidden_size // config.num_heads),
-            "attention_scale": (None, shape.head_width(config) ** -0.5),
+            **plain_heads(config),
+            "attention_scale": usual_scale(config),
             "mlp": tuple(self.activations.values()),
         }
         problems = differing(config, FIXED | allowed, {})
@@ -167,9 +167,7 @@ class Bert(SaidByConfig):
             "tie_word_embeddings": config.tie_embeddings,
             "is_decoder": False,
             "add_cross_attention": False,
-            "pad_token_id": tokenizer.pad_id,
-            "bos_token_id": tokenizer.begin_id,
-            "eos_token_id": tokenizer.end_id,
+            **special_ids(tokenizer),
         }
 
     def links(self, config: ModelConfig) -> list[Link]:

@@ -7,6 +7,8 @@ from typing import Any
 
 from bigtx.config import shape
 from bigtx.config.schema.model import ModelConfig
+from bigtx.interop.families.common import special_ids
+from bigtx.interop.rope import write_rope
 from bigtx.tokenizer.tokenizer import Tokenizer
 
 AUTO_CLASS = "AutoModelForCausalLM"
@@ -40,15 +42,22 @@ def activation(mlp: str) -> str:
     return next(name for names in (PLAIN, GATED) for name, kind in names.items() if kind == mlp)
 
 
-def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """The ids that config.json names."""
+def write_sizes(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What Llama, its kin and NanoChat have under the same names in config.json."""
     return {
-        "bos_token_id": tokenizer.begin_id,
-        "eos_token_id": tokenizer.end_id,
-        "pad_token_id": tokenizer.pad_id,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": shape.mlp_size(config),
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": shape.num_kv_heads(config),
+        "head_dim": shape.head_width(config),
+        "hidden_act": activation(config.mlp),
+        "max_position_embeddings": config.max_sequence_length,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_dropout": 0.0,
+        "initializer_range": config.init_std,
+        **write_rope(config),
+        **special_ids(tokenizer),
     }
-
-
-def usual_scale(config: ModelConfig) -> tuple[float | None, float]:
-    """The values of attention_scale that mean 1 / sqrt(head_width)."""
-    return None, shape.head_width(config) ** -0.5

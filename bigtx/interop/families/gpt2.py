@@ -8,6 +8,7 @@ from typing import Any
 from bigtx.config import shape
 from bigtx.config.schema.model import ModelConfig
 from bigtx.interop.families import decoder
+from bigtx.interop.families.common import plain_heads, special_ids, usual_scale
 from bigtx.interop.family import Family, SaidByConfig
 from bigtx.interop.fields import Fields, differing
 from bigtx.interop.maps import Link, same, spelled, split_rows, transposed
@@ -89,14 +90,11 @@ class GPT2(SaidByConfig):
 
     def problems(self, config: ModelConfig) -> list[str]:
         """Fields that the family does not express."""
-        width = config.hidden_size // config.num_heads
         allowed = FIXED | {
             "mlp": tuple(decoder.PLAIN.values()),
-            "num_kv_heads": (None, config.num_heads),
-            "head_width": (None, width),
-            "attention_scale": (*decoder.usual_scale(config), 1.0),
+            "attention_scale": (*usual_scale(config), 1.0),
         }
-        return differing(config, allowed, {})
+        return differing(config, allowed | plain_heads(config), {})
 
     def write_config(self, config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
         """A config.json of a config without problems."""
@@ -117,7 +115,7 @@ class GPT2(SaidByConfig):
             "tie_word_embeddings": config.tie_embeddings,
             **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
             "initializer_range": config.init_std,
-            **decoder.special_ids(tokenizer),
+            **special_ids(tokenizer),
         }
 
     def _unscaled(self, config: ModelConfig) -> bool:

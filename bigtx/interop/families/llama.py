@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from bigtx.config import shape
 from bigtx.config.schema.model import ModelConfig
 from bigtx.interop.families import decoder
+from bigtx.interop.families.common import usual_scale
 from bigtx.interop.family import Family, SaidByConfig
 from bigtx.interop.fields import Fields, differing
 from bigtx.interop.maps import Link, same, spelled
-from bigtx.interop.rope import read_rope, write_rope
+from bigtx.interop.rope import read_rope
 from bigtx.interop.windows import (
     Window,
     read_layer_windows,
@@ -155,7 +155,7 @@ class LlamaKin(SaidByConfig):
             "embedding_norm": (False,),
             "qk_norm": (self.qk_norm,),
             "positions": ("rope",),
-            "attention_scale": decoder.usual_scale(config),
+            "attention_scale": usual_scale(config),
             "attention_bias": inputs.get(self.biases, (True, False)),
             "attention_output_bias": (self.biases == "attention_bias" and config.attention_bias,),
             "mlp_bias": (True, False) if self.mlp_bias else (False,),
@@ -167,21 +167,7 @@ class LlamaKin(SaidByConfig):
         values = {
             "model_type": self.model_type,
             "architectures": [self.architecture],
-            "vocab_size": config.vocab_size,
-            "hidden_size": config.hidden_size,
-            "intermediate_size": shape.mlp_size(config),
-            "num_hidden_layers": config.num_layers,
-            "num_attention_heads": config.num_heads,
-            "num_key_value_heads": shape.num_kv_heads(config),
-            "head_dim": shape.head_width(config),
-            "hidden_act": decoder.activation(config.mlp),
-            "max_position_embeddings": config.max_sequence_length,
-            "rms_norm_eps": config.norm_eps,
-            "tie_word_embeddings": config.tie_embeddings,
-            "attention_dropout": 0.0,
-            "initializer_range": config.init_std,
-            **write_rope(config),
-            **decoder.special_ids(tokenizer),
+            **decoder.write_sizes(config, tokenizer),
         }
         if self.biases in ("attention_bias", "qkv_bias"):
             values[self.biases] = config.attention_bias

@@ -7,9 +7,11 @@ from typing import Any
 
 from bigtx.config import shape
 from bigtx.config.schema.model import ModelConfig
+from bigtx.interop.families.common import plain_heads, special_ids, usual_scale
 from bigtx.interop.family import Family, SaidByConfig
 from bigtx.interop.fields import Fields, differing
 from bigtx.interop.maps import Link, same, spelled, split_rows
+from bigtx.interop.windows import FULL, SLIDING, layer_types, read_rhythm
 from bigtx.plan.parameters import parameter_shapes
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils import log
@@ -55,8 +57,6 @@ FUSED = {
     "mlp.gate": ("mlp.gate", "mlp.up"),
 }
 """Modules that are one there, under the first of their names."""
-
-FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 class ModernBert(SaidByConfig):
@@ -117,9 +117,8 @@ class ModernBert(SaidByConfig):
     def problems(self, config: ModelConfig) -> list[str]:
         """Fields that the family does not express, each as "model.FIELD=VALUE: why"."""
         allowed = {
-            "num_kv_heads": (None, config.num_heads),
-            "head_width": (None, config.hidden_size // config.num_heads),
-            "attention_scale": (None, shape.head_width(config) ** -0.5),
+            **plain_heads(config),
+            "attention_scale": usual_scale(config),
             "mlp": tuple(ACTIVATIONS.values()),
             "attention_output_bias": (config.attention_bias,),
         }
@@ -127,7 +126,6 @@ class ModernBert(SaidByConfig):
 
     def write_config(self, config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
         """A config.json of a config without problems."""
-        layers = range(config.num_layers)
         window, every = config.attention_window, config.global_attention_every
         local_theta = config.local_rope_theta or config.rope_theta
         values = {
@@ -151,7 +149,7 @@ class ModernBert(SaidByConfig):
             "attention_dropout": config.dropout,
             "embedding_dropout": config.dropout,
             "mlp_dropout": config.dropout,
-            "layer_types": [SLIDING if shape.has_window(config, layer) else FULL for layer in layers],
+            "layer_types": layer_types(config),
             "rope_parameters": {
                 FULL: {"rope_type": "default", "rope_theta": config.rope_theta},
                 SLIDING: {"rope_type": "default", "rope_theta": local_theta},
@@ -160,9 +158,7 @@ class ModernBert(SaidByConfig):
             "global_rope_theta": config.rope_theta,
             "local_rope_theta": local_theta,
             "tie_word_embeddings": config.tie_embeddings,
-            "pad_token_id": tokenizer.pad_id,
-            "bos_token_id": tokenizer.begin_id,
-            "eos_token_id": tokenizer.end_id,
+            **special_ids(tokenizer),
             "cls_token_id": tokenizer.begin_id,
             "sep_token_id": tokenizer.end_id,
         }
@@ -202,14 +198,10 @@ def _windows(fields: Fields, num_layers: int) -> tuple[bool, int | None]:
         # transformers before 5 wrote the rule, and writes out the layers since.
         every = fields.size("global_attn_every_n_layers", 3)
         return every > 1 and num_layers > 1, every
-    full = [layer for layer, kind in enumerate(kinds) if kind == FULL]
-    if not full:
-        return True, None
-    # Without a second layer that sees all, the next one would come after the last.
-    every = full[1] if len(full) > 1 else num_layers
-    if full != list(range(0, num_layers, every)) or len(kinds) != num_layers:
-        fields.problem("layer_types", f"has not {FULL} in every n-th layer, from the first on, and nowhere else")
-    return len(full) < num_layers, every
+    rhythm = read_rhythm(fields, kinds)
+    if len(kinds) != num_layers:
+        fields.problem("layer_types", f"does not name each of the {num_layers} layers once")
+    return any(kind != FULL for kind in kinds), rhythm
 
 
 def _rope(fields: Fields) -> tuple[float, float]:

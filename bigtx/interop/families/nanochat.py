@@ -12,10 +12,11 @@ from typing import Any
 from bigtx.config import shape
 from bigtx.config.schema.model import ModelConfig
 from bigtx.interop.families import decoder
+from bigtx.interop.families.common import usual_scale
 from bigtx.interop.family import Family, SaidByConfig
 from bigtx.interop.fields import Fields, differing
 from bigtx.interop.maps import Link, same, spelled, swapped_halves
-from bigtx.interop.rope import read_rope, write_rope
+from bigtx.interop.rope import read_rope
 from bigtx.plan.parameters import parameter_shapes
 from bigtx.tokenizer.tokenizer import Tokenizer
 
@@ -90,7 +91,7 @@ class NanoChat(SaidByConfig):
         allowed = FIXED | {
             "mlp": tuple(decoder.PLAIN.values()),
             "attention_output_bias": (config.attention_bias,),
-            "attention_scale": decoder.usual_scale(config),
+            "attention_scale": usual_scale(config),
         }
         return differing(config, allowed, {"attention_output_bias": "the family has it where it has attention_bias"})
 
@@ -99,23 +100,9 @@ class NanoChat(SaidByConfig):
         return {
             "model_type": self.model_type,
             "architectures": [self.architecture],
-            "vocab_size": config.vocab_size,
-            "hidden_size": config.hidden_size,
-            "intermediate_size": shape.mlp_size(config),
-            "num_hidden_layers": config.num_layers,
-            "num_attention_heads": config.num_heads,
-            "num_key_value_heads": shape.num_kv_heads(config),
-            "head_dim": shape.head_width(config),
-            "hidden_act": decoder.activation(config.mlp),
-            "max_position_embeddings": config.max_sequence_length,
-            "rms_norm_eps": config.norm_eps,
+            **decoder.write_sizes(config, tokenizer),
             "attention_bias": config.attention_bias,
-            "attention_dropout": 0.0,
             "final_logit_softcapping": config.logit_soft_cap,
-            "tie_word_embeddings": config.tie_embeddings,
-            "initializer_range": config.init_std,
-            **write_rope(config),
-            **decoder.special_ids(tokenizer),
         }
 
     def links(self, config: ModelConfig) -> list[Link]:

@@ -73,6 +73,13 @@ class Objective(ABC):
         return tensor((columns >= batch.text_lengths.numpy()[:, None]).astype(np.int64), batch)
 
 
+def documents_of(batch: Batch, row: int, length: int) -> np.ndarray:
+    """The document of each token of a row's text, int64 [length]; zeros where documents are not kept apart."""
+    if batch.segment_ids is None:
+        return np.zeros(length, np.int64)
+    return batch.segment_ids.numpy()[row, :length]
+
+
 def tensor(array: np.ndarray, batch: Batch) -> torch.Tensor:
     """The array in memory of the batch's kind, so that it reaches the device as fast."""
     result = torch.from_numpy(array)

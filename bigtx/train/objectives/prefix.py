@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 
 from bigtx.data.stream.rows import IGNORED_LABEL, Batch
-from bigtx.train.objectives.objective import Lengths, Objective, filled, positions_of, tensor
-from bigtx.train.objectives.sides import Sides
+from bigtx.train.objectives.objective import Lengths, Objective, documents_of, filled, positions_of, tensor
+from bigtx.train.objectives.sides import Sides, TwoSided
 
 
 class DecoderPrefix(Objective):
@@ -26,9 +26,8 @@ class DecoderPrefix(Objective):
     def prepare(self, batch: Batch) -> Batch:
         """Prefixes are marked, and only what follows them is predicted."""
         labels, prefix_mask = batch.labels.numpy().copy(), filled(batch, self.length, 0).astype(bool)
-        segments = None if batch.segment_ids is None else batch.segment_ids.numpy()
         for row, text, generator in self.rows(batch):
-            documents = np.zeros(len(text), np.int64) if segments is None else segments[row, : len(text)]
+            documents = documents_of(batch, row, len(text))
             lengths = np.bincount(documents)
             # From one token to all but one; of a single token no prefix is taken.
             prefixes = 1 + np.floor(generator.random(len(lengths)) * np.maximum(lengths - 1, 0)).astype(np.int64)
@@ -39,7 +38,7 @@ class DecoderPrefix(Objective):
         return replace(batch, labels=tensor(labels, batch), prefix_mask=tensor(prefix_mask, batch))
 
 
-class SourcePrefix(Objective):
+class SourcePrefix(TwoSided):
     """In an encoder-decoder: the first half of a row is the source, the second the target."""
 
     @property
@@ -53,20 +52,11 @@ class SourcePrefix(Objective):
         source, target, _ = self.lengths
         return f"the second half of every {self.length} tokens; the encoder reads {source} tokens, the decoder {target}"
 
-    def prepare(self, batch: Batch) -> Batch:
-        """Source and target of each row."""
-        sides = Sides(
-            batch,
-            source_length=self.lengths.source,
-            target_length=self.lengths.target,
-            pad_id=self.tokenizer.pad_id,
-            document_mask=self.document_mask,
-        )
-        segments = None if batch.segment_ids is None else batch.segment_ids.numpy()
-        for row, text, _ in self.rows(batch):
-            documents = np.zeros(len(text), np.int64) if segments is None else segments[row, : len(text)]
-            half = len(text) // 2
-            source = np.append(text[:half], self.tokenizer.end_id)
-            source_documents = np.append(documents[:half], documents[max(half - 1, 0)])
-            sides.put(row, source, source_documents, text[half:], documents[half:])
-        return sides.batch_of_both()
+    def put(
+        self, sides: Sides, row: int, text: np.ndarray, documents: np.ndarray, generator: np.random.Generator
+    ) -> None:
+        """Cut the row in the middle."""
+        half = len(text) // 2
+        source = np.append(text[:half], self.tokenizer.end_id)
+        source_documents = np.append(documents[:half], documents[max(half - 1, 0)])
+        sides.put(row, source, source_documents, text[half:], documents[half:])

@@ -2,14 +2,44 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import replace
 
 import numpy as np
 
 from bigtx.data.stream.rows import IGNORED_LABEL, Batch
-from bigtx.train.objectives.objective import filled, positions_of, tensor
+from bigtx.train.objectives.objective import Objective, documents_of, filled, positions_of, tensor
 
 PADDING_SEGMENT = -1
+
+
+class TwoSided(Objective):
+    """An objective that makes a source and a target of each row."""
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Source and target of each row."""
+        sides = Sides(
+            batch,
+            source_length=self.lengths.source,
+            target_length=self.lengths.target,
+            pad_id=self.tokenizer.pad_id,
+            document_mask=self.document_mask,
+        )
+        for row, text, generator in self.rows(batch):
+            self.put(sides, row, text, documents_of(batch, row, len(text)), generator)
+        return sides.batch_of_both()
+
+    @abstractmethod
+    def put(
+        self, sides: Sides, row: int, text: np.ndarray, documents: np.ndarray, generator: np.random.Generator
+    ) -> None:
+        """Fill a row of the sides.
+
+        Args:
+            text: its tokens.
+            documents: the document of each.
+            generator: all that the row draws.
+        """
 
 
 class Sides:

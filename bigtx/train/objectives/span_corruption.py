@@ -13,10 +13,9 @@ from __future__ import annotations
 import numpy as np
 
 from bigtx.config.schema import PretrainConfig
-from bigtx.data.stream.rows import Batch
 from bigtx.tokenizer.tokenizer import Tokenizer
-from bigtx.train.objectives.objective import Lengths, Objective
-from bigtx.train.objectives.sides import Sides
+from bigtx.train.objectives.objective import Lengths
+from bigtx.train.objectives.sides import Sides, TwoSided
 from bigtx.utils.errors import ConfigError
 
 
@@ -30,7 +29,7 @@ def noise_counts(length: int, density: float, mean_span_length: float) -> tuple[
     return num_noise, num_spans
 
 
-class SpanCorruption(Objective):
+class SpanCorruption(TwoSided):
     """Cut spans out of the source; they are the target."""
 
     def __init__(self, config: PretrainConfig, tokenizer: Tokenizer, purpose: str) -> None:
@@ -64,25 +63,12 @@ class SpanCorruption(Objective):
             f"reads {source} tokens, the decoder {target}"
         )
 
-    def prepare(self, batch: Batch) -> Batch:
-        """Source and target of each row."""
-        sides = Sides(
-            batch,
-            source_length=self.lengths.source,
-            target_length=self.lengths.target,
-            pad_id=self.tokenizer.pad_id,
-            document_mask=self.document_mask,
-        )
-        segments = None if batch.segment_ids is None else batch.segment_ids.numpy()
-        for row, text, generator in self.rows(batch):
-            if len(text) > 1:  # Of a single token nothing could be cut out.
-                documents = np.zeros(len(text), np.int64) if segments is None else segments[row, : len(text)]
-                self._cut(sides, row, text, documents, generator)
-        return sides.batch_of_both()
-
-    def _cut(
+    def put(
         self, sides: Sides, row: int, text: np.ndarray, documents: np.ndarray, generator: np.random.Generator
     ) -> None:
+        """Cut the spans out."""
+        if len(text) == 1:
+            return  # Of a single token nothing can be cut out.
         num_noise, num_spans = self._counts(len(text))
         kept = _random_parts(len(text) - num_noise, num_spans, generator)
         cut = _random_parts(num_noise, num_spans, generator)

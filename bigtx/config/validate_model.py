@@ -1,0 +1,140 @@
+"""What the fields of a model and of an objective must be to each other."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from bigtx.config.nodes import Problem
+from bigtx.config.schema import ExpertsConfig, ModelConfig, ObjectiveConfig, PretrainConfig
+
+OBJECTIVES_OF_FIELDS = {
+    "fill_in_middle_rate": "fill_in_middle",
+    "suffix_first_rate": "fill_in_middle",
+    "mask_rate": "masked",
+    "whole_words": "masked",
+    "noise_density": "span_corruption",
+    "mean_span_length": "span_corruption",
+}
+"""The settings of the section `objective` that one objective alone reads."""
+
+
+def model_problems(model: ModelConfig) -> Iterator[Problem]:
+    """Fields of a model that do not fit each other, or that would do nothing."""
+    width, heads = model.hidden_size, model.num_heads
+    if model.head_width is None and width % heads:
+        yield Problem(
+            "model.num_heads",
+            str(heads),
+            f"does not divide model.hidden_size={width}; {_nearby_divisors(width, heads)} do, or set model.head_width",
+        )
+    elif model.positions == "rope" and (head_width := model.head_width or width // heads) % 2:
+        yield Problem(
+            "model.num_heads" if model.head_width is None else "model.head_width",
+            str(model.head_width or heads),
+            f"gives heads {head_width} wide, and rotary positions need an even width",
+        )
+    if model.num_kv_heads is not None and heads % model.num_kv_heads:
+        yield Problem(
+            "model.num_kv_heads",
+            str(model.num_kv_heads),
+            f"does not divide model.num_heads={heads}; {_nearby_divisors(heads, model.num_kv_heads)} do",
+        )
+    if model.norm == "rms" and model.norm_bias:
+        yield Problem("model.norm_bias", "true", "an RMSNorm has no bias; write false, or model.norm=layer")
+    if model.positions == "relative" and model.relative_max_distance <= model.relative_num_buckets // 2:
+        yield Problem(
+            "model.relative_max_distance",
+            str(model.relative_max_distance),
+            f"half of model.relative_num_buckets={model.relative_num_buckets} are exact distances; write a larger one",
+        )
+    if model.positions != "rope" and model.rope_scaling.method != "none":
+        yield Problem(
+            "model.rope_scaling.method",
+            model.rope_scaling.method,
+            f"stretches rotary positions, but model.positions={model.positions}; write none",
+        )
+    yield from _experts(model)
+    yield from _idle_model_fields(model)
+
+
+def _experts(model: ModelConfig) -> Iterator[Problem]:
+    """A mixture of experts must fit the model, and say nothing where there is none."""
+    experts = model.experts
+    if not experts.num_experts:
+        for field in dataclasses.fields(experts):
+            value = getattr(experts, field.name)
+            if value != getattr(ExpertsConfig(), field.name):
+                key = f"model.experts.{field.name}"
+                yield Problem(key, str(value), "says nothing without model.experts.num_experts=N; leave it out")
+        return
+    count = str(experts.num_experts)
+    if model.shape != "decoder":
+        yield Problem(
+            "model.experts.num_experts",
+            count,
+            f"only a decoder has experts, but model.shape={model.shape}; write 0, or model.shape=decoder",
+            related=("model.shape",),
+        )
+    if experts.num_active > experts.num_experts:
+        yield Problem(
+            "model.experts.num_active",
+            str(experts.num_active),
+            f"is more than model.experts.num_experts={count}; write at most {count}",
+            related=("model.experts.num_experts",),
+        )
+    if model.mlp_bias:
+        yield Problem("model.mlp_bias", "true", "experts have no biases; write false, or model.experts.num_experts=0")
+    if experts.shared_gate and not experts.shared_size:
+        yield Problem(
+            "model.experts.shared_gate", "true", "says nothing without model.experts.shared_size=N; leave it out"
+        )
+
+
+def _idle_model_fields(model: ModelConfig) -> Iterator[Problem]:
+    """Fields that would do nothing."""
+    window = model.attention_window is not None
+    conditions: tuple[tuple[str, Any, bool, str], ...] = (
+        ("num_decoder_layers", model.num_decoder_layers, model.shape == "encoder_decoder", "shape=encoder_decoder"),
+        ("prefix_attention", model.prefix_attention, model.shape == "decoder", "shape=decoder"),
+        ("global_attention_every", model.global_attention_every, window, "attention_window=N"),
+        ("local_rope_theta", model.local_rope_theta, window and model.positions == "rope", "attention_window=N"),
+        ("position_offset", model.position_offset, model.positions == "learned", "positions=learned"),
+    )
+    for name, value, matters, needed in conditions:
+        if value and not matters:
+            yield Problem(f"model.{name}", str(value), f"says nothing without model.{needed}; leave it out")
+
+
+def objective_problems(config: PretrainConfig) -> Iterator[Problem]:
+    """An objective that is not for the model's shape, and settings of another one."""
+    name, shape = config.objective.name, config.model.shape
+    fitting = {
+        "decoder": ("prefix",) if config.model.prefix_attention else ("causal", "fill_in_middle"),
+        "encoder": ("masked",),
+        "encoder_decoder": ("span_corruption", "prefix"),
+    }[shape]
+    if name not in fitting:
+        what = "a decoder with model.prefix_attention" if config.model.prefix_attention else f"model.shape={shape}"
+        yield Problem("objective.name", name, f"is not for {what}; write {' or '.join(fitting)}")
+    defaults = ObjectiveConfig()
+    for field, owner in OBJECTIVES_OF_FIELDS.items():
+        value = getattr(config.objective, field)
+        if owner != name and value != getattr(defaults, field):
+            yield Problem(
+                f"objective.{field}", str(value), f"says nothing without objective.name={owner}; leave it out"
+            )
+    if shape == "encoder" and config.validation.sample_prompts:
+        yield Problem(
+            "validation.sample_prompts",
+            str(config.validation.sample_prompts),
+            "an encoder (model.shape) writes no text; leave it out",
+        )
+
+
+def _nearby_divisors(number: int, wanted: int) -> str:
+    divisors = sorted(
+        (size for size in range(1, number + 1) if number % size == 0), key=lambda size: abs(size - wanted)
+    )
+    return " and ".join(str(size) for size in sorted(divisors[:2]))

@@ -1,0 +1,29 @@
+"""What families of all shapes have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from bigtx.config import shape
+from bigtx.config.schema.model import ModelConfig
+from bigtx.tokenizer.tokenizer import Tokenizer
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """The ids that config.json names."""
+    return {
+        "bos_token_id": tokenizer.begin_id,
+        "eos_token_id": tokenizer.end_id,
+        "pad_token_id": tokenizer.pad_id,
+    }
+
+
+def usual_scale(config: ModelConfig) -> tuple[float | None, float]:
+    """The values of attention_scale that mean 1 / sqrt(head_width)."""
+    return None, shape.head_width(config) ** -0.5
+
+
+def plain_heads(config: ModelConfig) -> dict[str, Sequence[Any]]:
+    """The values of a config's fields where each head has keys of its own, and all heads are hidden_size wide."""
+    return {"num_kv_heads": (None, config.num_heads), "head_width": (None, config.hidden_size // config.num_heads)}
