@@ -363,6 +363,7 @@ class Transformer(nn.Module):
 
 _KEPT_OPERATIONS = {
     torch.ops.aten.mm.default,
+    torch.ops.aten.bmm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten._grouped_mm.default,
     torch.ops.bigtx.expert_products.default,
