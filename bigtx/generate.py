@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
-
-from bigtx.config.load import from_dict
-from bigtx.config.schema import PretrainConfig
+from bigtx.config.load import load_run_config
+from bigtx.config.runs import run_dir_of
+from bigtx.config.schema import RunConfig
 from bigtx.utils.errors import CheckpointError, ConfigError, DataError, LaunchError
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ class LoadedModel:
 
     model: Transformer
     tokenizer: Tokenizer
-    config: PretrainConfig
+    config: RunConfig
     checkpoint: Path
 
     def generate(
@@ -121,32 +120,20 @@ def load(run: Path | str, *, weights: Weights = "master", device: str = "auto") 
     return LoadedModel(model.eval(), tokenizer, config, checkpoint)
 
 
-def find(run: Path | str) -> tuple[Path, PretrainConfig]:
+def find(run: Path | str) -> tuple[Path, RunConfig]:
     """The checkpoint folder and the config that `load` would use, before anything large is read.
 
     Raises:
         CheckpointError: no such run, or no checkpoint yet.
         ConfigError: the run's config holds what this bigtx does not know.
     """
-    folder = Path(run)
-    if not folder.is_dir():
-        raise CheckpointError(f"{run} is not a folder; name a run's folder (its run_dir) or one of its checkpoints")
-    path = _run_dir(folder) / "config.yaml"
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{run} is not a run: it has no config.yaml; name the run_dir of a training") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} is not a run's config; restore it from a copy")
-    config = from_dict(PretrainConfig, values, where=str(path))
-    from bigtx.engine.checkpoint import newest
+    config = load_run_config(run)
+    from bigtx.engine.checkpoint import preferred
 
-    return newest(folder), config
+    return preferred(run), config
 
 
-def find_with_tokenizer(run: Path | str) -> tuple[Path, PretrainConfig, Tokenizer]:
+def find_with_tokenizer(run: Path | str) -> tuple[Path, RunConfig, Tokenizer]:
     """As `find`, with the run's tokenizer; the config has its vocab_size.
 
     Raises:
@@ -155,13 +142,13 @@ def find_with_tokenizer(run: Path | str) -> tuple[Path, PretrainConfig, Tokenize
     checkpoint, config = find(run)
     from bigtx.tokenizer.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.load(_run_dir(checkpoint) / "tokenizer")
+    tokenizer = Tokenizer.load(run_dir_of(checkpoint) / "tokenizer")
     if config.model.vocab_size is None:
         config.model.vocab_size = tokenizer.vocab_size
     return checkpoint, config, tokenizer
 
 
-def refuse_encoder(config: PretrainConfig) -> None:
+def refuse_encoder(config: RunConfig) -> None:
     """Refuse to write with a model that only reads.
 
     Raises:
@@ -171,12 +158,6 @@ def refuse_encoder(config: PretrainConfig) -> None:
         raise ConfigError(
             "model.shape=encoder: an encoder reads texts and writes none; name a run of a decoder or an encoder-decoder"
         )
-
-
-def _run_dir(folder: Path) -> Path:
-    """The run of a folder that is the run or one of its checkpoints."""
-    folder = folder.resolve()
-    return folder.parent.parent if folder.parent.name == "checkpoints" else folder
 
 
 def _device(name: str) -> torch.device:
@@ -193,7 +174,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _empty_model(config: PretrainConfig, device: torch.device) -> Transformer:
+def _empty_model(config: RunConfig, device: torch.device) -> Transformer:
     import torch
 
     from bigtx.model.transformer import Transformer

@@ -28,9 +28,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     # Heavy imports wait until the config is known to be good.
     share_cores()
-    from bigtx.train.session import Session
+    from bigtx.train.pretraining import PretrainSession
 
-    with Session(parsed.config, dry_run=parsed.dry_run) as session:
+    with PretrainSession(parsed.config, dry_run=parsed.dry_run) as session:
         session.join_ranks()
         session.open_data()
         session.open_folder()

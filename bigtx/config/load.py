@@ -23,10 +23,12 @@ from bigtx.config.nodes import (
     read_argument,
     read_yaml,
 )
+from bigtx.config.runs import CONFIG, read_values, run_dir_of
+from bigtx.config.schema import FinetuneConfig, PretrainConfig, RunConfig
 from bigtx.config.settings import find, members, similar_keys
 from bigtx.config.shipped import find_config, shipped_configs
 from bigtx.config.validate import validate
-from bigtx.utils.errors import ConfigError
+from bigtx.utils.errors import CheckpointError, ConfigError
 from bigtx.utils.log import say
 
 T = TypeVar("T")
@@ -74,6 +76,18 @@ def from_dict(schema: type[T], values: dict[str, Any], *, where: str = "") -> T:
     config = _construct(schema, converter.convert(from_values(values, where)))
     raise_problems(converter.problems)
     return config
+
+
+def load_run_config(folder: Path | str) -> RunConfig:
+    """The config of a run of any kind, or of the run of a checkpoint.
+
+    Raises:
+        CheckpointError: it is no run.
+        ConfigError: the config holds what this bigtx does not know.
+    """
+    values = read_values(folder)
+    schema = FinetuneConfig if "task" in values else PretrainConfig
+    return from_dict(schema, values, where=str(run_dir_of(folder) / CONFIG))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -181,7 +195,29 @@ def _merged_tree(schema: type, args: Sequence[str]) -> tuple[Node, list[Problem]
                 tree = merge(tree, layer)
             except ProblemError as error:
                 problems.append(error.problem)
+    if issubclass(schema, FinetuneConfig):
+        tree = _over_base_model(tree, problems)
     return tree, problems
+
+
+def _over_base_model(tree: Node, problems: list[Problem]) -> Node:
+    """A fine-tuning's tree laid over the model of its base; of a base that is gone the run itself knows the model."""
+    assert isinstance(tree.content, dict)
+    base, run_dir = tree.content.get("base"), tree.content.get("run_dir")
+    if base is None or base.is_null or not isinstance(base.content, str):
+        return tree
+    source = base.content
+    if not Path(source).is_dir() and run_dir and isinstance(run_dir.content, str):
+        if not (Path(run_dir.content) / CONFIG).is_file():
+            problems.append(Problem("base", source, "no such folder; name a run or one of its checkpoints", base.where))
+            return tree
+        source = run_dir.content
+    try:
+        model = read_values(source).get("model", {})
+    except CheckpointError as error:
+        problems.append(Problem("base", base.content, str(error), base.where))
+        return tree
+    return merge(from_values({"model": model}, f"base {source}"), tree)
 
 
 def _find(schema: type, name: str) -> Path:
@@ -214,6 +250,8 @@ def _read_file(path: Path, problems: list[Problem], above: tuple[Path, ...], vis
     own = {key: node for key, node in tree.content.items() if key != BASE}
     below = Node({}, str(path))
     base = tree.content.get(BASE)
+    if base is not None and _is_run(base, path.parent):
+        own[BASE], base = base, None
     for node in _base_names(base):
         assert isinstance(node.content, str)
         file = path.parent / node.content
@@ -224,6 +262,14 @@ def _read_file(path: Path, problems: list[Problem], above: tuple[Path, ...], vis
             continue
         below = merge(below, _read_file(file, problems, (*above, path), visited))
     return merge(below, Node(own, tree.where))
+
+
+def _is_run(base: Node, folder: Path) -> bool:
+    """Whether `base:` names not files to build on but a fine-tuning's run to start from, as in a run's config.yaml."""
+    if base.is_null:
+        return True
+    name = base.content
+    return isinstance(name, str) and not (folder / name).is_file() and Path(name).is_dir()
 
 
 def _base_names(base: Node | None) -> list[Node]:

@@ -209,11 +209,12 @@ def describe_type(setting: Setting) -> str:
 
 @functools.cache
 def documentation(schema: type) -> dict[str, str]:
-    """The docstring line under each field of a dataclass, by field name."""
+    """The docstring line under each field of a dataclass, by field name, those that it inherits included."""
+    inherited = [documentation(parent) for parent in schema.__bases__ if dataclasses.is_dataclass(parent)]
+    docs = {name: doc for parent in inherited for name, doc in parent.items()}
     module = sys.modules[schema.__module__]
     tree = _syntax_tree(module)
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == schema.__name__)
-    docs = {}
     for statement, following in itertools.pairwise(body):
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
             value = following.value if isinstance(following, ast.Expr) else None

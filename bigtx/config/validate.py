@@ -13,16 +13,20 @@ from bigtx.config.nodes import Problem
 from bigtx.config.schema import (
     DataConfig,
     FilterConfig,
+    FinetuneConfig,
     InputConfig,
     PrepareConfig,
     PretrainConfig,
+    RecordsConfig,
+    RhythmConfig,
+    RunConfig,
     ScheduleConfig,
     SourceConfig,
     TokenizerTrainConfig,
-    TrainConfig,
     ValidationConfig,
 )
 from bigtx.config.settings import find, similar_keys
+from bigtx.config.validate_finetune import task_problems
 from bigtx.config.validate_model import model_problems, objective_problems
 from bigtx.utils.processes import world_size
 from bigtx.utils.units import Duration, parse_duration, parse_range
@@ -35,6 +39,8 @@ def validate(config: Any) -> Iterator[Problem]:
     """Every problem between the settings of a configuration; none for a schema without such rules."""
     if isinstance(config, PretrainConfig):
         yield from _pretrain(config)
+    elif isinstance(config, FinetuneConfig):
+        yield from _finetune(config)
     elif isinstance(config, TokenizerTrainConfig):
         yield from _input(config.input)
         if not config.output:
@@ -45,31 +51,80 @@ def validate(config: Any) -> Iterator[Problem]:
         yield from _prepare(config)
 
 
-def _pretrain(config: PretrainConfig) -> Iterator[Problem]:
+def _every_run(config: RunConfig) -> Iterator[Problem]:
+    """What holds for every kind of run."""
     if not config.run_dir:
         yield Problem("run_dir", "", "is not given; name the folder of the run, e.g. run_dir=runs/first")
+    for key in config.allow_changes:
+        yield from _allowed_change(type(config), key)
+    yield from model_problems(config.model)
+    yield from _batches(config.train, world_size())
+    yield from _engine(config)
+
+
+def _finetune(config: FinetuneConfig) -> Iterator[Problem]:
+    yield from _every_run(config)
+    if config.base is None and config.tokenizer is None:
+        yield Problem(
+            "base",
+            "",
+            "is not given; name the run to start from, e.g. base=runs/mine, or the tokenizer of a model from the seed",
+            related=("tokenizer",),
+        )
+    if config.tokenizer is not None and not Path(config.tokenizer).is_dir():
+        yield Problem("tokenizer", config.tokenizer, "no such folder; name one written by `bigtx tokenizer train`")
+    yield from _records(config.data)
+    train = config.train
+    if (train.epochs is None) == (train.max_steps is None):
+        given = "both are given; keep one" if train.epochs is not None else "is not given; write it, e.g. 3"
+        yield Problem(
+            "train.epochs", "", f"{given}: the run's length is epochs or max_steps", related=("train.max_steps",)
+        )
+    yield from _rhythms(
+        {"train.log_every": train.log_every, "train.checkpoint_every": train.checkpoint_every}, config.engine.timeout
+    )
+    yield from _rhythms({"validation.every": config.validation.every}, config.engine.timeout, shares=True)
+    yield from _schedule(config.schedule, train.max_steps, None)
+    yield from task_problems(config)
+
+
+def _records(data: RecordsConfig) -> Iterator[Problem]:
+    if not data.train:
+        yield Problem("data.train", "", "is empty; name files or folders of records, e.g. data.train=[reviews/]")
+    for name in ("train", "validation", "test"):
+        yield from _paths(f"data.{name}", getattr(data, name))
+
+
+def _pretrain(config: PretrainConfig) -> Iterator[Problem]:
+    yield from _every_run(config)
     started = any(Path(config.run_dir, "checkpoints").glob("step-*[0-9]"))  # Then the weights have been taken already.
     if config.init_from is not None and not started and not Path(config.init_from).is_dir():
         yield Problem("init_from", config.init_from, "no such folder; name a run or one of its checkpoints")
-    for key in config.allow_changes:
-        yield from _allowed_change(key)
-    yield from model_problems(config.model)
     yield from objective_problems(config)
     yield from _data(config.data)
     yield from _phases(config.data, config.train.sequence_length)
     yield from _skip(config.data.skip)
     yield from _validation(config.validation)
+    train = config.train
     yield from _lengths(config)
-    yield from _batches(config.train, world_size())
-    yield from _rhythms(config)
-    yield from _schedule(config.schedule, config.train)
-    yield from _engine(config)
+    yield from _rhythms(
+        {
+            "train.log_every": train.log_every,
+            "train.checkpoint_every": train.checkpoint_every,
+            "validation.every": config.validation.every,
+        },
+        config.engine.timeout,
+    )
+    tokens_per_step = train.global_batch_size * train.sequence_length
+    # Rounded up to whole steps, as the run is.
+    num_steps = -(-train.max_tokens // tokens_per_step) if train.max_tokens else train.max_steps
+    yield from _schedule(config.schedule, num_steps, tokens_per_step)
 
 
-def _allowed_change(key: str) -> Iterator[Problem]:
-    setting = find(PretrainConfig, key)
+def _allowed_change(schema: type, key: str) -> Iterator[Problem]:
+    setting = find(schema, key)
     if setting is None or setting.section:
-        similar = similar_keys(PretrainConfig, key)
+        similar = similar_keys(schema, key)
         hint = f"; did you mean {' or '.join(similar)}?" if similar else ""
         yield Problem(
             "allow_changes", key, f"no such setting{hint}" if setting is None else "is a section; name its settings"
@@ -200,7 +255,7 @@ def _lengths(config: PretrainConfig) -> Iterator[Problem]:
         )
 
 
-def _batches(train: TrainConfig, ranks: int) -> Iterator[Problem]:
+def _batches(train: RhythmConfig, ranks: int) -> Iterator[Problem]:
     total, micro = train.global_batch_size, train.micro_batch_size
     if total % ranks:
         below, above = total // ranks * ranks, -(-total // ranks) * ranks
@@ -222,25 +277,20 @@ def _batches(train: TrainConfig, ranks: int) -> Iterator[Problem]:
         )
 
 
-def _rhythms(config: PretrainConfig) -> Iterator[Problem]:
-    every = {
-        "train.log_every": config.train.log_every,
-        "train.checkpoint_every": config.train.checkpoint_every,
-        "validation.every": config.validation.every,
-    }
+def _rhythms(every: dict[str, str], timeout: str, *, shares: bool = False) -> Iterator[Problem]:
     for key, text in every.items():
         duration = _duration(text)
         if duration and duration.value == 0:
             yield Problem(key, text, "is no rhythm; write a duration above 0, such as 100 steps")
-        elif duration and duration.unit == "fraction":
+        elif duration and duration.unit == "fraction" and not shares:
             yield Problem(key, text, "is a share of the run; write steps, tokens or a time, such as 100 steps")
-    timeout = _duration(config.engine.timeout)
-    if timeout and (timeout.unit != "seconds" or timeout.value == 0):
-        yield Problem("engine.timeout", config.engine.timeout, "is no time; write one such as 30 min")
+    waits = _duration(timeout)
+    if waits and (waits.unit != "seconds" or waits.value == 0):
+        yield Problem("engine.timeout", timeout, "is no time; write one such as 30 min")
 
 
-def _schedule(schedule: ScheduleConfig, train: TrainConfig) -> Iterator[Problem]:
-    """Warm-up and decay must be lengths of the run and fit into it."""
+def _schedule(schedule: ScheduleConfig, num_steps: int | None, tokens_per_step: int | None) -> Iterator[Problem]:
+    """Warm-up and decay must be lengths of the run and fit into it, as far as its length is known."""
     parts = {"schedule.warmup": schedule.warmup}
     if schedule.name == "warmup_stable_decay":
         parts["schedule.decay"] = schedule.decay
@@ -249,7 +299,7 @@ def _schedule(schedule: ScheduleConfig, train: TrainConfig) -> Iterator[Problem]
         duration = _duration(text)
         if duration and duration.unit == "seconds":
             yield Problem(key, text, "is a time; write steps, tokens or a share of the run, such as 5 %")
-        elif duration and (share := _share_of_run(duration, train)) is not None:
+        elif duration and (share := _share_of_run(duration, num_steps, tokens_per_step)) is not None:
             shares[key] = share
     # The lengths of the run in steps and in tokens differ by rounding.
     if sum(shares.values()) > 1 + 1e-6:
@@ -260,19 +310,18 @@ def _schedule(schedule: ScheduleConfig, train: TrainConfig) -> Iterator[Problem]
         )
 
 
-def _share_of_run(duration: Duration, train: TrainConfig) -> float | None:
+def _share_of_run(duration: Duration, num_steps: int | None, tokens_per_step: int | None) -> float | None:
     """A duration in steps, tokens or shares as a share of the run; None when the run's length is not known."""
     if duration.unit == "fraction":
         return duration.value
-    tokens_per_step = train.global_batch_size * train.sequence_length
-    tokens = duration.value * (tokens_per_step if duration.unit == "steps" else 1)
-    if train.max_steps is not None:
-        return tokens / (train.max_steps * tokens_per_step) if train.max_steps else None
-    # Rounded up to whole steps, as the run is.
-    return tokens / (-(-train.max_tokens // tokens_per_step) * tokens_per_step) if train.max_tokens else None
+    if not num_steps:
+        return None
+    if duration.unit == "steps":
+        return duration.value / num_steps
+    return duration.value / (num_steps * tokens_per_step) if tokens_per_step else None
 
 
-def _engine(config: PretrainConfig) -> Iterator[Problem]:
+def _engine(config: RunConfig) -> Iterator[Problem]:
     engine = config.engine
     if engine.offload_optimizer != "none" and engine.zero_stage == 0:
         yield Problem(

@@ -65,6 +65,11 @@ class Checkpoint:
         self._open: dict[str, Any] = {}
 
     @property
+    def manifest_sha256(self) -> str:
+        """What the manifest hashes to; it names all files with their hashes, so it stands for all the checkpoint."""
+        return _manifest_hash(self.manifest)
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each parameter."""
         return {name: tuple(shape) for name, shape in self.manifest["parameters"].items()}
@@ -161,7 +166,7 @@ def _step_folders(folder: Path | str) -> list[Path]:
     if _NAME.fullmatch(folder.name) and folder.is_dir():
         return [folder]
     found = [path for path in (folder / FOLDER).glob("step-*") if _NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    return sorted(found, key=_step, reverse=True)
 
 
 def newest(folder: Path | str) -> Path:
@@ -174,6 +179,29 @@ def newest(folder: Path | str) -> Path:
     if not checkpoints:
         raise CheckpointError(f"{folder} has no complete checkpoint: is it a run folder, and has the run saved one?")
     return checkpoints[0]
+
+
+def preferred(folder: Path | str) -> Path:
+    """The checkpoint to use a run by: the best one where the run chose by a measurement, else the newest.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    checkpoints = list_checkpoints(folder)
+    if not checkpoints:
+        return newest(folder)  # Says so.
+    best = _best_step(checkpoints[0])
+    return next((path for path in checkpoints if _step(path) == best), checkpoints[0])
+
+
+def _best_step(checkpoint: Path) -> int | None:
+    """The step of the best checkpoint as the run knew it at this one."""
+    step: int | None = _read_manifest(checkpoint).get("state", {}).get("best_step")
+    return step
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def load_weights(checkpoint: Path | str, kind: str = "master") -> Iterator[tuple[str, Tensor]]:
@@ -237,7 +265,7 @@ def save(engine: Engine, ranks: Ranks, run_dir: Path, facts: dict[str, Any], *, 
 
     Args:
         facts: what the manifest records beside the files: at least `step`.
-        keep: newest checkpoints to keep; older ones go once this one is complete.
+        keep: newest checkpoints to keep; older ones, but for the best, go once this one is complete.
 
     Returns:
         Its folder.
@@ -285,7 +313,8 @@ def save(engine: Engine, ranks: Ranks, run_dir: Path, facts: dict[str, Any], *, 
             failure = f"could not complete {final}: {error}"
     _raise_first(ranks.gather(failure), partial, ranks)
     if ranks.rank == 0:
-        for old in list_checkpoints(run_dir)[keep:]:
+        best = facts.get("state", {}).get("best_step")
+        for old in [path for path in list_checkpoints(run_dir)[keep:] if _step(path) != best]:
             # Half a checkpoint must not look like a damaged one.
             gone = old.with_name(old.name + ".partial")
             os.rename(old, gone)
@@ -296,7 +325,7 @@ def save(engine: Engine, ranks: Ranks, run_dir: Path, facts: dict[str, Any], *, 
 def _set_aside(run_dir: Path, *, from_step: int) -> None:
     """Rename the checkpoints of this step and later ones: the run went on from before them, so they were refused."""
     for path in _step_folders(run_dir):
-        if int(path.name.removeprefix("step-")) >= from_step:
+        if _step(path) >= from_step:
             damaged = path.with_name(path.name + ".damaged")
             shutil.rmtree(damaged, ignore_errors=True)
             os.rename(path, damaged)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bigtx.config.schema import PretrainConfig
+from bigtx.config.schema import RunConfig
 from bigtx.utils.errors import ConfigError
 
 DECIDED_BY = {
@@ -48,7 +48,7 @@ PASSED_ON = ("aio", "comms_logger", "csv_monitor", "flops_profiler", "sparse_gra
 """Sections that are not generated and may be given raw. DeepSpeed ignores a misspelled one without a word."""
 
 
-def deepspeed_config(config: PretrainConfig, *, world_size: int) -> dict[str, Any]:
+def deepspeed_config(config: RunConfig, *, world_size: int) -> dict[str, Any]:
     """The JSON for `deepspeed.initialize`.
 
     Raises:
@@ -95,7 +95,7 @@ def deepspeed_config(config: PretrainConfig, *, world_size: int) -> dict[str, An
     return generated
 
 
-def _zero(config: PretrainConfig) -> dict[str, Any]:
+def _zero(config: RunConfig) -> dict[str, Any]:
     engine = config.engine
     zero: dict[str, Any] = {
         "stage": engine.zero_stage,
@@ -124,7 +124,7 @@ def _zero(config: PretrainConfig) -> dict[str, Any]:
     return zero
 
 
-def refuse_unsupported(config: PretrainConfig) -> None:
+def refuse_unsupported(config: RunConfig) -> None:
     """Refuse, by name, what DeepSpeed cannot do or does wrongly.
 
     Raises:

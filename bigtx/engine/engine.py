@@ -15,7 +15,7 @@ import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
 from torch import Tensor, nn
 
-from bigtx.config.schema import PretrainConfig
+from bigtx.config.schema import RunConfig
 from bigtx.engine.deepspeed_config import deepspeed_config
 from bigtx.engine.fragments import Fragment, held_fragments, owned_fragments, refresh_model_weights
 from bigtx.engine.optimizers import Optimizer, parameter_groups
@@ -75,7 +75,7 @@ class Engine:
         owned: what this rank writes to a checkpoint.
     """
 
-    def __init__(self, config: PretrainConfig, make_model: Callable[[], nn.Module]) -> None:
+    def __init__(self, config: RunConfig, make_model: Callable[[], nn.Module]) -> None:
         """Build the model, sharded from the start under ZeRO-3; its weights are not set (see `fill`).
 
         Args:
@@ -108,8 +108,8 @@ class Engine:
             for block in model.blocks:  # type: ignore[union-attr]
                 # The forward alone: DeepSpeed's hooks would be traced, and compiled anew for each block.
                 block.forward = torch.compile(block.forward, dynamic=False)
-            if self.device.type == "cuda":
-                model.head.compile_loss()  # type: ignore[operator, union-attr]
+            if self.device.type == "cuda" and hasattr(model.head, "compile_loss"):
+                model.head.compile_loss()  # type: ignore[operator]
         groups = parameter_groups(config.optimizer, model.named_parameters())
         self.optimizer = Optimizer(groups, config.optimizer, arithmetic, self.device)
         # What lives until the end of the run is taken out of garbage collection: DeepSpeed collects many times while it
@@ -137,6 +137,13 @@ class Engine:
                 for index, flat in enumerate(wrapper.fp32_partitioned_groups_flat)
             ]
         return [(index, flat) for index, group in enumerate(self.optimizer.param_groups) for flat in group["params"]]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter of the module, whole also where it is partitioned."""
+        return {
+            name: tuple(getattr(parameter, "ds_shape", parameter.shape))
+            for name, parameter in self.module.named_parameters()
+        }
 
     def fill(self, read: ReadRange, *, states: bool) -> None:
         """Set the master weights, and the optimizer states if asked, then the model's weights from them.

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from bigtx.config import shape
-from bigtx.config.schema import PretrainConfig
+from bigtx.config.schema import FinetuneConfig, PretrainConfig, RunConfig
 from bigtx.config.schema.model import ModelConfig
 from bigtx.engine.checkpoint import Checkpoint
 from bigtx.tokenizer.tokenizer import Tokenizer
@@ -52,9 +52,7 @@ class ModelFacts:
     license: str | None = None
 
 
-def write_card(
-    folder: Path, facts: ModelFacts, *, checkpoint: Path, config: PretrainConfig, tokenizer: Tokenizer
-) -> str:
+def write_card(folder: Path, facts: ModelFacts, *, checkpoint: Path, config: RunConfig, tokenizer: Tokenizer) -> str:
     """Write README.md into an export.
 
     The names of the data's sources are in it, and no paths.
@@ -95,20 +93,28 @@ def _front_matter(facts: ModelFacts) -> dict[str, Any]:
     }
 
 
-def _summary(facts: ModelFacts, config: PretrainConfig, manifest: Mapping[str, Any]) -> str:
+def _summary(facts: ModelFacts, config: RunConfig, manifest: Mapping[str, Any]) -> str:
     kind = {"decoder": "a decoder", "encoder": "an encoder", "encoder_decoder": "an encoder-decoder"}
-    origin = f"Trained with bigtx ({config.objective.name} objective) and exported by bigtx {__version__}."
+    origin = f"Trained with bigtx ({_aim(config)}) and exported by bigtx {__version__}."
     if imported := manifest.get("imported"):
         origin = (
             f"Its weights came to bigtx from a Hugging Face model, `{imported['from']}`, and were exported again by "
             f"bigtx {__version__}, without training in between."
         )
-    elif config.init_from:
-        origin += f" The training began with the weights of `{Path(config.init_from).name}`."
+    elif base := config.base if isinstance(config, FinetuneConfig) else getattr(config, "init_from", None):
+        origin += f" The training began with the weights of `{Path(base).name}`."
     return (
         f"A Transformer, {kind[config.model.shape]}, of {facts.num_parameters:,} parameters, in the form of "
         f"transformers' `{facts.architecture}`. {origin}"
     )
+
+
+def _aim(config: RunConfig) -> str:
+    """What the training was for."""
+    if isinstance(config, FinetuneConfig):
+        return f"fine-tuned to {config.task}"
+    assert isinstance(config, PretrainConfig)
+    return f"{config.objective.name} objective"
 
 
 def _model_rows(model: ModelConfig, facts: ModelFacts) -> dict[str, Any]:
@@ -135,25 +141,29 @@ def _model_rows(model: ModelConfig, facts: ModelFacts) -> dict[str, Any]:
     return rows
 
 
-def _data(config: PretrainConfig, manifest: Mapping[str, Any]) -> str:
+def _data(config: RunConfig, manifest: Mapping[str, Any]) -> str:
     tokens = manifest.get("state", {}).get("tokens")
     read = f"Tokens read in training: {_NOT_RECORDED if tokens is None else f'{tokens:,}'}."
-    sources = config.data.sources
+    sources = config.data.sources if isinstance(config, PretrainConfig) else {}
+    if isinstance(config, FinetuneConfig):
+        files = "\n".join(f"- `{Path(path).name}`" for path in config.data.train)
+        return f"Records of:\n\n{files}\n\n{read}"
     if not sources:
         return f"Sources: {_NOT_RECORDED}. {read}"
     rows = "\n".join(f"| {name} | {source.weight:g} |" for name, source in sources.items())
     return f"| Source | Weight |\n|---|---|\n{rows}\n\n{read}"
 
 
-def _training(config: PretrainConfig, manifest: Mapping[str, Any]) -> str:
+def _training(config: RunConfig, manifest: Mapping[str, Any]) -> str:
     if "imported" in manifest:
         return f"Before the weights came to bigtx: {_NOT_RECORDED}."
     optimizer, train = config.optimizer, config.train
+    length = getattr(train, "sequence_length", None)
     return _table(
         {
             "Steps": f"{manifest['step']:,}",
-            "Rows in a step": f"{train.global_batch_size:,} of {train.sequence_length:,} tokens",
-            "Objective": config.objective.name,
+            "Rows in a step": f"{train.global_batch_size:,}" + (f" of {length:,} tokens" if length else ""),
+            "Aim": _aim(config),
             "Precision": manifest.get("precision", _NOT_RECORDED),
             "Optimizer": f"{optimizer.name}, peak learning rate {optimizer.learning_rate:g}",
             "Schedule": f"{config.schedule.name}, warm-up {config.schedule.warmup}",

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bigtx.config.schema import ModelConfig, PretrainConfig
+from bigtx.config.schema import ModelConfig, RunConfig
 from bigtx.engine.checkpoint import Checkpoint
 from bigtx.engine.write_weights import SafetensorsWriter, groups
 from bigtx.interop.card import ModelFacts, write_card
@@ -76,7 +76,7 @@ class Exported:
 
 
 def export_model(
-    checkpoint: Path, run: PretrainConfig, tokenizer: Tokenizer, folder: Path, settings: ExportSettings
+    checkpoint: Path, run: RunConfig, tokenizer: Tokenizer, folder: Path, settings: ExportSettings
 ) -> Exported:
     """Write a checkpoint as a Hugging Face folder, which has its name once it is complete.
 

@@ -46,6 +46,26 @@ class Loss(NamedTuple):
     """Where the tokens went, if there are experts."""
 
 
+class ClassifierHead(nn.Module):
+    """From a summary of a text to the logits of its classes, through the transform of the head of tokens if it has one:
+    what it learned in pretraining serves here too (as in ModernBERT, arXiv:2412.13663)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.num_classes is not None
+        size = config.hidden_size
+        self.transform = Linear(size, size, bias=config.mlp_bias) if config.head_transform else None
+        self.norm = Norm.of(config) if config.head_transform else None
+        self.dropout = config.dropout
+        self.classes = Linear(size, config.num_classes)
+
+    def forward(self, summary: Tensor) -> Tensor:
+        """Logits, fp32 [B, classes], of summaries [B, D]."""
+        if self.transform is not None and self.norm is not None:
+            summary = self.norm(F.gelu(self.transform(summary)))
+        return self.classes(F.dropout(summary, self.dropout, self.training)).float()
+
+
 class Head(nn.Module):
     """From the last hidden states to logits or to the loss. A tied head holds the embedding's own parameter."""
 

@@ -31,7 +31,7 @@ from bigtx.model.attention import Attention, LayerCache
 from bigtx.model.experts import Experts, Routing
 from bigtx.model.initial import initial_value
 from bigtx.model.layers import MLP, Embedding, Norm
-from bigtx.model.loss import Head, Loss
+from bigtx.model.loss import ClassifierHead, Head, Loss
 from bigtx.model.mask import Mask, Side, make_mask
 from bigtx.model.positions import RelativeBias, Rotation, rotation, sinusoids
 
@@ -252,7 +252,8 @@ class Transformer(nn.Module):
         self.embedding_norm = Norm.of(config) if config.embedding_norm else None
         self.encoder = Stack(config, causal=False) if config.shape != "decoder" else None
         self.decoder = Stack(config, causal=True) if config.shape != "encoder" else None
-        self.head = Head(config, tied_to=self.embedding.weight if config.tie_embeddings else None)
+        tied_to = self.embedding.weight if config.tie_embeddings else None
+        self.head = Head(config, tied_to=tied_to) if config.num_classes is None else ClassifierHead(config)
 
     @property
     def blocks(self) -> list[Block]:
@@ -278,6 +279,7 @@ class Transformer(nn.Module):
         target_positions: Tensor | None = None,
         target_segment_ids: Tensor | None = None,
         columns: Tensor | None = None,
+        pool: Tensor | None = None,
         cache: Cache | None = None,
         z_loss: float = 0.0,
     ) -> Tensor | Loss:
@@ -294,11 +296,12 @@ class Transformer(nn.Module):
             target_tokens, target_positions, target_segment_ids: the same [B, T], for what the decoder of an
                 encoder-decoder reads; it sees the source tokens of its own segment, which is 0 by default.
             columns: int64 [B, M], the only columns of each row whose logits are wanted.
+            pool: fp32 [B, T], of a model with classes: how much each column counts in the summary of its row.
             cache: keys and values of earlier tokens of the decoder, extended by this call.
             z_loss: weight of the squared log-partition (PaLM, arXiv:2204.02311).
 
         Returns:
-            With labels, a `Loss`; else logits, fp32 [B, T, V], or [B, M, V] with `columns`.
+            With labels, a `Loss`; else logits, fp32 [B, T, V], or [B, M, V] with `columns`, or [B, classes].
         """
         recompute = self.activation_checkpointing
         if self.encoder is None or self.decoder is None:
@@ -324,6 +327,9 @@ class Transformer(nn.Module):
             x, routing = self.decoder(text, source, cache=cache, recompute=recompute)
         if columns is not None:
             x = x[torch.arange(x.shape[0], device=x.device)[:, None], columns]  # B M D
+        if isinstance(self.head, ClassifierHead):
+            assert pool is not None, "a model with classes needs to know what summarizes a row"
+            return self.head((pool.to(x.dtype)[:, None] @ x).squeeze(1))
         result = self.head(x, labels, z_loss)
         return result._replace(routing=routing) if isinstance(result, Loss) else result
 

@@ -46,6 +46,8 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             shapes |= _norm_shapes(f"{stack}.norm", config)
     if config.head_transform:
         shapes |= _linear_shapes("head.transform", hidden, hidden, config.mlp_bias) | _norm_shapes("head.norm", config)
+    if config.num_classes is not None:
+        return shapes | _linear_shapes("head.classes", hidden, config.num_classes, bias=True)
     if not config.tie_embeddings:
         shapes["head.weight"] = (rows, hidden)
     if config.head_bias:

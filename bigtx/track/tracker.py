@@ -68,6 +68,7 @@ class Tracker:
         up_to_step = resumed_step or -1
         self._metrics = JsonLines(folder / "metrics.jsonl", warn=self._warn, up_to_step=up_to_step)
         self._samples = JsonLines(folder / "samples.jsonl", warn=self._warn, up_to_step=up_to_step)
+        self._predictions = JsonLines(folder / "predictions.jsonl", warn=self._warn, up_to_step=up_to_step)
         self._events = JsonLines(folder / "events.jsonl", warn=self._warn)
         self._step = resumed_step
         if config.wandb == "off" or os.environ.get("WANDB_MODE") == "disabled":
@@ -125,6 +126,20 @@ class Tracker:
         self._samples.extend([{**stamp, **row} for row in rows])
         self._poll()
 
+    def predictions(self, step: int, tokens: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write predictions for records to predictions.jsonl and to W&B's table `validation/predictions`.
+
+        Args:
+            step: optimizer steps done; one call a step.
+            tokens: input tokens seen by all ranks.
+            rows: each with the record's `input`, its `answer` and what was predicted.
+        """
+        if not self._is_writer or not rows:
+            return
+        stamp = {"step": step, "tokens": tokens, "time": _now()}
+        self._predictions.extend([{**stamp, **row} for row in rows])
+        self._poll()
+
     def event(self, step: int, kind: str, **facts: Any) -> None:
         """Record something that happened (a resume, a skipped step, a changed setting, a signal) in events.jsonl.
 
@@ -162,7 +177,7 @@ class Tracker:
         self._console.close()
         if self._wandb:
             self._wandb.close(status)
-        for file in (self._metrics, self._samples, self._events):
+        for file in (self._metrics, self._samples, self._predictions, self._events):
             file.close()
 
     def _note(self, kind: str, **facts: Any) -> None:

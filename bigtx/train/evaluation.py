@@ -52,8 +52,12 @@ class Validation:
                     "the training data; prepare it again with the run's tokenizer"
                 )
 
-    def report(self, tracker: Tracker, state: RunState) -> None:
-        """Measure, sample, and hand both to the tracker. Every rank must call it."""
+    def report(self, tracker: Tracker, state: RunState) -> bool:
+        """Measure, sample, and hand both to the tracker. Every rank must call it.
+
+        Returns:
+            False: pretraining keeps the newest checkpoints.
+        """
         metrics: dict[str, float] = {}
         for name, batches in self.sources.items():
             metrics |= self._measure(name, batches)
@@ -75,6 +79,7 @@ class Validation:
                     for prompt, completion in zip(prompts, completions, strict=True)
                 ],
             )
+        return False
 
     def _measure(self, name: str, batches: ValidationBatches) -> dict[str, float]:
         loss_sum, num_labels = self.engine.evaluate(batches, self.task)

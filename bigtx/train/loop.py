@@ -6,16 +6,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from bigtx.config.schema import PretrainConfig
-from bigtx.data.stream.loader import TrainLoader
+from bigtx.config.schema import RunConfig
+from bigtx.data.stream.loader import StepLoader
 from bigtx.engine import checkpoint
 from bigtx.engine.engine import Engine, StepResult, Task
 from bigtx.engine.ranks import Ranks
 from bigtx.engine.schedules import Schedule
 from bigtx.track.tracker import Tracker
-from bigtx.train.evaluation import Validation
 from bigtx.train.meter import Meter
 from bigtx.train.profile import profiled
 from bigtx.train.seeds import dropout_seeds
@@ -24,16 +23,25 @@ from bigtx.train.stop import StopRequest
 from bigtx.utils.errors import BigtxError
 
 
+class Validation(Protocol):
+    """Measures a model within a run."""
+
+    def report(self, tracker: Tracker, state: RunState) -> bool:
+        """Measure and tell; returns whether the model is the best so far, so that its checkpoint is to be kept. Every
+        rank must call it."""
+        ...
+
+
 @dataclass
 class Run:
     """Everything that the loop uses, made by the entry point."""
 
-    config: PretrainConfig
+    config: RunConfig
     run_dir: Path
     ranks: Ranks
     engine: Engine
     task: Task
-    loader: TrainLoader
+    loader: StepLoader
     schedule: Schedule
     validation: Validation
     tracker: Tracker
@@ -41,6 +49,9 @@ class Run:
     state: RunState
     facts: dict[str, Any]
     """What every checkpoint's manifest records besides the progress."""
+    validate_every: str
+    patience: int | None = None
+    """End after so many measurements without a better one."""
 
 
 def train(run: Run, stop: StopRequest) -> bool:
@@ -49,46 +60,66 @@ def train(run: Run, stop: StopRequest) -> bool:
     Returns:
         Whether the run is finished.
     """
-    config, state = run.config, run.state
-    tokens_per_step = config.train.global_batch_size * config.train.sequence_length
+    state = run.state
     log, validate, save = (
-        Cadence(every, tokens_per_step=tokens_per_step)
-        for every in (config.train.log_every, config.validation.every, config.train.checkpoint_every)
+        Cadence(every, tokens=state.tokens)
+        for every in (run.config.train.log_every, run.validate_every, run.config.train.checkpoint_every)
     )
     started, stopped = time.monotonic(), False
     batches: Iterator[list[Any]] = iter(run.loader)
-    if state.step == 0 and config.validation.at_start:
-        run.validation.report(run.tracker, state)
+    if state.owes_validation:
+        measure(run)
     run.meter.start()
 
-    while state.step < run.schedule.total_steps and not stopped:
+    while state.step < run.schedule.total_steps and not stopped and not is_hopeless(run):
         micro_batches = next(batches)
-        num_labels, stop_votes, elapsed = run.ranks.sum(
+        num_labels, num_tokens, stop_votes, elapsed = run.ranks.sum(
             [
                 sum(batch.num_labels for batch in micro_batches),
+                run.loader.num_tokens(micro_batches),
                 stop.requested,
                 int(time.monotonic() - started) if run.ranks.rank == 0 else 0,
             ]
         )
         stopped = stop_votes > 0
-        result = train_step(run, micro_batches, num_labels)
+        result = train_step(run, micro_batches, num_labels, num_tokens)
         last = state.step == run.schedule.total_steps
 
         if log.due(state, elapsed) or last:
             report(run, result)
         run.meter.pause()
-        if stopped:
-            save_checkpoint(run)  # First of all: whoever asked may not wait long.
-        if validate.due(state, elapsed) or last:
-            run.validation.report(run.tracker, state)
-        if (save.due(state, elapsed) or last) and not stopped:
+        # Each is asked once after every step, whatever the others say.
+        to_validate, to_save = validate.due(state, elapsed) or last, save.due(state, elapsed) or last
+        if stopped and not last:
+            # First of all: whoever asked may not wait long. The next life measures.
+            state.owes_validation = to_validate
             save_checkpoint(run)
+        else:
+            is_best = to_validate and measure(run)
+            if to_save or is_best:
+                save_checkpoint(run)
         run.meter.go_on()
-    return state.step >= run.schedule.total_steps
+    if is_hopeless(run) and state.step < run.schedule.total_steps:
+        run.tracker.message(f"nothing better in {state.measured_since_best} validations: the run ends here")
+        run.tracker.event(state.step, "early_stop", best_step=state.best_step, best_value=state.best_value)
+        save_checkpoint(run)
+    return state.step >= run.schedule.total_steps or is_hopeless(run)
 
 
-def train_step(run: Run, micro_batches: list[Any], num_labels: int) -> StepResult:
-    """One optimizer step, and the books about it."""
+def measure(run: Run) -> bool:
+    """Validate; returns whether the model is the best so far."""
+    is_best = run.validation.report(run.tracker, run.state)
+    run.state.owes_validation = False
+    return is_best
+
+
+def is_hopeless(run: Run) -> bool:
+    """Whether patience has run out."""
+    return run.patience is not None and run.state.measured_since_best >= run.patience
+
+
+def train_step(run: Run, micro_batches: list[Any], num_labels: int, num_tokens: int) -> StepResult:
+    """One optimizer step, and the books about it; labels and tokens are those of all ranks."""
     config, state = run.config, run.state
     step, first_sequence = state.step + 1, state.sequences
     with profiled(run.run_dir, enabled=step == config.track.profile_step, rank=run.ranks.rank):
@@ -99,12 +130,8 @@ def train_step(run: Run, micro_batches: list[Any], num_labels: int) -> StepResul
             learning_rate_factor=run.schedule.factor(step),
             seeds=dropout_seeds(config.seed, step, run.ranks.rank, len(micro_batches)),
         )
-    state.advance(
-        sequences=run.loader.next_sequence,
-        skipped=result.skipped,
-        tokens=config.train.global_batch_size * config.train.sequence_length,
-    )
-    run.meter.add(result, num_labels=num_labels, wait_seconds=run.loader.wait_seconds)
+    state.advance(sequences=run.loader.next_sequence, skipped=result.skipped, tokens=num_tokens)
+    run.meter.add(result, num_labels=num_labels, num_tokens=num_tokens, wait_seconds=run.loader.wait_seconds)
     if result.skipped:
         window = f"{first_sequence}-{state.sequences}"
         run.tracker.event(step, "skipped_step", grad_norm=result.grad_norm, sequences=window)

@@ -62,13 +62,11 @@ class Meter:
     would have logged. Time spent outside of steps (validation, checkpoints) is taken out by `pause` and `go_on`.
     """
 
-    def __init__(self, *, tokens_per_step: int, flops_per_token: float, peak_flops: float | None) -> None:
+    def __init__(self, *, flops_per_token: float, peak_flops: float | None) -> None:
         """Args:
-        tokens_per_step: input tokens of a global batch.
         flops_per_token: of the model, forward and backward.
         peak_flops: of all ranks together, per second; None where unknown.
         """
-        self.tokens_per_step = tokens_per_step
         self.flops_per_token = flops_per_token
         self.peak_flops = peak_flops
         self.labels = 0
@@ -79,11 +77,11 @@ class Meter:
 
     def start(self) -> None:
         """Begin a window's clock."""
-        self.steps, self.seconds, self._wait_start = 0, 0.0, self._wait_end
+        self.steps, self.tokens, self.seconds, self._wait_start = 0, 0, 0.0, self._wait_end
         self._since: float | None = time.monotonic()
 
-    def add(self, result: StepResult, *, num_labels: int, wait_seconds: float) -> None:
-        """One step; `wait_seconds` is the loader's total so far."""
+    def add(self, result: StepResult, *, num_labels: int, num_tokens: int, wait_seconds: float) -> None:
+        """One step; labels and tokens of all ranks, `wait_seconds` is the loader's total so far."""
         self.loss_sum = self.loss_sum.to(result.loss_sum.device)
         if not result.skipped:
             self.loss_sum += result.loss_sum
@@ -91,6 +89,7 @@ class Meter:
             if result.routing is not None:
                 self.routing.add(result.routing)
         self.steps += 1
+        self.tokens += num_tokens
         self._wait_end = wait_seconds
 
     def pause(self) -> None:
@@ -107,7 +106,7 @@ class Meter:
         """Metrics of the window, which ends here."""
         self.pause()
         seconds = max(self.seconds, 1e-9)
-        tokens_per_second = self.steps * self.tokens_per_step / seconds
+        tokens_per_second = self.tokens / seconds
         metrics = {
             "train/loss": float(self.loss_sum) / self.labels if self.labels else float("nan"),
             "perf/tokens_per_second": tokens_per_second,

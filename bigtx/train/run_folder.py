@@ -16,13 +16,13 @@ import yaml
 
 from bigtx.config import changes
 from bigtx.config.load import to_dict, to_yaml
-from bigtx.config.schema import PretrainConfig
+from bigtx.config.runs import CONFIG
+from bigtx.config.schema import RunConfig
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import CheckpointError, LaunchError
 from bigtx.utils.files import FolderLock, write_atomic, write_json
 from bigtx.utils.secrets import scrub
 
-CONFIG = "config.yaml"
 UNTOLD = ("run_dir", "allow_changes")
 """Settings whose change says nothing about the training."""
 
@@ -40,7 +40,7 @@ class Opened:
     changed: list[dict[str, Any]]
 
 
-def open_run_folder(config: PretrainConfig) -> Opened:
+def open_run_folder(config: RunConfig) -> Opened:
     """Make the folder or come back to it, and compare settings where the run has made steps. Only rank 0 calls this.
 
     Raises:
@@ -61,7 +61,7 @@ def open_run_folder(config: PretrainConfig) -> Opened:
         raise
 
 
-def _changed_settings(run_dir: Path, config: PretrainConfig) -> list[dict[str, Any]]:
+def _changed_settings(run_dir: Path, config: RunConfig) -> list[dict[str, Any]]:
     """What differs from the run so far, all of it allowed; nothing where no step has been saved."""
     if not any((run_dir / "checkpoints").glob("step-*[0-9]")):
         return []
@@ -84,7 +84,7 @@ def read_config(run_dir: Path) -> dict[str, Any] | None:
 
 
 def describe_run(
-    config: PretrainConfig, *, tokenizer: Tokenizer, deepspeed: dict[str, Any], environment: dict[str, Any]
+    config: RunConfig, *, tokenizer: Tokenizer, deepspeed: dict[str, Any], environment: dict[str, Any]
 ) -> None:
     """Write what is known once the engine stands. Rank 0 only.
 
@@ -101,6 +101,6 @@ def describe_run(
         raise LaunchError(f"run_dir={config.run_dir!r} cannot be written: {error}") from error
 
 
-def dump(config: PretrainConfig) -> dict[str, Any]:
+def dump(config: RunConfig) -> dict[str, Any]:
     """The resolved config as JSON-ready data."""
     return json.loads(json.dumps(to_dict(config)))

@@ -1,7 +1,7 @@
 """One life of a run, from the first log line to the last: what the entry points are made of.
 
 A run may have many lives, one for each time its command is started; each finds in the run folder where the last one
-ended.
+ended. `Session` is what all have; pretraining.py and finetuning.py say what each kind reads and how it begins.
 """
 
 from __future__ import annotations
@@ -10,16 +10,24 @@ import dataclasses
 import re
 import shutil
 import tempfile
+from abc import ABC, abstractmethod
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar
 
-from bigtx.config.schema import PretrainConfig
+from bigtx.config.schema import RunConfig
 from bigtx.train.stop import EarlyStop, StopRequest
 from bigtx.utils import hardware, log, processes
-from bigtx.utils.errors import BigtxError, CheckpointError, ConfigError, LaunchError
+from bigtx.utils.errors import BigtxError, CheckpointError, LaunchError
 from bigtx.utils.files import refuse_if_held
 from bigtx.utils.units import format_count, parse_duration
+
+if TYPE_CHECKING:
+    from bigtx.data.stream.loader import StepLoader
+    from bigtx.engine.engine import ReadRange
+    from bigtx.train.loop import Run, Validation
+
+Config = TypeVar("Config", bound=RunConfig)
 
 LOST_RANK = re.compile(
     r"Connection (closed|reset) by peer|Broken pipe|Timed out waiting|NCCL (communicator was aborted|error)"
@@ -27,13 +35,28 @@ LOST_RANK = re.compile(
 """What torch.distributed's backends say when another process is gone."""
 
 
-class Session:
+class Session(ABC, Generic[Config]):
     """Opens everything that training needs, in order, and closes it whatever happens.
 
     Use as a context; then call the methods in the order in which they stand.
+
+    Attributes:
+        total_steps: optimizer steps of the run.
+        tokens_per_step: of a global batch, at least about.
+        patience: see `Run`.
+        facts: what every checkpoint's manifest records of what the run reads.
     """
 
-    def __init__(self, config: PretrainConfig, *, dry_run: bool) -> None:
+    job_type: ClassVar[str]
+    """W&B's."""
+    total_steps: int
+    tokens_per_step: int
+    patience: int | None = None
+    facts: dict[str, Any]
+    tokenizer: Any
+    task: Any
+
+    def __init__(self, config: Config, *, dry_run: bool) -> None:
         """Args:
         config: checked, but with the vocabulary's size still to be taken from the tokenizer.
         dry_run: one step in a temporary folder, and nothing is kept.
@@ -46,7 +69,7 @@ class Session:
         self.ranks: Any = None
         self.checkpoint: Any = None
 
-    def __enter__(self) -> Session:
+    def __enter__(self) -> Self:
         """Start the log, and listen to requests to stop.
 
         Raises:
@@ -67,7 +90,7 @@ class Session:
             raise LaunchError(
                 f"run_dir={self.config.run_dir!r} cannot be written: {error}; name another folder"
             ) from error
-        log.say(f"bigtx: {processes.launcher_name()}, {_ranks(processes.world_size())}; run folder {self.run_dir}")
+        log.say(f"bigtx: {processes.launcher_name()}, {num_ranks(processes.world_size())}; run folder {self.run_dir}")
         self.stop = StopRequest(lambda: log.say("stopped before the first step; nothing to save"))
         return self
 
@@ -81,37 +104,9 @@ class Session:
 
         self.ranks = Ranks(timeout_seconds=parse_duration(self.config.engine.timeout).value)
 
+    @abstractmethod
     def open_data(self) -> None:
-        """Open the prepared corpora and their tokenizer, and make the objective.
-
-        Raises:
-            DataError: a corpus is missing or damaged, too small, or does not fit the others.
-            ConfigError: the model's vocabulary is too small for the tokenizer, or the objective needs other ids.
-        """
-        from bigtx.train.objectives import make_objective
-        from bigtx.train.run_data import open_run_data
-
-        config = self.config
-        self.total_steps = total_steps(config)
-        self.data = open_run_data(config, self.total_steps, self.ranks)
-        self.tokenizer = self.data.tokenizer
-        self.facts: dict[str, Any] = {
-            "tokenizer": self.tokenizer.fingerprint,
-            "seed": config.seed,
-            "data": self.data.identity,
-        }
-        if config.model.vocab_size is None:
-            self.config = config = dataclasses.replace(
-                config, model=dataclasses.replace(config.model, vocab_size=self.tokenizer.vocab_size)
-            )
-        elif config.model.vocab_size < self.tokenizer.vocab_size:
-            raise ConfigError(
-                f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's "
-                f"{self.tokenizer.vocab_size} ids in {self.data.tokenizer_place}; leave it empty to take it from there"
-            )
-        log.say(f"data: {self.data.description}; vocabulary {config.model.vocab_size:,}")
-        self.objective = make_objective(config, self.tokenizer, purpose="train")
-        log.say(f"objective: {config.objective.name}, {self.objective.describe()}")
+        """Open what the run reads, and complete the config and `facts` from it."""
 
     def open_folder(self) -> None:
         """Take the run folder, and find the checkpoint to go on from.
@@ -131,7 +126,7 @@ class Session:
             for key, what in (("tokenizer", "with another tokenizer"), ("data", "on other data (or in another state)")):
                 if self.checkpoint.manifest[key] != self.facts[key]:
                     raise CheckpointError(
-                        f"{self.checkpoint.path} was trained {what} than data.sources now name: it had "
+                        f"{self.checkpoint.path} was trained {what} than it now names: it had "
                         f"{self.checkpoint.manifest[key]}, here is {self.facts[key]}; give it its own data back, or "
                         "begin another run_dir with init_from"
                     )
@@ -162,36 +157,40 @@ class Session:
         self.engine = Engine(self.config, lambda: Transformer(self.config.model))
 
     def load_weights(self) -> None:
-        """Set the weights: from the run's checkpoint, from another run (`init_from`), or from the seed.
+        """Set the weights: from the run's checkpoint, else as the run begins.
 
         Raises:
-            CheckpointError, ConfigError: the other run's weights do not fit.
+            CheckpointError, ConfigError: weights that do not fit.
         """
-        from bigtx.model.initial import initial_value
         from bigtx.train.state import RunState
 
-        self.state = RunState(skipped_sequences=self.config.data.skip)
-        if self.checkpoint:
-            self.state = RunState.from_dict(self.checkpoint.manifest["state"])
-            self.engine.fill(self.checkpoint.read, states=True)
-            self.engine.optimizer.num_updates = self.checkpoint.manifest["num_updates"]
-            self.engine.set_loss_scale(self.checkpoint.manifest["loss_scale"])
-            self.checkpoint.close()
-            self.state.pass_over(self.config.data.skip)
-            log.say(f"resumed from {self.checkpoint.path} ({format_count(self.state.tokens)} tokens)")
-        elif self.config.init_from:
-            source = self._open_other_run(self.config.init_from)
-            self.engine.fill(source.read, states=False)
-            source.close()
-            log.say(f"weights from {source.path}")
-        else:
-            shapes = {fragment.name: fragment.shape for fragment in self.engine.fragments}
-            self.engine.fill(
-                lambda name, kind, start, stop: initial_value(
-                    name, shapes[name], self.config.model, self.config.seed, start, stop
-                ),
-                states=False,
-            )
+        if not self.checkpoint:
+            self.state = RunState()
+            self.begin()
+            return
+        self.state = RunState.from_dict(self.checkpoint.manifest["state"])
+        self.engine.fill(self.checkpoint.read, states=True)
+        self.engine.optimizer.num_updates = self.checkpoint.manifest["num_updates"]
+        self.engine.set_loss_scale(self.checkpoint.manifest["loss_scale"])
+        self.checkpoint.close()
+        self.resume()
+        log.say(f"resumed from {self.checkpoint.path} ({format_count(self.state.tokens)} tokens)")
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Set the weights and the state of a run that has made no step."""
+
+    def resume(self) -> None:
+        """Check the state that a checkpoint gave."""
+
+    def initial_weights(self) -> ReadRange:
+        """The weights that the seed gives, as `Engine.fill` reads them."""
+        from bigtx.model.initial import initial_value
+
+        shapes = self.engine.shapes()
+        return lambda name, kind, start, stop: initial_value(
+            name, shapes[name], self.config.model, self.config.seed, start, stop
+        )
 
     def train(self) -> int:
         """Train to the end or to a stop request. Returns the exit status."""
@@ -202,20 +201,24 @@ class Session:
         run = self._run()
         self.stop.defer()
         finished = train(run, self.stop)
-        self.status = "finished" if finished else "stopped"
         if finished:
+            self.conclude(run)
+            self.status = "finished"
             log.say(
                 f"finished: {self.state.step:,} steps, {format_count(self.state.tokens)} tokens, in {self.run_dir}\n"
-                f"next: {self._next_command()}"
+                f"next: {self.next_command()}"
             )
             return 0
+        self.status = "stopped"
         log.say(f"stopped at step {self.state.step:,} with a checkpoint; the same command goes on from there")
         return self.stop.exit_status
 
-    def _next_command(self) -> str:
-        if self.config.model.shape == "encoder":
-            return f"bigtx export {self.run_dir} --to hf -o FOLDER"
-        return f"bigtx generate {self.run_dir} --prompt '...'"
+    def conclude(self, run: Run) -> None:
+        """What is left to do after the last step."""
+
+    @abstractmethod
+    def next_command(self) -> str:
+        """What a user may do with the finished run."""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -239,19 +242,15 @@ class Session:
         if self.dry_run and (error is None or isinstance(error, BigtxError | EarlyStop)):
             shutil.rmtree(self._scratch, ignore_errors=True)
 
-    def _run(self) -> Any:
+    def _run(self) -> Run:
         """Everything that the loop uses."""
         from bigtx.engine.schedules import Schedule
-        from bigtx.plan.parameters import flops_per_row
         from bigtx.track.tracker import Tracker
-        from bigtx.train.evaluation import Validation
         from bigtx.train.loop import Run
         from bigtx.train.meter import Meter
         from bigtx.train.run_folder import describe_run, dump
-        from bigtx.train.tasks import LikelihoodTask
 
-        config, train = self.config, self.config.train
-        tokens_per_step = train.global_batch_size * train.sequence_length
+        config = self.config
         environment = hardware.describe()
         self.ranks.on_first(
             lambda: describe_run(
@@ -261,21 +260,7 @@ class Session:
                 environment=environment,
             )
         )
-        task = LikelihoodTask(z_loss=train.z_loss, experts=config.model.experts)
-        if self.checkpoint and config.data.foreign.paths:
-            self._tell_rereading()
-        self.loader = self.data.loader_type(
-            config.data,
-            sequence_length=train.sequence_length,
-            global_batch_size=train.global_batch_size,
-            micro_batch_size=train.micro_batch_size,
-            seed=config.seed,
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
-            start_sequence=self.state.sequences,
-            pad_id=self.tokenizer.pad_id,
-            prepare=self.objective.prepare,
-        )
+        self.loader = self.make_loader()
         self.tracker = Tracker(
             self.run_dir,
             config.track,
@@ -284,45 +269,56 @@ class Session:
             rank=self.ranks.rank,
             total_steps=self.total_steps,
             resumed_step=self.state.step,
+            job_type=self.job_type,
             stream=log.console(),
         )
         self._tell_history()
-        meter = Meter(
-            tokens_per_step=tokens_per_step,
-            flops_per_token=flops_per_row(config.model, **self.objective.lengths._asdict()) // train.sequence_length,
-            peak_flops=self._peak_flops(),
-        )
+        meter = Meter(flops_per_token=self.flops_per_token(), peak_flops=self._peak_flops())
         if self.checkpoint:
             meter.restore(self.checkpoint.manifest["meter"])
         self.facts["wandb_run_id"] = self.ranks.from_first(self.tracker.wandb_run_id)
-        validation = Validation(config, self.engine, self.ranks, task, self.tokenizer)
-        if not validation.sources and config.validation.max_sequences:
-            log.say(
-                "no validation: none of the corpora holds text out; `bigtx data prepare` does with a larger "
-                "validation_fraction, or name another corpus as validation.sources.NAME.path"
-            )
         return Run(
             config=config,
             run_dir=self.run_dir,
             ranks=self.ranks,
             engine=self.engine,
-            task=task,
+            task=self.task,
             loader=self.loader,
-            schedule=Schedule(config.schedule, total_steps=self.total_steps, tokens_per_step=tokens_per_step),
-            validation=validation,
+            schedule=Schedule(config.schedule, total_steps=self.total_steps, tokens_per_step=self.tokens_per_step),
+            validation=self.make_validation(),
             tracker=self.tracker,
             meter=meter,
             state=self.state,
             facts=self.facts,
+            validate_every=self.validate_every(),
+            patience=self.patience,
         )
+
+    @abstractmethod
+    def make_loader(self) -> StepLoader:
+        """The batches from the state's place on."""
+
+    @abstractmethod
+    def make_validation(self) -> Validation:
+        """What measures the model within the run."""
+
+    @abstractmethod
+    def flops_per_token(self) -> float:
+        """Of a training step, per token that counts."""
+
+    @abstractmethod
+    def validate_every(self) -> str:
+        """How often the model is measured."""
 
     def _one_step(self) -> int:
         from bigtx.train.loop import train_step
 
         run = self._run()
         micro_batches = next(self.loader)
-        (num_labels,) = self.ranks.sum([sum(batch.num_labels for batch in micro_batches)])
-        result = train_step(run, micro_batches, num_labels)
+        num_labels, num_tokens = self.ranks.sum(
+            [sum(batch.num_labels for batch in micro_batches), self.loader.num_tokens(micro_batches)]
+        )
+        result = train_step(run, micro_batches, num_labels, num_tokens)
         metrics = run.meter.metrics()
         self.status = "finished"
         log.say(
@@ -346,48 +342,22 @@ class Session:
         for change in self.changed:
             self.tracker.event(self.state.step, "config_change", **change)
 
-    def _tell_rereading(self) -> None:
-        """Foreign shards have no places to come back to."""
-        rows, ranks = self.state.sequences, self.checkpoint.manifest["world_size"]
-        other = (
-            f", and with {_ranks(self.ranks.world_size)} instead of {ranks} the shards are split otherwise"
-            if ranks != self.ranks.world_size
-            else ""
-        )
-        log.say(
-            f"data: reading {rows:,} rows again to come to where the run was{other}; exact and quick resume needs "
-            "prepared shards: bigtx data prepare"
-        )
-
     def _note_damaged(self, text: str) -> None:
         log.say(f"warning: {text}")
         self.damaged.append(text)
 
-    def _open_other_run(self, folder: str) -> Any:
+    def open_other_run(self, folder: str) -> Any:
+        """The newest whole checkpoint of another run, or the one that is named, open for reading.
+
+        Raises:
+            CheckpointError: there is none.
+        """
         from bigtx.engine import checkpoint
 
         # One choice for all ranks: the other run may be alive and save meanwhile.
-        path = self.ranks.from_first(self.ranks.on_first(lambda: checkpoint.newest(folder)))
+        path = self.ranks.from_first(self.ranks.on_first(lambda: checkpoint.preferred(folder)))
         source = checkpoint.choose(path, self.ranks, self._note_damaged)
         assert source is not None
-        shapes = {
-            name: tuple(getattr(parameter, "ds_shape", parameter.shape))
-            for name, parameter in self.engine.module.named_parameters()
-        }
-        if shapes != source.shapes:
-            different = sorted(name for name in shapes | source.shapes if shapes.get(name) != source.shapes.get(name))
-            raise ConfigError(
-                f"init_from={folder}: its model has other parameters than this config's: "
-                + ", ".join(
-                    f"{name} {source.shapes.get(name)} there, {shapes.get(name)} here" for name in different[:5]
-                )
-                + f" ({len(different)} in all); copy the model section of its config.yaml"
-            )
-        if source.manifest["tokenizer"] != self.tokenizer.fingerprint:
-            raise ConfigError(
-                f"init_from={folder}: its tokenizer is not the one of this run's data; prepare the data with "
-                "that run's tokenizer folder"
-            )
         return source
 
     def _peak_flops(self) -> float | None:
@@ -422,13 +392,6 @@ class Session:
         error.reported = True
 
 
-def total_steps(config: PretrainConfig) -> int:
-    """Optimizer steps of the run."""
-    if config.train.max_steps is not None:
-        return config.train.max_steps
-    assert config.train.max_tokens is not None
-    return -(-config.train.max_tokens // (config.train.global_batch_size * config.train.sequence_length))
-
-
-def _ranks(count: int) -> str:
+def num_ranks(count: int) -> str:
+    """So many ranks, in words."""
     return f"{count} rank" + "s" * (count != 1)

@@ -21,6 +21,9 @@ class RunState:
         skipped_steps: steps without an update because of a non-finite value.
         skipped_in_a_row: the latest of them without a good step between.
         skipped_sequences: windows of the global order that the run passes over, as in `data.skip`.
+        best_step, best_value: the measurement that was best, where checkpoints are chosen by one.
+        measured_since_best: measurements after it.
+        owes_validation: a stop request came where the model was to be measured.
     """
 
     step: int = 0
@@ -29,6 +32,10 @@ class RunState:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     skipped_sequences: list[str] = field(default_factory=list)
+    best_step: int | None = None
+    best_value: float | None = None
+    measured_since_best: int = 0
+    owes_validation: bool = False
 
     def advance(self, *, sequences: int, tokens: int, skipped: bool) -> None:
         """One optimizer step.
@@ -42,6 +49,20 @@ class RunState:
         self.tokens += tokens
         self.skipped_steps += skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+
+    def judge(self, value: float, *, lower: bool) -> bool:
+        """Take on a measurement of this step; returns whether it is the best so far. One that is no number never is.
+
+        Args:
+            lower: whether less is better.
+        """
+        is_best = value == value and (
+            self.best_value is None or (value < self.best_value if lower else value > self.best_value)
+        )
+        if is_best:
+            self.best_step, self.best_value = self.step, value
+        self.measured_since_best = 0 if is_best else self.measured_since_best + 1
+        return is_best
 
     def pass_over(self, ranges: list[str]) -> None:
         """Take on `data.skip`.
@@ -74,20 +95,22 @@ class Cadence:
     Every rank must be told the same numbers: the time is rank 0's.
     """
 
-    def __init__(self, every: str, *, tokens_per_step: int) -> None:
+    def __init__(self, every: str, *, tokens: int = 0) -> None:
         """Args:
         every: "500 steps", "1B tokens" or "30 min".
+        tokens: consumed so far.
         """
         duration = parse_duration(every)
         assert duration.unit != "fraction", f"{every!r} is not how often something happens"
-        self.unit, self.every, self.tokens_per_step = duration.unit, duration.value, tokens_per_step
-        self._previous_seconds = 0.0
+        self.unit, self.every = duration.unit, duration.value
+        self._previous_tokens, self._previous_seconds = tokens, 0.0
 
     def due(self, state: RunState, elapsed_seconds: float) -> bool:
         """Whether the step just done reached another multiple; to be asked once after every step."""
         if self.unit == "steps":
             return state.step % max(1, round(self.every)) == 0
         if self.unit == "tokens":
-            return state.tokens // self.every > (state.tokens - self.tokens_per_step) // self.every
+            before, self._previous_tokens = self._previous_tokens, state.tokens
+            return state.tokens // self.every > before // self.every
         previous, self._previous_seconds = self._previous_seconds, elapsed_seconds
         return elapsed_seconds // self.every > previous // self.every

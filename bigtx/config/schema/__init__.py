@@ -7,6 +7,14 @@ run time and knows Optional, not `X | None`.
 
 from __future__ import annotations
 
+from bigtx.config.schema.finetuning import (
+    ClassifyConfig,
+    FieldsConfig,
+    FinetuneConfig,
+    FinetuneTrainConfig,
+    RecordsConfig,
+    SelectionConfig,
+)
 from bigtx.config.schema.model import (
     ExpertsConfig,
     ModelConfig,
@@ -29,6 +37,8 @@ from bigtx.config.schema.training import (
     OptimizerConfig,
     PhaseConfig,
     PretrainConfig,
+    RhythmConfig,
+    RunConfig,
     ScheduleConfig,
     SourceConfig,
     TrackConfig,
@@ -37,12 +47,16 @@ from bigtx.config.schema.training import (
 )
 
 __all__ = [
+    "ClassifyConfig",
     "CleanConfig",
     "DataConfig",
     "DecontaminateConfig",
     "EngineConfig",
     "ExpertsConfig",
+    "FieldsConfig",
     "FilterConfig",
+    "FinetuneConfig",
+    "FinetuneTrainConfig",
     "ForeignConfig",
     "InputConfig",
     "ModelConfig",
@@ -52,8 +66,12 @@ __all__ = [
     "PhaseConfig",
     "PrepareConfig",
     "PretrainConfig",
+    "RecordsConfig",
+    "RhythmConfig",
     "RopeScalingConfig",
+    "RunConfig",
     "ScheduleConfig",
+    "SelectionConfig",
     "SourceConfig",
     "TokenizerTrainConfig",
     "TrackConfig",

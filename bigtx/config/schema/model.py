@@ -128,6 +128,8 @@ class ModelConfig:
     """A bias on the logits."""
     head_transform: bool = False
     """A linear map, GELU and a norm before the head, as in BERT."""
+    num_classes: Optional[int] = field(None, minimum=2)
+    """Classes that a text is sorted into, by a head of its own instead of that of tokens. Empty: the head of tokens."""
     dropout: float = field(0.0, minimum=0.0, maximum=0.9)
     """Probability of dropping embeddings, attention weights and sublayer outputs."""
     logit_scale: float = field(1.0, minimum=1e-6)

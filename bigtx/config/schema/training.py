@@ -92,23 +92,17 @@ class ObjectiveConfig:
 
 
 @dataclass(kw_only=True)
-class TrainConfig:
-    """The length and rhythm of a run."""
+class RhythmConfig:
+    """The steps of a run, and what happens every so many of them."""
 
     max_steps: Optional[int] = field(None, kind="count", minimum=0, change="by_name")
-    """Optimizer steps of the run; give this or max_tokens."""
-    max_tokens: Optional[int] = field(None, kind="count", minimum=1, change="by_name")
-    """Input tokens of the run, e.g. 10B; rounded up to whole steps."""
-    sequence_length: int = field(1024, kind="count", minimum=2)
-    """Tokens of a row of text; an objective that cuts it in two says how long its parts become."""
+    """Optimizer steps of the run."""
     global_batch_size: int = field(32, kind="count", minimum=1)
-    """Sequences of one optimizer step over all ranks: the invariant of a run."""
+    """Sequences (in fine-tuning: records) of one optimizer step over all ranks: the invariant of a run."""
     micro_batch_size: int = field(4, minimum=1, change="free")
     """Sequences of one forward pass on one rank; global_batch_size / (ranks * micro_batch_size) of them make a step."""
     gradient_clipping: float = field(1.0, minimum=0.0, change="by_name")
     """Largest global norm of the gradient; 0 clips nothing."""
-    z_loss: float = field(0.0, minimum=0.0, change="by_name")
-    """Weight of the squared log-partition that keeps logits small (PaLM, arXiv:2204.02311: 1e-4)."""
     log_every: str = field("10 steps", kind="duration", change="free")
     """How often metrics are written and shown."""
     checkpoint_every: str = field("500 steps", kind="duration", change="free")
@@ -117,6 +111,18 @@ class TrainConfig:
     """Newest checkpoints that are kept."""
     max_skipped_steps: int = field(20, minimum=0, change="free")
     """Consecutive steps with a non-finite loss or gradient after which the run ends with an error."""
+
+
+@dataclass(kw_only=True)
+class TrainConfig(RhythmConfig):
+    """The length and rhythm of a run: give max_steps or max_tokens."""
+
+    max_tokens: Optional[int] = field(None, kind="count", minimum=1, change="by_name")
+    """Input tokens of the run, e.g. 10B; rounded up to whole steps."""
+    sequence_length: int = field(1024, kind="count", minimum=2)
+    """Tokens of a row of text; an objective that cuts it in two says how long its parts become."""
+    z_loss: float = field(0.0, minimum=0.0, change="by_name")
+    """Weight of the squared log-partition that keeps logits small (PaLM, arXiv:2204.02311: 1e-4)."""
 
 
 @dataclass(kw_only=True)
@@ -230,25 +236,32 @@ class TrackConfig:
 
 
 @dataclass(kw_only=True)
-class PretrainConfig:
-    """A pretraining run."""
+class RunConfig:
+    """What every training has."""
 
     run_dir: str = field("", change="free")
     """Folder of the run; the same command on the same folder goes on where it was."""
     seed: int = field(1, minimum=0, maximum=2**63 - 1, change="never")
     """Seed of the initial weights, the data order, dropout and samples."""
-    init_from: Optional[str] = field(None, change="never")
-    """Run or checkpoint folder whose weights start this run; data, schedule and optimizer are this run's own."""
     allow_changes: list[str] = field(factory=list, change="free")
     """Keys that may differ from the run being resumed, e.g. [optimizer.learning_rate, train.max_steps]; recorded."""
     model: ModelConfig = section(ModelConfig, change="never")
-    data: DataConfig = section(DataConfig, change="never")
-    objective: ObjectiveConfig = section(ObjectiveConfig, change="never")
-    train: TrainConfig = section(TrainConfig, change="never")
-    validation: ValidationConfig = section(ValidationConfig, change="by_name")
+    train: RhythmConfig = section(RhythmConfig, change="never")
     optimizer: OptimizerConfig = section(OptimizerConfig, change="by_name")
     schedule: ScheduleConfig = section(ScheduleConfig, change="by_name")
     engine: EngineConfig = section(EngineConfig, change="free")
     track: TrackConfig = section(TrackConfig, change="free")
     deepspeed: dict[str, Any] = field(factory=dict, change="free")
     """Raw DeepSpeed keys for experts; one that contradicts a typed field is an error."""
+
+
+@dataclass(kw_only=True)
+class PretrainConfig(RunConfig):
+    """A pretraining run."""
+
+    init_from: Optional[str] = field(None, change="never")
+    """Run or checkpoint folder whose weights start this run; data, schedule and optimizer are this run's own."""
+    data: DataConfig = section(DataConfig, change="never")
+    objective: ObjectiveConfig = section(ObjectiveConfig, change="never")
+    train: TrainConfig = section(TrainConfig, change="never")
+    validation: ValidationConfig = section(ValidationConfig, change="by_name")

@@ -79,6 +79,10 @@ class ForeignLoader(StepLoader):
             prefetch_batches=data.prefetch_batches,
         )
 
+    def num_tokens(self, micro_batches: list[Batch]) -> int:
+        """Whole rows."""
+        return len(micro_batches) * self._micro_batch_size * self._form.sequence_length
+
     def _sequence_after_step(self) -> int:
         return self.next_sequence + self._global_batch_size
 

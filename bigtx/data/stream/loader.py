@@ -35,6 +35,19 @@ LOCATED_ROWS = 1024
 """Rows of one rank that are located at once, if a step has no more."""
 
 
+def check_division(global_batch_size: int, micro_batch_size: int, world_size: int) -> None:
+    """Refuse a global batch that ranks cannot share evenly.
+
+    Raises:
+        ConfigError: it does not divide into ranks and micro batches.
+    """
+    if global_batch_size % (world_size * micro_batch_size):
+        raise ConfigError(
+            f"train.global_batch_size={global_batch_size} does not divide into {world_size} ranks with micro "
+            f"batches of {micro_batch_size}: choose train.micro_batch_size so that their product divides it."
+        )
+
+
 class StepLoader(ABC):
     """Iterates over optimizer steps, without end: each item is the list of this rank's micro batches.
 
@@ -65,6 +78,10 @@ class StepLoader(ABC):
         self.wait_seconds += time.perf_counter() - begin
         self.next_sequence = self._sequence_after_step()
         return micro_batches
+
+    @abstractmethod
+    def num_tokens(self, micro_batches: list[Batch]) -> int:
+        """Input tokens of a step on this rank."""
 
     @abstractmethod
     def _sequence_after_step(self) -> int:
@@ -109,11 +126,7 @@ class TrainLoader(StepLoader):
         pad_id: int,
         prepare: Prepare = as_they_are,
     ) -> None:
-        if global_batch_size % (world_size * micro_batch_size):
-            raise ConfigError(
-                f"train.global_batch_size={global_batch_size} does not divide into {world_size} ranks with micro "
-                f"batches of {micro_batch_size}: choose train.micro_batch_size so that their product divides it."
-            )
+        check_division(global_batch_size, micro_batch_size, world_size)
         sources = check_sources(data, sequence_length=sequence_length)
         self._readers = [open_reader(source.manifest) for source in sources]
         self._skipped = SkippedWindows(data.skip)
@@ -135,6 +148,10 @@ class TrainLoader(StepLoader):
             start_sequence=start_sequence,
             prefetch_batches=data.prefetch_batches,
         )
+
+    def num_tokens(self, micro_batches: list[Batch]) -> int:
+        """Whole rows."""
+        return len(micro_batches) * self._micro_batch_size * self._form.sequence_length
 
     def _sequence_after_step(self) -> int:
         return self._skipped.after(self.next_sequence, self._global_batch_size)

@@ -1,4 +1,4 @@
-"""What a batch is for: a task turns a batch into a loss."""
+"""Pretraining: the likelihood of the labels that an objective made."""
 
 from __future__ import annotations
 

@@ -1,0 +1,260 @@
+"""Files -> records, in an order that depends on names alone; whatever cannot be read is told with file and line.
+
+folder of folders of texts    each text a record {text, label}, the folder's name being the label (as in the
+                              Large Movie Review Dataset)
+folder of files below         each file as if it had been named
+.jsonl                        an object in each line
+.csv, .tsv                    a row each; the first one names the fields
+.tar                          a webdataset sample each: .json gives fields, .txt `text`, .cls `label`
+x.{de,en}.gz                  the lines of two text files side by side, {source, target}
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from bigtx.data.raw.archives import DamagedArchiveError, read_members
+from bigtx.data.raw.documents import Rejects
+from bigtx.data.raw.formats import READ_ERRORS, decompressed, suffix_inside
+from bigtx.data.raw.records import BadRecordError as BadJsonError
+from bigtx.data.raw.records import not_utf8, parse_json, unreadable
+from bigtx.data.records.record import Broken, Record
+from bigtx.utils.errors import DataError
+
+RECORD_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".tar")
+TEXT_SUFFIXES = (".txt", ".md")
+PAIR = re.compile(r"\{([^{},/]+),([^{},/]+)\}")
+"""Two files side by side."""
+MAX_RECORD_BYTES = 64 << 20
+
+
+def read_records(paths: Sequence[str], broken: Broken) -> Iterator[Record]:
+    """All records of files, folders and globs, in the order given; folders and globs in the order of names.
+
+    What cannot be read goes to `broken`.
+
+    Raises:
+        DataError: a path that names nothing, or a file whose kind is not known.
+    """
+    for path in paths:
+        for file in _expand(path):
+            yield from _read_path(file, broken)
+
+
+def natural(text: str) -> list[Any]:
+    """A sorting key in which numbers count as numbers: 9_7 comes before 10_1."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
+
+
+def _expand(path: str) -> list[str]:
+    if PAIR.search(path) or Path(path).exists():
+        return [path]
+    found = sorted(glob.glob(path, recursive=True), key=natural)
+    if not found:
+        raise DataError(f"no file or folder {path!r}; see data.train, data.validation and data.test")
+    return found
+
+
+def _read_path(path: str, broken: Broken) -> Iterator[Record]:
+    if PAIR.search(path):
+        yield from _read_side_by_side(path, broken)
+    elif Path(path).is_dir():
+        yield from _read_folder(Path(path), broken)
+    else:
+        yield from _read_file(path, broken)
+
+
+def _read_folder(folder: Path, broken: Broken) -> Iterator[Record]:
+    entries = sorted((entry for entry in folder.iterdir() if not entry.name.startswith(".")), key=_by_name)
+    files = [entry for entry in entries if suffix_inside(entry.name) in RECORD_SUFFIXES]
+    if files:
+        for file in files:
+            yield from _read_file(str(file), broken)
+        return
+    classes = [entry for entry in entries if entry.is_dir() and any(map(_is_text, entry.iterdir()))]
+    if not classes:
+        raise DataError(
+            f"{folder} holds no records, neither {', '.join(RECORD_SUFFIXES)} files nor a folder of texts a class"
+        )
+    for of_class in classes:
+        for file in sorted(filter(_is_text, of_class.iterdir()), key=_by_name):
+            text = _whole_text(file, broken)
+            if text is not None:
+                yield Record({"text": text, "label": of_class.name}, str(file))
+
+
+def _by_name(path: Path) -> list[Any]:
+    return natural(path.name)
+
+
+def _is_text(path: Path) -> bool:
+    return suffix_inside(path.name) in TEXT_SUFFIXES and not path.name.startswith(".")
+
+
+def _whole_text(path: Path, broken: Broken) -> str | None:
+    try:
+        with open(path, "rb") as stored:
+            raw = decompressed(stored, path.name).read()
+    except READ_ERRORS as error:
+        broken.add(str(path), 0, unreadable(error))
+        return None
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        broken.add(str(path), 1, not_utf8(raw, error))
+        return None
+
+
+def _read_file(path: str, broken: Broken) -> Iterator[Record]:
+    suffix = suffix_inside(path)
+    readers = {".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".csv": _read_table, ".tsv": _read_table}
+    if suffix not in (*readers, ".tar"):
+        raise DataError(f"cannot tell what records {path} holds: it ends in none of {', '.join(RECORD_SUFFIXES)}")
+    try:
+        with open(path, "rb") as stored:
+            stream = decompressed(stored, path)
+            if suffix == ".tar":
+                yield from _read_samples(stream, path, broken)
+            else:
+                yield from readers[suffix](stream, path, broken)
+    except READ_ERRORS as error:
+        broken.add(path, 0, unreadable(error))
+
+
+def _read_jsonl(stream: BinaryIO, path: str, broken: Broken) -> Iterator[Record]:
+    for line, raw in enumerate(stream, start=1):
+        if not raw.strip():
+            continue
+        try:
+            yield Record(parse_json(raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw), path, line)
+        except UnicodeDecodeError as error:
+            broken.add(path, line, not_utf8(raw, error))
+        except BadJsonError as error:
+            broken.add(path, line, str(error))
+
+
+def _read_table(stream: BinaryIO, path: str, broken: Broken) -> Iterator[Record]:
+    csv.field_size_limit(MAX_RECORD_BYTES)
+    lines = _Decoded(stream)
+    reader = csv.reader(lines, delimiter="\t" if suffix_inside(path) == ".tsv" else ",", strict=True)
+    header: list[str] | None = None
+    while True:
+        line = lines.number + 1
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except UnicodeDecodeError as error:
+            broken.add(path, lines.number, f"not UTF-8: {error.reason} at byte {error.start + 1} of the line")
+            continue
+        except csv.Error as error:
+            broken.add(path, line, str(error))
+            continue
+        if header is None:
+            header = row
+            repeated = sorted({name for name in header if header.count(name) > 1})
+            if repeated:
+                broken.add(path, 1, f"the first line names columns twice: {', '.join(repeated)}")
+                return
+        elif row and len(row) != len(header):
+            broken.add(path, line, f"{len(row)} fields where the first line names {len(header)} columns")
+        elif row:
+            yield Record(dict(zip(header, row, strict=True)), path, line)
+
+
+class _Decoded:
+    """The lines of a stream as text, counted."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.number = 0
+
+    def __iter__(self) -> _Decoded:
+        return self
+
+    def __next__(self) -> str:
+        raw = self._stream.readline()
+        if not raw:
+            raise StopIteration
+        self.number += 1
+        return raw.decode("utf-8-sig" if self.number == 1 else "utf-8")
+
+
+def _read_samples(stream: BinaryIO, path: str, broken: Broken) -> Iterator[Record]:
+    """The samples of a webdataset shard: neighbouring members whose names agree up to the first dot."""
+    rejects = Rejects(1.0, sink=lambda reject: broken.add(reject.file, reject.line, reject.reason))
+    key, fields, first = "", dict[str, Any](), ""
+    seen: set[str] = set()
+    try:
+        for member in read_members(stream, path, rejects):
+            folder, slash, name = member.name.rpartition("/")
+            stem, _, suffix = name.partition(".")
+            if f"{folder}{slash}{stem}" != key:
+                if fields:
+                    yield Record(fields, first)
+                key, fields, first = f"{folder}{slash}{stem}", {}, f"{path}/{member.name}"
+                if key in seen:
+                    broken.add(first, 0, f"the key {key!r} comes twice in the shard, or its members are interleaved")
+                seen.add(key)
+            fields |= _member_fields(member.stream, suffix.lower(), f"{path}/{member.name}", broken)
+    except DamagedArchiveError as error:
+        broken.add(path, 0, str(error))
+        return
+    if fields:
+        yield Record(fields, first)
+
+
+def _member_fields(stream: BinaryIO, suffix: str, where: str, broken: Broken) -> dict[str, Any]:
+    """What a member adds to its sample; members with other suffixes are passed over, and never decoded."""
+    names = {"txt": "text", "cls": "label", "json": ""}
+    if suffix not in names:
+        return {}
+    raw = stream.read(MAX_RECORD_BYTES + 1)
+    try:
+        if len(raw) > MAX_RECORD_BYTES:
+            raise BadJsonError(f"longer than {MAX_RECORD_BYTES >> 20} MiB")
+        if suffix == "json":
+            return parse_json(raw)
+        text = raw.decode("utf-8-sig")
+        return {names[suffix]: text.strip() if suffix == "cls" else text}
+    except UnicodeDecodeError as error:
+        broken.add(where, 1, not_utf8(raw, error))
+    except BadJsonError as error:
+        broken.add(where, 1, str(error))
+    return {}
+
+
+def _read_side_by_side(path: str, broken: Broken) -> Iterator[Record]:
+    """The lines of two files, as `source` and `target`."""
+    match = PAIR.search(path)
+    assert match is not None
+    files = [path[: match.start()] + side + path[match.end() :] for side in match.groups()]
+    sides = []
+    for file in files:
+        try:
+            with open(file, "rb") as stored:
+                sides.append(decompressed(stored, file).read().split(b"\n"))
+        except FileNotFoundError:
+            raise DataError(f"no file {file}, one of the two that {path!r} stands for") from None
+        except READ_ERRORS as error:
+            broken.add(file, 0, unreadable(error))
+            return
+    sides = [lines[:-1] if lines[-1] == b"" else lines for lines in sides]
+    if len(sides[0]) != len(sides[1]):
+        counts = " and ".join(f"{file} has {len(lines):,}" for file, lines in zip(files, sides, strict=True))
+        broken.add(path, 0, f"the two files must have as many lines: {counts}")
+        return
+    for line, pair in enumerate(zip(*sides, strict=True), start=1):
+        texts = []
+        for file, raw in zip(files, pair, strict=True):
+            try:
+                texts.append(raw.removesuffix(b"\r").decode("utf-8-sig" if line == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
+                broken.add(file, line, not_utf8(raw, error))
+        if len(texts) == len(pair):
+            yield Record({"source": texts[0], "target": texts[1]}, files[0], line)

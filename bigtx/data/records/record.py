@@ -1,0 +1,98 @@
+"""A record: named values, and where they stand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bigtx.utils.errors import DataError
+
+MAX_TOLD = 5
+"""Broken records that an error names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What was read of one record.
+
+    Attributes:
+        fields: values by name; a name with dots that is no field itself leads through nested ones.
+        file: where it stands; a member of an archive is `<archive>/<member>`.
+        line: from 1, where it begins in the file.
+    """
+
+    fields: Mapping[str, Any]
+    file: str
+    line: int = 1
+
+    @property
+    def where(self) -> str:
+        """For error messages."""
+        return f"{self.file}, line {self.line}"
+
+    def value(self, name: str) -> Any:
+        """The value of a field; None where there is none."""
+        if name in self.fields or "." not in name:
+            return self.fields.get(name)
+        value: Any = self.fields
+        for part in name.split("."):
+            if not isinstance(value, Mapping):
+                return None
+            value = value.get(part)
+        return value
+
+    def text(self, name: str, *, setting: str) -> str:
+        """A field that is a text with something in it.
+
+        Args:
+            setting: the config key that names the field, for the error.
+
+        Raises:
+            BadRecordError: it is missing, empty, or no text.
+        """
+        value = self.value(name)
+        if isinstance(value, str) and value.strip():
+            return value
+        if value is None:
+            known = ", ".join(list(self.fields)[:8]) or "none"
+            raise BadRecordError(f"no field {name!r} (its fields: {known}); see {setting}")
+        if isinstance(value, str):
+            raise BadRecordError(f"the field {name!r} is empty")
+        raise BadRecordError(f"the field {name!r} is a {type(value).__name__}, not a text; see {setting}")
+
+
+class BadRecordError(Exception):
+    """A record that cannot be used; the message is the reason."""
+
+
+class Broken:
+    """Collects the records that cannot be used, so that one error names several of them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._first: list[str] = []
+
+    def add(self, file: str, line: int, reason: str) -> None:
+        """One more; line 0 is the file as a whole."""
+        self.count += 1
+        if len(self._first) < MAX_TOLD:
+            self._first.append(f"\n  {_visible(file)}{f', line {line}' if line else ''}: {_visible(reason)}")
+
+    def check(self) -> None:
+        """Do nothing if there are none.
+
+        Raises:
+            DataError: names the first of them.
+        """
+        if self.count:
+            more = f", the first {MAX_TOLD} of them" if self.count > MAX_TOLD else ""
+            records = "record" + "s" * (self.count > 1)
+            raise DataError(
+                f"{self.count:,} {records} cannot be used{more}; mend or remove them:{''.join(self._first)}"
+            )
+
+
+def _visible(text: str) -> str:
+    # What stands in a file is anybody's: it must not steer the terminal.
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)

@@ -1,0 +1,121 @@
+"""From a base to a task: which weights are taken over, which begin anew, and which are left behind.
+
+A parameter is taken over where the base has one of its name and shape. A table whose rows are tokens or positions may
+have grown or shrunk: the rows that both have are taken over, others begin anew. What differs otherwise is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bigtx.utils.errors import ConfigError
+
+if TYPE_CHECKING:
+    from bigtx.engine.checkpoint import Checkpoint
+    from bigtx.engine.engine import ReadRange
+
+Shape = tuple[int, ...]
+
+ROWS_MAY_DIFFER = ("embedding.weight", "position_embedding.weight", "head.weight", "head.bias")
+"""Tables with a row for each token or position."""
+MAX_LISTED = 6
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What becomes of each parameter.
+
+    Attributes:
+        loaded: taken over as they are.
+        resized: rows taken over, and rows of the new table.
+        new: from the seed.
+        dropped: of the base, without a place in the model.
+    """
+
+    loaded: list[str]
+    resized: dict[str, tuple[int, int]]
+    new: list[str]
+    dropped: list[str]
+    shapes: Mapping[str, Shape] = field(repr=False)
+
+    def describe(self) -> str:
+        """For the log."""
+        parts = [f"{len(self.loaded)} parameters loaded"]
+        if self.resized:
+            rows = (f"{name} ({kept:,} of {total:,} rows)" for name, (kept, total) in self.resized.items())
+            parts.append(f"resized: {', '.join(rows)}")
+        parts.append(f"new: {_listed(self.new)}")
+        parts.append(f"dropped: {_listed(self.dropped)}")
+        return "; ".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "loaded": self.loaded,
+            "resized": {name: {"rows_loaded": kept, "rows": total} for name, (kept, total) in self.resized.items()},
+            "new": self.new,
+            "dropped": self.dropped,
+        }
+
+    def read(self, source: Checkpoint, initial: ReadRange) -> ReadRange:
+        """How to fill the model: from the base where it has a value, else from the initial weights."""
+
+        def read(name: str, kind: str, start: int, stop: int) -> Tensor:
+            if name in self.resized:
+                rows, total = self.resized[name]
+                border = rows * (self._numel(name) // total)
+                parts = []
+                if start < border:
+                    parts.append(source.read(name, kind, start, min(stop, border)))
+                if stop > border:
+                    parts.append(initial(name, kind, max(start, border), stop))
+                return torch.cat(parts)
+            return (initial if name in new else source.read)(name, kind, start, stop)
+
+        new = set(self.new)
+        return read
+
+    def _numel(self, name: str) -> int:
+        return torch.Size(self.shapes[name]).numel()
+
+
+def plan_transfer(shapes: Mapping[str, Shape], base: Mapping[str, Shape], *, name: str) -> Transfer:
+    """Find the place of each of the base's parameters.
+
+    Args:
+        shapes: of the model, by parameter.
+        base: of the base.
+        name: the base as the user wrote it, for the error.
+
+    Raises:
+        ConfigError: a parameter of both has another shape in each.
+    """
+    loaded, resized, different = [], {}, []
+    for parameter, shape in shapes.items():
+        before = base.get(parameter)
+        if before == shape:
+            loaded.append(parameter)
+        elif before is not None and parameter in ROWS_MAY_DIFFER and before[1:] == shape[1:]:
+            resized[parameter] = (min(before[0], shape[0]), shape[0])
+        elif before is not None:
+            different.append(f"{parameter} {list(before)} there, {list(shape)} here")
+    if different:
+        raise ConfigError(
+            f"base={name} does not fit the section model: {'; '.join(different[:5])} ({len(different)} in all); leave "
+            "out the settings of model that change its shape"
+        )
+    new = [parameter for parameter in shapes if parameter not in base]
+    dropped = [parameter for parameter in base if parameter not in shapes]
+    return Transfer(loaded, resized, new, dropped, shapes)
+
+
+def _listed(names: list[str]) -> str:
+    if not names:
+        return "none"
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(names[:MAX_LISTED]) + more

@@ -1,0 +1,229 @@
+"""Fine-tuning: records under a task, from a base."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Any
+
+from bigtx.config.runs import run_dir_of
+from bigtx.config.schema import FinetuneConfig
+from bigtx.train.session import Session
+from bigtx.utils import log
+from bigtx.utils.errors import ConfigError, LaunchError
+from bigtx.utils.files import write_json
+from bigtx.utils.units import parse_duration
+
+if TYPE_CHECKING:
+    from bigtx.data.stream.loader import StepLoader
+    from bigtx.train.loop import Run
+    from bigtx.train.measure import Measurement
+
+RESULTS = "results.json"
+"""In the run folder, once the run has ended and its best checkpoint was measured."""
+BASE = "base.json"
+"""In the run folder: where the weights came from, and what became of each parameter."""
+
+
+class FinetuneSession(Session[FinetuneConfig]):
+    """One life of a fine-tuning run."""
+
+    job_type = "finetune"
+
+    def open_data(self) -> None:
+        """Open the base's tokenizer, read the records, and complete the config.
+
+        Raises:
+            DataError: records that cannot be used.
+            ConfigError: the tokenizer is not that of the base, or the model cannot do the task.
+        """
+        from bigtx.train.examples import open_task_data
+
+        self.tokenizer = self._open_tokenizer()
+        config = self.config
+        if config.model.vocab_size is None:
+            config = dataclasses.replace(
+                config, model=dataclasses.replace(config.model, vocab_size=self.tokenizer.vocab_size)
+            )
+        data = open_task_data(config, self.tokenizer)
+        self.config, self.task, self.splits = data.config, data.task, data.splits
+        self.task.begin(self.splits["train"].examples)
+        self.facts = {"tokenizer": self.tokenizer.fingerprint, "seed": config.seed, "data": data.identity}
+        train = self.splits["train"].examples
+        self.total_steps = total_steps(config, len(train))
+        self.lengths = self.task.lengths(train)
+        size = config.train.global_batch_size
+        mean_tokens = max(1.0, sum(example.length for example in train) / len(train))
+        self.tokens_per_step = round(size * mean_tokens)
+        self.mean_tokens = mean_tokens
+        self.patience = config.validation.patience
+        self._tell_data()
+
+    def _tell_data(self) -> None:
+        counts = ", ".join(f"{len(split.records):,} {name}" for name, split in self.splits.items() if split.records)
+        epochs = self.total_steps * self.config.train.global_batch_size / len(self.splits["train"].records)
+        log.say(
+            f"task: {self.config.task}; records: {counts}, of {self.mean_tokens:.0f} tokens in the mean; "
+            f"{epochs:.3g} epochs are {self.total_steps:,} steps"
+        )
+        cut = sum(split.num_cut for split in self.splits.values())
+        if cut:
+            total = sum(len(split.records) for split in self.splits.values())
+            log.say(
+                f"{cut:,} of {total:,} records ({cut / total:.1%}) are longer than {self.task.max_length:,} tokens and "
+                "were cut (data.too_long, data.max_length)"
+            )
+        if not self.splits["validation"].records:
+            log.say("no validation records: the newest checkpoint counts as the best (data.validation_fraction)")
+
+    def _open_tokenizer(self) -> Any:
+        from bigtx.tokenizer.tokenizer import Tokenizer
+
+        own = self.run_dir / "tokenizer"
+        base = self.config.base
+        if base is None:
+            assert self.config.tokenizer is not None
+            return Tokenizer.load(self.config.tokenizer)
+        folder = run_dir_of(base) / "tokenizer"
+        if not folder.is_dir() and own.is_dir():
+            return Tokenizer.load(own)  # The base is gone; the run has all that it needs of it.
+        tokenizer = Tokenizer.load(folder)
+        if self.config.tokenizer and Tokenizer.load(self.config.tokenizer).fingerprint != tokenizer.fingerprint:
+            raise ConfigError(
+                f"tokenizer={self.config.tokenizer}: the tokenizer comes with the base, and that of {base} is another "
+                "one, so its ids would mean other texts; leave tokenizer out"
+            )
+        return tokenizer
+
+    def is_finished(self) -> bool:
+        """Whether the run has made all its steps, or ended early, and its best checkpoint was measured."""
+        if self.checkpoint is None or not (self.run_dir / RESULTS).is_file():
+            return False
+        if json.loads((self.run_dir / RESULTS).read_text(encoding="utf-8")).get("total_steps") != self.total_steps:
+            return False
+        log.say(
+            f"the run is finished: {self.checkpoint.manifest['state']['step']:,} steps; its results are in "
+            f"{self.run_dir / RESULTS}. To train on: train.epochs=N allow_changes=[train.epochs]; to start anew: "
+            "another run_dir"
+        )
+        self.status = "finished"
+        return True
+
+    def begin(self) -> None:
+        """From the base, with what the task adds from the seed; or all from the seed."""
+        self.state.owes_validation = self.config.validation.at_start
+        initial = self.initial_weights()
+        if self.config.base is None:
+            self.engine.fill(initial, states=False)
+            return
+        from bigtx.train.base_weights import plan_transfer
+
+        source = self.open_other_run(self.config.base)
+        if source.manifest["tokenizer"] != self.tokenizer.fingerprint:
+            raise ConfigError(
+                f"base={self.config.base}: {source.path} was trained with another tokenizer than that of its run folder"
+            )
+        transfer = plan_transfer(self.engine.shapes(), source.shapes, name=self.config.base)
+        self.engine.fill(transfer.read(source, initial), states=False)
+        source.close()
+        log.say(f"base: {source.path} (step {source.manifest['step']:,}): {transfer.describe()}")
+        facts = {
+            "base": str(source.path.resolve()),
+            "manifest_sha256": source.manifest_sha256,
+            "step": source.manifest["step"],
+            "wandb_run_id": source.manifest.get("wandb_run_id", ""),
+        }
+        if not self.dry_run:
+            self.ranks.on_first(lambda: self._write(BASE, facts | transfer.to_dict()))
+
+    def _write(self, name: str, value: dict[str, Any]) -> None:
+        try:
+            write_json(self.run_dir / name, value)
+        except OSError as error:
+            raise LaunchError(f"{self.run_dir / name} cannot be written: {error}") from error
+
+    def make_loader(self) -> StepLoader:
+        """Records from the state's place on."""
+        import numpy as np
+
+        from bigtx.data.records.loader import RecordLoader
+
+        examples, train = self.splits["train"].examples, self.config.train
+        return RecordLoader(
+            np.array([example.length for example in examples]),
+            lambda places, numbers: self.task.collate([examples[place] for place in places], numbers),
+            global_batch_size=train.global_batch_size,
+            micro_batch_size=train.micro_batch_size,
+            seed=self.config.seed,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            start_sequence=self.state.sequences,
+            prefetch_batches=self.config.data.prefetch_batches,
+        )
+
+    def make_validation(self) -> Measurement:
+        """The validation records."""
+        from bigtx.train.measure import Measurement
+
+        self.measurement = Measurement(self.config, self.engine, self.ranks, self.task, self.splits["validation"])
+        return self.measurement
+
+    def flops_per_token(self) -> float:
+        """Of a record of mean length."""
+        from bigtx.plan.parameters import flops_per_row
+
+        source, target, predicted = (round(length) for length in self.lengths)
+        return flops_per_row(self.config.model, source=source, target=target, predicted=predicted) / self.mean_tokens
+
+    def validate_every(self) -> str:
+        """As the config says, a share of the run in steps."""
+        every = parse_duration(self.config.validation.every)
+        if every.unit == "fraction":
+            return f"{max(1, round(every.value * self.total_steps))} steps"
+        return self.config.validation.every
+
+    def conclude(self, run: Run) -> None:
+        """Measure the best checkpoint, on the validation records and, this once, on the test records."""
+        from bigtx.engine.checkpoint import Checkpoint, preferred
+
+        path = self.ranks.from_first(self.ranks.on_first(lambda: preferred(self.run_dir)))
+        best = Checkpoint(path)
+        if best.manifest["step"] != self.state.step:
+            self.engine.fill(best.read, states=False)
+        best.close()
+        results: dict[str, Any] = {
+            "checkpoint": path.name,
+            "step": best.manifest["step"],
+            "total_steps": self.total_steps,
+            "tokens": self.state.tokens,
+            "chosen_by": self.measurement.metric if self.splits["validation"].records else None,
+        }
+        for name in ("validation", "test"):
+            split = self.splits[name]
+            if not split.records:
+                continue
+            metrics, predictions = self.measurement.measure(split)
+            results[name] = {"records": len(split.records), **metrics, **self.task.tables(predictions)}
+            run.tracker.log(
+                self.state.step, self.state.tokens, {f"{_group(name)}/{key}": value for key, value in metrics.items()}
+            )
+            shown = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items())
+            run.tracker.message(f"{name} at the best checkpoint ({path.name}): {shown}")
+        self.ranks.on_first(lambda: self._write(RESULTS, results))
+
+    def next_command(self) -> str:
+        """Predict."""
+        return f"bigtx predict {self.run_dir} --input FILE"
+
+
+def total_steps(config: FinetuneConfig, num_records: int) -> int:
+    """Optimizer steps of the run."""
+    if config.train.max_steps is not None:
+        return config.train.max_steps
+    assert config.train.epochs is not None
+    return max(1, -(-round(config.train.epochs * num_records) // config.train.global_batch_size))
+
+
+def _group(split: str) -> str:
+    """Of metrics: those of the best checkpoint are not a point of the validation's curve."""
+    return "test" if split == "test" else "best"

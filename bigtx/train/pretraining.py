@@ -1,0 +1,159 @@
+"""Pretraining: rows of prepared corpora, or of shards from elsewhere, under an objective."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from bigtx.config.schema import PretrainConfig
+from bigtx.train.session import Session, num_ranks
+from bigtx.utils import log
+from bigtx.utils.errors import ConfigError
+
+if TYPE_CHECKING:
+    from bigtx.data.stream.loader import StepLoader
+    from bigtx.train.evaluation import Validation
+
+
+class PretrainSession(Session[PretrainConfig]):
+    """One life of a pretraining run."""
+
+    job_type = "pretrain"
+
+    def open_data(self) -> None:
+        """Open the prepared corpora and their tokenizer, and make the objective.
+
+        Raises:
+            DataError: a corpus is missing or damaged, too small, or does not fit the others.
+            ConfigError: the model's vocabulary is too small for the tokenizer, or the objective needs other ids.
+        """
+        from bigtx.train.objectives import make_objective
+        from bigtx.train.run_data import open_run_data
+        from bigtx.train.tasks.likelihood import LikelihoodTask
+
+        config = self.config
+        self.tokens_per_step = config.train.global_batch_size * config.train.sequence_length
+        self.total_steps = total_steps(config)
+        self.data = open_run_data(config, self.total_steps, self.ranks)
+        self.tokenizer = self.data.tokenizer
+        self.facts = {
+            "tokenizer": self.tokenizer.fingerprint,
+            "seed": config.seed,
+            "data": self.data.identity,
+        }
+        if config.model.vocab_size is None:
+            self.config = config = dataclasses.replace(
+                config, model=dataclasses.replace(config.model, vocab_size=self.tokenizer.vocab_size)
+            )
+        elif config.model.vocab_size < self.tokenizer.vocab_size:
+            raise ConfigError(
+                f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's "
+                f"{self.tokenizer.vocab_size} ids in {self.data.tokenizer_place}; leave it empty to take it from there"
+            )
+        log.say(f"data: {self.data.description}; vocabulary {config.model.vocab_size:,}")
+        self.objective = make_objective(config, self.tokenizer, purpose="train")
+        log.say(f"objective: {config.objective.name}, {self.objective.describe()}")
+        self.task = LikelihoodTask(z_loss=config.train.z_loss, experts=config.model.experts)
+
+    def begin(self) -> None:
+        """From another run (`init_from`), or from the seed."""
+        self.state.skipped_sequences = self.config.data.skip
+        self.state.owes_validation = self.config.validation.at_start
+        if not self.config.init_from:
+            self.engine.fill(self.initial_weights(), states=False)
+            return
+        source = self._open_init_from(self.config.init_from)
+        self.engine.fill(source.read, states=False)
+        source.close()
+        log.say(f"weights from {source.path}")
+
+    def resume(self) -> None:
+        """Compare the windows that the run passes over."""
+        self.state.pass_over(self.config.data.skip)
+
+    def next_command(self) -> str:
+        """Export an encoder, have others write."""
+        if self.config.model.shape == "encoder":
+            return f"bigtx export {self.run_dir} --to hf -o FOLDER"
+        return f"bigtx generate {self.run_dir} --prompt '...'"
+
+    def make_loader(self) -> StepLoader:
+        """Rows from the state's place on."""
+        config, train = self.config, self.config.train
+        if self.checkpoint and config.data.foreign.paths:
+            self._tell_rereading()
+        return self.data.loader_type(
+            config.data,
+            sequence_length=train.sequence_length,
+            global_batch_size=train.global_batch_size,
+            micro_batch_size=train.micro_batch_size,
+            seed=config.seed,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            start_sequence=self.state.sequences,
+            pad_id=self.tokenizer.pad_id,
+            prepare=self.objective.prepare,
+        )
+
+    def make_validation(self) -> Validation:
+        """Held-out text."""
+        from bigtx.train.evaluation import Validation
+
+        validation = Validation(self.config, self.engine, self.ranks, self.task, self.tokenizer)
+        if not validation.sources and self.config.validation.max_sequences:
+            log.say(
+                "no validation: none of the corpora holds text out; `bigtx data prepare` does with a larger "
+                "validation_fraction, or name another corpus as validation.sources.NAME.path"
+            )
+        return validation
+
+    def flops_per_token(self) -> float:
+        """Of a row, by what the objective makes of it."""
+        from bigtx.plan.parameters import flops_per_row
+
+        lengths = self.objective.lengths._asdict()
+        return flops_per_row(self.config.model, **lengths) // self.config.train.sequence_length
+
+    def validate_every(self) -> str:
+        """As the config says."""
+        return self.config.validation.every
+
+    def _tell_rereading(self) -> None:
+        """Foreign shards have no places to come back to."""
+        rows, ranks = self.state.sequences, self.checkpoint.manifest["world_size"]
+        other = (
+            f", and with {num_ranks(self.ranks.world_size)} instead of {ranks} the shards are split otherwise"
+            if ranks != self.ranks.world_size
+            else ""
+        )
+        log.say(
+            f"data: reading {rows:,} rows again to come to where the run was{other}; exact and quick resume needs "
+            "prepared shards: bigtx data prepare"
+        )
+
+    def _open_init_from(self, folder: str) -> Any:
+        source = self.open_other_run(folder)
+        shapes = self.engine.shapes()
+        if shapes != source.shapes:
+            different = sorted(name for name in shapes | source.shapes if shapes.get(name) != source.shapes.get(name))
+            raise ConfigError(
+                f"init_from={folder}: its model has other parameters than this config's: "
+                + ", ".join(
+                    f"{name} {source.shapes.get(name)} there, {shapes.get(name)} here" for name in different[:5]
+                )
+                + f" ({len(different)} in all); copy the model section of its config.yaml"
+            )
+        if source.manifest["tokenizer"] != self.tokenizer.fingerprint:
+            raise ConfigError(
+                f"init_from={folder}: its tokenizer is not the one of this run's data; prepare the data with "
+                "that run's tokenizer folder"
+            )
+        return source
+
+
+def total_steps(config: PretrainConfig) -> int:
+    """Optimizer steps of the run."""
+    if config.train.max_steps is not None:
+        return config.train.max_steps
+    assert config.train.max_tokens is not None
+    return -(-config.train.max_tokens // (config.train.global_batch_size * config.train.sequence_length))

@@ -1,0 +1,21 @@
+"""What a batch is for: a task turns it into a loss, and in fine-tuning records into batches and predictions."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bigtx.train.tasks.task import RecordTask
+
+RECORD_TASKS = {
+    "classify": "bigtx.train.tasks.classify:Classify",
+}
+"""Where the class of each `task` of a fine-tuning is."""
+
+
+def task_type(name: str) -> type[RecordTask]:
+    """The class of a task."""
+    module, _, attribute = RECORD_TASKS[name].partition(":")
+    found: type[RecordTask] = getattr(importlib.import_module(module), attribute)
+    return found

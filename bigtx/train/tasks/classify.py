@@ -1,0 +1,273 @@
+"""A text, or a pair of texts, into one of some classes.
+
+encoder    </s> text </s> [ pair </s> ]     summed up by the first token or the mean
+decoder    </s> text </s> [ pair </s> ]     summed up by the last token, which has seen all
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bigtx.config.schema import FinetuneConfig
+from bigtx.data.records.record import BadRecordError, Record
+from bigtx.engine.engine import TaskLoss
+from bigtx.model.loss import IGNORED
+from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.train.tasks.scores import calibration_error, confusion, macro_f1
+from bigtx.train.tasks.task import Lengths, Model, Prediction, RecordTask, on_device, padded, pinned
+from bigtx.utils.errors import ConfigError, DataError
+
+LENGTH_MULTIPLE = 16
+"""Batches are padded to a multiple of it, so that there are few shapes."""
+NO_LABEL = -1
+
+
+@dataclass(frozen=True, slots=True)
+class TextExample:
+    """A text as ids.
+
+    Attributes:
+        ids: special ones included.
+        types: 0 for each id of the text, 1 for those of the pair.
+        label: number of the class, or NO_LABEL.
+        num_cut: ids that were too many.
+    """
+
+    ids: np.ndarray
+    types: np.ndarray
+    label: int
+    num_cut: int
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """B texts of T columns.
+
+    Attributes:
+        tokens, segment_ids: int64 [B, T]; padding is of another segment.
+        token_types: int64 [B, T], or None where the model knows none.
+        pool: fp32 [B, T], how much each column counts.
+        labels: int64 [B], or IGNORED.
+        weights: fp32 [B], how much each text counts.
+        num_tokens: padding left out.
+    """
+
+    tokens: Tensor
+    segment_ids: Tensor
+    token_types: Tensor | None
+    pool: Tensor
+    labels: Tensor
+    weights: Tensor
+    num_tokens: int
+
+    @property
+    def num_labels(self) -> int:
+        """Texts with a label."""
+        return int((self.labels != IGNORED).sum())
+
+    def to(self, device: torch.device) -> TextBatch:
+        """The batch on a device."""
+        return on_device(self, device)
+
+    def inputs(self) -> dict[str, Tensor | None]:
+        """What the model is called with."""
+        return {name: getattr(self, name) for name in ("tokens", "segment_ids", "token_types", "pool")}
+
+
+class Classify(RecordTask):
+    """Sort texts into classes."""
+
+    metric = "accuracy"
+    lower_is_better = frozenset({"loss", "calibration_error"})
+
+    def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:
+        super().__init__(config, tokenizer)
+        self.settings = config.classify
+        self.classes = list(config.classify.classes)
+        self.number = {name: number for number, name in enumerate(self.classes)}
+        self.pooling = config.classify.pooling
+        self.has_types = config.model.num_token_types > 1
+        self.class_weights = np.ones(len(self.classes), np.float32)
+
+    @classmethod
+    def resolve(cls, config: FinetuneConfig, tokenizer: Tokenizer, records: Sequence[Record]) -> FinetuneConfig:
+        """The names of the classes, as many logits, and what the head reads.
+
+        Raises:
+            ConfigError: an encoder-decoder, or pooling that would read nothing.
+            DataError: fewer than two classes.
+        """
+        shape, settings = config.model.shape, config.classify
+        if shape == "encoder_decoder":
+            raise ConfigError("task=classify wants an encoder or a decoder, and the model is an encoder_decoder")
+        classes = settings.classes or sorted(
+            {name for record in records if (name := _label(record, config)) is not None}
+        )
+        if len(classes) < 2:
+            raise DataError(
+                f"the training records have {len(classes)} classes ({', '.join(classes)}); see data.fields.label"
+            )
+        pooling = settings.pooling
+        if pooling == "auto":
+            pooling = "last" if shape == "decoder" else "mean"
+        if shape == "decoder" and pooling == "first":
+            raise ConfigError(
+                "classify.pooling=first: the first token of a decoder has seen nothing; write last or mean"
+            )
+        return dataclasses.replace(
+            config,
+            classify=dataclasses.replace(settings, classes=classes, pooling=pooling),
+            model=dataclasses.replace(config.model, num_classes=len(classes)),
+        )
+
+    @classmethod
+    def group_of(cls, record: Record, config: FinetuneConfig) -> Any:
+        """Its class."""
+        return _label(record, config)
+
+    def begin(self, examples: Sequence[TextExample]) -> None:
+        """Let each class of the training examples weigh the same, if the config says so."""
+        if self.settings.balance:
+            counts = Counter(example.label for example in examples)
+            for label, count in counts.items():
+                self.class_weights[label] = len(examples) / (len(counts) * count)
+
+    def encode(self, record: Record, *, for_training: bool = True) -> TextExample:
+        """The ids of a text, or of two."""
+        texts = [record.text(self.fields.text, setting="data.fields.text")]
+        if self.fields.pair:
+            texts.append(record.text(self.fields.pair, setting="data.fields.pair"))
+        sides = [self.tokenizer.encode(text) for text in texts]
+        limit, total = self.max_length - len(sides) - 1, sum(map(len, sides))
+        while sum(map(len, sides)) > limit:
+            # Of two texts the longer one gives way, as in BERT.
+            longest = max(range(len(sides)), key=lambda place: len(sides[place]))
+            others = sum(map(len, sides)) - len(sides[longest])
+            allowed = max(limit - others, -(-limit // len(sides)) if len(sides) > 1 else limit)
+            sides[longest] = self.cut(sides[longest], allowed, self.settings.truncate)
+        ids, types = [self.tokenizer.end_id], [0]
+        for number, side in enumerate(sides):
+            ids += [*side, self.tokenizer.end_id]
+            types += [number] * (len(side) + 1)
+        label = self._number(record, for_training)
+        return TextExample(np.array(ids, np.int32), np.array(types, np.int8), label, total - sum(map(len, sides)))
+
+    def _number(self, record: Record, is_needed: bool) -> int:
+        name = _label(record, self.config)
+        if name is None:
+            if is_needed:
+                raise BadRecordError(f"no field {self.fields.label!r} that names its class; see data.fields.label")
+            return NO_LABEL
+        if name not in self.number:
+            similar = difflib.get_close_matches(name, self.classes, 1, 0.6)
+            hint = f"did you mean {similar[0]}?" if similar else f"there are {', '.join(self.classes[:12])}"
+            raise BadRecordError(f"the class {name!r} is unknown to the model; {hint}")
+        return self.number[name]
+
+    def collate(self, examples: Sequence[TextExample], numbers: Sequence[int] | None = None) -> TextBatch:
+        """Texts side by side."""
+        tokens = padded([example.ids for example in examples], self.tokenizer.pad_id, multiple=LENGTH_MULTIPLE)
+        lengths = np.array([len(example.ids) for example in examples])
+        columns = np.arange(tokens.shape[1])
+        is_text = columns < lengths[:, None]  # B T
+        pool = {"first": columns == 0, "last": columns == lengths[:, None] - 1, "mean": is_text / lengths[:, None]}
+        labels = np.array([example.label if example.label >= 0 else IGNORED for example in examples])
+        weights = np.where(labels >= 0, self.class_weights[np.maximum(labels, 0)], 0).astype(np.float32)
+        return TextBatch(
+            tokens=tokens,
+            segment_ids=pinned((~is_text).astype(np.int64)),
+            token_types=padded([example.types for example in examples], 0, multiple=LENGTH_MULTIPLE)
+            if self.has_types
+            else None,
+            pool=pinned(np.broadcast_to(pool[self.pooling], is_text.shape).astype(np.float32)),
+            labels=pinned(labels.astype(np.int64)),
+            weights=pinned(weights),
+            num_tokens=int(lengths.sum()),
+        )
+
+    def loss(self, model: Model, batch: TextBatch) -> TaskLoss:
+        """Cross-entropy in nats; what is reported knows no smoothing and no weights."""
+        logits = model(**batch.inputs())
+        plain = F.cross_entropy(logits, batch.labels, ignore_index=IGNORED, reduction="none")
+        smoothed = F.cross_entropy(
+            logits,
+            batch.labels,
+            ignore_index=IGNORED,
+            reduction="none",
+            label_smoothing=self.settings.label_smoothing,
+        )
+        return TaskLoss((smoothed * batch.weights).sum(), plain.detach().sum())
+
+    @torch.no_grad()
+    def predict(self, model: Model, examples: Sequence[TextExample], device: torch.device) -> list[Prediction]:
+        """The likeliest class, and the probability of each."""
+        batch = self.collate(examples).to(device)
+        probabilities = model(**batch.inputs()).double().softmax(dim=-1).cpu().numpy()
+        found = []
+        for example, row in zip(examples, probabilities, strict=True):
+            prediction: Prediction = {
+                "label": self.classes[int(row.argmax())],
+                "probabilities": {name: float(value) for name, value in zip(self.classes, row, strict=True)},
+            }
+            found.append(prediction | ({"_label": example.label} if example.label >= 0 else {}))
+        return found
+
+    def metrics(self, predictions: Sequence[Prediction]) -> dict[str, float]:
+        """Accuracy, macro F1, mean cross-entropy in nats, and the expected calibration error."""
+        labels, probabilities = self._arrays(predictions)
+        matrix = confusion(labels, probabilities.argmax(axis=1), len(self.classes))
+        of_label = np.maximum(probabilities[np.arange(len(labels)), labels], np.finfo(np.float64).tiny)
+        return {
+            "accuracy": float(np.trace(matrix) / max(1, matrix.sum())),
+            "macro_f1": macro_f1(matrix),
+            "loss": float(-np.log(of_label).mean()),
+            "calibration_error": calibration_error(probabilities, labels),
+        }
+
+    def tables(self, predictions: Sequence[Prediction]) -> dict[str, list[dict[str, Any]]]:
+        """The confusion matrix: how many of each class were taken for which."""
+        labels, probabilities = self._arrays(predictions)
+        matrix = confusion(labels, probabilities.argmax(axis=1), len(self.classes))
+        return {
+            "confusion": [
+                {"class": name} | {f"as {other}": int(count) for other, count in zip(self.classes, row, strict=True)}
+                for name, row in zip(self.classes, matrix, strict=True)
+            ]
+        }
+
+    def _arrays(self, predictions: Sequence[Prediction]) -> tuple[np.ndarray, np.ndarray]:
+        labels = np.array([prediction["_label"] for prediction in predictions])
+        rows = [[prediction["probabilities"][name] for name in self.classes] for prediction in predictions]
+        return labels, np.array(rows)
+
+    def answer(self, record: Record) -> str:
+        """The name of its class."""
+        return _label(record, self.config) or ""
+
+    def lengths(self, examples: Sequence[TextExample]) -> Lengths:
+        """The tokens of a text, in its one stack."""
+        mean = float(np.mean([example.length for example in examples]))
+        return Lengths(0, mean, 0) if self.config.model.shape == "decoder" else Lengths(mean, 0, 0)
+
+
+def _label(record: Record, config: FinetuneConfig) -> str | None:
+    """The name of a record's class: a text or a whole number."""
+    value = record.value(config.data.fields.label)
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        return None
+    return str(value)

@@ -1,0 +1,190 @@
+"""What a task is: what it makes of records, its loss, its predictions, and how good these are.
+
+    Record ──encode──▶ Example ──collate──▶ batch ──loss──▶ training
+                          └──────predict──▶ Prediction ──metrics──▶ validation, `bigtx evaluate`
+                                                └────────────────▶ `bigtx predict`
+
+All that a task has learned of its training records (the names of the classes) is in the config that `resolve` returns,
+so a run's config.yaml says all that prediction needs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bigtx.config.schema import FinetuneConfig
+from bigtx.data.records.record import BadRecordError, Record
+from bigtx.engine.engine import TaskLoss
+from bigtx.tokenizer.tokenizer import Tokenizer
+
+Model = Callable[..., Any]
+"""A Transformer, or an engine around one; called with tensors by name."""
+Prediction = dict[str, Any]
+"""What is predicted for a record, ready for JSON."""
+
+
+class Example(Protocol):
+    """A record made ready: a task's own kind of object."""
+
+    @property
+    def length(self) -> int:
+        """Records of like length are batched together: tokens, or frames of sound."""
+        ...
+
+    @property
+    def num_cut(self) -> int:
+        """Tokens that were left out because the record was too long."""
+        ...
+
+
+class Lengths(NamedTuple):
+    """Columns that a record takes, for the count of arithmetic."""
+
+    source: float
+    """Of the encoder; 0 without one."""
+    target: float
+    """Of the decoder; 0 without one."""
+    predicted: float
+    """Columns whose logits are made."""
+
+
+class RecordTask(ABC):
+    """A task on records. `E` below is its kind of example."""
+
+    metric: ClassVar[str]
+    """What the best checkpoint is best in, if the config does not say: a key of `metrics`."""
+    lower_is_better: ClassVar[frozenset[str]] = frozenset({"loss"})
+    """Metrics of which less is better."""
+    generates: ClassVar[bool] = False
+    """Whether predictions are written token by token, so that ranks take different numbers of passes."""
+
+    def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:
+        """Args: config: what `resolve` returned."""
+        self.config, self.tokenizer = config, tokenizer
+        self.fields = config.data.fields
+        self.max_length = config.data.max_length or config.model.max_sequence_length
+
+    @classmethod
+    def resolve(cls, config: FinetuneConfig, tokenizer: Tokenizer, records: Sequence[Record]) -> FinetuneConfig:
+        """The config with all that follows from the training records and from the tokenizer.
+
+        Raises:
+            ConfigError: the model cannot do the task.
+            DataError: the records do not fit it.
+        """
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=None))
+
+    @classmethod
+    def group_of(cls, record: Record, config: FinetuneConfig) -> Any:
+        """The group of a record, of each of which the last are held out where data.split=tail; None: all are one."""
+        return None
+
+    def begin(self, examples: Sequence[Any]) -> None:  # noqa: B027 - most have nothing to do
+        """Take in what training needs to know of the training examples."""
+
+    @abstractmethod
+    def encode(self, record: Record, *, for_training: bool = True) -> Any:
+        """The record's example.
+
+        Args:
+            for_training: whether the answer must be there; otherwise it is taken along where there is one.
+
+        Raises:
+            BadRecordError: it is none of this task's.
+        """
+
+    @abstractmethod
+    def collate(self, examples: Sequence[Any], numbers: Sequence[int] | None = None) -> Any:
+        """A micro batch, on the CPU: with `num_labels`, `num_tokens` and `to(device)`.
+
+        Args:
+            numbers: of the records in the run, from which all that is drawn follows; None: nothing is drawn.
+        """
+
+    @abstractmethod
+    def loss(self, model: Model, batch: Any) -> TaskLoss:
+        """The loss of a micro batch, summed over its labels."""
+
+    @abstractmethod
+    def predict(self, model: Model, examples: Sequence[Any], device: torch.device) -> list[Prediction]:
+        """A prediction for each example. With `generates` False exactly one pass of the model, for any batch.
+
+        An example that has its answer gives what `metrics` needs of it too, under keys that begin with "_".
+        """
+
+    @abstractmethod
+    def metrics(self, predictions: Sequence[Prediction]) -> dict[str, float]:
+        """Metrics by name, without group, of predictions for examples that have answers."""
+
+    def tables(self, predictions: Sequence[Prediction]) -> dict[str, list[dict[str, Any]]]:
+        """More of what was measured, as rows by name, e.g. a confusion matrix."""
+        return {}
+
+    @abstractmethod
+    def lengths(self, examples: Sequence[Any]) -> Lengths:
+        """Mean columns of an example."""
+
+    def shown(self, record: Record) -> str:
+        """The record in a few words, for tables of predictions."""
+        return str(record.fields.get(self.fields.text, ""))
+
+    def answer(self, record: Record) -> str:
+        """The record's own answer, for tables of predictions; "" where it has none."""
+        return ""
+
+    def cut(self, ids: list[int], limit: int, where: str = "end") -> list[int]:
+        """At most `limit` ids: without the last, the first, or the middle ones.
+
+        Raises:
+            BadRecordError: there are more, and data.too_long=refuse.
+        """
+        if len(ids) <= limit:
+            return ids
+        if self.config.data.too_long == "refuse":
+            raise BadRecordError(
+                f"{len(ids):,} tokens, and {limit:,} are allowed (data.max_length); data.too_long=truncate cuts them"
+            )
+        if where == "start":
+            return ids[-limit:]
+        if where == "middle":
+            head = limit // 2
+            return ids[:head] + ids[len(ids) - (limit - head) :]
+        return ids[:limit]
+
+
+def padded(rows: Sequence[Sequence[int] | np.ndarray], fill: int, *, multiple: int = 1) -> Tensor:
+    """int64 [B, T]: rows of different lengths, filled up on the right to the longest, or to a multiple of something."""
+    length = -(-max((len(row) for row in rows), default=0) // multiple) * multiple
+    result = np.full((len(rows), length), fill, np.int64)
+    for place, row in enumerate(rows):
+        result[place, : len(row)] = row
+    return pinned(result)
+
+
+Tensors = TypeVar("Tensors")
+
+
+def on_device(batch: Tensors, device: torch.device) -> Tensors:
+    """A dataclass of tensors on a device, copied without waiting where their memory is pinned."""
+    moved: dict[str, Any] = {
+        name: part.to(device, non_blocking=True) for name, part in vars(batch).items() if torch.is_tensor(part)
+    }
+    return dataclasses.replace(batch, **moved)  # type: ignore[type-var]
+
+
+def pinned(array: np.ndarray) -> Tensor:
+    """The array as a tensor, in memory from which a GPU copies without waiting if there is one."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory() if torch.cuda.is_available() else tensor
+
+
+def public(prediction: Mapping[str, Any]) -> Prediction:
+    """A prediction without what is for `metrics` alone."""
+    return {key: value for key, value in prediction.items() if not key.startswith("_")}
