@@ -6,7 +6,7 @@ In-run validation, the measurement at the end of a run and `bigtx evaluate` are 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from bigtx.train.state import RunState
 from bigtx.train.tasks.task import Model, Prediction, RecordTask, public
 from bigtx.utils.errors import ConfigError
 
+Predict = Callable[[Model, Sequence[Any], torch.device], list[Prediction]]
+"""A task's `predict` or `predict_in_run`."""
 MAX_SHOWN = 300
 """Characters of a record in a table of predictions."""
 
@@ -44,7 +46,7 @@ class Measurement:
         """Measure, tell, and judge whether this is the best so far."""
         if not self.held_out.records:
             return False
-        measured = self.measure(self.held_out)
+        measured = self.measure(self.held_out, in_run=True)
         metrics = {f"validation/{name}": value for name, value in measured[0].items()}
         if self.metric not in measured[0]:
             raise ConfigError(
@@ -68,32 +70,38 @@ class Measurement:
         return self.config.validation.num_examples
 
     @torch.no_grad()
-    def measure(self, held_out: Examples) -> tuple[dict[str, float], list[Prediction]]:
-        """Metrics, and the predictions in the order of the records, on every rank."""
+    def measure(self, held_out: Examples, *, in_run: bool = False) -> tuple[dict[str, float], list[Prediction]]:
+        """Metrics, and the predictions in the order of the records, on every rank.
+
+        Args:
+            in_run: whether the task may predict in its cheaper way, if it has one.
+        """
         self.engine.deepspeed.eval()
-        predictions = self._predict(held_out.examples)
+        predictions = self._predict(held_out.examples, self.task.predict_in_run if in_run else self.task.predict)
         # One rank's arithmetic for all: a last bit of difference would let ranks judge differently.
         metrics = self.ranks.from_first(self.task.metrics(predictions) if self.ranks.rank == 0 else None)
         return metrics, predictions
 
-    def _predict(self, examples: Sequence[Any]) -> list[Prediction]:
+    def _predict(self, examples: Sequence[Any], predict: Predict) -> list[Prediction]:
         engine, ranks = self.engine, self.ranks
         batches = list(batches_by_length(examples, self.config.train.micro_batch_size))
         if engine.stage == 3 and self.task.generates:
             # Texts end at different steps, and every rank is needed at each: all write the same ones.
-            return in_order(batches, [self._predict_batch(examples, batch) for batch in batches], len(examples))
+            return in_order(
+                batches, [self._predict_batch(examples, batch, predict) for batch in batches], len(examples)
+            )
         mine = batches[ranks.rank :: ranks.world_size]
         if engine.stage == 3 and len(mine) < -(-len(batches) // ranks.world_size):
             mine.append(batches[-1])  # Every rank makes as many passes; that it comes twice does no harm.
-        gathered = ranks.gather((mine, [self._predict_batch(examples, batch) for batch in mine]))
+        gathered = ranks.gather((mine, [self._predict_batch(examples, batch, predict) for batch in mine]))
         return in_order(
             [batch for own, _ in gathered for batch in own],
             [part for _, parts in gathered for part in parts],
             len(examples),
         )
 
-    def _predict_batch(self, examples: Sequence[Any], batch: list[int]) -> list[Prediction]:
-        return self.task.predict(self.engine.deepspeed, [examples[place] for place in batch], self.engine.device)
+    def _predict_batch(self, examples: Sequence[Any], batch: list[int], predict: Predict) -> list[Prediction]:
+        return predict(self.engine.deepspeed, [examples[place] for place in batch], self.engine.device)
 
 
 def batches_by_length(examples: Sequence[Any], size: int) -> Iterator[list[int]]:

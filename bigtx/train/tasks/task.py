@@ -119,6 +119,10 @@ class RecordTask(ABC):
         An example that has its answer gives what `metrics` needs of it too, under keys that begin with "_".
         """
 
+    def predict_in_run(self, model: Model, examples: Sequence[Any], device: torch.device) -> list[Prediction]:
+        """What validation within a run takes: as `predict`, or something cheaper of which `metrics` can tell enough."""
+        return self.predict(model, examples, device)
+
     @abstractmethod
     def metrics(self, predictions: Sequence[Prediction]) -> dict[str, float]:
         """Metrics by name, without group, of predictions for examples that have answers."""
