@@ -7,7 +7,7 @@ import gc
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import deepspeed
 import torch
@@ -19,6 +19,8 @@ from bigtx.config.schema import RunConfig
 from bigtx.engine.deepspeed_config import deepspeed_config
 from bigtx.engine.fragments import Fragment, held_fragments, owned_fragments, refresh_model_weights
 from bigtx.engine.optimizers import Optimizer, parameter_groups
+from bigtx.engine.task import Task as Task
+from bigtx.engine.task import TaskLoss as TaskLoss
 from bigtx.model.experts import Routing
 from bigtx.utils.errors import ConfigError
 
@@ -27,24 +29,6 @@ ReadRange = Callable[[str, str, int, int], Tensor]
 
 LOSS_SCALE_NUMBERS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """What DeepSpeed's dynamic loss scaler changes as it goes; its other attributes are settings."""
-
-
-class TaskLoss(NamedTuple):
-    """What a task makes of a batch."""
-
-    loss_sum: Tensor
-    """fp32 scalar with a gradient, summed over the batch's labels."""
-    reported_sum: Tensor
-    """fp32 scalar: the part of it that is reported."""
-    routing: Routing | None = None
-    """Where the tokens went, if there are experts."""
-
-
-class Task(Protocol):
-    """What a batch means: see bigtx.train.tasks."""
-
-    def loss(self, model: Callable[..., Any], batch: Any) -> TaskLoss:
-        """The loss of a batch."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from bigtx.config.schema import ExpertsConfig
-from bigtx.engine.engine import TaskLoss
+from bigtx.engine.task import TaskLoss
 from bigtx.model.loss import Loss
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bigtx.config.schema import FinetuneConfig
 from bigtx.data.records.record import BadRecordError, Record
-from bigtx.engine.engine import TaskLoss
+from bigtx.engine.task import TaskLoss
 from bigtx.model.loss import IGNORED
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.train.tasks.scores import calibration_error, confusion, macro_f1

@@ -7,7 +7,7 @@ from typing import Any
 
 from bigtx.config.schema import ExpertsConfig
 from bigtx.data.stream.rows import Batch
-from bigtx.engine.engine import TaskLoss
+from bigtx.engine.task import TaskLoss
 from bigtx.model.loss import IGNORED
 from bigtx.train.expert_losses import with_expert_losses
 

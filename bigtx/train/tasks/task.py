@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bigtx.config.schema import FinetuneConfig
 from bigtx.data.records.record import BadRecordError, Record
-from bigtx.engine.engine import TaskLoss
+from bigtx.engine.task import TaskLoss
 from bigtx.tokenizer.tokenizer import Tokenizer
 
 Model = Callable[..., Any]
