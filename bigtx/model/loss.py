@@ -39,9 +39,10 @@ class Loss(NamedTuple):
     """What the model returns for labels."""
 
     loss_sum: Tensor
-    """fp32 scalar with a gradient: cross-entropy in nats, z-loss included, summed over predicted tokens."""
+    """fp32 scalar with a gradient: cross-entropy in nats, smoothed and with z-loss if asked for, summed over predicted
+    tokens."""
     cross_entropy_sum: Tensor
-    """fp32 scalar without a gradient: the cross-entropy alone."""
+    """fp32 scalar without a gradient: the plain cross-entropy alone."""
     routing: Routing | None = None
     """Where the tokens went, if there are experts."""
 
@@ -86,7 +87,9 @@ class Head(nn.Module):
         """Let torch.compile fuse the passes over a chunk of logits, which on a GPU are bound by its memory."""
         self.chunk_loss = torch.compile(chunk_loss_and_gradient, dynamic=False)
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None, z_loss: float = 0.0) -> Tensor | Loss:
+    def forward(
+        self, hidden: Tensor, labels: Tensor | None = None, z_loss: float = 0.0, label_smoothing: float = 0.0
+    ) -> Tensor | Loss:
         """Logits [B, T, V], fp32, of hidden [B, T, D]; or, given labels [B, T] (-100 is ignored), the loss."""
         if self.transform is not None and self.norm is not None:
             hidden = self.norm(F.gelu(self.transform(hidden)))
@@ -96,7 +99,11 @@ class Head(nn.Module):
             bias = None if self.bias is None else self.bias[: self.vocab_size]
             return soft_capped(F.linear(hidden, self.weight[: self.vocab_size], bias).float(), self.soft_cap)
         per_chunk = functools.partial(
-            self.chunk_loss, vocab_size=self.vocab_size, soft_cap=self.soft_cap, z_loss=z_loss
+            self.chunk_loss,
+            vocab_size=self.vocab_size,
+            soft_cap=self.soft_cap,
+            z_loss=z_loss,
+            label_smoothing=label_smoothing,
         )
         inputs: tuple[Tensor, Tensor, Tensor | None] = hidden.flatten(0, 1), self.weight, self.bias
         if not torch.is_grad_enabled():
@@ -161,9 +168,17 @@ class ChunkedLoss(torch.autograd.Function):
 
 
 def chunk_loss_and_gradient(
-    logits: Tensor, labels: Tensor, vocab_size: int, soft_cap: float | None, z_loss: float
+    logits: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    soft_cap: float | None,
+    z_loss: float,
+    label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy plus z_loss * logsumexp^2 (PaLM, arXiv:2204.02311), in fp32.
+
+    With smoothing e the label is expected with probability 1 - e, and every id of the vocabulary, itself among them,
+    with e / V more (arXiv:1512.00567, section 7).
 
     It works in place on one fp32 copy of the logits: this is all memory traffic.
 
@@ -181,15 +196,20 @@ def chunk_loss_and_gradient(
     slope = None if soft_cap is None else 1.0 - (scores / soft_cap).square()
     scores[:, vocab_size:] = float("-inf")
     of_target = scores.gather(1, target).squeeze(1)
+    mean_score = scores[:, :vocab_size].mean(dim=-1) if label_smoothing else of_target
     top = scores.amax(dim=-1, keepdim=True)
     weights = scores.sub_(top).exp_()
     total = weights.sum(dim=-1, keepdim=True)
     log_partition = (total.log() + top).squeeze(1)
     cross_entropy = (log_partition - of_target) * predicted
-    loss = cross_entropy + z_loss * log_partition.square() * predicted
+    # Smoothing moves a share of the score that is wanted high from the label to the mean of all.
+    loss = cross_entropy + label_smoothing * (of_target - mean_score) * predicted
+    loss = loss + z_loss * log_partition.square() * predicted
     # d logsumexp = softmax, and the z-loss adds 2 z logsumexp of it; the label's own logit is subtracted.
     factor = predicted * (1.0 + 2.0 * z_loss * log_partition)
-    grad = weights.mul_(factor[:, None] / total).scatter_add_(1, target, -predicted[:, None])
+    grad = weights.mul_(factor[:, None] / total).scatter_add_(1, target, (label_smoothing - 1.0) * predicted[:, None])
+    if label_smoothing:
+        grad[:, :vocab_size] -= (label_smoothing / vocab_size) * predicted[:, None]
     if slope is not None:
         grad = grad.mul_(slope)
     return loss.sum(), cross_entropy.sum(), grad.to(logits.dtype)

@@ -282,6 +282,7 @@ class Transformer(nn.Module):
         pool: Tensor | None = None,
         cache: Cache | None = None,
         z_loss: float = 0.0,
+        label_smoothing: float = 0.0,
     ) -> Tensor | Loss:
         """Predict: each token's successor, or in an encoder the token itself.
 
@@ -299,6 +300,7 @@ class Transformer(nn.Module):
             pool: fp32 [B, T], of a model with classes: how much each column counts in the summary of its row.
             cache: keys and values of earlier tokens of the decoder, extended by this call.
             z_loss: weight of the squared log-partition (PaLM, arXiv:2204.02311).
+            label_smoothing: share of each label that is spread over the vocabulary (arXiv:1512.00567).
 
         Returns:
             With labels, a `Loss`; else logits, fp32 [B, T, V], or [B, M, V] with `columns`, or [B, classes].
@@ -330,7 +332,7 @@ class Transformer(nn.Module):
         if isinstance(self.head, ClassifierHead):
             assert pool is not None, "a model with classes needs to know what summarizes a row"
             return self.head((pool.to(x.dtype)[:, None] @ x).squeeze(1))
-        result = self.head(x, labels, z_loss)
+        result = self.head(x, labels, z_loss, label_smoothing)
         return result._replace(routing=routing) if isinstance(result, Loss) else result
 
     def _embed(
@@ -369,7 +371,7 @@ class Transformer(nn.Module):
 
 _KEPT_OPERATIONS = {
     torch.ops.aten.mm.default,
-    torch.ops.aten.bmm.default,
+    torch.ops.bigtx.attention_products.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten._grouped_mm.default,
     torch.ops.bigtx.expert_products.default,

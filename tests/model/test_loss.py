@@ -27,12 +27,17 @@ def inputs(dtype: torch.dtype = torch.float32, **changes: object) -> tuple[Head,
     return head.to(dtype), hidden, labels
 
 
-def plain(head: Head, hidden: Tensor, labels: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+def plain(
+    head: Head, hidden: Tensor, labels: Tensor, z_loss: float, label_smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Loss and cross-entropy from all logits at once."""
     logits = soft_capped(hidden @ head.weight[:VOCAB_SIZE].t(), head.soft_cap).flatten(0, 1)
-    entropy = F.cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="sum")
+    entropy, smoothed = (
+        F.cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="sum", label_smoothing=smoothing)
+        for smoothing in (0.0, label_smoothing)
+    )
     squares = torch.logsumexp(logits, dim=-1).square()[labels.flatten() != -100].sum()
-    return entropy + z_loss * squares, entropy
+    return smoothed + z_loss * squares, entropy
 
 
 def test_a_frozen_bias() -> None:
@@ -46,12 +51,15 @@ def test_a_frozen_bias() -> None:
 
 @pytest.mark.parametrize("chunk", [1, 7 * 256, 2**20])
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("soft_cap", [None, 3.0])
-def test_equals_float64(soft_cap: float | None, z_loss: float, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_float64(
+    soft_cap: float | None, label_smoothing: float, z_loss: float, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(loss_module.CHUNK_LOGITS, "cpu", chunk)
     monkeypatch.setattr(loss_module, "MIN_CHUNK_TOKENS", 1)
     head, hidden, labels = inputs(logit_soft_cap=soft_cap)
-    result = head(hidden, labels, z_loss)
+    result = head(hidden, labels, z_loss, label_smoothing)
     (result.loss_sum * 0.3).backward()
     found = (hidden.grad.double(), head.weight.grad.double())
 
@@ -59,7 +67,7 @@ def test_equals_float64(soft_cap: float | None, z_loss: float, chunk: int, monke
     with torch.no_grad():
         exact_head.weight.copy_(head.weight)
         exact_hidden.copy_(hidden)
-    expected, entropy = plain(exact_head, exact_hidden, labels, z_loss)
+    expected, entropy = plain(exact_head, exact_hidden, labels, z_loss, label_smoothing)
     (expected * 0.3).backward()
 
     assert result.loss_sum.dtype == result.cross_entropy_sum.dtype == torch.float32
@@ -147,7 +155,7 @@ def test_compiled_loss() -> None:
         head, hidden, labels = inputs(logit_soft_cap=20.0)
         if compiled:
             head.compile_loss()
-        result = head(hidden, labels, 1e-3)
+        result = head(hidden, labels, 1e-3, 0.1)
         result.loss_sum.backward()
         results.append((result.loss_sum, result.cross_entropy_sum, hidden.grad, head.weight.grad))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
