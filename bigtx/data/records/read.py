@@ -2,6 +2,7 @@
 
 folder of folders of texts    each text a record {text, label}, the folder's name being the label (as in the
                               Large Movie Review Dataset)
+folder of texts               each text a record {text}
 folder of files below         each file as if it had been named
 .jsonl                        an object in each line
 .csv, .tsv                    a row each; the first one names the fields
@@ -20,10 +21,11 @@ from typing import Any, BinaryIO
 
 from bigtx.data.raw.archives import DamagedArchiveError, read_members
 from bigtx.data.raw.documents import Rejects
-from bigtx.data.raw.formats import READ_ERRORS, decompressed, suffix_inside
+from bigtx.data.raw.formats import READ_ERRORS, decompressed, read_up_to, suffix_inside
 from bigtx.data.raw.records import BadRecordError as BadJsonError
 from bigtx.data.raw.records import not_utf8, parse_json, unreadable
-from bigtx.data.records.record import Broken, Record
+from bigtx.data.records.record import WHOLE_FILE, Broken, Record
+from bigtx.data.storage.access import CHUNK_BYTES
 from bigtx.utils.errors import DataError
 
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".tar")
@@ -31,6 +33,7 @@ TEXT_SUFFIXES = (".txt", ".md")
 PAIR = re.compile(r"\{([^{},/]+),([^{},/]+)\}")
 """Two files side by side."""
 MAX_RECORD_BYTES = 64 << 20
+TOO_LARGE = f"longer than {MAX_RECORD_BYTES >> 20} MiB"
 
 
 def read_records(paths: Sequence[str], broken: Broken) -> Iterator[Record]:
@@ -42,7 +45,7 @@ def read_records(paths: Sequence[str], broken: Broken) -> Iterator[Record]:
         DataError: a path that names nothing, or a file whose kind is not known.
     """
     for path in paths:
-        for file in _expand(path):
+        for file in expand_path(path):
             yield from _read_path(file, broken)
 
 
@@ -51,12 +54,17 @@ def natural(text: str) -> list[Any]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
 
 
-def _expand(path: str) -> list[str]:
+def expand_path(path: str) -> list[str]:
+    """The files and folders that a path or a glob stands for; two files side by side stay one path.
+
+    Raises:
+        DataError: there is none.
+    """
     if PAIR.search(path) or Path(path).exists():
         return [path]
     found = sorted(glob.glob(path, recursive=True), key=natural)
     if not found:
-        raise DataError(f"no file or folder {path!r}; see data.train, data.validation and data.test")
+        raise DataError(f"no file or folder {path!r} to read records from")
     return found
 
 
@@ -77,15 +85,17 @@ def _read_folder(folder: Path, broken: Broken) -> Iterator[Record]:
             yield from _read_file(str(file), broken)
         return
     classes = [entry for entry in entries if entry.is_dir() and any(map(_is_text, entry.iterdir()))]
-    if not classes:
+    texts = [entry for entry in entries if _is_text(entry)]
+    if not classes and not texts:
         raise DataError(
-            f"{folder} holds no records, neither {', '.join(RECORD_SUFFIXES)} files nor a folder of texts a class"
+            f"{folder} holds no records: neither {', '.join(RECORD_SUFFIXES)} files, nor a folder of texts a class, "
+            "nor texts"
         )
+    for file in [] if classes else texts:
+        yield from _text_record(file, {}, broken)
     for of_class in classes:
         for file in sorted(filter(_is_text, of_class.iterdir()), key=_by_name):
-            text = _whole_text(file, broken)
-            if text is not None:
-                yield Record({"text": text, "label": of_class.name}, str(file))
+            yield from _text_record(file, {"label": of_class.name}, broken)
 
 
 def _by_name(path: Path) -> list[Any]:
@@ -96,23 +106,26 @@ def _is_text(path: Path) -> bool:
     return suffix_inside(path.name) in TEXT_SUFFIXES and not path.name.startswith(".")
 
 
-def _whole_text(path: Path, broken: Broken) -> str | None:
+def _text_record(path: Path, others: dict[str, Any], broken: Broken) -> Iterator[Record]:
+    """A text file as a record, beside other fields."""
     try:
         with open(path, "rb") as stored:
-            raw = decompressed(stored, path.name).read()
+            raw = read_up_to(decompressed(stored, path.name), MAX_RECORD_BYTES + 1)
     except READ_ERRORS as error:
         broken.add(str(path), 0, unreadable(error))
-        return None
+        return
+    if len(raw) > MAX_RECORD_BYTES:
+        broken.add(str(path), 0, TOO_LARGE)
+        return
     try:
-        return raw.decode("utf-8-sig")
+        yield Record({"text": raw.decode("utf-8-sig"), **others}, str(path), WHOLE_FILE)
     except UnicodeDecodeError as error:
-        broken.add(str(path), 1, not_utf8(raw, error))
-        return None
+        broken.add(str(path), 0, not_utf8(raw, error))
 
 
 def _read_file(path: str, broken: Broken) -> Iterator[Record]:
     suffix = suffix_inside(path)
-    readers = {".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".csv": _read_table, ".tsv": _read_table}
+    readers = {".jsonl": read_jsonl, ".ndjson": read_jsonl, ".csv": _read_table, ".tsv": _read_table}
     if suffix not in (*readers, ".tar"):
         raise DataError(f"cannot tell what records {path} holds: it ends in none of {', '.join(RECORD_SUFFIXES)}")
     try:
@@ -126,8 +139,20 @@ def _read_file(path: str, broken: Broken) -> Iterator[Record]:
         broken.add(path, 0, unreadable(error))
 
 
-def _read_jsonl(stream: BinaryIO, path: str, broken: Broken) -> Iterator[Record]:
-    for line, raw in enumerate(stream, start=1):
+def read_jsonl(stream: BinaryIO, path: str, broken: Broken) -> Iterator[Record]:
+    """A record in each line that is not blank.
+
+    Args:
+        path: what errors name the stream.
+    """
+    line = 0
+    while raw := stream.readline(MAX_RECORD_BYTES + 1):
+        line += 1
+        if len(raw) > MAX_RECORD_BYTES:
+            broken.add(path, line, TOO_LARGE)
+            while not raw.endswith(b"\n") and (raw := stream.readline(CHUNK_BYTES)):
+                pass
+            continue
         if not raw.strip():
             continue
         try:
@@ -188,25 +213,28 @@ class _Decoded:
 def _read_samples(stream: BinaryIO, path: str, broken: Broken) -> Iterator[Record]:
     """The samples of a webdataset shard: neighbouring members whose names agree up to the first dot."""
     rejects = Rejects(1.0, sink=lambda reject: broken.add(reject.file, reject.line, reject.reason))
-    key, fields, first = "", dict[str, Any](), ""
+    key, fields, first, is_whole = "", dict[str, Any](), "", True
     seen: set[str] = set()
     try:
         for member in read_members(stream, path, rejects):
             folder, slash, name = member.name.rpartition("/")
             stem, _, suffix = name.partition(".")
             if f"{folder}{slash}{stem}" != key:
-                if fields:
-                    yield Record(fields, first)
-                key, fields, first = f"{folder}{slash}{stem}", {}, f"{path}/{member.name}"
+                if fields and is_whole:
+                    yield Record(fields, first, WHOLE_FILE)
+                key, fields, first, is_whole = f"{folder}{slash}{stem}", {}, f"{path}/{member.name}", True
                 if key in seen:
                     broken.add(first, 0, f"the key {key!r} comes twice in the shard, or its members are interleaved")
+                    is_whole = False
                 seen.add(key)
+            before = broken.count
             fields |= _member_fields(member.stream, suffix.lower(), f"{path}/{member.name}", broken)
+            is_whole = is_whole and broken.count == before
     except DamagedArchiveError as error:
         broken.add(path, 0, str(error))
         return
-    if fields:
-        yield Record(fields, first)
+    if fields and is_whole:
+        yield Record(fields, first, WHOLE_FILE)
 
 
 def _member_fields(stream: BinaryIO, suffix: str, where: str, broken: Broken) -> dict[str, Any]:
@@ -217,15 +245,15 @@ def _member_fields(stream: BinaryIO, suffix: str, where: str, broken: Broken) ->
     raw = stream.read(MAX_RECORD_BYTES + 1)
     try:
         if len(raw) > MAX_RECORD_BYTES:
-            raise BadJsonError(f"longer than {MAX_RECORD_BYTES >> 20} MiB")
+            raise BadJsonError(TOO_LARGE)
         if suffix == "json":
             return parse_json(raw)
         text = raw.decode("utf-8-sig")
         return {names[suffix]: text.strip() if suffix == "cls" else text}
     except UnicodeDecodeError as error:
-        broken.add(where, 1, not_utf8(raw, error))
+        broken.add(where, 0, not_utf8(raw, error))
     except BadJsonError as error:
-        broken.add(where, 1, str(error))
+        broken.add(where, 0, str(error))
     return {}
 
 

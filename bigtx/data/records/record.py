@@ -10,6 +10,8 @@ from bigtx.utils.errors import DataError
 
 MAX_TOLD = 5
 """Broken records that an error names."""
+WHOLE_FILE = 0
+"""In place of a line: of a record that is a file, or members of an archive."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +21,7 @@ class Record:
     Attributes:
         fields: values by name; a name with dots that is no field itself leads through nested ones.
         file: where it stands; a member of an archive is `<archive>/<member>`.
-        line: from 1, where it begins in the file.
+        line: from 1, where it begins in the file; or WHOLE_FILE.
     """
 
     fields: Mapping[str, Any]
@@ -29,7 +31,7 @@ class Record:
     @property
     def where(self) -> str:
         """For error messages."""
-        return f"{self.file}, line {self.line}"
+        return f"{self.file}, line {self.line}" if self.line else self.file
 
     def value(self, name: str) -> Any:
         """The value of a field; None where there is none."""
