@@ -3,6 +3,7 @@
 Logits are made for one chunk of tokens at a time, and with them the chunk's gradients at once: the loss is a sum over
 tokens, so the gradient that comes down later is one number to multiply by. Against recomputing each chunk in the
 backward pass this saves one of four matrix products; against plain cross-entropy it saves holding B T V logits.
+Where the score of each label is asked for instead, the backward pass makes the logits of each chunk again.
 (torch 2.13's linear_cross_entropy is as fast, but rounds the loss to bf16 and knows neither soft cap nor z-loss.)
 Shape letters: N tokens, D hidden size, V vocabulary, P the vocabulary padded.
 """
@@ -10,7 +11,7 @@ Shape letters: N tokens, D hidden size, V vocabulary, P the vocabulary padded.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +44,17 @@ class Loss(NamedTuple):
     tokens."""
     cross_entropy_sum: Tensor
     """fp32 scalar without a gradient: the plain cross-entropy alone."""
+    routing: Routing | None = None
+    """Where the tokens went, if there are experts."""
+
+
+class TokenScores(NamedTuple):
+    """What the model returns for labels that are to be judged one by one."""
+
+    log_probs: Tensor
+    """fp32 [B, T] with a gradient: the log-probability of each label in nats; 0 where there is none."""
+    is_likeliest: Tensor
+    """bool [B, T]: whether no id is likelier than the label; False where there is none."""
     routing: Routing | None = None
     """Where the tokens went, if there are experts."""
 
@@ -88,9 +100,15 @@ class Head(nn.Module):
         self.chunk_loss = torch.compile(chunk_loss_and_gradient, dynamic=False)
 
     def forward(
-        self, hidden: Tensor, labels: Tensor | None = None, z_loss: float = 0.0, label_smoothing: float = 0.0
-    ) -> Tensor | Loss:
-        """Logits [B, T, V], fp32, of hidden [B, T, D]; or, given labels [B, T] (-100 is ignored), the loss."""
+        self,
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        z_loss: float = 0.0,
+        label_smoothing: float = 0.0,
+        score_tokens: bool = False,
+    ) -> Tensor | Loss | TokenScores:
+        """Logits [B, T, V], fp32, of hidden [B, T, D]; or, given labels [B, T] (-100 is ignored), the loss, or each
+        label's own score."""
         if self.transform is not None and self.norm is not None:
             hidden = self.norm(F.gelu(self.transform(hidden)))
         if self.scale != 1.0:
@@ -98,6 +116,11 @@ class Head(nn.Module):
         if labels is None:
             bias = None if self.bias is None else self.bias[: self.vocab_size]
             return soft_capped(F.linear(hidden, self.weight[: self.vocab_size], bias).float(), self.soft_cap)
+        if score_tokens:
+            found = ChunkedLogProbs.apply(
+                hidden.flatten(0, 1), self.weight, self.bias, labels.flatten(), self.vocab_size, self.soft_cap
+            )
+            return TokenScores(*(part.view(labels.shape) for part in found))
         per_chunk = functools.partial(
             self.chunk_loss,
             vocab_size=self.vocab_size,
@@ -135,13 +158,9 @@ class ChunkedLoss(torch.autograd.Function):
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         bias_grad = torch.zeros_like(weight[:, 0], dtype=torch.float32) if wants_bias else None
         sums = torch.zeros(2, dtype=torch.float32, device=hidden.device)
-        device = hidden.device.type
-        # Autocast would cast the weight again for each chunk.
-        arithmetic = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        arithmetic = _arithmetic(hidden)
         matrix, offsets = weight.to(arithmetic), None if bias is None else bias.to(arithmetic)
-        size = max(MIN_CHUNK_TOKENS, CHUNK_LOGITS.get(device, CHUNK_LOGITS["cuda"]) // weight.shape[0])
-        for start in range(0, hidden.shape[0], size):
-            chunk = slice(start, start + size)
+        for chunk in _chunks(hidden, weight):
             inputs = hidden[chunk].to(arithmetic)
             loss, cross_entropy, grad = per_chunk(F.linear(inputs, matrix, offsets), labels[chunk])
             sums += torch.stack((loss, cross_entropy))
@@ -165,6 +184,93 @@ class ChunkedLoss(torch.autograd.Function):
             for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)
         )
         return *scaled, None, None
+
+
+class ChunkedLogProbs(torch.autograd.Function):
+    """The log-probability of each label, a chunk of tokens at a time.
+
+    What a label's share in the loss is may depend on all labels, as where answers are compared as wholes, and is known
+    in the backward pass alone. The logits are made again there: four matrix products instead of the loss's three.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        vocab_size: int,
+        soft_cap: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Score labels [N] by hidden [N, D] under weight [P, D] and bias [P].
+
+        Returns:
+            Log-probabilities, fp32 [N], and whether each label is the likeliest, bool [N].
+        """
+        arithmetic = _arithmetic(hidden)
+        matrix, offsets = weight.to(arithmetic), None if bias is None else bias.to(arithmetic)
+        log_probs, log_partition = (torch.zeros_like(labels, dtype=torch.float32) for _ in range(2))
+        is_likeliest = torch.zeros_like(labels, dtype=torch.bool)
+        for chunk in _chunks(hidden, weight):
+            predicted = labels[chunk] != IGNORED
+            scores, _ = _scores(F.linear(hidden[chunk].to(arithmetic), matrix, offsets), vocab_size, soft_cap)
+            of_target = scores.gather(1, labels[chunk].clamp(min=0)[:, None]).squeeze(1)
+            log_partition[chunk] = scores.logsumexp(dim=-1)
+            log_probs[chunk] = torch.where(predicted, of_target - log_partition[chunk], 0.0)
+            is_likeliest[chunk] = predicted & (of_target >= scores.amax(dim=-1))
+        ctx.save_for_backward(hidden, weight, bias, labels, log_partition)
+        ctx.settings = (arithmetic, vocab_size, soft_cap)
+        ctx.mark_non_differentiable(is_likeliest)
+        return log_probs, is_likeliest
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Make each chunk's logits again, and from them its gradients."""
+        hidden, weight, bias, labels, log_partition = ctx.saved_tensors
+        arithmetic, vocab_size, soft_cap = ctx.settings
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        hidden_grad = torch.empty_like(hidden) if wants_hidden else None
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        bias_grad = torch.zeros_like(weight[:, 0], dtype=torch.float32) if wants_bias else None
+        matrix, offsets = weight.to(arithmetic), None if bias is None else bias.to(arithmetic)
+        factors = torch.where(labels != IGNORED, upstream[0], 0.0)[:, None]  # N 1
+        for chunk in _chunks(hidden, weight):
+            inputs, factor = hidden[chunk].to(arithmetic), factors[chunk]
+            scores, slope = _scores(F.linear(inputs, matrix, offsets), vocab_size, soft_cap)
+            # d log p(label) = one at the label less the softmax.
+            grad = scores.sub_(log_partition[chunk][:, None]).exp_().mul_(-factor)
+            grad = grad.scatter_add_(1, labels[chunk].clamp(min=0)[:, None], factor)
+            grad = (grad if slope is None else grad.mul_(slope)).to(arithmetic)
+            if hidden_grad is not None:
+                hidden_grad[chunk] = grad @ matrix
+            if weight_grad is not None:
+                weight_grad += grad.t() @ inputs
+            if bias_grad is not None:
+                bias_grad += grad.sum(dim=0, dtype=torch.float32)
+        grads = zip((hidden_grad, weight_grad, bias_grad), (hidden, weight, bias), strict=True)
+        return *(None if grad is None else grad.to(part.dtype) for grad, part in grads), None, None, None
+
+
+def _arithmetic(hidden: Tensor) -> torch.dtype:
+    """The type of the products. Autocast would cast the weight again for each chunk."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
+    """Tokens of hidden [N, D] whose logits under weight [P, D] are made at once."""
+    limit = CHUNK_LOGITS.get(hidden.device.type, CHUNK_LOGITS["cuda"])
+    size = max(MIN_CHUNK_TOKENS, limit // weight.shape[0])
+    return (slice(start, start + size) for start in range(0, hidden.shape[0], size))
+
+
+def _scores(logits: Tensor, vocab_size: int, soft_cap: float | None) -> tuple[Tensor, Tensor | None]:
+    """Logits [n, P] as the loss takes them, in fp32, and the soft cap's slope there if there is one."""
+    scores = soft_capped(logits.float(), soft_cap)
+    slope = None if soft_cap is None else 1.0 - (scores / soft_cap).square()
+    scores[:, vocab_size:] = float("-inf")
+    return scores, slope
 
 
 def chunk_loss_and_gradient(
@@ -192,9 +298,7 @@ def chunk_loss_and_gradient(
     """
     predicted = (labels != IGNORED).float()  # n
     target = labels.clamp(min=0)[:, None]  # n 1
-    scores = soft_capped(logits.float(), soft_cap)
-    slope = None if soft_cap is None else 1.0 - (scores / soft_cap).square()
-    scores[:, vocab_size:] = float("-inf")
+    scores, slope = _scores(logits, vocab_size, soft_cap)
     of_target = scores.gather(1, target).squeeze(1)
     mean_score = scores[:, :vocab_size].mean(dim=-1) if label_smoothing else of_target
     top = scores.amax(dim=-1, keepdim=True)

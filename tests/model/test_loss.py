@@ -148,6 +148,44 @@ def test_large_logits_are_no_trouble() -> None:
     assert result.loss_sum.isfinite() and hidden.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("chunk", [7 * 256, 2**20])
+@pytest.mark.parametrize("soft_cap", [None, 3.0])
+def test_scores_of_tokens_equal_float64(soft_cap: float | None, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(loss_module.CHUNK_LOGITS, "cpu", chunk)
+    monkeypatch.setattr(loss_module, "MIN_CHUNK_TOKENS", 1)
+    head, hidden, labels = inputs(logit_soft_cap=soft_cap, head_bias=True)
+    with torch.no_grad():
+        head.bias.normal_(generator=torch.Generator().manual_seed(2))
+    weights = torch.randn(ROWS, LENGTH, generator=torch.Generator().manual_seed(3))
+    result = head(hidden, labels, score_tokens=True)
+    # No sum over tokens: each answer's own sum is bent before they are added.
+    (result.log_probs * weights).sum(dim=1).sigmoid().sum().backward()
+
+    exact_head, exact_hidden = inputs(torch.float64, logit_soft_cap=soft_cap, head_bias=True)[:2]
+    with torch.no_grad():
+        exact_head.load_state_dict(head.state_dict())
+        exact_hidden.copy_(hidden)
+    scores = exact_hidden @ exact_head.weight[:VOCAB_SIZE].t() + exact_head.bias[:VOCAB_SIZE]
+    logits = soft_capped(scores, exact_head.soft_cap)
+    expected = -F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
+    (expected.view(ROWS, LENGTH) * weights).sum(dim=1).sigmoid().sum().backward()
+
+    torch.testing.assert_close(result.log_probs.double(), expected.view(ROWS, LENGTH), rtol=1e-5, atol=1e-5)
+    assert (result.is_likeliest == (logits.argmax(dim=-1) == labels)).all()
+    for found, exact in zip((hidden, *head.parameters()), (exact_hidden, *exact_head.parameters()), strict=True):
+        torch.testing.assert_close(found.grad.double(), exact.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_scores_of_tokens_of_a_frozen_head() -> None:
+    head, hidden, labels = inputs()
+    head.weight.requires_grad_(False)
+    head(hidden, labels, score_tokens=True).log_probs.sum().backward()
+    assert head.weight.grad is None and hidden.grad.abs().sum() > 0
+    with torch.no_grad():
+        total = head(hidden, labels, score_tokens=True).log_probs.sum()
+        torch.testing.assert_close(-total, head(hidden, labels).loss_sum)
+
+
 @pytest.mark.slow
 def test_compiled_loss() -> None:
     results = []
