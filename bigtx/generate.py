@@ -1,4 +1,4 @@
-"""`bigtx generate`: continue texts with a trained run. `load` gives the same to Python.
+"""`bigtx generate`: continue texts with a trained run. `load` gives the same, and predictions, to Python.
 
 Nothing heavy is imported before the arguments, the prompts and the run folder have been found good.
 """
@@ -6,18 +6,19 @@ Nothing heavy is imported before the arguments, the prompts and the run folder h
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from bigtx.config.load import load_run_config
 from bigtx.config.runs import run_dir_of
 from bigtx.config.schema import RunConfig
-from bigtx.utils.errors import CheckpointError, ConfigError, DataError, LaunchError
+from bigtx.engine.trained import Weights, find, find_with_tokenizer, read_model
+from bigtx.utils.errors import ConfigError, DataError, LaunchError
 
 if TYPE_CHECKING:
     import torch
@@ -26,8 +27,7 @@ if TYPE_CHECKING:
     from bigtx.model.decode import OnToken
     from bigtx.model.transformer import Transformer
     from bigtx.tokenizer.tokenizer import Tokenizer
-
-Weights = Literal["master", "ema"]
+    from bigtx.train.tasks.task import RecordTask
 
 BATCH_SIZE = 16
 """Prompts of a file that are continued side by side."""
@@ -76,12 +76,56 @@ class LoadedModel:
         An encoder-decoder reads each as its source and writes a text of its own.
 
         Raises:
-            ConfigError: the model is an encoder, which writes nothing.
+            ConfigError: the model is an encoder, or gives classes; it writes nothing.
         """
         from bigtx.model.decode import generate
 
-        refuse_encoder(self.config)
+        refuse_wordless(self.config)
         return generate(self.model, self.tokenizer, prompts, **options)
+
+    @functools.cached_property
+    def task(self) -> RecordTask:
+        """What a fine-tuned model was made to do.
+
+        Raises:
+            ConfigError: the run was pretrained.
+        """
+        from bigtx.train.predictions import task_config
+        from bigtx.train.tasks import task_type
+
+        config = task_config(self.config, str(run_dir_of(self.checkpoint)))
+        return task_type(config.task)(config, self.tokenizer)
+
+    def predict(self, records: Sequence[Mapping[str, Any]], *, batch_size: int | None = None) -> list[dict[str, Any]]:
+        """What a fine-tuned model makes of records.
+
+        Args:
+            records: named values, as in the lines of a .jsonl file: `[{"text": "..."}]`; answers need not be there.
+            batch_size: records side by side.
+
+        Returns:
+            A prediction for each, e.g. `{"label": ..., "probabilities": {...}}`.
+
+        Raises:
+            ConfigError: the run was pretrained.
+            DataError: a record that cannot be used.
+        """
+        from bigtx.data.records.record import Record
+        from bigtx.train.predictions import BATCH_SIZE, predict_records
+
+        outcomes = predict_records(
+            self.task,
+            self.model,
+            [Record(fields, "records", number) for number, fields in enumerate(records, start=1)],
+            batch_size=batch_size or BATCH_SIZE,
+            device=next(self.model.parameters()).device,
+        )
+        predictions = []
+        for outcome in outcomes:
+            if outcome.prediction is None:
+                raise DataError(outcome.error)
+            predictions.append(outcome.prediction)
+        return predictions
 
     def logits(self, ids: Sequence[int], target_ids: Sequence[int] | None = None) -> Tensor:
         """Logits of what follows each of T token ids, or of an encoder for the tokens themselves.
@@ -115,45 +159,24 @@ def load(run: Path | str, *, weights: Weights = "master", device: str = "auto") 
     """
     checkpoint, config, tokenizer = find_with_tokenizer(run)
     place = _device(device)
-    model = _empty_model(config, place)
-    _fill(model, checkpoint, weights)
-    return LoadedModel(model.eval(), tokenizer, config, checkpoint)
+    import torch
+
+    dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
+    model = read_model(checkpoint, config.model, device=place, dtype=dtype, weights=weights)
+    return LoadedModel(model, tokenizer, config, checkpoint)
 
 
-def find(run: Path | str) -> tuple[Path, RunConfig]:
-    """The checkpoint folder and the config that `load` would use, before anything large is read.
-
-    Raises:
-        CheckpointError: no such run, or no checkpoint yet.
-        ConfigError: the run's config holds what this bigtx does not know.
-    """
-    config = load_run_config(run)
-    from bigtx.engine.checkpoint import preferred
-
-    return preferred(run), config
-
-
-def find_with_tokenizer(run: Path | str) -> tuple[Path, RunConfig, Tokenizer]:
-    """As `find`, with the run's tokenizer; the config has its vocab_size.
-
-    Raises:
-        DataError: the tokenizer is missing or damaged.
-    """
-    checkpoint, config = find(run)
-    from bigtx.tokenizer.tokenizer import Tokenizer
-
-    tokenizer = Tokenizer.load(run_dir_of(checkpoint) / "tokenizer")
-    if config.model.vocab_size is None:
-        config.model.vocab_size = tokenizer.vocab_size
-    return checkpoint, config, tokenizer
-
-
-def refuse_encoder(config: RunConfig) -> None:
+def refuse_wordless(config: RunConfig) -> None:
     """Refuse to write with a model that only reads.
 
     Raises:
-        ConfigError: it is an encoder.
+        ConfigError: it is an encoder, or gives classes.
     """
+    if config.model.num_classes is not None:
+        raise ConfigError(
+            f"the run sorts texts into {config.model.num_classes} classes and writes none; bigtx predict says which "
+            "class a text belongs to"
+        )
     if config.model.shape == "encoder":
         raise ConfigError(
             "model.shape=encoder: an encoder reads texts and writes none; name a run of a decoder or an encoder-decoder"
@@ -174,44 +197,6 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _empty_model(config: RunConfig, device: torch.device) -> Transformer:
-    import torch
-
-    from bigtx.model.transformer import Transformer
-
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32 if device.type == "cpu" else torch.bfloat16)
-    try:
-        with device:
-            return Transformer(config.model)
-    finally:
-        torch.set_default_dtype(before)
-
-
-def _fill(model: Transformer, checkpoint: Path, kind: Weights) -> None:
-    """Read the weights one by one, so that they are in memory once.
-
-    Raises:
-        CheckpointError: they are not those of the model.
-    """
-    import torch
-
-    from bigtx.engine.checkpoint import Checkpoint, load_weights
-
-    parameters = dict(model.named_parameters())
-    expected = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    saved = Checkpoint(checkpoint).shapes
-    if expected != saved:
-        names = sorted(name for name in expected | saved if expected.get(name) != saved.get(name))
-        raise CheckpointError(
-            f"{checkpoint} does not fit the run's config.yaml: {len(names)} parameters differ, first {names[0]} "
-            f"({saved.get(names[0], 'none')} saved, {expected.get(names[0], 'none')} configured); was it edited?"
-        )
-    with torch.no_grad():
-        for name, weight in load_weights(checkpoint, kind=kind):
-            parameters[name].copy_(weight)
-
-
 def command(argv: Sequence[str]) -> int:
     """`bigtx generate`.
 
@@ -224,7 +209,7 @@ def command(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     _check_sampling(arguments)
     records = _read_prompts(Path(arguments.prompts_file)) if arguments.prompts_file else []
-    refuse_encoder(find(arguments.run)[1])
+    refuse_wordless(find(arguments.run)[1])
     loaded = load(arguments.run, weights=arguments.weights, device=arguments.device)
     options = {
         "max_new_tokens": arguments.max_new_tokens,

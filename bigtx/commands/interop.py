@@ -59,7 +59,7 @@ def export_command(argv: Sequence[str]) -> int:
     """
     options = _export_parser().parse_args(argv)
     shard_bytes = _shard_bytes(options.max_shard_size)
-    from bigtx.generate import find_with_tokenizer
+    from bigtx.engine.trained import find_with_tokenizer
     from bigtx.interop.exporter import ExportSettings, export_model
     from bigtx.interop.verify import require_transformers
 

@@ -18,7 +18,7 @@ from bigtx.cli import main
 from bigtx.config.load import from_dict, to_dict
 from bigtx.config.schema import ModelConfig, PretrainConfig
 from bigtx.engine.checkpoint import newest
-from bigtx.generate import find
+from bigtx.engine.trained import find
 from bigtx.interop.exporter import ExportSettings
 from bigtx.interop.families import by_model_type, choose
 from bigtx.interop.verify import verify

@@ -1,0 +1,100 @@
+"""A trained run's model, ready to compute: what `bigtx.load`, distillation and the commands on trained runs share.
+
+Imports torch only when weights are read, so that what is wrong with a run is said at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from bigtx.config.load import load_run_config
+from bigtx.config.runs import run_dir_of
+from bigtx.config.schema import ModelConfig, RunConfig
+from bigtx.utils.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+    from bigtx.model.transformer import Transformer
+    from bigtx.tokenizer.tokenizer import Tokenizer
+
+Weights = Literal["master", "ema"]
+
+
+def find(run: Path | str) -> tuple[Path, RunConfig]:
+    """The checkpoint folder and the config by which a run is used, before anything large is read.
+
+    Raises:
+        CheckpointError: no such run, or no checkpoint yet.
+        ConfigError: the run's config holds what this bigtx does not know.
+    """
+    config = load_run_config(run)
+    from bigtx.engine.checkpoint import preferred
+
+    return preferred(run), config
+
+
+def find_with_tokenizer(run: Path | str) -> tuple[Path, RunConfig, Tokenizer]:
+    """As `find`, with the run's tokenizer; the config has its vocab_size.
+
+    Raises:
+        DataError: the tokenizer is missing or damaged.
+    """
+    checkpoint, config = find(run)
+    from bigtx.tokenizer.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(run_dir_of(checkpoint) / "tokenizer")
+    if config.model.vocab_size is None:
+        config.model.vocab_size = tokenizer.vocab_size
+    return checkpoint, config, tokenizer
+
+
+def read_model(
+    checkpoint: Path, config: ModelConfig, *, device: torch.device, dtype: torch.dtype, weights: Weights = "master"
+) -> Transformer:
+    """The model of a checkpoint, in evaluation mode.
+
+    Args:
+        dtype: of its weights, and so of its arithmetic.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or its weights are not those of the model.
+    """
+    model = _empty_model(config, device, dtype)
+    _fill(model, checkpoint, weights)
+    return model.eval()
+
+
+def _empty_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Transformer:
+    import torch
+
+    from bigtx.model.transformer import Transformer
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            return Transformer(config)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _fill(model: Transformer, checkpoint: Path, kind: Weights) -> None:
+    """Read the weights one by one, so that they are in memory once."""
+    import torch
+
+    from bigtx.engine.checkpoint import Checkpoint, load_weights
+
+    parameters = dict(model.named_parameters())
+    expected = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    saved = Checkpoint(checkpoint).shapes
+    if expected != saved:
+        names = sorted(name for name in expected | saved if expected.get(name) != saved.get(name))
+        raise CheckpointError(
+            f"{checkpoint} does not fit the run's config.yaml: {len(names)} parameters differ, first {names[0]} "
+            f"({saved.get(names[0], 'none')} saved, {expected.get(names[0], 'none')} configured); was it edited?"
+        )
+    with torch.no_grad():
+        for name, weight in load_weights(checkpoint, kind=kind):
+            parameters[name].copy_(weight)
