@@ -1,12 +1,12 @@
 """How good a model is at a task: predictions for records with answers, by all ranks, and the metrics of them.
 
-In-run validation, the measurement at the end of a run and `bigtx evaluate` are all this.
+In-run validation and the measurement at the end of a run are this; `bigtx evaluate` does the same in one process.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,14 +16,13 @@ from bigtx.engine.engine import Engine
 from bigtx.engine.ranks import Ranks
 from bigtx.track.tracker import Tracker
 from bigtx.train.examples import Examples
+from bigtx.train.predictions import batches_by_length, in_order, shown_predictions
 from bigtx.train.state import RunState
-from bigtx.train.tasks.task import Model, Prediction, RecordTask, public
+from bigtx.train.tasks.task import Model, Prediction, RecordTask
 from bigtx.utils.errors import ConfigError
 
 Predict = Callable[[Model, Sequence[Any], torch.device], list[Prediction]]
 """A task's `predict` or `predict_in_run`."""
-MAX_SHOWN = 300
-"""Characters of a record in a table of predictions."""
 
 
 class Measurement:
@@ -60,7 +59,9 @@ class Measurement:
         shown = ", ".join(f"{name} {number:.4f}" for name, number in measured[0].items())
         tracker.message(f"validation at step {state.step}: {shown}{' (the best so far)' if is_best else ''}")
         tracker.predictions(
-            state.step, state.tokens, shown_predictions(self.task, self.held_out, measured[1], self.num_examples)
+            state.step,
+            state.tokens,
+            shown_predictions(self.task, self.held_out.records, measured[1], self.num_examples),
         )
         return is_best
 
@@ -102,43 +103,3 @@ class Measurement:
 
     def _predict_batch(self, examples: Sequence[Any], batch: list[int], predict: Predict) -> list[Prediction]:
         return predict(self.engine.deepspeed, [examples[place] for place in batch], self.engine.device)
-
-
-def batches_by_length(examples: Sequence[Any], size: int) -> Iterator[list[int]]:
-    """Places of examples in batches of like length, the longest first: what does not fit into memory shows at once."""
-    order = sorted(range(len(examples)), key=lambda place: -examples[place].length)
-    for begin in range(0, len(order), size):
-        yield order[begin : begin + size]
-
-
-def in_order(batches: Sequence[list[int]], parts: Sequence[list[Prediction]], total: int) -> list[Prediction]:
-    """The predictions of batches in the order of the examples."""
-    found: list[Prediction] = [{}] * total
-    for batch, part in zip(batches, parts, strict=True):
-        for place, prediction in zip(batch, part, strict=True):
-            found[place] = prediction
-    return found
-
-
-def predict_all(
-    task: RecordTask, model: Model, examples: Sequence[Any], *, batch_size: int, device: torch.device
-) -> list[Prediction]:
-    """A prediction for each example, on this process alone."""
-    batches = list(batches_by_length(examples, batch_size))
-    parts = [task.predict(model, [examples[place] for place in batch], device) for batch in batches]
-    return in_order(batches, parts, len(examples))
-
-
-def shown_predictions(
-    task: RecordTask, held_out: Examples, predictions: Sequence[Prediction], count: int
-) -> list[dict[str, Any]]:
-    """The first predictions beside their records, for a table."""
-    rows = []
-    total = len(predictions)
-    for number in range(min(count, total)):
-        place = number * total // min(count, total)
-        record, prediction = held_out.records[place], predictions[place]
-        text = task.shown(record)
-        shown = text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + " ..."
-        rows.append({"record": record.where, "input": shown, "answer": task.answer(record), **public(prediction)})
-    return rows

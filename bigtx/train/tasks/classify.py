@@ -174,6 +174,8 @@ class Classify(RecordTask):
                 raise BadRecordError(f"no field {self.fields.label!r} that names its class; see data.fields.label")
             return NO_LABEL
         if name not in self.number:
+            if not is_needed:
+                return NO_LABEL
             similar = difflib.get_close_matches(name, self.classes, 1, 0.6)
             hint = f"did you mean {similar[0]}?" if similar else f"there are {', '.join(self.classes[:12])}"
             raise BadRecordError(f"the class {name!r} is unknown to the model; {hint}")
