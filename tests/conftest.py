@@ -103,3 +103,19 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         done = bigtx(*arguments)
         assert done.returncode == 0, done.stdout + done.stderr
     return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def decoder_base(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pretrained decoder."""
+    from finetunes import make_base
+
+    return make_base(corpus, tmp_path_factory.mktemp("base") / "decoder")
+
+
+@pytest.fixture(scope="session")
+def encoder_base(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pretrained encoder."""
+    from finetunes import SHAPES, make_base
+
+    return make_base(corpus, tmp_path_factory.mktemp("base") / "encoder", *SHAPES["encoder"])
