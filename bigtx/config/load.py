@@ -213,10 +213,11 @@ def _over_base_model(tree: Node, problems: list[Problem]) -> Node:
             return tree
         source = run_dir.content
     try:
-        model = read_values(source).get("model", {})
+        model = dict(read_values(source).get("model", {}))
     except CheckpointError as error:
         problems.append(Problem("base", base.content, str(error), base.where))
         return tree
+    model.pop("lora", None)  # Adapters are a training's own: those of the base are merged into its weights.
     return merge(from_values({"model": model}, f"base {source}"), tree)
 
 

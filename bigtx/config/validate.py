@@ -27,7 +27,7 @@ from bigtx.config.schema import (
 )
 from bigtx.config.settings import find, similar_keys
 from bigtx.config.validate_finetune import task_problems
-from bigtx.config.validate_model import model_problems, objective_problems
+from bigtx.config.validate_model import model_problems, objective_problems, training_problems
 from bigtx.utils.processes import world_size
 from bigtx.utils.units import Duration, parse_duration, parse_range
 from bigtx.utils.urls import is_url, url_problem
@@ -64,6 +64,7 @@ def _every_run(config: RunConfig) -> Iterator[Problem]:
 
 def _finetune(config: FinetuneConfig) -> Iterator[Problem]:
     yield from _every_run(config)
+    yield from training_problems(config, started_from=config.base)
     if config.base is None and config.tokenizer is None:
         yield Problem(
             "base",
@@ -100,6 +101,7 @@ def _pretrain(config: PretrainConfig) -> Iterator[Problem]:
     started = any(Path(config.run_dir, "checkpoints").glob("step-*[0-9]"))  # Then the weights have been taken already.
     if config.init_from is not None and not started and not Path(config.init_from).is_dir():
         yield Problem("init_from", config.init_from, "no such folder; name a run or one of its checkpoints")
+    yield from training_problems(config, started_from=config.init_from)
     yield from objective_problems(config)
     yield from _data(config.data)
     yield from _phases(config.data, config.train.sequence_length)

@@ -6,8 +6,17 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from bigtx.config.lora import useless_targets
 from bigtx.config.nodes import Problem
-from bigtx.config.schema import ExpertsConfig, ModelConfig, ObjectiveConfig, PretrainConfig
+from bigtx.config.schema import (
+    AudioConfig,
+    ExpertsConfig,
+    LoraConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    PretrainConfig,
+    RunConfig,
+)
 
 OBJECTIVES_OF_FIELDS = {
     "fill_in_middle_rate": "fill_in_middle",
@@ -56,6 +65,8 @@ def model_problems(model: ModelConfig) -> Iterator[Problem]:
             f"stretches rotary positions, but model.positions={model.positions}; write none",
         )
     yield from _experts(model)
+    yield from _lora(model)
+    yield from _audio(model)
     yield from _idle_model_fields(model)
 
 
@@ -92,6 +103,66 @@ def _experts(model: ModelConfig) -> Iterator[Problem]:
         )
 
 
+def _lora(model: ModelConfig) -> Iterator[Problem]:
+    """Adapters must find their matrices, and say nothing where there are none."""
+    lora = model.lora
+    if not lora.rank:
+        for field in dataclasses.fields(lora):
+            value = getattr(lora, field.name)
+            if value != getattr(LoraConfig(), field.name):
+                key = f"model.lora.{field.name}"
+                yield Problem(key, str(value), "says nothing without model.lora.rank=N; leave it out")
+        return
+    for glob, near in useless_targets(model).items():
+        what = f"matches no matrix of a block; there are {', '.join(near)}"
+        if model.experts.num_experts and "mlp".startswith(glob.rpartition(".")[0]):
+            what += " (the matrices of a mixture's experts, and its router, have no adapters)"
+        yield Problem("model.lora.targets", glob, what)
+
+
+def training_problems(config: RunConfig, *, started_from: str | None) -> Iterator[Problem]:
+    """What is trained must be possible.
+
+    Args:
+        started_from: the run whose weights this one begins with.
+    """
+    lora, optimizer = config.model.lora, config.optimizer
+    if lora.rank and started_from is None:
+        yield Problem(
+            "model.lora.rank", str(lora.rank), "adapters stand beside trained weights; name those, or write rank 0"
+        )
+    if optimizer.train_also and not lora.rank:
+        yield Problem(
+            "optimizer.train_also",
+            str(optimizer.train_also),
+            "says nothing without model.lora.rank=N, where all parameters are trained; see optimizer.freeze",
+        )
+
+
+def _audio(model: ModelConfig) -> Iterator[Problem]:
+    """An encoder that hears needs convolutions, and settings say nothing where none does."""
+    audio = model.audio
+    bins = str(audio.num_mel_bins)
+    if not audio.num_mel_bins:
+        for field in dataclasses.fields(audio):
+            value = getattr(audio, field.name)
+            if value != getattr(AudioConfig(), field.name):
+                key = f"model.audio.{field.name}"
+                yield Problem(key, str(value), "says nothing without model.audio.num_mel_bins=N; leave it out")
+        return
+    if model.shape == "decoder":
+        yield Problem(
+            "model.audio.num_mel_bins",
+            bins,
+            "an encoder hears, but model.shape=decoder; write 0, or model.shape=encoder_decoder or encoder",
+            related=("model.shape",),
+        )
+    if not audio.strides:
+        yield Problem("model.audio.strides", "[]", "there must be a convolution at least; write its stride, e.g. [2]")
+    if model.shape == "encoder" and model.tie_embeddings:
+        yield Problem("model.tie_embeddings", "true", "an encoder that hears has no table of tokens; write false")
+
+
 def _idle_model_fields(model: ModelConfig) -> Iterator[Problem]:
     """Fields that would do nothing."""
     window = model.attention_window is not None
@@ -110,6 +181,10 @@ def _idle_model_fields(model: ModelConfig) -> Iterator[Problem]:
 def objective_problems(config: PretrainConfig) -> Iterator[Problem]:
     """An objective that is not for the model's shape, and settings of another one."""
     name, shape = config.objective.name, config.model.shape
+    if bins := config.model.audio.num_mel_bins:
+        yield Problem(
+            "model.audio.num_mel_bins", str(bins), "only bigtx-finetune with task=transcribe hears; write 0 here"
+        )
     fitting = {
         "decoder": ("prefix",) if config.model.prefix_attention else ("causal", "fill_in_middle"),
         "encoder": ("masked",),

@@ -3,40 +3,41 @@
     checkpoints/step-00001000/
         rank-00000.safetensors     tensors "parameter|start|kind": elements [start, ...) of a flattened parameter
         manifest.json              written last, with a hash of itself; without it the folder is damaged
+    frozen/                        the same for parameters that the run does not train, once for all its checkpoints
 
 Kinds are `master` (fp32 weights) and the optimizer's states. Each rank writes what it owns; whoever loads reads
 the ranges that it needs, so one checkpoint serves any number of ranks, any ZeRO stage, and programs that know
-nothing of DeepSpeed. It is written under another name, made durable, proved complete, then renamed; a checkpoint that
-was found damaged is set aside as `step-N.damaged` once a later save needs its place, and never deleted.
+nothing of DeepSpeed. What is frozen is read through every checkpoint of the run, whose manifests name its hash, so
+that readers see a whole model.
 
-This module reads without importing deepspeed; `save` is given an engine.
+This module reads, and does not import deepspeed; saving.py writes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from bigtx.config.runs import run_dir_of
 from bigtx.utils.errors import CheckpointError
-from bigtx.utils.files import fsync_dir, sha256_file, write_json
+from bigtx.utils.files import sha256_file, write_json
 
 if TYPE_CHECKING:
-    from bigtx.engine.engine import Engine
     from bigtx.engine.ranks import Ranks
 
 FORMAT_VERSION = 1
 FOLDER = "checkpoints"
+FROZEN = "frozen"
+WEIGHT_KINDS = ("master", "ema")
+"""Kinds that are weights; a frozen parameter has one value for both."""
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -46,7 +47,9 @@ class Checkpoint:
 
     Attributes:
         path: its folder.
-        manifest: facts of the run at that step; see `save`.
+        manifest: facts of the run at that step; see saving.py.
+        frozen: the parameters that the run does not train, if there are any.
+        files: place, size and hash of each file by name, those of `frozen` included.
     """
 
     def __init__(self, path: Path) -> None:
@@ -57,28 +60,36 @@ class Checkpoint:
             CheckpointError: no manifest, one of another format, or files that are missing or of another size.
         """
         self.path = path
-        self.manifest = _read_manifest(path)
-        problems = [problem for name in self.manifest["files"] if (problem := self._size_problem(name))]
+        self.manifest = read_manifest(path)
+        self.files: dict[str, tuple[Path, dict[str, Any]]] = {
+            name: (path / name, entry) for name, entry in self.manifest["files"].items()
+        }
+        problems = [problem for name in self.files if (problem := self._size_problem(name))]
         if problems:
             raise CheckpointError(f"{path}: {'; '.join(problems)}; use another checkpoint of the run")
+        self.frozen = self._open_frozen()
+        if self.frozen is not None:
+            self.files |= {f"{FROZEN}/{name}": file for name, file in self.frozen.files.items()}
         self._index: dict[tuple[str, str], list[tuple[int, int, str, str]]] | None = None
         self._open: dict[str, Any] = {}
 
     @property
     def manifest_sha256(self) -> str:
         """What the manifest hashes to; it names all files with their hashes, so it stands for all the checkpoint."""
-        return _manifest_hash(self.manifest)
+        return manifest_hash(self.manifest)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each parameter."""
-        return {name: tuple(shape) for name, shape in self.manifest["parameters"].items()}
+        own = {name: tuple(shape) for name, shape in self.manifest["parameters"].items()}
+        return own if self.frozen is None else own | self.frozen.shapes
 
     def kinds(self, name: str) -> list[str]:
-        """Kinds stored for a parameter."""
-        self._read_headers()
-        assert self._index is not None
-        return [kind for parameter, kind in self._index if parameter == name]
+        """Kinds that can be read of a parameter."""
+        index = self._read_headers()
+        if self._is_frozen(name):
+            return [kind for kind in WEIGHT_KINDS if any(kind == other for _, other in index)]
+        return [kind for parameter, kind in index if parameter == name]
 
     def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a flattened parameter or state.
@@ -89,10 +100,11 @@ class Checkpoint:
         Raises:
             CheckpointError: the checkpoint does not hold them all.
         """
-        self._read_headers()
-        assert self._index is not None
+        if self.frozen is not None and self._is_frozen(name) and kind in WEIGHT_KINDS:
+            return self.frozen.read(name, "master", start, stop)
+        index = self._read_headers()
         result, covered = torch.empty(stop - start), 0
-        for first, last, file, key in self._index.get((name, kind), ()):
+        for first, last, file, key in index.get((name, kind), ()):
             low, high = max(start, first), min(stop, last)
             if low < high:
                 result[low - start : high - start] = self._open[file].get_slice(key)[low - first : high - first]
@@ -108,40 +120,64 @@ class Checkpoint:
         """Let go of the files, so that the checkpoint's space is free once it is pruned."""
         self._index = None
         self._open.clear()
+        if self.frozen is not None:
+            self.frozen.close()
 
     def verify(self, names: Iterable[str] | None = None) -> list[str]:
         """Compare files with the hashes of the manifest.
 
         Args:
-            names: files to read; all by default.
+            names: of `files` to read; all by default.
 
         Returns:
             One sentence for each bad file.
         """
-        checked = (self._problem(name) for name in (self.manifest["files"] if names is None else names))
+        checked = (self._problem(name) for name in (self.files if names is None else names))
         return [problem for problem in checked if problem]
 
     def _problem(self, name: str) -> str | None:
         try:
             if problem := self._size_problem(name):
                 return problem
-            if sha256_file(self.path / name) != self.manifest["files"][name]["sha256"]:
+            file, entry = self.files[name]
+            if sha256_file(file) != entry["sha256"]:
                 return f"{name} does not have the sha256 that {MANIFEST} names: its content has changed"
         except OSError as error:
             return f"{name} cannot be read: {error}"
         return None
 
     def _size_problem(self, name: str) -> str | None:
-        expected, file = self.manifest["files"][name]["size"], self.path / name
+        file, entry = self.files[name]
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != expected:
-            return f"{name} has {file.stat().st_size:,} bytes instead of {expected:,}"
+        if file.stat().st_size != entry["size"]:
+            return f"{name} has {file.stat().st_size:,} bytes instead of {entry['size']:,}"
         return None
 
-    def _read_headers(self) -> None:
+    def _open_frozen(self) -> Checkpoint | None:
+        expected = self.manifest.get("frozen_sha256")
+        if expected is None:
+            return None
+        folder = run_dir_of(self.path) / FROZEN
+        try:
+            frozen = Checkpoint(folder)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{self.path} holds only what its run trains, and the other weights are damaged: {error}; restore "
+                f"{folder} from a copy"
+            ) from None
+        if frozen.manifest_sha256 != expected:
+            raise CheckpointError(
+                f"{folder} does not hold the weights that {self.path} was trained with; restore it from a copy"
+            )
+        return frozen
+
+    def _is_frozen(self, name: str) -> bool:
+        return self.frozen is not None and name in self.frozen.manifest["parameters"]
+
+    def _read_headers(self) -> dict[tuple[str, str], list[tuple[int, int, str, str]]]:
         if self._index is not None:
-            return
+            return self._index
         index: dict[tuple[str, str], list[tuple[int, int, str, str]]] = {}
         for file in sorted(self.manifest["files"]):
             try:
@@ -153,20 +189,21 @@ class Checkpoint:
                 length = handle.get_slice(key).get_shape()[0]
                 index.setdefault((name, kind), []).append((int(start), int(start) + length, file, key))
         self._index = index
+        return index
 
 
 def list_checkpoints(folder: Path | str) -> list[Path]:
     """Complete checkpoints of a run, newest first; a checkpoint's own folder gives itself."""
-    return [path for path in _step_folders(folder) if (path / MANIFEST).is_file()]
+    return [path for path in step_folders(folder) if (path / MANIFEST).is_file()]
 
 
-def _step_folders(folder: Path | str) -> list[Path]:
+def step_folders(folder: Path | str) -> list[Path]:
     """Everything that has a checkpoint's name, newest first."""
     folder = Path(folder)
     if _NAME.fullmatch(folder.name) and folder.is_dir():
         return [folder]
     found = [path for path in (folder / FOLDER).glob("step-*") if _NAME.fullmatch(path.name)]
-    return sorted(found, key=_step, reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
 def newest(folder: Path | str) -> Path:
@@ -191,16 +228,17 @@ def preferred(folder: Path | str) -> Path:
     if not checkpoints:
         return newest(folder)  # Says so.
     best = _best_step(checkpoints[0])
-    return next((path for path in checkpoints if _step(path) == best), checkpoints[0])
+    return next((path for path in checkpoints if step_of(path) == best), checkpoints[0])
 
 
 def _best_step(checkpoint: Path) -> int | None:
     """The step of the best checkpoint as the run knew it at this one."""
-    step: int | None = _read_manifest(checkpoint).get("state", {}).get("best_step")
+    step: int | None = read_manifest(checkpoint).get("state", {}).get("best_step")
     return step
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
     return int(path.name.removeprefix("step-"))
 
 
@@ -239,13 +277,13 @@ def choose(folder: Path, ranks: Ranks, warn: Any) -> Checkpoint | None:
     Raises:
         CheckpointError: there are checkpoints, but none is whole: starting again from step 0 must be on purpose.
     """
-    candidates = ranks.from_first([str(path) for path in _step_folders(folder)])
+    candidates = ranks.from_first([str(path) for path in step_folders(folder)])
     for candidate in candidates:
         problems: list[str] = []
         checkpoint = None
         try:
             checkpoint = Checkpoint(Path(candidate))
-            problems = checkpoint.verify(sorted(checkpoint.manifest["files"])[ranks.rank :: ranks.world_size])
+            problems = checkpoint.verify(sorted(checkpoint.files)[ranks.rank :: ranks.world_size])
         except CheckpointError as error:
             problems = [str(error)]
         problems = sorted({problem for found in ranks.gather(problems) for problem in found})
@@ -260,138 +298,12 @@ def choose(folder: Path, ranks: Ranks, warn: Any) -> Checkpoint | None:
     return None
 
 
-def save(engine: Engine, ranks: Ranks, run_dir: Path, facts: dict[str, Any], *, keep: int) -> Path:
-    """Write a checkpoint of the engine. Every rank must call it.
-
-    Args:
-        facts: what the manifest records beside the files: at least `step`.
-        keep: newest checkpoints to keep; older ones, but for the best, go once this one is complete.
-
-    Returns:
-        Its folder.
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, found to be as it was written.
 
     Raises:
-        CheckpointError: on every rank, if one could not write; older checkpoints are untouched.
+        CheckpointError: it is missing, damaged, or of another format.
     """
-    final = run_dir / FOLDER / f"step-{facts['step']:08d}"
-    partial = final.with_name(final.name + ".partial")
-    name, failure, entry = f"rank-{ranks.rank:05d}.safetensors", None, None
-    if ranks.rank == 0:
-        try:
-            for leftover in (run_dir / FOLDER).glob("step-*.partial"):
-                shutil.rmtree(leftover, ignore_errors=True)
-            partial.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            failure = f"could not make {partial}: {error}"
-    _raise_first(ranks.gather(failure), partial, ranks)
-    try:
-        entry = _write_fragments(engine, partial / name)
-    except (OSError, SafetensorError) as error:
-        failure = f"rank {ranks.rank} could not write {partial / name}: {error}"
-    reports = ranks.gather((failure, name, entry, _ranges(engine)))
-    _raise_first([report[0] for report in reports], partial, ranks)
-
-    if ranks.rank == 0:
-        try:
-            manifest = {
-                "format": FORMAT_VERSION,
-                **facts,
-                "world_size": ranks.world_size,
-                "zero_stage": engine.stage,
-                "precision": engine.config.engine.precision,
-                "loss_scale": engine.loss_scale(),
-                "num_updates": engine.optimizer.num_updates,
-                "parameters": _prove_coverage([report[3] for report in reports], engine),
-                "files": {name: entry for _, name, entry, _ in reports if entry},
-            }
-            write_manifest(partial, manifest)
-            fsync_dir(partial)
-            _set_aside(run_dir, from_step=facts["step"])
-            os.rename(partial, final)
-            fsync_dir(final.parent)
-        except OSError as error:
-            failure = f"could not complete {final}: {error}"
-    _raise_first(ranks.gather(failure), partial, ranks)
-    if ranks.rank == 0:
-        best = facts.get("state", {}).get("best_step")
-        for old in [path for path in list_checkpoints(run_dir)[keep:] if _step(path) != best]:
-            # Half a checkpoint must not look like a damaged one.
-            gone = old.with_name(old.name + ".partial")
-            os.rename(old, gone)
-            shutil.rmtree(gone, ignore_errors=True)
-    return final
-
-
-def _set_aside(run_dir: Path, *, from_step: int) -> None:
-    """Rename the checkpoints of this step and later ones: the run went on from before them, so they were refused."""
-    for path in _step_folders(run_dir):
-        if _step(path) >= from_step:
-            damaged = path.with_name(path.name + ".damaged")
-            shutil.rmtree(damaged, ignore_errors=True)
-            os.rename(path, damaged)
-
-
-def _write_fragments(engine: Engine, path: Path) -> dict[str, Any] | None:
-    """Write this rank's fragments durably. Returns size and hash, or None where it owns nothing."""
-    tensors = {}
-    for fragment in engine.owned:
-        states = engine.optimizer.state[fragment.flat]
-        sources = {"master": fragment.flat} | {
-            kind: states[kind] for kind in engine.optimizer.state_kinds(fragment.group)
-        }
-        for kind, source in sources.items():
-            assert source.dtype == torch.float32 and source.numel() == fragment.flat.numel()
-            tensors[f"{fragment.name}|{fragment.start}|{kind}"] = _on_host(fragment.view(source))
-    if not tensors:
-        return None
-    save_file(tensors, path)
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-    return {"size": path.stat().st_size, "sha256": sha256_file(path)}
-
-
-def _on_host(tensor: Tensor) -> Tensor:
-    """A copy in host memory."""
-    return tensor.clone() if tensor.device.type == "cpu" else tensor.cpu()
-
-
-def _ranges(engine: Engine) -> list[tuple[str, tuple[int, ...], int, int]]:
-    return [(fragment.name, fragment.shape, fragment.start, fragment.stop) for fragment in engine.owned]
-
-
-def _prove_coverage(
-    ranges_by_rank: list[list[tuple[str, tuple[int, ...], int, int]]], engine: Engine
-) -> dict[str, list[int]]:
-    """Check that every parameter of the module is covered exactly once. Returns the parameters' shapes.
-
-    All kinds of a fragment have the fragment's range (asserted where they are written), so one proof serves all.
-    """
-    pieces: dict[str, list[tuple[int, int]]] = {}
-    shapes: dict[str, list[int]] = {}
-    for ranges in ranges_by_rank:
-        for name, shape, start, stop in ranges:
-            pieces.setdefault(name, []).append((start, stop))
-            shapes[name] = list(shape)
-    assert set(pieces) == {name for name, _ in engine.module.named_parameters()}
-    for name, parts in pieces.items():
-        end = 0
-        for start, stop in sorted(parts):
-            assert start == end, f"{name}: elements {end} to {start} are missing or written twice"
-            end = stop
-        assert end == torch.Size(shapes[name]).numel(), f"{name}: only {end} elements written"
-    return shapes
-
-
-def _raise_first(failures: list[str | None], partial: Path, ranks: Ranks) -> None:
-    """If any rank failed, clean up and fail on all."""
-    failure = next((failure for failure in failures if failure), None)
-    if failure:
-        if ranks.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"the checkpoint was not written, earlier ones are whole: {failure}")
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -400,17 +312,17 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path / MANIFEST} cannot be read: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT_VERSION:
         raise CheckpointError(f"{path / MANIFEST} is not of format {FORMAT_VERSION}, the one that this bigtx reads")
-    if manifest.pop("sha256", None) != _manifest_hash(manifest):
+    if manifest.pop("sha256", None) != manifest_hash(manifest):
         raise CheckpointError(f"{path / MANIFEST} does not have the hash that it names: its content has changed")
     return manifest
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Complete a checkpoint's folder: write the manifest, with a hash of itself."""
-    write_json(folder / MANIFEST, manifest | {"sha256": _manifest_hash(manifest)})
+    write_json(folder / MANIFEST, manifest | {"sha256": manifest_hash(manifest)})
 
 
-def _manifest_hash(manifest: dict[str, Any]) -> str:
+def manifest_hash(manifest: dict[str, Any]) -> str:
     """sha256 of the manifest's canonical JSON, its own hash left out."""
     canonical = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()

@@ -17,10 +17,17 @@ from torch import Tensor, nn
 
 from bigtx.config.schema import RunConfig
 from bigtx.engine.deepspeed_config import deepspeed_config
-from bigtx.engine.fragments import Fragment, held_fragments, owned_fragments, refresh_model_weights
+from bigtx.engine.fragments import (
+    Fragment,
+    fill_unheld,
+    held_fragments,
+    owned_fragments,
+    refresh_model_weights,
+)
 from bigtx.engine.optimizers import Optimizer, parameter_groups
 from bigtx.engine.task import Task as Task
 from bigtx.engine.task import TaskLoss as TaskLoss
+from bigtx.engine.trainable import frozen_parameters
 from bigtx.model.experts import Routing
 from bigtx.utils.errors import ConfigError
 
@@ -55,6 +62,7 @@ class Engine:
         module: the model; its weights may be partitioned (ZeRO-3).
         device: where batches go.
         optimizer: the base optimizer under DeepSpeed's wrapper.
+        frozen: parameters that are not trained: no fragment holds them.
         fragments: what this rank holds.
         owned: what this rank writes to a checkpoint.
     """
@@ -83,11 +91,18 @@ class Engine:
         # ZeRO-3 cuts each parameter up as soon as it exists, so no rank ever holds the whole model.
         with deepspeed.zero.Init(config_dict_or_path=self.deepspeed_config) if self.stage == 3 else self.device:
             model = make_model()
+        parameters = dict(model.named_parameters())
+        self.frozen = frozen_parameters(config, parameters)
+        for name in self.frozen:
+            parameters[name].requires_grad_(False)
         model.activation_checkpointing = config.engine.activation_checkpointing  # type: ignore[assignment]
         if self.stage == 3:
             # A block is gathered as a whole, around its forward and outside of it: what its forward records, for
             # torch.compile or to recompute it, then holds no communication.
             deepspeed.utils.set_z3_leaf_modules(model, [type(model.blocks[0])])  # type: ignore[index]
+            for block in model.blocks:  # type: ignore[union-attr]
+                if any(parameter.requires_grad for parameter in block.parameters()):
+                    block.register_forward_pre_hook(_ask_for_gradient)
         if config.engine.compile:
             for block in model.blocks:  # type: ignore[union-attr]
                 # The forward alone: DeepSpeed's hooks would be traced, and compiled anew for each block.
@@ -147,6 +162,9 @@ class Engine:
                         state.copy_(read(fragment.name, kind, fragment.start, fragment.stop))
                     elif kind == "ema":
                         state.copy_(fragment.view(fragment.flat))
+            for name, parameter in self.module.named_parameters():
+                if not parameter.requires_grad:
+                    fill_unheld(parameter, name, read)
             refresh_model_weights(self.deepspeed)
 
     def train_step(
@@ -232,6 +250,15 @@ class Engine:
         """Restore what `loss_scale` gave; nothing where this run or that one is not fp16."""
         if self.config.engine.precision == "fp16" and self.deepspeed.optimizer.loss_scaler.dynamic:
             vars(self.deepspeed.optimizer.loss_scaler).update(numbers)
+
+
+def _ask_for_gradient(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Have the gradient reach a block's input also where all below it is frozen: DeepSpeed reduces a block's gradients
+    and lets its weights go once the gradient of its input is there, and without one it would do so before its turn."""
+    x, *others = inputs
+    if not torch.is_grad_enabled() or x.requires_grad:
+        return None
+    return (x.detach().requires_grad_(), *others)
 
 
 def _reported(loss: TaskLoss) -> Tensor:

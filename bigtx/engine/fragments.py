@@ -11,7 +11,7 @@ There is one small adaptor for each wrapper. They read DeepSpeed's internals, so
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,6 +76,26 @@ def owned_fragments(fragments: list[Fragment], *, replicated: bool, rank: int, w
         if start < stop:
             owned.append(replace(fragment, start=start, numel=stop - start, offset=fragment.offset + start))
     return owned
+
+
+def fill_unheld(parameter: nn.Parameter, name: str, read: Callable[[str, str, int, int], Tensor]) -> None:
+    """Set what this rank has of a parameter that no optimizer updates, and that therefore has no master.
+
+    `refresh_model_weights` must be called afterwards.
+
+    Args:
+        read: as `Engine.fill` has it.
+    """
+    part = getattr(parameter, "ds_tensor", None)
+    if part is None:
+        parameter.detach().view(-1).copy_(read(name, "master", 0, parameter.numel()))
+        return
+    # ZeRO-3: equal parts, the last one padded.
+    start = torch.distributed.get_rank(parameter.ds_process_group) * part.ds_numel  # type: ignore[attr-defined]
+    stop = min(start + part.ds_numel, parameter.ds_numel)  # type: ignore[attr-defined]
+    part.zero_()
+    if start < stop:
+        part.view(-1).narrow(0, 0, stop - start).copy_(read(name, "master", start, stop))
 
 
 def refresh_model_weights(deepspeed_engine: Any) -> None:

@@ -10,6 +10,7 @@ States, by kind: AdamW `exp_avg`, `exp_avg_sq`; Muon `momentum`; both `ema` wher
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -21,6 +22,10 @@ from torch.optim.adamw import adamw
 from bigtx.config.schema import OptimizerConfig
 from bigtx.engine.fragments import Fragment
 from bigtx.engine.muon import MatrixExchange
+from bigtx.engine.trainable import is_adapter
+
+_BLOCK = re.compile(r"(?P<stack>\w+)\.blocks\.(?P<layer>\d+)\.")
+_ABOVE_BLOCKS = ("head.", "encoder.norm.", "decoder.norm.")
 
 
 def parameter_groups(config: OptimizerConfig, parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
@@ -30,8 +35,47 @@ def parameter_groups(config: OptimizerConfig, parameters: Iterable[tuple[str, nn
         parameters: names and parameters; a parameter that ZeRO-3 has partitioned tells its shape by `ds_shape`.
 
     Returns:
-        Groups with `name`, `method`, `peak_learning_rate` and `weight_decay`; empty ones left out.
+        Groups with `name`, `method`, `peak_learning_rate` and `weight_decay`. With a layer_decay there are several of a
+        name, the highest rate first.
     """
+    parameters = list(parameters)
+    kinds = _kinds(config)
+    factors = layer_factors([name for name, _ in parameters], config.layer_decay)
+    groups: dict[tuple[str, float], dict[str, Any]] = {
+        (kind, factor): {**settings, "name": kind, "params": []}
+        for kind, settings in kinds.items()
+        for factor in sorted(set(factors.values()), reverse=True)
+    }
+    for name, parameter in parameters:
+        if parameter.requires_grad:
+            groups[_group_of(name, parameter), factors[name]]["params"].append(parameter)
+    for (_, factor), group in groups.items():
+        group["peak_learning_rate"] *= factor
+        group["lr"] = group["peak_learning_rate"]
+    return [group for group in groups.values() if group["params"]]
+
+
+def layer_factors(names: list[str], decay: float) -> dict[str, float]:
+    """Factors on the learning rates of parameters, lower towards the input (discriminative fine-tuning,
+    arXiv:1801.06146): 1 for the head, a stack's last norm and its last block, `decay` times as much for each block
+    below, and once more for the embeddings and all else before the first block."""
+    blocks = {name: match for name in names if (match := _BLOCK.match(name))}
+    num_layers: dict[str, int] = {}
+    for match in blocks.values():
+        num_layers[match["stack"]] = max(num_layers.get(match["stack"], 0), int(match["layer"]) + 1)
+    depth = max(num_layers.values(), default=0)
+    factors = {}
+    for name in names:
+        if name in blocks:
+            match = blocks[name]
+            factors[name] = decay ** (num_layers[match["stack"]] - 1 - int(match["layer"]))
+        else:
+            factors[name] = 1.0 if name.startswith(_ABOVE_BLOCKS) else decay**depth
+    return factors
+
+
+def _kinds(config: OptimizerConfig) -> dict[str, dict[str, Any]]:
+    """How each kind of parameter is updated."""
     embedding_decay = config.weight_decay if config.decay_embeddings else 0.0
     embedding_rate = config.learning_rate * config.embedding_learning_rate_scale
     matrices: dict[str, Any] = {
@@ -45,9 +89,16 @@ def parameter_groups(config: OptimizerConfig, parameters: Iterable[tuple[str, nn
             "peak_learning_rate": config.muon_learning_rate,
             "weight_decay": config.muon_weight_decay,
         }
-    groups: dict[str, dict[str, Any]] = {
+    return {
         "matrices": matrices,
         "routers": {
+            "method": "adamw",
+            "peak_learning_rate": config.learning_rate,
+            "weight_decay": config.weight_decay,
+        },
+        # With Muon too: what acts on the activations is the product of an adapter's two matrices, one of which begins
+        # as zeros, and orthogonal steps of each of them are no orthogonal step of it.
+        "adapters": {
             "method": "adamw",
             "peak_learning_rate": config.learning_rate,
             "weight_decay": config.weight_decay,
@@ -55,17 +106,13 @@ def parameter_groups(config: OptimizerConfig, parameters: Iterable[tuple[str, nn
         "embeddings": {"method": "adamw", "peak_learning_rate": embedding_rate, "weight_decay": embedding_decay},
         "vectors": {"method": "adamw", "peak_learning_rate": config.learning_rate, "weight_decay": 0.0},
     }
-    for name, group in groups.items():
-        group.update(name=name, params=[], lr=group["peak_learning_rate"])
-    for name, parameter in parameters:
-        if parameter.requires_grad:
-            groups[_group_of(name, parameter)]["params"].append(parameter)
-    return [group for group in groups.values() if group["params"]]
 
 
 def _group_of(name: str, parameter: nn.Parameter) -> str:
     if len(getattr(parameter, "ds_shape", parameter.shape)) < 2:
         return "vectors"
+    if is_adapter(name):
+        return "adapters"
     # Each of their rows makes one score, as a head's rows do, which AdamW updates too: Muon would move the rows of
     # experts that hardly a token is sent to as far as all others.
     if name.endswith((".router.weight", ".shared_gate.weight")):
@@ -115,6 +162,13 @@ class Optimizer(torch.optim.Optimizer):
                 mine = [fragment for fragment in fragments if fragment.flat is flat]
                 process_group = None if replicated else dist.group.WORLD
                 self.exchanges[flat] = MatrixExchange(mine, process_group)
+
+    def learning_rates(self) -> dict[str, float]:
+        """The rate of each kind of parameter; with a layer_decay, that of the upper end."""
+        rates: dict[str, float] = {}
+        for group in self.param_groups:
+            rates[group["name"]] = max(group["lr"], rates.get(group["name"], 0.0))
+        return rates
 
     def set_learning_rate_factor(self, factor: float) -> None:
         """Scale every group's peak rate."""

@@ -113,13 +113,8 @@ def save_weights(
         sizes = {name: 4 * math.prod(shape) for name, shape in shapes.items()}
         for number, names in enumerate(groups(sizes, part_bytes)):
             file = f"rank-{number:05d}.safetensors"
-            entries = [(f"{name}|0|master", (math.prod(shapes[name]),), torch.float32) for name in names]
-            with SafetensorsWriter(partial / file, entries) as writer:
-                for name in names:
-                    came, weight = next(given)
-                    assert came == name and tuple(weight.shape) == tuple(shapes[name]), (came, name)
-                    writer.write(weight.reshape(-1))
-                files[file] = writer.finish()
+            part = {name: shapes[name] for name in names}
+            files[file] = write_part(partial / file, part, _expected(given, part))
         assert next(given, None) is None, "more weights came than were announced"
         parameters = {name: list(shape) for name, shape in shapes.items()}
         write_manifest(partial, {"format": FORMAT_VERSION, **facts, "parameters": parameters, "files": files})
@@ -130,6 +125,30 @@ def save_weights(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return final
+
+
+def _expected(given: Iterator[tuple[str, Tensor]], part: Mapping[str, tuple[int, ...]]) -> Iterator[Tensor]:
+    """The next weights, which must be those of a part in its order."""
+    for name, shape in part.items():
+        came, weight = next(given)
+        assert came == name and tuple(weight.shape) == tuple(shape), (came, name)
+        yield weight
+
+
+def write_part(path: Path, shapes: Mapping[str, tuple[int, ...]], weights: Iterable[Tensor]) -> dict[str, Any]:
+    """Write whole fp32 weights as one file of a checkpoint, durably.
+
+    Args:
+        weights: of each parameter of `shapes`, in the same order.
+
+    Returns:
+        The file's `size` and `sha256`.
+    """
+    entries = [(f"{name}|0|master", (math.prod(shape),), torch.float32) for name, shape in shapes.items()]
+    with SafetensorsWriter(path, entries) as writer:
+        for weight in weights:
+            writer.write(weight.reshape(-1))
+        return writer.finish()
 
 
 def groups(sizes: Mapping[str, int], most: int) -> Iterator[list[str]]:

@@ -40,10 +40,10 @@ def initial_value(
     whole = start == 0 and stop is None
     stop = total if stop is None else stop
     assert 0 <= start <= stop <= total, f"{name}: no piece {start}:{stop} of {total} values"
-    deviation = _deviation(name, config)
+    deviation = 1 / math.sqrt(3 * shape[1]) if name.endswith(".adapter.a") else _deviation(name, config)
     if name.endswith("norm.weight"):
         value = torch.ones(stop - start)
-    elif name.endswith(".bias") or deviation == 0.0:
+    elif name.endswith((".bias", ".adapter.b")) or deviation == 0.0:
         value = torch.zeros(stop - start)
     else:
         value = torch.from_numpy(_normal(name, seed, start, stop)).mul_(deviation)

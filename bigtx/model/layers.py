@@ -18,10 +18,23 @@ from bigtx.config.schema import ModelConfig
 
 
 class Linear(nn.Linear):
-    """torch's linear map without its own initial values."""
+    """torch's linear map without its own initial values.
+
+    Attributes:
+        adapter: what is added to its product, if anything (see lora.py).
+    """
+
+    def __init__(self, num_inputs: int, num_outputs: int, *, bias: bool = True) -> None:
+        super().__init__(num_inputs, num_outputs, bias=bias)
+        self.adapter: nn.Module | None = None
 
     def reset_parameters(self) -> None:
         """Leave the weights to initial.py."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [..., inputs] to [..., outputs]."""
+        product = super().forward(x)
+        return product if self.adapter is None else product + self.adapter(x)
 
 
 class Embedding(nn.Embedding):

@@ -8,6 +8,8 @@
     encoder_decoder     tokens ─ embed ─▶ stack, both ways ─▶ source
                         target tokens ─ embed ─▶ stack, causal, attending to source ─▶ head
 
+An encoder may hear in place of reading: features ─ convolutions ─▶ what the embedded tokens would be (audio.py).
+
 Every parameter is used inside the forward of the module that owns it, because ZeRO-3 gathers a module's parameters
 around its forward and nowhere else. Shape letters: B batch, T tokens (of the target, where there is a source), S source
 tokens, D hidden size, H heads, K key heads, C head width, V vocabulary, M columns whose logits are wanted.
@@ -28,10 +30,12 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from bigtx.config import shape
 from bigtx.config.schema import ModelConfig
 from bigtx.model.attention import Attention, LayerCache
+from bigtx.model.audio import FrontEnd
 from bigtx.model.experts import Experts, Routing
 from bigtx.model.initial import initial_value
 from bigtx.model.layers import MLP, Embedding, Norm
-from bigtx.model.loss import ClassifierHead, Head, Loss
+from bigtx.model.lora import add_adapters
+from bigtx.model.loss import ClassifierHead, Head, Loss, TokenScores
 from bigtx.model.mask import Mask, Side, make_mask
 from bigtx.model.positions import RelativeBias, Rotation, rotation, sinusoids
 
@@ -245,15 +249,17 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         size = config.hidden_size
-        self.embedding = Embedding(shape.padded_vocab_size(config), size)
+        self.embedding = Embedding(shape.padded_vocab_size(config), size) if shape.has_embedding(config) else None
+        self.audio = FrontEnd(config) if config.audio.num_mel_bins else None
         num_rows = config.max_sequence_length + config.position_offset
         self.position_embedding = Embedding(num_rows, size) if config.positions == "learned" else None
         self.type_embedding = Embedding(config.num_token_types, size) if config.num_token_types else None
         self.embedding_norm = Norm.of(config) if config.embedding_norm else None
         self.encoder = Stack(config, causal=False) if config.shape != "decoder" else None
         self.decoder = Stack(config, causal=True) if config.shape != "encoder" else None
-        tied_to = self.embedding.weight if config.tie_embeddings else None
+        tied_to = self.embedding.weight if config.tie_embeddings and self.embedding is not None else None
         self.head = Head(config, tied_to=tied_to) if config.num_classes is None else ClassifierHead(config)
+        add_adapters(self, config)
 
     @property
     def blocks(self) -> list[Block]:
@@ -268,9 +274,11 @@ class Transformer(nn.Module):
 
     def forward(
         self,
-        tokens: Tensor | None,
+        tokens: Tensor | None = None,
         labels: Tensor | None = None,
         *,
+        features: Tensor | None = None,
+        feature_lengths: Tensor | None = None,
         positions: Tensor | None = None,
         segment_ids: Tensor | None = None,
         token_types: Tensor | None = None,
@@ -283,13 +291,16 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         z_loss: float = 0.0,
         label_smoothing: float = 0.0,
-    ) -> Tensor | Loss:
+        score_tokens: bool = False,
+    ) -> Tensor | Loss | TokenScores:
         """Predict: each token's successor, or in an encoder the token itself.
 
         Args:
             tokens: int64 [B, T]; of an encoder-decoder the source [B, S], or None once the cache holds what it became.
             labels: int64 [B, T] or [B, M], what is to be predicted at each column: for a decoder already shifted, so
                 that labels[b, t] is the successor of tokens[b, t]; -100 is ignored.
+            features, feature_lengths: fp32 [B, F, M] and int64 [B], of an encoder that hears, in place of its tokens:
+                spectrograms, and the frames that each row really has.
             positions: int64 [B, T] within each text; by default 0, 1, ... in every row. Needed with a cache.
             segment_ids: int64 [B, T]; a token sees only tokens of its own segment.
             token_types: int64 [B, T]; by default 0.
@@ -301,14 +312,15 @@ class Transformer(nn.Module):
             cache: keys and values of earlier tokens of the decoder, extended by this call.
             z_loss: weight of the squared log-partition (PaLM, arXiv:2204.02311).
             label_smoothing: share of each label that is spread over the vocabulary (arXiv:1512.00567).
+            score_tokens: whether each label's own log-probability is wanted instead of the loss.
 
         Returns:
-            With labels, a `Loss`; else logits, fp32 [B, T, V], or [B, M, V] with `columns`, or [B, classes].
+            With labels, a `Loss` or `TokenScores`; else logits, fp32 [B, T, V], or [B, M, V] with `columns`, or [B, classes].
         """
         recompute = self.activation_checkpointing
         if self.encoder is None or self.decoder is None:
-            assert tokens is not None
-            (text,) = self._embed((tokens, positions, segment_ids), token_types=token_types)
+            read = [] if tokens is None else [(tokens, positions, segment_ids)]
+            (text,) = self._embed(*read, token_types=token_types, heard=self._hear(features, feature_lengths))
             if self.decoder is None:
                 assert self.encoder is not None
                 x, routing = self.encoder(text, recompute=recompute)
@@ -319,8 +331,8 @@ class Transformer(nn.Module):
             target = (target_tokens, target_positions, target_segment_ids)
             source = None if cache is None else cache.source
             if source is None:
-                assert tokens is not None
-                source, text = self._embed((tokens, positions, segment_ids), target)
+                read = [target] if tokens is None else [(tokens, positions, segment_ids), target]
+                source, text = self._embed(*read, heard=self._hear(features, feature_lengths))
                 source = source._replace(x=self.encoder(source, recompute=recompute)[0])
             else:
                 (text,) = self._embed(target)
@@ -332,41 +344,59 @@ class Transformer(nn.Module):
         if isinstance(self.head, ClassifierHead):
             assert pool is not None, "a model with classes needs to know what summarizes a row"
             return self.head((pool.to(x.dtype)[:, None] @ x).squeeze(1))
-        result = self.head(x, labels, z_loss, label_smoothing)
-        return result._replace(routing=routing) if isinstance(result, Loss) else result
+        result = self.head(x, labels, z_loss, label_smoothing, score_tokens)
+        return result if isinstance(result, Tensor) else result._replace(routing=routing)
 
     def _embed(
-        self, *texts: tuple[Tensor, Tensor | None, Tensor | None], token_types: Tensor | None = None
+        self,
+        *texts: tuple[Tensor, Tensor | None, Tensor | None],
+        token_types: Tensor | None = None,
+        heard: Text | None = None,
     ) -> list[Text]:
-        """Tokens, positions and segment ids of each text to what a stack reads.
+        """What was heard, if anything, and tokens, positions and segment ids of each text to what a stack reads.
 
         Source and target go through the tables together: DeepSpeed's ZeRO-2 has added up wrong gradients where a
         module ran twice in a step.
         """
-        lengths = [tokens.shape[1] for tokens, _, _ in texts]
-        places = [
-            torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens) if positions is None else positions
-            for tokens, positions, _ in texts
-        ]
-        x = self._look_up(torch.cat([tokens for tokens, _, _ in texts], dim=1), torch.cat(places, dim=1), token_types)
-        return [
-            Text(part, positions, segment_ids)
-            for part, positions, (_, _, segment_ids) in zip(x.split(lengths, dim=1), places, texts, strict=True)
-        ]
+        parts = [] if heard is None else [heard]
+        if texts:
+            assert self.embedding is not None, "an encoder that hears reads no tokens"
+            x = self.embedding(torch.cat([tokens for tokens, _, _ in texts], dim=1))
+            lengths = [tokens.shape[1] for tokens, _, _ in texts]
+            for part, (tokens, positions, segment_ids) in zip(x.split(lengths, dim=1), texts, strict=True):
+                parts.append(Text(part, _counted(tokens) if positions is None else positions, segment_ids))
+        x = torch.cat([part.x for part in parts], dim=1)
+        x = self._placed(x, torch.cat([part.positions for part in parts], dim=1), token_types)
+        lengths = [part.positions.shape[1] for part in parts]
+        return [part._replace(x=own) for part, own in zip(parts, x.split(lengths, dim=1), strict=True)]
 
-    def _look_up(self, tokens: Tensor, positions: Tensor, token_types: Tensor | None) -> Tensor:
+    def _hear(self, features: Tensor | None, lengths: Tensor | None) -> Text | None:
+        """Spectrograms as columns; those behind the end of a recording are of a segment that nobody looks at."""
+        if features is None:
+            return None
+        assert self.audio is not None and lengths is not None, "only a model with an audio front end hears"
+        x, num_columns = self.audio(features, lengths)
+        positions = _counted(x[..., 0])
+        return Text(x, positions, (positions >= num_columns[:, None]).long())
+
+    def _placed(self, x: Tensor, positions: Tensor, token_types: Tensor | None) -> Tensor:
+        """Embeddings with what tells where they stand."""
         config = self.config
-        x = self.embedding(tokens)
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions + config.position_offset)
         if self.type_embedding is not None:
-            x = x + self.type_embedding(torch.zeros_like(tokens) if token_types is None else token_types)
+            x = x + self.type_embedding(torch.zeros_like(positions) if token_types is None else token_types)
         if config.positions == "sinusoidal":
             # Scaled, so that waves of amplitude one do not drown the embeddings (arXiv:1706.03762, section 3.4).
             x = x * math.sqrt(config.hidden_size) + sinusoids(positions, config.hidden_size).to(x.dtype)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
         return F.dropout(x, config.dropout, self.training)
+
+
+def _counted(columns: Tensor) -> Tensor:
+    """int64 [B, T]: 0, 1, ... in every row of what is [B, T]."""
+    return torch.arange(columns.shape[1], device=columns.device).expand_as(columns)
 
 
 _KEPT_OPERATIONS = {

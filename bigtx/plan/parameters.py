@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from bigtx.config import shape
+from bigtx.config.lora import adapted_matrices
 from bigtx.config.schema import ModelConfig
 
 
@@ -16,7 +17,7 @@ class Counts:
     Attributes:
         total: all of them, padding of the vocabulary included, a tied table once.
         embedding: tables of tokens, positions and relative distances, and the head where it is not tied.
-        non_embedding: the rest: blocks and norms.
+        non_embedding: the rest: blocks, norms, and the front end of an encoder that hears.
         active: those that a token meets: of the experts only the active ones.
     """
 
@@ -29,7 +30,8 @@ class Counts:
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter, as in the model's `named_parameters()`."""
     hidden, rows = config.hidden_size, shape.padded_vocab_size(config)
-    shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (rows, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (rows, hidden)} if shape.has_embedding(config) else {}
+    shapes |= _audio_shapes(config)
     if config.positions == "learned":
         shapes["position_embedding.weight"] = (config.max_sequence_length + config.position_offset, hidden)
     if config.num_token_types:
@@ -44,6 +46,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             shapes |= {f"{stack}.blocks.{index}.{name}": size for name, size in block.items()}
         if config.norm_placement == "pre":
             shapes |= _norm_shapes(f"{stack}.norm", config)
+    shapes |= _adapter_shapes(config, shapes)
     if config.head_transform:
         shapes |= _linear_shapes("head.transform", hidden, hidden, config.mlp_bias) | _norm_shapes("head.norm", config)
     if config.num_classes is not None:
@@ -55,10 +58,28 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _adapter_shapes(config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    adapters: dict[str, tuple[int, ...]] = {}
+    for name in adapted_matrices(config):
+        outputs, inputs = shapes[f"{name}.weight"]
+        adapters |= {f"{name}.adapter.a": (config.lora.rank, inputs), f"{name}.adapter.b": (outputs, config.lora.rank)}
+    return adapters
+
+
 def stacks(config: ModelConfig) -> dict[str, int]:
     """The stacks of a model and their numbers of blocks."""
     layers = {"encoder": shape.num_encoder_layers(config), "decoder": shape.num_decoder_layers(config)}
     return {name: count for name, count in layers.items() if count}
+
+
+def _audio_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The convolutions of the front end, as matrices over the frames under them."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for index in range(len(config.audio.strides) if config.audio.num_mel_bins else 0):
+        inputs = config.hidden_size if index else config.audio.num_mel_bins
+        name = f"audio.convolutions.{index}"
+        shapes |= _linear_shapes(name, shape.CONVOLUTION_WIDTH * inputs, config.hidden_size, bias=True)
+    return shapes
 
 
 def _block_shapes(config: ModelConfig, stack: str, index: int) -> dict[str, tuple[int, ...]]:
@@ -129,7 +150,13 @@ def count_parameters(config: ModelConfig) -> Counts:
     sizes = _of_stacks(config)
     blocks = sum(sizes.values())
     idle = sum(size for name, size in sizes.items() if name.endswith(_OF_EXPERTS)) * _idle_share(config)
-    return Counts(total=total, embedding=total - blocks, non_embedding=blocks, active=total - round(idle))
+    hears = sum(math.prod(size) for size in _audio_shapes(config).values())
+    return Counts(
+        total=total,
+        embedding=total - blocks - hears,
+        non_embedding=blocks + hears,
+        active=total - round(idle),
+    )
 
 
 def _of_stacks(config: ModelConfig) -> dict[str, int]:
@@ -153,12 +180,12 @@ def _idle_share(config: ModelConfig) -> float:
 def flops_per_row(config: ModelConfig, *, source: int, target: int, predicted: int) -> int:
     """Floating-point operations of a training step per row, forward and backward, recomputation left out.
 
-    6 for each parameter that a token meets in the blocks and the head (looked-up tables do no arithmetic), and
-    12 (H C) for each pair of tokens in each block's attention, over the full square, the usual convention (PaLM,
-    arXiv:2204.02311, appendix B).
+    6 for each parameter that a token meets in the blocks and the head (looked-up tables do no arithmetic), 4 where
+    adapters are trained in place of it and it needs no gradient of its own, and 12 (H C) for each pair of tokens in
+    each block's attention, over the full square, the usual convention (PaLM, arXiv:2204.02311, appendix B).
 
     Args:
-        source: tokens that the encoder reads, 0 without one.
+        source: tokens that the encoder reads, or columns that it hears; 0 without one.
         target: tokens that the decoder reads, 0 without one.
         predicted: columns whose logits are made.
     """
@@ -169,7 +196,13 @@ def flops_per_row(config: ModelConfig, *, source: int, target: int, predicted: i
         reads_source = (
             name.startswith("encoder.") or ".cross_attention.key." in name or ".cross_attention.value." in name
         )
-        arithmetic += 6 * used * (source if reads_source else target)
+        per_weight = 4 if config.lora.rank and ".adapter." not in name else 6
+        arithmetic += per_weight * used * (source if reads_source else target)
+    frames = source * shape.frames_per_column(config)
+    for name, size in _audio_shapes(config).items():
+        if name.endswith(".weight"):
+            frames //= config.audio.strides[int(name.split(".")[2])]
+            arithmetic += 6 * math.prod(size) * frames
     head = (shape.padded_vocab_size(config) + config.head_transform * config.hidden_size) * config.hidden_size
     counts = stacks(config)
     pairs = counts.get("encoder", 0) * source**2 + counts.get("decoder", 0) * target**2

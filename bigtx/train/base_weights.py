@@ -43,6 +43,11 @@ class Transfer:
     dropped: list[str]
     shapes: Mapping[str, Shape] = field(repr=False)
 
+    @property
+    def begun(self) -> list[str]:
+        """Parameters that begin from the seed, or some rows of which do."""
+        return self.new + [name for name, (kept, total) in self.resized.items() if kept < total]
+
     def describe(self) -> str:
         """For the log."""
         parts = [f"{len(self.loaded)} parameters loaded"]

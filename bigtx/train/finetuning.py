@@ -10,7 +10,7 @@ from bigtx.config.runs import run_dir_of
 from bigtx.config.schema import FinetuneConfig
 from bigtx.train.session import Session
 from bigtx.utils import log
-from bigtx.utils.errors import ConfigError, LaunchError
+from bigtx.utils.errors import CheckpointError, ConfigError, LaunchError
 from bigtx.utils.files import write_json
 from bigtx.utils.units import parse_duration
 
@@ -49,7 +49,8 @@ class FinetuneSession(Session[FinetuneConfig]):
         self.config, self.task, self.splits = data.config, data.task, data.splits
         self.task.begin(self.splits["train"].examples)
         self.facts = {"tokenizer": self.tokenizer.fingerprint, "seed": config.seed, "data": data.identity}
-        train = self.splits["train"].examples
+        # Rows of several records where the task packs them.
+        train = self.rows = self.task.pack(self.splits["train"].examples)
         self.total_steps = total_steps(config, len(train))
         self.lengths = self.task.lengths(train)
         size = config.train.global_batch_size
@@ -61,17 +62,18 @@ class FinetuneSession(Session[FinetuneConfig]):
 
     def _tell_data(self) -> None:
         counts = ", ".join(f"{len(split.records):,} {name}" for name, split in self.splits.items() if split.records)
-        epochs = self.total_steps * self.config.train.global_batch_size / len(self.splits["train"].records)
+        epochs = self.total_steps * self.config.train.global_batch_size / len(self.rows)
+        packed = f" in {len(self.rows):,} rows" if len(self.rows) < len(self.splits["train"].records) else ""
         log.say(
-            f"task: {self.config.task}; records: {counts}, of {self.mean_tokens:.0f} tokens in the mean; "
+            f"task: {self.config.task}; records: {counts}{packed}, of {self.mean_tokens:.0f} tokens in the mean; "
             f"{epochs:.3g} epochs are {self.total_steps:,} steps"
         )
         cut = sum(split.num_cut for split in self.splits.values())
         if cut:
             total = sum(len(split.records) for split in self.splits.values())
             log.say(
-                f"{cut:,} of {total:,} records ({cut / total:.1%}) are longer than {self.task.max_length:,} tokens and "
-                "were cut (data.too_long, data.max_length)"
+                f"{cut:,} of {total:,} records ({cut / total:.1%}) are longer than {self.task.limit} and were cut "
+                "(data.too_long)"
             )
         if not self.splits["validation"].records:
             log.say("no validation records: the newest checkpoint counts as the best (data.validation_fraction)")
@@ -112,19 +114,27 @@ class FinetuneSession(Session[FinetuneConfig]):
     def begin(self) -> None:
         """From the base, with what the task adds from the seed; or all from the seed."""
         self.state.owes_validation = self.config.validation.at_start
+        self.base_facts = self._fill_initially(self.config.base)
+        if self.base_facts and not self.dry_run:
+            self.ranks.on_first(lambda: self._write(BASE, self.base_facts))
+
+    def _fill_initially(self, base: str | None) -> dict[str, Any]:
+        """Set the weights as before the first step; returns what base.json says of them."""
         initial = self.initial_weights()
-        if self.config.base is None:
-            self.engine.fill(initial, states=False)
-            return
+        if base is None:
+            self.begin_with(initial)
+            return {}
+        from bigtx.engine.trainable import refuse_untrained
         from bigtx.train.base_weights import plan_transfer
 
-        source = self.open_other_run(self.config.base)
+        source = self.open_other_run(base)
         if source.manifest["tokenizer"] != self.tokenizer.fingerprint:
             raise ConfigError(
-                f"base={self.config.base}: {source.path} was trained with another tokenizer than that of its run folder"
+                f"base={base}: {source.path} was trained with another tokenizer than that of its run folder"
             )
-        transfer = plan_transfer(self.engine.shapes(), source.shapes, name=self.config.base)
-        self.engine.fill(transfer.read(source, initial), states=False)
+        transfer = plan_transfer(self.engine.shapes(), source.shapes, name=base)
+        refuse_untrained(transfer.begun, self.engine.frozen, self.config)
+        self.begin_with(transfer.read(source, initial))
         source.close()
         log.say(f"base: {source.path} (step {source.manifest['step']:,}): {transfer.describe()}")
         facts = {
@@ -133,8 +143,70 @@ class FinetuneSession(Session[FinetuneConfig]):
             "step": source.manifest["step"],
             "wandb_run_id": source.manifest.get("wandb_run_id", ""),
         }
-        if not self.dry_run:
-            self.ranks.on_first(lambda: self._write(BASE, facts | transfer.to_dict()))
+        return facts | transfer.to_dict()
+
+    def load_weights(self) -> None:
+        """As any session, and give the examples what the model said of them before the first step, if the task asks."""
+        is_resumed = self.checkpoint is not None
+        if self.task.needs_reference and is_resumed:
+            self.base_facts = self.ranks.from_first(self.ranks.on_first(self._read_base_facts))
+            self._refer(is_initial=False)
+        super().load_weights()
+        if self.task.needs_reference and not is_resumed:
+            self._refer(is_initial=True)
+
+    def _refer(self, *, is_initial: bool) -> None:
+        """Read or make the reference.
+
+        Args:
+            is_initial: whether the weights are those before the first step.
+        """
+        from bigtx.train import reference
+
+        config = self.config
+        key = reference.key(
+            records=self.facts["data"],
+            tokenizer=self.tokenizer.fingerprint,
+            base=self.base_facts.get("manifest_sha256", config.seed),
+            chat=[config.chat.format, config.chat.separator],
+            length=[config.data.too_long, self.task.max_length],
+        )
+        found = self.ranks.from_first(self.ranks.on_first(lambda: reference.read(self.run_dir, key)))
+        if found is None:
+            log.say("reference: what the base says of the records, once for all of the run")
+            if not is_initial:
+                self._go_back_to_base()
+            examples = {name: split.examples for name, split in self.splits.items()}
+            found = reference.make(self.engine, self.ranks, self.task, examples, config.train.micro_batch_size)
+            self.ranks.on_first(lambda: reference.write(self.run_dir, key, found))
+        for name, numbers in found.items():
+            referred = map(self.task.with_reference, self.splits[name].examples, map(tuple, numbers.tolist()))
+            self.splits[name] = dataclasses.replace(self.splits[name], examples=list(referred))
+        self.rows = self.task.pack(self.splits["train"].examples)
+
+    def _read_base_facts(self) -> dict[str, Any]:
+        try:
+            facts: dict[str, Any] = json.loads((self.run_dir / BASE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return facts
+
+    def _go_back_to_base(self) -> None:
+        """Set the weights as before the first step, whatever has become of the base since.
+
+        Raises:
+            CheckpointError: the base is gone, or is another one by now.
+        """
+        base = self.base_facts.get("base", self.config.base)
+        if base is not None:
+            source = self.open_other_run(base)
+            source.close()
+            if source.manifest_sha256 != self.base_facts.get("manifest_sha256"):
+                raise CheckpointError(
+                    f"{self.run_dir}: what the base says of the records is gone (reference.safetensors), and {base} is "
+                    f"not the base that {BASE} names; give one of them back, or begin another run_dir"
+                )
+        self._fill_initially(base)
 
     def _write(self, name: str, value: dict[str, Any]) -> None:
         try:
@@ -148,10 +220,11 @@ class FinetuneSession(Session[FinetuneConfig]):
 
         from bigtx.data.records.loader import RecordLoader
 
-        examples, train = self.splits["train"].examples, self.config.train
+        train = self.config.train
+        rows = self.rows
         return RecordLoader(
-            np.array([example.length for example in examples]),
-            lambda places, numbers: self.task.collate([examples[place] for place in places], numbers),
+            np.array([row.length for row in rows]),
+            lambda places, numbers: self.task.collate([rows[place] for place in places], numbers),
             global_batch_size=train.global_batch_size,
             micro_batch_size=train.micro_batch_size,
             seed=self.config.seed,

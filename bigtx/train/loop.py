@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from bigtx.config.schema import RunConfig
 from bigtx.data.stream.loader import StepLoader
-from bigtx.engine import checkpoint
+from bigtx.engine import saving
 from bigtx.engine.engine import Engine, StepResult, Task
 from bigtx.engine.ranks import Ranks
 from bigtx.engine.schedules import Schedule
@@ -148,7 +148,7 @@ def train_step(run: Run, micro_batches: list[Any], num_labels: int, num_tokens: 
 def report(run: Run, result: StepResult) -> None:
     """Write the metrics of the window that ends here."""
     metrics = run.meter.metrics()
-    rates = {group["name"]: group["lr"] for group in run.engine.optimizer.param_groups}
+    rates = run.engine.optimizer.learning_rates()
     metrics["train/learning_rate"] = rates.get("vectors", next(iter(rates.values())))
     metrics |= {f"train/learning_rate/{name}": rate for name, rate in rates.items() if len(set(rates.values())) > 1}
     metrics |= {"train/grad_norm": result.grad_norm, "train/skipped_steps": run.state.skipped_steps}
@@ -159,4 +159,4 @@ def report(run: Run, result: StepResult) -> None:
 def save_checkpoint(run: Run) -> Path:
     """Write a checkpoint of this step, where there is none yet."""
     facts = run.facts | {"step": run.state.step, "state": run.state.to_dict(), "meter": run.meter.to_dict()}
-    return checkpoint.save(run.engine, run.ranks, run.run_dir, facts, keep=run.config.train.keep_checkpoints)
+    return saving.save(run.engine, run.ranks, run.run_dir, facts, keep=run.config.train.keep_checkpoints)

@@ -60,10 +60,12 @@ class PretrainSession(Session[PretrainConfig]):
         self.state.skipped_sequences = self.config.data.skip
         self.state.owes_validation = self.config.validation.at_start
         if not self.config.init_from:
-            self.engine.fill(self.initial_weights(), states=False)
+            self.begin_with(self.initial_weights())
             return
-        source = self._open_init_from(self.config.init_from)
-        self.engine.fill(source.read, states=False)
+        source, initial = self._open_init_from(self.config.init_from), self.initial_weights()
+        self.begin_with(
+            lambda name, *part: initial(name, *part) if name not in source.shapes else source.read(name, *part)
+        )
         source.close()
         log.say(f"weights from {source.path}")
 
@@ -132,8 +134,11 @@ class PretrainSession(Session[PretrainConfig]):
         )
 
     def _open_init_from(self, folder: str) -> Any:
+        from bigtx.engine.trainable import is_adapter
+
         source = self.open_other_run(folder)
-        shapes = self.engine.shapes()
+        # Adapters are this run's own; those of the other one are merged into its weights.
+        shapes = {name: shape for name, shape in self.engine.shapes().items() if not is_adapter(name)}
         if shapes != source.shapes:
             different = sorted(name for name in shapes | source.shapes if shapes.get(name) != source.shapes.get(name))
             raise ConfigError(

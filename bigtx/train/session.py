@@ -7,6 +7,7 @@ ended. `Session` is what all have; pretraining.py and finetuning.py say what eac
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import shutil
 import tempfile
@@ -144,16 +145,31 @@ class Session(ABC, Generic[Config]):
         return True
 
     def build_engine(self) -> None:
-        """Build the model under DeepSpeed; its weights are not set yet."""
-        from bigtx.engine.engine import Engine
-        from bigtx.model.transformer import Transformer
-        from bigtx.plan.parameters import count_parameters
+        """Build the model under DeepSpeed; its weights are not set yet.
 
+        Raises:
+            ConfigError: optimizer.freeze or train_also match nothing, or leave nothing to train.
+        """
+        from bigtx.engine.engine import Engine
+        from bigtx.engine.trainable import frozen_parameters
+        from bigtx.model.transformer import Transformer
+        from bigtx.plan.parameters import count_parameters, parameter_shapes
+
+        shapes = parameter_shapes(self.config.model)
+        frozen = set(frozen_parameters(self.config, shapes))  # Globs that match nothing are refused before it is built.
         count = count_parameters(self.config.model)
         log.say(
             f"model: {format_count(count.total)} parameters; engine: ZeRO {self.config.engine.zero_stage}, "
             f"{self.config.engine.precision}, {self.config.optimizer.name}"
         )
+        if frozen:
+            num_trained = sum(math.prod(shape) for name, shape in shapes.items() if name not in frozen)
+            rank = self.config.model.lora.rank
+            what = f"adapters of rank {rank} and all else that is trained have" if rank else "of them are trained"
+            log.say(
+                f"{what} {format_count(num_trained)} parameters ({num_trained / count.total:.2%}); "
+                f"{len(frozen)} of {len(shapes)} tensors stay as they are"
+            )
         self.engine = Engine(self.config, lambda: Transformer(self.config.model))
 
     def load_weights(self) -> None:
@@ -182,6 +198,19 @@ class Session(ABC, Generic[Config]):
 
     def resume(self) -> None:
         """Check the state that a checkpoint gave."""
+
+    def begin_with(self, read: ReadRange) -> None:
+        """Set the weights of a run that has made no step; those that it will not train are kept in its folder, so that
+        no checkpoint has to.
+
+        Raises:
+            CheckpointError: they could not be written.
+        """
+        from bigtx.engine.saving import save_frozen
+
+        self.engine.fill(read, states=False)
+        if self.engine.frozen and not self.dry_run:
+            save_frozen(self.engine, self.ranks, self.run_dir, read)
 
     def initial_weights(self) -> ReadRange:
         """The weights that the seed gives, as `Engine.fill` reads them."""
@@ -347,18 +376,20 @@ class Session(ABC, Generic[Config]):
         self.damaged.append(text)
 
     def open_other_run(self, folder: str) -> Any:
-        """The newest whole checkpoint of another run, or the one that is named, open for reading.
+        """The newest whole checkpoint of another run, or the one that is named, open for reading: adapters that it has
+        are merged into the weights.
 
         Raises:
             CheckpointError: there is none.
         """
         from bigtx.engine import checkpoint
+        from bigtx.engine.merged import MergedCheckpoint
 
         # One choice for all ranks: the other run may be alive and save meanwhile.
         path = self.ranks.from_first(self.ranks.on_first(lambda: checkpoint.preferred(folder)))
         source = checkpoint.choose(path, self.ranks, self._note_damaged)
         assert source is not None
-        return source
+        return MergedCheckpoint(source.path)
 
     def _peak_flops(self) -> float | None:
         """Of all ranks together."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from bigtx.config.schema import (
     EngineConfig,
     ExpertsConfig,
+    LoraConfig,
     ModelConfig,
     OptimizerConfig,
     PretrainConfig,
@@ -58,14 +60,37 @@ class Case:
     dropout: float = 0.0
     recompute: str = "none"
     compile: bool = False
+    rank: int = 0
+    freeze: tuple[str, ...] = ()
+    train_also: tuple[str, ...] = ()
+    layer_decay: float = 1.0
     deterministic: bool = False
     deepspeed: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def trains(self, name: str) -> bool:
+        """Whether a parameter changes."""
+        trained = ["*.adapter.?", *self.train_also] if self.rank else ["*"]
+        return any(fnmatchcase(name, glob) for glob in trained) and not any(
+            fnmatchcase(name, glob) for glob in self.freeze
+        )
+
+    def rate(self, name: str) -> float:
+        """What layer_decay makes of a learning rate; the models here have two layers a stack."""
+        if name.startswith(("head.", "decoder.norm", "encoder.norm")) or ".blocks.1." in name:
+            return 1.0
+        return self.layer_decay if ".blocks.0." in name else self.layer_decay**2
 
     def config(self, world_size: int) -> PretrainConfig:
         """The case for a number of ranks."""
         return PretrainConfig(
             run_dir="unused",
-            model=dataclasses.replace(MODEL, tie_embeddings=self.tied, dropout=self.dropout, **SHAPES[self.shape]),
+            model=dataclasses.replace(
+                MODEL,
+                tie_embeddings=self.tied,
+                dropout=self.dropout,
+                lora=LoraConfig(rank=self.rank),
+                **SHAPES[self.shape],
+            ),
             train=TrainConfig(
                 max_steps=20,
                 sequence_length=SEQUENCE_LENGTH,
@@ -73,7 +98,14 @@ class Case:
                 micro_batch_size=GLOBAL_BATCH // world_size // self.accumulation,
                 gradient_clipping=self.clipping,
             ),
-            optimizer=OptimizerConfig(name=self.optimizer, learning_rate=1e-3, ema_decay=self.ema),  # type: ignore[arg-type]
+            optimizer=OptimizerConfig(
+                name=self.optimizer,  # type: ignore[arg-type]
+                learning_rate=1e-3,
+                ema_decay=self.ema,
+                freeze=list(self.freeze),
+                train_also=list(self.train_also),
+                layer_decay=self.layer_decay,
+            ),
             engine=EngineConfig(
                 zero_stage=self.stage,
                 precision=self.precision,  # type: ignore[arg-type]
@@ -160,12 +192,7 @@ def run_engine(
     config = case.config(ranks.world_size)
     if engine is None:
         engine = Engine(config, lambda: Transformer(config.model))
-        engine.fill(
-            lambda name, kind, first, last: initial_value(
-                name, {f.name: f.shape for f in engine.fragments}[name], config.model, 1, first, last
-            ),
-            states=False,
-        )
+        engine.fill(initial_read(engine, config), states=False)
     losses, skipped = [], []
     for step in range(start, start + steps):
         batch = global_batch(step)
@@ -184,6 +211,12 @@ def run_engine(
     return engine, losses, skipped
 
 
+def initial_read(engine: Any, config: PretrainConfig) -> Any:
+    """The weights of seed 1, as an engine reads them."""
+    shapes = engine.shapes()
+    return lambda name, kind, first, last: initial_value(name, shapes[name], config.model, 1, first, last)
+
+
 class PoisonedTask(RowsTask):
     """A task whose loss is NaN."""
 
@@ -194,7 +227,7 @@ class PoisonedTask(RowsTask):
 
 
 def whole_parameters(engine: Any, ranks: Any, kind: str = "master") -> dict[str, Tensor]:
-    """Every parameter (or state) put together from all ranks' fragments."""
+    """Every parameter that is trained (or its state) put together from all ranks' fragments."""
     pieces = [
         (
             f.name,
@@ -223,7 +256,9 @@ def plain_loop(case: Case, steps: int, device: torch.device, world_size: int) ->
     model = Transformer(config.model)
     model.init_weights(1)
     model.to(device)
-    masters = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(case.trains(name))
+    masters = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if case.trains(name)}
     autocast = case.precision == "bf16" and case.stage == 0
     if case.precision == "bf16" and not autocast:
         model.bfloat16()
@@ -250,13 +285,15 @@ def plain_loop(case: Case, steps: int, device: torch.device, world_size: int) ->
                 loss = loss + added / len(routings) * (labels != -100).sum()
             (loss / batch.num_labels).backward()
             for name, parameter in model.named_parameters():
-                assert parameter.grad is not None, name
-                gradients[name] += parameter.grad.float()
+                if case.trains(name):
+                    assert parameter.grad is not None, name
+                    gradients[name] += parameter.grad.float()
         losses.append(total / batch.num_labels)
         update(gradients)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                parameter.copy_(masters[name])
+                if case.trains(name):
+                    parameter.copy_(masters[name])
     return {name: master.cpu() for name, master in masters.items()}, losses
 
 
@@ -278,7 +315,9 @@ class PlainUpdate:
         for name, master in self.masters.items():
             gradient = gradients[name] * clip
             by_adamw = (
-                master.ndim < 2 or ".blocks." not in name or name.endswith(("router.weight", "shared_gate.weight"))
+                master.ndim < 2
+                or ".blocks." not in name
+                or name.endswith(("router.weight", "shared_gate.weight", "adapter.a", "adapter.b"))
             )
             if self.case.optimizer == "muon" and not by_adamw:
                 self._muon(name, master, gradient)
@@ -286,7 +325,7 @@ class PlainUpdate:
                 self._adamw(name, master, gradient)
 
     def _adamw(self, name: str, master: Tensor, gradient: Tensor) -> None:
-        rate, beta1, beta2, eps = 1e-3, 0.9, 0.95, 1e-8
+        rate, beta1, beta2, eps = 1e-3 * self.case.rate(name), 0.9, 0.95, 1e-8
         self.mean[name] = beta1 * self.mean[name] + (1 - beta1) * gradient
         self.square[name] = beta2 * self.square[name] + (1 - beta2) * gradient**2
         if master.ndim >= 2:
@@ -299,7 +338,7 @@ class PlainUpdate:
         self.mean[name] = 0.95 * self.mean[name] + 0.05 * gradient
         update = 0.05 * gradient + 0.95 * self.mean[name]
         for matrix, x in zip(master, update, strict=True) if master.ndim == 3 else [(master, update)]:
-            matrix -= 0.02 * max(1.0, x.shape[0] / x.shape[1]) ** 0.5 * self._orthogonal(x)
+            matrix -= 0.02 * self.case.rate(name) * max(1.0, x.shape[0] / x.shape[1]) ** 0.5 * self._orthogonal(x)
 
     def _orthogonal(self, x: Tensor) -> Tensor:
         x = x.to(torch.float32 if self.case.precision == "fp32" else torch.bfloat16)

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engines import LARGE_MODEL, Case, plain_loop, run_engine, whole_parameters
+from engines import LARGE_MODEL, Case, initial_read, plain_loop, run_engine, whole_parameters
 
 from bigtx.engine import checkpoint
 from bigtx.engine.engine import Engine
 from bigtx.engine.ranks import Ranks
+from bigtx.engine.saving import save as save_checkpoint
+from bigtx.engine.saving import save_frozen
 from bigtx.model.transformer import Transformer
 
 
@@ -46,7 +48,9 @@ def parity(ranks: Ranks, cases: list[dict[str, Any]], steps: int) -> list[dict[s
 def save(ranks: Ranks, case: dict[str, Any], folder: str, before: int, after: int) -> dict[str, Any]:
     """Train, save, and go on as if nothing had happened."""
     engine, losses, skipped = run_engine(Case(**case), ranks, before)
-    path = checkpoint.save(engine, ranks, Path(folder), {"step": before}, keep=2)
+    if engine.frozen:
+        save_frozen(engine, ranks, Path(folder), initial_read(engine, engine.config))
+    path = save_checkpoint(engine, ranks, Path(folder), {"step": before}, keep=2)
     _, later, skipped_later = run_engine(Case(**case), ranks, after, start=before, engine=engine)
     engine.deepspeed.destroy()
     return {

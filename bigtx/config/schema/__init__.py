@@ -8,15 +8,21 @@ run time and knows Optional, not `X | None`.
 from __future__ import annotations
 
 from bigtx.config.schema.finetuning import (
+    ChatConfig,
     ClassifyConfig,
     FieldsConfig,
     FinetuneConfig,
     FinetuneTrainConfig,
+    PreferenceConfig,
     RecordsConfig,
     SelectionConfig,
+    SftConfig,
+    TranscribeConfig,
 )
 from bigtx.config.schema.model import (
+    AudioConfig,
     ExpertsConfig,
+    LoraConfig,
     ModelConfig,
     RopeScalingConfig,
 )
@@ -47,6 +53,8 @@ from bigtx.config.schema.training import (
 )
 
 __all__ = [
+    "AudioConfig",
+    "ChatConfig",
     "ClassifyConfig",
     "CleanConfig",
     "DataConfig",
@@ -59,11 +67,13 @@ __all__ = [
     "FinetuneTrainConfig",
     "ForeignConfig",
     "InputConfig",
+    "LoraConfig",
     "ModelConfig",
     "NearDuplicateConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
     "PhaseConfig",
+    "PreferenceConfig",
     "PrepareConfig",
     "PretrainConfig",
     "RecordsConfig",
@@ -72,9 +82,11 @@ __all__ = [
     "RunConfig",
     "ScheduleConfig",
     "SelectionConfig",
+    "SftConfig",
     "SourceConfig",
     "TokenizerTrainConfig",
     "TrackConfig",
     "TrainConfig",
+    "TranscribeConfig",
     "ValidationConfig",
 ]

@@ -51,6 +51,37 @@ class ExpertsConfig:
 
 
 @dataclass(kw_only=True)
+class AudioConfig:
+    """What an encoder hears: a log-mel spectrogram through convolutions, in place of tokens (arXiv:2212.04356)."""
+
+    num_mel_bins: int = field(0, minimum=0)
+    """Bands of the spectrogram, 80 as a rule; 0: the encoder reads tokens."""
+    sample_rate: int = field(16_000, kind="count", minimum=1000)
+    """Samples a second; recordings of another rate are resampled."""
+    window_ms: float = field(25.0, minimum=1.0)
+    """Milliseconds under one window of the spectrogram."""
+    hop_ms: float = field(10.0, minimum=1.0)
+    """Milliseconds from one frame to the next."""
+    strides: list[int] = field(factory=lambda: [1, 2], minimum=1)
+    """Strides of the convolutions over frames, of width 3; their product of frames makes a column of the encoder."""
+
+
+@dataclass(kw_only=True)
+class LoraConfig:
+    """Low-rank adapters beside matrices of the blocks (arXiv:2106.09685): W x + alpha / rank * B A x. Where there are
+    any, the model's own weights stay as they are; see also optimizer.train_also."""
+
+    rank: int = field(0, minimum=0)
+    """Rows of A and columns of B; 0: no adapters."""
+    alpha: float = field(16.0, minimum=1e-6)
+    """What the adapters add is multiplied by alpha / rank."""
+    dropout: float = field(0.0, minimum=0.0, maximum=0.9)
+    """Probability of dropping what an adapter reads."""
+    targets: list[str] = field(factory=list)
+    """Globs of matrices in a block (attention.query, mlp.*) or in the model (decoder.blocks.3.*). Empty: all."""
+
+
+@dataclass(kw_only=True)
 class ModelConfig:
     """The Transformer. Llama-like by default: a pre-norm decoder, RMSNorm, rotary positions, SwiGLU, no biases."""
 
@@ -76,6 +107,8 @@ class ModelConfig:
     """Inner width. Empty: 4 D, or for the gated ones 8/3 D rounded up to a multiple of 64."""
     experts: ExpertsConfig = section(ExpertsConfig, change="never")
     """Several feed-forwards in each block, of which a token meets a few."""
+    audio: AudioConfig = section(AudioConfig, change="never")
+    """What an encoder hears in place of reading tokens."""
     norm: Literal["rms", "layer"] = "rms"
     """RMSNorm (arXiv:1910.07467) or LayerNorm."""
     norm_placement: Literal["pre", "post"] = "pre"
@@ -132,6 +165,8 @@ class ModelConfig:
     """Classes that a text is sorted into, by a head of its own instead of that of tokens. Empty: the head of tokens."""
     dropout: float = field(0.0, minimum=0.0, maximum=0.9)
     """Probability of dropping embeddings, attention weights and sublayer outputs."""
+    lora: LoraConfig = section(LoraConfig, change="never")
+    """Adapters that are trained in place of the weights. Not taken over from a base, whose own are merged."""
     logit_scale: float = field(1.0, minimum=1e-6)
     """Factor on what the head reads; T5 with a tied head has 1 / sqrt(hidden_size)."""
     logit_soft_cap: Optional[float] = field(None, minimum=1e-3)

@@ -173,6 +173,12 @@ class OptimizerConfig:
     """Newton-Schulz iterations."""
     muon_weight_decay: float = field(0.0, minimum=0.0)
     """Decoupled decay of Muon's matrices."""
+    freeze: list[str] = field(factory=list, change="never")
+    """Globs of parameters that stay as they are, e.g. [embedding.*, 'decoder.blocks.[0-5].*']."""
+    train_also: list[str] = field(factory=list, change="never")
+    """With model.lora: globs of parameters trained beside the adapters and the head of classes, e.g. ['*norm*']."""
+    layer_decay: float = field(1.0, minimum=0.1, maximum=1.0)
+    """Factor on the rate from each block to the one below it (arXiv:1801.06146); embeddings have one more; 1: none."""
     ema_decay: Optional[float] = field(None, minimum=0.0, maximum=0.9999999, change="never")
     """Keep an exponential average of the weights with this decay per step, beside the weights. Empty: none."""
 

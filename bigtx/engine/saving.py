@@ -1,0 +1,232 @@
+"""Saving what an engine holds, in the format of checkpoint.py.
+
+A checkpoint is written under another name, made durable, proved complete, then renamed. One that was found damaged is
+set aside as `step-N.damaged` once a later save needs its place, and never deleted. What the run does not train is
+written once, before the first checkpoint.
+
+This module does not import deepspeed itself; it is given an engine.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bigtx.engine.checkpoint import (
+    FOLDER,
+    FORMAT_VERSION,
+    FROZEN,
+    list_checkpoints,
+    manifest_hash,
+    read_manifest,
+    step_folders,
+    step_of,
+    write_manifest,
+)
+from bigtx.engine.write_weights import PART_BYTES, groups, write_part
+from bigtx.utils.errors import CheckpointError
+from bigtx.utils.files import fsync_dir, sha256_file
+
+if TYPE_CHECKING:
+    from bigtx.engine.engine import Engine, ReadRange
+    from bigtx.engine.ranks import Ranks
+
+
+def save_frozen(engine: Engine, ranks: Ranks, run_dir: Path, read: ReadRange) -> None:
+    """Write the parameters that the engine does not train, as a source gives them: an engine in 16 bits has but
+    roundings of them. Every rank must call it, before the run's first checkpoint; it writes its share.
+
+    Args:
+        read: what the engine was filled from.
+
+    Raises:
+        CheckpointError: on every rank, if one could not write.
+    """
+    final = run_dir / FROZEN
+    partial = final.with_name(final.name + ".partial")
+    shapes = {name: shape for name, shape in engine.shapes().items() if name in engine.frozen}
+    sizes = {name: 4 * math.prod(shape) for name, shape in shapes.items()}
+    most = min(PART_BYTES, -(-sum(sizes.values()) // ranks.world_size))
+    files, failure = {}, _begin(partial, [partial, final], ranks)
+    _raise_first(ranks.gather(failure), partial, ranks)
+    try:
+        for number, names in list(enumerate(groups(sizes, most)))[ranks.rank :: ranks.world_size]:
+            weights = (read(name, "master", 0, sizes[name] // 4) for name in names)
+            file = f"part-{number:05d}.safetensors"
+            files[file] = write_part(partial / file, {name: shapes[name] for name in names}, weights)
+    except OSError as error:
+        failure = f"rank {ranks.rank} could not write {partial}: {error}"
+    reports = ranks.gather((failure, files))
+    _raise_first([report[0] for report in reports], partial, ranks)
+    if ranks.rank == 0:
+        try:
+            manifest = {
+                "format": FORMAT_VERSION,
+                "parameters": {name: list(shape) for name, shape in shapes.items()},
+                "files": {name: entry for _, written in reports for name, entry in written.items()},
+            }
+            write_manifest(partial, manifest)
+            fsync_dir(partial)
+            os.rename(partial, final)
+            fsync_dir(final.parent)
+        except OSError as error:
+            failure = f"could not complete {final}: {error}"
+    _raise_first(ranks.gather(failure), partial, ranks)
+
+
+def save(engine: Engine, ranks: Ranks, run_dir: Path, facts: dict[str, Any], *, keep: int) -> Path:
+    """Write a checkpoint of the engine. Every rank must call it.
+
+    Args:
+        facts: what the manifest records beside the files: at least `step`.
+        keep: newest checkpoints to keep; older ones, but for the best, go once this one is complete.
+
+    Returns:
+        Its folder.
+
+    Raises:
+        CheckpointError: on every rank, if one could not write; older checkpoints are untouched.
+    """
+    final = run_dir / FOLDER / f"step-{facts['step']:08d}"
+    partial = final.with_name(final.name + ".partial")
+    name, entry = f"rank-{ranks.rank:05d}.safetensors", None
+    failure = _begin(partial, [*(run_dir / FOLDER).glob("step-*.partial")], ranks)
+    _raise_first(ranks.gather(failure), partial, ranks)
+    try:
+        entry = _write_fragments(engine, partial / name)
+    except (OSError, SafetensorError) as error:
+        failure = f"rank {ranks.rank} could not write {partial / name}: {error}"
+    reports = ranks.gather((failure, name, entry, _ranges(engine)))
+    _raise_first([report[0] for report in reports], partial, ranks)
+
+    if ranks.rank == 0:
+        try:
+            manifest = {
+                "format": FORMAT_VERSION,
+                **facts,
+                **_besides(engine, run_dir),
+                "world_size": ranks.world_size,
+                "zero_stage": engine.stage,
+                "precision": engine.config.engine.precision,
+                "loss_scale": engine.loss_scale(),
+                "num_updates": engine.optimizer.num_updates,
+                "parameters": _prove_coverage([report[3] for report in reports], engine),
+                "files": {name: entry for _, name, entry, _ in reports if entry},
+            }
+            write_manifest(partial, manifest)
+            fsync_dir(partial)
+            _set_aside(run_dir, from_step=facts["step"])
+            os.rename(partial, final)
+            fsync_dir(final.parent)
+        except (OSError, CheckpointError) as error:
+            failure = f"could not complete {final}: {error}"
+    _raise_first(ranks.gather(failure), partial, ranks)
+    if ranks.rank == 0:
+        best = facts.get("state", {}).get("best_step")
+        for old in [path for path in list_checkpoints(run_dir)[keep:] if step_of(path) != best]:
+            # Half a checkpoint must not look like a damaged one.
+            gone = old.with_name(old.name + ".partial")
+            os.rename(old, gone)
+            shutil.rmtree(gone, ignore_errors=True)
+    return final
+
+
+def _besides(engine: Engine, run_dir: Path) -> dict[str, Any]:
+    """What a reader must know to have a whole model: where the frozen weights are from, and what adapters weigh."""
+    facts: dict[str, Any] = {}
+    if engine.frozen:
+        facts["frozen_sha256"] = manifest_hash(read_manifest(run_dir / FROZEN))
+    lora = engine.config.model.lora
+    if lora.rank:
+        facts["adapter_scale"] = lora.alpha / lora.rank
+    return facts
+
+
+def _begin(partial: Path, leftovers: list[Path], ranks: Ranks) -> str | None:
+    """Let rank 0 make an empty folder; returns what went wrong."""
+    if ranks.rank != 0:
+        return None
+    try:
+        for leftover in leftovers:
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return f"could not make {partial}: {error}"
+    return None
+
+
+def _set_aside(run_dir: Path, *, from_step: int) -> None:
+    """Rename the checkpoints of this step and later ones: the run went on from before them, so they were refused."""
+    for path in step_folders(run_dir):
+        if step_of(path) >= from_step:
+            damaged = path.with_name(path.name + ".damaged")
+            shutil.rmtree(damaged, ignore_errors=True)
+            os.rename(path, damaged)
+
+
+def _write_fragments(engine: Engine, path: Path) -> dict[str, Any] | None:
+    """Write this rank's fragments durably. Returns size and hash, or None where it owns nothing."""
+    tensors = {}
+    for fragment in engine.owned:
+        states = engine.optimizer.state[fragment.flat]
+        sources = {"master": fragment.flat} | {
+            kind: states[kind] for kind in engine.optimizer.state_kinds(fragment.group)
+        }
+        for kind, source in sources.items():
+            assert source.dtype == torch.float32 and source.numel() == fragment.flat.numel()
+            tensors[f"{fragment.name}|{fragment.start}|{kind}"] = _on_host(fragment.view(source))
+    if not tensors:
+        return None
+    save_file(tensors, path)
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+    return {"size": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """A copy in host memory."""
+    return tensor.clone() if tensor.device.type == "cpu" else tensor.cpu()
+
+
+def _ranges(engine: Engine) -> list[tuple[str, tuple[int, ...], int, int]]:
+    return [(fragment.name, fragment.shape, fragment.start, fragment.stop) for fragment in engine.owned]
+
+
+def _prove_coverage(
+    ranges_by_rank: list[list[tuple[str, tuple[int, ...], int, int]]], engine: Engine
+) -> dict[str, list[int]]:
+    """Check that every parameter that is trained is covered exactly once. Returns their shapes.
+
+    All kinds of a fragment have the fragment's range (asserted where they are written), so one proof serves all.
+    """
+    pieces: dict[str, list[tuple[int, int]]] = {}
+    shapes: dict[str, list[int]] = {}
+    for ranges in ranges_by_rank:
+        for name, shape, start, stop in ranges:
+            pieces.setdefault(name, []).append((start, stop))
+            shapes[name] = list(shape)
+    assert set(pieces) == set(engine.shapes()) - set(engine.frozen)
+    for name, parts in pieces.items():
+        end = 0
+        for start, stop in sorted(parts):
+            assert start == end, f"{name}: elements {end} to {start} are missing or written twice"
+            end = stop
+        assert end == torch.Size(shapes[name]).numel(), f"{name}: only {end} elements written"
+    return shapes
+
+
+def _raise_first(failures: list[str | None], partial: Path, ranks: Ranks) -> None:
+    """If any rank failed, clean up and fail on all."""
+    failure = next((failure for failure in failures if failure), None)
+    if failure:
+        if ranks.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(f"the checkpoint was not written, earlier ones are whole: {failure}")

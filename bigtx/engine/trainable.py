@@ -1,0 +1,81 @@
+"""Which parameters a run trains; the others are frozen: they have no gradient, no optimizer state and no master copy.
+
+full fine-tuning, pretraining     all but optimizer.freeze
+with model.lora                   the adapters, the head of classes and optimizer.train_also, without optimizer.freeze
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+from bigtx.config.schema import RunConfig
+from bigtx.utils.errors import ConfigError
+
+ADAPTERS = ("*.adapter.a", "*.adapter.b")
+WITH_ADAPTERS = (*ADAPTERS, "head.classes.*")
+"""What is trained with model.lora in any case; the head of classes is never a base's own."""
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter is one of the two matrices of an adapter."""
+    return any(fnmatchcase(name, glob) for glob in ADAPTERS)
+
+
+def frozen_parameters(config: RunConfig, names: Iterable[str]) -> list[str]:
+    """The parameters that stay as they are, in their order.
+
+    Args:
+        names: of all parameters of the model.
+
+    Raises:
+        ConfigError: a glob that matches no parameter, or nothing is left to train.
+    """
+    names, optimizer = list(names), config.optimizer
+    for key, globs in (("freeze", optimizer.freeze), ("train_also", optimizer.train_also)):
+        for glob in globs:
+            if not any(fnmatchcase(name, glob) for name in names):
+                raise ConfigError(f"optimizer.{key}: {glob!r} matches no parameter of the model; {_near(glob, names)}")
+    trained = [*WITH_ADAPTERS, *optimizer.train_also] if config.model.lora.rank else ["*"]
+    frozen = [name for name in names if not _matches(name, trained) or _matches(name, optimizer.freeze)]
+    if len(frozen) == len(names):
+        raise ConfigError(
+            f"optimizer.freeze=[{', '.join(optimizer.freeze)}] matches every parameter that would be trained; "
+            "leave one out"
+        )
+    return frozen
+
+
+def refuse_untrained(names: Iterable[str], frozen: Iterable[str], config: RunConfig) -> None:
+    """Refuse to freeze what begins from the seed: it would never become anything.
+
+    Args:
+        names: parameters that the base does not give, or not whole.
+
+    Raises:
+        ConfigError: it names them, and what to write.
+    """
+    still = set(frozen)
+    untrained = [name for name in names if name in still]
+    if not untrained:
+        return
+    shown = ", ".join(untrained[:5]) + (f" and {len(untrained) - 5} more" if len(untrained) > 5 else "")
+    advice = (
+        "name them in optimizer.train_also"
+        if config.model.lora.rank and not any(_matches(name, config.optimizer.freeze) for name in untrained)
+        else "leave them out of optimizer.freeze"
+    )
+    raise ConfigError(f"{shown}: new in this run, so they begin from the seed, but they would not be trained; {advice}")
+
+
+def _matches(name: str, globs: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, glob) for glob in globs)
+
+
+def _near(glob: str, names: list[str]) -> str:
+    similar = difflib.get_close_matches(glob, names, 3, 0.5)
+    if similar:
+        return f"did you mean {' or '.join(similar)}?"
+    parts = list(dict.fromkeys(".".join(name.split(".")[:2]) + ".*" for name in names))
+    return f"there are {', '.join(parts[:8])}"

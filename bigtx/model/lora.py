@@ -1,0 +1,38 @@
+"""Low-rank adapters (arXiv:2106.09685): y = W x + alpha / rank * B A x, where A and B are trained and W stays.
+
+B begins as zeros, so that a model with new adapters computes what it did without. Which matrices have one is said by
+the config alone (see bigtx.config.lora), so an adapted model is built, saved and opened as any other. The adapter of
+decoder.blocks.3.attention.query has the parameters ...query.adapter.a and ...query.adapter.b.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bigtx.config.lora import adapted_matrices
+from bigtx.config.schema import LoraConfig, ModelConfig
+from bigtx.model.layers import Linear
+
+
+class Adapter(nn.Module):
+    """What is added to a matrix's product: alpha / rank * B A x."""
+
+    def __init__(self, config: LoraConfig, num_inputs: int, num_outputs: int) -> None:
+        super().__init__()
+        self.scale, self.dropout = config.alpha / config.rank, config.dropout
+        self.a = nn.Parameter(torch.empty(config.rank, num_inputs))
+        self.b = nn.Parameter(torch.empty(num_outputs, config.rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [..., inputs] to [..., outputs]."""
+        return F.linear(F.linear(F.dropout(x, self.dropout, self.training), self.a), self.b) * self.scale
+
+
+def add_adapters(model: nn.Module, config: ModelConfig) -> None:
+    """Give the matrices that the config names their adapters."""
+    for name in adapted_matrices(config):
+        matrix = model.get_submodule(name)
+        assert isinstance(matrix, Linear), name
+        matrix.adapter = Adapter(config.lora, matrix.in_features, matrix.out_features)
