@@ -21,13 +21,17 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data stats": ("bigtx.commands.data:stats_command", "show a prepared corpus in figures"),
     "data verify": ("bigtx.commands.data:verify_command", "read all of a prepared corpus and check it"),
     "generate": ("bigtx.generate:command", "continue prompts with a trained model"),
+    "predict": ("bigtx.predict:command", "say what a fine-tuned model makes of records"),
+    "evaluate": ("bigtx.evaluate:command", "measure a run on held-out data"),
     "import": ("bigtx.commands.interop:import_command", "make a run of a Hugging Face model"),
     "export": ("bigtx.commands.interop:export_command", "write a run as a Hugging Face model"),
     "configs list": ("bigtx.commands.configs:list_command", "show the recipes that come with bigtx"),
     "configs copy": ("bigtx.commands.configs:copy_command", "copy a recipe, to change it"),
     "configs explain": ("bigtx.commands.configs:explain_command", "say what a setting means"),
 }
-TRAINING = "To train: deepspeed --module bigtx.pretrain FILE.yaml KEY=VALUE ...   (--help says more)"
+TRAINING = """To train (--help says more):
+  deepspeed --module bigtx.pretrain FILE.yaml KEY=VALUE ...   from text to a model
+  bigtx-finetune FILE.yaml base=RUN KEY=VALUE ...             from a model to one that does a job"""
 
 
 @exit_cleanly
@@ -72,7 +76,7 @@ def _answer(arguments: list[str]) -> int:
     similar = difflib.get_close_matches(written, group or COMMANDS, 1) or group
     hint = f"did you mean bigtx {' or '.join(similar)}?" if similar else "`bigtx --help` shows all commands"
     print(f"bigtx: no command {written!r}; {hint}", file=sys.stderr)
-    if first in ("pretrain", "train"):
+    if first in ("pretrain", "train", "finetune"):
         print(TRAINING, file=sys.stderr)
     return EXIT_USER_ERROR
 

@@ -97,7 +97,7 @@ def encode(task: RecordTask, records: Sequence[Record], broken: Broken, *, for_t
         try:
             examples.append(task.encode(record, for_training=for_training))
             kept.append(record)
-        except BadRecordError as error:
+        except (BadRecordError, DataError) as error:  # The tokenizer refuses what is no text.
             broken.add(record.file, record.line, str(error))
     return Examples(kept, examples)
 

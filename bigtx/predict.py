@@ -1,0 +1,207 @@
+"""`bigtx predict`: what a fine-tuned run makes of records, a JSON line for each.
+
+    files, folders, standard input ──▶ chunks of records ──▶ {...the record's fields, "prediction": ...}
+
+A record that cannot be used gives `{..., "error": ...}` in its place, so line i of the output is always record i of the
+input; then the exit status is 1. An output file may be continued: what stands in it is compared with the input, and
+`FILE.about.json` beside it says which weights wrote it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from bigtx.data.records.read import expand_path
+from bigtx.data.records.record import Record
+from bigtx.engine.trained import find
+from bigtx.train.prediction_lines import Item, Output, as_line, fields_of, read_items, read_stdin
+from bigtx.utils.errors import ConfigError
+from bigtx.utils.version import __version__
+
+if TYPE_CHECKING:
+    from bigtx.generate import LoadedModel
+    from bigtx.train.predictions import Outcome
+
+STDIN = "-"
+CHUNK_BATCHES = 8
+"""Batches of a chunk: within it records are sorted by length, and it is written at once."""
+MAX_TOLD = 5
+"""Errors that are also told on standard error."""
+EXIT_SOME_FAILED = 1
+
+
+def command(argv: Sequence[str]) -> int:
+    """`bigtx predict`.
+
+    Returns:
+        The exit status: 1 if some records could not be used.
+
+    Raises:
+        BigtxError: a run, input or output that cannot be used.
+    """
+    arguments = _parser().parse_args(argv)
+    if arguments.batch_size is not None and arguments.batch_size < 1:
+        raise ConfigError(f"--batch-size={arguments.batch_size}: at least 1")
+    if STDIN in arguments.input and len(arguments.input) > 1:
+        raise ConfigError("--input -: standard input is read alone, without files beside it")
+    files = [file for path in arguments.input if path != STDIN for file in expand_path(path)]
+    checkpoint, config = find(arguments.run)
+    from bigtx.train.predictions import task_config
+
+    config = task_config(config, arguments.run)
+    arguments.too_long = arguments.too_long or config.data.too_long
+    job = _Job(arguments, checkpoint)
+    items = read_stdin() if arguments.input == [STDIN] else read_items(files)
+    if arguments.output is None:
+        job.run(items, sys.stdout.buffer)
+    else:
+        with Output(Path(arguments.output), job.facts()) as output:
+            job.run(items, output)
+    return job.report()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bigtx predict",
+        description="What a fine-tuned run makes of records: a JSON line for each, in their order, with the record's "
+        'own fields and "prediction"; or "error", for a record that cannot be used (the exit status is then 1).',
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of a fine-tuned run, or of one of its checkpoints")
+    parser.add_argument(
+        "--input",
+        metavar="FILE",
+        nargs="+",
+        required=True,
+        help=".jsonl, .csv, .tsv or .tar files (also .gz, .zst), folders, globs; -: JSON lines from standard input",
+    )
+    parser.add_argument(
+        "--output", metavar="FILE", help="where to write; the same command goes on where it was (standard output)"
+    )
+    parser.add_argument("--batch-size", metavar="N", type=int, help="records side by side (32)")
+    parser.add_argument(
+        "--too-long",
+        choices=["truncate", "refuse"],
+        help="what becomes of records that are too long for the model: cut, and counted, or errors (as in training)",
+    )
+    parser.add_argument(
+        "--weights", choices=["master", "ema"], default="master", help="ema: the averaged copy (master)"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto: a GPU if there is one)")
+    return parser
+
+
+class _Job:
+    """One call of the command: loads the model when it is first needed, and counts."""
+
+    def __init__(self, arguments: argparse.Namespace, checkpoint: Path) -> None:
+        from bigtx.train.predictions import BATCH_SIZE
+
+        self.arguments, self.checkpoint = arguments, checkpoint
+        self.batch_size = arguments.batch_size or BATCH_SIZE
+        self.num_records = self.num_failed = self.num_cut = self.num_kept = 0
+        self.told: list[str] = []
+        self.started = time.monotonic()
+        self._loaded: LoadedModel | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """What an output file depends on, beside the records."""
+        from bigtx.engine.checkpoint import Checkpoint
+
+        return {
+            "bigtx": __version__,
+            "checkpoint": str(self.checkpoint.resolve()),
+            "manifest_sha256": Checkpoint(self.checkpoint).manifest_sha256,
+            "weights": self.arguments.weights,
+            "too_long": self.arguments.too_long,
+            "input": self.arguments.input,
+        }
+
+    def run(self, items: Iterator[Item], output: BinaryIO | Output) -> None:
+        """Predict for all that is not in the output yet."""
+        # Somebody may wait at the other end of a pipe for the answer to a line.
+        is_live = self.arguments.input == [STDIN] and not isinstance(output, Output)
+        size = self.batch_size * (1 if is_live else CHUNK_BATCHES)
+        while chunk := list(itertools.islice(items, size)):
+            if isinstance(output, Output) and (known := output.known(chunk)) is not None:
+                self.num_kept += len(chunk)
+                self._count(known)
+                continue
+            lines = self._predict(chunk)
+            self._count(lines)
+            output.write(b"".join(as_line(line) for line in lines))
+            output.flush()
+        if isinstance(output, Output):
+            output.finish()
+
+    def _predict(self, chunk: Sequence[Item]) -> list[dict[str, Any]]:
+        records = [item for item in chunk if isinstance(item, Record)]
+        outcomes = iter(self._outcomes(records))
+        return [
+            fields_of(item) | (_added(next(outcomes)) if isinstance(item, Record) else {"error": item.error})
+            for item in chunk
+        ]
+
+    def _outcomes(self, records: Sequence[Record]) -> list[Outcome]:
+        from bigtx.train.predictions import predict_records
+
+        loaded = self._loaded = self._loaded or self._load()
+        device = next(loaded.model.parameters()).device
+        return predict_records(loaded.task, loaded.model, records, batch_size=self.batch_size, device=device)
+
+    def _load(self) -> LoadedModel:
+        from bigtx.generate import load
+        from bigtx.train.predictions import task_config
+
+        loaded = load(self.checkpoint, weights=self.arguments.weights, device=self.arguments.device)
+        config = task_config(loaded.config, self.arguments.run)
+        data = dataclasses.replace(config.data, too_long=self.arguments.too_long)
+        return dataclasses.replace(loaded, config=dataclasses.replace(config, data=data))
+
+    def _count(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        self.num_records += len(lines)
+        for line in lines:
+            self.num_cut += "num_cut" in line
+            if "prediction" not in line:
+                self.num_failed += 1
+                if len(self.told) < MAX_TOLD:
+                    self.told.append(str(line.get("error")))
+
+    def report(self) -> int:
+        """Say on standard error what was done. Returns the exit status."""
+        kept = f", {self.num_kept:,} of them there already" if self.num_kept else ""
+        seconds = time.monotonic() - self.started
+        _say(f"[{self.checkpoint}: {_records(self.num_records)}{kept}, in {seconds:.1f} s]")
+        if self.num_cut:
+            _say(
+                f'[{_records(self.num_cut)} longer than the model reads, and cut: "num_cut" says by how many tokens; '
+                "--too-long refuse makes errors of them]"
+            )
+        if not self.num_failed:
+            return 0
+        first = f", the first {MAX_TOLD} of them" if self.num_failed > MAX_TOLD else ""
+        _say(f'{_records(self.num_failed)} could not be used ("error" in the output){first}:')
+        for reason in self.told:
+            _say(f"  {reason}")
+        return EXIT_SOME_FAILED
+
+
+def _added(outcome: Outcome) -> dict[str, Any]:
+    if outcome.prediction is None:
+        return {"error": outcome.error}
+    return {"prediction": outcome.prediction} | ({"num_cut": outcome.num_cut} if outcome.num_cut else {})
+
+
+def _records(count: int) -> str:
+    return f"{count:,} record" + "s" * (count != 1)
+
+
+def _say(text: str) -> None:
+    # What stands in a file is anybody's: it must not steer the terminal.
+    print("".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text), file=sys.stderr)
