@@ -21,10 +21,7 @@ from bigtx.config.schema import ModelConfig
 from bigtx.model.layers import Linear, Norm
 from bigtx.model.mask import Mask
 from bigtx.model.positions import Rotation, rotate
-
-MAX_PLAIN_SCORES = 512**2
-"""Scores of a head up to which plain products beat torch's bf16 kernel on a CPU, forward and backward: three times as
-fast with 128 tokens, and as fast with 512 (two AMX cores)."""
+from bigtx.model.products import attend, products_are_faster
 
 
 class LayerCache(Protocol):
@@ -113,8 +110,10 @@ class Attention(nn.Module):
         if mask.blocks is not None:
             flex = _compiled_flex_attention() if queries.is_cuda else flex_attention
             return flex(queries, keys, values, block_mask=mask.blocks, scale=self.scale, enable_gqa=grouped)
-        if self._products_are_faster(queries, keys):
-            return self._products(queries, keys, values, mask)
+        if products_are_faster(queries, keys):
+            scale = self.width**-0.5 if self.scale is None else self.scale
+            keys, values = self._repeated(keys), self._repeated(values)
+            return attend(queries, keys, values, mask.scores, causal=mask.causal, scale=scale, dropout=dropout)
         if mask.scores is None:
             return F.scaled_dot_product_attention(
                 queries,
@@ -127,41 +126,15 @@ class Attention(nn.Module):
             )
         scores = mask.scores.to(queries.dtype) if mask.scores.is_floating_point() else mask.scores
         # No CUDA kernel takes a mask and grouped heads at once, and the fallback holds all scores in memory.
-        repeats = self.num_heads // self.num_kv_heads
-        keys, values = keys.repeat_interleave(repeats, dim=1), values.repeat_interleave(repeats, dim=1)
+        keys, values = self._repeated(keys), self._repeated(values)
         return F.scaled_dot_product_attention(
             queries, keys, values, attn_mask=scores, dropout_p=dropout, scale=self.scale
         )
 
-    def _products_are_faster(self, queries: Tensor, keys: Tensor) -> bool:
-        """Whether the backward pass of torch's kernel would take longer than plain products: bf16 on a CPU.
-
-        Not while torch.compile looks on: what it makes of the products gave NaN (torch 2.13).
-        """
-        if torch.compiler.is_compiling():
-            return False
-        recorded = torch.is_grad_enabled() and queries.dtype == torch.bfloat16 and not queries.is_cuda
-        return recorded and queries.shape[2] * keys.shape[2] <= MAX_PLAIN_SCORES
-
-    def _products(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Mask) -> Tensor:
-        """Attention as it is written down (arXiv:1706.03762, equation 1), with all scores in memory."""
+    def _repeated(self, x: Tensor) -> Tensor:
+        """Keys or values [B, K, S, C] for each of the query heads [B, H, S, C]."""
         repeats = self.num_heads // self.num_kv_heads
-        if repeats > 1:
-            keys, values = keys.repeat_interleave(repeats, dim=1), values.repeat_interleave(repeats, dim=1)
-        scale = self.width**-0.5 if self.scale is None else self.scale
-        scores = (queries * scale) @ keys.transpose(-2, -1)  # B H T S
-        # Not minus infinity: a token that sees nothing, which only padding does, must not become NaN.
-        least = torch.finfo(scores.dtype).min
-        if mask.scores is None:
-            if mask.causal:
-                hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu_(1)
-                scores = scores.masked_fill(hidden, least)
-        elif mask.scores.is_floating_point():
-            scores = scores + mask.scores.to(scores.dtype).clamp(min=least)
-        else:
-            scores = scores.masked_fill(~mask.scores, least)
-        weights = scores.softmax(dim=-1)
-        return F.dropout(weights, self.dropout, self.training) @ values
+        return x if repeats == 1 else x.repeat_interleave(repeats, dim=1)
 
 
 @functools.cache
