@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 from bigtx.config.schema import ModelConfig
 
 VOCABULARY_MULTIPLE = 128
 """Rows of the embedding and of the head are a multiple of this, so that their matrix products fill whole tiles."""
+
+CONVOLUTION_WIDTH = 3
+"""Frames under each convolution of an audio front end."""
 
 GATED = ("swiglu", "geglu", "geglu_tanh")
 """The feed-forwards with a gate: three matrices instead of two."""
@@ -56,6 +61,16 @@ def has_window(config: ModelConfig, layer: int) -> bool:
     """Whether block `layer` of a stack sees no farther than attention_window."""
     every = config.global_attention_every
     return config.attention_window is not None and not (every is not None and layer % every == 0)
+
+
+def frames_per_column(config: ModelConfig) -> int:
+    """Frames of the spectrogram for each column of an encoder that hears."""
+    return math.prod(config.audio.strides)
+
+
+def has_embedding(config: ModelConfig) -> bool:
+    """Whether there is a table of tokens: what an encoder hears alone are no tokens."""
+    return not (config.shape == "encoder" and config.audio.num_mel_bins)
 
 
 def padded_vocab_size(config: ModelConfig) -> int:

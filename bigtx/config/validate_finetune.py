@@ -6,19 +6,59 @@ import dataclasses
 from collections.abc import Iterator
 
 from bigtx.config.nodes import Problem
-from bigtx.config.schema import FinetuneConfig
+from bigtx.config.schema import FinetuneConfig, TranscribeConfig
 
-TASK_SECTIONS = ("classify",)
-"""Sections that one task alone reads, of its own name."""
+TASK_SECTIONS = {
+    "transcribe": ("transcribe",),
+    "classify": ("classify",),
+    "chat": ("sft", "preference"),
+    "sft": ("sft",),
+    "preference": ("preference",),
+}
+"""Sections that some tasks alone read."""
 
 
 def task_problems(config: FinetuneConfig) -> Iterator[Problem]:
     """Settings of another task, and those that do not fit each other."""
-    for name in TASK_SECTIONS:
-        if name == config.task:
+    for name, tasks in TASK_SECTIONS.items():
+        if config.task in tasks:
             continue
         section = getattr(config, name)
         for field in dataclasses.fields(section):
             value = getattr(section, field.name)
             if value != getattr(type(section)(), field.name):
-                yield Problem(f"{name}.{field.name}", str(value), f"says nothing without task={name}; leave it out")
+                yield Problem(
+                    f"{name}.{field.name}", str(value), f"says nothing without task={' or '.join(tasks)}; leave it out"
+                )
+    yield from _speech(config)
+    if config.sft.row_length is not None and not config.sft.packing:
+        yield Problem(
+            "sft.row_length", str(config.sft.row_length), "says nothing without sft.packing=true; leave it out"
+        )
+
+
+def _speech(config: FinetuneConfig) -> Iterator[Problem]:
+    """What hears must be asked what was said, and the other way round."""
+    model, settings = config.model, config.transcribe
+    bins = model.audio.num_mel_bins
+    if (config.task == "transcribe") != bool(bins):
+        what = (
+            "task=transcribe wants an encoder that hears; write its mel bins, e.g. 80"
+            if not bins
+            else f"the encoder hears, which task={config.task} does not; write task=transcribe, or 0"
+        )
+        yield Problem("model.audio.num_mel_bins", str(bins), what, related=("task",))
+    if config.task != "transcribe":
+        return
+    wanted = "encoder" if settings.method == "ctc" else "encoder_decoder"
+    if model.shape != wanted:
+        yield Problem(
+            "transcribe.method",
+            settings.method,
+            f"is for model.shape={wanted}, and it is {model.shape}",
+            related=("model.shape",),
+        )
+    for name in ("label_smoothing", "num_beams", "length_penalty"):
+        value = getattr(settings, name)
+        if settings.method == "ctc" and value != getattr(TranscribeConfig(), name):
+            yield Problem(f"transcribe.{name}", str(value), "says nothing with transcribe.method=ctc; leave it out")

@@ -199,10 +199,10 @@ def flops_per_row(config: ModelConfig, *, source: int, target: int, predicted: i
         per_weight = 4 if config.lora.rank and ".adapter." not in name else 6
         arithmetic += per_weight * used * (source if reads_source else target)
     frames = source * shape.frames_per_column(config)
-    for name, size in _audio_shapes(config).items():
+    for name, convolution in _audio_shapes(config).items():
         if name.endswith(".weight"):
             frames //= config.audio.strides[int(name.split(".")[2])]
-            arithmetic += 6 * math.prod(size) * frames
+            arithmetic += 6 * math.prod(convolution) * frames
     head = (shape.padded_vocab_size(config) + config.head_transform * config.hidden_size) * config.hidden_size
     counts = stacks(config)
     pairs = counts.get("encoder", 0) * source**2 + counts.get("decoder", 0) * target**2

@@ -79,6 +79,74 @@ class ClassifyConfig:
 
 
 @dataclass(kw_only=True)
+class ChatConfig:
+    """sft and preference: how prompts, chats and answers become tokens, and how answers are written."""
+
+    format: Literal["auto", "chat", "plain"] = "auto"
+    """chat: the roles and ends of the tokenizer; plain: prompt, separator, answer, end. auto: chat if it has roles."""
+    separator: str = "\n\n"
+    """Text between prompt and answer in the plain format."""
+    max_new_tokens: int = field(256, kind="count", minimum=1, change="free")
+    """Most tokens of an answer that the model writes."""
+    temperature: float = field(0.0, minimum=0.0, change="free")
+    """Of the draws when it writes; 0 takes the likeliest token each time."""
+
+
+@dataclass(kw_only=True)
+class SftConfig:
+    """Answers to prompts and in chats, learned from examples; the loss is on the answers alone."""
+
+    answers: Literal["all", "last"] = "all"
+    """Which turns of the assistant are learned."""
+    packing: bool = False
+    """Put several chats in a row, none of which sees another. train.global_batch_size then counts rows, not records."""
+    row_length: Optional[int] = field(None, kind="count", minimum=2)
+    """Tokens of a packed row. Empty: as many as one record may have."""
+
+
+@dataclass(kw_only=True)
+class PreferenceConfig:
+    """The better of two answers, learned by direct preference optimization (DPO, arXiv:2305.18290)."""
+
+    beta: float = field(0.1, minimum=1e-4)
+    """How strongly the model is held to its base: the reward is beta times the log-ratio to it."""
+    label_smoothing: float = field(0.0, minimum=0.0, maximum=0.49)
+    """Probability that a pair is the wrong way round (conservative DPO)."""
+
+
+@dataclass(kw_only=True)
+class TranscribeConfig:
+    """Speech to text."""
+
+    method: Literal["seq2seq", "ctc"] = "seq2seq"
+    """seq2seq: a decoder writes what the encoder heard; ctc: an encoder alone says it column by column."""
+    normalize: Literal["none", "lower", "words"] = "none"
+    """What is made of the texts first: nothing, lower case, or lower case without punctuation, apostrophes kept."""
+    max_seconds: float = field(30.0, minimum=0.1)
+    """Longest recording; data.too_long says what happens to longer ones."""
+    num_frequency_masks: int = field(2, minimum=0)
+    """Bands of frequency that are hidden in training (SpecAugment, arXiv:1904.08779)."""
+    max_frequency_mask: float = field(0.25, minimum=0.0, maximum=1.0)
+    """Widest of them, as a share of the mel bins."""
+    num_time_masks: int = field(2, minimum=0)
+    """Bands of time that are hidden in training."""
+    max_time_mask: float = field(0.1, minimum=0.0, maximum=1.0)
+    """Longest of them, as a share of the recording."""
+    speed_change: float = field(0.0, minimum=0.0, maximum=0.5)
+    """In training play a third of the recordings faster by this share, and a third slower; 0.1 is usual. 0: none."""
+    noise_db: Optional[float] = field(None, minimum=-20.0, maximum=100.0)
+    """In training add white noise, so many dB below the recording, or up to 30 dB less of it. Empty: none."""
+    label_smoothing: float = field(0.0, minimum=0.0, maximum=0.5)
+    """seq2seq: share of each label that is spread over the vocabulary (arXiv:1512.00567)."""
+    num_beams: int = field(1, minimum=1, change="free")
+    """seq2seq: texts that are followed side by side in prediction; 1 takes the likeliest token each time."""
+    length_penalty: float = field(0.6, minimum=0.0, change="free")
+    """seq2seq: exponent of the length by which the score of a text in the beam is divided (arXiv:1609.08144)."""
+    cache_size: int = field(268_435_456, kind="size", minimum=0, change="free")
+    """Most bytes of recordings that each rank keeps ready in memory; others are decoded again each time."""
+
+
+@dataclass(kw_only=True)
 class FinetuneTrainConfig(RhythmConfig):
     """The length and rhythm of a run: give epochs or max_steps."""
 
@@ -108,7 +176,7 @@ class SelectionConfig:
 class FinetuneConfig(RunConfig):
     """A fine-tuning run."""
 
-    task: Literal["classify"] = "classify"
+    task: Literal["classify", "sft", "preference", "transcribe"] = "classify"
     """What the model learns to do."""
     base: Optional[str] = field(None, change="never")
     """Run or checkpoint folder to start from, imported ones included; its model and tokenizer come along."""
@@ -116,5 +184,9 @@ class FinetuneConfig(RunConfig):
     """Folder of a tokenizer, where there is no base: then the section `model` says what begins from the seed."""
     data: RecordsConfig = section(RecordsConfig, change="never")
     classify: ClassifyConfig = section(ClassifyConfig, change="never")
+    chat: ChatConfig = section(ChatConfig, change="never")
+    sft: SftConfig = section(SftConfig, change="never")
+    preference: PreferenceConfig = section(PreferenceConfig, change="never")
+    transcribe: TranscribeConfig = section(TranscribeConfig, change="never")
     train: FinetuneTrainConfig = section(FinetuneTrainConfig, change="never")
     validation: SelectionConfig = section(SelectionConfig, change="by_name")

@@ -41,7 +41,7 @@ class TokenizerTrainConfig:
     input: InputConfig = field(factory=InputConfig)
     output: str = ""
     """Folder of the new tokenizer."""
-    vocab_size: int = field(16_384, kind="count", minimum=512)
+    vocab_size: int = field(16_384, kind="count", minimum=384)
     """Ids, the reserved ones (105 and the chat roles) and the 256 bytes included."""
     method: Literal["bpe", "unigram"] = "bpe"
     """Byte-pair encoding (arXiv:1508.07909) or a unigram language model (arXiv:1804.10959)."""

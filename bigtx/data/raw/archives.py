@@ -40,11 +40,15 @@ class Member:
         name: its path within the archive.
         offset: of its header in the archive, in bytes.
         stream: its bytes, to be read before the next member is asked for.
+        content_offset: of its first byte in the archive.
+        size: its bytes' number, as the header has it.
     """
 
     name: str
     offset: int
     stream: BinaryIO
+    content_offset: int
+    size: int
 
 
 class DamagedArchiveError(Exception):
@@ -125,7 +129,8 @@ def _read_members(archive: BinaryIO, file: str, rejects: Rejects) -> Iterator[Me
         if reason:
             rejects.add(Reject(f"{file}/{header.name}", 0, reason))
         elif header.type != tarfile.DIRTYPE:
-            yield Member(header.name, offset, cast(BinaryIO, io.BufferedReader(content, min(CHUNK_BYTES, size + 1))))
+            reader = cast(BinaryIO, io.BufferedReader(content, min(CHUNK_BYTES, size + 1)))
+            yield Member(header.name, offset, reader, offset + length, size)
             if content.is_broken:
                 raise DamagedArchiveError("cut short", is_told=True)
         _skip(archive, content.left + -size % _UNIT, header.name)

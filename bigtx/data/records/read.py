@@ -3,10 +3,13 @@
 folder of folders of texts    each text a record {text, label}, the folder's name being the label (as in the
                               Large Movie Review Dataset)
 folder of texts               each text a record {text}
+folder of recordings          each .wav or .flac a record {audio, text}, the text being that of the .txt beside it
 folder of files below         each file as if it had been named
+.wav, .flac                   a record {audio, text}, as in a folder
 .jsonl                        an object in each line
 .csv, .tsv                    a row each; the first one names the fields
-.tar                          a webdataset sample each: .json gives fields, .txt `text`, .cls `label`
+.tar                          a webdataset sample each: .json gives fields, .txt `text`, .cls `label`, .wav and
+                              .flac `audio`
 x.{de,en}.gz                  the lines of two text files side by side, {source, target}
 """
 
@@ -19,9 +22,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from bigtx.data.raw.archives import DamagedArchiveError, read_members
+from bigtx.data.audio.decode import AUDIO_SUFFIXES, AudioPlace
+from bigtx.data.raw.archives import DamagedArchiveError, Member, read_members
 from bigtx.data.raw.documents import Rejects
-from bigtx.data.raw.formats import READ_ERRORS, decompressed, read_up_to, suffix_inside
+from bigtx.data.raw.formats import READ_ERRORS, decompressed, is_compressed, read_up_to, suffix_inside
 from bigtx.data.raw.records import BadRecordError as BadJsonError
 from bigtx.data.raw.records import not_utf8, parse_json, unreadable
 from bigtx.data.records.record import WHOLE_FILE, Broken, Record
@@ -84,12 +88,21 @@ def _read_folder(folder: Path, broken: Broken) -> Iterator[Record]:
         for file in files:
             yield from _read_file(str(file), broken)
         return
+    recordings = [entry for entry in entries if _is_recording(entry.name)]
+    if recordings:
+        stems = {entry.stem for entry in recordings}
+        for file in entries:
+            if file in recordings:
+                yield from _recording(file, broken)
+            elif _is_text(file) and file.stem not in stems:
+                broken.add(str(file), 0, f"a text without a recording beside it ({' or '.join(AUDIO_SUFFIXES)})")
+        return
     classes = [entry for entry in entries if entry.is_dir() and any(map(_is_text, entry.iterdir()))]
     texts = [entry for entry in entries if _is_text(entry)]
     if not classes and not texts:
         raise DataError(
-            f"{folder} holds no records: neither {', '.join(RECORD_SUFFIXES)} files, nor a folder of texts a class, "
-            "nor texts"
+            f"{folder} holds no records: neither {', '.join(RECORD_SUFFIXES + AUDIO_SUFFIXES)} files, nor a folder of "
+            "texts a class, nor texts"
         )
     for file in [] if classes else texts:
         yield from _text_record(file, {}, broken)
@@ -104,6 +117,24 @@ def _by_name(path: Path) -> list[Any]:
 
 def _is_text(path: Path) -> bool:
     return suffix_inside(path.name) in TEXT_SUFFIXES and not path.name.startswith(".")
+
+
+def _is_recording(name: str) -> bool:
+    return name.lower().endswith(AUDIO_SUFFIXES)
+
+
+def _recording(path: Path, broken: Broken) -> Iterator[Record]:
+    """A file of sound as a record, with the text beside it if there is one."""
+    try:
+        fields = {"audio": AudioPlace(path.name, str(path), 0, path.stat().st_size)}
+    except OSError as error:
+        broken.add(str(path), 0, unreadable(error))
+        return
+    text = path.with_suffix(".txt")
+    if text.is_file():
+        yield from (Record(record.fields, str(path), WHOLE_FILE) for record in _text_record(text, fields, broken))
+    else:
+        yield Record(fields, str(path), WHOLE_FILE)
 
 
 def _text_record(path: Path, others: dict[str, Any], broken: Broken) -> Iterator[Record]:
@@ -124,10 +155,15 @@ def _text_record(path: Path, others: dict[str, Any], broken: Broken) -> Iterator
 
 
 def _read_file(path: str, broken: Broken) -> Iterator[Record]:
+    if _is_recording(path):
+        yield from _recording(Path(path), broken)
+        return
     suffix = suffix_inside(path)
     readers = {".jsonl": read_jsonl, ".ndjson": read_jsonl, ".csv": _read_table, ".tsv": _read_table}
     if suffix not in (*readers, ".tar"):
-        raise DataError(f"cannot tell what records {path} holds: it ends in none of {', '.join(RECORD_SUFFIXES)}")
+        raise DataError(
+            f"cannot tell what records {path} holds: it ends in none of {', '.join(RECORD_SUFFIXES + AUDIO_SUFFIXES)}"
+        )
     try:
         with open(path, "rb") as stored:
             stream = decompressed(stored, path)
@@ -228,7 +264,7 @@ def _read_samples(stream: BinaryIO, path: str, broken: Broken) -> Iterator[Recor
                     is_whole = False
                 seen.add(key)
             before = broken.count
-            fields |= _member_fields(member.stream, suffix.lower(), f"{path}/{member.name}", broken)
+            fields |= _member_fields(member, suffix.lower(), path, broken)
             is_whole = is_whole and broken.count == before
     except DamagedArchiveError as error:
         broken.add(path, 0, str(error))
@@ -237,15 +273,22 @@ def _read_samples(stream: BinaryIO, path: str, broken: Broken) -> Iterator[Recor
         yield Record(fields, first, WHOLE_FILE)
 
 
-def _member_fields(stream: BinaryIO, suffix: str, where: str, broken: Broken) -> dict[str, Any]:
+def _member_fields(member: Member, suffix: str, archive: str, broken: Broken) -> dict[str, Any]:
     """What a member adds to its sample; members with other suffixes are passed over, and never decoded."""
-    names = {"txt": "text", "cls": "label", "json": ""}
+    names = {"txt": "text", "cls": "label", "json": ""} | dict.fromkeys(
+        (suffix.removeprefix(".") for suffix in AUDIO_SUFFIXES), "audio"
+    )
     if suffix not in names:
         return {}
-    raw = stream.read(MAX_RECORD_BYTES + 1)
+    where = f"{archive}/{member.name}"
+    if names[suffix] == "audio" and not is_compressed(archive):
+        return {"audio": AudioPlace(member.name, archive, member.content_offset, member.size)}
+    raw = member.stream.read(MAX_RECORD_BYTES + 1)
     try:
         if len(raw) > MAX_RECORD_BYTES:
             raise BadJsonError(TOO_LARGE)
+        if names[suffix] == "audio":
+            return {"audio": AudioPlace(member.name, archive, member.content_offset, member.size, raw)}
         if suffix == "json":
             return parse_json(raw)
         text = raw.decode("utf-8-sig")

@@ -9,7 +9,10 @@ if TYPE_CHECKING:
     from bigtx.train.tasks.task import RecordTask
 
 RECORD_TASKS = {
+    "transcribe": "bigtx.train.tasks.transcribe:Transcribe",
     "classify": "bigtx.train.tasks.classify:Classify",
+    "sft": "bigtx.train.tasks.sft:Sft",
+    "preference": "bigtx.train.tasks.preference:Preference",
 }
 """Where the class of each `task` of a fine-tuning is."""
 

@@ -71,6 +71,14 @@ class RecordTask(ABC):
         self.fields = config.data.fields
         self.max_length = config.data.max_length or config.model.max_sequence_length
 
+    needs_reference: ClassVar[bool] = False
+    """Whether training compares the model with what it was before the first step: see `refer`."""
+
+    @property
+    def limit(self) -> str:
+        """What longer records are cut to, for messages."""
+        return f"{self.max_length:,} tokens (data.max_length)"
+
     @classmethod
     def resolve(cls, config: FinetuneConfig, tokenizer: Tokenizer, records: Sequence[Record]) -> FinetuneConfig:
         """The config with all that follows from the training records and from the tokenizer.
@@ -100,6 +108,11 @@ class RecordTask(ABC):
             BadRecordError: it is none of this task's.
         """
 
+    def pack(self, examples: Sequence[Any]) -> list[Any]:
+        """What training takes for one record each: the examples, or rows of several that `collate` knows too. A pure
+        function of the examples and the config, so that a run resumes."""
+        return list(examples)
+
     @abstractmethod
     def collate(self, examples: Sequence[Any], numbers: Sequence[int] | None = None) -> Any:
         """A micro batch, on the CPU: with `num_labels`, `num_tokens` and `to(device)`.
@@ -122,6 +135,15 @@ class RecordTask(ABC):
     def predict_in_run(self, model: Model, examples: Sequence[Any], device: torch.device) -> list[Prediction]:
         """What validation within a run takes: as `predict`, or something cheaper of which `metrics` can tell enough."""
         return self.predict(model, examples, device)
+
+    def refer(self, model: Model, examples: Sequence[Any], device: torch.device) -> list[tuple[float, ...]]:
+        """Numbers of each example, as many for all, that training needs of the model as it was before the first step.
+        Exactly one pass of the model. With `needs_reference` alone."""
+        raise NotImplementedError
+
+    def with_reference(self, example: Any, numbers: tuple[float, ...]) -> Any:
+        """The example with what `refer` gave for it."""
+        raise NotImplementedError
 
     @abstractmethod
     def metrics(self, predictions: Sequence[Prediction]) -> dict[str, float]:

@@ -1,0 +1,86 @@
+"""A waveform as a log-mel spectrogram.
+
+The power spectrum under a Hann window, summed up by triangles on Slaney's mel scale (M. Slaney, Auditory Toolbox,
+Technical Report 1998-010, the one that librosa and Whisper use), as logarithms that end 80 dB below the loudest
+(arXiv:2212.04356, section 2.2, and its published code), shifted and scaled to mean 0 and deviation 1 over the whole
+recording, so that loudness does not matter. Shape letters: L samples, F frames, M mel bins.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bigtx.config.schema import AudioConfig
+
+MIN_FFT = 512
+"""So that the lowest of 80 triangles is wider than a bin of the spectrum at every usual rate."""
+LEAST_POWER = 1e-10
+DYNAMIC_RANGE = 8.0
+"""Powers of ten below the loudest at which the spectrogram ends."""
+LEAST_DEVIATION = 1e-3
+"""Of silence, whose spectrogram is flat."""
+
+LINEAR_HERTZ = 200.0 / 3
+"""Hertz of one mel below BREAK_HERTZ, where the scale is linear."""
+BREAK_HERTZ = 1000.0
+LOG_STEP = math.log(6.4) / 27.0
+"""Of the logarithm of the frequency, one mel above BREAK_HERTZ."""
+
+
+class LogMel:
+    """Makes the features of one kind of model."""
+
+    def __init__(self, config: AudioConfig) -> None:
+        rate = config.sample_rate
+        self.window_length = max(1, round(rate * config.window_ms / 1000))
+        self.hop = max(1, round(rate * config.hop_ms / 1000))
+        self.fft = max(MIN_FFT, 2 ** math.ceil(math.log2(self.window_length)))
+        self.window = torch.hann_window(self.window_length)
+        self.filters = torch.from_numpy(mel_filters(config.num_mel_bins, rate, self.fft)).float()
+
+    def num_frames(self, num_samples: int) -> int:
+        """Frames of so many samples: one begins with every hop."""
+        return -(-num_samples // self.hop)
+
+    def __call__(self, wave: np.ndarray) -> Tensor:
+        """Features fp32 [F, M] of a waveform fp32 [L]; frame f is centred on sample f * hop, zeros being outside."""
+        spectrum = torch.stft(
+            torch.from_numpy(wave),
+            self.fft,
+            hop_length=self.hop,
+            win_length=self.window_length,
+            window=self.window,
+            center=True,
+            pad_mode="constant",
+            return_complex=True,
+        )[:, : self.num_frames(len(wave))]
+        power = (self.filters @ spectrum.abs().square()).clamp(min=LEAST_POWER).log10()  # M F
+        power = power.clamp(min=float(power.max()) - DYNAMIC_RANGE)
+        power = (power - power.mean()) / power.std(correction=0).clamp(min=LEAST_DEVIATION)
+        return power.t().contiguous()
+
+
+def mel_filters(num_bins: int, rate: int, fft: int) -> np.ndarray:
+    """fp64 [num_bins, fft / 2 + 1]: triangles of area one, evenly spaced in mel from 0 Hz to half the rate."""
+    corners = _hertz(np.linspace(0.0, _mel(rate / 2), num_bins + 2))
+    frequencies = np.linspace(0.0, rate / 2, fft // 2 + 1)
+    low, middle, high = corners[:-2, None], corners[1:-1, None], corners[2:, None]
+    rising, falling = (frequencies - low) / (middle - low), (high - frequencies) / (high - middle)
+    return np.maximum(0.0, np.minimum(rising, falling)) * (2.0 / (high - low))
+
+
+def _mel(hertz: float) -> float:
+    if hertz < BREAK_HERTZ:
+        return hertz / LINEAR_HERTZ
+    return BREAK_HERTZ / LINEAR_HERTZ + math.log(hertz / BREAK_HERTZ) / LOG_STEP
+
+
+def _hertz(mel: np.ndarray) -> np.ndarray:
+    at_break = BREAK_HERTZ / LINEAR_HERTZ
+    return np.where(
+        mel < at_break, mel * LINEAR_HERTZ, BREAK_HERTZ * np.exp(LOG_STEP * (np.maximum(mel, at_break) - at_break))
+    )
