@@ -14,6 +14,7 @@ from bigtx.utils.units import format_count, format_size, parse_size
 if TYPE_CHECKING:
     from bigtx.config.schema import ModelConfig
     from bigtx.interop.exporter import Exported, ExportSettings
+    from bigtx.interop.verify import Verdict
     from bigtx.tokenizer.tokenizer import Tokenizer
 
 
@@ -58,6 +59,10 @@ def export_command(argv: Sequence[str]) -> int:
         BigtxError: a run that cannot be exported, or an export that transformers reads otherwise.
     """
     options = _export_parser().parse_args(argv)
+    if options.to == "peft":
+        return _export_adapters(options)
+    if options.base is not None:
+        raise ConfigError("--base is for --to peft: what --to hf writes stands by itself; leave it out")
     shard_bytes = _shard_bytes(options.max_shard_size)
     from bigtx.engine.trained import find_with_tokenizer
     from bigtx.interop.exporter import ExportSettings, export_model
@@ -88,19 +93,71 @@ def export_command(argv: Sequence[str]) -> int:
     return 0
 
 
+def _export_adapters(options: argparse.Namespace) -> int:
+    """Write a run's adapters for PEFT and compare, where the model that they stand on is here."""
+    from bigtx.engine.trained import find_with_tokenizer
+    from bigtx.interop.adapters import export_adapters
+    from bigtx.interop.verify import require_peft
+
+    if options.base is None:
+        raise ConfigError(
+            "--to peft needs --base FOLDER, the model in transformers' format that the adapters stand on: the one that "
+            "was imported, or what `bigtx export BASE_RUN --to hf -o FOLDER` makes of the run's base"
+        )
+    if options.dtype != "fp32" or options.license is not None:
+        raise ConfigError("--dtype and --license are for --to hf; adapters are written in fp32, without a card")
+    is_here = Path(options.base).is_dir()
+    if is_here and not options.no_verify:
+        require_peft()
+    checkpoint, run, tokenizer = find_with_tokenizer(options.run)
+    made = export_adapters(
+        checkpoint, run, options.output, base=options.base, weights=options.weights, family_name=options.family
+    )
+    say(
+        f"{checkpoint}: adapters of rank {run.model.lora.rank} for {made.num_modules:,} modules of "
+        f"{made.family.architecture}, {format_count(made.num_parameters)} parameters"
+    )
+    if options.no_verify or not is_here:
+        why = "--no-verify" if options.no_verify else f"{options.base} is no folder here"
+        say(f"Wrote {made.folder}; it was not compared with PEFT ({why})")
+    else:
+        from bigtx.interop.verify import verify_adapters
+
+        say(f"Wrote {made.folder}. Loading it with PEFT, to compare")
+        base = Path(options.base)
+        _judge(
+            made.folder,
+            verify_adapters(made.folder, base, made.family, checkpoint, run.model, tokenizer, options.weights),
+        )
+    say(f"Next, in Python: peft.PeftModel.from_pretrained(model, {str(made.folder)!r})")
+    return 0
+
+
 def _compare(
     made: Exported, checkpoint: Path, config: ModelConfig, tokenizer: Tokenizer, settings: ExportSettings
 ) -> None:
     from bigtx.interop.verify import verify
 
-    verdict = verify(made.folder, made.family, checkpoint, config, tokenizer, settings)
+    _judge(
+        made.folder,
+        verify(made.folder, made.family, checkpoint, config, tokenizer, settings),
+        "The same token ids, and ",
+    )
+
+
+def _judge(folder: Path, verdict: Verdict, also: str = "") -> None:
+    """Say how near the export comes to the run.
+
+    Args:
+        also: what else was found to be the same.
+    """
     if verdict.problems:
         raise CheckpointError(
-            f"{made.folder} is written, but transformers reads it otherwise than bigtx, so do not use it: "
+            f"{folder} is written, but transformers reads it otherwise than bigtx, so do not use it: "
             f"{'; '.join(verdict.problems)}. It is left as it is, to look into"
         )
     say(
-        f"The same token ids, and {verdict.num_logits:,} logits of random tokens that differ by at most "
+        f"{also}{verdict.num_logits:,} logits of random tokens {'that ' if also else ''}differ by at most "
         f"{verdict.difference:.1e} of the largest"
     )
 
@@ -108,12 +165,13 @@ def _compare(
 def _export_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bigtx export",
-        description="Write a run's newest checkpoint as a folder that transformers loads without bigtx's code, then "
-        "load it so and compare ids and logits.",
+        description="Write a run's checkpoint as a folder that transformers loads without bigtx's code, adapters "
+        "merged, or its adapters alone for PEFT; then load it so and compare ids and logits.",
     )
     parser.add_argument("run", metavar="RUN", help="folder of a run, or of one of its checkpoints")
-    parser.add_argument("--to", choices=["hf"], default="hf", help="hf: Hugging Face transformers")
+    parser.add_argument("--to", choices=["hf", "peft"], default="hf", help="hf: transformers; peft: the adapters (hf)")
     parser.add_argument("-o", "--output", metavar="FOLDER", type=Path, required=True, help="folder to make")
+    parser.add_argument("--base", metavar="FOLDER", help="peft: the model in transformers' format to put them on")
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the weights (fp32)")
     parser.add_argument(
         "--weights", choices=["master", "ema"], default="master", help="ema: the averaged copy (master)"

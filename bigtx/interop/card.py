@@ -112,7 +112,8 @@ def _summary(facts: ModelFacts, config: RunConfig, manifest: Mapping[str, Any]) 
 def _aim(config: RunConfig) -> str:
     """What the training was for."""
     if isinstance(config, FinetuneConfig):
-        return f"fine-tuned to {config.task}"
+        rank = config.model.lora.rank
+        return f"fine-tuned to {config.task}" + (f", by adapters of rank {rank} that were merged" if rank else "")
     assert isinstance(config, PretrainConfig)
     return f"{config.objective.name} objective"
 

@@ -6,6 +6,7 @@ time: memory holds one link, not a shard.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bigtx.config.schema import ModelConfig, RunConfig
-from bigtx.engine.checkpoint import Checkpoint
+from bigtx.config.schema import LoraConfig, ModelConfig, RunConfig
+from bigtx.engine.merged import MergedCheckpoint
 from bigtx.engine.write_weights import SafetensorsWriter, groups
 from bigtx.interop.card import ModelFacts, write_card
 from bigtx.interop.families import choose
@@ -78,7 +79,7 @@ class Exported:
 def export_model(
     checkpoint: Path, run: RunConfig, tokenizer: Tokenizer, folder: Path, settings: ExportSettings
 ) -> Exported:
-    """Write a checkpoint as a Hugging Face folder, which has its name once it is complete.
+    """Write a checkpoint as a Hugging Face folder, adapters merged; it has its name once it is complete.
 
     Args:
         checkpoint: of any run, whatever its ZeRO stage and number of ranks.
@@ -90,7 +91,8 @@ def export_model(
         DataError: the tokenizer has no counterpart.
         LaunchError: the folder cannot be written.
     """
-    config, family = run.model, choose(run.model, settings.family)
+    config = language_model(run.model)
+    family = choose(config, settings.family)
     links = family.links(config)
     check_links(links, config)
     source = _Source(checkpoint, config, settings.weights, max(MAPPED_BYTES, settings.shard_bytes // 8))
@@ -116,12 +118,30 @@ def export_model(
     return Exported(folder, family, len(shapes), num_parameters, files)
 
 
+def language_model(config: ModelConfig) -> ModelConfig:
+    """The model as a family of transformers may express it: without adapters, which an export merges.
+
+    Raises:
+        ConfigError: it is none that reads and scores tokens.
+    """
+    if config.num_classes is not None:
+        raise ConfigError(
+            f"the model sorts texts into {config.num_classes} classes (model.num_classes), and bigtx exports only "
+            "models that score tokens; use it by `bigtx predict`"
+        )
+    if config.audio.num_mel_bins:
+        raise ConfigError(
+            "the model hears (model.audio), and bigtx exports only models that read tokens; use it by `bigtx predict`"
+        )
+    return dataclasses.replace(config, lora=LoraConfig())
+
+
 class _Source:
-    """The parameters of a checkpoint, one at a time and without padding."""
+    """The parameters of a checkpoint, one at a time, without padding, and with adapters merged."""
 
     def __init__(self, path: Path, config: ModelConfig, kind: str, mapped_bytes: int) -> None:
         """Args: mapped_bytes: about how much is read of the files before they are opened anew."""
-        self.checkpoint, self.config, self.kind = Checkpoint(path), config, kind
+        self.checkpoint, self.config, self.kind = MergedCheckpoint(path), config, kind
         self.mapped_bytes, self.num_read = mapped_bytes, 0
         if problems := self.checkpoint.verify():
             raise CheckpointError(f"{path}: {'; '.join(problems)}; use another checkpoint of the run")

@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import math
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from bigtx.config.schema.model import ModelConfig
-from bigtx.engine.checkpoint import load_weights
-from bigtx.interop.exporter import DTYPES, ExportSettings
+from bigtx.engine.checkpoint import Checkpoint
+from bigtx.engine.merged import MergedCheckpoint
+from bigtx.interop.exporter import DTYPES, ExportSettings, language_model
 from bigtx.interop.family import Family
 from bigtx.interop.tokenizer import compare_tokenizers
 from bigtx.model.transformer import Transformer
@@ -52,10 +54,23 @@ def require_transformers() -> None:
     Raises:
         LaunchError: it is not.
     """
-    if importlib.util.find_spec("transformers") is None:
+    _require("transformers", "huggingface")
+
+
+def require_peft() -> None:
+    """Do nothing where PEFT is installed.
+
+    Raises:
+        LaunchError: it is not.
+    """
+    _require("peft", "peft")
+
+
+def _require(package: str, extra: str) -> None:
+    if importlib.util.find_spec(package) is None:
         raise LaunchError(
-            "an export is compared with transformers, which is not installed: pip install 'bigtx[huggingface]', or "
-            "export without the comparison (--no-verify)"
+            f"an export is compared with {package}, which is not installed: pip install 'bigtx[{extra}]', or export "
+            "without the comparison (--no-verify)"
         )
 
 
@@ -65,7 +80,8 @@ def verify(
     """Load an export as its users will, and compare it with bigtx on random tokens.
 
     Both models compute in fp32 on the CPU, one after the other, so that memory holds one of them. bigtx's weights are
-    rounded as the export's are, so that only the arithmetic is compared.
+    rounded as the export's are, so that only the arithmetic is compared; adapters stay beside their matrices unless
+    the sums were rounded.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
@@ -74,8 +90,32 @@ def verify(
         problems = [f"tokenizer: {line}" for line in compare_tokenizers(tokenizer, folder)]
     inputs = _random_inputs(config, tokenizer)
     own = _own_logits(checkpoint, config, settings, inputs)
+    return _compared(own, lambda: _their_logits(folder, family, inputs), problems)
+
+
+def verify_adapters(
+    folder: Path,
+    base: Path,
+    family: Family,
+    checkpoint: Path,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    weights: Literal["master", "ema"],
+) -> Verdict:
+    """The same for adapters that PEFT puts on a base in transformers' format.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+    """
+    inputs = _random_inputs(config, tokenizer)
+    own = _own_logits(checkpoint, config, ExportSettings(weights=weights), inputs)
+    return _compared(own, lambda: _their_logits(base, family, inputs, adapters=folder), [])
+
+
+def _compared(own: Tensor, compute: Callable[[], Tensor], problems: list[str]) -> Verdict:
+    """Compare logits with those of the other side, beside problems that were found already."""
     try:
-        theirs = _their_logits(folder, family, inputs)
+        theirs = compute()
     except Exception as error:
         # Whatever transformers finds wrong is a defect of the export, not of this comparison.
         return Verdict([*problems, f"transformers cannot load or run it: {type(error).__name__}: {error}"], None, 0)
@@ -105,17 +145,19 @@ def _random_inputs(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Tenso
 
 
 def _own_logits(checkpoint: Path, config: ModelConfig, settings: ExportSettings, inputs: dict[str, Tensor]) -> Tensor:
-    model = Transformer(config)
-    parameters = dict(model.named_parameters())
+    whole = settings.dtype == "fp32"
+    model = Transformer(config if whole else language_model(config))
+    source = Checkpoint(checkpoint) if whole else MergedCheckpoint(checkpoint)
     with torch.no_grad():
-        for name, weight in load_weights(checkpoint, kind=settings.weights):
-            parameters[name].copy_(weight.to(DTYPES[settings.dtype]))
+        for name, parameter in model.named_parameters():
+            weight = source.read(name, settings.weights, 0, parameter.numel())
+            parameter.copy_(weight.view(parameter.shape).to(DTYPES[settings.dtype]))
         logits = model.eval()(inputs["input_ids"], target_tokens=inputs.get("decoder_input_ids"))
     assert isinstance(logits, Tensor)
     return logits
 
 
-def _their_logits(folder: Path, family: Family, inputs: dict[str, Tensor]) -> Tensor:
+def _their_logits(folder: Path, family: Family, inputs: dict[str, Tensor], *, adapters: Path | None = None) -> Tensor:
     import transformers
 
     loader: Any = getattr(transformers, family.auto_class)
@@ -125,9 +167,21 @@ def _their_logits(folder: Path, family: Family, inputs: dict[str, Tensor]) -> Te
         )
     if unmatched := {kind: sorted(keys) for kind, keys in report.items() if keys}:
         raise CheckpointError(f"its tensors are not those that the class has: {unmatched}")
+    if adapters is not None:
+        model = _with_adapters(model, adapters)
     with torch.no_grad():
         logits: Tensor = model.eval()(**inputs).logits
     return logits
+
+
+def _with_adapters(model: Any, folder: Path) -> Any:
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # PEFT would go on without them.
+        warnings.filterwarnings("error", message=".*missing adapter keys")
+        return peft.PeftModel.from_pretrained(model, str(folder), local_files_only=True)
 
 
 @contextlib.contextmanager

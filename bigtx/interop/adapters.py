@@ -1,0 +1,228 @@
+"""From a run with LoRA to a folder for PEFT: adapter_config.json and adapter_model.safetensors, to stand beside a model
+of transformers.
+
+PEFT has the same arithmetic, W x + alpha / r * B A x, and keeps A as [r, inputs] and B as [outputs, r] whichever way
+the other side holds W. Where that side holds several matrices as one (GPT-2's c_attn, ModernBERT's Wqkv), their
+adapters become one of as many times the rank: the A's one below the other, the B's along a diagonal.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bigtx.config.lora import adapted_matrices
+from bigtx.config.schema import ModelConfig, RunConfig
+from bigtx.engine.checkpoint import Checkpoint
+from bigtx.engine.trainable import is_adapter
+from bigtx.engine.write_weights import SafetensorsWriter
+from bigtx.interop.exporter import language_model
+from bigtx.interop.families import choose
+from bigtx.interop.family import Family
+from bigtx.interop.maps import Link
+from bigtx.interop.staging import new_folder
+from bigtx.interop.vocabulary import foreign_shapes
+from bigtx.plan.parameters import parameter_shapes
+from bigtx.utils.errors import CheckpointError, ConfigError
+from bigtx.utils.files import write_json
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+TASK_TYPES = {"AutoModelForCausalLM": "CAUSAL_LM", "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM"}
+"""What PEFT calls models by the class that loads them; it has no name for masked language models."""
+
+
+@dataclass(frozen=True)
+class ForeignAdapter:
+    """An adapter of one module of the other side.
+
+    Attributes:
+        module: its name there.
+        a: fp32 [r, inputs].
+        b: fp32 [outputs, r].
+        transposed: the module holds its matrix as [inputs, outputs].
+    """
+
+    module: str
+    a: Tensor
+    b: Tensor
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class ExportedAdapters:
+    """What came of an export.
+
+    Attributes:
+        folder: where it is.
+        family: of the model that the adapters belong to.
+        num_modules: that have one.
+        num_parameters: of all of them.
+    """
+
+    folder: Path
+    family: Family
+    num_modules: int
+    num_parameters: int
+
+
+def export_adapters(
+    checkpoint: Path,
+    run: RunConfig,
+    folder: Path,
+    *,
+    base: str,
+    weights: Literal["master", "ema"] = "master",
+    family_name: str | None = None,
+) -> ExportedAdapters:
+    """Write a checkpoint's adapters in PEFT's format; the folder has its name once it is complete.
+
+    Args:
+        run: its config, model.vocab_size set.
+        base: folder or name of the model in transformers' format that PEFT is to put them on.
+        family_name: the base's model_type; None takes the first that expresses the model.
+
+    Raises:
+        ConfigError: no adapters, or more than adapters was trained, or no family expresses the model or its adapters.
+        CheckpointError: a damaged checkpoint, or no such weights.
+        LaunchError: the folder cannot be written.
+    """
+    opened = _open(checkpoint, run.model, weights)
+    plain = language_model(run.model)
+    family = choose(plain, family_name)
+    links = family.links(plain)
+    adapters = [made for link in links if (made := _converted(link, opened, run.model, weights)) is not None]
+    opened.close()
+    modules = [key.removesuffix(".weight") for key in foreign_shapes(links, plain) if key.endswith(".weight")]
+    values = _config(adapters, modules, run.model, base, TASK_TYPES.get(family.auto_class))
+    tensors = {
+        f"base_model.model.{adapter.module}.lora_{part}.weight": tensor.contiguous()
+        for adapter in adapters
+        for part, tensor in (("A", adapter.a), ("B", adapter.b))
+    }
+    with new_folder(folder) as partial:
+        write_json(partial / ADAPTER_CONFIG, values)
+        entries = [(key, tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()]
+        with SafetensorsWriter(partial / ADAPTER_WEIGHTS, entries, {"format": "pt"}) as writer:
+            for tensor in tensors.values():
+                writer.write(tensor)
+            writer.finish()
+    return ExportedAdapters(folder, family, len(adapters), sum(tensor.numel() for tensor in tensors.values()))
+
+
+def _open(checkpoint: Path, config: ModelConfig, kind: str) -> Checkpoint:
+    if not config.lora.rank:
+        raise ConfigError(
+            f"{checkpoint} has no adapters (model.lora.rank is 0): `bigtx export ... --to hf` writes the whole model"
+        )
+    opened = Checkpoint(checkpoint)
+    if problems := opened.verify():
+        raise CheckpointError(f"{checkpoint}: {'; '.join(problems)}; use another checkpoint of the run")
+    if opened.shapes != parameter_shapes(config):
+        raise CheckpointError(f"{checkpoint} does not fit the run's config.yaml; was it edited?")
+    others = [name for name in opened.manifest["parameters"] if not is_adapter(name)]
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise ConfigError(
+            f"{checkpoint}: beside the adapters {', '.join(others[:3])}{more} were trained, which the PEFT format "
+            "leaves out; `bigtx export ... --to hf` writes the whole model, adapters merged"
+        )
+    kinds = opened.kinds(next(iter(opened.manifest["parameters"])))
+    if kind not in kinds:
+        raise CheckpointError(f"{checkpoint} holds no {kind} weights (it has {', '.join(kinds)})")
+    return opened
+
+
+def _converted(link: Link, opened: Checkpoint, config: ModelConfig, kind: str) -> ForeignAdapter | None:
+    """The adapter of a link's foreign tensor, if any of its parameters has one."""
+    adapted = {f"{name}.weight" for name in adapted_matrices(config)} & set(link.names)
+    if not adapted:
+        return None
+    shapes, rank = opened.shapes, config.lora.rank
+    (key,) = link.keys
+    columns = rank * len(adapted)
+    rows_of_a: list[Tensor] = []
+    rows_of_b: list[Tensor] = []
+    products: list[Tensor] = []
+    for name in link.names:
+        outputs, inputs = shapes[name]
+        spread, product = torch.zeros(outputs, columns), torch.zeros(outputs, inputs)
+        if name in adapted:
+            a, b = (_read(opened, f"{name.removesuffix('.weight')}.adapter.{part}", kind) for part in "ab")
+            spread[:, len(rows_of_a) * rank : (len(rows_of_a) + 1) * rank] = b
+            product = b @ a
+            rows_of_a.append(a)
+        rows_of_b.append(spread)
+        products.append(product)
+    a, transposed = torch.cat(rows_of_a), _is_transposed(link, [shapes[name][0] for name in link.names])
+    (b,) = link.to_foreign(rows_of_b)
+    (expected,) = link.to_foreign(products)
+    b, expected = (b.T, expected.T) if transposed else (b, expected)
+    if b.shape[0] != expected.shape[0] or not torch.allclose(b @ a, expected, rtol=1e-4, atol=1e-6):
+        raise ConfigError(f"{key} is held in another form than PEFT's adapters can have; export with --to hf, merged")
+    return ForeignAdapter(key.removesuffix(".weight"), a, b, transposed)
+
+
+def _is_transposed(link: Link, num_rows: Sequence[int]) -> bool:
+    """Whether the foreign matrix is [inputs, outputs], found by the way in which a width goes that no output has."""
+    width = sum(num_rows) + 1
+    (probe,) = link.to_foreign([torch.empty(rows, width, device="meta") for rows in num_rows])
+    return probe.shape[0] == width
+
+
+def _read(opened: Checkpoint, name: str, kind: str) -> Tensor:
+    shape = opened.shapes[name]
+    return opened.read(name, kind, 0, math.prod(shape)).view(shape)
+
+
+def _config(
+    adapters: Sequence[ForeignAdapter], modules: Iterable[str], config: ModelConfig, base: str, task_type: str | None
+) -> dict[str, Any]:
+    """adapter_config.json; what it leaves out has PEFT's defaults for plain LoRA."""
+    lora = config.lora
+    short = _short_names([adapter.module for adapter in adapters], modules)
+    wider = {
+        re.escape(short[adapter.module]): len(adapter.a) // lora.rank
+        for adapter in adapters
+        if len(adapter.a) != lora.rank
+    }
+    return {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": lora.rank,
+        "lora_alpha": _whole(lora.alpha),
+        "lora_dropout": lora.dropout,
+        "target_modules": sorted(set(short.values())),
+        "fan_in_fan_out": any(adapter.transposed for adapter in adapters),
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+        "rank_pattern": {name: times * lora.rank for name, times in wider.items()},
+        "alpha_pattern": {name: _whole(times * lora.alpha) for name, times in wider.items()},
+    }
+
+
+def _whole(number: float) -> float:
+    return int(number) if number == int(number) else number
+
+
+def _short_names(adapted: Sequence[str], modules: Iterable[str]) -> Mapping[str, str]:
+    """Names for modules by which PEFT finds them: the end after the block's number, as people write it
+    (self_attn.q_proj), where every module of the model that ends so is adapted; else the whole name."""
+    modules, wanted, short = list(modules), set(adapted), {}
+    for name in adapted:
+        _, found, end = name.partition(match[0]) if (match := re.search(r"\.\d+\.", name)) else (name, "", "")
+        suits = found and all(other in wanted for other in modules if other.endswith(f".{end}"))
+        short[name] = end if suits else name
+    return short
