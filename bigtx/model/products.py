@@ -60,8 +60,10 @@ def attend(
 
 
 @torch.library.custom_op("bigtx::attention_products", mutates_args=())
-def _attend(queries: Tensor, keys: Tensor, values: Tensor, added: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """What is attended to [B, H, T, C], and the weights [B, H, T, S]."""
+def _attend(
+    queries: Tensor, keys: Tensor, values: Tensor, added: Tensor | None, kept: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """What is attended to [B, H, T, C], and the weights [B, H, T, S] before `kept` multiplied them."""
     scores = (queries * scale) @ keys.transpose(-2, -1)
     if added is not None:
         scores += added
