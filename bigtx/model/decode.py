@@ -116,11 +116,19 @@ class KeyValueCache:
             if layer.source is not None:
                 layer.source = layer.source[0][rows], layer.source[1][rows]
 
+    def exchange(self, rows: Tensor) -> None:
+        """Let row b go on from row rows[b], int64 [B], which has the same source."""
+        used = self.num_columns
+        for layer in self.layers:
+            layer.keys[:, :, :used] = layer.keys[rows, :, :used]
+            layer.values[:, :, :used] = layer.values[rows, :, :used]
+
 
 class _Layer:
     """One layer's keys and values [B, K, columns, C]; columns grow in steps, so that most tokens copy nothing."""
 
-    GROWTH = 256
+    GROWTH = 32
+    """Least columns of a step: short texts are not to carry many empty ones along."""
 
     def __init__(self, cache: KeyValueCache) -> None:
         self.cache = cache
@@ -140,7 +148,7 @@ class _Layer:
         if held.dim() == 4 and held.shape[2] >= used:
             return held
         rows, heads, _, width = like.shape
-        larger = like.new_zeros(rows, heads, -(-used // self.GROWTH) * self.GROWTH, width)
+        larger = like.new_zeros(rows, heads, used + max(self.GROWTH, used // 4), width)
         if held.dim() == 4:
             larger[:, :, : held.shape[2]] = held
         return larger
@@ -217,7 +225,7 @@ def decode_tokens(
     results = [row.new_ids for row in rows]
     cache: KeyValueCache | None = None
     while rows and max_new_tokens > 0:
-        with _uncompiled():
+        with uncompiled():
             if cache is None:
                 cache = KeyValueCache(shape.num_decoder_layers(config))
                 logits = _read_windows(forward, rows, cache, config, device)  # B V
@@ -240,7 +248,7 @@ def decode_tokens(
     return results
 
 
-def _uncompiled() -> contextlib.AbstractContextManager[None]:
+def uncompiled() -> contextlib.AbstractContextManager[None]:
     """Compiled blocks run as they were written: every length would be compiled anew."""
     # Asking takes seconds where nothing has been compiled yet, and is then of no use.
     if "torch._dynamo" not in sys.modules:
@@ -265,16 +273,41 @@ def _read_windows(
     device: torch.device | str,
 ) -> Tensor:
     """Read every row's window, and its source if there is one, into an empty cache; logits [B, V] of what follows."""
-    windows = [row.window() for row in rows]
-    tokens = _padded(windows, device)
+    return read_texts(
+        forward,
+        [row.window() for row in rows],
+        cache,
+        config,
+        device,
+        sources=[row.source for row in rows],
+        prefix_lengths=[row.prompt_length - row.start for row in rows],
+    )
+
+
+def read_texts(
+    forward: Callable[..., Tensor],
+    texts: Sequence[list[int]],
+    cache: KeyValueCache,
+    config: ModelConfig,
+    device: torch.device | str,
+    *,
+    sources: Sequence[list[int]],
+    prefix_lengths: Sequence[int],
+) -> Tensor:
+    """Read texts of at least one token into an empty cache; logits [B, V] of what follows each.
+
+    Args:
+        sources: of an encoder-decoder: what the encoder reads; else unused.
+        prefix_lengths: of a model with prefix attention: how many tokens of each text see each other both ways.
+    """
+    tokens = padded_ids(texts, device)
     positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
-    columns = torch.tensor([[len(window) - 1] for window in windows], device=device)
+    columns = torch.tensor([[len(text) - 1] for text in texts], device=device)
     if config.shape == "encoder_decoder":
-        sources = [row.source for row in rows]
         # All decoder tokens are of segment 0; padding of the source is of another, that nobody reads.
-        segment_ids = _padded([[0] * len(source) for source in sources], device, fill=1)
+        segment_ids = padded_ids([[0] * len(source) for source in sources], device, fill=1)
         return forward(
-            _padded(sources, device),
+            padded_ids(sources, device),
             segment_ids=segment_ids,
             target_tokens=tokens,
             target_positions=positions,
@@ -283,12 +316,11 @@ def _read_windows(
         )[:, 0]
     prefix_mask = None
     if config.prefix_attention:
-        ends = torch.tensor([[row.prompt_length - row.start] for row in rows], device=device)
-        prefix_mask = positions < ends
+        prefix_mask = positions < torch.tensor(prefix_lengths, device=device)[:, None]
     return forward(tokens, positions=positions, prefix_mask=prefix_mask, cache=cache, columns=columns)[:, 0]
 
 
-def _padded(rows: Sequence[list[int]], device: torch.device | str, fill: int = 0) -> Tensor:
+def padded_ids(rows: Sequence[list[int]], device: torch.device | str, fill: int = 0) -> Tensor:
     """int64 [B, T]. Any token pads: its column is written anew by the row's own token before that row may see it."""
     longest = max(map(len, rows))
     return torch.tensor([row + [fill] * (longest - len(row)) for row in rows], device=device)
@@ -304,6 +336,13 @@ def _read_last(
     """Read every row's newest token; logits [B, V] of what follows."""
     tokens = torch.tensor([[row.ids[-1]] for row in rows], device=device)
     positions = torch.tensor([[len(row.window()) - 1] for row in rows], device=device)
+    return read_next(forward, tokens, positions, cache, config)
+
+
+def read_next(
+    forward: Callable[..., Tensor], tokens: Tensor, positions: Tensor, cache: KeyValueCache, config: ModelConfig
+) -> Tensor:
+    """Read one more token of each text, [B, 1], at its position, [B, 1]; logits [B, V] of what follows."""
     if config.shape == "encoder_decoder":
         return forward(None, target_tokens=tokens, target_positions=positions, cache=cache)[:, 0]
     return forward(tokens, positions=positions, cache=cache)[:, 0]

@@ -1,0 +1,191 @@
+"""Beam search: the likeliest text rather than a drawn one, over many prompts at once.
+
+    prompts ──read once──▶ cache ──a row for each of K texts──▶ logits ─▶ the best 2 K ways to go on ─┬─▶ those that end
+                             ▲                                                                        │
+                             └────────── rows follow the texts that they belong to ◀── the best K others
+
+A prompt is done when K of its texts have ended, or as soon as none that is still being written can become better than
+the best that has ended. Prompts that are done leave the batch. Shape letters: B prompts that are not done, K texts of
+each (the beam), V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from bigtx.config import shape
+from bigtx.config.schema import ModelConfig
+from bigtx.model.decode import KeyValueCache, read_next, read_texts, uncompiled
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beam:
+    """How texts are searched.
+
+    Attributes:
+        size: texts of a prompt that are written side by side; 1 takes the likeliest token each time.
+        length_penalty: exponent a of the length in a text's score, its log-probability divided by
+            ((5 + tokens) / 6)^a (arXiv:1609.08144, equation 14); 0 favours short texts, which have more of it.
+    """
+
+    size: int = 5
+    length_penalty: float = 0.6
+
+    def __post_init__(self) -> None:
+        assert self.size >= 1, "a beam holds at least one text"
+        assert self.length_penalty >= 0.0, "with a negative penalty a longer text could not be ruled out"
+
+    def score(self, log_probability: float, num_tokens: int) -> float:
+        """What texts are compared by; `num_tokens` counts the end."""
+        return log_probability / ((5 + num_tokens) / 6) ** self.length_penalty
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best text for a prompt.
+
+    Attributes:
+        ids: without the token that ends it.
+        log_probability: in nats, that of the end included.
+        score: see `Beam.score`.
+    """
+
+    ids: list[int]
+    log_probability: float
+    score: float
+
+
+@dataclass
+class _Search:
+    """One prompt's."""
+
+    index: int
+    max_new_tokens: int
+    num_ended: int = 0
+    best: Found = field(default_factory=lambda: Found([], float("-inf"), float("-inf")))
+
+    def end(self, ids: list[int], log_probability: float, beam: Beam) -> None:
+        """A text has ended."""
+        self.num_ended += 1
+        score = beam.score(log_probability, len(ids) + 1)
+        if score > self.best.score:
+            self.best = Found(ids, log_probability, score)
+
+    def is_done(self, best_open: float, beam: Beam) -> bool:
+        """Whether nothing that is still open can be better.
+
+        Args:
+            best_open: the best log-probability of an open text: it only falls, and a length does no more for a score
+                than the longest one.
+        """
+        return self.num_ended >= beam.size or self.best.score >= beam.score(best_open, self.max_new_tokens + 1)
+
+
+@torch.no_grad()
+def beam_search(
+    forward: Callable[..., Tensor],
+    config: ModelConfig,
+    prompt_ids: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: Sequence[int],
+    beam: Beam,
+    end_id: int,
+    num_ids: int | None = None,
+    start_id: int | None = None,
+    device: torch.device | str = "cpu",
+) -> list[Found]:
+    """The best text after each prompt; an encoder-decoder reads the prompt as the source and begins a text of its own.
+
+    All ranks find the same where weights are sharded over them: nothing is drawn, and they compute alike.
+
+    Args:
+        forward: a Transformer's forward, in evaluation mode.
+        prompt_ids: at least one token each; the prompt (or the start id) and the new tokens must fit the model's
+            positions.
+        max_new_tokens: of each prompt; after so many only the end may follow.
+        end_id: the token that ends a text.
+        num_ids: only ids below it may be written.
+        start_id: the token that the decoder of an encoder-decoder begins with.
+
+    Returns:
+        The best one of each prompt, in their order.
+    """
+    assert all(prompt_ids), "a prompt needs at least one token"
+    searches = [_Search(index, limit) for index, limit in enumerate(max_new_tokens)]
+    found: list[Found] = [search.best for search in searches]
+    if not searches:
+        return found
+    size, writes_anew = beam.size, config.shape == "encoder_decoder"
+    assert not writes_anew or start_id is not None, "an encoder-decoder's text begins with a start id"
+    with uncompiled():
+        cache = KeyValueCache(shape.num_decoder_layers(config))
+        prompts = [list(ids) for ids in prompt_ids]
+        begun = [[start_id]] * len(prompts) if writes_anew and start_id is not None else prompts
+        lengths = [len(ids) for ids in begun]
+        logits = read_texts(forward, begun, cache, config, device, sources=prompts, prefix_lengths=lengths)  # B V
+        positions = torch.tensor(lengths, device=device).repeat_interleave(size)[:, None]  # BK 1
+        # One text so far: the other rows of its beam stand for nothing yet.
+        scores = torch.full((len(searches), size), float("-inf"), device=device)
+        scores[:, 0] = 0.0
+        texts = torch.empty(len(searches), size, 0, dtype=torch.long, device=device)
+        cache.keep(torch.arange(len(searches), device=device).repeat_interleave(size))
+        logits = logits.repeat_interleave(size, dim=0)  # BK V
+        while True:
+            parents, tokens, scores = _go_on(logits[:, :num_ids], scores, texts, searches, beam, end_id)
+            texts = torch.cat((texts.gather(1, parents[:, :, None].expand_as(texts)), tokens[:, :, None]), dim=2)
+            open_scores = scores[:, 0].tolist()
+            left = [place for place, search in enumerate(searches) if not search.is_done(open_scores[place], beam)]
+            for search in searches:
+                found[search.index] = search.best
+            if not left:
+                return found
+            rows = parents + size * torch.arange(len(searches), device=device)[:, None]  # B K
+            if len(left) < len(searches):
+                kept = torch.tensor(left, device=device)
+                scores, texts, rows = scores[kept], texts[kept], rows[kept]
+                positions = positions.view(-1, size)[kept].view(-1, 1)
+                searches = [searches[place] for place in left]
+                cache.keep(rows.flatten())
+            elif size > 1:
+                cache.exchange(rows.flatten())
+            logits = read_next(forward, texts[:, :, -1].reshape(-1, 1), positions, cache, config)  # BK V
+            positions = positions + 1
+
+
+def _go_on(
+    logits: Tensor, scores: Tensor, texts: Tensor, searches: list[_Search], beam: Beam, end_id: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Take the best ways to go on; texts that end are handed to their search.
+
+    Args:
+        logits: [BK, V].
+        scores: log-probabilities of the texts, fp32 [B, K], the best first.
+        texts: int64 [B, K, tokens so far].
+
+    Returns:
+        For each open text, the best first: the text that it goes on from [B, K], its new token [B, K], and its
+        log-probability [B, K]; minus infinity where there are not so many.
+    """
+    num_prompts, size = scores.shape
+    total = scores[:, :, None] + logits.float().log_softmax(dim=-1).view(num_prompts, size, -1)  # B K V
+    length = texts.shape[2]
+    for place, search in enumerate(searches):
+        if length >= search.max_new_tokens:
+            at_end = total[place, :, end_id].clone()
+            total[place] = float("-inf")
+            total[place, :, end_id] = at_end
+    # At most K of them end, one from each text, so K others are among them.
+    best, choices = total.flatten(1).topk(min(2 * size, total[0].numel()), dim=-1)  # B 2K
+    parents, tokens = choices // total.shape[2], choices % total.shape[2]
+    ends = tokens == end_id
+    # An end that is not among the K best ways is none: the beam would not have held it.
+    for place, rank in (ends[:, :size] & best[:, :size].isfinite()).nonzero().tolist():
+        ids = texts[place, parents[place, rank]].tolist()
+        searches[place].end(ids, float(best[place, rank]), beam)
+    order = ends.long().argsort(dim=-1, stable=True)[:, :size]
+    scores = best.masked_fill(ends, float("-inf")).gather(1, order)
+    return parents.gather(1, order), tokens.gather(1, order), scores
