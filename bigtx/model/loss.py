@@ -22,6 +22,7 @@ from bigtx.config import shape
 from bigtx.config.schema import ModelConfig
 from bigtx.model.experts import Routing
 from bigtx.model.layers import Linear, Norm
+from bigtx.model.logits import LogitsOnDemand, SoftTargets, divergence_and_gradient, soft_capped
 
 IGNORED = -100
 """The label of a position that is not predicted."""
@@ -32,8 +33,9 @@ CHUNK_LOGITS = {"cpu": 2**21, "cuda": 2**27}
 MIN_CHUNK_TOKENS = 128
 """With a large vocabulary, smaller chunks spend their time on adding to the weight's gradient."""
 
-ChunkLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-"""Logits [n, P] and labels [n] to the summed loss, the summed cross-entropy, and the loss's gradient [n, P]."""
+ChunkLoss = Callable[[Tensor, Any], tuple[Tensor, Tensor, Tensor]]
+"""Logits [n, P] and what they are compared with, labels [n] as a rule, to the summed loss, the summed cross-entropy,
+and the loss's gradient [n, P]."""
 
 
 class Loss(NamedTuple):
@@ -89,6 +91,7 @@ class Head(nn.Module):
         self.scale = config.logit_scale
         self.soft_cap = config.logit_soft_cap
         self.chunk_loss = chunk_loss_and_gradient
+        self.divergence = divergence_and_gradient
         rows, size = shape.padded_vocab_size(config), config.hidden_size
         self.transform = Linear(size, size, bias=config.mlp_bias) if config.head_transform else None
         self.norm = Norm.of(config) if config.head_transform else None
@@ -98,6 +101,7 @@ class Head(nn.Module):
     def compile_loss(self) -> None:
         """Let torch.compile fuse the passes over a chunk of logits, which on a GPU are bound by its memory."""
         self.chunk_loss = torch.compile(chunk_loss_and_gradient, dynamic=False)
+        self.divergence = torch.compile(divergence_and_gradient, dynamic=False)
 
     def forward(
         self,
@@ -106,16 +110,13 @@ class Head(nn.Module):
         z_loss: float = 0.0,
         label_smoothing: float = 0.0,
         score_tokens: bool = False,
+        soft_targets: SoftTargets | None = None,
     ) -> Tensor | Loss | TokenScores:
-        """Logits [B, T, V], fp32, of hidden [B, T, D]; or, given labels [B, T] (-100 is ignored), the loss, or each
-        label's own score."""
-        if self.transform is not None and self.norm is not None:
-            hidden = self.norm(F.gelu(self.transform(hidden)))
-        if self.scale != 1.0:
-            hidden = hidden * self.scale
+        """Logits [B, T, V], fp32, of hidden [B, T, D]; or, given labels [B, T] (-100 is ignored), the loss, in which
+        soft targets may have a share, or each label's own score."""
+        hidden = self._transformed(hidden)
         if labels is None:
-            bias = None if self.bias is None else self.bias[: self.vocab_size]
-            return soft_capped(F.linear(hidden, self.weight[: self.vocab_size], bias).float(), self.soft_cap)
+            return soft_capped(F.linear(hidden, *self._of_vocabulary()).float(), self.soft_cap)
         if score_tokens:
             found = ChunkedLogProbs.apply(
                 hidden.flatten(0, 1), self.weight, self.bias, labels.flatten(), self.vocab_size, self.soft_cap
@@ -128,17 +129,53 @@ class Head(nn.Module):
             z_loss=z_loss,
             label_smoothing=label_smoothing,
         )
+        targets: Any = labels.flatten()
+        if soft_targets is not None:
+            targets = _LabelsAndLogits(targets, soft_targets.logits)
+            per_chunk = functools.partial(self._taught_chunk_loss, of_labels=per_chunk, taught_by=soft_targets)
         inputs: tuple[Tensor, Tensor, Tensor | None] = hidden.flatten(0, 1), self.weight, self.bias
         if not torch.is_grad_enabled():
             # Inside the function torch says of all that they want a gradient, also where none is recorded.
             inputs = inputs[0].detach(), inputs[1].detach(), None if self.bias is None else self.bias.detach()
-        loss, cross_entropy = ChunkedLoss.apply(*inputs, labels.flatten(), per_chunk)
+        loss, cross_entropy = ChunkedLoss.apply(*inputs, targets, per_chunk)
         return Loss(loss, cross_entropy)
 
+    def on_demand(self, hidden: Tensor) -> LogitsOnDemand:
+        """The logits of hidden [B, T, D], of B T tokens in a row, made when they are asked for."""
+        return LogitsOnDemand(self._transformed(hidden).flatten(0, 1), *self._of_vocabulary(), self.soft_cap)
 
-def soft_capped(logits: Tensor, cap: float | None) -> Tensor:
-    """cap * tanh(logits / cap) (arXiv:2408.00118), or the logits themselves."""
-    return logits if cap is None else cap * torch.tanh(logits / cap)
+    def _transformed(self, hidden: Tensor) -> Tensor:
+        """What the matrix is multiplied with."""
+        if self.transform is not None and self.norm is not None:
+            hidden = self.norm(F.gelu(self.transform(hidden)))
+        return hidden if self.scale == 1.0 else hidden * self.scale
+
+    def _of_vocabulary(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias without the rows of padding."""
+        return self.weight[: self.vocab_size], None if self.bias is None else self.bias[: self.vocab_size]
+
+    def _taught_chunk_loss(
+        self, logits: Tensor, targets: tuple[Tensor, Tensor], of_labels: ChunkLoss, taught_by: SoftTargets
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(1 - w) times the loss of the labels and w times the divergence from the teacher: a `ChunkLoss`."""
+        labels, teacher = targets
+        weight, predicted = taught_by.weight, (labels != IGNORED).float()
+        # First the teacher's part: the other may overwrite the logits.
+        distance, pull = self.divergence(logits, teacher, predicted, self.soft_cap, taught_by.temperature)
+        loss, cross_entropy, grad = of_labels(logits, labels)
+        grad = grad * (1.0 - weight)
+        grad[:, : self.vocab_size].add_(pull, alpha=weight)
+        return (1.0 - weight) * loss + weight * distance, cross_entropy, grad
+
+
+class _LabelsAndLogits:
+    """Labels [N] and a teacher's logits of the same tokens, to be cut into chunks together."""
+
+    def __init__(self, labels: Tensor, logits: LogitsOnDemand) -> None:
+        self.labels, self.logits = labels, logits
+
+    def __getitem__(self, chunk: slice) -> tuple[Tensor, Tensor]:
+        return self.labels[chunk], self.logits[chunk]
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -146,9 +183,9 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, per_chunk: ChunkLoss
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Any, per_chunk: ChunkLoss
     ) -> tuple[Tensor, Tensor]:
-        """Sum the loss of hidden [N, D] under weight [P, D], bias [P] and labels [N], and keep the gradients.
+        """Sum the loss of hidden [N, D] under weight [P, D], bias [P] and N targets, and keep the gradients.
 
         Returns:
             The loss and the cross-entropy, fp32 scalars.
@@ -162,7 +199,7 @@ class ChunkedLoss(torch.autograd.Function):
         matrix, offsets = weight.to(arithmetic), None if bias is None else bias.to(arithmetic)
         for chunk in _chunks(hidden, weight):
             inputs = hidden[chunk].to(arithmetic)
-            loss, cross_entropy, grad = per_chunk(F.linear(inputs, matrix, offsets), labels[chunk])
+            loss, cross_entropy, grad = per_chunk(F.linear(inputs, matrix, offsets), targets[chunk])
             sums += torch.stack((loss, cross_entropy))
             if hidden_grad is not None:
                 hidden_grad[chunk] = grad @ matrix

@@ -34,6 +34,7 @@ from bigtx.model.audio import FrontEnd
 from bigtx.model.experts import Experts, Routing
 from bigtx.model.initial import initial_value
 from bigtx.model.layers import MLP, Embedding, Norm
+from bigtx.model.logits import LogitsOnDemand, SoftTargets
 from bigtx.model.lora import add_adapters
 from bigtx.model.loss import ClassifierHead, Head, Loss, TokenScores
 from bigtx.model.mask import Mask, Side, make_mask
@@ -292,7 +293,9 @@ class Transformer(nn.Module):
         z_loss: float = 0.0,
         label_smoothing: float = 0.0,
         score_tokens: bool = False,
-    ) -> Tensor | Loss | TokenScores:
+        soft_targets: SoftTargets | None = None,
+        on_demand: bool = False,
+    ) -> Tensor | Loss | TokenScores | LogitsOnDemand:
         """Predict: each token's successor, or in an encoder the token itself.
 
         Args:
@@ -313,9 +316,12 @@ class Transformer(nn.Module):
             z_loss: weight of the squared log-partition (PaLM, arXiv:2204.02311).
             label_smoothing: share of each label that is spread over the vocabulary (arXiv:1512.00567).
             score_tokens: whether each label's own log-probability is wanted instead of the loss.
+            soft_targets: of a teacher, beside the labels and in their order: they take a share in the loss.
+            on_demand: whether logits are wanted that are made a chunk at a time, when they are asked for.
 
         Returns:
-            With labels, a `Loss` or `TokenScores`; else logits, fp32 [B, T, V], or [B, M, V] with `columns`, or [B, classes].
+            With labels, a `Loss` or `TokenScores`; else logits, fp32 [B, T, V], or [B, M, V] with `columns`, or
+            [B, classes]; or `LogitsOnDemand`, of B T or B M tokens in a row.
         """
         recompute = self.activation_checkpointing
         if self.encoder is None or self.decoder is None:
@@ -344,7 +350,9 @@ class Transformer(nn.Module):
         if isinstance(self.head, ClassifierHead):
             assert pool is not None, "a model with classes needs to know what summarizes a row"
             return self.head((pool.to(x.dtype)[:, None] @ x).squeeze(1))
-        result = self.head(x, labels, z_loss, label_smoothing, score_tokens)
+        if on_demand:
+            return self.head.on_demand(x)
+        result = self.head(x, labels, z_loss, label_smoothing, score_tokens, soft_targets)
         return result if isinstance(result, Tensor) else result._replace(routing=routing)
 
     def _embed(
