@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bigtx.track.artifacts import MODEL_EVENT
 from bigtx.track.jsonl import Record, parse_line
 
 if TYPE_CHECKING:
     from wandb import Run
 
-_SAMPLE_COLUMNS: list[str | int] = ["step", "tokens", "prompt", "completion"]
+_STAMP = ("step", "tokens", "time")
+_LOWER_IS_BETTER = (
+    "loss",
+    "perplexity",
+    "bits_per_byte",
+    "calibration_error",
+    "word_error_rate",
+    "character_error_rate",
+)
+_HIGHER_IS_BETTER = ("accuracy", "f1", "macro_f1", "bleu", "chrf")
+_MEASURED_ONCE = ("best/", "test/", "evaluate/")
 
 
 class Tail:
@@ -40,55 +52,82 @@ class Tail:
         return [record for line in new if (record := parse_line(line)) is not None]
 
 
+class Table:
+    """The rows of a step, which may come in several parts, as a W&B table.
+
+    Attributes:
+        name: in W&B.
+    """
+
+    def __init__(self, name: str, path: Path) -> None:
+        self.name = name
+        self._tail = Tail(path)
+        self._step = -1
+        self._rows: list[Record] = []
+
+    def read(self) -> list[Record]:
+        """The rows that are new since the last call."""
+        return self._tail.read()
+
+    def take(self, records: list[Record]) -> Any:
+        """A table of all rows of a step, to which some were added: once logged, one is fixed, and a larger one takes
+        its place."""
+        import wandb
+
+        if records[-1]["step"] != self._step:
+            self._step, self._rows = records[-1]["step"], []
+        self._rows += records
+        names = [name for name in dict.fromkeys(key for row in self._rows for key in row) if name != "time"]
+        rows = [[_cell(row.get(name)) for name in names] for row in self._rows]
+        return wandb.Table(columns=[*names], data=rows, allow_mixed_types=True)
+
+
 class Copier:
-    """Gives the run's lines to W&B in the order of their steps."""
+    """Gives the run's lines to W&B in the order of their steps.
+
+    Attributes:
+        model: the event that names the run's checkpoint for others, once it came.
+    """
 
     def __init__(self, run: Run, folder: Path, first_step: int) -> None:
         self._run = run
         self._first_step = first_step
         self._metrics = Tail(folder / "metrics.jsonl")
-        self._samples = Tail(folder / "samples.jsonl")
+        self._tables = [
+            Table("validation/samples", folder / "samples.jsonl"),
+            Table("validation/predictions", folder / "predictions.jsonl"),
+        ]
         self._events = Tail(folder / "events.jsonl")
-        self._sample_step = -1
-        self._sample_rows: list[list[Any]] = []
+        self.model: Record | None = None
         self._known: set[str] = set()
         self._event_counts: Counter[str] = Counter()
 
     def copy(self) -> None:
         """Copy what is new. Raises whatever W&B raises."""
-        # Samples of a step are written before the next step's metrics, so reading in this order misses none of a step.
-        by_step: defaultdict[int, list[Record]] = defaultdict(list)
-        for record in [*self._metrics.read(), *self._samples.read()]:
-            by_step[record["step"]].append(record)
-        for step in sorted(step for step in by_step if step >= self._first_step):
-            for record in by_step[step]:
-                if "completion" not in record:
-                    self._log_metrics(record)
-            self._log_samples([record for record in by_step[step] if "completion" in record])
+        # Rows of a step are written before the next step's metrics, so reading in this order misses none of a step.
+        metrics = _by_step(self._metrics.read())
+        rows = [(table, _by_step(table.read())) for table in self._tables]
+        for step in sorted({step for found in (metrics, *(of for _, of in rows)) for step in found}):
+            if step < self._first_step:
+                continue
+            for record in metrics.get(step, ()):
+                self._log_metrics(record)
+            for table, found in rows:
+                if step in found:
+                    self._log(found[step][-1], {table.name: table.take(found[step])})
         events = self._events.read()
+        self.model = next((event for event in reversed(events) if event["kind"] == MODEL_EVENT), self.model)
         if events:
             self._event_counts.update(record["kind"] for record in events)
             self._run.summary.update({f"events/{kind}": count for kind, count in self._event_counts.items()})
 
     def _log_metrics(self, record: Record) -> None:
-        values = {name: _number(value) for name, value in record.items() if name not in ("step", "tokens", "time")}
+        values = {name: _number(value) for name, value in record.items() if name not in _STAMP}
         for name in values.keys() - self._known:
             self._known.add(name)
             if best := best_of(name):
                 self._run.define_metric(name, step_metric="train/tokens", summary=f"{best},last")
         self._log(record, values)
-
-    def _log_samples(self, records: list[Record]) -> None:
-        import wandb
-
-        if not records:
-            return
-        last = records[-1]
-        if last["step"] != self._sample_step:
-            self._sample_step, self._sample_rows = last["step"], []
-        self._sample_rows += [[record[str(name)] for name in _SAMPLE_COLUMNS] for record in records]
-        # A table is fixed once logged; should more rows of the step come, a larger one takes its place.
-        self._log(last, {"validation/samples": wandb.Table(columns=_SAMPLE_COLUMNS, data=self._sample_rows)})
 
     def _log(self, record: Record, values: dict[str, Any]) -> None:
         self._run.log({**values, "train/tokens": record["tokens"], "_timestamp": record["time"]}, step=record["step"])
@@ -97,10 +136,24 @@ class Copier:
 def best_of(name: str) -> str:
     """Whether the summary keeps the "min" or the "max" of a metric, or neither ("")."""
     last = name.rpartition("/")[2]
-    if last in ("loss", "perplexity", "bits_per_byte"):
+    if name.startswith(_MEASURED_ONCE):
+        return ""
+    if last in _LOWER_IS_BETTER:
         return "min"
-    return "max" if last in ("accuracy", "f1") else ""
+    return "max" if last in _HIGHER_IS_BETTER else ""
 
 
 def _number(value: Any) -> Any:
     return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
+
+
+def _cell(value: Any) -> Any:
+    """What a table's cell can show: a column has one type, so what is nested becomes text."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value
+
+
+def _by_step(records: list[Record]) -> dict[int, list[Record]]:
+    found: defaultdict[int, list[Record]] = defaultdict(list)
+    for record in records:
+        found[record["step"]].append(record)
+    return found

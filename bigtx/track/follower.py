@@ -2,9 +2,9 @@
 
 It leaves the training's process tree at once: launchers kill that whole tree at a Ctrl-C, W&B's own process included,
 while the training still saves. It reads one JSON line from its standard input (what to do), then follows metrics.jsonl,
-samples.jsonl and events.jsonl until a second line says how the run ended, or until the training process is gone. To its
-standard output it writes JSON lines, what became of W&B; the end of that pipe is the end of this process. It goes on
-where W&B's own history ends, so that no step is given twice and none is missed.
+samples.jsonl, predictions.jsonl and events.jsonl until a second line says how the run ended, or until the training
+process is gone. To its standard output it writes JSON lines, what became of W&B; the end of that pipe is the end of
+this process. It goes on where W&B's own history ends, so that no step is given twice and none is missed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from bigtx.track.artifacts import link_base, log_model
 from bigtx.track.copier import Copier
 from bigtx.track.jsonl import Record, parse_line
 from bigtx.track.wandb_host import answers
@@ -194,6 +195,8 @@ def follow(task: Record, ending: Ending, report: Callable[[Record], None]) -> No
     )
     if first_step > task["resumed_step"] + 1:
         run.summary["replayed_steps"] = f"{task['resumed_step'] + 1}-{first_step - 1}"
+    if task["base"]:
+        report(link_base(run, task["base"], is_online=mode == "online"))
     copier = Copier(run, folder, first_step)
     is_over = False
     while not is_over:
@@ -201,6 +204,8 @@ def follow(task: Record, ending: Ending, report: Callable[[Record], None]) -> No
         copier.copy()
     if ending.status == "stopped":
         run.mark_preempting()
+    if ending.status == "finished" and copier.model:
+        log_model(run, copier.model)
     run.finish(exit_code=0 if ending.status == "finished" else 1)
     wandb.teardown()
 

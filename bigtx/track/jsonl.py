@@ -123,19 +123,19 @@ def _keep_whole_lines(path: Path, up_to_step: int | None) -> list[bytes]:
 
 def _line(record: Record) -> bytes:
     # A lone surrogate in a text becomes its JSON escape.
-    return json.dumps(_plain(record), allow_nan=False, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+    return json.dumps(plain(record), allow_nan=False, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
-def _plain(value: Any) -> Any:
-    """The value in JSON's own types: scalars of numpy and torch become numbers, what has no JSON form becomes text."""
+def plain(value: Any) -> Any:
+    """A value in JSON's own types: scalars of numpy and torch become numbers, what has no JSON form becomes text."""
     if isinstance(value, dict):
-        return {str(key): _plain(member) for key, member in value.items()}
+        return {str(key): plain(member) for key, member in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(member) for member in value]
+        return [plain(member) for member in value]
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if hasattr(value, "item"):
-        return _plain(value.item())
+        return plain(value.item())
     if not isinstance(value, float):
         return str(value)
     if math.isfinite(value):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from bigtx.config.schema import TrackConfig
+from bigtx.track.artifacts import MODEL_EVENT
 from bigtx.track.console import Console, open_nowhere, shorten
 from bigtx.track.jsonl import JsonLines
 from bigtx.track.wandb_run import WandbRun, read_or_make_run_id
@@ -39,6 +40,7 @@ class Tracker:
         resumed_step: int = 0,
         name: str = "",
         job_type: str = "pretrain",
+        base: Mapping[str, Any] | None = None,
         stream: TextIO | None = None,
     ) -> None:
         """Open the run's files, without what will be done again, and start W&B in the background.
@@ -52,6 +54,8 @@ class Tracker:
             resumed_step: the step whose checkpoint was loaded; 0 begins anew, and removes what an earlier life wrote.
             name: W&B's display name; "" takes the run folder's.
             job_type: W&B's job type.
+            base: where the weights came from: `checkpoint` (its folder), `manifest_sha256`, `step` and `wandb_run_id`
+                ("" for none) of a run; W&B links the two.
             stream: where the console lines go, `bigtx.utils.log.console()` in a run; None: nowhere.
 
         Raises:
@@ -83,9 +87,9 @@ class Tracker:
             "tags": list(config.tags),
             "name": name or folder.name,
             "job_type": job_type,
-            "config": scrub({**run_config, "environment": dict(environment)}),
+            "config": scrub({**run_config, "environment": dict(environment)} | ({"base_run": base} if base else {})),
         }
-        task = {"mode": config.wandb, "resumed_step": resumed_step, "init": init}
+        task = {"mode": config.wandb, "resumed_step": resumed_step, "init": init, "base": scrub(base or {})}
         self._wandb = WandbRun(folder, task, tell=self._console.message, note=self._note)
 
     @property
@@ -150,6 +154,14 @@ class Tracker:
         self._step = step
         self._note(kind, **facts)
         self._poll()
+
+    def model(self, step: int, checkpoint: Path, manifest_sha256: str) -> None:
+        """Record the checkpoint that the run gives to others; W&B keeps a reference to it as the run's model artifact.
+
+        Args:
+            step: of the checkpoint.
+        """
+        self.event(step, MODEL_EVENT, checkpoint=str(Path(checkpoint).resolve()), manifest_sha256=manifest_sha256)
 
     def message(self, text: str) -> None:
         """Print a line for the user, above the progress bar."""

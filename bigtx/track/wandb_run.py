@@ -119,6 +119,9 @@ class WandbRun:
             self._error = report["error"]
             self._note("wandb_error", error=self._error)
             return
+        if "event" in report:
+            self._note(**{"kind": report.pop("event"), **report})
+            return
         self.mode = report["mode"]
         self._host = report["host"]
         self._note("wandb", **report)

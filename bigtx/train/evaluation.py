@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,8 +12,7 @@ from bigtx.data.corpus.manifest import has_split
 from bigtx.data.storage.cache import Cache
 from bigtx.data.storage.places import Place, as_place
 from bigtx.data.stream.loader import ValidationBatches, validation_batches
-from bigtx.engine.engine import Engine, Task
-from bigtx.engine.ranks import Ranks
+from bigtx.engine.task import Task
 from bigtx.model.decode import generate
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.track.tracker import Tracker
@@ -21,11 +21,18 @@ from bigtx.train.seeds import derive_seed
 from bigtx.train.state import RunState
 from bigtx.utils.errors import ConfigError
 
+if TYPE_CHECKING:
+    from bigtx.engine.engine import Engine
+    from bigtx.engine.ranks import Ranks
+    from bigtx.train.alone import Alone
+
 
 class Validation:
     """The held-out sources of a run, opened once."""
 
-    def __init__(self, config: PretrainConfig, engine: Engine, ranks: Ranks, task: Task, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, config: PretrainConfig, engine: Engine | Alone, ranks: Ranks | Alone, task: Task, tokenizer: Tokenizer
+    ) -> None:
         """Raises:
         ConfigError: a source named for validation has no validation split, or another tokenizer's.
         """
@@ -58,9 +65,7 @@ class Validation:
         Returns:
             False: pretraining keeps the newest checkpoints.
         """
-        metrics: dict[str, float] = {}
-        for name, batches in self.sources.items():
-            metrics |= self._measure(name, batches)
+        metrics = self.measure()
         if metrics:
             tracker.log(state.step, state.tokens, metrics)
             shown = (
@@ -80,6 +85,13 @@ class Validation:
                 ],
             )
         return False
+
+    def measure(self) -> dict[str, float]:
+        """Loss, perplexity and bits per byte of each source, by name. Every rank must call it."""
+        metrics: dict[str, float] = {}
+        for name, batches in self.sources.items():
+            metrics |= self._measure(name, batches)
+        return metrics
 
     def _measure(self, name: str, batches: ValidationBatches) -> dict[str, float]:
         loss_sum, num_labels = self.engine.evaluate(batches, self.task)

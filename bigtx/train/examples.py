@@ -65,7 +65,7 @@ def open_task_data(config: FinetuneConfig, tokenizer: Tokenizer) -> TaskData:
     broken = Broken()
     examples = {name: encode(task, records, broken) for name, records in splits.items()}
     broken.check()
-    identity = {name: _digest(records) for name, records in splits.items() if records}
+    identity = {name: digest(records) for name, records in splits.items() if records}
     return TaskData(config, task, examples, identity)
 
 
@@ -115,8 +115,9 @@ def _read_splits(config: FinetuneConfig) -> dict[str, list[Record]]:
     return splits
 
 
-def _digest(records: Sequence[Record]) -> str:
-    digest = hashlib.sha256()
+def digest(records: Sequence[Record]) -> str:
+    """What the fields of records hash to, in their order."""
+    found = hashlib.sha256()
     for record in records:
-        digest.update(json.dumps(record.fields, sort_keys=True, default=str).encode("utf-8", "surrogatepass") + b"\n")
-    return digest.hexdigest()
+        found.update(json.dumps(record.fields, sort_keys=True, default=str).encode("utf-8", "surrogatepass") + b"\n")
+    return found.hexdigest()

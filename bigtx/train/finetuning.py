@@ -54,7 +54,7 @@ class FinetuneSession(Session[FinetuneConfig]):
         self.total_steps = total_steps(config, len(train))
         self.lengths = self.task.lengths(train)
         size = config.train.global_batch_size
-        mean_tokens = max(1.0, sum(example.length for example in train) / len(train))
+        mean_tokens = max(1.0, self.task.mean_tokens(train))
         self.tokens_per_step = round(size * mean_tokens)
         self.mean_tokens = mean_tokens
         self.patience = config.validation.patience
@@ -137,13 +137,11 @@ class FinetuneSession(Session[FinetuneConfig]):
         self.begin_with(transfer.read(source, initial))
         source.close()
         log.say(f"base: {source.path} (step {source.manifest['step']:,}): {transfer.describe()}")
-        facts = {
-            "base": str(source.path.resolve()),
-            "manifest_sha256": source.manifest_sha256,
-            "step": source.manifest["step"],
-            "wandb_run_id": source.manifest.get("wandb_run_id", ""),
-        }
-        return facts | transfer.to_dict()
+        return self.facts_of(source) | transfer.to_dict()
+
+    def resume(self) -> None:
+        """Know the base again."""
+        self.base_facts = self._read_base_facts()
 
     def load_weights(self) -> None:
         """As any session, and give the examples what the model said of them before the first step, if the task asks."""
@@ -197,7 +195,7 @@ class FinetuneSession(Session[FinetuneConfig]):
         Raises:
             CheckpointError: the base is gone, or is another one by now.
         """
-        base = self.base_facts.get("base", self.config.base)
+        base = self.base_facts.get("checkpoint", self.config.base)
         if base is not None:
             source = self.open_other_run(base)
             source.close()

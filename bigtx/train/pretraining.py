@@ -67,6 +67,7 @@ class PretrainSession(Session[PretrainConfig]):
             lambda name, *part: initial(name, *part) if name not in source.shapes else source.read(name, *part)
         )
         source.close()
+        self.base_facts = self.facts_of(source)
         log.say(f"weights from {source.path}")
 
     def resume(self) -> None:

@@ -34,6 +34,8 @@ LOST_RANK = re.compile(
     r"Connection (closed|reset) by peer|Broken pipe|Timed out waiting|NCCL (communicator was aborted|error)"
 )
 """What torch.distributed's backends say when another process is gone."""
+BASE_FACTS = ("checkpoint", "manifest_sha256", "step", "wandb_run_id")
+"""What links a run to the one that it began with."""
 
 
 class Session(ABC, Generic[Config]):
@@ -46,6 +48,7 @@ class Session(ABC, Generic[Config]):
         tokens_per_step: of a global batch, at least about.
         patience: see `Run`.
         facts: what every checkpoint's manifest records of what the run reads.
+        base_facts: the run that the weights came from, if they did: `facts_of`, and more.
     """
 
     job_type: ClassVar[str]
@@ -69,6 +72,7 @@ class Session(ABC, Generic[Config]):
         self.lock: Any = None
         self.ranks: Any = None
         self.checkpoint: Any = None
+        self.base_facts: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
         """Start the log, and listen to requests to stop.
@@ -232,6 +236,8 @@ class Session(ABC, Generic[Config]):
         finished = train(run, self.stop)
         if finished:
             self.conclude(run)
+            if self.ranks.rank == 0:
+                self._tell_model()
             self.status = "finished"
             log.say(
                 f"finished: {self.state.step:,} steps, {format_count(self.state.tokens)} tokens, in {self.run_dir}\n"
@@ -241,6 +247,13 @@ class Session(ABC, Generic[Config]):
         self.status = "stopped"
         log.say(f"stopped at step {self.state.step:,} with a checkpoint; the same command goes on from there")
         return self.stop.exit_status
+
+    def _tell_model(self) -> None:
+        """Name the checkpoint that others use the run by."""
+        from bigtx.engine.checkpoint import Checkpoint, preferred
+
+        given = Checkpoint(preferred(self.run_dir))
+        self.tracker.model(given.manifest["step"], given.path, given.manifest_sha256)
 
     def conclude(self, run: Run) -> None:
         """What is left to do after the last step."""
@@ -299,6 +312,7 @@ class Session(ABC, Generic[Config]):
             total_steps=self.total_steps,
             resumed_step=self.state.step,
             job_type=self.job_type,
+            base={key: self.base_facts[key] for key in BASE_FACTS} if self.base_facts else None,
             stream=log.console(),
         )
         self._tell_history()
@@ -390,6 +404,16 @@ class Session(ABC, Generic[Config]):
         source = checkpoint.choose(path, self.ranks, self._note_damaged)
         assert source is not None
         return MergedCheckpoint(source.path)
+
+    @staticmethod
+    def facts_of(source: Any) -> dict[str, Any]:
+        """What is kept of a checkpoint of another run that this one begins with."""
+        return {
+            "checkpoint": str(source.path.resolve()),
+            "manifest_sha256": source.manifest_sha256,
+            "step": source.manifest["step"],
+            "wandb_run_id": source.manifest.get("wandb_run_id", ""),
+        }
 
     def _peak_flops(self) -> float | None:
         """Of all ranks together."""
