@@ -39,6 +39,7 @@ class FinetuneSession(Session[FinetuneConfig]):
         """
         from bigtx.train.examples import open_task_data
 
+        self.open_teacher()
         self.tokenizer = self._open_tokenizer()
         config = self.config
         if config.model.vocab_size is None:
@@ -49,6 +50,7 @@ class FinetuneSession(Session[FinetuneConfig]):
         self.config, self.task, self.splits = data.config, data.task, data.splits
         self.task.begin(self.splits["train"].examples)
         self.facts = {"tokenizer": self.tokenizer.fingerprint, "seed": config.seed, "data": data.identity}
+        self.admit_teacher(self.task.max_length)
         # Rows of several records where the task packs them.
         train = self.rows = self.task.pack(self.splits["train"].examples)
         self.total_steps = total_steps(config, len(train))
@@ -83,6 +85,9 @@ class FinetuneSession(Session[FinetuneConfig]):
 
         own = self.run_dir / "tokenizer"
         base = self.config.base
+        if base is None and self.config.tokenizer is None:
+            assert self.teacher is not None
+            return self.teacher.tokenizer
         if base is None:
             assert self.config.tokenizer is not None
             return Tokenizer.load(self.config.tokenizer)
@@ -241,10 +246,8 @@ class FinetuneSession(Session[FinetuneConfig]):
 
     def flops_per_token(self) -> float:
         """Of a record of mean length."""
-        from bigtx.plan.parameters import flops_per_row
-
         source, target, predicted = (round(length) for length in self.lengths)
-        return flops_per_row(self.config.model, source=source, target=target, predicted=predicted) / self.mean_tokens
+        return self.flops_of(source=source, target=target, predicted=predicted) / self.mean_tokens
 
     def validate_every(self) -> str:
         """As the config says, a share of the run in steps."""
@@ -254,7 +257,7 @@ class FinetuneSession(Session[FinetuneConfig]):
         return self.config.validation.every
 
     def conclude(self, run: Run) -> None:
-        """Measure the best checkpoint, on the validation records and, this once, on the test records."""
+        """Measure the best checkpoint, on the validation records and, this once, on the test records if asked."""
         from bigtx.engine.checkpoint import Checkpoint, preferred
 
         path = self.ranks.from_first(self.ranks.on_first(lambda: preferred(self.run_dir)))
@@ -271,7 +274,7 @@ class FinetuneSession(Session[FinetuneConfig]):
         }
         for name in ("validation", "test"):
             split = self.splits[name]
-            if not split.records:
+            if not split.records or (name == "test" and not self.config.validation.test):
                 continue
             metrics, predictions = self.measurement.measure(split)
             results[name] = {"records": len(split.records), **metrics, **self.task.tables(predictions)}

@@ -1,0 +1,155 @@
+"""The Large Movie Review Dataset from nothing to a classifier, beside the same model from random weights and TF-IDF.
+
+    python tools/bench/imdb.py aclImdb/train runs/imdb [--peers-python PYTHON] [--rates 3e-4 6e-4]
+
+FOLDER holds pos/, neg/ and unsup/. What it does, each step by the command that a user types:
+
+1. (timed) a tokenizer and a corpus of unsup/, pretraining, then a fine-tuning for each learning rate; the best by its
+   validation accuracy is measured on the test reviews, once.
+2. (not timed) the same fine-tunings of the same model from random weights.
+3. TF-IDF with logistic regression on the same reviews, by a Python that has scikit-learn (imdb-peers.txt).
+
+Each step is skipped where its result is there already, so a call that was stopped can be made again; times add up in
+RUNS/times.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Steps:
+    """Runs commands, and keeps how long each took."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = folder / "times.json"
+        self.seconds: dict[str, float] = json.loads(self._file.read_text()) if self._file.exists() else {}
+
+    def run(self, name: str, *command: str) -> None:
+        """One command, unless it has been run to its end before."""
+        if f"{name} done" in self.seconds:
+            return
+        print(f"== {name}: {' '.join(command)}", flush=True)
+        begin = time.monotonic()
+        try:
+            subprocess.run([sys.executable, *command], check=True, cwd=ROOT, env=_environment())
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - begin
+            self._file.write_text(json.dumps(self.seconds))
+        self.seconds[f"{name} done"] = 1.0
+        self._file.write_text(json.dumps(self.seconds))
+
+    def minutes(self, *prefixes: str) -> float:
+        """All commands whose names begin so."""
+        return (
+            sum(
+                value
+                for name, value in self.seconds.items()
+                if name.startswith(prefixes) and not name.endswith(" done")
+            )
+            / 60
+        )
+
+
+def _environment() -> dict[str, str]:
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return os.environ | {"PYTHONPATH": paths}
+
+
+def fine_tune(steps: Steps, arm: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Fine-tune with each learning rate; the results of the one with the best validation accuracy, test included."""
+    runs = options.runs
+    start = [f"base={runs / 'pretrained'}"]
+    if arm == "scratch":
+        start = [f"tokenizer={runs / 'tokenizer'}", options.pretrain]
+    found = {}
+    for rate in options.rates:
+        run_dir = runs / f"{arm}-{rate}"
+        steps.run(
+            f"{arm} {rate}",
+            "bigtx/finetune.py",
+            *_model_of(start),
+            options.finetune,
+            f"data.train={options.folder}",
+            f"run_dir={run_dir}",
+            f"optimizer.learning_rate={rate}",
+            "validation.test=false",
+            *options.set,
+        )
+        found[run_dir] = json.loads((run_dir / "results.json").read_text())["validation"]["accuracy"]
+    best = max(found, key=lambda run_dir: found[run_dir])
+    steps.run(
+        f"{arm} test", "-m", "bigtx", "evaluate", str(best), "--split", "test", "--output", str(best / "test.json")
+    )
+    result = json.loads((best / "test.json").read_text())
+    return {"run": best.name, "validation": found[best], "test": result["metrics"]["accuracy"], "all": found}
+
+
+def _model_of(start: list[str]) -> list[str]:
+    """A recipe's section `model` as settings: the rest of it is not for fine-tuning."""
+    if len(start) == 1:
+        return start
+    from bigtx.config.load import load
+    from bigtx.config.schema import ModelConfig, PretrainConfig
+
+    model, plain = load(PretrainConfig, [start[1]], check=False).model, ModelConfig()
+    changed = {name: value for name, value in vars(model).items() if value != getattr(plain, name)}
+    return [start[0], *(f"model.{name}={str(value).lower()}" for name, value in changed.items())]
+
+
+def main() -> None:
+    """Run what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path, help="aclImdb/train")
+    parser.add_argument("runs", type=Path, help="where all goes")
+    parser.add_argument("--pretrain", default="configs/pretrain/imdb-encoder.yaml")
+    parser.add_argument("--finetune", default="configs/finetune/imdb.yaml")
+    parser.add_argument("--rates", nargs="+", default=["3e-4", "6e-4"])
+    parser.add_argument("--set", nargs="*", default=["track.wandb=off"], help="more settings of the fine-tunings")
+    parser.add_argument("--vocab-size", default="12k")
+    parser.add_argument("--peers-python", help="a Python with scikit-learn")
+    options = parser.parse_args()
+    options.folder, options.runs = options.folder.resolve(), options.runs.resolve()
+    steps, runs, texts = Steps(options.runs), options.runs, f"input.paths={options.folder / 'unsup'}"
+    tokenizer, corpus = f"{runs / 'tokenizer'}", f"{runs / 'corpus'}"
+    steps.run(
+        "prepare tokenizer",
+        *("-m", "bigtx", "tokenizer", "train", texts, f"output={tokenizer}", f"vocab_size={options.vocab_size}"),
+    )
+    steps.run(
+        "prepare corpus",
+        *("-m", "bigtx", "data", "prepare", texts, f"tokenizer={tokenizer}", f"output={corpus}"),
+        "validation_fraction=0.01",
+    )
+    steps.run(
+        "pretrain",
+        *("bigtx/pretrain.py", options.pretrain, f"data.sources.reviews.path={corpus}"),
+        *(f"run_dir={runs / 'pretrained'}", "track.wandb=off"),
+    )
+    ours = fine_tune(steps, "tuned", options)
+    minutes = steps.minutes("prepare", "pretrain", "tuned")
+    print(f"pretrained, then tuned: {ours}; {minutes:.1f} minutes for all of it", flush=True)
+    scratch = fine_tune(steps, "scratch", options)
+    print(f"from random weights: {scratch}; {100 * (ours['test'] - scratch['test']):.2f} points below", flush=True)
+    if options.peers_python:
+        peers = subprocess.run(
+            [options.peers_python, str(Path(__file__).with_name("imdb_peers.py")), str(options.folder)],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        print(f"TF-IDF with logistic regression: {peers.stdout.strip()}")
+
+
+if __name__ == "__main__":
+    main()
