@@ -211,6 +211,21 @@ class Tokenizer:
             add_generation_prompt: end with the assistant's id, so that a model goes on with its answer.
 
         Raises:
+            DataError: as `encode_messages`, or there is no role to answer in.
+        """
+        ids = list(chain.from_iterable(self.encode_messages(messages)))
+        if not add_generation_prompt:
+            return ids
+        if ASSISTANT not in self.role_ids:
+            raise DataError(
+                f"There is no role {ASSISTANT} to answer in; this tokenizer knows {', '.join(self.role_ids)}."
+            )
+        return [*ids, self.role_ids[ASSISTANT]]
+
+    def encode_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+        """The ids of each message of a chat, of which `encode_chat` makes one list.
+
+        Raises:
             DataError: the tokenizer has no chat roles or a chat template of its own, or a message is none.
         """
         if self.has_own_chat_template:
@@ -223,15 +238,11 @@ class Tokenizer:
                 "This tokenizer has no chat roles; train one with e.g. chat_roles=[system,user,assistant,tool]."
             )
         check_messages(messages, self.role_ids)
-        if add_generation_prompt and ASSISTANT not in self.role_ids:
-            raise DataError(
-                f"There is no role {ASSISTANT} to answer in; this tokenizer knows {', '.join(self.role_ids)}."
-            )
-        ids: list[int] = []
         contents = self.encode_batch([message["content"] for message in messages])
-        for message, content in zip(messages, contents, strict=True):
-            ids += [self.role_ids[message["role"]], *content, self.end_id]
-        return [*ids, self.role_ids[ASSISTANT]] if add_generation_prompt else ids
+        return [
+            [self.role_ids[message["role"]], *content, self.end_id]
+            for message, content in zip(messages, contents, strict=True)
+        ]
 
     def encode_documents(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """The ids of texts as arrays, each text followed by the end id.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,6 +23,7 @@ from bigtx.utils.errors import ConfigError
 
 Predict = Callable[[Model, Sequence[Any], torch.device], list[Prediction]]
 """A task's `predict` or `predict_in_run`."""
+Result = TypeVar("Result")
 
 
 class Measurement:
@@ -84,22 +85,38 @@ class Measurement:
         return metrics, predictions
 
     def _predict(self, examples: Sequence[Any], predict: Predict) -> list[Prediction]:
-        engine, ranks = self.engine, self.ranks
-        batches = list(batches_by_length(examples, self.config.train.micro_batch_size))
-        if engine.stage == 3 and self.task.generates:
-            # Texts end at different steps, and every rank is needed at each: all write the same ones.
-            return in_order(
-                batches, [self._predict_batch(examples, batch, predict) for batch in batches], len(examples)
-            )
-        mine = batches[ranks.rank :: ranks.world_size]
-        if engine.stage == 3 and len(mine) < -(-len(batches) // ranks.world_size):
-            mine.append(batches[-1])  # Every rank makes as many passes; that it comes twice does no harm.
-        gathered = ranks.gather((mine, [self._predict_batch(examples, batch, predict) for batch in mine]))
-        return in_order(
-            [batch for own, _ in gathered for batch in own],
-            [part for _, parts in gathered for part in parts],
-            len(examples),
-        )
+        size, generates = self.config.train.micro_batch_size, self.task.generates
+        return by_all_ranks(self.engine, self.ranks, examples, predict, batch_size=size, generates=generates)
 
-    def _predict_batch(self, examples: Sequence[Any], batch: list[int], predict: Predict) -> list[Prediction]:
-        return predict(self.engine.deepspeed, [examples[place] for place in batch], self.engine.device)
+
+def by_all_ranks(
+    engine: Engine,
+    ranks: Ranks,
+    examples: Sequence[Any],
+    predict: Callable[[Model, Sequence[Any], torch.device], list[Result]],
+    *,
+    batch_size: int,
+    generates: bool = False,
+) -> list[Result]:
+    """What `predict` gives for each example, divided among the ranks; every rank must call it, and gets all.
+
+    Args:
+        generates: whether `predict` makes any number of passes of the model, instead of exactly one.
+    """
+
+    def of_batch(batch: list[int]) -> list[Result]:
+        return predict(engine.deepspeed, [examples[place] for place in batch], engine.device)
+
+    batches = list(batches_by_length(examples, batch_size))
+    if engine.stage == 3 and generates:
+        # Texts end at different steps, and every rank is needed at each: all write the same ones.
+        return in_order(batches, [of_batch(batch) for batch in batches], len(examples))
+    mine = batches[ranks.rank :: ranks.world_size]
+    if engine.stage == 3 and len(mine) < -(-len(batches) // ranks.world_size):
+        mine.append(batches[-1])  # Every rank makes as many passes; that it comes twice does no harm.
+    gathered = ranks.gather((mine, [of_batch(batch) for batch in mine]))
+    return in_order(
+        [batch for own, _ in gathered for batch in own],
+        [part for _, parts in gathered for part in parts],
+        len(examples),
+    )

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from bigtx.config.schema import FinetuneConfig, RunConfig
 from bigtx.data.records.record import BadRecordError, Record
 from bigtx.train.tasks.task import Model, Prediction, RecordTask, public
-from bigtx.utils.errors import ConfigError
+from bigtx.utils.errors import ConfigError, DataError
 
 BATCH_SIZE = 32
 """Records that are predicted side by side, if nobody says otherwise."""
+Result = TypeVar("Result")
 MAX_SHOWN = 300
 """Characters of a record in a table of predictions."""
 
@@ -47,7 +48,7 @@ def predict_records(
         try:
             examples.append(task.encode(record, for_training=False))
             places.append(place)
-        except BadRecordError as error:
+        except (BadRecordError, DataError) as error:  # The tokenizer refuses what is no text.
             outcomes[place] = Outcome(None, f"{record.where}: {error}")
     predictions = predict_all(task, model, examples, batch_size=batch_size, device=device)
     for place, example, prediction in zip(places, examples, predictions, strict=True):
@@ -71,13 +72,12 @@ def batches_by_length(examples: Sequence[Any], size: int) -> Iterator[list[int]]
         yield order[begin : begin + size]
 
 
-def in_order(batches: Sequence[list[int]], parts: Sequence[list[Prediction]], total: int) -> list[Prediction]:
-    """The predictions of batches in the order of the examples."""
-    found: list[Prediction] = [{}] * total
+def in_order(batches: Sequence[list[int]], parts: Sequence[list[Result]], total: int) -> list[Result]:
+    """The predictions of batches, or whatever was made of them, in the order of the examples."""
+    found: dict[int, Result] = {}
     for batch, part in zip(batches, parts, strict=True):
-        for place, prediction in zip(batch, part, strict=True):
-            found[place] = prediction
-    return found
+        found.update(zip(batch, part, strict=True))
+    return [found[place] for place in range(total)]
 
 
 def shown_predictions(

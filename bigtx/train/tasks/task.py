@@ -153,6 +153,10 @@ class RecordTask(ABC):
         """More of what was measured, as rows by name, e.g. a confusion matrix."""
         return {}
 
+    def mean_tokens(self, examples: Sequence[Any]) -> float:
+        """Of an example, as `num_tokens` of a batch counts them."""
+        return float(np.mean([example.length for example in examples]))
+
     @abstractmethod
     def lengths(self, examples: Sequence[Any]) -> Lengths:
         """Mean columns of an example."""

@@ -1,0 +1,298 @@
+"""Answers to prompts and in chats, learned from examples (supervised fine-tuning) on a decoder; see chats.py for the
+formats.
+
+    record ──encode──▶ ChatExample ──collate──▶ a row each, padded to the longest
+                            └──pack──▶ PackedRow ──collate──▶ rows of one length, with document masks
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bigtx.config.schema import FinetuneConfig
+from bigtx.data.records.record import BadRecordError, Record
+from bigtx.model.loss import IGNORED
+from bigtx.tokenizer.chat import ASSISTANT
+from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.train.expert_losses import with_expert_losses
+from bigtx.train.tasks.chats import ChatFormat, resolve_chat_format, write_answers
+from bigtx.train.tasks.task import Lengths, Model, Prediction, RecordTask, on_device, padded
+
+if TYPE_CHECKING:
+    from bigtx.engine.task import TaskLoss
+
+LENGTH_MULTIPLE = 16
+"""Batches that are not packed are padded to a multiple of it, so that there are few shapes."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatExample:
+    """A chat as ids.
+
+    Attributes:
+        ids: int32 [N], of the prompt and, where it is known, the answer.
+        is_answer: bool [N], what carries loss.
+        prompt_length: of them, those that the model reads before it writes.
+        num_cut: ids that were too many.
+    """
+
+    ids: np.ndarray
+    is_answer: np.ndarray
+    prompt_length: int
+    num_cut: int
+
+    @property
+    def length(self) -> int:
+        """Tokens that are read in training: all but the last, after which nothing comes."""
+        return len(self.ids) - 1
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether there is something to learn."""
+        return bool(self.is_answer.any())
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRow:
+    """Chats side by side in one row."""
+
+    chats: tuple[ChatExample, ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens, padding left out."""
+        return sum(chat.length for chat in self.chats)
+
+    @property
+    def num_cut(self) -> int:
+        """Ids that were too many."""
+        return sum(chat.num_cut for chat in self.chats)
+
+
+@dataclass(frozen=True)
+class ChatBatch:
+    """B rows of T columns.
+
+    Attributes:
+        tokens, labels: int64 [B, T]; labels are the next tokens, or IGNORED.
+        positions, segment_ids: int64 [B, T] of packed rows, restarting and counting with each chat; else None: then
+            padding stands on the right, where nothing sees it.
+        num_tokens: padding left out.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    positions: Tensor | None
+    segment_ids: Tensor | None
+    num_tokens: int
+
+    @property
+    def num_labels(self) -> int:
+        """Tokens of answers."""
+        return int((self.labels != IGNORED).sum())
+
+    def to(self, device: torch.device) -> ChatBatch:
+        """The batch on a device."""
+        return on_device(self, device)
+
+    def inputs(self) -> dict[str, Tensor | None]:
+        """What the model is called with."""
+        return {name: getattr(self, name) for name in ("tokens", "labels", "positions", "segment_ids")}
+
+
+class Sft(RecordTask):
+    """Learn to answer."""
+
+    metric = "loss"
+    lower_is_better = frozenset({"loss", "perplexity"})
+    generates = True
+
+    def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:
+        super().__init__(config, tokenizer)
+        self.settings = config.sft
+        self.row_length = config.sft.row_length or self.max_length
+        if self.settings.packing:
+            self.max_length = min(self.max_length, self.row_length)
+        self.format = ChatFormat(config, tokenizer, self.max_length)
+
+    @classmethod
+    def resolve(cls, config: FinetuneConfig, tokenizer: Tokenizer, records: Sequence[Record]) -> FinetuneConfig:
+        """The format of chats, and the head of tokens.
+
+        Raises:
+            ConfigError: no decoder, or a format that the tokenizer does not have.
+        """
+        return super().resolve(resolve_chat_format(config, tokenizer), tokenizer, records)
+
+    def encode(self, record: Record, *, for_training: bool = True) -> ChatExample:
+        """The ids of a chat, or of a prompt and its response."""
+        prompt, answer = self._divide(record, for_training)
+        answers = [] if answer is None else [self.format.answer(answer)]
+        chat = self.format.fit(self.format.parts(prompt, learn=self.settings.answers == "all"), answers)
+        answer_ids = chat.answers[0] if chat.answers else []
+        return ChatExample(
+            np.array(chat.prompt + answer_ids, np.int32),
+            np.array(chat.is_learned + [True] * len(answer_ids)) if answer_ids else np.zeros(len(chat.prompt), bool),
+            len(chat.prompt),
+            chat.num_cut,
+        )
+
+    def _divide(self, record: Record, for_training: bool) -> tuple[Any, str | None]:
+        """What is read before the last answer, and that answer."""
+        fields = self.fields
+        messages = record.value(fields.messages)
+        if messages is None:
+            prompt = self.format.prompt(record, fields.prompt)
+            given = for_training or record.value(fields.response) is not None
+            return prompt, record.text(fields.response, setting="data.fields.response") if given else None
+        messages = self.format.check(messages, fields.messages)
+        answered = [place for place, message in enumerate(messages) if message["role"] == ASSISTANT]
+        if not answered and for_training:
+            raise BadRecordError(f"{fields.messages}: no message of the role {ASSISTANT}, so there is nothing to learn")
+        if not for_training and messages[-1]["role"] != ASSISTANT:
+            return messages, None
+        return messages[: answered[-1]], messages[answered[-1]]["content"]
+
+    def pack(self, examples: Sequence[ChatExample]) -> list[Any]:
+        """Chats put together into rows, with `sft.packing`."""
+        if not self.settings.packing:
+            return list(examples)
+        # Neighbours in a file are often alike; which of them share a row is drawn.
+        order = np.random.Generator(np.random.Philox(key=[self.config.seed, 0])).permutation(len(examples))
+        lengths = np.array([examples[place].length for place in order])
+        return [
+            PackedRow(tuple(examples[order[place]] for place in places))
+            for places in best_fit(lengths, self.row_length)
+        ]
+
+    def collate(self, examples: Sequence[Any], numbers: Sequence[int] | None = None) -> ChatBatch:
+        """Chats below each other, or packed rows of one length."""
+        is_packed = isinstance(examples[0], PackedRow)
+        rows = [example.chats if is_packed else (example,) for example in examples]
+        multiple = self.row_length if is_packed else LENGTH_MULTIPLE
+        tokens = [np.concatenate([chat.ids[:-1] for chat in row]) for row in rows]
+        labels = [np.concatenate([_labels(chat) for chat in row]) for row in rows]
+        positions = segment_ids = None
+        if is_packed:
+            places = [np.concatenate([np.arange(chat.length) for chat in row]) for row in rows]
+            positions = padded(places, 0, multiple=multiple)
+            numbers_of_chats = [np.repeat(np.arange(len(row)), [chat.length for chat in row]) for row in rows]
+            segment_ids = padded(numbers_of_chats, max(map(len, rows)), multiple=multiple)
+        return ChatBatch(
+            tokens=padded(tokens, self.tokenizer.pad_id, multiple=multiple),
+            labels=padded(labels, IGNORED, multiple=multiple),
+            positions=positions,
+            segment_ids=segment_ids,
+            num_tokens=sum(map(len, tokens)),
+        )
+
+    def loss(self, model: Model, batch: ChatBatch) -> TaskLoss:
+        """Cross-entropy of the answers in nats."""
+        return with_expert_losses(model(**batch.inputs()), (batch.labels != IGNORED).sum(), self.config.model.experts)
+
+    @torch.no_grad()
+    def predict(self, model: Model, examples: Sequence[ChatExample], device: torch.device) -> list[Prediction]:
+        """The answer that the model writes, and how likely a known one is."""
+        prompts = [example.ids[: example.prompt_length].tolist() for example in examples]
+        written = write_answers(model, self.config, self.tokenizer, prompts, device)
+        known: list[Prediction] = [{} for _ in examples]
+        places = [place for place, example in enumerate(examples) if example.has_answer]
+        if places:
+            scores = self.predict_in_run(model, [examples[place] for place in places], device)
+            for place, score in zip(places, scores, strict=True):
+                answer = self.tokenizer.decode(examples[place].ids[examples[place].prompt_length :].tolist())
+                known[place] = score | {"_is_exact": written[place].strip() == answer.strip()}
+        return [{"response": text} | score for text, score in zip(written, known, strict=True)]
+
+    @torch.no_grad()
+    def predict_in_run(self, model: Model, examples: Sequence[ChatExample], device: torch.device) -> list[Prediction]:
+        """How likely the known answers are, by one pass."""
+        batch = self.collate(examples).to(device)
+        scores = model(**batch.inputs(), score_tokens=True)
+        sums = torch.stack([-scores.log_probs.double().sum(dim=1), scores.is_likeliest.double().sum(dim=1)]).cpu()
+        counts = (batch.labels != IGNORED).sum(dim=1).tolist()
+        return [
+            {"_loss_sum": loss_sum, "_num_right": num_right, "_num_tokens": count}
+            for loss_sum, num_right, count in zip(*sums.tolist(), counts, strict=True)
+        ]
+
+    def metrics(self, predictions: Sequence[Prediction]) -> dict[str, float]:
+        """Per token of the answers: cross-entropy in nats, its exponential, and the share that was likeliest; where the
+        model wrote answers itself, also the share of those that are the known ones, letter by letter."""
+        total = max(1, sum(prediction["_num_tokens"] for prediction in predictions))
+        loss = sum(prediction["_loss_sum"] for prediction in predictions) / total
+        found = {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "token_accuracy": sum(prediction["_num_right"] for prediction in predictions) / total,
+        }
+        exact = [prediction["_is_exact"] for prediction in predictions if "_is_exact" in prediction]
+        return found | ({"exact_match": sum(exact) / len(exact)} if exact else {})
+
+    def shown(self, record: Record) -> str:
+        """The prompt, or the chat before its last answer."""
+        prompt, _ = self._divide(record, for_training=False)
+        return shown_prompt(prompt)
+
+    def answer(self, record: Record) -> str:
+        """The known answer."""
+        return self._divide(record, for_training=False)[1] or ""
+
+    def lengths(self, examples: Sequence[Any]) -> Lengths:
+        """Of rows as training reads them."""
+        mean = float(np.mean([example.length for example in examples]))
+        return Lengths(0, mean, mean)
+
+
+def shown_prompt(prompt: Any) -> str:
+    """A prompt or a chat in one text."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def _labels(chat: ChatExample) -> np.ndarray:
+    """The successor of each token where it is part of an answer."""
+    return np.where(chat.is_answer[1:], chat.ids[1:], IGNORED)
+
+
+def best_fit(lengths: np.ndarray, size: int) -> list[list[int]]:
+    """Put items into as few bins as the best-fit-decreasing rule finds: the longest first, each into the fullest bin
+    that has room for it.
+
+    Args:
+        lengths: int [N], none above `size`.
+
+    Returns:
+        The places of the items in each bin; a pure function of the arguments.
+    """
+    bins: list[list[int]] = []
+    with_room: dict[int, list[int]] = {}  # Room left -> bins that have it, the newest last.
+    rooms: list[int] = []  # The keys of `with_room`, sorted.
+    for place in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[place])
+        assert length <= size
+        found = bisect_left(rooms, length)
+        if found == len(rooms):
+            number, room = len(bins), size
+            bins.append([])
+        else:
+            room = rooms[found]
+            number = with_room[room].pop()
+            if not with_room[room]:
+                del with_room[room], rooms[found]
+        bins[number].append(place)
+        left = room - length
+        if left not in with_room:
+            with_room[left] = []
+            insort(rooms, left)
+        with_room[left].append(number)
+    return bins

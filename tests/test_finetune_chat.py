@@ -1,0 +1,97 @@
+"""Chats and preferences through the door of fine-tuning: they are learned, resumed, and refused where they are broken."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from doors import bigtx, losses, read_lines, same_weights
+from finetunes import WORDS, finetune, finetuned, kill_at, make_base, results, write_jsonl
+
+PLACES = ("first", "last")
+
+
+def question(generator: random.Random) -> tuple[str, str, str]:
+    """A prompt, its answer, and another one."""
+    words, place = generator.sample(WORDS[:12], 3), generator.randrange(2)
+    return f"{PLACES[place]} {' '.join(words)}", f"so {words[-place]}.", f"so {words[place - 1]}."
+
+
+def chats(count: int, *, seed: int = 1) -> list[dict[str, Any]]:
+    """Chats with a system prompt and one or two turns."""
+    generator, records = random.Random(seed), []
+    for _ in range(count):
+        messages = [{"role": "system", "content": "ba"}]
+        for _ in range(generator.randrange(1, 3)):
+            prompt, answer, _ = question(generator)
+            messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        records.append({"messages": messages})
+    return records
+
+
+def pairs(count: int, *, seed: int = 1) -> list[dict[str, Any]]:
+    """Prompts, as texts and as chats in turns, with two answers."""
+    generator, records = random.Random(seed), []
+    for number in range(count):
+        prompt, chosen, rejected = question(generator)
+        asked: Any = prompt if number % 2 else [{"role": "user", "content": prompt}]
+        records.append({"prompt": asked, "chosen": chosen, "rejected": rejected})
+    return records
+
+
+@pytest.fixture(scope="module")
+def base(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(corpus, tmp_path_factory.mktemp("bases") / "decoder")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chats")
+    write_jsonl(folder / "chats.jsonl", chats(120))
+    write_jsonl(folder / "pairs.jsonl", pairs(64))
+    return folder
+
+
+def sft(base: Path, files: Path, run_dir: Path, *changes: str) -> list[str]:
+    own = ["task=sft", f"base={base}", f"data.train=[{files / 'chats.jsonl'}]", f"run_dir={run_dir}"]
+    return [*own, "train.max_steps=12", "train.checkpoint_every=5 steps", "chat.max_new_tokens=8", *changes]
+
+
+def dpo(base: Path, files: Path, run_dir: Path, *changes: str) -> list[str]:
+    own = ["task=preference", f"base={base}", f"data.train=[{files / 'pairs.jsonl'}]", f"run_dir={run_dir}"]
+    return [*own, "train.max_steps=12", "train.checkpoint_every=5 steps", *changes]
+
+
+@pytest.mark.dist
+def test_packed_chats_on_two_ranks_and_a_killed_run_loses_nothing(base: Path, files: Path, tmp_path: Path) -> None:
+    straight, run_dir = tmp_path / "straight", tmp_path / "run"
+    packed = ["sft.packing=true", "sft.row_length=80", "engine.zero_stage=1"]
+    said = finetuned(*sft(base, files, straight, *packed), ranks=2)
+    assert " rows, of " in said
+    found = losses(straight)
+    assert found[12] < found[1]
+    kill_at(run_dir, 7, *sft(base, files, run_dir, *packed), ranks=2)
+    finetuned(*sft(base, files, run_dir, *packed), ranks=2)
+    assert losses(run_dir) == found
+    same_weights(run_dir, straight)
+    assert {"loss", "perplexity", "token_accuracy", "exact_match"} <= results(run_dir)["validation"].keys()
+
+
+@pytest.mark.dist
+def test_pairs_on_two_ranks_and_a_killed_run_loses_nothing(base: Path, files: Path, tmp_path: Path) -> None:
+    straight, run_dir = tmp_path / "straight", tmp_path / "run"
+    finetuned(*dpo(base, files, straight, "engine.zero_stage=3"), ranks=2)
+    found = losses(straight)
+    assert found[1] == pytest.approx(0.6931, abs=1e-4), "before the first step the model is its own reference"
+    assert found[12] < found[1]
+    assert results(straight)["validation"]["reward_margin"] > 0
+    kill_at(run_dir, 7, *dpo(base, files, run_dir, "engine.zero_stage=3"), ranks=2)
+    reference = run_dir / "reference.safetensors"
+    kept = reference.read_bytes()
+    reference.unlink()  # Made again from the base, though the model has moved on.
+    said = finetuned(*dpo(base, files, run_dir, "engine.zero_stage=3"), ranks=2)
+    assert "what the base says" in said and reference.read_bytes() == kept
+    assert losses(run_dir) == found
+    same_weights(run_dir, straight)
