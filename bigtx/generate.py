@@ -170,8 +170,10 @@ def refuse_wordless(config: RunConfig) -> None:
     """Refuse to write with a model that only reads.
 
     Raises:
-        ConfigError: it is an encoder, or gives classes.
+        ConfigError: it is an encoder, or gives classes, or hears recordings.
     """
+    if config.model.audio.num_mel_bins:
+        raise ConfigError("the run hears recordings and reads no prompts; bigtx predict writes down what is said")
     if config.model.num_classes is not None:
         raise ConfigError(
             f"the run sorts texts into {config.model.num_classes} classes and writes none; bigtx predict says which "

@@ -180,6 +180,17 @@ class Hearing:
         draw = generator(self.seed, number)
         return masked(self.log_mel(perturbed(wave, self.settings, draw)), self.settings, draw)
 
+    def check(self, example: SpeechExample) -> None:
+        """Decode a recording whose features are wanted next.
+
+        Raises:
+            BadRecordError: it cannot be decoded.
+        """
+        try:
+            self.features(example, None)
+        except DataError as error:
+            raise BadRecordError(str(error).removeprefix(f"{example.where}: ")) from None
+
     def _wave(self, example: SpeechExample) -> np.ndarray:
         try:
             return decode(example.place, self.rate, self.max_samples)

@@ -83,7 +83,10 @@ class Transcribe(RecordTask):
         self._check_room(kept, samples)
         length = self.hearing.num_columns(samples)
         num_cut = self.hearing.num_columns(num_cut) + len(ids) - len(kept)
-        return SpeechExample(place, record.where, length, text, np.array(kept, np.int32), num_cut)
+        example = SpeechExample(place, record.where, length, text, np.array(kept, np.int32), num_cut)
+        if not for_training:
+            self.hearing.check(example)  # One bad recording is not to end the predictions for others.
+        return example
 
     def _text(self, record: Record, *, is_needed: bool) -> str:
         if record.value(self.fields.text) is None:
