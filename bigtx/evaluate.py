@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 from bigtx.config.runs import run_dir_of
 from bigtx.config.schema import FinetuneConfig, PretrainConfig, RunConfig
 from bigtx.engine.trained import find
-from bigtx.utils.errors import ConfigError, DataError, LaunchError
+from bigtx.utils.errors import CheckpointError, ConfigError, DataError, LaunchError
 from bigtx.utils.files import write_json
 
 if TYPE_CHECKING:
     from bigtx.generate import LoadedModel
+    from bigtx.train.tasks.task import RecordTask
 
 FOLDER = "evaluations"
 """In the run folder, where no other output is named."""
@@ -146,18 +147,35 @@ class _Records(_Evaluation):
         task, broken = loaded.task, Broken()
         examples = encode(task, records, broken)
         broken.check()
-        predictions = predict_all(
-            task,
-            loaded.model,
-            examples.examples,
-            batch_size=self.arguments.batch_size or BATCH_SIZE,
-            device=next(loaded.model.parameters()).device,
-        )
+        ready = self._with_reference(task, examples.examples) if task.needs_reference else examples.examples
+        device, size = next(loaded.model.parameters()).device, self.arguments.batch_size or BATCH_SIZE
+        predictions = predict_all(task, loaded.model, ready, batch_size=size, device=device)
         self.examples = shown_predictions(task, records, predictions, self.config.validation.num_examples)
         facts = {"task": self.config.task, "records": len(records), "num_cut": examples.num_cut}
         return self.result(task.metrics(predictions), **facts, records_sha256=digest(records)) | {
             "tables": task.tables(predictions)
         }
+
+    def _with_reference(self, task: RecordTask, examples: Sequence[Any]) -> list[Any]:
+        """The examples with what the run's base says of them.
+
+        Raises:
+            CheckpointError: the base is gone.
+        """
+        from bigtx.generate import load
+        from bigtx.train.predictions import BATCH_SIZE, batches_by_length, in_order
+
+        run = run_dir_of(self.checkpoint)
+        try:
+            base = json.loads((run / "base.json").read_text(encoding="utf-8"))["checkpoint"]
+        except (OSError, ValueError, KeyError):
+            raise CheckpointError(
+                f"task={self.config.task} compares the model with its base, and {run / 'base.json'} names none"
+            ) from None
+        model = load(base, device=self.arguments.device).model
+        device, batches = next(model.parameters()).device, list(batches_by_length(examples, BATCH_SIZE))
+        found = [task.refer(model, [examples[place] for place in batch], device) for batch in batches]
+        return list(map(task.with_reference, examples, in_order(batches, found, len(examples))))
 
     def _read(self) -> list[Any]:
         from bigtx.engine.checkpoint import Checkpoint

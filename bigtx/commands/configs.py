@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bigtx.config.load import base_files, load
-from bigtx.config.schema import PrepareConfig, PretrainConfig, TokenizerTrainConfig
+from bigtx.config.schema import FinetuneConfig, PrepareConfig, PretrainConfig, RunConfig, TokenizerTrainConfig
 from bigtx.config.settings import Setting, describe_type, find, members, similar_keys
 from bigtx.config.shipped import shipped_configs, shipped_folder
 from bigtx.utils.errors import ConfigError
 
 SCHEMAS: dict[str, type] = {
     "pretraining (bigtx/pretrain.py)": PretrainConfig,
+    "fine-tuning (bigtx-finetune)": FinetuneConfig,
     "bigtx tokenizer train": TokenizerTrainConfig,
     "bigtx data prepare": PrepareConfig,
 }
@@ -64,8 +65,13 @@ def copy_command(argv: Sequence[str]) -> int:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
         print(f"wrote {target}")
+    copy = str(Path(options.folder) / recipe)
+    if recipe.startswith("finetune/"):
+        config = load(FinetuneConfig, [str(root / recipe)], check=False)
+        given = " base=RUN" * (config.base is None and config.tokenizer is None)
+        given += " data.train=FILES" * (not config.data.train)
+        print(f"\nEdit it, then run: bigtx-finetune {copy}{given} run_dir=runs/mine")
     if recipe.startswith("pretrain/"):
-        copy = str(Path(options.folder) / recipe)
         has_data = load(PretrainConfig, [str(root / recipe)], check=False).data.sources
         given = "" if has_data else "data.sources.mine.path=CORPUS "
         print(f"\nEdit it, then run: deepspeed --module bigtx.pretrain {copy} {given}run_dir=runs/mine")
@@ -140,7 +146,7 @@ def _setting_text(setting: Setting, schema: type) -> str:
             f"  {member.key}: {member.doc}"
             for member in members(setting.named_section, f"{setting.key}.NAME.").values()
         ]
-    if schema is PretrainConfig:
+    if issubclass(schema, RunConfig):
         lines.append(f"It {CHANGES[setting.change]}.")
     return "\n".join(lines)
 
