@@ -14,6 +14,7 @@ TASK_SECTIONS = {
     "chat": ("sft", "preference"),
     "sft": ("sft",),
     "preference": ("preference",),
+    "translate": ("translate",),
 }
 """Sections that some tasks alone read."""
 

@@ -18,6 +18,7 @@ from bigtx.config.schema.finetuning import (
     SelectionConfig,
     SftConfig,
     TranscribeConfig,
+    TranslateConfig,
 )
 from bigtx.config.schema.model import (
     AudioConfig,
@@ -37,6 +38,7 @@ from bigtx.config.schema.preparation import (
 )
 from bigtx.config.schema.training import (
     DataConfig,
+    DistillConfig,
     EngineConfig,
     ForeignConfig,
     ObjectiveConfig,
@@ -59,6 +61,7 @@ __all__ = [
     "CleanConfig",
     "DataConfig",
     "DecontaminateConfig",
+    "DistillConfig",
     "EngineConfig",
     "ExpertsConfig",
     "FieldsConfig",
@@ -88,5 +91,6 @@ __all__ = [
     "TrackConfig",
     "TrainConfig",
     "TranscribeConfig",
+    "TranslateConfig",
     "ValidationConfig",
 ]

@@ -14,7 +14,7 @@ class FieldsConfig:
     """What the fields (JSON keys, table columns) of a record are called; a name with dots leads inside."""
 
     text: str = "text"
-    """classify: the text; transcribe: what is said."""
+    """classify and distill: the text; transcribe: what is said."""
     pair: str = ""
     """classify: a second text that is judged with the first. Empty: none."""
     label: str = "label"
@@ -147,6 +147,25 @@ class TranscribeConfig:
 
 
 @dataclass(kw_only=True)
+class TranslateConfig:
+    """One text into another: any sequence to sequence."""
+
+    prefix: str = ""
+    """Text before each source, e.g. 'German to English: ', where one model does several jobs (arXiv:1910.10683)."""
+    label_smoothing: float = field(0.1, minimum=0.0, maximum=0.5)
+    """Share of each label that is spread over the vocabulary (arXiv:1512.00567)."""
+    num_beams: int = field(5, minimum=1, change="free")
+    """Texts that are followed side by side in prediction; 1 takes the likeliest token each time. Validation within a
+    run always does that."""
+    length_penalty: float = field(0.6, minimum=0.0, change="free")
+    """Exponent of the length by which the score of a text in the beam is divided (arXiv:1609.08144, equation 14)."""
+    max_ratio: float = field(2.0, minimum=0.0, change="free")
+    """Most tokens that are written: so many times those of the source, and max_added."""
+    max_added: int = field(10, minimum=0, change="free")
+    """See max_ratio."""
+
+
+@dataclass(kw_only=True)
 class FinetuneTrainConfig(RhythmConfig):
     """The length and rhythm of a run: give epochs or max_steps."""
 
@@ -168,6 +187,8 @@ class SelectionConfig:
     """End the run after so many measurements without a better one. Empty: never."""
     max_records: Optional[int] = field(None, kind="count", minimum=1)
     """Most records measured each time, the same ones. Empty: all."""
+    test: bool = True
+    """Whether the test records are looked at when the run ends; false where runs are to be compared before one is."""
     num_examples: int = field(16, minimum=0)
     """Predictions written to predictions.jsonl and to the W&B table each time."""
 
@@ -176,7 +197,7 @@ class SelectionConfig:
 class FinetuneConfig(RunConfig):
     """A fine-tuning run."""
 
-    task: Literal["classify", "sft", "preference", "transcribe"] = "classify"
+    task: Literal["classify", "sft", "preference", "transcribe", "translate", "distill"] = "classify"
     """What the model learns to do."""
     base: Optional[str] = field(None, change="never")
     """Run or checkpoint folder to start from, imported ones included; its model and tokenizer come along."""
@@ -188,5 +209,6 @@ class FinetuneConfig(RunConfig):
     sft: SftConfig = section(SftConfig, change="never")
     preference: PreferenceConfig = section(PreferenceConfig, change="never")
     transcribe: TranscribeConfig = section(TranscribeConfig, change="never")
+    translate: TranslateConfig = section(TranslateConfig, change="never")
     train: FinetuneTrainConfig = section(FinetuneTrainConfig, change="never")
     validation: SelectionConfig = section(SelectionConfig, change="by_name")

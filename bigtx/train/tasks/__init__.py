@@ -13,6 +13,8 @@ RECORD_TASKS = {
     "classify": "bigtx.train.tasks.classify:Classify",
     "sft": "bigtx.train.tasks.sft:Sft",
     "preference": "bigtx.train.tasks.preference:Preference",
+    "translate": "bigtx.train.tasks.translate:Translate",
+    "distill": "bigtx.train.tasks.distill:Distill",
 }
 """Where the class of each `task` of a fine-tuning is."""
 
