@@ -170,11 +170,10 @@ class Hearing:
         Raises:
             DataError: it cannot be decoded.
         """
-        key = (example.place.path, example.place.offset, example.place.name)
         if not self.changes_waveform:
-            features = self.cache.get(key, lambda: self.log_mel(self._wave(example)))
+            features = self.cache.get(example.place, lambda: self.log_mel(self._wave(example)))
             return features if number is None else masked(features, self.settings, generator(self.seed, number))
-        wave = self.cache.get(key, lambda: torch.from_numpy(self._wave(example))).numpy()
+        wave = self.cache.get(example.place, lambda: torch.from_numpy(self._wave(example))).numpy()
         if number is None:
             return self.log_mel(wave)
         draw = generator(self.seed, number)

@@ -1,0 +1,220 @@
+"""What `transcribe` makes of recordings and texts, without training."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sounds import RATE, WORDS, sayings, spoken, tone, wav, write_tokenizer
+
+from bigtx.config.schema import AudioConfig, FinetuneConfig, ModelConfig, RecordsConfig, TranscribeConfig
+from bigtx.data.audio.decode import AudioPlace
+from bigtx.data.records.record import BadRecordError, Record
+from bigtx.model.loss import IGNORED
+from bigtx.model.transformer import Transformer
+from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.train.tasks.speech import Cache
+from bigtx.train.tasks.transcribe import Transcribe, collapse, normalize
+from bigtx.utils.errors import ConfigError, DataError
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer.load(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+def make(
+    tokenizer: Tokenizer, method: str = "ctc", *, data: dict[str, Any] | None = None, **settings: Any
+) -> Transcribe:
+    config = FinetuneConfig(
+        task="transcribe",
+        model=ModelConfig(
+            shape="encoder" if method == "ctc" else "encoder_decoder",
+            hidden_size=32,
+            num_layers=1,
+            num_heads=2,
+            max_sequence_length=32,
+            vocab_size=tokenizer.vocab_size,
+            init_std=0.2,
+            audio=AudioConfig(num_mel_bins=16, sample_rate=RATE, strides=[2]),
+        ),
+        data=RecordsConfig(**(data or {})),
+        transcribe=TranscribeConfig(method=method, **settings),  # type: ignore[arg-type]
+    )
+    return Transcribe(Transcribe.resolve(config, tokenizer, []), tokenizer)
+
+
+def record(content: bytes, text: str | None = "low", name: str = "a.wav") -> Record:
+    place = AudioPlace(name, "nowhere", 0, len(content), content)
+    return Record({"audio": place} | ({} if text is None else {"text": text}), name, 0)
+
+
+def model_of(task: Transcribe) -> Transformer:
+    model = Transformer(task.config.model)
+    model.init_weights(1)
+    return model.eval()
+
+
+def test_texts_are_normalized_as_the_config_says() -> None:
+    text = "  Don’t  PANIC, it's  O'Neill's «42» -- 'quoted' हिन्दी\n"
+    assert normalize(text, "none") == "Don’t PANIC, it's O'Neill's «42» -- 'quoted' हिन्दी"
+    assert normalize(text, "lower") == "don’t panic, it's o'neill's «42» -- 'quoted' हिन्दी"
+    assert normalize(text, "words") == "don't panic it's o'neill's 42 quoted हिन्दी"
+
+
+def test_a_path_collapses() -> None:
+    assert collapse([0, 5, 5, 0, 5, 6, 6, 0, 0, 7], 0) == [5, 5, 6, 7]
+    assert collapse([0, 0], 0) == [] and collapse([], 0) == []
+
+
+@pytest.mark.parametrize("method", ["ctc", "seq2seq"])
+def test_a_batch(tokenizer: Tokenizer, method: str) -> None:
+    task = make(tokenizer, method)
+    examples = [task.encode(record(content, text)) for content, text in sayings(4)]
+    batch = task.collate(examples)
+    assert batch.num_tokens == sum(example.length for example in examples)
+    assert batch.features.shape[1] % 32 == 0 and batch.features.shape[2] == 16
+    for row, example in enumerate(examples):
+        ids = example.ids.tolist() + ([] if method == "ctc" else [tokenizer.end_id])
+        assert tokenizer.decode(example.ids.tolist()) == example.text
+        labels = batch.labels[row]
+        assert labels[labels != IGNORED].tolist() == ids
+        frames = int(batch.feature_lengths[row])
+        assert -(-frames // 2) == example.length and bool((batch.features[row, frames:] == 0).all())
+        if batch.target_tokens is not None:
+            assert batch.target_tokens[row, : len(ids)].tolist() == [tokenizer.pad_id, *ids[:-1]]
+    assert batch.num_labels == int((batch.labels != IGNORED).sum())
+
+
+def test_what_is_drawn_follows_from_the_number_of_the_record(tokenizer: Tokenizer) -> None:
+    for settings in ({}, {"speed_change": 0.1, "noise_db": 10.0}):
+        task = make(tokenizer, **settings)
+        examples = [task.encode(record(content, text)) for content, text in sayings(2)]
+        plain, first, other = (task.collate(examples, numbers).features for numbers in (None, [5, 6], [7, 8]))
+        assert torch.equal(first, make(tokenizer, **settings).collate(examples, [5, 6]).features)
+        assert not torch.equal(first, other) and not torch.equal(first, plain)
+        assert torch.equal(plain, task.collate(examples).features), "the cache holds what was heard unchanged"
+
+
+def test_the_loss_of_ctc_is_the_sum_over_all_paths(tokenizer: Tokenizer) -> None:
+    """Over every way to fill a few columns, among the ids that matter."""
+    task = make(tokenizer)
+    example = task.encode(record(wav(tone(400, 0.07)), "low"))
+    assert example.length == 4
+    batch, model = task.collate([example]), model_of(task)
+    log_probabilities = model(**batch.heard())[0, :4].log_softmax(-1).detach().double()
+    ids = example.ids.tolist()
+    paths = itertools.product([task.tokenizer.pad_id, *set(ids)], repeat=4)
+    total = sum(
+        math.exp(sum(float(log_probabilities[column, own]) for column, own in enumerate(path)))
+        for path in paths
+        if collapse(path, task.tokenizer.pad_id) == ids
+    )
+    loss = task.loss(model, batch)
+    assert float(loss.reported_sum) == pytest.approx(-math.log(total), rel=1e-5) and loss.loss_sum.requires_grad
+    assert float(task.predict(model, [example], torch.device("cpu"))[0]["_loss"]) == pytest.approx(
+        -math.log(total), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_the_decoder_writes_what_the_model_finds_likeliest(tokenizer: Tokenizer, num_beams: int) -> None:
+    task = make(tokenizer, "seq2seq", num_beams=num_beams)
+    examples = [task.encode(record(content, text)) for content, text in sayings(3)]
+    model = model_of(task)
+    predictions = task.predict(model, examples, torch.device("cpu"))
+    losses = [task.loss(model, task.collate([example])) for example in examples]
+    for example, prediction, loss in zip(examples, predictions, losses, strict=True):
+        assert prediction["_text"] == example.text
+        assert prediction["_loss"] == pytest.approx(float(loss.reported_sum), rel=1e-4)
+        if num_beams > 1:
+            continue
+        ids = [tokenizer.pad_id]
+        while len(ids) <= min(task.max_length - 1, example.length + 1):
+            batch = task.collate([example])
+            logits = model(**batch.heard(), target_tokens=torch.tensor([ids]))[0, -1, : tokenizer.vocab_size]
+            if int(logits.argmax()) == tokenizer.end_id:
+                break
+            ids.append(int(logits.argmax()))
+        assert prediction["text"] == tokenizer.decode(ids[1:])
+
+
+def test_error_rates() -> None:
+    task = object.__new__(Transcribe)
+    task.settings = TranscribeConfig(normalize="lower")
+    metrics = task.metrics(
+        [
+            {"text": "One two", "_text": "one two", "_loss": 1.0, "_num_labels": 2},
+            {"text": "three", "_text": "three four", "_loss": 5.0, "_num_labels": 2},
+        ]
+    )
+    assert metrics == {"wer": 0.25, "cer": pytest.approx(5 / 17), "loss": 1.5}
+
+
+def test_what_cannot_be_used_is_refused_with_the_reason(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    task, sound = make(tokenizer, normalize="words"), wav(tone(400))
+    cases = [
+        (record(b""), "a.wav: an empty file"),
+        (record(b"no sound"), "no recording that can be read"),
+        (record(wav(np.zeros(0, np.float32))), "no samples"),
+        (record(sound, None), "without a text: there is no .txt"),
+        (record(sound, "  "), "empty"),
+        (record(sound, "?!"), "nothing is left of the text"),
+        (record(sound, "low mid high top " * 3), "CTC cannot say it"),
+        (Record({"audio": "gone.wav", "text": "low"}, str(tmp_path / "list.jsonl"), 3), "gone.wav cannot be read"),
+        (Record({"text": "low"}, "list.jsonl", 3), "no field 'audio'"),
+    ]
+    for bad, reason in cases:
+        with pytest.raises(BadRecordError, match=reason):
+            task.encode(bad)
+    assert task.encode(record(sound, None), for_training=False).text == ""
+    flac_cut = record(sound[:-20])  # libsndfile takes the length of a wav from its bytes.
+    task.encode(flac_cut, for_training=False)
+
+
+def test_too_long_recordings_are_cut_and_counted_or_refused(tokenizer: Tokenizer) -> None:
+    long = record(wav(tone(400, 1.0)))
+    example = make(tokenizer, max_seconds=0.5).encode(long)
+    assert example.length == 25 and example.num_cut == 25
+    task = make(tokenizer, max_seconds=0.5)
+    assert int(task.collate([task.encode(long)]).feature_lengths[0]) == 50
+    with pytest.raises(BadRecordError, match=r"1\.0 s, and transcribe\.max_seconds=0\.5"):
+        make(tokenizer, max_seconds=0.5, data={"too_long": "refuse"}).encode(long)
+
+
+def test_learned_positions_must_reach(tokenizer: Tokenizer) -> None:
+    config = make(tokenizer).config
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, positions="learned"))
+    with pytest.raises(ConfigError, match=r"1,500 columns .* model\.max_sequence_length=32"):
+        Transcribe.resolve(config, tokenizer, [])
+
+
+def test_a_recording_that_was_lost_meanwhile_is_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_bytes(wav(spoken(list(WORDS), np.random.default_rng(1))))
+    task = make(tokenizer)
+    example = task.encode(Record({"audio": "a.wav", "text": "low"}, str(tmp_path / "list.jsonl"), 7))
+    (tmp_path / "a.wav").unlink()
+    with pytest.raises(DataError, match=r"list\.jsonl, line 7: the recording a\.wav cannot be used"):
+        task.collate([example])
+
+
+def test_the_cache_holds_no_more_than_it_may() -> None:
+    cache, made = Cache(max_bytes=100), list[str]()
+
+    def get(key: str, size: int = 10) -> int:
+        def make() -> torch.Tensor:
+            made.append(key)
+            return torch.zeros(size)  # 4 bytes each.
+
+        return cache.get(key, make).numel()
+
+    for key in ("a", "b", "a", "c", "a", "b"):
+        get(key)
+    assert made == ["a", "b", "c", "b"] and cache.num_bytes == 80, "b was used longest ago when c came"
+    assert get("large", 26) == 26 and "large" not in cache.held
