@@ -1,4 +1,4 @@
-"""Chats and preferences through the door of fine-tuning: they are learned, resumed, and refused where they are broken."""
+"""Chats and preferences through the door of fine-tuning: learned, resumed, and refused where they are broken."""
 
 from __future__ import annotations
 
@@ -95,3 +95,53 @@ def test_pairs_on_two_ranks_and_a_killed_run_loses_nothing(base: Path, files: Pa
     assert "what the base says" in said and reference.read_bytes() == kept
     assert losses(run_dir) == found
     same_weights(run_dir, straight)
+
+
+def test_broken_chats_are_named_by_file_and_line(base: Path, files: Path, tmp_path: Path) -> None:
+    good, user = chats(3), {"role": "user", "content": "a"}
+    broken = [
+        {"messages": [user, {"role": "judge", "content": "b"}]},
+        {"messages": [user]},
+        {"messages": [user, {"role": "assistant", "content": ""}]},
+    ]
+    path = write_jsonl(tmp_path / "broken.jsonl", [*good, *broken])
+    done = finetune(*sft(base, files, tmp_path / "run", f"data.train=[{path}]"))
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    for line, reason in ((4, "has the role 'judge'"), (5, "no message of the role assistant"), (6, "is empty")):
+        assert any(f"broken.jsonl, line {line}: " in text and reason in text for text in done.stderr.splitlines())
+    done = finetune(*sft(base, files, tmp_path / "run", "sft.row_length=40", "preference.beta=1"))
+    assert done.returncode == 2 and "says nothing without sft.packing=true" in done.stderr
+    assert "says nothing without task=preference" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("changes", [[], ["model.lora.rank=4", "optimizer.learning_rate=1e-2"]])
+def test_unpacked_chats_under_zero_3_and_what_the_run_answers(
+    base: Path, files: Path, tmp_path: Path, changes: list[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    finetuned(*sft(base, files, run_dir, "engine.zero_stage=3", *changes), ranks=2)
+    found = losses(run_dir)
+    assert found[12] < found[1]
+    shown = read_lines(run_dir / "predictions.jsonl")
+    assert shown, "what validation saw is kept"
+    asked = write_jsonl(tmp_path / "asked.jsonl", [{"prompt": "first ba da ka"}, *chats(2)])
+    done = bigtx("predict", str(run_dir), "--input", str(asked), "--output", str(tmp_path / "out.jsonl"))
+    assert done.returncode == 0, done.stderr
+    assert all("response" in line["prediction"] for line in read_lines(tmp_path / "out.jsonl"))
+
+
+@pytest.mark.slow
+def test_pairs_with_adapters(base: Path, files: Path, tmp_path: Path) -> None:
+    run_dir, rate = tmp_path / "run", "optimizer.learning_rate=1e-2"
+    finetuned(*dpo(base, files, run_dir, "model.lora.rank=4", rate, "validation.at_start=true"))
+    found = losses(run_dir)
+    assert found[1] == pytest.approx(0.6931, abs=1e-4), "adapters start at zero"
+    assert found[12] < found[1]
+    asked = write_jsonl(tmp_path / "asked.jsonl", [pairs(1)[0], {"prompt": "first ba da ka"}])
+    done = bigtx("predict", str(run_dir), "--input", str(asked), "--output", str(tmp_path / "out.jsonl"))
+    assert done.returncode == 0, done.stderr
+    pair, answer = (line["prediction"] for line in read_lines(tmp_path / "out.jsonl"))
+    assert pair["margin"] == pytest.approx(pair["chosen_log_prob"] - pair["rejected_log_prob"])
+    assert isinstance(answer["response"], str)
