@@ -37,6 +37,9 @@ def log_model(run: Run, event: Record) -> None:
         metadata={key: event[key] for key in ("step", "checkpoint", "manifest_sha256")},
     )
     artifact.add_reference(folder.as_uri(), name=folder.name, checksum=False)
+    frozen = folder.parent.parent / "frozen"
+    if frozen.is_dir():  # Weights that the run does not train: no checkpoint is whole without them.
+        artifact.add_reference(frozen.as_uri(), name=frozen.name, checksum=False)
     manifest = folder / "manifest.json"
     if manifest.is_file():
         artifact.add_file(str(manifest), name="manifest.json")
@@ -69,7 +72,7 @@ def _use(run: Run, name: str) -> tuple[str, str]:
     try:
         return run.use_artifact(name, type="model").qualified_name, ""
     except Exception as error:  # Not there, of another project, not allowed: the config still holds the link.
-        return "", f"{name}: {type(error).__name__}: {error}"
+        return "", f"{name}: {(str(error) or type(error).__name__).splitlines()[0]}"
 
 
 def artifact_name(run_id: str) -> str:

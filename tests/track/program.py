@@ -55,6 +55,8 @@ def main() -> None:
         rank=0,
         total_steps=options["last_step"],
         resumed_step=first,
+        job_type=options.get("job_type", "pretrain"),
+        base=options.get("base"),
         stream=sys.stdout,
     )
     if first:
@@ -77,8 +79,14 @@ def main() -> None:
             tracker.log(step, step * 100, {"validation/books/loss": 2 / step})
             rows = [{"prompt": "def ", "completion": "f(x):\n  é"}, {"prompt": "a", "completion": str(step)}]
             tracker.samples(step, step * 100, rows)
+            if options.get("predict"):
+                prediction = {"label": "joy", "probabilities": {"joy": 0.75, "woe": 0.25}}
+                row = {"record": "a.jsonl, line 1", "input": "A text.", "answer": "woe", **prediction}
+                tracker.predictions(step, step * 100, [row])
     if options.get("kill"):
         os.kill(os.getpid(), signal.SIGKILL)
+    if options.get("model"):
+        tracker.model(options["last_step"], Path(options["model"]), "the-manifest-hash")
     started = time.monotonic()
     tracker.close(options.get("status", "finished"))
     print(f"CLOSED {tracker.wandb_mode} {time.monotonic() - started:.3f}")

@@ -95,7 +95,8 @@ class Segment:
         self.folder = path.parent
         self.history: list[dict[str, Any]] = []
         self.config: dict[str, Any] = {}
-        self.run_id = ""
+        self.summary: dict[str, Any] = {}
+        self.run_id = self.job_type = ""
         self.exit_codes: list[int] = []
         self.kinds: set[str] = set()
         for text in read_records(path):
@@ -103,18 +104,20 @@ class Segment:
             kind = record.WhichOneof("record_type")
             self.kinds.add(kind)
             if kind == "run":
-                self.run_id = record.run.run_id
+                self.run_id, self.job_type = record.run.run_id, record.run.job_type
                 self.config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
             elif kind == "history":
                 row = {
                     ".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item
                 }
                 self.history.append(row)
+            elif kind == "summary":
+                self.summary |= {item.key: json.loads(item.value_json) for item in record.summary.update}
             elif kind == "exit":
                 self.exit_codes.append(record.exit.exit_code)
 
-    def table(self, row: dict[str, Any]) -> list[list[Any]]:
-        path = self.folder / "files" / row["validation/samples.path"]
+    def table(self, row: dict[str, Any], name: str = "samples") -> list[list[Any]]:
+        path = self.folder / "files" / row[f"validation/{name}.path"]
         return json.loads(path.read_text(encoding="utf-8"))["data"]
 
 
@@ -159,7 +162,7 @@ def test_an_offline_run_reads_back(folder: Path) -> None:
 
 def test_killed_and_resumed_offline(folder: Path) -> None:
     run_program(folder, last_step=12, wait_at=8, step_seconds=0.05, kill=True)
-    run_program(folder, last_step=20, resumed_step=10)
+    run_program(folder, last_step=20, resumed_step=10, wait_at=16)
     first, second = segments(folder)
     assert first.run_id == second.run_id
     assert [line["step"] for line in read_jsonl(folder / "metrics.jsonl")] == list(range(1, 21))
@@ -183,7 +186,7 @@ def test_what_wandb_missed_comes_from_the_files(folder: Path) -> None:
 def test_an_online_run_and_its_resume(folder: Path) -> None:
     with WandbDouble() as server:
         run_program(folder, url=server.url, key=KEY, last_step=12, kill=True, wait_at=10)
-        result = run_program(folder, url=server.url, key=KEY, last_step=20, resumed_step=10)
+        result = run_program(folder, url=server.url, key=KEY, last_step=20, resumed_step=10, wait_at=16)
     run_id = (folder / "wandb_run_id").read_text().strip()
     assert list(server.runs) == [run_id]
     run = server.runs[run_id]
@@ -196,6 +199,52 @@ def test_an_online_run_and_its_resume(folder: Path) -> None:
     tables = [name for name in server.uploads if "media/table" in name]
     assert {name.rpartition("samples_")[2].partition("_")[0] for name in tables} == {"5", "10", "15", "20"}
     assert f"W&B: {server.url}/team/bigtx/runs/{run_id}" in result.stdout
+
+
+def a_checkpoint(tmp_path: Path) -> Path:
+    path = tmp_path / "base" / "checkpoints" / "step-00000010"
+    path.mkdir(parents=True)
+    (path / "manifest.json").write_text("{}")
+    return path
+
+
+def test_a_run_and_its_base_offline(folder: Path, tmp_path: Path) -> None:
+    checkpoint = a_checkpoint(tmp_path)
+    base = {"checkpoint": "/else/step-00000004", "manifest_sha256": "abc", "step": 4, "wandb_run_id": "the-base"}
+    facts = {"job_type": "finetune", "base": base, "predict": True, "model": str(checkpoint)}
+    run_program(folder, last_step=5, wait_at=4, **facts)
+    (segment,) = segments(folder)
+    assert segment.job_type == "finetune"
+    assert segment.config["base_run"] == base
+    assert {key: segment.summary[f"base/{key}"] for key in base} == base
+    assert segment.summary["model/checkpoint"] == str(checkpoint) and "artifact" in segment.kinds
+    (link,) = events(folder, "wandb_base")
+    assert (link["artifact"], link["why_not"]) == ("", "W&B is offline")
+    row = [5, 500, "a.jsonl, line 1", "A text.", "woe", "joy", '{"joy": 0.75, "woe": 0.25}']
+    assert segment.table(segment.history[4], "predictions") == [row]
+
+
+def test_the_lineage_of_a_run_online(folder: Path, tmp_path: Path) -> None:
+    checkpoint = a_checkpoint(tmp_path)
+    with WandbDouble() as server:
+        run_program(tmp_path / "first", url=server.url, key=KEY, last_step=10, wait_at=4, model=str(checkpoint))
+        first = (tmp_path / "first" / "wandb_run_id").read_text().strip()
+        base = {"checkpoint": str(checkpoint), "manifest_sha256": "abc", "step": 10, "wandb_run_id": first}
+        run_program(folder, url=server.url, key=KEY, last_step=5, wait_at=4, base=base, predict=True)
+        lost = tmp_path / "lost"
+        run_program(lost, url=server.url, key=KEY, last_step=5, wait_at=4, base={**base, "step": 7})
+    run_id = (folder / "wandb_run_id").read_text().strip()
+    name = f"model-{first}:step-00000010"
+    assert server.uses == [(run_id, name)]
+    assert json.loads(server.artifacts[name]["metadata"])["checkpoint"] == str(checkpoint)
+    assert server.artifacts[name]["artifactTypeName"] == "model"
+    assert server.uploads["artifact/manifest.json"] == b"{}"
+    assert [event["artifact"] for event in events(folder, "wandb_base")] == [f"team/bigtx/{name}"]
+    assert server.runs[run_id].summary["base/wandb_run_id"] == first
+    assert [name for name in server.uploads if "media/table/validation/predictions_5_" in name]
+    (link,) = events(lost, "wandb_base")
+    assert link["artifact"] == "" and "step-00000007" in link["why_not"], "a base that is not there stops nothing"
+    assert len(read_jsonl(lost / "metrics.jsonl")) == 5
 
 
 def test_offline_first_then_online(folder: Path) -> None:

@@ -30,6 +30,8 @@ class WandbDouble:
     Attributes:
         runs: by id.
         uploads: contents of uploaded files by name.
+        artifacts: what was said of each artifact at its creation, by "name:alias".
+        uses: (run id, "name:alias") of each use of an artifact.
         refuse: answer every question with "unauthorized".
         silent: swallow every request: accept, read, never answer.
         hush_file: be silent from when this file exists.
@@ -38,6 +40,8 @@ class WandbDouble:
     def __init__(self) -> None:
         self.runs: dict[str, StoredRun] = {}
         self.uploads: dict[str, bytes] = {}
+        self.artifacts: dict[str, dict[str, Any]] = {}
+        self.uses: list[tuple[str, str]] = []
         self.refuse = False
         self.silent = False
         self.hush_file: Path | None = None
@@ -150,7 +154,10 @@ class WandbDouble:
         files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in variables["files"]]
         return {"createRunFiles": {"runID": "x", "uploadHeaders": [], "files": files}}
 
-    def _answer_CreateArtifact(self, _: dict[str, Any]) -> dict[str, Any]:
+    def _answer_CreateArtifact(self, variables: dict[str, Any]) -> dict[str, Any]:
+        asked = variables["input"]
+        for alias in asked["aliases"]:
+            self.artifacts[f"{alias['artifactCollectionName']}:{alias['alias']}"] = asked
         sequence = {"id": "Q", "latestArtifact": None}
         return {"createArtifact": {"artifact": {"id": "A", "state": "PENDING", "artifactSequence": sequence}}}
 
@@ -190,6 +197,49 @@ class WandbDouble:
 
     def _answer_CommitArtifact(self, _: dict[str, Any]) -> dict[str, Any]:
         return {"commitArtifact": {"artifact": {"id": "A", "digest": "d"}}}
+
+    def _answer_ArtifactMembershipByName(self, variables: dict[str, Any]) -> dict[str, Any]:
+        asked = self.artifacts.get(variables["name"])
+        if asked is None:
+            return {"project": {"artifactCollectionMembership": None}}
+        project = {"id": "P", "internalId": "P", "name": "bigtx", "entity": {"name": "team"}}
+        collection = {"__typename": "ArtifactSequence", "name": asked["artifactCollectionName"], "project": project}
+        artifact = {
+            "__typename": "Artifact",
+            "id": variables["name"],
+            "artifactSequence": collection,
+            "versionIndex": 0,
+            "artifactType": {"name": asked["artifactTypeName"]},
+            "description": None,
+            "metadata": asked["metadata"],
+            "ttlDurationSeconds": -1,
+            "ttlIsInherited": True,
+            "tags": [],
+            "historyStep": None,
+            "state": "COMMITTED",
+            "size": 1,
+            "digest": asked["digest"],
+            "commitHash": None,
+            "fileCount": 1,
+            "createdAt": "2026-01-01T00:00:00Z",
+            "updatedAt": None,
+            "aliases": [],
+        }
+        membership = {
+            "__typename": "ArtifactCollectionMembership",
+            "id": "M",
+            "versionIndex": 0,
+            "createdAt": "2026-01-01T00:00:00Z",
+            "aliases": [],
+            "artifactCollection": collection,
+            "artifact": artifact,
+        }
+        return {"project": {"artifactCollectionMembership": membership}}
+
+    def _answer_UseArtifact(self, variables: dict[str, Any]) -> dict[str, Any]:
+        asked = variables.get("input", variables)
+        self.uses.append((asked["runName"], asked["artifactID"]))
+        return {"useArtifact": {"artifact": {"id": asked["artifactID"]}}}
 
     def _answer_ArtifactType(self, _: dict[str, Any]) -> dict[str, Any]:
         return {"project": {"artifact": None}}
