@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 
 from bigtx.config.load import base_files, load
-from bigtx.config.schema import PrepareConfig, PretrainConfig, TokenizerTrainConfig
+from bigtx.config.schema import FinetuneConfig, PrepareConfig, PretrainConfig, TokenizerTrainConfig
 from bigtx.config.shipped import shipped_configs, shipped_folder
 from bigtx.utils.errors import ConfigError
 
 SCHEMAS: dict[str, tuple[type, ...]] = {
     "model": (PretrainConfig,),
     "pretrain": (PretrainConfig,),
+    "finetune": (FinetuneConfig,),
     "data": (PrepareConfig, TokenizerTrainConfig),
 }
 
@@ -35,7 +36,7 @@ def test_it_fits_together(name: str) -> None:
     if name.startswith("data/"):
         return
     try:
-        load(PretrainConfig, [name])
+        load(SCHEMAS[name.partition("/")[0]][0], [name])
     except ConfigError as error:
         theirs = ("no such folder", "is empty", "is not given", "no such file", "holds no", "problems in the")
         assert all(any(words in line for words in theirs) for line in str(error).splitlines()), str(error)
