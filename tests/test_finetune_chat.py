@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from doors import bigtx, losses, read_lines, same_weights
+from doors import ROOT, bigtx, losses, read_lines, same_weights
 from finetunes import WORDS, finetune, finetuned, kill_at, make_base, results, write_jsonl
 
 PLACES = ("first", "last")
@@ -77,6 +79,8 @@ def test_packed_chats_on_two_ranks_and_a_killed_run_loses_nothing(base: Path, fi
     assert losses(run_dir) == found
     same_weights(run_dir, straight)
     assert {"loss", "perplexity", "token_accuracy", "exact_match"} <= results(run_dir)["validation"].keys()
+    shown = read_lines(run_dir / "predictions.jsonl")
+    assert shown and all(isinstance(row["response"], str) for row in shown)
 
 
 @pytest.mark.dist
@@ -124,8 +128,6 @@ def test_unpacked_chats_under_zero_3_and_what_the_run_answers(
     finetuned(*sft(base, files, run_dir, "engine.zero_stage=3", *changes), ranks=2)
     found = losses(run_dir)
     assert found[12] < found[1]
-    shown = read_lines(run_dir / "predictions.jsonl")
-    assert shown, "what validation saw is kept"
     asked = write_jsonl(tmp_path / "asked.jsonl", [{"prompt": "first ba da ka"}, *chats(2)])
     done = bigtx("predict", str(run_dir), "--input", str(asked), "--output", str(tmp_path / "out.jsonl"))
     assert done.returncode == 0, done.stderr
@@ -145,3 +147,43 @@ def test_pairs_with_adapters(base: Path, files: Path, tmp_path: Path) -> None:
     pair, answer = (line["prediction"] for line in read_lines(tmp_path / "out.jsonl"))
     assert pair["margin"] == pytest.approx(pair["chosen_log_prob"] - pair["rejected_log_prob"])
     assert isinstance(answer["response"], str)
+
+
+@pytest.mark.slow
+def test_the_recipes_teach_the_forms_and_the_better_answer(tmp_path: Path) -> None:
+    """The chat set with its recipes, a smaller set and model, from nothing: the forms of held-out answers are kept, and
+    the held-out margin of rewards rises."""
+    program, tokenizer = ROOT / "tools" / "recipes" / "chat_set.py", tmp_path / "tokenizer"
+    sizes = ["--chats", "1500", "--pairs", "400", "--tests", "100"]
+    subprocess.run([sys.executable, program, "make", tmp_path, *sizes], check=True, capture_output=True)
+    texts = [message["content"] for chat in read_lines(tmp_path / "train.jsonl") for message in chat["messages"]]
+    (tmp_path / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
+    done = bigtx(
+        "tokenizer", "train", f"input.paths=[{tmp_path / 'texts.txt'}]", f"output={tokenizer}", "vocab_size=512"
+    )
+    assert done.returncode == 0, done.stderr
+
+    chat, better = tmp_path / "chat", tmp_path / "better"
+    model = ["model.hidden_size=96", "model.num_layers=3", "model.num_heads=2", "model.max_sequence_length=256"]
+    finetuned(
+        "finetune/chat.yaml",
+        f"tokenizer={tokenizer}",
+        *model,
+        *(f"data.{split}=[{tmp_path / f'{split}.jsonl'}]" for split in ("train", "test")),
+        "train.global_batch_size=4",
+        "train.epochs=5",
+        "validation.num_examples=0",
+        f"run_dir={chat}",
+    )
+    asked, answered = tmp_path / "test.jsonl", tmp_path / "answers.jsonl"
+    done = bigtx("predict", str(chat), "--input", str(asked), "--output", str(answered))
+    assert done.returncode == 0, done.stderr
+    score = [sys.executable, program, "score", answered]
+    told = subprocess.run(score, check=True, capture_output=True, text=True).stdout
+    shares = dict(line.rsplit(maxsplit=1) for line in told.splitlines())
+    assert float(shares["well-formed"].rstrip("%")) >= 90, told
+
+    pairs_of = [f"data.train=[{tmp_path / 'pairs.jsonl'}]", f"data.test=[{tmp_path / 'pairs-test.jsonl'}]"]
+    finetuned("finetune/chat-dpo.yaml", f"base={chat}", *pairs_of, "optimizer.learning_rate=2e-4", f"run_dir={better}")
+    test = results(better)["test"]
+    assert test["reward_margin"] > 0.2 and test["reward_accuracy"] > 0.6 and test["loss"] < 0.67

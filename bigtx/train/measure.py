@@ -59,12 +59,19 @@ class Measurement:
         tracker.log(state.step, state.tokens, metrics | {f"validation/best_{self.metric}": best})
         shown = ", ".join(f"{name} {number:.4f}" for name, number in measured[0].items())
         tracker.message(f"validation at step {state.step}: {shown}{' (the best so far)' if is_best else ''}")
-        tracker.predictions(
-            state.step,
-            state.tokens,
-            shown_predictions(self.task, self.held_out.records, measured[1], self.num_examples),
-        )
+        tracker.predictions(state.step, state.tokens, self._shown(measured[1]))
         return is_best
+
+    @torch.no_grad()
+    def _shown(self, predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
+        """Some predictions beside their records; those of a cheaper way that says nothing are made anew."""
+        records, total = self.held_out.records, len(self.held_out.records)
+        if not self.task.shows_by_predict:
+            return shown_predictions(self.task, records, predictions, self.num_examples)
+        count = min(self.num_examples, total)
+        places = [number * total // count for number in range(count)]
+        made = self._predict([self.held_out.examples[place] for place in places], self.task.predict)
+        return shown_predictions(self.task, [records[place] for place in places], made, count)
 
     @property
     def num_examples(self) -> int:

@@ -114,6 +114,7 @@ class Sft(RecordTask):
     metric = "loss"
     lower_is_better = frozenset({"loss", "perplexity"})
     generates = True
+    shows_by_predict = True
 
     def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:
         super().__init__(config, tokenizer)

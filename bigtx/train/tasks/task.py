@@ -71,6 +71,9 @@ class RecordTask(ABC):
         self.fields = config.data.fields
         self.max_length = config.data.max_length or config.model.max_sequence_length
 
+    shows_by_predict: ClassVar[bool] = False
+    """Whether `predict_in_run` leaves out what people want to see of predictions, so that the shown ones are made anew.
+    """
     needs_reference: ClassVar[bool] = False
     """Whether training compares the model with what it was before the first step: see `refer`."""
 
