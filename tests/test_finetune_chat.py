@@ -158,7 +158,8 @@ def test_the_recipes_teach_the_forms_and_the_better_answer(tmp_path: Path) -> No
     subprocess.run([sys.executable, program, "make", tmp_path, *sizes], check=True, capture_output=True)
     texts = [message["content"] for chat in read_lines(tmp_path / "train.jsonl") for message in chat["messages"]]
     (tmp_path / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
-    done = bigtx(
+    said = f"input.paths=[{tmp_path / 'texts.txt'}]"
+    done = bigtx("tokenizer", "train", said, f"output={tokenizer}", "vocab_size=512")
         "tokenizer", "train", f"input.paths=[{tmp_path / 'texts.txt'}]", f"output={tokenizer}", "vocab_size=512"
     )
     assert done.returncode == 0, done.stderr
