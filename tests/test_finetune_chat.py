@@ -160,8 +160,6 @@ def test_the_recipes_teach_the_forms_and_the_better_answer(tmp_path: Path) -> No
     (tmp_path / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
     said = f"input.paths=[{tmp_path / 'texts.txt'}]"
     done = bigtx("tokenizer", "train", said, f"output={tokenizer}", "vocab_size=512")
-        "tokenizer", "train", f"input.paths=[{tmp_path / 'texts.txt'}]", f"output={tokenizer}", "vocab_size=512"
-    )
     assert done.returncode == 0, done.stderr
 
     chat, better = tmp_path / "chat", tmp_path / "better"
