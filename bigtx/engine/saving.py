@@ -50,6 +50,7 @@ def save_frozen(engine: Engine, ranks: Ranks, run_dir: Path, read: ReadRange) ->
     Raises:
         CheckpointError: on every rank, if one could not write.
     """
+    assert not step_folders(run_dir), "checkpoints hold on to the frozen weights that are there"
     final = run_dir / FROZEN
     partial = final.with_name(final.name + ".partial")
     shapes = {name: shape for name, shape in engine.shapes().items() if name in engine.frozen}

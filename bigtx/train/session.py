@@ -24,9 +24,12 @@ from bigtx.utils.files import refuse_if_held
 from bigtx.utils.units import format_count, parse_duration
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from bigtx.data.stream.loader import StepLoader
     from bigtx.engine.engine import ReadRange
     from bigtx.train.loop import Run, Validation
+    from bigtx.train.teacher import Teacher
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -72,6 +75,7 @@ class Session(ABC, Generic[Config]):
         self.lock: Any = None
         self.ranks: Any = None
         self.checkpoint: Any = None
+        self.teacher: Teacher | None = None
         self.base_facts: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
@@ -127,14 +131,62 @@ class Session(ABC, Generic[Config]):
         self.changed = self.ranks.from_first(opened.changed if opened else None)
         self.damaged: list[str] = []
         self.checkpoint = checkpoint.choose(self.run_dir, self.ranks, self._note_damaged)
-        if self.checkpoint:
-            for key, what in (("tokenizer", "with another tokenizer"), ("data", "on other data (or in another state)")):
-                if self.checkpoint.manifest[key] != self.facts[key]:
-                    raise CheckpointError(
-                        f"{self.checkpoint.path} was trained {what} than it now names: it had "
-                        f"{self.checkpoint.manifest[key]}, here is {self.facts[key]}; give it its own data back, or "
-                        "begin another run_dir with init_from"
-                    )
+        if not self.checkpoint:
+            return
+        for key, what, own in (
+            ("tokenizer", "with another tokenizer", "data"),
+            ("data", "on other data (or in another state)", "data"),
+            ("teacher", "under another teacher", "teacher (distill.teacher may name a checkpoint)"),
+        ):
+            before, now = self.checkpoint.manifest.get(key), self.facts.get(key)
+            if before != now:
+                raise CheckpointError(
+                    f"{self.checkpoint.path} was trained {what} than it now names: it had {before}, here is {now}; "
+                    f"give it its own {own} back, or begin another run_dir with init_from"
+                )
+
+    def open_teacher(self) -> None:
+        """Find the teacher, if there is one, and complete the config from it.
+
+        Raises:
+            BigtxError: there is none at `distill.teacher`.
+        """
+        name = self.config.distill.teacher
+        if name is None:
+            return
+        from bigtx.engine.checkpoint import preferred
+        from bigtx.train.teacher import Teacher
+
+        # One choice for all ranks: the teacher may still be training.
+        self.teacher = Teacher(self.ranks.from_first(self.ranks.on_first(lambda: preferred(name))))
+        self.config = self.teacher.complete(self.config)
+
+    def admit_teacher(self, longest: int) -> None:
+        """Make sure that the teacher, if there is one, fits what was opened.
+
+        Args:
+            longest: columns of the longest row.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        if self.teacher is None:
+            return
+        self.teacher.check(self.config, self.tokenizer, longest)
+        self.facts["teacher"] = self.teacher.manifest_sha256
+        settings = self.config.distill
+        log.say(
+            f"teacher: {self.teacher.describe()}; its share in the loss {settings.weight:g}, at temperature "
+            f"{settings.temperature:g}"
+        )
+
+    def flops_of(self, *, source: int, target: int, predicted: int) -> float:
+        """Of a training step per row, the teacher's part included; arguments as of `flops_per_row`."""
+        from bigtx.plan.parameters import flops_per_row
+
+        lengths = {"source": source, "target": target, "predicted": predicted}
+        own = flops_per_row(self.config.model, **lengths)
+        return own if self.teacher is None else own + self.teacher.flops_per_row(**lengths)
 
     def is_finished(self) -> bool:
         """Whether the run has made all its steps; says so, before the model is built for nothing."""
@@ -213,17 +265,25 @@ class Session(ABC, Generic[Config]):
         from bigtx.engine.saving import save_frozen
 
         self.engine.fill(read, states=False)
-        if self.engine.frozen and not self.dry_run:
+        if self.engine.frozen and not self.dry_run and not self.checkpoint:  # Checkpoints hold on to what was kept.
             save_frozen(self.engine, self.ranks, self.run_dir, read)
 
     def initial_weights(self) -> ReadRange:
-        """The weights that the seed gives, as `Engine.fill` reads them."""
+        """The weights that the seed gives, or the teacher's layers, as `Engine.fill` reads them.
+
+        Raises:
+            ConfigError: the teacher's do not fit.
+        """
         from bigtx.model.initial import initial_value
 
         shapes = self.engine.shapes()
-        return lambda name, kind, start, stop: initial_value(
-            name, shapes[name], self.config.model, self.config.seed, start, stop
-        )
+
+        def of_seed(name: str, kind: str, start: int, stop: int) -> Tensor:
+            return initial_value(name, shapes[name], self.config.model, self.config.seed, start, stop)
+
+        if self.teacher is None or not self.config.distill.copy_layers:
+            return of_seed
+        return self.teacher.layers(shapes, of_seed)
 
     def train(self) -> int:
         """Train to the end or to a stop request. Returns the exit status."""
@@ -325,7 +385,7 @@ class Session(ABC, Generic[Config]):
             run_dir=self.run_dir,
             ranks=self.ranks,
             engine=self.engine,
-            task=self.task,
+            task=self._taught_task(),
             loader=self.loader,
             schedule=Schedule(config.schedule, total_steps=self.total_steps, tokens_per_step=self.tokens_per_step),
             validation=self.make_validation(),
@@ -336,6 +396,13 @@ class Session(ABC, Generic[Config]):
             validate_every=self.validate_every(),
             patience=self.patience,
         )
+
+    def _taught_task(self) -> Any:
+        """The task as the loop trains it; what measures within the run asks the student alone."""
+        if self.teacher is None:
+            return self.task
+        engine = self.config.engine
+        return self.teacher.teach(self.task, self.config.distill, self.engine.device, engine.precision)
 
     @abstractmethod
     def make_loader(self) -> StepLoader:

@@ -83,9 +83,11 @@ class Saved:
         world_size: int = 2,
         gpus: bool = False,
         shape: str = "decoder",
+        **fields: Any,
     ) -> None:
+        """Args: fields: more of each `Case`."""
         self.tmp_path, self.precision, self.world_size, self.gpus = tmp_path, precision, world_size, gpus
-        self.shape = shape
+        self.shape, self.fields = shape, fields
         self.runs = {
             (stage, optimizer): {
                 "case": self.case(stage, optimizer, world_size),
@@ -102,7 +104,7 @@ class Saved:
         case = {"stage": stage, "precision": self.precision, "optimizer": optimizer, "shape": self.shape}
         # Micro batches stay what they were, as in a run: the balance of experts is a mean over each.
         accumulation = max(1, self.world_size // world_size)
-        return case | {"accumulation": accumulation, "ema": 0.9, "deterministic": True}
+        return case | {"accumulation": accumulation, "ema": 0.9, "deterministic": True} | self.fields
 
     def check_resumed(self, world_sizes: tuple[int, ...], targets: list[tuple[int, int, str]]) -> None:
         """targets: (from stage, to stage, optimizer)."""

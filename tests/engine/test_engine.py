@@ -60,6 +60,64 @@ def test_parity_of_every_combination(tmp_path: Path, world_size: int) -> None:
     check_parity(run_ranks(tmp_path, world_size, "parity", cases=every + extra + offloaded, steps=10))
 
 
+PARTS: dict[str, dict[str, Any]] = {
+    "adapters": {"rank": 4},
+    "adapters and more": {
+        "rank": 4,
+        "train_also": ["*norm*", "decoder.blocks.1.mlp.up.*"],
+        "freeze": ["*.0.*.adapter.?"],
+    },
+    "upper half": {"freeze": ["embedding.*", "decoder.blocks.0.*"], "layer_decay": 0.5},
+    "lower half": {"freeze": ["decoder.blocks.1.*", "decoder.norm.*", "head.*"], "layer_decay": 0.5},
+}
+"""What is trained, where that is not all."""
+
+
+def parts(optimizer: str, *, precision: str = "fp32", **fields: Any) -> list[dict[str, Any]]:
+    case = {"accumulation": 2, "optimizer": optimizer, "precision": precision} | fields
+    return [case | {"stage": stage} | part for stage, part in itertools.product(STAGES, PARTS.values())]
+
+
+@pytest.mark.dist
+def test_parity_where_parts_are_trained(tmp_path: Path) -> None:
+    check_parity(run_ranks(tmp_path, 2, "parity", cases=parts("muon"), steps=4), least_fall=0.003)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_parity_where_parts_are_trained_in_every_combination(tmp_path: Path) -> None:
+    tried = [*parts("adamw"), *parts("muon", precision="bf16"), *parts("adamw", precision="bf16", recompute="full")]
+    tried += [
+        {"stage": stage, "shape": shape, "rank": 4, "accumulation": 2, "tied": True}
+        | ({"freeze": ["encoder.*"]} if shape == "encoder_decoder" else {})
+        for stage, shape in itertools.product(STAGES, ("encoder", "encoder_decoder", "experts"))
+    ]
+    tried += [
+        {"stage": stage, "rank": 4, "precision": "bf16", "offload": True, "offload_parameters": stage == 3}
+        for stage in (1, 2, 3)
+    ]
+    check_parity(run_ranks(tmp_path, 2, "parity", cases=tried, steps=10), least_fall=0.01)
+
+
+@pytest.mark.dist
+def test_resume_of_adapters_with_other_ranks_and_stages(tmp_path: Path) -> None:
+    saved = Saved(tmp_path, (1, 3), "fp32", ("adamw",), rank=4)
+    for run in saved.runs.values():
+        own = checkpoint.Checkpoint(checkpoint.newest(run["folder"]))
+        assert own.frozen is not None and all(".adapter." in name for name in own.manifest["parameters"])
+        assert own.kinds("embedding.weight") == ["master", "ema"]
+    saved.check_resumed((1, 2), [(1, 1, "adamw"), (1, 0, "adamw"), (3, 1, "adamw"), (3, 3, "adamw"), (1, 2, "adamw")])
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("part", PARTS)
+def test_resume_of_parts_from_every_stage_to_every_stage(tmp_path: Path, part: str, precision: str) -> None:
+    saved = Saved(tmp_path, STAGES, precision, ("adamw",), **PARTS[part])
+    saved.check_resumed((1, 2), [(source, target, "adamw") for source, target in itertools.product(STAGES, STAGES)])
+
+
 @pytest.mark.dist
 def test_a_nan_on_one_rank_changes_no_weight(tmp_path: Path) -> None:
     poisoned = [
