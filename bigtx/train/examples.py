@@ -110,7 +110,7 @@ def _read_splits(config: FinetuneConfig) -> dict[str, list[Record]]:
             continue
         records = splits["train"]
         groups = [kind.group_of(record, config) for record in records]
-        kept, held = split_records(records, groups, fraction, data.split)
+        kept, held = split_records(records, groups, fraction, data.split, name)
         splits["train"], splits[name] = [records[place] for place in kept], [records[place] for place in held]
     return splits
 

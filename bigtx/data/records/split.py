@@ -12,7 +12,7 @@ from bigtx.data.records.record import Record
 
 
 def split_records(
-    records: Sequence[Record], groups: Sequence[Any], fraction: float, how: Literal["hash", "tail"]
+    records: Sequence[Record], groups: Sequence[Any], fraction: float, how: Literal["hash", "tail"], name: str
 ) -> tuple[list[int], list[int]]:
     """Divide records in those that stay and those that are held out.
 
@@ -21,13 +21,14 @@ def split_records(
         fraction: share to hold out.
         how: "tail": the last ones of each group, in the order of `records`, rounded down; "hash": those whose content
             has a hash below the share, so that equal records stay together and a record added moves no other.
+        name: of the split: each has hashes of its own, or nothing would be left below the share of a second one.
 
     Returns:
         The places in `records` of both, in order.
     """
     assert len(records) == len(groups)
     if how == "hash":
-        held = [_share(record) < fraction for record in records]
+        held = [_share(record, name) < fraction for record in records]
     else:
         places: dict[Any, list[int]] = {}
         for place, group in enumerate(groups):
@@ -38,6 +39,6 @@ def split_records(
     return kept, [place for place, is_held in enumerate(held) if is_held]
 
 
-def _share(record: Record) -> float:
-    content = json.dumps(record.fields, sort_keys=True, default=str)
+def _share(record: Record, name: str) -> float:
+    content = name + json.dumps(record.fields, sort_keys=True, default=str)
     return xxhash.xxh3_64_intdigest(content.encode("utf-8", "surrogatepass")) / 2**64
