@@ -246,8 +246,8 @@ class FinetuneSession(Session[FinetuneConfig]):
 
     def flops_per_token(self) -> float:
         """Of a record of mean length."""
-        source, target, predicted = (round(length) for length in self.lengths)
-        return self.flops_of(source=source, target=target, predicted=predicted) / self.mean_tokens
+        source, target, predicted, num_rows = map(round, self.lengths)
+        return self.flops_of(source=source, target=target, predicted=predicted) * num_rows / self.mean_tokens
 
     def validate_every(self) -> str:
         """As the config says, a share of the run in steps."""

@@ -113,8 +113,6 @@ class Preference(RecordTask):
         if answers and ids[0] == ids[1]:
             raise BadRecordError(f"the fields {self.fields.chosen!r} and {self.fields.rejected!r} are the same answer")
         chat = self.format.fit(self.format.parts(prompt, learn=False), ids)
-        if answers and chat.answers[0] == chat.answers[1]:
-            raise BadRecordError(f"the answers differ after {self.max_length:,} tokens alone (data.max_length)")
         chosen, rejected = (np.array(side, np.int32) for side in chat.answers or ([], []))
         return PairExample(np.array(chat.prompt, np.int32), chosen, rejected, chat.num_cut)
 
@@ -188,8 +186,7 @@ class Preference(RecordTask):
 
     @torch.no_grad()
     def predict(self, model: Model, examples: Sequence[PairExample], device: torch.device) -> list[Prediction]:
-        """Of pairs how much likelier the chosen answer is than the rejected one, in nats; of prompts alone the answer.
-        """
+        """Of pairs how much likelier the chosen answer is than the rejected one, in nats; of prompts alone the answer."""
         found: list[Prediction] = [{} for _ in examples]
         pairs = [place for place, example in enumerate(examples) if example.has_answers]
         if pairs:
@@ -240,8 +237,12 @@ class Preference(RecordTask):
 
     def lengths(self, examples: Sequence[PairExample]) -> Lengths:
         """Of one side; both are read."""
-        mean = float(np.mean([example.length for example in examples]))
-        return Lengths(0, mean, mean)
+        mean = self.mean_tokens(examples) / 2
+        return Lengths(0, mean, mean, num_rows=2)
+
+    def mean_tokens(self, examples: Sequence[PairExample]) -> float:
+        """Of both sides."""
+        return float(np.mean([2 * len(each.prompt) + len(each.chosen) + len(each.rejected) - 2 for each in examples]))
 
 
 def _common(sides: Sequence[Any]) -> list[Message]:

@@ -53,6 +53,8 @@ class Lengths(NamedTuple):
     """Of the decoder; 0 without one."""
     predicted: float
     """Columns whose logits are made."""
+    num_rows: int = 1
+    """Rows of these lengths that an example takes."""
 
 
 class RecordTask(ABC):
