@@ -26,6 +26,7 @@ from bigtx.config.schema import (
     ValidationConfig,
 )
 from bigtx.config.settings import find, similar_keys
+from bigtx.config.validate_distill import distill_problems
 from bigtx.config.validate_finetune import task_problems
 from bigtx.config.validate_model import model_problems, objective_problems, training_problems
 from bigtx.utils.processes import world_size
@@ -58,6 +59,7 @@ def _every_run(config: RunConfig) -> Iterator[Problem]:
     for key in config.allow_changes:
         yield from _allowed_change(type(config), key)
     yield from model_problems(config.model)
+    yield from distill_problems(config)
     yield from _batches(config.train, world_size())
     yield from _engine(config)
 
@@ -65,7 +67,7 @@ def _every_run(config: RunConfig) -> Iterator[Problem]:
 def _finetune(config: FinetuneConfig) -> Iterator[Problem]:
     yield from _every_run(config)
     yield from training_problems(config, started_from=config.base)
-    if config.base is None and config.tokenizer is None:
+    if config.base is None and config.tokenizer is None and config.distill.teacher is None:
         yield Problem(
             "base",
             "",

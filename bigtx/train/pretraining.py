@@ -31,6 +31,7 @@ class PretrainSession(Session[PretrainConfig]):
         from bigtx.train.run_data import open_run_data
         from bigtx.train.tasks.likelihood import LikelihoodTask
 
+        self.open_teacher()
         config = self.config
         self.tokens_per_step = config.train.global_batch_size * config.train.sequence_length
         self.total_steps = total_steps(config)
@@ -54,6 +55,7 @@ class PretrainSession(Session[PretrainConfig]):
         self.objective = make_objective(config, self.tokenizer, purpose="train")
         log.say(f"objective: {config.objective.name}, {self.objective.describe()}")
         self.task = LikelihoodTask(z_loss=config.train.z_loss, experts=config.model.experts)
+        self.admit_teacher(max(self.objective.lengths.source, self.objective.lengths.target))
 
     def begin(self) -> None:
         """From another run (`init_from`), or from the seed."""
@@ -112,10 +114,7 @@ class PretrainSession(Session[PretrainConfig]):
 
     def flops_per_token(self) -> float:
         """Of a row, by what the objective makes of it."""
-        from bigtx.plan.parameters import flops_per_row
-
-        lengths = self.objective.lengths._asdict()
-        return flops_per_row(self.config.model, **lengths) // self.config.train.sequence_length
+        return self.flops_of(**self.objective.lengths._asdict()) // self.config.train.sequence_length
 
     def validate_every(self) -> str:
         """As the config says."""

@@ -242,6 +242,20 @@ class TrackConfig:
 
 
 @dataclass(kw_only=True)
+class DistillConfig:
+    """A trained run as the teacher: the student learns how likely it finds each answer too (arXiv:1503.02531)."""
+
+    teacher: Optional[str] = field(None, change="by_name")
+    """Run or checkpoint folder of the teacher, of the same tokenizer; every rank holds it whole. Empty: none."""
+    weight: float = field(0.5, minimum=0.0, maximum=1.0)
+    """Share of the teacher in the loss; the rest is the data's own."""
+    temperature: float = field(1.0, minimum=0.0)
+    """Divides the logits of both before they are compared; above 1 unlikely answers say more."""
+    copy_layers: bool = field(False, change="never")
+    """Begin with the teacher's embeddings, head and evenly spaced blocks (arXiv:1910.01108) instead of the seed's."""
+
+
+@dataclass(kw_only=True)
 class RunConfig:
     """What every training has."""
 
@@ -255,6 +269,7 @@ class RunConfig:
     train: RhythmConfig = section(RhythmConfig, change="never")
     optimizer: OptimizerConfig = section(OptimizerConfig, change="by_name")
     schedule: ScheduleConfig = section(ScheduleConfig, change="by_name")
+    distill: DistillConfig = section(DistillConfig, change="by_name")
     engine: EngineConfig = section(EngineConfig, change="free")
     track: TrackConfig = section(TrackConfig, change="free")
     deepspeed: dict[str, Any] = field(factory=dict, change="free")

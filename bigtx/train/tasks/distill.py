@@ -1,0 +1,70 @@
+"""Plain text under a teacher: every record is a text, of which each token is predicted from those before it.
+
+The teacher comes in where every task's does (see bigtx.train.teacher). A text is one answer to no question:
+
+    </s> text </s>      with loss on all but the first, which says that a text begins
+
+Corpora that do not fit into memory, and encoders and encoder-decoders, are distilled by pretraining with
+`distill.teacher`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from bigtx.config.schema import FinetuneConfig
+from bigtx.data.records.record import Record
+from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.train.tasks.sft import ChatExample, Sft
+from bigtx.train.tasks.task import Model, Prediction
+from bigtx.utils.errors import ConfigError
+
+
+class Distill(Sft):
+    """Learn texts as a teacher finds them likely; predictions say how likely a text is."""
+
+    generates = False
+
+    def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:
+        super(Sft, self).__init__(config, tokenizer)  # A text has no chat format.
+        self.settings = config.sft
+
+    @classmethod
+    def resolve(cls, config: FinetuneConfig, tokenizer: Tokenizer, records: Sequence[Record]) -> FinetuneConfig:
+        """The head of tokens.
+
+        Raises:
+            ConfigError: no decoder.
+        """
+        if config.model.shape != "decoder":
+            raise ConfigError(
+                f"task=distill wants a decoder, and the model is an {config.model.shape}; bigtx/pretrain.py with "
+                "distill.teacher distills any shape from a prepared corpus"
+            )
+        return super(Sft, cls).resolve(config, tokenizer, records)
+
+    def encode(self, record: Record, *, for_training: bool = True) -> ChatExample:
+        """The ids of a text, an end before and behind it."""
+        ids = self.tokenizer.encode(record.text(self.fields.text, setting="data.fields.text"))
+        kept = self.cut(ids, self.max_length - 1)
+        whole = [self.tokenizer.end_id, *kept, self.tokenizer.end_id]
+        return ChatExample(np.array(whole, np.int32), np.arange(len(whole)) > 0, 1, len(ids) - len(kept))
+
+    @torch.no_grad()
+    def predict(self, model: Model, examples: Sequence[ChatExample], device: torch.device) -> list[Prediction]:
+        """The mean cross-entropy of a text's tokens in nats, and their number."""
+        return [
+            {"loss": score["_loss_sum"] / score["_num_tokens"], "tokens": score["_num_tokens"]} | score
+            for score in self.predict_in_run(model, examples, device)
+        ]
+
+    def shown(self, record: Record) -> str:
+        """The text."""
+        return str(record.value(self.fields.text) or "")
+
+    def answer(self, record: Record) -> str:
+        """A text has none."""
+        return ""

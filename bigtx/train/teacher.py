@@ -1,0 +1,225 @@
+"""A teacher beside the student (Hinton et al., arXiv:1503.02531), whatever the task.
+
+    batch ──▶ task.loss(model, batch) ──▶ model(tokens, labels, ...)
+                                            ├──▶ teacher, without gradients ──▶ soft targets ─┐
+                                            └──▶ student ◀────────────────────────────────────┘
+
+The task is given a model that asks the teacher first: of tokens with labels the student's own fused loss takes the soft
+targets in; of classes the divergence is added afterwards. So a task needs to know nothing of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from bigtx.config.schema import DistillConfig, FinetuneConfig, RunConfig
+from bigtx.engine.checkpoint import Checkpoint
+from bigtx.engine.task import Task, TaskLoss
+from bigtx.engine.trained import find_with_tokenizer, read_model
+from bigtx.model.logits import SoftTargets, divergence
+from bigtx.model.loss import IGNORED
+from bigtx.plan.parameters import count_parameters, flops_per_row, stacks
+from bigtx.utils.errors import ConfigError
+from bigtx.utils.units import format_count
+
+if TYPE_CHECKING:
+    from bigtx.engine.engine import ReadRange
+    from bigtx.model.transformer import Transformer
+    from bigtx.tokenizer.tokenizer import Tokenizer
+
+Config = TypeVar("Config", bound=RunConfig)
+Shape = tuple[int, ...]
+
+OF_LOSS_ALONE = ("z_loss", "label_smoothing")
+"""Arguments of a model that say nothing about its logits."""
+
+
+class Teacher:
+    """A trained run that a student learns from.
+
+    Attributes:
+        checkpoint: the folder of its weights.
+        config: of the run.
+        manifest_sha256: what its weights are known by.
+        tokenizer: its run's.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        """Args: checkpoint: its folder, in the run that it is of.
+
+        Raises:
+            BigtxError: what is there is no run's checkpoint that this bigtx can read.
+        """
+        self.checkpoint, self.config, self.tokenizer = find_with_tokenizer(checkpoint)
+        self.model = self.config.model
+        self.manifest_sha256 = Checkpoint(checkpoint).manifest_sha256
+
+    def complete(self, config: Config) -> Config:
+        """The student's config with what it takes from its teacher where it does not say: the size of the vocabulary,
+        the classes, and what is read to tell them."""
+        if config.model.vocab_size is None:
+            model = dataclasses.replace(config.model, vocab_size=self.model.vocab_size)
+            config = dataclasses.replace(config, model=model)
+        if isinstance(config, FinetuneConfig) and isinstance(self.config, FinetuneConfig):
+            own, theirs = config.classify, self.config.classify
+            if config.task == self.config.task == "classify":
+                own = dataclasses.replace(
+                    own,
+                    classes=own.classes or theirs.classes,
+                    pooling=theirs.pooling if own.pooling == "auto" else own.pooling,
+                )
+                config = dataclasses.replace(config, classify=own)
+        return config
+
+    def check(self, config: RunConfig, tokenizer: Tokenizer, longest: int) -> None:
+        """Refuse a teacher whose answers are not answers to the student's questions.
+
+        Args:
+            config: the student's, complete.
+            longest: columns of the longest row that both will read.
+
+        Raises:
+            ConfigError: says all that does not fit.
+        """
+        problems = list(self._problems(config, tokenizer, longest))
+        if problems:
+            raise ConfigError(f"distill.teacher={config.distill.teacher}: {'; '.join(problems)}")
+
+    def _problems(self, config: RunConfig, tokenizer: Tokenizer, longest: int) -> Iterator[str]:
+        own, theirs = config.model, self.model
+        if self.tokenizer.fingerprint != tokenizer.fingerprint:
+            yield (
+                "its tokenizer is not the student's, so its ids mean other texts; take the data or the base of the one "
+                "for the other"
+            )
+        elif theirs.num_classes is None and theirs.vocab_size != own.vocab_size:
+            yield f"it knows {theirs.vocab_size:,} ids; write model.vocab_size={theirs.vocab_size}"
+        for field in ("shape", "prefix_attention", "audio"):
+            if getattr(own, field) != getattr(theirs, field):
+                yield f"its model.{field} is {getattr(theirs, field)}, and the student's {getattr(own, field)}"
+        if theirs.positions == "learned" and longest > theirs.max_sequence_length:
+            yield f"it has learned {theirs.max_sequence_length:,} positions, and rows are up to {longest:,} long"
+        if own.num_classes is None and theirs.num_classes is None:
+            return
+        if own.num_classes is None or theirs.num_classes is None:
+            sorts = "sorts into classes" if theirs.num_classes else "predicts tokens"
+            yield f"it {sorts}, which the student does not; name a run that learned the same"
+            return
+        assert isinstance(config, FinetuneConfig) and isinstance(self.config, FinetuneConfig)
+        for field in ("classes", "pooling"):
+            mine, other = getattr(config.classify, field), getattr(self.config.classify, field)
+            if mine != other:
+                yield f"its classify.{field} is {_text(other)}, and the student's {_text(mine)}"
+
+    def describe(self) -> str:
+        """For the log."""
+        return f"{self.checkpoint}, {format_count(count_parameters(self.model).total)} parameters"
+
+    def flops_per_row(self, **lengths: int) -> float:
+        """Of being asked: the forward pass alone."""
+        return flops_per_row(self.model, **lengths) / 3
+
+    def teach(self, task: Task, settings: DistillConfig, device: torch.device, precision: str) -> Distilled:
+        """The task with this teacher, whose weights are read now.
+
+        Raises:
+            CheckpointError: they are damaged.
+        """
+        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        model = read_model(self.checkpoint, self.model, device=device, dtype=dtype)
+        return Distilled(task, model.requires_grad_(False), settings)
+
+    def layers(self, shapes: Mapping[str, Shape], initial: ReadRange) -> ReadRange:
+        """The student's first weights: the teacher's, of evenly spaced blocks, as in DistilBERT (arXiv:1910.01108).
+
+        Args:
+            shapes: of the student's parameters.
+            initial: gives those that the teacher lacks.
+
+        Raises:
+            ConfigError: their shapes differ.
+        """
+        source = Checkpoint(self.checkpoint)
+        origins = {name: self._origin(name, shapes) for name in shapes}
+        known = {name: origin for name, origin in origins.items() if origin in source.shapes}
+        different = [name for name, origin in known.items() if source.shapes[origin] != shapes[name]]
+        if different:
+            name = different[0]
+            raise ConfigError(
+                f"distill.copy_layers=true: {name} is {list(shapes[name])}, and the teacher's "
+                f"{list(source.shapes[known[name]])} ({len(different)} such); only the numbers of layers may differ"
+            )
+
+        def read(name: str, kind: str, start: int, stop: int) -> Tensor:
+            if name in known:
+                return source.read(known[name], kind, start, stop)
+            return initial(name, kind, start, stop)
+
+        return read
+
+    def _origin(self, name: str, shapes: Mapping[str, Shape]) -> str:
+        """The teacher's parameter that a student's begins with."""
+        stack, dot, rest = name.partition(".blocks.")
+        if not dot:
+            return name
+        number, _, part = rest.partition(".")
+        own = 1 + max(int(other.split(".")[2]) for other in shapes if other.startswith(f"{stack}.blocks."))
+        return f"{stack}.blocks.{int(number) * stacks(self.model)[stack] // own}.{part}"
+
+
+class Distilled:
+    """A task whose labels have a teacher beside them."""
+
+    def __init__(self, task: Task, teacher: Transformer, settings: DistillConfig) -> None:
+        """Args:
+        task: gives the loss of the labels.
+        teacher: on the device of the batches.
+        """
+        self.task, self.teacher, self.settings = task, teacher, settings
+
+    def loss(self, model: Callable[..., Any], batch: Any) -> TaskLoss:
+        """(1 - w) times the task's own loss, and w T^2 times the divergence of the student from the teacher; what is
+        reported is the task's own."""
+        taught = TaughtModel(model, self.teacher, self.settings)
+        loss = self.task.loss(taught, batch)
+        if taught.divergence is None:
+            return loss
+        weight = self.settings.weight
+        distance = (taught.divergence * (batch.labels != IGNORED)).sum()
+        return loss._replace(loss_sum=(1.0 - weight) * loss.loss_sum + weight * distance)
+
+
+class TaughtModel:
+    """A student that is shown what the teacher makes of the same input.
+
+    Attributes:
+        divergence: after a call without labels, of each row of logits: fp32 [...]; None where the student's own loss
+            has taken the teacher's part in.
+    """
+
+    def __init__(self, student: Callable[..., Any], teacher: Transformer, settings: DistillConfig) -> None:
+        self.student, self.teacher, self.settings = student, teacher, settings
+        self.divergence: Tensor | None = None
+
+    def __call__(self, *, labels: Tensor | None = None, **inputs: Any) -> Any:
+        """As the student's `forward`, by names."""
+        settings = self.settings
+        question = {name: value for name, value in inputs.items() if name not in OF_LOSS_ALONE}
+        with torch.no_grad():
+            expected = self.teacher(**question, on_demand=labels is not None)
+        if labels is not None:
+            targets = SoftTargets(expected, settings.weight, settings.temperature)
+            return self.student(labels=labels, **inputs, soft_targets=targets)
+        logits = self.student(**inputs)
+        self.divergence = divergence(logits, expected, settings.temperature)
+        return logits
+
+
+def _text(value: Any) -> str:
+    return f"[{', '.join(value)}]" if isinstance(value, list) else str(value)
