@@ -137,7 +137,7 @@ def test_unpacked_chats_under_zero_3_and_what_the_run_answers(
 @pytest.mark.slow
 def test_pairs_with_adapters(base: Path, files: Path, tmp_path: Path) -> None:
     run_dir, rate = tmp_path / "run", "optimizer.learning_rate=1e-2"
-    finetuned(*dpo(base, files, run_dir, "model.lora.rank=4", rate, "validation.at_start=true"))
+    finetuned(*dpo(base, files, run_dir, "model.lora.rank=4", rate))
     found = losses(run_dir)
     assert found[1] == pytest.approx(0.6931, abs=1e-4), "adapters start at zero"
     assert found[12] < found[1]
