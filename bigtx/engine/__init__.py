@@ -3,11 +3,13 @@
     config ──▶ deepspeed_config ──▶ Engine (engine.py) ── train_step, evaluate
                                       │
     optimizers, muon, schedules ──────┤
+    trainable: what stays frozen ─────┤
                                       ▼
                 fragments: what this rank holds of each parameter
                                       │
                                       ▼
-           checkpoint: safetensors fragments and a manifest, readable without DeepSpeed
+        saving ──▶ checkpoint: safetensors fragments and a manifest, readable without DeepSpeed
+                              └── merged: the same with adapters added to their matrices
 
 Nothing outside this package imports deepspeed.
 """

@@ -3,6 +3,7 @@
 config.yaml        the resolved config            tokenizer/       copied from the data
 deepspeed.json     as given to DeepSpeed          environment.json versions, commit, hardware
 metrics.jsonl, samples.jsonl, events.jsonl, wandb/, logs/ and checkpoints/ grow as the run goes on
+frozen/            the weights that the run does not train, where there are any; every checkpoint is read with them
 """
 
 from __future__ import annotations
