@@ -157,8 +157,9 @@ KINDS = (larger, after, word_of, number_of, reversed_list, cycle(DAYS, "day"), c
 
 def ask(generator: random.Random, *, held_out: bool) -> Question:
     """A question; open ones are held out or not, as asked."""
+    kind = generator.choice(KINDS)  # First, so that kinds are as frequent there as here.
     while True:
-        question = generator.choice(KINDS)(generator)
+        question = kind(generator)
         if not question.is_open or question.is_held_out == held_out:
             return question
 
