@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bigtx.train.base_weights import plan_transfer
+from bigtx.utils.errors import ConfigError
+
+BASE = {"embedding.weight": (4, 2), "block.weight": (3, 3), "head.weight": (4, 2)}
+MODEL = {"embedding.weight": (6, 2), "block.weight": (3, 3), "head.classes.weight": (2, 2)}
+
+
+class Source:
+    """A base whose elements are their places in the parameter."""
+
+    def read(self, name: str, kind: str, start: int, stop: int) -> torch.Tensor:
+        assert stop <= torch.Size(BASE[name]).numel()
+        return torch.arange(start, stop, dtype=torch.float32)
+
+
+def begun(name: str, kind: str, start: int, stop: int) -> torch.Tensor:
+    return -torch.arange(start, stop, dtype=torch.float32) - 100
+
+
+def test_what_becomes_of_each_parameter_is_told() -> None:
+    transfer = plan_transfer(MODEL, BASE, name="runs/base")
+    assert transfer.loaded == ["block.weight"]
+    assert transfer.resized == {"embedding.weight": (4, 6)}
+    assert transfer.new == ["head.classes.weight"] and transfer.dropped == ["head.weight"]
+    assert transfer.describe() == (
+        "1 parameters loaded; resized: embedding.weight (4 of 6 rows); new: head.classes.weight; dropped: head.weight"
+    )
+    assert transfer.to_dict()["resized"] == {"embedding.weight": {"rows_loaded": 4, "rows": 6}}
+
+
+def test_ranges_come_from_where_they_belong() -> None:
+    read = plan_transfer(MODEL, BASE, name="runs/base").read(Source(), begun)  # type: ignore[arg-type]
+    assert read("block.weight", "master", 2, 5).tolist() == [2, 3, 4]
+    assert read("head.classes.weight", "master", 1, 3).tolist() == [-101, -102]
+    # A rank may hold any part of a table that grew: before the border, across it, behind it.
+    assert read("embedding.weight", "master", 0, 3).tolist() == [0, 1, 2]
+    assert read("embedding.weight", "master", 6, 10).tolist() == [6, 7, -108, -109]
+    assert read("embedding.weight", "master", 9, 12).tolist() == [-109, -110, -111]
+
+
+def test_a_table_that_shrank() -> None:
+    shapes = {**MODEL, "embedding.weight": (3, 2)}
+    transfer = plan_transfer(shapes, BASE, name="runs/base")
+    assert transfer.resized == {"embedding.weight": (3, 3)}
+    read = transfer.read(Source(), begun)  # type: ignore[arg-type]
+    assert read("embedding.weight", "master", 0, 6).tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_another_shape_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"block\.weight \[3, 3\] there, \[3, 4\] here"):
+        plan_transfer({**MODEL, "block.weight": (3, 4)}, BASE, name="runs/base")
+    with pytest.raises(ConfigError, match=r"embedding\.weight"):
+        plan_transfer({**MODEL, "embedding.weight": (4, 3)}, BASE, name="runs/base")
