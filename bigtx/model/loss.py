@@ -32,6 +32,8 @@ CHUNK_LOGITS = {"cpu": 2**21, "cuda": 2**27}
 
 MIN_CHUNK_TOKENS = 128
 """With a large vocabulary, smaller chunks spend their time on adding to the weight's gradient."""
+TAUGHT_COPIES = 4
+"""Where a teacher's logits are compared too, as many tensors of a chunk's size are in memory as otherwise one."""
 
 ChunkLoss = Callable[[Tensor, Any], tuple[Tensor, Tensor, Tensor]]
 """Logits [n, P] and what they are compared with, labels [n] as a rule, to the summed loss, the summed cross-entropy,
@@ -197,7 +199,8 @@ class ChunkedLoss(torch.autograd.Function):
         sums = torch.zeros(2, dtype=torch.float32, device=hidden.device)
         arithmetic = _arithmetic(hidden)
         matrix, offsets = weight.to(arithmetic), None if bias is None else bias.to(arithmetic)
-        for chunk in _chunks(hidden, weight):
+        num_copies = TAUGHT_COPIES if isinstance(targets, _LabelsAndLogits) else 1
+        for chunk in _chunks(hidden, weight, num_copies):
             inputs = hidden[chunk].to(arithmetic)
             loss, cross_entropy, grad = per_chunk(F.linear(inputs, matrix, offsets), targets[chunk])
             sums += torch.stack((loss, cross_entropy))
@@ -295,9 +298,9 @@ def _arithmetic(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
-def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
-    """Tokens of hidden [N, D] whose logits under weight [P, D] are made at once."""
-    limit = CHUNK_LOGITS.get(hidden.device.type, CHUNK_LOGITS["cuda"])
+def _chunks(hidden: Tensor, weight: Tensor, num_copies: int = 1) -> Iterator[slice]:
+    """Tokens of hidden [N, D] whose logits under weight [P, D] are made at once, in so many copies."""
+    limit = CHUNK_LOGITS.get(hidden.device.type, CHUNK_LOGITS["cuda"]) // num_copies
     size = max(MIN_CHUNK_TOKENS, limit // weight.shape[0])
     return (slice(start, start + size) for start in range(0, hidden.shape[0], size))
 

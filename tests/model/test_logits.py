@@ -33,7 +33,7 @@ def some_labels() -> Tensor:
     return labels
 
 
-@pytest.mark.parametrize("chunk", [1, 7 * 256, 2**20])
+@pytest.mark.parametrize("chunk", [1, 4 * 7 * 256, 2**20])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize(("weight", "soft_cap"), [(0.3, None), (0.3, 3.0), (1.0, None)])
 def test_equals_float64(
