@@ -66,7 +66,7 @@ def _every_run(config: RunConfig) -> Iterator[Problem]:
 
 def _finetune(config: FinetuneConfig) -> Iterator[Problem]:
     yield from _every_run(config)
-    yield from training_problems(config, started_from=config.base)
+    yield from training_problems(config, begins_with="base")
     if config.base is None and config.tokenizer is None and config.distill.teacher is None:
         yield Problem(
             "base",
@@ -103,7 +103,7 @@ def _pretrain(config: PretrainConfig) -> Iterator[Problem]:
     started = any(Path(config.run_dir, "checkpoints").glob("step-*[0-9]"))  # Then the weights have been taken already.
     if config.init_from is not None and not started and not Path(config.init_from).is_dir():
         yield Problem("init_from", config.init_from, "no such folder; name a run or one of its checkpoints")
-    yield from training_problems(config, started_from=config.init_from)
+    yield from training_problems(config, begins_with="init_from")
     yield from objective_problems(config)
     yield from _data(config.data)
     yield from _phases(config.data, config.train.sequence_length)

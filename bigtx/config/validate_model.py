@@ -120,16 +120,19 @@ def _lora(model: ModelConfig) -> Iterator[Problem]:
         yield Problem("model.lora.targets", glob, what)
 
 
-def training_problems(config: RunConfig, *, started_from: str | None) -> Iterator[Problem]:
+def training_problems(config: RunConfig, *, begins_with: str) -> Iterator[Problem]:
     """What is trained must be possible.
 
     Args:
-        started_from: the run whose weights this one begins with.
+        begins_with: the setting that names the run whose weights this one begins with.
     """
     lora, optimizer = config.model.lora, config.optimizer
-    if lora.rank and started_from is None:
+    if lora.rank and getattr(config, begins_with) is None:
         yield Problem(
-            "model.lora.rank", str(lora.rank), "adapters stand beside trained weights; name those, or write rank 0"
+            "model.lora.rank",
+            str(lora.rank),
+            f"adapters stand beside trained weights; name a run that has them, e.g. {begins_with}=runs/mine",
+            related=(begins_with,),
         )
     if optimizer.train_also and not lora.rank:
         yield Problem(
