@@ -122,7 +122,8 @@ class Preference(RecordTask):
         sides = [record.value(name) for name in (fields.chosen, fields.rejected)]
         if not for_training and sides == [None, None]:
             if record.value(fields.prompt) is None and record.value(fields.messages) is not None:
-                return self.format.check(record.value(fields.messages), fields.messages), []
+                messages = self.format.check(record.value(fields.messages), fields.messages)
+                return messages[:-1] if messages[-1]["role"] == ASSISTANT else messages, []
             return self.format.prompt(record, fields.prompt), []
         if record.value(fields.prompt) is None and all(isinstance(side, list) for side in sides):
             prompt: str | Sequence[Message] = _common(sides)

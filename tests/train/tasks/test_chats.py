@@ -191,6 +191,13 @@ def test_pairs_of_texts_and_of_chats(tokenizer: Tokenizer) -> None:
     assert batch.tokens[0, :prompt].tolist() == batch.tokens[1, :prompt].tolist() == examples[0].prompt.tolist()
 
 
+def test_a_prompt_alone_is_answered(tokenizer: Tokenizer) -> None:
+    task, asked = preference(tokenizer), tokenizer.encode_chat(CHAT[:-1], add_generation_prompt=True)
+    for fields in ({"messages": CHAT}, {"messages": CHAT[:-1]}, {"prompt": CHAT[:-1]}):
+        example = task.encode(Record(fields, "a"), for_training=False)
+        assert example.prompt.tolist() == asked and not example.has_answers
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
