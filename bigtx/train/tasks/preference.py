@@ -187,7 +187,7 @@ class Preference(RecordTask):
 
     @torch.no_grad()
     def predict(self, model: Model, examples: Sequence[PairExample], device: torch.device) -> list[Prediction]:
-        """Of pairs how much likelier the chosen answer is than the rejected one, in nats; of prompts alone the answer."""
+        """Of pairs how much likelier the chosen answer is than the rejected one, in nats; to prompts alone, answers."""
         found: list[Prediction] = [{} for _ in examples]
         pairs = [place for place, example in enumerate(examples) if example.has_answers]
         if pairs:
