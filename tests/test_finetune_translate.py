@@ -5,12 +5,13 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from doors import bigtx, losses, read_lines, same_weights
-from finetunes import WORDS, finetune, finetuned, kill_at, make_base, results, write_table
+from doors import ROOT, bigtx, environment, losses, read_lines, same_weights
+from finetunes import WORDS, finetune, finetune_command, finetuned, kill_at, make_base, results, write_table
 
 DICTIONARY = dict(zip(WORDS[:10], WORDS[20:30], strict=True))
 MODEL = [
@@ -133,3 +134,40 @@ def test_broken_pairs_are_refused_with_file_and_line(corpus: Path, tmp_path: Pat
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert f"{tmp_path}/pairs.xx.gz, line 4: the field 'target' is empty" in done.stderr
     assert "6 are allowed (data.max_length)" in done.stderr
+
+
+@pytest.mark.slow
+def test_captions_are_translated(test_data: Path, tmp_path: Path) -> None:
+    """The recipe of configs/finetune, for its first minutes."""
+    folder, tokenizer = test_data / "multi30k", tmp_path / "tokenizer"
+    if not folder.is_dir():
+        pytest.skip(f"no captions in {test_data}")
+    done = bigtx(
+        "tokenizer",
+        "train",
+        f"input.paths=[{folder}/train.de.gz,{folder}/train.en.gz]",
+        "input.text_suffixes=[.gz]",
+        "input.document_per_line=true",
+        "whitespace_pieces=false",
+        "vocab_size=8000",
+        f"output={tokenizer}",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    recipe = ROOT / "configs" / "finetune" / "multi30k.yaml"
+    done = subprocess.run(
+        [
+            *finetune_command([str(recipe)]),
+            f"tokenizer={tokenizer}",
+            f"data.train=['{folder}/train.{{de,en}}.gz']",
+            f"data.validation=['{folder}/val.{{de,en}}.gz']",
+            "data.test=[]",
+            "train.epochs=1",
+            "track.wandb=off",
+            f"run_dir={tmp_path / 'run'}",
+        ],
+        capture_output=True,
+        text=True,
+        env=environment(),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert results(tmp_path / "run")["validation"]["bleu"] > 15.0

@@ -233,21 +233,20 @@ def bigtx_arm(arguments: argparse.Namespace) -> dict[str, Any]:
     common = [sys.executable, str(ROOT / "bigtx" / "finetune.py"), str(ROOT / "configs" / "finetune" / "multi30k.yaml")]
     common += [f"tokenizer={arguments.tokenizer}", *data, "track.wandb=off"]
     with tempfile.TemporaryDirectory() as scratch:
-        trial = ["data.test=[]", "train.max_steps=40", "train.log_every=20 steps", "validation.max_records=1"]
-        _run([*common, *trial, f"run_dir={scratch}/trial"])
-        speed = _last(Path(scratch, "trial"), "perf/tokens_per_second")
-        tokens = _last(Path(scratch, "trial"), "train/tokens") / 40
+        unmeasured = ["data.validation=[]", "data.validation_fraction=0", "data.test=[]", "train.log_every=20 steps"]
+        _run([*common, *unmeasured, *_length(40), f"run_dir={scratch}/trial"])
+        last = _lines(Path(scratch, "trial"))[-1]
         # In-run validation has a part of the time.
-        steps = max(20, int(0.95 * 60 * arguments.minutes * speed / tokens))
+        steps = max(20, int(0.95 * 60 * arguments.minutes * last["perf/tokens_per_second"] * 40 / last["tokens"]))
         run = Path(scratch, "run")
-        arguments_ = ["train.epochs=null", f"train.max_steps={steps}", f"data.test=['{folder}/{TEST}.{{de,en}}.gz']"]
-        _run([*common, *arguments_, f"run_dir={run}"])
+        _run([*common, *_length(steps), f"data.test=['{folder}/{TEST}.{{de,en}}.gz']", f"run_dir={run}"])
         results = json.loads((run / "results.json").read_text(encoding="utf-8"))
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    times = [line["time"] for line in lines if "train/loss" in line and "time" in line]
+        lines = [line for line in _lines(run) if "train/loss" in line]
+    # From the first step on; the first line stands some steps later.
+    seconds = (lines[-1]["time"] - lines[0]["time"]) * steps / max(1, steps - lines[0]["step"])
     return {
         "steps": steps,
-        "seconds": times[-1] - times[0] if times else None,
+        "seconds": seconds,
         "validation": results["validation"]["bleu"],
         "test": results["test"]["bleu"],
     }
@@ -259,9 +258,12 @@ def _run(command: list[str]) -> None:
         sys.exit(done.stdout[-2000:] + done.stderr[-2000:])
 
 
-def _last(run: Path, key: str) -> float:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return float([line[key] for line in lines if key in line][-1])
+def _length(steps: int) -> list[str]:
+    return ["train.epochs=null", f"train.max_steps={steps}"]
+
+
+def _lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def all_arms(arguments: argparse.Namespace) -> None:
