@@ -154,12 +154,12 @@ def test_the_recipes_teach_the_forms_and_the_better_answer(tmp_path: Path) -> No
     """The chat set with its recipes, a smaller set and model, from nothing: the forms of held-out answers are kept, and
     the held-out margin of rewards rises."""
     program, tokenizer = ROOT / "tools" / "recipes" / "chat_set.py", tmp_path / "tokenizer"
-    sizes = ["--chats", "1500", "--pairs", "400", "--tests", "100"]
+    sizes = ["--chats", "700", "--pairs", "200", "--tests", "60"]
     subprocess.run([sys.executable, program, "make", tmp_path, *sizes], check=True, capture_output=True)
     texts = [message["content"] for chat in read_lines(tmp_path / "train.jsonl") for message in chat["messages"]]
     (tmp_path / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
     said = f"input.paths=[{tmp_path / 'texts.txt'}]"
-    done = bigtx("tokenizer", "train", said, f"output={tokenizer}", "vocab_size=512")
+    done = bigtx("tokenizer", "train", said, f"output={tokenizer}", "vocab_size=1024")
     assert done.returncode == 0, done.stderr
 
     chat, better = tmp_path / "chat", tmp_path / "better"
@@ -170,7 +170,7 @@ def test_the_recipes_teach_the_forms_and_the_better_answer(tmp_path: Path) -> No
         *model,
         *(f"data.{split}=[{tmp_path / f'{split}.jsonl'}]" for split in ("train", "test")),
         "train.global_batch_size=4",
-        "train.epochs=5",
+        "train.epochs=4",
         "validation.num_examples=0",
         f"run_dir={chat}",
     )
