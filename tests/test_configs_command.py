@@ -51,6 +51,14 @@ def test_what_copy_says_to_run_names_the_data(recipes: Path, capsys: pytest.Capt
     assert "other/pretrain/first.yaml run_dir=runs/mine" in capsys.readouterr().out
 
 
+def test_what_copy_says_of_fine_tuning(recipes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (recipes / "finetune").mkdir()
+    (recipes / "finetune/job.yaml").write_text("# A job.\ntask: classify\n")
+    copy_command(["finetune/job.yaml", "mine"])
+    line = "bigtx-finetune mine/finetune/job.yaml base=RUN data.train=FILES run_dir=runs/mine"
+    assert line in capsys.readouterr().out
+
+
 def test_copy_refuses(recipes: Path) -> None:
     with pytest.raises(ConfigError, match=r"no recipe 'absent\.yaml'"):
         copy_command(["absent.yaml"])
@@ -68,6 +76,7 @@ def test_copy_refuses(recipes: Path) -> None:
             ["train.max_steps=null", "a count (500, 64k, 1.5M, 10B), at least 0, or null", "allow_changes"],
         ),
         ("model.mlp", ["one of swiglu, geglu, geglu_tanh, gelu, gelu_tanh, relu, relu2", "cannot change"]),
+        ("validation.patience", ["fine-tuning (bigtx-finetune)", "It may change when a run is resumed, if"]),
         ("engine", ["engine.zero_stage=1:", "engine.compile=false:"]),
         ("data.sources", ["data.sources.NAME.path:"]),
         ("data.sources.wiki.weight", ["data.sources.wiki.weight=1.0"]),

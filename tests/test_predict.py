@@ -1,0 +1,177 @@
+"""`bigtx predict` and `bigtx evaluate` as their users call them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from doors import ROOT, bigtx, environment, read_lines
+from finetunes import finetuned, labelled, write_folders, write_jsonl, write_samples
+
+import bigtx as package
+
+
+@pytest.fixture(scope="module")
+def run(decoder_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("predict")
+    records = write_jsonl(folder / "train.jsonl", labelled(80))
+    finetuned(
+        f"base={decoder_base}",
+        f"data.train=[{records}]",
+        f"run_dir={folder / 'run'}",
+        "train.max_steps=30",
+        "data.test_fraction=0.2",
+        "validation.every=100 steps",
+    )
+    return folder / "run"
+
+
+def predict(run: Path, *arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "bigtx", "predict", str(run), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        input=stdin,
+        env=environment(PYTHONPATH=str(ROOT)),
+    )
+
+
+def objects(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_line_for_each_record_in_order(run: Path, tmp_path: Path) -> None:
+    rows = labelled(50, seed=3)
+    source, output = write_jsonl(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    done = predict(run, "--input", str(source), "--output", str(output), "--batch-size", "4")
+    assert done.returncode == 0 and done.stdout == "", done.stderr
+    lines = read_lines(output)
+    assert [{key: line[key] for key in ("text", "label")} for line in lines] == rows
+    assert sum(line["prediction"]["label"] == line["label"] for line in lines) > 35
+    assert all(sum(line["prediction"]["probabilities"].values()) == pytest.approx(1) for line in lines)
+    about = json.loads((tmp_path / "out.jsonl.about.json").read_text())
+    assert about["checkpoint"].startswith(str(run)) and about["weights"] == "master"
+    whole = output.read_bytes()
+    # As a kill leaves it: in the middle of a line, in the middle of a chunk, and between chunks.
+    for size in (
+        len(whole) - 5,
+        len(b"".join(whole.splitlines(True)[:40])),
+        len(b"".join(whole.splitlines(True)[:32])),
+    ):
+        output.write_bytes(whole[:size])
+        done = predict(run, "--input", str(source), "--output", str(output), "--batch-size", "4")
+        assert done.returncode == 0 and "32 of them there already" in done.stderr, done.stderr
+        assert output.read_bytes() == whole
+    python = package.load(run).predict(rows[:3])
+    for line, prediction in zip(lines, python, strict=False):
+        assert line["prediction"]["label"] == prediction["label"]
+        assert line["prediction"]["probabilities"] == pytest.approx(prediction["probabilities"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_killed_and_started_again(run: Path, tmp_path: Path) -> None:
+    source, output = write_jsonl(tmp_path / "in.jsonl", labelled(4000)), tmp_path / "out.jsonl"
+    arguments = ["--input", str(source), "--batch-size", "1"]
+    command = [sys.executable, "-m", "bigtx", "predict", str(run), *arguments, "--output", str(output)]
+    process = subprocess.Popen(command, env=environment(PYTHONPATH=str(ROOT)))
+    while not output.exists() or output.stat().st_size < 20_000:
+        assert process.poll() is None
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert len(output.read_bytes().splitlines()) < 4000
+    assert predict(run, *arguments, "--output", str(output)).returncode == 0
+    assert output.read_text() == predict(run, *arguments).stdout
+
+
+def test_what_cannot_be_used_has_a_line_too(run: Path, tmp_path: Path) -> None:
+    lines = ['{"text": "ba be", "label": "never seen"}', "nope", '{"text": ""}', '{"text": "\\ud800"}', '{"words": 1}']
+    lines.append(json.dumps({"text": "ba " * 200}))
+    done = predict(run, "--input", "-", stdin="\n".join(lines))
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    found = objects(done.stdout)
+    assert len(found) == 6
+    assert found[0]["prediction"]["label"] in ("joy", "woe") and found[0]["label"] == "never seen"
+    assert [line.get("error", "").partition(":")[0] for line in found[1:5]] == [
+        f"standard input, line {number}" for number in range(2, 6)
+    ]
+    assert found[5]["num_cut"] > 100 and "1 record longer than the model reads, and cut" in done.stderr
+    assert "4 records could not be used" in done.stderr
+    refused = objects(predict(run, "--input", "-", "--too-long", "refuse", stdin=lines[-1]).stdout)
+    assert "data.max_length" in refused[0]["error"]
+
+
+def test_folders_and_archives_name_their_files(run: Path, tmp_path: Path) -> None:
+    rows = labelled(4)
+    folder = write_folders(tmp_path / "folder", rows)
+    shard = write_samples(tmp_path / "a.tar", [{"txt": rows[0]["text"]}, {"txt": b"\xff"}, {"txt": rows[1]["text"]}])
+    done = predict(run, "--input", str(folder / "joy"), str(shard))
+    assert done.returncode == 1
+    found = objects(done.stdout)
+    assert [line.get("file") for line in found] == [
+        f"{folder}/joy/0.txt",
+        f"{folder}/joy/2.txt",
+        f"{shard}/00000.txt",
+        None,
+        f"{shard}/00002.txt",
+    ]
+    assert f"{shard}/00001.txt" in found[3]["error"]
+
+
+def test_an_output_of_something_else_is_left_alone(run: Path, decoder_base: Path, tmp_path: Path) -> None:
+    source, output = write_jsonl(tmp_path / "in.jsonl", labelled(6)), tmp_path / "out.jsonl"
+    arguments = ["--input", str(source), "--output", str(output)]
+    output.write_text("precious\n")
+    done = predict(run, *arguments)
+    assert done.returncode == 2 and "name another --output" in done.stderr and output.read_text() == "precious\n"
+    output.unlink()
+    assert predict(run, *arguments).returncode == 0
+    before = output.read_bytes()
+    others = write_jsonl(tmp_path / "other.jsonl", labelled(6, seed=9))
+    fewer = write_jsonl(tmp_path / "fewer.jsonl", labelled(5))
+    for changes, expected in (
+        (["--input", str(others)], "out.jsonl, line 1 is not what bigtx predict makes of"),
+        (["--input", str(fewer)], "more lines than the input has records"),
+        (["--too-long", "refuse"], "--too-long truncate"),
+    ):
+        done = predict(run, *arguments, *changes)
+        assert done.returncode == 2 and expected in done.stderr, done.stderr
+        assert output.read_bytes() == before
+    done = predict(decoder_base, "--input", str(source))
+    assert done.returncode == 2 and "was pretrained and has no task" in done.stderr
+    done = bigtx("generate", str(run), "--prompt", "a")
+    assert done.returncode == 2 and "bigtx predict says which class" in done.stderr
+
+
+def test_evaluate(run: Path, decoder_base: Path, tmp_path: Path) -> None:
+    done = bigtx("evaluate", str(run), "--split", "test", "--wandb", "offline")
+    assert done.returncode == 0 and "accuracy" in done.stdout and "as joy" in done.stdout, done.stderr
+    found = json.loads((run / "evaluations" / "test.json").read_text())
+    at_the_end = json.loads((run / "results.json").read_text())["test"]
+    assert found["metrics"]["accuracy"] == at_the_end["accuracy"] and found["records"] == at_the_end["records"]
+    assert (run / "evaluations" / "test" / "wandb_run_id").is_file()
+    unknown = write_jsonl(tmp_path / "a.jsonl", [*labelled(3), {"text": "ba", "label": "jo"}])
+    done = bigtx("evaluate", str(run), "--data", str(unknown), "--wandb", "off")
+    assert done.returncode == 2 and f"{unknown}, line 4" in done.stderr and "did you mean joy?" in done.stderr
+    done = bigtx(
+        "evaluate", str(decoder_base), "--split", "validation", "--wandb", "off", "--output", f"{tmp_path}/x.json"
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "x.json").read_text())["metrics"].keys() == {
+        "a/loss",
+        "a/perplexity",
+        "a/bits_per_byte",
+    }
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("evaluations"))
+    config = copy / "config.yaml"
+    config.write_text(config.read_text().replace("test_fraction: 0.2", "test_fraction: 0.4"))
+    done = bigtx("evaluate", str(copy), "--split", "test", "--wandb", "off")
+    assert done.returncode == 2 and "not those that the run had" in done.stderr
