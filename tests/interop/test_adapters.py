@@ -75,7 +75,9 @@ def export(*arguments: object) -> int:
     return main(["export", *map(str, arguments)])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in ("qwen3", "bert") else name for name in FAMILIES]
+)
 def test_merged_and_by_peft(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`bigtx export` itself compares with logits of the run, whose adapters stand beside their matrices."""
     base, run = make_runs(tmp_path, FAMILIES[name], LoraConfig(rank=4, alpha=24))
