@@ -176,6 +176,8 @@ def bleu(model: Plain, tokenizer: Tokenizer, texts: list[tuple[str, str]]) -> fl
     import sacrebleu
 
     model.eval()
+    # torch's own kernels for inference know no autocast.
+    torch.backends.mha.set_fastpath_enabled(False)
     sources = [[*tokenizer.encode(source), tokenizer.end_id] for source, _ in texts]
     written = [""] * len(texts)
     order = sorted(range(len(texts)), key=lambda place: -len(sources[place]))
@@ -271,34 +273,39 @@ def all_arms(arguments: argparse.Namespace) -> None:
     cores = sorted(os.sched_getaffinity(0))
     shares = [set(cores[place :: arguments.at_once]) for place in range(arguments.at_once)]
     waiting, running, found = list(arguments.arms), dict[int, tuple[str, subprocess.Popen[str]]](), dict[str, Any]()
-    while waiting or running:
-        for place, share in enumerate(shares):
-            if place not in running and waiting:
-                name = waiting.pop(0)
-                command = [sys.executable, __file__, *sys.argv[1:], "--arm", name]
-                process = subprocess.Popen(
-                    command,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    env=os.environ | {"OMP_NUM_THREADS": str(len(share))},
-                    preexec_fn=lambda share=share: os.sched_setaffinity(0, share),  # type: ignore[misc]
-                )
-                running[place] = (name, process)
-        for place, (name, process) in list(running.items()):
-            if process.poll() is not None:
-                output = process.stdout.read() if process.stdout else ""
-                if process.returncode:
-                    sys.exit(f"{name} failed: {output}")
-                found[name] = json.loads(output.splitlines()[-1])
-                print(
-                    f"{name}: " + ", ".join(f"{key} {_shown(value)}" for key, value in found[name].items()), flush=True
-                )
-                del running[place]
-        time.sleep(0.5)
+    try:
+        while waiting or running:
+            for place, share in enumerate(shares):
+                if place not in running and waiting:
+                    name = waiting.pop(0)
+                    running[place] = (name, _start(name, share))
+            for place, (name, process) in list(running.items()):
+                if process.poll() is not None:
+                    output = process.stdout.read() if process.stdout else ""
+                    if process.returncode:
+                        sys.exit(f"{name} failed: {output}")
+                    found[name] = json.loads(output.splitlines()[-1])
+                    shown = ", ".join(f"{key} {_shown(value)}" for key, value in found[name].items())
+                    print(f"{name}: {shown}", flush=True)
+                    del running[place]
+            time.sleep(0.5)
+    finally:
+        for _, process in running.values():
+            process.terminate()
     others = [result["test"] for name, result in found.items() if name != "bigtx"]
     if "bigtx" in found and others:
         found["ratio to the best other"] = found["bigtx"]["test"] / max(others)
     print(json.dumps({"torch": torch.__version__, "cores": len(cores), "minutes": arguments.minutes, **found}))
+
+
+def _start(name: str, share: set[int]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, __file__, *sys.argv[1:], "--arm", name],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": str(len(share))},
+        preexec_fn=lambda: os.sched_setaffinity(0, share),
+    )
 
 
 def _shown(value: Any) -> str:
