@@ -52,9 +52,9 @@ def wav(sound: np.ndarray, rate: int = RATE) -> bytes:
 
 
 def sayings(count: int, seed: int = 1) -> list[tuple[bytes, str]]:
-    """Recordings of one to three words, and what is said."""
+    """Recordings of one to three different words (two equal tones would be one), and what is said."""
     generator = np.random.default_rng(seed)
-    texts = [[str(word) for word in generator.choice(list(WORDS), generator.integers(1, 4))] for _ in range(count)]
+    texts = [list(generator.permutation(list(WORDS)))[: generator.integers(1, 4)] for _ in range(count)]
     return [(wav(spoken(words, generator)), " ".join(words)) for words in texts]
 
 

@@ -109,7 +109,7 @@ def test_it_learns_and_predicts_what_it_learned(tokenizer: Path, tmp_path: Path,
         "transcribe.max_seconds=0.4",
     )
     assert "are longer than 0.4 s (transcribe.max_seconds)" in out and "were cut" in out
-    assert results(run_dir)["test"]["wer"] < 0.25, results(run_dir)
+    assert results(run_dir)["test"]["wer"] < 0.3, results(run_dir)
     folder = tmp_path / "recordings"
     folder.mkdir()
     (folder / "1.wav").write_bytes(wav(spoken(["low", "top"], np.random.default_rng(5))))
