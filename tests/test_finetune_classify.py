@@ -88,6 +88,7 @@ def test_it_learns_and_says_what_it_found(
     assert again["tables"]["confusion"] == found["test"]["confusion"]
 
 
+@pytest.mark.slow
 def test_every_kind_of_file_trains_alike(decoder_base: Path, tmp_path: Path) -> None:
     rows = labelled(24)
     samples: list[dict[str, Any]] = [{"txt": row["text"], "cls": row["label"]} for row in rows]
@@ -120,7 +121,8 @@ def test_pairs_classes_and_their_balance(encoder_base: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
 def test_two_ranks_and_a_kill_lose_nothing(decoder_base: Path, records: Path, tmp_path: Path, stage: int) -> None:
     straight, run_dir = tmp_path / "straight", tmp_path / "run"
     changes = [

@@ -91,6 +91,7 @@ def test_a_request_to_stop_reaches_the_ranks(arguments: list[str], tmp_path: Pat
     assert len(list((run_dir / "checkpoints").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_an_error_of_the_user_is_told_once_and_is_the_status(arguments: list[str], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     with running(run_dir, *arguments, "data.fields.label=nothing") as process:
