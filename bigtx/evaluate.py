@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from bigtx.config.runs import run_dir_of
 from bigtx.config.schema import FinetuneConfig, PretrainConfig, RunConfig
 from bigtx.engine.trained import find
+from bigtx.track.jsonl import plain
 from bigtx.utils.errors import CheckpointError, ConfigError, DataError, LaunchError
 from bigtx.utils.files import write_json
 
@@ -56,7 +57,7 @@ def command(argv: Sequence[str]) -> int:
     output = _output_path(arguments, checkpoint, result)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(output, result)
+        write_json(output, plain(result))
     except OSError as error:
         raise LaunchError(f"{output} cannot be written: {error.strerror}; name another file by --output") from None
     print(_shown(result))
@@ -81,6 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     data.add_argument("--split", choices=["validation", "test"], help="held-out data of the run itself")
     parser.add_argument("--output", metavar="FILE.json", help=f"where to write (RUN/{FOLDER}/NAME.json)")
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", nargs="+", default=[], help="how a task predicts, e.g. translate.num_beams=1"
+    )
     parser.add_argument("--batch-size", metavar="N", type=int, help="records side by side (32)")
     parser.add_argument(
         "--weights", choices=["master", "ema"], default="master", help="ema: the averaged copy (master)"
@@ -119,6 +123,7 @@ class _Evaluation:
             "step": checkpoint.manifest["step"],
             "tokens": checkpoint.manifest["state"]["tokens"],
             "weights": arguments.weights,
+            "set": arguments.set,
             "data": {"split": arguments.split} if arguments.split else {"paths": arguments.data},
             **facts,
             "metrics": dict(metrics),
@@ -130,7 +135,9 @@ class _Records(_Evaluation):
 
     def __init__(self, arguments: argparse.Namespace, checkpoint: Path, config: FinetuneConfig) -> None:
         super().__init__(arguments, checkpoint)
-        self.config = config
+        from bigtx.train.predictions import task_config
+
+        self.config = task_config(config, arguments.run, arguments.set)
 
     def measure(self) -> dict[str, Any]:
         """The metrics of the task.
@@ -143,7 +150,7 @@ class _Records(_Evaluation):
         from bigtx.train.predictions import BATCH_SIZE, predict_all, shown_predictions
 
         records = self._read()
-        loaded = self.load()
+        loaded = dataclasses.replace(self.load(), config=self.config)
         task, broken = loaded.task, Broken()
         examples = encode(task, records, broken)
         broken.check()

@@ -55,7 +55,7 @@ def command(argv: Sequence[str]) -> int:
     checkpoint, config = find(arguments.run)
     from bigtx.train.predictions import task_config
 
-    config = task_config(config, arguments.run)
+    config = task_config(config, arguments.run, arguments.set)
     arguments.too_long = arguments.too_long or config.data.too_long
     job = _Job(arguments, checkpoint)
     items = read_stdin() if arguments.input == [STDIN] else read_items(files)
@@ -83,6 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--output", metavar="FILE", help="where to write; the same command goes on where it was (standard output)"
+    )
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", nargs="+", default=[], help="how it predicts, e.g. translate.num_beams=1"
     )
     parser.add_argument("--batch-size", metavar="N", type=int, help="records side by side (32)")
     parser.add_argument(
@@ -120,6 +123,7 @@ class _Job:
             "manifest_sha256": Checkpoint(self.checkpoint).manifest_sha256,
             "weights": self.arguments.weights,
             "too_long": self.arguments.too_long,
+            "set": sorted(self.arguments.set),
             "input": self.arguments.input,
         }
 
@@ -160,7 +164,7 @@ class _Job:
         from bigtx.train.predictions import task_config
 
         loaded = load(self.checkpoint, weights=self.arguments.weights, device=self.arguments.device)
-        config = task_config(loaded.config, self.arguments.run)
+        config = task_config(loaded.config, self.arguments.run, self.arguments.set)
         data = dataclasses.replace(config.data, too_long=self.arguments.too_long)
         return dataclasses.replace(loaded, config=dataclasses.replace(config, data=data))
 

@@ -25,7 +25,7 @@ from bigtx.config.nodes import (
 )
 from bigtx.config.runs import CONFIG, read_values, run_dir_of
 from bigtx.config.schema import FinetuneConfig, PretrainConfig, RunConfig
-from bigtx.config.settings import find, members, similar_keys
+from bigtx.config.settings import find, leaves, members, similar_keys
 from bigtx.config.shipped import find_config, shipped_configs
 from bigtx.config.validate import validate
 from bigtx.utils.errors import CheckpointError, ConfigError
@@ -88,6 +88,39 @@ def load_run_config(folder: Path | str) -> RunConfig:
     values = read_values(folder)
     schema = FinetuneConfig if "task" in values else PretrainConfig
     return from_dict(schema, values, where=str(run_dir_of(folder) / CONFIG))
+
+
+def with_settings(config: T, arguments: Sequence[str], *, sections: Sequence[str]) -> T:
+    """A run's configuration with settings that may change freely, as KEY=VALUE of a command.
+
+    Args:
+        sections: those that the command reads.
+
+    Raises:
+        ConfigError: lists every problem.
+    """
+    schema, problems = type(config), list[Problem]()
+    tree = from_values(to_dict(config), "")
+    for argument in arguments:
+        key = argument.partition("=")[0]
+        setting = find(schema, key)
+        if setting is None or setting.section or setting.change != "free" or key.partition(".")[0] not in sections:
+            free = [own.key for own in leaves(schema) if own.change == "free" and own.key.startswith(_dotted(sections))]
+            what = f"cannot be set here; what can is {', '.join(free) or 'nothing'}"
+            problems.append(Problem(key, "", what, COMMAND_LINE))
+            continue
+        try:
+            tree = merge(tree, read_argument(argument))
+        except ProblemError as error:
+            problems.append(error.problem)
+    converter = Converter(schema)
+    values = converter.convert(tree)
+    raise_problems([*problems, *converter.problems])
+    return _construct(schema, values)
+
+
+def _dotted(sections: Sequence[str]) -> tuple[str, ...]:
+    return tuple(f"{section}." for section in sections)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

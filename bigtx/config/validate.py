@@ -83,6 +83,9 @@ def _finetune(config: FinetuneConfig) -> Iterator[Problem]:
         yield Problem(
             "train.epochs", "", f"{given}: the run's length is epochs or max_steps", related=("train.max_steps",)
         )
+    for key, length in (("epochs", train.epochs), ("max_steps", train.max_steps)):
+        if length == 0:
+            yield Problem(f"train.{key}", "0", "trains nothing; write a number above 0")
     yield from _rhythms(
         {"train.log_every": train.log_every, "train.checkpoint_every": train.checkpoint_every}, config.engine.timeout
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from bigtx.config.runs import run_dir_of
 from bigtx.config.schema import FinetuneConfig
+from bigtx.track.jsonl import plain
 from bigtx.train.session import Session
 from bigtx.utils import log
 from bigtx.utils.errors import CheckpointError, ConfigError, LaunchError
@@ -213,7 +214,7 @@ class FinetuneSession(Session[FinetuneConfig]):
 
     def _write(self, name: str, value: dict[str, Any]) -> None:
         try:
-            write_json(self.run_dir / name, value)
+            write_json(self.run_dir / name, plain(value))
         except OSError as error:
             raise LaunchError(f"{self.run_dir / name} cannot be written: {error}") from error
 

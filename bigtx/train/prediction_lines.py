@@ -97,7 +97,7 @@ class Output:
     again, so that the file ends as if nothing had happened.
     """
 
-    MUST_AGREE = ("manifest_sha256", "weights", "too_long")
+    MUST_AGREE = ("manifest_sha256", "weights", "too_long", "set")
 
     def __init__(self, path: Path, facts: Mapping[str, Any]) -> None:
         self.path, self.about = path, path.with_name(path.name + ".about.json")
@@ -160,7 +160,7 @@ class Output:
                 f"{self._facts['checkpoint']}; name that one to go on with it, or another --output"
             )
         if different:
-            shown = ", ".join(f"--{key.replace('_', '-')} {begun.get(key)}" for key in different)
+            shown = ", ".join(f"--{key.replace('_', '-')} {_shown(begun.get(key))}" for key in different)
             raise ConfigError(f"{self.path} was begun with {shown}; say the same to go on with it, or another --output")
 
     def known(self, chunk: Sequence[Item]) -> list[dict[str, Any]] | None:
@@ -216,6 +216,10 @@ class Output:
         if self._is_behind and self._file.read(1):
             raise DataError(f"{self.path} has more lines than the input has records; it is the output for another one")
         os.fsync(self._file.fileno())
+
+
+def _shown(value: Any) -> str:
+    return " ".join(value) or "nothing" if isinstance(value, list) else str(value)
 
 
 def _parsed(raw: bytes) -> dict[str, Any] | None:

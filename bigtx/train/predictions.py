@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from bigtx.config.load import with_settings
 from bigtx.config.schema import FinetuneConfig, RunConfig
 from bigtx.data.records.record import BadRecordError, Record
 from bigtx.train.tasks.task import Model, Prediction, RecordTask, public
@@ -95,14 +96,15 @@ def shown_predictions(
     return rows
 
 
-def task_config(config: RunConfig, run: str) -> FinetuneConfig:
+def task_config(config: RunConfig, run: str, settings: Sequence[str] = ()) -> FinetuneConfig:
     """The config of a run that has a task.
 
     Args:
         run: as the user named it.
+        settings: KEY=VALUE, of how the task predicts.
 
     Raises:
-        ConfigError: the run was pretrained.
+        ConfigError: the run was pretrained, or settings that do not change how it predicts.
     """
     if not isinstance(config, FinetuneConfig):
         what = (
@@ -111,4 +113,4 @@ def task_config(config: RunConfig, run: str) -> FinetuneConfig:
             else f"bigtx generate {run} continues texts; bigtx-finetune makes a model that does a job of it"
         )
         raise ConfigError(f"{run} was pretrained and has no task to predict for: {what}")
-    return config
+    return with_settings(config, settings, sections=(config.task, "chat")) if settings else config

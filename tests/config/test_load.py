@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import re
 import tempfile
 import textwrap
@@ -11,8 +12,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigtx.config.load import from_dict, load, parse_command_line, to_dict, to_yaml
-from bigtx.config.schema import PrepareConfig, PretrainConfig
+from bigtx.config.load import from_dict, load, parse_command_line, to_dict, to_yaml, with_settings
+from bigtx.config.schema import FinetuneConfig, PrepareConfig, PretrainConfig
 from bigtx.config.settings import leaves
 from bigtx.utils.errors import ConfigError
 
@@ -323,3 +324,15 @@ def test_the_working_folder_is_no_secret(monkeypatch: pytest.MonkeyPatch) -> Non
     assert read("run_dir=/home/somebody/runs").run_dir == "/home/somebody/runs"
     message = refusal("run_dir=runs/correct-horse")
     assert "looks like a secret" in message and "correct-horse" not in message
+
+
+def test_settings_of_a_command_change_what_may_change_freely_in_what_it_reads() -> None:
+    config = FinetuneConfig(task="translate")
+    changed = with_settings(config, ["translate.num_beams=1"], sections=("translate",))
+    assert changed.translate.num_beams == 1 and config.translate.num_beams != 1
+    assert dataclasses.replace(changed, translate=config.translate) == config
+    for argument in ("translate.prefix=x", "train.log_every=1 steps", "translate.beams=1", "translate={}"):
+        with pytest.raises(ConfigError, match=r"cannot be set here; what can is translate\.num_beams"):
+            with_settings(config, [argument], sections=("translate",))
+    with pytest.raises(ConfigError, match="is too small"):
+        with_settings(config, ["translate.num_beams=0"], sections=("translate",))
