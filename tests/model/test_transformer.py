@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bigtx.config import shape
-from bigtx.config.schema import ExpertsConfig, ModelConfig, RopeScalingConfig
+from bigtx.config.schema import AudioConfig, ExpertsConfig, LoraConfig, ModelConfig, RopeScalingConfig
 from bigtx.model.transformer import Transformer
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -266,6 +266,9 @@ def test_a_tied_head_is_one_parameter() -> None:
 # Field: (what it is changed to, what else must be set for it to matter). Defaults of `tiny_config` otherwise.
 FIELDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "shape": ("encoder", {}),
+    "audio": (AudioConfig(num_mel_bins=8), {"shape": "encoder"}),
+    "lora": (LoraConfig(rank=2), {}),
+    "num_classes": (3, {}),
     "vocab_size": (71, {}),
     "hidden_size": (40, {}),
     "num_layers": (3, {}),
@@ -332,7 +335,13 @@ def same(first: ModelConfig, second: ModelConfig) -> bool:
             inputs["target_tokens"] = tokens
         if config.prefix_attention:
             inputs["prefix_mask"] = torch.arange(60).expand(2, 60) < 30
-        answers.append((dict(model.named_parameters()), model(tokens, **inputs).detach()))
+        if config.num_classes:
+            inputs["pool"] = torch.full((2, 60), 1 / 60)
+        if config.audio.num_mel_bins:
+            inputs |= {"features": torch.ones(2, 60, 8), "feature_lengths": torch.tensor([60, 60])}
+        else:
+            inputs["tokens"] = tokens
+        answers.append((dict(model.named_parameters()), model(**inputs).detach()))
     (weights, logits), (other_weights, other_logits) = answers
     return (
         weights.keys() == other_weights.keys()
