@@ -255,6 +255,7 @@ CANNOT: dict[str, dict[str, Any]] = {
     | {"norm_placement": "post", "num_token_types": 2, "rope_scaling": RopeScalingConfig(method="linear", factor=2.0)},
 }
 IDLE = {"num_decoder_layers", "prefix_attention", "relative_num_buckets", "relative_max_distance", "init"}
+IDLE |= {"audio", "lora", "num_classes"}  # Refused, or merged, before a family is asked: see the exporter.
 """Fields without a meaning in these models, or without one once they are trained."""
 FREE: dict[str, set[str]] = {
     "bert": {"global_attention_every", "rope_theta", "local_rope_theta", "rope_scaling"},

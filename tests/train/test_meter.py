@@ -18,7 +18,7 @@ def routed(counts: list[list[float]], balance: float, *, skipped: bool = False) 
 
 
 def new_meter() -> Meter:
-    return Meter(tokens_per_step=8, flops_per_token=1.0, peak_flops=None)
+    return Meter(flops_per_token=1.0, peak_flops=None)
 
 
 def experts(meter: Meter) -> dict[str, float]:
@@ -27,9 +27,9 @@ def experts(meter: Meter) -> dict[str, float]:
 
 def test_loads_are_of_the_whole_window_and_of_the_worst_layer() -> None:
     meter = new_meter()
-    meter.add(routed([[8, 0, 0, 0], [2, 2, 2, 2]], 1.0), num_labels=4, wait_seconds=0.0)
-    meter.add(routed([[0, 8, 8, 0], [4, 4, 4, 4]], 2.0), num_labels=4, wait_seconds=0.0)
-    meter.add(routed([[math.nan] * 4] * 2, math.nan, skipped=True), num_labels=4, wait_seconds=0.0)
+    meter.add(routed([[8, 0, 0, 0], [2, 2, 2, 2]], 1.0), num_labels=4, num_tokens=8, wait_seconds=0.0)
+    meter.add(routed([[0, 8, 8, 0], [4, 4, 4, 4]], 2.0), num_labels=4, num_tokens=8, wait_seconds=0.0)
+    meter.add(routed([[math.nan] * 4] * 2, math.nan, skipped=True), num_labels=4, num_tokens=8, wait_seconds=0.0)
     expected = {"experts/balance": 1.5, "experts/router_z": 4.0, "experts/max_load": 8 / 6, "experts/min_load": 0.0}
     assert experts(meter) == expected
     assert experts(meter) == {}  # The window ended.
@@ -39,16 +39,16 @@ def test_a_window_goes_on_after_a_checkpoint() -> None:
     straight, stopped, resumed = new_meter(), new_meter(), new_meter()
     first, second = routed([[3, 1]], 1.1), routed([[1, 6]], 1.3)
     for meter in (straight, stopped):
-        meter.add(first, num_labels=4, wait_seconds=0.0)
+        meter.add(first, num_labels=4, num_tokens=8, wait_seconds=0.0)
     resumed.restore(json.loads(json.dumps(stopped.to_dict())))
     for meter in (straight, resumed):
-        meter.add(second, num_labels=4, wait_seconds=0.0)
+        meter.add(second, num_labels=4, num_tokens=8, wait_seconds=0.0)
     assert experts(straight) == experts(resumed) != {}
 
 
 def test_without_experts_there_is_nothing_to_say_about_them() -> None:
     meter = new_meter()
-    meter.add(StepResult(torch.tensor(6.0), 1.0, False), num_labels=4, wait_seconds=0.0)
+    meter.add(StepResult(torch.tensor(6.0), 1.0, False), num_labels=4, num_tokens=8, wait_seconds=0.0)
     assert "routing" not in meter.to_dict()
     metrics = meter.metrics()
     assert metrics["train/loss"] == 1.5 and not any(name.startswith("experts/") for name in metrics)
