@@ -18,7 +18,7 @@ from bigtx.engine.checkpoint import Checkpoint, list_checkpoints, load_weights, 
 from bigtx.engine.merged import MergedCheckpoint
 
 FROZEN = ["optimizer.freeze=[embedding.*,'decoder.blocks.0.*']", "optimizer.layer_decay=0.7"]
-LORA = ["model.lora.rank=4", "model.lora.dropout=0.1", "optimizer.learning_rate=1e-2"]
+LORA = ["model.lora.rank=4", "model.lora.dropout=0.1", "optimizer.learning_rate=3e-3"]
 
 
 @pytest.fixture(scope="module")
