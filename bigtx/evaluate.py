@@ -189,7 +189,7 @@ class _Records(_Evaluation):
         from bigtx.train.examples import digest, read_all, read_split
 
         split = self.arguments.split
-        records = read_split(self.config, split) if split else read_all(self.arguments.data)
+        records = read_split(self.config, split) if split else read_all(self.arguments.data, self.config.data.exclude)
         if not records:
             raise DataError(f"the run has no {split} records" if split else "there are no records in these files")
         if split and Checkpoint(self.checkpoint).manifest["data"].get(split) != digest(records):

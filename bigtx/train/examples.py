@@ -78,14 +78,14 @@ def read_split(config: FinetuneConfig, name: str) -> list[Record]:
     return _read_splits(config)[name]
 
 
-def read_all(paths: Sequence[str]) -> list[Record]:
-    """All records of some files.
+def read_all(paths: Sequence[str], exclude: Sequence[str] = ()) -> list[Record]:
+    """All records of some files; `exclude` as for `read_records`.
 
     Raises:
         DataError: one cannot be read.
     """
     broken = Broken()
-    records = list(read_records(paths, broken))
+    records = list(read_records(paths, broken, exclude))
     broken.check()
     return records
 
@@ -104,7 +104,7 @@ def encode(task: RecordTask, records: Sequence[Record], broken: Broken, *, for_t
 
 def _read_splits(config: FinetuneConfig) -> dict[str, list[Record]]:
     data, kind = config.data, task_type(config.task)
-    splits = {name: read_all(getattr(data, name)) for name in SPLITS}
+    splits = {name: read_all(getattr(data, name), data.exclude) for name in SPLITS}
     for name, fraction in (("test", data.test_fraction), ("validation", data.validation_fraction)):
         if getattr(data, name) or not fraction:
             continue

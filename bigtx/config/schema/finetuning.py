@@ -47,6 +47,8 @@ class RecordsConfig:
     """Records that choices are made on. Empty: validation_fraction of the others."""
     test: list[str] = field(factory=list)
     """Records that are looked at once, when the run has ended. Empty: test_fraction of the others, if above 0."""
+    exclude: list[str] = field(factory=list)
+    """Names of files and folders to leave out of folders, e.g. [unsup] or ['*.bak']."""
     validation_fraction: float = field(0.1, minimum=0.0, maximum=0.9)
     """Share of the training records (without those of the test) that is held out, where `validation` names none."""
     test_fraction: float = field(0.0, minimum=0.0, maximum=0.9)

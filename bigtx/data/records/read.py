@@ -16,6 +16,7 @@ x.{de,en}.gz                  the lines of two text files side by side, {source,
 from __future__ import annotations
 
 import csv
+import fnmatch
 import glob
 import re
 from collections.abc import Iterator, Sequence
@@ -40,17 +41,20 @@ MAX_RECORD_BYTES = 64 << 20
 TOO_LARGE = f"longer than {MAX_RECORD_BYTES >> 20} MiB"
 
 
-def read_records(paths: Sequence[str], broken: Broken) -> Iterator[Record]:
+def read_records(paths: Sequence[str], broken: Broken, exclude: Sequence[str] = ()) -> Iterator[Record]:
     """All records of files, folders and globs, in the order given; folders and globs in the order of names.
 
     What cannot be read goes to `broken`.
+
+    Args:
+        exclude: names, or globs of them, of what is left out of folders.
 
     Raises:
         DataError: a path that names nothing, or a file whose kind is not known.
     """
     for path in paths:
         for file in expand_path(path):
-            yield from _read_path(file, broken)
+            yield from _read_path(file, broken, exclude)
 
 
 def natural(text: str) -> list[Any]:
@@ -72,17 +76,21 @@ def expand_path(path: str) -> list[str]:
     return found
 
 
-def _read_path(path: str, broken: Broken) -> Iterator[Record]:
+def _read_path(path: str, broken: Broken, exclude: Sequence[str]) -> Iterator[Record]:
     if PAIR.search(path):
         yield from _read_side_by_side(path, broken)
     elif Path(path).is_dir():
-        yield from _read_folder(Path(path), broken)
+        yield from _read_folder(Path(path), broken, exclude)
     else:
         yield from _read_file(path, broken)
 
 
-def _read_folder(folder: Path, broken: Broken) -> Iterator[Record]:
-    entries = sorted((entry for entry in folder.iterdir() if not entry.name.startswith(".")), key=_by_name)
+def _read_folder(folder: Path, broken: Broken, exclude: Sequence[str]) -> Iterator[Record]:
+    left_out = (".*", *exclude)
+    entries = sorted(
+        (entry for entry in folder.iterdir() if not any(fnmatch.fnmatchcase(entry.name, name) for name in left_out)),
+        key=_by_name,
+    )
     files = [entry for entry in entries if suffix_inside(entry.name) in RECORD_SUFFIXES]
     if files:
         for file in files:

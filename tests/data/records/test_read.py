@@ -154,3 +154,12 @@ def test_a_name_with_dots_leads_inside() -> None:
         None,
         None,
     )
+
+
+def test_what_is_excluded_by_name_is_left_out_of_folders(tmp_path: Path) -> None:
+    for name in ("neg/1.txt", "pos/1.txt", "unsup/1.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("so so")
+    broken = Broken()
+    found = [record.fields["label"] for record in read_records([str(tmp_path)], broken, ["un*"])]
+    assert found == ["neg", "pos"] and broken.count == 0
