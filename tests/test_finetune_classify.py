@@ -156,6 +156,7 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(decoder_base: Path, recor
     # Later steps spoil the model: the best one is early.
     changes = [
         "validation.every=2 steps",
+        "train.checkpoint_every=2 steps",
         "train.keep_checkpoints=1",
         "schedule.name=constant",
         "validation.metric=loss",
@@ -169,6 +170,7 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(decoder_base: Path, recor
         (stop,) = [event for event in read_lines(run_dir / "events.jsonl") if event["kind"] == "early_stop"]
         assert stop["best_step"] == found["step"] and last_step(run_dir) == found["step"] + 8
         assert len(saved) == 2 and saved[-1].name == found["checkpoint"]
+        assert not list((run_dir / "checkpoints").glob("*.damaged")), "a step that was saved is not saved again"
     assert found["validation"]["loss"] == pytest.approx(min(metrics(run_dir, "validation/loss")), abs=1e-6)
     assert "the run is finished" in finetuned(*arguments)
 

@@ -96,13 +96,12 @@ def train(run: Run, stop: StopRequest) -> bool:
             save_checkpoint(run)
         else:
             is_best = to_validate and measure(run)
-            if to_save or is_best:
+            if to_save or is_best or is_hopeless(run):
                 save_checkpoint(run)
         run.meter.go_on()
     if is_hopeless(run) and state.step < run.schedule.total_steps:
         run.tracker.message(f"nothing better in {state.measured_since_best} validations: the run ends here")
         run.tracker.event(state.step, "early_stop", best_step=state.best_step, best_value=state.best_value)
-        save_checkpoint(run)
     return state.step >= run.schedule.total_steps or is_hopeless(run)
 
 
