@@ -27,7 +27,9 @@ from doors import (
 pytestmark = pytest.mark.dist
 
 
-def test_all_launchers_say_who_they_are(corpus: Path, tmp_path: Path) -> None:
+def test_all_launchers_say_who_they_are_and_leave_no_memory_taken(corpus: Path, tmp_path: Path) -> None:
+    shared_memory = Path("/dev/shm")
+    before = set(shared_memory.glob("deepspeed_*"))
     alone = pretrain(
         *TINY, f"data.sources.a.path={corpus}", f"run_dir={tmp_path / 'one'}", "train.max_steps=2", cwd=tmp_path
     )
@@ -43,6 +45,7 @@ def test_all_launchers_say_who_they_are(corpus: Path, tmp_path: Path) -> None:
     )
     assert two.returncode == 0, two.stdout + two.stderr
     assert "deepspeed" in two.stdout and "2 ranks" in two.stdout
+    assert set(shared_memory.glob("deepspeed_*")) <= before
     for run in ("one", "two"):
         folder = tmp_path / run
         assert {

@@ -38,6 +38,9 @@ class Ranks:
         import deepspeed
 
         use_own_device()
+        # DeepSpeed's all-reduce by shared memory serves only its inference, takes a compiler at the first start, and
+        # leaves 67 MB in /dev/shm for each rank of each run, until a machine has no memory left.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         try:
             with stopped_at_once():
                 deepspeed.init_distributed(timeout=timedelta(seconds=timeout_seconds), verbose=False)
