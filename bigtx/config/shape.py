@@ -57,6 +57,11 @@ def num_encoder_layers(config: ModelConfig) -> int:
     return 0 if config.shape == "decoder" else config.num_layers
 
 
+def attention_dropout(config: ModelConfig) -> float:
+    """Probability of dropping an attention weight."""
+    return config.dropout if config.attention_dropout is None else config.attention_dropout
+
+
 def has_window(config: ModelConfig, layer: int) -> bool:
     """Whether block `layer` of a stack sees no farther than attention_window."""
     every = config.global_attention_every

@@ -43,7 +43,7 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads = config.num_heads, shape.num_kv_heads(config)
         self.width = shape.head_width(config)
         self.scale = config.attention_scale
-        self.dropout = config.dropout
+        self.dropout = shape.attention_dropout(config)
         size, queries, keys = config.hidden_size, self.num_heads * self.width, self.num_kv_heads * self.width
         self.query = Linear(size, queries, bias=config.attention_bias)
         self.key = Linear(size, keys, bias=config.attention_bias)

@@ -204,7 +204,7 @@ class Stack(nn.Module):
             assert text.segment_ids is None, "a cache holds one text per row"
             key_positions = cache.place(positions)[None]  # 1 S
             queries, keys = Side(positions), Side(key_positions)
-        sparse = text.x.is_cuda and not (self.training and config.dropout)
+        sparse = text.x.is_cuda and not (self.training and shape.attention_dropout(config))
         mask = functools.partial(
             make_mask,
             queries,

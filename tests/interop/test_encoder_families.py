@@ -216,8 +216,11 @@ def test_a_config_that_bigtx_does_not_express_is_refused(
 
 def test_differing_dropouts_are_said(capsys: pytest.CaptureFixture[str]) -> None:
     config = by_model_type("bert").read_config({"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.0})
-    assert config.dropout == 0.2
-    assert "attention_probs_dropout_prob=0.0" in capsys.readouterr().out
+    assert (config.dropout, config.attention_dropout) == (0.2, 0.0)
+    assert not capsys.readouterr().out
+    config = by_model_type("modernbert").read_config({"embedding_dropout": 0.2, "mlp_dropout": 0.1})
+    assert (config.dropout, config.attention_dropout) == (0.2, 0.0)
+    assert "mlp_dropout=0.1" in capsys.readouterr().out
 
 
 OTHERWISE: dict[str, Any] = {
@@ -286,6 +289,7 @@ def test_every_field_is_expressed_or_named_as_a_problem(model_type: str, tokeniz
         "max_sequence_length": 77,
         "tie_embeddings": False,
         "dropout": 0.3,
+        "attention_dropout": 0.1,
         "init_std": 0.5,
     }
     if model_type == "modernbert":

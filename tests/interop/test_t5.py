@@ -222,6 +222,7 @@ FREE: dict[str, Any] = {
 }
 IDLE = {"global_attention_every", "prefix_attention", "position_offset", "norm_bias", "rope_theta", "local_rope_theta"}
 IDLE |= {"rope_scaling", "init", "init_std"}
+IDLE |= {"attention_dropout"}  # T5 has one rate.
 IDLE |= {"audio", "lora", "num_classes"}  # Refused, or merged, before a family is asked: see the exporter.
 """Fields without a meaning in a T5, or without one once it is trained."""
 

@@ -306,6 +306,7 @@ FIELDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "head_bias": (True, {}),
     "head_transform": (True, {}),
     "dropout": (0.5, {}),
+    "attention_dropout": (0.0, {"dropout": 0.5}),
     "logit_scale": (0.5, {}),
     "logit_soft_cap": (2.0, {}),
     "init_std": (0.5, {}),

@@ -165,6 +165,8 @@ class ModelConfig:
     """Classes that a text is sorted into, by a head of its own instead of that of tokens. Empty: the head of tokens."""
     dropout: float = field(0.0, minimum=0.0, maximum=0.9)
     """Probability of dropping embeddings, attention weights and sublayer outputs."""
+    attention_dropout: Optional[float] = field(None, minimum=0.0, maximum=0.9)
+    """Of attention weights alone. Empty: as dropout. With 0 the fastest kernels serve, which know no dropout."""
     lora: LoraConfig = section(LoraConfig, change="never")
     """Adapters that are trained in place of the weights. Not taken over from a base, whose own are merged."""
     logit_scale: float = field(1.0, minimum=1e-6)

@@ -19,7 +19,6 @@ from bigtx.interop.fields import Fields, differing
 from bigtx.interop.maps import Link, same, spelled
 from bigtx.plan.parameters import parameter_shapes
 from bigtx.tokenizer.tokenizer import Tokenizer
-from bigtx.utils import log
 from bigtx.utils.errors import ConfigError
 
 FIXED: dict[str, Sequence[Any]] = {
@@ -112,12 +111,10 @@ class Bert(SaidByConfig):
             head_bias=True,
             head_transform=True,
             dropout=fields.number("hidden_dropout_prob", 0.1),
+            attention_dropout=fields.number("attention_probs_dropout_prob", 0.1),
             init_std=fields.number("initializer_range", 0.02),
         )
-        of_attention = fields.number("attention_probs_dropout_prob", 0.1)
         fields.finish()
-        if of_attention != config.dropout:
-            log.say(f"hidden_dropout_prob={config.dropout} stands for attention_probs_dropout_prob={of_attention} too")
         return config
 
     def problems(self, config: ModelConfig) -> list[str]:
@@ -158,7 +155,7 @@ class Bert(SaidByConfig):
             "intermediate_size": shape.mlp_size(config),
             "hidden_act": next(name for name, kind in self.activations.items() if kind == config.mlp),
             "hidden_dropout_prob": config.dropout,
-            "attention_probs_dropout_prob": config.dropout,
+            "attention_probs_dropout_prob": shape.attention_dropout(config),
             "max_position_embeddings": config.max_sequence_length + config.position_offset,
             "position_embedding_type": "absolute",
             "type_vocab_size": config.num_token_types,

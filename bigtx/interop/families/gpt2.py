@@ -63,7 +63,7 @@ class GPT2(SaidByConfig):
         hidden_size = fields.size("n_embd", 768)
         fields.expect("scale_attn_by_inverse_layer_idx", False, "weakens attention from block to block")
         fields.expect("add_cross_attention", False, "attends to a source")
-        dropouts = {fields.number(key, 0.1) for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+        dropouts = {fields.number(key, 0.1) for key in ("resid_pdrop", "embd_pdrop")}
         config = ModelConfig(
             vocab_size=fields.size("vocab_size"),
             hidden_size=hidden_size,
@@ -81,8 +81,9 @@ class GPT2(SaidByConfig):
             attention_output_bias=True,
             mlp_bias=True,
             tie_embeddings=fields.flag("tie_word_embeddings", True),
-            # bigtx has one rate for all three places.
+            # bigtx has one rate for both places.
             dropout=dropouts.pop() if len(dropouts) == 1 else 0.0,
+            attention_dropout=fields.number("attn_pdrop", 0.1),
             init_std=fields.number("initializer_range", 0.02),
         )
         fields.finish()
@@ -113,7 +114,8 @@ class GPT2(SaidByConfig):
             "scale_attn_by_inverse_layer_idx": False,
             "add_cross_attention": False,
             "tie_word_embeddings": config.tie_embeddings,
-            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
+            **dict.fromkeys(("resid_pdrop", "embd_pdrop"), config.dropout),
+            "attn_pdrop": shape.attention_dropout(config),
             "initializer_range": config.init_std,
             **special_ids(tokenizer),
         }

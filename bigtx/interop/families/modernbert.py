@@ -106,12 +106,12 @@ class ModernBert(SaidByConfig):
             head_bias=fields.flag("decoder_bias", True),
             head_transform=True,
             dropout=dropouts["embedding"],
+            attention_dropout=dropouts["attention"],
             init_std=fields.number("initializer_range", 0.02),
         )
         fields.finish()
-        if set(dropouts.values()) != {config.dropout}:
-            others = ", ".join(f"{name}_dropout={value}" for name, value in dropouts.items() if name != "embedding")
-            log.say(f"embedding_dropout={config.dropout} stands for {others} too")
+        if dropouts["mlp"] != config.dropout:
+            log.say(f"embedding_dropout={config.dropout} stands for mlp_dropout={dropouts['mlp']} too")
         return config
 
     def problems(self, config: ModelConfig) -> list[str]:
@@ -146,7 +146,7 @@ class ModernBert(SaidByConfig):
             "decoder_bias": config.head_bias,
             "classifier_bias": config.mlp_bias,
             "classifier_activation": "gelu",
-            "attention_dropout": config.dropout,
+            "attention_dropout": shape.attention_dropout(config),
             "embedding_dropout": config.dropout,
             "mlp_dropout": config.dropout,
             "layer_types": layer_types(config),
