@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bigtx.config.lora import adapted_matrices
 from bigtx.config.schema import LoraConfig, ModelConfig
+from bigtx.model.dropout import dropout
 from bigtx.model.layers import Linear
 
 
@@ -27,7 +28,7 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., inputs] to [..., outputs]."""
-        return F.linear(F.linear(F.dropout(x, self.dropout, self.training), self.a), self.b) * self.scale
+        return F.linear(F.linear(dropout(x, self.dropout, self.training), self.a), self.b) * self.scale
 
 
 def add_adapters(model: nn.Module, config: ModelConfig) -> None:

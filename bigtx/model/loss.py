@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from bigtx.config import shape
 from bigtx.config.schema import ModelConfig
+from bigtx.model.dropout import dropout
 from bigtx.model.experts import Routing
 from bigtx.model.layers import Linear, Norm
 from bigtx.model.logits import LogitsOnDemand, SoftTargets, divergence_and_gradient, soft_capped
@@ -80,7 +81,7 @@ class ClassifierHead(nn.Module):
         """Logits, fp32 [B, classes], of summaries [B, D]."""
         if self.transform is not None and self.norm is not None:
             summary = self.norm(F.gelu(self.transform(summary)))
-        return self.classes(F.dropout(summary, self.dropout, self.training)).float()
+        return self.classes(dropout(summary, self.dropout, self.training)).float()
 
 
 class Head(nn.Module):

@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from bigtx.model.dropout import dropout_mask
 
 MAX_SCORES = 512**2
 """Scores of a head up to which products win, forward and backward: three times as fast with 128 tokens, and as fast
@@ -53,10 +54,8 @@ def attend(
         added = scores.to(queries.dtype).clamp(min=least)
     else:
         added = torch.zeros_like(scores, dtype=queries.dtype).masked_fill(~scores, least)
-    kept = None
-    if dropout:
-        kept = F.dropout(queries.new_ones(*queries.shape[:3], keys.shape[2]), dropout)
-    return _attend(queries, keys, values, added, kept, scale)[0]
+    shape = (*queries.shape[:3], keys.shape[2])
+    return _attend(queries, keys, values, added, dropout_mask(shape, dropout, queries) if dropout else None, scale)[0]
 
 
 @torch.library.custom_op("bigtx::attention_products", mutates_args=())

@@ -23,7 +23,6 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -31,6 +30,7 @@ from bigtx.config import shape
 from bigtx.config.schema import ModelConfig
 from bigtx.model.attention import Attention, LayerCache
 from bigtx.model.audio import FrontEnd
+from bigtx.model.dropout import dropout
 from bigtx.model.experts import Experts, Routing
 from bigtx.model.initial import initial_value
 from bigtx.model.layers import MLP, Embedding, Norm
@@ -159,7 +159,7 @@ class Block(nn.Module):
 
     def _after(self, norm: Norm | None, x: Tensor, change: Tensor) -> Tensor:
         """The residual sum of a sublayer."""
-        x = x + F.dropout(change, self.dropout, self.training)
+        x = x + dropout(change, self.dropout, self.training)
         return x if self.norm_first or norm is None else norm(x)
 
 
@@ -399,7 +399,7 @@ class Transformer(nn.Module):
             x = x * math.sqrt(config.hidden_size) + sinusoids(positions, config.hidden_size).to(x.dtype)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
-        return F.dropout(x, config.dropout, self.training)
+        return dropout(x, config.dropout, self.training)
 
 
 def _counted(columns: Tensor) -> Tensor:

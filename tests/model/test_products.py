@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bigtx.model.dropout import dropout_mask
 from bigtx.model.products import attend, products_are_faster
 
 
@@ -68,7 +69,7 @@ def test_dropped_weights_take_no_part_and_the_others_make_up_for_them() -> None:
     torch.manual_seed(3)
     ours = attend(queries, keys, values, None, causal=False, scale=0.3, dropout=0.4)
     torch.manual_seed(3)
-    kept = F.dropout(torch.ones(2, 3, 7, 7, dtype=torch.float64), 0.4)
+    kept = dropout_mask((2, 3, 7, 7), 0.4, queries)
     expected = ((queries * 0.3 @ keys.transpose(-2, -1)).softmax(-1) * kept) @ values
     torch.testing.assert_close(ours, expected)
     upstream = torch.linspace(-1, 1, ours.numel(), dtype=torch.float64).view_as(ours)
