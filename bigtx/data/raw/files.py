@@ -15,11 +15,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import BinaryIO
 
 from bigtx.config.schema import InputConfig
-from bigtx.data.raw.formats import SUFFIXES, Format, format_of, is_compressed, suffix_of
+from bigtx.data.raw.formats import SUFFIXES, Format, format_of, is_compressed, suffix_inside, suffix_of
 from bigtx.data.raw.parquet import check_package, row_group_ranges
 from bigtx.data.storage import buckets
 from bigtx.data.storage.access import CHUNK_BYTES, InputFile, is_remote, stat
@@ -218,7 +217,7 @@ def _refuse_unknown(path: str, config: InputConfig) -> None:
     name = name_of(path)
     if format_of(name, config):
         return
-    suffix = Path(name).suffix
+    suffix = suffix_inside(name)
     advice = f"say so: input.text_suffixes=[{suffix}]" if suffix else "give it a name that ends in .txt"
     raise DataError(
         f"Cannot tell what {shown(path)} holds: it ends neither in one of {_listed(SUFFIXES)} nor in one of "

@@ -90,12 +90,14 @@ def test_links_are_followed_and_circles_end(tmp_path: Path) -> None:
         ([], "input.paths is empty"),
         (["gone"], "no file or folder"),
         (["a.bin"], "input.text_suffixes"),
+        (["c.de.gz"], r"input.text_suffixes=\[\.de\]"),
         (["*.parquet"], "No text in"),
         (["folder"], "1 .rst"),
     ],
 )
 def test_paths_that_hold_no_text_are_refused(tmp_path: Path, paths: list[str], message: str) -> None:
     write(tmp_path / "a.bin", b"x")
+    write(tmp_path / "c.de.gz", gzip.compress(b"x"))
     write(tmp_path / "folder" / "b.rst", b"x")
     with pytest.raises(DataError, match=message):
         list_files(InputConfig(paths=[str(tmp_path / path) for path in paths]))

@@ -1,0 +1,23 @@
+"""What the C library does with memory that was given back."""
+
+from __future__ import annotations
+
+import ctypes
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+"""Parameters of glibc's mallopt(3)."""
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what tensors give back for the tensors to come; without glibc, do nothing.
+
+    By default it hands large pieces back to the system at once and takes them again, zeroed page by page: a step of a
+    small model on a CPU had 50,000 page faults, a tenth of its time.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(M_TOP_PAD, 2**26)
