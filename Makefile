@@ -1,4 +1,4 @@
-# Each target sets up what it needs. A fresh machine needs Python 3.11 or newer, make and a C++ compiler.
+# Each target sets up what it needs. A fresh machine needs Python 3.11 or newer and make; the tests, a C++ compiler too.
 #   make PYTHON=/path/to/python3 TARGET    chooses the Python
 
 VENV := .venv
