@@ -273,12 +273,16 @@ def all_arms(arguments: argparse.Namespace) -> None:
     cores = sorted(os.sched_getaffinity(0))
     shares = [set(cores[place :: arguments.at_once]) for place in range(arguments.at_once)]
     waiting, running, found = list(arguments.arms), dict[int, tuple[str, subprocess.Popen[str]]](), dict[str, Any]()
+    minutes = arguments.minutes
     try:
         while waiting or running:
+            # How long bigtx really takes is known when it has ended; the others get no less.
+            alone = any(name == "bigtx" for name, _ in running.values())
             for place, share in enumerate(shares):
-                if place not in running and waiting:
+                if place not in running and waiting and not alone:
                     name = waiting.pop(0)
-                    running[place] = (name, _start(name, share))
+                    running[place] = (name, _start(name, share, minutes))
+                    alone = name == "bigtx"
             for place, (name, process) in list(running.items()):
                 if process.poll() is not None:
                     output = process.stdout.read() if process.stdout else ""
@@ -287,6 +291,8 @@ def all_arms(arguments: argparse.Namespace) -> None:
                     found[name] = json.loads(output.splitlines()[-1])
                     shown = ", ".join(f"{key} {_shown(value)}" for key, value in found[name].items())
                     print(f"{name}: {shown}", flush=True)
+                    if name == "bigtx":
+                        minutes = max(minutes, found[name]["seconds"] / 60)
                     del running[place]
             time.sleep(0.5)
     finally:
@@ -298,9 +304,9 @@ def all_arms(arguments: argparse.Namespace) -> None:
     print(json.dumps({"torch": torch.__version__, "cores": len(cores), "minutes": arguments.minutes, **found}))
 
 
-def _start(name: str, share: set[int]) -> subprocess.Popen[str]:
+def _start(name: str, share: set[int], minutes: float) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, __file__, *sys.argv[1:], "--arm", name],
+        [sys.executable, __file__, *sys.argv[1:], "--minutes", str(minutes), "--arm", name],
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": str(len(share))},
