@@ -86,18 +86,19 @@ def test_packed_chats_on_two_ranks_and_a_killed_run_loses_nothing(base: Path, fi
 
 
 @pytest.mark.dist
-def test_pairs_on_two_ranks_and_a_killed_run_loses_nothing(base: Path, files: Path, tmp_path: Path) -> None:
-    straight, run_dir = tmp_path / "straight", tmp_path / "run"
-    finetuned(*dpo(base, files, straight, "engine.zero_stage=3"), ranks=2)
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
+def test_pairs_on_two_ranks_and_a_killed_run_loses_nothing(base: Path, files: Path, tmp_path: Path, stage: int) -> None:
+    straight, run_dir, setting = tmp_path / "straight", tmp_path / "run", f"engine.zero_stage={stage}"
+    finetuned(*dpo(base, files, straight, setting), ranks=2)
     found = losses(straight)
     assert found[1] == pytest.approx(0.6931, abs=1e-4), "before the first step the model is its own reference"
     assert found[12] < found[1]
     assert results(straight)["validation"]["reward_margin"] > 0
-    kill_at(run_dir, 7, *dpo(base, files, run_dir, "engine.zero_stage=3"), ranks=2)
+    kill_at(run_dir, 7, *dpo(base, files, run_dir, setting), ranks=2)
     reference = run_dir / "reference.safetensors"
     kept = load_file(reference)
     reference.unlink()  # Made again from the base, though the model has moved on.
-    said = finetuned(*dpo(base, files, run_dir, "engine.zero_stage=3"), ranks=2)
+    said = finetuned(*dpo(base, files, run_dir, setting), ranks=2)
     assert "what the base says" in said
     again = load_file(reference)
     assert again.keys() == kept.keys() and all(np.array_equal(again[name], kept[name]) for name in kept)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from bigtx.config.schema import FinetuneConfig
 from bigtx.engine.engine import Engine
@@ -111,11 +112,14 @@ def by_all_ranks(
         generates: whether `predict` makes any number of passes of the model, instead of exactly one.
     """
 
+    together = engine.stage == 3 and generates
+    model = _answers_of_first(engine.deepspeed) if together else engine.deepspeed
+
     def of_batch(batch: list[int]) -> list[Result]:
-        return predict(engine.deepspeed, [examples[place] for place in batch], engine.device)
+        return predict(model, [examples[place] for place in batch], engine.device)
 
     batches = list(batches_by_length(examples, batch_size))
-    if engine.stage == 3 and generates:
+    if together:
         # Texts end at different steps, and every rank is needed at each: all write the same ones.
         return in_order(batches, [of_batch(batch) for batch in batches], len(examples))
     mine = batches[ranks.rank :: ranks.world_size]
@@ -127,3 +131,15 @@ def by_all_ranks(
         [part for _, parts in gathered for part in parts],
         len(examples),
     )
+
+
+def _answers_of_first(model: Model) -> Model:
+    """The model with rank 0's logits on every rank: one that differs in the last bit may stop before the others."""
+
+    def answer(**inputs: Any) -> Any:
+        found = model(**inputs)
+        if isinstance(found, torch.Tensor):
+            dist.broadcast(found, src=0)
+        return found
+
+    return answer
