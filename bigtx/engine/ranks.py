@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 
 from bigtx.utils.errors import BigtxError, LaunchError
-from bigtx.utils.memory import keep_freed_memory
 from bigtx.utils.processes import stopped_at_once
 
 T = TypeVar("T")
@@ -136,7 +135,6 @@ def use_own_device() -> None:
     accelerator = deepspeed.get_accelerator()
     if accelerator.device_name() == "cpu":
         use_share_of_cores()
-        keep_freed_memory()
         return
     local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), accelerator.device_count()
     if local_rank >= count:

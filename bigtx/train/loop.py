@@ -21,6 +21,7 @@ from bigtx.train.seeds import dropout_seeds
 from bigtx.train.state import Cadence, RunState
 from bigtx.train.stop import StopRequest
 from bigtx.utils.errors import BigtxError
+from bigtx.utils.memory import keep_freed_memory
 
 
 class Validation(Protocol):
@@ -61,6 +62,8 @@ def train(run: Run, stop: StopRequest) -> bool:
         Whether the run is finished.
     """
     state = run.state
+    if run.engine.device.type == "cpu":
+        keep_freed_memory()
     log, validate, save = (
         Cadence(every, tokens=state.tokens)
         for every in (run.config.train.log_every, run.validate_every, run.config.train.checkpoint_every)
