@@ -26,7 +26,7 @@ help: ## this list
 demo: $(READY) ## train a small model on the standard library's source code, from nothing to samples
 	@$(BIN)/python tools/demo.py
 
-test: lint ## lint and the tests that fit a commit (under 15 minutes on 2 cores)
+test: lint ## lint and the tests that fit a commit (20 to 30 minutes on 2 cores)
 	@$(PYTEST) -m "not slow and not gpu and not slurm"
 
 test-full: lint ## every test that this machine can run without a GPU

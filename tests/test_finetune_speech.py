@@ -34,7 +34,13 @@ def run_of(method: str, tokenizer: Path, data: Path, run_dir: Path, *changes: st
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("method", "stage"), [("seq2seq", 3), ("ctc", 1)])
+@pytest.mark.parametrize(
+    ("method", "stage"),
+    [
+        ("seq2seq", 3),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("seq2seq", 1), ("ctc", 1), ("ctc", 3))),
+    ],
+)
 def test_two_ranks_lose_nothing_when_killed(tokenizer: Path, tmp_path: Path, method: str, stage: int) -> None:
     data = write_manifest(tmp_path / "data", 24)
     straight, run_dir = tmp_path / "straight", tmp_path / "run"
@@ -45,13 +51,6 @@ def test_two_ranks_lose_nothing_when_killed(tokenizer: Path, tmp_path: Path, met
     assert losses(run_dir) == losses(straight)
     same_weights(run_dir, straight)
     assert {"wer", "cer", "loss"} <= results(run_dir)["validation"].keys()
-
-
-@pytest.mark.slow
-@pytest.mark.dist
-@pytest.mark.parametrize(("method", "stage"), [("seq2seq", 1), ("ctc", 3)])
-def test_the_other_stages_too(tokenizer: Path, tmp_path: Path, method: str, stage: int) -> None:
-    test_two_ranks_lose_nothing_when_killed(tokenizer, tmp_path, method, stage)
 
 
 def test_records_that_cannot_be_used_are_told_by_file_and_line(tokenizer: Path, tmp_path: Path) -> None:

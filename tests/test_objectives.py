@@ -67,7 +67,7 @@ def fell(run_dir: Path) -> bool:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("kind", ["masked", "span_corruption"])
+@pytest.mark.parametrize("kind", ["masked", pytest.param("span_corruption", marks=pytest.mark.slow)])
 def test_two_ranks_learn_and_a_killed_run_loses_nothing(corpus: Path, tmp_path: Path, kind: str) -> None:
     straight, run_dir, stop_at = tmp_path / "straight", tmp_path / "run", random.randrange(8, 30)
     done = pretrain(*run_of(corpus, straight, kind), ranks=2)
