@@ -136,8 +136,8 @@ def by_all_ranks(
 def _answers_of_first(model: Model) -> Model:
     """The model with rank 0's logits on every rank: one that differs in the last bit may stop before the others."""
 
-    def answer(**inputs: Any) -> Any:
-        found = model(**inputs)
+    def answer(*args: Any, **inputs: Any) -> Any:
+        found = model(*args, **inputs)
         if isinstance(found, torch.Tensor):
             dist.broadcast(found, src=0)
         return found

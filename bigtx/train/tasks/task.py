@@ -25,7 +25,7 @@ from bigtx.engine.task import TaskLoss
 from bigtx.tokenizer.tokenizer import Tokenizer
 
 Model = Callable[..., Any]
-"""A Transformer, or an engine around one; called with tensors by name."""
+"""A Transformer, or an engine around one."""
 Prediction = dict[str, Any]
 """What is predicted for a record, ready for JSON."""
 
