@@ -57,6 +57,7 @@ def test_equals_float64(
     soft_cap: float | None, label_smoothing: float, z_loss: float, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(loss_module.CHUNK_LOGITS, "cpu", chunk)
+    monkeypatch.setattr(loss_module, "PIECE_LOGITS", 3 * 256)  # A chunk of 7 rows is 3, 3 and 1.
     monkeypatch.setattr(loss_module, "MIN_CHUNK_TOKENS", 1)
     head, hidden, labels = inputs(logit_soft_cap=soft_cap)
     result = head(hidden, labels, z_loss, label_smoothing)
