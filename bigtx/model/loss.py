@@ -32,7 +32,7 @@ CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**27}
 """Logits made at once, where large products run faster: 16 MiB in bf16 on a CPU, 512 MiB in fp32 on a GPU."""
 
 PIECE_LOGITS = 2**18
-"""Logits that a CPU turns into gradients at once: in fp32 they fit the cache of a core, and a dozen passes stay there."""
+"""Logits that a CPU turns into gradients at once: in fp32 they fit the cache of a core for a dozen passes."""
 
 MIN_CHUNK_TOKENS = 128
 """With a large vocabulary, smaller chunks spend their time on adding to the weight's gradient."""
