@@ -194,6 +194,18 @@ def test_a_request_to_stop_where_validation_is_due(decoder_base: Path, records: 
 
 
 @pytest.mark.slow
+def test_compiled_blocks_take_rows_of_any_length(encoder_base: Path, tmp_path: Path) -> None:
+    rows = [row | {"text": row["text"] * (1 + number // 4)} for number, row in enumerate(labelled(64))]
+    file = write_jsonl(tmp_path / "long.jsonl", rows)
+    changes = ["model.max_sequence_length=1024", "data.max_length=1024", "train.max_steps=16"]
+    finetuned(*run_of(encoder_base, file, tmp_path / "plain", *changes))
+    done = finetune(*run_of(encoder_base, file, tmp_path / "compiled", *changes), "engine.compile=true")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "recompile_limit" not in done.stdout + done.stderr, "torch has given up on compiling"
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-3)
+
+
+@pytest.mark.slow
 def test_the_base_may_be_gone_at_resume(corpus: Path, records: Path, tmp_path: Path) -> None:
     base, run_dir = make_base(corpus, tmp_path / "base"), tmp_path / "run"
     finetuned(*run_of(base, records, run_dir, "train.max_steps=4"))

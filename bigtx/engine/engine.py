@@ -15,7 +15,7 @@ import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
 from torch import Tensor, nn
 
-from bigtx.config.schema import RunConfig
+from bigtx.config.schema import FinetuneConfig, RunConfig
 from bigtx.engine.deepspeed_config import deepspeed_config
 from bigtx.engine.fragments import (
     Fragment,
@@ -104,9 +104,11 @@ class Engine:
                 if any(parameter.requires_grad for parameter in block.parameters()):
                     block.register_forward_pre_hook(_ask_for_gradient)
         if config.engine.compile:
+            # Rows of a corpus have one length. Those of records have many: after the second torch compiles for any.
+            dynamic = None if isinstance(config, FinetuneConfig) else False
             for block in model.blocks:  # type: ignore[union-attr]
                 # The forward alone: DeepSpeed's hooks would be traced, and compiled anew for each block.
-                block.forward = torch.compile(block.forward, dynamic=False)
+                block.forward = torch.compile(block.forward, dynamic=dynamic)
             if self.device.type == "cuda" and hasattr(model.head, "compile_loss"):
                 model.head.compile_loss()  # type: ignore[operator]
         groups = parameter_groups(config.optimizer, model.named_parameters())

@@ -4,8 +4,8 @@
 
 FOLDER holds pos/, neg/ and unsup/. What it does, each step by the command that a user types:
 
-1. (timed) a tokenizer and a corpus of unsup/, pretraining, then a fine-tuning for each learning rate; the best by its
-   validation accuracy is measured on the test reviews, once.
+1. (timed) a tokenizer and a corpus of unsup/, pretraining, then a fine-tuning for each learning rate, all side by side;
+   the best by its validation accuracy is measured on the test reviews, once.
 2. (not timed) the same fine-tunings of the same model from random weights.
 3. TF-IDF with logistic regression on the same reviews, by a Python that has scikit-learn (imdb-peers.txt).
 
@@ -21,6 +21,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +36,22 @@ class Steps:
         self._file = folder / "times.json"
         self.seconds: dict[str, float] = json.loads(self._file.read_text()) if self._file.exists() else {}
 
-    def run(self, name: str, *command: str) -> None:
-        """One command, unless it has been run to its end before."""
+    def run(self, name: str, *commands: Sequence[str]) -> None:
+        """Commands side by side, the cores shared among them, unless they have been run to their ends before."""
         if f"{name} done" in self.seconds:
             return
-        print(f"== {name}: {' '.join(command)}", flush=True)
-        begin = time.monotonic()
+        environment = _environment(max(1, len(os.sched_getaffinity(0)) // len(commands)))
+        begin, running = time.monotonic(), []
+        for command in commands:
+            print(f"== {name}: {' '.join(command)}", flush=True)
+            running.append(subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment))
         try:
-            subprocess.run([sys.executable, *command], check=True, cwd=ROOT, env=_environment())
+            failed = [command for command, process in zip(commands, running, strict=True) if process.wait()]
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - begin
             self._file.write_text(json.dumps(self.seconds))
+        if failed:
+            raise SystemExit(f"{name} failed: {' '.join(failed[0])}")
         self.seconds[f"{name} done"] = 1.0
         self._file.write_text(json.dumps(self.seconds))
 
@@ -61,9 +67,9 @@ class Steps:
         )
 
 
-def _environment() -> dict[str, str]:
+def _environment(num_threads: int) -> dict[str, str]:
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return os.environ | {"PYTHONPATH": paths}
+    return os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": str(num_threads)}
 
 
 def fine_tune(steps: Steps, arm: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -72,24 +78,29 @@ def fine_tune(steps: Steps, arm: str, options: argparse.Namespace) -> dict[str, 
     start = [f"base={runs / 'pretrained'}"]
     if arm == "scratch":
         start = [f"tokenizer={runs / 'tokenizer'}", options.pretrain]
-    found = {}
-    for rate in options.rates:
-        run_dir = runs / f"{arm}-{rate}"
-        steps.run(
-            f"{arm} {rate}",
-            "bigtx/finetune.py",
-            *_model_of(start),
-            options.finetune,
-            f"data.train={options.folder}",
-            f"run_dir={run_dir}",
-            f"optimizer.learning_rate={rate}",
-            "validation.test=false",
-            *options.set,
-        )
-        found[run_dir] = json.loads((run_dir / "results.json").read_text())["validation"]["accuracy"]
+    run_dirs = [runs / f"{arm}-{rate}" for rate in options.rates]
+    steps.run(
+        arm,
+        *(
+            [
+                "bigtx/finetune.py",
+                *_model_of(start),
+                options.finetune,
+                f"data.train={options.folder}",
+                f"run_dir={run_dir}",
+                f"optimizer.learning_rate={rate}",
+                "validation.test=false",
+                *options.set,
+            ]
+            for rate, run_dir in zip(options.rates, run_dirs, strict=True)
+        ),
+    )
+    found = {
+        run_dir: json.loads((run_dir / "results.json").read_text())["validation"]["accuracy"] for run_dir in run_dirs
+    }
     best = max(found, key=lambda run_dir: found[run_dir])
     steps.run(
-        f"{arm} test", "-m", "bigtx", "evaluate", str(best), "--split", "test", "--output", str(best / "test.json")
+        f"{arm} test", ["-m", "bigtx", "evaluate", str(best), "--split", "test", "--output", str(best / "test.json")]
     )
     result = json.loads((best / "test.json").read_text())
     return {"run": best.name, "validation": found[best], "test": result["metrics"]["accuracy"], "all": found}
@@ -112,7 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="aclImdb/train")
     parser.add_argument("runs", type=Path, help="where all goes")
-    parser.add_argument("--pretrain", default="configs/pretrain/imdb-encoder.yaml")
+    parser.add_argument("--pretrain", default="configs/pretrain/imdb-decoder.yaml")
     parser.add_argument("--finetune", default="configs/finetune/imdb.yaml")
     parser.add_argument("--rates", nargs="+", default=["3e-4", "6e-4"])
     parser.add_argument("--set", nargs="*", default=["track.wandb=off"], help="more settings of the fine-tunings")
@@ -124,18 +135,12 @@ def main() -> None:
     tokenizer, corpus = f"{runs / 'tokenizer'}", f"{runs / 'corpus'}"
     steps.run(
         "prepare tokenizer",
-        *("-m", "bigtx", "tokenizer", "train", texts, f"output={tokenizer}", f"vocab_size={options.vocab_size}"),
+        ["-m", "bigtx", "tokenizer", "train", texts, f"output={tokenizer}", f"vocab_size={options.vocab_size}"],
     )
-    steps.run(
-        "prepare corpus",
-        *("-m", "bigtx", "data", "prepare", texts, f"tokenizer={tokenizer}", f"output={corpus}"),
-        "validation_fraction=0.01",
-    )
-    steps.run(
-        "pretrain",
-        *("bigtx/pretrain.py", options.pretrain, f"data.sources.reviews.path={corpus}"),
-        *(f"run_dir={runs / 'pretrained'}", "track.wandb=off"),
-    )
+    prepare = ["-m", "bigtx", "data", "prepare", texts, f"tokenizer={tokenizer}", f"output={corpus}"]
+    steps.run("prepare corpus", [*prepare, "validation_fraction=0.01"])
+    pretrain = ["bigtx/pretrain.py", options.pretrain, f"data.sources.reviews.path={corpus}"]
+    steps.run("pretrain", [*pretrain, f"run_dir={runs / 'pretrained'}", "track.wandb=off"])
     ours = fine_tune(steps, "tuned", options)
     minutes = steps.minutes("prepare", "pretrain", "tuned")
     print(f"pretrained, then tuned: {ours}; {minutes:.1f} minutes for all of it", flush=True)
