@@ -53,6 +53,20 @@ class Ranks:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.local_rank = int(os.environ["LOCAL_RANK"])
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        if deepspeed.get_accelerator().device_name() == "cpu":
+            self._keep_to_own_cores()
+
+    def _keep_to_own_cores(self) -> None:
+        """Part the cores among the ranks that were given the same ones, as a launcher that binds its ranks would: left
+        to the system, two ranks have shared one core of two for minutes."""
+        if self.world_size == 1 or not hasattr(os, "sched_setaffinity"):
+            return
+        cores = sorted(os.sched_getaffinity(0))
+        own = (socket.gethostname(), cores)
+        peers = [rank for rank, other in enumerate(self.gather(own)) if other == own]
+        size, place = len(cores) // len(peers), peers.index(self.rank)
+        if size:
+            os.sched_setaffinity(0, cores[place * size : (place + 1) * size])
 
     def sum(self, numbers: Sequence[int]) -> list[int]:
         """Element-wise sums over all ranks."""

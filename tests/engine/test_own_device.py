@@ -1,11 +1,14 @@
-"""Each rank takes the accelerator of its local rank."""
+"""Each rank takes the accelerator of its local rank, or cores of its own."""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import deepspeed
 import pytest
+from engine.ranks import run_ranks
 
 from bigtx.engine import ranks
 from bigtx.utils.errors import LaunchError
@@ -23,3 +26,11 @@ def test_own_device(monkeypatch: pytest.MonkeyPatch, local_rank: str) -> None:
     else:
         ranks.use_own_device()
         assert taken == [int(local_rank)]
+
+
+@pytest.mark.dist
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core has no parts")
+def test_own_cores(tmp_path: Path) -> None:
+    first, second = run_ranks(tmp_path, 2, "cores")
+    assert first and second and not set(first) & set(second)
+    assert set(first) | set(second) <= os.sched_getaffinity(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import resource
 import sys
@@ -180,8 +181,14 @@ def poison(ranks: Ranks, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return answers
 
 
+def cores(ranks: Ranks) -> list[list[int]]:
+    """The cores that each rank may use."""
+    return ranks.gather(sorted(os.sched_getaffinity(0)))
+
+
 SCENARIOS: dict[str, Any] = {
-    function.__name__: function for function in (parity, train, average, save, resume, poison, start_within, several)
+    function.__name__: function
+    for function in (parity, train, average, save, resume, poison, start_within, several, cores)
 }
 
 
