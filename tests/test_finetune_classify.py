@@ -52,6 +52,7 @@ def metrics(run_dir: Path, name: str) -> list[float]:
         ("decoder", []),
         ("encoder", []),
         pytest.param("encoder", ["classify.pooling=first"], marks=pytest.mark.slow),
+        pytest.param("decoder", ["model.shape=encoder"], marks=pytest.mark.slow),
         pytest.param("decoder", ["classify.pooling=mean", "classify.label_smoothing=0.1"], marks=pytest.mark.slow),
     ],
 )

@@ -78,6 +78,11 @@ def has_embedding(config: ModelConfig) -> bool:
     return not (config.shape == "encoder" and config.audio.num_mel_bins)
 
 
+def bigram_size(config: ModelConfig) -> int:
+    """Width of the table of token pairs."""
+    return config.bigram_size or config.hidden_size
+
+
 def padded_vocab_size(config: ModelConfig) -> int:
     """Rows of the embedding table and of the head: vocab_size rounded up to a multiple of 128."""
     assert config.vocab_size is not None, "vocab_size comes from the tokenizer before a model is built"

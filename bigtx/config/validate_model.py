@@ -164,6 +164,8 @@ def _audio(model: ModelConfig) -> Iterator[Problem]:
         yield Problem("model.audio.strides", "[]", "there must be a convolution at least; write its stride, e.g. [2]")
     if model.shape == "encoder" and model.tie_embeddings:
         yield Problem("model.tie_embeddings", "true", "an encoder that hears has no table of tokens; write false")
+    if model.shape == "encoder" and model.bigram_rows:
+        yield Problem("model.bigram_rows", str(model.bigram_rows), "an encoder that hears reads no tokens; write 0")
 
 
 def _idle_model_fields(model: ModelConfig) -> Iterator[Problem]:
@@ -174,6 +176,7 @@ def _idle_model_fields(model: ModelConfig) -> Iterator[Problem]:
         ("prefix_attention", model.prefix_attention, model.shape == "decoder", "shape=decoder"),
         ("global_attention_every", model.global_attention_every, window, "attention_window=N"),
         ("local_rope_theta", model.local_rope_theta, window and model.positions == "rope", "attention_window=N"),
+        ("bigram_size", model.bigram_size, model.bigram_rows > 0, "bigram_rows=N"),
         ("position_offset", model.position_offset, model.positions == "learned", "positions=learned"),
     )
     for name, value, matters, needed in conditions:

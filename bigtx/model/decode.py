@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigtx.config import shape
@@ -98,6 +99,7 @@ class KeyValueCache:
     def __init__(self, num_layers: int) -> None:
         self.source: Text | None = None
         self.layers = [_Layer(self) for _ in range(num_layers)]
+        self.tokens = torch.empty(0, 0, dtype=torch.long)  # B columns, of models that look at pairs of tokens
         self.positions = torch.empty(0, 0, dtype=torch.long)  # B T, where the tokens being read go
         self.num_columns = 0
 
@@ -107,10 +109,22 @@ class KeyValueCache:
         self.num_columns = max(self.num_columns, int(positions.max()) + 1)
         return torch.arange(self.num_columns, device=positions.device)
 
+    def tokens_before(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Remember tokens [B, T]; returns those one position before them, anything where there is none."""
+        missing = int(positions.max()) + 1 - self.tokens.shape[-1]
+        if not len(self.tokens):
+            self.tokens = tokens.new_zeros(len(tokens), missing)
+        elif missing > 0:
+            self.tokens = F.pad(self.tokens, (0, missing))
+        self.tokens.scatter_(1, positions, tokens)
+        return self.tokens.gather(1, (positions - 1).clamp(min=0))
+
     def keep(self, rows: Tensor) -> None:
         """Forget all rows but these, int64 [rows]."""
         if self.source is not None:
             self.source = Text(*(None if part is None else part[rows] for part in self.source))  # type: ignore[arg-type]
+        if len(self.tokens):
+            self.tokens = self.tokens[rows]
         for layer in self.layers:
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
             if layer.source is not None:
@@ -119,6 +133,8 @@ class KeyValueCache:
     def exchange(self, rows: Tensor) -> None:
         """Let row b go on from row rows[b], int64 [B], which has the same source."""
         used = self.num_columns
+        if len(self.tokens):
+            self.tokens = self.tokens[rows]
         for layer in self.layers:
             layer.keys[:, :, :used] = layer.keys[rows, :, :used]
             layer.values[:, :, :used] = layer.values[rows, :, :used]

@@ -51,6 +51,10 @@ def initial_value(
 
 
 def _deviation(name: str, config: ModelConfig) -> float:
+    if name == "bigrams.table.weight":
+        return 0.0  # So that a model that gets a table begins as it was.
+    if name == "bigrams.widen.weight":
+        return 1 / math.sqrt(shapes.bigram_size(config))
     if name.endswith("attention.query.weight") and config.attention_scale:
         # So that the scores start as large as under the usual scale.
         return config.init_std / (config.attention_scale * math.sqrt(shapes.head_width(config)))

@@ -44,6 +44,32 @@ class Embedding(nn.Embedding):
         """Leave the weights to initial.py."""
 
 
+class Bigrams(nn.Module):
+    """What a token and the one before it say together (over-encoding, arXiv:2501.16975).
+
+    Attributes:
+        table: a row for many pairs, those that have its hash.
+        widen: from the rows to the width of the embeddings, where they are narrower.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        size = shape.bigram_size(config)
+        self.table = Embedding(config.bigram_rows, size)
+        self.widen = None if size == config.hidden_size else Linear(size, config.hidden_size, bias=False)
+
+    def forward(self, tokens: Tensor, before: Tensor) -> Tensor:
+        """[B, T, D] of int64 tokens [B, T] and those before them, -1 where a text begins."""
+        x = self.table(hashed_pairs(before, tokens, self.table.num_embeddings))
+        return x if self.widen is None else self.widen(x)
+
+
+def hashed_pairs(before: Tensor, tokens: Tensor, num_rows: int) -> Tensor:
+    """Rows of pairs of ids, each at least -1 and below 2**24: multiplicative hashing (Knuth, TAOCP 3, section 6.4)."""
+    mixed = (before + 1) * 0x9E3779B1 + tokens * 0x85EBCA77
+    return (mixed & 0xFFFFFFFF) * num_rows >> 32
+
+
 class Norm(nn.Module):
     """RMSNorm (arXiv:1910.07467) or LayerNorm over the last dimension, computed in fp32 whatever the input's type."""
 

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -33,7 +34,7 @@ from bigtx.model.audio import FrontEnd
 from bigtx.model.dropout import dropout
 from bigtx.model.experts import Experts, Routing
 from bigtx.model.initial import initial_value
-from bigtx.model.layers import MLP, Embedding, Norm
+from bigtx.model.layers import MLP, Bigrams, Embedding, Norm
 from bigtx.model.logits import LogitsOnDemand, SoftTargets
 from bigtx.model.lora import add_adapters
 from bigtx.model.loss import ClassifierHead, Head, Loss, TokenScores
@@ -66,6 +67,10 @@ class Cache(Protocol):
     @property
     def layers(self) -> Sequence[LayerCache]:
         """One for each block of the decoder."""
+        ...
+
+    def tokens_before(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Remember tokens [B, T]; returns those one position before them, anything where there is none."""
         ...
 
     def place(self, positions: Tensor) -> Tensor:
@@ -251,6 +256,7 @@ class Transformer(nn.Module):
         self.config = config
         size = config.hidden_size
         self.embedding = Embedding(shape.padded_vocab_size(config), size) if shape.has_embedding(config) else None
+        self.bigrams = Bigrams(config) if config.bigram_rows else None
         self.audio = FrontEnd(config) if config.audio.num_mel_bins else None
         num_rows = config.max_sequence_length + config.position_offset
         self.position_embedding = Embedding(num_rows, size) if config.positions == "learned" else None
@@ -326,7 +332,8 @@ class Transformer(nn.Module):
         recompute = self.activation_checkpointing
         if self.encoder is None or self.decoder is None:
             read = [] if tokens is None else [(tokens, positions, segment_ids)]
-            (text,) = self._embed(*read, token_types=token_types, heard=self._hear(features, feature_lengths))
+            heard = self._hear(features, feature_lengths)
+            (text,) = self._embed(*read, token_types=token_types, heard=heard, cache=cache)
             if self.decoder is None:
                 assert self.encoder is not None
                 x, routing = self.encoder(text, recompute=recompute)
@@ -338,10 +345,10 @@ class Transformer(nn.Module):
             source = None if cache is None else cache.source
             if source is None:
                 read = [target] if tokens is None else [(tokens, positions, segment_ids), target]
-                source, text = self._embed(*read, heard=self._hear(features, feature_lengths))
+                source, text = self._embed(*read, heard=self._hear(features, feature_lengths), cache=cache)
                 source = source._replace(x=self.encoder(source, recompute=recompute)[0])
             else:
-                (text,) = self._embed(target)
+                (text,) = self._embed(target, cache=cache)
             if cache is not None:
                 cache.source = source
             x, routing = self.decoder(text, source, cache=cache, recompute=recompute)
@@ -360,8 +367,10 @@ class Transformer(nn.Module):
         *texts: tuple[Tensor, Tensor | None, Tensor | None],
         token_types: Tensor | None = None,
         heard: Text | None = None,
+        cache: Cache | None = None,
     ) -> list[Text]:
-        """What was heard, if anything, and tokens, positions and segment ids of each text to what a stack reads.
+        """What was heard, if anything, and tokens, positions and segment ids of each text to what a stack reads. With
+        a cache the last text is the decoder's.
 
         Source and target go through the tables together: DeepSpeed's ZeRO-2 has added up wrong gradients where a
         module ran twice in a step.
@@ -369,10 +378,15 @@ class Transformer(nn.Module):
         parts = [] if heard is None else [heard]
         if texts:
             assert self.embedding is not None, "an encoder that hears reads no tokens"
-            x = self.embedding(torch.cat([tokens for tokens, _, _ in texts], dim=1))
-            lengths = [tokens.shape[1] for tokens, _, _ in texts]
-            for part, (tokens, positions, segment_ids) in zip(x.split(lengths, dim=1), texts, strict=True):
-                parts.append(Text(part, _counted(tokens) if positions is None else positions, segment_ids))
+            read = [tokens for tokens, _, _ in texts]
+            placed = [_counted(tokens) if positions is None else positions for tokens, positions, _ in texts]
+            x = self.embedding(torch.cat(read, dim=1))
+            if self.bigrams is not None:
+                caches = [*[None] * (len(texts) - 1), cache]
+                before = map(_before, read, placed, caches)
+                x = x + self.bigrams(torch.cat(read, dim=1), torch.cat(list(before), dim=1))
+            own = x.split([tokens.shape[1] for tokens in read], dim=1)
+            parts += map(Text, own, placed, [segment_ids for _, _, segment_ids in texts])
         x = torch.cat([part.x for part in parts], dim=1)
         x = self._placed(x, torch.cat([part.positions for part in parts], dim=1), token_types)
         lengths = [part.positions.shape[1] for part in parts]
@@ -400,6 +414,12 @@ class Transformer(nn.Module):
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
         return dropout(x, config.dropout, self.training)
+
+
+def _before(tokens: Tensor, positions: Tensor, cache: Cache | None) -> Tensor:
+    """int64 [B, T]: the token before each; -1 where its text or, without a cache, its row begins."""
+    before = F.pad(tokens, (1, -1), value=-1) if cache is None else cache.tokens_before(tokens, positions)
+    return before.masked_fill(positions == 0, -1)
 
 
 def _counted(columns: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ class Counts:
 
     Attributes:
         total: all of them, padding of the vocabulary included, a tied table once.
-        embedding: tables of tokens, positions and relative distances, and the head where it is not tied.
+        embedding: tables of tokens, of pairs, positions and relative distances, and the head where it is not tied.
         non_embedding: the rest: blocks, norms, and the front end of an encoder that hears.
         active: those that a token meets: of the experts only the active ones.
     """
@@ -31,7 +31,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter, as in the model's `named_parameters()`."""
     hidden, rows = config.hidden_size, shape.padded_vocab_size(config)
     shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (rows, hidden)} if shape.has_embedding(config) else {}
-    shapes |= _audio_shapes(config)
+    shapes |= _bigram_shapes(config) | _audio_shapes(config)
     if config.positions == "learned":
         shapes["position_embedding.weight"] = (config.max_sequence_length + config.position_offset, hidden)
     if config.num_token_types:
@@ -70,6 +70,16 @@ def stacks(config: ModelConfig) -> dict[str, int]:
     """The stacks of a model and their numbers of blocks."""
     layers = {"encoder": shape.num_encoder_layers(config), "decoder": shape.num_decoder_layers(config)}
     return {name: count for name, count in layers.items() if count}
+
+
+def _bigram_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    hidden, width = config.hidden_size, shape.bigram_size(config)
+    shapes: dict[str, tuple[int, ...]] = {}
+    if config.bigram_rows:
+        shapes["bigrams.table.weight"] = (config.bigram_rows, width)
+        if width != hidden:
+            shapes["bigrams.widen.weight"] = (hidden, width)
+    return shapes
 
 
 def _audio_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -198,6 +208,7 @@ def flops_per_row(config: ModelConfig, *, source: int, target: int, predicted: i
         )
         per_weight = 4 if config.lora.rank and ".adapter." not in name else 6
         arithmetic += per_weight * used * (source if reads_source else target)
+    arithmetic += 6 * math.prod(_bigram_shapes(config).get("bigrams.widen.weight", (0,))) * (source + target)
     frames = source * shape.frames_per_column(config)
     for name, convolution in _audio_shapes(config).items():
         if name.endswith(".weight"):

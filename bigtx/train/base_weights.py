@@ -1,7 +1,9 @@
 """From a base to a task: which weights are taken over, which begin anew, and which are left behind.
 
-A parameter is taken over where the base has one of its name and shape. A table whose rows are tokens or positions may
-have grown or shrunk: the rows that both have are taken over, others begin anew. What differs otherwise is refused.
+A parameter is taken over where the base has one of its name and shape. An encoder may be made of a decoder, whose
+blocks then read both ways (LLM2Vec, arXiv:2404.05961), and a decoder of an encoder. A table whose rows are tokens or
+positions may have grown or shrunk: the rows that both have are taken over, others begin anew. What differs otherwise is
+refused.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ class Transfer:
         resized: rows taken over, and rows of the new table.
         new: from the seed.
         dropped: of the base, without a place in the model.
+        stack: the base's one stack and the model's that is made of it, where their names differ.
     """
 
     loaded: list[str]
@@ -42,6 +45,7 @@ class Transfer:
     new: list[str]
     dropped: list[str]
     shapes: Mapping[str, Shape] = field(repr=False)
+    stack: tuple[str, str] | None = None
 
     @property
     def begun(self) -> list[str]:
@@ -51,6 +55,8 @@ class Transfer:
     def describe(self) -> str:
         """For the log."""
         parts = [f"{len(self.loaded)} parameters loaded"]
+        if self.stack is not None:
+            parts.append("the {} is made of the {}'s blocks".format(*reversed(self.stack)))
         if self.resized:
             rows = (f"{name} ({kept:,} of {total:,} rows)" for name, (kept, total) in self.resized.items())
             parts.append(f"resized: {', '.join(rows)}")
@@ -62,6 +68,7 @@ class Transfer:
         """As JSON."""
         return {
             "loaded": self.loaded,
+            "stack": self.stack and dict(zip(("from", "to"), self.stack, strict=True)),
             "resized": {name: {"rows_loaded": kept, "rows": total} for name, (kept, total) in self.resized.items()},
             "new": self.new,
             "dropped": self.dropped,
@@ -76,11 +83,13 @@ class Transfer:
                 border = rows * (self._numel(name) // total)
                 parts = []
                 if start < border:
-                    parts.append(source.read(name, kind, start, min(stop, border)))
+                    parts.append(source.read(origin(name, self.stack), kind, start, min(stop, border)))
                 if stop > border:
                     parts.append(initial(name, kind, max(start, border), stop))
                 return torch.cat(parts)
-            return (initial if name in new else source.read)(name, kind, start, stop)
+            if name in new:
+                return initial(name, kind, start, stop)
+            return source.read(origin(name, self.stack), kind, start, stop)
 
         new = set(self.new)
         return read
@@ -100,23 +109,40 @@ def plan_transfer(shapes: Mapping[str, Shape], base: Mapping[str, Shape], *, nam
     Raises:
         ConfigError: a parameter of both has another shape in each.
     """
-    loaded, resized, different = [], {}, []
+    loaded, resized, different, new = [], {}, [], []
+    stack = _other_stack(shapes, base)
+    origins = {parameter: origin(parameter, stack) for parameter in shapes}
     for parameter, shape in shapes.items():
-        before = base.get(parameter)
+        before = base.get(origins[parameter])
         if before == shape:
             loaded.append(parameter)
         elif before is not None and parameter in ROWS_MAY_DIFFER and before[1:] == shape[1:]:
             resized[parameter] = (min(before[0], shape[0]), shape[0])
-        elif before is not None:
+        elif before is None:
+            new.append(parameter)
+        else:
             different.append(f"{parameter} {list(before)} there, {list(shape)} here")
     if different:
         raise ConfigError(
             f"base={name} does not fit the section model: {'; '.join(different[:5])} ({len(different)} in all); leave "
             "out the settings of model that change its shape"
         )
-    new = [parameter for parameter in shapes if parameter not in base]
-    dropped = [parameter for parameter in base if parameter not in shapes]
-    return Transfer(loaded, resized, new, dropped, shapes)
+    used = set(origins.values())
+    dropped = [parameter for parameter in base if parameter not in used]
+    return Transfer(loaded, resized, new, dropped, shapes, stack)
+
+
+def origin(name: str, stack: tuple[str, str] | None) -> str:
+    """The base's name of a parameter, for a `Transfer.stack`."""
+    # A table of distances has other buckets in a stack that reads the other way.
+    if stack is None or not name.startswith(f"{stack[1]}.") or ".relative_bias." in name:
+        return name
+    return stack[0] + name.removeprefix(stack[1])
+
+
+def _other_stack(shapes: Mapping[str, Shape], base: Mapping[str, Shape]) -> tuple[str, str] | None:
+    theirs, ours = ({name.split(".")[0] for name in names if ".blocks." in name} for names in (base, shapes))
+    return (theirs.pop(), ours.pop()) if len(theirs) == len(ours) == 1 and theirs != ours else None
 
 
 def _listed(names: list[str]) -> str:

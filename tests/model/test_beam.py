@@ -19,6 +19,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "encoder_decoder": {"shape": "encoder_decoder"},
     "relative": {"shape": "encoder_decoder", "positions": "relative", "num_kv_heads": 2},
     "learned": {"positions": "learned"},
+    "bigrams": {"bigram_rows": 60},
+    "encoder-decoder, bigrams": {"shape": "encoder_decoder", "bigram_rows": 60},
 }
 PROMPTS = [[1, 2, 3], [4, 5, 3, 2, 1, 5, 5, 3, 2], [3], [1, 2, 3, 3]]
 START, END = 0, 1
@@ -28,6 +30,8 @@ def make_model(vocab_size: int = 40, seed: int = 1, **changes: Any) -> Transform
     settings = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "init_std": 0.3, "max_sequence_length": 64}
     model = Transformer(ModelConfig(**settings | {"vocab_size": vocab_size} | changes))
     model.init_weights(seed)
+    if model.bigrams is not None:
+        torch.nn.init.normal_(model.bigrams.table.weight, generator=torch.Generator().manual_seed(1))
     return model.eval()
 
 

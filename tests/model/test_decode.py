@@ -18,6 +18,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "learned": {"positions": "learned"},
     "sinusoidal": {"positions": "sinusoidal", "norm_placement": "post"},
     "relative": {"positions": "relative", "num_kv_heads": 1},
+    "bigrams": {"bigram_rows": 60, "bigram_size": 8},
 }
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 11, 12], [13], [1, 2, 3]]
 GREEDY = Sampling(temperature=0.0)
@@ -38,6 +39,8 @@ def make_model(**changes: Any) -> Transformer:
         )
     )
     model.init_weights(1)
+    if model.bigrams is not None:
+        torch.nn.init.normal_(model.bigrams.table.weight, generator=torch.Generator().manual_seed(1))
     return model.eval()
 
 

@@ -28,10 +28,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "decoder": {},
     "decoder, window": {"attention_window": 3, "global_attention_every": 2, "local_rope_theta": 100.0},
     "decoder, learned": {"positions": "learned", "position_offset": 2, "num_token_types": 1},
+    "decoder, bigrams": {"bigram_rows": 50, "bigram_size": 7},
     "encoder": {"shape": "encoder", "head_transform": True, "head_bias": True, "embedding_norm": True},
     "encoder, window": {"shape": "encoder", "attention_window": 2, "num_layers": 3, "global_attention_every": 3},
     "encoder, post": {"shape": "encoder", "norm": "layer", "norm_placement": "post", "positions": "learned"},
     "encoder-decoder": {"shape": "encoder_decoder"},
+    "encoder-decoder, bigrams": {"shape": "encoder_decoder", "bigram_rows": 50},
     "T5": T5,
     "original": {"shape": "encoder_decoder", "positions": "sinusoidal", "norm": "layer", "norm_placement": "post"},
 }

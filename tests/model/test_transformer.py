@@ -50,13 +50,13 @@ def tiny_config(**changes: Any) -> ModelConfig:
 
 
 def tiny_model(seed: int = 1, **changes: Any) -> Transformer:
-    """A tiny model in evaluation mode, with norms and biases that are not at their trivial start."""
+    """A tiny model in evaluation mode, with norms, biases and bigrams that are not at their trivial start."""
     made = Transformer(tiny_config(**changes))
     made.init_weights(seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
-            if parameter.dim() == 1:
+            if parameter.dim() == 1 or name == "bigrams.table.weight":
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
             assert torch.isfinite(parameter).all(), name
     return made.eval()
@@ -282,6 +282,8 @@ FIELDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "norm": ("layer", {}),
     "norm_placement": ("post", {}),
     "embedding_norm": (True, {}),
+    "bigram_rows": (99, {}),
+    "bigram_size": (7, {"bigram_rows": 99}),
     "norm_eps": (0.1, {}),
     "norm_scale": (False, {}),
     "norm_bias": (True, {"norm": "layer"}),

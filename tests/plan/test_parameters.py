@@ -72,6 +72,8 @@ CHOICES: dict[str, list[Any]] = {
     "shape": ["decoder", "encoder", "encoder_decoder"],
     "embedding_norm": [False, True],
     "num_token_types": [0, 2],
+    "bigram_rows": [0, 10],
+    "bigram_size": [None, 6],
     "head_bias": [False, True],
     "head_transform": [False, True],
     "num_decoder_layers": [None, 3],

@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bigtx.config.schema import ModelConfig
+from bigtx.model.transformer import Transformer
 from bigtx.train.base_weights import plan_transfer
 from bigtx.utils.errors import ConfigError
 
@@ -56,3 +58,46 @@ def test_another_shape_is_refused() -> None:
         plan_transfer({**MODEL, "block.weight": (3, 4)}, BASE, name="runs/base")
     with pytest.raises(ConfigError, match=r"embedding\.weight"):
         plan_transfer({**MODEL, "embedding.weight": (4, 3)}, BASE, name="runs/base")
+
+
+def test_an_encoder_made_of_a_decoder_reads_both_ways() -> None:
+    """It answers as the decoder does where all of its tokens are a prefix."""
+    sizes = {"vocab_size": 100, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "init_std": 0.3}
+    decoder, encoder = Transformer(ModelConfig(**sizes)), Transformer(ModelConfig(**sizes, shape="encoder"))
+    decoder.init_weights(1)
+    encoder.init_weights(2)
+    weights = dict(decoder.named_parameters())
+    base = {name: tuple(weight.shape) for name, weight in weights.items()}
+    shapes = {name: tuple(weight.shape) for name, weight in encoder.named_parameters()}
+    transfer = plan_transfer(shapes, base, name="runs/base")
+    assert transfer.loaded == list(shapes) and not transfer.new and not transfer.dropped
+    assert "the encoder is made of the decoder's blocks" in transfer.describe()
+    assert transfer.to_dict()["stack"] == {"from": "decoder", "to": "encoder"}
+
+    class Held:
+        def read(self, name: str, kind: str, start: int, stop: int) -> torch.Tensor:
+            return weights[name].detach().flatten()[start:stop]
+
+    read = transfer.read(Held(), begun)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for name, weight in encoder.named_parameters():
+            weight.copy_(read(name, "master", 0, weight.numel()).view_as(weight))
+    tokens = torch.randint(100, (2, 9), generator=torch.Generator().manual_seed(1))
+    read_both_ways = decoder(tokens, prefix_mask=torch.ones(2, 9, dtype=torch.bool))
+    torch.testing.assert_close(encoder(tokens), read_both_ways)
+    assert (encoder(tokens) - decoder(tokens)).abs().max() > 0.1
+
+
+def test_distances_are_learned_anew_by_a_stack_that_reads_the_other_way() -> None:
+    base = {f"decoder.{name}": (2, 2) for name in ("blocks.0.a.weight", "relative_bias.table.weight")}
+    shapes = {name.replace("decoder", "encoder"): shape for name, shape in base.items()}
+    transfer = plan_transfer(shapes, base, name="runs/base")
+    assert transfer.loaded == ["encoder.blocks.0.a.weight"]
+    assert transfer.new == ["encoder.relative_bias.table.weight"]
+    assert transfer.dropped == ["decoder.relative_bias.table.weight"]
+
+
+def test_a_stack_of_two_keeps_its_name() -> None:
+    base = {"decoder.blocks.0.a.weight": (2, 2)}
+    transfer = plan_transfer({"encoder.blocks.0.a.weight": (2, 2)} | base, base, name="runs/base")
+    assert transfer.stack is None and transfer.loaded == list(base) and transfer.new == ["encoder.blocks.0.a.weight"]

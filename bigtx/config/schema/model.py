@@ -115,6 +115,11 @@ class ModelConfig:
     """pre: before each sublayer, and one at the end; post: after each residual sum, as in the 2017 Transformer."""
     embedding_norm: bool = False
     """A norm of the embeddings; the first block of a pre-norm stack then has none with a scale before its attention."""
+    bigram_rows: int = field(0, minimum=0)
+    """Rows of a table of pairs of tokens, each with the one before it, added to the embeddings; pairs share rows by a
+    hash (arXiv:2501.16975). It costs memory and next to no arithmetic. 0: none."""
+    bigram_size: Optional[int] = field(None, minimum=1)
+    """Width of the rows; narrower ones are widened by a matrix. Empty: hidden_size."""
     norm_eps: float = 1e-5
     """Added to the variance."""
     norm_scale: bool = True

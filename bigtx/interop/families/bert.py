@@ -24,6 +24,7 @@ from bigtx.utils.errors import ConfigError
 FIXED: dict[str, Sequence[Any]] = {
     "shape": ("encoder",),
     "experts.num_experts": (0,),
+    "bigram_rows": (0,),
     "norm": ("layer",),
     "norm_placement": ("post",),
     "embedding_norm": (True,),

@@ -18,6 +18,7 @@ FIXED: dict[str, Sequence[Any]] = {
     "norm_placement": ("pre",),
     "prefix_attention": (False,),
     "num_token_types": (0,),
+    "bigram_rows": (0,),
     "head_bias": (False,),
     "head_transform": (False,),
     "logit_scale": (1.0,),

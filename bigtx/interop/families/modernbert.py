@@ -27,6 +27,7 @@ FIXED: dict[str, Sequence[Any]] = {
     "positions": ("rope",),
     "rope_scaling.method": ("none",),
     "num_token_types": (0,),
+    "bigram_rows": (0,),
     "head_transform": (True,),
     "logit_scale": (1.0,),
     "logit_soft_cap": (None,),

@@ -33,6 +33,7 @@ FIXED: dict[str, Sequence[Any]] = {
     "attention_window": (None,),
     "positions": ("relative",),
     "num_token_types": (0,),
+    "bigram_rows": (0,),
     "attention_bias": (False,),
     "attention_output_bias": (False,),
     "mlp_bias": (False,),
