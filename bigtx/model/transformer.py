@@ -380,11 +380,12 @@ class Transformer(nn.Module):
             assert self.embedding is not None, "an encoder that hears reads no tokens"
             read = [tokens for tokens, _, _ in texts]
             placed = [_counted(tokens) if positions is None else positions for tokens, positions, _ in texts]
-            x = self.embedding(torch.cat(read, dim=1))
+            together = torch.cat(read, dim=1)
+            x = self.embedding(together)
             if self.bigrams is not None:
                 caches = [*[None] * (len(texts) - 1), cache]
-                before = map(_before, read, placed, caches)
-                x = x + self.bigrams(torch.cat(read, dim=1), torch.cat(list(before), dim=1))
+                before = list(map(_before, read, placed, caches))
+                x = x + self.bigrams(together, torch.cat(before, dim=1))
             own = x.split([tokens.shape[1] for tokens in read], dim=1)
             parts += map(Text, own, placed, [segment_ids for _, _, segment_ids in texts])
         x = torch.cat([part.x for part in parts], dim=1)

@@ -83,13 +83,13 @@ class Transfer:
                 border = rows * (self._numel(name) // total)
                 parts = []
                 if start < border:
-                    parts.append(source.read(origin(name, self.stack), kind, start, min(stop, border)))
+                    parts.append(source.read(_origin(name, self.stack), kind, start, min(stop, border)))
                 if stop > border:
                     parts.append(initial(name, kind, max(start, border), stop))
                 return torch.cat(parts)
             if name in new:
                 return initial(name, kind, start, stop)
-            return source.read(origin(name, self.stack), kind, start, stop)
+            return source.read(_origin(name, self.stack), kind, start, stop)
 
         new = set(self.new)
         return read
@@ -111,7 +111,7 @@ def plan_transfer(shapes: Mapping[str, Shape], base: Mapping[str, Shape], *, nam
     """
     loaded, resized, different, new = [], {}, [], []
     stack = _other_stack(shapes, base)
-    origins = {parameter: origin(parameter, stack) for parameter in shapes}
+    origins = {parameter: _origin(parameter, stack) for parameter in shapes}
     for parameter, shape in shapes.items():
         before = base.get(origins[parameter])
         if before == shape:
@@ -132,7 +132,7 @@ def plan_transfer(shapes: Mapping[str, Shape], base: Mapping[str, Shape], *, nam
     return Transfer(loaded, resized, new, dropped, shapes, stack)
 
 
-def origin(name: str, stack: tuple[str, str] | None) -> str:
+def _origin(name: str, stack: tuple[str, str] | None) -> str:
     """The base's name of a parameter, for a `Transfer.stack`."""
     # A table of distances has other buckets in a stack that reads the other way.
     if stack is None or not name.startswith(f"{stack[1]}.") or ".relative_bias." in name:

@@ -31,8 +31,13 @@ MODEL = ModelConfig(vocab_size=200, hidden_size=64, num_layers=2, num_heads=4, n
 SHAPES: dict[str, dict[str, Any]] = {
     "decoder": {},
     "encoder": {"shape": "encoder", "norm": "layer", "embedding_norm": True, "head_transform": True, "head_bias": True},
-    "encoder_decoder": {"shape": "encoder_decoder", "positions": "relative", "attention_scale": 1.0, "bigram_rows": 64}
-    | {"bigram_size": 16},
+    "encoder_decoder": {
+        "shape": "encoder_decoder",
+        "positions": "relative",
+        "attention_scale": 1.0,
+        "bigram_rows": 64,
+        "bigram_size": 16,
+    },
     "experts": {
         "experts": ExpertsConfig(
             num_experts=4, expert_size=96, shared_size=64, shared_gate=True, balance_loss=0.1, router_z_loss=0.01
