@@ -235,6 +235,7 @@ OTHERWISE: dict[str, Any] = {
     "qk_norm": True,
     "attention_scale": 1.0,
     "positions": "relative",
+    "bigram_rows": 9,
     "head_transform": False,
     "logit_scale": 0.5,
     "logit_soft_cap": 30.0,
@@ -258,6 +259,7 @@ CANNOT: dict[str, dict[str, Any]] = {
     | {"norm_placement": "post", "num_token_types": 2, "rope_scaling": RopeScalingConfig(method="linear", factor=2.0)},
 }
 IDLE = {"num_decoder_layers", "prefix_attention", "relative_num_buckets", "relative_max_distance", "init"}
+IDLE |= {"bigram_size"}
 IDLE |= {"audio", "lora", "num_classes"}  # Refused, or merged, before a family is asked: see the exporter.
 """Fields without a meaning in these models, or without one once they are trained."""
 FREE: dict[str, set[str]] = {

@@ -198,6 +198,7 @@ CANNOT: dict[str, Any] = {
     "attention_window": 5,
     "positions": "rope",
     "num_token_types": 2,
+    "bigram_rows": 9,
     "attention_bias": True,
     "attention_output_bias": True,
     "mlp_bias": True,
@@ -221,7 +222,7 @@ FREE: dict[str, Any] = {
     "dropout": 0.3,
 }
 IDLE = {"global_attention_every", "prefix_attention", "position_offset", "norm_bias", "rope_theta", "local_rope_theta"}
-IDLE |= {"rope_scaling", "init", "init_std"}
+IDLE |= {"rope_scaling", "init", "init_std", "bigram_size"}
 IDLE |= {"attention_dropout"}  # T5 has one rate.
 IDLE |= {"audio", "lora", "num_classes"}  # Refused, or merged, before a family is asked: see the exporter.
 """Fields without a meaning in a T5, or without one once it is trained."""
