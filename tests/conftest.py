@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import shutil
+import signal
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,9 @@ os.environ["WANDB_BASE_URL"] = "http://127.0.0.1:9"
 
 import hypothesis
 import pytest
+
+# A test run in the background of a script has SIGINT ignored, and so would what it starts to interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 

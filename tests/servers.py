@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -46,9 +46,9 @@ class Handler(BaseHTTPRequestHandler):
             self.served.busy += 1
             self.served.most_at_once = max(self.served.most_at_once, self.served.busy)
         try:
-            self.answer()
-        except (BrokenPipeError, ConnectionResetError):
-            pass
+            # A client may have been killed, or have had enough.
+            with suppress(BrokenPipeError, ConnectionResetError):
+                self.answer()
         finally:
             with self.lock:
                 self.served.busy -= 1

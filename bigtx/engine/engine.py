@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -91,26 +92,12 @@ class Engine:
         # ZeRO-3 cuts each parameter up as soon as it exists, so no rank ever holds the whole model.
         with deepspeed.zero.Init(config_dict_or_path=self.deepspeed_config) if self.stage == 3 else self.device:
             model = make_model()
-        parameters = dict(model.named_parameters())
-        self.frozen = frozen_parameters(config, parameters)
-        for name in self.frozen:
-            parameters[name].requires_grad_(False)
+        self.frozen = _freeze(model, config)
         model.activation_checkpointing = config.engine.activation_checkpointing  # type: ignore[assignment]
         if self.stage == 3:
-            # A block is gathered as a whole, around its forward and outside of it: what its forward records, for
-            # torch.compile or to recompute it, then holds no communication.
-            deepspeed.utils.set_z3_leaf_modules(model, [type(model.blocks[0])])  # type: ignore[index]
-            for block in model.blocks:  # type: ignore[union-attr]
-                if any(parameter.requires_grad for parameter in block.parameters()):
-                    block.register_forward_pre_hook(_ask_for_gradient)
+            _gather_whole_blocks(model)
         if config.engine.compile:
-            # Rows of a corpus have one length. Those of records have many: after the second torch compiles for any.
-            dynamic = None if isinstance(config, FinetuneConfig) else False
-            for block in model.blocks:  # type: ignore[union-attr]
-                # The forward alone: DeepSpeed's hooks would be traced, and compiled anew for each block.
-                block.forward = torch.compile(block.forward, dynamic=dynamic)
-            if self.device.type == "cuda" and hasattr(model.head, "compile_loss"):
-                model.head.compile_loss()  # type: ignore[operator]
+            _compile(model, config, self.device)
         groups = parameter_groups(config.optimizer, model.named_parameters())
         self.optimizer = Optimizer(groups, config.optimizer, arithmetic, self.device)
         # What lives until the end of the run is taken out of garbage collection: DeepSpeed collects many times while it
@@ -193,7 +180,7 @@ class Engine:
         self.optimizer.set_learning_rate_factor(learning_rate_factor)
         # DeepSpeed averages gradients over ranks; the factor turns that mean into a sum.
         scale = self.world_size / max(1, num_labels)
-        totals, routing, skipped = torch.zeros((), device=self.device), None, False
+        totals, routing, norm = torch.zeros((), device=self.device), None, 0.0
         if self.config.engine.precision == "fp16":
             # Held for the step: left alone, DeepSpeed 0.19 doubles the scale before it divides the gradient by it.
             self.deepspeed.optimizer.override_loss_scale(self.deepspeed.optimizer.loss_scaler.cur_scale)
@@ -203,30 +190,28 @@ class Engine:
             totals, routing = totals + _reported(loss), loss.routing
             self.deepspeed.backward(loss.loss_sum * scale, scale_wrt_gas=False)
             if self.replicated and index == len(micro_batches) - 1:
-                skipped = not self._clip_at_stage_0()
+                norm = self._clip_at_stage_0()
             self.deepspeed.step()
         dist.all_reduce(totals)
         if routing is not None:
             balance, z = totals[1:3] / (len(micro_batches) * self.world_size)
             routing = Routing(totals[3:].view_as(routing.counts), balance, z)
         if self.replicated:
-            return StepResult(totals[0], self._stage_0_norm, skipped, routing)
+            return StepResult(totals[0], norm, not math.isfinite(norm), routing)
         norm = float(self.deepspeed.get_global_grad_norm())
         return StepResult(totals[0], norm, self.deepspeed.optimizer.overflow, routing)
 
-    def _clip_at_stage_0(self) -> bool:
-        """Clip the reduced gradients, or drop them if their norm is not finite. Returns whether they stay."""
+    def _clip_at_stage_0(self) -> float:
+        """Clip the reduced gradients, or drop them if their norm is not finite. Returns the norm before that."""
         parameters = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])  # type: ignore[misc]
-        self._stage_0_norm = float(norm)
+        limit = self.config.train.gradient_clipping
         if not torch.isfinite(norm):
             for parameter in parameters:
                 parameter.grad = None
-            return False
-        limit = self.config.train.gradient_clipping
-        if limit > 0:
+        elif limit > 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-        return True
+        return float(norm)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Any], task: Task) -> tuple[float, int]:
@@ -252,6 +237,35 @@ class Engine:
         """Restore what `loss_scale` gave; nothing where this run or that one is not fp16."""
         if self.config.engine.precision == "fp16" and self.deepspeed.optimizer.loss_scaler.dynamic:
             vars(self.deepspeed.optimizer.loss_scaler).update(numbers)
+
+
+def _freeze(model: nn.Module, config: RunConfig) -> list[str]:
+    """Take the gradients off the parameters that are not trained; returns their names."""
+    parameters = dict(model.named_parameters())
+    frozen = frozen_parameters(config, parameters)
+    for name in frozen:
+        parameters[name].requires_grad_(False)
+    return frozen
+
+
+def _gather_whole_blocks(model: nn.Module) -> None:
+    """Have ZeRO-3 gather a block as a whole, around its forward and outside of it: what its forward records, for
+    torch.compile or to recompute it, then holds no communication."""
+    deepspeed.utils.set_z3_leaf_modules(model, [type(model.blocks[0])])  # type: ignore[index]
+    for block in model.blocks:  # type: ignore[union-attr]
+        if any(parameter.requires_grad for parameter in block.parameters()):
+            block.register_forward_pre_hook(_ask_for_gradient)
+
+
+def _compile(model: nn.Module, config: RunConfig, device: torch.device) -> None:
+    """Compile the blocks, and on a GPU the loss."""
+    # Rows of a corpus have one length. Those of records have many: after the second torch compiles for any.
+    dynamic = None if isinstance(config, FinetuneConfig) else False
+    for block in model.blocks:  # type: ignore[union-attr]
+        # The forward alone: DeepSpeed's hooks would be traced, and compiled anew for each block.
+        block.forward = torch.compile(block.forward, dynamic=dynamic)
+    if device.type == "cuda" and hasattr(model.head, "compile_loss"):
+        model.head.compile_loss()  # type: ignore[operator]
 
 
 def _ask_for_gradient(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -9,7 +9,7 @@ H heads, K key heads, C head width.
 from __future__ import annotations
 
 import functools
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,21 +18,11 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from bigtx.config import shape
 from bigtx.config.schema import ModelConfig
+from bigtx.model.cache import LayerCache
 from bigtx.model.layers import Linear, Norm
 from bigtx.model.mask import Mask
 from bigtx.model.positions import Rotation, rotate
 from bigtx.model.products import attend, products_are_faster
-
-
-class LayerCache(Protocol):
-    """Where a layer keeps the keys and values of the tokens that were read before."""
-
-    source: tuple[Tensor, Tensor] | None
-    """Of an encoder-decoder: the keys and values [B, K, S, C] of the source, once they are made."""
-
-    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Take in keys and values [B, K, T, C] and return those of all tokens so far [B, K, S, C]."""
-        ...
 
 
 class Attention(nn.Module):

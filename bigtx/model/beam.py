@@ -19,7 +19,8 @@ from torch import Tensor
 
 from bigtx.config import shape
 from bigtx.config.schema import ModelConfig
-from bigtx.model.decode import KeyValueCache, read_next, read_texts, uncompiled
+from bigtx.model.cache import KeyValueCache
+from bigtx.model.decode import read_next, read_texts, uncompiled
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,12 +15,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigtx.config import shape
 from bigtx.config.schema import ModelConfig
-from bigtx.model.transformer import Text
+from bigtx.model.cache import KeyValueCache
 
 OnToken = Callable[[int, int], None]
 """Called with (index of the prompt, token id) as soon as a token is drawn."""
@@ -87,87 +86,6 @@ class Sampling:
         key = hashlib.sha256(f"{self.seed}/{index}".encode()).digest()
         # torch's CPU generator uses 32 bits of its seed.
         return torch.Generator().manual_seed(int.from_bytes(key[:4], "little"))
-
-
-class KeyValueCache:
-    """Keys and values of every layer; the token at position p of row b lies in column p of row b.
-
-    Attributes:
-        source: of an encoder-decoder: what the encoder made of the rows' sources, once it has read them.
-    """
-
-    def __init__(self, num_layers: int) -> None:
-        self.source: Text | None = None
-        self.layers = [_Layer(self) for _ in range(num_layers)]
-        self.tokens = torch.empty(0, 0, dtype=torch.long)  # B columns, of models that look at pairs of tokens
-        self.positions = torch.empty(0, 0, dtype=torch.long)  # B T, where the tokens being read go
-        self.num_columns = 0
-
-    def place(self, positions: Tensor) -> Tensor:
-        """Say where the next tokens go, int64 [B, T]; returns the positions [S] of all columns in use."""
-        self.positions = positions
-        self.num_columns = max(self.num_columns, int(positions.max()) + 1)
-        return torch.arange(self.num_columns, device=positions.device)
-
-    def tokens_before(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Remember tokens [B, T]; returns those one position before them, anything where there is none."""
-        missing = int(positions.max()) + 1 - self.tokens.shape[-1]
-        if not len(self.tokens):
-            self.tokens = tokens.new_zeros(len(tokens), missing)
-        elif missing > 0:
-            self.tokens = F.pad(self.tokens, (0, missing))
-        self.tokens.scatter_(1, positions, tokens)
-        return self.tokens.gather(1, (positions - 1).clamp(min=0))
-
-    def keep(self, rows: Tensor) -> None:
-        """Forget all rows but these, int64 [rows]."""
-        if self.source is not None:
-            self.source = Text(*(None if part is None else part[rows] for part in self.source))  # type: ignore[arg-type]
-        if len(self.tokens):
-            self.tokens = self.tokens[rows]
-        for layer in self.layers:
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
-            if layer.source is not None:
-                layer.source = layer.source[0][rows], layer.source[1][rows]
-
-    def exchange(self, rows: Tensor) -> None:
-        """Let row b go on from row rows[b], int64 [B], which has the same source."""
-        used = self.num_columns
-        if len(self.tokens):
-            self.tokens = self.tokens[rows]
-        for layer in self.layers:
-            layer.keys[:, :, :used] = layer.keys[rows, :, :used]
-            layer.values[:, :, :used] = layer.values[rows, :, :used]
-
-
-class _Layer:
-    """One layer's keys and values [B, K, columns, C]; columns grow in steps, so that most tokens copy nothing."""
-
-    GROWTH = 32
-    """Least columns of a step: short texts are not to carry many empty ones along."""
-
-    def __init__(self, cache: KeyValueCache) -> None:
-        self.cache = cache
-        self.keys = self.values = torch.empty(0)
-        self.source: tuple[Tensor, Tensor] | None = None
-
-    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write keys and values [B, K, T, C] to their columns; returns those of all columns in use [B, K, S, C]."""
-        columns, used = self.cache.positions, self.cache.num_columns
-        self.keys, self.values = self._with_room(self.keys, keys, used), self._with_room(self.values, values, used)
-        rows = torch.arange(keys.shape[0], device=keys.device)[:, None]  # B 1
-        self.keys[rows, :, columns] = keys.transpose(1, 2)
-        self.values[rows, :, columns] = values.transpose(1, 2)
-        return self.keys[:, :, :used], self.values[:, :, :used]
-
-    def _with_room(self, held: Tensor, like: Tensor, used: int) -> Tensor:
-        if held.dim() == 4 and held.shape[2] >= used:
-            return held
-        rows, heads, _, width = like.shape
-        larger = like.new_zeros(rows, heads, used + max(self.GROWTH, used // 4), width)
-        if held.dim() == 4:
-            larger[:, :, : held.shape[2]] = held
-        return larger
 
 
 @dataclass

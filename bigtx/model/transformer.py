@@ -18,64 +18,28 @@ tokens, D hidden size, H heads, K key heads, C head width, V vocabulary, M colum
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from bigtx.config import shape
 from bigtx.config.schema import ModelConfig
-from bigtx.model.attention import Attention, LayerCache
-from bigtx.model.audio import FrontEnd
+from bigtx.model.attention import Attention
+from bigtx.model.cache import KeyValueCache, LayerCache, Text
 from bigtx.model.dropout import dropout
+from bigtx.model.embed import Embedder
 from bigtx.model.experts import Experts, Routing
 from bigtx.model.initial import initial_value
-from bigtx.model.layers import MLP, Bigrams, Embedding, Norm
+from bigtx.model.layers import MLP, Norm
 from bigtx.model.logits import LogitsOnDemand, SoftTargets
 from bigtx.model.lora import add_adapters
 from bigtx.model.loss import ClassifierHead, Head, Loss, TokenScores
 from bigtx.model.mask import Mask, Side, make_mask
-from bigtx.model.positions import RelativeBias, Rotation, rotation, sinusoids
+from bigtx.model.positions import RelativeBias, Rotation, rotation
 
 Recompute = Literal["none", "selective", "full"]
-
-
-class Text(NamedTuple):
-    """Tokens on their way through a stack."""
-
-    x: Tensor
-    """[B, T, D]."""
-    positions: Tensor
-    """int64 [B or 1, T], of each token in its text."""
-    segment_ids: Tensor | None = None
-    """int64 [B, T]: the text of a row that a token belongs to; it sees only that one."""
-
-
-class Cache(Protocol):
-    """The keys and values of tokens that were read before; decode.py has the one that generation uses.
-
-    Columns of the cache are positions of the text: a token at position p of its row lies in column p.
-    """
-
-    source: Text | None
-    """What the encoder made of the source, once it has read it."""
-
-    @property
-    def layers(self) -> Sequence[LayerCache]:
-        """One for each block of the decoder."""
-        ...
-
-    def tokens_before(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Remember tokens [B, T]; returns those one position before them, anything where there is none."""
-        ...
-
-    def place(self, positions: Tensor) -> Tensor:
-        """Say where the next T tokens go, [B, T]; returns the positions [S] of the columns that layers will give."""
-        ...
 
 
 class View(NamedTuple):
@@ -185,7 +149,7 @@ class Stack(nn.Module):
         text: Text,
         source: Text | None = None,
         prefix_mask: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: KeyValueCache | None = None,
         recompute: Recompute = "none",
     ) -> tuple[Tensor, Routing | None]:
         """The hidden states [B, T, D] of a text, and where its tokens went if there are experts."""
@@ -199,7 +163,7 @@ class Stack(nn.Module):
         return x if self.norm is None else self.norm(x), Routing.of_stack(routings) if routings else None
 
     def _surroundings(
-        self, text: Text, source: Text | None, prefix_mask: Tensor | None, cache: Cache | None
+        self, text: Text, source: Text | None, prefix_mask: Tensor | None, cache: KeyValueCache | None
     ) -> Surroundings:
         config, positions = self.config, text.positions
         if cache is None:
@@ -242,7 +206,7 @@ def _source_mask(text: Text, source: Text, *, sparse: bool) -> Mask:
     return make_mask(_side(text), _side(source), causal=False, sparse=sparse)
 
 
-class Transformer(nn.Module):
+class Transformer(Embedder):
     """A decoder, an encoder, or both.
 
     Its weights are unwritten memory until `init_weights` or a checkpoint fills them; it may be built on the meta
@@ -252,16 +216,7 @@ class Transformer(nn.Module):
     activation_checkpointing: Recompute = "none"
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
-        size = config.hidden_size
-        self.embedding = Embedding(shape.padded_vocab_size(config), size) if shape.has_embedding(config) else None
-        self.bigrams = Bigrams(config) if config.bigram_rows else None
-        self.audio = FrontEnd(config) if config.audio.num_mel_bins else None
-        num_rows = config.max_sequence_length + config.position_offset
-        self.position_embedding = Embedding(num_rows, size) if config.positions == "learned" else None
-        self.type_embedding = Embedding(config.num_token_types, size) if config.num_token_types else None
-        self.embedding_norm = Norm.of(config) if config.embedding_norm else None
+        super().__init__(config)
         self.encoder = Stack(config, causal=False) if config.shape != "decoder" else None
         self.decoder = Stack(config, causal=True) if config.shape != "encoder" else None
         tied_to = self.embedding.weight if config.tie_embeddings and self.embedding is not None else None
@@ -295,7 +250,7 @@ class Transformer(nn.Module):
         target_segment_ids: Tensor | None = None,
         columns: Tensor | None = None,
         pool: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: KeyValueCache | None = None,
         z_loss: float = 0.0,
         label_smoothing: float = 0.0,
         score_tokens: bool = False,
@@ -332,8 +287,8 @@ class Transformer(nn.Module):
         recompute = self.activation_checkpointing
         if self.encoder is None or self.decoder is None:
             read = [] if tokens is None else [(tokens, positions, segment_ids)]
-            heard = self._hear(features, feature_lengths)
-            (text,) = self._embed(*read, token_types=token_types, heard=heard, cache=cache)
+            heard = self.hear(features, feature_lengths)
+            (text,) = self.embed(*read, token_types=token_types, heard=heard, cache=cache)
             if self.decoder is None:
                 assert self.encoder is not None
                 x, routing = self.encoder(text, recompute=recompute)
@@ -345,10 +300,10 @@ class Transformer(nn.Module):
             source = None if cache is None else cache.source
             if source is None:
                 read = [target] if tokens is None else [(tokens, positions, segment_ids), target]
-                source, text = self._embed(*read, heard=self._hear(features, feature_lengths), cache=cache)
+                source, text = self.embed(*read, heard=self.hear(features, feature_lengths), cache=cache)
                 source = source._replace(x=self.encoder(source, recompute=recompute)[0])
             else:
-                (text,) = self._embed(target, cache=cache)
+                (text,) = self.embed(target, cache=cache)
             if cache is not None:
                 cache.source = source
             x, routing = self.decoder(text, source, cache=cache, recompute=recompute)
@@ -361,71 +316,6 @@ class Transformer(nn.Module):
             return self.head.on_demand(x)
         result = self.head(x, labels, z_loss, label_smoothing, score_tokens, soft_targets)
         return result if isinstance(result, Tensor) else result._replace(routing=routing)
-
-    def _embed(
-        self,
-        *texts: tuple[Tensor, Tensor | None, Tensor | None],
-        token_types: Tensor | None = None,
-        heard: Text | None = None,
-        cache: Cache | None = None,
-    ) -> list[Text]:
-        """What was heard, if anything, and tokens, positions and segment ids of each text to what a stack reads. With
-        a cache the last text is the decoder's.
-
-        Source and target go through the tables together: DeepSpeed's ZeRO-2 has added up wrong gradients where a
-        module ran twice in a step.
-        """
-        parts = [] if heard is None else [heard]
-        if texts:
-            assert self.embedding is not None, "an encoder that hears reads no tokens"
-            read = [tokens for tokens, _, _ in texts]
-            placed = [_counted(tokens) if positions is None else positions for tokens, positions, _ in texts]
-            together = torch.cat(read, dim=1)
-            x = self.embedding(together)
-            if self.bigrams is not None:
-                caches = [*[None] * (len(texts) - 1), cache]
-                before = list(map(_before, read, placed, caches))
-                x = x + self.bigrams(together, torch.cat(before, dim=1))
-            own = x.split([tokens.shape[1] for tokens in read], dim=1)
-            parts += map(Text, own, placed, [segment_ids for _, _, segment_ids in texts])
-        x = torch.cat([part.x for part in parts], dim=1)
-        x = self._placed(x, torch.cat([part.positions for part in parts], dim=1), token_types)
-        lengths = [part.positions.shape[1] for part in parts]
-        return [part._replace(x=own) for part, own in zip(parts, x.split(lengths, dim=1), strict=True)]
-
-    def _hear(self, features: Tensor | None, lengths: Tensor | None) -> Text | None:
-        """Spectrograms as columns; those behind the end of a recording are of a segment that nobody looks at."""
-        if features is None:
-            return None
-        assert self.audio is not None and lengths is not None, "only a model with an audio front end hears"
-        x, num_columns = self.audio(features, lengths)
-        positions = _counted(x[..., 0])
-        return Text(x, positions, (positions >= num_columns[:, None]).long())
-
-    def _placed(self, x: Tensor, positions: Tensor, token_types: Tensor | None) -> Tensor:
-        """Embeddings with what tells where they stand."""
-        config = self.config
-        if self.position_embedding is not None:
-            x = x + self.position_embedding(positions + config.position_offset)
-        if self.type_embedding is not None:
-            x = x + self.type_embedding(torch.zeros_like(positions) if token_types is None else token_types)
-        if config.positions == "sinusoidal":
-            # Scaled, so that waves of amplitude one do not drown the embeddings (arXiv:1706.03762, section 3.4).
-            x = x * math.sqrt(config.hidden_size) + sinusoids(positions, config.hidden_size).to(x.dtype)
-        if self.embedding_norm is not None:
-            x = self.embedding_norm(x)
-        return dropout(x, config.dropout, self.training)
-
-
-def _before(tokens: Tensor, positions: Tensor, cache: Cache | None) -> Tensor:
-    """int64 [B, T]: the token before each; -1 where its text or, without a cache, its row begins."""
-    before = F.pad(tokens, (1, -1), value=-1) if cache is None else cache.tokens_before(tokens, positions)
-    return before.masked_fill(positions == 0, -1)
-
-
-def _counted(columns: Tensor) -> Tensor:
-    """int64 [B, T]: 0, 1, ... in every row of what is [B, T]."""
-    return torch.arange(columns.shape[1], device=columns.device).expand_as(columns)
 
 
 _KEPT_OPERATIONS = {

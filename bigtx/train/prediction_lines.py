@@ -136,7 +136,7 @@ class Output:
         except BlockingIOError:
             raise LaunchError(f"another process writes {self.path}; wait for it or name another --output") from None
         except OSError:
-            pass  # a file system without locks
+            return  # A file system without locks.
 
     def _check(self) -> None:
         """Compare with what the file was begun with, or write that down."""

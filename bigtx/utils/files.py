@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -58,13 +59,18 @@ def sha256_file(path: Path | str) -> str:
 
 
 def fsync_dir(path: Path | str) -> None:
-    """Make the names in a folder durable: a rename may otherwise be lost with the power."""
+    """Make the names in a folder durable: a rename may otherwise be lost with the power.
+
+    Raises:
+        OSError: they could not be written.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
-    except OSError:
-        # Some network filesystems cannot; their renames are durable by themselves.
-        pass
+    except OSError as error:
+        # Some network filesystems refuse to, in words of their own; their renames are durable by themselves.
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+            raise
     finally:
         os.close(descriptor)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -62,6 +63,18 @@ def test_a_full_disk_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.
         write_atomic(path, "new")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(("number", "is_loss"), [(errno.EIO, True), (errno.ENOSPC, True), (errno.EINVAL, False)])
+def test_names_that_were_lost_are_an_error_and_names_that_need_no_sync_are_none(
+    number: int, is_loss: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files.os, "fsync", fails)
+    with pytest.raises(OSError, match=os.strerror(number)) if is_loss else contextlib.nullcontext():
+        files.fsync_dir(tmp_path)
 
 
 def test_json_is_readable_and_has_no_nan(tmp_path: Path) -> None:

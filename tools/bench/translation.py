@@ -30,9 +30,8 @@ from torch import Tensor, nn
 
 from bigtx.config.schema import ModelConfig
 from bigtx.model.beam import Beam, beam_search
-from bigtx.model.decode import KeyValueCache
+from bigtx.model.cache import KeyValueCache, Text
 from bigtx.model.positions import sinusoids
-from bigtx.model.transformer import Text
 from bigtx.tokenizer.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -25,9 +25,8 @@ from bigtx.data.audio.decode import AudioPlace, require_speech
 from bigtx.data.records.record import BadRecordError, Record
 from bigtx.engine.task import TaskLoss
 from bigtx.model.beam import Beam, beam_search
-from bigtx.model.decode import KeyValueCache
+from bigtx.model.cache import KeyValueCache, Text
 from bigtx.model.loss import IGNORED
-from bigtx.model.transformer import Text
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.train.tasks.speech import Hearing, SpeechBatch, SpeechExample
 from bigtx.train.tasks.task import Lengths, Model, Prediction, RecordTask, padded

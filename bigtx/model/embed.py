@@ -1,0 +1,103 @@
+"""What a stack takes in: tokens embedded, or spectrograms heard, with what tells where they stand.
+
+Shape letters: B batch, T tokens of a text, D hidden size, F frames of a recording, M mel bins.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bigtx.config import shape
+from bigtx.config.schema import ModelConfig
+from bigtx.model.audio import FrontEnd
+from bigtx.model.cache import KeyValueCache, Text
+from bigtx.model.dropout import dropout
+from bigtx.model.layers import Bigrams, Embedding, Norm
+from bigtx.model.positions import sinusoids
+
+
+class Embedder(nn.Module):
+    """The tables of a Transformer and its front end. A Transformer is one, so that their names have no prefix."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        size = config.hidden_size
+        self.embedding = Embedding(shape.padded_vocab_size(config), size) if shape.has_embedding(config) else None
+        self.bigrams = Bigrams(config) if config.bigram_rows else None
+        self.audio = FrontEnd(config) if config.audio.num_mel_bins else None
+        num_rows = config.max_sequence_length + config.position_offset
+        self.position_embedding = Embedding(num_rows, size) if config.positions == "learned" else None
+        self.type_embedding = Embedding(config.num_token_types, size) if config.num_token_types else None
+        self.embedding_norm = Norm.of(config) if config.embedding_norm else None
+
+    def embed(
+        self,
+        *texts: tuple[Tensor, Tensor | None, Tensor | None],
+        token_types: Tensor | None = None,
+        heard: Text | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> list[Text]:
+        """What was heard, if anything, and tokens, positions and segment ids of each text to what a stack reads. With
+        a cache the last text is the decoder's.
+
+        Source and target go through the tables together: DeepSpeed's ZeRO-2 has added up wrong gradients where a
+        module ran twice in a step.
+        """
+        parts = [] if heard is None else [heard]
+        if texts:
+            assert self.embedding is not None, "an encoder that hears reads no tokens"
+            read = [tokens for tokens, _, _ in texts]
+            placed = [_counted(tokens) if positions is None else positions for tokens, positions, _ in texts]
+            together = torch.cat(read, dim=1)
+            x = self.embedding(together)
+            if self.bigrams is not None:
+                caches = [*[None] * (len(texts) - 1), cache]
+                before = list(map(_before, read, placed, caches))
+                x = x + self.bigrams(together, torch.cat(before, dim=1))
+            own = x.split([tokens.shape[1] for tokens in read], dim=1)
+            parts += map(Text, own, placed, [segment_ids for _, _, segment_ids in texts])
+        x = torch.cat([part.x for part in parts], dim=1)
+        x = self._placed(x, torch.cat([part.positions for part in parts], dim=1), token_types)
+        lengths = [part.positions.shape[1] for part in parts]
+        return [part._replace(x=own) for part, own in zip(parts, x.split(lengths, dim=1), strict=True)]
+
+    def hear(self, features: Tensor | None, lengths: Tensor | None) -> Text | None:
+        """Spectrograms [B, F, M] of `lengths` [B] frames as columns; those behind the end of a recording are of a
+        segment that nobody looks at.
+        """
+        if features is None:
+            return None
+        assert self.audio is not None and lengths is not None, "only a model with an audio front end hears"
+        x, num_columns = self.audio(features, lengths)
+        positions = _counted(x[..., 0])
+        return Text(x, positions, (positions >= num_columns[:, None]).long())
+
+    def _placed(self, x: Tensor, positions: Tensor, token_types: Tensor | None) -> Tensor:
+        """Embeddings with what tells where they stand."""
+        config = self.config
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(positions + config.position_offset)
+        if self.type_embedding is not None:
+            x = x + self.type_embedding(torch.zeros_like(positions) if token_types is None else token_types)
+        if config.positions == "sinusoidal":
+            # Scaled, so that waves of amplitude one do not drown the embeddings (arXiv:1706.03762, section 3.4).
+            x = x * math.sqrt(config.hidden_size) + sinusoids(positions, config.hidden_size).to(x.dtype)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
+        return dropout(x, config.dropout, self.training)
+
+
+def _before(tokens: Tensor, positions: Tensor, cache: KeyValueCache | None) -> Tensor:
+    """int64 [B, T]: the token before each; -1 where its text or, without a cache, its row begins."""
+    before = F.pad(tokens, (1, -1), value=-1) if cache is None else cache.tokens_before(tokens, positions)
+    return before.masked_fill(positions == 0, -1)
+
+
+def _counted(columns: Tensor) -> Tensor:
+    """int64 [B, T]: 0, 1, ... in every row of what is [B, T]."""
+    return torch.arange(columns.shape[1], device=columns.device).expand_as(columns)
