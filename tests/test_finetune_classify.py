@@ -66,7 +66,7 @@ def test_it_learns_and_says_what_it_found(
     changes: list[str],
 ) -> None:
     base, run_dir = {"decoder": decoder_base, "encoder": encoder_base}[shape], tmp_path / "run"
-    said = finetuned(*run_of(base, records, run_dir, f"data.test=[{held_out}]", "train.max_steps=60", *changes))
+    said = finetuned(*run_of(base, records, run_dir, f"data.test=[{held_out}]", "train.max_steps=61", *changes))
     assert "new: head.classes.weight" in said and "dropped: " in said
     assert f"next: bigtx predict {run_dir} --input FILE" in said
     found = results(run_dir)
@@ -76,6 +76,8 @@ def test_it_learns_and_says_what_it_found(
     )
     assert metrics(run_dir, "test/accuracy") == [found["test"]["accuracy"]]
     assert found["validation"]["accuracy"] == max(metrics(run_dir, "validation/accuracy"))
+    measured = [line["step"] for line in read_lines(run_dir / "metrics.jsonl") if "validation/accuracy" in line]
+    assert measured == [*range(7, 61, 7), 61], "a tenth of the steps, rounded up; the last one at the end"
     link = json.loads((run_dir / "base.json").read_text())
     assert link["checkpoint"].startswith(str(base)) and "head.classes.weight" in link["new"]
     assert "- joy\n" in (run_dir / "config.yaml").read_text(), "the classes are known from the config alone"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import TYPE_CHECKING, Any
 
 from bigtx.config.runs import run_dir_of
@@ -251,10 +252,10 @@ class FinetuneSession(Session[FinetuneConfig]):
         return self.flops_of(source=source, target=target, predicted=predicted) * num_rows / self.mean_tokens
 
     def validate_every(self) -> str:
-        """As the config says, a share of the run in steps."""
+        """As the config says; a share of the run in steps, rounded up: so that the last one is the run's end."""
         every = parse_duration(self.config.validation.every)
         if every.unit == "fraction":
-            return f"{max(1, round(every.value * self.total_steps))} steps"
+            return f"{max(1, math.ceil(round(every.value * self.total_steps, 6)))} steps"
         return self.config.validation.every
 
     def conclude(self, run: Run) -> None:
