@@ -25,8 +25,8 @@ from bigtx.utils.errors import CheckpointError, ConfigError, DataError, LaunchEr
 from bigtx.utils.files import write_json
 
 if TYPE_CHECKING:
+    from bigtx.engine.checkpoint import Checkpoint
     from bigtx.generate import LoadedModel
-    from bigtx.train.tasks.task import RecordTask
 
 FOLDER = "evaluations"
 """In the run folder, where no other output is named."""
@@ -46,6 +46,8 @@ def command(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise ConfigError(f"--batch-size={arguments.batch_size}: at least 1")
+    if arguments.output is not None and not arguments.output.endswith(".json"):
+        raise ConfigError(f"--output {arguments.output}: a JSON file is written; name it NAME.json")
     checkpoint, config = find(arguments.run)
     found: _Records | _Corpora
     if isinstance(config, FinetuneConfig):
@@ -123,7 +125,7 @@ class _Evaluation:
             "step": checkpoint.manifest["step"],
             "tokens": checkpoint.manifest["state"]["tokens"],
             "weights": arguments.weights,
-            "set": arguments.set,
+            "set": sorted(arguments.set),
             "data": {"split": arguments.split} if arguments.split else {"paths": arguments.data},
             **facts,
             "metrics": dict(metrics),
@@ -154,7 +156,7 @@ class _Records(_Evaluation):
         task, broken = loaded.task, Broken()
         examples = encode(task, records, broken)
         broken.check()
-        ready = self._with_reference(task, examples.examples) if task.needs_reference else examples.examples
+        ready = self._with_reference(loaded, examples.examples) if task.needs_reference else examples.examples
         device, size = next(loaded.model.parameters()).device, self.arguments.batch_size or BATCH_SIZE
         predictions = predict_all(task, loaded.model, ready, batch_size=size, device=device)
         self.examples = shown_predictions(task, records, predictions, self.config.validation.num_examples)
@@ -163,26 +165,39 @@ class _Records(_Evaluation):
             "tables": task.tables(predictions)
         }
 
-    def _with_reference(self, task: RecordTask, examples: Sequence[Any]) -> list[Any]:
-        """The examples with what the run's base says of them.
+    def _with_reference(self, loaded: LoadedModel, examples: Sequence[Any]) -> list[Any]:
+        """The examples with what the model said of them before the run's first step.
 
         Raises:
-            CheckpointError: the base is gone.
+            CheckpointError: the base is gone, or is another one by now.
         """
-        from bigtx.generate import load
+        from bigtx.train.base_weights import untrained
         from bigtx.train.predictions import BATCH_SIZE, batches_by_length, in_order
 
-        run = run_dir_of(self.checkpoint)
-        try:
-            base = json.loads((run / "base.json").read_text(encoding="utf-8"))["checkpoint"]
-        except (OSError, ValueError, KeyError):
-            raise CheckpointError(
-                f"task={self.config.task} compares the model with its base, and {run / 'base.json'} names none"
-            ) from None
-        model = load(base, device=self.arguments.device).model
-        device, batches = next(model.parameters()).device, list(batches_by_length(examples, BATCH_SIZE))
+        task, model = loaded.task, untrained(self.config, loaded.model, self._base())
+        device = next(model.parameters()).device
+        batches = list(batches_by_length(examples, self.arguments.batch_size or BATCH_SIZE))
         found = [task.refer(model, [examples[place] for place in batch], device) for batch in batches]
         return list(map(task.with_reference, examples, in_order(batches, found, len(examples))))
+
+    def _base(self) -> Checkpoint | None:
+        """What the run began with; None: with nothing but its seed."""
+        from bigtx.engine.merged import MergedCheckpoint
+        from bigtx.train.finetuning import BASE
+
+        if self.config.base is None:
+            return None
+        path = run_dir_of(self.checkpoint) / BASE
+        try:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            base = MergedCheckpoint(facts["checkpoint"])
+        except (OSError, ValueError, KeyError):
+            raise CheckpointError(
+                f"task={self.config.task} compares the model with its base, and {path} names none"
+            ) from None
+        if base.manifest_sha256 != facts.get("manifest_sha256"):
+            raise CheckpointError(f"{base.path} is not the base that {path} names; give that one back")
+        return base
 
     def _read(self) -> list[Any]:
         from bigtx.engine.checkpoint import Checkpoint
@@ -263,12 +278,12 @@ def _output_path(arguments: argparse.Namespace, checkpoint: Path, result: Mappin
 
 
 def _same(path: Path, result: Mapping[str, Any]) -> bool:
-    """Whether a file is the evaluation of the same weights on the same data."""
+    """Whether a file is the evaluation of the same weights on the same data in the same way."""
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    keys = ("manifest_sha256", "weights", "data", "records_sha256")
+    keys = ("manifest_sha256", "weights", "data", "records_sha256", "rows", "set")
     return isinstance(before, dict) and all(before.get(key) == result.get(key) for key in keys)
 
 
@@ -315,7 +330,12 @@ def _track(
     if track.wandb == "off":
         return
     folder = output.with_suffix("")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise LaunchError(
+            f"{folder} cannot be made, for the W&B run: {error.strerror}; name another file by --output, or --wandb off"
+        ) from None
     facts = {key: value for key, value in result.items() if key not in ("metrics", "tables")}
     checkpoint = Path(result["checkpoint"])
     tracker = Tracker(

@@ -14,14 +14,14 @@ import dataclasses
 import itertools
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from bigtx.data.records.read import expand_path
 from bigtx.data.records.record import Record
 from bigtx.engine.trained import find
-from bigtx.train.prediction_lines import Item, Output, as_line, fields_of, read_items, read_stdin
+from bigtx.train.prediction_lines import Item, Output, arriving, as_line, fields_of, read_items, read_stdin
 from bigtx.utils.errors import ConfigError
 from bigtx.utils.version import __version__
 
@@ -58,12 +58,17 @@ def command(argv: Sequence[str]) -> int:
     config = task_config(config, arguments.run, arguments.set)
     arguments.too_long = arguments.too_long or config.data.too_long
     job = _Job(arguments, checkpoint)
-    items = read_stdin() if arguments.input == [STDIN] else read_items(files)
+    reads_stdin = arguments.input == [STDIN]
+    if reads_stdin and arguments.output is None:
+        job.run(arriving(job.batch_size), sys.stdout.buffer)
+        return job.report()
+    items = read_stdin() if reads_stdin else read_items(files)
+    chunks = iter(lambda: list(itertools.islice(items, job.batch_size * CHUNK_BATCHES)), [])
     if arguments.output is None:
-        job.run(items, sys.stdout.buffer)
+        job.run(chunks, sys.stdout.buffer)
     else:
         with Output(Path(arguments.output), job.facts()) as output:
-            job.run(items, output)
+            job.run(chunks, output)
     return job.report()
 
 
@@ -127,12 +132,9 @@ class _Job:
             "input": self.arguments.input,
         }
 
-    def run(self, items: Iterator[Item], output: BinaryIO | Output) -> None:
+    def run(self, chunks: Iterable[list[Item]], output: BinaryIO | Output) -> None:
         """Predict for all that is not in the output yet."""
-        # Somebody may wait at the other end of a pipe for the answer to a line.
-        is_live = self.arguments.input == [STDIN] and not isinstance(output, Output)
-        size = self.batch_size * (1 if is_live else CHUNK_BATCHES)
-        while chunk := list(itertools.islice(items, size)):
+        for chunk in chunks:
             if isinstance(output, Output) and (known := output.known(chunk)) is not None:
                 self.num_kept += len(chunk)
                 self._count(known)

@@ -15,6 +15,8 @@ from finetunes import finetune, finetuned, kill_at, labelled, make_base, results
 import bigtx
 from bigtx.config.load import from_dict
 from bigtx.config.schema import DistillConfig, FinetuneConfig, ModelConfig
+from bigtx.engine.checkpoint import Checkpoint, preferred
+from bigtx.engine.merged import MergedCheckpoint
 from bigtx.engine.task import TaskLoss
 from bigtx.model.transformer import Transformer
 from bigtx.tokenizer.tokenizer import Tokenizer
@@ -193,6 +195,29 @@ def test_copied_layers(teacher: Path, texts: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_layers_of_an_adapted_teacher_are_those_it_computes_with(
+    teacher: Path, texts: Path, tmp_path: Path
+) -> None:
+    common, adapted = ["task=distill", f"data.train={texts}", "train.max_steps=1"], tmp_path / "adapted"
+    adapters = ["model.lora.rank=2", "optimizer.learning_rate=0.1", "schedule.name=constant", "schedule.warmup=0 steps"]
+    finetuned(
+        *common, *adapters, f"base={teacher}", f"distill.teacher={teacher}", f"run_dir={adapted}", "train.max_steps=3"
+    )
+    run_dir = tmp_path / "run"
+    width = ["model.hidden_size=64", "model.num_heads=2", "model.num_layers=2", "model.max_sequence_length=64"]
+    settings = [f"distill.teacher={adapted}", "distill.copy_layers=true", f"run_dir={run_dir}", *width]
+    finetuned(*common, *settings, "optimizer.learning_rate=0")
+    merged, plain = MergedCheckpoint(preferred(adapted)), Checkpoint(preferred(adapted))
+    changed = 0
+    for name, parameter in bigtx.load(run_dir, device="cpu").model.named_parameters():
+        origin = name.replace("blocks.1.", "blocks.2.")
+        taken, before = (source.read(origin, "master", 0, parameter.numel()) for source in (merged, plain))
+        assert torch.equal(parameter.flatten(), taken), name
+        changed += not torch.equal(taken, before)
+    assert changed, "the adapters changed something"
+
+
+@pytest.mark.slow
 def test_answers_to_prompts_have_a_teacher_too(teacher: Path, tmp_path: Path) -> None:
     """Any decoder of the tokenizer can teach sft: here one that has seen texts alone, and a student that follows it."""
     records = [{"prompt": record["text"], "response": record["label"]} for record in labelled(40)]
@@ -248,7 +273,6 @@ def test_what_does_not_fit_is_refused(teacher: Path, corpus: Path, texts: Path, 
 
 def test_a_teacher_that_is_another_kind_of_model(teacher: Path, corpus: Path) -> None:
     """All that does not fit is named at once, before weights are read."""
-    from bigtx.engine.checkpoint import preferred
     from bigtx.train.teacher import Teacher
 
     known = Teacher(preferred(teacher))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import subprocess
 import sys
@@ -104,6 +105,26 @@ def test_pairs_on_two_ranks_and_a_killed_run_loses_nothing(base: Path, files: Pa
     assert again.keys() == kept.keys() and all(np.array_equal(again[name], kept[name]) for name in kept)
     assert losses(run_dir) == found
     same_weights(run_dir, straight)
+
+    margin = results(run_dir)["validation"]["reward_margin"]
+    command = [
+        "evaluate",
+        str(run_dir),
+        "--split",
+        "validation",
+        "--wandb",
+        "off",
+        "--output",
+        f"{tmp_path}/found.json",
+    ]
+    done = bigtx(*command)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())["metrics"]
+    assert found["reward_margin"] == pytest.approx(margin, rel=0.1), "against the same reference as in the run"
+    link = run_dir / "base.json"
+    link.write_text(json.dumps(json.loads(link.read_text()) | {"manifest_sha256": "another"}))
+    done = bigtx(*command)
+    assert done.returncode == 2 and "is not the base that" in done.stderr, done.stderr
 
 
 def test_broken_chats_are_named_by_file_and_line(base: Path, files: Path, tmp_path: Path) -> None:

@@ -163,19 +163,30 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(decoder_base: Path, recor
         "train.keep_checkpoints=1",
         "schedule.name=constant",
         "validation.metric=loss",
+        "validation.at_start=true",
     ]
     arguments = run_of(
         decoder_base, records, run_dir, *changes, "optimizer.learning_rate=0.03", "validation.patience=4"
     )
     said = finetuned(*arguments)
+    assert "validation at step 0" in said and last_step(run_dir) < 40, "patience is to end it"
     found, saved = results(run_dir), list_checkpoints(run_dir)
     if "the run ends here" in said:
         (stop,) = [event for event in read_lines(run_dir / "events.jsonl") if event["kind"] == "early_stop"]
         assert stop["best_step"] == found["step"] and last_step(run_dir) == found["step"] + 8
         assert len(saved) == 2 and saved[-1].name == found["checkpoint"]
         assert not list((run_dir / "checkpoints").glob("*.damaged")), "a step that was saved is not saved again"
-    assert found["validation"]["loss"] == pytest.approx(min(metrics(run_dir, "validation/loss")), abs=1e-6)
-    assert "the run is finished" in finetuned(*arguments)
+    trained = metrics(run_dir, "validation/loss")[1:]
+    assert found["validation"]["loss"] == pytest.approx(min(trained), abs=1e-6), (
+        "the measurement at step 0 has no weights"
+    )
+    said = finetuned(*arguments)
+    assert "the run is finished" in said
+    assert "train.max_steps=N validation.patience=N allow_changes=[train.max_steps,validation.patience]" in said
+    longer = ["train.max_steps=50", "allow_changes=[train.max_steps,validation.patience]"]
+    assert "the run is finished" in finetuned(*arguments, *longer), "patience has run out, however long the run"
+    longer = ["validation.patience=1000", "train.max_steps=41", "allow_changes=[train.max_steps,validation.patience]"]
+    assert "resumed from" in finetuned(*arguments, *longer) and last_step(run_dir) == 41
 
 
 @pytest.mark.slow
@@ -246,6 +257,10 @@ def test_what_cannot_be_used_is_refused_with_its_place(
         (["classify.pooling=first"], "classify.pooling=first"),
         (["model.hidden_size=32"], "does not fit the section model"),
         (["validation.metric=bleu"], "validation.metric='bleu'"),
+        (
+            ["model.positions=learned", "model.max_sequence_length=32", "data.max_length=33"],
+            "data.max_length=33, and the learned positions end at model.max_sequence_length=32",
+        ),
     ):
         done = finetune(*run_of(decoder_base, records, tmp_path / "refused"), *changes)
         assert done.returncode == 2 and expected in done.stderr, done.stdout + done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -108,6 +109,43 @@ def test_what_cannot_be_used_has_a_line_too(run: Path, tmp_path: Path) -> None:
     assert "data.max_length" in refused[0]["error"]
 
 
+def test_each_line_of_a_pipe_is_answered_when_it_comes(run: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bigtx", "predict", str(run), "--input", "-"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(PYTHONPATH=str(ROOT)),
+    )
+    assert process.stdin and process.stdout and process.stderr
+    for line, key in (('{"text": "ba be"}', "prediction"), ("nope", "error"), ('{"text": "bi"}', "prediction")):
+        process.stdin.write(f"{line}\n".encode())
+        process.stdin.flush()
+        assert key in json.loads(process.stdout.readline())
+    process.send_signal(signal.SIGINT)
+    process.wait(timeout=60)
+    said = process.stderr.read()
+    assert process.returncode == 130 and b"Traceback" not in said and b"Fatal" not in said, said
+    for stream in (process.stdin, process.stdout, process.stderr):
+        stream.close()
+
+
+def test_a_full_disk_is_told_and_gone_on_from(run: Path, tmp_path: Path) -> None:
+    source, output = write_jsonl(tmp_path / "in.jsonl", labelled(600)), tmp_path / "out.jsonl"
+    arguments = ["--input", str(source), "--output", str(output), "--batch-size", "8"]
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    command = [sys.executable, "-m", "bigtx", "predict", str(run), *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, preexec_fn=limit, env=environment(PYTHONPATH=str(ROOT))
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "goes on when that is mended" in done.stderr
+    assert predict(run, *arguments).returncode == 0
+    assert output.read_text() == predict(run, *arguments[:2], "--batch-size", "8").stdout
+
+
 def test_folders_and_archives_name_their_files(run: Path, tmp_path: Path) -> None:
     rows = labelled(4)
     folder = write_folders(tmp_path / "folder", rows)
@@ -150,6 +188,18 @@ def test_an_output_of_something_else_is_left_alone(run: Path, decoder_base: Path
     assert done.returncode == 2 and "bigtx predict says which class" in done.stderr
 
 
+def test_a_classifier_as_a_base_keeps_its_head_for_the_same_classes_alone(run: Path, tmp_path: Path) -> None:
+    three = [record | ({"label": "awe"} if number % 3 == 0 else {}) for number, record in enumerate(labelled(30))]
+    others = [record | {"label": {"joy": "glad", "woe": "sad"}[record["label"]]} for record in labelled(30)]
+    for name, records, is_kept in (("same", labelled(30), True), ("others", others, False), ("three", three, False)):
+        data = write_jsonl(tmp_path / f"{name}.jsonl", records)
+        run_dir = tmp_path / name
+        finetuned(f"base={run}", f"data.train=[{data}]", f"run_dir={run_dir}", "train.max_steps=1")
+        link = json.loads((run_dir / "base.json").read_text())
+        assert {"head.classes.weight", "head.classes.bias"} <= set(link["loaded" if is_kept else "new"]), link
+        assert link["dropped"] == ([] if is_kept else ["head.classes.weight", "head.classes.bias"])
+
+
 def test_evaluate(run: Path, decoder_base: Path, tmp_path: Path) -> None:
     done = bigtx("evaluate", str(run), "--split", "test", "--wandb", "offline")
     assert done.returncode == 0 and "accuracy" in done.stdout and "as joy" in done.stdout, done.stderr
@@ -157,6 +207,15 @@ def test_evaluate(run: Path, decoder_base: Path, tmp_path: Path) -> None:
     at_the_end = json.loads((run / "results.json").read_text())["test"]
     assert found["metrics"]["accuracy"] == at_the_end["accuracy"] and found["records"] == at_the_end["records"]
     assert (run / "evaluations" / "test" / "wandb_run_id").is_file()
+    for changes, name in (
+        (["--split", "test"], "test"),
+        (["--split", "test", "--set", "chat.temperature=0.5"], "test-2"),
+        (["--split", "test"], "test"),
+    ):
+        done = bigtx("evaluate", str(run), *changes, "--wandb", "off")
+        assert f"evaluations/{name}.json" in done.stdout, done.stdout + done.stderr
+    done = bigtx("evaluate", str(run), "--split", "test", "--output", f"{tmp_path}/results")
+    assert done.returncode == 2 and "name it NAME.json" in done.stderr
     unknown = write_jsonl(tmp_path / "a.jsonl", [*labelled(3), {"text": "ba", "label": "jo"}])
     done = bigtx("evaluate", str(run), "--data", str(unknown), "--wandb", "off")
     assert done.returncode == 2 and f"{unknown}, line 4" in done.stderr and "did you mean joy?" in done.stderr

@@ -61,12 +61,13 @@ def read_model(
     Raises:
         CheckpointError: the checkpoint is damaged, or its weights are not those of the model.
     """
-    model = _empty_model(config, device, dtype)
+    model = empty_model(config, device, dtype)
     _fill(model, checkpoint, weights)
     return model.eval()
 
 
-def _empty_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Transformer:
+def empty_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Transformer:
+    """A model whose weights are not set."""
     import torch
 
     from bigtx.model.transformer import Transformer

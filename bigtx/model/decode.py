@@ -28,7 +28,7 @@ Agree = Callable[[list[int]], list[int]]
 wait for each other for ever."""
 
 
-class Decoder(Protocol):
+class Codec(Protocol):
     """The part of a tokenizer that generation needs: see bigtx.tokenizer.tokenizer."""
 
     vocab_size: int
@@ -284,7 +284,7 @@ def read_next(
 
 def generate(
     model: nn.Module,
-    tokenizer: Decoder,
+    tokenizer: Codec,
     prompts: Sequence[str],
     *,
     max_new_tokens: int,

@@ -8,18 +8,22 @@ refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from bigtx.config.schema import FinetuneConfig, LoraConfig
+from bigtx.model.initial import initial_value
 from bigtx.utils.errors import ConfigError
 
 if TYPE_CHECKING:
     from bigtx.engine.checkpoint import Checkpoint
     from bigtx.engine.engine import ReadRange
+    from bigtx.model.transformer import Transformer
 
 Shape = tuple[int, ...]
 
@@ -98,22 +102,26 @@ class Transfer:
         return torch.Size(self.shapes[name]).numel()
 
 
-def plan_transfer(shapes: Mapping[str, Shape], base: Mapping[str, Shape], *, name: str) -> Transfer:
+def plan_transfer(
+    shapes: Mapping[str, Shape], base: Mapping[str, Shape], *, name: str, anew: Iterable[str] = ()
+) -> Transfer:
     """Find the place of each of the base's parameters.
 
     Args:
         shapes: of the model, by parameter.
         base: of the base.
         name: the base as the user wrote it, for the error.
+        anew: parameters that begin anew, whatever the base has.
 
     Raises:
         ConfigError: a parameter of both has another shape in each.
     """
     loaded, resized, different, new = [], {}, [], []
     stack = _other_stack(shapes, base)
-    origins = {parameter: _origin(parameter, stack) for parameter in shapes}
+    anew = set(anew)
+    origins = {parameter: _origin(parameter, stack) for parameter in shapes if parameter not in anew}
     for parameter, shape in shapes.items():
-        before = base.get(origins[parameter])
+        before = None if parameter in anew else base.get(origins[parameter])
         if before == shape:
             loaded.append(parameter)
         elif before is not None and parameter in ROWS_MAY_DIFFER and before[1:] == shape[1:]:
@@ -130,6 +138,34 @@ def plan_transfer(shapes: Mapping[str, Shape], base: Mapping[str, Shape], *, nam
     used = set(origins.values())
     dropped = [parameter for parameter in base if parameter not in used]
     return Transfer(loaded, resized, new, dropped, shapes, stack)
+
+
+def untrained(config: FinetuneConfig, model: Transformer, base: Checkpoint | None) -> Transformer:
+    """A run's model as it was before the first step, in evaluation mode.
+
+    Args:
+        config: of the run.
+        model: the run's; the other is on its device and of its type.
+        base: what the run began with; None: the seed alone.
+    """
+    from bigtx.engine.trained import empty_model
+
+    own = next(model.parameters())
+    # New adapters change nothing.
+    plain = dataclasses.replace(model.config, lora=LoraConfig())
+    made = empty_model(plain, own.device, own.dtype)
+    shapes = {name: tuple(parameter.shape) for name, parameter in made.named_parameters()}
+
+    def of_seed(name: str, kind: str, start: int, stop: int) -> Tensor:
+        return initial_value(name, shapes[name], plain, config.seed, start, stop)
+
+    read: ReadRange = of_seed
+    if base is not None:
+        read = plan_transfer(shapes, base.shapes, name=str(base.path)).read(base, of_seed)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            parameter.copy_(read(name, "master", 0, parameter.numel()).view(parameter.shape))
+    return made.eval()
 
 
 def _origin(name: str, stack: tuple[str, str] | None) -> str:

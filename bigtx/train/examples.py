@@ -90,12 +90,12 @@ def read_all(paths: Sequence[str], exclude: Sequence[str] = ()) -> list[Record]:
     return records
 
 
-def encode(task: RecordTask, records: Sequence[Record], broken: Broken, *, for_training: bool = True) -> Examples:
+def encode(task: RecordTask, records: Sequence[Record], broken: Broken) -> Examples:
     """What a task makes of records; those that it cannot use go to `broken`."""
     kept, examples = [], []
     for record in records:
         try:
-            examples.append(task.encode(record, for_training=for_training))
+            examples.append(task.encode(record))
             kept.append(record)
         except (BadRecordError, DataError) as error:  # The tokenizer refuses what is no text.
             broken.add(record.file, record.line, str(error))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from bigtx.config.load import load_run_config
 from bigtx.config.runs import run_dir_of
 from bigtx.config.schema import FinetuneConfig
 from bigtx.track.jsonl import plain
@@ -108,11 +110,17 @@ class FinetuneSession(Session[FinetuneConfig]):
         """Whether the run has made all its steps, or ended early, and its best checkpoint was measured."""
         if self.checkpoint is None or not (self.run_dir / RESULTS).is_file():
             return False
-        if json.loads((self.run_dir / RESULTS).read_text(encoding="utf-8")).get("total_steps") != self.total_steps:
-            return False
+        state = self.checkpoint.manifest["state"]
+        settings = ["train.epochs" if self.config.train.max_steps is None else "train.max_steps"]
+        if self.patience is not None and state["measured_since_best"] >= self.patience:
+            settings.append("validation.patience")
+        else:
+            results = json.loads((self.run_dir / RESULTS).read_text(encoding="utf-8"))
+            if state["step"] < self.total_steps or results.get("total_steps") != self.total_steps:
+                return False
         log.say(
-            f"the run is finished: {self.checkpoint.manifest['state']['step']:,} steps; its results are in "
-            f"{self.run_dir / RESULTS}. To train on: train.epochs=N allow_changes=[train.epochs]; to start anew: "
+            f"the run is finished: {state['step']:,} steps; its results are in {self.run_dir / RESULTS}. To train on: "
+            f"{' '.join(f'{name}=N' for name in settings)} allow_changes=[{','.join(settings)}]; to start anew: "
             "another run_dir"
         )
         self.status = "finished"
@@ -139,12 +147,20 @@ class FinetuneSession(Session[FinetuneConfig]):
             raise ConfigError(
                 f"base={base}: {source.path} was trained with another tokenizer than that of its run folder"
             )
-        transfer = plan_transfer(self.engine.shapes(), source.shapes, name=base)
+        shapes = self.engine.shapes()
+        transfer = plan_transfer(shapes, source.shapes, name=base, anew=self._other_classes(base, shapes))
         refuse_untrained(transfer.begun, self.engine.frozen, self.config)
         self.begin_with(transfer.read(source, initial))
         source.close()
         log.say(f"base: {source.path} (step {source.manifest['step']:,}): {transfer.describe()}")
         return self.facts_of(source) | transfer.to_dict()
+
+    def _other_classes(self, base: str, names: Iterable[str]) -> list[str]:
+        """The parameters of classes, unless the base was made to tell the same ones apart."""
+        theirs = self.ranks.from_first(self.ranks.on_first(lambda: load_run_config(base)))
+        if isinstance(theirs, FinetuneConfig) and theirs.classify.classes == self.config.classify.classes:
+            return []
+        return [name for name in names if name.startswith("head.classes.")]
 
     def resume(self) -> None:
         """Know the base again."""
@@ -172,7 +188,9 @@ class FinetuneSession(Session[FinetuneConfig]):
         key = reference.key(
             records=self.facts["data"],
             tokenizer=self.tokenizer.fingerprint,
-            base=self.base_facts.get("manifest_sha256", config.seed),
+            base=self.base_facts.get("manifest_sha256"),
+            model=dataclasses.asdict(config.model),
+            seed=config.seed,
             chat=[config.chat.format, config.chat.separator],
             length=[config.data.too_long, self.task.max_length],
         )

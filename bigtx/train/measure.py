@@ -5,7 +5,6 @@ In-run validation and the measurement at the end of a run are this; `bigtx evalu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -55,9 +54,11 @@ class Measurement:
                 f"{', '.join(measured[0])}"
             )
         value = measured[0][self.metric]
-        is_best = state.judge(value, lower=self.metric in self.task.lower_is_better)
-        best = state.best_value if state.best_value is not None else math.nan
-        tracker.log(state.step, state.tokens, metrics | {f"validation/best_{self.metric}": best})
+        # What the model can do before the first step is told, not chosen: no checkpoint holds it.
+        is_best = state.step > 0 and state.judge(value, lower=self.metric in self.task.lower_is_better)
+        if state.best_value is not None:
+            metrics[f"validation/best_{self.metric}"] = state.best_value
+        tracker.log(state.step, state.tokens, metrics)
         shown = ", ".join(f"{name} {number:.4f}" for name, number in measured[0].items())
         tracker.message(f"validation at step {state.step}: {shown}{' (the best so far)' if is_best else ''}")
         tracker.predictions(state.step, state.tokens, self._shown(measured[1]))
@@ -71,7 +72,8 @@ class Measurement:
             return shown_predictions(self.task, records, predictions, self.num_examples)
         count = min(self.num_examples, total)
         places = [number * total // count for number in range(count)]
-        made = self._predict([self.held_out.examples[place] for place in places], self.task.predict)
+        shown = [self.held_out.examples[place] for place in places]
+        made = self._predict(shown, self.task.predict, generates=self.task.generates)
         return shown_predictions(self.task, [records[place] for place in places], made, count)
 
     @property
@@ -87,13 +89,15 @@ class Measurement:
             in_run: whether the task may predict in its cheaper way, if it has one.
         """
         self.engine.deepspeed.eval()
-        predictions = self._predict(held_out.examples, self.task.predict_in_run if in_run else self.task.predict)
+        task = self.task
+        predict, generates = (task.predict_in_run, task.generates_in_run) if in_run else (task.predict, task.generates)
+        predictions = self._predict(held_out.examples, predict, generates=generates)
         # One rank's arithmetic for all: a last bit of difference would let ranks judge differently.
         metrics = self.ranks.from_first(self.task.metrics(predictions) if self.ranks.rank == 0 else None)
         return metrics, predictions
 
-    def _predict(self, examples: Sequence[Any], predict: Predict) -> list[Prediction]:
-        size, generates = self.config.train.micro_batch_size, self.task.generates
+    def _predict(self, examples: Sequence[Any], predict: Predict, *, generates: bool) -> list[Prediction]:
+        size = self.config.train.micro_batch_size
         return by_all_ranks(self.engine, self.ranks, examples, predict, batch_size=size, generates=generates)
 
 

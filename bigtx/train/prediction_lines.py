@@ -5,8 +5,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import queue
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -34,38 +36,75 @@ Item = Record | Unread
 
 def read_items(paths: Sequence[str]) -> Iterator[Item]:
     """The records of files and folders, and in their places what could not be read."""
-    unread = _Unreadable()
-    for record in read_records(paths, unread):
-        yield from unread.take()
-        yield record
-    yield from unread.take()
+    yield from _with_unread(lambda unread: read_records(paths, unread))
 
 
 def read_stdin() -> Iterator[Item]:
     """The JSON lines of standard input."""
-    unread = _Unreadable()
-    for record in read_jsonl(sys.stdin.buffer, "standard input", unread):
-        yield from unread.take()
+    yield from _with_unread(_stdin)
+
+
+def arriving(most: int) -> Iterator[list[Item]]:
+    """The JSON lines of standard input, each time those that have arrived: somebody may wait at the other end of a pipe
+    for the answer to a line.
+
+    Args:
+        most: at one time.
+    """
+    arrived: queue.Queue[Item | Exception | None] = queue.Queue(most)
+
+    def read() -> None:
+        try:
+            for record in _stdin(_Unreadable(arrived.put)):
+                arrived.put(record)
+            arrived.put(None)
+        except Exception as error:
+            arrived.put(error)
+
+    threading.Thread(target=read, daemon=True).start()
+    last: Exception | None = None
+    has_ended = False
+    while not has_ended:
+        chunk: list[Item] = []
+        while len(chunk) < most and not has_ended and (not chunk or not arrived.empty()):
+            item = arrived.get()
+            if isinstance(item, Record | Unread):
+                chunk.append(item)
+            else:
+                last, has_ended = item, True
+        if chunk:
+            yield chunk
+    if last is not None:
+        raise last
+
+
+def _stdin(unread: Broken) -> Iterator[Record]:
+    # Not sys.stdin: Python cannot end while a thread of it waits there.
+    with open(sys.stdin.fileno(), "rb", closefd=False) as stream:
+        yield from read_jsonl(stream, "standard input", unread)
+
+
+def _with_unread(read: Callable[[Broken], Iterator[Record]]) -> Iterator[Item]:
+    """Records, and in their places what could not be read."""
+    found: list[Unread] = []
+    for record in read(_Unreadable(found.append)):
+        yield from found
+        found.clear()
         yield record
-    yield from unread.take()
+    yield from found
 
 
 class _Unreadable(Broken):
     """Hands on what could not be read, in its place."""
 
-    def __init__(self) -> None:
+    def __init__(self, take: Callable[[Unread], None]) -> None:
         super().__init__()
-        self._found: list[Unread] = []
+        self._take = take
 
     def add(self, file: str, line: int, reason: str) -> None:
         """One more; line 0 is the file as a whole."""
-        self._found.append(Unread(f"{file}, line {line}: {reason}" if line else f"{file}: {reason}"))
+        self._take(Unread(f"{file}, line {line}: {reason}" if line else f"{file}: {reason}"))
         self.count += 1
-
-    def take(self) -> list[Unread]:
-        """Those since the last call."""
-        found, self._found = self._found, []
-        return found
 
 
 def fields_of(item: Item) -> dict[str, Any]:
@@ -128,7 +167,11 @@ class Output:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as unwritten:  # What could not be written before is tried once more.
+            if error is None:
+                raise self._unwritable(unwritten) from None
 
     def _hold(self) -> None:
         try:
@@ -200,9 +243,12 @@ class Output:
             self._file.write(lines)
             self._file.flush()
         except OSError as error:
-            raise LaunchError(
-                f"{self.path} cannot be written: {error.strerror}; the same command goes on when that is mended"
-            ) from None
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> LaunchError:
+        return LaunchError(
+            f"{self.path} cannot be written: {error.strerror}; the same command goes on when that is mended"
+        )
 
     def flush(self) -> None:
         """Nothing is held back."""
@@ -212,10 +258,14 @@ class Output:
 
         Raises:
             DataError: the file has more.
+            LaunchError: the disk is full, or something like it.
         """
         if self._is_behind and self._file.read(1):
             raise DataError(f"{self.path} has more lines than the input has records; it is the output for another one")
-        os.fsync(self._file.fileno())
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._unwritable(error) from None
 
 
 def _shown(value: Any) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bigtx.config.schema import DistillConfig, FinetuneConfig, RunConfig
 from bigtx.engine.checkpoint import Checkpoint
+from bigtx.engine.merged import MergedCheckpoint
 from bigtx.engine.task import Task, TaskLoss
 from bigtx.engine.trained import find_with_tokenizer, read_model
 from bigtx.model.logits import SoftTargets, divergence
@@ -145,7 +146,7 @@ class Teacher:
         Raises:
             ConfigError: their shapes differ.
         """
-        source = Checkpoint(self.checkpoint)
+        source = MergedCheckpoint(self.checkpoint)
         origins = {name: self._origin(name, shapes) for name in shapes}
         known = {name: origin for name, origin in origins.items() if origin in source.shapes}
         different = [name for name, origin in known.items() if source.shapes[origin] != shapes[name]]

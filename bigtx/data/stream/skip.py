@@ -34,10 +34,6 @@ class SkippedWindows:
         self._passed = np.concatenate([[0], np.cumsum(lengths)])
         self._reads = np.array([start for start, _ in self.windows], np.int64) - self._passed[:-1]
 
-    def ranges(self) -> list[str]:
-        """The windows as `data.skip` takes them."""
-        return [f"{start}-{end}" for start, end in self.windows]
-
     def before(self, position: int) -> list[tuple[int, int]]:
         """The windows, or their parts, before a position."""
         return [(start, min(end, position)) for start, end in self.windows if start < position]
@@ -54,14 +50,3 @@ class SkippedWindows:
 
     def _reads_before(self, position: int) -> int:
         return position - sum(end - start for start, end in self.before(position))
-
-
-def with_window(ranges: Sequence[str], start: int, end: int) -> list[str]:
-    """`data.skip` with one more window, e.g. when a run goes back to before a loss spike.
-
-    Args:
-        ranges: `data.skip` so far.
-        start: first sequence to pass over, at or after the position of the checkpoint to go on from.
-        end: first sequence to read again.
-    """
-    return SkippedWindows([*ranges, f"{start}-{end}"]).ranges()

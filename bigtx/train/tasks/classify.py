@@ -24,11 +24,9 @@ from bigtx.engine.task import TaskLoss
 from bigtx.model.loss import IGNORED
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.train.tasks.scores import calibration_error, confusion, macro_f1
-from bigtx.train.tasks.task import Lengths, Model, Prediction, RecordTask, on_device, padded, pinned
+from bigtx.train.tasks.task import LENGTH_MULTIPLE, Lengths, Model, Prediction, RecordTask, on_device, padded, pinned
 from bigtx.utils.errors import ConfigError, DataError
 
-LENGTH_MULTIPLE = 16
-"""Batches are padded to a multiple of it, so that there are few shapes."""
 NO_LABEL = -1
 
 

@@ -28,12 +28,12 @@ from bigtx.tokenizer.chat import ASSISTANT
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.train.expert_losses import with_expert_losses
 from bigtx.train.tasks.chats import ChatFormat, Message, resolve_chat_format, write_answers
-from bigtx.train.tasks.sft import LENGTH_MULTIPLE, shown_prompt
-from bigtx.train.tasks.task import Lengths, Model, Prediction, RecordTask, on_device, padded, pinned
+from bigtx.train.tasks.sft import shown_prompt
+from bigtx.train.tasks.task import LENGTH_MULTIPLE, Lengths, Model, Prediction, RecordTask, on_device, padded, pinned
 
 
 @dataclass(frozen=True, slots=True)
-class PairExample:
+class PreferenceExample:
     """A prompt and two answers as ids.
 
     Attributes:
@@ -61,7 +61,7 @@ class PairExample:
 
 
 @dataclass(frozen=True)
-class PairBatch:
+class PreferenceBatch:
     """B pairs, in 2 B rows of T columns: first the chosen answers, then the rejected ones.
 
     Attributes:
@@ -80,7 +80,7 @@ class PairBatch:
         """Pairs."""
         return len(self.reference)
 
-    def to(self, device: torch.device) -> PairBatch:
+    def to(self, device: torch.device) -> PreferenceBatch:
         """The batch on a device."""
         return on_device(self, device)
 
@@ -106,7 +106,7 @@ class Preference(RecordTask):
         """
         return super().resolve(resolve_chat_format(config, tokenizer), tokenizer, records)
 
-    def encode(self, record: Record, *, for_training: bool = True) -> PairExample:
+    def encode(self, record: Record, *, for_training: bool = True) -> PreferenceExample:
         """The ids of a prompt and both answers; for prediction also of a prompt alone."""
         prompt, answers = self._divide(record, for_training)
         ids = [self.format.answer(answer) for answer in answers]
@@ -114,7 +114,7 @@ class Preference(RecordTask):
             raise BadRecordError(f"the fields {self.fields.chosen!r} and {self.fields.rejected!r} are the same answer")
         chat = self.format.fit(self.format.parts(prompt, learn=False), ids)
         chosen, rejected = (np.array(side, np.int32) for side in chat.answers or ([], []))
-        return PairExample(np.array(chat.prompt, np.int32), chosen, rejected, chat.num_cut)
+        return PreferenceExample(np.array(chat.prompt, np.int32), chosen, rejected, chat.num_cut)
 
     def _divide(self, record: Record, for_training: bool) -> tuple[str | Sequence[Message], list[str]]:
         """The prompt, and both answers or none."""
@@ -147,7 +147,7 @@ class Preference(RecordTask):
         content: str = rest[0]["content"]
         return content
 
-    def collate(self, examples: Sequence[PairExample], numbers: Sequence[int] | None = None) -> PairBatch:
+    def collate(self, examples: Sequence[PreferenceExample], numbers: Sequence[int] | None = None) -> PreferenceBatch:
         """Chosen answers, then rejected ones, each after its prompt."""
         rows = [np.concatenate([each.prompt, each.chosen]) for each in examples]
         rows += [np.concatenate([each.prompt, each.rejected]) for each in examples]
@@ -155,14 +155,14 @@ class Preference(RecordTask):
         for row, example in zip(labels, [*examples, *examples], strict=True):
             row[: len(example.prompt) - 1] = IGNORED
         reference = np.array([example.reference or (0.0, 0.0) for example in examples], np.float32)
-        return PairBatch(
+        return PreferenceBatch(
             tokens=padded([row[:-1] for row in rows], self.tokenizer.pad_id, multiple=LENGTH_MULTIPLE),
             labels=padded(labels, IGNORED, multiple=LENGTH_MULTIPLE),
             reference=pinned(reference),
             num_tokens=sum(map(len, labels)),
         )
 
-    def loss(self, model: Model, batch: PairBatch) -> TaskLoss:
+    def loss(self, model: Model, batch: PreferenceBatch) -> TaskLoss:
         """The loss summed over pairs; what is reported is without smoothing."""
         scores = model(tokens=batch.tokens, labels=batch.labels, score_tokens=True)
         chosen, rejected = scores.log_probs.sum(dim=1).chunk(2)
@@ -173,20 +173,22 @@ class Preference(RecordTask):
         return with_expert_losses(loss, torch.tensor(batch.num_labels), self.config.model.experts)
 
     @torch.no_grad()
-    def refer(self, model: Model, examples: Sequence[PairExample], device: torch.device) -> list[tuple[float, ...]]:
+    def refer(
+        self, model: Model, examples: Sequence[PreferenceExample], device: torch.device
+    ) -> list[tuple[float, ...]]:
         """Log-probabilities of both answers in nats."""
         batch = self.collate(examples).to(device)
         scores = model(tokens=batch.tokens, labels=batch.labels, score_tokens=True)
         chosen, rejected = scores.log_probs.double().sum(dim=1).cpu().chunk(2)
         return list(zip(chosen.tolist(), rejected.tolist(), strict=True))
 
-    def with_reference(self, example: PairExample, numbers: tuple[float, ...]) -> PairExample:
+    def with_reference(self, example: PreferenceExample, numbers: tuple[float, ...]) -> PreferenceExample:
         """The example with the log-probabilities that `refer` gave."""
         chosen, rejected = numbers
         return dataclasses.replace(example, reference=(chosen, rejected))
 
     @torch.no_grad()
-    def predict(self, model: Model, examples: Sequence[PairExample], device: torch.device) -> list[Prediction]:
+    def predict(self, model: Model, examples: Sequence[PreferenceExample], device: torch.device) -> list[Prediction]:
         """Of pairs how much likelier the chosen answer is than the rejected one, in nats; to prompts alone, answers."""
         found: list[Prediction] = [{} for _ in examples]
         pairs = [place for place, example in enumerate(examples) if example.has_answers]
@@ -236,12 +238,12 @@ class Preference(RecordTask):
         answers = self._divide(record, for_training=False)[1]
         return answers[0] if answers else ""
 
-    def lengths(self, examples: Sequence[PairExample]) -> Lengths:
+    def lengths(self, examples: Sequence[PreferenceExample]) -> Lengths:
         """Of one side; both are read."""
         mean = self.mean_tokens(examples) / 2
         return Lengths(0, mean, mean, num_rows=2)
 
-    def mean_tokens(self, examples: Sequence[PairExample]) -> float:
+    def mean_tokens(self, examples: Sequence[PreferenceExample]) -> float:
         """Of both sides."""
         return float(np.mean([2 * len(each.prompt) + len(each.chosen) + len(each.rejected) - 2 for each in examples]))
 

@@ -24,13 +24,10 @@ from bigtx.tokenizer.chat import ASSISTANT
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.train.expert_losses import with_expert_losses
 from bigtx.train.tasks.chats import ChatFormat, resolve_chat_format, write_answers
-from bigtx.train.tasks.task import Lengths, Model, Prediction, RecordTask, on_device, padded
+from bigtx.train.tasks.task import LENGTH_MULTIPLE, Lengths, Model, Prediction, RecordTask, on_device, padded
 
 if TYPE_CHECKING:
     from bigtx.engine.task import TaskLoss
-
-LENGTH_MULTIPLE = 16
-"""Batches that are not packed are padded to a multiple of it, so that there are few shapes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +209,11 @@ class Sft(RecordTask):
                 answer = self.tokenizer.decode(examples[place].ids[examples[place].prompt_length :].tolist())
                 known[place] = score | {"_is_exact": written[place].strip() == answer.strip()}
         return [{"response": text} | score for text, score in zip(written, known, strict=True)]
+
+    @property
+    def generates_in_run(self) -> bool:
+        """It does not."""
+        return False
 
     @torch.no_grad()
     def predict_in_run(self, model: Model, examples: Sequence[ChatExample], device: torch.device) -> list[Prediction]:

@@ -25,11 +25,8 @@ from bigtx.data.audio.decode import AudioPlace, BadAudioError, decode, num_resam
 from bigtx.data.audio.features import LogMel
 from bigtx.data.records.record import BadRecordError, Record
 from bigtx.model.loss import IGNORED
-from bigtx.train.tasks.task import on_device
+from bigtx.train.tasks.task import LENGTH_MULTIPLE, on_device
 from bigtx.utils.errors import DataError
-
-LENGTH_MULTIPLE = 16
-"""Batches are padded to a multiple of so many columns, so that there are few shapes."""
 
 
 @dataclass(frozen=True, slots=True)

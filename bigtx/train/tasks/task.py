@@ -23,11 +23,14 @@ from bigtx.config.schema import FinetuneConfig
 from bigtx.data.records.record import BadRecordError, Record
 from bigtx.engine.task import TaskLoss
 from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.utils.errors import ConfigError
 
 Model = Callable[..., Any]
 """A Transformer, or an engine around one."""
 Prediction = dict[str, Any]
 """What is predicted for a record, ready for JSON."""
+LENGTH_MULTIPLE = 16
+"""Batches are padded to a multiple of so many columns, so that there are few shapes."""
 
 
 class Example(Protocol):
@@ -92,6 +95,12 @@ class RecordTask(ABC):
             ConfigError: the model cannot do the task.
             DataError: the records do not fit it.
         """
+        longest, most = config.data.max_length, config.model.max_sequence_length
+        if config.model.positions == "learned" and longest and longest > most:
+            raise ConfigError(
+                f"data.max_length={longest:,}, and the learned positions end at model.max_sequence_length={most:,}; "
+                "lower the one or raise the other"
+            )
         return dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=None))
 
     @classmethod
@@ -140,6 +149,11 @@ class RecordTask(ABC):
     def predict_in_run(self, model: Model, examples: Sequence[Any], device: torch.device) -> list[Prediction]:
         """What validation within a run takes: as `predict`, or something cheaper of which `metrics` can tell enough."""
         return self.predict(model, examples, device)
+
+    @property
+    def generates_in_run(self) -> bool:
+        """As `generates`, of `predict_in_run`."""
+        return self.generates
 
     def refer(self, model: Model, examples: Sequence[Any], device: torch.device) -> list[tuple[float, ...]]:
         """Numbers of each example, as many for all, that training needs of the model as it was before the first step.

@@ -23,11 +23,8 @@ from bigtx.model.beam import Beam, Found, beam_search
 from bigtx.model.loss import IGNORED
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.train.expert_losses import with_expert_losses
-from bigtx.train.tasks.task import Lengths, Model, Prediction, RecordTask, on_device, padded, pinned
+from bigtx.train.tasks.task import LENGTH_MULTIPLE, Lengths, Model, Prediction, RecordTask, on_device, padded, pinned
 from bigtx.utils.errors import ConfigError, LaunchError
-
-COMPILED_MULTIPLE = 16
-"""Batches for compiled blocks are padded to a multiple of it, so that there are few shapes; others to the longest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +96,8 @@ class Translate(RecordTask):
         self.is_decoder = config.model.shape == "decoder"
         # A decoder has both sides in one text.
         self.max_length = config.data.max_length or config.model.max_sequence_length // (2 if self.is_decoder else 1)
-        self.multiple = COMPILED_MULTIPLE if config.engine.compile else 1
+        # Sentences are short: columns to no purpose cost more than shapes, unless each shape is compiled.
+        self.multiple = LENGTH_MULTIPLE if config.engine.compile else 1
 
     @classmethod
     def resolve(cls, config: FinetuneConfig, tokenizer: Tokenizer, records: Sequence[Record]) -> FinetuneConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bigtx.data.stream.skip import SkippedWindows, with_window
+from bigtx.data.stream.skip import SkippedWindows
 
 windows = st.lists(st.tuples(st.integers(0, 100), st.integers(1, 20)), max_size=6)
 
@@ -25,9 +25,3 @@ def test_what_is_read_is_what_is_left(drawn: list[tuple[int, int]], position: in
 def test_ranges_are_read_as_people_write_them() -> None:
     assert SkippedWindows(["1.5k-2k", "100-200"]).windows == [(100, 200), (1500, 2000)]
     assert SkippedWindows(["1e3 - 1_100"]).read_from(998, 4).tolist() == [998, 999, 1100, 1101]
-
-
-def test_a_window_is_added_to_those_that_are() -> None:
-    assert with_window([], 5, 9) == ["5-9"]
-    assert with_window(["1k-2k", "10-20"], 15, 30) == ["10-30", "1000-2000"]
-    assert SkippedWindows(with_window(["0-4"], 4, 6)).windows == [(0, 6)]
