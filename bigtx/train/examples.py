@@ -15,7 +15,7 @@ from bigtx.data.records.split import split_records
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.train.tasks import task_type
 from bigtx.train.tasks.task import RecordTask
-from bigtx.utils.errors import DataError
+from bigtx.utils.errors import ConfigError, DataError
 
 SPLITS = ("train", "validation", "test")
 
@@ -61,6 +61,12 @@ def open_task_data(config: FinetuneConfig, tokenizer: Tokenizer) -> TaskData:
         raise DataError("data.train gives no records to train on; see data.validation_fraction and data.test_fraction")
     kind = task_type(config.task)
     config = kind.resolve(config, tokenizer, splits["train"])
+    longest, most = config.data.max_length, config.model.max_sequence_length
+    if config.model.positions == "learned" and longest and longest > most:
+        raise ConfigError(
+            f"data.max_length={longest:,}, and the learned positions end at model.max_sequence_length={most:,}; lower "
+            "the one or raise the other"
+        )
     task = kind(config, tokenizer)
     broken = Broken()
     examples = {name: encode(task, records, broken) for name, records in splits.items()}

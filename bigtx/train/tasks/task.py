@@ -23,7 +23,6 @@ from bigtx.config.schema import FinetuneConfig
 from bigtx.data.records.record import BadRecordError, Record
 from bigtx.engine.task import TaskLoss
 from bigtx.tokenizer.tokenizer import Tokenizer
-from bigtx.utils.errors import ConfigError
 
 Model = Callable[..., Any]
 """A Transformer, or an engine around one."""
@@ -95,12 +94,6 @@ class RecordTask(ABC):
             ConfigError: the model cannot do the task.
             DataError: the records do not fit it.
         """
-        longest, most = config.data.max_length, config.model.max_sequence_length
-        if config.model.positions == "learned" and longest and longest > most:
-            raise ConfigError(
-                f"data.max_length={longest:,}, and the learned positions end at model.max_sequence_length={most:,}; "
-                "lower the one or raise the other"
-            )
         return dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=None))
 
     @classmethod
