@@ -20,7 +20,7 @@ from torch import Tensor
 from bigtx.config import shape
 from bigtx.config.schema import ModelConfig
 from bigtx.model.cache import KeyValueCache
-from bigtx.model.decode import read_next, read_texts, uncompiled
+from bigtx.model.decode import read_next, read_texts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,39 +122,38 @@ def beam_search(
         return found
     size, writes_anew = beam.size, config.shape == "encoder_decoder"
     assert not writes_anew or start_id is not None, "an encoder-decoder's text begins with a start id"
-    with uncompiled():
-        cache = KeyValueCache(shape.num_decoder_layers(config))
-        prompts = [list(ids) for ids in prompt_ids]
-        begun = [[start_id]] * len(prompts) if writes_anew and start_id is not None else prompts
-        lengths = [len(ids) for ids in begun]
-        logits = read_texts(forward, begun, cache, config, device, sources=prompts, prefix_lengths=lengths)  # B V
-        positions = torch.tensor(lengths, device=device).repeat_interleave(size)[:, None]  # BK 1
-        # One text so far: the other rows of its beam stand for nothing yet.
-        scores = torch.full((len(searches), size), float("-inf"), device=device)
-        scores[:, 0] = 0.0
-        texts = torch.empty(len(searches), size, 0, dtype=torch.long, device=device)
-        cache.keep(torch.arange(len(searches), device=device).repeat_interleave(size))
-        logits = logits.repeat_interleave(size, dim=0)  # BK V
-        while True:
-            parents, tokens, scores = _go_on(logits[:, :num_ids], scores, texts, searches, beam, end_id)
-            texts = torch.cat((texts.gather(1, parents[:, :, None].expand_as(texts)), tokens[:, :, None]), dim=2)
-            open_scores = scores[:, 0].tolist()
-            left = [place for place, search in enumerate(searches) if not search.is_done(open_scores[place], beam)]
-            for search in searches:
-                found[search.index] = search.best
-            if not left:
-                return found
-            rows = parents + size * torch.arange(len(searches), device=device)[:, None]  # B K
-            if len(left) < len(searches):
-                kept = torch.tensor(left, device=device)
-                scores, texts, rows = scores[kept], texts[kept], rows[kept]
-                positions = positions.view(-1, size)[kept].view(-1, 1)
-                searches = [searches[place] for place in left]
-                cache.keep(rows.flatten())
-            elif size > 1:
-                cache.exchange(rows.flatten())
-            logits = read_next(forward, texts[:, :, -1].reshape(-1, 1), positions, cache, config)  # BK V
-            positions = positions + 1
+    cache = KeyValueCache(shape.num_decoder_layers(config))
+    prompts = [list(ids) for ids in prompt_ids]
+    begun = [[start_id]] * len(prompts) if writes_anew and start_id is not None else prompts
+    lengths = [len(ids) for ids in begun]
+    logits = read_texts(forward, begun, cache, config, device, sources=prompts, prefix_lengths=lengths)  # B V
+    positions = torch.tensor(lengths, device=device).repeat_interleave(size)[:, None]  # BK 1
+    # One text so far: the other rows of its beam stand for nothing yet.
+    scores = torch.full((len(searches), size), float("-inf"), device=device)
+    scores[:, 0] = 0.0
+    texts = torch.empty(len(searches), size, 0, dtype=torch.long, device=device)
+    cache.keep(torch.arange(len(searches), device=device).repeat_interleave(size))
+    logits = logits.repeat_interleave(size, dim=0)  # BK V
+    while True:
+        parents, tokens, scores = _go_on(logits[:, :num_ids], scores, texts, searches, beam, end_id)
+        texts = torch.cat((texts.gather(1, parents[:, :, None].expand_as(texts)), tokens[:, :, None]), dim=2)
+        open_scores = scores[:, 0].tolist()
+        left = [place for place, search in enumerate(searches) if not search.is_done(open_scores[place], beam)]
+        for search in searches:
+            found[search.index] = search.best
+        if not left:
+            return found
+        rows = parents + size * torch.arange(len(searches), device=device)[:, None]  # B K
+        if len(left) < len(searches):
+            kept = torch.tensor(left, device=device)
+            scores, texts, rows = scores[kept], texts[kept], rows[kept]
+            positions = positions.view(-1, size)[kept].view(-1, 1)
+            searches = [searches[place] for place in left]
+            cache.keep(rows.flatten())
+        elif size > 1:
+            cache.exchange(rows.flatten())
+        logits = read_next(forward, texts[:, :, -1].reshape(-1, 1), positions, cache, config)  # BK V
+        positions = positions + 1
 
 
 def _go_on(

@@ -159,12 +159,11 @@ def decode_tokens(
     results = [row.new_ids for row in rows]
     cache: KeyValueCache | None = None
     while rows and max_new_tokens > 0:
-        with uncompiled():
-            if cache is None:
-                cache = KeyValueCache(shape.num_decoder_layers(config))
-                logits = _read_windows(forward, rows, cache, config, device)  # B V
-            else:
-                logits = _read_last(forward, rows, cache, config, device)  # B V
+        if cache is None:
+            cache = KeyValueCache(shape.num_decoder_layers(config))
+            logits = _read_windows(forward, rows, cache, config, device)  # B V
+        else:
+            logits = _read_last(forward, rows, cache, config, device)  # B V
         tokens = sampling.draw(logits[:, :num_ids], [row.generator for row in rows])
         tokens = agree(tokens) if agree else tokens
         kept = [
@@ -180,14 +179,6 @@ def decode_tokens(
                 row.start = len(row.ids) - max(1, limit // 2)
                 cache = None
     return results
-
-
-def uncompiled() -> contextlib.AbstractContextManager[None]:
-    """Compiled blocks run as they were written: every length would be compiled anew."""
-    # Asking takes seconds where nothing has been compiled yet, and is then of no use.
-    if "torch._dynamo" not in sys.modules:
-        return contextlib.nullcontext()
-    return torch.compiler.set_stance("force_eager")
 
 
 def _new_row(index: int, ids: list[int], start_id: int | None, config: ModelConfig, sampling: Sampling) -> _Row:
@@ -240,18 +231,20 @@ def read_texts(
     if config.shape == "encoder_decoder":
         # All decoder tokens are of segment 0; padding of the source is of another, that nobody reads.
         segment_ids = padded_ids([[0] * len(source) for source in sources], device, fill=1)
-        return forward(
-            padded_ids(sources, device),
-            segment_ids=segment_ids,
-            target_tokens=tokens,
-            target_positions=positions,
-            cache=cache,
-            columns=columns,
-        )[:, 0]
+        with _uncompiled():
+            return forward(
+                padded_ids(sources, device),
+                segment_ids=segment_ids,
+                target_tokens=tokens,
+                target_positions=positions,
+                cache=cache,
+                columns=columns,
+            )[:, 0]
     prefix_mask = None
     if config.prefix_attention:
         prefix_mask = positions < torch.tensor(prefix_lengths, device=device)[:, None]
-    return forward(tokens, positions=positions, prefix_mask=prefix_mask, cache=cache, columns=columns)[:, 0]
+    with _uncompiled():
+        return forward(tokens, positions=positions, prefix_mask=prefix_mask, cache=cache, columns=columns)[:, 0]
 
 
 def padded_ids(rows: Sequence[list[int]], device: torch.device | str, fill: int = 0) -> Tensor:
@@ -277,9 +270,18 @@ def read_next(
     forward: Callable[..., Tensor], tokens: Tensor, positions: Tensor, cache: KeyValueCache, config: ModelConfig
 ) -> Tensor:
     """Read one more token of each text, [B, 1], at its position, [B, 1]; logits [B, V] of what follows."""
-    if config.shape == "encoder_decoder":
-        return forward(None, target_tokens=tokens, target_positions=positions, cache=cache)[:, 0]
-    return forward(tokens, positions=positions, cache=cache)[:, 0]
+    with _uncompiled():
+        if config.shape == "encoder_decoder":
+            return forward(None, target_tokens=tokens, target_positions=positions, cache=cache)[:, 0]
+        return forward(tokens, positions=positions, cache=cache)[:, 0]
+
+
+def _uncompiled() -> contextlib.AbstractContextManager[None]:
+    """Compiled blocks run as they were written: every length would be compiled anew."""
+    # Asking takes seconds where nothing has been compiled yet, and is then of no use.
+    if "torch._dynamo" not in sys.modules:
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def generate(
