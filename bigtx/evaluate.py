@@ -190,7 +190,7 @@ class _Records(_Evaluation):
         path = run_dir_of(self.checkpoint) / BASE
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
-            base = MergedCheckpoint(facts["checkpoint"])
+            base = MergedCheckpoint(Path(facts["checkpoint"]))
         except (OSError, ValueError, KeyError):
             raise CheckpointError(
                 f"task={self.config.task} compares the model with its base, and {path} names none"
