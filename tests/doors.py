@@ -66,7 +66,7 @@ def pretrain_command(arguments: Sequence[str], ranks: int, *, launcher: bool = F
         "--num_accelerators",
         str(ranks),
         "--master_port",
-        str(random.randrange(20_000, 60_000)),
+        str(random.randrange(20_000, 32_000)),
         script,
         *arguments,
     ]

@@ -109,7 +109,7 @@ def finetune_command(arguments: Sequence[str], ranks: int = 1) -> list[str]:
     if ranks == 1:
         return [sys.executable, script, *arguments]
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
-    return [*launcher, "--master_port", str(random.randrange(20_000, 60_000)), script, *arguments]
+    return [*launcher, "--master_port", str(random.randrange(20_000, 32_000)), script, *arguments]
 
 
 def finetune(*arguments: str, ranks: int = 1, gpus: bool = False) -> subprocess.CompletedProcess[str]:

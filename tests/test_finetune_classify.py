@@ -169,13 +169,12 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(decoder_base: Path, recor
         decoder_base, records, run_dir, *changes, "optimizer.learning_rate=0.03", "validation.patience=4"
     )
     said = finetuned(*arguments)
-    assert "validation at step 0" in said and last_step(run_dir) < 40, "patience is to end it"
+    assert "validation at step 0" in said and "the run ends here" in said
     found, saved = results(run_dir), list_checkpoints(run_dir)
-    if "the run ends here" in said:
-        (stop,) = [event for event in read_lines(run_dir / "events.jsonl") if event["kind"] == "early_stop"]
-        assert stop["best_step"] == found["step"] and last_step(run_dir) == found["step"] + 8
-        assert len(saved) == 2 and saved[-1].name == found["checkpoint"]
-        assert not list((run_dir / "checkpoints").glob("*.damaged")), "a step that was saved is not saved again"
+    (stop,) = [event for event in read_lines(run_dir / "events.jsonl") if event["kind"] == "early_stop"]
+    assert stop["best_step"] == found["step"] and last_step(run_dir) == found["step"] + 8
+    assert len(saved) == 2 and saved[-1].name == found["checkpoint"]
+    assert not list((run_dir / "checkpoints").glob("*.damaged")), "a step that was saved is not saved again"
     trained = metrics(run_dir, "validation/loss")[1:]
     assert found["validation"]["loss"] == pytest.approx(min(trained), abs=1e-6), (
         "the measurement at step 0 has no weights"
@@ -183,10 +182,15 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(decoder_base: Path, recor
     said = finetuned(*arguments)
     assert "the run is finished" in said
     assert "train.max_steps=N validation.patience=N allow_changes=[train.max_steps,validation.patience]" in said
+    (run_dir / "results.json").write_text(json.dumps(found | {"tokens": 1, "step": 2}))
+    assert "the run is finished" not in finetuned(*arguments), "results of an earlier end are none of this one"
+    assert json.loads((run_dir / "results.json").read_text())["step"] == found["step"]
     longer = ["train.max_steps=50", "allow_changes=[train.max_steps,validation.patience]"]
     assert "the run is finished" in finetuned(*arguments, *longer), "patience has run out, however long the run"
-    longer = ["validation.patience=1000", "train.max_steps=41", "allow_changes=[train.max_steps,validation.patience]"]
+    names = "train.max_steps,validation.patience,validation.metric"
+    longer = ["validation.patience=99", "train.max_steps=41", "validation.metric=accuracy", f"allow_changes=[{names}]"]
     assert "resumed from" in finetuned(*arguments, *longer) and last_step(run_dir) == 41
+    assert results(run_dir)["chosen_by"] == "accuracy"
 
 
 @pytest.mark.slow

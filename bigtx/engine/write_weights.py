@@ -102,7 +102,7 @@ def save_weights(
         Its folder.
 
     Raises:
-        OSError: it could not be written; nothing is left of it.
+        OSError: it could not be written, and nothing is left of it; or its name may not outlast a power cut.
     """
     final = run_dir / FOLDER / f"step-{facts['step']:08d}"
     partial = final.with_name(final.name + ".partial")

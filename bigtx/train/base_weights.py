@@ -2,8 +2,8 @@
 
 A parameter is taken over where the base has one of its name and shape. An encoder may be made of a decoder, whose
 blocks then read both ways (LLM2Vec, arXiv:2404.05961), and a decoder of an encoder. A table whose rows are tokens or
-positions may have grown or shrunk: the rows that both have are taken over, others begin anew. What differs otherwise is
-refused.
+positions may have grown or shrunk: the rows that both have are taken over, others begin anew. A head of classes is
+taken over for the same classes alone, in the same order. What differs otherwise is refused.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def plan_transfer(
 
 
 def untrained(config: FinetuneConfig, model: Transformer, base: Checkpoint | None) -> Transformer:
-    """A run's model as it was before the first step, in evaluation mode.
+    """The model of a run without classes as it was before the first step, in evaluation mode.
 
     Args:
         config: of the run.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from bigtx.config.load import load_run_config
 from bigtx.config.runs import run_dir_of
-from bigtx.config.schema import FinetuneConfig
+from bigtx.config.schema import FinetuneConfig, ModelConfig
 from bigtx.track.jsonl import plain
 from bigtx.train.session import Session
 from bigtx.utils import log
@@ -112,12 +112,12 @@ class FinetuneSession(Session[FinetuneConfig]):
             return False
         state = self.checkpoint.manifest["state"]
         settings = ["train.epochs" if self.config.train.max_steps is None else "train.max_steps"]
+        if json.loads((self.run_dir / RESULTS).read_text(encoding="utf-8")).get("tokens") != state["tokens"]:
+            return False  # An earlier end's.
         if self.patience is not None and state["measured_since_best"] >= self.patience:
             settings.append("validation.patience")
-        else:
-            results = json.loads((self.run_dir / RESULTS).read_text(encoding="utf-8"))
-            if state["step"] < self.total_steps or results.get("total_steps") != self.total_steps:
-                return False
+        elif state["step"] < self.total_steps:
+            return False
         log.say(
             f"the run is finished: {state['step']:,} steps; its results are in {self.run_dir / RESULTS}. To train on: "
             f"{' '.join(f'{name}=N' for name in settings)} allow_changes=[{','.join(settings)}]; to start anew: "
@@ -148,7 +148,9 @@ class FinetuneSession(Session[FinetuneConfig]):
                 f"base={base}: {source.path} was trained with another tokenizer than that of its run folder"
             )
         shapes = self.engine.shapes()
-        transfer = plan_transfer(shapes, source.shapes, name=base, anew=self._other_classes(base, shapes))
+        transfer = plan_transfer(
+            shapes, source.shapes, name=base, anew=self._other_classes(base, shapes.keys() & source.shapes.keys())
+        )
         refuse_untrained(transfer.begun, self.engine.frozen, self.config)
         self.begin_with(transfer.read(source, initial))
         source.close()
@@ -156,14 +158,19 @@ class FinetuneSession(Session[FinetuneConfig]):
         return self.facts_of(source) | transfer.to_dict()
 
     def _other_classes(self, base: str, names: Iterable[str]) -> list[str]:
-        """The parameters of classes, unless the base was made to tell the same ones apart."""
+        """Those of the parameters that are a head of classes, unless the base was made to tell the same ones apart."""
+        names = [name for name in names if name.startswith("head.classes.")]
+        if not names:
+            return []
         theirs = self.ranks.from_first(self.ranks.on_first(lambda: load_run_config(base)))
         if isinstance(theirs, FinetuneConfig) and theirs.classify.classes == self.config.classify.classes:
             return []
-        return [name for name in names if name.startswith("head.classes.")]
+        return names
 
     def resume(self) -> None:
-        """Know the base again."""
+        """Know the base again. Values of another metric, or of other records, are not compared with those before."""
+        if {"validation.metric", "validation.max_records"} & {change["key"] for change in self.changed}:
+            self.state.forget_best()
         self.base_facts = self._read_base_facts()
 
     def load_weights(self) -> None:
@@ -189,7 +196,7 @@ class FinetuneSession(Session[FinetuneConfig]):
             records=self.facts["data"],
             tokenizer=self.tokenizer.fingerprint,
             base=self.base_facts.get("manifest_sha256"),
-            model=dataclasses.asdict(config.model),
+            model=_that_counts(config.model),
             seed=config.seed,
             chat=[config.chat.format, config.chat.separator],
             length=[config.data.too_long, self.task.max_length],
@@ -316,6 +323,18 @@ def total_steps(config: FinetuneConfig, num_records: int) -> int:
         return config.train.max_steps
     assert config.train.epochs is not None
     return max(1, -(-round(config.train.epochs * num_records) // config.train.global_batch_size))
+
+
+def _that_counts(model: ModelConfig) -> dict[str, Any]:
+    """The settings of a model that change what it computes when it is not trained, where they are not the defaults."""
+    plain = ModelConfig()
+    experts = dataclasses.replace(
+        model.experts, balance_loss=plain.experts.balance_loss, router_z_loss=plain.experts.router_z_loss
+    )
+    found = dataclasses.asdict(dataclasses.replace(model, experts=experts))
+    default = dataclasses.asdict(plain)
+    without = ("dropout", "attention_dropout", "lora")  # New adapters change nothing.
+    return {name: value for name, value in found.items() if value != default[name] and name not in without}
 
 
 def _group(split: str) -> str:

@@ -64,6 +64,11 @@ class RunState:
         self.measured_since_best = 0 if is_best else self.measured_since_best + 1
         return is_best
 
+    def forget_best(self) -> None:
+        """Begin to judge anew."""
+        self.best_step = self.best_value = None
+        self.measured_since_best = 0
+
     def pass_over(self, ranges: list[str]) -> None:
         """Take on `data.skip`.
 

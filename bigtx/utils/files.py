@@ -30,7 +30,7 @@ def write_atomic(path: Path | str, data: bytes | str) -> None:
         data: text is written as UTF-8.
 
     Raises:
-        OSError: the content could not be made durable; `path` is as it was.
+        OSError: the content could not be made durable; `path` has the old one, or already the new.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")

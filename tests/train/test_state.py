@@ -28,3 +28,13 @@ def test_only_windows_to_come_may_change() -> None:
     for ranges in ([], ["10-20", "30-40"], ["10-21"], ["10-20", "999-1100"]):
         with pytest.raises(ConfigError, match=r"stands at sequence 1,000 and has passed over \[10-20\]"):
             state.pass_over(ranges)
+
+
+def test_judged_anew_any_number_is_the_best_so_far() -> None:
+    state = RunState(step=5)
+    assert state.judge(0.9, lower=False) and not state.judge(0.8, lower=False)
+    assert (state.best_step, state.best_value, state.measured_since_best) == (5, 0.9, 1)
+    state.forget_best()
+    assert state.measured_since_best == 0
+    state.step = 6
+    assert state.judge(30.0, lower=True) and state.best_step == 6

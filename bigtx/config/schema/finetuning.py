@@ -183,11 +183,11 @@ class SelectionConfig:
     """How often, beside once at the end: steps, tokens, a time, or a share of the run."""
     at_start: bool = False
     """Whether also before the first step; that measurement is told, and is never the best."""
-    metric: str = field("", change="never")
+    metric: str = ""
     """What the best checkpoint is best in, such as accuracy or loss. Empty: the task's own."""
     patience: Optional[int] = field(None, minimum=1)
     """End the run after so many measurements without a better one. Empty: never."""
-    max_records: Optional[int] = field(None, kind="count", minimum=1, change="never")
+    max_records: Optional[int] = field(None, kind="count", minimum=1)
     """Most records measured each time, the same ones. Empty: all."""
     test: bool = True
     """Whether the test records are looked at when the run ends; false where runs are to be compared before one is."""
