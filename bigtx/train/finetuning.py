@@ -277,7 +277,7 @@ class FinetuneSession(Session[FinetuneConfig]):
         return self.flops_of(source=source, target=target, predicted=predicted) * num_rows / self.mean_tokens
 
     def validate_every(self) -> str:
-        """As the config says; a share of the run in steps, rounded up: so that the last one is the run's end."""
+        """As the config says; a share of the run in steps, rounded up: there are no more measurements than it means."""
         every = parse_duration(self.config.validation.every)
         if every.unit == "fraction":
             return f"{max(1, math.ceil(round(every.value * self.total_steps, 6)))} steps"
