@@ -36,12 +36,12 @@ Item = Record | Unread
 
 def read_items(paths: Sequence[str]) -> Iterator[Item]:
     """The records of files and folders, and in their places what could not be read."""
-    yield from _with_unread(lambda unread: read_records(paths, unread))
+    return _with_unread(lambda unread: read_records(paths, unread))
 
 
 def read_stdin() -> Iterator[Item]:
     """The JSON lines of standard input."""
-    yield from _with_unread(_stdin)
+    return _with_unread(_stdin)
 
 
 def arriving(most: int) -> Iterator[list[Item]]:
