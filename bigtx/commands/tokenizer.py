@@ -68,8 +68,8 @@ def train_command(argv: Sequence[str]) -> int:
         print(f"Passed over, by their suffix: {counts_by_suffix(passed_over)}; see input.text_suffixes")
     rejects = Rejects(config.input.max_rejects)
     sample = draw_sample(_texts(config, rejects), config.max_bytes, config.seed)
-    rejects.check(sample.num_documents)
-    rejected = f"; {rejects.count:,} could not be read" if rejects.count else ""
+    rejects.check(sample.num_documents, len(files))
+    rejected = f"; left out: {rejects.describe()}" if rejects else ""
     print(f"{_number(sample.num_documents, 'document')}, {format_size(sample.num_bytes)} of text{rejected}")
     print(f"Learning {config.vocab_size:,} pieces ({config.method}) from {format_size(sample.training_bytes)}")
     with _interruptible():

@@ -87,7 +87,7 @@ class Report:
     Attributes:
         validation: None if nothing is held out.
         num_read: documents that were read well.
-        num_rejects, num_empty: documents left out because they cannot be read, or say nothing.
+        rejects: what was left out because it cannot be read, or is empty.
         removed: documents left out by a rule or as duplicates, by its name.
         passed_over: numbers of files and archive members that were not read because of their suffix, by suffix.
         reused: the corpus was there already, made by the same recipe; the counts of this job are 0 then.
@@ -97,8 +97,7 @@ class Report:
     train: Manifest
     validation: Manifest | None
     num_read: int = 0
-    num_rejects: int = 0
-    num_empty: int = 0
+    rejects: Rejects = field(default_factory=lambda: Rejects(1.0))
     removed: dict[str, Removed] = field(default_factory=dict)
     seconds: float = 0.0
     passed_over: Counter[str] = field(default_factory=Counter)
@@ -265,6 +264,7 @@ class _Job:
         content = {
             "documents_read": num_read,
             "rejected": rejects.count,
+            "cut_or_damaged_files": rejects.num_cut,
             "empty": rejects.num_empty,
             "removed": {rule: asdict(what) for rule, what in removed.items()},
             "kept": sum(total.documents),
@@ -282,8 +282,7 @@ class _Job:
             self._output,
             *_open_splits(self._output),
             num_read,
-            rejects.count,
-            rejects.num_empty,
+            rejects,
             removed,
             passed_over=sum((Counter(result.passed_over) for result in results), Counter()),
         )
@@ -315,9 +314,9 @@ class _Job:
                 for reject in result.rejects:
                     rejects.add(reject)
         try:
-            rejects.check(sum(result.num_read for result in results))
+            rejects.check(sum(result.num_read for result in results), self._recipe["num_files"])
         except DataError as error:
-            if rejects.count == 0:
+            if not rejects:
                 raise
             kept = self._output.with_name(f"{self._output.name}.{REJECTS_NAME}")
             shutil.move(path, kept)

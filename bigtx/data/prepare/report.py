@@ -27,9 +27,9 @@ def describe_report(report: Report) -> Iterator[str]:
     if report.passed_over:
         yield f"Passed over, by their suffix: {counts_by_suffix(report.passed_over)}; see input.text_suffixes."
     yield from _describe_removed(report)
-    if report.num_rejects or report.num_empty:
+    if report.rejects or report.rejects.num_empty:
         yield (
-            f"Left out: {report.num_rejects:,} that cannot be read, {report.num_empty:,} empty; "
+            f"Left out: {report.rejects.describe()}, {report.rejects.num_empty:,} empty; "
             f"listed in {report.output / REJECTS_NAME}."
         )
     yield ""

@@ -1,8 +1,9 @@
-"""Raw text -> documents.
+"""Raw text -> rows -> documents, records and texts of foreign shards.
 
-    files ──▶ read ──by formats──▶ lines, tables (readers) · parquet · archives ──▶ samples
-                                     └─────────records─────────┴────────────────────┴──▶ documents, and rejects
+    files ──▶ read ──by formats──▶ rows, tables (readers) · parquet · archives ──▶ samples
+                                          └────── rows ──────────┴────────────────────┴──fields──▶ documents
+                                                                                      └──────────▶ rejects
 
-Start at read.py: `list_files` names what there is in an order that never changes, `read_file` streams the documents of
-a file or a part of it, and whatever cannot be read becomes a reject with its file, line and reason.
+Start at read.py: `list_files` names what there is in an order that never changes, `read_rows` streams the rows of a
+file or a part of it, and whatever cannot be read becomes a reject with its file, line and reason.
 """

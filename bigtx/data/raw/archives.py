@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO, cast
 
+from bigtx.data.raw.decode import unreadable
 from bigtx.data.raw.documents import Reject, Rejects
 from bigtx.data.raw.formats import READ_ERRORS, read_up_to
-from bigtx.data.raw.records import unreadable
 from bigtx.data.storage.access import CHUNK_BYTES
 
 _UNIT = tarfile.BLOCKSIZE
@@ -29,15 +29,16 @@ _LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
 _DEVICES = (tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
 _PAX_HEADERS = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 
-_LEADS_OUT = re.compile(r"[/\\]|[A-Za-z]:[/\\]|(.*[/\\])?\.\.([/\\].*)?\Z", re.DOTALL)
+_LEADS_OUT = re.compile(r"(.*[/\\])?\.\.([/\\].*)?\Z", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Member:
-    """A regular file in an archive.
+    """What an archive has under a name, but folders.
 
     Attributes:
-        name: its path within the archive.
+        name: its path within the archive; slashes at its front are taken off, because nothing is extracted.
+        refusal: why it must not be read, e.g. because it is a link; "" if nothing speaks against it.
         offset: of its header in the archive, in bytes.
         stream: its bytes, to be read before the next member is asked for.
         content_offset: of its first byte in the archive.
@@ -45,6 +46,7 @@ class Member:
     """
 
     name: str
+    refusal: str
     offset: int
     stream: BinaryIO
     content_offset: int
@@ -52,24 +54,15 @@ class Member:
 
 
 class DamagedArchiveError(Exception):
-    """The archive cannot be read on; the message is the reason.
-
-    Attributes:
-        is_told: the member's reader met it first and has told the rejects.
-    """
-
-    def __init__(self, reason: str, *, is_told: bool = False) -> None:
-        super().__init__(reason)
-        self.is_told = is_told
+    """The archive cannot be read on; the message is the reason. Reading a member raises it too."""
 
 
 class _MemberBytes(io.RawIOBase):
     """So many bytes of the archive's stream."""
 
-    def __init__(self, archive: BinaryIO, size: int) -> None:
-        self._archive = archive
+    def __init__(self, archive: BinaryIO, size: int, name: str) -> None:
+        self._archive, self._name = archive, name
         self.left = size
-        self.is_broken = False
 
     def readable(self) -> bool:
         return True
@@ -78,12 +71,10 @@ class _MemberBytes(io.RawIOBase):
         wanted = min(len(buffer), self.left)
         try:
             content = self._archive.read(wanted)
-        except READ_ERRORS:
-            self.is_broken = True
-            raise
+        except READ_ERRORS as error:
+            raise DamagedArchiveError(f"{unreadable(error)}, inside of {self._name}") from None
         if wanted and not content:
-            self.is_broken = True
-            raise EOFError("the archive is cut short")
+            raise DamagedArchiveError(f"cut short inside of {self._name}")
         buffer[: len(content)] = content
         self.left -= len(content)
         return len(content)
@@ -100,9 +91,7 @@ class _Header:
 
 
 def read_members(archive: BinaryIO, file: str, rejects: Rejects) -> Iterator[Member]:
-    """The regular files of an archive in their order.
-
-    Members that are links, devices or sparse, or whose name leads out of the archive, are rejected by their names.
+    """What an archive has but folders, in its order; also what must not be read, with the reason.
 
     Args:
         file: what rejects name the archive.
@@ -124,20 +113,16 @@ def _read_members(archive: BinaryIO, file: str, rejects: Rejects) -> Iterator[Me
         header, length = found
         has_content = header.type not in (*_LINKS, *_DEVICES, tarfile.DIRTYPE)
         size = header.size if has_content else 0
-        reason = _refusal(header)
-        content = _MemberBytes(archive, size)
-        if reason:
-            rejects.add(Reject(f"{file}/{header.name}", 0, reason))
-        elif header.type != tarfile.DIRTYPE:
+        content = _MemberBytes(archive, size, header.name)
+        if header.type != tarfile.DIRTYPE:
             reader = cast(BinaryIO, io.BufferedReader(content, min(CHUNK_BYTES, size + 1)))
-            yield Member(header.name, offset, reader, offset + length, size)
-            if content.is_broken:
-                raise DamagedArchiveError("cut short", is_told=True)
+            yield Member(header.name.lstrip("/"), _refusal(header), offset, reader, offset + length, size)
         _skip(archive, content.left + -size % _UNIT, header.name)
         offset += length + size + -size % _UNIT
     while rest := archive.read(CHUNK_BYTES):
         if rest.strip(b"\0"):
-            rejects.add(Reject(file, 0, "bytes behind its end are not read; are there several archives in one file?"))
+            reason = "bytes behind its end are not read; are there several archives in one file?"
+            rejects.add(Reject(file, 0, reason, lost=None))
             return
 
 
@@ -183,7 +168,7 @@ def _next_header(archive: BinaryIO, offset: int, common: dict[str, str]) -> tupl
 
 def _refusal(header: _Header) -> str:
     """Why a member is not read; "" if nothing speaks against it."""
-    if not header.name or _LEADS_OUT.match(header.name):
+    if not header.name.strip("/") or _LEADS_OUT.match(header.name):
         return "a path that leads out of the archive"
     if header.type in _LINKS:
         return "a link, which is not followed"

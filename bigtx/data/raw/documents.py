@@ -45,58 +45,53 @@ class Document(NamedTuple):
         return self._replace(text=text)
 
 
-@dataclass(frozen=True)
-class Origin:
-    """Where a stream of documents comes from.
-
-    Attributes:
-        file: what documents and rejects name it.
-        name: its path within the folder that was named.
-        first_line: number of the line at which the stream begins.
-        num_bytes: to be read of it; None: all.
-        number: added to the line to give a document's number.
-    """
-
-    file: str
-    name: str
-    first_line: int = 1
-    num_bytes: int | None = None
-    number: int = 0
-
-
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """Something that could not be read: the file, the line (from 1; 0 means the file as a whole) and why."""
+    """Something that could not be read.
+
+    Attributes:
+        line: from 1; 0: the file as a whole.
+        lost: documents that are missing because of it: of a broken row of a table, the lines that it swallowed. None:
+            all that follows in the file, which nobody can count.
+    """
 
     file: str
     line: int
     reason: str
+    lost: int | None = 1
 
 
 @dataclass
 class Rejects:
     """Counts what could not be read; `sink` gets each as it is found, and only the first few are kept here.
 
-    A file that is cut short or damaged in the middle is one reject, at the place where reading ended: how many
-    documents lay behind it nobody knows. The documents before that place are kept.
+    Of a file that is cut short or damaged in the middle, the documents before that place are kept.
 
     Attributes:
-        passed_over: numbers of archive members that were not read because of their suffix, by suffix.
+        count: documents that could not be read, as far as they can be counted.
+        num_cut: places behind which nobody knows how many documents are missing.
+        passed_over: numbers of archive members that are not read, by suffix.
     """
 
     max_share: float
     sink: Callable[[Reject], None] | None = None
     count: int = 0
+    num_cut: int = 0
     num_empty: int = 0
     examples: list[Reject] = field(default_factory=list)
     passed_over: Counter[str] = field(default_factory=Counter)
+
+    def __bool__(self) -> bool:
+        """Whether anything could not be read."""
+        return bool(self.count or self.num_cut)
 
     def add(self, reject: Reject) -> None:
         """Count one more."""
         if reject.reason == EMPTY:
             self.num_empty += 1
         else:
-            self.count += 1
+            self.count += reject.lost or 0
+            self.num_cut += reject.lost is None
             if len(self.examples) < _NUM_EXAMPLES:
                 self.examples.append(reject)
         if self.sink:
@@ -105,20 +100,47 @@ class Rejects:
     def first(self) -> str:
         """The first few as text for the terminal, each in a line of its own that begins with a line break."""
         return "".join(
-            f"\n  {_visible(r.file)}{f', line {r.line}' if r.line else ''}: {_visible(r.reason)}" for r in self.examples
+            f"\n  {visible(r.file)}{f', line {r.line}' if r.line else ''}: {visible(r.reason)}{_swallowed(r)}"
+            for r in self.examples
         )
 
-    def check(self, num_documents: int) -> None:
-        """Judge the whole input, `num_documents` being those that were read well.
+    def describe(self) -> str:
+        """How much could not be read, in words."""
+        parts = [f"{self.count:,} that cannot be read"] if self.count or not self.num_cut else []
+        if self.num_cut:
+            parts.append(f"an unknown number in {self._unfinished()}")
+        return ", and ".join(parts)
+
+    def _unfinished(self) -> str:
+        return f"{self.num_cut:,} file{'s' * (self.num_cut > 1)} that cannot be read to the end"
+
+    def lost(self, num_documents: int, num_files: int) -> int:
+        """About how many documents are missing: behind each cut, as many as a file has on average.
+
+        Args:
+            num_documents: that were read well.
+            num_files: of the input.
+        """
+        return self.count + self.num_cut * max(1, -(-num_documents // max(1, num_files)))
+
+    def check(self, num_documents: int, num_files: int) -> None:
+        """Judge the whole input; arguments as of `lost`.
 
         Raises:
             DataError: more than `max_share` was rejected, or there is no document at all.
         """
-        share = self.count / max(1, num_documents + self.count)
-        if self.count and share > self.max_share:
+        lost = self.lost(num_documents, num_files)
+        share = lost / max(1, num_documents + lost)
+        if lost and share > self.max_share:
+            estimated = (
+                f" (of them {lost - self.count:,} is an estimate for {self._unfinished()}: as many as a file has on "
+                "average)"
+                if self.num_cut
+                else ""
+            )
             raise DataError(
-                f"{self.count:,} of {num_documents + self.count:,} documents ({share:.2%}) could not be read, and "
-                f"input.max_rejects allows {self.max_share:.2%}. Mend them, leave them out with input.exclude, or "
+                f"{lost:,} of {num_documents + lost:,} documents ({share:.2%}) could not be read{estimated}, and "
+                f"input.max_rejects allows {self.max_share:.2%}. Repair them, leave them out with input.exclude, or "
                 f"allow more with input.max_rejects={_round_up(share):g}. The first:{self.first()}"
             )
         if num_documents == 0:
@@ -144,9 +166,13 @@ def in_batches(items: Iterable[Item], length: Callable[[Item], int], characters:
         yield batch
 
 
-def _visible(text: str) -> str:
-    # Names inside an archive are anybody's: they must not steer the terminal.
+def visible(text: str) -> str:
+    """Text of unknown origin, such as a name in an archive, in a form that cannot control the terminal."""
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
+
+
+def _swallowed(reject: Reject) -> str:
+    return f" (with it {reject.lost:,} lines are lost)" if reject.lost and reject.lost > 1 else ""
 
 
 def _round_up(share: float) -> float:

@@ -12,14 +12,23 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import BinaryIO
 
 from bigtx.config.schema import InputConfig
-from bigtx.data.raw.formats import SUFFIXES, Format, format_of, is_compressed, suffix_inside, suffix_of
+from bigtx.data.raw.formats import (
+    COMPRESSION_SUFFIXES,
+    SUFFIXES,
+    Format,
+    format_of,
+    is_compressed,
+    suffix_of,
+    why_unknown,
+)
 from bigtx.data.raw.parquet import check_package, row_group_ranges
+from bigtx.data.raw.rows import is_json_lines
 from bigtx.data.storage import buckets
 from bigtx.data.storage.access import CHUNK_BYTES, InputFile, is_remote, stat
 from bigtx.data.storage.remote import check_scheme, name_of, scheme_of, shown
@@ -59,7 +68,7 @@ def list_files(config: InputConfig, passed_over: Counter[str] | None = None) -> 
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
     for file in files.values():
-        if format_of(name_of(file.path), config) is Format.PARQUET:
+        if format_of(name_of(file.path), config.text_suffixes) is Format.PARQUET:
             check_package(file.shown)
             break
     return list(files.values())
@@ -79,19 +88,24 @@ def split_file(file: InputFile, config: InputConfig, part_bytes: int) -> list[In
     of lines is read once for that, at the speed of the disk, to number them; so remote files come back as they are,
     like all others.
     """
-    kind = format_of(file.path, config)
+    kind = format_of(file.path, config.text_suffixes)
     if is_remote(file.path) or is_compressed(file.path) or file.size <= part_bytes:
         return [file]
     if kind is Format.PARQUET:
         return row_group_ranges(file, part_bytes)
-    if kind is Format.JSON_LINES or (kind is Format.TEXT and config.document_per_line):
+    if (
+        kind is Format.JSON_LINES
+        or (kind is Format.TEXT and config.document_per_line)
+        or (kind is Format.JSON and _holds_json_lines(file))
+    ):
         return _line_ranges(file, part_bytes)
     return [file]
 
 
-def is_left_out(relative: str, config: InputConfig) -> bool:
+def is_left_out(relative: str, exclude: Sequence[str]) -> bool:
     """Whether a path within a folder or archive is not to be read: hidden names, and what `exclude` says."""
-    return any(name.startswith(".") for name in relative.split("/")) or _is_excluded(relative, config)
+    hidden = any(name.startswith(".") and name != ".." for name in relative.split("/"))
+    return hidden or _is_excluded(relative, exclude)
 
 
 def expand_braces(path: str) -> Iterator[str]:
@@ -146,7 +160,7 @@ def _files_of(path: str, config: InputConfig, passed_over: Counter[str]) -> list
     except OSError as error:
         raise _unreachable(path, error) from None
     relative = {found: found[len(base) :].lstrip("/") for found in candidates}
-    names = [found for found in relative if not is_left_out(relative[found], config)]
+    names = [found for found in relative if not is_left_out(relative[found], config.exclude)]
     return [
         InputFile(found, candidates[found][0], version=candidates[found][1], name=relative[found])
         for found in _known(path, names, config, passed_over)
@@ -163,7 +177,7 @@ def _local_files(path: str, config: InputConfig, passed_over: Counter[str]) -> l
         base = _fixed_part(path)
         candidates = []
         for match in sorted(glob.glob(path, recursive=True)):
-            if _is_excluded(os.path.relpath(match, base), config):
+            if _is_excluded(os.path.relpath(match, base), config.exclude):
                 continue
             candidates += _walk(match, config) if os.path.isdir(match) else [match]
     else:
@@ -200,14 +214,14 @@ def _unreachable(path: str, error: OSError) -> DataError:
 
 def _known(path: str, candidates: list[str], config: InputConfig, passed_over: Counter[str]) -> list[str]:
     """Those of a folder's or glob's files that are read, sorted; the others are counted."""
-    files = sorted({found for found in candidates if format_of(found, config)})
+    files = sorted({found for found in candidates if format_of(found, config.text_suffixes)})
     others = Counter(suffix_of(found) for found in set(candidates).difference(files))
     passed_over.update(others)
     if not files:
         inside = f"; it has {counts_by_suffix(others)}" if others else ""
         raise DataError(
             f"No text in {path}: no file in it ends in {_listed([*config.text_suffixes, *SUFFIXES])} "
-            f"(plain, .gz or .zst){inside}. Name the suffixes of text files in input.text_suffixes, or another folder."
+            f"(plain or compressed){inside}. Name the suffixes of text files in input.text_suffixes, or another folder."
         )
     return files
 
@@ -215,13 +229,12 @@ def _known(path: str, candidates: list[str], config: InputConfig, passed_over: C
 def _refuse_unknown(path: str, config: InputConfig) -> None:
     """Refuse a file that is named itself and whose suffix says nothing."""
     name = name_of(path)
-    if format_of(name, config):
+    if format_of(name, config.text_suffixes):
         return
-    suffix = suffix_inside(name)
-    advice = f"say so: input.text_suffixes=[{suffix}]" if suffix else "give it a name that ends in .txt"
     raise DataError(
         f"Cannot tell what {shown(path)} holds: it ends neither in one of {_listed(SUFFIXES)} nor in one of "
-        f"input.text_suffixes ({_listed(config.text_suffixes)}), plain or with .gz or .zst. If it is text, {advice}."
+        f"input.text_suffixes ({_listed(config.text_suffixes)}), plain or with one of {_listed(COMPRESSION_SUFFIXES)}: "
+        f"{why_unknown(name)}."
     )
 
 
@@ -240,7 +253,7 @@ def _walk(folder: str, config: InputConfig) -> Iterator[str]:
         except OSError as error:
             raise DataError(f"Cannot read the folder {current}: {error.strerror}.") from error
         for entry in entries:
-            if entry.name.startswith(".") or _is_excluded(os.path.relpath(entry.path, folder), config):
+            if entry.name.startswith(".") or _is_excluded(os.path.relpath(entry.path, folder), config.exclude):
                 continue
             if entry.is_dir():
                 pending.append(entry.path)
@@ -249,9 +262,9 @@ def _walk(folder: str, config: InputConfig) -> Iterator[str]:
                 yield entry.path
 
 
-def _is_excluded(relative: str, config: InputConfig) -> bool:
+def _is_excluded(relative: str, exclude: Sequence[str]) -> bool:
     names = relative.split("/")
-    for pattern in config.exclude:
+    for pattern in exclude:
         if "/" not in pattern:
             if fnmatch.filter(names, pattern):
                 return True
@@ -287,6 +300,14 @@ def _line_ranges(file: InputFile, part_bytes: int) -> list[InputFile]:
     except OSError:
         return [file]  # Reading it says what is wrong with it.
     return parts
+
+
+def _holds_json_lines(file: InputFile) -> bool:
+    try:
+        with open(file.path, "rb") as stream:
+            return is_json_lines(stream.read(CHUNK_BYTES))
+    except OSError:
+        return False  # Reading it says what is wrong with it.
 
 
 def _skip_lines(stream: BinaryIO, num_bytes: int) -> int:

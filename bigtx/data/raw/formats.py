@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import lzma
 import posixpath
 import zlib
+from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import zstandard
 
-from bigtx.config.schema import InputConfig
 from bigtx.data.storage.access import CHUNK_BYTES
 
-COMPRESSION_SUFFIXES = (".gz", ".zst")
+COMPRESSION_SUFFIXES = (".gz", ".zst", ".zstd", ".bz2", ".xz")
 NO_SUFFIX = "without a suffix"
 
-READ_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError)
+READ_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError, lzma.LZMAError)
 """What a stream raises when its file is damaged, cut short or out of reach."""
 
 # A compressed chunk of 16 KiB can unfold to 512 MiB at the very worst, so memory stays bounded whatever is fed to us.
-_ZST_CHUNK_BYTES = 16 << 10
-# What `zstd --long=31` writes.
-_ZST_MAX_WINDOW_BYTES = 1 << 31
+_CHUNK_BYTES = 16 << 10
+# What `zstd --long=31` writes, and more than `xz -9` asks for.
+_MAX_WINDOW_BYTES = 1 << 31
 
 
 class Format(Enum):
     """How documents lie in a file."""
 
     TEXT = "text"
+    JSON = "JSON"
     JSON_LINES = "JSON lines"
     CSV = "csv"
     TSV = "tsv"
@@ -38,6 +41,7 @@ class Format(Enum):
 
 
 _SUFFIXES = {
+    ".json": Format.JSON,
     ".jsonl": Format.JSON_LINES,
     ".ndjson": Format.JSON_LINES,
     ".csv": Format.CSV,
@@ -48,25 +52,60 @@ _SUFFIXES = {
 SUFFIXES = tuple(_SUFFIXES)
 """Suffixes that are known beside those of text files."""
 
+_SHORT_FOR = {
+    ".tgz": ".tar.gz",
+    ".tbz": ".tar.bz2",
+    ".tbz2": ".tar.bz2",
+    ".txz": ".tar.xz",
+    ".tzst": ".tar.zst",
+}
+_PACKED = (".zip", ".7z", ".rar", ".lz4", ".lzma", ".lzo", ".br", ".z", ".sz", ".snappy")
+_NO_TEXT = {
+    *(".pdf", ".doc", ".docx", ".odt", ".xls", ".xlsx", ".arrow", ".feather", ".npy", ".npz", ".bin", ".idx", ".pkl"),
+    *(".pickle", ".pt", ".pth", ".db", ".sqlite", ".avro", ".orc", ".tfrecord", ".mds"),
+}
 
-def format_of(path: str, config: InputConfig) -> Format | None:
+
+def format_of(path: str, text_suffixes: Sequence[str]) -> Format | None:
     """What the file holds, by its suffix (that of a compression taken off first); None: nothing that is read."""
     suffix = suffix_inside(path)
     if suffix in _SUFFIXES:
         # Parquet is compressed inside, and is read from its end.
         return None if suffix == ".parquet" and is_compressed(path) else _SUFFIXES[suffix]
-    return Format.TEXT if any(suffix == text.lower() for text in config.text_suffixes) else None
+    return Format.TEXT if any(suffix == text.lower() for text in text_suffixes) else None
+
+
+def why_unknown(path: str) -> str:
+    """What to do with a file whose suffix no reader takes."""
+    suffix = suffix_inside(path)
+    if suffix == ".parquet":
+        return "decompress it: parquet is compressed inside, and is read from its end"
+    if suffix in _PACKED:
+        return f"unpack it first; {', '.join(COMPRESSION_SUFFIXES)} are read as they are"
+    if suffix in _NO_TEXT:
+        return "turn it into text or JSON lines first"
+    return (
+        f"if it is plain text, say so: input.text_suffixes=[{suffix}]" if suffix else "give it a name that ends in .txt"
+    )
 
 
 def is_compressed(path: str) -> bool:
     """Whether the file is compressed as a whole, by its name."""
-    return path.lower().endswith(COMPRESSION_SUFFIXES)
+    return _full(path).endswith(COMPRESSION_SUFFIXES)
 
 
 def suffix_inside(path: str) -> str:
     """The suffix in lower case, that of a compression taken off first."""
-    stem, suffix = posixpath.splitext(path.lower())
-    return posixpath.splitext(stem)[1] if suffix in COMPRESSION_SUFFIXES else suffix
+    return posixpath.splitext(without_compression(path).lower())[1]
+
+
+def without_compression(path: str) -> str:
+    """The path without the suffix of a compression."""
+    full = _full(path)
+    ending = next((suffix for suffix in COMPRESSION_SUFFIXES if full.endswith(suffix)), "")
+    if posixpath.splitext(path.lower())[1] in _SHORT_FOR:
+        return full.removesuffix(ending)
+    return path[: len(path) - len(ending)]
 
 
 def suffix_of(path: str) -> str:
@@ -79,12 +118,25 @@ def decompressed(raw: BinaryIO, path: str) -> BinaryIO:
 
     Reading from the result raises what `READ_ERRORS` names, also when the compressed bytes end too early.
     """
-    suffix = posixpath.splitext(path.lower())[1]
+    suffix = posixpath.splitext(_full(path))[1]
     if suffix == ".gz":
         return io.BufferedReader(_GzReader(raw), CHUNK_BYTES)
-    if suffix == ".zst":
-        return io.BufferedReader(_ZstReader(raw), CHUNK_BYTES)
-    return raw
+    decompressor = {".zst": _zst, ".zstd": _zst, ".bz2": bz2.BZ2Decompressor, ".xz": _xz}.get(suffix)
+    return io.BufferedReader(_FramesReader(raw, decompressor), CHUNK_BYTES) if decompressor else raw
+
+
+def _full(path: str) -> str:
+    """The path in lower case, with short suffixes such as .tgz written out."""
+    stem, suffix = posixpath.splitext(path.lower())
+    return stem + _SHORT_FOR.get(suffix, suffix)
+
+
+def _zst() -> Any:
+    return zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES).decompressobj()
+
+
+def _xz() -> Any:
+    return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MAX_WINDOW_BYTES)
 
 
 def read_up_to(stream: BinaryIO, num_bytes: int) -> bytes:
@@ -111,13 +163,17 @@ class _GzReader(io.RawIOBase):
         return len(content)
 
 
-class _ZstReader(io.RawIOBase):
-    """Zstandard frames one after another; unlike the library's own reader, it notices that the last is cut short."""
+class _FramesReader(io.RawIOBase):
+    """Compressed frames one after another; unlike the libraries' own readers, it always notices a last one that is cut.
 
-    def __init__(self, source: BinaryIO) -> None:
-        self._source = source
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=_ZST_MAX_WINDOW_BYTES)
-        self._frame: zstandard.ZstdDecompressionObj | None = None
+    Args:
+        make: a decompressor of one frame, as bz2, lzma and zstandard have them.
+    """
+
+    def __init__(self, source: BinaryIO, make: Callable[[], Any]) -> None:
+        self._source, self._make = source, make
+        self._frame: Any = None
+        self._num_frames = 0
         self._compressed = b""
         self._plain = memoryview(b"")
 
@@ -126,13 +182,17 @@ class _ZstReader(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         while not self._plain:
-            if not self._compressed:
-                self._compressed = self._source.read(_ZST_CHUNK_BYTES)
+            self._compressed = self._compressed or self._source.read(_CHUNK_BYTES)
             if not self._compressed:
                 if self._frame is not None:
                     raise EOFError("the compressed file ends before its end-of-stream marker")
                 return 0
-            self._frame = self._frame or self._decompressor.decompressobj()
+            if self._frame is None and self._num_frames:
+                self._compressed = self._compressed.lstrip(b"\0")  # Padding between frames.
+                if not self._compressed:
+                    continue
+            if self._frame is None:
+                self._frame, self._num_frames = self._make(), self._num_frames + 1
             self._plain = memoryview(self._frame.decompress(self._compressed))
             self._compressed = b""
             if self._frame.eof:

@@ -1,4 +1,4 @@
-"""Parquet -> documents: the wanted columns, batch by batch, in ranges of row groups (the extra `parquet`)."""
+"""Parquet -> rows: the wanted columns, batch by batch, in ranges of row groups (the extra `parquet`)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from bigtx.config.schema import InputConfig
-from bigtx.data.raw import documents
-from bigtx.data.raw.documents import Document, Origin, Reject, Rejects
-from bigtx.data.raw.lines import too_long
-from bigtx.data.raw.records import BadRecordError, Fields
+from bigtx.data.raw.documents import Reject, Rejects
+from bigtx.data.raw.rows import Options, Origin, Row
 from bigtx.data.storage.access import CHUNK_BYTES, InputFile, open_binary
 from bigtx.utils.errors import DataError
 
@@ -55,56 +52,60 @@ def row_group_ranges(file: InputFile, part_bytes: int) -> list[InputFile]:
     return [*parts[:-1], replace(parts[-1], size=max(1, parts[-1].size + rest))]
 
 
-def read_parquet(file: InputFile, origin: Origin, config: InputConfig, rejects: Rejects) -> Iterator[Document]:
-    """A document in each row of a file or range of row groups; a damaged row group is one reject, the next is read."""
-    fields = Fields(config)
+def read_parquet(file: InputFile, origin: Origin, options: Options, rejects: Rejects) -> Iterator[Row]:
+    """A row of the wanted columns for each row of a file or range of row groups.
+
+    A damaged row group is one reject, and the next one is read.
+    """
+    wanted = list(options.columns or ())
     with contextlib.ExitStack() as stack:
         try:
             parquet = stack.enter_context(_opened(file))
-            columns = set(parquet.schema_arrow.names)
+            names = parquet.schema_arrow.names
         except Exception as error:
-            rejects.add(Reject(origin.file, 0, _damaged(error)))
+            rejects.add(Reject(origin.file, 0, _damaged(error), lost=None))
             return
-        if not columns & {fields.text, fields.text.partition(".")[0]}:
-            names = ", ".join(sorted(columns)[:8])
-            rejects.add(
-                Reject(origin.file, 0, f"no column {fields.text!r} (its columns: {names}); see input.text_field")
-            )
+        tops = {name if name in names else name.partition(".")[0] for name in wanted}
+        text = options.text_field
+        if not {text, text.partition(".")[0]} & set(names):
+            reason = f"no column {text!r} (its columns: {', '.join(sorted(names)[:8])}); see input.text_field"
+            rejects.add(Reject(origin.file, 0, reason, lost=None))
+            return
+        if twice := sorted(name for name in tops if names.count(name) > 1):
+            reason = f"it has columns of one name: {', '.join(map(repr, twice))}"
+            rejects.add(Reject(origin.file, 0, reason, lost=None))
             return
         first_row = file.first_line
         for group in range(file.start, parquet.num_row_groups if file.end is None else file.end):
-            yield from _read_group(parquet, group, first_row, fields, origin, rejects)
+            yield from _read_group(parquet, group, first_row, wanted, origin, rejects)
             first_row += parquet.metadata.row_group(group).num_rows
 
 
 def _read_group(
-    parquet: Any, group: int, first_row: int, fields: Fields, origin: Origin, rejects: Rejects
-) -> Iterator[Document]:
+    parquet: Any, group: int, first_row: int, wanted: list[str], origin: Origin, rejects: Rejects
+) -> Iterator[Row]:
     row = first_row
-    batches = parquet.iter_batches(_BATCH_ROWS, row_groups=[group], columns=fields.names, use_threads=False)
+    batches = parquet.iter_batches(_BATCH_ROWS, row_groups=[group], columns=wanted, use_threads=False)
     while True:
         try:
             batch = next(batches, None)
         except Exception as error:
-            rejects.add(Reject(origin.file, row, f"{_damaged(error)} (row group {group})"))
+            lost = max(1, parquet.metadata.row_group(group).num_rows - (row - first_row))
+            rejects.add(Reject(origin.file, row, f"{_damaged(error)} (row group {group})", lost=lost))
             return
         if batch is None:
             return
         for index in range(batch.num_rows):
             try:
-                document = fields.document(_record(batch, index), origin, row)
-                if len(document.text) > documents.MAX_DOCUMENT_BYTES:
-                    raise BadRecordError(too_long())
+                fields = _fields(batch, index)
             except UnicodeDecodeError as error:
                 rejects.add(Reject(origin.file, row, f"not UTF-8: {error.reason} at byte {error.start + 1} of a field"))
-            except BadRecordError as error:
-                rejects.add(Reject(origin.file, row, str(error)))
             else:
-                yield document
+                yield Row(fields, origin.file, row, origin.number + row)
             row += 1
 
 
-def _record(batch: Any, index: int) -> dict[str, Any]:
+def _fields(batch: Any, index: int) -> dict[str, Any]:
     return {name: column[index].as_py() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
 
 

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import BinaryIO
-
-from bigtx.config.schema import InputConfig
-from bigtx.data.raw.documents import Document, Origin, Rejects
 from bigtx.data.raw.formats import Format
-from bigtx.data.raw.lines import read_json_lines, read_text
+from bigtx.data.raw.rows import Reader, read_json, read_json_lines, read_text
 from bigtx.data.raw.tables import read_csv, read_tsv
-
-Reader = Callable[[BinaryIO, Origin, InputConfig, Rejects], Iterator[Document]]
 
 STREAM_READERS: dict[Format, Reader] = {
     Format.TEXT: read_text,
+    Format.JSON: read_json,
     Format.JSON_LINES: read_json_lines,
     Format.CSV: read_csv,
     Format.TSV: read_tsv,

@@ -1,8 +1,13 @@
-"""Archives -> documents: members are read as files are, and webdataset samples as documents with metadata.
+"""Archives -> rows: members are read as files are, and neighbouring members of one name are one sample.
 
-A webdataset sample is a run of neighbouring members with one key: the path up to the first dot of the last name.
-`000.json` beside `000.txt` is the text's metadata; on its own it is a record. Members with other suffixes (pickles
-among them) are passed over and counted, and their bytes are never looked at.
+    a/000.json  a/000.txt                      one row: the text, with the fields of the record beside it
+    a/000.en.txt  a/000.de.txt  a/000.json     two rows, one for each text; the record is for both
+    2101.00001.json  2101.00002.json           two rows: a record alone is a row, whatever dots its name has
+
+A name has a *stem* (without its last suffix, and that of a compression) and a *key* (up to the first dot, as in
+webdataset). Neighbours of one key are a *run*. In it a record belongs to what has its stem, or a stem that continues
+its own behind a dot. Members with other suffixes (pickles among them) are passed over and counted, and their bytes are
+never looked at.
 """
 
 from __future__ import annotations
@@ -11,143 +16,285 @@ import posixpath
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from bigtx.config.schema import InputConfig
+import xxhash
+
 from bigtx.data.raw import documents
 from bigtx.data.raw.archives import DamagedArchiveError, Member, read_members
-from bigtx.data.raw.documents import EMPTY, Document, Origin, Reject, Rejects
+from bigtx.data.raw.decode import BadRowError, parse_json
+from bigtx.data.raw.documents import EMPTY, Reject, Rejects
 from bigtx.data.raw.files import counts_by_suffix, is_left_out
-from bigtx.data.raw.formats import (
-    READ_ERRORS,
-    Format,
-    decompressed,
-    format_of,
-    read_up_to,
-    suffix_inside,
-    suffix_of,
-)
-from bigtx.data.raw.lines import too_long
+from bigtx.data.raw.formats import Format, decompressed, format_of, suffix_inside, suffix_of, without_compression
 from bigtx.data.raw.readers import STREAM_READERS
-from bigtx.data.raw.records import BadRecordError, Fields, not_utf8, parse_json, refuse_surrogates, unreadable
+from bigtx.data.raw.rows import Options, Origin, Row, read_whole, rows_of_bytes
+
+_APART = "it is apart from the other members of its sample; write the members of a sample one after the other"
 
 
-def read_archive(archive: BinaryIO, origin: Origin, config: InputConfig, rejects: Rejects) -> Iterator[Document]:
-    """The documents of an archive."""
-    yield from _Archive(origin, config, rejects).read(archive)
+def read_archive(archive: BinaryIO, origin: Origin, options: Options, rejects: Rejects) -> Iterator[Row]:
+    """The rows of an archive."""
+    yield from _Archive(origin, options, rejects).read(archive)
 
 
 @dataclass
-class _Sample:
-    """What has been read of a sample.
+class _Part:
+    """What a member gives to its sample: the value of a field.
 
     Attributes:
-        has_text: a member of it holds documents, so its `.json` is none.
-        texts: held back until the metadata is known.
-        record: the bytes of the `.json` member and where it is.
+        place: a row without fields.
+    """
+
+    stem: str
+    field: str
+    value: Any
+    place: Row
+
+
+@dataclass
+class _Run:
+    """What was read of neighbouring members with one key.
+
+    Attributes:
+        stems: of members that are no records, so that records belong to them.
+        broken: those of them with a member that was rejected.
+        parts: held back until the records beside them are known.
+        records: the stem, the place and the bytes of each `.json`.
+        held_bytes: of parts and records.
+        others: suffixes of members that are passed over.
+        is_empty: no member of it is read.
     """
 
     key: str
-    has_text: bool = False
-    texts: list[Document] = field(default_factory=list)
-    record: tuple[Origin, bytes] | None = None
+    stems: set[str] = field(default_factory=set)
+    broken: set[str] = field(default_factory=set)
+    parts: list[_Part] = field(default_factory=list)
+    records: list[tuple[str, Origin, bytes]] = field(default_factory=list)
+    held_bytes: int = 0
+    others: list[str] = field(default_factory=list)
+    is_empty: bool = True
 
 
 class _Archive:
     """Reads one archive."""
 
-    def __init__(self, origin: Origin, config: InputConfig, rejects: Rejects) -> None:
-        self._origin, self._config, self._rejects = origin, config, rejects
-        self._fields = Fields(config)
+    def __init__(self, origin: Origin, options: Options, rejects: Rejects) -> None:
+        self._origin, self._options, self._rejects = origin, options, rejects
         self._passed_over: Counter[str] = Counter()
+        self._run = _Run("")
+        # Hashes of names, keys and stems: an archive may have millions.
+        self._names: set[int] = set()
+        self._keys: set[int] = set()
+        self._stems: set[int] = set()
+        self._lone_records: set[int] = set()
 
-    def read(self, archive: BinaryIO) -> Iterator[Document]:
-        """The documents, sample by sample."""
-        num_read, is_whole = 0, True
-        sample = _Sample("")
+    def read(self, archive: BinaryIO) -> Iterator[Row]:
+        """The rows, run by run."""
+        is_whole = True
         try:
             for member in read_members(archive, self._origin.file, self._rejects):
-                name = posixpath.normpath(member.name)
-                if is_left_out(name, self._config):
-                    continue
-                kind = format_of(name, self._config)
-                if kind not in STREAM_READERS and suffix_inside(name) != ".json":
-                    self._passed_over[suffix_of(name)] += 1
-                    continue
-                num_read += 1
-                if _key(name) != sample.key:
-                    yield from self._finished(sample)
-                    sample = _Sample(_key(name))
-                yield from self._read_member(member, name, kind, sample)
+                yield from self._take(member)
         except DamagedArchiveError as error:
             is_whole = False
-            if not error.is_told:
-                self._rejects.add(Reject(self._origin.file, 0, str(error)))
-        if is_whole or sample.has_text:  # A record whose text may lie behind the cut is none.
-            yield from self._finished(sample)
+            self._rejects.add(Reject(self._origin.file, 0, str(error), lost=None))
+        yield from self._finish_run(is_whole)
         self._rejects.passed_over.update(self._passed_over)
-        if num_read == 0 and is_whole:
-            inside = f"no member of it is text; it has {counts_by_suffix(self._passed_over)}"
-            self._rejects.add(Reject(self._origin.file, 0, inside if self._passed_over else EMPTY))
+        if is_whole and not self._names:
+            self._reject_as_empty()
 
-    def _read_member(self, member: Member, name: str, kind: Format | None, sample: _Sample) -> Iterator[Document]:
+    def _take(self, member: Member) -> Iterator[Row]:
+        """Read a member; the rows that can be given at once."""
+        options, name = self._options, posixpath.normpath(member.name)
+        if is_left_out(name, options.exclude):
+            return
+        last = posixpath.basename(name)
+        if options.strict and ("." not in last or last.startswith("__")):
+            return  # No sample by webdataset's convention: without a suffix, or about the shard itself.
+        if suffix_inside(name).removeprefix(".") in options.forbidden:
+            reason = "what may run when it is loaded is refused"
+            self._rejects.add(Reject(f"{self._origin.file}/{name}", 0, reason))
+            return
+        if _key(name) != self._run.key:
+            yield from self._finish_run(is_whole=True)
+            self._begin_run(name)
+        kind = self._kind(name)
+        if kind is None and suffix_inside(name) not in options.members:
+            self._passed_over[suffix_of(name)] += 1
+            self._run.others.append(last.removeprefix(posixpath.basename(self._run.key)))
+            return
+        self._run.is_empty = False
+        reason = member.refusal
+        if not reason and not _add(self._names, name):
+            reason = "a second member of this name"
+        if reason:
+            self._rejects.add(Reject(f"{self._origin.file}/{member.name}", 0, reason))
+            self._run.broken.add(_stem(name))
+            return
+        yield from self._read_member(member, name, kind)
+        if self._run.held_bytes > documents.MAX_DOCUMENT_BYTES and not options.strict:
+            yield from self._settle(is_whole=True)
+            self._run = _Run(self._run.key, is_empty=False)
+
+    def _reject_as_empty(self) -> None:
+        """An archive of which nothing is read; in a strict one each sample has been rejected."""
+        if self._passed_over and not self._options.strict:
+            inside = f"no member of it is read; it has {counts_by_suffix(self._passed_over)}"
+            self._rejects.add(Reject(self._origin.file, 0, inside, lost=None))
+        elif self._options.strict and not self._keys:
+            self._rejects.add(Reject(self._origin.file, 0, "no member at all"))
+        elif not self._options.strict:
+            self._rejects.add(Reject(self._origin.file, 0, EMPTY))
+
+    def _kind(self, name: str) -> Format | None:
+        """What a member holds, if it is read."""
+        only = self._options.only
+        if only is None:
+            kind = format_of(name, self._options.text_suffixes)
+            return kind if kind in STREAM_READERS else None
+        if not without_compression(name).lower().endswith(f".{only}"):
+            return None
+        return Format.JSON if suffix_inside(name) == ".json" else Format.TEXT
+
+    def _begin_run(self, name: str) -> None:
+        self._run = _Run(_key(name))
+        if not _add(self._keys, self._run.key) and self._options.strict:
+            reason = f"the key {self._run.key!r} comes again after others; {_APART}, with a key of its own"
+            self._rejects.add(Reject(f"{self._origin.file}/{name}", 0, reason))
+
+    def _read_member(self, member: Member, name: str, kind: Format | None) -> Iterator[Row]:
+        options, rejects, run, stem = self._options, self._rejects, self._run, _stem(name)
         # No two lines of an archive have one number, unless a member has more than 2^32 of them.
-        number = (member.offset // 512) << 32
-        origin = Origin(f"{self._origin.file}/{name}", name, number=number)
+        origin = Origin(f"{self._origin.file}/{name}", name, number=(member.offset // 512) << 32)
         stream = decompressed(member.stream, name)
+        if kind is Format.JSON:
+            raw = read_whole(stream, origin, rejects)
+            if raw is None:
+                run.broken.add(stem)
+            else:
+                run.records.append((stem, origin, raw))
+                run.held_bytes += len(raw)
+            return
+        run.stems.add(stem)
+        if _hash(stem) in self._lone_records:
+            rejects.add(Reject(origin.file, 0, _APART))
+            return
         if kind is None:
-            self._read_record(stream, origin, sample)
-            return
-        sample.has_text = True
-        found = STREAM_READERS[kind](stream, origin, self._config, self._rejects)
-        if kind is not Format.TEXT or self._config.document_per_line or not self._fields.has_metadata:
-            yield from found
-            return
-        for document in found:
-            held = sum(len(text.text) for text in sample.texts)
-            if held + len(document.text) > documents.MAX_DOCUMENT_BYTES:
-                self._rejects.add(Reject(document.file, 1, f"the sample {sample.key!r} is {too_long()}"))
+            target, make = options.members[suffix_inside(name)]
+            try:
+                value = make(member, stream)
+            except BadRowError as error:
+                rejects.add(Reject(origin.file, 0, str(error)))
+                run.broken.add(stem)
             else:
-                sample.texts.append(document)
-
-    def _read_record(self, stream: BinaryIO, origin: Origin, sample: _Sample) -> None:
-        try:
-            raw = read_up_to(stream, documents.MAX_DOCUMENT_BYTES + 1)
-        except READ_ERRORS as error:
-            self._rejects.add(Reject(origin.file, 0, unreadable(error)))
+                run.parts.append(_Part(stem, target, value, Row({}, origin.file, 1, origin.number + 1, name)))
             return
-        if len(raw) > documents.MAX_DOCUMENT_BYTES:
-            self._rejects.add(Reject(origin.file, 1, too_long()))
-        else:
-            sample.record = origin, raw
-
-    def _finished(self, sample: _Sample) -> Iterator[Document]:
-        """The documents of a sample that were held back."""
-        if sample.record is None:
-            yield from sample.texts
-            return
-        origin, raw = sample.record
-        if sample.has_text and not sample.texts:
-            return
-        try:
-            record = parse_json(raw)
-            if sample.has_text:
-                found = [self._with_metadata(text, record) for text in sample.texts]
+        is_part = kind is Format.TEXT and not options.document_per_line and options.has_metadata
+        is_rejected = True
+        for row in STREAM_READERS[kind](stream, origin, options, rejects):
+            is_rejected = False
+            if is_part:
+                text = row.fields[options.text_field]
+                run.parts.append(_Part(stem, options.text_field, text, row))
+                run.held_bytes += len(text)
             else:
-                found = [self._fields.document(record, origin, 1)]
-                refuse_surrogates(found[0].text)
-        except UnicodeDecodeError as error:
-            self._rejects.add(Reject(origin.file, 1, not_utf8(raw, error)))
-        except BadRecordError as error:
+                yield row
+        if is_rejected and is_part:
+            run.broken.add(stem)
+
+    def _finish_run(self, is_whole: bool) -> Iterator[Row]:
+        """The rows that were held back.
+
+        Args:
+            is_whole: the archive was not cut: what is missing of a sample does not follow.
+        """
+        run = self._run
+        if not run.key:
+            return
+        if is_whole or not self._options.is_joined:
+            yield from self._settle(is_whole)
+        if run.is_empty and self._options.strict and is_whole:
+            reason = f"the sample {run.key!r} has no member {self._options.describe()}, but {', '.join(run.others)}"
+            self._rejects.add(Reject(self._origin.file, 0, reason))
+
+    def _settle(self, is_whole: bool) -> Iterator[Row]:
+        run, found = self._run, dict[str, dict[str, Any] | None]()
+        for stem, origin, raw in run.records:
+            if _hash(stem) in self._stems:
+                self._rejects.add(Reject(origin.file, 0, _APART))
+            elif any(_belongs(stem, other) for other in run.stems):
+                if self._options.has_metadata:
+                    self._add_metadata(found, stem, origin, raw)
+            elif stem in run.broken:
+                pass  # The member of its name was rejected.
+            elif is_whole:  # Else its text may lie behind the cut.
+                self._lone_records.add(_hash(stem))
+                yield from rows_of_bytes(raw, origin, self._options, self._rejects)
+        self._stems.update(map(_hash, (run.key, *run.stems) if run.stems else ()))
+        yield from self._joined(found) if self._options.is_joined else self._texts(found)
+
+    def _texts(self, found: dict[str, dict[str, Any] | None]) -> Iterator[Row]:
+        """A row for each text, with the fields of its record."""
+        for part in self._run.parts:
+            metadata = _nearest(found, part.stem, self._run.key)
+            if metadata is not None:
+                yield part.place._replace(fields={**metadata, part.field: part.value})
+
+    def _add_metadata(self, found: dict[str, dict[str, Any] | None], stem: str, origin: Origin, raw: bytes) -> None:
+        """Read the record of a stem; None is put down for a broken one."""
+        try:
+            if stem in found:
+                raise BadRowError(f"a second record of the sample {stem!r}")
+            found[stem] = None
+            found[stem] = parse_json(raw)
+        except BadRowError as error:
             self._rejects.add(Reject(origin.file, 1, str(error)))
-        else:
-            yield from found
 
-    def _with_metadata(self, text: Document, record: dict[str, object]) -> Document:
-        identity, source, language = self._fields.metadata(record)
-        return text._replace(id=identity or text.id, source=source, language=language)
+    def _joined(self, found: dict[str, dict[str, Any] | None]) -> Iterator[Row]:
+        """A row for each stem, of all its parts."""
+        for stem in dict.fromkeys(part.stem for part in self._run.parts):
+            metadata = _nearest(found, stem, self._run.key)
+            if metadata is None or stem in self._run.broken:
+                continue
+            parts = [part for part in self._run.parts if part.stem == stem]
+            fields = dict(metadata)
+            try:
+                for part in parts:
+                    if part.field in fields and fields[part.field] != part.value:
+                        raise BadRowError(f"another member of the sample {stem!r} gives {part.field!r} too")
+                    fields[part.field] = part.value
+            except BadRowError as error:
+                self._rejects.add(Reject(part.place.file, 0, str(error)))
+            else:
+                yield parts[0].place._replace(fields=fields)
+
+
+def _nearest(found: dict[str, dict[str, Any] | None], stem: str, key: str) -> dict[str, Any] | None:
+    """The record of a stem, or of the longest one that it continues; empty if there is none, None if it is broken."""
+    while stem not in found and len(stem) > len(key):
+        stem = stem.rpartition(".")[0]
+    return found.get(stem, {})
+
+
+def _belongs(record: str, stem: str) -> bool:
+    """Whether the record of one stem is about another one."""
+    return stem == record or stem.startswith(f"{record}.")
+
+
+def _stem(name: str) -> str:
+    return posixpath.splitext(without_compression(name))[0]
 
 
 def _key(name: str) -> str:
     folder, slash, last = name.rpartition("/")
     return f"{folder}{slash}{last.partition('.')[0]}"
+
+
+def _hash(text: str) -> int:
+    return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogateescape"))
+
+
+def _add(hashes: set[int], text: str) -> bool:
+    """Remember a text; returns whether it is new."""
+    size = len(hashes)
+    hashes.add(_hash(text))
+    return len(hashes) > size

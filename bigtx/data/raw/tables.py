@@ -1,4 +1,4 @@
-"""Comma- and tab-separated values -> documents (RFC 4180, read strictly; the first line names the columns)."""
+"""Comma- and tab-separated values -> rows (RFC 4180, read strictly; the first line names the columns)."""
 
 from __future__ import annotations
 
@@ -8,61 +8,67 @@ import csv
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from bigtx.config.schema import InputConfig
 from bigtx.data.raw import documents
-from bigtx.data.raw.documents import Document, Origin, Reject, Rejects
+from bigtx.data.raw.decode import BadRowError, check_texts, unreadable, without_signature
+from bigtx.data.raw.documents import Reject, Rejects
 from bigtx.data.raw.formats import READ_ERRORS
-from bigtx.data.raw.records import BadRecordError, Fields, unreadable
+from bigtx.data.raw.rows import Options, Origin, Row
 from bigtx.data.storage.access import CHUNK_BYTES
 
 MAX_FIELD_CHARACTERS = 1 << 26
 """A longer field is rejected: while it is read it takes four bytes a character, more than once."""
 
 
-def read_csv(stream: BinaryIO, origin: Origin, config: InputConfig, rejects: Rejects) -> Iterator[Document]:
-    """A document in each row, the columns separated by commas."""
-    return _read_table(stream, origin, config, rejects, ",")
+def read_csv(stream: BinaryIO, origin: Origin, options: Options, rejects: Rejects) -> Iterator[Row]:
+    """A row in each record, the columns separated by commas."""
+    return _read_table(stream, origin, options, rejects, ",")
 
 
-def read_tsv(stream: BinaryIO, origin: Origin, config: InputConfig, rejects: Rejects) -> Iterator[Document]:
-    """A document in each row, the columns separated by tabs."""
-    return _read_table(stream, origin, config, rejects, "\t")
+def read_tsv(stream: BinaryIO, origin: Origin, options: Options, rejects: Rejects) -> Iterator[Row]:
+    """A row in each record, the columns separated by tabs."""
+    return _read_table(stream, origin, options, rejects, "\t")
 
 
-def _read_table(
-    stream: BinaryIO, origin: Origin, config: InputConfig, rejects: Rejects, delimiter: str
-) -> Iterator[Document]:
-    rows = _rows(stream, origin, rejects, delimiter, is_quoted=config.quoted_fields)
-    _, header = next(rows, (0, None))
+def _read_table(stream: BinaryIO, origin: Origin, options: Options, rejects: Rejects, delimiter: str) -> Iterator[Row]:
+    records = _records(stream, origin, rejects, delimiter, is_quoted=options.quoted_fields)
+    _, header, _ = next(records, (0, None, 0))
     if header is None:
         return
-    fields = Fields(config)
-    columns = {name: header.index(name) for name in fields.names if name in header}
-    if header.count(fields.text) != 1:
-        how = "no column" if fields.text not in columns else "more than one column"
-        shown = ", ".join(header[:8])
-        rejects.add(Reject(origin.file, 1, f"{how} {fields.text!r} (its columns: {shown}); see input.text_field"))
+    wanted = header if options.columns is None else [name for name in options.columns if name in header]
+    if problem := _header_problem(header, wanted, options):
+        rejects.add(Reject(origin.file, 1, problem, lost=None))
         return
-    for line, row in rows:
-        if len(row) != len(header):
-            reason = f"{len(row)} fields where the first line names {len(header)} columns"
-            rejects.add(Reject(origin.file, line, reason))
-            continue
-        try:
-            document = fields.document({name: row[column] for name, column in columns.items()}, origin, line)
-            document.text.encode()
-        except BadRecordError as error:
-            rejects.add(Reject(origin.file, line, str(error)))
-        except UnicodeEncodeError as error:
-            rejects.add(Reject(origin.file, line, f"not UTF-8, at character {error.start + 1} of the text"))
+    columns = {name: header.index(name) for name in wanted}
+    for line, record, num_lines in records:
+        if len(record) == len(header):
+            fields = {name: record[column] for name, column in columns.items()}
+            yield Row(fields, origin.file, line, origin.number + line)
         else:
-            yield document
+            reason = f"{len(record)} fields where the first line names {len(header)} columns"
+            rejects.add(Reject(origin.file, line, reason, lost=num_lines))
 
 
-def _rows(
+def _header_problem(header: list[str], wanted: list[str], options: Options) -> str:
+    """Why no row can be read by this first line; "" if nothing is wrong with it."""
+    try:
+        check_texts(header)
+    except BadRowError as error:
+        return f"the first line cannot be read: {error}"
+    if options.columns is not None and options.text_field not in header:
+        return f"no column {options.text_field!r} (its columns: {', '.join(header[:8])}); see input.text_field"
+    twice = sorted({name for name in wanted if header.count(name) > 1})
+    if twice:
+        return f"the first line names columns twice: {', '.join(map(repr, twice[:8]))}"
+    return ""
+
+
+def _records(
     stream: BinaryIO, origin: Origin, rejects: Rejects, delimiter: str, *, is_quoted: bool
-) -> Iterator[tuple[int, list[str]]]:
-    """The rows, and the lines where they begin; broken ones are rejected, and reading goes on with the next line."""
+) -> Iterator[tuple[int, list[str], int]]:
+    """The records: the line where each begins, its fields, its number of lines.
+
+    Broken ones are rejected with all lines that they swallowed, and reading goes on with the next line.
+    """
     csv.field_size_limit(MAX_FIELD_CHARACTERS)
     lines = _Lines(stream)
     reader = csv.reader(
@@ -71,19 +77,24 @@ def _rows(
     while True:
         line, lines.num_marks = lines.number + 1, 0
         try:
-            row = next(reader)
+            record = next(reader)
         except StopIteration:
             return
-        except (csv.Error, BadRecordError) as error:
-            rejects.add(Reject(origin.file, line, str(error)))
+        except (csv.Error, BadRowError) as error:
             if is_quoted and "limit" in str(error):
                 lines.leave_quotation()
+            num_lines = max(1, lines.number - line + 1)
+            advice = _ADVICE if is_quoted and num_lines > 1 else ""
+            rejects.add(Reject(origin.file, line, f"{error}{advice}", lost=num_lines))
         except READ_ERRORS as error:
-            rejects.add(Reject(origin.file, lines.number + 1, unreadable(error)))
+            rejects.add(Reject(origin.file, lines.number + 1, unreadable(error), lost=None))
             return
         else:
-            if row:  # An empty line between rows is none.
-                yield line, row
+            if record:  # An empty line between records is none.
+                yield line, record, lines.number - line + 1
+
+
+_ADVICE = "; if quotation marks are text in this file: input.quoted_fields=false"
 
 
 class _Lines:
@@ -108,11 +119,11 @@ class _Lines:
         if len(raw) > limit:
             while not raw.endswith(b"\n") and (raw := self._stream.readline(CHUNK_BYTES)):
                 self.num_marks += raw.count(b'"')
-            raise BadRecordError(f"a line above the limit of {limit >> 20} MiB")
+            raise BadRowError(f"a line above the limit of {limit >> 20} MiB")
         if self.number == 1:
             if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                 raise OSError("UTF-16 text; convert it to UTF-8")
-            raw = raw.removeprefix(codecs.BOM_UTF8)
+            raw = without_signature(raw)
         return raw.decode(errors="surrogateescape")
 
     def leave_quotation(self) -> None:

@@ -6,39 +6,48 @@ folder of texts               each text a record {text}
 folder of recordings          each .wav or .flac a record {audio, text}, the text being that of the .txt beside it
 folder of files below         each file as if it had been named
 .wav, .flac                   a record {audio, text}, as in a folder
-.jsonl                        an object in each line
+.jsonl, .json                 an object in each line, or one object
 .csv, .tsv                    a row each; the first one names the fields
 .tar                          a webdataset sample each: .json gives fields, .txt `text`, .cls `label`, .wav and
-                              .flac `audio`
+                              .flac `audio`; files of the kinds above in it are read as they are
 x.{de,en}.gz                  the lines of two text files side by side, {source, target}
+
+All but the last are read by the reader of `bigtx data prepare`, as rows of all their fields.
 """
 
 from __future__ import annotations
 
-import csv
 import fnmatch
 import glob
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from bigtx.data.audio.decode import AUDIO_SUFFIXES, AudioPlace
-from bigtx.data.raw.archives import DamagedArchiveError, Member, read_members
+from bigtx.data.raw import documents
+from bigtx.data.raw.archives import Member
+from bigtx.data.raw.decode import BadRowError, check_texts, decode, unreadable, without_signature
 from bigtx.data.raw.documents import Rejects
-from bigtx.data.raw.formats import READ_ERRORS, decompressed, is_compressed, read_up_to, suffix_inside
-from bigtx.data.raw.records import BadRecordError as BadJsonError
-from bigtx.data.raw.records import not_utf8, parse_json, unreadable
+from bigtx.data.raw.formats import (
+    READ_ERRORS,
+    decompressed,
+    is_compressed,
+    read_up_to,
+    suffix_inside,
+    why_unknown,
+)
+from bigtx.data.raw.read import read_rows
+from bigtx.data.raw.rows import Options, Origin, Row, lines, read_json_lines, too_long
 from bigtx.data.records.record import WHOLE_FILE, Broken, Record
-from bigtx.data.storage.access import CHUNK_BYTES
+from bigtx.data.storage.access import InputFile
 from bigtx.utils.errors import DataError
 
-RECORD_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".tar")
+RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".tar")
 TEXT_SUFFIXES = (".txt", ".md")
 PAIR = re.compile(r"\{([^{},/]+),([^{},/]+)\}")
 """Two files side by side."""
-MAX_RECORD_BYTES = 64 << 20
-TOO_LARGE = f"longer than {MAX_RECORD_BYTES >> 20} MiB"
 
 
 def read_records(paths: Sequence[str], broken: Broken, exclude: Sequence[str] = ()) -> Iterator[Record]:
@@ -76,13 +85,22 @@ def expand_path(path: str) -> list[str]:
     return found
 
 
+def read_jsonl(stream: BinaryIO, path: str, broken: Broken) -> Iterator[Record]:
+    """A record in each line that is not blank.
+
+    Args:
+        path: what errors name the stream.
+    """
+    yield from _records(read_json_lines(stream, Origin(path, path), Options(), broken.rejects()), broken)
+
+
 def _read_path(path: str, broken: Broken, exclude: Sequence[str]) -> Iterator[Record]:
     if PAIR.search(path):
         yield from _read_side_by_side(path, broken)
     elif Path(path).is_dir():
         yield from _read_folder(Path(path), broken, exclude)
     else:
-        yield from _read_file(path, broken)
+        yield from _read_file(path, broken, exclude)
 
 
 def _read_folder(folder: Path, broken: Broken, exclude: Sequence[str]) -> Iterator[Record]:
@@ -94,7 +112,7 @@ def _read_folder(folder: Path, broken: Broken, exclude: Sequence[str]) -> Iterat
     files = [entry for entry in entries if suffix_inside(entry.name) in RECORD_SUFFIXES]
     if files:
         for file in files:
-            yield from _read_file(str(file), broken)
+            yield from _read_file(str(file), broken, exclude)
         return
     recordings = [entry for entry in entries if _is_recording(entry.name)]
     if recordings:
@@ -147,165 +165,75 @@ def _recording(path: Path, broken: Broken) -> Iterator[Record]:
 
 def _text_record(path: Path, others: dict[str, Any], broken: Broken) -> Iterator[Record]:
     """A text file as a record, beside other fields."""
-    try:
-        with open(path, "rb") as stored:
-            raw = read_up_to(decompressed(stored, path.name), MAX_RECORD_BYTES + 1)
-    except READ_ERRORS as error:
-        broken.add(str(path), 0, unreadable(error))
-        return
-    if len(raw) > MAX_RECORD_BYTES:
-        broken.add(str(path), 0, TOO_LARGE)
-        return
-    try:
-        yield Record({"text": raw.decode("utf-8-sig"), **others}, str(path), WHOLE_FILE)
-    except UnicodeDecodeError as error:
-        broken.add(str(path), 0, not_utf8(raw, error))
+    for record in _records(_rows(str(path), Options(text_suffixes=TEXT_SUFFIXES), broken), broken):
+        yield Record({**record.fields, **others}, record.file, WHOLE_FILE)
 
 
-def _read_file(path: str, broken: Broken) -> Iterator[Record]:
+def _read_file(path: str, broken: Broken, exclude: Sequence[str]) -> Iterator[Record]:
     if _is_recording(path):
         yield from _recording(Path(path), broken)
         return
-    suffix = suffix_inside(path)
-    readers = {".jsonl": read_jsonl, ".ndjson": read_jsonl, ".csv": _read_table, ".tsv": _read_table}
-    if suffix not in (*readers, ".tar"):
+    if suffix_inside(path) not in RECORD_SUFFIXES:
         raise DataError(
-            f"cannot tell what records {path} holds: it ends in none of {', '.join(RECORD_SUFFIXES + AUDIO_SUFFIXES)}"
+            f"cannot tell what records {path} holds: it ends in none of {', '.join(RECORD_SUFFIXES + AUDIO_SUFFIXES)}; "
+            f"{why_unknown(path)}"
         )
+    members: dict[str, Any] = {".cls": ("label", _label)}
+    members |= dict.fromkeys(AUDIO_SUFFIXES, ("audio", _Recordings(path)))
+    options = Options(text_suffixes=TEXT_SUFFIXES, exclude=exclude, members=members, strict=True)
+    yield from _records(_rows(path, options, broken), broken)
+
+
+def _rows(path: str, options: Options, broken: Broken) -> Iterator[Row]:
     try:
-        with open(path, "rb") as stored:
-            stream = decompressed(stored, path)
-            if suffix == ".tar":
-                yield from _read_samples(stream, path, broken)
-            else:
-                yield from readers[suffix](stream, path, broken)
-    except READ_ERRORS as error:
+        size = os.stat(path).st_size
+    except OSError as error:
         broken.add(path, 0, unreadable(error))
-
-
-def read_jsonl(stream: BinaryIO, path: str, broken: Broken) -> Iterator[Record]:
-    """A record in each line that is not blank.
-
-    Args:
-        path: what errors name the stream.
-    """
-    line = 0
-    while raw := stream.readline(MAX_RECORD_BYTES + 1):
-        line += 1
-        if len(raw) > MAX_RECORD_BYTES:
-            broken.add(path, line, TOO_LARGE)
-            while not raw.endswith(b"\n") and (raw := stream.readline(CHUNK_BYTES)):
-                pass
-            continue
-        if not raw.strip():
-            continue
-        try:
-            yield Record(parse_json(raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw), path, line)
-        except UnicodeDecodeError as error:
-            broken.add(path, line, not_utf8(raw, error))
-        except BadJsonError as error:
-            broken.add(path, line, str(error))
-
-
-def _read_table(stream: BinaryIO, path: str, broken: Broken) -> Iterator[Record]:
-    csv.field_size_limit(MAX_RECORD_BYTES)
-    lines = _Decoded(stream)
-    reader = csv.reader(lines, delimiter="\t" if suffix_inside(path) == ".tsv" else ",", strict=True)
-    header: list[str] | None = None
-    while True:
-        line = lines.number + 1
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except UnicodeDecodeError as error:
-            broken.add(path, lines.number, f"not UTF-8: {error.reason} at byte {error.start + 1} of the line")
-            continue
-        except csv.Error as error:
-            broken.add(path, line, str(error))
-            continue
-        if header is None:
-            header = row
-            repeated = sorted({name for name in header if header.count(name) > 1})
-            if repeated:
-                broken.add(path, 1, f"the first line names columns twice: {', '.join(repeated)}")
-                return
-        elif row and len(row) != len(header):
-            broken.add(path, line, f"{len(row)} fields where the first line names {len(header)} columns")
-        elif row:
-            yield Record(dict(zip(header, row, strict=True)), path, line)
-
-
-class _Decoded:
-    """The lines of a stream as text, counted."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        self.number = 0
-
-    def __iter__(self) -> _Decoded:
-        return self
-
-    def __next__(self) -> str:
-        raw = self._stream.readline()
-        if not raw:
-            raise StopIteration
-        self.number += 1
-        return raw.decode("utf-8-sig" if self.number == 1 else "utf-8")
-
-
-def _read_samples(stream: BinaryIO, path: str, broken: Broken) -> Iterator[Record]:
-    """The samples of a webdataset shard: neighbouring members whose names agree up to the first dot."""
-    rejects = Rejects(1.0, sink=lambda reject: broken.add(reject.file, reject.line, reject.reason))
-    key, fields, first, is_whole = "", dict[str, Any](), "", True
-    seen: set[str] = set()
-    try:
-        for member in read_members(stream, path, rejects):
-            folder, slash, name = member.name.rpartition("/")
-            stem, _, suffix = name.partition(".")
-            if f"{folder}{slash}{stem}" != key:
-                if fields and is_whole:
-                    yield Record(fields, first, WHOLE_FILE)
-                key, fields, first, is_whole = f"{folder}{slash}{stem}", {}, f"{path}/{member.name}", True
-                if key in seen:
-                    broken.add(first, 0, f"the key {key!r} comes twice in the shard, or its members are interleaved")
-                    is_whole = False
-                seen.add(key)
-            before = broken.count
-            fields |= _member_fields(member, suffix.lower(), path, broken)
-            is_whole = is_whole and broken.count == before
-    except DamagedArchiveError as error:
-        broken.add(path, 0, str(error))
         return
-    if fields and is_whole:
-        yield Record(fields, first, WHOLE_FILE)
+    yield from read_rows(InputFile(path, size), options, broken.rejects())
 
 
-def _member_fields(member: Member, suffix: str, archive: str, broken: Broken) -> dict[str, Any]:
-    """What a member adds to its sample; members with other suffixes are passed over, and never decoded."""
-    names = {"txt": "text", "cls": "label", "json": ""} | dict.fromkeys(
-        (suffix.removeprefix(".") for suffix in AUDIO_SUFFIXES), "audio"
-    )
-    if suffix not in names:
-        return {}
-    where = f"{archive}/{member.name}"
-    if names[suffix] == "audio" and not is_compressed(archive):
-        return {"audio": AudioPlace(member.name, archive, member.content_offset, member.size)}
-    raw = member.stream.read(MAX_RECORD_BYTES + 1)
+def _records(rows: Iterator[Row], broken: Broken) -> Iterator[Record]:
+    """Rows as records; those with a text in them that is none are told."""
+    for row in rows:
+        # A file or sample as a whole has a name, and lines have numbers.
+        line = row.line if row.id is None else WHOLE_FILE
+        try:
+            check_texts(row.fields)
+        except BadRowError as error:
+            broken.add(row.file, line, str(error))
+        else:
+            yield Record(row.fields, row.file, line)
+
+
+def _label(member: Member, stream: BinaryIO) -> str:
+    return decode(without_signature(_bytes_of(stream))).strip()
+
+
+class _Recordings:
+    """Where the recordings of an archive are; those of a compressed one are kept in memory."""
+
+    def __init__(self, archive: str) -> None:
+        self._archive, self._is_packed = archive, is_compressed(archive)
+
+    def __call__(self, member: Member, stream: BinaryIO) -> AudioPlace:
+        content = _bytes_of(stream) if self._is_packed else None
+        return AudioPlace(member.name, self._archive, member.content_offset, member.size, content)
+
+
+def _bytes_of(stream: BinaryIO) -> bytes:
+    """All bytes of a member.
+
+    Raises:
+        BadRowError: they are too many, or cannot be read.
+    """
     try:
-        if len(raw) > MAX_RECORD_BYTES:
-            raise BadJsonError(TOO_LARGE)
-        if names[suffix] == "audio":
-            return {"audio": AudioPlace(member.name, archive, member.content_offset, member.size, raw)}
-        if suffix == "json":
-            return parse_json(raw)
-        text = raw.decode("utf-8-sig")
-        return {names[suffix]: text.strip() if suffix == "cls" else text}
-    except UnicodeDecodeError as error:
-        broken.add(where, 0, not_utf8(raw, error))
-    except BadJsonError as error:
-        broken.add(where, 0, str(error))
-    return {}
+        raw = read_up_to(stream, documents.MAX_DOCUMENT_BYTES + 1)
+    except READ_ERRORS as error:
+        raise BadRowError(unreadable(error)) from None
+    if len(raw) > documents.MAX_DOCUMENT_BYTES:
+        raise BadRowError(too_long())
+    return raw
 
 
 def _read_side_by_side(path: str, broken: Broken) -> Iterator[Record]:
@@ -315,25 +243,27 @@ def _read_side_by_side(path: str, broken: Broken) -> Iterator[Record]:
     files = [path[: match.start()] + side + path[match.end() :] for side in match.groups()]
     sides = []
     for file in files:
+        rejects = Rejects(1.0, broken.reject)
         try:
             with open(file, "rb") as stored:
-                sides.append(decompressed(stored, file).read().split(b"\n"))
+                sides.append(list(lines(decompressed(stored, file), Origin(file, file), rejects)))
         except FileNotFoundError:
             raise DataError(f"no file {file}, one of the two that {path!r} stands for") from None
-        except READ_ERRORS as error:
+        except OSError as error:
             broken.add(file, 0, unreadable(error))
             return
-    sides = [lines[:-1] if lines[-1] == b"" else lines for lines in sides]
+        if rejects:
+            return
     if len(sides[0]) != len(sides[1]):
-        counts = " and ".join(f"{file} has {len(lines):,}" for file, lines in zip(files, sides, strict=True))
+        counts = " and ".join(f"{file} has {len(found):,}" for file, found in zip(files, sides, strict=True))
         broken.add(path, 0, f"the two files must have as many lines: {counts}")
         return
-    for line, pair in enumerate(zip(*sides, strict=True), start=1):
+    for (line, source), (_, target) in zip(*sides, strict=True):
         texts = []
-        for file, raw in zip(files, pair, strict=True):
+        for file, raw in zip(files, (source, target), strict=True):
             try:
-                texts.append(raw.removesuffix(b"\r").decode("utf-8-sig" if line == 1 else "utf-8"))
-            except UnicodeDecodeError as error:
-                broken.add(file, line, not_utf8(raw, error))
-        if len(texts) == len(pair):
+                texts.append(decode(raw.removesuffix(b"\n").removesuffix(b"\r")))
+            except BadRowError as error:
+                broken.add(file, line, str(error))
+        if len(texts) == len(files):
             yield Record({"source": texts[0], "target": texts[1]}, files[0], line)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from bigtx.data.raw.documents import Reject, Rejects, visible
+from bigtx.data.raw.fields import value_of
 from bigtx.utils.errors import DataError
 
 MAX_TOLD = 5
@@ -35,14 +37,7 @@ class Record:
 
     def value(self, name: str) -> Any:
         """The value of a field; None where there is none."""
-        if name in self.fields or "." not in name:
-            return self.fields.get(name)
-        value: Any = self.fields
-        for part in name.split("."):
-            if not isinstance(value, Mapping):
-                return None
-            value = value.get(part)
-        return value
+        return value_of(self.fields, name)
 
     def text(self, name: str, *, setting: str) -> str:
         """A field that is a text with something in it.
@@ -79,7 +74,15 @@ class Broken:
         """One more; line 0 is the file as a whole."""
         self.count += 1
         if len(self._first) < MAX_TOLD:
-            self._first.append(f"\n  {_visible(file)}{f', line {line}' if line else ''}: {_visible(reason)}")
+            self._first.append(f"\n  {visible(file)}{f', line {line}' if line else ''}: {visible(reason)}")
+
+    def reject(self, reject: Reject) -> None:
+        """One more, as the reader of rows gives it."""
+        self.add(reject.file, reject.line, reject.reason)
+
+    def rejects(self) -> Rejects:
+        """What the reader of rows gives to this."""
+        return Rejects(1.0, self.reject)
 
     def check(self) -> None:
         """Do nothing if there are none.
@@ -93,8 +96,3 @@ class Broken:
             raise DataError(
                 f"{self.count:,} {records} cannot be used{more}; mend or remove them:{''.join(self._first)}"
             )
-
-
-def _visible(text: str) -> str:
-    # What stands in a file is anybody's: it must not steer the terminal.
-    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)

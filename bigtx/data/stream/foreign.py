@@ -3,12 +3,13 @@
     shard list ──▶ this rank's ──▶ this worker's ──▶ samples ──▶ shuffle buffer ──▶ ids ──▶ rows      (each epoch anew)
 
 The list, the splits and the buffer are webdataset's. Opening and unpacking are not: its opener runs commands (`pipe:`,
-curl), its decoders unpickle, and its tar reader takes a damaged shard for a short one. So a sample here is bytes by
-suffix, of which one suffix is read as text.
+curl), its decoders unpickle, and its tar reader takes a damaged shard for a short one. So shards are read by the reader
+of `bigtx data prepare`, strictly: whatever it would list as a reject refuses the shard.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -20,11 +21,14 @@ from pathlib import Path
 import braceexpand
 import numpy as np
 
-from bigtx.config.schema import ForeignConfig
+from bigtx.config.schema import ForeignConfig, InputConfig
 from bigtx.data.corpus.manifest import TAR_UNIT
 from bigtx.data.hashing import hash64
-from bigtx.data.raw.archives import DamagedArchiveError, read_members
-from bigtx.data.raw.documents import MAX_DOCUMENT_BYTES, Reject, Rejects
+from bigtx.data.raw.decode import unreadable
+from bigtx.data.raw.documents import EMPTY, Reject, Rejects, visible
+from bigtx.data.raw.fields import Fields
+from bigtx.data.raw.rows import Origin
+from bigtx.data.raw.samples import read_archive
 from bigtx.data.storage.places import Place, RemotePath, as_place, open_stream
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import DataError
@@ -110,81 +114,30 @@ def _size_and_end(place: Place) -> tuple[int, bytes]:
         return size, file.read()
 
 
-def read_samples(shard: str) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Key and members by suffix of each sample of a shard.
+def read_texts(shard: str, config: ForeignConfig) -> Iterator[str]:
+    """The text of each sample of a shard, by the reader of `bigtx data prepare`; empty texts are left out.
 
     Raises:
-        DataError: the shard cannot be read or is damaged, holds code, or its keys come twice or are interleaved.
+        DataError: the shard cannot be read or is damaged, holds code, its keys come twice or are interleaved, or a
+            sample has no text; it names the shard and the sample.
     """
-    from webdataset.tariterators import base_plus_ext
-
-    key: str | None = None
-    members: dict[str, bytes] = {}
-    seen: set[str] = set()
+    fields = Fields(InputConfig(text_field=config.text_field))
+    options = dataclasses.replace(fields.options, only=config.member, forbidden=EXECUTABLE_SUFFIXES, strict=True)
+    rejects = Rejects(0.0, _refuse)
     try:
         with open_stream(as_place(shard)) as stream:
-            for member in read_members(stream, shard, Rejects(max_share=0.0, sink=_refuse)):
-                name = member.name
-                member_key, suffix = base_plus_ext(name)
-                if member_key is None or name.startswith("__"):
-                    # No sample by webdataset's convention: without a suffix, or about the shard itself.
-                    continue
-                suffix = suffix.lower()
-                if suffix.rpartition(".")[2] in EXECUTABLE_SUFFIXES:
-                    raise DataError(f"{shard} holds {name!r}: what may run when it is loaded is refused.")
-                if member_key != key:
-                    if key is not None:
-                        yield key, members
-                    if member_key in seen:
-                        raise DataError(
-                            f"{shard}: the key {member_key!r} comes again after others: its keys are interleaved or "
-                            "stand there twice. Write each sample's members one after the other, with a key of its own."
-                        )
-                    key, members = member_key, {}
-                    seen.add(member_key)
-                if suffix in members:
-                    raise DataError(f"{shard} holds {name!r} twice.")
-                members[suffix] = member.stream.read(MAX_DOCUMENT_BYTES + 1)
-                if len(members[suffix]) > MAX_DOCUMENT_BYTES:
-                    raise DataError(f"{shard} holds {name!r} of more than {MAX_DOCUMENT_BYTES:,} bytes.")
-    except (DamagedArchiveError, EOFError) as error:
-        raise DataError(f"{shard} is refused: {error}. Restore it from where it came.") from error
-    except OSError as error:
-        raise DataError(f"{shard} cannot be read: {error.strerror or error}.") from error
-    if key is None:
-        raise DataError(f"{shard} holds no sample.")
-    yield key, members
+            rows = read_archive(stream, Origin(shard, shard), options, rejects)
+            yield from (document.text for document in fields.documents(rows, rejects))
+    except (EOFError, OSError) as error:
+        raise DataError(f"{shard} is refused: {unreadable(error)}.") from error
 
 
 def _refuse(reject: Reject) -> None:
-    raise DataError(f"{reject.file} is refused: {reject.reason}.")
-
-
-def text_of(shard: str, key: str, members: dict[str, bytes], config: ForeignConfig) -> str:
-    """The text of a sample.
-
-    Raises:
-        DataError: it has none where the config says, or none that can be read.
-    """
-    content = members.get(config.member)
-    if content is None:
-        found = ", ".join(f".{name}" for name in members)
+    if reject.reason != EMPTY or reject.lost is None:
         raise DataError(
-            f"{shard}: the sample {key!r} has no member .{config.member}, but {found}; see data.foreign.member."
+            f"{visible(reject.file)} is refused: {visible(reject.reason)}. Restore it, or leave it out; "
+            "`bigtx data prepare` lists such samples and reads the others."
         )
-    try:
-        text = content.decode()
-        if config.member.rpartition(".")[2] == "json":
-            text = json.loads(text)[config.text_field]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise DataError(
-            f"{shard}: the text of the sample {key!r} cannot be read ({reason}). `bigtx data prepare` lists such "
-            "samples and goes on without them."
-        ) from None
-    if not isinstance(text, str):
-        raise DataError(f"{shard}: the field {config.text_field!r} of the sample {key!r} is no text.")
-    return text
 
 
 @dataclass(frozen=True)
@@ -235,8 +188,6 @@ class RowStream:
         while True:
             is_empty = True
             for text in self._texts(epoch):
-                if not text:
-                    continue
                 is_empty = False
                 batch.append(text)
                 size += len(text)
@@ -255,11 +206,7 @@ class RowStream:
 
         shards = SimpleShardList(expand(self.config.paths), seed=int(hash64(self.seed, epoch)[0]))
         own = split_by_worker(split_by_node(iter(shards)))
-        texts = (
-            text_of(shard["url"], key, members, self.config)
-            for shard in own
-            for key, members in read_samples(shard["url"])
-        )
+        texts = (text for shard in own for text in read_texts(shard["url"], self.config))
         size = self.config.shuffle_buffer
         if size < 2:
             return texts

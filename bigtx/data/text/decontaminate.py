@@ -147,10 +147,10 @@ def _batches(config: DecontaminateConfig) -> Iterator[list[str]]:
     rejects = Rejects(max_share=1.0)
     settings = InputConfig(paths=config.paths, text_field=config.text_field, document_per_line=config.document_per_line)
     yield from in_batches((document.text for document in read_documents(settings, rejects)), len, _BATCH_CHARACTERS)
-    if rejects.count:
+    if rejects:
         raise DataError(
-            f"{rejects.count:,} texts of decontaminate.paths could not be read, so what they hold could not be kept "
-            f"out. Mend them, or name others; decontaminate.text_field says where the text is. The first:"
+            f"Not all texts of decontaminate.paths can be read ({rejects.describe()}), so what they hold could not be "
+            f"kept out. Repair them, or name others; decontaminate.text_field says where the text is. The first:"
             f"{rejects.first()}"
         )
 

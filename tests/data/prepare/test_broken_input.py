@@ -67,7 +67,7 @@ CASES: dict[str, tuple[str, bytes, list[tuple[int, str]], Kept]] = {
     "parquet: damaged": ("a.parquet", damaged(parquet(RECORDS), 0.02), [(-1, "(row group 0)")], 20),
     "parquet: no column": ("a.parquet", parquet([{"body": "a"}]), [(0, "no column 'text' (its columns: body)")], 0),
     "parquet: wrong type": ("a.parquet", parquet([{"text": 7}]), [(1, "is a int, not a text")], 0),
-    "parquet: null": ("a.parquet", parquet([{"text": "a"}, {"text": None}]), [(2, "is a NoneType")], 1),
+    "parquet: null": ("a.parquet", parquet([{"text": "a"}, {"text": None}]), [(2, "is null, not a text")], 1),
     "tar: cut inside a member": ("a.tar", tar({"a.txt": b"a", "b.txt": b"b" * 900})[:2000], [(0, "cut short")], 1),
     "tar: cut at a member's border": ("a.tar", without_end(tar(MEMBERS)), [(0, "without an end-of-archive")], 30),
     "tar: cut inside a header": ("a.tar", without_end(tar(MEMBERS))[:-600], [(0, "inside a header")], 29),
@@ -76,7 +76,7 @@ CASES: dict[str, tuple[str, bytes, list[tuple[int, str]], Kept]] = {
     "tar: gz cut short": ("a.tar.gz", gz(tar(MEMBERS))[:-9], [(0, "end-of-stream marker")], 30),
     "tar: zst cut short": ("a.tar.zst", zst(tar(MEMBERS))[:-9], [(0, "end-of-stream marker")], range(0, 31)),
     "tar: two in one file": ("a.tar", tar({"a.txt": b"a"}) + tar({"b.txt": b"b"}), [(0, "several archives")], 1),
-    "tar: no text in it": ("a.tar", tar({"a.pkl": b"a", "b.jpg": b"b"}), [(0, "no member of it is text")], 0),
+    "tar: no text in it": ("a.tar", tar({"a.pkl": b"a", "b.jpg": b"b"}), [(0, "no member of it is read")], 0),
     "tar: no bytes": ("a.tar", b"", [(0, "cut short: no bytes at all")], 0),
     "empty file": ("a.txt", b"", [(0, "empty")], 0),
     "empty line": ("a.jsonl", b'{"text": ""}', [(1, "empty")], 0),
@@ -126,17 +126,55 @@ def test_broken_input_is_listed_and_the_rest_is_kept(tmp_path: Path, prepare: Pr
     assert found in kept if isinstance(kept, range) else found == kept
 
 
-@pytest.mark.parametrize("case", ["jsonl: broken JSON", "tar: cut at a member's border", "parquet: damaged"])
+@pytest.mark.parametrize(
+    ("case", "share"),
+    [
+        ("jsonl: broken JSON", "1 of 10 documents (10.00%)"),
+        # As many as the mean of two files.
+        ("tar: cut at a member's border", "19 of 56 documents (33.93%)"),
+        ("parquet: damaged", "10 of 37 documents (27.03%)"),
+    ],
+)
 def test_too_much_of_it_is_refused(
-    tmp_path: Path, prepare: Prepare, case: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, prepare: Prepare, case: str, share: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name, content, [(_, reason)], _ = CASES[case]
     (tmp_path / "input" / name).write_bytes(content)
     assert prepare() == 2
     shown = capsys.readouterr().err
-    assert shown.startswith("DataError: 1 of ") and "input.max_rejects allows 0.10%" in shown
+    assert shown.startswith(f"DataError: {share} could not be read") and "input.max_rejects allows 0.10%" in shown
     assert str(tmp_path / "input" / name) in shown and reason in shown
     assert not (tmp_path / "corpus").exists()
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "csv.gz"])
+def test_a_stray_quotation_mark_costs_what_it_swallows(
+    tmp_path: Path, prepare: Prepare, suffix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    delimiter = "\t" if suffix == "tsv" else ","
+    rows = [["id", "text"], *[[str(number), f"text {number}"] for number in range(2000)]]
+    lines = table(rows, delimiter).splitlines(keepends=True)
+    lines[200] = f'199{delimiter}"5 inch disk\r\n'.encode()
+    content = b"".join(lines)
+    (tmp_path / "input" / f"a.{suffix}").write_bytes(gz(content) if suffix.endswith(".gz") else content)
+    assert prepare() == 2
+    shown = capsys.readouterr().err
+    assert "1,801 of 2,007 documents (89.74%)" in shown
+    assert "line 201: unexpected end of data" in shown and "input.quoted_fields=false" in shown
+    assert "(with it 1,801 lines are lost)" in shown
+
+
+def test_files_that_are_cut_count_as_much_as_a_file_has(
+    tmp_path: Path, prepare: Prepare, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(9):
+        content = gz(json_lines(MANY[number * 500 : number * 500 + 500]))
+        (tmp_path / "input" / f"{number}.jsonl.gz").write_bytes(content[:300] if number == 3 else content)
+    assert prepare("input.max_rejects=0.05") == 2
+    shown = capsys.readouterr().err
+    assert "an estimate for 1 file that cannot be read to the end: as many as a file has on average" in shown
+    assert prepare("input.max_rejects=0.15") == 0
+    assert "an unknown number in 1 file that cannot be read to the end" in capsys.readouterr().out
 
 
 def test_little_of_it_is_allowed(tmp_path: Path, prepare: Prepare) -> None:

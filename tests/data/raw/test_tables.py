@@ -73,7 +73,9 @@ def test_fields_too_long_are_rejected_and_the_next_is_read(tmp_path: Path, monke
 def test_columns_of_one_name(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b"text,text\na,b\n")
     _, [reject] = read_all(tmp_path / "a.csv")
-    assert reject.reason.startswith("more than one column 'text'")
+    assert reject.reason == "the first line names columns twice: 'text'" and reject.lost is None
+    (tmp_path / "a.csv").write_bytes(b"text,,\na,b,c\n")
+    assert texts_of(tmp_path / "a.csv") == ["a"]
 
 
 def test_row_groups_of_a_file_are_the_file(tmp_path: Path) -> None:

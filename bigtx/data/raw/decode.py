@@ -1,0 +1,153 @@
+"""Bytes -> text and JSON, strictly: what is not text is named, with the encoding that it looks like."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Mapping
+from typing import Any
+
+_MIN_NULS = 16
+"""Fewer NULs say nothing about an encoding."""
+_NUL_SHARE = 0.25
+"""From this share of NULs on, characters are not text but the halves of something else."""
+_SAMPLE = 1 << 16
+
+_SIGNATURES = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+
+
+class BadRowError(Exception):
+    """A row that holds no text, or no record; the message is the reason."""
+
+
+def decode(raw: bytes) -> str:
+    """The text in UTF-8 bytes; a byte order mark is a character like others here.
+
+    Raises:
+        BadRowError: they are not UTF-8, or no text.
+    """
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        raise BadRowError(_in_another_encoding(raw) or _not_utf8(error)) from None
+    refuse_nuls(text)
+    return text
+
+
+def parse_json(raw: bytes) -> dict[str, Any]:
+    """The JSON object in some bytes.
+
+    Raises:
+        BadRowError: they are not UTF-8, no JSON object, or an object in them has a key twice.
+    """
+    try:
+        record = json.loads(raw.decode(), object_pairs_hook=_object)
+    except UnicodeDecodeError as error:
+        raise BadRowError(_in_another_encoding(raw) or _not_utf8(error)) from None
+    except json.JSONDecodeError as error:
+        reason = f"not JSON: {error.msg}, at character {error.pos + 1}"
+        raise BadRowError(_in_another_encoding(raw) or reason) from None
+    except (ValueError, RecursionError) as error:
+        raise BadRowError(f"not JSON that can be read: {error}") from None
+    if not isinstance(record, dict):
+        raise BadRowError(f"a JSON {type(record).__name__} instead of an object")
+    return record
+
+
+def refuse_nuls(text: str) -> None:
+    """Refuse a text with NULs throughout: another encoding was taken for UTF-8, or it is no text at all.
+
+    Raises:
+        BadRowError: it names the encoding that the text looks like.
+    """
+    num_nuls = text.count("\0")
+    if num_nuls >= _MIN_NULS and num_nuls >= _NUL_SHARE * len(text):
+        reason = _encoding_by_nuls(text.encode("utf-8", "surrogateescape")[:_SAMPLE])
+        raise BadRowError(reason or f"{num_nuls:,} of its {len(text):,} characters are NUL; it is no text")
+
+
+def refuse_surrogates(text: str) -> None:
+    """Refuse a text with half a surrogate pair, which is no character: JSON can escape one, and invalid bytes of a
+    table become one.
+
+    Raises:
+        BadRowError: it has one.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        what = "not UTF-8" if 0xDC80 <= code <= 0xDCFF else "an unpaired surrogate"
+        raise BadRowError(f"{what}, at character {error.start + 1} of the text") from None
+
+
+def check_texts(value: Any) -> None:
+    """Refuse a value of a record, however nested, with a text in it that is none.
+
+    Raises:
+        BadRowError: as `refuse_surrogates` and `refuse_nuls`.
+    """
+    if isinstance(value, str):
+        refuse_surrogates(value)
+        refuse_nuls(value)
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            check_texts(key)
+            check_texts(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            check_texts(inner)
+
+
+def without_signature(raw: bytes) -> bytes:
+    """The bytes without UTF-8's byte order mark at their start (Unicode 16.0, 23.8)."""
+    return raw.removeprefix(codecs.BOM_UTF8)
+
+
+def unreadable(error: Exception) -> str:
+    """Why a stream could not be read on."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return f"cannot be read: {reason}"
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise BadRowError(f"the key {twice[:80]!r} stands twice in an object")
+    return record
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"not UTF-8: {error.reason} at byte {error.start + 1} of the document"
+
+
+def _in_another_encoding(raw: bytes) -> str:
+    """A reason that names the encoding which the bytes look like; "" if they look like none."""
+    name = next((name for signature, name in _SIGNATURES if raw.startswith(signature)), None)
+    return f"{name} text; convert it to UTF-8: iconv -f {name} -t UTF-8" if name else _encoding_by_nuls(raw[:_SAMPLE])
+
+
+def _encoding_by_nuls(raw: bytes) -> str:
+    """The same, by where NULs are: UTF-16 and UTF-32 have them at fixed places of the usual characters."""
+    if len(raw) < _MIN_NULS or raw.count(0) < _NUL_SHARE * len(raw):
+        return ""
+    if not raw.strip(b"\0"):
+        return "nothing but NULs, as a file has after a crash; it is no text"
+    shares = [raw[place::4].count(0) / (len(raw) / 4) for place in range(4)]
+    nuls = [share > 0.5 for share in shares]
+    name = {
+        (False, True, True, True): "UTF-32LE",
+        (True, True, True, False): "UTF-32BE",
+        (False, True, False, True): "UTF-16LE",
+        (True, False, True, False): "UTF-16BE",
+    }.get(tuple(nuls))  # type: ignore[arg-type]
+    if name is None:
+        return ""
+    return f"{name[:6]} text without a byte order mark; convert it to UTF-8: iconv -f {name} -t UTF-8"

@@ -1,0 +1,84 @@
+"""Rows -> documents, by the fields that the configuration names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from bigtx.config.schema import InputConfig
+from bigtx.data.raw import documents
+from bigtx.data.raw.decode import BadRowError, refuse_nuls, refuse_surrogates
+from bigtx.data.raw.documents import EMPTY, Document, Reject, Rejects
+from bigtx.data.raw.rows import Options, Row, too_long
+
+
+class Fields:
+    """Where in a row the text is, and what is known about it.
+
+    A name with dots that is no field itself leads through nested records: `meta.language`.
+    """
+
+    def __init__(self, config: InputConfig) -> None:
+        self.text = config.text_field
+        self._metadata = (config.id_field, config.source_field, config.language_field)
+        self.options = Options(
+            text_field=config.text_field,
+            text_suffixes=config.text_suffixes,
+            document_per_line=config.document_per_line,
+            quoted_fields=config.quoted_fields,
+            columns=[name for name in (self.text, *self._metadata) if name],
+            exclude=config.exclude,
+        )
+
+    def documents(self, rows: Iterable[Row], rejects: Rejects) -> Iterator[Document]:
+        """The documents of rows; those that hold none are rejected."""
+        for row in rows:
+            try:
+                document = self._document(row)
+            except BadRowError as error:
+                rejects.add(Reject(row.file, row.line, str(error)))
+            else:
+                yield document
+
+    def _document(self, row: Row) -> Document:
+        text = value_of(row.fields, self.text)
+        if text is None and self.text in row.fields:
+            raise BadRowError(f"the field {self.text!r} is null, not a text")
+        if text is None:
+            keys = ", ".join(list(row.fields)[:8]) or "none"
+            raise BadRowError(f"no field {self.text!r} (its fields: {keys}); see input.text_field")
+        if not isinstance(text, str):
+            raise BadRowError(f"the field {self.text!r} is a {type(text).__name__}, not a text")
+        identity, source, language = (_label(row.fields, name) for name in self._metadata)
+        if not text:
+            raise BadRowError(EMPTY)
+        if len(text) > documents.MAX_DOCUMENT_BYTES:
+            raise BadRowError(too_long())
+        refuse_surrogates(text)
+        refuse_nuls(text)
+        return Document(text, row.file, row.line, identity or row.id, source, language, row.number)
+
+
+def value_of(fields: Mapping[str, Any], name: str) -> Any:
+    """The value of a field; None where there is none."""
+    if name in fields or "." not in name:
+        return fields.get(name)
+    value: Any = fields
+    for part in name.split("."):
+        if not isinstance(value, Mapping):
+            return None
+        value = value.get(part)
+    return value
+
+
+def _label(fields: Mapping[str, Any], name: str) -> str | None:
+    """A field of the metadata as text."""
+    value = value_of(fields, name) if name else None
+    if value is None:
+        return None
+    if isinstance(value, str):
+        refuse_surrogates(value)
+        return value
+    if isinstance(value, (int, float)):
+        return str(value)
+    raise BadRowError(f"the field {name!r} is a {type(value).__name__}, neither a text nor a number")

@@ -1,0 +1,240 @@
+"""Rows: what JSON lines, tables, parquet and archives have in common, and the readers of text and JSON.
+
+    stream ──by format──▶ Row(fields, file, line, number) ──┬─▶ documents of `data prepare` (fields.py)
+                   └────▶ Rejects                           ├─▶ records of fine-tuning (data/records/read.py)
+                                                            └─▶ texts of foreign shards (data/stream/foreign.py)
+
+A plain text is a row of one field, which `Options.text_field` names.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, BinaryIO, NamedTuple
+
+from bigtx.data.raw import documents
+from bigtx.data.raw.decode import BadRowError, decode, parse_json, unreadable, without_signature
+from bigtx.data.raw.documents import EMPTY, Reject, Rejects
+from bigtx.data.raw.formats import READ_ERRORS, read_up_to
+from bigtx.data.storage.access import CHUNK_BYTES
+
+_BLANK = b" \t\r\n"
+_ARRAY = "a JSON array; write one object in each line: jq -c '.[]' FILE > FILE.jsonl"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a stream of rows comes from.
+
+    Attributes:
+        file: what rows and rejects name it; a member of an archive is `<archive>/<member>`.
+        name: its path within the folder that was named.
+        first_line: number of the line at which the stream begins.
+        num_bytes: to be read of it; None: all.
+        number: added to the line to give a row's number.
+    """
+
+    file: str
+    name: str
+    first_line: int = 1
+    num_bytes: int | None = None
+    number: int = 0
+
+
+MakeValue = Callable[[Any, BinaryIO], Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How files are read.
+
+    Attributes:
+        text_field: the field in which a plain text is put.
+        text_suffixes: of files that are plain text.
+        document_per_line: each line of a plain text is a row.
+        quoted_fields: fields of tables may be in quotation marks.
+        columns: the fields that are used; None: all. Others may be left out of rows.
+        exclude: members of archives to leave out, as `InputConfig.exclude`.
+        members: further members of archives by suffix: the field that each fills, and what makes its value of the
+            member and its decompressed stream (it raises BadRowError). All members of a sample then make one row.
+        only: read the members of archives that end so, and no others: `txt`, `en.txt`, `json`.
+        forbidden: suffixes of members for which an archive is refused.
+        strict: a sample without a member that is read is rejected, and so is one whose key was there before.
+    """
+
+    text_field: str = "text"
+    text_suffixes: Sequence[str] = (".txt", ".md")
+    document_per_line: bool = False
+    quoted_fields: bool = True
+    columns: Sequence[str] | None = None
+    exclude: Sequence[str] = ()
+    members: Mapping[str, tuple[str, MakeValue]] = field(default_factory=dict)
+    only: str | None = None
+    forbidden: Sequence[str] = ()
+    strict: bool = False
+
+    @property
+    def has_metadata(self) -> bool:
+        """Whether a field beside the text is used."""
+        return self.columns is None or any(name != self.text_field for name in self.columns)
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether all members of a sample make one row."""
+        return bool(self.members)
+
+    def describe(self) -> str:
+        """The suffixes of members that are read."""
+        return f".{self.only}" if self.only else ", ".join([".json", *self.text_suffixes, *self.members])
+
+
+class Row(NamedTuple):
+    """Named values, and where they are.
+
+    Attributes:
+        fields: values by name, as the format gives them: texts in tables, any JSON in JSON lines.
+        file: as `Origin.file`.
+        line: from 1, where it begins in the file or member; in parquet the row.
+        number: no two rows of an input file have one number, however the file is cut into parts.
+        id: of plain texts, their path within the folder that was named.
+    """
+
+    fields: Mapping[str, Any]
+    file: str
+    line: int
+    number: int = 0
+    id: str | None = None
+
+
+Reader = Callable[[BinaryIO, Origin, Options, Rejects], Iterator[Row]]
+
+
+def read_text(stream: BinaryIO, origin: Origin, options: Options, rejects: Rejects) -> Iterator[Row]:
+    """A text file: one row, or one a line with `document_per_line`."""
+    if options.document_per_line:
+        yield from _read_text_lines(stream, origin, options, rejects)
+        return
+    raw = read_whole(stream, origin, rejects, "; input.document_per_line=true reads each line as a document")
+    if raw is not None:
+        yield from text_row(without_signature(raw), origin, 1, options, rejects, origin.name)
+
+
+def read_json_lines(stream: BinaryIO, origin: Origin, options: Options, rejects: Rejects) -> Iterator[Row]:
+    """A JSON object in each line that is not blank."""
+    yield from _json_rows(lines(stream, origin, rejects), origin, rejects)
+
+
+def read_json(stream: BinaryIO, origin: Origin, options: Options, rejects: Rejects) -> Iterator[Row]:
+    """A file whose name says JSON: by its content JSON lines, or one object."""
+    numbered = lines(stream, origin, rejects)
+    blank: list[bytes] = []
+    for line, raw in numbered:
+        if not raw.strip(_BLANK):
+            blank.append(raw)
+        elif _is_json_line(raw):
+            yield from _json_rows(chain([(line, raw)], numbered), origin, rejects)
+            return
+        elif raw.strip(_BLANK).startswith(b"["):
+            rejects.add(Reject(origin.file, line, _ARRAY, lost=None))
+            return
+        else:
+            rest = read_whole(stream, origin, rejects)
+            if rest is not None:
+                yield from json_row(b"".join([*blank, raw, rest]), origin, line, rejects)
+            return
+    if blank:
+        rejects.add(Reject(origin.file, 0, EMPTY))
+
+
+def is_json_lines(head: bytes) -> bool:
+    """Whether a JSON file that begins so has an object in each line."""
+    first = next((line for line in without_signature(head).split(b"\n") if line.strip(_BLANK)), b"")
+    return _is_json_line(first)
+
+
+def lines(stream: BinaryIO, origin: Origin, rejects: Rejects) -> Iterator[tuple[int, bytes]]:
+    """The lines with their numbers and ends; those that are too long are rejected and skipped."""
+    limit = documents.MAX_DOCUMENT_BYTES
+    line, position = origin.first_line - 1, 0
+    try:
+        while origin.num_bytes is None or position < origin.num_bytes:
+            raw = stream.readline(limit + 1)
+            if not raw:
+                return
+            line, position = line + 1, position + len(raw)
+            if len(raw) <= limit:
+                yield line, without_signature(raw) if line == 1 else raw
+                continue
+            rejects.add(Reject(origin.file, line, too_long()))
+            while not raw.endswith(b"\n") and (raw := stream.readline(CHUNK_BYTES)):
+                position += len(raw)
+    except READ_ERRORS as error:
+        rejects.add(Reject(origin.file, line + 1, unreadable(error), lost=None))
+
+
+def read_whole(stream: BinaryIO, origin: Origin, rejects: Rejects, advice: str = "") -> bytes | None:
+    """All bytes of a stream that is one row; None if it is rejected."""
+    try:
+        raw = read_up_to(stream, documents.MAX_DOCUMENT_BYTES + 1)
+    except READ_ERRORS as error:
+        rejects.add(Reject(origin.file, 0, unreadable(error)))
+        return None
+    if len(raw) > documents.MAX_DOCUMENT_BYTES:
+        rejects.add(Reject(origin.file, 1, too_long() + advice))
+        return None
+    return raw
+
+
+def text_row(raw: bytes, origin: Origin, line: int, options: Options, rejects: Rejects, name: str) -> Iterator[Row]:
+    """The row of a plain text, unless it is rejected."""
+    try:
+        text = decode(raw)
+    except BadRowError as error:
+        rejects.add(Reject(origin.file, line, str(error)))
+        return
+    if text:
+        yield Row({options.text_field: text}, origin.file, line, origin.number + line, name)
+    else:
+        rejects.add(Reject(origin.file, line, EMPTY))
+
+
+def json_row(raw: bytes, origin: Origin, line: int, rejects: Rejects) -> Iterator[Row]:
+    """The row of a JSON object, unless it is rejected."""
+    try:
+        record = parse_json(raw)
+    except BadRowError as error:
+        rejects.add(Reject(origin.file, line, str(error)))
+    else:
+        yield Row(record, origin.file, line, origin.number + line)
+
+
+def too_long() -> str:
+    """Why a row is rejected that does not fit into memory."""
+    return f"longer than {documents.MAX_DOCUMENT_BYTES >> 20} MiB"
+
+
+def rows_of_bytes(raw: bytes, origin: Origin, options: Options, rejects: Rejects) -> Iterator[Row]:
+    """`read_json` of bytes in memory."""
+    yield from read_json(io.BytesIO(raw), origin, options, rejects)
+
+
+def _json_rows(numbered: Iterator[tuple[int, bytes]], origin: Origin, rejects: Rejects) -> Iterator[Row]:
+    for line, raw in numbered:
+        if raw.strip(_BLANK):
+            yield from json_row(raw, origin, line, rejects)
+
+
+def _is_json_line(raw: bytes) -> bool:
+    # Also of a line that is broken inside: the next ones may be whole.
+    stripped = raw.strip(_BLANK)
+    return stripped.startswith(b"{") and stripped.endswith(b"}")
+
+
+def _read_text_lines(stream: BinaryIO, origin: Origin, options: Options, rejects: Rejects) -> Iterator[Row]:
+    for line, raw in lines(stream, origin, rejects):
+        raw = raw.removesuffix(b"\n").removesuffix(b"\r")
+        if raw.strip(b"\r"):
+            yield from text_row(raw, origin, line, options, rejects, f"{origin.name}:{line}")
