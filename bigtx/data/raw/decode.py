@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 _MIN_NULS = 16
-"""Fewer NULs say nothing about an encoding."""
+"""A text with fewer NULs is one."""
+_MIN_NULS_OF_ENCODING = 4
+"""Fewer NULs in what cannot be read say nothing about its encoding."""
 _NUL_SHARE = 0.25
 """From this share of NULs on, characters are not text but the halves of something else."""
 _SAMPLE = 1 << 16
@@ -34,7 +36,7 @@ def decode(raw: bytes) -> str:
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
-        raise BadRowError(_in_another_encoding(raw) or _not_utf8(error)) from None
+        raise BadRowError(other_encoding(raw) or _not_utf8(error)) from None
     refuse_nuls(text)
     return text
 
@@ -48,10 +50,10 @@ def parse_json(raw: bytes) -> dict[str, Any]:
     try:
         record = json.loads(raw.decode(), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
-        raise BadRowError(_in_another_encoding(raw) or _not_utf8(error)) from None
+        raise BadRowError(other_encoding(raw) or _not_utf8(error)) from None
     except json.JSONDecodeError as error:
         reason = f"not JSON: {error.msg}, at character {error.pos + 1}"
-        raise BadRowError(_in_another_encoding(raw) or reason) from None
+        raise BadRowError(other_encoding(raw) or reason) from None
     except (ValueError, RecursionError) as error:
         raise BadRowError(f"not JSON that can be read: {error}") from None
     if not isinstance(record, dict):
@@ -128,15 +130,15 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
     return f"not UTF-8: {error.reason} at byte {error.start + 1} of the document"
 
 
-def _in_another_encoding(raw: bytes) -> str:
-    """A reason that names the encoding which the bytes look like; "" if they look like none."""
+def other_encoding(raw: bytes) -> str:
+    """A reason that names the encoding, other than UTF-8, which bytes look like; "" if they look like none."""
     name = next((name for signature, name in _SIGNATURES if raw.startswith(signature)), None)
     return f"{name} text; convert it to UTF-8: iconv -f {name} -t UTF-8" if name else _encoding_by_nuls(raw[:_SAMPLE])
 
 
 def _encoding_by_nuls(raw: bytes) -> str:
     """The same, by where NULs are: UTF-16 and UTF-32 have them at fixed places of the usual characters."""
-    if len(raw) < _MIN_NULS or raw.count(0) < _NUL_SHARE * len(raw):
+    if raw.count(0) < max(_MIN_NULS_OF_ENCODING, _NUL_SHARE * len(raw)):
         return ""
     if not raw.strip(b"\0"):
         return "nothing but NULs, as a file has after a crash; it is no text"

@@ -28,6 +28,7 @@ class Fields:
             quoted_fields=config.quoted_fields,
             columns=[name for name in (self.text, *self._metadata) if name],
             exclude=config.exclude,
+            section="input",
         )
 
     def documents(self, rows: Iterable[Row], rejects: Rejects) -> Iterator[Document]:
@@ -46,7 +47,7 @@ class Fields:
             raise BadRowError(f"the field {self.text!r} is null, not a text")
         if text is None:
             keys = ", ".join(list(row.fields)[:8]) or "none"
-            raise BadRowError(f"no field {self.text!r} (its fields: {keys}); see input.text_field")
+            raise BadRowError(f"no field {self.text!r} (its fields: {keys}){self.options.see('text_field')}")
         if not isinstance(text, str):
             raise BadRowError(f"the field {self.text!r} is a {type(text).__name__}, not a text")
         identity, source, language = (_label(row.fields, name) for name in self._metadata)

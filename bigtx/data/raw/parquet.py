@@ -68,7 +68,7 @@ def read_parquet(file: InputFile, origin: Origin, options: Options, rejects: Rej
         tops = {name if name in names else name.partition(".")[0] for name in wanted}
         text = options.text_field
         if not {text, text.partition(".")[0]} & set(names):
-            reason = f"no column {text!r} (its columns: {', '.join(sorted(names)[:8])}); see input.text_field"
+            reason = f"no column {text!r} (its columns: {', '.join(sorted(names)[:8])}){options.see('text_field')}"
             rejects.add(Reject(origin.file, 0, reason, lost=None))
             return
         if twice := sorted(name for name in tops if names.count(name) > 1):

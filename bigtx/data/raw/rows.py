@@ -62,6 +62,7 @@ class Options:
             member and its decompressed stream (it raises BadRowError). All members of a sample then make one row.
         only: read the members of archives that end so, and no others: `txt`, `en.txt`, `json`.
         forbidden: suffixes of members for which an archive is refused.
+        section: of the configuration in which `text_field` and the like are, for messages; "" if there is none.
         strict: a sample without a member that is read is rejected, and so is one whose key was there before.
     """
 
@@ -74,12 +75,17 @@ class Options:
     members: Mapping[str, tuple[str, MakeValue]] = field(default_factory=dict)
     only: str | None = None
     forbidden: Sequence[str] = ()
+    section: str = ""
     strict: bool = False
 
     @property
     def has_metadata(self) -> bool:
         """Whether a field beside the text is used."""
         return self.columns is None or any(name != self.text_field for name in self.columns)
+
+    def see(self, setting: str, before: str = "; see ") -> str:
+        """The end of a message that names a setting, where there is one."""
+        return f"{before}{self.section}.{setting}" if self.section else ""
 
     @property
     def is_joined(self) -> bool:
@@ -117,7 +123,8 @@ def read_text(stream: BinaryIO, origin: Origin, options: Options, rejects: Rejec
     if options.document_per_line:
         yield from _read_text_lines(stream, origin, options, rejects)
         return
-    raw = read_whole(stream, origin, rejects, "; input.document_per_line=true reads each line as a document")
+    advice = options.see("document_per_line=true", "; to read each line as a document: ")
+    raw = read_whole(stream, origin, rejects, advice)
     if raw is not None:
         yield from text_row(without_signature(raw), origin, 1, options, rejects, origin.name)
 

@@ -123,12 +123,11 @@ class _Archive:
             self._run.others.append(last.removeprefix(posixpath.basename(self._run.key)))
             return
         self._run.is_empty = False
-        reason = member.refusal
-        if not reason and not _add(self._names, name):
-            reason = "a second member of this name"
-        if reason:
+        is_new = _add(self._names, name)
+        if reason := member.refusal or ("" if is_new else "a second member of this name"):
             self._rejects.add(Reject(f"{self._origin.file}/{member.name}", 0, reason))
-            self._run.broken.add(_stem(name))
+            if kind is not Format.JSON:
+                self._run.broken.add(_stem(name))
             return
         yield from self._read_member(member, name, kind)
         if self._run.held_bytes > documents.MAX_DOCUMENT_BYTES and not options.strict:
@@ -213,7 +212,8 @@ class _Archive:
         if is_whole or not self._options.is_joined:
             yield from self._settle(is_whole)
         if run.is_empty and self._options.strict and is_whole:
-            reason = f"the sample {run.key!r} has no member {self._options.describe()}, but {', '.join(run.others)}"
+            there, see = ", ".join(run.others), self._options.see("member")
+            reason = f"the sample {run.key!r} has no member {self._options.describe()}, but {there}{see}"
             self._rejects.add(Reject(self._origin.file, 0, reason))
 
     def _settle(self, is_whole: bool) -> Iterator[Row]:

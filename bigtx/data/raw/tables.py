@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import csv
 from collections.abc import Iterator
 from typing import BinaryIO
 
 from bigtx.data.raw import documents
-from bigtx.data.raw.decode import BadRowError, check_texts, unreadable, without_signature
+from bigtx.data.raw.decode import BadRowError, check_texts, other_encoding, unreadable, without_signature
 from bigtx.data.raw.documents import Reject, Rejects
 from bigtx.data.raw.formats import READ_ERRORS
 from bigtx.data.raw.rows import Options, Origin, Row
@@ -30,7 +29,7 @@ def read_tsv(stream: BinaryIO, origin: Origin, options: Options, rejects: Reject
 
 
 def _read_table(stream: BinaryIO, origin: Origin, options: Options, rejects: Rejects, delimiter: str) -> Iterator[Row]:
-    records = _records(stream, origin, rejects, delimiter, is_quoted=options.quoted_fields)
+    records = _records(stream, origin, options, rejects, delimiter)
     _, header, _ = next(records, (0, None, 0))
     if header is None:
         return
@@ -55,7 +54,7 @@ def _header_problem(header: list[str], wanted: list[str], options: Options) -> s
     except BadRowError as error:
         return f"the first line cannot be read: {error}"
     if options.columns is not None and options.text_field not in header:
-        return f"no column {options.text_field!r} (its columns: {', '.join(header[:8])}); see input.text_field"
+        return f"no column {options.text_field!r} (its columns: {', '.join(header[:8])}){options.see('text_field')}"
     twice = sorted({name for name in wanted if header.count(name) > 1})
     if twice:
         return f"the first line names columns twice: {', '.join(map(repr, twice[:8]))}"
@@ -63,14 +62,14 @@ def _header_problem(header: list[str], wanted: list[str], options: Options) -> s
 
 
 def _records(
-    stream: BinaryIO, origin: Origin, rejects: Rejects, delimiter: str, *, is_quoted: bool
+    stream: BinaryIO, origin: Origin, options: Options, rejects: Rejects, delimiter: str
 ) -> Iterator[tuple[int, list[str], int]]:
     """The records: the line where each begins, its fields, its number of lines.
 
     Broken ones are rejected with all lines that they swallowed, and reading goes on with the next line.
     """
     csv.field_size_limit(MAX_FIELD_CHARACTERS)
-    lines = _Lines(stream)
+    lines, is_quoted = _Lines(stream), options.quoted_fields
     reader = csv.reader(
         lines, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if is_quoted else csv.QUOTE_NONE, strict=True
     )
@@ -84,7 +83,8 @@ def _records(
             if is_quoted and "limit" in str(error):
                 lines.leave_quotation()
             num_lines = max(1, lines.number - line + 1)
-            advice = _ADVICE if is_quoted and num_lines > 1 else ""
+            is_open = is_quoted and num_lines > 1
+            advice = options.see("quoted_fields=false", "; if quotation marks are text: ") if is_open else ""
             rejects.add(Reject(origin.file, line, f"{error}{advice}", lost=num_lines))
         except READ_ERRORS as error:
             rejects.add(Reject(origin.file, lines.number + 1, unreadable(error), lost=None))
@@ -92,9 +92,6 @@ def _records(
         else:
             if record:  # An empty line between records is none.
                 yield line, record, lines.number - line + 1
-
-
-_ADVICE = "; if quotation marks are text in this file: input.quoted_fields=false"
 
 
 class _Lines:
@@ -121,8 +118,8 @@ class _Lines:
                 self.num_marks += raw.count(b'"')
             raise BadRowError(f"a line above the limit of {limit >> 20} MiB")
         if self.number == 1:
-            if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                raise OSError("UTF-16 text; convert it to UTF-8")
+            if encoding := other_encoding(raw):
+                raise OSError(encoding)
             raw = without_signature(raw)
         return raw.decode(errors="surrogateescape")
 

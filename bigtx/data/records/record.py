@@ -77,8 +77,9 @@ class Broken:
             self._first.append(f"\n  {visible(file)}{f', line {line}' if line else ''}: {visible(reason)}")
 
     def reject(self, reject: Reject) -> None:
-        """One more, as the reader of rows gives it."""
+        """What the reader of rows gives: one more, or as many as were lost with it."""
         self.add(reject.file, reject.line, reject.reason)
+        self.count += (reject.lost or 1) - 1
 
     def rejects(self) -> Rejects:
         """What the reader of rows gives to this."""

@@ -122,7 +122,9 @@ def read_texts(shard: str, config: ForeignConfig) -> Iterator[str]:
             sample has no text; it names the shard and the sample.
     """
     fields = Fields(InputConfig(text_field=config.text_field))
-    options = dataclasses.replace(fields.options, only=config.member, forbidden=EXECUTABLE_SUFFIXES, strict=True)
+    fields.options = options = dataclasses.replace(
+        fields.options, only=config.member, forbidden=EXECUTABLE_SUFFIXES, section="data.foreign", strict=True
+    )
     rejects = Rejects(0.0, _refuse)
     try:
         with open_stream(as_place(shard)) as stream:

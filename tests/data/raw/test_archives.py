@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import tarfile
@@ -88,6 +89,77 @@ def test_a_record_beside_a_text_is_its_metadata(tmp_path: Path) -> None:
     assert [(reject.file, reject.line) for reject in rejects] == [(f"{path}/x/005.json", 1)]
     # Nobody asks for the metadata.
     assert texts_of(path) == ["a", "b", "c", "d", "e", "f", "g", "h"]
+
+
+def test_dots_in_names_overwrite_nothing(tmp_path: Path) -> None:
+    records = [(f"2101.{number:05d}.json", json.dumps({"text": f"t{number}"}).encode()) for number in range(10)]
+    assert texts_of(write(tmp_path / "a.tar", tar(records))) == [f"t{number}" for number in range(10)]
+    pairs = []
+    for number in range(10):
+        pairs.append((f"2101.{number:05d}.txt", f"t{number}".encode()))
+        pairs.append((f"2101.{number:05d}.json", b'{"id": %d, "text": "not this"}' % number))
+    path = write(tmp_path / "a.tar", tar(pairs))
+    found, rejects = read_all(path, id_field="id")
+    assert rejects == [] and [(d.text, d.id) for d in found] == [(f"t{n}", str(n)) for n in range(10)]
+    assert texts_of(path) == [f"t{number}" for number in range(10)]
+    names = ["notes v1.0 (final).txt", "notes v1.1 (final).txt", "notes v1.0.json", "notes v1.1.json"]
+    contents = [b"one", b"two", b'{"text": "three"}', b'{"text": "four"}']
+    path = write(tmp_path / "a.tar", tar(list(zip(names, contents, strict=True))))
+    for settings in ({}, {"id_field": "id"}):
+        assert sorted(texts_of(path, **settings)) == ["four", "one", "three", "two"]
+    path = write(tmp_path / "a.tar", tar({"x.en.json": b'{"text": "english"}', "x.de.json": b'{"text": "deutsch"}'}))
+    assert texts_of(path) == ["english", "deutsch"]
+
+
+@pytest.mark.parametrize(
+    ("members", "texts", "rejected"),
+    [
+        ([("a.txt", b"1"), ("b.txt", b"2"), ("a.txt", b"3")], ["1", "2"], {"a.txt": "a second member"}),
+        ([("a.txt", b"1"), ("./a.txt", b"3")], ["1"], {"./a.txt": "a second member"}),
+        ([("a.json", b'{"text": "1"}'), ("a.json", b'{"text": "2"}')], ["1"], {"a.json": "a second member"}),
+        ([("a.txt", b"1"), ("a.json", b"{}"), ("a.json.gz", gz(b"{}"))], ["1"], {"a.json.gz": "a second record"}),
+        ([("a.txt", b"1"), ("b.txt", b"2"), ("a.json", b'{"id": 1}')], ["1", "2"], {"a.json": "apart from"}),
+        ([("a.json", b'{"text": "1"}'), ("b.txt", b"2"), ("a.txt", b"3")], ["1", "2"], {"a.txt": "apart from"}),
+        ([("a.txt", b"1"), ("a.b.json", b'{"id": 1}')], ["1"], {"a.b.json": "no field 'text'"}),
+    ],
+)
+def test_what_is_not_clear_is_rejected_by_name(
+    tmp_path: Path, members: list[tuple[str, bytes]], texts: list[str], rejected: dict[str, str]
+) -> None:
+    path = write(tmp_path / "a.tar", tar(members))
+    found, rejects = read_all(path, id_field="id")
+    assert sorted(d.text for d in found) == texts
+    assert [reject.file.removeprefix(f"{path}/") for reject in rejects] == list(rejected)
+    assert all(reason in reject.reason for reject, reason in zip(rejects, rejected.values(), strict=True))
+
+
+def test_json_lines_in_a_member_that_says_json(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tar", tar({"c4.00000-of-01024.json.gz": gz(json_lines(["a", "b"]))}))
+    assert texts_of(path) == ["a", "b"]
+
+
+def test_what_is_not_read_anyway_is_no_failure(tmp_path: Path) -> None:
+    good = tar({f"d/{number}.txt": b"text %d" % number for number in range(3)})
+    link = {"type": tarfile.SYMTYPE, "linkname": "lib.so.1", "size": 0}
+    others = [tar({name: b""}, **link).rstrip(b"\0") for name in ("d/lib.so", "d/skip/a.txt", "../lib.so")]
+    padded = b"".join(content + bytes(-len(content) % 512) for content in others)
+    path = write(tmp_path / "a.tar", padded + good)
+    rejects = Rejects(0)
+    config = InputConfig(paths=[str(path)], exclude=["skip"])
+    [file] = list_files(config)
+    assert [d.text for d in read_file(file, config, rejects)] == ["text 0", "text 1", "text 2"]
+    assert not rejects and rejects.passed_over == {".so": 2}
+
+
+def test_a_slash_at_the_front_is_taken_off(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tar", tar({"/abs/a.txt": b"a", "//b.txt": b"b", "C:\\c.txt": b"c"}))
+    found, rejects = read_all(path)
+    assert rejects == [] and [(d.text, d.id) for d in found] == [
+        ("a", "abs/a.txt"),
+        ("b", "b.txt"),
+        ("c", "C:\\c.txt"),
+    ]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_broken_members_are_rejected_by_name_and_the_rest_is_read(tmp_path: Path) -> None:

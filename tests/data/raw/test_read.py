@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import bz2
 import gzip
+import io
 import json
+import lzma
 import os
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -136,6 +140,108 @@ def test_lines_as_documents(tmp_path: Path) -> None:
 def test_json_lines_may_have_a_signature_blank_lines_and_windows_ends(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": "a"}\r\n  \r\n{"text": "b"}')
     assert read_all(InputConfig(paths=[str(path)])) == (["a", "b"], [])
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.json.zst", "a.json.zstd", "a.json.bz2", "a.json.xz"])
+def test_json_is_known_by_its_content(tmp_path: Path, name: str) -> None:
+    compress = {
+        ".gz": gzip.compress,
+        ".zst": zstandard.ZstdCompressor().compress,
+        ".zstd": zstandard.ZstdCompressor().compress,
+        ".bz2": bz2.compress,
+        ".xz": lzma.compress,
+    }.get(Path(name).suffix, bytes)
+    for content, texts in (
+        (json_lines(["a", "b"]), ["a", "b"]),
+        (b"\xef\xbb\xbf\n\n" + json_lines(["a", "b"]) + b"\n", ["a", "b"]),
+        (json.dumps({"id": 1, "text": "one\nobject"}, indent=2).encode(), ["one\nobject"]),
+        (b'{"text":\n"a"}\n', ["a"]),
+    ):
+        write(tmp_path / name, compress(content))
+        assert read_all(InputConfig(paths=[str(tmp_path)])) == (texts, [])
+    for content, line, reason in (
+        (b'[{"text": "a"},\n{"text": "b"}]', 1, "a JSON array; write one object in each line"),
+        (b'{"text": }\n' + json_lines(["b"]), 1, "not JSON"),
+        (b'\n{"text": "a",\n"id": }', 2, "not JSON"),
+        (b"\n", 0, "empty"),
+    ):
+        write(tmp_path / name, compress(content))
+        _, [reject] = read_all(InputConfig(paths=[str(tmp_path / name)]))
+        assert reject.line == line and reason in reject.reason
+
+
+def test_large_json_lines_are_cut_whatever_their_suffix(tmp_path: Path) -> None:
+    texts = [f"text {number}" for number in range(500)]
+    config = InputConfig(paths=[str(write(tmp_path / "a.json", json_lines(texts)))])
+    [whole] = list_files(config)
+    parts = split_file(whole, config, 1000)
+    assert len(parts) > 5
+    assert [d.text for part in parts for d in read_file(part, config, Rejects(0))] == texts
+    write(tmp_path / "a.json", json.dumps({"text": "a", "lines": texts}, indent=1).encode())
+    [whole] = list_files(config)
+    assert split_file(whole, config, 1000) == [whole]
+
+
+def test_short_suffixes_of_archives(tmp_path: Path) -> None:
+    written = io.BytesIO()
+    with tarfile.open(fileobj=written, mode="w") as archive:
+        info = tarfile.TarInfo("a.txt")
+        info.size = 1
+        archive.addfile(info, io.BytesIO(b"a"))
+    for suffix, compress in ((".tgz", gzip.compress), (".tbz2", bz2.compress), (".txz", lzma.compress)):
+        path = write(tmp_path / f"a{suffix}", compress(written.getvalue()))
+        assert read_all(InputConfig(paths=[str(path)])) == (["a"], [])
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("a.zip", "unpack it first"),
+        ("a.jsonl.lz4", "unpack it first"),
+        ("a.parquet.gz", "decompress it"),
+        ("a.pdf", "turn it into text or JSON lines first"),
+        ("a.rst.gz", r"input\.text_suffixes=\[\.rst\]"),
+        ("a", r"ends in \.txt"),
+    ],
+)
+def test_no_advice_makes_a_wrong_corpus(tmp_path: Path, name: str, advice: str) -> None:
+    path = write(tmp_path / name, b"x")
+    with pytest.raises(
+        DataError, match=rf"Cannot tell what .*: {'if it is plain text' if 'rst' in name else ''}.*{advice}"
+    ):
+        list_files(InputConfig(paths=[str(path)]))
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".json"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be", "utf-16", "utf-32"])
+def test_other_encodings_are_named(tmp_path: Path, suffix: str, encoding: str) -> None:
+    text = '{"text": "a text of some length, with commas"}\n' if "json" in suffix else "text,id\na text of length,1\n"
+    write(tmp_path / f"a{suffix}", text.encode(encoding))
+    texts, rejects = read_all(InputConfig(paths=[str(tmp_path)]))
+    assert texts == [] and f"{encoding[:6].upper()} text" in rejects[0].reason
+
+
+def test_nuls_throughout_are_no_text_and_a_few_are(tmp_path: Path) -> None:
+    write(tmp_path / "a.txt", bytes(5000))
+    write(tmp_path / "b.txt", b"a\0b" + bytes(15))
+    write(tmp_path / "c.jsonl", json_lines(["\0" * 30 + "a", "a few \0 in a text are text"]))
+    write(tmp_path / "d.txt", b"\x01\0\0\x02\0" * 50)
+    write(tmp_path / "e.csv", b"text\n" + bytes(50) + b"\nlast\n")
+    texts, rejects = read_all(InputConfig(paths=[str(tmp_path)]))
+    assert texts == ["a few \0 in a text are text", "last"]
+    assert [Path(reject.file).name for reject in rejects] == ["a.txt", "b.txt", "c.jsonl", "d.txt", "e.csv"]
+    assert "nothing but NULs" in rejects[0].reason and "NUL" in rejects[3].reason
+
+
+def test_a_key_that_stands_twice_is_a_reject(tmp_path: Path) -> None:
+    lines = [b'{"text": "a", "text": "b"}', b'{"text": "c", "meta": {"x": 1, "x": 2}}', b'{"text": "d"}']
+    write(tmp_path / "a.jsonl", b"\n".join(lines))
+    texts, rejects = read_all(InputConfig(paths=[str(tmp_path)]))
+    assert texts == ["d"]
+    assert [(r.line, r.reason) for r in rejects] == [
+        (1, "the key 'text' stands twice in an object"),
+        (2, "the key 'x' stands twice in an object"),
+    ]
 
 
 def test_broken_records_are_listed_with_file_line_and_reason(tmp_path: Path) -> None:

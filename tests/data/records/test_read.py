@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 from pathlib import Path
 from typing import Any
 
 import pytest
 import zstandard
+from data.inputs import tar
 from finetunes import labelled, write_folders, write_jsonl, write_samples, write_table
 
 from bigtx.data.records.read import natural, read_records
@@ -117,6 +119,57 @@ def test_damaged_files_and_samples_are_told(tmp_path: Path) -> None:
     (folder / "joy" / "0.txt").write_bytes(b"\xff")
     records, broken = read(folder)
     assert len(records) == 11 and broken.all[0][0] == "0.txt"
+
+
+def test_samples_with_dots_in_their_names(tmp_path: Path) -> None:
+    samples = {
+        f"2101.{number:05d}.{suffix}": f"{suffix} {number}".encode() for number in range(4) for suffix in ("txt", "cls")
+    }
+    (tmp_path / "a.tar").write_bytes(tar(samples))
+    assert fields(tmp_path / "a.tar") == [{"text": f"txt {number}", "label": f"cls {number}"} for number in range(4)]
+    records = {f"x.{name}.json": b'{"text": "%s", "label": "joy"}' % name.encode() for name in ("en", "de")}
+    (tmp_path / "a.tar").write_bytes(tar(records))
+    assert [record["text"] for record in fields(tmp_path / "a.tar")] == ["en", "de"]
+
+
+@pytest.mark.parametrize(
+    ("members", "said"),
+    [
+        ([("a.txt", b"1"), ("a.txt", b"2")], "a second member of this name"),
+        ([("a.txt", b"1"), ("a.md", b"2")], "gives 'text' too"),
+        ([("a.txt", b"1"), ("a.json", b'{"text": "2"}')], "gives 'text' too"),
+        ([("a.txt", b"1"), ("b.txt", b"2"), ("a.cls", b"joy")], "the key 'a' comes again after others"),
+        ([("a.jpg", b"1")], "the sample 'a' has no member .json"),
+        ([("a.json", b'{"text": "1", "text": "2"}')], "the key 'text' stands twice"),
+        ([("a.json", b'{"text": "\\ud83d"}')], "an unpaired surrogate"),
+        ([("a.txt", "a text in another encoding".encode("utf-16le"))], "UTF-16 text"),
+        ([("../a.txt", b"1")], "leads out of the archive"),
+    ],
+)
+def test_samples_that_are_not_clear_are_told(tmp_path: Path, members: list[tuple[str, bytes]], said: str) -> None:
+    (tmp_path / "a.tar").write_bytes(tar([("good.txt", b"good"), *members]))
+    records, broken = read(tmp_path / "a.tar")
+    assert {"text": "good"} in [record.fields for record in records]
+    assert any(said in reason for _, _, reason in broken.all), broken.all
+
+
+def test_files_of_records_in_an_archive_are_read_as_they_are(tmp_path: Path) -> None:
+    lines = write_jsonl(tmp_path / "a.jsonl", RECORDS).read_bytes()
+    packed = zstandard.compress(write_table(tmp_path / "a.csv", RECORDS).read_bytes())
+    (tmp_path / "a.tar").write_bytes(tar({"a.jsonl": lines, "b.csv.zst": packed, "/c.json.gz": gzip.compress(lines)}))
+    assert fields(tmp_path / "a.tar") == RECORDS * 3
+
+
+def test_json_of_any_suffix(tmp_path: Path) -> None:
+    lines = write_jsonl(tmp_path / "a.jsonl", RECORDS).read_bytes()
+    (tmp_path / "a.json.bz2").write_bytes(bz2.compress(lines))
+    assert fields(tmp_path / "a.json.bz2") == RECORDS
+    for line in (b'{"text": "a", "text": "b"}', b'{"text": "\\ud83d"}'):
+        (tmp_path / "a.jsonl").write_bytes(line)
+        assert len(read(tmp_path / "a.jsonl")[1].all) == 1
+    (tmp_path / "a.zip").write_bytes(b"x")
+    with pytest.raises(DataError, match="unpack it first"):
+        read(tmp_path / "a.zip")
 
 
 def test_members_with_other_suffixes_are_never_decoded(tmp_path: Path) -> None:
