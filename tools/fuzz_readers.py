@@ -132,13 +132,15 @@ def tables(draw: st.DrawFn) -> Made:
     """Tables, with broken rows; a stray quotation mark swallows what follows."""
     delimiter = draw(st.sampled_from([",", "\t"]))
     written = io.StringIO(newline="")
-    writer = csv.writer(written, delimiter=delimiter, lineterminator=draw(st.sampled_from(["\r\n", "\n"])))
+    end, quoting = draw(st.sampled_from([("\r\n", csv.QUOTE_MINIMAL), ("\n", csv.QUOTE_ALL)]))
+    writer = csv.writer(written, delimiter=delimiter, lineterminator=end, quoting=quoting)
     writer.writerow(["id", "text"])
     content, items, swallows = written.getvalue().encode(), [], False
     has_stray = draw(st.booleans())
     for number in range(draw(st.integers(1, 8))):
-        text = draw(LINES if has_stray else TEXTS)
         fault = draw(st.sampled_from(["", "", "", "short", "long", "utf8", "nul", *(["stray"] if has_stray else [])]))
+        # A row that cannot be used counts with all its lines.
+        text = draw(LINES if has_stray or fault else TEXTS)
         written.seek(0)
         written.truncate()
         rows: dict[str, list[object]] = {

@@ -150,7 +150,7 @@ def test_broken_input_is_counted_and_limited(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "a.jsonl").write_text("\n".join([*lines, "{broken"]))
     assert train_command([f"input.paths=[{tmp_path}/a.jsonl]", f"output={tmp_path / 'new'}", "vocab_size=512"]) == 0
     assert "2,000 documents" in (out := capsys.readouterr().out)
-    assert "1 could not be read" in out
+    assert "1 that cannot be read" in out
     with pytest.raises(DataError, match=r"a\.jsonl, line 2001: not JSON"):
         train_command([f"input.paths=[{tmp_path}/a.jsonl]", f"output={tmp_path / 'other'}", "input.max_rejects=0"])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from bigtx.config.schema import InputConfig
@@ -18,7 +18,16 @@ class Fields:
     A name with dots that is no field itself leads through nested records: `meta.language`.
     """
 
-    def __init__(self, config: InputConfig) -> None:
+    def __init__(
+        self,
+        config: InputConfig,
+        section: str = "input",
+        settings: Sequence[str] = ("text_field", "quoted_fields", "document_per_line"),
+    ) -> None:
+        """Args:
+        section: of the configuration that the settings are in, for messages.
+        settings: those that are there.
+        """
         self.text = config.text_field
         self._metadata = (config.id_field, config.source_field, config.language_field)
         self.options = Options(
@@ -28,7 +37,7 @@ class Fields:
             quoted_fields=config.quoted_fields,
             columns=[name for name in (self.text, *self._metadata) if name],
             exclude=config.exclude,
-            section="input",
+            settings={name: f"{section}.{name}" for name in settings},
         )
 
     def documents(self, rows: Iterable[Row], rejects: Rejects) -> Iterator[Document]:

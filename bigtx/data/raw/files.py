@@ -32,7 +32,7 @@ from bigtx.data.raw.rows import is_json_lines
 from bigtx.data.storage import buckets
 from bigtx.data.storage.access import CHUNK_BYTES, InputFile, is_remote, stat
 from bigtx.data.storage.remote import check_scheme, name_of, scheme_of, shown
-from bigtx.utils.errors import DataError
+from bigtx.utils.errors import ConfigError, DataError
 
 _BRACES = re.compile(r"\{(?:(\d{1,12})\.\.(\d{1,12})|([^{}]*,[^{}]*))\}")
 _MAX_EXPANDED = 1_000_000
@@ -50,10 +50,12 @@ def list_files(config: InputConfig, passed_over: Counter[str] | None = None) -> 
     have a suffix that is known.
 
     Raises:
+        ConfigError: a suffix of text files that says something else.
         DataError: no paths, one that names nothing readable, a protocol that is not read, or a missing package.
     """
     if not config.paths:
         raise DataError("No input: input.paths is empty. Name files, folders or globs, e.g. input.paths=[my/texts].")
+    _check_text_suffixes(config.text_suffixes)
     passed_over = Counter() if passed_over is None else passed_over
     files: dict[str, InputFile] = {}
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
@@ -224,6 +226,15 @@ def _known(path: str, candidates: list[str], config: InputConfig, passed_over: C
             f"(plain or compressed){inside}. Name the suffixes of text files in input.text_suffixes, or another folder."
         )
     return files
+
+
+def _check_text_suffixes(suffixes: Sequence[str]) -> None:
+    """Refuse suffixes that cannot take effect, because their files are read otherwise."""
+    for suffix in suffixes:
+        kind = format_of(f"a{suffix}", ())
+        if kind or is_compressed(f"a{suffix}"):
+            what = f"{kind.value}, not as plain text" if kind else "what is inside of them"
+            raise ConfigError(f"input.text_suffixes: files that end in {suffix} are read as {what}; leave it out.")
 
 
 def _refuse_unknown(path: str, config: InputConfig) -> None:

@@ -18,7 +18,7 @@ tables in each row, archives in their members. A document is taken whole and as 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 
 from bigtx.config.schema import InputConfig
@@ -41,6 +41,7 @@ __all__ = [
     "InputFile",
     "Reject",
     "Rejects",
+    "documents_of",
     "list_files",
     "read_documents",
     "read_file",
@@ -57,14 +58,18 @@ def read_documents(config: InputConfig, rejects: Rejects) -> Iterator[Document]:
     Raises:
         DataError: as `list_files` does.
     """
-    for file in list_files(config):
-        yield from read_file(file, config, rejects)
+    yield from documents_of(list_files(config), Fields(config), rejects)
+
+
+def documents_of(files: Iterable[InputFile], fields: Fields, rejects: Rejects) -> Iterator[Document]:
+    """The documents of files; raises nothing that the input could cause."""
+    for file in files:
+        yield from fields.documents(read_rows(file, fields.options, rejects), rejects)
 
 
 def read_file(file: InputFile, config: InputConfig, rejects: Rejects) -> Iterator[Document]:
     """The documents of one file or range; raises nothing that the input could cause."""
-    fields = Fields(config)
-    yield from fields.documents(read_rows(file, fields.options, rejects), rejects)
+    yield from documents_of([file], Fields(config), rejects)
 
 
 def read_rows(file: InputFile, options: Options, rejects: Rejects) -> Iterator[Row]:

@@ -62,7 +62,7 @@ class Options:
             member and its decompressed stream (it raises BadRowError). All members of a sample then make one row.
         only: read the members of archives that end so, and no others: `txt`, `en.txt`, `json`.
         forbidden: suffixes of members for which an archive is refused.
-        section: of the configuration in which `text_field` and the like are, for messages; "" if there is none.
+        settings: for messages, what names of these attributes are called in the configuration, if they are there.
         strict: a sample without a member that is read is rejected, and so is one whose key was there before.
     """
 
@@ -75,7 +75,7 @@ class Options:
     members: Mapping[str, tuple[str, MakeValue]] = field(default_factory=dict)
     only: str | None = None
     forbidden: Sequence[str] = ()
-    section: str = ""
+    settings: Mapping[str, str] = field(default_factory=dict)
     strict: bool = False
 
     @property
@@ -83,9 +83,9 @@ class Options:
         """Whether a field beside the text is used."""
         return self.columns is None or any(name != self.text_field for name in self.columns)
 
-    def see(self, setting: str, before: str = "; see ") -> str:
+    def see(self, name: str, value: str = "", before: str = "; see ") -> str:
         """The end of a message that names a setting, where there is one."""
-        return f"{before}{self.section}.{setting}" if self.section else ""
+        return f"{before}{self.settings[name]}{value}" if name in self.settings else ""
 
     @property
     def is_joined(self) -> bool:
@@ -123,7 +123,7 @@ def read_text(stream: BinaryIO, origin: Origin, options: Options, rejects: Rejec
     if options.document_per_line:
         yield from _read_text_lines(stream, origin, options, rejects)
         return
-    advice = options.see("document_per_line=true", "; to read each line as a document: ")
+    advice = options.see("document_per_line", "=true", "; to read each line as a document: ")
     raw = read_whole(stream, origin, rejects, advice)
     if raw is not None:
         yield from text_row(without_signature(raw), origin, 1, options, rejects, origin.name)

@@ -84,7 +84,7 @@ def _records(
                 lines.leave_quotation()
             num_lines = max(1, lines.number - line + 1)
             is_open = is_quoted and num_lines > 1
-            advice = options.see("quoted_fields=false", "; if quotation marks are text: ") if is_open else ""
+            advice = options.see("quoted_fields", "=false", "; if quotation marks are text: ") if is_open else ""
             rejects.add(Reject(origin.file, line, f"{error}{advice}", lost=num_lines))
         except READ_ERRORS as error:
             rejects.add(Reject(origin.file, lines.number + 1, unreadable(error), lost=None))

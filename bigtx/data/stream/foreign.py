@@ -121,10 +121,8 @@ def read_texts(shard: str, config: ForeignConfig) -> Iterator[str]:
         DataError: the shard cannot be read or is damaged, holds code, its keys come twice or are interleaved, or a
             sample has no text; it names the shard and the sample.
     """
-    fields = Fields(InputConfig(text_field=config.text_field))
-    fields.options = options = dataclasses.replace(
-        fields.options, only=config.member, forbidden=EXECUTABLE_SUFFIXES, section="data.foreign", strict=True
-    )
+    fields = Fields(InputConfig(text_field=config.text_field), "data.foreign", ("text_field", "member"))
+    options = dataclasses.replace(fields.options, only=config.member, forbidden=EXECUTABLE_SUFFIXES, strict=True)
     rejects = Rejects(0.0, _refuse)
     try:
         with open_stream(as_place(shard)) as stream:

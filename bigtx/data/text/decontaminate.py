@@ -21,7 +21,8 @@ import numpy as np
 
 from bigtx.config.schema import DecontaminateConfig, InputConfig
 from bigtx.data.raw.documents import in_batches
-from bigtx.data.raw.read import Rejects, read_documents
+from bigtx.data.raw.fields import Fields
+from bigtx.data.raw.read import Rejects, documents_of, list_files
 from bigtx.data.text.words import hash_ngrams, hash_words, words_at
 from bigtx.utils.errors import DataError
 from bigtx.utils.files import write_atomic, write_json
@@ -146,11 +147,13 @@ def _batches(config: DecontaminateConfig) -> Iterator[list[str]]:
     """The evaluation texts, some at a time."""
     rejects = Rejects(max_share=1.0)
     settings = InputConfig(paths=config.paths, text_field=config.text_field, document_per_line=config.document_per_line)
-    yield from in_batches((document.text for document in read_documents(settings, rejects)), len, _BATCH_CHARACTERS)
+    fields = Fields(settings, "decontaminate", ("text_field", "document_per_line"))
+    documents = documents_of(list_files(settings), fields, rejects)
+    yield from in_batches((document.text for document in documents), len, _BATCH_CHARACTERS)
     if rejects:
         raise DataError(
             f"Not all texts of decontaminate.paths can be read ({rejects.describe()}), so what they hold could not be "
-            f"kept out. Repair them, or name others; decontaminate.text_field says where the text is. The first:"
+            f"kept out. Repair them, or name others. The first:"
             f"{rejects.first()}"
         )
 

@@ -292,7 +292,7 @@ def test_rejects_are_listed_and_too_many_refused(
     assert not (tmp_path / "corpus").exists()
     config.input.max_rejects = 0.01
     report = prepare(config)
-    assert (report.num_rejects, report.num_empty) == (1, 1)
+    assert (report.rejects.count, report.rejects.num_empty) == (1, 1)
     assert (tmp_path / "corpus" / "rejects.jsonl").read_text() == (tmp_path / "corpus.rejects.jsonl").read_text()
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from bigtx.config.schema import InputConfig
 from bigtx.data.raw import documents
 from bigtx.data.raw.read import EMPTY, InputFile, Reject, Rejects, list_files, read_documents, read_file, split_file
-from bigtx.utils.errors import DataError
+from bigtx.utils.errors import ConfigError, DataError
 
 
 def read_all(config: InputConfig) -> tuple[list[str], list[Reject]]:
@@ -210,6 +210,13 @@ def test_no_advice_makes_a_wrong_corpus(tmp_path: Path, name: str, advice: str) 
         DataError, match=rf"Cannot tell what .*: {'if it is plain text' if 'rst' in name else ''}.*{advice}"
     ):
         list_files(InputConfig(paths=[str(path)]))
+
+
+@pytest.mark.parametrize("suffix", [".json", ".JSONL", ".gz", ".txt.gz"])
+def test_suffixes_of_text_that_cannot_take_effect_are_refused(tmp_path: Path, suffix: str) -> None:
+    write(tmp_path / "a.txt", b"a")
+    with pytest.raises(ConfigError, match=rf"input\.text_suffixes: files that end in {suffix} are read as"):
+        list_files(InputConfig(paths=[str(tmp_path)], text_suffixes=[".txt", suffix]))
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".json"])

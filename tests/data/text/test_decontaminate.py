@@ -99,7 +99,10 @@ def test_a_set_that_cannot_be_read_in_full_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "set.jsonl"
     path.write_text(json.dumps({"text": QUESTION}) + "\n" + json.dumps({"question": QUESTION}) + "\n")
     config = DecontaminateConfig(paths=[str(path)])
-    with pytest.raises(DataError, match=r"1 texts of decontaminate\.paths could not be read(.|\n)*set\.jsonl, line 2"):
+    with pytest.raises(
+        DataError,
+        match=r"Not all texts of decontaminate\.paths(.|\n)*set\.jsonl, line 2.*see decontaminate\.text_field",
+    ):
         build_contamination_index(config, tmp_path)
     path.write_text(json.dumps({"text": "too short"}) + "\n")
     with pytest.raises(DataError, match="None of the 1 texts"):
