@@ -48,7 +48,7 @@ def parse_json(raw: bytes) -> dict[str, Any]:
         BadRowError: they are not UTF-8, no JSON object, or an object in them has a key twice.
     """
     try:
-        record = json.loads(raw.decode(), object_pairs_hook=_object)
+        record = _DECODER.decode(raw.decode())
     except UnicodeDecodeError as error:
         raise BadRowError(other_encoding(raw) or _not_utf8(error)) from None
     except json.JSONDecodeError as error:
@@ -67,6 +67,8 @@ def refuse_nuls(text: str) -> None:
     Raises:
         BadRowError: it names the encoding that the text looks like.
     """
+    if "\0" not in text:
+        return
     num_nuls = text.count("\0")
     if num_nuls >= _MIN_NULS and num_nuls >= _NUL_SHARE * len(text):
         reason = _encoding_by_nuls(text.encode("utf-8", "surrogateescape")[:_SAMPLE])
@@ -80,6 +82,8 @@ def refuse_surrogates(text: str) -> None:
     Raises:
         BadRowError: it has one.
     """
+    if text.isascii():
+        return
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -124,6 +128,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key in keys if keys.count(key) > 1)
         raise BadRowError(f"the key {twice[:80]!r} stands twice in an object")
     return record
+
+
+# One for all: json.loads would make one for each call.
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:

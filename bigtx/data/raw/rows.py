@@ -148,7 +148,7 @@ def read_json(stream: BinaryIO, origin: Origin, options: Options, rejects: Rejec
             rejects.add(Reject(origin.file, line, _ARRAY, lost=None))
             return
         else:
-            rest = read_whole(stream, origin, rejects)
+            rest = read_whole(stream, origin, rejects, lost=None)
             if rest is not None:
                 yield from json_row(b"".join([*blank, raw, rest]), origin, line, rejects)
             return
@@ -182,12 +182,19 @@ def lines(stream: BinaryIO, origin: Origin, rejects: Rejects) -> Iterator[tuple[
         rejects.add(Reject(origin.file, line + 1, unreadable(error), lost=None))
 
 
-def read_whole(stream: BinaryIO, origin: Origin, rejects: Rejects, advice: str = "") -> bytes | None:
-    """All bytes of a stream that is one row; None if it is rejected."""
+def read_whole(
+    stream: BinaryIO, origin: Origin, rejects: Rejects, advice: str = "", *, lost: int | None = 1
+) -> bytes | None:
+    """All bytes of a stream; None if they are rejected.
+
+    Args:
+        advice: what to do where they are too many.
+        lost: see `Reject`, where they cannot be read to the end.
+    """
     try:
         raw = read_up_to(stream, documents.MAX_DOCUMENT_BYTES + 1)
     except READ_ERRORS as error:
-        rejects.add(Reject(origin.file, 0, unreadable(error)))
+        rejects.add(Reject(origin.file, 0, unreadable(error), lost))
         return None
     if len(raw) > documents.MAX_DOCUMENT_BYTES:
         rejects.add(Reject(origin.file, 1, too_long() + advice))

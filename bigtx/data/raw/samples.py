@@ -166,7 +166,7 @@ class _Archive:
         origin = Origin(f"{self._origin.file}/{name}", name, number=(member.offset // 512) << 32)
         stream = decompressed(member.stream, name)
         if kind is Format.JSON:
-            raw = read_whole(stream, origin, rejects)
+            raw = read_whole(stream, origin, rejects, lost=None)
             if raw is None:
                 run.broken.add(stem)
             else:
