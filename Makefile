@@ -26,8 +26,9 @@ help: ## this list
 demo: $(READY) ## train a small model on the standard library's source code, from nothing to samples
 	@$(BIN)/python tools/demo.py
 
-test: lint ## lint and the tests that fit a commit (15 to 25 minutes on 2 cores)
+test: lint ## lint, the tests that fit a commit, and fuzzing of the readers (15 to 25 minutes on 2 cores)
 	@$(PYTEST) -n logical --maxprocesses 4 --dist loadfile -m "not slow and not gpu and not slurm"
+	@$(BIN)/python tools/fuzz_readers.py --seconds 120
 
 test-full: lint ## every test that this machine can run without a GPU
 	@$(PYTEST) -m "not gpu"
