@@ -209,6 +209,8 @@ def archives(draw: st.DrawFn) -> Made:
                     "reversed",
                     "languages",
                     "lines",
+                    "both",
+                    "labelled",
                     "link",
                     "out",
                     "twice",
@@ -228,6 +230,8 @@ def archives(draw: st.DrawFn) -> Made:
                 member(f"{stem}.en.txt", encoded),
                 member(f"{stem}.json", b"{}"),
             ],
+            "labelled": [member(f"{stem}.cls", b"joy"), member(f"{stem}.TXT.gz", gzip.compress(encoded, mtime=0))],
+            "both": [member(f"{stem}.jsonl", record), member(f"{stem}.json", record)],
             "lines": [member(f"{stem}.jsonl", record + b"\n" + record)],
             "link": [member(f"{stem}.txt", b"", tarfile.SYMTYPE)],
             "out": [member(f"{stem}/../../out{number}.txt", encoded)],
@@ -243,6 +247,7 @@ def archives(draw: st.DrawFn) -> Made:
         keys += [key_of(name) for name, _, _ in own]
         items += {
             "languages": [Item(text)] * 2,
+            "both": [Item(text)] * 2,
             "lines": [Item(text)] * 2,
             "link": [Item(None)],
             "out": [Item(None)],
@@ -331,12 +336,13 @@ def check_foreign(made: Made, path: Path) -> None:
     except DataError as error:
         assert str(path) in str(error), error
         return
+    plain = []
     with tarfile.open(path) as archive:
-        plain = [
-            archive.extractfile(info).read().decode()  # type: ignore[union-attr]
-            for info in archive
-            if info.isreg() and info.name.endswith(".txt") and not Path(info.name).name.startswith(".")
-        ]
+        for info in archive:
+            name = Path(info.name.lower()).name
+            if info.isreg() and name.endswith((".txt", ".txt.gz")) and not name.startswith("."):
+                raw = archive.extractfile(info).read()  # type: ignore[union-attr]
+                plain.append((gzip.decompress(raw) if name.endswith(".gz") else raw).decode())
     assert texts == [text for text in plain if text], (texts, plain)
 
 

@@ -130,7 +130,7 @@ class _Archive:
                 self._run.broken.add(_stem(name))
             return
         yield from self._read_member(member, name, kind)
-        if self._run.held_bytes > documents.MAX_DOCUMENT_BYTES and not options.strict:
+        if self._run.held_bytes > documents.MAX_DOCUMENT_BYTES and not options.is_joined:
             yield from self._settle(is_whole=True)
             self._run = _Run(self._run.key, is_empty=False)
 
@@ -173,10 +173,11 @@ class _Archive:
                 run.records.append((stem, origin, raw))
                 run.held_bytes += len(raw)
             return
-        run.stems.add(stem)
-        if _hash(stem) in self._lone_records:
-            rejects.add(Reject(origin.file, 0, _APART))
-            return
+        if kind in (None, Format.TEXT):
+            run.stems.add(stem)
+            if _hash(stem) in self._lone_records:
+                rejects.add(Reject(origin.file, 0, _APART))
+                return
         if kind is None:
             target, make = options.members[suffix_inside(name)]
             try:
@@ -218,10 +219,11 @@ class _Archive:
 
     def _settle(self, is_whole: bool) -> Iterator[Row]:
         run, found = self._run, dict[str, dict[str, Any] | None]()
+        owners = {owner for stem in run.stems for owner in _owners(stem, run.key)}
         for stem, origin, raw in run.records:
             if _hash(stem) in self._stems:
                 self._rejects.add(Reject(origin.file, 0, _APART))
-            elif any(_belongs(stem, other) for other in run.stems):
+            elif stem in owners:
                 if self._options.has_metadata:
                     self._add_metadata(found, stem, origin, raw)
             elif stem in run.broken:
@@ -251,11 +253,13 @@ class _Archive:
 
     def _joined(self, found: dict[str, dict[str, Any] | None]) -> Iterator[Row]:
         """A row for each stem, of all its parts."""
-        for stem in dict.fromkeys(part.stem for part in self._run.parts):
+        by_stem: dict[str, list[_Part]] = {}
+        for part in self._run.parts:
+            by_stem.setdefault(part.stem, []).append(part)
+        for stem, parts in by_stem.items():
             metadata = _nearest(found, stem, self._run.key)
             if metadata is None or stem in self._run.broken:
                 continue
-            parts = [part for part in self._run.parts if part.stem == stem]
             fields = dict(metadata)
             try:
                 for part in parts:
@@ -270,14 +274,15 @@ class _Archive:
 
 def _nearest(found: dict[str, dict[str, Any] | None], stem: str, key: str) -> dict[str, Any] | None:
     """The record of a stem, or of the longest one that it continues; empty if there is none, None if it is broken."""
-    while stem not in found and len(stem) > len(key):
+    return next((found[owner] for owner in _owners(stem, key) if owner in found), {})
+
+
+def _owners(stem: str, key: str) -> Iterator[str]:
+    """The stems whose record is about what has this stem: itself, and those that it continues behind a dot."""
+    yield stem
+    while len(stem) > len(key):
         stem = stem.rpartition(".")[0]
-    return found.get(stem, {})
-
-
-def _belongs(record: str, stem: str) -> bool:
-    """Whether the record of one stem is about another one."""
-    return stem == record or stem.startswith(f"{record}.")
+        yield stem
 
 
 def _stem(name: str) -> str:
