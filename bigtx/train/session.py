@@ -456,7 +456,7 @@ class Session(ABC, Generic[Config]):
     def _tell_history(self) -> None:
         """Record how this life began."""
         for text in self.damaged:
-            self.tracker.event(self.state.step, "damaged_checkpoint", text=text)
+            self.tracker.event(self.state.step, "refused_checkpoint", text=text)
         if self.checkpoint:
             self.tracker.event(
                 self.state.step,

@@ -220,7 +220,7 @@ class EngineConfig:
     bucket_size: int = field(50_000_000, kind="count", minimum=1)
     """Elements in one reduction or gathering."""
     timeout: str = field("30 min", kind="duration")
-    """How long a collective may wait for another rank."""
+    """How long a collective of any process group may wait for another rank: 1 s to 30 days."""
 
 
 @dataclass(kw_only=True)
