@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -265,7 +266,7 @@ def _check_sampling(arguments: argparse.Namespace) -> None:
         f"{name}={value}: {rule}"
         for name, value, good, rule in (
             ("--max-new-tokens", arguments.max_new_tokens, arguments.max_new_tokens >= 1, "at least 1"),
-            ("--temperature", arguments.temperature, arguments.temperature >= 0.0, "0 or more"),
+            ("--temperature", arguments.temperature, 0.0 <= arguments.temperature < math.inf, "0 or more"),
             ("--top-k", arguments.top_k, arguments.top_k is None or arguments.top_k >= 1, "at least 1"),
             ("--top-p", arguments.top_p, arguments.top_p is None or 0.0 < arguments.top_p <= 1.0, "above 0, at most 1"),
         )

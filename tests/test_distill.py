@@ -260,7 +260,7 @@ def test_what_does_not_fit_is_refused(teacher: Path, corpus: Path, texts: Path, 
     for changes, expected in (
         ([], "distill.teacher: is not given"),
         (["distill.teacher=nowhere"], "no such folder; name a run or one of its checkpoints"),
-        ([f"distill.teacher={teacher}", "distill.temperature=0"], "leaves one answer of all"),
+        ([f"distill.teacher={teacher}", "distill.temperature=0"], "the least is 0.01"),
         ([f"distill.teacher={teacher}", "distill.copy_layers=true", f"base={teacher}"], "the weights come from"),
         ([f"distill.teacher={teacher}", "task=preference"], "cannot teach task=preference"),
         (["task=sft", f"base={teacher}", "distill.weight=0.1"], "says nothing without distill.teacher"),

@@ -16,10 +16,12 @@ from pathlib import Path
 import pytest
 from doors import TINY, last_step, losses, pretrain, rank_pids, read_lines, start_pretrain, wait_for
 
-from bigtx.engine.checkpoint import Checkpoint, list_checkpoints
+from bigtx.engine.checkpoint import Checkpoint, list_checkpoints, preferred, read_manifest
 
 pytestmark = pytest.mark.dist
 QUIET = [argument for argument in TINY if not argument.startswith("track.")] + ["track.wandb=off"]
+
+DIVERGING = "optimizer.learning_rate=1e30"
 
 Mount = Callable[[Path, str], None]
 
@@ -79,13 +81,58 @@ def test_a_lost_rank_ends_the_run_at_once_and_with_one_message(corpus: Path, tmp
 
 def test_a_loss_that_is_never_finite_ends_the_run(corpus: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    changes = ["optimizer.learning_rate=1e30", "schedule.warmup=0 steps", "train.max_skipped_steps=3"]
-    done = pretrain(*run_of(corpus, run_dir, "train.max_steps=50", *changes))
+    changes = ["schedule.warmup=0 steps", "train.max_skipped_steps=3", "train.checkpoint_every=3 steps"]
+    arguments = run_of(corpus, run_dir, "train.max_steps=50", *changes)
+    done = pretrain(*arguments, DIVERGING)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "train.max_skipped_steps" in done.stderr and "learning rate" in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     skipped = [event["step"] for event in read_lines(run_dir / "events.jsonl") if event["kind"] == "skipped_step"]
-    assert len(skipped) == 4 and skipped == sorted(skipped)
+    assert skipped == [2, 3, 4, 5]
+    # There is no checkpoint but the one of step 3. Other settings have all the steps that may be skipped.
+    done = pretrain(*arguments, "optimizer.learning_rate=1e-3", "allow_changes=[optimizer.learning_rate]")
+    assert done.returncode == 2 and "there is no other one" in done.stdout, done.stdout + done.stderr
+    assert "4 steps in a row (up to step 7)" in done.stderr
+
+
+def test_a_streak_of_skipped_steps_costs_no_good_checkpoint(corpus: Path, tmp_path: Path) -> None:
+    run_dir, rate = tmp_path / "run", "optimizer.learning_rate=1e-3"
+    every = ["schedule.warmup=0 steps", "train.checkpoint_every=5 steps", "train.max_skipped_steps=100"]
+    allowed = "allow_changes=[optimizer.learning_rate,train.max_steps]"
+    arguments = run_of(corpus, run_dir, *every, allowed)
+    assert pretrain(*arguments, "train.max_steps=20", rate).returncode == 0
+    done = pretrain(*arguments, "train.max_steps=40", DIVERGING)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "the run is not finished: its last 19 steps" in done.stderr and "Traceback" not in done.stderr
+    saved = {path.name: read_manifest(path).get("suspect", False) for path in list_checkpoints(run_dir)}
+    assert saved == {f"step-{step:08d}": step > 20 for step in (15, 20, 35, 40)}
+    assert [event["status"] for event in read_lines(run_dir / "events.jsonl") if event["kind"] == "end"][-1] == "failed"
+    assert preferred(run_dir).name == "step-00000020"
+    done = pretrain(*arguments, "train.max_steps=25", rate)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "resumed from" in done.stdout and "step-00000020 is used" in done.stdout
+    assert [path.name for path in list_checkpoints(run_dir)] == ["step-00000025", "step-00000020"]
+    assert sorted(losses(run_dir)) == list(range(1, 26))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_stopped_rank_is_named_within_the_time_out(corpus: Path, tmp_path: Path, victim: int) -> None:
+    run_dir = tmp_path / "run"
+    arguments = [each for each in run_of(corpus, run_dir) if not each.startswith("engine.timeout")]
+    process = start_pretrain(*arguments, "engine.timeout=20 s", "train.max_steps=100000", ranks=2)
+    with killed_afterwards(process, run_dir):
+        wait_for(lambda: last_step(run_dir) >= 3, process)
+        stopped = rank_pids(run_dir)[victim]
+        os.kill(stopped, signal.SIGSTOP)
+        log = run_dir / "logs" / f"rank-{1 - victim:05d}.log"
+        said = f"LaunchError: rank {victim} did not answer within engine.timeout=20 s"
+        wait_for(lambda: said in log.read_text(), process)
+        os.kill(stopped, signal.SIGKILL)  # The launcher would do so after another 30 s.
+        out, err = process.communicate(timeout=120)
+    assert process.returncode not in (0, None)
+    assert (out + err).count(said) == 1 and "Traceback" not in out + err
+    assert "Timed out waiting" in log.read_text() and "loop.py" in log.read_text(), "where it waited"
 
 
 @pytest.mark.parametrize("where", ["a file", "under a file", "read-only"])

@@ -221,8 +221,9 @@ def test_prompts_that_are_missing(run: Path, tmp_path: Path, capsys: pytest.Capt
     assert shown == f"DataError: {tmp_path / 'none.txt'} cannot be read: No such file or directory\n"
 
 
-def test_settings_out_of_range(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = ["--top-p", "0", "--top-k", "0", "--temperature", "-1", "--max-new-tokens", "0"]
+@pytest.mark.parametrize("temperature", ["-1", "nan", "inf"])
+def test_settings_out_of_range(run: Path, capsys: pytest.CaptureFixture[str], temperature: str) -> None:
+    settings = ["--top-p", "0", "--top-k", "0", "--temperature", temperature, "--max-new-tokens", "0"]
     shown = error(capsys, str(run), "--prompt", "x", *settings)
     assert all(name in shown for name in settings[::2])
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
 import shutil
 import signal
+import subprocess
+import termios
 from pathlib import Path
 from typing import Any
 
 import pytest
 from doors import (
     TINY,
+    environment,
     kill_left_over,
     last_step,
     losses,
     pretrain,
+    pretrain_command,
     rank_pids,
     read_lines,
     same_weights,
@@ -165,6 +170,30 @@ def test_ctrl_c_saves_without_a_traceback(corpus: Path, tmp_path: Path) -> None:
     assert events(run_dir, "wandb_error") == [] and len(list((run_dir / "wandb").glob("offline-run-*"))) == 1
     assert "Traceback" not in (run_dir / "logs" / "wandb.log").read_text()
     assert rank_pids(run_dir) == []
+
+
+def test_a_terminal_that_closes_is_a_request_to_stop(corpus: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    terminal, end = os.openpty()
+    process = subprocess.Popen(
+        pretrain_command([*resumable(corpus, run_dir), "train.max_steps=100000"], ranks=1),
+        stdin=end,
+        stdout=end,
+        stderr=end,
+        text=True,
+        env=environment(),
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(end)
+    try:
+        wait_for(lambda: last_step(run_dir) >= 3, process)
+    finally:
+        os.close(terminal)
+    assert process.wait(timeout=120) == 75
+    (ended,) = events(run_dir, "end")
+    assert ended["status"] == "stopped"
+    assert f"step-{ended['step']:08d}" in [path.name for path in (run_dir / "checkpoints").iterdir()]
 
 
 def test_stopped_before_the_first_step(corpus: Path, tmp_path: Path) -> None:

@@ -11,12 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 from bigtx.config.nodes import Node, Problem
-from bigtx.config.settings import Setting, find, members, similar_keys
+from bigtx.config.settings import Setting, find, members, show_number, similar_keys
 from bigtx.utils import units
 from bigtx.utils.secrets import HIDDEN, is_secret_key, scrub_text
 
 INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*(_[0-9]+)*)")
 FLOAT = re.compile(r"[-+]?((0|[1-9][0-9]*(_[0-9]+)*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
+NOT_FINITE = re.compile(r"[-+]?\.?(inf|infinity)|\.?nan", re.IGNORECASE)
 ENTRY_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 BOOLEANS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 YAML_BOOLEANS = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
@@ -78,7 +79,7 @@ class Converter:
             return self._numbers(setting, node)
         if node.is_null and setting.optional:
             return None
-        if setting.type == list[float]:
+        if typing.get_origin(setting.type) is list and setting.number:
             return self._number_list(setting, node)
         if typing.get_origin(setting.type) is list:
             return self._texts(setting, node)
@@ -118,14 +119,14 @@ class Converter:
                     self._report(key, member, str(error))
         return texts
 
-    def _number_list(self, setting: Setting, node: Node) -> list[float]:
+    def _number_list(self, setting: Setting, node: Node) -> list[Any]:
         if not isinstance(node.content, list):
             raise ValueError(f"is a list of numbers; write {setting.key}=[...]")
         numbers = []
         for index, member in enumerate(node.content):
             key = f"{setting.key}[{index}]"
             try:
-                numbers.append(_scalar(dataclasses.replace(setting, key=key, type=float), member))
+                numbers.append(_scalar(dataclasses.replace(setting, key=key, type=setting.number), member))
             except ValueError as error:
                 self._report(key, member, str(error))
         return numbers
@@ -277,9 +278,9 @@ def _refuse_surprise(text: str) -> None:
 
 def _check_bounds(setting: Setting, value: float) -> None:
     if setting.minimum is not None and value < setting.minimum:
-        raise ValueError(f"is too small; the least is {setting.minimum:g}")
+        raise ValueError(f"is too small; the least is {show_number(setting.minimum)}")
     if setting.maximum is not None and value > setting.maximum:
-        raise ValueError(f"is too large; the most is {setting.maximum:g}")
+        raise ValueError(f"is too large; the most is {show_number(setting.maximum)}")
 
 
 def _untyped(node: Node) -> Any:
@@ -299,4 +300,6 @@ def _untyped(node: Node) -> Any:
     _refuse_surprise(text)
     if INTEGER.fullmatch(text):
         return int(text)
-    return float(text) if FLOAT.fullmatch(text) else text
+    if NOT_FINITE.fullmatch(text):
+        raise ValueError("is not a finite number; write one in digits, or put a text into quotes")
+    return _float(text) if FLOAT.fullmatch(text) else text

@@ -12,6 +12,9 @@ from typing import Any, Literal
 Change = Literal["free", "by_name", "never"]
 """What resume allows: any change; a change named in `allow_changes`; no change at all."""
 
+LARGEST = {int: 2**63 - 1, float: 1e38}
+"""The largest number of each type where a field names no smaller one: about what int64 and fp32 hold."""
+
 
 def field(
     default: Any = dataclasses.MISSING,
@@ -28,9 +31,11 @@ def field(
         kind: "count" (`10B`, `64k` into an int), "size" (`512 MiB` into bytes), "duration" (`500 steps`,
             `2B tokens`, `30 min`, kept as text), or "" for the plain type.
         change: how far resume lets the value change; "" means as its section says.
-        minimum, maximum: inclusive bounds of a number.
+        minimum, maximum: inclusive bounds of a number, or of each number in a list or mapping. Every number has a
+            minimum; where it has no maximum, `LARGEST` holds.
     """
-    metadata = {"kind": kind, "change": change, "minimum": minimum, "maximum": maximum}
+    bounds = {name: bound for name, bound in (("minimum", minimum), ("maximum", maximum)) if bound is not None}
+    metadata = {"kind": kind, "change": change} | bounds
     if factory is not dataclasses.MISSING:
         return dataclasses.field(default_factory=factory, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from bigtx.config.fields import Change
+from bigtx.config.fields import LARGEST, Change
 
 NAME = "NAME"
 """Stands in a key for the name that a user chooses: `data.sources.NAME.path`."""
@@ -64,7 +64,8 @@ class Setting:
         key: dotted, from the top.
         type: the annotation without Optional.
         optional: whether null is a value.
-        kind, minimum, maximum: as in `fields.field`.
+        kind, minimum: as in `fields.field`.
+        maximum: the same, or of its type.
         change: what resume allows, inherited from the section where the field does not say.
         doc: the line under the field in the schema.
     """
@@ -93,6 +94,11 @@ class Setting:
         return None
 
     @property
+    def number(self) -> type | None:
+        """int or float, for a number, and for a list or mapping of numbers; None for other types."""
+        return _number_in(self.type)
+
+    @property
     def choices(self) -> tuple[str, ...]:
         """The values of a Literal; empty for other types."""
         return typing.get_args(self.type) if typing.get_origin(self.type) is Literal else ()
@@ -118,7 +124,7 @@ def members(schema: type, prefix: str = "", change: Change = "never") -> dict[st
             default=field.default if field.default_factory is dataclasses.MISSING else field.default_factory(),
             kind=marks.get("kind", ""),
             minimum=marks.get("minimum"),
-            maximum=marks.get("maximum"),
+            maximum=marks.get("maximum", _largest(annotation)),
             change=marks.get("change") or change,
             doc=docs.get(field.name, ""),
         )
@@ -196,15 +202,20 @@ def describe_type(setting: Setting) -> str:
     elif setting.kind:
         text = marked[setting.kind]
     elif typing.get_origin(setting.type) is list:
-        numbers = setting.type == list[float]
-        text = "a list of numbers: [0.2, 0.1]" if numbers else "a text, or a list of them: [a, b]"
+        examples = {float: "a list of numbers: [0.2, 0.1]", int: "a list of whole numbers: [1, 2]"}
+        text = examples[setting.number] if setting.number else "a text, or a list of them: [a, b]"
     else:
         text = "numbers by name" if setting.type == dict[str, float] else plain.get(setting.type, "keys and values")
     if setting.minimum is not None:
-        text += f", at least {setting.minimum:g}"
-    if setting.maximum is not None:
-        text += f", at most {setting.maximum:g}"
+        text += f", at least {show_number(setting.minimum)}"
+    if setting.maximum is not None and setting.maximum not in LARGEST.values():
+        text += f", at most {show_number(setting.maximum)}"
     return text + (", or null" if setting.optional else "")
+
+
+def show_number(number: float) -> str:
+    """A number for a message: a whole one in all its digits."""
+    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 @functools.cache
@@ -239,6 +250,16 @@ def _without_none(annotation: Any) -> tuple[Any, bool]:
         (inner,) = (argument for argument in arguments if argument is not type(None))
         return inner, True
     return annotation, False
+
+
+def _number_in(annotation: Any) -> type | None:
+    inner = typing.get_args(annotation)[-1] if typing.get_origin(annotation) in (list, dict) else annotation
+    return inner if inner in (int, float) else None
+
+
+def _largest(annotation: Any) -> float | None:
+    number = _number_in(annotation)
+    return LARGEST[number] if number else None
 
 
 def _prefix(setting: Setting | None) -> str:

@@ -34,6 +34,7 @@ from bigtx.utils.units import Duration, parse_duration, parse_range
 from bigtx.utils.urls import is_url, url_problem
 
 MANIFEST = "manifest.json"
+LEAST_TIMEOUT_SECONDS, LARGEST_TIMEOUT_SECONDS = 1, 30 * 86_400
 
 
 def validate(config: Any) -> Iterator[Problem]:
@@ -292,8 +293,10 @@ def _rhythms(every: dict[str, str], timeout: str, *, shares: bool = False) -> It
         elif duration and duration.unit == "fraction" and not shares:
             yield Problem(key, text, "is a share of the run; write steps, tokens or a time, such as 100 steps")
     waits = _duration(timeout)
-    if waits and (waits.unit != "seconds" or waits.value == 0):
+    if waits and waits.unit != "seconds":
         yield Problem("engine.timeout", timeout, "is no time; write one such as 30 min")
+    elif waits and not LEAST_TIMEOUT_SECONDS <= waits.value <= LARGEST_TIMEOUT_SECONDS:
+        yield Problem("engine.timeout", timeout, "is not between 1 s and 30 days; write a time such as 30 min")
 
 
 def _schedule(schedule: ScheduleConfig, num_steps: int | None, tokens_per_step: int | None) -> Iterator[Problem]:

@@ -23,8 +23,6 @@ def distill_problems(config: RunConfig) -> Iterator[Problem]:
         return
     if not Path(settings.teacher).is_dir():
         yield Problem("distill.teacher", settings.teacher, "no such folder; name a run or one of its checkpoints")
-    if settings.temperature == 0:
-        yield Problem("distill.temperature", "0", "leaves one answer of all; write a number above 0")
     if isinstance(config, FinetuneConfig):
         if config.task == "preference" or (config.task == "transcribe" and config.transcribe.method == "ctc"):
             what = "preference" if config.task == "preference" else "transcribe with transcribe.method=ctc"

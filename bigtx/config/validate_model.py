@@ -64,6 +64,18 @@ def model_problems(model: ModelConfig) -> Iterator[Problem]:
             model.rope_scaling.method,
             f"stretches rotary positions, but model.positions={model.positions}; write none",
         )
+    scaling = model.rope_scaling
+    for method, low, high in (
+        ("llama3", "low_frequency_factor", "high_frequency_factor"),
+        ("yarn", "beta_slow", "beta_fast"),
+    ):
+        if scaling.method == method and getattr(scaling, low) >= getattr(scaling, high):
+            yield Problem(
+                f"model.rope_scaling.{low}",
+                str(getattr(scaling, low)),
+                f"is not below model.rope_scaling.{high}={getattr(scaling, high)}; write a smaller number",
+                related=(f"model.rope_scaling.{high}",),
+            )
     yield from _experts(model)
     yield from _lora(model)
     yield from _audio(model)

@@ -10,15 +10,19 @@ the ranges that it needs, so one checkpoint serves any number of ranks, any ZeRO
 nothing of DeepSpeed. What is frozen is read through every checkpoint of the run, whose manifests name its hash, so
 that readers see a whole model.
 
+A checkpoint that was written while steps were being skipped is *suspect*, and its manifest says so: its weights are
+those of the last step before, which may have broken them. It is used only where there is no other one.
+
 This module reads, and does not import deepspeed; saving.py writes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -193,7 +197,7 @@ class Checkpoint:
 
 
 def list_checkpoints(folder: Path | str) -> list[Path]:
-    """Complete checkpoints of a run, newest first; a checkpoint's own folder gives itself."""
+    """Complete checkpoints of a run, newest first, suspect ones too; a checkpoint's own folder gives itself."""
     return [path for path in step_folders(folder) if (path / MANIFEST).is_file()]
 
 
@@ -207,34 +211,32 @@ def step_folders(folder: Path | str) -> list[Path]:
 
 
 def newest(folder: Path | str) -> Path:
-    """The newest complete checkpoint of a run.
+    """The newest complete checkpoint of a run that is not suspect; the newest of all where every one is.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or one that was looked at is damaged.
     """
     checkpoints = list_checkpoints(folder)
     if not checkpoints:
         raise CheckpointError(f"{folder} has no complete checkpoint: is it a run folder, and has the run saved one?")
-    return checkpoints[0]
+    return next((path for path in checkpoints if not is_suspect(read_manifest(path))), checkpoints[0])
 
 
 def preferred(folder: Path | str) -> Path:
-    """The checkpoint to use a run by: the best one where the run chose by a measurement, else the newest.
+    """The checkpoint to use a run by: the best one where the run chose by a measurement, else the `newest`.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or one that was looked at is damaged.
     """
-    checkpoints = list_checkpoints(folder)
-    if not checkpoints:
-        return newest(folder)  # Says so.
-    best = _best_step(checkpoints[0])
-    return next((path for path in checkpoints if step_of(path) == best), checkpoints[0])
+    default = newest(folder)
+    # A measurement of suspect weights is never the best, so the newest that is not knows it.
+    best = read_manifest(default).get("state", {}).get("best_step")
+    return next((path for path in list_checkpoints(folder) if step_of(path) == best), default)
 
 
-def _best_step(checkpoint: Path) -> int | None:
-    """The step of the best checkpoint as the run knew it at this one."""
-    step: int | None = read_manifest(checkpoint).get("state", {}).get("best_step")
-    return step
+def is_suspect(manifest: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint was written while steps were being skipped; see the top of this module."""
+    return bool(manifest.get("suspect"))
 
 
 def step_of(path: Path) -> int:
@@ -266,10 +268,11 @@ def load_weights(checkpoint: Path | str, kind: str = "master") -> Iterator[tuple
 
 
 def choose(folder: Path, ranks: Ranks, warn: Any) -> Checkpoint | None:
-    """The newest checkpoint whose files all have their hashes; each rank checks its share of the files.
+    """The newest checkpoint whose files all have their hashes, a suspect one only if there is no other; each rank
+    checks its share of the files.
 
     Args:
-        warn: called on each rank with a sentence for each checkpoint that was refused.
+        warn: called on each rank with a sentence for each checkpoint that was refused or passed over.
 
     Returns:
         None where the run has no checkpoint folder yet.
@@ -277,19 +280,25 @@ def choose(folder: Path, ranks: Ranks, warn: Any) -> Checkpoint | None:
     Raises:
         CheckpointError: there are checkpoints, but none is whole: starting again from step 0 must be on purpose.
     """
-    candidates = ranks.from_first([str(path) for path in step_folders(folder)])
+    candidates, suspects = ranks.from_first(_candidates(folder))
     for candidate in candidates:
         problems: list[str] = []
         checkpoint = None
         try:
-            checkpoint = Checkpoint(Path(candidate))
+            checkpoint = Checkpoint(candidate)
             problems = checkpoint.verify(sorted(checkpoint.files)[ranks.rank :: ranks.world_size])
         except CheckpointError as error:
             problems = [str(error)]
         problems = sorted({problem for found in ranks.gather(problems) for problem in found})
         if not problems:
+            if suspects:
+                names = ", ".join(path.name for path in suspects)
+                others = "there is no other one" if candidate in suspects else f"{candidate.name} is used"
+                warn(f"{folder}: {names}: written while steps were being skipped (not finite); {others}")
             return checkpoint
         warn(f"{candidate} is damaged and is not used: {'; '.join(problems)}")
+    if candidates == [folder]:
+        raise CheckpointError(f"{folder} is damaged (see above); restore it from a copy, or use another checkpoint")
     if candidates:
         raise CheckpointError(
             f"every checkpoint in {folder / FOLDER} is damaged (see above); restore one from a copy, or "
@@ -298,11 +307,22 @@ def choose(folder: Path, ranks: Ranks, warn: Any) -> Checkpoint | None:
     return None
 
 
+def _candidates(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The folders to try in order, and the suspect ones among them, which come last."""
+    folders, suspects = step_folders(folder), []
+    for path in folders:
+        # A damaged one is found out when it is tried.
+        with contextlib.suppress(CheckpointError):
+            if is_suspect(read_manifest(path)):
+                suspects.append(path)
+    return [path for path in folders if path not in suspects] + suspects, suspects
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, found to be as it was written.
+    """The manifest of a checkpoint, found to be as it was written and in its own folder.
 
     Raises:
-        CheckpointError: it is missing, damaged, or of another format.
+        CheckpointError: it is missing, damaged, of another format, or of another step than the folder's name says.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
@@ -314,6 +334,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path / MANIFEST} is not of format {FORMAT_VERSION}, the one that this bigtx reads")
     if manifest.pop("sha256", None) != manifest_hash(manifest):
         raise CheckpointError(f"{path / MANIFEST} does not have the hash that it names: its content has changed")
+    if _NAME.fullmatch(path.name) and manifest.get("step") != step_of(path):
+        raise CheckpointError(
+            f"{path} holds the checkpoint of step {manifest.get('step')}, but its name is that of step "
+            f"{step_of(path)}: it is a copy under another name, or was renamed; remove it, or give it its own name back"
+        )
     return manifest
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from bigtx.utils.processes import STOP_SIGNALS, start_of
+from bigtx.utils.processes import start_of, stop_signals
 
 LAUNCHER = [sys.executable, "-m", "deepspeed.launcher.runner"]
 EXIT_LOST = 1
@@ -58,7 +58,7 @@ class _Launch:
     def __init__(self, command: Sequence[str]) -> None:
         self._asked: list[int] = []
         # Before the launcher is there, so that no request is lost.
-        for number in (*STOP_SIGNALS, signal.SIGHUP):
+        for number in stop_signals():
             signal.signal(number, lambda received, frame: self._asked.append(received))
         own = {STARTED_BY: f"{os.getpid()} {start_of(os.getpid())}"}
         self._launcher = subprocess.Popen(command, start_new_session=True, env={**os.environ, **own})
@@ -88,12 +88,12 @@ class _Launch:
             self._ranks.setdefault(pid, start_of(pid))
 
     def _hand_on(self, number: int) -> None:
-        """Ask each rank once to stop. The end of a terminal is to a rank a request like others."""
+        """Ask each rank once to stop."""
         for pid in self._living():
             if pid not in self._told:
                 self._told.add(pid)
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGTERM if number == signal.SIGHUP else number)
+                    os.kill(pid, number)
         if not self._ranks:
             # Nothing has begun: there is nothing to save.
             with contextlib.suppress(ProcessLookupError):

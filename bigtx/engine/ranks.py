@@ -5,19 +5,28 @@ Agreements go over a gloo group of their own, on the CPU, so that none of them w
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import threading
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
 from bigtx.utils.errors import BigtxError, LaunchError
 from bigtx.utils.processes import stopped_at_once
 
 T = TypeVar("T")
+
+STORE_SECONDS = 5.0
+"""How long rank 0's store may take to answer: it never does where rank 0 is stopped."""
+GATHER_SECONDS = 3.0
+"""How much later than the first rank the others may notice that they wait in vain."""
 
 
 class Ranks:
@@ -30,6 +39,9 @@ class Ranks:
     def __init__(self, *, timeout_seconds: float) -> None:
         """Join the other ranks; a process started alone becomes the only rank.
 
+        Args:
+            timeout_seconds: how long a collective of any process group waits for the other ranks.
+
         Raises:
             LaunchError: the environment announces several tasks but no launcher named their ranks, or the ranks do
                 not find each other.
@@ -41,9 +53,11 @@ class Ranks:
         # DeepSpeed's all-reduce by shared memory serves only its inference, takes a compiler at the first start, and
         # leaves 67 MB in /dev/shm for each rank of each run, until a machine has no memory left.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        timeout = timedelta(seconds=timeout_seconds)
+        wait_in_every_group(timeout)
         try:
             with stopped_at_once():
-                deepspeed.init_distributed(timeout=timedelta(seconds=timeout_seconds), verbose=False)
+                deepspeed.init_distributed(timeout=timeout, verbose=False)
         except dist.DistNetworkError as error:
             place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise LaunchError(
@@ -52,7 +66,7 @@ class Ranks:
             ) from error
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.local_rank = int(os.environ["LOCAL_RANK"])
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        self._group = dist.new_group(backend="gloo")
         if deepspeed.get_accelerator().device_name() == "cpu":
             self._keep_to_own_cores()
 
@@ -106,12 +120,43 @@ class Ranks:
     def is_first_to_fail(self) -> bool:
         """Whether no other rank has asked this before: the one that speaks for all.
 
-        Rank 0 holds the answer. If it was killed, one rank of each machine speaks.
+        Rank 0 holds the answer. If it was killed or is stopped, one rank of each machine speaks.
         """
-        try:
-            return dist.distributed_c10d._get_default_store().add("bigtx/failures", 1) == 1
-        except (RuntimeError, ValueError):
-            return self.rank == 1 or self.local_rank == 0
+        return self._ask_first(_is_first_to_fail, STORE_SECONDS, otherwise=self._speaks_without_first())
+
+    def silent(self) -> list[int] | None:
+        """The ranks that do not answer, as far as this can be known; None where another rank is to speak of it.
+
+        To be asked by each rank that has waited for others until its time was over.
+        """
+
+        def without_word(store: Store) -> list[int] | None:
+            store.set(f"bigtx/waited/{self.rank}", "")
+            if not _is_first_to_fail(store):
+                return None
+            time.sleep(GATHER_SECONDS)
+            return [rank for rank in range(self.world_size) if not store.check([f"bigtx/waited/{rank}"])]
+
+        return self._ask_first(
+            without_word, STORE_SECONDS + GATHER_SECONDS, otherwise=[0] if self._speaks_without_first() else None
+        )
+
+    def _speaks_without_first(self) -> bool:
+        return self.rank == 1 or self.local_rank == 0
+
+    @staticmethod
+    def _ask_first(question: Callable[[Store], T], seconds: float, *, otherwise: T) -> T:
+        """What rank 0's store answers; `otherwise` if it is gone or not in time: torch would wait without an end."""
+        answers: list[T] = []
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError, ValueError):
+                answers.append(question(dist.distributed_c10d._get_default_store()))
+
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(seconds)
+        return answers[0] if answers else otherwise
 
     def barrier(self) -> None:
         """Wait for every rank."""
@@ -120,6 +165,20 @@ class Ranks:
     def close(self) -> None:
         """Leave the others in order."""
         dist.destroy_process_group()
+
+
+def _is_first_to_fail(store: Store) -> bool:
+    return store.add("bigtx/failures", 1) == 1
+
+
+def wait_in_every_group(timeout: timedelta) -> None:
+    """Make this the time-out of every process group that is made from now on.
+
+    DeepSpeed makes groups of its own, some of them late, and names no time-out for them: they would have torch's
+    default, 30 minutes for gloo and 10 for NCCL. `torch.distributed` reads these names each time that it makes a group.
+    """
+    dist.distributed_c10d.default_pg_timeout = timeout
+    dist.distributed_c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
 
 
 def set_environment_of_single_process() -> None:

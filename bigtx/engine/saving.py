@@ -1,14 +1,16 @@
 """Saving what an engine holds, in the format of checkpoint.py.
 
 A checkpoint is written under another name, made durable, proved complete, then renamed. One that was found damaged is
-set aside as `step-N.damaged` once a later save needs its place, and never deleted. What the run does not train is
-written once, before the first checkpoint.
+set aside as `step-N.damaged` once a later save needs its place, and never deleted. While steps are being skipped, only
+suspect checkpoints are deleted; the next good one replaces them all. What the run does not train is written once,
+before the first checkpoint.
 
 This module does not import deepspeed itself; it is given an engine.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
@@ -16,14 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bigtx.engine.checkpoint import (
     FOLDER,
     FORMAT_VERSION,
     FROZEN,
+    is_suspect,
     list_checkpoints,
     manifest_hash,
     read_manifest,
@@ -31,9 +32,9 @@ from bigtx.engine.checkpoint import (
     step_of,
     write_manifest,
 )
-from bigtx.engine.write_weights import PART_BYTES, groups, write_part
+from bigtx.engine.write_weights import PART_BYTES, SafetensorsWriter, groups, write_part
 from bigtx.utils.errors import CheckpointError
-from bigtx.utils.files import fsync_dir, sha256_file
+from bigtx.utils.files import fsync_dir
 
 if TYPE_CHECKING:
     from bigtx.engine.engine import Engine, ReadRange
@@ -83,12 +84,15 @@ def save_frozen(engine: Engine, ranks: Ranks, run_dir: Path, read: ReadRange) ->
     _raise_first(ranks.gather(failure), partial, ranks)
 
 
-def save(engine: Engine, ranks: Ranks, run_dir: Path, facts: dict[str, Any], *, keep: int) -> Path:
+def save(
+    engine: Engine, ranks: Ranks, run_dir: Path, facts: dict[str, Any], *, keep: int, is_skipping: bool = False
+) -> Path:
     """Write a checkpoint of the engine. Every rank must call it.
 
     Args:
-        facts: what the manifest records beside the files: at least `step`.
+        facts: what the manifest records beside the files: at least `step`, and `suspect` where it is.
         keep: newest checkpoints to keep; older ones, but for the best, go once this one is complete.
+        is_skipping: this step was skipped, so that no good checkpoint goes.
 
     Returns:
         Its folder.
@@ -103,7 +107,7 @@ def save(engine: Engine, ranks: Ranks, run_dir: Path, facts: dict[str, Any], *, 
     _raise_first(ranks.gather(failure), partial, ranks)
     try:
         entry = _write_fragments(engine, partial / name)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         failure = f"rank {ranks.rank} could not write {partial / name}: {error}"
     reports = ranks.gather((failure, name, entry, _ranges(engine)))
     _raise_first([report[0] for report in reports], partial, ranks)
@@ -132,12 +136,27 @@ def save(engine: Engine, ranks: Ranks, run_dir: Path, facts: dict[str, Any], *, 
     _raise_first(ranks.gather(failure), partial, ranks)
     if ranks.rank == 0:
         best = facts.get("state", {}).get("best_step")
-        for old in [path for path in list_checkpoints(run_dir)[keep:] if step_of(path) != best]:
-            # Half a checkpoint must not look like a damaged one.
-            gone = old.with_name(old.name + ".partial")
-            os.rename(old, gone)
-            shutil.rmtree(gone, ignore_errors=True)
+        _prune(run_dir, keep=keep, best=best, is_skipping=is_skipping)
     return final
+
+
+def _prune(run_dir: Path, *, keep: int, best: int | None, is_skipping: bool) -> None:
+    """Delete what the checkpoint just written makes needless; a damaged one is left where it is."""
+    good, suspects = list[Path](), list[Path]()
+    for path in list_checkpoints(run_dir):
+        with contextlib.suppress(CheckpointError):
+            (suspects if is_suspect(read_manifest(path)) else good).append(path)
+    needless = suspects[keep:] if is_skipping else [*good[keep:], *suspects]
+    for path in needless:
+        if step_of(path) != best:
+            _delete(path)
+
+
+def _delete(checkpoint: Path) -> None:
+    """Half a checkpoint must not look like a damaged one."""
+    gone = checkpoint.with_name(checkpoint.name + ".partial")
+    os.rename(checkpoint, gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def _besides(engine: Engine, run_dir: Path) -> dict[str, Any]:
@@ -165,17 +184,23 @@ def _begin(partial: Path, leftovers: list[Path], ranks: Ranks) -> str | None:
 
 
 def _set_aside(run_dir: Path, *, from_step: int) -> None:
-    """Rename the checkpoints of this step and later ones: the run went on from before them, so they were refused."""
+    """Make room for this step. The run resumed from before the checkpoints of it and of later ones, so they were
+    refused: damaged ones are renamed, suspect ones deleted."""
     for path in step_folders(run_dir):
-        if step_of(path) >= from_step:
-            damaged = path.with_name(path.name + ".damaged")
-            shutil.rmtree(damaged, ignore_errors=True)
-            os.rename(path, damaged)
+        if step_of(path) < from_step:
+            continue
+        with contextlib.suppress(CheckpointError):
+            if is_suspect(read_manifest(path)):
+                _delete(path)
+                continue
+        damaged = path.with_name(path.name + ".damaged")
+        shutil.rmtree(damaged, ignore_errors=True)
+        os.rename(path, damaged)
 
 
 def _write_fragments(engine: Engine, path: Path) -> dict[str, Any] | None:
     """Write this rank's fragments durably. Returns size and hash, or None where it owns nothing."""
-    tensors = {}
+    pieces: dict[str, Tensor] = {}
     for fragment in engine.owned:
         states = engine.optimizer.state[fragment.flat]
         sources = {"master": fragment.flat} | {
@@ -183,18 +208,15 @@ def _write_fragments(engine: Engine, path: Path) -> dict[str, Any] | None:
         }
         for kind, source in sources.items():
             assert source.dtype == torch.float32 and source.numel() == fragment.flat.numel()
-            tensors[f"{fragment.name}|{fragment.start}|{kind}"] = _on_host(fragment.view(source))
-    if not tensors:
+            pieces[f"{fragment.name}|{fragment.start}|{kind}"] = fragment.view(source)
+    if not pieces:
         return None
-    save_file(tensors, path)
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-    return {"size": path.stat().st_size, "sha256": sha256_file(path)}
-
-
-def _on_host(tensor: Tensor) -> Tensor:
-    """A copy in host memory."""
-    return tensor.clone() if tensor.device.type == "cpu" else tensor.cpu()
+    entries = [(name, tuple(piece.shape), piece.dtype) for name, piece in pieces.items()]
+    # Not by safetensors' save_file: it makes files that their owner alone may read, whatever the umask.
+    with SafetensorsWriter(path, entries) as writer:
+        for piece in pieces.values():
+            writer.write(piece.cpu())
+        return writer.finish()
 
 
 def _ranges(engine: Engine) -> list[tuple[str, tuple[int, ...], int, int]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -61,7 +62,7 @@ class Sampling:
     seed: int = 1
 
     def __post_init__(self) -> None:
-        assert self.temperature >= 0.0, "temperature must be at least 0"
+        assert 0.0 <= self.temperature < math.inf, "temperature must be a finite number of at least 0"
         assert self.top_k is None or self.top_k >= 1, "top_k must be at least 1"
         assert self.top_p is None or 0.0 < self.top_p <= 1.0, "top_p must be above 0 and at most 1"
 

@@ -23,6 +23,9 @@ from bigtx.train.stop import StopRequest
 from bigtx.utils.errors import BigtxError
 from bigtx.utils.memory import keep_freed_memory
 
+CURE = "Lower the learning rate (optimizer.learning_rate=... allow_changes=[optimizer.learning_rate])"
+"""What helps most often where steps are skipped."""
+
 
 class Validation(Protocol):
     """Measures a model within a run."""
@@ -60,6 +63,9 @@ def train(run: Run, stop: StopRequest) -> bool:
 
     Returns:
         Whether the run is finished.
+
+    Raises:
+        BigtxError: steps were skipped up to the end of the run, or too many in a row.
     """
     state = run.state
     if run.engine.device.type == "cpu":
@@ -105,7 +111,15 @@ def train(run: Run, stop: StopRequest) -> bool:
     if is_hopeless(run) and state.step < run.schedule.total_steps:
         run.tracker.message(f"nothing better in {state.measured_since_best} validations: the run ends here")
         run.tracker.event(state.step, "early_stop", best_step=state.best_step, best_value=state.best_value)
-    return state.step >= run.schedule.total_steps or is_hopeless(run)
+    finished = state.step >= run.schedule.total_steps or is_hopeless(run)
+    if finished and state.is_suspect:
+        raise BigtxError(
+            f"the run is not finished: its last {state.skipped_in_a_row} steps (up to step {state.step}) were skipped, "
+            "because the loss or gradient was not finite. The last good checkpoint was kept, and the command resumes "
+            f"from it. {CURE}, look at the data before sequence {state.sequences:,}, or end the run before these steps "
+            "(train.max_steps)"
+        )
+    return finished
 
 
 def measure(run: Run) -> bool:
@@ -141,8 +155,8 @@ def train_step(run: Run, micro_batches: list[Any], num_labels: int, num_tokens: 
         if state.skipped_in_a_row > config.train.max_skipped_steps:
             raise BigtxError(
                 f"{state.skipped_in_a_row} steps in a row (up to step {step}) had a loss or gradient that is "
-                "not finite, more than train.max_skipped_steps; lower the learning rate or look at the data "
-                f"before sequence {state.sequences:,}"
+                "not finite, more than train.max_skipped_steps. The last good checkpoint was kept, and the command "
+                f"resumes from it. {CURE}, or look at the data before sequence {state.sequences:,}"
             )
     return result
 
@@ -160,5 +174,9 @@ def report(run: Run, result: StepResult) -> None:
 
 def save_checkpoint(run: Run) -> Path:
     """Write a checkpoint of this step, where there is none yet."""
-    facts = run.facts | {"step": run.state.step, "state": run.state.to_dict(), "meter": run.meter.to_dict()}
-    return saving.save(run.engine, run.ranks, run.run_dir, facts, keep=run.config.train.keep_checkpoints)
+    state = run.state
+    facts = run.facts | {"step": state.step, "state": state.to_dict(), "meter": run.meter.to_dict()}
+    if state.is_suspect:
+        facts["suspect"] = True
+    keep, is_skipping = run.config.train.keep_checkpoints, state.skipped_in_a_row > 0
+    return saving.save(run.engine, run.ranks, run.run_dir, facts, keep=keep, is_skipping=is_skipping)

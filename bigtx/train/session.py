@@ -7,6 +7,7 @@ ended. `Session` is what all have; pretraining.py and finetuning.py say what eac
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import re
 import shutil
@@ -14,7 +15,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NoReturn, Self, TypeVar
 
 from bigtx.config.schema import RunConfig
 from bigtx.train.stop import EarlyStop, StopRequest
@@ -33,10 +34,10 @@ if TYPE_CHECKING:
 
 Config = TypeVar("Config", bound=RunConfig)
 
-LOST_RANK = re.compile(
-    r"Connection (closed|reset) by peer|Broken pipe|Timed out waiting|NCCL (communicator was aborted|error)"
-)
+LOST_RANK = re.compile(r"Connection (closed|reset) by peer|Broken pipe|NCCL (communicator was aborted|error)")
 """What torch.distributed's backends say when another process is gone."""
+SILENT_RANK = re.compile(r"Timed out waiting|wait timeout after|collective operation timeout")
+"""What they say when another process has not answered in time."""
 BASE_FACTS = ("checkpoint", "manifest_sha256", "step", "wandb_run_id")
 """What links a run to the one that it began with."""
 
@@ -189,10 +190,22 @@ class Session(ABC, Generic[Config]):
         return own if self.teacher is None else own + self.teacher.flops_per_row(**lengths)
 
     def is_finished(self) -> bool:
-        """Whether the run has made all its steps; says so, before the model is built for nothing."""
+        """Whether the run has made all its steps; says so, before the model is built for nothing.
+
+        Raises:
+            CheckpointError: it has, but its only checkpoints are suspect.
+        """
+        from bigtx.engine.checkpoint import is_suspect
+
         step = self.checkpoint.manifest["state"]["step"] if self.checkpoint else 0
         if step < self.total_steps:
             return False
+        if is_suspect(self.checkpoint.manifest):
+            raise CheckpointError(
+                f"{self.checkpoint.path}: the last steps of the run were all skipped, because the loss or gradient was "
+                "not finite, and there is no checkpoint from before; start over in another run_dir, e.g. with a lower "
+                "optimizer.learning_rate"
+            )
         log.say(
             f"the run is finished: {step:,} steps. To train on: train.max_steps=N "
             "allow_changes=[train.max_steps]; to start anew: another run_dir"
@@ -234,13 +247,16 @@ class Session(ABC, Generic[Config]):
         Raises:
             CheckpointError, ConfigError: weights that do not fit.
         """
-        from bigtx.train.state import RunState
+        from bigtx.train.state import HARMLESS_SKIPS, RunState
 
+        harmless = HARMLESS_SKIPS.get(self.config.engine.precision, 0)
         if not self.checkpoint:
-            self.state = RunState()
+            self.state = RunState(harmless_skips=harmless)
             self.begin()
             return
-        self.state = RunState.from_dict(self.checkpoint.manifest["state"])
+        self.state = RunState.from_dict(self.checkpoint.manifest["state"] | {"harmless_skips": harmless})
+        if self.changed:
+            self.state.skipped_in_a_row = 0  # Other settings may be the cure, and have all of max_skipped_steps.
         self.engine.fill(self.checkpoint.read, states=True)
         self.engine.optimizer.num_updates = self.checkpoint.manifest["num_updates"]
         self.engine.set_loss_scale(self.checkpoint.manifest["loss_scale"])
@@ -440,7 +456,7 @@ class Session(ABC, Generic[Config]):
     def _tell_history(self) -> None:
         """Record how this life began."""
         for text in self.damaged:
-            self.tracker.event(self.state.step, "damaged_checkpoint", text=text)
+            self.tracker.event(self.state.step, "refused_checkpoint", text=text)
         if self.checkpoint:
             self.tracker.event(
                 self.state.step,
@@ -498,15 +514,32 @@ class Session(ABC, Generic[Config]):
         if self.stop.came_early:
             if not isinstance(error, EarlyStop):  # Another rank's end was noticed before this one's own.
                 raise EarlyStop(self.stop.exit_status) from error
-        elif isinstance(error, RuntimeError) and LOST_RANK.search(str(error)):
+        elif self.ranks and isinstance(error, RuntimeError) and SILENT_RANK.search(str(error)):
+            self._explain_silence(error)
+        elif self.ranks and isinstance(error, RuntimeError) and LOST_RANK.search(str(error)):
             lost = LaunchError(
-                "lost the connection to another rank, which has ended or hangs; its last words are above or in "
-                f"{self.run_dir / 'logs'}. The same command goes on from the last checkpoint"
+                "lost the connection to another rank, which has ended; its last words are above or in "
+                f"{self.run_dir / 'logs'}. The same command resumes from the last checkpoint"
             )
             self._say_once(lost)
             raise lost from error
         elif isinstance(error, BigtxError) and self.ranks:
             self._say_once(error)
+
+    def _explain_silence(self, error: RuntimeError) -> NoReturn:
+        """Name the ranks that did not answer in time; each of the others leaves its stack in its log."""
+        logging.getLogger(__name__).error("this rank waited for another until engine.timeout", exc_info=error)
+        silent = self.ranks.silent()
+        who = f"rank {', '.join(map(str, silent))}" if silent else "a rank, or the network,"
+        lost = LaunchError(
+            f"{who} did not answer within engine.timeout={self.config.engine.timeout}: it is stopped, hangs or is too "
+            f"slow; {self.run_dir / 'logs'} shows where each of the others waited for it. The same command resumes "
+            "from the last checkpoint"
+        )
+        if silent is not None:
+            log.say_error(f"LaunchError: {lost}", any_rank=True)
+        lost.reported = True
+        raise lost from error
 
     def _say_once(self, error: BigtxError) -> None:
         if self.ranks.is_first_to_fail():

@@ -9,6 +9,10 @@ from bigtx.data.stream.skip import SkippedWindows
 from bigtx.utils.errors import ConfigError
 from bigtx.utils.units import parse_duration
 
+HARMLESS_SKIPS = {"fp16": 2}
+"""By precision: skipped steps in a row that say nothing against the weights. fp16's loss scale skips so many whenever
+it has risen too far; elsewhere each is a fault."""
+
 
 @dataclass
 class RunState:
@@ -20,6 +24,7 @@ class RunState:
         tokens: input tokens consumed over all ranks.
         skipped_steps: steps without an update because of a non-finite value.
         skipped_in_a_row: the latest of them without a good step between.
+        harmless_skips: of `HARMLESS_SKIPS`, for the precision of this process.
         skipped_sequences: windows of the global order that the run passes over, as in `data.skip`.
         best_step, best_value: the measurement that was best, where checkpoints are chosen by one.
         measured_since_best: measurements after it.
@@ -31,6 +36,7 @@ class RunState:
     tokens: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    harmless_skips: int = 0
     skipped_sequences: list[str] = field(default_factory=list)
     best_step: int | None = None
     best_value: float | None = None
@@ -50,13 +56,20 @@ class RunState:
         self.skipped_steps += skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
 
+    @property
+    def is_suspect(self) -> bool:
+        """Whether the latest steps were all skipped, so that the weights may be of no use."""
+        return self.skipped_in_a_row > self.harmless_skips
+
     def judge(self, value: float, *, lower: bool) -> bool:
-        """Take on a measurement of this step; returns whether it is the best so far. One that is no number never is.
+        """Take on a measurement of this step; returns whether it is the best so far. One that is no number never is,
+        nor is one of suspect weights.
 
         Args:
             lower: whether less is better.
         """
-        is_best = value == value and (
+        is_number = value == value
+        is_best = (is_number and not self.is_suspect) and (
             self.best_value is None or (value < self.best_value if lower else value > self.best_value)
         )
         if is_best:

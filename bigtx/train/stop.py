@@ -6,7 +6,7 @@ import signal
 from collections.abc import Callable
 from types import FrameType
 
-from bigtx.utils.processes import STOP_SIGNALS
+from bigtx.utils.processes import stop_signals
 
 EXIT_REQUEUE = 75
 """Status of a run that was asked to stop and saved: run the same command again (sysexits' EX_TEMPFAIL)."""
@@ -17,7 +17,7 @@ class EarlyStop(SystemExit):
 
 
 class StopRequest:
-    """Turns SIGTERM, SIGINT and SIGUSR1 into an `EarlyStop`, and after `defer` into a flag that the loop reads.
+    """Turns SIGTERM, SIGINT, SIGUSR1 and SIGHUP into an `EarlyStop`, and after `defer` into a flag that the loop reads.
 
     Only the first one does anything: launchers send several.
 
@@ -34,7 +34,7 @@ class StopRequest:
         self.came_early = False
         self._tell = tell
         self._is_deferred = False
-        for number in STOP_SIGNALS:
+        for number in stop_signals():
             signal.signal(number, self._receive)
 
     @property

@@ -9,8 +9,15 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""What asks a run to stop."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+"""What asks a run to stop; SIGHUP is the end of its terminal or of the connection to it."""
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """Those of `STOP_SIGNALS` that this process listens to: a SIGHUP that is ignored at the start, as `nohup` and
+    `disown -h` have it, stays ignored."""
+    ignores_hangup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return tuple(number for number in STOP_SIGNALS if number != signal.SIGHUP or not ignores_hangup)
 
 
 def rank() -> int:
@@ -70,7 +77,7 @@ def stopped_at_once() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in STOP_SIGNALS}
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in stop_signals()}
     try:
         yield
     finally:

@@ -26,6 +26,8 @@ SECONDS = {
 
 COUNT_EXAMPLE = "a whole number such as 500, 64k, 1.5M or 10B"
 SIZE_EXAMPLE = "a size such as 512 MiB, 1.5 GB or a number of bytes"
+LARGEST = 2**63 - 1
+"""Of any quantity: what 64 bits hold."""
 DURATION_EXAMPLE = "a duration such as 500 steps, 2B tokens, 30 min or 5 %"
 RANGE_EXAMPLE = "a range START-END such as 120k-121k"
 
@@ -134,7 +136,10 @@ def _quantity(text: str, suffixes: dict[str, int], example: str) -> Decimal:
     factor = suffixes.get(match["suffix"].lower())
     if factor is None:
         raise ValueError(f"ends in {match['suffix']!r}, which is no unit here; write {example}")
-    return Decimal(match["number"].replace("_", "")) * factor
+    quantity = Decimal(match["number"].replace("_", "")) * factor
+    if quantity > LARGEST:
+        raise ValueError(f"is too large; write {example}")
+    return quantity
 
 
 def _whole(text: str, suffixes: dict[str, int], example: str) -> int:

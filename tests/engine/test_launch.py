@@ -78,11 +78,12 @@ def arguments(decoder_base: Path, tmp_path: Path) -> list[str]:
     ]
 
 
-def test_a_request_to_stop_reaches_the_ranks(arguments: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
+def test_a_request_to_stop_reaches_the_ranks(arguments: list[str], tmp_path: Path, number: signal.Signals) -> None:
     run_dir = tmp_path / "run"
     with running(run_dir, *arguments) as process:
         wait_for(lambda: last_step(run_dir) >= 3, process)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         out, err = process.communicate(timeout=120)
         assert process.returncode == 75, out + err
         assert "deepspeed, 2 ranks" in out and "stopped at step" in out and "Traceback" not in out + err

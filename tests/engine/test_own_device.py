@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import deepspeed
 import pytest
@@ -28,9 +28,24 @@ def test_own_device(monkeypatch: pytest.MonkeyPatch, local_rank: str) -> None:
         assert taken == [int(local_rank)]
 
 
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What two ranks say of themselves."""
+    stages = [{"stage": stage} for stage in range(4)]
+    scenarios = {"cores": ["cores", {}], "time-outs": ["time_outs", {"cases": stages}]}
+    return run_ranks(tmp_path_factory.mktemp("ranks"), 2, "several", scenarios=scenarios)
+
+
+@pytest.mark.dist
+def test_the_time_out_reaches_every_process_group(answers: dict[str, Any]) -> None:
+    found = answers["time-outs"]
+    assert len(found) > 2, "DeepSpeed made no group of its own: the test tests nothing"
+    assert set(found) == {300.0}
+
+
 @pytest.mark.dist
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core has no parts")
-def test_own_cores(tmp_path: Path) -> None:
-    first, second = run_ranks(tmp_path, 2, "cores")
+def test_own_cores(answers: dict[str, Any]) -> None:
+    first, second = answers["cores"]
     assert first and second and not set(first) & set(second)
     assert set(first) | set(second) <= os.sched_getaffinity(0)

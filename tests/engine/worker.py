@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from engines import LARGE_MODEL, Case, initial_read, plain_loop, run_engine, whole_parameters
 
 from bigtx.engine import checkpoint
@@ -186,9 +187,18 @@ def cores(ranks: Ranks) -> list[list[int]]:
     return ranks.gather(sorted(os.sched_getaffinity(0)))
 
 
+def time_outs(ranks: Ranks, cases: list[dict[str, Any]]) -> list[float]:
+    """The seconds that collectives wait in each process group, DeepSpeed's included, once engines have trained."""
+    for fields in cases:
+        engine, _, _ = run_engine(Case(**fields), ranks, 1)
+        engine.deepspeed.destroy()
+    groups = dist.distributed_c10d._world.pg_map
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+
+
 SCENARIOS: dict[str, Any] = {
     function.__name__: function
-    for function in (parity, train, average, save, resume, poison, start_within, several, cores)
+    for function in (parity, train, average, save, resume, poison, start_within, several, cores, time_outs)
 }
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
-from bigtx.train.state import RunState
+from bigtx.train.state import HARMLESS_SKIPS, Cadence, RunState
 from bigtx.utils.errors import ConfigError
 
 
@@ -38,3 +40,43 @@ def test_judged_anew_any_number_is_the_best_so_far() -> None:
     assert state.measured_since_best == 0
     state.step = 6
     assert state.judge(30.0, lower=True) and state.best_step == 6
+
+
+def test_a_good_step_ends_a_row_of_skipped_ones() -> None:
+    state = RunState()
+    rows = []
+    for skipped in (True, True, False, True, False):
+        state.advance(sequences=0, tokens=0, skipped=skipped)
+        rows.append((state.skipped_in_a_row, state.is_suspect))
+    assert rows == [(1, True), (2, True), (0, False), (1, True), (0, False)]
+    assert state.skipped_steps == 3
+
+
+def test_what_the_loss_scale_skips_is_harmless() -> None:
+    state = RunState(harmless_skips=HARMLESS_SKIPS["fp16"])
+    suspect = []
+    for _ in range(3):
+        state.advance(sequences=0, tokens=0, skipped=True)
+        suspect.append(state.is_suspect)
+    assert suspect == [False, False, True]
+
+
+def test_no_number_and_no_suspect_weights_are_ever_the_best() -> None:
+    state = RunState(step=1)
+    assert not state.judge(math.nan, lower=True) and state.best_step is None
+    state.skipped_in_a_row = 1
+    assert not state.judge(1.0, lower=True) and state.best_step is None
+    state.skipped_in_a_row = 0
+    assert state.judge(2.0, lower=True) and state.measured_since_best == 0
+    assert not state.judge(math.nan, lower=False) and state.best_value == 2.0
+
+
+@pytest.mark.parametrize(
+    ("every", "due_at"), [("3 steps", [3, 6, 9]), ("250 tokens", [3, 5, 8, 10]), ("25 s", [3, 5, 8, 10])]
+)
+def test_a_cadence_is_due_once_for_each_multiple(every: str, due_at: list[int]) -> None:
+    cadence = Cadence(every)
+    due = [
+        step for step in range(1, 11) if cadence.due(RunState(step=step, tokens=100 * step), elapsed_seconds=10 * step)
+    ]
+    assert due == due_at

@@ -8,6 +8,8 @@ import pytest
 from bigtx.train.stop import EarlyStop, StopRequest
 from bigtx.utils.processes import STOP_SIGNALS, stopped_at_once
 
+STATUSES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGHUP: 75}
+
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
@@ -17,7 +19,7 @@ def handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
+@pytest.mark.parametrize(("number", "status"), STATUSES.items())
 def test_a_request_before_the_first_step_ends_the_run_once(number: signal.Signals, status: int) -> None:
     told: list[str] = []
     stop = StopRequest(lambda: told.append("stopped"))
@@ -43,3 +45,12 @@ def test_where_no_handler_is_heard_signals_do_what_they_do_by_themselves() -> No
     with stopped_at_once():
         assert all(signal.getsignal(number) is signal.SIG_DFL for number in STOP_SIGNALS)
     assert all(signal.getsignal(number) == handler for number in STOP_SIGNALS)
+
+
+def test_under_nohup_the_end_of_the_terminal_changes_nothing() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = StopRequest(lambda: pytest.fail("nobody asked"))
+    with stopped_at_once():
+        signal.raise_signal(signal.SIGHUP)
+    signal.raise_signal(signal.SIGHUP)
+    assert not stop.requested and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN

@@ -60,7 +60,7 @@ class RecordsConfig:
     """Most tokens of a record (of each side, where it has two). Empty: the model's max_sequence_length."""
     too_long: Literal["truncate", "refuse"] = "truncate"
     """What happens to longer ones: cut, and counted; or the run does not start."""
-    prefetch_batches: int = field(4, minimum=0, change="free")
+    prefetch_batches: int = field(4, minimum=0, maximum=65_536, change="free")
     """Micro batches made ahead in a thread; 0 makes them in the loop."""
 
 
@@ -90,7 +90,7 @@ class ChatConfig:
     """Text between prompt and answer in the plain format."""
     max_new_tokens: int = field(256, kind="count", minimum=1, change="free")
     """Most tokens of an answer that the model writes."""
-    temperature: float = field(0.0, minimum=0.0, change="free")
+    temperature: float = field(0.0, minimum=0.0, maximum=1e3, change="free")
     """Of the draws when it writes; 0 takes the likeliest token each time."""
 
 
@@ -110,7 +110,7 @@ class SftConfig:
 class PreferenceConfig:
     """The better of two answers, learned by direct preference optimization (DPO, arXiv:2305.18290)."""
 
-    beta: float = field(0.1, minimum=1e-4)
+    beta: float = field(0.1, minimum=1e-4, maximum=1e3)
     """How strongly the model is held to its base: the reward is beta times the log-ratio to it."""
     label_smoothing: float = field(0.0, minimum=0.0, maximum=0.49)
     """Probability that a pair is the wrong way round (conservative DPO)."""
@@ -124,13 +124,13 @@ class TranscribeConfig:
     """seq2seq: a decoder writes what the encoder heard; ctc: an encoder alone says it column by column."""
     normalize: Literal["none", "lower", "words"] = "none"
     """What is made of the texts first: nothing, lower case, or lower case without punctuation, apostrophes kept."""
-    max_seconds: float = field(30.0, minimum=0.1)
+    max_seconds: float = field(30.0, minimum=0.1, maximum=1e6)
     """Longest recording; data.too_long says what happens to longer ones."""
-    num_frequency_masks: int = field(2, minimum=0)
+    num_frequency_masks: int = field(2, minimum=0, maximum=1000)
     """Bands of frequency that are hidden in training (SpecAugment, arXiv:1904.08779)."""
     max_frequency_mask: float = field(0.25, minimum=0.0, maximum=1.0)
     """Widest of them, as a share of the mel bins."""
-    num_time_masks: int = field(2, minimum=0)
+    num_time_masks: int = field(2, minimum=0, maximum=1000)
     """Bands of time that are hidden in training."""
     max_time_mask: float = field(0.1, minimum=0.0, maximum=1.0)
     """Longest of them, as a share of the recording."""
@@ -140,9 +140,9 @@ class TranscribeConfig:
     """In training add white noise, so many dB below the recording, or up to 30 dB less of it. Empty: none."""
     label_smoothing: float = field(0.0, minimum=0.0, maximum=0.5)
     """seq2seq: share of each label that is spread over the vocabulary (arXiv:1512.00567)."""
-    num_beams: int = field(1, minimum=1, change="free")
+    num_beams: int = field(1, minimum=1, maximum=1000, change="free")
     """seq2seq: texts that are followed side by side in prediction; 1 takes the likeliest token each time."""
-    length_penalty: float = field(0.6, minimum=0.0, change="free")
+    length_penalty: float = field(0.6, minimum=0.0, maximum=100.0, change="free")
     """seq2seq: exponent of the length by which the score of a text in the beam is divided (arXiv:1609.08144)."""
     cache_size: int = field(268_435_456, kind="size", minimum=0, change="free")
     """Most bytes of recordings that each rank keeps ready in memory; others are decoded again each time."""
@@ -156,14 +156,14 @@ class TranslateConfig:
     """Text before each source, e.g. 'German to English: ', where one model does several jobs (arXiv:1910.10683)."""
     label_smoothing: float = field(0.1, minimum=0.0, maximum=0.5)
     """Share of each label that is spread over the vocabulary (arXiv:1512.00567)."""
-    num_beams: int = field(5, minimum=1, change="free")
+    num_beams: int = field(5, minimum=1, maximum=1000, change="free")
     """Texts that are followed side by side in prediction; 1 takes the likeliest token each time. Validation within a
     run always does that."""
-    length_penalty: float = field(0.6, minimum=0.0, change="free")
+    length_penalty: float = field(0.6, minimum=0.0, maximum=100.0, change="free")
     """Exponent of the length by which the score of a text in the beam is divided (arXiv:1609.08144, equation 14)."""
-    max_ratio: float = field(2.0, minimum=0.0, change="free")
+    max_ratio: float = field(2.0, minimum=0.0, maximum=1e3, change="free")
     """Most tokens that are written: so many times those of the source, and max_added."""
-    max_added: int = field(10, minimum=0, change="free")
+    max_added: int = field(10, minimum=0, maximum=2**24, change="free")
     """See max_ratio."""
 
 
@@ -171,7 +171,7 @@ class TranslateConfig:
 class FinetuneTrainConfig(RhythmConfig):
     """The length and rhythm of a run: give epochs or max_steps."""
 
-    epochs: Optional[float] = field(None, minimum=0.0, change="by_name")
+    epochs: Optional[float] = field(None, minimum=0.0, maximum=1e6, change="by_name")
     """Passes over the training records; rounded up to whole steps."""
 
 

@@ -14,17 +14,17 @@ class RopeScalingConfig:
 
     method: Literal["none", "linear", "llama3", "yarn"] = "none"
     """none; linear (interpolation, arXiv:2306.15595); llama3 (by frequency, Llama 3.1); yarn (arXiv:2309.00071)."""
-    factor: float = field(1.0, minimum=1.0)
+    factor: float = field(1.0, minimum=1.0, maximum=1e6)
     """How many times longer than `original_length` the reach becomes."""
     original_length: int = field(8192, kind="count", minimum=1)
     """Positions of the original training, for llama3 and yarn."""
-    low_frequency_factor: float = 1.0
+    low_frequency_factor: float = field(1.0, minimum=1e-3, maximum=1e6)
     """llama3: wave lengths above original_length / this are scaled fully."""
-    high_frequency_factor: float = 4.0
+    high_frequency_factor: float = field(4.0, minimum=1e-3, maximum=1e6)
     """llama3: wave lengths below original_length / this are left alone."""
-    beta_fast: float = 32.0
+    beta_fast: float = field(32.0, minimum=1e-3, maximum=1e6)
     """yarn: rotations over original_length above which a frequency is left alone."""
-    beta_slow: float = 1.0
+    beta_slow: float = field(1.0, minimum=1e-3, maximum=1e6)
     """yarn: rotations over original_length below which a frequency is scaled fully."""
 
 
@@ -32,13 +32,13 @@ class RopeScalingConfig:
 class ExpertsConfig:
     """A mixture of experts in place of each block's feed-forward (arXiv:1701.06538); a decoder alone has one."""
 
-    num_experts: int = field(0, minimum=0)
+    num_experts: int = field(0, minimum=0, maximum=65_536)
     """Experts of each block; 0 is the plain feed-forward."""
-    num_active: int = field(2, minimum=1)
+    num_active: int = field(2, minimum=1, maximum=65_536)
     """Experts that each token is sent to."""
-    expert_size: Optional[int] = field(None, minimum=1)
+    expert_size: Optional[int] = field(None, minimum=1, maximum=2**24)
     """Inner width of one expert. Empty: the feed-forward's own width."""
-    shared_size: int = field(0, minimum=0)
+    shared_size: int = field(0, minimum=0, maximum=2**24)
     """Inner width of an expert that every token meets as well (arXiv:2401.06066); 0: none."""
     shared_gate: bool = False
     """Whether a sigmoid of each token weights the shared expert (Qwen2-MoE)."""
@@ -54,15 +54,15 @@ class ExpertsConfig:
 class AudioConfig:
     """What an encoder hears: a log-mel spectrogram through convolutions, in place of tokens (arXiv:2212.04356)."""
 
-    num_mel_bins: int = field(0, minimum=0)
+    num_mel_bins: int = field(0, minimum=0, maximum=4096)
     """Bands of the spectrogram, 80 as a rule; 0: the encoder reads tokens."""
-    sample_rate: int = field(16_000, kind="count", minimum=1000)
+    sample_rate: int = field(16_000, kind="count", minimum=1000, maximum=1_000_000)
     """Samples a second; recordings of another rate are resampled."""
-    window_ms: float = field(25.0, minimum=1.0)
+    window_ms: float = field(25.0, minimum=1.0, maximum=10_000.0)
     """Milliseconds under one window of the spectrogram."""
-    hop_ms: float = field(10.0, minimum=1.0)
+    hop_ms: float = field(10.0, minimum=1.0, maximum=10_000.0)
     """Milliseconds from one frame to the next."""
-    strides: list[int] = field(factory=lambda: [1, 2], minimum=1)
+    strides: list[int] = field(factory=lambda: [1, 2], minimum=1, maximum=64)
     """Strides of the convolutions over frames, of width 3; their product of frames makes a column of the encoder."""
 
 
@@ -71,7 +71,7 @@ class LoraConfig:
     """Low-rank adapters beside matrices of the blocks (arXiv:2106.09685): W x + alpha / rank * B A x. Where there are
     any, the model's own weights stay as they are; see also optimizer.train_also."""
 
-    rank: int = field(0, minimum=0)
+    rank: int = field(0, minimum=0, maximum=65_536)
     """Rows of A and columns of B; 0: no adapters."""
     alpha: float = field(16.0, minimum=1e-6)
     """What the adapters add is multiplied by alpha / rank."""
@@ -87,23 +87,23 @@ class ModelConfig:
 
     shape: Literal["decoder", "encoder", "encoder_decoder"] = "decoder"
     """decoder (predicts what follows), encoder (reads both ways), or both, joined by cross attention."""
-    vocab_size: Optional[int] = field(None, kind="count", minimum=2)
+    vocab_size: Optional[int] = field(None, kind="count", minimum=2, maximum=2**31 - 1)
     """Token ids of the tokenizer; empty takes it from the tokenizer. Padded to a multiple of 128 inside."""
-    hidden_size: int = field(512, minimum=8)
+    hidden_size: int = field(512, minimum=8, maximum=2**20)
     """Width D of the residual stream."""
-    num_layers: int = field(8, minimum=1)
+    num_layers: int = field(8, minimum=1, maximum=10_000)
     """Blocks in the stack; of an encoder-decoder, in the encoder."""
-    num_decoder_layers: Optional[int] = field(None, minimum=1)
+    num_decoder_layers: Optional[int] = field(None, minimum=1, maximum=10_000)
     """Blocks in the decoder of an encoder-decoder. Empty: num_layers."""
-    num_heads: int = field(8, minimum=1)
+    num_heads: int = field(8, minimum=1, maximum=65_536)
     """Query heads H."""
-    num_kv_heads: Optional[int] = field(None, minimum=1)
+    num_kv_heads: Optional[int] = field(None, minimum=1, maximum=65_536)
     """Key and value heads K; a divisor of num_heads (grouped-query attention, arXiv:2305.13245). Empty: num_heads."""
-    head_width: Optional[int] = field(None, minimum=2)
+    head_width: Optional[int] = field(None, minimum=2, maximum=65_536)
     """Width C of one head. Empty: hidden_size / num_heads."""
     mlp: Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu", "relu2"] = "swiglu"
     """Feed-forward: gated (swiglu, geglu: arXiv:2002.05202), gelu, relu, or its square (relu2: arXiv:2109.08668)."""
-    mlp_size: Optional[int] = field(None, minimum=1)
+    mlp_size: Optional[int] = field(None, minimum=1, maximum=2**24)
     """Inner width. Empty: 4 D, or for the gated ones 8/3 D rounded up to a multiple of 64."""
     experts: ExpertsConfig = section(ExpertsConfig, change="never")
     """Several feed-forwards in each block, of which a token meets a few."""
@@ -115,12 +115,12 @@ class ModelConfig:
     """pre: before each sublayer, and one at the end; post: after each residual sum, as in the 2017 Transformer."""
     embedding_norm: bool = False
     """A norm of the embeddings; the first block of a pre-norm stack then has none with a scale before its attention."""
-    bigram_rows: int = field(0, minimum=0)
+    bigram_rows: int = field(0, minimum=0, maximum=2**31 - 1)
     """Rows of a table of pairs of tokens, each with the one before it, added to the embeddings; pairs share rows by a
     hash (arXiv:2501.16975). It costs memory and next to no arithmetic. 0: none."""
-    bigram_size: Optional[int] = field(None, minimum=1)
+    bigram_size: Optional[int] = field(None, minimum=1, maximum=2**20)
     """Width of the rows; narrower ones are widened by a matrix. Empty: hidden_size."""
-    norm_eps: float = 1e-5
+    norm_eps: float = field(1e-5, minimum=1e-15, maximum=1.0)
     """Added to the variance."""
     norm_scale: bool = True
     """Whether norms have a learned scale."""
@@ -138,21 +138,21 @@ class ModelConfig:
     """A decoder's tokens of a prefix see each other both ways (prefix language model, arXiv:1910.10683)."""
     positions: Literal["rope", "learned", "sinusoidal", "relative"] = "rope"
     """Rotary (arXiv:2104.09864), a learned table, fixed sinusoids, or T5's bucketed bias (arXiv:1910.10683)."""
-    position_offset: int = field(0, minimum=0)
+    position_offset: int = field(0, minimum=0, maximum=65_536)
     """Rows of a learned table before that of the first position; RoBERTa has 2."""
-    rope_theta: float = field(10000.0, minimum=1.0)
+    rope_theta: float = field(10000.0, minimum=2.0)
     """Base of the rotary frequencies."""
-    local_rope_theta: Optional[float] = field(None, minimum=1.0)
+    local_rope_theta: Optional[float] = field(None, minimum=2.0)
     """The same in blocks with an attention_window. Empty: rope_theta."""
     rope_scaling: RopeScalingConfig = section(RopeScalingConfig, change="never")
     """How rotary positions are stretched."""
-    relative_num_buckets: int = field(32, minimum=2)
+    relative_num_buckets: int = field(32, minimum=4, maximum=65_536)
     """Buckets of the relative bias."""
     relative_max_distance: int = field(128, minimum=2)
     """Distance from which all positions share the last bucket."""
     max_sequence_length: int = field(2048, kind="count", minimum=1)
     """Positions of a learned table, and the longest text that generation keeps."""
-    num_token_types: int = field(0, minimum=0)
+    num_token_types: int = field(0, minimum=0, maximum=65_536)
     """Rows of a learned table of token types, which tell the texts of a pair apart (BERT: 2); 0: none."""
     attention_bias: bool = False
     """Biases on the query, key and value projections."""
@@ -166,7 +166,7 @@ class ModelConfig:
     """A bias on the logits."""
     head_transform: bool = False
     """A linear map, GELU and a norm before the head, as in BERT."""
-    num_classes: Optional[int] = field(None, minimum=2)
+    num_classes: Optional[int] = field(None, minimum=2, maximum=2**24)
     """Classes that a text is sorted into, by a head of its own instead of that of tokens. Empty: the head of tokens."""
     dropout: float = field(0.0, minimum=0.0, maximum=0.9)
     """Probability of dropping embeddings, attention weights and sublayer outputs."""
@@ -178,7 +178,7 @@ class ModelConfig:
     """Factor on what the head reads; T5 with a tied head has 1 / sqrt(hidden_size)."""
     logit_soft_cap: Optional[float] = field(None, minimum=1e-3)
     """cap * tanh(logits / cap), as in Gemma 2 (arXiv:2408.00118). Empty: none."""
-    init_std: float = field(0.02, minimum=0.0)
+    init_std: float = field(0.02, minimum=1e-9, maximum=1e3)
     """Standard deviation of the initial weights."""
     init: Literal["normal", "scaled", "zero_projections"] = "scaled"
     """Output projections of the sublayers start as the others do, divided by sqrt(2 num_layers) (GPT-2), or at zero."""

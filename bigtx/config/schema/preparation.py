@@ -41,7 +41,7 @@ class TokenizerTrainConfig:
     input: InputConfig = field(factory=InputConfig)
     output: str = ""
     """Folder of the new tokenizer."""
-    vocab_size: int = field(16_384, kind="count", minimum=384)
+    vocab_size: int = field(16_384, kind="count", minimum=384, maximum=2**31 - 1)
     """Ids, the reserved ones (105 and the chat roles) and the 256 bytes included."""
     method: Literal["bpe", "unigram"] = "bpe"
     """Byte-pair encoding (arXiv:1508.07909) or a unigram language model (arXiv:1804.10959)."""
@@ -53,7 +53,7 @@ class TokenizerTrainConfig:
     """Whether runs of white space may be one piece (good for source code)."""
     chat_roles: list[str] = field(factory=lambda: ["system", "user", "assistant", "tool"])
     """Names of chat roles; each gets a reserved id."""
-    seed: int = 1
+    seed: int = field(1, minimum=0, maximum=2**63 - 1)
     """Seed of the sample."""
 
 
@@ -140,11 +140,11 @@ class NearDuplicateConfig:
     """Whether near duplicates are looked for."""
     threshold: float = field(0.8, minimum=0.0, maximum=1.0)
     """Similarity from which a document counts as a near duplicate."""
-    ngram: int = field(5, minimum=1)
+    ngram: int = field(5, minimum=1, maximum=1000)
     """Words of an n-gram; they are compared in lower case and without punctuation."""
-    num_bands: int = field(14, minimum=1)
+    num_bands: int = field(14, minimum=1, maximum=10_000)
     """Bands of a signature (FineWeb: 14 of 8 rows, arXiv:2406.17557); documents that share one are compared."""
-    rows_per_band: int = field(8, minimum=1)
+    rows_per_band: int = field(8, minimum=1, maximum=10_000)
     """Hashes of a band; num_bands times as many are a signature, 2 bytes each."""
     seed: int = field(1, minimum=0, maximum=2**63 - 1)
     """Seed of the hash functions."""
@@ -160,9 +160,9 @@ class DecontaminateConfig:
     """Key of the text in JSON lines."""
     document_per_line: bool = False
     """Whether each line of a text file is a text of its own."""
-    ngram: int = field(13, minimum=2)
+    ngram: int = field(13, minimum=2, maximum=1000)
     """Words in a row that must be equal, in lower case and without punctuation (GPT-3, arXiv:2005.14165: 13)."""
-    min_words: int = field(8, minimum=2)
+    min_words: int = field(8, minimum=2, maximum=1000)
     """Evaluation texts shorter than an n-gram count as a whole if they have so many words (GPT-3: 8), else not."""
 
 
@@ -181,15 +181,15 @@ class PrepareConfig:
     decontaminate: DecontaminateConfig = field(factory=DecontaminateConfig)
     validation_fraction: float = field(0.005, minimum=0.0, maximum=0.5)
     """Share of the documents held out, chosen by a hash of the text."""
-    block_tokens: int = field(262_144, kind="count", minimum=16)
+    block_tokens: int = field(262_144, kind="count", minimum=16, maximum=2**31 - 1)
     """Tokens of a block, the unit of reading and shuffling."""
     shard_size: int = field(67_108_864, kind="size", minimum=1)
     """Least bytes of a shard, but the last; whole blocks. A shard is written by one process."""
-    seed: int = 1
+    seed: int = field(1, minimum=0, maximum=2**63 - 1)
     """Seed of the document shuffle."""
     exact_duplicates: Literal["remove", "keep"] = "remove"
     """Whether each text is kept once, the first in reading order."""
     memory: int = field(2_147_483_648, kind="size", minimum=1 << 26)
     """Bytes that all processes together may hold in buffers, beside some 100 MiB for each process itself."""
-    num_processes: int = field(0, minimum=0)
+    num_processes: int = field(0, minimum=0, maximum=1024)
     """Tokenizing processes; 0 uses every core."""

@@ -15,7 +15,7 @@ class SourceConfig:
 
     path: str = field("", change="by_name")
     """Folder written by `bigtx data prepare`, here or as a URL (https://, s3://, gs://)."""
-    weight: float = field(1.0, minimum=0.0)
+    weight: float = field(1.0, minimum=0.0, maximum=1e9)
     """Share of the sequences, relative to the other sources' weights."""
     max_epochs: Optional[float] = field(None, minimum=0.0, change="by_name")
     """Refuse to start if the run would repeat this source more often. Empty: repeat as needed."""
@@ -27,7 +27,7 @@ class PhaseConfig:
 
     start: Optional[int] = field(None, kind="count", minimum=1)
     """Tokens of the global order before the phase, e.g. 8B, those of data.skip included; up to a whole sequence."""
-    weights: dict[str, float] = field(factory=dict, minimum=0.0)
+    weights: dict[str, float] = field(factory=dict, minimum=0.0, maximum=1e9)
     """Weights by source; 0 reads none of it. Sources that are not named have their own weight."""
 
 
@@ -45,7 +45,7 @@ class ForeignConfig:
     """Key of the text in a JSON member."""
     shuffle_buffer: int = field(1000, kind="count", minimum=0)
     """Samples of each worker among which the next one is drawn; 0 keeps the shards' order."""
-    num_workers: int = field(1, minimum=1)
+    num_workers: int = field(1, minimum=1, maximum=1024)
     """Tokenizing processes of each rank, at most as many as it has shards."""
 
 
@@ -61,7 +61,7 @@ class DataConfig:
     """Sequences of the run to pass over, e.g. after a loss spike: ranges START-END, where END is read again."""
     document_mask: bool = False
     """Keep attention and positions inside each document of a packed row, and never predict across a boundary."""
-    prefetch_batches: int = field(4, minimum=0, change="free")
+    prefetch_batches: int = field(4, minimum=0, maximum=65_536, change="free")
     """Micro batches read ahead in a thread; 0 reads in the loop."""
     cache_dir: str = field("~/.cache/bigtx", change="free")
     """Folder on this machine for blocks of remote corpora; all runs may share it."""
@@ -87,7 +87,7 @@ class ObjectiveConfig:
     """masked: whether all tokens of a word are chosen together."""
     noise_density: float = field(0.15, minimum=0.001, maximum=0.9)
     """span_corruption: share of the tokens that are cut out (arXiv:1910.10683)."""
-    mean_span_length: float = field(3.0, minimum=1.0)
+    mean_span_length: float = field(3.0, minimum=1.0, maximum=1e6)
     """span_corruption: mean tokens of a span that is cut out."""
 
 
@@ -97,9 +97,9 @@ class RhythmConfig:
 
     max_steps: Optional[int] = field(None, kind="count", minimum=0, change="by_name")
     """Optimizer steps of the run."""
-    global_batch_size: int = field(32, kind="count", minimum=1)
+    global_batch_size: int = field(32, kind="count", minimum=1, maximum=2**24)
     """Sequences (in fine-tuning: records) of one optimizer step over all ranks: the invariant of a run."""
-    micro_batch_size: int = field(4, minimum=1, change="free")
+    micro_batch_size: int = field(4, minimum=1, maximum=2**24, change="free")
     """Sequences of one forward pass on one rank; global_batch_size / (ranks * micro_batch_size) of them make a step."""
     gradient_clipping: float = field(1.0, minimum=0.0, change="by_name")
     """Largest global norm of the gradient; 0 clips nothing."""
@@ -119,7 +119,7 @@ class TrainConfig(RhythmConfig):
 
     max_tokens: Optional[int] = field(None, kind="count", minimum=1, change="by_name")
     """Input tokens of the run, e.g. 10B; rounded up to whole steps."""
-    sequence_length: int = field(1024, kind="count", minimum=2)
+    sequence_length: int = field(1024, kind="count", minimum=2, maximum=2**31 - 1)
     """Tokens of a row of text; an objective that cuts it in two says how long its parts become."""
     z_loss: float = field(0.0, minimum=0.0, change="by_name")
     """Weight of the squared log-partition that keeps logits small (PaLM, arXiv:2204.02311: 1e-4)."""
@@ -139,9 +139,9 @@ class ValidationConfig:
     """Sequences read of each source, the same each time; 0 validates nothing."""
     sample_prompts: list[str] = field(factory=list)
     """Texts that the model continues at each validation; shown, written to samples.jsonl and to the W&B table."""
-    sample_tokens: int = field(48, minimum=1)
+    sample_tokens: int = field(48, minimum=1, maximum=2**24)
     """New tokens of each sample."""
-    sample_temperature: float = field(0.8, minimum=0.0)
+    sample_temperature: float = field(0.8, minimum=0.0, maximum=1e3)
     """0 takes the likeliest token."""
 
 
@@ -157,7 +157,7 @@ class OptimizerConfig:
     """AdamW's decay of the mean gradient."""
     beta2: float = field(0.95, minimum=0.0, maximum=0.999999)
     """AdamW's decay of the mean squared gradient."""
-    eps: float = field(1e-8, minimum=0.0)
+    eps: float = field(1e-8, minimum=1e-20, maximum=1.0)
     """AdamW's addition to the denominator."""
     weight_decay: float = field(0.1, minimum=0.0)
     """Decoupled decay of matrices; norms and biases are spared."""
@@ -220,7 +220,7 @@ class EngineConfig:
     bucket_size: int = field(50_000_000, kind="count", minimum=1)
     """Elements in one reduction or gathering."""
     timeout: str = field("30 min", kind="duration")
-    """How long a collective may wait for another rank."""
+    """How long a collective of any process group may wait for another rank: 1 s to 30 days."""
 
 
 @dataclass(kw_only=True)
@@ -249,7 +249,7 @@ class DistillConfig:
     """Run or checkpoint folder of the teacher, of the same tokenizer; every rank holds it whole. Empty: none."""
     weight: float = field(0.5, minimum=0.0, maximum=1.0)
     """Share of the teacher in the loss; the rest is the data's own."""
-    temperature: float = field(1.0, minimum=0.0)
+    temperature: float = field(1.0, minimum=0.01, maximum=1e3)
     """Divides the logits of both before they are compared; above 1 unlikely answers say more."""
     copy_layers: bool = field(False, change="never")
     """Begin with the teacher's embeddings, head and evenly spaced blocks (arXiv:1910.01108) instead of the seed's."""

@@ -23,6 +23,7 @@ from bigtx.data.stream.order import Places
 from bigtx.data.stream.rows import Batch, Prepare, RowFormat, as_they_are, read_rows
 from bigtx.data.workers import end_with_parent
 from bigtx.utils.errors import BigtxError, DataError
+from bigtx.utils.processes import STOP_SIGNALS
 
 _PARCEL_ROWS = 16
 """Rows that a worker hands over at once."""
@@ -134,7 +135,7 @@ class _Workers:
         self._processes = []
         # The terminal, or SLURM, sends its signals to all processes of a job; they are for the trainer alone, which
         # may still want rows for its last step.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             for number, parcels in enumerate(self._queues):
                 skip = (skip_rows - number + count - 1) // count

@@ -1,0 +1,132 @@
+"""Which checkpoints are chosen, kept and set aside: folders and manifests without an engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+
+from bigtx.engine import checkpoint, saving
+from bigtx.engine.ranks import Ranks
+from bigtx.engine.write_weights import save_weights
+from bigtx.utils.errors import CheckpointError
+
+
+class Alone:
+    """What `choose` wants of the ranks, of a process that is the only one."""
+
+    rank, world_size = 0, 1
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def from_first(self, value: Any) -> Any:
+        return value
+
+
+def write(run_dir: Path, *steps: int, **facts: Any) -> None:
+    """Checkpoints of one weight."""
+    for step in steps:
+        weights = [("x", torch.full((2,), float(step)))]
+        save_weights(run_dir, {"step": step, **facts}, {"x": (2,)}, weights)
+
+
+def names(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+def chosen(folder: Path) -> tuple[int, list[str]]:
+    """The step that a run resumes from, and what was said."""
+    said: list[str] = []
+    found = checkpoint.choose(folder, cast(Ranks, Alone()), said.append)
+    assert found is not None
+    return found.manifest["step"], said
+
+
+def test_a_suspect_checkpoint_is_used_only_where_there_is_no_other(tmp_path: Path) -> None:
+    write(tmp_path, 15, 20)
+    write(tmp_path, 25, 30, suspect=True)
+    step, (said,) = chosen(tmp_path)
+    assert step == 20 and "step-00000030, step-00000025" in said and "skipped" in said
+    assert checkpoint.newest(tmp_path).name == checkpoint.preferred(tmp_path).name == "step-00000020"
+    # A folder that is named is meant.
+    named = tmp_path / "checkpoints" / "step-00000030"
+    assert checkpoint.preferred(named) == named
+    for good in (15, 20):
+        saving._delete(tmp_path / "checkpoints" / f"step-{good:08d}")
+    step, (said,) = chosen(tmp_path)
+    assert step == 30 and "no other" in said
+    assert checkpoint.preferred(tmp_path).name == "step-00000030"
+
+
+def test_the_best_of_a_run_is_found_behind_suspect_ones(tmp_path: Path) -> None:
+    write(tmp_path, 5)
+    write(tmp_path, 20, state={"best_step": 5})
+    write(tmp_path, 30, suspect=True, state={"best_step": 5})
+    assert checkpoint.newest(tmp_path).name == "step-00000020"
+    assert checkpoint.preferred(tmp_path).name == "step-00000005"
+
+
+def test_nothing_good_is_pruned_while_steps_are_skipped(tmp_path: Path) -> None:
+    write(tmp_path, 5, 10, 15, 20)
+    write(tmp_path, 25, 30, 35, suspect=True)
+    saving._prune(tmp_path, keep=2, best=5, is_skipping=True)
+    steps = (5, 10, 15, 20, 30, 35)
+    assert names(tmp_path) == [f"step-{step:08d}" for step in steps]
+    write(tmp_path, 40)
+    saving._prune(tmp_path, keep=2, best=5, is_skipping=False)
+    assert names(tmp_path) == ["step-00000005", "step-00000020", "step-00000040"]
+
+
+def test_what_was_refused_makes_room(tmp_path: Path) -> None:
+    write(tmp_path, 10, 25, 30)
+    write(tmp_path, 35, suspect=True)
+    saving._set_aside(tmp_path, from_step=20)
+    assert names(tmp_path) == ["step-00000010", "step-00000025.damaged", "step-00000030.damaged"]
+
+
+@pytest.fixture
+def renamed(tmp_path: Path) -> Iterator[Path]:
+    """A run whose newest checkpoint is a copy of another one under another name."""
+    import shutil
+
+    write(tmp_path, 10, 20)
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(folder / "step-00000010", folder / "step-00000030")
+    yield folder / "step-00000030"
+    assert (folder / "step-00000030").is_dir()
+
+
+def test_a_checkpoint_under_another_name_is_refused(renamed: Path, tmp_path: Path) -> None:
+    step, (said,) = chosen(tmp_path)
+    assert step == 20 and f"{renamed} holds the checkpoint of step 10" in said
+    readers = (
+        checkpoint.Checkpoint,
+        checkpoint.preferred,
+        checkpoint.newest,
+        lambda path: next(checkpoint.load_weights(path)),
+        chosen,
+    )
+    for read in readers:
+        with pytest.raises(CheckpointError, match=r"step 10|is damaged"):
+            read(renamed)
+    with pytest.raises(CheckpointError, match="remove it"):
+        checkpoint.preferred(tmp_path)
+    saving._prune(tmp_path, keep=2, best=None, is_skipping=False)
+    assert names(tmp_path) == ["step-00000010", "step-00000020", "step-00000030"]
+
+
+def test_files_are_as_the_umask_has_them(corpus: Path, decoder_base: Path) -> None:
+    """A colleague must be able to read a corpus, its tokenizer and a run."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for folder in (corpus, corpus.parent / "tokenizer", decoder_base):
+        found = [path for path in folder.rglob("*") if not path.is_symlink()]
+        assert found
+        expected = {path: (0o777 if path.is_dir() else 0o666) & ~umask for path in found}
+        wrong = {path: oct(path.stat().st_mode) for path in found if path.stat().st_mode & 0o777 != expected[path]}
+        assert not wrong
