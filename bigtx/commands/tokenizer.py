@@ -19,7 +19,7 @@ from typing import Any
 from bigtx.config.load import PRINT_CONFIG, parse_command_line, to_yaml
 from bigtx.config.schema import TokenizerTrainConfig
 from bigtx.data.prepare.recipe import describe_inputs
-from bigtx.data.raw.files import counts_by_suffix
+from bigtx.data.raw.files import describe_passed_over
 from bigtx.data.raw.read import InputFile, Rejects, list_files, read_documents
 from bigtx.tokenizer import report
 from bigtx.tokenizer.sample import draw_sample
@@ -64,8 +64,8 @@ def train_command(argv: Sequence[str]) -> int:
         )
         return 0
     print(f"Reading {_number(len(files), 'file')}, {format_size(sum(file.size for file in files))}")
-    if passed_over:
-        print(f"Passed over, by their suffix: {counts_by_suffix(passed_over)}; see input.text_suffixes")
+    for line in describe_passed_over(passed_over):
+        print(line)
     rejects = Rejects(config.input.max_rejects)
     sample = draw_sample(_texts(config, rejects), config.max_bytes, config.seed)
     rejects.check(sample.num_documents)

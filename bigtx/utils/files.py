@@ -20,6 +20,8 @@ from bigtx.utils.errors import LaunchError
 from bigtx.utils.processes import start_of
 
 LOCK_NAME = "run.lock"
+SEAL = "sha256"
+"""The key of an object's hash of itself."""
 LOCK_PATIENCE_SECONDS = 2.0
 
 
@@ -56,6 +58,23 @@ def sha256_file(path: Path | str) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_hash(value: Any) -> str:
+    """The SHA-256, in hexadecimal, of a value's canonical JSON: sorted keys, no white space, ASCII alone."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def write_sealed(path: Path | str, content: dict[str, Any]) -> None:
+    """`write_json` of an object, with the hash of itself under the key `sha256`, whatever was there before."""
+    rest = {key: value for key, value in content.items() if key != SEAL}
+    write_json(path, rest | {SEAL: json_hash(rest)})
+
+
+def unsealed(content: dict[str, Any]) -> dict[str, Any] | None:
+    """What `write_sealed` was given; None where the hash is not that of the content, or there is none."""
+    rest = {key: value for key, value in content.items() if key != SEAL}
+    return rest if content.get(SEAL) == json_hash(rest) else None
 
 
 def fsync_dir(path: Path | str) -> None:

@@ -18,12 +18,14 @@ from __future__ import annotations
 import csv
 import fnmatch
 import glob
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from bigtx.data.audio.decode import AUDIO_SUFFIXES, AudioPlace
+from bigtx.data.raw import own
 from bigtx.data.raw.archives import DamagedArchiveError, Member, read_members
 from bigtx.data.raw.documents import Rejects
 from bigtx.data.raw.formats import READ_ERRORS, decompressed, is_compressed, read_up_to, suffix_inside
@@ -87,8 +89,13 @@ def _read_path(path: str, broken: Broken, exclude: Sequence[str]) -> Iterator[Re
 
 def _read_folder(folder: Path, broken: Broken, exclude: Sequence[str]) -> Iterator[Record]:
     left_out = (".*", *exclude)
+    own.refuse_own(str(folder), "data")
     entries = sorted(
-        (entry for entry in folder.iterdir() if not any(fnmatch.fnmatchcase(entry.name, name) for name in left_out)),
+        (
+            folder / name
+            for name in own.without_own(str(folder), os.listdir(folder))
+            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in left_out)
+        ),
         key=_by_name,
     )
     files = [entry for entry in entries if suffix_inside(entry.name) in RECORD_SUFFIXES]
