@@ -133,7 +133,7 @@ def _tell_left_out(left_out: LeftOut, *, is_resumed: bool) -> None:
             "have them: FILE, or 'FILE, line N'"
         )
     if left_out.met:
-        log.say(f"left out (data.leave_out): {', '.join(sorted(left_out.met))}")
+        log.say(f"left out (data.leave_out): {'; '.join(sorted(left_out.met))}")
 
 
 def read_split(config: FinetuneConfig, name: str, table: Table | None = None) -> list[Record]:

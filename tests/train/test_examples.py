@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 from pathlib import Path
 
@@ -74,7 +73,7 @@ def test_the_others_keep_their_places(tmp_path: Path, config: FinetuneConfig, to
     for line in lost:
         raw[line - 1] = "{broken"
     path.write_text("\n".join(raw) + "\n")
-    with pytest.raises(DataError, match=r"4 records cannot be used.*data\.leave_out="):
+    with pytest.raises(DataError, match=r"(?s)4 records cannot be used.*data\.leave_out="):
         open_task_data(config, tokenizer)
     table = record_table.read(tmp_path)
     found = open_task_data(without(config, *lost), tokenizer, table=table)
@@ -82,15 +81,13 @@ def test_the_others_keep_their_places(tmp_path: Path, config: FinetuneConfig, to
     assert [record.line for record in found.splits["validation"].records] == lines["validation"][1:]
     others = lines["train"]
     stand_ins = {others[3]: others[5], others[4]: others[5], others[-1]: others[0]}
-    expected = [name.rpartition(" ")[2] for name in order(whole)]
-    assert [name.rpartition(" ")[2] for name in order(found)] == [
-        str(stand_ins.get(int(line), int(line))) for line in expected
-    ]
+    before = [int(name.rpartition(" ")[2]) for name in order(whole)]
+    assert [int(name.rpartition(" ")[2]) for name in order(found)] == [stand_ins.get(line, line) for line in before]
     # What was given back is used again.
     path.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
-    assert order(open_task_data(without(config, lost[0]), tokenizer, table=table)).count(
-        f"{path}, line {lost[1]}"
-    ) == order(whole).count(f"{path}, line {lost[1]}")
+    found = open_task_data(without(config, lost[0]), tokenizer, table=table)
+    stand_ins = {others[3]: others[4]}
+    assert [int(name.rpartition(" ")[2]) for name in order(found)] == [stand_ins.get(line, line) for line in before]
     assert open_task_data(config, tokenizer).identity == whole.identity
 
 

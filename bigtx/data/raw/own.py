@@ -90,9 +90,7 @@ def refuse_own(path: str, setting: str) -> None:
     """
     # Somebody may have put a tokenizer beside their texts.
     if _is_listed_own_folder(path) and not os.path.isfile(os.path.join(path, _TOKENIZER)):
-        raise DataError(
-            f"{path} (named in {setting}) was made by bigtx; name the folder that is to be read."
-        )
+        raise DataError(f"{path} (named in {setting}) was made by bigtx; name the folder that is to be read.")
 
 
 def is_own_file(path: str, beside: Collection[str]) -> bool:
