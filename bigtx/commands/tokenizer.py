@@ -26,7 +26,7 @@ from bigtx.tokenizer.sample import draw_sample
 from bigtx.tokenizer.tokenizer import DESCRIPTION, Tokenizer
 from bigtx.tokenizer.train import check, train_on_sample
 from bigtx.utils.errors import ConfigError, DataError
-from bigtx.utils.files import write_json
+from bigtx.utils.files import open_file, write_json
 from bigtx.utils.units import format_size
 
 RECIPE = "recipe.json"
@@ -234,7 +234,8 @@ def _number(count: int, thing: str) -> str:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_bytes().decode()
+        with open_file(path) as file:
+            return file.read().decode()
     except OSError as error:
         raise DataError(f"Cannot read {path}: {error.strerror}.") from None
     except UnicodeDecodeError as error:

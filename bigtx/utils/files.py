@@ -10,11 +10,12 @@ import json
 import os
 import secrets
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 from bigtx.utils.errors import LaunchError
 from bigtx.utils.processes import start_of
@@ -23,6 +24,33 @@ LOCK_NAME = "run.lock"
 SEAL = "sha256"
 """The key of an object's hash of itself."""
 LOCK_PATIENCE_SECONDS = 2.0
+NOT_A_FILE = "not a file; write what it gives into a file first"
+
+
+def no_file(path: Path | str) -> str | None:
+    """What is at a path where neither a file nor a folder is, in words; None where one is, or nothing."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return None
+    kinds = (
+        (stat.S_ISFIFO, "a pipe"),
+        (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISCHR, "a device"),
+        (stat.S_ISBLK, "a device"),
+    )
+    return next((name for is_kind, name in kinds if is_kind(mode)), None)
+
+
+def open_file(path: Path | str, buffering: int = -1) -> BinaryIO:
+    """Open a file to read its bytes. A pipe is refused: it may wait for a writer forever, and gives its bytes once.
+
+    Raises:
+        OSError: it cannot be opened, or is no file.
+    """
+    if kind := no_file(path):
+        raise OSError(errno.EINVAL, f"it is {kind}, {NOT_A_FILE}", str(path))
+    return open(path, "rb", buffering)
 
 
 def write_atomic(path: Path | str, data: bytes | str) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from bigtx.data.audio.riff import BadAudioError, with_length
 from bigtx.utils.errors import LaunchError
+from bigtx.utils.files import open_file
 
 AUDIO_SUFFIXES = (".wav", ".flac")
 
@@ -51,7 +52,7 @@ class AudioPlace:
         """
         if self.content is not None:
             return self.content
-        with open(self.path, "rb") as file:
+        with open_file(self.path) as file:
             file.seek(self.offset)
             return file.read(self.size)
 

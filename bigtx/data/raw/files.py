@@ -25,6 +25,7 @@ from bigtx.data.storage import buckets
 from bigtx.data.storage.access import CHUNK_BYTES, InputFile, is_remote, stat
 from bigtx.data.storage.remote import check_scheme, name_of, scheme_of, shown
 from bigtx.utils.errors import DataError
+from bigtx.utils.files import NOT_A_FILE, no_file
 
 _BRACES = re.compile(r"\{(?:(\d{1,12})\.\.(\d{1,12})|([^{}]*,[^{}]*))\}")
 _MAX_EXPANDED = 1_000_000
@@ -167,6 +168,8 @@ def _local_files(path: str, config: InputConfig, passed_over: Counter[str]) -> l
     if os.path.isdir(path):
         own.refuse_own(path, "input.paths")
         base, candidates = path, list(_walk(path, config, passed_over))
+    elif kind := no_file(path):
+        raise DataError(f"{path} (named in input.paths) is {kind}, {NOT_A_FILE}.")
     elif os.path.exists(path):
         _refuse_unknown(path, config)
         return [_local(path, os.path.basename(path))]
@@ -176,7 +179,10 @@ def _local_files(path: str, config: InputConfig, passed_over: Counter[str]) -> l
         for match in sorted(glob.glob(path, recursive=True)):
             if _is_excluded(os.path.relpath(match, base), config) or own.own_of(match, base, known):
                 continue
-            candidates += _walk(match, config, passed_over) if os.path.isdir(match) else [match]
+            if os.path.isdir(match):
+                candidates += _walk(match, config, passed_over)
+            elif not no_file(match):
+                candidates.append(match)
         passed_over.update({own.MADE: sum(known.values())} if any(known.values()) else {})
     else:
         raise DataError(f"There is no file or folder {path} (named in input.paths).")
@@ -262,7 +268,7 @@ def _walk(folder: str, config: InputConfig, passed_over: Counter[str]) -> Iterat
                 pending.append(entry.path)
             elif own.is_own_file(entry.path, names):
                 passed_over[own.MADE] += 1
-            elif entry.is_file() or entry.is_symlink():
+            elif entry.is_file() or (entry.is_symlink() and not no_file(entry.path)):
                 # A dangling link is rejected by name when it is read; pipes and devices are no texts.
                 yield entry.path
 

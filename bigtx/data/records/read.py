@@ -34,6 +34,7 @@ from bigtx.data.raw.records import not_utf8, parse_json, unreadable
 from bigtx.data.records.record import WHOLE_FILE, Broken, Record
 from bigtx.data.storage.access import CHUNK_BYTES
 from bigtx.utils.errors import DataError
+from bigtx.utils.files import NOT_A_FILE, no_file, open_file
 
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".tar")
 TEXT_SUFFIXES = (".txt", ".md")
@@ -70,9 +71,11 @@ def expand_path(path: str) -> list[str]:
     Raises:
         DataError: there is none.
     """
+    if kind := no_file(path):
+        raise DataError(f"{path} is {kind}, {NOT_A_FILE} (or, for `bigtx predict`, give it by `--input -`)")
     if PAIR.search(path) or Path(path).exists():
         return [path]
-    found = sorted(glob.glob(path, recursive=True), key=natural)
+    found = sorted((each for each in glob.glob(path, recursive=True) if not no_file(each)), key=natural)
     if not found:
         raise DataError(f"no file or folder {path!r} to read records from")
     return found
@@ -94,7 +97,7 @@ def _read_folder(folder: Path, broken: Broken, exclude: Sequence[str]) -> Iterat
         (
             folder / name
             for name in own.without_own(str(folder), os.listdir(folder))
-            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in left_out)
+            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in left_out) and not no_file(folder / name)
         ),
         key=_by_name,
     )
@@ -155,7 +158,7 @@ def _recording(path: Path, broken: Broken) -> Iterator[Record]:
 def _text_record(path: Path, others: dict[str, Any], broken: Broken) -> Iterator[Record]:
     """A text file as a record, beside other fields."""
     try:
-        with open(path, "rb") as stored:
+        with open_file(path) as stored:
             raw = read_up_to(decompressed(stored, path.name), MAX_RECORD_BYTES + 1)
     except READ_ERRORS as error:
         broken.add(str(path), 0, unreadable(error))
@@ -180,7 +183,7 @@ def _read_file(path: str, broken: Broken) -> Iterator[Record]:
             f"cannot tell what records {path} holds: it ends in none of {', '.join(RECORD_SUFFIXES + AUDIO_SUFFIXES)}"
         )
     try:
-        with open(path, "rb") as stored:
+        with open_file(path) as stored:
             stream = decompressed(stored, path)
             if suffix == ".tar":
                 yield from _read_samples(stream, path, broken)
@@ -323,7 +326,7 @@ def _read_side_by_side(path: str, broken: Broken) -> Iterator[Record]:
     sides = []
     for file in files:
         try:
-            with open(file, "rb") as stored:
+            with open_file(file) as stored:
                 sides.append(decompressed(stored, file).read().split(b"\n"))
         except FileNotFoundError:
             raise DataError(f"no file {file}, one of the two that {path!r} stands for") from None
