@@ -107,6 +107,7 @@ def test_in_place_of_shards_and_tokenizers(tmp_path: Path) -> None:
         "predict . --input {0}",
         "evaluate {0} --data a.jsonl",
         "generate {0} --prompt x",
+        "generate . --prompts-file {0}",
         "export {0} --to hf -o out",
         "import {0} -o run",
     ],
