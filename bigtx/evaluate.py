@@ -25,11 +25,13 @@ from bigtx.utils.errors import CheckpointError, ConfigError, DataError, LaunchEr
 from bigtx.utils.files import write_json
 
 if TYPE_CHECKING:
+    from bigtx.data.records.record import Broken, Record
     from bigtx.engine.checkpoint import Checkpoint
     from bigtx.generate import LoadedModel
 
 FOLDER = "evaluations"
 """In the run folder, where no other output is named."""
+EXIT_SOME_FAILED = 1
 MAX_COLUMNS = 12
 """Of a table that is printed; wider ones are in the JSON file alone."""
 
@@ -38,7 +40,7 @@ def command(argv: Sequence[str]) -> int:
     """`bigtx evaluate`.
 
     Returns:
-        The exit status.
+        The exit status: 1 if some records could not be used.
 
     Raises:
         BigtxError: a run or data that cannot be used.
@@ -65,14 +67,15 @@ def command(argv: Sequence[str]) -> int:
     print(_shown(result))
     print(f"written to {output}")
     _track(arguments, config, result, output, found.examples)
-    return 0
+    return found.status
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bigtx evaluate",
         description="How good a run is on held-out data: a fine-tuned one by the metrics of its task, on records with "
-        "answers; a pretrained one by its loss, on the validation split of prepared corpora.",
+        "answers (the exit status is 1 if some of them cannot be used); a pretrained one by its loss, on the "
+        "validation split of prepared corpora.",
     )
     parser.add_argument("run", metavar="RUN", help="folder of a run, or of one of its checkpoints")
     data = parser.add_mutually_exclusive_group(required=True)
@@ -104,6 +107,7 @@ class _Evaluation:
     def __init__(self, arguments: argparse.Namespace, checkpoint: Path) -> None:
         self.arguments, self.checkpoint = arguments, checkpoint
         self.examples: list[dict[str, Any]] = []
+        self.status = 0
 
     def load(self) -> LoadedModel:
         """The model."""
@@ -147,20 +151,25 @@ class _Records(_Evaluation):
         Raises:
             DataError: records that cannot be used, or others than the run had.
         """
-        from bigtx.data.records.record import Broken
-        from bigtx.train.examples import digest, encode
+        from bigtx.data.audio.look import look_at
+        from bigtx.train.examples import encode
         from bigtx.train.predictions import BATCH_SIZE, predict_all, shown_predictions
+        from bigtx.train.record_table import digest
 
-        records = self._read()
+        records, broken = self._read()
         loaded = dataclasses.replace(self.load(), config=self.config)
-        task, broken = loaded.task, Broken()
+        task = loaded.task
+        task.look_ahead(records, look_at)
         examples = encode(task, records, broken)
-        broken.check()
+        self.tell(broken, is_any_left=bool(examples.records))
+        records = examples.records
         ready = self._with_reference(loaded, examples.examples) if task.needs_reference else examples.examples
         device, size = next(loaded.model.parameters()).device, self.arguments.batch_size or BATCH_SIZE
         predictions = predict_all(task, loaded.model, ready, batch_size=size, device=device)
         self.examples = shown_predictions(task, records, predictions, self.config.validation.num_examples)
         facts = {"task": self.config.task, "records": len(records), "num_cut": examples.num_cut}
+        if broken.count:
+            facts["num_failed"] = broken.count
         return self.result(task.metrics(predictions), **facts, records_sha256=digest(records)) | {
             "tables": task.tables(predictions)
         }
@@ -199,15 +208,47 @@ class _Records(_Evaluation):
             raise CheckpointError(f"{base.path} is not the base that {path} names; give that one back")
         return base
 
-    def _read(self) -> list[Any]:
-        from bigtx.engine.checkpoint import Checkpoint
-        from bigtx.train.examples import digest, read_all, read_split
+    def tell(self, broken: Broken, *, is_any_left: bool) -> None:
+        """Say which records cannot be used; the others are measured.
 
-        split = self.arguments.split
-        records = read_split(self.config, split) if split else read_all(self.arguments.data, self.config.data.exclude)
-        if not records:
+        Raises:
+            DataError: there are no others.
+        """
+        if not is_any_left:
+            broken.check()
+        if broken.count:
+            self.status = EXIT_SOME_FAILED
+            print(f"error: {broken.describe()}:{broken.listed()}", file=sys.stderr)
+
+    def _read(self) -> tuple[list[Record], Broken]:
+        from bigtx.data.records.record import Broken
+        from bigtx.train.examples import read_all
+
+        broken = Broken()
+        if self.arguments.split:
+            records = self._of_run(self.arguments.split)
+        else:
+            records = read_all(self.arguments.data, broken, self.config.data.exclude)
+        if not records and not broken.count:
+            split = self.arguments.split
             raise DataError(f"the run has no {split} records" if split else "there are no records in these files")
-        if split and Checkpoint(self.checkpoint).manifest["data"].get(split) != digest(records):
+        return records, broken
+
+    def _of_run(self, split: str) -> list[Record]:
+        """The run's own records.
+
+        Raises:
+            DataError: they have changed since.
+        """
+        from bigtx.engine.checkpoint import Checkpoint
+        from bigtx.train import record_table
+        from bigtx.train.examples import read_split
+
+        run_dir = run_dir_of(self.checkpoint)
+        table = record_table.read(run_dir) if self.config.data.leave_out else None
+        records = read_split(self.config, split, table)
+        found = record_table.identity(table).get(split) if table else record_table.digest(records)
+        if records and Checkpoint(self.checkpoint).manifest["data"].get(split) != found:
             raise DataError(
                 f"the {split} records are not those that the run had: their files have changed since; to measure on "
                 "them as they are, name them by --data"

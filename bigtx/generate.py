@@ -20,6 +20,7 @@ from bigtx.config.runs import run_dir_of
 from bigtx.config.schema import RunConfig
 from bigtx.engine.trained import Weights, find, find_with_tokenizer, read_model
 from bigtx.utils.errors import ConfigError, DataError, LaunchError
+from bigtx.utils.files import open_file
 
 if TYPE_CHECKING:
     import torch
@@ -281,7 +282,8 @@ def _read_prompts(path: Path) -> list[dict[str, Any]]:
     if path.suffix not in (".txt", ".jsonl"):
         raise DataError(f"{path} is neither .txt (a prompt on each line) nor .jsonl (objects with a prompt)")
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        with open_file(path) as file:
+            lines = file.read().decode().split("\n")
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shlex
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from doors import bigtx, losses, same_weights
+import soundfile
+from doors import bigtx, losses, read_lines, same_weights
 from finetunes import finetune, finetuned, kill_at, make_base, results, write_samples
-from sounds import METHODS, SETTINGS, WORDS, sayings, spoken, tone, wav, write_manifest, write_tokenizer
+from sounds import METHODS, RATE, SETTINGS, WORDS, sayings, spoken, tone, wav, write_manifest, write_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -186,3 +189,51 @@ def test_spoken_digits_are_learned(test_data: Path, tmp_path: Path) -> None:
         "train.epochs=6",
     )
     assert results(run_dir)["test"]["wer"] < 0.2, results(run_dir)
+
+
+def flac(sound: np.ndarray) -> bytes:
+    content = io.BytesIO()
+    soundfile.write(content, sound, RATE, format="FLAC")
+    return content.getvalue()
+
+
+def test_what_is_broken_inside_is_met_before_the_first_step(tokenizer: Path, tmp_path: Path) -> None:
+    """A recording whose header is good, and whose samples end early; two ranks each decode a half."""
+    folder, run_dir = tmp_path / "data", tmp_path / "run"
+    manifest = write_manifest(folder, 24)
+    noise = np.random.default_rng(1).standard_normal(4000).astype(np.float32) / 8
+    (folder / "cut.flac").write_bytes(flac(noise)[:3000])
+    manifest.write_text(manifest.read_text() + json.dumps({"audio": "cut.flac", "text": "low"}) + "\n")
+    arguments = run_of("ctc", tokenizer, manifest, run_dir, "data.split=tail")
+    done = finetune(*arguments, ranks=2)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert f"{manifest}, line 25: cut.flac: no recording that can be read" in done.stderr
+    assert not (run_dir / "checkpoints").exists() and len((run_dir / "recordings.jsonl").read_text().splitlines()) == 24
+
+
+@pytest.mark.slow
+def test_what_is_lost_while_a_run_rests_is_left_out_by_name(tokenizer: Path, tmp_path: Path) -> None:
+    folder, run_dir = tmp_path / "data", tmp_path / "run"
+    manifest = write_manifest(folder, 24)
+    arguments = run_of("ctc", tokenizer, manifest, run_dir, "data.split=tail")
+    finetuned(*arguments, "train.max_steps=4")
+    (folder / "3.wav").unlink()
+    (folder / "5.wav").write_bytes((folder / "5.wav").read_bytes()[:700])
+    on = [*arguments, "allow_changes=[train.max_steps,data.leave_out]"]
+    done = finetune(*on)
+    assert done.returncode == 2 and "line 4: the recording" in done.stderr and "cut short" in done.stderr, done.stderr
+    names = [f"{manifest}, line {line}" for line in (4, 6)]
+    assert shlex.quote(f"data.leave_out={json.dumps(names)}") in done.stderr
+    out = finetuned(*on, f"data.leave_out={json.dumps(names)}", ranks=2)
+    assert f"left out (data.leave_out): {'; '.join(names)}" in out
+    manifests = [json.loads(path.read_text()) for path in sorted((run_dir / "checkpoints").glob("*/manifest.json"))]
+    assert manifests[-1]["left_out"] == names and manifests[-1]["data"] == manifests[0]["data"]
+    [event] = [line for line in read_lines(run_dir / "events.jsonl") if line.get("key") == "data.leave_out"]
+    assert event["new"] == names and event["step"] == 4
+    assert sorted(losses(run_dir)) == list(range(1, 13))
+    done = bigtx("evaluate", str(run_dir), "--split", "validation")
+    assert done.returncode == 0, done.stderr
+    done = bigtx("evaluate", str(run_dir), "--data", str(manifest))
+    assert done.returncode == 1 and "error: 2 records cannot be used" in done.stderr and "22 records" in done.stdout
+    done = bigtx("predict", str(run_dir), "--input", str(manifest))
+    assert done.returncode == 1 and ["error" in json.loads(line) for line in done.stdout.splitlines()].count(True) == 2

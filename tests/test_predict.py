@@ -218,7 +218,12 @@ def test_evaluate(run: Path, decoder_base: Path, tmp_path: Path) -> None:
     assert done.returncode == 2 and "name it NAME.json" in done.stderr
     unknown = write_jsonl(tmp_path / "a.jsonl", [*labelled(3), {"text": "ba", "label": "jo"}])
     done = bigtx("evaluate", str(run), "--data", str(unknown), "--wandb", "off")
-    assert done.returncode == 2 and f"{unknown}, line 4" in done.stderr and "did you mean joy?" in done.stderr
+    assert done.returncode == 1 and "3 records" in done.stdout, "the others are measured"
+    assert f"{unknown}, line 4" in done.stderr and "did you mean joy?" in done.stderr
+    assert json.loads((run / "evaluations" / "a.json").read_text())["num_failed"] == 1
+    unknown.write_text('{"text": "ba", "label": "jo"}\n{"broken\n')
+    done = bigtx("evaluate", str(run), "--data", str(unknown), "--wandb", "off")
+    assert done.returncode == 2 and "2 records cannot be used" in done.stderr
     done = bigtx(
         "evaluate", str(decoder_base), "--split", "validation", "--wandb", "off", "--output", f"{tmp_path}/x.json"
     )

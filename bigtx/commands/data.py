@@ -96,7 +96,7 @@ def merge_command(argv: Sequence[str]) -> int:
 def inspect_command(argv: Sequence[str]) -> int:
     """Show a prepared corpus."""
     from bigtx.data.corpus.inspect import describe
-    from bigtx.data.corpus.splits import SPLITS
+    from bigtx.data.corpus.manifest import SPLITS
     from bigtx.data.storage.places import as_place
 
     parser = argparse.ArgumentParser(

@@ -19,14 +19,14 @@ from typing import Any
 from bigtx.config.load import PRINT_CONFIG, parse_command_line, to_yaml
 from bigtx.config.schema import TokenizerTrainConfig
 from bigtx.data.prepare.recipe import describe_inputs
-from bigtx.data.raw.files import counts_by_suffix
+from bigtx.data.raw.files import describe_passed_over
 from bigtx.data.raw.read import InputFile, Rejects, list_files, read_documents
 from bigtx.tokenizer import report
 from bigtx.tokenizer.sample import draw_sample
 from bigtx.tokenizer.tokenizer import DESCRIPTION, Tokenizer
 from bigtx.tokenizer.train import check, train_on_sample
 from bigtx.utils.errors import ConfigError, DataError
-from bigtx.utils.files import write_json
+from bigtx.utils.files import open_file, write_json
 from bigtx.utils.units import format_size
 
 RECIPE = "recipe.json"
@@ -64,8 +64,8 @@ def train_command(argv: Sequence[str]) -> int:
         )
         return 0
     print(f"Reading {_number(len(files), 'file')}, {format_size(sum(file.size for file in files))}")
-    if passed_over:
-        print(f"Passed over, by their suffix: {counts_by_suffix(passed_over)}; see input.text_suffixes")
+    for line in describe_passed_over(passed_over):
+        print(line)
     rejects = Rejects(config.input.max_rejects)
     sample = draw_sample(_texts(config, rejects), config.max_bytes, config.seed)
     rejects.check(sample.num_documents, len(files))
@@ -234,7 +234,8 @@ def _number(count: int, thing: str) -> str:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_bytes().decode()
+        with open_file(path) as file:
+            return file.read().decode()
     except OSError as error:
         raise DataError(f"Cannot read {path}: {error.strerror}.") from None
     except UnicodeDecodeError as error:

@@ -29,6 +29,7 @@ from bigtx.config.settings import find, leaves, members, similar_keys
 from bigtx.config.shipped import find_config, shipped_configs
 from bigtx.config.validate import validate
 from bigtx.utils.errors import CheckpointError, ConfigError
+from bigtx.utils.files import NOT_A_FILE, no_file
 from bigtx.utils.log import say
 
 T = TypeVar("T")
@@ -256,6 +257,8 @@ def _over_base_model(tree: Node, problems: list[Problem]) -> Node:
 
 def _find(schema: type, name: str) -> Path:
     path = find_config(name)
+    if kind := no_file(name):
+        raise ProblemError(Problem("", "", f"{name!r} is {kind}, {NOT_A_FILE}: every rank reads it", COMMAND_LINE))
     if path is None and Path(name).is_dir():
         key = "input.paths" if find(schema, "input.paths") else "data.sources.mine.path"
         raise ProblemError(Problem("", "", f"{name!r} is a folder, not a YAML file; did you mean {key}={name}?"))

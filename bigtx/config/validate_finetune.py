@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 
 from bigtx.config.nodes import Problem
@@ -31,6 +32,11 @@ def task_problems(config: FinetuneConfig) -> Iterator[Problem]:
                 yield Problem(
                     f"{name}.{field.name}", str(value), f"says nothing without task={' or '.join(tasks)}; leave it out"
                 )
+    for name in ("train", "validation", "test"):
+        for path in getattr(config.data, name):
+            if config.run_dir and os.path.realpath(path) == os.path.realpath(config.run_dir):
+                what = f"is the folder that data.{name} reads; name another one (it may lie inside)"
+                yield Problem("run_dir", config.run_dir, what, related=(f"data.{name}",))
     yield from _speech(config)
     if config.sft.row_length is not None and not config.sft.packing:
         yield Problem(

@@ -19,7 +19,6 @@ This module reads, and does not import deepspeed; saving.py writes.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -32,7 +31,7 @@ from torch import Tensor
 
 from bigtx.config.runs import run_dir_of
 from bigtx.utils.errors import CheckpointError
-from bigtx.utils.files import sha256_file, write_json
+from bigtx.utils.files import json_hash, sha256_file, unsealed, write_sealed
 
 if TYPE_CHECKING:
     from bigtx.engine.ranks import Ranks
@@ -80,7 +79,7 @@ class Checkpoint:
     @property
     def manifest_sha256(self) -> str:
         """What the manifest hashes to; it names all files with their hashes, so it stands for all the checkpoint."""
-        return manifest_hash(self.manifest)
+        return json_hash(self.manifest)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -332,22 +331,17 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path / MANIFEST} cannot be read: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT_VERSION:
         raise CheckpointError(f"{path / MANIFEST} is not of format {FORMAT_VERSION}, the one that this bigtx reads")
-    if manifest.pop("sha256", None) != manifest_hash(manifest):
+    content = unsealed(manifest)
+    if content is None:
         raise CheckpointError(f"{path / MANIFEST} does not have the hash that it names: its content has changed")
-    if _NAME.fullmatch(path.name) and manifest.get("step") != step_of(path):
+    if _NAME.fullmatch(path.name) and content.get("step") != step_of(path):
         raise CheckpointError(
-            f"{path} holds the checkpoint of step {manifest.get('step')}, but its name is that of step "
+            f"{path} holds the checkpoint of step {content.get('step')}, but its name is that of step "
             f"{step_of(path)}: it is a copy under another name, or was renamed; remove it, or give it its own name back"
         )
-    return manifest
+    return content
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Complete a checkpoint's folder: write the manifest, with a hash of itself."""
-    write_json(folder / MANIFEST, manifest | {"sha256": manifest_hash(manifest)})
-
-
-def manifest_hash(manifest: dict[str, Any]) -> str:
-    """sha256 of the manifest's canonical JSON, its own hash left out."""
-    canonical = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    write_sealed(folder / MANIFEST, manifest)

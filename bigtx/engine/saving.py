@@ -26,7 +26,6 @@ from bigtx.engine.checkpoint import (
     FROZEN,
     is_suspect,
     list_checkpoints,
-    manifest_hash,
     read_manifest,
     step_folders,
     step_of,
@@ -34,7 +33,7 @@ from bigtx.engine.checkpoint import (
 )
 from bigtx.engine.write_weights import PART_BYTES, SafetensorsWriter, groups, write_part
 from bigtx.utils.errors import CheckpointError
-from bigtx.utils.files import fsync_dir
+from bigtx.utils.files import fsync_dir, json_hash
 
 if TYPE_CHECKING:
     from bigtx.engine.engine import Engine, ReadRange
@@ -163,7 +162,7 @@ def _besides(engine: Engine, run_dir: Path) -> dict[str, Any]:
     """What a reader must know to have a whole model: where the frozen weights are from, and what adapters weigh."""
     facts: dict[str, Any] = {}
     if engine.frozen:
-        facts["frozen_sha256"] = manifest_hash(read_manifest(run_dir / FROZEN))
+        facts["frozen_sha256"] = json_hash(read_manifest(run_dir / FROZEN))
     lora = engine.config.model.lora
     if lora.rank:
         facts["adapter_scale"] = lora.alpha / lora.rank

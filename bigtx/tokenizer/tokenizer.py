@@ -17,7 +17,7 @@ from bigtx.tokenizer.huggingface_model import CHAT_TEMPLATE, HuggingFaceModel, r
 from bigtx.tokenizer.sentencepiece_model import SentencePieceModel
 from bigtx.tokenizer.special import CHAT_ROLES, SpecialIds
 from bigtx.utils.errors import DataError
-from bigtx.utils.files import write_atomic, write_json
+from bigtx.utils.files import open_file, write_atomic, write_json
 
 DESCRIPTION = "bigtx_tokenizer.json"
 """The file that makes a folder a tokenizer of bigtx; it is written last."""
@@ -316,7 +316,8 @@ def _refuse_surrogates(texts: Sequence[str]) -> None:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        with open_file(path) as file:
+            return file.read()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Iterable
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from bigtx.data.stream.loader import StepLoader
     from bigtx.train.loop import Run
     from bigtx.train.measure import Measurement
+    from bigtx.train.record_table import Table
 
 RESULTS = "results.json"
 """In the run folder, once the run has ended and its best checkpoint was measured."""
@@ -41,6 +43,7 @@ class FinetuneSession(Session[FinetuneConfig]):
             DataError: records that cannot be used.
             ConfigError: the tokenizer is not that of the base, or the model cannot do the task.
         """
+        from bigtx.data.audio import look
         from bigtx.train.examples import open_task_data
 
         self.open_teacher()
@@ -50,10 +53,22 @@ class FinetuneSession(Session[FinetuneConfig]):
             config = dataclasses.replace(
                 config, model=dataclasses.replace(config.model, vocab_size=self.tokenizer.vocab_size)
             )
-        data = open_task_data(config, self.tokenizer)
+        data = self.data = open_task_data(
+            config,
+            self.tokenizer,
+            look=functools.partial(
+                look.look_at,
+                memory=self.run_dir / look.FILE,
+                share=(self.ranks.rank, self.ranks.world_size),
+                gather=self.ranks.gather,
+            ),
+            table=self._records_before(),
+        )
         self.config, self.task, self.splits = data.config, data.task, data.splits
         self.task.begin(self.splits["train"].examples)
         self.facts = {"tokenizer": self.tokenizer.fingerprint, "seed": config.seed, "data": data.identity}
+        if config.data.leave_out:
+            self.facts["left_out"] = config.data.leave_out
         self.admit_teacher(self.task.max_length)
         # Rows of several records where the task packs them.
         train = self.rows = self.task.pack(self.splits["train"].examples)
@@ -65,6 +80,17 @@ class FinetuneSession(Session[FinetuneConfig]):
         self.mean_tokens = mean_tokens
         self.patience = config.validation.patience
         self._tell_data()
+
+    def _records_before(self) -> Table | None:
+        """The records with which the run began, where it has made steps and is to leave some out."""
+        from bigtx.engine.checkpoint import step_folders
+        from bigtx.train import record_table
+
+        if not self.config.data.leave_out or self.dry_run:
+            return None
+        return self.ranks.from_first(
+            self.ranks.on_first(lambda: record_table.read(self.run_dir) if step_folders(self.run_dir) else None)
+        )
 
     def _tell_data(self) -> None:
         counts = ", ".join(f"{len(split.records):,} {name}" for name, split in self.splits.items() if split.records)
@@ -128,7 +154,11 @@ class FinetuneSession(Session[FinetuneConfig]):
 
     def begin(self) -> None:
         """From the base, with what the task adds from the seed; or all from the seed."""
+        from bigtx.train import record_table
+
         self.state.owes_validation = self.config.validation.at_start
+        if not self.dry_run:
+            self.ranks.on_first(lambda: record_table.write(self.run_dir, self.data.table))
         self.base_facts = self._fill_initially(self.config.base)
         if self.base_facts and not self.dry_run:
             self.ranks.on_first(lambda: self._write(BASE, self.base_facts))
@@ -169,7 +199,11 @@ class FinetuneSession(Session[FinetuneConfig]):
 
     def resume(self) -> None:
         """Know the base again. Values of another metric, or of other records, are not compared with those before."""
-        if {"validation.metric", "validation.max_records"} & {change["key"] for change in self.changed}:
+        changed = {change["key"] for change in self.changed}
+        if {"validation.metric", "validation.max_records"} & changed:
+            self.state.forget_best()
+        num_held_out = len(self.splits["validation"].records)
+        if "data.leave_out" in changed and num_held_out < len(self.data.lengths("validation")):
             self.state.forget_best()
         self.base_facts = self._read_base_facts()
 
@@ -191,9 +225,9 @@ class FinetuneSession(Session[FinetuneConfig]):
         """
         from bigtx.train import reference
 
-        config = self.config
+        config, left_out = self.config, self.facts.get("left_out")
         key = reference.key(
-            records=self.facts["data"],
+            records=[self.facts["data"], left_out] if left_out else self.facts["data"],
             tokenizer=self.tokenizer.fingerprint,
             base=self.base_facts.get("manifest_sha256"),
             model=_that_counts(config.model),
@@ -252,8 +286,9 @@ class FinetuneSession(Session[FinetuneConfig]):
 
         train = self.config.train
         rows = self.rows
+        # A record that stands in the place of one that is left out is sorted as that one was, so no other moves.
         return RecordLoader(
-            np.array([row.length for row in rows]),
+            np.array([row.length for row in rows] if self.config.sft.packing else self.data.lengths("train")),
             lambda places, numbers: self.task.collate([rows[place] for place in places], numbers),
             global_batch_size=train.global_batch_size,
             micro_batch_size=train.micro_batch_size,

@@ -10,17 +10,47 @@ import json
 import os
 import secrets
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 from bigtx.utils.errors import LaunchError
 from bigtx.utils.processes import start_of
 
 LOCK_NAME = "run.lock"
+SEAL = "sha256"
+"""The key of an object's hash of itself."""
 LOCK_PATIENCE_SECONDS = 2.0
+NOT_A_FILE = "not a file; write what it gives into a file first"
+
+
+def no_file(path: Path | str) -> str | None:
+    """What is at a path where neither a file nor a folder is, in words; None where one is, or nothing."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return None
+    kinds = (
+        (stat.S_ISFIFO, "a pipe"),
+        (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISCHR, "a device"),
+        (stat.S_ISBLK, "a device"),
+    )
+    return next((name for is_kind, name in kinds if is_kind(mode)), None)
+
+
+def open_file(path: Path | str, buffering: int = -1) -> BinaryIO:
+    """Open a file to read its bytes. A pipe is refused: it may wait for a writer forever, and gives its bytes once.
+
+    Raises:
+        OSError: it cannot be opened, or is no file.
+    """
+    if kind := no_file(path):
+        raise OSError(errno.EINVAL, f"it is {kind}, {NOT_A_FILE}", str(path))
+    return open(path, "rb", buffering)
 
 
 def write_atomic(path: Path | str, data: bytes | str) -> None:
@@ -56,6 +86,23 @@ def sha256_file(path: Path | str) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_hash(value: Any) -> str:
+    """The SHA-256, in hexadecimal, of a value's canonical JSON: sorted keys, no white space, ASCII alone."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def write_sealed(path: Path | str, content: dict[str, Any]) -> None:
+    """`write_json` of an object, with the hash of itself under the key `sha256`, whatever was there before."""
+    rest = {key: value for key, value in content.items() if key != SEAL}
+    write_json(path, rest | {SEAL: json_hash(rest)})
+
+
+def unsealed(content: dict[str, Any]) -> dict[str, Any] | None:
+    """What `write_sealed` was given; None where the hash is not that of the content, or there is none."""
+    rest = {key: value for key, value in content.items() if key != SEAL}
+    return rest if content.get(SEAL) == json_hash(rest) else None
 
 
 def fsync_dir(path: Path | str) -> None:

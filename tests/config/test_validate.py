@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from bigtx.config.load import load
-from bigtx.config.schema import PrepareConfig, PretrainConfig, TokenizerTrainConfig
+from bigtx.config.schema import FinetuneConfig, PrepareConfig, PretrainConfig, TokenizerTrainConfig
 from bigtx.utils.errors import ConfigError
 
 
@@ -156,3 +156,13 @@ def test_tokenizer(corpus: Path) -> None:
     text = refusal(TokenizerTrainConfig)
     assert "input.paths: is empty" in text and "output: is not given" in text
     assert load(TokenizerTrainConfig, ["input.paths=[corpus]", "output=o"]).vocab_size == 16_384
+
+
+def test_a_run_is_not_made_in_the_folder_of_its_records(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a text")
+    arguments = ["tokenizer=.", f"data.train={tmp_path}", "train.max_steps=1"]
+    told = refusal(FinetuneConfig, *arguments, f"run_dir={tmp_path}/../{tmp_path.name}")
+    assert "run_dir" in told and "is the folder that data.train reads" in told
+    assert "is the folder" not in refusal(
+        FinetuneConfig, *arguments, f"run_dir={tmp_path}/run", "train.global_batch_size=0"
+    )

@@ -59,9 +59,10 @@ def make_runs(folder: Path, fields: dict[str, Any], lora: LoraConfig) -> tuple[P
     facts = {"step": 1, "adapter_scale": lora.alpha / lora.rank}
     trained = {name: shapes[name] for name in shapes if ".adapter." in name}
     save_frozen(adapted, {name: shape for name, shape in shapes.items() if name not in trained}, weights)
-    from bigtx.engine.checkpoint import manifest_hash, read_manifest
+    from bigtx.engine.checkpoint import read_manifest
+    from bigtx.utils.files import json_hash
 
-    facts["frozen_sha256"] = manifest_hash(read_manifest(adapted / "frozen"))
+    facts["frozen_sha256"] = json_hash(read_manifest(adapted / "frozen"))
     save_weights(adapted, facts, trained, ((name, weights[name]) for name in trained))
     return base, adapted
 

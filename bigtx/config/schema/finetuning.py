@@ -49,6 +49,8 @@ class RecordsConfig:
     """Records that are looked at once, when the run has ended. Empty: test_fraction of the others, if above 0."""
     exclude: list[str] = field(factory=list)
     """Names of files and folders to leave out of folders, e.g. [unsup] or ['*.bak']."""
+    leave_out: list[str] = field(factory=list, change="by_name")
+    """Records to do without, as messages name them: 'a.jsonl, line 7', 'rec/7.flac'; a file or folder as a whole."""
     validation_fraction: float = field(0.1, minimum=0.0, maximum=0.9)
     """Share of the training records (without those of the test) that is held out, where `validation` names none."""
     test_fraction: float = field(0.0, minimum=0.0, maximum=0.9)

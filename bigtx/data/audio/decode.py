@@ -1,6 +1,7 @@
 """Recordings: where they lie, what their headers say, and their samples.
 
-They are decoded by libsndfile through soundfile, and resampled by soxr; both come with the extra `speech`.
+They are decoded by libsndfile through soundfile, and resampled by soxr; both come with the extra `speech`. libsndfile
+takes a wav that was cut for a shorter one, so `riff.with_length` compares its size with what its header says first.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from bigtx.data.audio.riff import BadAudioError, with_length
 from bigtx.utils.errors import LaunchError
+from bigtx.utils.files import open_file
 
 AUDIO_SUFFIXES = (".wav", ".flac")
 
@@ -49,13 +52,17 @@ class AudioPlace:
         """
         if self.content is not None:
             return self.content
-        with open(self.path, "rb") as file:
+        with open_file(self.path) as file:
             file.seek(self.offset)
             return file.read(self.size)
 
 
-class BadAudioError(Exception):
-    """A recording that cannot be used; the message is the reason."""
+BLOCK_SAMPLES = 1 << 20
+"""Samples that are decoded at once."""
+OPEN_LENGTH = 1 << 60
+"""Samples that libsndfile names where the header leaves their number open."""
+SAMPLE_RATES = (1000, 1_000_000)
+"""Samples a second that are believed."""
 
 
 def require_speech() -> None:
@@ -72,18 +79,38 @@ def require_speech() -> None:
 
 
 def read_header(place: AudioPlace) -> tuple[int, int]:
-    """Samples a channel, and samples a second.
+    """Samples a channel, and samples a second, without decoding.
 
     Raises:
         BadAudioError: it is empty or no recording.
     """
-    if place.size == 0:
-        raise BadAudioError("an empty file, without a single byte")
     with _opened(place) as file:
-        num_samples, rate = int(file.frames), int(file.samplerate)
+        return _samples_by_header(file), int(file.samplerate)
+
+
+def examine(place: AudioPlace) -> tuple[int, int]:
+    """Decode a recording to its end, in little memory: what is wrong with it is found here, and not in training.
+
+    Returns:
+        Samples a channel, and samples a second.
+
+    Raises:
+        BadAudioError: it is empty or no recording, or `decode` could not decode it to its end.
+    """
+    with _opened(place) as file:
+        return sum(map(len, _blocks(file, None))), int(file.samplerate)
+
+
+def _samples_by_header(file: Any) -> int:
+    num_samples = int(file.frames)
     if num_samples <= 0:
         raise BadAudioError("a recording of no samples")
-    return num_samples, rate
+    if num_samples >= OPEN_LENGTH:
+        raise BadAudioError(
+            "its header does not say how many samples it has, as where it was written to a pipe; write it again, e.g. "
+            "ffmpeg -i OLD.flac NEW.flac"
+        )
+    return num_samples
 
 
 def num_resampled(num_samples: int, rate: int, wanted_rate: int) -> int:
@@ -104,15 +131,33 @@ def decode(place: AudioPlace, wanted_rate: int, max_samples: int | None = None) 
         BadAudioError: it cannot be decoded, or not to its end.
     """
     with _opened(place) as file:
-        rate, total = int(file.samplerate), int(file.frames)
-        wanted = total if max_samples is None else min(total, -(-max_samples * rate // wanted_rate))
-        wave: np.ndarray = file.read(wanted, dtype="float32", always_2d=True).mean(axis=1)
-    if len(wave) < wanted:
-        raise BadAudioError(f"cut short: {len(wave):,} samples of the {total:,} that its header names")
-    if not np.isfinite(wave).all():
-        raise BadAudioError("its samples are not all finite")
-    wave = resampled(wave, rate, wanted_rate)
+        rate = int(file.samplerate)
+        blocks = list(_blocks(file, None if max_samples is None else -(-max_samples * rate // wanted_rate)))
+    wave = resampled(np.concatenate(blocks), rate, wanted_rate)
     return wave if max_samples is None else wave[:max_samples]
+
+
+def _blocks(file: Any, wanted: int | None) -> Iterator[np.ndarray]:
+    """The mean of the channels, fp32 [samples] for each piece of a recording.
+
+    Args:
+        wanted: samples to read; None: all.
+
+    Raises:
+        BadAudioError: there are fewer than the header says, or some are not finite.
+    """
+    total, found = _samples_by_header(file), 0
+    wanted = total if wanted is None else min(total, wanted)
+    while found < wanted:
+        block: np.ndarray = file.read(min(BLOCK_SAMPLES, wanted - found), dtype="float32", always_2d=True).mean(axis=1)
+        if not len(block):
+            break
+        if not np.isfinite(block).all():
+            raise BadAudioError("its samples are not all finite")
+        found += len(block)
+        yield block
+    if found < wanted:
+        raise BadAudioError(f"cut short: {found:,} samples of the {total:,} that its header names")
 
 
 def resampled(wave: np.ndarray, rate: float, wanted_rate: float) -> np.ndarray:
@@ -130,10 +175,16 @@ def resampled(wave: np.ndarray, rate: float, wanted_rate: float) -> np.ndarray:
 def _opened(place: AudioPlace) -> Iterator[Any]:
     import soundfile
 
+    if place.size == 0:
+        raise BadAudioError("an empty file, without a single byte")
     try:
-        with soundfile.SoundFile(io.BytesIO(place.read())) as file:
+        with soundfile.SoundFile(io.BytesIO(with_length(place.read()))) as file:
+            least, most = SAMPLE_RATES
+            if not least <= file.samplerate <= most:
+                raise BadAudioError(f"{file.samplerate:,} samples a second; from {least:,} to {most:,} can be used")
             yield file
     except soundfile.LibsndfileError as error:
-        raise BadAudioError(f"no recording that can be read: {error.error_string}") from None
+        reason = error.error_string.strip() or "its samples are damaged or cut short"
+        raise BadAudioError(f"no recording that can be read: {reason}") from None
     except OSError as error:
         raise BadAudioError(f"cannot be read: {error.strerror or error}") from None

@@ -29,10 +29,11 @@ import numpy as np
 from bigtx.data.storage.cache import DamagedError
 from bigtx.data.storage.places import Place, RemotePath, as_place
 from bigtx.utils.errors import DataError
-from bigtx.utils.files import sha256_file, write_json
+from bigtx.utils.files import SEAL, sha256_file, unsealed, write_sealed
 
 FORMAT = "bigtx-blocks"
 FORMAT_VERSION = 1
+SPLITS = ("train", "validation")
 MANIFEST_NAME = "manifest.json"
 BLOCKS_NAME = "blocks.npy"
 TAR_UNIT = 512
@@ -148,7 +149,7 @@ class Manifest:
         }
         if self.groups:
             content["groups"] = self.groups
-        write_json(self.folder / MANIFEST_NAME, content)
+        write_sealed(self.folder / MANIFEST_NAME, content)
 
     @staticmethod
     def load(folder: str | Place, *, check_shards: bool = True) -> Manifest:
@@ -159,8 +160,8 @@ class Manifest:
             check_shards: whether the shards' sizes must be right; `verify` reports on them itself.
 
         Raises:
-            DataError: no manifest, another format, a block table that was changed, a shard missing or of another size,
-                or a URL that cannot be read.
+            DataError: no manifest, another format, a manifest or a block table that was changed, a shard missing or of
+                another size, or a URL that cannot be read.
         """
         folder = as_place(folder)
         content = _read_content(folder)
@@ -170,6 +171,12 @@ class Manifest:
             path = folder / MANIFEST_NAME
             message = f"{path} is damaged ({type(error).__name__}: {error}); prepare the corpus again."
             raise DataError(message) from error
+        name = str(folder).rpartition("/")[2]
+        if name in SPLITS and manifest.split != name:
+            raise DataError(
+                f"{folder / MANIFEST_NAME} says that it is the split {manifest.split!r}: it was copied or renamed. "
+                "Restore it, or prepare the corpus again."
+            )
         if check_shards:
             check_sizes(manifest)
         _check_blocks(manifest)
@@ -205,7 +212,15 @@ def _read_content(folder: Place) -> dict[str, Any]:
             f"{path} has format version {version}, this bigtx reads version {FORMAT_VERSION}; "
             "use the bigtx that wrote it, or prepare the corpus again."
         )
-    return content
+    found = unsealed(content)
+    if found is None:
+        what = (
+            f"does not have the hash that it names (`{SEAL}`): it was changed or damaged since it was written"
+            if SEAL in content
+            else f"has no hash of itself (`{SEAL}`): it was written by an earlier bigtx, or changed since"
+        )
+        raise DataError(f"{path} {what}; restore it or prepare the corpus again.")
+    return found
 
 
 def _from_content(folder: Place, content: dict[str, Any]) -> Manifest:

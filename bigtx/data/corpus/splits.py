@@ -9,14 +9,13 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from bigtx.data.corpus.manifest import Manifest, has_split
+from bigtx.data.corpus.manifest import SPLITS, Manifest, has_split
 from bigtx.data.storage.places import Place, RemotePath
 from bigtx.tokenizer.huggingface_model import HuggingFaceModel
 from bigtx.tokenizer.sentencepiece_model import SentencePieceModel
 from bigtx.tokenizer.tokenizer import DESCRIPTION, Tokenizer
 from bigtx.utils.errors import DataError
 
-SPLITS = ("train", "validation")
 TOKENIZER = "tokenizer"
 
 

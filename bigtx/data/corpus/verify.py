@@ -18,12 +18,13 @@ from bigtx.data.corpus.manifest import (
     DOCS_DTYPE,
     MEMBER_HEADER_BYTES,
     NPY_HEADER_BYTES,
+    SPLITS,
     TAR_UNIT,
     Manifest,
     has_split,
     shard_problem,
 )
-from bigtx.data.corpus.splits import SPLITS, TOKENIZER, load_tokenizer, open_splits
+from bigtx.data.corpus.splits import TOKENIZER, load_tokenizer, open_splits
 from bigtx.data.progress import ProgressLine, clock
 from bigtx.data.storage.places import Place, open_stream
 from bigtx.data.workers import Workers, advance

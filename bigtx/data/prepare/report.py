@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from bigtx.data.corpus.inspect import describe_splits
 from bigtx.data.prepare.job import REJECTS_NAME, REPORT_NAME, PartReport, Report
-from bigtx.data.raw.files import counts_by_suffix
+from bigtx.data.raw.files import describe_passed_over
 from bigtx.utils.units import format_count, format_size
 
 FEW_DOCUMENTS, FEW_TOKENS = 20, 100_000
@@ -24,8 +24,7 @@ def describe_report(report: Report) -> Iterator[str]:
     yield from describe_splits(report.splits)
     yield ""
     yield from _describe_held_out(report)
-    if report.passed_over:
-        yield f"Passed over, by their suffix: {counts_by_suffix(report.passed_over)}; see input.text_suffixes."
+    yield from describe_passed_over(report.passed_over)
     yield from _describe_removed(report)
     if report.rejects or report.rejects.num_empty:
         yield (

@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import BinaryIO
 
 from bigtx.config.schema import InputConfig
+from bigtx.data.raw import own
 from bigtx.data.raw.formats import (
     COMPRESSION_SUFFIXES,
     SUFFIXES,
@@ -33,6 +34,7 @@ from bigtx.data.storage import buckets
 from bigtx.data.storage.access import CHUNK_BYTES, InputFile, is_remote, stat
 from bigtx.data.storage.remote import check_scheme, name_of, scheme_of, shown
 from bigtx.utils.errors import ConfigError, DataError
+from bigtx.utils.files import NOT_A_FILE, no_file
 
 _BRACES = re.compile(r"\{(?:(\d{1,12})\.\.(\d{1,12})|([^{}]*,[^{}]*))\}")
 _MAX_EXPANDED = 1_000_000
@@ -74,6 +76,15 @@ def list_files(config: InputConfig, passed_over: Counter[str] | None = None) -> 
             check_package(file.shown)
             break
     return list(files.values())
+
+
+def describe_passed_over(counts: Counter[str]) -> Iterator[str]:
+    """What was not read, as lines for people."""
+    others = Counter({suffix: number for suffix, number in counts.items() if suffix != own.MADE})
+    if others:
+        yield f"Passed over, by their suffix: {counts_by_suffix(others)}; see input.text_suffixes."
+    if counts[own.MADE]:
+        yield f"Passed over: {counts[own.MADE]:,} folders or files made by bigtx."
 
 
 def counts_by_suffix(counts: Counter[str]) -> str:
@@ -171,17 +182,24 @@ def _files_of(path: str, config: InputConfig, passed_over: Counter[str]) -> list
 
 def _local_files(path: str, config: InputConfig, passed_over: Counter[str]) -> list[InputFile]:
     if os.path.isdir(path):
-        base, candidates = path, list(_walk(path, config))
+        own.refuse_own(path, "input.paths")
+        base, candidates = path, list(_walk(path, config, passed_over))
+    elif kind := no_file(path):
+        raise DataError(f"{path} (named in input.paths) is {kind}, {NOT_A_FILE}.")
     elif os.path.exists(path):
         _refuse_unknown(path, config)
         return [_local(path, os.path.basename(path))]
     elif glob.has_magic(path):
         base = _fixed_part(path)
-        candidates = []
+        candidates, known = [], dict[str, bool]()
         for match in sorted(glob.glob(path, recursive=True)):
-            if _is_excluded(os.path.relpath(match, base), config.exclude):
+            if _is_excluded(os.path.relpath(match, base), config.exclude) or own.own_of(match, base, known):
                 continue
-            candidates += _walk(match, config) if os.path.isdir(match) else [match]
+            if os.path.isdir(match):
+                candidates += _walk(match, config, passed_over)
+            elif not no_file(match):
+                candidates.append(match)
+        passed_over.update({own.MADE: sum(known.values())} if any(known.values()) else {})
     else:
         raise DataError(f"There is no file or folder {path} (named in input.paths).")
     return [_local(found, os.path.relpath(found, base)) for found in _known(path, candidates, config, passed_over)]
@@ -249,8 +267,8 @@ def _refuse_unknown(path: str, config: InputConfig) -> None:
     )
 
 
-def _walk(folder: str, config: InputConfig) -> Iterator[str]:
-    """All files below a folder that are not excluded; links to folders are followed, each folder once."""
+def _walk(folder: str, config: InputConfig, passed_over: Counter[str]) -> Iterator[str]:
+    """All files below a folder that are not excluded, nor made by bigtx; links to folders are followed, each once."""
     visited: set[str] = set()
     pending = [folder]
     while pending:
@@ -263,12 +281,18 @@ def _walk(folder: str, config: InputConfig) -> Iterator[str]:
             entries = sorted(os.scandir(current), key=lambda entry: entry.name)
         except OSError as error:
             raise DataError(f"Cannot read the folder {current}: {error.strerror}.") from error
+        names = {entry.name for entry in entries}
+        if current != folder and own.is_own_folder(current, names):
+            passed_over[own.MADE] += 1
+            continue
         for entry in entries:
             if entry.name.startswith(".") or _is_excluded(os.path.relpath(entry.path, folder), config.exclude):
                 continue
             if entry.is_dir():
                 pending.append(entry.path)
-            elif entry.is_file() or entry.is_symlink():
+            elif own.is_own_file(entry.path, names):
+                passed_over[own.MADE] += 1
+            elif entry.is_file() or (entry.is_symlink() and not no_file(entry.path)):
                 # A dangling link is rejected by name when it is read; pipes and devices are no texts.
                 yield entry.path
 

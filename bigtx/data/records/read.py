@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from bigtx.data.audio.decode import AUDIO_SUFFIXES, AudioPlace
-from bigtx.data.raw import documents
+from bigtx.data.raw import documents, own
 from bigtx.data.raw.archives import Member
 from bigtx.data.raw.decode import BadRowError, check_texts, decode, unreadable, without_signature
 from bigtx.data.raw.documents import Rejects
@@ -43,6 +43,7 @@ from bigtx.data.raw.rows import Options, Origin, Row, lines, read_json_lines, to
 from bigtx.data.records.record import WHOLE_FILE, Broken, Record
 from bigtx.data.storage.access import InputFile
 from bigtx.utils.errors import DataError
+from bigtx.utils.files import NOT_A_FILE, no_file, open_file
 
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".tar")
 TEXT_SUFFIXES = (".txt", ".md")
@@ -77,9 +78,11 @@ def expand_path(path: str) -> list[str]:
     Raises:
         DataError: there is none.
     """
+    if kind := no_file(path):
+        raise DataError(f"{path} is {kind}, {NOT_A_FILE} (or, for `bigtx predict`, give it by `--input -`)")
     if PAIR.search(path) or Path(path).exists():
         return [path]
-    found = sorted(glob.glob(path, recursive=True), key=natural)
+    found = sorted((each for each in glob.glob(path, recursive=True) if not no_file(each)), key=natural)
     if not found:
         raise DataError(f"no file or folder {path!r} to read records from")
     return found
@@ -105,8 +108,13 @@ def _read_path(path: str, broken: Broken, exclude: Sequence[str]) -> Iterator[Re
 
 def _read_folder(folder: Path, broken: Broken, exclude: Sequence[str]) -> Iterator[Record]:
     left_out = (".*", *exclude)
+    own.refuse_own(str(folder), "data")
     entries = sorted(
-        (entry for entry in folder.iterdir() if not any(fnmatch.fnmatchcase(entry.name, name) for name in left_out)),
+        (
+            folder / name
+            for name in own.without_own(str(folder), os.listdir(folder))
+            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in left_out) and not no_file(folder / name)
+        ),
         key=_by_name,
     )
     files = [entry for entry in entries if suffix_inside(entry.name) in RECORD_SUFFIXES]
@@ -245,7 +253,7 @@ def _read_side_by_side(path: str, broken: Broken) -> Iterator[Record]:
     for file in files:
         rejects = Rejects(1.0, broken.reject)
         try:
-            with open(file, "rb") as stored:
+            with open_file(file) as stored:
                 sides.append(list(lines(decompressed(stored, file), Origin(file, file), rejects)))
         except FileNotFoundError:
             raise DataError(f"no file {file}, one of the two that {path!r} stands for") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,37 +63,82 @@ class BadRecordError(Exception):
     """A record that cannot be used; the message is the reason."""
 
 
-class Broken:
-    """Collects the records that cannot be used, so that one error names several of them."""
+class LeftOut:
+    """Records that are left out by name: that of a record (`Record.where`), or of a file, archive or folder with all
+    records in it.
 
-    def __init__(self) -> None:
+    Attributes:
+        met: names that stood for something so far.
+    """
+
+    def __init__(self, names: Sequence[str] = ()) -> None:
+        self.names = frozenset(name.rstrip("/") for name in names)
+        self.met: set[str] = set()
+
+    def __contains__(self, where: object) -> bool:
+        name = str(where)
+        parts = [name, name.rpartition(", line ")[0]] if ", line " in name else [name]
+        for at, sign in enumerate(name):
+            if sign == "/":
+                parts.append(name[:at])
+        found = self.names.intersection(parts)
+        self.met |= found
+        return bool(found)
+
+
+class Broken:
+    """Collects the records that cannot be used, so that one error names several of them.
+
+    Attributes:
+        count: of all.
+        first: place and reason of the first of them.
+    """
+
+    def __init__(self, left_out: LeftOut | None = None) -> None:
+        """Args:
+        left_out: those that nobody wants, and so do not count.
+        """
         self.count = 0
-        self._first: list[str] = []
+        self.first: list[tuple[str, str]] = []
+        self._left_out = left_out or LeftOut()
 
     def add(self, file: str, line: int, reason: str) -> None:
         """One more; line 0 is the file as a whole."""
+        where = Record({}, file, line).where
+        if where in self._left_out:
+            return
         self.count += 1
-        if len(self._first) < MAX_TOLD:
-            self._first.append(f"\n  {visible(file)}{f', line {line}' if line else ''}: {visible(reason)}")
+        if len(self.first) < MAX_TOLD:
+            self.first.append((where, reason))
 
     def reject(self, reject: Reject) -> None:
         """What the reader of rows gives: one more, or as many as were lost with it."""
+        before = self.count
         self.add(reject.file, reject.line, reject.reason)
-        self.count += (reject.lost or 1) - 1
+        if self.count > before:
+            self.count = before + (reject.lost or 1)
 
     def rejects(self) -> Rejects:
         """What the reader of rows gives to this."""
         return Rejects(1.0, self.reject)
 
-    def check(self) -> None:
+    def check(self, advice: str = "") -> None:
         """Do nothing if there are none.
+
+        Args:
+            advice: what else to do about them.
 
         Raises:
             DataError: names the first of them.
         """
         if self.count:
-            more = f", the first {MAX_TOLD} of them" if self.count > MAX_TOLD else ""
-            records = "record" + "s" * (self.count > 1)
-            raise DataError(
-                f"{self.count:,} {records} cannot be used{more}; mend or remove them:{''.join(self._first)}"
-            )
+            raise DataError(f"{self.describe()}; repair or remove them:{self.listed()}" + (advice and f"\n{advice}"))
+
+    def describe(self) -> str:
+        """How many there are."""
+        more = f", the first {MAX_TOLD} of them" if self.count > MAX_TOLD else ""
+        return f"{self.count:,} record{'s' * (self.count > 1)} cannot be used{more}"
+
+    def listed(self) -> str:
+        """The first of them, a line each."""
+        return "".join(f"\n  {visible(where)}: {visible(reason)}" for where, reason in self.first)

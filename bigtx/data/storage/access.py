@@ -9,6 +9,7 @@ from typing import BinaryIO, cast
 
 from bigtx.data.storage import buckets, web
 from bigtx.data.storage.remote import RefusedError, scheme_of, shown
+from bigtx.utils.files import open_file
 
 CHUNK_BYTES = 1 << 20
 """What is read at once."""
@@ -96,7 +97,7 @@ def open_binary(file: InputFile, *, seeks: bool = False) -> BinaryIO:
     if scheme:
         chunk = CHUNK_BYTES if seeks else _BUCKET_CHUNK_BYTES
         return cast(BinaryIO, io.BufferedReader(buckets.BucketFile(file.path, file.size, file.version), chunk))
-    stream = open(file.path, "rb", min(CHUNK_BYTES, max(file.size, 512)))  # noqa: SIM115 - the caller closes it
+    stream = open_file(file.path, min(CHUNK_BYTES, max(file.size, 512)))
     if file.version and str(os.fstat(stream.fileno()).st_mtime_ns) != file.version:
         stream.close()
         raise RefusedError("it was changed since it was listed")

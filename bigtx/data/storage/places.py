@@ -16,6 +16,7 @@ from bigtx.data.storage import access
 from bigtx.data.storage.cache import Cache
 from bigtx.data.storage.remote import TransientError
 from bigtx.utils.errors import DataError
+from bigtx.utils.files import open_file
 from bigtx.utils.urls import is_url, url_problem
 
 TRIES_AT_START = 4
@@ -140,4 +141,4 @@ def open_stream(place: Place) -> BinaryIO:
     if isinstance(place, RemotePath):
         size, version = access.stat(place.url)
         return access.open_binary(access.InputFile(place.url, size, version=version))
-    return open(place, "rb")
+    return open_file(place)

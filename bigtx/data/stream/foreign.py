@@ -32,6 +32,7 @@ from bigtx.data.raw.samples import read_archive
 from bigtx.data.storage.places import Place, RemotePath, as_place, open_stream
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import DataError
+from bigtx.utils.files import open_file
 
 Row = tuple[np.ndarray, np.ndarray]
 """[T + 1] int32 tokens, and where in them documents start, int64 ascending."""
@@ -109,7 +110,7 @@ def _size_and_end(place: Place) -> tuple[int, bytes]:
         size = place.size()
         return size, place.read_bytes(size - 2 * TAR_UNIT, size) if size >= 2 * TAR_UNIT else b""
     size = place.stat().st_size
-    with open(place, "rb") as file:
+    with open_file(place) as file:
         file.seek(max(0, size - 2 * TAR_UNIT))
         return size, file.read()
 

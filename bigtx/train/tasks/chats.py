@@ -23,7 +23,7 @@ from bigtx.data.records.record import BadRecordError, Record
 from bigtx.model.decode import Sampling, decode_tokens
 from bigtx.tokenizer.chat import ASSISTANT
 from bigtx.tokenizer.tokenizer import Tokenizer
-from bigtx.train.tasks.task import Model
+from bigtx.train.tasks.task import Model, some_ids
 from bigtx.utils.errors import ConfigError, DataError
 
 Message = Mapping[str, Any]
@@ -144,9 +144,13 @@ class ChatFormat:
             for ids, message in zip(encoded, prompt, strict=True)
         ]
 
-    def answer(self, text: str) -> list[int]:
-        """The ids of an answer, after those that call for it."""
-        return [*self.tokenizer.encode(text), self.tokenizer.end_id]
+    def answer(self, field: str, text: str) -> list[int]:
+        """The ids of an answer, after those that call for it; `field` is where it stands.
+
+        Raises:
+            BadRecordError: there are none.
+        """
+        return [*some_ids(self.tokenizer, field, text), self.tokenizer.end_id]
 
     def fit(self, parts: Sequence[Part], answers: Sequence[list[int]]) -> Chat:
         """A chat and answers to it, as long as is allowed.

@@ -24,7 +24,17 @@ from bigtx.engine.task import TaskLoss
 from bigtx.model.loss import IGNORED
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.train.tasks.scores import calibration_error, confusion, macro_f1
-from bigtx.train.tasks.task import LENGTH_MULTIPLE, Lengths, Model, Prediction, RecordTask, on_device, padded, pinned
+from bigtx.train.tasks.task import (
+    LENGTH_MULTIPLE,
+    Lengths,
+    Model,
+    Prediction,
+    RecordTask,
+    on_device,
+    padded,
+    pinned,
+    some_ids,
+)
 from bigtx.utils.errors import ConfigError, DataError
 
 NO_LABEL = -1
@@ -147,10 +157,10 @@ class Classify(RecordTask):
 
     def encode(self, record: Record, *, for_training: bool = True) -> TextExample:
         """The ids of a text, or of two."""
-        texts = [record.text(self.fields.text, setting="data.fields.text")]
+        texts = [(self.fields.text, record.text(self.fields.text, setting="data.fields.text"))]
         if self.fields.pair:
-            texts.append(record.text(self.fields.pair, setting="data.fields.pair"))
-        sides = [self.tokenizer.encode(text) for text in texts]
+            texts.append((self.fields.pair, record.text(self.fields.pair, setting="data.fields.pair")))
+        sides = [some_ids(self.tokenizer, name, text) for name, text in texts]
         limit, total = self.max_length - len(sides) - 1, sum(map(len, sides))
         while sum(map(len, sides)) > limit:
             # Of two texts the longer one gives way, as in BERT.

@@ -19,7 +19,7 @@ from bigtx.config.schema import FinetuneConfig
 from bigtx.data.records.record import Record
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.train.tasks.sft import ChatExample, Sft
-from bigtx.train.tasks.task import Model, Prediction
+from bigtx.train.tasks.task import Model, Prediction, some_ids
 from bigtx.utils.errors import ConfigError
 
 
@@ -48,7 +48,7 @@ class Distill(Sft):
 
     def encode(self, record: Record, *, for_training: bool = True) -> ChatExample:
         """The ids of a text, an end before and behind it."""
-        ids = self.tokenizer.encode(record.text(self.fields.text, setting="data.fields.text"))
+        ids = some_ids(self.tokenizer, self.fields.text, record.text(self.fields.text, setting="data.fields.text"))
         kept = self.cut(ids, self.max_length - 1)
         whole = [self.tokenizer.end_id, *kept, self.tokenizer.end_id]
         return ChatExample(np.array(whole, np.int32), np.arange(len(whole)) > 0, 1, len(ids) - len(kept))

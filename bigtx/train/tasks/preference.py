@@ -109,7 +109,8 @@ class Preference(RecordTask):
     def encode(self, record: Record, *, for_training: bool = True) -> PreferenceExample:
         """The ids of a prompt and both answers; for prediction also of a prompt alone."""
         prompt, answers = self._divide(record, for_training)
-        ids = [self.format.answer(answer) for answer in answers]
+        sides = zip((self.fields.chosen, self.fields.rejected), answers, strict=False)  # For prediction there are none.
+        ids = [self.format.answer(field, answer) for field, answer in sides]
         if answers and ids[0] == ids[1]:
             raise BadRecordError(f"the fields {self.fields.chosen!r} and {self.fields.rejected!r} are the same answer")
         chat = self.format.fit(self.format.parts(prompt, learn=False), ids)

@@ -133,7 +133,9 @@ class Sft(RecordTask):
     def encode(self, record: Record, *, for_training: bool = True) -> ChatExample:
         """The ids of a chat, or of a prompt and its response."""
         prompt, answer = self._divide(record, for_training)
-        answers = [] if answer is None else [self.format.answer(answer)]
+        is_chat = record.value(self.fields.messages) is not None
+        field = self.fields.messages if is_chat else self.fields.response
+        answers = [] if answer is None else [self.format.answer(field, answer)]
         chat = self.format.fit(self.format.parts(prompt, learn=self.settings.answers == "all"), answers)
         answer_ids = chat.answers[0] if chat.answers else []
         return ChatExample(

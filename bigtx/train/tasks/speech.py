@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ from torch import Tensor
 from bigtx.config.schema import FinetuneConfig
 from bigtx.config.shape import frames_per_column
 from bigtx.data.audio.augment import changes_waveform, generator, masked, perturbed
-from bigtx.data.audio.decode import AudioPlace, BadAudioError, decode, num_resampled, read_header
+from bigtx.data.audio.decode import AudioPlace, decode, num_resampled, read_header
 from bigtx.data.audio.features import LogMel
+from bigtx.data.audio.look import Found
+from bigtx.data.audio.riff import BadAudioError
 from bigtx.data.records.record import BadRecordError, Record
 from bigtx.model.loss import IGNORED
 from bigtx.train.tasks.task import LENGTH_MULTIPLE, on_device
@@ -119,6 +121,7 @@ class Hearing:
         self.log_mel = LogMel(config.model.audio)
         self.changes_waveform = changes_waveform(self.settings)
         self.cache = Cache(config.transcribe.cache_size)
+        self.known: Mapping[AudioPlace, Found] = {}
 
     def place(self, record: Record, name: str) -> AudioPlace:
         """Where the recording that a record names is: with the record, or in a file beside the one it stands in.
@@ -137,13 +140,17 @@ class Hearing:
             raise BadRecordError(f"the recording {path} cannot be read: {reason}") from None
 
     def num_samples(self, place: AudioPlace) -> tuple[int, int]:
-        """Samples that are heard, at the model's rate, and those that are too many, by the recording's header.
+        """Samples that are heard, at the model's rate, and those that are too many: as was found when the recording was
+        decoded (`known`), or by its header.
 
         Raises:
             BadRecordError: it is empty or no recording, or too long where data.too_long=refuse.
         """
         try:
-            total, rate = read_header(place)
+            found = self.known.get(place) or read_header(place)
+            if isinstance(found, str):
+                raise BadAudioError(found)
+            total, rate = found
         except BadAudioError as error:
             raise BadRecordError(f"{place.name}: {error}") from None
         samples = num_resampled(total, rate, self.rate)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -20,10 +20,14 @@ import torch
 from torch import Tensor
 
 from bigtx.config.schema import FinetuneConfig
+from bigtx.data.audio.decode import AudioPlace
+from bigtx.data.audio.look import Found
 from bigtx.data.records.record import BadRecordError, Record
 from bigtx.engine.task import TaskLoss
 from bigtx.tokenizer.tokenizer import Tokenizer
 
+Look = Callable[[Iterable[AudioPlace]], Mapping[AudioPlace, Found]]
+"""See `bigtx.data.audio.look.look_at`."""
 Model = Callable[..., Any]
 """A Transformer, or an engine around one."""
 Prediction = dict[str, Any]
@@ -100,6 +104,13 @@ class RecordTask(ABC):
     def group_of(cls, record: Record, config: FinetuneConfig) -> Any:
         """The group of a record, of each of which the last are held out where data.split=tail; None: all are one."""
         return None
+
+    def look_ahead(self, records: Iterable[Record], look: Look) -> None:  # noqa: B027 - most have nothing to do
+        """Take in, before records are encoded, what only the whole of the files that they name can tell.
+
+        Args:
+            look: decodes recordings, or remembers that they were decoded before.
+        """
 
     def begin(self, examples: Sequence[Any]) -> None:  # noqa: B027 - most have nothing to do
         """Take in what training needs to know of the training examples."""
@@ -199,6 +210,18 @@ class RecordTask(ABC):
             head = limit // 2
             return ids[:head] + ids[len(ids) - (limit - head) :]
         return ids[:limit]
+
+
+def some_ids(tokenizer: Tokenizer, name: str, text: str) -> list[int]:
+    """The ids of a text that stands in a field of a record.
+
+    Raises:
+        BadRecordError: there are none: a tokenizer may drop, for example, characters that are not seen.
+    """
+    ids = tokenizer.encode(text)
+    if not ids:
+        raise BadRecordError(f"the tokenizer makes no token of the field {name!r}: {text[:40]!r}")
+    return ids
 
 
 def padded(rows: Sequence[Sequence[int] | np.ndarray], fill: int, *, multiple: int = 1) -> Tensor:

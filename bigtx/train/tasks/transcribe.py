@@ -9,9 +9,10 @@ The blank of CTC is the padding id, which no text has; so is the start id of the
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from bigtx.model.cache import KeyValueCache, Text
 from bigtx.model.loss import IGNORED
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.train.tasks.speech import Hearing, SpeechBatch, SpeechExample
-from bigtx.train.tasks.task import Lengths, Model, Prediction, RecordTask, padded
+from bigtx.train.tasks.task import Lengths, Look, Model, Prediction, RecordTask, padded, some_ids
 from bigtx.utils.errors import ConfigError
 
 APOSTROPHES = "'’"
@@ -72,12 +73,22 @@ class Transcribe(RecordTask):
         """Of a recording and of its text."""
         return f"{self.settings.max_seconds:g} s (transcribe.max_seconds) or {super().limit}"
 
+    def look_ahead(self, records: Iterable[Record], look: Look) -> None:
+        """Decode all recordings."""
+
+        def places() -> Iterator[AudioPlace]:
+            for record in records:
+                with contextlib.suppress(BadRecordError):  # `encode` says what is wrong.
+                    yield self.hearing.place(record, self.fields.audio)
+
+        self.hearing.known = look(places())
+
     def encode(self, record: Record, *, for_training: bool = True) -> SpeechExample:
-        """What the header of the recording says, and the ids of the text."""
+        """The length of the recording, and the ids of the text."""
         place = self.hearing.place(record, self.fields.audio)
         samples, num_cut = self.hearing.num_samples(place)
         text = self._text(record, is_needed=for_training)
-        ids = self.tokenizer.encode(text)
+        ids = some_ids(self.tokenizer, self.fields.text, text) if text else []
         kept = self.cut(ids, self.max_length if self.is_ctc else self.max_length - 1)
         self._check_room(kept, samples)
         length = self.hearing.num_columns(samples)

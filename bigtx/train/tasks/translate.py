@@ -23,7 +23,17 @@ from bigtx.model.beam import Beam, Found, beam_search
 from bigtx.model.loss import IGNORED
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.train.expert_losses import with_expert_losses
-from bigtx.train.tasks.task import LENGTH_MULTIPLE, Lengths, Model, Prediction, RecordTask, on_device, padded, pinned
+from bigtx.train.tasks.task import (
+    LENGTH_MULTIPLE,
+    Lengths,
+    Model,
+    Prediction,
+    RecordTask,
+    on_device,
+    padded,
+    pinned,
+    some_ids,
+)
 from bigtx.utils.errors import ConfigError, LaunchError
 
 
@@ -125,9 +135,9 @@ class Translate(RecordTask):
 
     def encode(self, record: Record, *, for_training: bool = True) -> PairExample:
         """The ids of both texts."""
-        source = self.tokenizer.encode(
-            self.settings.prefix + record.text(self.fields.source, setting="data.fields.source")
-        )
+        text = record.text(self.fields.source, setting="data.fields.source")
+        some_ids(self.tokenizer, self.fields.source, text)
+        source = self.tokenizer.encode(self.settings.prefix + text)
         kept = self.cut(source, self.max_length - 1)
         num_cut = len(source) - len(kept)
         after = self.tokenizer.end_id
@@ -136,7 +146,7 @@ class Translate(RecordTask):
         reference, target = "", list[int]()
         if for_training or record.value(self.fields.target):
             reference = record.text(self.fields.target, setting="data.fields.target")
-            whole = [*self.tokenizer.encode(reference), self.tokenizer.end_id]
+            whole = [*some_ids(self.tokenizer, self.fields.target, reference), self.tokenizer.end_id]
             target = self.cut(whole, self.max_length)  # What was cut does not end there, and so is not taught to.
             num_cut += len(whole) - len(target)
         return PairExample(np.array([*kept, after], np.int32), np.array(target, np.int32), reference, num_cut)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 import soundfile
 from sounds import RATE, tone, wav
 
-from bigtx.data.audio.decode import AudioPlace, BadAudioError, decode, num_resampled, read_header, resampled
+from bigtx.data.audio.decode import AudioPlace, decode, examine, num_resampled, read_header, resampled
+from bigtx.data.audio.riff import BadAudioError
 
 
 def in_memory(content: bytes) -> AudioPlace:
@@ -73,3 +75,54 @@ def test_what_is_no_recording_says_why(tmp_path: Path) -> None:
     soundfile.write(broken, np.array([0.0, np.nan]), RATE, format="WAV", subtype="FLOAT")
     with pytest.raises(BadAudioError, match="finite"):
         decode(in_memory(broken.getvalue()), RATE)
+
+
+@pytest.mark.parametrize("form", ["WAV", "WAVEX", "RF64", "AIFF"])
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.99])
+def test_half_a_recording_is_not_taken_for_a_short_one(form: str, share: float) -> None:
+    """libsndfile shortens the header to what there is."""
+    content = io.BytesIO()
+    soundfile.write(content, tone(500, 0.5), RATE, format=form)
+    whole = content.getvalue()
+    assert examine(in_memory(whole)) == read_header(in_memory(whole)) == (RATE // 2, RATE)
+    cut = in_memory(whole[: int(share * len(whole))])
+    for look in (read_header, examine, lambda place: decode(place, RATE)):
+        with pytest.raises(BadAudioError, match=r"cut short: .* bytes of sound of the 8,0"):
+            look(cut)
+
+
+@pytest.mark.parametrize("size", [0, 0xFFFFFFFF, 0x7FFFF000, 0x80000000])
+def test_a_wav_that_was_written_to_a_pipe_is_read_to_its_end(size: int) -> None:
+    """Recorders cannot go back to write how long it became."""
+    sound, raw = tone(500), bytearray(wav(tone(500)))
+    raw[4:8] = raw[40:44] = struct.pack("<I", size)
+    place = in_memory(bytes(raw))
+    assert read_header(place) == examine(place) == (len(sound), RATE)
+    np.testing.assert_allclose(decode(place, RATE), sound, atol=1e-3)
+
+
+def test_an_empty_wav_with_notes_behind_it_has_no_samples() -> None:
+    with pytest.raises(BadAudioError, match="no samples"):
+        examine(in_memory(wav(np.zeros(0, np.float32)) + b"LIST\x04\0\0\0INFO"))
+
+
+def test_a_flac_that_was_written_to_a_pipe_is_refused() -> None:
+    """Its header says 0 samples, which libsndfile takes for as many as there can be, and cannot read."""
+    content = bytearray(flac(tone(500, 3.0), RATE))
+    content[21] &= 0xF0
+    content[22:26] = bytes(4)
+    for look in (read_header, examine):
+        with pytest.raises(BadAudioError, match="does not say how many samples"):
+            look(in_memory(bytes(content)))
+
+
+def test_damage_within_a_recording_and_rates_that_cannot_be_are_told() -> None:
+    content = bytearray(flac(np.random.default_rng(1).standard_normal(40_000).astype(np.float32) / 8, RATE))
+    content[len(content) // 2] ^= 16
+    assert read_header(in_memory(bytes(content))) == (40_000, RATE), "the header does not know"
+    with pytest.raises(BadAudioError, match="no recording that can be read: "):
+        examine(in_memory(bytes(content)))
+    raw = bytearray(wav(tone(500)))
+    raw[24:28] = struct.pack("<I", 3)
+    with pytest.raises(BadAudioError, match="3 samples a second"):
+        examine(in_memory(bytes(raw)))

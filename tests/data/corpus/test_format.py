@@ -66,6 +66,9 @@ def test_shards_are_byte_for_byte_what_the_page_says(tmp_path: Path, make_corpus
         starts = struct.unpack_from(f"<{count}I", content, docs)
         assert all(place + start == 0 or stream[place + start - 1] == manifest["end_id"] for start in starts)
     assert sum(len(document) for document in documents) == manifest["num_tokens"] == len(stream)
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    canonical = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    assert hashlib.sha256(canonical.encode()).hexdigest() == manifest["sha256"]
     for shard, about in enumerate(manifest["shards"]):
         content = (folder / about["name"]).read_bytes()
         assert re.fullmatch(r"\d{6,}\.tar", about["name"]) and len(content) == about["size"] == ends[shard] + 1024

@@ -15,6 +15,7 @@ from corpora import write_split
 from bigtx.data.corpus.blocks import BlockReader
 from bigtx.data.corpus.manifest import Manifest
 from bigtx.utils.errors import DataError
+from bigtx.utils.files import write_sealed
 
 
 def read_all(manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:
@@ -96,9 +97,26 @@ def change_table(folder: Path) -> None:
 def change_manifest(**changes: object):
     def change(folder: Path) -> None:
         path = folder / "manifest.json"
+        write_sealed(path, json.loads(path.read_text()) | changes)
+
+    return change
+
+
+def change_figure(**changes: object):
+    """As a flipped byte does: the hash of the manifest stays what it was."""
+
+    def change(folder: Path) -> None:
+        path = folder / "manifest.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
     return change
+
+
+def take_hash_away(folder: Path) -> None:
+    path = folder / "manifest.json"
+    content = json.loads(path.read_text())
+    del content["sha256"]
+    path.write_text(json.dumps(content))
 
 
 def break_json(folder: Path) -> None:
@@ -119,6 +137,11 @@ def break_json(folder: Path) -> None:
         (change_manifest(shards=[{"name": "../../000001.tar", "size": 1, "sha256": ""}]), "damaged"),
         (change_manifest(shards=[]), "no block that its shards have"),
         (change_manifest(recipe=None), "damaged"),
+        (change_manifest(split="validation"), "says that it is the split 'validation'"),
+        (change_figure(num_bytes=1), "does not have the hash that it names"),
+        (change_figure(block_tokens=7), "does not have the hash that it names"),
+        (change_figure(split="validation"), "does not have the hash that it names"),
+        (take_hash_away, "has no hash of itself"),
     ],
 )
 def test_damage_is_named_when_a_split_is_opened(tmp_path: Path, make_corpus, damage, named: str) -> None:

@@ -25,6 +25,7 @@ from bigtx.data.corpus.verify import verify
 from bigtx.data.storage.places import as_place
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.tokenizer.train import train
+from bigtx.utils.files import write_sealed
 
 WORDS = [f"{a}{b}{c}" for a in "bdklmnprst" for b in "aeiou" for c in ("", "n", "r", "st")]
 
@@ -142,7 +143,7 @@ def rewrite_block(folder: Path, block: int, change) -> None:
     raw = json.loads((folder / "manifest.json").read_text())
     raw["blocks_sha256"] = hashlib.sha256((folder / "blocks.npy").read_bytes()).hexdigest()
     raw["shards"][shard]["sha256"] = hashlib.sha256(content).hexdigest()
-    (folder / "manifest.json").write_text(json.dumps(raw))
+    write_sealed(folder / "manifest.json", raw)
 
 
 def with_token(place: int, token: int):
@@ -225,7 +226,7 @@ def test_stats_in_words_and_as_json(corpus_copy: Path, capsys: pytest.CaptureFix
         {"source": "wiki", "language": "de", "documents": documents - 30, "tokens": tokens - 700, "bytes": 5000},
         {"source": None, "language": None, "documents": 30, "tokens": 700, "bytes": 1400},
     ]
-    path.write_text(json.dumps(manifest | {"groups": groups}))
+    write_sealed(path, manifest | {"groups": groups})
     assert run("stats", str(corpus_copy)) == 0
     shown = capsys.readouterr().out
     assert f"{documents:,}" in shown and "wiki" in shown and f"{700 / tokens:.2%}" in shown and "█" in shown

@@ -28,6 +28,7 @@ from bigtx.data.prepare import assemble, encode
 from bigtx.data.prepare import job as prepare_module
 from bigtx.data.prepare.job import PartReport, merge, prepare
 from bigtx.data.prepare.report import describe_part, describe_report
+from bigtx.data.raw.files import list_files
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.tokenizer.train import train
 from bigtx.utils.errors import ConfigError, DataError
@@ -89,6 +90,48 @@ def read_documents(folder: Path, tokenizer: Path) -> list[str]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_what_bigtx_made_is_never_its_input(
+    tmp_path: Path, tokenizer: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The output lies within the input: before, while it is made, after an end in the middle, and when it is there."""
+    config = make_config(tmp_path, tokenizer, input=InputConfig(paths=[str(tmp_path)]), num_processes=2)
+    prepare(config)
+    corpus = tmp_path / "corpus"
+    made = contents(corpus)
+    assert prepare(config).reused and prepare(config).passed_over == Counter({"made by bigtx": 1})  # type: ignore[union-attr]
+    corpus.rename(tmp_path / "input" / "older")
+    shutil.copytree(tmp_path / "input" / "older" / "train", tmp_path / "a split")
+    shutil.copytree(tokenizer, tmp_path / "tokenizer")
+    (tmp_path / "input" / "older.rejects.jsonl").write_text('{"file": "a", "line": 1, "reason": "text"}\n')
+    run_dir = tmp_path / "runs" / "mine"
+    for name in ("logs/rank-00000.log", "run.lock", "metrics.jsonl", "predictions.jsonl"):
+        (run_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        (run_dir / name).write_text('{"text": "of a run that has only begun"}\n')
+    (tmp_path / "answers.jsonl").write_text('{"text": "said by a model"}\n')
+    (tmp_path / "answers.jsonl.about.json").write_text("{}")
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "README.md").write_text("---\ntags:\n- bigtx\n- llama\n---\n\n# A card\n")
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(assemble.Assembly, "run", stop)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config)
+    monkeypatch.undo()
+    assert (tmp_path / "corpus.partial" / "work").is_dir()
+    report = prepare(config)
+    assert contents(corpus) == made and report.passed_over["made by bigtx"] == 8  # type: ignore[union-attr]
+    assert prepare(config).reused  # type: ignore[union-attr]
+    everything = InputConfig(paths=[f"{tmp_path}/**"])
+    assert len(list_files(everything)) == len(list_files(config.input))
+    for folder in (corpus, run_dir):
+        with pytest.raises(DataError, match="was made by bigtx"):
+            list_files(InputConfig(paths=[str(folder)]))
+    (tmp_path / "input" / "mine.rejects.jsonl").write_text('{"text": "a corpus about rejects"}\n')
+    assert len(list_files(config.input)) == len(list_files(everything)) > 3
 
 
 def test_every_document_is_in_one_split_whole(tmp_path: Path, tokenizer: Path, texts: list[str]) -> None:

@@ -216,3 +216,18 @@ def test_what_is_excluded_by_name_is_left_out_of_folders(tmp_path: Path) -> None
     broken = Broken()
     found = [record.fields["label"] for record in read_records([str(tmp_path)], broken, ["un*"])]
     assert found == ["neg", "pos"] and broken.count == 0
+
+
+def test_what_bigtx_made_in_a_folder_is_no_record(tmp_path: Path) -> None:
+    """A run, an export and predictions beside the records of a folder change nothing."""
+    for number, label in enumerate(("joy", "woe")):
+        (tmp_path / label).mkdir()
+        (tmp_path / label / f"{number}.txt").write_text("a text")
+    before = fields(tmp_path)
+    for name in ("run/logs/rank-00000.log", "run/run.lock", "run/notes.md", "p.jsonl", "p.jsonl.about.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}\n")
+    (tmp_path / "c.rejects.jsonl").write_text('{"file": "a", "line": 1, "reason": "text"}\n')
+    assert fields(tmp_path) == before
+    with pytest.raises(DataError, match="was made by bigtx"):
+        fields(tmp_path / "run")

@@ -174,8 +174,8 @@ def test_what_cannot_be_used_is_refused_with_the_reason(tokenizer: Tokenizer, tm
         with pytest.raises(BadRecordError, match=reason):
             task.encode(bad)
     assert task.encode(record(sound, None), for_training=False).text == ""
-    flac_cut = record(sound[:-20])  # libsndfile takes the length of a wav from its bytes.
-    task.encode(flac_cut, for_training=False)
+    with pytest.raises(BadRecordError, match="cut short"):
+        task.encode(record(sound[:-20]), for_training=False)
 
 
 def test_too_long_recordings_are_cut_and_counted_or_refused(tokenizer: Tokenizer) -> None:

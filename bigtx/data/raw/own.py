@@ -1,0 +1,123 @@
+"""What bigtx itself writes, which is never its input: corpora, tokenizers, runs, exports, lists; whole or half made.
+
+An output may lie within the folder that is read (`input.paths=. output=corpus`). So folders and files are known by what
+is in them, at every moment of a job, and the input stays what it was when a command is run again.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Collection, Sequence
+
+from bigtx.utils.errors import DataError
+
+MADE = "made by bigtx"
+"""How they are counted."""
+
+_CORPUS = {"recipe.json", "train"}
+_SPLIT = {"manifest.json", "blocks.npy"}
+_TOKENIZER = "bigtx_tokenizer.json"
+_RUN = ({"run.lock", "logs"}, {"config.yaml", "logs"}, {"config.yaml", "checkpoints"})
+"""Names that stand together in a run's folder: from its first moment on, and where it was copied without its logs."""
+_PARTIAL = ".partial"
+_IN_PARTIAL = ("part-*-of-*", "tokenizer", "work", "corpus")
+_REJECTS = ".rejects.jsonl"
+_ABOUT = ".about.json"
+_LOOKED_AT = 4096
+
+
+def without_own(folder: str, names: Sequence[str]) -> list[str]:
+    """The names of what bigtx did not make.
+
+    Args:
+        names: of all that is in the folder.
+    """
+    beside = set(names)
+    return [name for name in names if not _is_own(os.path.join(folder, name), beside)]
+
+
+def _is_own(path: str, beside: Collection[str]) -> bool:
+    return _is_listed_own_folder(path) if os.path.isdir(path) else is_own_file(path, beside)
+
+
+def _is_listed_own_folder(path: str) -> bool:
+    try:
+        return is_own_folder(path, os.listdir(path))
+    except OSError:
+        return False  # Reading it says what is wrong.
+
+
+def is_own_folder(folder: str, names: Collection[str]) -> bool:
+    """Whether bigtx made a folder.
+
+    Args:
+        names: of what is in it.
+    """
+    found = set(names)
+    if _TOKENIZER in found or any(run <= found for run in _RUN):
+        return True
+    if found >= _SPLIT:
+        return _names_blocks(folder)
+    if found >= _CORPUS:
+        return _names_blocks(os.path.join(folder, "train"))
+    # While a corpus is made, and what is left of it where the job was killed while it cleaned up.
+    return folder.endswith(_PARTIAL) and all(any(fnmatch.fnmatch(name, own) for own in _IN_PARTIAL) for name in found)
+
+
+def own_of(path: str, base: str, known: dict[str, bool]) -> str | None:
+    """The first of the folders between a base and a path, or the path itself, that bigtx made.
+
+    Args:
+        known: what was found of folders before; it is added to.
+    """
+    parts = os.path.relpath(path, base).split(os.sep)
+    for count in range(1, len(parts) + 1):
+        each = os.path.join(base, *parts[:count])
+        if each not in known:
+            about = {os.path.basename(each) + _ABOUT} if os.path.isfile(each + _ABOUT) else ()
+            known[each] = _is_own(each, about)
+        if known[each]:
+            return each
+    return None
+
+
+def refuse_own(path: str, setting: str) -> None:
+    """Do nothing unless a folder that is to be read as a whole is one that bigtx made.
+
+    Raises:
+        DataError: it is.
+    """
+    # Somebody may have put a tokenizer beside their texts.
+    if _is_listed_own_folder(path) and not os.path.isfile(os.path.join(path, _TOKENIZER)):
+        raise DataError(f"{path} (named in {setting}) was made by bigtx; name the folder that is to be read.")
+
+
+def is_own_file(path: str, beside: Collection[str]) -> bool:
+    """Whether a file is a list of rejects, predictions of `bigtx predict`, or the card of an export.
+
+    Args:
+        beside: names of what is in its folder.
+    """
+    if path.endswith(_REJECTS):
+        begin = _begin(path)
+        return not begin or begin.startswith(b'{"file": ')
+    if os.path.basename(path) == "README.md":
+        begin = _begin(path)
+        return begin.startswith(b"---\n") and b"\n- bigtx\n" in begin.partition(b"\n---\n")[0]
+    return os.path.basename(path) + _ABOUT in beside
+
+
+def _names_blocks(split: str) -> bool:
+    begin = _begin(os.path.join(split, "manifest.json"))
+    return b'"bigtx-blocks"' in begin
+
+
+def _begin(path: str) -> bytes:
+    if not os.path.isfile(path):
+        return b""
+    try:
+        with open(path, "rb") as file:
+            return file.read(_LOOKED_AT)
+    except OSError:
+        return b""
