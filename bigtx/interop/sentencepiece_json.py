@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
 
-from bigtx.tokenizer.sentencepiece_model import SPACE_MARK, SentencePieceModel
+from bigtx.tokenizer.sentencepiece_model import SentencePieceModel
+from bigtx.tokenizer.special import SPACE_MARK
 from bigtx.tokenizer.words import WORDS, splits_at_spaces
 from bigtx.utils.errors import DataError
 

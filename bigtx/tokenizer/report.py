@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bigtx.tokenizer.sentencepiece_model import SPACE_MARK
+from bigtx.tokenizer.special import SPACE_MARK
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.units import format_count
 
