@@ -173,6 +173,11 @@ class Tokenizer:
             return content.decode(errors="replace") != self.chat_template
         return "chat_template" in settings_of(self.settings_files)
 
+    @property
+    def memory_per_byte(self) -> int:
+        """Bytes of memory that encoding takes at most for each byte of UTF-8 that the model has to see at once."""
+        return self._model.memory_per_byte
+
     def encode(self, text: str) -> list[int]:
         """The ids of a text; no special ids are added, and none can come from the text."""
         return self.encode_batch([text])[0]
@@ -202,7 +207,7 @@ class Tokenizer:
         """
         words = self._model.words
         parts = words.borders.cut(text) if words else [text]
-        return self._model.memory_per_byte * max(map(utf8_length, parts))
+        return self.memory_per_byte * max(map(utf8_length, parts))
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False) -> list[int]:
         """The ids of a chat: for each message the id of its role, those of its content, and the end id.

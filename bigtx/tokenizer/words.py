@@ -43,7 +43,7 @@ class Borders:
     def __init__(self, pieces: Iterable[str]) -> None:
         pairs = {piece[place : place + 2] for piece in pieces for place in range(len(piece) - 1)}
         self._joined = np.array(sorted(_pairs(pair).item() for pair in pairs) or [0], np.uint64)
-        self.are_at_spaces = not any(first != SPACE_MARK == second for first, second in pairs)
+        self.are_at_spaces = not any(pair[0] != SPACE_MARK == pair[1] for pair in pairs)
 
     def cut(self, text: str) -> Iterator[str]:
         """The text in parts of at most PART_CHARACTERS; one is longer where it has no border inside."""
