@@ -46,8 +46,9 @@ format: $(READY) ## mend what ruff can mend
 	@$(BIN)/ruff check --quiet --fix-only .
 	@$(BIN)/ruff format --quiet .
 
-bench: $(READY) ## tokens per second and MFU of a training step on this machine
+bench: $(READY) ## tokens per second and MFU of a training step on this machine, and the memory of long documents
 	@$(BIN)/python tools/bench/throughput.py
+	@$(BIN)/python tools/bench/data.py --only long --json
 
 clean: ## remove the environment and all that was built; runs/ stays
 	@rm -rf $(VENV) build dist wheelhouse .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info

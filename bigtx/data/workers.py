@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -34,6 +35,7 @@ class _Here:
         self.counters: Any = [0, 0]
         self.slot = 0
         self.is_stopping: Callable[[], bool] = lambda: False
+        self.turn: AbstractContextManager[Any] = nullcontext()
 
 
 _here = _Here()
@@ -49,6 +51,11 @@ def advance(text_bytes: int, tokens: int) -> None:
     _here.counters[_here.slot + 1] += tokens
     if _here.is_stopping():
         raise StoppedError
+
+
+def alone() -> AbstractContextManager[Any]:
+    """Wait until none of the processes is at what only one of them may do at a time; leaving it lets the next one."""
+    return _here.turn
 
 
 class Workers:
@@ -78,7 +85,7 @@ class Workers:
         self._counters = context.Array("Q", 2 * num_processes, lock=False)
         for slot in range(num_processes):
             slots.put(2 * slot)
-        arguments = (set_up, self._counters, slots, self._stopping)
+        arguments = (set_up, self._counters, slots, self._stopping, context.Lock())
         self._pool = ProcessPoolExecutor(num_processes, context, _start, arguments)
 
     def __enter__(self) -> Workers:
@@ -145,8 +152,9 @@ def end_with_parent() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _start(set_up: Callable[[], None], counters: Any, slots: Any, stopping: Any) -> None:
+def _start(set_up: Callable[[], None], counters: Any, slots: Any, stopping: Any, turn: Any) -> None:
     """Set up a process, which never outlives its parent."""
     end_with_parent()
     _here.counters, _here.slot, _here.is_stopping = counters, slots.get(), stopping.is_set
+    _here.turn = turn
     set_up()

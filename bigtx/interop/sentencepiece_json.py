@@ -12,8 +12,9 @@ from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
 
-from bigtx.tokenizer.sentencepiece_model import SPACE_MARK, SentencePieceModel
-from bigtx.tokenizer.words import WORDS, splits_at_spaces
+from bigtx.tokenizer.sentencepiece_model import SentencePieceModel
+from bigtx.tokenizer.special import SPACE_MARK
+from bigtx.tokenizer.words import WORDS, exact_borders
 from bigtx.utils.errors import DataError
 
 _NEVER = -1e9
@@ -118,7 +119,7 @@ def _normalizer(settings: Any, *, writes_mark: bool) -> dict[str, Any] | None:
 
 def _pre_tokenizer(proto: Any, data: bytes) -> dict[str, Any] | None:
     """Where text may be cut without changing its ids."""
-    if splits_at_spaces(data):
+    if exact_borders(data):
         # Only for speed: the library remembers words as well.
         pattern = WORDS.pattern
     elif proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM:

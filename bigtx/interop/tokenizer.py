@@ -22,7 +22,8 @@ from typing import Any
 
 from bigtx.interop.sentencepiece_json import to_tokenizer_json
 from bigtx.tokenizer.huggingface_model import CHAT_TEMPLATE, TOKENIZER_CONFIG, HuggingFaceModel
-from bigtx.tokenizer.sentencepiece_model import SPACE_MARK, SentencePieceModel
+from bigtx.tokenizer.sentencepiece_model import SentencePieceModel
+from bigtx.tokenizer.special import SPACE_MARK
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import DataError
 from bigtx.utils.files import write_atomic, write_json

@@ -1,11 +1,8 @@
-"""Long texts in pieces of bounded length, cut where words and lines end."""
+"""Long texts in pieces of bounded length, cut where words and lines end, for what need not see them whole."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-
-MAX_ENCODE_CHARACTERS = 1 << 18
-"""What is given to a tokenizer at once: encoding takes some hundred bytes of memory per character."""
 
 
 def cut(text: str, limit: int) -> Iterator[str]:
@@ -25,3 +22,8 @@ def cut(text: str, limit: int) -> Iterator[str]:
         start = at
     if start < len(text):
         yield text[start:]
+
+
+def utf8_length(text: str) -> int:
+    """Bytes of a text in UTF-8."""
+    return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))

@@ -22,6 +22,8 @@ class HuggingFaceModel:
 
     kind = "huggingface"
     file_name = "tokenizer.json"
+    memory_per_byte = 256
+    """Memory that encoding takes for each byte of UTF-8, at most: 57 to 222 were measured (docs/log.md)."""
     words = None
     """Such a tokenizer may do anything to white space, so there is no encoding word by word."""
 

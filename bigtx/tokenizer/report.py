@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bigtx.tokenizer.sentencepiece_model import SPACE_MARK
+from bigtx.tokenizer.cut import cut, utf8_length
+from bigtx.tokenizer.special import SPACE_MARK
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.units import format_count
 
@@ -29,7 +30,7 @@ HARD_TEXTS = {
 }
 
 _UNSHOWN = {"\n": "⏎", "\r": "␍", "\t": "⇥", "\x00": "␀", "\ufeff": "[U+FEFF]", " ": "·"}
-_BATCH_TEXTS = 256
+_PART_CHARACTERS, _BATCH_TEXTS = 1 << 16, 64
 _MAX_EXAMPLE_PIECES = 40
 _TOKENS_PER_ID = 100
 _SMALLEST_SUITED = 2
@@ -60,18 +61,21 @@ class Measures:
 
 
 def measure(tokenizer: Tokenizer, texts: Sequence[str]) -> Measures:
-    """Encode and decode the texts."""
+    """Encode and decode the texts; long ones in parts of lines, so that memory stays bounded."""
     measures = Measures(len(texts), 0, 0, 0, Counter(), 0.0)
-    for start in range(0, len(texts), _BATCH_TEXTS):
-        batch = texts[start : start + _BATCH_TEXTS]
+    parts = ((number, part) for number, text in enumerate(texts) for part in cut(text, _PART_CHARACTERS))
+    changed = set()
+    while batch := list(itertools.islice(parts, _BATCH_TEXTS)):
         begin = time.perf_counter()
-        encoded = tokenizer.encode_batch(batch)
+        encoded = tokenizer.encode_batch([part for _, part in batch])
         measures.seconds += time.perf_counter() - begin
-        for text, ids in zip(batch, encoded, strict=True):
-            measures.num_bytes += len(text.encode())
+        for (number, part), ids in zip(batch, encoded, strict=True):
+            measures.num_bytes += utf8_length(part)
             measures.num_tokens += len(ids)
-            measures.num_lossless += tokenizer.decode(ids) == text
             measures.tokens.update(ids)
+            if tokenizer.decode(ids) != part:
+                changed.add(number)
+    measures.num_lossless = len(texts) - len(changed)
     return measures
 
 

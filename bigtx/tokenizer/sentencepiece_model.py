@@ -10,12 +10,9 @@ from itertools import chain
 from typing import Any
 
 from bigtx.tokenizer import special
-from bigtx.tokenizer.special import SpecialIds
-from bigtx.tokenizer.words import WordEncoder, splits_at_spaces
+from bigtx.tokenizer.special import SPACE_MARK, SpecialIds
+from bigtx.tokenizer.words import WordEncoder, exact_borders
 from bigtx.utils.errors import DataError
-
-SPACE_MARK = "\u2581"
-"""What sentencepiece writes for a space inside its pieces."""
 
 # Texts that show what a model does with white space.
 _PROBES = ("a b", " a  b \n c ", "")
@@ -33,6 +30,8 @@ class SentencePieceModel:
 
     kind = "sentencepiece"
     file_name = "tokenizer.model"
+    memory_per_byte = 64
+    """Memory that encoding takes for each byte of UTF-8, at most: 27 to 57 were measured (docs/log.md)."""
 
     def __init__(self, data: bytes) -> None:
         """Args: data: a serialized ModelProto.
@@ -69,7 +68,8 @@ class SentencePieceModel:
     @functools.cached_property
     def words(self) -> WordEncoder | None:
         """Encodes whole texts as the model does, only faster; None if the model does not work word by word."""
-        return WordEncoder(self.encode_batch, self.vocab_size) if splits_at_spaces(self.data) else None
+        borders = exact_borders(self.data)
+        return WordEncoder(self.encode_batch, self.vocab_size, borders) if borders else None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text."""

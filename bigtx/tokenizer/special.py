@@ -16,6 +16,8 @@ END = "</s>"
 MASK = "<mask>"
 NUM_SENTINELS = 100
 CHAT_ROLES = ("system", "user", "assistant", "tool")
+SPACE_MARK = "\u2581"
+"""What sentencepiece writes for a space inside its pieces."""
 
 
 def sentinel(number: int) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from bigtx.tokenizer.chat import ASSISTANT, chat_template, check_messages
-from bigtx.tokenizer.cut import MAX_ENCODE_CHARACTERS, cut
+from bigtx.tokenizer.cut import utf8_length
 from bigtx.tokenizer.huggingface_model import CHAT_TEMPLATE, HuggingFaceModel, read_settings_files, settings_of
 from bigtx.tokenizer.sentencepiece_model import SentencePieceModel
 from bigtx.tokenizer.special import CHAT_ROLES, SpecialIds
@@ -173,6 +173,11 @@ class Tokenizer:
             return content.decode(errors="replace") != self.chat_template
         return "chat_template" in settings_of(self.settings_files)
 
+    @property
+    def memory_per_byte(self) -> int:
+        """Bytes of memory that encoding takes at most for each byte of UTF-8 that the model has to see at once."""
+        return self._model.memory_per_byte
+
     def encode(self, text: str) -> list[int]:
         """The ids of a text; no special ids are added, and none can come from the text."""
         return self.encode_batch([text])[0]
@@ -180,22 +185,29 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text; as `encode`, faster.
 
-        A text longer than 262,144 characters is cut at line ends and encoded piece by piece, so that memory stays
-        bounded; at a cut its ids may differ from those of the text in one piece. (Tokenizers that bigtx trains by BPE
-        are exact: they encode word by word.)
+        They are those of the whole text, however long it is: see `memory_for`.
 
         Raises:
             DataError: a text holds half a surrogate pair, which is no character.
         """
         try:
-            if words := self._model.words:
-                return [np.frombuffer(content, words.dtype).tolist() for content in words.encode(texts)]
-            if all(len(text) <= MAX_ENCODE_CHARACTERS for text in texts):
+            if self._model.words is None:
                 return self._model.encode_batch(texts)
-            return [self._encode_long(text) for text in texts]
+            ids, lengths = self._model.words.encode(texts)
         except (TypeError, RuntimeError):
             _refuse_surrogates(texts)
             raise
+        return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] if len(texts) else []
+
+    def memory_for(self, text: str) -> int:
+        """Bytes of memory that encoding a text takes at most, beside the ids.
+
+        The BPE models that bigtx trains encode a long text in parts, cut between characters that stand side by side in
+        no piece, which changes no id; the longest part counts. All other models see the whole text.
+        """
+        words = self._model.words
+        parts = words.borders.cut(text) if words else [text]
+        return self.memory_per_byte * max(map(utf8_length, parts))
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False) -> list[int]:
         """The ids of a chat: for each message the id of its role, those of its content, and the end id.
@@ -254,19 +266,17 @@ class Tokenizer:
         Raises:
             DataError: as `encode_batch`.
         """
-        words = self._model.words
-        if words is None:
-            encoded = [[*ids, self.end_id] for ids in self.encode_batch(texts)]
+        if self._model.words is None:
+            encoded = self.encode_batch(texts)
+            for ids in encoded:
+                ids.append(self.end_id)
             lengths = np.array([len(ids) for ids in encoded], np.int64)
             return np.fromiter(chain.from_iterable(encoded), np.uint32, int(lengths.sum())), lengths
-        end = np.array([self.end_id], words.dtype).tobytes()
         try:
-            contents = [content + end for content in words.encode(texts)]
+            return self._model.words.encode(texts, [self.end_id])
         except (TypeError, RuntimeError):
             _refuse_surrogates(texts)
             raise
-        lengths = np.array([len(content) for content in contents], np.int64) // words.dtype.itemsize
-        return np.frombuffer(b"".join(contents), words.dtype), lengths
 
     def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
         """The text of ids.
@@ -293,11 +303,6 @@ class Tokenizer:
     def is_byte(self, i: int) -> bool:
         """Whether an id is a byte that stands in for a character, or part of one, without a piece of its own."""
         return self._model.is_byte(i)
-
-    def _encode_long(self, text: str) -> list[int]:
-        return list(
-            chain.from_iterable(self._model.encode_batch([part])[0] for part in cut(text, MAX_ENCODE_CHARACTERS))
-        )
 
 
 def _fingerprint(model: _Model, special: SpecialIds) -> str:

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigtx.tokenizer import tokenizer as tokenizer_module
 from bigtx.tokenizer.cut import cut
 from bigtx.tokenizer.tokenizer import DESCRIPTION, Tokenizer
 from bigtx.utils.errors import DataError
@@ -83,14 +82,9 @@ def test_half_a_surrogate_pair_is_refused(bpe: Tokenizer) -> None:
         bpe.encode("ab\ud800")
 
 
-def test_long_texts_are_encoded_in_parts(unigram: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "def f(x):\n    return x▁ + 1\n" * 50
-    monkeypatch.setattr(tokenizer_module, "MAX_ENCODE_CHARACTERS", 300)
-    parts: list[str] = []
-    encode = unigram._model.encode_batch
-    monkeypatch.setattr(unigram._model, "encode_batch", lambda texts: parts.extend(texts) or encode(texts))
-    assert unigram.decode(unigram.encode(text)) == text
-    assert len(parts) > len(text) // 300 and max(map(len, parts)) <= 300 and "".join(parts) == text
+def test_a_unigram_model_sees_the_whole_of_a_long_text(unigram: Tokenizer) -> None:
+    text = "return" * 50_000
+    assert unigram.encode(text) == unigram.model.encode_batch([text])[0]
 
 
 @given(st.text(st.sampled_from(list("ab \n"))), st.integers(1, 10))

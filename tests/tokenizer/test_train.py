@@ -5,6 +5,7 @@ import random
 import pytest
 
 from bigtx.config.schema import TokenizerTrainConfig
+from bigtx.tokenizer import report
 from bigtx.tokenizer.report import measure, remark_on_size
 from bigtx.tokenizer.sample import HELD_OUT_BYTES, draw_sample
 from bigtx.tokenizer.tokenizer import Tokenizer
@@ -148,3 +149,18 @@ def test_sums_of_unigram_scores_are_exact(unigram: Tokenizer) -> None:
     scores = {piece.score for piece in model.pieces if piece.type == piece.NORMAL}
     assert len(scores) > 100
     assert all((score * 64).is_integer() for score in scores)
+
+
+def test_long_texts_are_measured_in_parts(bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "def area(self):\n    return self.width**2\n" * 200
+    whole = measure(bpe, [text, "", "x"])
+    longest: list[int] = []
+    encode = bpe.encode_batch
+    monkeypatch.setattr(report, "_PART_CHARACTERS", 100)
+    monkeypatch.setattr(bpe, "encode_batch", lambda parts: longest.extend(map(len, parts)) or encode(parts))
+    parts = measure(bpe, [text, "", "x"])
+    assert max(longest) <= 100
+    assert (parts.num_texts, parts.num_bytes, parts.num_lossless) == (3, len(text) + 1, 3)
+    assert parts.tokens == whole.tokens
+    monkeypatch.setattr(bpe, "decode", lambda ids: "x")
+    assert measure(bpe, [text, "", "x"]).num_lossless == 2

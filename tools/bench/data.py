@@ -13,6 +13,8 @@ Figures (medians over interleaved rounds; machines are noisy, so look at the rat
 - prepare_peak_gib: summed PSS of all processes at its highest; prepare_peak_10x_gib: for the text ten times over.
 - loader_tokens_per_second: from warm local shards in one process, rows of 2,048, uint16 on disk, int64 batches, random
   block order, no document mask; one epoch, each block's checksum verified when it is first touched.
+- long_documents: `bigtx data prepare` of one document of 120 MB with one process and memory=256MB, by tokenizer and
+  kind of text: its status (2: a reject), and its memory beside the text as a share of 1 GiB.
 - open_seconds, open_mib: a manifest of 10^12 tokens, to the first batch; first_batch_ratio: the time to the first batch
   at sequence 10^8 over that at sequence 0.
 
@@ -39,6 +41,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import long_documents
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,6 +51,7 @@ SEQUENCE_LENGTH = 2048
 LOADER_TOKENS = 1 << 27
 BLOCK_TOKENS = 1 << 18
 HUGE_TOKENS = 10**12
+LONG_BYTES = 120_000_000
 FAR_SEQUENCE = 10**8
 
 
@@ -59,7 +63,7 @@ def main() -> int:
     parser.add_argument("--repeat", type=int, default=4, help="copies of the text (default: 4)")
     parser.add_argument("--peers", help="a Python with the packages of data-peers.txt")
     parser.add_argument("--json", action="store_true", help="print JSON alone")
-    parser.add_argument("--only", choices=("prepare", "memory", "loader", "open"), help="one part")
+    parser.add_argument("--only", choices=("prepare", "memory", "long", "loader", "open"), help="one part")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -67,13 +71,15 @@ def main() -> int:
     figures: dict[str, Any] = {"cores": len(os.sched_getaffinity(0)), "load_before": os.getloadavg()[0]}
     with tempfile.TemporaryDirectory(prefix="bigtx-bench-") as scratch:
         folder = Path(scratch)
-        if options.only in (None, "prepare", "memory"):
+        if options.only in (None, "prepare", "memory", "long"):
             text = options.text or library_as_jsonl(folder)
             tokenizer = train_tokenizer(folder, text)
-            if options.only != "memory":
+            if options.only in (None, "prepare"):
                 figures |= measure_prepare(folder, text, tokenizer, options)
-            if options.only != "prepare":
+            if options.only in (None, "memory"):
                 figures |= measure_memory(folder, text, tokenizer)
+            if options.only in (None, "long"):
+                figures |= measure_long(folder, text, tokenizer)
         if options.only in (None, "loader"):
             figures |= measure_loader(folder, options)
         if options.only in (None, "open"):
@@ -112,10 +118,12 @@ def bigtx(*arguments: str) -> float:
     return time.monotonic() - begin
 
 
-def train_tokenizer(folder: Path, text: Path) -> Path:
-    """A BPE of 16k pieces on the text."""
-    bigtx("tokenizer", "train", f"input.paths=[{text}]", f"output={folder}/tokenizer", f"vocab_size={VOCAB_SIZE}")
-    return folder / "tokenizer"
+def train_tokenizer(folder: Path, text: Path, method: str = "bpe") -> Path:
+    """A tokenizer of 16k pieces on the text."""
+    output = folder / method
+    settings = [f"output={output}", f"vocab_size={VOCAB_SIZE}", f"method={method}"]
+    bigtx("tokenizer", "train", f"input.paths=[{text}]", *settings)
+    return output
 
 
 def prepare(folder: Path, text: Path, tokenizer: Path, num_processes: int) -> float:
@@ -222,6 +230,14 @@ def measure_memory(folder: Path, text: Path, tokenizer: Path) -> dict[str, Any]:
         say(f"{name} {figures[name]:.2f}")
     tenfold.unlink()
     return figures
+
+
+def measure_long(folder: Path, text: Path, tokenizer: Path) -> dict[str, Any]:
+    """What one document of 120 MB takes."""
+    tokenizers = {"bpe": tokenizer, "unigram": train_tokenizer(folder, text, "unigram")}
+    found = long_documents.measure(folder, tokenizers, LONG_BYTES)
+    names = ("status", "share", "seconds")
+    return {"long_documents": {key: {name: one[name] for name in names} for key, one in found.items()}}
 
 
 class PeakMemory:

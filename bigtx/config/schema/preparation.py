@@ -190,6 +190,7 @@ class PrepareConfig:
     exact_duplicates: Literal["remove", "keep"] = "remove"
     """Whether each text is kept once, the first in reading order."""
     memory: int = field(2_147_483_648, kind="size", minimum=1 << 26)
-    """Bytes that all processes together may hold in buffers, beside some 100 MiB for each process itself."""
+    """Bytes that all processes together may hold in buffers, beside some 100 MiB for each process itself. One text may
+    take half of it for the filters and a tokenizer that has to see it whole; a longer one is a reject."""
     num_processes: int = field(0, minimum=0, maximum=1024)
     """Tokenizing processes; 0 uses every core."""

@@ -12,6 +12,7 @@ bijection of the text's hash, so that copies meet in one range, side by side.
 from __future__ import annotations
 
 import bisect
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +38,9 @@ _SPARSE = 4
 """Documents that are less than this part of what lies between the first and the last are read one by one."""
 
 
+_BUFFER_BYTES = 1 << 18
+
+
 class Documents(NamedTuple):
     """Documents in some order: RECORD_DTYPE records, and all their tokens one after the other."""
 
@@ -60,23 +64,27 @@ class Chunk:
     checksum: int
 
     @staticmethod
-    def write(path: Path, records: np.ndarray, tokens: np.ndarray) -> Chunk:
+    def write(path: Path, parts: list[Documents]) -> Chunk:
         """Sort documents by key (equal keys keep their order) and write them.
 
         Args:
-            records: [documents] RECORD_DTYPE; `start` is set here.
-            tokens: [sum of the records' tokens] in the records' order.
+            parts: whose tokens stand in the order of their records; `start` is set here.
         """
+        texts = [text for records, tokens in parts for text in _split(tokens, records["tokens"])]
+        records = np.concatenate([part.records for part in parts])
+        order = np.argsort(records["key"], kind="stable")
+        records = records[order]
         ends = np.cumsum(records["tokens"], dtype=np.uint64)
         records["start"] = ends - records["tokens"]
-        sorted_documents = take(records, tokens, np.argsort(records["key"], kind="stable"))
-        records, tokens = sorted_documents
-        ends = np.cumsum(records["tokens"], dtype=np.uint64)
-        records["start"] = ends - records["tokens"]
-        chunk = Chunk(path, len(records), len(tokens), _checksum(tokens, records))
-        tokens.tofile(chunk._file("tokens"))
+        digest = xxhash.xxh3_64()
+        chunk = Chunk(path, len(records), int(ends[-1]), 0)
+        with open(chunk._file("tokens"), "wb", buffering=_BUFFER_BYTES) as file:
+            for place in order.tolist():
+                digest.update(texts[place].data)
+                file.write(texts[place].data)
+        digest.update(records.view(np.uint8).data)
         records.tofile(chunk._file("index"))
-        return chunk
+        return dataclasses.replace(chunk, checksum=digest.intdigest())
 
     def is_whole(self, dtype: np.dtype[Any]) -> bool:
         """Whether both files hold what was written: they were not forced to the disk, so a crash may have lost it."""
@@ -131,6 +139,12 @@ def take(records: np.ndarray, tokens: np.ndarray, order: np.ndarray) -> Document
 def key_range(number: int, num_ranges: int) -> tuple[int, int]:
     """The first and the last key of one of `num_ranges` equal ranges of all keys."""
     return (number << 64) // num_ranges, ((number + 1) << 64) // num_ranges - 1
+
+
+def _split(tokens: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    """The tokens of each of several documents, one after the other."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    return [tokens[begin:end] for begin, end in zip((ends - lengths).tolist(), ends.tolist(), strict=True)]
 
 
 def _checksum(tokens: np.ndarray, records: np.ndarray) -> int:

@@ -25,11 +25,13 @@ from bigtx.config.schema import InputConfig, PrepareConfig
 from bigtx.data.corpus.shards import token_dtype
 from bigtx.data.hashing import hash64
 from bigtx.data.prepare.chunks import RECORD_DTYPE, Chunk, Documents
+from bigtx.data.prepare.texts import Needs, TextPreparation
 from bigtx.data.raw.documents import Document, Reject, Rejects, in_batches
 from bigtx.data.raw.read import InputFile, read_file, split_file
 from bigtx.data.text.minhash import Signer
 from bigtx.data.text.rules import Dropped, TextRules
 from bigtx.data.workers import advance
+from bigtx.tokenizer.cut import utf8_length
 from bigtx.tokenizer.tokenizer import Tokenizer
 
 NUM_EXAMPLES = 3
@@ -110,6 +112,7 @@ class UnitResult:
         rejects: what could not be read, in order.
         removed: by the name of the rule.
         passed_over: numbers of archive members that were not read because of their suffix, by suffix.
+        needs: memory of the documents.
     """
 
     number: int
@@ -123,6 +126,7 @@ class UnitResult:
     rejects: list[Reject] = field(default_factory=list)
     removed: dict[str, Removed] = field(default_factory=dict)
     passed_over: dict[str, int] = field(default_factory=dict)
+    needs: Needs = field(default_factory=Needs)
 
     @property
     def num_read(self) -> int:
@@ -150,6 +154,7 @@ class UnitResult:
             content["groups"] = [(source, language) for source, language in content["groups"]]
             content["rejects"] = [Reject(**reject) for reject in content["rejects"]]
             content["removed"] = {rule: Removed(**removed) for rule, removed in content["removed"].items()}
+            content["needs"] = Needs(**content["needs"])
             return UnitResult(**content)
         except (OSError, ValueError, TypeError, KeyError):
             return None
@@ -189,6 +194,7 @@ class EncodeJob:
     """What every process needs to tokenize units.
 
     Attributes:
+        num_processes: that share the memory.
         work: folder of the results.
         tokenizer: folder of the tokenizer.
         contamination: index of the evaluation sets, if there are any.
@@ -197,6 +203,7 @@ class EncodeJob:
     """
 
     config: PrepareConfig
+    num_processes: int
     work: Path
     tokenizer: Path
     contamination: Path | None
@@ -211,7 +218,8 @@ class Encoder:
         self._job = job
         self._tokenizer = Tokenizer.load(job.tokenizer)
         self._dtype = token_dtype(self._tokenizer.vocab_size)
-        self._rules = TextRules(job.config, job.contamination)
+        rules = TextRules(job.config, job.contamination)
+        self._texts = TextPreparation(job.config, self._tokenizer, rules, job.num_processes)
         near = job.config.near_duplicates
         self._signer = Signer(near) if near.enabled else None
 
@@ -219,7 +227,7 @@ class Encoder:
         """Read, clean, tokenize, sort and write the documents of a unit, unless that was done before."""
         key = unit.key(self._job.settings_digest)
         done = UnitResult.load(self._job.work, unit.number)
-        if done and done.is_usable(self._job.work, key, self._dtype):
+        if done and done.needs.allows(self._job.config.memory) and done.is_usable(self._job.work, key, self._dtype):
             return done
         for path in (result_path(self._job.work, unit.number), signatures_path(self._job.work, unit.number)):
             path.unlink(missing_ok=True)
@@ -227,14 +235,15 @@ class Encoder:
         rejects = Rejects(max_share=1.0, sink=result.rejects.append)
         gathered: list[Documents] = []
         groups: dict[tuple[str | None, str | None], int] = {}
-        documents = self._documents(unit, rejects, result.removed)
+        documents = self._documents(unit, rejects, result)
         for batch in in_batches(documents, lambda placed: len(placed[1].text), _BATCH_CHARACTERS):
-            gathered.append(self._encode_batch(batch, result, groups))
-            if self._signer:
-                self._sign(unit, [document.text for _, document in batch])
-            if sum(part.tokens.nbytes for part in gathered) >= self._job.chunk_bytes:
-                self._write_chunk(result, gathered)
-                gathered = []
+            with self._texts.turn(document.text for _, document in batch):
+                gathered.append(self._encode_batch(batch, result, groups))
+                if self._signer:
+                    self._sign(unit, [document.text for _, document in batch])
+                if sum(part.tokens.nbytes for part in gathered) >= self._job.chunk_bytes:
+                    self._write_chunk(result, gathered)
+                    gathered = []
         if gathered:
             self._write_chunk(result, gathered)
         result.groups = list(groups)
@@ -243,16 +252,15 @@ class Encoder:
         result.save(self._job.work)
         return result
 
-    def _documents(self, unit: Unit, rejects: Rejects, removed: dict[str, Removed]) -> Iterator[tuple[int, Document]]:
+    def _documents(self, unit: Unit, rejects: Rejects, result: UnitResult) -> Iterator[tuple[int, Document]]:
         """The documents that the rules keep, cleaned."""
         for place, file in unit.files:
             for document in read_file(file, self._job.config.input, rejects):
-                if self._rules.is_empty:
-                    yield place, document
-                    continue
-                outcome = self._rules.apply(document.text, document.language)
+                outcome = self._texts.apply(document, result.needs)
                 if isinstance(outcome, Dropped):
-                    removed.setdefault(outcome.rule, Removed()).add(_describe_dropped(document, outcome))
+                    result.removed.setdefault(outcome.rule, Removed()).add(_describe_dropped(document, outcome))
+                elif isinstance(outcome, Reject):
+                    rejects.add(outcome)
                 else:
                     yield place, document.with_text(outcome)
 
@@ -260,13 +268,12 @@ class Encoder:
         self, batch: list[tuple[int, Document]], result: UnitResult, groups: dict[tuple[str | None, str | None], int]
     ) -> Documents:
         """The documents' ids, each with the end id, and their records."""
-        ids, lengths = self._tokenizer.encode_documents([document.text for _, document in batch])
-        contents = [document.text.encode() for _, document in batch]
-        hashes = np.array([divmod(xxhash.xxh3_128_intdigest(content), 1 << 64) for content in contents], np.uint64)
         records = np.empty(len(batch), RECORD_DTYPE)
-        records["text_hash_high"], records["text_hash"] = hashes[:, 0], hashes[:, 1]
+        hashes, sizes = zip(*(_hash_and_size(document.text) for _, document in batch), strict=True)
+        records["text_hash_high"], records["text_hash"] = np.array(hashes, np.uint64).T
+        records["bytes"] = sizes
+        ids, lengths = self._tokenizer.encode_documents([document.text for _, document in batch])
         records["tokens"] = lengths
-        records["bytes"] = [len(content) for content in contents]
         records["number"] = np.arange(result.num_documents, result.num_documents + len(batch))
         records["group"] = [
             groups.setdefault((document.source, document.language), len(groups)) for _, document in batch
@@ -285,8 +292,7 @@ class Encoder:
 
     def _write_chunk(self, result: UnitResult, gathered: list[Documents]) -> None:
         """Write what has gathered as the unit's next chunk."""
-        records, tokens = (np.concatenate(parts) for parts in zip(*gathered, strict=True))
-        chunk = Chunk.write(chunk_path(self._job.work, result.number, len(result.chunks)), records, tokens)
+        chunk = Chunk.write(chunk_path(self._job.work, result.number, len(result.chunks)), gathered)
         result.chunks.append((chunk.num_documents, chunk.num_tokens, chunk.checksum))
 
     def _sign(self, unit: Unit, texts: list[str]) -> None:
@@ -308,6 +314,12 @@ def _checksum_file(path: Path) -> int | None:
         return None
 
 
+def _hash_and_size(text: str) -> tuple[tuple[int, int], int]:
+    """xxh3_128 of a text in two halves, the high one first, and its size, both in UTF-8."""
+    content = text.encode()
+    return divmod(xxhash.xxh3_128_intdigest(content), 1 << 64), len(content)
+
+
 def _describe_dropped(document: Document, dropped: Dropped) -> Removed:
     example = {
         "file": document.file,
@@ -316,7 +328,7 @@ def _describe_dropped(document: Document, dropped: Dropped) -> Removed:
         "detail": dropped.detail,
         "text": document.text[:_EXAMPLE_CHARACTERS],
     }
-    return Removed(1, len(document.text.encode()), [example])
+    return Removed(1, utf8_length(document.text), [example])
 
 
 _job: EncodeJob

@@ -12,10 +12,12 @@ from pathlib import Path
 from bigtx.config.schema import PrepareConfig
 from bigtx.data.corpus.shards import token_dtype
 from bigtx.data.prepare.encode import make_units
+from bigtx.data.prepare.texts import Needs, TextPreparation
 from bigtx.data.raw.formats import is_compressed
-from bigtx.data.raw.read import Rejects, list_files, read_file
+from bigtx.data.raw.read import Reject, Rejects, list_files, read_file
 from bigtx.data.text.decontaminate import build_contamination_index
 from bigtx.data.text.rules import Dropped, TextRules, check_rules
+from bigtx.tokenizer.cut import utf8_length
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import DataError
 from bigtx.utils.hardware import num_cores
@@ -92,14 +94,14 @@ def estimate(config: PrepareConfig) -> Estimate:
     check_rules(config)
     with tempfile.TemporaryDirectory() as scratch:
         index = build_contamination_index(config.decontaminate, Path(scratch)) if config.decontaminate.paths else None
-        return _sample(config, tokenizer, TextRules(config, index))
+        return _sample(config, tokenizer, TextPreparation(config, tokenizer, TextRules(config, index), 1))
 
 
-def _sample(config: PrepareConfig, tokenizer: Tokenizer, rules: TextRules) -> Estimate:
+def _sample(config: PrepareConfig, tokenizer: Tokenizer, texts: TextPreparation) -> Estimate:
     files = list_files(config.input)
     units = list(make_units(files, config.input))
     random.Random(config.seed).shuffle(units)
-    rejects = Rejects(max_share=1.0)
+    rejects, needs = Rejects(max_share=1.0), Needs()
     stored = documents = text_bytes = tokens = removed = 0
     begin = time.monotonic()
 
@@ -110,13 +112,16 @@ def _sample(config: PrepareConfig, tokenizer: Tokenizer, rules: TextRules) -> Es
         batch: list[str] = []
         before = text_bytes
         for document in read_file(file, config.input, rejects):
-            outcome = document.text if rules.is_empty else rules.apply(document.text, document.language)
+            outcome = texts.apply(document, needs)
             if isinstance(outcome, Dropped):
                 removed += 1
                 continue
+            if isinstance(outcome, Reject):
+                rejects.add(outcome)
+                continue
             batch.append(outcome)
             documents += 1
-            text_bytes += len(outcome.encode())
+            text_bytes += utf8_length(outcome)
             if sum(map(len, batch)) >= _BATCH_CHARACTERS:
                 tokens += len(tokenizer.encode_documents(batch)[0])
                 batch = []
@@ -130,7 +135,9 @@ def _sample(config: PrepareConfig, tokenizer: Tokenizer, rules: TextRules) -> Es
         if is_enough():
             break
     if not tokens:
-        raise DataError(f"No text in the {len(files):,} files sampled; check input.paths and the rules.")
+        raise DataError(
+            f"No text in the {len(files):,} files sampled; check input.paths and the rules.{rejects.first()}"
+        )
     return Estimate(
         stored_bytes=sum(file.size for file in files),
         sampled_bytes=max(1, stored),

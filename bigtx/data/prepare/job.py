@@ -60,6 +60,7 @@ from bigtx.data.prepare.recipe import (
     make_recipe,
     unit_settings_digest,
 )
+from bigtx.data.prepare.texts import Needs, most_for_a_text
 from bigtx.data.progress import ProgressLine, clock
 from bigtx.data.raw.read import InputFile, Rejects, list_files
 from bigtx.data.text.decontaminate import build_contamination_index, contamination_digest
@@ -70,7 +71,7 @@ from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import DataError
 from bigtx.utils.files import fsync_dir, write_atomic, write_json
 from bigtx.utils.hardware import num_cores
-from bigtx.utils.units import format_count
+from bigtx.utils.units import format_count, format_size
 
 REJECTS_NAME = "rejects.jsonl"
 REPORT_NAME = "report.json"
@@ -139,6 +140,7 @@ def prepare(config: PrepareConfig, part: tuple[int, int] = (1, 1)) -> Report | P
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         with tempfile.TemporaryDirectory() as scratch:
             check_existing(output, _recipe(config, tokenizer, files, Path(scratch))[0])
+        _check_memory(output, config.memory)
         shutil.rmtree(partial_folder(output), ignore_errors=True)  # Killed between the two last steps.
         return Report(output, *_open_splits(output), passed_over=passed_over, reused=True)
     with working(output), part_folder(output, part) as folder:
@@ -244,9 +246,16 @@ class _Job:
     def assemble(self, results: list[UnitResult]) -> Report:
         """Make the corpus of all units' results, and give it its name."""
         removed: dict[str, Removed] = {}
+        needs = Needs()
         for result in results:
+            needs.add(result.needs)
             for rule, what in result.removed.items():
                 removed.setdefault(rule, Removed()).add(what)
+        if not needs.agree:
+            raise DataError(
+                f"The parts of {self._output} were made with different `memory`: one keeps documents that are too long "
+                "for another. Run all of them again with the same memory=; what it does not touch is not done again."
+            )
         corpus = self._partial / "corpus"
         corpus.mkdir(exist_ok=True)
         rejects = self._list_rejects(results, corpus)
@@ -268,6 +277,7 @@ class _Job:
             "empty": rejects.num_empty,
             "removed": {rule: asdict(what) for rule, what in removed.items()},
             "kept": sum(total.documents),
+            "memory": asdict(needs),
         }
         write_json(corpus / REPORT_NAME, content)
         write_json(corpus / RECIPE_NAME, self._recipe)
@@ -290,7 +300,15 @@ class _Job:
     def _get_workers(self) -> Workers:
         if self._workers is None:
             digest = unit_settings_digest(self._recipe)
-            job = EncodeJob(self._config, self.work, self.tokenizer, self._contamination, digest, self._buffer)
+            job = EncodeJob(
+                self._config,
+                self._num_processes,
+                self.work,
+                self.tokenizer,
+                self._contamination,
+                digest,
+                self._buffer,
+            )
             self._workers = Workers(self._num_processes, functools.partial(set_up, job), self._show_tokenizing)
         return self._workers
 
@@ -331,6 +349,22 @@ class _Job:
         parts = [SignaturePart(signatures_path(self.work, result.number), result.num_documents) for result in results]
         found = find_near_duplicates(parts, self.work, self._config.near_duplicates, self._config.memory)
         return found.folder / "removed"
+
+
+def _check_memory(output: Path, memory: int) -> None:
+    """Accept a corpus of the same recipe if the same documents are too long for this `memory`.
+
+    Raises:
+        DataError: others are.
+    """
+    needs = Needs(**json.loads((output / REPORT_NAME).read_bytes()).get("memory", {}))
+    if not needs.allows(memory):
+        kept = "fewer" if needs.kept > most_for_a_text(memory) else "more"
+        raise DataError(
+            f"{output} is a corpus already, and with memory={format_size(memory)} {kept} of its long documents would "
+            "be kept. Set the memory that it was made with, choose another `output`, or remove the folder if it is not "
+            "needed."
+        )
 
 
 def _check_kept(total: Count, removed: dict[str, Removed]) -> None:

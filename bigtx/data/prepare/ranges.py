@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bigtx.config.schema import PrepareConfig
-from bigtx.data.prepare.chunks import RECORD_DTYPE, Chunk, Documents, key_range, take
+from bigtx.data.prepare.chunks import RECORD_DTYPE, Chunk, Documents, key_range
 from bigtx.data.prepare.encode import UnitResult, chunk_path
 from bigtx.utils.files import write_atomic
 
@@ -98,15 +98,15 @@ class Chunks:
         """Documents with their tokens, in the order of `records`, which lie in the chunks `places`."""
         by_chunk = np.argsort(places, kind="stable")
         bounds = np.flatnonzero(np.diff(places[by_chunk], prepend=-1, append=-1))
-        texts, offset = [np.empty(0, self.dtype)], 0
-        records = records.copy()
+        ends = np.cumsum(records["tokens"], dtype=np.int64)
+        begins = ends - records["tokens"]
+        texts = np.empty(int(records["tokens"].sum(dtype=np.int64)), self.dtype)
         for begin, end in itertools.pairwise(bounds.tolist()):
             own = by_chunk[begin:end]
             tokens, starts = self.chunks[places[own[0]]].tokens(records[own], self.dtype)
-            records["start"][own] = starts + np.uint64(offset)
-            texts.append(tokens)
-            offset += len(tokens)
-        return take(records, np.concatenate(texts), np.arange(len(records)))
+            for place, start in zip(own.tolist(), starts.tolist(), strict=True):
+                texts[begins[place] : ends[place]] = tokens[start : start + int(records["tokens"][place])]
+        return Documents(records, texts)
 
     def _kept(self, records: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
         """Which of sorted records stay: the first of each text, and what is near no other."""

@@ -23,7 +23,7 @@ from bigtx.config.schema import DecontaminateConfig, InputConfig
 from bigtx.data.raw.documents import in_batches
 from bigtx.data.raw.fields import Fields
 from bigtx.data.raw.read import Rejects, documents_of, list_files
-from bigtx.data.text.words import hash_ngrams, hash_words, words_at
+from bigtx.data.text.words import hash_ngrams, hash_words, hash_words_in_parts, words_at
 from bigtx.utils.errors import DataError
 from bigtx.utils.files import write_atomic, write_json
 
@@ -130,12 +130,14 @@ class Contamination:
 
     def find(self, text: str) -> str:
         """The first n-gram of the text that is in an evaluation set, as words; empty if there is none."""
-        words, _ = hash_words([text])
-        for ngrams in self._sets:
-            place = ngrams.find(words)
-            if place is not None:
-                return " ".join(words_at(text, place, ngrams.n))
-        return ""
+        found: dict[int, int] = {}
+        for first, words in hash_words_in_parts(text, max(ngrams.n for ngrams in self._sets) - 1):
+            for ngrams in self._sets:
+                if ngrams.n not in found and (place := ngrams.find(words)) is not None:
+                    found[ngrams.n] = first + place
+            if self._sets[0].n in found:
+                break
+        return " ".join(words_at(text, found[min(found)], min(found))) if found else ""
 
 
 def _first_bits(hashes: np.ndarray, size: int) -> np.ndarray:

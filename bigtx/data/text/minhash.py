@@ -10,7 +10,7 @@ import numpy as np
 
 from bigtx.config.schema import NearDuplicateConfig
 from bigtx.data.hashing import hash64
-from bigtx.data.text.words import Words, hash_ngrams, hash_words
+from bigtx.data.text.words import PIECE_CHARACTERS, Words, hash_ngrams, hash_words, hash_words_in_parts
 
 SIGNATURE_DTYPE = np.dtype("<u2")
 """Of each hash 16 bits are kept (b-bit minwise hashing, arXiv:0910.3349): two of 65,536 agree by chance."""
@@ -39,12 +39,30 @@ class Signer:
         Returns:
             [texts, num_hashes] of SIGNATURE_DTYPE.
         """
-        words = hash_words(texts)
-        signatures = np.full((len(texts), self.num_hashes), NOTHING, SIGNATURE_DTYPE)
+        long = {number for number, text in enumerate(texts) if len(text) > PIECE_CHARACTERS}
+        short = ["" if number in long else text for number, text in enumerate(texts)]
+        signatures = self._signatures(hash_words(short))
+        for number in long:
+            signatures[number] = self._sign_long(texts[number])
+        return signatures
+
+    def _sign_long(self, text: str) -> np.ndarray:
+        """The signature of one text, [num_hashes], in memory that does not grow with it."""
+        smallest, words = np.full((self.num_hashes, 1), 0xFFFFFFFF, np.uint32), np.zeros(0, np.uint64)
+        is_short = True
+        for _, words in hash_words_in_parts(text, self._n - 1):
+            if len(words) >= self._n:
+                is_short = False
+                np.minimum(smallest, self._smallest(*_ngrams(_one_text(words), self._n)), out=smallest)
+        return self._signatures(_one_text(words))[0] if is_short else _shortened(smallest)[0]
+
+    def _signatures(self, words: Words) -> np.ndarray:
+        """The signatures of texts by their words: [texts, num_hashes]."""
+        signatures = np.full((len(words.counts), self.num_hashes), NOTHING, SIGNATURE_DTYPE)
         speaking = np.flatnonzero(words.counts)
         if len(speaking):
             smallest = self._smallest(*_ngrams(Words(words.hashes, words.counts[speaking]), self._n))
-            signatures[speaking] = (smallest ^ (smallest >> np.uint32(16))).T.astype(SIGNATURE_DTYPE)
+            signatures[speaking] = _shortened(smallest)
         return signatures
 
     def _smallest(self, ngrams: np.ndarray, starts: np.ndarray) -> np.ndarray:
@@ -62,6 +80,15 @@ class Signer:
                 chosen = smallest[number, first:last]
                 np.minimum(chosen, np.minimum.reduceat(hashes, places), out=chosen)
         return smallest
+
+
+def _one_text(words: np.ndarray) -> Words:
+    return Words(words, np.array([len(words)], np.int64))
+
+
+def _shortened(smallest: np.ndarray) -> np.ndarray:
+    """[num_hashes, texts] uint32 -> signatures, [texts, num_hashes]."""
+    return (smallest ^ (smallest >> np.uint32(16))).T.astype(SIGNATURE_DTYPE)
 
 
 def _ngrams(words: Words, n: int) -> tuple[np.ndarray, np.ndarray]:

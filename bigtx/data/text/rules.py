@@ -14,6 +14,7 @@ from bigtx.data.text.clean import Cleaner
 from bigtx.data.text.decontaminate import Contamination
 from bigtx.data.text.filters import Limits
 from bigtx.data.text.language import LanguageFilter, primary_language
+from bigtx.tokenizer.cut import utf8_length
 from bigtx.utils.errors import ConfigError
 
 
@@ -23,6 +24,10 @@ class Dropped:
 
     rule: str
     detail: str
+
+
+_MEMORY_PER_BYTE = 96
+"""Memory that the filters take for each byte of UTF-8, at most: 7 to 76 were measured (docs/log.md)."""
 
 
 class TextRules:
@@ -47,6 +52,13 @@ class TextRules:
             and self._limits.is_empty
             and self._contamination is None
         )
+
+    def memory_for(self, text: str) -> int:
+        """Bytes of memory that the rules take for a text at most, a few copies of it not counted.
+
+        The filters make lists of its words and lines; all other rules take it in parts.
+        """
+        return 0 if self._lines.is_empty and self._limits.is_empty else _MEMORY_PER_BYTE * utf8_length(text)
 
     def apply(self, text: str, language: str | None = None) -> str | Dropped:
         """The text as it is kept, or the first rule that leaves it out.

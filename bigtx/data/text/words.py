@@ -21,7 +21,7 @@ from bigtx.utils.scripts import IDEOGRAPHS, UNSPACED
 _OTHER, _LETTER, _WORD = 0, 1, 2
 """Kinds of characters: between words, part of a word, a word by itself."""
 
-_PIECE_CHARACTERS = 1 << 18
+PIECE_CHARACTERS = 1 << 18
 """Characters that are taken at once: memory stays bounded, and the arrays near the processor."""
 _CHARACTER_BASE = 0x9E3779B97F4A7C15
 _WORD_BASE = 0xD6E8FEB86659FD93
@@ -53,6 +53,23 @@ def hash_words(texts: list[str]) -> Words:
             ends = np.cumsum([len(text) + 1 for text in texts[first : last + 1]])
             counts[first : last + 1] = np.diff(np.searchsorted(starts, ends), prepend=0)
     return Words(np.concatenate(hashes) if hashes else np.zeros(0, np.uint64), counts)
+
+
+def hash_words_in_parts(text: str, overlap: int) -> Iterator[tuple[int, np.ndarray]]:
+    """The hashes of a text's words, some at a time: little memory for a text of any length.
+
+    Args:
+        overlap: so many words of each part are the last ones of the part before, if there are so many.
+
+    Returns:
+        The number of each part's first word, and its words: [words] uint64.
+    """
+    first, before = 0, np.zeros(0, np.uint64)
+    for _, _, piece in _pieces([text]):
+        words = np.concatenate([before, _hash_piece(piece)[0]])
+        yield first, words
+        before = words[max(0, len(words) - overlap) :]
+        first += len(words) - len(before)
 
 
 def hash_ngrams(words: np.ndarray, n: int) -> np.ndarray:
@@ -107,10 +124,10 @@ def _pieces(texts: list[str]) -> Iterator[tuple[int, int, str]]:
     """Short texts together and long ones in parts: number of the first text, of the last one, and the characters."""
     first, size = 0, 0
     for number, text in enumerate(texts):
-        if size and size + len(text) > _PIECE_CHARACTERS:
+        if size and size + len(text) > PIECE_CHARACTERS:
             yield first, number - 1, "\n".join(texts[first:number])
             first, size = number, 0
-        if len(text) > _PIECE_CHARACTERS:
+        if len(text) > PIECE_CHARACTERS:
             for part in _parts(text):
                 yield number, number, part
             first = number + 1
@@ -124,10 +141,10 @@ def _parts(text: str) -> Iterator[str]:
     """A long text cut at white space; where a part has none, anywhere."""
     begin = 0
     while begin < len(text):
-        end = begin + _PIECE_CHARACTERS
+        end = begin + PIECE_CHARACTERS
         if end < len(text):
             end = max(text.rfind(" ", begin + 1, end), text.rfind("\n", begin + 1, end))
-            end = begin + _PIECE_CHARACTERS if end < 0 else end
+            end = begin + PIECE_CHARACTERS if end < 0 else end
         yield text[begin:end]
         begin = end
 
@@ -176,7 +193,7 @@ def _powers() -> tuple[np.ndarray, np.ndarray]:
     """The base's powers modulo 2^64, and their inverses, as many as a piece has characters."""
 
     def powers(base: int) -> np.ndarray:
-        factors = np.full(_PIECE_CHARACTERS, base, np.uint64)
+        factors = np.full(PIECE_CHARACTERS, base, np.uint64)
         factors[0] = 1
         return np.cumprod(factors)
 

@@ -11,6 +11,7 @@ import pytest
 
 from bigtx.config.schema import DecontaminateConfig
 from bigtx.data.text import decontaminate
+from bigtx.data.text import words as words_module
 from bigtx.data.text.decontaminate import Contamination, build_contamination_index, contamination_digest
 from bigtx.utils.errors import DataError
 
@@ -47,6 +48,25 @@ def test_planted_contamination_is_found_and_nothing_else(
             planted = document[:place] + [f"{word.upper()}," for word in run] + document[place:]
             found = contamination.find("\n ".join(planted))
             assert found == ("" if length == 12 else " ".join(run))
+
+
+def test_a_long_document_is_searched_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs across the parts' borders are found; of runs of several lengths the shortest is named, wherever it is."""
+    longer, shorter = make_words(13, 1), make_words(8, 2)
+    contamination = Contamination(build(tmp_path, [" ".join(longer), " ".join(shorter)]))
+    monkeypatch.setattr(words_module, "PIECE_CHARACTERS", 100)
+    words_module._powers.cache_clear()
+    longest: list[int] = []
+    find = decontaminate._Set.find
+    monkeypatch.setattr(decontaminate._Set, "find", lambda self, words: longest.append(len(words)) or find(self, words))
+    document = make_words(200, 3)
+    assert contamination.find(" ".join(document)) == ""
+    for place in range(100, 130):
+        planted = document[:place] + longer + document[place:]
+        assert contamination.find(" ".join(planted)) == " ".join(longer)
+        assert contamination.find(" ".join([*planted, *shorter])) == " ".join(shorter)
+    assert max(longest) < 30
+    words_module._powers.cache_clear()
 
 
 def test_short_evaluation_texts_count_as_a_whole(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from bigtx.config.schema import NearDuplicateConfig
-from bigtx.data.text import minhash
+from bigtx.data.text import minhash, words
 from bigtx.data.text.minhash import NOTHING, SIGNATURE_DTYPE, Signer
+from bigtx.data.text.words import hash_ngrams
 
 
 def make_words(count: int, seed: int) -> list[str]:
@@ -21,8 +22,8 @@ def test_agreement_estimates_the_similarity() -> None:
     """Over many hashes, and sets of n-grams that share a third, a half and nine tenths."""
     signer = Signer(NearDuplicateConfig(num_bands=500, rows_per_band=8))
     for common, alone in ((100, 100), (200, 100), (900, 50)):
-        words = make_words(common + 2 * alone, seed=common)
-        one, other = words[: common + alone], words[: -2 * alone] + words[-alone:]
+        drawn = make_words(common + 2 * alone, seed=common)
+        one, other = drawn[: common + alone], drawn[: -2 * alone] + drawn[-alone:]
         # With n-grams across the seam, the exact similarity is counted.
         ngrams = [{tuple(text[place : place + 5]) for place in range(len(text) - 4)} for text in (one, other)]
         exact = len(ngrams[0] & ngrams[1]) / len(ngrams[0] | ngrams[1])
@@ -40,6 +41,21 @@ def test_a_signature_does_not_depend_on_its_company(monkeypatch: pytest.MonkeyPa
     assert (together == np.concatenate([signer.sign([text]) for text in texts])).all()
     monkeypatch.setattr(minhash, "_BLOCK", 7)
     assert (together == signer.sign(texts)).all()
+
+
+def test_a_long_text_in_parts_has_the_signature_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [" ".join(make_words(count, seed=count)) for count in (5000, 3, 200)] + ["a" + " " * 3000 + "b", "." * 3000]
+    whole = Signer(NearDuplicateConfig()).sign(texts)
+    monkeypatch.setattr(minhash, "PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(words, "PIECE_CHARACTERS", 100)
+    words._powers.cache_clear()
+    num_words = []
+    monkeypatch.setattr(
+        minhash, "hash_ngrams", lambda hashes, n: num_words.append(len(hashes)) or hash_ngrams(hashes, n)
+    )
+    assert (whole == Signer(NearDuplicateConfig()).sign(texts)).all()
+    assert len(num_words) > 300 and max(num_words) < 30
+    words._powers.cache_clear()
 
 
 def test_case_and_punctuation_do_not_count() -> None:

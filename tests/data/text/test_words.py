@@ -17,7 +17,7 @@ def cut_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
     """Sets the size of pieces."""
 
     def set_size(size: int) -> None:
-        monkeypatch.setattr(words_module, "_PIECE_CHARACTERS", size)
+        monkeypatch.setattr(words_module, "PIECE_CHARACTERS", size)
         words_module._powers.cache_clear()
 
     yield set_size
