@@ -21,7 +21,8 @@ from bigtx.config.runs import CONFIG
 from bigtx.config.schema import RunConfig
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import CheckpointError, LaunchError
-from bigtx.utils.files import FolderLock, write_atomic, write_json
+from bigtx.utils.files import write_atomic, write_json
+from bigtx.utils.locks import FolderLock
 from bigtx.utils.secrets import scrub
 
 UNTOLD = ("run_dir", "allow_changes")

@@ -20,7 +20,7 @@ from bigtx.config.schema import RunConfig
 from bigtx.train.stop import EarlyStop, StopRequest
 from bigtx.utils import hardware, log, processes
 from bigtx.utils.errors import BigtxError, CheckpointError, LaunchError
-from bigtx.utils.files import refuse_if_held
+from bigtx.utils.locks import refuse_if_held
 from bigtx.utils.units import format_count, parse_duration
 
 if TYPE_CHECKING:

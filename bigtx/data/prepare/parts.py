@@ -20,7 +20,7 @@ from bigtx.config.load import load
 from bigtx.config.schema import PrepareConfig
 from bigtx.data.prepare.recipe import RECIPE_NAME, differences
 from bigtx.utils.errors import DataError, LaunchError
-from bigtx.utils.files import FolderLock
+from bigtx.utils.locks import FolderLock
 
 CONFIG_NAME = "config.yaml"
 

@@ -31,7 +31,7 @@ from bigtx.data.prepare.report import describe_part, describe_report
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.tokenizer.train import train
 from bigtx.utils.errors import ConfigError, DataError
-from bigtx.utils.files import FolderLock
+from bigtx.utils.locks import FolderLock
 
 PANGRAM = """the quick brown fox jumps over a lazy dog while seven wizards brew café and naïve 🧙 potions
 """
