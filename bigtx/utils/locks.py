@@ -2,8 +2,8 @@
 
 A `FolderLock` is two things in one file, `run.lock`: an operating system's lock (flock) on the open file, held for the
 life of the run, and a record that says who holds it. The kernel frees the lock when the process ends, however it ends,
-and all containers of a machine share the kernel. So the lock decides, and the record is for messages. The record decides
-only where the file system has no locks, or has locks that no other host sees.
+and all containers of a machine share the kernel. So the lock decides, and the record is for messages. The record
+decides only where the file system has no locks, or has locks that no other host sees.
 """
 
 from __future__ import annotations

@@ -141,17 +141,19 @@ def test_of_two_containers_of_a_host_one_gets_the_folder(tmp_path: Path) -> None
 
 def test_a_child_that_outlives_its_parent_holds_nothing(tmp_path: Path) -> None:
     lock = FolderLock(tmp_path)
-    reader, writer = os.pipe()
+    (told, tells), (waits, releases) = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
-        os.close(writer)
-        os.read(reader, 1)
+        os.write(tells, b".")
+        os.close(releases)
+        os.read(waits, 1)
         os._exit(0)
+    os.read(told, 1)
     os.close(lock._descriptor)  # As when the parent is killed.
     try:
         FolderLock(tmp_path).release()
     finally:
-        os.close(writer)
+        os.close(releases)
         os.waitpid(child, 0)
 
 
