@@ -22,7 +22,7 @@ from bigtx.config.schema import FinetuneConfig, PretrainConfig, RunConfig
 from bigtx.engine.trained import find
 from bigtx.track.jsonl import plain
 from bigtx.utils.errors import CheckpointError, ConfigError, DataError, LaunchError
-from bigtx.utils.files import write_json
+from bigtx.utils.files import read_object, write_json
 
 if TYPE_CHECKING:
     from bigtx.engine.checkpoint import Checkpoint
@@ -119,7 +119,7 @@ class _Evaluation:
         checkpoint, arguments = Checkpoint(self.checkpoint), self.arguments
         return {
             "bigtx": __version__,
-            "checkpoint": str(self.checkpoint.resolve()),
+            "checkpoint": str(self.checkpoint.absolute()),
             "manifest_sha256": checkpoint.manifest_sha256,
             "wandb_run_id": checkpoint.manifest.get("wandb_run_id", ""),
             "step": checkpoint.manifest["step"],
@@ -188,13 +188,10 @@ class _Records(_Evaluation):
         if self.config.base is None:
             return None
         path = run_dir_of(self.checkpoint) / BASE
-        try:
-            facts = json.loads(path.read_text(encoding="utf-8"))
-            base = MergedCheckpoint(Path(facts["checkpoint"]))
-        except (OSError, ValueError, KeyError):
-            raise CheckpointError(
-                f"task={self.config.task} compares the model with its base, and {path} names none"
-            ) from None
+        facts = read_object(path)
+        if not isinstance(facts.get("checkpoint"), str):
+            raise CheckpointError(f"task={self.config.task} compares the model with its base, and {path} names none")
+        base = MergedCheckpoint(Path(facts["checkpoint"]))
         if base.manifest_sha256 != facts.get("manifest_sha256"):
             raise CheckpointError(f"{base.path} is not the base that {path} names; give that one back")
         return base

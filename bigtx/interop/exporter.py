@@ -113,7 +113,7 @@ def export_model(
         if generation := _generation_config(values, family):
             write_json(partial / "generation_config.json", generation)
         export_tokenizer(tokenizer, partial, model_type=family.model_type, max_length=config.max_sequence_length)
-        write_card(partial, facts, checkpoint=checkpoint.resolve(), config=run, tokenizer=tokenizer)
+        write_card(partial, facts, checkpoint=checkpoint.absolute(), config=run, tokenizer=tokenizer)
         files = _write_shards(partial, source, links, shapes, dtype, settings.shard_bytes)
     return Exported(folder, family, len(shapes), num_parameters, files)
 
