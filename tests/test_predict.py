@@ -206,7 +206,7 @@ def test_evaluate(run: Path, decoder_base: Path, tmp_path: Path) -> None:
     found = json.loads((run / "evaluations" / "test.json").read_text())
     at_the_end = json.loads((run / "results.json").read_text())["test"]
     assert found["metrics"]["accuracy"] == at_the_end["accuracy"] and found["records"] == at_the_end["records"]
-    assert (run / "evaluations" / "test" / "wandb_run_id").is_file()
+    assert (run / "evaluations" / "test.wandb" / "wandb_run_id").is_file()
     for changes, name in (
         (["--split", "test"], "test"),
         (["--split", "test", "--set", "chat.temperature=0.5"], "test-2"),

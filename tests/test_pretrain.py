@@ -177,7 +177,7 @@ def test_stopped_before_the_first_step(corpus: Path, tmp_path: Path) -> None:
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, out + err
     assert "stopped before the first step; nothing to save" in out and "Traceback" not in out + err
-    assert [path.name for path in run_dir.iterdir()] == ["logs"]
+    assert sorted(path.name for path in run_dir.iterdir()) == ["environment.json", "logs"]
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(

@@ -104,13 +104,19 @@ def parse_line(line: bytes) -> Record | None:
     return record if isinstance(record, dict) else None
 
 
+def step_of(record: Record) -> float:
+    """The step of a record; infinity for one that names none, and so is of no step of the run."""
+    step = record.get("step")
+    return step if isinstance(step, int) else math.inf
+
+
 def _keep_whole_lines(path: Path, up_to_step: int | None) -> list[bytes]:
     """Remove from the file what is torn or of a later step; returns the lines that stay."""
     text = path.read_bytes() if path.exists() else b""
     kept = []
     for line in text.splitlines(keepends=True):
         record = parse_line(line)
-        if record is not None and (up_to_step is None or _step(record) <= up_to_step):
+        if record is not None and (up_to_step is None or step_of(record) <= up_to_step):
             kept.append(line)
     wanted = b"".join(kept)
     if text.startswith(wanted):
@@ -119,12 +125,6 @@ def _keep_whole_lines(path: Path, up_to_step: int | None) -> list[bytes]:
     else:
         write_atomic(path, wanted)
     return kept
-
-
-def _step(record: Record) -> float:
-    """The step of a record; infinity for one that names none, and so is of no step of the run."""
-    step = record.get("step")
-    return step if isinstance(step, int) else math.inf
 
 
 def _line(record: Record) -> bytes:

@@ -259,10 +259,10 @@ def test_a_tokenizer_elsewhere(whole: Path, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_what_a_killed_attempt_left_is_no_hindrance(whole: Path, tmp_path: Path) -> None:
-    left = tmp_path / "run.partial" / "checkpoints" / "step-00000000.partial"
+    left = tmp_path / ".run.unfinished" / "checkpoints" / "step-00000000.partial"
     left.mkdir(parents=True)
     with pytest.raises(CheckpointError):
-        newest(tmp_path / "run.partial")
+        newest(tmp_path / ".run.unfinished")
     assert main(["import", str(whole), "-o", str(tmp_path / "run")]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,14 @@ def part_folder(output: Path, part: tuple[int, int]) -> Iterator[Path]:
     Raises:
         DataError: another job holds it, or the corpus was begun in another number of parts.
     """
-    for other in partial_folder(output).glob("part-*-of-*"):
+    found = list(partial_folder(output).iterdir())
+    others = [path for path in found if fnmatch(path.name, "part-*-of-*")]
+    if found and not others:
+        raise DataError(
+            f"{partial_folder(output)} is where {output} is made, and it holds something else; move that away, or name "
+            "another output."
+        )
+    for other in others:
         if not other.name.endswith(f"-of-{part[1]}"):
             count = other.name.rpartition("-")[2]
             raise DataError(
