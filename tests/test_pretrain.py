@@ -24,6 +24,8 @@ from doors import (
     wait_for,
 )
 
+from bigtx.train.run_dir import WRITTEN
+
 pytestmark = pytest.mark.dist
 
 
@@ -67,6 +69,9 @@ def test_all_launchers_say_who_they_are_and_leave_no_memory_taken(corpus: Path, 
             "validation/a/loss",
             "validation/a/bits_per_byte",
         } <= metrics.keys()
+        # A folder where one of the others stands is no folder for a new run.
+        beside = {"checkpoints", "logs", "wandb"}
+        assert {path.name for path in folder.iterdir()} <= {*WRITTEN, *beside}
 
 
 def test_dry_run_keeps_nothing_and_misses_the_validation(corpus: Path, tmp_path: Path) -> None:
