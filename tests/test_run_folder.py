@@ -138,11 +138,11 @@ def test_the_users_own_config_in_the_run_folder(corpus: Path, tmp_path: Path) ->
     assert bigtx.load(run).config.optimizer.learning_rate == 2e-3
 
 
-@pytest.mark.parametrize("content", ["\0" * 100, "[1]", "a: !!python/name:os.system ''"])
+@pytest.mark.parametrize(
+    "content", ["\0" * 100, "[1]", "a: !!python/name:os.system ''"], ids=["zeros", "a list", "a tag"]
+)
 def test_a_damaged_config(corpus: Path, run: Path, capsys: pytest.CaptureFixture[str], content: str) -> None:
     (run / "config.yaml").write_text(content)
-    done = pretrain(*base_arguments(corpus, run))
-    assert done.returncode == 2 and f"{run / 'config.yaml'} " in done.stderr, done.stdout + done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
+    assert f"{run / 'config.yaml'} " in refused(*base_arguments(corpus, run))
     assert main(["generate", str(run), "--prompt", "ba"]) == 2
     assert f"{run / 'config.yaml'} " in capsys.readouterr().err

@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-from bigtx.config.runs import CHECKPOINTS, CONFIG, ENVIRONMENT, has_steps, is_run, run_dir_of
+from bigtx.config.runs import CHECKPOINTS, CONFIG, ENVIRONMENT, has_steps, is_run, read_values, run_dir_of
 from bigtx.config.schema import FinetuneConfig, PretrainConfig, RunConfig
 from bigtx.utils.errors import CheckpointError, ConfigError, LaunchError
 from bigtx.utils.files import read_object
@@ -36,7 +37,7 @@ def check_run_dir(config: RunConfig, files: Iterable[Path] = ()) -> None:
 
     Raises:
         ConfigError: it is an input of the run, something else than a run, or holds files that are not a run's.
-        CheckpointError: it is a run whose checkpoints are gone.
+        CheckpointError: it is a run whose checkpoints are gone, or whose config is missing or damaged.
         LaunchError: its checkpoints cannot be written.
     """
     run_dir = Path(config.run_dir)
@@ -47,7 +48,23 @@ def check_run_dir(config: RunConfig, files: Iterable[Path] = ()) -> None:
             raise ConfigError(f"run_dir={run_dir} is what {key} names; a run needs a folder of its own: name another")
     if not is_run(run_dir):
         _refuse_other_files(run_dir, is_given=gives_config(run_dir, files))
+    saved_values(run_dir)
     _check_checkpoints(run_dir, config)
+
+
+def saved_values(run_dir: Path) -> dict[str, Any] | None:
+    """The config of the run so far as plain values; None where no step has been saved, and any config may come.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    if not has_steps(run_dir):
+        return None
+    if not (run_dir / CONFIG).is_file():
+        raise CheckpointError(
+            f"{run_dir} holds checkpoints but no {CONFIG}: restore that file from a copy, or name another run_dir"
+        )
+    return read_values(run_dir)
 
 
 def gives_config(run_dir: Path, files: Iterable[Path]) -> bool:

@@ -18,9 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 from bigtx.config import changes
 from bigtx.config.load import to_dict, to_yaml
-from bigtx.config.runs import CHECKPOINTS, CONFIG, ENVIRONMENT, has_steps, is_run, read_values
+from bigtx.config.runs import CHECKPOINTS, CONFIG, ENVIRONMENT, is_run
 from bigtx.config.schema import RunConfig
-from bigtx.train.run_dir import GIVEN_CONFIG, HISTORY, MARK, METRICS, are_checkpoints_gone, gives_config
+from bigtx.train.run_dir import (
+    GIVEN_CONFIG,
+    HISTORY,
+    MARK,
+    METRICS,
+    are_checkpoints_gone,
+    gives_config,
+    saved_values,
+)
 from bigtx.utils.errors import CheckpointError, LaunchError
 from bigtx.utils.files import write_atomic, write_json
 from bigtx.utils.locks import FolderLock
@@ -106,14 +114,11 @@ def _set_history_aside(run_dir: Path) -> Path:
 
 def _changed_settings(run_dir: Path, config: RunConfig) -> list[dict[str, Any]]:
     """What differs from the run so far, all of it allowed; nothing where no step has been saved."""
-    if not has_steps(run_dir):
+    saved = saved_values(run_dir)
+    if saved is None:
         return []
-    if not (run_dir / CONFIG).is_file():
-        raise CheckpointError(
-            f"{run_dir} holds checkpoints but no {CONFIG}: restore that file from a copy, or name another run_dir"
-        )
     try:
-        found = changes.compare(read_values(run_dir), config)
+        found = changes.compare(saved, config)
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{run_dir / CONFIG} is damaged; restore it from a copy") from error
     changes.refuse(found, config.allow_changes)

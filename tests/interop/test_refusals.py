@@ -286,8 +286,11 @@ def test_an_export_without_transformers(
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert "pip install 'bigtx[huggingface]'" in refused(capsys, "export", run, "-o", tmp_path / "out")
+    others = tmp_path / "out.partial"  # As of a corpus that is being prepared.
+    others.mkdir()
     assert main(["export", str(run), "-o", str(tmp_path / "out"), "--no-verify"]) == 0
     assert "it was not compared with transformers" in capsys.readouterr().out
+    assert others.is_dir()
 
 
 def test_the_nearest_family_is_named() -> None:

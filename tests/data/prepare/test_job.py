@@ -383,6 +383,15 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path, tokenizer: 
         prepare(make_config(tmp_path, tokenizer, output=str(tmp_path / "file" / "corpus")))
 
 
+def test_a_folder_of_something_else_is_no_place_to_work_in(tmp_path: Path, tokenizer: Path, texts: list[str]) -> None:
+    other = tmp_path / "corpus.partial"
+    other.mkdir()
+    (other / "mine.txt").write_text("precious")
+    with pytest.raises(DataError, match="holds something else"):
+        prepare(make_config(tmp_path, tokenizer))
+    assert [path.name for path in other.iterdir()] == ["mine.txt"]
+
+
 def test_only_one_job_writes_a_corpus(tmp_path: Path, tokenizer: Path, texts: list[str]) -> None:
     folder = tmp_path / "corpus.partial" / "part-1-of-1"
     folder.mkdir(parents=True)
