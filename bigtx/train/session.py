@@ -91,8 +91,6 @@ class Session(ABC, Generic[Config]):
         if not self.dry_run:
             # Before anything is written there, and before the ranks find that run's port taken.
             refuse_if_held(self.config.run_dir)
-            if processes.rank() == 0:
-                check_run_dir(self.config, self.files)
         else:
             self._scratch = tempfile.mkdtemp(prefix="bigtx-dry-run-")
             self.config = dataclasses.replace(
@@ -100,6 +98,8 @@ class Session(ABC, Generic[Config]):
             )
         self.run_dir = Path(self.config.run_dir)
         try:
+            if not self.dry_run and processes.rank() == 0:
+                check_run_dir(self.config, self.files)
             log.setup(self.run_dir, processes.rank())
         except OSError as error:
             raise LaunchError(

@@ -80,7 +80,12 @@ class FolderLock:
         Raises:
             LaunchError: waiting would not help.
         """
-        descriptor, is_new = _open(self.path)
+        try:
+            descriptor, is_new = _open(self.path)
+        except FileNotFoundError:
+            if not self.path.parent.is_dir():
+                raise
+            return _nameless(self.path)  # Its holder has just left.
         try:
             is_free, holder = _lock(descriptor, fcntl.LOCK_EX), _read(descriptor)
             if not self._is_in_place(descriptor):
@@ -164,7 +169,7 @@ def _open(path: Path) -> tuple[int, bool]:
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644), True
     except FileExistsError:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), False
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC), False
 
 
 def _lock(descriptor: int, kind: int) -> bool | None:
