@@ -63,7 +63,8 @@ def read_values(folder: Path | str) -> dict[str, Any]:
         )
         raise CheckpointError(f"{folder} is not a run: it has no {CONFIG}; {advice}") from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())}; restore it from a copy") from error
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path} cannot be read: {reason}; restore it from a copy") from error
     if not isinstance(values, dict) or not isinstance(values.get("model", {}), dict):
         raise CheckpointError(f"{path} is not a run's config; restore it from a copy")
     return values
