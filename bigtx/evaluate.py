@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from bigtx.config.schema import FinetuneConfig, PretrainConfig, RunConfig
 from bigtx.engine.trained import find
 from bigtx.track.jsonl import plain
 from bigtx.utils.errors import CheckpointError, ConfigError, DataError, LaunchError
-from bigtx.utils.files import write_json
+from bigtx.utils.files import read_object, write_json
 
 if TYPE_CHECKING:
     from bigtx.data.records.record import Broken, Record
@@ -51,6 +50,8 @@ def command(argv: Sequence[str]) -> int:
     if arguments.output is not None and not arguments.output.endswith(".json"):
         raise ConfigError(f"--output {arguments.output}: a JSON file is written; name it NAME.json")
     checkpoint, config = find(arguments.run)
+    if arguments.output is not None:
+        _refuse_other_file(Path(arguments.output), arguments, checkpoint)
     found: _Records | _Corpora
     if isinstance(config, FinetuneConfig):
         found = _Records(arguments, checkpoint, config)
@@ -120,17 +121,15 @@ class _Evaluation:
         from bigtx.engine.checkpoint import Checkpoint
         from bigtx.utils.version import __version__
 
-        checkpoint, arguments = Checkpoint(self.checkpoint), self.arguments
+        checkpoint = Checkpoint(self.checkpoint)
         return {
             "bigtx": __version__,
-            "checkpoint": str(self.checkpoint.resolve()),
+            "checkpoint": str(self.checkpoint.absolute()),
             "manifest_sha256": checkpoint.manifest_sha256,
             "wandb_run_id": checkpoint.manifest.get("wandb_run_id", ""),
             "step": checkpoint.manifest["step"],
             "tokens": checkpoint.manifest["state"]["tokens"],
-            "weights": arguments.weights,
-            "set": sorted(arguments.set),
-            "data": {"split": arguments.split} if arguments.split else {"paths": arguments.data},
+            **_what_is_measured(self.arguments),
             **facts,
             "metrics": dict(metrics),
         }
@@ -197,13 +196,10 @@ class _Records(_Evaluation):
         if self.config.base is None:
             return None
         path = run_dir_of(self.checkpoint) / BASE
-        try:
-            facts = json.loads(path.read_text(encoding="utf-8"))
-            base = MergedCheckpoint(Path(facts["checkpoint"]))
-        except (OSError, ValueError, KeyError):
-            raise CheckpointError(
-                f"task={self.config.task} compares the model with its base, and {path} names none"
-            ) from None
+        facts = read_object(path)
+        if not isinstance(facts.get("checkpoint"), str):
+            raise CheckpointError(f"task={self.config.task} compares the model with its base, and {path} names none")
+        base = MergedCheckpoint(Path(facts["checkpoint"]))
         if base.manifest_sha256 != facts.get("manifest_sha256"):
             raise CheckpointError(f"{base.path} is not the base that {path} names; give that one back")
         return base
@@ -318,14 +314,36 @@ def _output_path(arguments: argparse.Namespace, checkpoint: Path, result: Mappin
     raise LaunchError(f"{folder} is full of evaluations called {name}; name a file by --output")
 
 
+def _refuse_other_file(output: Path, arguments: argparse.Namespace, checkpoint: Path) -> None:
+    """Look before the work begins: only the same evaluation, done again, may be written over."""
+    if not output.exists():
+        return
+    from bigtx.engine.checkpoint import Checkpoint
+
+    before = read_object(output)
+    if not before.keys() >= {"checkpoint", "manifest_sha256", "metrics"}:
+        raise ConfigError(f"--output {output} is there already and is no evaluation; name another file")
+    now = _what_is_measured(arguments) | {"manifest_sha256": Checkpoint(checkpoint).manifest_sha256}
+    if any(before.get(key) != value for key, value in now.items()):
+        raise ConfigError(
+            f"--output {output} is another evaluation already, of {before['checkpoint']}; name another file, or delete "
+            "that one"
+        )
+
+
+def _what_is_measured(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "weights": arguments.weights,
+        "set": sorted(arguments.set),
+        "data": {"split": arguments.split} if arguments.split else {"paths": arguments.data},
+    }
+
+
 def _same(path: Path, result: Mapping[str, Any]) -> bool:
     """Whether a file is the evaluation of the same weights on the same data in the same way."""
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
+    before = read_object(path)
     keys = ("manifest_sha256", "weights", "data", "records_sha256", "rows", "set")
-    return isinstance(before, dict) and all(before.get(key) == result.get(key) for key in keys)
+    return all(before.get(key) == result.get(key) for key in keys)
 
 
 def _shown(result: Mapping[str, Any]) -> str:
@@ -370,7 +388,7 @@ def _track(
     track = dataclasses.replace(config.track, wandb=arguments.wandb or config.track.wandb)
     if track.wandb == "off":
         return
-    folder = output.with_suffix("")
+    folder = output.with_suffix(".wandb")
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:

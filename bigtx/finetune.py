@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         return status
     from bigtx.train.finetuning import FinetuneSession
 
-    with FinetuneSession(parsed.config, dry_run=parsed.dry_run) as session:
+    with FinetuneSession(parsed.config, dry_run=parsed.dry_run, files=parsed.files) as session:
         session.join_ranks()
         session.open_data()
         session.open_folder()

@@ -124,7 +124,7 @@ class _Job:
 
         return {
             "bigtx": __version__,
-            "checkpoint": str(self.checkpoint.resolve()),
+            "checkpoint": str(self.checkpoint.absolute()),
             "manifest_sha256": Checkpoint(self.checkpoint).manifest_sha256,
             "weights": self.arguments.weights,
             "too_long": self.arguments.too_long,

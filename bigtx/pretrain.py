@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     share_cores()
     from bigtx.train.pretraining import PretrainSession
 
-    with PretrainSession(parsed.config, dry_run=parsed.dry_run) as session:
+    with PretrainSession(parsed.config, dry_run=parsed.dry_run, files=parsed.files) as session:
         session.join_ranks()
         session.open_data()
         session.open_folder()

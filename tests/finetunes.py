@@ -37,9 +37,9 @@ WORDS = [f"{a}{b}{c}" for a in "bdklmnprst" for b in "aeiou" for c in ("", "n", 
 """Those of the `corpus` of the tests."""
 
 
-def make_base(corpus: Path, run_dir: Path, *changes: str, steps: int = 4) -> Path:
-    """A tiny pretrained run."""
-    done = pretrain(
+def base_arguments(corpus: Path, run_dir: Path, *changes: str, steps: int = 4) -> list[str]:
+    """What the command of a tiny pretraining is given."""
+    return [
         *TINY,
         "engine.precision=fp32",
         "model.max_sequence_length=64",
@@ -48,7 +48,12 @@ def make_base(corpus: Path, run_dir: Path, *changes: str, steps: int = 4) -> Pat
         f"train.max_steps={steps}",
         "track.wandb=off",
         *changes,
-    )
+    ]
+
+
+def make_base(corpus: Path, run_dir: Path, *changes: str, steps: int = 4) -> Path:
+    """A tiny pretrained run."""
+    done = pretrain(*base_arguments(corpus, run_dir, *changes, steps=steps))
     assert done.returncode == 0, done.stdout + done.stderr
     return run_dir
 

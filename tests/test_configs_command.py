@@ -66,6 +66,10 @@ def test_copy_refuses(recipes: Path) -> None:
         copy_command(["frist.yaml"])
     with pytest.raises(ConfigError, match="is the recipe itself"):
         copy_command(["model/small.yaml", str(recipes)])
+    (file := recipes.with_name("a-file")).write_text("precious")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        copy_command(["model/small.yaml", str(file)])
+    assert file.read_text() == "precious"
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,9 @@ def test_an_output_of_something_else_is_left_alone(run: Path, decoder_base: Path
     output.write_text("precious\n")
     done = predict(run, *arguments)
     assert done.returncode == 2 and "name another --output" in done.stderr and output.read_text() == "precious\n"
+    output.with_name("out.jsonl.about.json").write_text("[1]")
+    done = predict(run, *arguments)
+    assert done.returncode == 2 and "name another --output" in done.stderr and output.read_text() == "precious\n"
     output.unlink()
     assert predict(run, *arguments).returncode == 0
     before = output.read_bytes()
@@ -206,7 +209,7 @@ def test_evaluate(run: Path, decoder_base: Path, tmp_path: Path) -> None:
     found = json.loads((run / "evaluations" / "test.json").read_text())
     at_the_end = json.loads((run / "results.json").read_text())["test"]
     assert found["metrics"]["accuracy"] == at_the_end["accuracy"] and found["records"] == at_the_end["records"]
-    assert (run / "evaluations" / "test" / "wandb_run_id").is_file()
+    assert (run / "evaluations" / "test.wandb" / "wandb_run_id").is_file()
     for changes, name in (
         (["--split", "test"], "test"),
         (["--split", "test", "--set", "chat.temperature=0.5"], "test-2"),
@@ -233,8 +236,18 @@ def test_evaluate(run: Path, decoder_base: Path, tmp_path: Path) -> None:
         "a/perplexity",
         "a/bits_per_byte",
     }
+    (tmp_path / "mine.json").write_text('{"a": 1}')
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.json")}
+    for name, expected in (("mine", "is no evaluation"), ("x", f"another evaluation already, of {decoder_base}")):
+        done = bigtx("evaluate", str(run), "--split", "test", "--output", f"{tmp_path}/{name}.json")
+        assert done.returncode == 2 and expected in done.stderr, done.stdout + done.stderr
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.json")} == before
     copy = tmp_path / "copy"
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("evaluations"))
+    # What W&B needs has a folder of its own, not that of a run of the same name.
+    metrics = (copy / "metrics.jsonl").read_bytes()
+    done = bigtx("evaluate", str(copy), "--split", "test", "--output", f"{copy}.json", "--wandb", "offline")
+    assert done.returncode == 0 and (copy / "metrics.jsonl").read_bytes() == metrics, done.stdout + done.stderr
     config = copy / "config.yaml"
     config.write_text(config.read_text().replace("test_fraction: 0.2", "test_fraction: 0.4"))
     done = bigtx("evaluate", str(copy), "--split", "test", "--wandb", "off")

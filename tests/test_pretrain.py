@@ -29,6 +29,8 @@ from doors import (
     wait_for,
 )
 
+from bigtx.train.run_dir import WRITTEN
+
 pytestmark = pytest.mark.dist
 
 
@@ -72,6 +74,9 @@ def test_all_launchers_say_who_they_are_and_leave_no_memory_taken(corpus: Path, 
             "validation/a/loss",
             "validation/a/bits_per_byte",
         } <= metrics.keys()
+        # A folder where one of the others stands is no folder for a new run.
+        beside = {"checkpoints", "logs", "wandb"}
+        assert {path.name for path in folder.iterdir()} <= {*WRITTEN, *beside}
 
 
 def test_dry_run_keeps_nothing_and_misses_the_validation(corpus: Path, tmp_path: Path) -> None:
@@ -206,7 +211,7 @@ def test_stopped_before_the_first_step(corpus: Path, tmp_path: Path) -> None:
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, out + err
     assert "stopped before the first step; nothing to save" in out and "Traceback" not in out + err
-    assert [path.name for path in run_dir.iterdir()] == ["logs"]
+    assert sorted(path.name for path in run_dir.iterdir()) == ["environment.json", "logs"]
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(

@@ -62,8 +62,11 @@ def copy_command(argv: Sequence[str]) -> int:
             what = "is the recipe itself" if target.samefile(source) else "is there already, with other content"
             raise ConfigError(f"{target} {what}; name another folder: bigtx configs copy {recipe} FOLDER")
     for source, target in copies.items():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+        except OSError as error:
+            raise ConfigError(f"{target} cannot be written: {error.strerror}; name another folder") from error
         print(f"wrote {target}")
     copy = str(Path(options.folder) / recipe)
     if recipe.startswith("finetune/"):

@@ -27,6 +27,7 @@ from bigtx.tokenizer.tokenizer import DESCRIPTION, Tokenizer
 from bigtx.tokenizer.train import check, train_on_sample
 from bigtx.utils.errors import ConfigError, DataError
 from bigtx.utils.files import open_file, write_json
+from bigtx.utils.staging import new_folder, refuse_filled
 from bigtx.utils.units import format_size
 
 RECIPE = "recipe.json"
@@ -49,7 +50,7 @@ def train_command(argv: Sequence[str]) -> int:
         print(to_yaml(config), end="")
         return 0
     check(config)
-    _refuse_unwritable(config.output)
+    _refuse_unusable(config.output)
     begin = time.perf_counter()
     passed_over: Counter[str] = Counter()
     files = list_files(config.input, passed_over)
@@ -102,7 +103,7 @@ def import_command(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     if (Path(options.output) / DESCRIPTION).exists():
         raise _already_there(options.output)
-    _refuse_unwritable(options.output)
+    _refuse_unusable(options.output)
     tokenizer = _bring(options.path)
     _save(tokenizer, options.output)
     print(
@@ -210,8 +211,10 @@ def _already_there(output: str, how: str = "") -> ConfigError:
     )
 
 
-def _refuse_unwritable(output: str) -> None:
+def _refuse_unusable(output: str) -> None:
     # Found before the work, not after it.
+    if not (Path(output) / DESCRIPTION).exists():
+        refuse_filled(Path(output))
     nearest = next(path for path in (Path(output).absolute(), *Path(output).absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         what = "cannot be written to" if nearest.is_dir() else "is a file"
@@ -219,13 +222,10 @@ def _refuse_unwritable(output: str) -> None:
 
 
 def _save(tokenizer: Tokenizer, output: str, recipe: dict[str, Any] | None = None) -> None:
-    try:
-        Path(output).mkdir(parents=True, exist_ok=True)
+    with new_folder(Path(output)) as folder:
         if recipe:
-            write_json(Path(output) / RECIPE, recipe)
-        tokenizer.save(output)
-    except OSError as error:
-        raise ConfigError(f"output={output} cannot be written: {error.strerror}; name another folder.") from error
+            write_json(folder / RECIPE, recipe)
+        tokenizer.save(folder)
 
 
 def _number(count: int, thing: str) -> str:

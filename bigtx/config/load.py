@@ -52,7 +52,12 @@ def load(schema: type[T], args: Sequence[str], *, check: bool = True) -> T:
     Raises:
         ConfigError: lists every problem.
     """
-    tree, problems = _merged_tree(schema, args)
+    return _load(schema, args, check=check)[0]
+
+
+def _load(schema: type[T], args: Sequence[str], *, check: bool) -> tuple[T, list[Path]]:
+    """As `load`, with the files that were read."""
+    tree, files, problems = _merged_tree(schema, args)
     converter = Converter(schema)
     values = converter.convert(tree)
     problems += converter.problems
@@ -64,7 +69,7 @@ def load(schema: type[T], args: Sequence[str], *, check: bool = True) -> T:
             if not broken & {key.partition(".")[0] for key in (problem.key, *problem.related)}:
                 problems.append(dataclasses.replace(problem, where=converter.origins.get(problem.key, "")))
     raise_problems(problems)
-    return config
+    return config, files
 
 
 def from_dict(schema: type[T], values: dict[str, Any], *, where: str = "") -> T:
@@ -166,11 +171,16 @@ def base_files(path: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Parsed(Generic[T]):
-    """A command line that was understood."""
+    """A command line that was understood.
+
+    Attributes:
+        files: those that were named, and those that they build on.
+    """
 
     config: T
     print_config: bool
     dry_run: bool
+    files: list[Path]
 
 
 def parse_command_line(
@@ -208,12 +218,13 @@ def parse_command_line(
             given.add(argument)
         elif argument.partition("=")[0] not in LOCAL_RANK:
             arguments.append(argument)
-    config = load(schema, arguments, check=check)
-    return Parsed(config, "--print-config" in given, "--dry-run" in given)
+    config, files = _load(schema, arguments, check=check)
+    return Parsed(config, "--print-config" in given, "--dry-run" in given, files)
 
 
-def _merged_tree(schema: type, args: Sequence[str]) -> tuple[Node, list[Problem]]:
+def _merged_tree(schema: type, args: Sequence[str]) -> tuple[Node, list[Path], list[Problem]]:
     problems: list[Problem] = []
+    files: list[Path] = []
     tree = Node({}, "defaults")
     for wants_files in (True, False):
         for argument in args:
@@ -222,7 +233,7 @@ def _merged_tree(schema: type, args: Sequence[str]) -> tuple[Node, list[Problem]
                 continue
             try:
                 if is_file:
-                    layer = _read_file(_find(schema, argument), problems, (), [])
+                    layer = _read_file(_find(schema, argument), problems, (), files)
                 else:
                     _refuse_option(schema, argument)
                     layer = read_argument(argument)
@@ -231,7 +242,7 @@ def _merged_tree(schema: type, args: Sequence[str]) -> tuple[Node, list[Problem]
                 problems.append(error.problem)
     if issubclass(schema, FinetuneConfig):
         tree = _over_base_model(tree, problems)
-    return tree, problems
+    return tree, files, problems
 
 
 def _over_base_model(tree: Node, problems: list[Problem]) -> Node:

@@ -1,28 +1,54 @@
-"""What a run's folder says about itself: its config.yaml, as plain values. Reads nothing else of it."""
+"""What a run's folder says about itself: its config.yaml as plain values, and whether it is a run at all.
+
+Reads nothing large, and imports nothing heavy.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from bigtx.utils.errors import CheckpointError
+from bigtx.utils.files import read_object
 
 CONFIG = "config.yaml"
+ENVIRONMENT = "environment.json"
+CHECKPOINTS = "checkpoints"
 
 
 def run_dir_of(folder: Path | str) -> Path:
-    """The run of a folder that is the run or one of its checkpoints."""
-    folder = Path(folder).resolve()
-    return folder.parent.parent if folder.parent.name == "checkpoints" else folder
+    """The run of a folder that is the run or one of its checkpoints.
+
+    `checkpoints` in the run may be a link to another disk, and the folder a link to a checkpoint or a run.
+    """
+    folder = Path(folder).absolute()
+    while folder.parent.name != CHECKPOINTS and folder.is_symlink() and folder.exists():
+        # One link after the other: what all of them lead to may lie outside the run.
+        folder = folder.parent / os.readlink(folder)
+    if folder.parent.name != CHECKPOINTS:
+        folder = folder.resolve()
+    return folder.parent.parent if folder.parent.name == CHECKPOINTS else folder
+
+
+def has_steps(run_dir: Path) -> bool:
+    """Whether a run's folder holds anything with the name of a checkpoint."""
+    return any((run_dir / CHECKPOINTS).glob("step-*[0-9]"))
+
+
+def is_run(folder: Path) -> bool:
+    """Whether bigtx made a folder as a run: it has checkpoints, or the description that every life begins with."""
+    packages = read_object(folder / ENVIRONMENT).get("packages")
+    return has_steps(folder) or (isinstance(packages, dict) and "bigtx" in packages)
 
 
 def read_values(folder: Path | str) -> dict[str, Any]:
     """The config of a run, or of the run of a checkpoint.
 
     Raises:
-        CheckpointError: no such folder, or it is no run.
+        CheckpointError: no such folder, it is no run, or its config is damaged.
     """
     if not Path(folder).is_dir():
         raise CheckpointError(f"{folder} is not a folder; name a run's folder (its run_dir) or one of its checkpoints")
@@ -36,8 +62,9 @@ def read_values(folder: Path | str) -> dict[str, Any]:
             else "name the run_dir of a training"
         )
         raise CheckpointError(f"{folder} is not a run: it has no {CONFIG}; {advice}") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(values, dict):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path} cannot be read: {reason}; restore it from a copy") from error
+    if not isinstance(values, dict) or not isinstance(values.get("model", {}), dict):
         raise CheckpointError(f"{path} is not a run's config; restore it from a copy")
     return values

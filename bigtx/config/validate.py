@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bigtx.config.nodes import Problem
+from bigtx.config.runs import CHECKPOINTS
 from bigtx.config.schema import (
     DataConfig,
     FilterConfig,
@@ -130,6 +131,8 @@ def _pretrain(config: PretrainConfig) -> Iterator[Problem]:
 
 
 def _allowed_change(schema: type, key: str) -> Iterator[Problem]:
+    if key == CHECKPOINTS:
+        return  # Allows to begin again without them.
     setting = find(schema, key)
     if setting is None or setting.section:
         similar = similar_keys(schema, key)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -216,6 +217,9 @@ def newest(folder: Path | str) -> Path:
         CheckpointError: there is none, or one that was looked at is damaged.
     """
     checkpoints = list_checkpoints(folder)
+    place = Path(folder) / FOLDER
+    if place.is_symlink() and not place.exists():
+        raise CheckpointError(f"{place} is a link to {os.readlink(place)}, which is not there; mount that disk")
     if not checkpoints:
         raise CheckpointError(f"{folder} has no complete checkpoint: is it a run folder, and has the run saved one?")
     return next((path for path in checkpoints if not is_suspect(read_manifest(path))), checkpoints[0])
@@ -327,7 +331,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} has no {MANIFEST}: it is not a whole checkpoint of bigtx") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path / MANIFEST} cannot be read: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT_VERSION:
         raise CheckpointError(f"{path / MANIFEST} is not of format {FORMAT_VERSION}, the one that this bigtx reads")

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from bigtx.tokenizer.tokenizer import Tokenizer
 
 Weights = Literal["master", "ema"]
+TOKENIZER = "tokenizer"
+"""In a run's folder."""
 
 
 def find(run: Path | str) -> tuple[Path, RunConfig]:
@@ -39,15 +41,36 @@ def find_with_tokenizer(run: Path | str) -> tuple[Path, RunConfig, Tokenizer]:
     """As `find`, with the run's tokenizer; the config has its vocab_size.
 
     Raises:
-        DataError: the tokenizer is missing or damaged.
+        DataError, CheckpointError: see `read_tokenizer`.
     """
     checkpoint, config = find(run)
-    from bigtx.tokenizer.tokenizer import Tokenizer
-
-    tokenizer = Tokenizer.load(run_dir_of(checkpoint) / "tokenizer")
+    tokenizer = read_tokenizer(checkpoint)
     if config.model.vocab_size is None:
         config.model.vocab_size = tokenizer.vocab_size
     return checkpoint, config, tokenizer
+
+
+def read_tokenizer(run: Path | str) -> Tokenizer:
+    """The tokenizer of a run, or of the run of a checkpoint: the one that its weights were trained with.
+
+    Raises:
+        DataError: it is missing or damaged.
+        CheckpointError: it is another one, whose ids mean other texts.
+    """
+    from bigtx.engine.checkpoint import list_checkpoints, read_manifest
+    from bigtx.tokenizer.tokenizer import Tokenizer
+
+    folder = run_dir_of(run) / TOKENIZER
+    tokenizer = Tokenizer.load(folder)
+    for checkpoint in list_checkpoints(run)[:1]:
+        expected = read_manifest(checkpoint).get("tokenizer")
+        if expected not in (None, tokenizer.fingerprint):
+            raise CheckpointError(
+                f"{folder} is not the tokenizer that {checkpoint} was trained with (fingerprint "
+                f"{tokenizer.fingerprint[:12]}, expected {str(expected)[:12]}); restore that folder from a copy: the "
+                "data or the base of the run has the same"
+            )
+    return tokenizer
 
 
 def read_model(

@@ -27,11 +27,11 @@ from bigtx.interop.exporter import language_model
 from bigtx.interop.families import choose
 from bigtx.interop.family import Family
 from bigtx.interop.maps import Link
-from bigtx.interop.staging import new_folder
 from bigtx.interop.vocabulary import foreign_shapes
 from bigtx.plan.parameters import parameter_shapes
 from bigtx.utils.errors import CheckpointError, ConfigError
 from bigtx.utils.files import write_json
+from bigtx.utils.staging import new_folder
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
@@ -11,11 +12,12 @@ from typing import Any
 import yaml
 
 from bigtx.config import shape
+from bigtx.config.runs import run_dir_of
 from bigtx.config.schema import FinetuneConfig, PretrainConfig, RunConfig
 from bigtx.config.schema.model import ModelConfig
 from bigtx.engine.checkpoint import Checkpoint
 from bigtx.tokenizer.tokenizer import Tokenizer
-from bigtx.track.jsonl import parse_line
+from bigtx.track.jsonl import parse_line, step_of
 from bigtx.utils.files import write_atomic
 from bigtx.utils.version import __version__
 
@@ -73,7 +75,7 @@ def write_card(folder: Path, facts: ModelFacts, *, checkpoint: Path, config: Run
         "Model": _table(_model_rows(config.model, facts)),
         "Data": _data(config, manifest),
         "Training": _training(config, manifest),
-        "Losses": _losses(checkpoint.parent.parent / "metrics.jsonl", manifest),
+        "Losses": _losses(run_dir_of(checkpoint) / "metrics.jsonl", manifest),
         "Tokenizer": _table(_tokenizer_rows(tokenizer)),
         "How to use it": _usage(facts),
     }
@@ -178,13 +180,14 @@ def _losses(metrics: Path, manifest: Mapping[str, Any]) -> str:
     """The last validation losses up to the checkpoint's step."""
     last: dict[str, dict[str, Any]] = {}
     for record in _records(metrics):
-        if record.get("step", 0) > manifest["step"]:
+        if step_of(record) > manifest["step"]:
             continue
         now: dict[str, dict[str, Any]] = {}
         for key, value in record.items():
             if found := _VALIDATION_LOSS.fullmatch(key):
                 # float also reads "NaN" and "Infinity", as metrics.jsonl writes them.
-                now.setdefault(found[1], {"step": record["step"]})[found[2]] = float(value)
+                with contextlib.suppress(TypeError, ValueError):  # A damaged line.
+                    now.setdefault(found[1], {"step": record["step"]})[found[2]] = float(value)
         last |= now
     if not last:
         return f"Validation losses: {_NOT_RECORDED}."

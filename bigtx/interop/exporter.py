@@ -24,13 +24,13 @@ from bigtx.interop.families import choose
 from bigtx.interop.family import Family
 from bigtx.interop.maps import Link
 from bigtx.interop.read import CONFIG, INDEX, MAPPED_BYTES, SINGLE
-from bigtx.interop.staging import new_folder
 from bigtx.interop.tokenizer import export_tokenizer
 from bigtx.interop.vocabulary import check_links, cut, foreign_shapes
 from bigtx.plan.parameters import parameter_shapes
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import CheckpointError, ConfigError
 from bigtx.utils.files import write_json
+from bigtx.utils.staging import new_folder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -113,7 +113,7 @@ def export_model(
         if generation := _generation_config(values, family):
             write_json(partial / "generation_config.json", generation)
         export_tokenizer(tokenizer, partial, model_type=family.model_type, max_length=config.max_sequence_length)
-        write_card(partial, facts, checkpoint=checkpoint.resolve(), config=run, tokenizer=tokenizer)
+        write_card(partial, facts, checkpoint=checkpoint.absolute(), config=run, tokenizer=tokenizer)
         files = _write_shards(partial, source, links, shapes, dtype, settings.shard_bytes)
     return Exported(folder, family, len(shapes), num_parameters, files)
 

@@ -20,12 +20,12 @@ from bigtx.interop.families import by_model_type
 from bigtx.interop.family import Family
 from bigtx.interop.maps import Link
 from bigtx.interop.read import CONFIG, ForeignWeights, read_config, refuse_differences
-from bigtx.interop.staging import new_folder, refuse_filled
 from bigtx.interop.vocabulary import check_links, foreign_shapes, padded
 from bigtx.plan.parameters import parameter_shapes
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import CheckpointError, ConfigError, DataError
 from bigtx.utils.files import write_atomic
+from bigtx.utils.staging import new_folder, refuse_filled
 
 OBJECTIVES: dict[str, Literal["causal", "masked", "span_corruption"]] = {
     "decoder": "causal",

@@ -340,7 +340,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
         known = description["format"] == _FORMAT and description["kind"] in kinds
         SpecialIds(**description["special"])
         str(description["fingerprint"])
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise DataError(f"{path} is damaged; copy the tokenizer again from where it came.") from None
     if not known:
         raise DataError(

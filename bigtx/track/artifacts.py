@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bigtx.config.runs import run_dir_of
 from bigtx.track.jsonl import Record
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def log_model(run: Run, event: Record) -> None:
         metadata={key: event[key] for key in ("step", "checkpoint", "manifest_sha256")},
     )
     artifact.add_reference(folder.as_uri(), name=folder.name, checksum=False)
-    frozen = folder.parent.parent / "frozen"
+    frozen = run_dir_of(folder) / "frozen"
     if frozen.is_dir():  # Weights that the run does not train: no checkpoint is whole without them.
         artifact.add_reference(frozen.as_uri(), name=frozen.name, checksum=False)
     manifest = folder / "manifest.json"

@@ -115,7 +115,7 @@ class Copier:
             for table, found in rows:
                 if step in found:
                     self._log(found[step][-1], {table.name: table.take(found[step])})
-        events = self._events.read()
+        events = [event for event in self._events.read() if "kind" in event]
         self.model = next((event for event in reversed(events) if event["kind"] == MODEL_EVENT), self.model)
         if events:
             self._event_counts.update(record["kind"] for record in events)

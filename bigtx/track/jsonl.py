@@ -62,7 +62,7 @@ class JsonLines:
     def merge(self, record: Record) -> None:
         """Write a record; when the last line is of the same step, the two become one line."""
         if self._last.get("step") == record["step"]:
-            record = {**self._last, **record, "time": self._last["time"]}
+            record = {**self._last, **record, "time": self._last.get("time", record["time"])}
             if self._unwritten:
                 self._unwritten = self._unwritten[: -len(_line(self._last))]
             else:
@@ -99,9 +99,15 @@ def parse_line(line: bytes) -> Record | None:
         return None
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
+
+
+def step_of(record: Record) -> float:
+    """The step of a record; infinity for one that names none, and so is of no step of the run."""
+    step = record.get("step")
+    return step if isinstance(step, int) else math.inf
 
 
 def _keep_whole_lines(path: Path, up_to_step: int | None) -> list[bytes]:
@@ -110,7 +116,7 @@ def _keep_whole_lines(path: Path, up_to_step: int | None) -> list[bytes]:
     kept = []
     for line in text.splitlines(keepends=True):
         record = parse_line(line)
-        if record is not None and (up_to_step is None or record.get("step", 0) <= up_to_step):
+        if record is not None and (up_to_step is None or step_of(record) <= up_to_step):
             kept.append(line)
     wanted = b"".join(kept)
     if text.startswith(wanted):

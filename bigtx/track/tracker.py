@@ -161,7 +161,7 @@ class Tracker:
         Args:
             step: of the checkpoint.
         """
-        self.event(step, MODEL_EVENT, checkpoint=str(Path(checkpoint).resolve()), manifest_sha256=manifest_sha256)
+        self.event(step, MODEL_EVENT, checkpoint=str(Path(checkpoint).absolute()), manifest_sha256=manifest_sha256)
 
     def message(self, text: str) -> None:
         """Print a line for the user, above the progress bar."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import select
 import subprocess
@@ -19,6 +20,8 @@ from bigtx.track.wandb_host import answers
 from bigtx.utils.files import write_atomic
 from bigtx.utils.secrets import scrub
 
+RUN_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
+"""What W&B takes as an id."""
 WAIT_SECONDS = 3.0
 PROBE_SECONDS = 1.0
 # At the end of a run whose server answers, an upload may take this long; the data is on disk in any case.
@@ -174,9 +177,9 @@ class WandbRun:
 
 
 def read_or_make_run_id(folder: Path) -> str:
-    """The run's W&B id, the same for all lives of the run folder."""
+    """The run's W&B id, the same for all lives of the run folder; a new one where the file holds none."""
     path = folder / "wandb_run_id"
-    if path.exists() and (run_id := path.read_text(encoding="utf-8").strip()):
+    if path.exists() and RUN_ID.fullmatch(run_id := path.read_text(encoding="ascii", errors="replace").strip()):
         return run_id
     run_id = secrets.token_hex(6)
     write_atomic(path, f"{run_id}\n")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -13,10 +12,10 @@ from bigtx.config.load import load_run_config
 from bigtx.config.runs import run_dir_of
 from bigtx.config.schema import FinetuneConfig, ModelConfig
 from bigtx.track.jsonl import plain
-from bigtx.train.session import Session
+from bigtx.train.session import BASE_FACTS, Session
 from bigtx.utils import log
 from bigtx.utils.errors import CheckpointError, ConfigError, LaunchError
-from bigtx.utils.files import write_json
+from bigtx.utils.files import read_object, write_json
 from bigtx.utils.units import parse_duration
 
 if TYPE_CHECKING:
@@ -111,9 +110,10 @@ class FinetuneSession(Session[FinetuneConfig]):
             log.say("no validation records: the newest checkpoint counts as the best (data.validation_fraction)")
 
     def _open_tokenizer(self) -> Any:
+        from bigtx.engine.trained import TOKENIZER, read_tokenizer
         from bigtx.tokenizer.tokenizer import Tokenizer
 
-        own = self.run_dir / "tokenizer"
+        own = self.run_dir / TOKENIZER
         base = self.config.base
         if base is None and self.config.tokenizer is None:
             assert self.teacher is not None
@@ -121,10 +121,9 @@ class FinetuneSession(Session[FinetuneConfig]):
         if base is None:
             assert self.config.tokenizer is not None
             return Tokenizer.load(self.config.tokenizer)
-        folder = run_dir_of(base) / "tokenizer"
-        if not folder.is_dir() and own.is_dir():
+        if not (run_dir_of(base) / TOKENIZER).is_dir() and own.is_dir():
             return Tokenizer.load(own)  # The base is gone; the run has all that it needs of it.
-        tokenizer = Tokenizer.load(folder)
+        tokenizer = read_tokenizer(base)
         if self.config.tokenizer and Tokenizer.load(self.config.tokenizer).fingerprint != tokenizer.fingerprint:
             raise ConfigError(
                 f"tokenizer={self.config.tokenizer}: the tokenizer comes with the base, and that of {base} is another "
@@ -134,12 +133,12 @@ class FinetuneSession(Session[FinetuneConfig]):
 
     def is_finished(self) -> bool:
         """Whether the run has made all its steps, or ended early, and its best checkpoint was measured."""
-        if self.checkpoint is None or not (self.run_dir / RESULTS).is_file():
+        if self.checkpoint is None:
             return False
         state = self.checkpoint.manifest["state"]
         settings = ["train.epochs" if self.config.train.max_steps is None else "train.max_steps"]
-        if json.loads((self.run_dir / RESULTS).read_text(encoding="utf-8")).get("tokens") != state["tokens"]:
-            return False  # An earlier end's.
+        if read_object(self.run_dir / RESULTS).get("tokens") != state["tokens"]:
+            return False  # An earlier end's, or damaged: the best checkpoint is measured again.
         if self.patience is not None and state["measured_since_best"] >= self.patience:
             settings.append("validation.patience")
         elif state["step"] < self.total_steps:
@@ -249,11 +248,8 @@ class FinetuneSession(Session[FinetuneConfig]):
         self.rows = self.task.pack(self.splits["train"].examples)
 
     def _read_base_facts(self) -> dict[str, Any]:
-        try:
-            facts: dict[str, Any] = json.loads((self.run_dir / BASE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return facts
+        facts = read_object(self.run_dir / BASE)
+        return facts if facts.keys() >= set(BASE_FACTS) else {}
 
     def _go_back_to_base(self) -> None:
         """Set the weights as before the first step, whatever has become of the base since.

@@ -17,7 +17,7 @@ from typing import Any
 from bigtx.data.records.read import read_jsonl, read_records
 from bigtx.data.records.record import WHOLE_FILE, Broken, Record
 from bigtx.utils.errors import ConfigError, DataError, LaunchError
-from bigtx.utils.files import write_json
+from bigtx.utils.files import read_object, write_json
 
 ADDED = ("prediction", "error", "num_cut")
 """What an output line has beside the record's own fields."""
@@ -189,13 +189,12 @@ class Output:
             except OSError as error:
                 raise LaunchError(f"{self.about} cannot be written: {error.strerror}") from None
             return
-        try:
-            begun = json.loads(self.about.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        begun = read_object(self.about)
+        if not begun:
             raise DataError(
                 f"{self.path} is not empty, and no {self.about.name} says that it is the output of a bigtx predict; "
                 "name another --output"
-            ) from None
+            )
         different = [key for key in self.MUST_AGREE if begun.get(key) != self._facts[key]]
         if "manifest_sha256" in different:
             raise ConfigError(

@@ -2,6 +2,7 @@
 
 config.yaml        the resolved config            tokenizer/       copied from the data
 deepspeed.json     as given to DeepSpeed          environment.json versions, commit, hardware
+config.given.yaml  the user's, if it was in the way of config.yaml
 metrics.jsonl, samples.jsonl, events.jsonl, wandb/, logs/ and checkpoints/ grow as the run goes on
 frozen/            the weights that the run does not train, where there are any; every checkpoint is read with them
 """
@@ -9,23 +10,40 @@ frozen/            the weights that the run does not train, where there are any;
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import TYPE_CHECKING, Any
 
 from bigtx.config import changes
 from bigtx.config.load import to_dict, to_yaml
-from bigtx.config.runs import CONFIG
+from bigtx.config.runs import CHECKPOINTS, CONFIG, ENVIRONMENT, is_run
 from bigtx.config.schema import RunConfig
-from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.train.run_dir import (
+    GIVEN_CONFIG,
+    HISTORY,
+    MARK,
+    METRICS,
+    are_checkpoints_gone,
+    gives_config,
+    saved_values,
+)
 from bigtx.utils.errors import CheckpointError, LaunchError
-from bigtx.utils.files import FolderLock, write_atomic, write_json
+from bigtx.utils.files import write_atomic, write_json
+from bigtx.utils.locks import FolderLock
 from bigtx.utils.secrets import scrub
+
+if TYPE_CHECKING:
+    from bigtx.tokenizer.tokenizer import Tokenizer
 
 UNTOLD = ("run_dir", "allow_changes")
 """Settings whose change says nothing about the training."""
+README = """The checkpoints of a run of bigtx; the run is the folder that this one, or a link to it, lies in.
+
+This file is here from the run's beginning on: a run that has made steps and finds neither it nor a checkpoint refuses
+to begin again at step 0, since its checkpoints must have been moved or deleted.
+"""
 
 
 @dataclass(frozen=True)
@@ -35,14 +53,21 @@ class Opened:
     Attributes:
         lock: held until the run ends.
         changed: settings that differ from the run's earlier part, allowed by name.
+        aside: where the history of a run is kept that begins again, its checkpoints being gone.
     """
 
     lock: FolderLock
     changed: list[dict[str, Any]]
+    aside: Path | None
 
 
-def open_run_folder(config: RunConfig) -> Opened:
-    """Make the folder or come back to it, and compare settings where the run has made steps. Only rank 0 calls this.
+def open_run_folder(config: RunConfig, *, files: Iterable[Path], environment: dict[str, Any]) -> Opened:
+    """Make the folder or come back to it, and compare settings where the run has made steps. Only rank 0 calls this,
+    once `check_run_dir` has found nothing.
+
+    Args:
+        files: the config files of the command.
+        environment: versions, commit, hardware.
 
     Raises:
         LaunchError: it cannot be written, or another run holds it.
@@ -56,32 +81,48 @@ def open_run_folder(config: RunConfig) -> Opened:
     except OSError as error:
         raise LaunchError(f"run_dir={config.run_dir!r} cannot be written: {error}; name another folder") from error
     try:
-        return Opened(lock, _changed_settings(run_dir, config))
+        changed = _changed_settings(run_dir, config)
+        if not is_run(run_dir):
+            if gives_config(run_dir, files):
+                write_atomic(run_dir / GIVEN_CONFIG, (run_dir / CONFIG).read_bytes())
+            # From here on the folder is a run's, whatever becomes of this life.
+            write_json(run_dir / ENVIRONMENT, scrub(environment))
+        begins_again = CHECKPOINTS in config.allow_changes and are_checkpoints_gone(run_dir)
+        return Opened(lock, changed, _set_history_aside(run_dir) if begins_again else None)
+    except OSError as error:
+        lock.release()
+        raise LaunchError(f"run_dir={config.run_dir!r} cannot be written: {error}") from error
     except BaseException:
         lock.release()
         raise
 
 
+def _set_history_aside(run_dir: Path) -> Path:
+    """Keep what a run wrote before its checkpoints went, in a new folder beside."""
+    number = 1
+    while (aside := run_dir / f"history-{number}").exists():
+        number += 1
+    aside.mkdir()
+    if (run_dir / CONFIG).is_file():
+        shutil.copy2(run_dir / CONFIG, aside / CONFIG)
+    # The metrics come last: while they are there, the next life would do this again.
+    for name in sorted(HISTORY, key=METRICS.__eq__):
+        if (run_dir / name).is_file():
+            (run_dir / name).rename(aside / name)
+    return aside
+
+
 def _changed_settings(run_dir: Path, config: RunConfig) -> list[dict[str, Any]]:
     """What differs from the run so far, all of it allowed; nothing where no step has been saved."""
-    if not any((run_dir / "checkpoints").glob("step-*[0-9]")):
-        return []
-    saved = read_config(run_dir)
+    saved = saved_values(run_dir)
     if saved is None:
-        raise CheckpointError(
-            f"{run_dir} holds checkpoints but no {CONFIG}: restore that file from a copy, or name another run_dir"
-        )
-    found = changes.compare(saved, config)
+        return []
+    try:
+        found = changes.compare(saved, config)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{run_dir / CONFIG} is damaged; restore it from a copy") from error
     changes.refuse(found, config.allow_changes)
     return [{"key": change.key, "old": change.old, "new": change.new} for change in found if change.key not in UNTOLD]
-
-
-def read_config(run_dir: Path) -> dict[str, Any] | None:
-    """The run's config as plain data, or None in a new folder."""
-    path = run_dir / CONFIG
-    if not path.is_file():
-        return None
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def describe_run(
@@ -94,9 +135,11 @@ def describe_run(
     """
     run_dir = Path(config.run_dir)
     try:
+        (run_dir / CHECKPOINTS).mkdir(exist_ok=True)
+        write_atomic(run_dir / CHECKPOINTS / MARK, README)
         write_atomic(run_dir / CONFIG, to_yaml(config))
         write_json(run_dir / "deepspeed.json", deepspeed)
-        write_json(run_dir / "environment.json", scrub(environment))
+        write_json(run_dir / ENVIRONMENT, scrub(environment))
         tokenizer.save(run_dir / "tokenizer")
     except OSError as error:
         raise LaunchError(f"run_dir={config.run_dir!r} cannot be written: {error}") from error

@@ -13,15 +13,17 @@ import re
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NoReturn, Self, TypeVar
 
 from bigtx.config.schema import RunConfig
+from bigtx.train.run_dir import check_run_dir
 from bigtx.train.stop import EarlyStop, StopRequest
 from bigtx.utils import hardware, log, processes
 from bigtx.utils.errors import BigtxError, CheckpointError, LaunchError
-from bigtx.utils.files import refuse_if_held
+from bigtx.utils.locks import refuse_if_held
 from bigtx.utils.units import format_count, parse_duration
 
 if TYPE_CHECKING:
@@ -64,12 +66,13 @@ class Session(ABC, Generic[Config]):
     tokenizer: Any
     task: Any
 
-    def __init__(self, config: Config, *, dry_run: bool) -> None:
+    def __init__(self, config: Config, *, dry_run: bool, files: Iterable[Path] = ()) -> None:
         """Args:
         config: checked, but with the vocabulary's size still to be taken from the tokenizer.
         dry_run: one step in a temporary folder, and nothing is kept.
+        files: that the config was read from.
         """
-        self.config, self.dry_run = config, dry_run
+        self.config, self.dry_run, self.files = config, dry_run, list(files)
         self.status: Literal["finished", "stopped", "failed"] = "failed"
         self.tracker: Any = None
         self.loader: Any = None
@@ -84,6 +87,7 @@ class Session(ABC, Generic[Config]):
 
         Raises:
             LaunchError: the run folder cannot be written, or another run holds it.
+            ConfigError, CheckpointError: see `check_run_dir`.
         """
         if not self.dry_run:
             # Before anything is written there, and before the ranks find that run's port taken.
@@ -95,6 +99,8 @@ class Session(ABC, Generic[Config]):
             )
         self.run_dir = Path(self.config.run_dir)
         try:
+            if not self.dry_run and processes.rank() == 0:
+                check_run_dir(self.config, self.files)
             log.setup(self.run_dir, processes.rank())
         except OSError as error:
             raise LaunchError(
@@ -127,8 +133,13 @@ class Session(ABC, Generic[Config]):
         from bigtx.engine import checkpoint
         from bigtx.train.run_folder import open_run_folder
 
-        opened = self.ranks.on_first(lambda: open_run_folder(self.config))
+        self.environment = hardware.describe()
+        opened = self.ranks.on_first(
+            lambda: open_run_folder(self.config, files=self.files, environment=self.environment)
+        )
         self.lock = opened.lock if opened else None
+        if opened and opened.aside:
+            log.say(f"begins again at step 0, its checkpoints being gone; what it wrote before is in {opened.aside}")
         self.changed = self.ranks.from_first(opened.changed if opened else None)
         self.damaged: list[str] = []
         self.checkpoint = checkpoint.choose(self.run_dir, self.ranks, self._note_damaged)
@@ -369,7 +380,7 @@ class Session(ABC, Generic[Config]):
         from bigtx.train.run_folder import describe_run, dump
 
         config = self.config
-        environment = hardware.describe()
+        environment = self.environment
         self.ranks.on_first(
             lambda: describe_run(
                 config,
@@ -492,7 +503,7 @@ class Session(ABC, Generic[Config]):
     def facts_of(source: Any) -> dict[str, Any]:
         """What is kept of a checkpoint of another run that this one begins with."""
         return {
-            "checkpoint": str(source.path.resolve()),
+            "checkpoint": str(source.path.absolute()),
             "manifest_sha256": source.manifest_sha256,
             "step": source.manifest["step"],
             "wandb_run_id": source.manifest.get("wandb_run_id", ""),

@@ -259,10 +259,10 @@ def test_a_tokenizer_elsewhere(whole: Path, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_what_a_killed_attempt_left_is_no_hindrance(whole: Path, tmp_path: Path) -> None:
-    left = tmp_path / "run.partial" / "checkpoints" / "step-00000000.partial"
+    left = tmp_path / ".run.unfinished" / "checkpoints" / "step-00000000.partial"
     left.mkdir(parents=True)
     with pytest.raises(CheckpointError):
-        newest(tmp_path / "run.partial")
+        newest(tmp_path / ".run.unfinished")
     assert main(["import", str(whole), "-o", str(tmp_path / "run")]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
@@ -286,8 +286,11 @@ def test_an_export_without_transformers(
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert "pip install 'bigtx[huggingface]'" in refused(capsys, "export", run, "-o", tmp_path / "out")
+    others = tmp_path / "out.partial"  # As of a corpus that is being prepared.
+    others.mkdir()
     assert main(["export", str(run), "-o", str(tmp_path / "out"), "--no-verify"]) == 0
     assert "it was not compared with transformers" in capsys.readouterr().out
+    assert others.is_dir()
 
 
 def test_the_nearest_family_is_named() -> None:

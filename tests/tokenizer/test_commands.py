@@ -89,6 +89,15 @@ def test_a_folder_and_an_output_that_cannot_be_are_refused_before_the_work(
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"cannot be made: .*/file is a file"):
         train_command([*SOURCES, f"output={tmp_path / 'file' / 'new'}", "vocab_size=1k"])
+    # As in a corpus, whose recipe a tokenizer's would replace.
+    (tmp_path / "recipe.json").write_text("precious")
+    for command in (
+        lambda: train_command([*SOURCES, f"output={tmp_path}", "vocab_size=1k"]),
+        lambda: import_command([str(tmp_path / "any.model"), "-o", str(tmp_path)]),
+    ):
+        with pytest.raises(ConfigError, match="is not an empty folder"):
+            command()
+    assert (tmp_path / "recipe.json").read_text() == "precious"
     assert "Reading" not in capsys.readouterr().out
 
 

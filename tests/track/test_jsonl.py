@@ -81,6 +81,15 @@ def test_damage_in_the_middle_costs_its_line_only(path: Path) -> None:
     assert [record["step"] for record in read(path)] == [1, 2, 4, 5, 6]
 
 
+@pytest.mark.parametrize("step", ['"many"', "null", "[1]", "1.5"])
+def test_a_line_whose_step_is_no_number_is_of_no_step(path: Path, step: str) -> None:
+    write_steps(path, 1, 3)
+    with path.open("a") as file:
+        file.write(f'{{"step": {step}}}\n')
+    write_steps(path, 3, 4, up_to_step=2)
+    assert [record["step"] for record in read(path)] == [1, 2, 3, 4]
+
+
 def test_one_line_a_step(path: Path) -> None:
     write_steps(path, 1, 3)
     file = JsonLines(path, warn=Warnings(), up_to_step=3)

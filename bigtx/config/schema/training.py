@@ -264,7 +264,8 @@ class RunConfig:
     seed: int = field(1, minimum=0, maximum=2**63 - 1, change="never")
     """Seed of the initial weights, the data order, dropout and samples."""
     allow_changes: list[str] = field(factory=list, change="free")
-    """Keys that may differ from the run being resumed, e.g. [optimizer.learning_rate, train.max_steps]; recorded."""
+    """Keys that may differ from the run being resumed, e.g. [optimizer.learning_rate, train.max_steps]; recorded.
+    `checkpoints`: a run whose checkpoints are gone may begin again at step 0, and what it wrote before is kept."""
     model: ModelConfig = section(ModelConfig, change="never")
     train: RhythmConfig = section(RhythmConfig, change="never")
     optimizer: OptimizerConfig = section(OptimizerConfig, change="by_name")

@@ -287,7 +287,6 @@ class _Job:
         fsync_dir(corpus)
         corpus.rename(self._output)
         fsync_dir(self._output.parent)
-        shutil.rmtree(self._partial, ignore_errors=True)
         return Report(
             self._output,
             *_open_splits(self._output),

@@ -10,9 +10,10 @@ corpus.partial/
 
 from __future__ import annotations
 
-import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from bigtx.config.load import load
 from bigtx.config.schema import PrepareConfig
 from bigtx.data.prepare.recipe import RECIPE_NAME, differences
 from bigtx.utils.errors import DataError, LaunchError
-from bigtx.utils.files import FolderLock
+from bigtx.utils.files import read_object
+from bigtx.utils.locks import FolderLock
 
 CONFIG_NAME = "config.yaml"
 
@@ -49,7 +51,14 @@ def part_folder(output: Path, part: tuple[int, int]) -> Iterator[Path]:
     Raises:
         DataError: another job holds it, or the corpus was begun in another number of parts.
     """
-    for other in partial_folder(output).glob("part-*-of-*"):
+    found = list(partial_folder(output).iterdir())
+    others = [path for path in found if fnmatch(path.name, "part-*-of-*")]
+    if found and not others:
+        raise DataError(
+            f"{partial_folder(output)} is where {output} is made, and it holds something else; move that away, or name "
+            "another output."
+        )
+    for other in others:
         if not other.name.endswith(f"-of-{part[1]}"):
             count = other.name.rpartition("-")[2]
             raise DataError(
@@ -66,6 +75,8 @@ def part_folder(output: Path, part: tuple[int, int]) -> Iterator[Path]:
         yield folder
     finally:
         lock.release()
+        if (output / RECIPE_NAME).exists():  # The corpus is made, and nobody works on it any more.
+            shutil.rmtree(partial_folder(output), ignore_errors=True)
 
 
 def partial_folder(output: Path) -> Path:
@@ -108,7 +119,10 @@ def common_recipe(output: Path, num_parts: int) -> tuple[dict[str, Any], Prepare
     if missing:
         named = ", ".join(f"--part {number}/{num_parts}" for number in missing)
         raise DataError(f"Not all parts of {output} are done: run `bigtx data prepare` with {named} first.")
-    recipes = [json.loads((folder / RECIPE_NAME).read_bytes()) for folder in folders]
+    recipes = [read_object(folder / RECIPE_NAME) for folder in folders]
+    for number, recipe in enumerate(recipes, start=1):
+        if not isinstance(recipe.get("num_units"), int):
+            raise DataError(f"Part {number} of {output} is damaged. Run --part {number}/{num_parts} again.")
     for number, recipe in enumerate(recipes[1:], start=2):
         changes = differences(recipes[0], recipe)
         if changes:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import xxhash
 
-from bigtx.utils.files import alone
+from bigtx.utils.locks import alone
 from bigtx.utils.log import say
 
 Content = bytes | mmap.mmap

@@ -32,7 +32,7 @@ from bigtx.data.raw.files import list_files
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.tokenizer.train import train
 from bigtx.utils.errors import ConfigError, DataError
-from bigtx.utils.files import FolderLock
+from bigtx.utils.locks import FolderLock
 
 PANGRAM = """the quick brown fox jumps over a lazy dog while seven wizards brew café and naïve 🧙 potions
 """
@@ -424,6 +424,15 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path, tokenizer: 
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="Not a directory"):
         prepare(make_config(tmp_path, tokenizer, output=str(tmp_path / "file" / "corpus")))
+
+
+def test_a_folder_of_something_else_is_no_place_to_work_in(tmp_path: Path, tokenizer: Path, texts: list[str]) -> None:
+    other = tmp_path / "corpus.partial"
+    other.mkdir()
+    (other / "mine.txt").write_text("precious")
+    with pytest.raises(DataError, match="holds something else"):
+        prepare(make_config(tmp_path, tokenizer))
+    assert [path.name for path in other.iterdir()] == ["mine.txt"]
 
 
 def test_only_one_job_writes_a_corpus(tmp_path: Path, tokenizer: Path, texts: list[str]) -> None:

@@ -11,8 +11,6 @@ from pathlib import Path
 from bigtx.utils.errors import ConfigError, LaunchError
 from bigtx.utils.files import fsync_dir
 
-PARTIAL = ".partial"
-
 
 def refuse_filled(folder: Path) -> None:
     """Look before the work begins.
@@ -21,7 +19,7 @@ def refuse_filled(folder: Path) -> None:
         ConfigError: something is there already.
     """
     if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
-        raise ConfigError(f"{folder} is there already and is not an empty folder; name another one with -o")
+        raise ConfigError(f"{folder} is there already and is not an empty folder; name another one")
 
 
 @contextlib.contextmanager
@@ -36,7 +34,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """
     refuse_filled(folder)
     # Resolved, because "." and names ending in ".." have no name to add to.
-    partial = folder.resolve().with_name(folder.resolve().name + PARTIAL)
+    partial = folder.resolve().with_name(f".{folder.resolve().name}.unfinished")
     try:
         if partial.exists():
             shutil.rmtree(partial)

@@ -1,0 +1,53 @@
+"""Files of a run that were damaged: what they say is done without, or found out again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from bigtx.interop.card import _losses
+from bigtx.track.wandb_run import read_or_make_run_id
+from bigtx.train.finetuning import BASE, RESULTS, FinetuneSession
+
+CONTENTS = [b"", b"\0" * 30, b"[1]", b"5", b'{"tokens": ', b"\xff\xfe", b"[" * 100_000, b'{"checkpoint": "x"}']
+
+
+def session(folder: Path) -> Any:
+    """As much of a session as its reading of these files needs."""
+    state = {"tokens": 7, "step": 3, "measured_since_best": 0}
+    return SimpleNamespace(
+        run_dir=folder,
+        checkpoint=SimpleNamespace(manifest={"state": state}),
+        patience=None,
+        total_steps=3,
+        config=SimpleNamespace(train=SimpleNamespace(max_steps=3)),
+    )
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+def test_results_and_base(tmp_path: Path, content: bytes) -> None:
+    for name in (RESULTS, BASE):
+        (tmp_path / name).write_bytes(content)
+    assert FinetuneSession.is_finished(session(tmp_path)) is False
+    assert FinetuneSession._read_base_facts(session(tmp_path)) == {}
+    (tmp_path / RESULTS).write_text('{"tokens": 7}')
+    assert FinetuneSession.is_finished(session(tmp_path)) is True
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\0", b"\0" * 8, b"a b", b"../x", "ü".encode()])
+def test_the_id_of_the_wandb_run(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "wandb_run_id").write_bytes(content)
+    found = read_or_make_run_id(tmp_path)
+    assert found.isalnum() and read_or_make_run_id(tmp_path) == found
+    (tmp_path / "wandb_run_id").write_text("my-run.2\n")
+    assert read_or_make_run_id(tmp_path) == "my-run.2"
+
+
+def test_the_losses_of_a_model_card(tmp_path: Path) -> None:
+    lines = ['{"step": "many", "validation/a/loss": 1.0}', '{"step": 1, "validation/a/loss": 2.5}']
+    lines += ['{"step": 2, "validation/a/loss": "x"}', '{"step": 3, "validation/b/loss": [1]}', "[1]"]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert "| a | 1 | 2.5000 |" in _losses(tmp_path / "metrics.jsonl", {"step": 3})
