@@ -24,7 +24,17 @@ from bigtx.engine.task import TaskLoss
 from bigtx.model.loss import IGNORED
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.train.tasks.scores import calibration_error, confusion, macro_f1
-from bigtx.train.tasks.task import LENGTH_MULTIPLE, Lengths, Model, Prediction, RecordTask, on_device, padded, pinned
+from bigtx.train.tasks.task import (
+    LENGTH_MULTIPLE,
+    Lengths,
+    Model,
+    Prediction,
+    RecordTask,
+    ids_of,
+    on_device,
+    padded,
+    pinned,
+)
 from bigtx.utils.errors import ConfigError, DataError
 
 NO_LABEL = -1
@@ -63,6 +73,7 @@ class TextBatch:
         labels: int64 [B], or IGNORED.
         weights: fp32 [B], how much each text counts.
         num_tokens: padding left out.
+        sequence_ids: int64 [B], numbers of the records in the run; None where nothing is drawn.
     """
 
     tokens: Tensor
@@ -72,6 +83,7 @@ class TextBatch:
     labels: Tensor
     weights: Tensor
     num_tokens: int
+    sequence_ids: Tensor | None = None
 
     @property
     def num_labels(self) -> int:
@@ -84,7 +96,8 @@ class TextBatch:
 
     def inputs(self) -> dict[str, Tensor | None]:
         """What the model is called with."""
-        return {name: getattr(self, name) for name in ("tokens", "segment_ids", "token_types", "pool")}
+        names = ("tokens", "segment_ids", "token_types", "pool", "sequence_ids")
+        return {name: getattr(self, name) for name in names}
 
 
 class Classify(RecordTask):
@@ -198,6 +211,7 @@ class Classify(RecordTask):
             labels=pinned(labels.astype(np.int64)),
             weights=pinned(weights),
             num_tokens=int(lengths.sum()),
+            sequence_ids=ids_of(numbers),
         )
 
     def loss(self, model: Model, batch: TextBatch) -> TaskLoss:
