@@ -274,7 +274,7 @@ class _Corpora(_Evaluation):
         loaded = self.load()
         config = dataclasses.replace(config, model=loaded.config.model)
         alone = Alone(loaded.model)
-        task = LikelihoodTask(z_loss=0.0, experts=config.model.experts)
+        task = LikelihoodTask(z_loss=0.0)
         validation = Validation(config, alone, alone, task, loaded.tokenizer)
         if not validation.sources:
             raise ConfigError("none of the run's corpora holds text out; name a prepared one by --data FOLDER")

@@ -97,7 +97,7 @@ def test_tokens_against_plain_torch(shape: str) -> None:
             return inputs | {"labels": labels}
 
     settings = DistillConfig(teacher="x", weight=0.7, temperature=2.0)
-    task = Distilled(LikelihoodTask(z_loss=1e-3, experts=ModelConfig().experts), teacher, settings)
+    task = Distilled(LikelihoodTask(z_loss=1e-3), teacher, settings)
     found = task.loss(student, Rows())
     found.loss_sum.backward()
     gradients = {name: parameter.grad.clone() for name, parameter in student.named_parameters()}

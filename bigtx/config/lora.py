@@ -21,9 +21,9 @@ def adapted_matrices(config: ModelConfig) -> list[str]:
 def useless_targets(config: ModelConfig) -> dict[str, list[str]]:
     """Globs that match no matrix, and matrices of a block whose names are near."""
     names = list(_matrices(config))
-    in_block = list(dict.fromkeys(_in_block(name) for name in names))
+    of_block = list(dict.fromkeys(map(in_block, names)))
     return {
-        glob: difflib.get_close_matches(glob, in_block, 3, 0.5) or in_block
+        glob: difflib.get_close_matches(glob, of_block, 3, 0.5) or of_block
         for glob in config.lora.targets
         if not any(_matches(name, glob) for name in names)
     }
@@ -50,8 +50,9 @@ def _matrices(config: ModelConfig) -> Iterator[str]:
 
 def _matches(name: str, glob: str) -> bool:
     """Whether a glob is of a module, called by its name in the model or in its block."""
-    return fnmatchcase(name, glob) or fnmatchcase(_in_block(name), glob)
+    return fnmatchcase(name, glob) or fnmatchcase(in_block(name), glob)
 
 
-def _in_block(name: str) -> str:
+def in_block(name: str) -> str:
+    """A module's name within its block, of its name in the model."""
     return name.split(".", 3)[3]

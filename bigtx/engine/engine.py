@@ -29,8 +29,9 @@ from bigtx.engine.optimizers import Optimizer, parameter_groups
 from bigtx.engine.task import Task as Task
 from bigtx.engine.task import TaskLoss as TaskLoss
 from bigtx.engine.trainable import frozen_parameters
-from bigtx.model.experts import Routing
+from bigtx.model.experts import Routing, routing_loss, shares_of
 from bigtx.utils.errors import ConfigError
+from bigtx.utils.seeds import derive_seed
 
 ReadRange = Callable[[str, str, int, int], Tensor]
 """(parameter name, kind, start, stop) -> fp32 [stop - start]: elements of a flattened parameter or of its state."""
@@ -47,7 +48,7 @@ class StepResult:
         loss_sum: fp32 scalar on the device: reported loss summed over the labels of all ranks.
         grad_norm: global norm before clipping; infinite or NaN if the step was skipped.
         skipped: a rank met a non-finite value, so no rank changed its weights.
-        routing: if there are experts, on the device: counts summed over all ranks, and the means of the others.
+        routing: if there are experts, on the device: of the tokens of all ranks.
     """
 
     loss_sum: Tensor
@@ -66,6 +67,8 @@ class Engine:
         frozen: parameters that are not trained: no fragment holds them.
         fragments: what this rank holds.
         owned: what this rank writes to a checkpoint.
+        expert_counts: fp32 [layers, E], tokens that each expert had in the last step that was not skipped, over all
+            ranks: the balance loss of the next step goes by their shares. None before the first step.
     """
 
     def __init__(self, config: RunConfig, make_model: Callable[[], nn.Module]) -> None:
@@ -81,6 +84,7 @@ class Engine:
         if config.engine.deterministic:
             use_deterministic_kernels()
         self.config = config
+        self.expert_counts: Tensor | None = None
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.deepspeed_config = deepspeed_config(config, world_size=self.world_size)
         refuse_unknown_keys(self.deepspeed_config)
@@ -94,6 +98,7 @@ class Engine:
             model = make_model()
         self.frozen = _freeze(model, config)
         model.activation_checkpointing = config.engine.activation_checkpointing  # type: ignore[assignment]
+        model.dropout_seed = derive_seed("dropout", config.seed)  # type: ignore[assignment]
         if self.stage == 3:
             _gather_whole_blocks(model)
         if config.engine.compile:
@@ -162,16 +167,16 @@ class Engine:
         task: Task,
         *,
         num_labels: int,
+        num_tokens: int,
         learning_rate_factor: float,
-        seeds: Sequence[int],
     ) -> StepResult:
         """Forward, backward and update over one global batch.
 
         Args:
             micro_batches: this rank's; as many as the accumulation.
             num_labels: labels of the global batch, over all ranks: the loss is their mean.
+            num_tokens: tokens of the global batch, over all ranks: the losses of experts are their mean.
             learning_rate_factor: factor on every group's peak rate.
-            seeds: of dropout, one for each micro batch.
 
         Returns:
             The result; the gradient is that of loss sums over all ranks divided by `num_labels`.
@@ -180,26 +185,32 @@ class Engine:
         self.optimizer.set_learning_rate_factor(learning_rate_factor)
         # DeepSpeed averages gradients over ranks; the factor turns that mean into a sum.
         scale = self.world_size / max(1, num_labels)
-        totals, routing, norm = torch.zeros((), device=self.device), None, 0.0
+        routing: Routing | None = None
+        totals, norm = torch.zeros((), device=self.device), 0.0
+        shares = None if self.expert_counts is None else shares_of(self.expert_counts)
         if self.config.engine.precision == "fp16":
             # Held for the step: left alone, DeepSpeed 0.19 doubles the scale before it divides the gradient by it.
             self.deepspeed.optimizer.override_loss_scale(self.deepspeed.optimizer.loss_scaler.cur_scale)
-        for index, (batch, seed) in enumerate(zip(micro_batches, seeds, strict=True)):
-            torch.manual_seed(seed)
+        for index, batch in enumerate(micro_batches):
             loss = task.loss(self.deepspeed, batch)
-            totals, routing = totals + _reported(loss), loss.routing
-            self.deepspeed.backward(loss.loss_sum * scale, scale_wrt_gas=False)
+            totals, scaled = totals + loss.reported_sum.detach(), loss.loss_sum * scale
+            if loss.routing is not None:
+                own, experts = loss.routing.detach(), self.config.model.experts
+                routing = own if routing is None else routing + own
+                added = routing_loss(loss.routing, shares, experts)
+                scaled = scaled + added * (self.world_size / max(1, num_tokens))
+            self.deepspeed.backward(scaled, scale_wrt_gas=False)
             if self.replicated and index == len(micro_batches) - 1:
                 norm = self._clip_at_stage_0()
             self.deepspeed.step()
-        dist.all_reduce(totals)
-        if routing is not None:
-            balance, z = totals[1:3] / (len(micro_batches) * self.world_size)
-            routing = Routing(totals[3:].view_as(routing.counts), balance, z)
+        loss_sum, routing = _over_ranks(totals, routing)
         if self.replicated:
-            return StepResult(totals[0], norm, not math.isfinite(norm), routing)
-        norm = float(self.deepspeed.get_global_grad_norm())
-        return StepResult(totals[0], norm, self.deepspeed.optimizer.overflow, routing)
+            skipped = not math.isfinite(norm)
+        else:
+            norm, skipped = float(self.deepspeed.get_global_grad_norm()), self.deepspeed.optimizer.overflow
+        if routing is not None and not skipped:
+            self.expert_counts = routing.counts
+        return StepResult(loss_sum, norm, skipped, routing)
 
     def _clip_at_stage_0(self) -> float:
         """Clip the reduced gradients, or drop them if their norm is not finite. Returns the norm before that."""
@@ -237,6 +248,10 @@ class Engine:
         """Restore what `loss_scale` gave; nothing where this run or that one is not fp16."""
         if self.config.engine.precision == "fp16" and self.deepspeed.optimizer.loss_scaler.dynamic:
             vars(self.deepspeed.optimizer.loss_scaler).update(numbers)
+
+    def set_expert_counts(self, counts: list[list[float]] | None) -> None:
+        """Restore `expert_counts` from a manifest; JSON keeps the numbers exactly."""
+        self.expert_counts = None if counts is None else torch.tensor(counts, device=self.device)
 
 
 def _freeze(model: nn.Module, config: RunConfig) -> list[str]:
@@ -277,12 +292,14 @@ def _ask_for_gradient(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, .
     return (x.detach().requires_grad_(), *others)
 
 
-def _reported(loss: TaskLoss) -> Tensor:
-    """What is reported of a micro batch: one vector, so that one sum over the ranks does for all of it."""
-    numbers = [loss.reported_sum]
-    if loss.routing is not None:
-        numbers += [loss.routing.balance, loss.routing.z, loss.routing.counts]
-    return torch.cat([number.detach().flatten() for number in numbers])
+def _over_ranks(loss_sum: Tensor, routing: Routing | None) -> tuple[Tensor, Routing | None]:
+    """The reported loss and the routing, summed over all ranks by one collective."""
+    parts = [loss_sum, *(routing or ())]
+    together = torch.cat([part.flatten() for part in parts])
+    dist.all_reduce(together)
+    pieces = together.split([part.numel() for part in parts])
+    summed = [piece.view_as(part) for piece, part in zip(pieces, parts, strict=True)]
+    return summed[0], None if routing is None else Routing(*summed[1:])
 
 
 def use_deterministic_kernels() -> None:

@@ -121,6 +121,7 @@ def save(
                 "zero_stage": engine.stage,
                 "precision": engine.config.engine.precision,
                 "loss_scale": engine.loss_scale(),
+                "expert_counts": None if engine.expert_counts is None else engine.expert_counts.tolist(),
                 "num_updates": engine.optimizer.num_updates,
                 "parameters": _prove_coverage([report[3] for report in reports], engine),
                 "files": {name: entry for _, name, entry, _ in reports if entry},

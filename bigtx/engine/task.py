@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from bigtx.model.experts import Routing
+from bigtx.model.loss import Loss
 
 
 class TaskLoss(NamedTuple):
@@ -18,7 +19,12 @@ class TaskLoss(NamedTuple):
     reported_sum: Tensor
     """fp32 scalar: the part of it that is reported."""
     routing: Routing | None = None
-    """Where the tokens went, if there are experts."""
+    """Where the tokens went, if there are experts; what that costs is added by the engine."""
+
+    @classmethod
+    def of(cls, loss: Loss) -> TaskLoss:
+        """A model's own loss, of which the cross-entropy is reported."""
+        return cls(loss.loss_sum, loss.cross_entropy_sum, loss.routing)
 
 
 class Task(Protocol):

@@ -2,8 +2,9 @@
 
 Queries, keys and values are three matrices and three products: Muon orthogonalizes a matrix as a whole, and Hugging
 Face keeps them apart, so a fused one would have to be cut for both. One fused product took as long as the three (one
-CPU core, bf16, 256 wide: 4.1 ms and 3.9 ms). Shape letters: B batch, T query tokens, S key tokens, D hidden size,
-H heads, K key heads, C head width.
+CPU core, bf16, 256 wide: 4.1 ms and 3.9 ms). Where weights are dropped, attention is plain products (products.py):
+torch's kernels draw by the place in the batch, and would drop others in another micro batch. Shape letters: B batch,
+T query tokens, S key tokens, D hidden size, H heads, K key heads, C head width.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from bigtx.config import shape
 from bigtx.config.schema import ModelConfig
 from bigtx.model.cache import LayerCache
+from bigtx.model.dropout import Dropout
 from bigtx.model.layers import Linear, Norm
 from bigtx.model.mask import Mask
 from bigtx.model.positions import Rotation, rotate
@@ -28,12 +30,13 @@ from bigtx.model.products import attend, products_are_faster
 class Attention(nn.Module):
     """Attention to the own text or to a source; K key and value heads serve H query heads (arXiv:2305.13245)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, name: str = "attention") -> None:
+        """Args: name: of the module within its block."""
         super().__init__()
         self.num_heads, self.num_kv_heads = config.num_heads, shape.num_kv_heads(config)
         self.width = shape.head_width(config)
         self.scale = config.attention_scale
-        self.dropout = shape.attention_dropout(config)
+        self.dropout = Dropout(shape.attention_dropout(config), f"weights of {name}")
         size, queries, keys = config.hidden_size, self.num_heads * self.width, self.num_kv_heads * self.width
         self.query = Linear(size, queries, bias=config.attention_bias)
         self.key = Linear(size, keys, bias=config.attention_bias)
@@ -51,6 +54,7 @@ class Attention(nn.Module):
         mask: Mask,
         rotation: Rotation | None = None,
         cache: LayerCache | None = None,
+        seeds: Tensor | None = None,
     ) -> Tensor:
         """Attend to the text itself.
 
@@ -59,57 +63,60 @@ class Attention(nn.Module):
             mask: what each token sees.
             rotation: the rotary angles, or None for other kinds of positions.
             cache: keys and values of earlier tokens.
+            seeds: int64 [B], by which is dropped; None: nothing is.
 
         Returns:
             [B, T, D].
         """
-        queries, (keys, values) = self._queries(x), self._keys_and_values(x)
+        queries, (keys, values) = self._queries(x, seeds), self._keys_and_values(x, seeds)
         if rotation is not None:
             queries, keys = rotate(queries, rotation), rotate(keys, rotation)
         if cache is not None:
             keys, values = cache.extend(keys, values)
-        return self._attend(queries, keys, values, mask)
+        return self._attend(queries, keys, values, mask, seeds)
 
-    def across(self, x: Tensor, source: Tensor, mask: Mask, cache: LayerCache | None = None) -> Tensor:
+    def across(
+        self, x: Tensor, source: Tensor, mask: Mask, cache: LayerCache | None = None, seeds: Tensor | None = None
+    ) -> Tensor:
         """Attend from x [B, T, D] to the source [B, S, D]; returns [B, T, D]."""
+        queries = self._queries(x, seeds)
         if cache is None:
-            return self._attend(self._queries(x), *self._keys_and_values(source), mask)
+            return self._attend(queries, *self._keys_and_values(source, seeds), mask, seeds)
         if cache.source is None:
-            cache.source = self._keys_and_values(source)
-        return self._attend(self._queries(x), *cache.source, mask)
+            cache.source = self._keys_and_values(source, seeds)
+        return self._attend(queries, *cache.source, mask, seeds)
 
-    def _queries(self, x: Tensor) -> Tensor:
-        queries = self._heads(self.query(x), self.num_heads)  # B H T C
+    def _queries(self, x: Tensor, seeds: Tensor | None) -> Tensor:
+        queries = self._heads(self.query(x, seeds), self.num_heads)  # B H T C
         return queries if self.query_norm is None else self.query_norm(queries)
 
-    def _keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        keys = self._heads(self.key(x), self.num_kv_heads)  # B K S C
-        values = self._heads(self.value(x), self.num_kv_heads)  # B K S C
+    def _keys_and_values(self, x: Tensor, seeds: Tensor | None) -> tuple[Tensor, Tensor]:
+        keys = self._heads(self.key(x, seeds), self.num_kv_heads)  # B K S C
+        values = self._heads(self.value(x, seeds), self.num_kv_heads)  # B K S C
         return keys if self.key_norm is None else self.key_norm(keys), values
 
     def _heads(self, x: Tensor, num_heads: int) -> Tensor:
         return x.view(*x.shape[:2], num_heads, self.width).transpose(1, 2)
 
-    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Mask) -> Tensor:
-        attended = self._weigh(queries, keys, values, mask)  # B H T C
-        return self.output(attended.transpose(1, 2).flatten(2))
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Mask, seeds: Tensor | None) -> Tensor:
+        kept = self.dropout.mask((*queries.shape[:3], keys.shape[2]), seeds, queries.dtype)
+        attended = self._weigh(queries, keys, values, mask, kept)  # B H T C
+        return self.output(attended.transpose(1, 2).flatten(2), seeds)
 
-    def _weigh(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Mask) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
+    def _weigh(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Mask, kept: Tensor | None) -> Tensor:
         grouped = self.num_kv_heads != self.num_heads
         if mask.blocks is not None:
             flex = _compiled_flex_attention() if queries.is_cuda else flex_attention
             return flex(queries, keys, values, block_mask=mask.blocks, scale=self.scale, enable_gqa=grouped)
-        if products_are_faster(queries, keys):
+        if kept is not None or products_are_faster(queries, keys):
             scale = self.width**-0.5 if self.scale is None else self.scale
             keys, values = self._repeated(keys), self._repeated(values)
-            return attend(queries, keys, values, mask.scores, causal=mask.causal, scale=scale, dropout=dropout)
+            return attend(queries, keys, values, mask.scores, causal=mask.causal, scale=scale, kept=kept)
         if mask.scores is None:
             return F.scaled_dot_product_attention(
                 queries,
                 keys,
                 values,
-                dropout_p=dropout,
                 is_causal=mask.causal,
                 scale=self.scale,
                 enable_gqa=grouped,
@@ -117,9 +124,7 @@ class Attention(nn.Module):
         scores = mask.scores.to(queries.dtype) if mask.scores.is_floating_point() else mask.scores
         # No CUDA kernel takes a mask and grouped heads at once, and the fallback holds all scores in memory.
         keys, values = self._repeated(keys), self._repeated(values)
-        return F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=scores, dropout_p=dropout, scale=self.scale
-        )
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=scores, scale=self.scale)
 
     def _repeated(self, x: Tensor) -> Tensor:
         """Keys or values [B, K, S, C] for each of the query heads [B, H, S, C]."""

@@ -15,7 +15,7 @@ from bigtx.config import shape
 from bigtx.config.schema import ModelConfig
 from bigtx.model.audio import FrontEnd
 from bigtx.model.cache import KeyValueCache, Text
-from bigtx.model.dropout import dropout
+from bigtx.model.dropout import Dropout
 from bigtx.model.layers import Bigrams, Embedding, Norm
 from bigtx.model.positions import sinusoids
 
@@ -34,6 +34,7 @@ class Embedder(nn.Module):
         self.position_embedding = Embedding(num_rows, size) if config.positions == "learned" else None
         self.type_embedding = Embedding(config.num_token_types, size) if config.num_token_types else None
         self.embedding_norm = Norm.of(config) if config.embedding_norm else None
+        self.dropouts = [Dropout(config.dropout, f"embeddings of text {number}") for number in range(2)]
 
     def embed(
         self,
@@ -41,9 +42,10 @@ class Embedder(nn.Module):
         token_types: Tensor | None = None,
         heard: Text | None = None,
         cache: KeyValueCache | None = None,
+        seeds: Tensor | None = None,
     ) -> list[Text]:
         """What was heard, if anything, and tokens, positions and segment ids of each text to what a stack reads. With
-        a cache the last text is the decoder's.
+        a cache the last text is the decoder's; by int64 seeds [B] embeddings are dropped.
 
         Source and target go through the tables together: DeepSpeed's ZeRO-2 has added up wrong gradients where a
         module ran twice in a step.
@@ -64,7 +66,9 @@ class Embedder(nn.Module):
         x = torch.cat([part.x for part in parts], dim=1)
         x = self._placed(x, torch.cat([part.positions for part in parts], dim=1), token_types)
         lengths = [part.positions.shape[1] for part in parts]
-        return [part._replace(x=own) for part, own in zip(parts, x.split(lengths, dim=1), strict=True)]
+        # Each by itself: where the target stands beside the source depends on how far that is padded.
+        dropped = (drop(own, seeds) for drop, own in zip(self.dropouts, x.split(lengths, dim=1), strict=False))
+        return [part._replace(x=own) for part, own in zip(parts, dropped, strict=True)]
 
     def hear(self, features: Tensor | None, lengths: Tensor | None) -> Text | None:
         """Spectrograms [B, F, M] of `lengths` [B] frames as columns; those behind the end of a recording are of a
@@ -89,7 +93,7 @@ class Embedder(nn.Module):
             x = x * math.sqrt(config.hidden_size) + sinusoids(positions, config.hidden_size).to(x.dtype)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
-        return dropout(x, config.dropout, self.training)
+        return x
 
 
 def _before(tokens: Tensor, positions: Tensor, cache: KeyValueCache | None) -> Tensor:

@@ -16,25 +16,79 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigtx.config import shape
-from bigtx.config.schema import ModelConfig
+from bigtx.config.schema import ExpertsConfig, ModelConfig
 from bigtx.model.layers import ACTIVATIONS, MLP, Linear
 
 
 class Routing(NamedTuple):
-    """Where the tokens of a batch went."""
+    """Where the tokens of a batch went: sums over tokens, so that those of several batches add up."""
 
     counts: Tensor
     """fp32 [E], or [layers, E] of a stack: tokens sent to each expert."""
-    balance: Tensor
-    """fp32 scalar with a gradient: 1 where the load is even (arXiv:2101.03961, equation 4)."""
-    z: Tensor
-    """fp32 scalar with a gradient: mean squared log-partition of the router (arXiv:2202.08906)."""
+    probabilities: Tensor
+    """fp32 like `counts`, with a gradient: what the router gave each expert."""
+    squares: Tensor
+    """fp32 [1], or [layers, 1], with a gradient: squared log-partitions of the router."""
 
     @classmethod
     def of_stack(cls, layers: Sequence[Routing]) -> Routing:
-        """Counts of all layers [L, E], and the means of the others."""
-        counts, balance, z = (torch.stack(parts) for parts in zip(*layers, strict=True))
-        return cls(counts, balance.mean(), z.mean())
+        """Of all layers."""
+        return cls(*(torch.stack(parts) for parts in zip(*layers, strict=True)))
+
+    def __add__(self, other: Routing) -> Routing:  # type: ignore[override]
+        """Of the tokens of both."""
+        return Routing(*(own + others for own, others in zip(self, other, strict=True)))
+
+    def detach(self) -> Routing:
+        """The numbers without a gradient."""
+        return Routing(*(part.detach() for part in self))
+
+    @property
+    def balance(self) -> Tensor:
+        """fp32 scalar: 1 where the load is even (arXiv:2101.03961, equation 4), the mean over layers."""
+        return imbalance(self.probabilities, shares_of(self.counts)) / self._num_tokens
+
+    @property
+    def z(self) -> Tensor:
+        """fp32 scalar: mean squared log-partition of the router (arXiv:2202.08906)."""
+        return self.squares.mean() / self._num_tokens
+
+    @property
+    def _num_tokens(self) -> Tensor:
+        """The probabilities of a token sum up to 1."""
+        return self.probabilities.detach().sum(dim=-1).mean()
+
+
+def shares_of(counts: Tensor) -> Tensor:
+    """The part of the tokens that each expert had, fp32 like their counts [..., E]."""
+    return counts / counts.sum(dim=-1, keepdim=True)
+
+
+def imbalance(probabilities: Tensor, shares: Tensor | None) -> Tensor:
+    """Of tokens' probabilities [..., E] summed up, so many times as there are tokens what the balance is; the mean over
+    layers.
+
+    Args:
+        shares: like them, the part of the tokens that each expert has; None: an even one.
+    """
+    if shares is None:
+        return probabilities.sum(dim=-1).mean()
+    return probabilities.shape[-1] * (shares * probabilities).sum(dim=-1).mean()
+
+
+def routing_loss(routing: Routing, shares: Tensor | None, settings: ExpertsConfig) -> Tensor:
+    """What the routing of a batch adds to the loss, summed over its tokens.
+
+    Args:
+        shares: as for `imbalance`. With those of the batch itself, the loss of a global batch would depend on how it is
+            cut: a balance is no sum over tokens.
+        settings: the weights of both losses.
+
+    Returns:
+        fp32 scalar with a gradient.
+    """
+    balance = imbalance(routing.probabilities, shares)
+    return settings.balance_loss * balance + settings.router_z_loss * routing.squares.mean()
 
 
 class Experts(nn.Module):
@@ -52,8 +106,13 @@ class Experts(nn.Module):
         self.shared = MLP(config, settings.shared_size) if settings.shared_size else None
         self.shared_gate = Linear(outer, 1, bias=False) if settings.shared_size and settings.shared_gate else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        """Map x [B, T, D] to [B, T, D]."""
+    def forward(self, x: Tensor, is_text: Tensor | None = None, seeds: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """Map x [B, T, D] to [B, T, D].
+
+        Args:
+            is_text: bool [B, T], the tokens that the routing counts; None: all.
+            seeds: as for `Linear`.
+        """
         tokens = x.flatten(0, 1)  # N D
         scores = self._scores(tokens)  # N E
         probabilities = scores.softmax(dim=-1)
@@ -62,11 +121,15 @@ class Experts(nn.Module):
             weights = weights / weights.sum(dim=-1, keepdim=True)
         result, counts = self._chosen(tokens, weights, chosen)
         if self.shared is not None:
-            shared = self.shared(tokens)
+            shared = self.shared(x, seeds).flatten(0, 1)
             result = result + (shared if self.shared_gate is None else self.shared_gate(tokens).sigmoid() * shared)
-        balance = self.settings.num_experts * (counts / counts.sum() * probabilities.mean(dim=0)).sum()
-        routing = Routing(counts, balance, scores.logsumexp(dim=-1).square().mean())
-        return result.view_as(x), routing
+        squares = scores.logsumexp(dim=-1, keepdim=True).square()  # N 1
+        if is_text is not None:
+            counted = is_text.flatten()[:, None].float()  # N 1
+            probabilities, squares = probabilities * counted, squares * counted
+            # Whole numbers, whose sum is exact in any order.
+            counts = torch.zeros_like(counts).index_add(0, chosen.flatten(), counted.expand_as(chosen).flatten())
+        return result.view_as(x), Routing(counts, probabilities.sum(dim=0), squares.sum(dim=0))
 
     def _scores(self, tokens: Tensor) -> Tensor:
         """What the router gives each expert, fp32 [N, E]: in 16 bits, close experts would change places by rounding."""

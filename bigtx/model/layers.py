@@ -31,10 +31,14 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         """Leave the weights to initial.py."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x [..., inputs] to [..., outputs]."""
+    def forward(self, x: Tensor, seeds: Tensor | None = None) -> Tensor:
+        """Map x [..., inputs] to [..., outputs].
+
+        Args:
+            seeds: int64 [B] of the rows of x, by which an adapter drops; None: nothing is dropped.
+        """
         product = super().forward(x)
-        return product if self.adapter is None else product + self.adapter(x)
+        return product if self.adapter is None else product + self.adapter(x, seeds)
 
 
 class Embedding(nn.Embedding):
@@ -127,9 +131,9 @@ class MLP(nn.Module):
         self.up = Linear(outer, inner, bias=bias)
         self.down = Linear(inner, outer, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x [B, T, D] to [B, T, D]."""
+    def forward(self, x: Tensor, seeds: Tensor | None = None) -> Tensor:
+        """Map x [B, T, D] to [B, T, D]; `seeds` as for `Linear`."""
         activation = ACTIVATIONS[self.kind]
         if self.gate is None:
-            return self.down(activation(self.up(x)))
-        return self.down(activation(self.gate(x)) * self.up(x))
+            return self.down(activation(self.up(x, seeds)), seeds)
+        return self.down(activation(self.gate(x, seeds)) * self.up(x, seeds), seeds)

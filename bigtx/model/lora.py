@@ -11,24 +11,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bigtx.config.lora import adapted_matrices
+from bigtx.config.lora import adapted_matrices, in_block
 from bigtx.config.schema import LoraConfig, ModelConfig
-from bigtx.model.dropout import dropout
+from bigtx.model.dropout import Dropout
 from bigtx.model.layers import Linear
 
 
 class Adapter(nn.Module):
     """What is added to a matrix's product: alpha / rank * B A x."""
 
-    def __init__(self, config: LoraConfig, num_inputs: int, num_outputs: int) -> None:
+    def __init__(self, config: LoraConfig, num_inputs: int, num_outputs: int, name: str) -> None:
+        """Args: name: of the matrix, within its block."""
         super().__init__()
-        self.scale, self.dropout = config.alpha / config.rank, config.dropout
+        self.scale, self.dropout = config.alpha / config.rank, Dropout(config.dropout, f"adapter of {name}")
         self.a = nn.Parameter(torch.empty(config.rank, num_inputs))
         self.b = nn.Parameter(torch.empty(num_outputs, config.rank))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x [..., inputs] to [..., outputs]."""
-        return F.linear(F.linear(dropout(x, self.dropout, self.training), self.a), self.b) * self.scale
+    def forward(self, x: Tensor, seeds: Tensor | None = None) -> Tensor:
+        """Map x [..., inputs] to [..., outputs]; `seeds` as for `Linear`."""
+        return F.linear(F.linear(self.dropout(x, seeds), self.a), self.b) * self.scale
 
 
 def add_adapters(model: nn.Module, config: ModelConfig) -> None:
@@ -36,4 +37,4 @@ def add_adapters(model: nn.Module, config: ModelConfig) -> None:
     for name in adapted_matrices(config):
         matrix = model.get_submodule(name)
         assert isinstance(matrix, Linear), name
-        matrix.adapter = Adapter(config.lora, matrix.in_features, matrix.out_features)
+        matrix.adapter = Adapter(config.lora, matrix.in_features, matrix.out_features, in_block(name))

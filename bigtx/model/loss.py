@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bigtx.config import shape
 from bigtx.config.schema import ModelConfig
-from bigtx.model.dropout import dropout
+from bigtx.model.dropout import Dropout
 from bigtx.model.experts import Routing
 from bigtx.model.layers import Linear, Norm
 from bigtx.model.logits import LogitsOnDemand, SoftTargets, divergence_and_gradient, soft_capped
@@ -77,14 +77,14 @@ class ClassifierHead(nn.Module):
         size = config.hidden_size
         self.transform = Linear(size, size, bias=config.mlp_bias) if config.head_transform else None
         self.norm = Norm.of(config) if config.head_transform else None
-        self.dropout = config.dropout
+        self.dropout = Dropout(config.dropout, "summary")
         self.classes = Linear(size, config.num_classes)
 
-    def forward(self, summary: Tensor) -> Tensor:
-        """Logits, fp32 [B, classes], of summaries [B, D]."""
+    def forward(self, summary: Tensor, seeds: Tensor | None = None) -> Tensor:
+        """Logits, fp32 [B, classes], of summaries [B, D], of which int64 seeds [B] say what is dropped."""
         if self.transform is not None and self.norm is not None:
             summary = self.norm(F.gelu(self.transform(summary)))
-        return self.classes(dropout(summary, self.dropout, self.training)).float()
+        return self.classes(self.dropout(summary, seeds)).float()
 
 
 class Head(nn.Module):

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigtx.model.dropout import dropout_mask
-
 MAX_SCORES = 512**2
 """Scores of a head up to which products win, forward and backward: three times as fast with 128 tokens, and as fast
 with 512 (two AMX cores)."""
@@ -33,7 +31,7 @@ def attend(
     *,
     causal: bool,
     scale: float,
-    dropout: float = 0.0,
+    kept: Tensor | None = None,
 ) -> Tensor:
     """Attention [B, H, T, C].
 
@@ -42,10 +40,10 @@ def attend(
         keys, values: [B, H, S, C].
         scores: what is added to the scores, [1 or B, 1 or H, T, S], or a mask of that shape, True may be seen.
         causal: without `scores`, whether a token sees only itself and those before it.
-        dropout: probability of dropping a weight.
+        kept: [B, H, T, S], what the weights are multiplied with, as dropout makes it.
     """
-    # Not minus infinity: a token that sees nothing, which only padding does, must not become NaN.
-    least = torch.finfo(queries.dtype).min
+    # Not minus infinity, also with a score added: a token that sees nothing, as only padding does, must not become NaN.
+    least = torch.finfo(queries.dtype).min / 2
     if scores is None and causal:
         scores = torch.ones(queries.shape[2], keys.shape[2], dtype=torch.bool, device=queries.device).tril()[None, None]
     if scores is None:
@@ -54,8 +52,7 @@ def attend(
         added = scores.to(queries.dtype).clamp(min=least)
     else:
         added = torch.zeros_like(scores, dtype=queries.dtype).masked_fill(~scores, least)
-    shape = (*queries.shape[:3], keys.shape[2])
-    return _attend(queries, keys, values, added, dropout_mask(shape, dropout, queries) if dropout else None, scale)[0]
+    return _attend(queries, keys, values, added, kept, scale)[0]
 
 
 @torch.library.custom_op("bigtx::attention_products", mutates_args=())

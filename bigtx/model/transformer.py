@@ -28,7 +28,7 @@ from bigtx.config import shape
 from bigtx.config.schema import ModelConfig
 from bigtx.model.attention import Attention
 from bigtx.model.cache import KeyValueCache, LayerCache, Text
-from bigtx.model.dropout import dropout
+from bigtx.model.dropout import Dropout, fold
 from bigtx.model.embed import Embedder
 from bigtx.model.experts import Experts, Routing
 from bigtx.model.initial import initial_value
@@ -57,6 +57,8 @@ class Surroundings(NamedTuple):
     window: View | None
     """For blocks with a window."""
     source_mask: Mask | None
+    is_text: Tensor | None = None
+    """bool [B, T]: tokens that are no padding, where that is to be known."""
 
 
 class Block(nn.Module):
@@ -70,7 +72,6 @@ class Block(nn.Module):
         super().__init__()
         self.norm_first = config.norm_placement == "pre"
         self.has_window = shape.has_window(config, layer)
-        self.dropout = config.dropout
         # Embeddings that were just normalized need no other scale (ModernBERT, arXiv:2412.13663). A norm without any
         # is not left out: small embeddings come nearer to length one by it (NanoChat has both).
         learned = config.norm_scale or config.norm_bias
@@ -81,6 +82,9 @@ class Block(nn.Module):
         self.cross_attention = Attention(config) if across else None
         self.mlp_norm = Norm.of(config)
         self.mlp = Experts(config) if config.experts.num_experts else MLP(config)
+        self.attention_dropout = Dropout(config.dropout, "attention")
+        self.cross_attention_dropout = Dropout(config.dropout, "cross_attention")
+        self.mlp_dropout = Dropout(config.dropout, "mlp")
 
     def forward(
         self,
@@ -89,38 +93,45 @@ class Block(nn.Module):
         source: Tensor | None = None,
         cache: LayerCache | None = None,
         recompute: Recompute = "none",
+        seeds: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
-        """Map x [B, T, D] to [B, T, D]; `recompute` says what the backward pass makes again instead of keeping.
+        """Map x [B, T, D] to [B, T, D].
+
+        Args:
+            recompute: what the backward pass makes again instead of keeping.
+            seeds: int64 [B] of this block, by which is dropped; None: nothing is.
 
         Returns:
             The new x, and where the tokens went if there are experts.
         """
+        inputs = x, around, source, cache, seeds
         # Decided inside the block, so that torch.compile of the block sees it and plans for it.
         if recompute == "none" or not torch.is_grad_enabled():
-            return self._compute(x, around, source, cache)
+            return self._compute(*inputs)
+        # What is dropped follows from the seeds, so there is no generator whose state would have to be kept.
         if recompute == "full":
-            return checkpoint(self._compute, x, around, source, cache, use_reentrant=False)
+            return checkpoint(self._compute, *inputs, use_reentrant=False, preserve_rng_state=False)
         contexts = functools.partial(create_selective_checkpoint_contexts, _keep_or_recompute)
-        return checkpoint(self._compute, x, around, source, cache, use_reentrant=False, context_fn=contexts)
+        return checkpoint(self._compute, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
     def _compute(
-        self, x: Tensor, around: Surroundings, source: Tensor | None, cache: LayerCache | None
+        self, x: Tensor, around: Surroundings, source: Tensor | None, cache: LayerCache | None, seeds: Tensor | None
     ) -> tuple[Tensor, Routing | None]:
         view = around.window if self.has_window else around.everything
         assert view is not None
-        change = self.attention(self._before(self.attention_norm, x), view.mask, view.rotation, cache)
-        x = self._after(self.attention_norm, x, change)
+        change = self.attention(self._before(self.attention_norm, x), view.mask, view.rotation, cache, seeds)
+        x = self._after(self.attention_norm, x, self.attention_dropout(change, seeds))
         if self.cross_attention is not None:
             assert source is not None and around.source_mask is not None
             change = self.cross_attention.across(
-                self._before(self.cross_attention_norm, x), source, around.source_mask, cache
+                self._before(self.cross_attention_norm, x), source, around.source_mask, cache, seeds
             )
-            x = self._after(self.cross_attention_norm, x, change)
-        change, routing = self._feed_forward(self._before(self.mlp_norm, x))
-        return self._after(self.mlp_norm, x, change), routing
+            x = self._after(self.cross_attention_norm, x, self.cross_attention_dropout(change, seeds))
+        change, routing = self._feed_forward(self._before(self.mlp_norm, x), around.is_text, seeds)
+        return self._after(self.mlp_norm, x, self.mlp_dropout(change, seeds)), routing
 
-    def _feed_forward(self, x: Tensor) -> tuple[Tensor, Routing | None]:
-        return self.mlp(x) if isinstance(self.mlp, Experts) else (self.mlp(x), None)
+    def _feed_forward(self, x: Tensor, is_text: Tensor | None, seeds: Tensor | None) -> tuple[Tensor, Routing | None]:
+        return self.mlp(x, is_text, seeds) if isinstance(self.mlp, Experts) else (self.mlp(x, seeds), None)
 
     def _before(self, norm: Norm | None, x: Tensor) -> Tensor:
         """What a sublayer reads."""
@@ -128,7 +139,7 @@ class Block(nn.Module):
 
     def _after(self, norm: Norm | None, x: Tensor, change: Tensor) -> Tensor:
         """The residual sum of a sublayer."""
-        x = x + dropout(change, self.dropout, self.training)
+        x = x + change
         return x if self.norm_first or norm is None else norm(x)
 
 
@@ -151,13 +162,20 @@ class Stack(nn.Module):
         prefix_mask: Tensor | None = None,
         cache: KeyValueCache | None = None,
         recompute: Recompute = "none",
+        seeds: Tensor | None = None,
+        text_lengths: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """The hidden states [B, T, D] of a text, and where its tokens went if there are experts."""
         around = self._surroundings(text, source, prefix_mask, cache)
+        if text_lengths is not None and self.config.experts.num_experts:
+            columns = torch.arange(text.x.shape[1], device=text.x.device)
+            around = around._replace(is_text=columns < text_lengths[:, None])
         x, source_x = text.x, None if source is None else source.x
         routings = []
         for index, block in enumerate(self.blocks):
-            x, routing = block(x, around, source_x, None if cache is None else cache.layers[index], recompute)
+            layer_cache = None if cache is None else cache.layers[index]
+            own_seeds = None if seeds is None else fold(seeds, 2 * index + self.causal)
+            x, routing = block(x, around, source_x, layer_cache, recompute, own_seeds)
             if routing is not None:
                 routings.append(routing)
         return x if self.norm is None else self.norm(x), Routing.of_stack(routings) if routings else None
@@ -210,10 +228,11 @@ class Transformer(Embedder):
     """A decoder, an encoder, or both.
 
     Its weights are unwritten memory until `init_weights` or a checkpoint fills them; it may be built on the meta
-    device. `activation_checkpointing` is set by whoever trains it.
+    device. `activation_checkpointing` and `dropout_seed` are set by whoever trains it.
     """
 
     activation_checkpointing: Recompute = "none"
+    dropout_seed = 0
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -245,6 +264,8 @@ class Transformer(Embedder):
         segment_ids: Tensor | None = None,
         token_types: Tensor | None = None,
         prefix_mask: Tensor | None = None,
+        sequence_ids: Tensor | None = None,
+        text_lengths: Tensor | None = None,
         target_tokens: Tensor | None = None,
         target_positions: Tensor | None = None,
         target_segment_ids: Tensor | None = None,
@@ -269,6 +290,10 @@ class Transformer(Embedder):
             segment_ids: int64 [B, T]; a token sees only tokens of its own segment.
             token_types: int64 [B, T]; by default 0.
             prefix_mask: bool [B, T]: tokens that all tokens of their segment see, those before them too.
+            sequence_ids: int64 [B], each row's number in the run: with `dropout_seed` it says what dropout drops in
+                training. Without them torch's generator says it.
+            text_lengths: int64 [B], of a decoder: tokens of each row, after which comes padding that no expert is to be
+                counted for.
             target_tokens, target_positions, target_segment_ids: the same [B, T], for what the decoder of an
                 encoder-decoder reads; it sees the source tokens of its own segment, which is 0 by default.
             columns: int64 [B, M], the only columns of each row whose logits are wanted.
@@ -285,37 +310,56 @@ class Transformer(Embedder):
             [B, classes]; or `LogitsOnDemand`, of B T or B M tokens in a row.
         """
         recompute = self.activation_checkpointing
+        seeds = self._row_seeds(sequence_ids, features if tokens is None else tokens)
         if self.encoder is None or self.decoder is None:
             read = [] if tokens is None else [(tokens, positions, segment_ids)]
             heard = self.hear(features, feature_lengths)
-            (text,) = self.embed(*read, token_types=token_types, heard=heard, cache=cache)
+            (text,) = self.embed(*read, token_types=token_types, heard=heard, cache=cache, seeds=seeds)
             if self.decoder is None:
                 assert self.encoder is not None
-                x, routing = self.encoder(text, recompute=recompute)
+                x, routing = self.encoder(text, recompute=recompute, seeds=seeds)
             else:
-                x, routing = self.decoder(text, prefix_mask=prefix_mask, cache=cache, recompute=recompute)
+                x, routing = self.decoder(
+                    text,
+                    prefix_mask=prefix_mask,
+                    cache=cache,
+                    recompute=recompute,
+                    seeds=seeds,
+                    text_lengths=text_lengths,
+                )
         else:
             assert target_tokens is not None
             target = (target_tokens, target_positions, target_segment_ids)
             source = None if cache is None else cache.source
             if source is None:
                 read = [target] if tokens is None else [(tokens, positions, segment_ids), target]
-                source, text = self.embed(*read, heard=self.hear(features, feature_lengths), cache=cache)
-                source = source._replace(x=self.encoder(source, recompute=recompute)[0])
+                heard = self.hear(features, feature_lengths)
+                source, text = self.embed(*read, heard=heard, cache=cache, seeds=seeds)
+                source = source._replace(x=self.encoder(source, recompute=recompute, seeds=seeds)[0])
             else:
                 (text,) = self.embed(target, cache=cache)
             if cache is not None:
                 cache.source = source
-            x, routing = self.decoder(text, source, cache=cache, recompute=recompute)
+            x, routing = self.decoder(text, source, cache=cache, recompute=recompute, seeds=seeds)
         if columns is not None:
             x = x[torch.arange(x.shape[0], device=x.device)[:, None], columns]  # B M D
         if isinstance(self.head, ClassifierHead):
             assert pool is not None, "a model with classes needs to know what summarizes a row"
-            return self.head((pool.to(x.dtype)[:, None] @ x).squeeze(1))
+            return self.head((pool.to(x.dtype)[:, None] @ x).squeeze(1), seeds)
         if on_demand:
             return self.head.on_demand(x)
         result = self.head(x, labels, z_loss, label_smoothing, score_tokens, soft_targets)
         return result if isinstance(result, Tensor) else result._replace(routing=routing)
+
+    def _row_seeds(self, sequence_ids: Tensor | None, read: Tensor | None) -> Tensor | None:
+        """int64 [B], by which the rows of what is read drop; None where nothing is dropped."""
+        rates = (self.config.dropout, shape.attention_dropout(self.config), self.config.lora.dropout)
+        if not self.training or not any(rates):
+            return None
+        if sequence_ids is None:
+            assert read is not None
+            sequence_ids = torch.randint(2**62, (len(read),), device=read.device)
+        return fold(sequence_ids, self.dropout_seed)
 
 
 _KEPT_OPERATIONS = {

@@ -17,9 +17,9 @@ from bigtx.model.decode import generate
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.track.tracker import Tracker
 from bigtx.train.objectives import make_objective
-from bigtx.train.seeds import derive_seed
 from bigtx.train.state import RunState
 from bigtx.utils.errors import ConfigError
+from bigtx.utils.seeds import derive_seed
 
 if TYPE_CHECKING:
     from bigtx.engine.engine import Engine

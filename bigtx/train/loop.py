@@ -17,7 +17,6 @@ from bigtx.engine.schedules import Schedule
 from bigtx.track.tracker import Tracker
 from bigtx.train.meter import Meter
 from bigtx.train.profile import profiled
-from bigtx.train.seeds import dropout_seeds
 from bigtx.train.state import Cadence, RunState
 from bigtx.train.stop import StopRequest
 from bigtx.utils.errors import BigtxError
@@ -143,8 +142,8 @@ def train_step(run: Run, micro_batches: list[Any], num_labels: int, num_tokens: 
             [batch.to(run.engine.device) for batch in micro_batches],
             run.task,
             num_labels=num_labels,
+            num_tokens=num_tokens,
             learning_rate_factor=run.schedule.factor(step),
-            seeds=dropout_seeds(config.seed, step, run.ranks.rank, len(micro_batches)),
         )
     state.advance(sequences=run.loader.next_sequence, skipped=result.skipped, tokens=num_tokens)
     run.meter.add(result, num_labels=num_labels, num_tokens=num_tokens, wait_seconds=run.loader.wait_seconds)

@@ -54,7 +54,7 @@ class PretrainSession(Session[PretrainConfig]):
         log.say(f"data: {self.data.description}; vocabulary {config.model.vocab_size:,}")
         self.objective = make_objective(config, self.tokenizer, purpose="train")
         log.say(f"objective: {config.objective.name}, {self.objective.describe()}")
-        self.task = LikelihoodTask(z_loss=config.train.z_loss, experts=config.model.experts)
+        self.task = LikelihoodTask(z_loss=config.train.z_loss)
         self.admit_teacher(max(self.objective.lengths.source, self.objective.lengths.target))
 
     def begin(self) -> None:

@@ -271,6 +271,7 @@ class Session(ABC, Generic[Config]):
         self.engine.fill(self.checkpoint.read, states=True)
         self.engine.optimizer.num_updates = self.checkpoint.manifest["num_updates"]
         self.engine.set_loss_scale(self.checkpoint.manifest["loss_scale"])
+        self.engine.set_expert_counts(self.checkpoint.manifest.get("expert_counts"))
         self.checkpoint.close()
         self.resume()
         log.say(f"resumed from {self.checkpoint.path} ({format_count(self.state.tokens)} tokens)")

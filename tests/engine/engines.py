@@ -23,7 +23,6 @@ from bigtx.engine.engine import TaskLoss
 from bigtx.model.experts import Experts, Routing
 from bigtx.model.initial import initial_value
 from bigtx.model.transformer import Transformer
-from bigtx.train.expert_losses import with_expert_losses
 
 SEQUENCE_LENGTH = 32
 GLOBAL_BATCH = 8
@@ -128,10 +127,11 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """A batch: tokens and labels, int64 [B, T]."""
+    """A batch: tokens and labels, int64 [B, T], and the numbers of the rows in the run, int64 [B]."""
 
     tokens: Tensor
     labels: Tensor
+    sequence_ids: Tensor
 
     @property
     def num_labels(self) -> int:
@@ -140,7 +140,12 @@ class Rows:
 
     def to(self, device: torch.device) -> Rows:
         """The rows on a device."""
-        return Rows(self.tokens.to(device), self.labels.to(device))
+        return Rows(self.tokens.to(device), self.labels.to(device), self.sequence_ids.to(device))
+
+    def split(self, size: int) -> list[Rows]:
+        """Batches of so many rows."""
+        parts = (self.tokens.split(size), self.labels.split(size), self.sequence_ids.split(size))
+        return [Rows(*part) for part in zip(*parts, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,9 +160,10 @@ class RowsTask:
 
     def loss(self, model: Any, batch: Rows) -> TaskLoss:
         """As bigtx.train.tasks.LikelihoodTask."""
-        result = model(batch.tokens, labels=batch.labels, target_tokens=self.target_tokens(batch))
-        experts = dataclasses.replace(MODEL, **SHAPES[self.shape]).experts
-        return with_expert_losses(result, (batch.labels != -100).sum(), experts)
+        target_tokens = self.target_tokens(batch)
+        return TaskLoss.of(
+            model(batch.tokens, labels=batch.labels, target_tokens=target_tokens, sequence_ids=batch.sequence_ids)
+        )
 
 
 def global_batch(step: int) -> Rows:
@@ -171,18 +177,13 @@ def global_batch(step: int) -> Rows:
     labels = tokens[:, 1:].clone()
     for row in range(GLOBAL_BATCH):
         labels[row, : 2 * row] = -100
-    return Rows(tokens[:, :-1].contiguous(), labels)
+    return Rows(tokens[:, :-1].contiguous(), labels, step * GLOBAL_BATCH + torch.arange(GLOBAL_BATCH))
 
 
 def slice_of_rank(batch: Rows, rank: int, world_size: int, accumulation: int) -> list[Rows]:
     """A rank's micro batches."""
     share = GLOBAL_BATCH // world_size
-    rows = slice(rank * share, (rank + 1) * share)
-    size = share // accumulation
-    return [
-        Rows(tokens, labels)
-        for tokens, labels in zip(batch.tokens[rows].split(size), batch.labels[rows].split(size), strict=True)
-    ]
+    return batch.split(share)[rank].split(share // accumulation)
 
 
 def run_engine(
@@ -209,8 +210,8 @@ def run_engine(
             [rows.to(engine.device) for rows in slice_of_rank(batch, ranks.rank, ranks.world_size, case.accumulation)],
             task,
             num_labels=batch.num_labels,
+            num_tokens=batch.tokens.numel(),
             learning_rate_factor=1.0,
-            seeds=[step] * case.accumulation,
         )
         losses.append(float(result.loss_sum) / batch.num_labels)
         skipped.append(result.skipped)
@@ -251,12 +252,12 @@ def whole_parameters(engine: Any, ranks: Any, kind: str = "master") -> dict[str,
     return result
 
 
-def plain_loop(case: Case, steps: int, device: torch.device, world_size: int) -> tuple[dict[str, Tensor], list[float]]:
+def plain_loop(case: Case, steps: int, device: torch.device) -> tuple[dict[str, Tensor], list[float]]:
     """The same training without DeepSpeed or bigtx's engine, in one process.
 
     bf16: at stage 0 autocast over fp32 weights; else bf16 weights beside fp32 masters, gradients of every micro batch
-    added up in fp32. The micro batches are those of the ranks that it is compared with, because the balance of experts
-    is a mean over each of them. Returns the fp32 weights, on the CPU, and the losses.
+    added up in fp32. The balance of experts is a mean over the global batch, with the shares that they had in the one
+    before. Returns the fp32 weights, on the CPU, and the losses.
     """
     config = case.config(1)
     model = Transformer(config.model)
@@ -270,6 +271,7 @@ def plain_loop(case: Case, steps: int, device: torch.device, world_size: int) ->
         model.bfloat16()
     update = PlainUpdate(case, masters)
     routings: list[Routing] = []
+    shares = torch.full((config.model.num_layers, 4), 0.25, device=device)
     for module in model.modules():
         if isinstance(module, Experts):
             module.register_forward_hook(lambda module, inputs, outputs: routings.append(outputs[1]))
@@ -277,24 +279,27 @@ def plain_loop(case: Case, steps: int, device: torch.device, world_size: int) ->
     for step in range(steps):
         batch = global_batch(step).to(device)
         gradients = {name: torch.zeros_like(master) for name, master in masters.items()}
-        total = 0.0
-        size = GLOBAL_BATCH // case.accumulation // world_size
-        for tokens, labels in zip(batch.tokens.split(size), batch.labels.split(size), strict=True):
+        total, counts = 0.0, torch.zeros_like(shares)
+        for rows in batch.split(GLOBAL_BATCH // case.accumulation):
+            tokens, labels = rows.tokens, rows.labels
             model.zero_grad()
             routings.clear()
             with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                logits = model(tokens, target_tokens=RowsTask(case.shape).target_tokens(Rows(tokens, labels)))
+                logits = model(tokens, target_tokens=RowsTask(case.shape).target_tokens(rows))
             loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
             total += float(loss.detach())
-            for routing in routings:
-                added = 0.1 * routing.balance + 0.01 * routing.z
-                loss = loss + added / len(routings) * (labels != -100).sum()
-            (loss / batch.num_labels).backward()
+            loss = loss / batch.num_labels
+            for layer, routing in enumerate(routings):
+                balance = 4 * (shares[layer] * routing.probabilities).sum()
+                loss = loss + (0.1 * balance + 0.01 * routing.squares.sum()) / batch.tokens.numel() / len(routings)
+                counts[layer] += routing.counts
+            loss.backward()
             for name, parameter in model.named_parameters():
                 if case.trains(name):
                     assert parameter.grad is not None, name
                     gradients[name] += parameter.grad.float()
         losses.append(total / batch.num_labels)
+        shares = counts / counts.sum(dim=1, keepdim=True)
         update(gradients)
         with torch.no_grad():
             for name, parameter in model.named_parameters():

@@ -102,9 +102,7 @@ class Saved:
 
     def case(self, stage: int, optimizer: str, world_size: int) -> dict[str, Any]:
         case = {"stage": stage, "precision": self.precision, "optimizer": optimizer, "shape": self.shape}
-        # Micro batches stay what they were, as in a run: the balance of experts is a mean over each.
-        accumulation = max(1, self.world_size // world_size)
-        return case | {"accumulation": accumulation, "ema": 0.9, "deterministic": True} | self.fields
+        return case | {"ema": 0.9, "deterministic": True} | self.fields
 
     def check_resumed(self, world_sizes: tuple[int, ...], targets: list[tuple[int, int, str]]) -> None:
         """targets: (from stage, to stage, optimizer)."""

@@ -23,6 +23,19 @@ def test_parity_with_a_plain_loop(tmp_path: Path, world_size: int, accumulation:
 
 
 @pytest.mark.dist
+def test_ranks_and_micro_batches_change_rounding_alone(tmp_path: Path) -> None:
+    """One rank with micro batches of 8 and of 2, and two ranks with those of 2; with dropout and with experts."""
+    dropping = [{"stage": 1, "dropout": 0.2}, {"stage": 1, "shape": "experts"}]
+    alone, cut, shared = ([case | {"accumulation": accumulation} for case in dropping] for accumulation in (1, 4, 2))
+    on_one = run_ranks(tmp_path, 1, "train", cases=alone + cut, steps=8)
+    on_two = run_ranks(tmp_path, 2, "train", cases=shared, steps=8)
+    for expected, *others in zip(on_one[:2], on_one[2:], on_two, strict=True):
+        assert expected["losses"][0] - expected["losses"][-1] > 0.1
+        for other in others:
+            assert other["losses"] == pytest.approx(expected["losses"], abs=1e-5)
+
+
+@pytest.mark.dist
 def test_parity_of_encoders_and_encoder_decoders_and_experts(tmp_path: Path) -> None:
     """Tied tables too: source and target go through one, the head is the same. Experts with the losses of routing.
 

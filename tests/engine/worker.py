@@ -31,7 +31,7 @@ def parity(ranks: Ranks, cases: list[dict[str, Any]], steps: int) -> list[dict[s
         case = Case(**fields)
         engine, losses, skipped = run_engine(case, ranks, steps)
         weights = whole_parameters(engine, ranks)
-        masters, expected = plain_loop(case, steps, engine.device, ranks.world_size) if ranks.rank == 0 else ({}, [])
+        masters, expected = plain_loop(case, steps, engine.device) if ranks.rank == 0 else ({}, [])
         answers.append(
             {
                 **fields,
@@ -78,6 +78,7 @@ def resume(
         engine.fill(opened.read, states=True)
         engine.optimizer.num_updates = opened.manifest["num_updates"]
         engine.set_loss_scale(opened.manifest["loss_scale"])
+        engine.set_expert_counts(opened.manifest["expert_counts"])
         equal = True
         kinds = sorted(
             {

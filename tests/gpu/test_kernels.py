@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bigtx.config.schema import DataConfig, ModelConfig, SourceConfig
 from bigtx.data.stream.loader import TrainLoader
 from bigtx.model.attention import Attention
+from bigtx.model.dropout import dropout_mask, fold
 from bigtx.model.loss import CHUNK_LOGITS, Head
 from bigtx.model.mask import Mask
 from bigtx.model.positions import rotation
@@ -72,6 +73,14 @@ def test_attention_never_holds_all_scores(mask: str, kernel: SDPBackend, num_kv_
     for ours, plain in zip(computed, expected, strict=True):
         assert ours.isfinite().all()
         assert (ours - plain).norm() <= 0.02 * plain.norm()  # bf16 rounds to 2^-9 of a value, a few times over.
+
+
+def test_a_gpu_drops_what_a_cpu_drops() -> None:
+    seeds = fold(torch.arange(3), 7)
+    for shape in ((3, 100, 70), (3, 4, 50, 64)):
+        expected = dropout_mask(shape, 0.1, seeds, torch.bfloat16)
+        for make in (dropout_mask, torch.compile(dropout_mask)):
+            assert torch.equal(make(shape, 0.1, seeds.cuda(), torch.bfloat16).cpu(), expected)
 
 
 @pytest.mark.parametrize("window", [None, 64])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bigtx.config.schema import ExpertsConfig, ModelConfig
 from bigtx.model import experts
-from bigtx.model.experts import Experts, Routing
+from bigtx.model.experts import Experts, Routing, imbalance, routing_loss
 from bigtx.model.transformer import Transformer
 
 CHOICES: dict[str, dict[str, Any]] = {
@@ -122,6 +122,28 @@ def test_balance_is_one_where_the_load_is_even_and_pulls_towards_it() -> None:
     assert routing.counts.tolist() == [3.0, 1.0, 0.0, 0.0] and routing.balance > 1.1
     (slope,) = torch.autograd.grad(routing.balance, [layer.router.weight])
     assert slope[0, 0] > 0  # Downhill, expert 0 loses the tokens that it has too many of.
+
+
+def test_routing_of_parts_adds_up_and_padding_is_not_counted() -> None:
+    layer, settings = filled(Experts(config_of())), config_of().experts
+    x = torch.randn(4, 9, 16, generator=torch.Generator().manual_seed(2))
+    is_text = torch.arange(9) < torch.tensor([9, 3, 7, 1])[:, None]
+    whole = layer(x, is_text)[1]
+    tokens = layer(x[is_text][None])[1]  # Those that are no padding, in one row.
+    assert whole.counts.sum() == 3 * 20 and torch.equal(whole.counts, tokens.counts)
+    parts = layer(x[:1], is_text[:1])[1] + layer(x[1:, :7], is_text[1:, :7])[1]
+    shares = torch.tensor([0.5, 0.2, 0.1, 0.1, 0.1])
+    for other in (tokens, parts):
+        torch.testing.assert_close(tuple(other), tuple(whole))
+        torch.testing.assert_close((other.balance, other.z), (whole.balance, whole.z))
+        torch.testing.assert_close(routing_loss(other, shares, settings), routing_loss(whole, shares, settings))
+    by_hand = 5 * (shares * whole.probabilities).sum() * settings.balance_loss
+    torch.testing.assert_close(
+        routing_loss(whole, shares, settings) - routing_loss(whole, 0 * shares, settings), by_hand
+    )
+    # An even load pulls no expert's probability anywhere.
+    slopes = torch.autograd.grad(imbalance(whole.probabilities, None), [layer.router.weight])
+    assert slopes[0].abs().max() < 1e-5
 
 
 def test_an_expert_without_tokens() -> None:

@@ -107,13 +107,15 @@ def test_initial_values() -> None:
     assert not initial_value("decoder.blocks.0.mlp.down.adapter.b", (256, 64), MODEL, 1).any()
 
 
-def test_dropout_is_of_what_an_adapter_reads_and_of_training_alone() -> None:
-    adapter = Adapter(LoraConfig(rank=2, dropout=0.5), 64, 64)
+def test_dropout_is_of_what_an_adapter_reads_and_of_rows_with_a_seed_alone() -> None:
+    adapter, other = (Adapter(LoraConfig(rank=2, dropout=0.5), 64, 64, name) for name in ("mlp.up", "mlp.gate"))
     torch.nn.init.ones_(adapter.a)
     torch.nn.init.ones_(adapter.b)
     x = torch.ones(3, 64)
-    assert torch.equal(adapter.eval()(x), torch.full((3, 64), 8 * 2 * 64.0))
-    assert adapter.train()(x).unique().numel() > 1
+    assert torch.equal(adapter(x), torch.full((3, 64), 8 * 2 * 64.0))
+    seeds = torch.tensor([10**15, 10**16, 10**17])
+    assert adapter(x, seeds).unique().numel() > 1
+    assert not torch.equal(adapter.dropout(x, seeds), other.dropout(x, seeds))
 
 
 def test_a_step_of_adapters_costs_less() -> None:

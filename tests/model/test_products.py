@@ -37,8 +37,10 @@ def test_values_and_gradients_are_those_of_torch(causal: bool, kind: str) -> Non
         torch.testing.assert_close(mine, other)
 
 
-def test_a_token_that_sees_nothing_gives_numbers() -> None:
-    queries, keys, values = sides(dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_token_that_sees_nothing_gives_numbers(dtype: torch.dtype) -> None:
+    queries, keys, values = (side.detach().sub(20).requires_grad_() for side in sides(dtype=dtype))
+    keys = -keys  # Scores so low that a mask of the least number would take them out of the range of 16 bits.
     mask = torch.ones(2, 1, 7, 7, dtype=torch.bool)
     mask[0, 0, 3] = False
     result = attend(queries, keys, values, mask, causal=False, scale=0.3)
@@ -66,10 +68,8 @@ def test_only_a_cpu_in_bf16_that_records_has_use_for_it() -> None:
 
 def test_dropped_weights_take_no_part_and_the_others_make_up_for_them() -> None:
     queries, keys, values = sides()
-    torch.manual_seed(3)
-    ours = attend(queries, keys, values, None, causal=False, scale=0.3, dropout=0.4)
-    torch.manual_seed(3)
-    kept = dropout_mask((2, 3, 7, 7), 0.4, queries)
+    kept = dropout_mask((2, 3, 7, 7), 0.4, torch.tensor([2**40, -(2**50)]), queries.dtype)
+    ours = attend(queries, keys, values, None, causal=False, scale=0.3, kept=kept)
     expected = ((queries * 0.3 @ keys.transpose(-2, -1)).softmax(-1) * kept) @ values
     torch.testing.assert_close(ours, expected)
     upstream = torch.linspace(-1, 1, ours.numel(), dtype=torch.float64).view_as(ours)

@@ -53,8 +53,7 @@ class Batch:
 
     def inputs(self) -> dict[str, torch.Tensor]:
         """What a Transformer is called with."""
-        of_stream = ("sequence_ids", "text_lengths")
-        return {name: part for name, part in vars(self).items() if part is not None and name not in of_stream}
+        return {name: part for name, part in vars(self).items() if part is not None and name != "text_lengths"}
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device, copied without waiting where its memory is pinned."""

@@ -30,6 +30,7 @@ from bigtx.train.tasks.task import (
     Model,
     Prediction,
     RecordTask,
+    ids_of,
     on_device,
     padded,
     pinned,
@@ -73,6 +74,7 @@ class TextBatch:
         labels: int64 [B], or IGNORED.
         weights: fp32 [B], how much each text counts.
         num_tokens: padding left out.
+        sequence_ids: int64 [B], numbers of the records in the run; None where nothing is drawn.
     """
 
     tokens: Tensor
@@ -82,6 +84,7 @@ class TextBatch:
     labels: Tensor
     weights: Tensor
     num_tokens: int
+    sequence_ids: Tensor | None = None
 
     @property
     def num_labels(self) -> int:
@@ -94,7 +97,8 @@ class TextBatch:
 
     def inputs(self) -> dict[str, Tensor | None]:
         """What the model is called with."""
-        return {name: getattr(self, name) for name in ("tokens", "segment_ids", "token_types", "pool")}
+        names = ("tokens", "segment_ids", "token_types", "pool", "sequence_ids")
+        return {name: getattr(self, name) for name in names}
 
 
 class Classify(RecordTask):
@@ -208,6 +212,7 @@ class Classify(RecordTask):
             labels=pinned(labels.astype(np.int64)),
             weights=pinned(weights),
             num_tokens=int(lengths.sum()),
+            sequence_ids=ids_of(numbers),
         )
 
     def loss(self, model: Model, batch: TextBatch) -> TaskLoss:

@@ -23,13 +23,22 @@ from torch import Tensor
 from bigtx.config.schema import FinetuneConfig
 from bigtx.data.records.record import BadRecordError, Record
 from bigtx.engine.task import TaskLoss
-from bigtx.model.loss import IGNORED, Loss
+from bigtx.model.loss import IGNORED
 from bigtx.tokenizer.chat import ASSISTANT
 from bigtx.tokenizer.tokenizer import Tokenizer
-from bigtx.train.expert_losses import with_expert_losses
 from bigtx.train.tasks.chats import ChatFormat, Message, resolve_chat_format, write_answers
 from bigtx.train.tasks.sft import shown_prompt
-from bigtx.train.tasks.task import LENGTH_MULTIPLE, Lengths, Model, Prediction, RecordTask, on_device, padded, pinned
+from bigtx.train.tasks.task import (
+    LENGTH_MULTIPLE,
+    Lengths,
+    Model,
+    Prediction,
+    RecordTask,
+    ids_of,
+    on_device,
+    padded,
+    pinned,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +77,16 @@ class PreferenceBatch:
         tokens, labels: int64 [2 B, T]; labels are the next tokens of answers, or IGNORED; padding is on the right.
         reference: fp32 [B, 2], log-probabilities of chosen and rejected before the first step.
         num_tokens: padding left out.
+        sequence_ids: int64 [2 B], numbers of the rows in the run, two of each record; None where nothing is drawn.
+        text_lengths: int64 [2 B], columns of each row that are no padding.
     """
 
     tokens: Tensor
     labels: Tensor
     reference: Tensor
     num_tokens: int
+    sequence_ids: Tensor | None
+    text_lengths: Tensor
 
     @property
     def num_labels(self) -> int:
@@ -83,6 +96,10 @@ class PreferenceBatch:
     def to(self, device: torch.device) -> PreferenceBatch:
         """The batch on a device."""
         return on_device(self, device)
+
+    def inputs(self) -> dict[str, Tensor | None]:
+        """What the model is called with."""
+        return {name: part for name, part in vars(self).items() if name not in ("reference", "num_tokens")}
 
 
 class Preference(RecordTask):
@@ -161,17 +178,18 @@ class Preference(RecordTask):
             labels=padded(labels, IGNORED, multiple=LENGTH_MULTIPLE),
             reference=pinned(reference),
             num_tokens=sum(map(len, labels)),
+            sequence_ids=ids_of(numbers and [2 * number + side for side in range(2) for number in numbers]),
+            text_lengths=pinned(np.array([len(row) for row in labels])),
         )
 
     def loss(self, model: Model, batch: PreferenceBatch) -> TaskLoss:
         """The loss summed over pairs; what is reported is without smoothing."""
-        scores = model(tokens=batch.tokens, labels=batch.labels, score_tokens=True)
+        scores = model(**batch.inputs(), score_tokens=True)
         chosen, rejected = scores.log_probs.sum(dim=1).chunk(2)
         margin = self.settings.beta * ((chosen - rejected) - (batch.reference[:, 0] - batch.reference[:, 1]))
         plain, wrong = -F.logsigmoid(margin), -F.logsigmoid(-margin)
         smoothing = self.settings.label_smoothing
-        loss = Loss(((1 - smoothing) * plain + smoothing * wrong).sum(), plain.detach().sum(), scores.routing)
-        return with_expert_losses(loss, torch.tensor(batch.num_labels), self.config.model.experts)
+        return TaskLoss(((1 - smoothing) * plain + smoothing * wrong).sum(), plain.detach().sum(), scores.routing)
 
     @torch.no_grad()
     def refer(
@@ -179,7 +197,7 @@ class Preference(RecordTask):
     ) -> list[tuple[float, ...]]:
         """Log-probabilities of both answers in nats."""
         batch = self.collate(examples).to(device)
-        scores = model(tokens=batch.tokens, labels=batch.labels, score_tokens=True)
+        scores = model(**batch.inputs(), score_tokens=True)
         chosen, rejected = scores.log_probs.double().sum(dim=1).cpu().chunk(2)
         return list(zip(chosen.tolist(), rejected.tolist(), strict=True))
 

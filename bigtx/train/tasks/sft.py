@@ -11,7 +11,7 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,15 +19,22 @@ from torch import Tensor
 
 from bigtx.config.schema import FinetuneConfig
 from bigtx.data.records.record import BadRecordError, Record
+from bigtx.engine.task import TaskLoss
 from bigtx.model.loss import IGNORED
 from bigtx.tokenizer.chat import ASSISTANT
 from bigtx.tokenizer.tokenizer import Tokenizer
-from bigtx.train.expert_losses import with_expert_losses
 from bigtx.train.tasks.chats import ChatFormat, resolve_chat_format, write_answers
-from bigtx.train.tasks.task import LENGTH_MULTIPLE, Lengths, Model, Prediction, RecordTask, on_device, padded
-
-if TYPE_CHECKING:
-    from bigtx.engine.task import TaskLoss
+from bigtx.train.tasks.task import (
+    LENGTH_MULTIPLE,
+    Lengths,
+    Model,
+    Prediction,
+    RecordTask,
+    ids_of,
+    on_device,
+    padded,
+    pinned,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +90,8 @@ class ChatBatch:
         positions, segment_ids: int64 [B, T] of packed rows, restarting and counting with each chat; else None: then
             padding stands on the right, where nothing sees it.
         num_tokens: padding left out.
+        sequence_ids: int64 [B], numbers of the records in the run; None where nothing is drawn.
+        text_lengths: int64 [B], columns of each row that are no padding.
     """
 
     tokens: Tensor
@@ -90,6 +99,8 @@ class ChatBatch:
     positions: Tensor | None
     segment_ids: Tensor | None
     num_tokens: int
+    sequence_ids: Tensor | None
+    text_lengths: Tensor
 
     @property
     def num_labels(self) -> int:
@@ -102,7 +113,7 @@ class ChatBatch:
 
     def inputs(self) -> dict[str, Tensor | None]:
         """What the model is called with."""
-        return {name: getattr(self, name) for name in ("tokens", "labels", "positions", "segment_ids")}
+        return {name: part for name, part in vars(self).items() if name != "num_tokens"}
 
 
 class Sft(RecordTask):
@@ -192,11 +203,13 @@ class Sft(RecordTask):
             positions=positions,
             segment_ids=segment_ids,
             num_tokens=sum(map(len, tokens)),
+            sequence_ids=ids_of(numbers),
+            text_lengths=pinned(np.array([len(row) for row in tokens])),
         )
 
     def loss(self, model: Model, batch: ChatBatch) -> TaskLoss:
         """Cross-entropy of the answers in nats."""
-        return with_expert_losses(model(**batch.inputs()), (batch.labels != IGNORED).sum(), self.config.model.experts)
+        return TaskLoss.of(model(**batch.inputs()))
 
     @torch.no_grad()
     def predict(self, model: Model, examples: Sequence[ChatExample], device: torch.device) -> list[Prediction]:

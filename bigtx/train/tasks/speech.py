@@ -62,6 +62,7 @@ class SpeechBatch:
         target_tokens: int64 [B, T], what a decoder reads; None without one.
         labels: int64 [B, T], what it writes, or what an encoder says (CTC); padding is IGNORED.
         num_tokens: columns of the encoder, padding left out.
+        sequence_ids: int64 [B], numbers of the records in the run; None where nothing is drawn.
     """
 
     features: Tensor
@@ -69,6 +70,7 @@ class SpeechBatch:
     target_tokens: Tensor | None
     labels: Tensor
     num_tokens: int
+    sequence_ids: Tensor | None = None
 
     @property
     def num_labels(self) -> int:

@@ -141,7 +141,7 @@ class RecordTask(ABC):
 
     @abstractmethod
     def loss(self, model: Model, batch: Any) -> TaskLoss:
-        """The loss of a micro batch, summed over its labels."""
+        """The loss of a micro batch, summed over its labels: the same for a row whatever stands beside it."""
 
     @abstractmethod
     def predict(self, model: Model, examples: Sequence[Any], device: torch.device) -> list[Prediction]:
@@ -242,6 +242,11 @@ def on_device(batch: Tensors, device: torch.device) -> Tensors:
         name: part.to(device, non_blocking=True) for name, part in vars(batch).items() if torch.is_tensor(part)
     }
     return dataclasses.replace(batch, **moved)  # type: ignore[type-var]
+
+
+def ids_of(numbers: Sequence[int] | None) -> Tensor | None:
+    """int64 [B]: the numbers of the rows in the run, if anything is drawn by them."""
+    return None if numbers is None else pinned(np.array(numbers, np.int64))
 
 
 def pinned(array: np.ndarray) -> Tensor:

@@ -30,7 +30,7 @@ from bigtx.model.cache import KeyValueCache, Text
 from bigtx.model.loss import IGNORED
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.train.tasks.speech import Hearing, SpeechBatch, SpeechExample
-from bigtx.train.tasks.task import Lengths, Look, Model, Prediction, RecordTask, padded, some_ids
+from bigtx.train.tasks.task import Lengths, Look, Model, Prediction, RecordTask, ids_of, padded, some_ids
 from bigtx.utils.errors import ConfigError
 
 APOSTROPHES = "'’"
@@ -132,20 +132,22 @@ class Transcribe(RecordTask):
             target_tokens = padded([[self.tokenizer.pad_id, *ids] for ids in texts], self.tokenizer.pad_id)
             texts = [[*ids, self.tokenizer.end_id] for ids in texts]
         labels = padded(texts, IGNORED)
-        return SpeechBatch(features, lengths, target_tokens, labels, sum(example.length for example in examples))
+        num_tokens = sum(example.length for example in examples)
+        return SpeechBatch(features, lengths, target_tokens, labels, num_tokens, ids_of(numbers))
 
     def loss(self, model: Model, batch: SpeechBatch) -> TaskLoss:
         """Of all tokens of the texts, in nats: cross-entropy, or the negative log-likelihood by CTC."""
         if self.is_ctc:
-            losses = self._ctc_losses(model(**batch.heard()), batch)
+            losses = self._ctc_losses(model(**batch.heard(), sequence_ids=batch.sequence_ids), batch)
             return TaskLoss(losses.sum(), losses.detach().sum())
         result = model(
             **batch.heard(),
+            sequence_ids=batch.sequence_ids,
             target_tokens=batch.target_tokens,
             labels=batch.labels,
             label_smoothing=self.settings.label_smoothing,
         )
-        return TaskLoss(result.loss_sum, result.cross_entropy_sum)
+        return TaskLoss.of(result)
 
     def _ctc_losses(self, logits: Tensor, batch: SpeechBatch) -> Tensor:
         """fp32 [B], on the logits' device."""

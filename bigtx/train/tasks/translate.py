@@ -22,13 +22,13 @@ from bigtx.engine.task import TaskLoss
 from bigtx.model.beam import Beam, Found, beam_search
 from bigtx.model.loss import IGNORED
 from bigtx.tokenizer.tokenizer import Tokenizer
-from bigtx.train.expert_losses import with_expert_losses
 from bigtx.train.tasks.task import (
     LENGTH_MULTIPLE,
     Lengths,
     Model,
     Prediction,
     RecordTask,
+    ids_of,
     on_device,
     padded,
     pinned,
@@ -70,7 +70,9 @@ class PairBatch:
         target_tokens: int64 [B, T], what the decoder of an encoder-decoder reads; None for a decoder.
         prefix_mask: bool [B, T], the source in a decoder with prefix attention; else None.
         labels: int64 [B, T].
-        num_tokens: of both sides, padding left out.
+        num_tokens: that are read, padding left out.
+        sequence_ids: int64 [B], numbers of the records in the run; None where nothing is drawn.
+        text_lengths: int64 [B], of a decoder: the columns of each row that are no padding; else None.
     """
 
     tokens: Tensor
@@ -79,6 +81,8 @@ class PairBatch:
     prefix_mask: Tensor | None
     labels: Tensor
     num_tokens: int
+    sequence_ids: Tensor | None = None
+    text_lengths: Tensor | None = None
 
     @property
     def num_labels(self) -> int:
@@ -153,9 +157,8 @@ class Translate(RecordTask):
 
     def collate(self, examples: Sequence[PairExample], numbers: Sequence[int] | None = None) -> PairBatch:
         """Pairs side by side."""
-        num_tokens = sum(len(example.source) + len(example.target) for example in examples)
         if self.is_decoder:
-            return self._rows(examples, num_tokens)
+            return self._rows(examples, numbers)
         tokens = self._padded([example.source for example in examples], self.tokenizer.pad_id)
         lengths = np.array([len(example.source) for example in examples])
         return PairBatch(
@@ -165,31 +168,41 @@ class Translate(RecordTask):
             target_tokens=self._padded([self._before(example) for example in examples], self.tokenizer.pad_id),
             prefix_mask=None,
             labels=self._padded([example.target for example in examples], IGNORED),
-            num_tokens=num_tokens,
+            num_tokens=sum(len(example.source) + len(example.target) for example in examples),
+            sequence_ids=ids_of(numbers),
         )
 
     def _before(self, example: PairExample) -> np.ndarray:
         return np.concatenate(([self.tokenizer.pad_id], example.target[:-1]))
 
-    def _rows(self, examples: Sequence[PairExample], num_tokens: int) -> PairBatch:
+    def _rows(self, examples: Sequence[PairExample], numbers: Sequence[int] | None) -> PairBatch:
         """Source and target in one text; what is asked for after each token is the next one, of the target alone."""
         texts = [np.concatenate((example.source, example.target)) for example in examples]
         # After the source's last token the target is asked for; where that is not known, nothing is.
         labels = [np.concatenate((np.full(len(example.source) - 1, IGNORED), example.target)) for example in examples]
         tokens = self._padded([text[:-1] for text in texts], self.tokenizer.pad_id)
+        text_lengths = np.array([len(text) - 1 for text in texts])
         prefix_mask = None
         if self.config.model.prefix_attention:
             lengths = np.array([len(example.source) for example in examples])
             prefix_mask = pinned(np.arange(tokens.shape[1]) < lengths[:, None])
-        return PairBatch(tokens, None, None, prefix_mask, self._padded(labels, IGNORED), num_tokens)
+        return PairBatch(
+            tokens=tokens,
+            segment_ids=None,
+            target_tokens=None,
+            prefix_mask=prefix_mask,
+            labels=self._padded(labels, IGNORED),
+            num_tokens=int(text_lengths.sum()),
+            sequence_ids=ids_of(numbers),
+            text_lengths=pinned(text_lengths),
+        )
 
     def _padded(self, rows: Sequence[Sequence[int] | np.ndarray], fill: int) -> Tensor:
         return padded(rows, fill, multiple=self.multiple)
 
     def loss(self, model: Model, batch: PairBatch) -> TaskLoss:
         """Smoothed cross-entropy in nats; what is reported is the plain one."""
-        result = model(**batch.inputs(), label_smoothing=self.settings.label_smoothing)
-        return with_expert_losses(result, (batch.labels != IGNORED).sum(), self.config.model.experts)
+        return TaskLoss.of(model(**batch.inputs(), label_smoothing=self.settings.label_smoothing))
 
     def predict(self, model: Model, examples: Sequence[PairExample], device: torch.device) -> list[Prediction]:
         """The best text of a beam search."""
@@ -261,8 +274,8 @@ class Translate(RecordTask):
         }
 
     def mean_tokens(self, examples: Sequence[PairExample]) -> float:
-        """Of both sides."""
-        return float(np.mean([len(example.source) + len(example.target) for example in examples]))
+        """Of both sides; of a decoder all but the last, after which nothing comes."""
+        return float(np.mean([len(example.source) + len(example.target) - self.is_decoder for example in examples]))
 
     def lengths(self, examples: Sequence[PairExample]) -> Lengths:
         """Mean tokens of both sides."""
