@@ -1,0 +1,228 @@
+"""Random files for tools/fuzz_readers.py, made of items that are known to be good or bad."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import tarfile
+from dataclasses import dataclass, field
+
+from hypothesis import strategies as st
+
+# Some NULs are text, and NULs throughout are not: that is tried by itself.
+CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
+TEXTS = st.text(CHARACTERS, min_size=1, max_size=30).map(lambda text: text.removeprefix("\ufeff") or "x")
+LINES = TEXTS.map(lambda text: " ".join(text.replace("\r", " ").split("\n")) or "x")
+NAMES = st.sampled_from(["a", "v1", "2101", "a b", "ü", "x/y", "x/v1", "deep/er/n", "name (final)", "C:"])
+
+
+Member = tuple[str, bytes, bytes]
+"""Name, content and type."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """What was put in: the text that must come out, or None for what must be counted."""
+
+    text: str | None
+
+
+@dataclass(frozen=True)
+class Made:
+    """A file, and what it was made of.
+
+    Attributes:
+        name: of the file; its suffix says what it holds.
+        items: in order.
+        swallows: a broken item may take the next ones along.
+        shown: what the content is, for people.
+        is_strict: fine-tuning records and foreign shards refuse it although `data prepare` reads it.
+    """
+
+    name: str
+    content: bytes = field(repr=False)
+    items: list[Item]
+    swallows: bool = False
+    shown: object = None
+    is_strict: bool = False
+
+    @property
+    def texts(self) -> list[str]:
+        """Those that must come out."""
+        return [item.text for item in self.items if item.text is not None]
+
+
+@st.composite
+def json_lines(draw: st.DrawFn) -> Made:
+    """JSON lines under any of their suffixes, some of them broken."""
+    lines, items = [], []
+    for number in range(draw(st.integers(1, 8))):
+        text = draw(TEXTS)
+        fault = draw(st.sampled_from(["", "", "", "key", "json", "twice", "type", "utf8", "surrogate", "nul", "list"]))
+        record = json.dumps({"id": number, "text": text}, ensure_ascii=draw(st.booleans())).encode()
+        lines.append(
+            {
+                "": record,
+                "key": json.dumps({"body": text}).encode(),
+                "json": record[:-1],
+                "twice": record[:-1] + b', "text": "again"}',
+                "type": b'{"text": 7}',
+                "utf8": b'{"text": "\xff"}',
+                "surrogate": b'{"text": "\\ud83d"}',
+                "nul": json.dumps({"text": "\0" * 20}).encode(),
+                "list": b"[1]",
+            }[fault]
+        )
+        items.append(Item(None if fault else text))
+        if draw(st.integers(0, 5)) == 0:
+            lines.append(draw(st.sampled_from([b"", b"  ", b"\r"])))
+    # What holds JSON is known by the first line where the suffix does not say.
+    suffixes = (
+        [".jsonl", ".ndjson"]
+        if lines[0] in (b"[1]", b"", b"  ", b"\r") or lines[0][-1:] != b"}"
+        else [".json", ".jsonl"]
+    )
+    mark = draw(st.sampled_from([b"", b"\xef\xbb\xbf"]))
+    return Made(f"a{draw(st.sampled_from(suffixes))}", mark + b"\n".join(lines), items, shown=lines)
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> Made:
+    """Tables, with broken rows; a stray quotation mark swallows what follows."""
+    delimiter = draw(st.sampled_from([",", "\t"]))
+    written = io.StringIO(newline="")
+    if draw(st.booleans()):
+        writer = csv.writer(written, delimiter=delimiter)
+    else:
+        # Where lines end with a line feed alone, only a quotation keeps a carriage return in a field.
+        writer = csv.writer(written, delimiter=delimiter, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    writer.writerow(["id", "text"])
+    content, items, swallows = written.getvalue().encode(), [], False
+    has_stray = draw(st.booleans())
+    for number in range(draw(st.integers(1, 8))):
+        fault = draw(st.sampled_from(["", "", "", "short", "long", "utf8", "nul", *(["stray"] if has_stray else [])]))
+        # A row that cannot be used counts with all its lines.
+        text = draw(LINES if has_stray or fault else TEXTS)
+        written.seek(0)
+        written.truncate()
+        rows: dict[str, list[object]] = {
+            "short": [number],
+            "long": [number, text, "x"],
+            "nul": [number, "\0" * 20],
+        }
+        writer.writerow(rows.get(fault, [number, text]))
+        encoded = written.getvalue().encode()
+        if fault == "utf8":
+            encoded = f"{number}{delimiter}".encode() + b"\xff\n"
+        if fault == "stray":
+            encoded, swallows = f'{number}{delimiter}"5 inch disk\n'.encode(), True
+        content += encoded
+        items.append(Item(None if fault else text))
+    return Made("a.csv" if delimiter == "," else "a.tsv", content, items, swallows=swallows, shown=content)
+
+
+@st.composite
+def text_files(draw: st.DrawFn) -> Made:
+    """One text file, in some encoding."""
+    text = draw(TEXTS)
+    fault = draw(st.sampled_from(["", "", "utf-16", "utf-16-le", "utf-16-be", "utf-32-le", "nul", "binary"]))
+    if fault in ("nul", "binary"):
+        content = bytes(100) if fault == "nul" else b"\xfe\xff\xff\x80" * 9
+    elif fault:
+        content = "a text that is long enough to look like its encoding".encode(fault)
+    else:
+        content = draw(st.sampled_from([b"", b"\xef\xbb\xbf"])) + text.encode()
+    return Made("a.txt", content, [Item(None if fault else text)], shown=content)
+
+
+def member(name: str, content: bytes, kind: bytes = tarfile.REGTYPE) -> Member:
+    """A member of an archive."""
+    return name, content, kind
+
+
+def key_of(name: str) -> str:
+    """Webdataset's key: the path up to the first dot of its last name."""
+    folder, slash, last = name.rpartition("/")
+    return f"{folder}{slash}{last.partition('.')[0]}"
+
+
+KINDS = (
+    *("text", "text", "record", "pair", "reversed", "languages", "labelled", "both", "lines"),
+    *("link", "out", "twice", "utf8", "apart"),
+)
+"""Samples, good and bad: see `sample`."""
+
+
+def others(stem: str) -> list[Member]:
+    """Members that are not read, whatever they are, behind a sample of this stem."""
+    return [
+        member("README", b"x"),
+        member("folder", b"", tarfile.DIRTYPE),
+        member(".hidden.txt", b"x"),
+        member(f"{stem}.png", b"\x89PNG"),
+        member(f"{stem}.so", b"", tarfile.SYMTYPE),
+    ]
+
+
+def sample(kind: str, stem: str, text: str) -> tuple[list[Member], list[Item]]:
+    """A sample's members, and what must come of them."""
+    encoded, record = text.encode(), json.dumps({"text": text, "id": 1}).encode()
+    plain, good, bad = member(f"{stem}.txt", encoded), Item(text), Item(None)
+    packed = member(f"{stem}.TXT.gz", gzip.compress(encoded, mtime=0))
+    sides = [member(f"{stem}.de.txt", encoded), member(f"{stem}.en.txt", encoded)]
+    between = member(f"{stem.rpartition('/')[0]}/between{stem[-3:]}.txt".lstrip("/"), encoded)
+    made = {
+        "text": ([plain], [good]),
+        "record": ([member(f"{stem}.json", record)], [good]),
+        "pair": ([plain, member(f"{stem}.json", record)], [good]),
+        "reversed": ([member(f"{stem}.json", record), plain], [good]),
+        "languages": ([*sides, member(f"{stem}.json", b"{}")], [good, good]),
+        "labelled": ([member(f"{stem}.cls", b"joy"), packed], [good]),
+        "both": ([member(f"{stem}.jsonl", record), member(f"{stem}.json", record)], [good, good]),
+        "lines": ([member(f"{stem}.jsonl", record + b"\n" + record)], [good, good]),
+        "link": ([member(f"{stem}.txt", b"", tarfile.SYMTYPE)], [bad]),
+        "out": ([member(f"x/../../out{stem[-3:]}.txt", encoded)], [bad]),
+        "twice": ([plain, member(f"{stem}.txt", b"again")], [good, bad]),
+        "utf8": ([member(f"{stem}.txt", b"\xff")], [bad]),
+        "apart": ([plain, between, member(f"{stem}.json", b'{"id": 1}')], [good, good, bad]),
+    }
+    return made[kind]
+
+
+@st.composite
+def archives(draw: st.DrawFn) -> Made:
+    """Archives of samples, with names in which dots are anywhere, links, duplicates and members of no interest."""
+    members: list[Member] = []
+    items: list[Item] = []
+    keys: list[str] = []
+    for number in range(draw(st.integers(1, 6))):
+        # Numbers of one width: no stem continues another one.
+        stem = draw(NAMES) + draw(st.sampled_from(["", ".", ".x.", " v1."])) + f"{number:03d}"
+        front = draw(st.sampled_from(["", "", "./", "/"]))
+        own, expected = sample(draw(st.sampled_from(KINDS)), stem, draw(TEXTS))
+        members += [member(front + name, content, kind) for name, content, kind in own]
+        items += expected
+        keys += [key_of(name) for name, _, _ in own]
+        if draw(st.integers(0, 4)) == 0:
+            members.append(draw(st.sampled_from(others(stem))))
+    # Keys that come again are refused where samples are records; `data prepare` needs them for records alone.
+    runs = [key for place, key in enumerate(keys) if place == 0 or keys[place - 1] != key]
+    content = tar_of(members, draw(st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])))
+    return Made("a.tar", content, items, shown=members, is_strict=len(set(runs)) < len(runs))
+
+
+def tar_of(members: list[Member], layout: int) -> bytes:
+    """The bytes of an archive."""
+    written = io.BytesIO()
+    with tarfile.open(fileobj=written, mode="w", format=layout) as archive:
+        for name, content, kind in members:
+            info = tarfile.TarInfo(name)
+            info.type, info.size = kind, len(content)
+            info.linkname = "elsewhere" if kind == tarfile.SYMTYPE else ""
+            archive.addfile(info, io.BytesIO(content))
+    return written.getvalue()
+
+
+MADE = st.one_of(json_lines(), tables(), text_files(), archives())
