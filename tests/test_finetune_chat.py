@@ -191,7 +191,7 @@ def test_the_recipes_teach_the_forms_and_the_better_answer(tmp_path: Path) -> No
     chat, better = tmp_path / "chat", tmp_path / "better"
     model = ["model.hidden_size=96", "model.num_layers=3", "model.num_heads=2", "model.max_sequence_length=256"]
     finetuned(
-        "finetune/chat.yaml",
+        "finetune/chat-set.yaml",
         f"tokenizer={tokenizer}",
         *model,
         *(f"data.{split}=[{tmp_path / f'{split}.jsonl'}]" for split in ("train", "test")),
@@ -209,6 +209,6 @@ def test_the_recipes_teach_the_forms_and_the_better_answer(tmp_path: Path) -> No
     assert float(shares["well-formed"].rstrip("%")) >= 90, told
 
     pairs_of = [f"data.train=[{tmp_path / 'pairs.jsonl'}]", f"data.test=[{tmp_path / 'pairs-test.jsonl'}]"]
-    finetuned("finetune/chat-dpo.yaml", f"base={chat}", *pairs_of, "optimizer.learning_rate=2e-4", f"run_dir={better}")
+    finetuned("finetune/chat-set-dpo.yaml", f"base={chat}", *pairs_of, "optimizer.learning_rate=2e-4", f"run_dir={better}")
     test = results(better)["test"]
     assert test["reward_margin"] > 0.2 and test["reward_accuracy"] > 0.6 and test["loss"] < 0.67
