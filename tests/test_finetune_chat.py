@@ -217,6 +217,8 @@ def test_the_recipes_teach_the_forms_and_the_better_answer(tmp_path: Path) -> No
     assert float(shares["well-formed"].rstrip("%")) >= 90, told
 
     pairs_of = [f"data.train=[{tmp_path / 'pairs.jsonl'}]", f"data.test=[{tmp_path / 'pairs-test.jsonl'}]"]
-    finetuned("finetune/chat-set-dpo.yaml", f"base={chat}", *pairs_of, "optimizer.learning_rate=2e-4", f"run_dir={better}")
+    finetuned(
+        "finetune/chat-set-dpo.yaml", f"base={chat}", *pairs_of, "optimizer.learning_rate=2e-4", f"run_dir={better}"
+    )
     test = results(better)["test"]
     assert test["reward_margin"] > 0.2 and test["reward_accuracy"] > 0.6 and test["loss"] < 0.67
