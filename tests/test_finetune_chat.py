@@ -89,17 +89,20 @@ def test_packed_chats_on_two_ranks_and_a_killed_run_loses_nothing(base: Path, fi
 @pytest.mark.dist
 @pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_pairs_on_two_ranks_and_a_killed_run_loses_nothing(base: Path, files: Path, tmp_path: Path, stage: int) -> None:
-    straight, run_dir, setting = tmp_path / "straight", tmp_path / "run", f"engine.zero_stage={stage}"
-    finetuned(*dpo(base, files, straight, setting), ranks=2)
+    straight, run_dir = tmp_path / "straight", tmp_path / "run"
+    # Measured on the pairs that are learned: what twelve steps do to others is chance.
+    settings = [f"engine.zero_stage={stage}", f"data.validation=[{files / 'pairs.jsonl'}]"]
+    said = finetuned(*dpo(base, files, straight, *settings), ranks=2)
+    assert said.count("warning: 12 steps are so few") == 1, "said once, not by each rank"
     found = losses(straight)
     assert found[1] == pytest.approx(0.6931, abs=1e-4), "before the first step the model is its own reference"
     assert found[12] < found[1]
     assert results(straight)["validation"]["reward_margin"] > 0
-    kill_at(run_dir, 7, *dpo(base, files, run_dir, setting), ranks=2)
+    kill_at(run_dir, 7, *dpo(base, files, run_dir, *settings), ranks=2)
     reference = run_dir / "reference.safetensors"
     kept = load_file(reference)
     reference.unlink()  # Made again from the base, though the model has moved on.
-    said = finetuned(*dpo(base, files, run_dir, setting), ranks=2)
+    said = finetuned(*dpo(base, files, run_dir, *settings), ranks=2)
     assert "what the base says" in said
     again = load_file(reference)
     assert again.keys() == kept.keys() and all(np.array_equal(again[name], kept[name]) for name in kept)
@@ -139,6 +142,11 @@ def test_broken_chats_are_named_by_file_and_line(base: Path, files: Path, tmp_pa
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     for line, reason in ((4, "has the role 'judge'"), (5, "no message of the role assistant"), (6, "is empty")):
         assert any(f"broken.jsonl, line {line}: " in text and reason in text for text in done.stderr.splitlines())
+    long = "ba " * 40
+    cut = [{"prompt": "ka", "chosen": f"{long}da", "rejected": f"{long}ka"}, *pairs(8)]
+    path = write_jsonl(tmp_path / "cut.jsonl", cut)
+    done = finetune(*dpo(base, files, tmp_path / "run", f"data.train=[{path}]", "data.max_length=16"))
+    assert done.returncode == 2 and "are the same answer twice" in done.stderr and "max_equal" in done.stderr
     done = finetune(*sft(base, files, tmp_path / "run", "sft.row_length=40", "preference.beta=1"))
     assert done.returncode == 2 and "says nothing without sft.packing=true" in done.stderr
     assert "says nothing without task=preference" in done.stderr
@@ -191,7 +199,7 @@ def test_the_recipes_teach_the_forms_and_the_better_answer(tmp_path: Path) -> No
     chat, better = tmp_path / "chat", tmp_path / "better"
     model = ["model.hidden_size=96", "model.num_layers=3", "model.num_heads=2", "model.max_sequence_length=256"]
     finetuned(
-        "finetune/chat.yaml",
+        "finetune/chat-set.yaml",
         f"tokenizer={tokenizer}",
         *model,
         *(f"data.{split}=[{tmp_path / f'{split}.jsonl'}]" for split in ("train", "test")),
@@ -209,6 +217,8 @@ def test_the_recipes_teach_the_forms_and_the_better_answer(tmp_path: Path) -> No
     assert float(shares["well-formed"].rstrip("%")) >= 90, told
 
     pairs_of = [f"data.train=[{tmp_path / 'pairs.jsonl'}]", f"data.test=[{tmp_path / 'pairs-test.jsonl'}]"]
-    finetuned("finetune/chat-dpo.yaml", f"base={chat}", *pairs_of, "optimizer.learning_rate=2e-4", f"run_dir={better}")
+    finetuned(
+        "finetune/chat-set-dpo.yaml", f"base={chat}", *pairs_of, "optimizer.learning_rate=2e-4", f"run_dir={better}"
+    )
     test = results(better)["test"]
     assert test["reward_margin"] > 0.2 and test["reward_accuracy"] > 0.6 and test["loss"] < 0.67

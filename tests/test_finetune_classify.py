@@ -247,6 +247,8 @@ def test_what_cannot_be_used_is_refused_with_its_place(
     long = write_jsonl(tmp_path / "long.jsonl", [*labelled(20), rows[-1]])
     said = finetuned(*run_of(decoder_base, long, tmp_path / "long", "train.max_steps=2", "data.max_length=32"))
     assert "records" in said and "were cut (data.too_long" in said
+    assert "2 classes, records of each (train + validation): 'joy' 10 + 1, 'woe' 9 + 1" in said
+    assert "2 steps of 8 make 0.842 epochs" in said and "warning: 2 steps are so few" in said
     hugging_face = tmp_path / "hf"
     hugging_face.mkdir()
     (hugging_face / "config.json").write_text("{}")
@@ -257,8 +259,9 @@ def test_what_cannot_be_used_is_refused_with_its_place(
     for changes, expected in (
         ([f"base={hugging_face}"], "`bigtx import` makes a run of it"),
         ([f"tokenizer={other}"], "the tokenizer comes with the base"),
-        ([f"data.train=[{one_class}]", "data.validation_fraction=0"], "have 1 classes"),
+        ([f"data.train=[{one_class}]", "data.validation_fraction=0"], "have one class, 'joy'"),
         (["classify.pooling=first"], "classify.pooling=first"),
+        (["data.fields.pair=text", "data.max_length=4"], "the smallest value of use is data.max_length=5"),
         (["model.hidden_size=32"], "does not fit the section model"),
         (["validation.metric=bleu"], "validation.metric='bleu'"),
         (

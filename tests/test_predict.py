@@ -222,7 +222,7 @@ def test_evaluate(run: Path, decoder_base: Path, tmp_path: Path) -> None:
     unknown = write_jsonl(tmp_path / "a.jsonl", [*labelled(3), {"text": "ba", "label": "jo"}])
     done = bigtx("evaluate", str(run), "--data", str(unknown), "--wandb", "off")
     assert done.returncode == 1 and "3 records" in done.stdout, "the others are measured"
-    assert f"{unknown}, line 4" in done.stderr and "did you mean joy?" in done.stderr
+    assert f"{unknown}, line 4" in done.stderr and "did you mean 'joy'?" in done.stderr
     assert json.loads((run / "evaluations" / "a.json").read_text())["num_failed"] == 1
     unknown.write_text('{"text": "ba", "label": "jo"}\n{"broken\n')
     done = bigtx("evaluate", str(run), "--data", str(unknown), "--wandb", "off")

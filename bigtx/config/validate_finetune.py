@@ -37,11 +37,27 @@ def task_problems(config: FinetuneConfig) -> Iterator[Problem]:
             if config.run_dir and os.path.realpath(path) == os.path.realpath(config.run_dir):
                 what = f"is the folder that data.{name} reads; name another one (it may lie inside)"
                 yield Problem("run_dir", config.run_dir, what, related=(f"data.{name}",))
+    yield from _classes(config.classify.classes)
     yield from _speech(config)
     if config.sft.row_length is not None and not config.sft.packing:
         yield Problem(
             "sft.row_length", str(config.sft.row_length), "says nothing without sft.packing=true; leave it out"
         )
+
+
+def _classes(classes: list[str]) -> Iterator[Problem]:
+    """Labels are read without the spaces around them, so a class with them would have no records."""
+    key = "classify.classes"
+    if any(not name.strip() for name in classes):
+        yield Problem(key, str(classes), "names an empty class; leave it out")
+    elif any(name != name.strip() for name in classes):
+        yield Problem(
+            key, str(classes), "has a name with spaces around it; labels are read without them: leave them out"
+        )
+    elif len(set(classes)) < len(classes):
+        yield Problem(key, str(classes), "names a class twice; keep one")
+    elif len(classes) == 1:
+        yield Problem(key, str(classes), "names one class, and there have to be two or more; name the others too")
 
 
 def _speech(config: FinetuneConfig) -> Iterator[Problem]:

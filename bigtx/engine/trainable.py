@@ -7,7 +7,7 @@ with model.lora                   the adapters, the head of classes and optimize
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from bigtx.config.schema import RunConfig
@@ -37,14 +37,23 @@ def frozen_parameters(config: RunConfig, names: Iterable[str]) -> list[str]:
         for glob in globs:
             if not any(fnmatchcase(name, glob) for name in names):
                 raise ConfigError(f"optimizer.{key}: {glob!r} matches no parameter of the model; {_near(glob, names)}")
-    trained = [*WITH_ADAPTERS, *optimizer.train_also] if config.model.lora.rank else ["*"]
-    frozen = [name for name in names if not _matches(name, trained) or _matches(name, optimizer.freeze)]
+    frozen = [name for name in names if not is_trained(config, name)]
     if len(frozen) == len(names):
         raise ConfigError(
             f"optimizer.freeze=[{', '.join(optimizer.freeze)}] matches every parameter that would be trained; "
             "leave one out"
         )
     return frozen
+
+
+def is_trained(config: RunConfig, name: str, *, also: Sequence[str] = ()) -> bool:
+    """Whether a run trains a parameter.
+
+    Args:
+        also: globs of what optimizer.train_also may name beside what it does.
+    """
+    trained = [*WITH_ADAPTERS, *config.optimizer.train_also, *also] if config.model.lora.rank else ["*"]
+    return _matches(name, trained) and not _matches(name, config.optimizer.freeze)
 
 
 def refuse_untrained(names: Iterable[str], frozen: Iterable[str], config: RunConfig) -> None:

@@ -6,7 +6,6 @@ import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from bigtx.config.schema import FinetuneConfig
 from bigtx.data.audio.look import look_at
@@ -16,24 +15,11 @@ from bigtx.data.records.split import split_records
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.train.record_table import Table, arrange, identity, table_of
 from bigtx.train.tasks import task_type
-from bigtx.train.tasks.task import Look, RecordTask
+from bigtx.train.tasks.task import Examples, Look, RecordTask
 from bigtx.utils import log
 from bigtx.utils.errors import ConfigError, DataError
 
 SPLITS = ("train", "validation", "test")
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Records of one split, and what the task made of them, in the same order."""
-
-    records: list[Record]
-    examples: list[Any]
-
-    @property
-    def num_cut(self) -> int:
-        """Records that were too long."""
-        return sum(example.num_cut > 0 for example in self.examples)
 
 
 @dataclass(frozen=True)

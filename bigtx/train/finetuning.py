@@ -12,6 +12,7 @@ from bigtx.config.load import load_run_config
 from bigtx.config.runs import run_dir_of
 from bigtx.config.schema import FinetuneConfig, ModelConfig
 from bigtx.track.jsonl import plain
+from bigtx.train.finetune_notes import describe_length, untrained_roles
 from bigtx.train.session import BASE_FACTS, Session
 from bigtx.utils import log
 from bigtx.utils.errors import CheckpointError, ConfigError, LaunchError
@@ -93,12 +94,14 @@ class FinetuneSession(Session[FinetuneConfig]):
 
     def _tell_data(self) -> None:
         counts = ", ".join(f"{len(split.records):,} {name}" for name, split in self.splits.items() if split.records)
-        epochs = self.total_steps * self.config.train.global_batch_size / len(self.rows)
         packed = f" in {len(self.rows):,} rows" if len(self.rows) < len(self.splits["train"].records) else ""
+        length, *warnings = describe_length(self.config, self.total_steps, len(self.rows))
         log.say(
             f"task: {self.config.task}; records: {counts}{packed}, of {self.mean_tokens:.0f} tokens in the mean; "
-            f"{epochs:.3g} epochs are {self.total_steps:,} steps"
+            f"{length}"
         )
+        for line in self.task.review(self.splits) + warnings:
+            log.say(line)
         cut = sum(split.num_cut for split in self.splits.values())
         if cut:
             total = sum(len(split.records) for split in self.splits.values())
@@ -184,6 +187,8 @@ class FinetuneSession(Session[FinetuneConfig]):
         self.begin_with(transfer.read(source, initial))
         source.close()
         log.say(f"base: {source.path} (step {source.manifest['step']:,}): {transfer.describe()}")
+        if warning := self.ranks.from_first(self.ranks.on_first(lambda: untrained_roles(self.config, base))):
+            log.say(warning)
         return self.facts_of(source) | transfer.to_dict()
 
     def _other_classes(self, base: str, names: Iterable[str]) -> list[str]:
@@ -327,6 +332,7 @@ class FinetuneSession(Session[FinetuneConfig]):
             "checkpoint": path.name,
             "step": best.manifest["step"],
             "total_steps": self.total_steps,
+            "epochs": self.state.step * self.config.train.global_batch_size / len(self.rows),
             "tokens": self.state.tokens,
             "chosen_by": self.measurement.metric if self.splits["validation"].records else None,
         }

@@ -15,10 +15,9 @@ from bigtx.config.schema import FinetuneConfig
 from bigtx.engine.engine import Engine
 from bigtx.engine.ranks import Ranks
 from bigtx.track.tracker import Tracker
-from bigtx.train.examples import Examples
 from bigtx.train.predictions import batches_by_length, in_order, shown_predictions
 from bigtx.train.state import RunState
-from bigtx.train.tasks.task import Model, Prediction, RecordTask
+from bigtx.train.tasks.task import Examples, Model, Prediction, RecordTask
 from bigtx.utils.errors import ConfigError
 
 Predict = Callable[[Model, Sequence[Any], torch.device], list[Prediction]]

@@ -1,4 +1,4 @@
-"""A set of small chats that this file writes itself, for the recipes configs/finetune/chat.yaml and chat-dpo.yaml.
+"""A set of small chats that this file writes itself, for configs/finetune/chat-set.yaml and chat-set-dpo.yaml.
 
     python tools/recipes/chat_set.py make runs/chat-set             the set, always the same one
     bigtx predict runs/chat --input runs/chat-set/test.jsonl --output answers.jsonl

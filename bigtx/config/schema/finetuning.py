@@ -56,7 +56,7 @@ class RecordsConfig:
     test_fraction: float = field(0.0, minimum=0.0, maximum=0.9)
     """Share of the training records that is held out first, where `test` names none."""
     split: Literal["hash", "tail"] = "hash"
-    """Which are held out: by a hash of the record, or the last ones of each class in the order of their numbers."""
+    """Which are held out, of each class its share: by a hash of the record, or the last ones in reading order."""
     fields: FieldsConfig = field(factory=FieldsConfig)
     max_length: Optional[int] = field(None, kind="count", minimum=2)
     """Most tokens of a record (of each side, where it has two). Empty: the model's max_sequence_length."""
@@ -114,6 +114,9 @@ class PreferenceConfig:
 
     beta: float = field(0.1, minimum=1e-4, maximum=1e3)
     """How strongly the model is held to its base: the reward is beta times the log-ratio to it."""
+    max_equal: float = field(0.05, minimum=0.0, maximum=1.0)
+    """Largest share of pairs whose answers may be the same once they are cut to data.max_length; above it the run does
+    not start. Such a pair teaches nothing."""
     label_smoothing: float = field(0.0, minimum=0.0, maximum=0.49)
     """Probability that a pair is the wrong way round (conservative DPO)."""
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from bigtx.data.raw.documents import Reject, Rejects, visible
 from bigtx.data.raw.fields import value_of
+from bigtx.data.raw.formats import suffix_inside
 from bigtx.utils.errors import DataError
 
 MAX_TOLD = 5
 """Broken records that an error names."""
+MAX_FIELDS = 8
+"""Fields of a record that an error names."""
+MAX_NAME = 40
+"""Characters of the name of a field that an error shows."""
+TABLES = (".csv", ".tsv")
 WHOLE_FILE = 0
 """In place of a line: of a record that is a file, or members of an archive."""
 
@@ -49,14 +57,48 @@ class Record:
             BadRecordError: it is missing, empty, or no text.
         """
         value = self.value(name)
-        if isinstance(value, str) and value.strip():
+        if isinstance(value, str) and self.has_text(name):
             return value
         if value is None:
-            known = ", ".join(list(self.fields)[:8]) or "none"
-            raise BadRecordError(f"no field {name!r} (its fields: {known}); see {setting}")
+            raise self.missing(name, setting=setting)
         if isinstance(value, str):
             raise BadRecordError(f"the field {name!r} is empty")
         raise BadRecordError(f"the field {name!r} is a {type(value).__name__}, not a text; see {setting}")
+
+    def has_text(self, name: str) -> bool:
+        """Whether a field is a text with something in it."""
+        value = self.value(name)
+        return isinstance(value, str) and bool(value.strip())
+
+    def missing(self, name: str, *, setting: str) -> BadRecordError:
+        """The error for a field that has no value: what fields there are, and what may be wrong with them.
+
+        Args:
+            setting: the config key that names the field.
+        """
+        if name in self.fields:
+            return BadRecordError(f"the field {name!r} is null; see {setting}")
+        names = [str(each) for each in self.fields]
+        shown = ", ".join(_shortened(each) for each in names[:MAX_FIELDS]) or "none"
+        similar = next((each for each in names if each.strip().casefold() == name.strip().casefold()), None)
+        if similar is not None:
+            advice = f"write {shlex.quote(f'{setting}={json.dumps(similar, ensure_ascii=False)}')}"
+        elif suffix_inside(self.file) in TABLES:
+            separator = next((sign for sign in ";|\t," if len(names) == 1 and sign in names[0]), None)
+            advice = (
+                "the first line of a table has to name its columns"
+                if separator is None
+                else f"it seems to have {separator!r} between its columns, and a .csv has commas and a .tsv has tabs"
+            ) + f"; see {setting}"
+        else:
+            advice = f"see {setting}"
+        return BadRecordError(f"no field {name!r} (its fields: {shown}); {advice}")
+
+
+def _shortened(name: str) -> str:
+    """The name of a field, quoted where its ends would not be seen."""
+    name = name if len(name) <= MAX_NAME else name[:MAX_NAME] + "..."
+    return name if name.replace("_", "").replace(".", "").isalnum() else repr(name)
 
 
 class BadRecordError(Exception):
@@ -140,5 +182,9 @@ class Broken:
         return f"{self.count:,} record{'s' * (self.count > 1)} cannot be used{more}"
 
     def listed(self) -> str:
-        """The first of them, a line each."""
-        return "".join(f"\n  {visible(where)}: {visible(reason)}" for where, reason in self.first)
+        """The first of them, a line each; a reason is not repeated."""
+        before = ["", *(reason for _, reason in self.first)]
+        return "".join(
+            f"\n  {visible(where)}: {'the same' if reason == previous else visible(reason)}"
+            for (where, reason), previous in zip(self.first, before, strict=False)
+        )

@@ -19,26 +19,47 @@ def split_records(
     Args:
         groups: the class of each record, or anything else of which each shall be held out evenly.
         fraction: share to hold out.
-        how: "tail": the last ones of each group, in the order of `records`, rounded down; "hash": those whose content
-            has a hash below the share, so that equal records stay together and a record added moves no other.
-        name: of the split: each has hashes of its own, or nothing would be left below the share of a second one.
+        how: "tail": the last ones of each group, in the order of `records`, rounded down; "hash": those of each group
+            whose content has the lowest hashes. Equal records stay together, and some of each group stay. A group
+            that is too small for its share leaves the rest of it to the next one, so that of many small groups
+            together the share is right.
+        name: of the split: each has hashes of its own.
 
     Returns:
         The places in `records` of both, in order.
     """
     assert len(records) == len(groups)
-    if how == "hash":
-        held = [_share(record, name) < fraction for record in records]
+    places: dict[Any, list[int]] = {}
+    for place, group in enumerate(groups):
+        places.setdefault(group, []).append(place)
+    held: set[int] = set()
+    if how == "tail":
+        for own in places.values():
+            held.update(own[len(own) - int(len(own) * fraction + 1e-9) :])
     else:
-        places: dict[Any, list[int]] = {}
-        for place, group in enumerate(groups):
-            places.setdefault(group, []).append(place)
-        last = {place for own in places.values() for place in own[len(own) - int(len(own) * fraction + 1e-9) :]}
-        held = [place in last for place in range(len(records))]
-    kept = [place for place, is_held in enumerate(held) if not is_held]
-    return kept, [place for place, is_held in enumerate(held) if is_held]
+        owed = 0.0
+        for group in sorted(places, key=str):
+            owed += len(places[group]) * fraction
+            found = _lowest(records, places[group], int(owed + 0.5), name)
+            owed -= len(found)
+            held.update(found)
+    return [place for place in range(len(records)) if place not in held], sorted(held)
 
 
-def _share(record: Record, name: str) -> float:
+def _lowest(records: Sequence[Record], places: Sequence[int], count: int, name: str) -> list[int]:
+    """At most so many places, of the contents with the lowest hashes; all places of a content or none, and not all."""
+    if count < 1:
+        return []
+    equal: dict[int, list[int]] = {}
+    for place in places:
+        equal.setdefault(_hash(records[place], name), []).append(place)
+    found: list[int] = []
+    for _, own in sorted(equal.items())[: len(equal) - 1]:
+        if len(found) + len(own) <= count:
+            found += own
+    return found
+
+
+def _hash(record: Record, name: str) -> int:
     content = name + json.dumps(record.fields, sort_keys=True, default=str)
-    return xxhash.xxh3_64_intdigest(content.encode("utf-8", "surrogatepass")) / 2**64
+    return xxhash.xxh3_64_intdigest(content.encode("utf-8", "surrogatepass"))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,10 +24,14 @@ from bigtx.data.records.record import BadRecordError, Record
 from bigtx.model.decode import Sampling, decode_tokens
 from bigtx.tokenizer.chat import ASSISTANT
 from bigtx.tokenizer.tokenizer import Tokenizer
-from bigtx.train.tasks.task import Model, some_ids
+from bigtx.train.tasks.task import Examples, Model, some_ids
 from bigtx.utils.errors import ConfigError, DataError
 
 Message = Mapping[str, Any]
+BESIDE_CHATS = ("tools", "functions", "system")
+"""Fields of a record that other programs read together with its chat."""
+NOTHING: tuple[Any, ...] = (None, "", [], {})
+"""Values that say nothing."""
 
 
 class Part(NamedTuple):
@@ -47,12 +52,14 @@ class Chat:
         is_learned: of each of them, whether it is part of an earlier answer that carries loss.
         answers: ids of each answer, its end included.
         num_cut: ids that were too many.
+        lost_start: whether its last turn is so long that the beginning of that was cut: its role, and all before it.
     """
 
     prompt: list[int]
     is_learned: list[bool]
     answers: list[list[int]]
     num_cut: int
+    lost_start: bool
 
 
 def resolve_chat_format(config: FinetuneConfig, tokenizer: Tokenizer) -> FinetuneConfig:
@@ -93,6 +100,8 @@ class ChatFormat:
         self.settings, self.tokenizer, self.max_length = config.chat, tokenizer, max_length
         self.is_plain = config.chat.format == "plain"
         self.may_cut = config.data.too_long == "truncate"
+        # Half of it is for what is read, with the separator, or with an end and the role of the answer.
+        self.min_length = 2 * (1 + len(tokenizer.encode(self.settings.separator))) if self.is_plain else 6
 
     def check(self, messages: Any, field: str) -> Sequence[Message]:
         """The messages of a chat.
@@ -169,11 +178,65 @@ class ChatFormat:
         prompt = [token for part in parts for token in part.ids]
         is_learned = [flag for part in parts for flag in _learned(part)]
         room = max(limit - needed, limit // 2 - len(call))
-        if len(prompt) > room:
+        lost_start = len(prompt) > room
+        if lost_start:
             prompt, is_learned = prompt[len(prompt) - room :], is_learned[len(is_learned) - room :]
         prompt, is_learned = prompt + call, is_learned + [False] * len(call)
         kept = [answer[: limit - len(prompt)] for answer in answers]
-        return Chat(prompt, is_learned, kept, total - len(prompt) - max(map(len, kept), default=0))
+        num_cut = total - len(prompt) - max(map(len, kept), default=0)
+        return Chat(prompt, is_learned, kept, num_cut, lost_start)
+
+
+def without_empty_answer(messages: Any) -> Any:
+    """A chat to predict for, without a last answer that says nothing; what is no chat as it is."""
+    if isinstance(messages, list) and messages and isinstance(messages[-1], Mapping):
+        last = messages[-1]
+        content = last.get("content")
+        if last.get("role") == ASSISTANT and (content is None or (isinstance(content, str) and not content.strip())):
+            return messages[:-1]
+    return messages
+
+
+def review_chats(splits: Mapping[str, Examples], fields: Sequence[str]) -> list[str]:
+    """What of chats is not learned: other keys of their messages, and beginnings that were cut.
+
+    Args:
+        splits: of examples with `lost_start`.
+        fields: those that may have a chat.
+    """
+    ignored: Counter[str] = Counter()
+    for split in splits.values():
+        for record in split.records:
+            ignored.update(_ignored_keys(record, fields))
+    said = [
+        f"warning: {count:,} record{'s have' if count > 1 else ' has'} {key}, which {verb} not trained on: of a chat "
+        "only the role and the content of each message are read"
+        for key, count in sorted(ignored.items())
+        for verb in (["are"] if key.endswith("s") else ["is"])
+    ]
+    total = sum(len(split.records) for split in splits.values())
+    lost = sum(example.lost_start for split in splits.values() for example in split.examples)
+    if lost:
+        said.append(
+            f"warning: {lost:,} of {total:,} records ({lost / total:.1%}) have a last turn that is too long by itself: "
+            "its beginning was cut, with its role and any system prompt; a larger data.max_length keeps them"
+        )
+    return said
+
+
+def _ignored_keys(record: Record, fields: Sequence[str]) -> set[str]:
+    """Keys with something in them beside the texts of a record's chats."""
+    chats = [value for name in fields if isinstance(value := record.value(name), list)]
+    found = {
+        key
+        for chat in chats
+        for message in chat
+        for key, value in message.items()
+        if key not in ("role", "content") and value not in NOTHING
+    }
+    if chats:
+        found |= {key for key in BESIDE_CHATS if record.fields.get(key) not in NOTHING}
+    return found
 
 
 def _learned(part: Part) -> list[bool]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,18 +20,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigtx.config.schema import FinetuneConfig
-from bigtx.data.records.record import BadRecordError, Record
+from bigtx.data.records.record import BadRecordError, Broken, Record
 from bigtx.engine.task import TaskLoss
 from bigtx.model.loss import IGNORED
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.train.tasks.scores import calibration_error, confusion, macro_f1
 from bigtx.train.tasks.task import (
     LENGTH_MULTIPLE,
+    Examples,
     Lengths,
     Model,
     Prediction,
     RecordTask,
     ids_of,
+    listed,
     on_device,
     padded,
     pinned,
@@ -127,13 +130,7 @@ class Classify(RecordTask):
         shape, settings = config.model.shape, config.classify
         if shape == "encoder_decoder":
             raise ConfigError("task=classify wants an encoder or a decoder, and the model is an encoder_decoder")
-        classes = settings.classes or sorted(
-            {name for record in records if (name := _label(record, config)) is not None}
-        )
-        if len(classes) < 2:
-            raise DataError(
-                f"the training records have {len(classes)} classes ({', '.join(classes)}); see data.fields.label"
-            )
+        classes = settings.classes or _classes_of(records, config)
         pooling = settings.pooling
         if pooling == "auto":
             pooling = "last" if shape == "decoder" else "mean"
@@ -152,6 +149,25 @@ class Classify(RecordTask):
         """Its class."""
         return _label(record, config)
 
+    def review(self, splits: Mapping[str, Examples]) -> list[str]:
+        """How many records of each class there are, and what is odd about that."""
+        counts = {
+            name: Counter(example.label for example in split.examples)
+            for name, split in splits.items()
+            if split.examples
+        }
+        shown = [
+            f"{name!r} {' + '.join(f'{found[number]:,}' for found in counts.values())}"
+            for number, name in enumerate(self.classes)
+        ]
+        said = [f"{len(self.classes):,} classes, records of each ({' + '.join(counts)}): {listed(shown, 24)}"]
+        for split, found in counts.items():
+            without = [repr(name) for number, name in enumerate(self.classes) if not found[number]]
+            if without:
+                what = ", which the model cannot learn" if split == "train" else ""
+                said.append(f"warning: classes without a {split} record: {listed(without)}{what}")
+        return said
+
     def begin(self, examples: Sequence[TextExample]) -> None:
         """Let each class of the training examples weigh the same, if the config says so."""
         if self.settings.balance:
@@ -166,12 +182,9 @@ class Classify(RecordTask):
             texts.append((self.fields.pair, record.text(self.fields.pair, setting="data.fields.pair")))
         sides = [some_ids(self.tokenizer, name, text) for name, text in texts]
         limit, total = self.max_length - len(sides) - 1, sum(map(len, sides))
-        while sum(map(len, sides)) > limit:
-            # Of two texts the longer one gives way, as in BERT.
-            longest = max(range(len(sides)), key=lambda place: len(sides[place]))
-            others = sum(map(len, sides)) - len(sides[longest])
-            allowed = max(limit - others, -(-limit // len(sides)) if len(sides) > 1 else limit)
-            sides[longest] = self.cut(sides[longest], allowed, self.settings.truncate)
+        self.require_length(self.max_length - limit + len(sides))
+        rooms = _rooms([len(side) for side in sides], limit)
+        sides = [self.cut(side, room, self.settings.truncate) for side, room in zip(sides, rooms, strict=True)]
         ids, types = [self.tokenizer.end_id], [0]
         for number, side in enumerate(sides):
             ids += [*side, self.tokenizer.end_id]
@@ -180,17 +193,16 @@ class Classify(RecordTask):
         return TextExample(np.array(ids, np.int32), np.array(types, np.int8), label, total - sum(map(len, sides)))
 
     def _number(self, record: Record, is_needed: bool) -> int:
-        name = _label(record, self.config)
-        if name is None:
-            if is_needed:
-                raise BadRecordError(f"no field {self.fields.label!r} that names its class; see data.fields.label")
-            return NO_LABEL
+        if not is_needed:
+            return self.number.get(_label(record, self.config) or "", NO_LABEL)
+        name = _needed_label(record, self.config)
         if name not in self.number:
-            if not is_needed:
-                return NO_LABEL
             similar = difflib.get_close_matches(name, self.classes, 1, 0.6)
-            hint = f"did you mean {similar[0]}?" if similar else f"there are {', '.join(self.classes[:12])}"
-            raise BadRecordError(f"the class {name!r} is unknown to the model; {hint}")
+            hint = f"did you mean {similar[0]!r}?" if similar else f"there are {listed(list(map(repr, self.classes)))}"
+            raise BadRecordError(
+                f"the class {name!r} is unknown to the model: no training record has it, or classes are named without "
+                f"it (classify.classes); {hint}"
+            )
         return self.number[name]
 
     def collate(self, examples: Sequence[TextExample], numbers: Sequence[int] | None = None) -> TextBatch:
@@ -280,9 +292,60 @@ class Classify(RecordTask):
         return Lengths(0, mean, 0) if self.config.model.shape == "decoder" else Lengths(mean, 0, 0)
 
 
+def _rooms(lengths: Sequence[int], limit: int) -> list[int]:
+    """Tokens that each of one or two texts may have, at most `limit` together: the longer one gives way, as in BERT."""
+    if len(lengths) == 1:
+        return [limit]
+    first = max(limit - lengths[1], min(lengths[0], limit - limit // 2))
+    return [first, limit - first]
+
+
 def _label(record: Record, config: FinetuneConfig) -> str | None:
-    """The name of a record's class: a text or a whole number."""
+    """The name of a record's class, without spaces around it: a text or a whole number."""
     value = record.value(config.data.fields.label)
     if isinstance(value, bool) or not isinstance(value, str | int):
         return None
-    return str(value)
+    return str(value).strip() or None
+
+
+def _needed_label(record: Record, config: FinetuneConfig) -> str:
+    """As `_label`.
+
+    Raises:
+        BadRecordError: there is none.
+    """
+    name = config.data.fields.label
+    label, value = _label(record, config), record.value(name)
+    if label is not None:
+        return label
+    if value is None:
+        raise record.missing(name, setting="data.fields.label")
+    if isinstance(value, str):
+        raise BadRecordError(f"the field {name!r}, which names its class, is empty")
+    shown = json.dumps(value, ensure_ascii=False, default=str)
+    raise BadRecordError(
+        f"the field {name!r} is {shown[:40]} ({type(value).__name__}), and a class is a text or a whole number, e.g. "
+        f'"yes" or 1; see data.fields.label'
+    )
+
+
+def _classes_of(records: Sequence[Record], config: FinetuneConfig) -> list[str]:
+    """The classes of training records, sorted.
+
+    Raises:
+        DataError: there are fewer than two.
+    """
+    classes, broken = set(), Broken()
+    for record in records:
+        try:
+            classes.add(_needed_label(record, config))
+        except BadRecordError as error:
+            broken.add(record.file, record.line, str(error))
+    if len(classes) < 2:
+        broken.check()
+        found = f"one class, {classes.pop()!r}" if classes else "no classes"
+        raise DataError(
+            f"the training records have {found}, and there have to be two or more; data.fields.label names the field "
+            "that has the class"
+        )
+    return sorted(classes)

@@ -10,7 +10,7 @@ Corpora that do not fit into memory, and encoders and encoder-decoders, are dist
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from bigtx.config.schema import FinetuneConfig
 from bigtx.data.records.record import Record
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.train.tasks.sft import ChatExample, Sft
-from bigtx.train.tasks.task import Model, Prediction, some_ids
+from bigtx.train.tasks.task import Examples, Model, Prediction, some_ids
 from bigtx.utils.errors import ConfigError
 
 
@@ -31,6 +31,7 @@ class Distill(Sft):
     def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:
         super(Sft, self).__init__(config, tokenizer)  # A text has no chat format.
         self.settings = config.sft
+        self.require_length(2)
 
     @classmethod
     def resolve(cls, config: FinetuneConfig, tokenizer: Tokenizer, records: Sequence[Record]) -> FinetuneConfig:
@@ -60,6 +61,10 @@ class Distill(Sft):
             {"loss": score["_loss_sum"] / score["_num_tokens"], "tokens": score["_num_tokens"]} | score
             for score in self.predict_in_run(model, examples, device)
         ]
+
+    def review(self, splits: Mapping[str, Examples]) -> list[str]:
+        """Nothing: a text is no chat."""
+        return []
 
     def shown(self, record: Record) -> str:
         """The text."""

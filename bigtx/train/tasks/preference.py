@@ -11,7 +11,7 @@ preference.label_smoothing, the probability that a pair is the wrong way round.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +26,18 @@ from bigtx.engine.task import TaskLoss
 from bigtx.model.loss import IGNORED
 from bigtx.tokenizer.chat import ASSISTANT
 from bigtx.tokenizer.tokenizer import Tokenizer
-from bigtx.train.tasks.chats import ChatFormat, Message, resolve_chat_format, write_answers
+from bigtx.train.tasks.chats import (
+    ChatFormat,
+    Message,
+    resolve_chat_format,
+    review_chats,
+    without_empty_answer,
+    write_answers,
+)
 from bigtx.train.tasks.sft import shown_prompt
 from bigtx.train.tasks.task import (
     LENGTH_MULTIPLE,
+    Examples,
     Lengths,
     Model,
     Prediction,
@@ -39,6 +47,7 @@ from bigtx.train.tasks.task import (
     padded,
     pinned,
 )
+from bigtx.utils.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +59,7 @@ class PreferenceExample:
         chosen, rejected: int32, with the end id; both empty where there are none.
         num_cut: ids that were too many.
         reference: log-probabilities of both answers before the first step, in nats.
+        lost_start: see `Chat`.
     """
 
     prompt: np.ndarray
@@ -57,6 +67,7 @@ class PreferenceExample:
     rejected: np.ndarray
     num_cut: int
     reference: tuple[float, float] | None = None
+    lost_start: bool = False
 
     @property
     def length(self) -> int:
@@ -67,6 +78,11 @@ class PreferenceExample:
     def has_answers(self) -> bool:
         """Whether there is something to compare."""
         return len(self.chosen) > 0
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether nothing tells both answers apart, because where they differ was cut."""
+        return self.has_answers and np.array_equal(self.chosen, self.rejected)
 
 
 @dataclass(frozen=True)
@@ -113,6 +129,7 @@ class Preference(RecordTask):
         super().__init__(config, tokenizer)
         self.settings = config.preference
         self.format = ChatFormat(config, tokenizer, self.max_length)
+        self.require_length(self.format.min_length)
 
     @classmethod
     def resolve(cls, config: FinetuneConfig, tokenizer: Tokenizer, records: Sequence[Record]) -> FinetuneConfig:
@@ -128,19 +145,46 @@ class Preference(RecordTask):
         prompt, answers = self._divide(record, for_training)
         sides = zip((self.fields.chosen, self.fields.rejected), answers, strict=False)  # For prediction there are none.
         ids = [self.format.answer(field, answer) for field, answer in sides]
-        if answers and ids[0] == ids[1]:
+        if for_training and ids[0] == ids[1]:
             raise BadRecordError(f"the fields {self.fields.chosen!r} and {self.fields.rejected!r} are the same answer")
         chat = self.format.fit(self.format.parts(prompt, learn=False), ids)
         chosen, rejected = (np.array(side, np.int32) for side in chat.answers or ([], []))
-        return PreferenceExample(np.array(chat.prompt, np.int32), chosen, rejected, chat.num_cut)
+        return PreferenceExample(
+            np.array(chat.prompt, np.int32), chosen, rejected, chat.num_cut, lost_start=chat.lost_start
+        )
+
+    def review(self, splits: Mapping[str, Examples]) -> list[str]:
+        """What of the pairs is not learned.
+
+        Raises:
+            DataError: too many pairs are the same answer twice once they are cut.
+        """
+        fields = self.fields
+        said = review_chats(splits, [fields.prompt, fields.messages, fields.chosen, fields.rejected])
+        for name, split in splits.items():
+            equal = [record for record, example in zip(split.records, split.examples, strict=True) if example.is_equal]
+            if not equal:
+                continue
+            share, most = len(equal) / len(split.records), self.settings.max_equal
+            what = (
+                f"{len(equal):,} of {len(split.records):,} {name} pairs ({share:.1%}) are the same answer twice once "
+                f"they are cut to {self.limit}, the first of them {equal[0].where}: such a pair teaches nothing"
+            )
+            if share > most:
+                raise DataError(
+                    f"{what}, and at most {most:.1%} of them may be like that (preference.max_equal); write a larger "
+                    "data.max_length, leave out or shorten such pairs, or write a larger preference.max_equal"
+                )
+            said.append(f"warning: {what}")
+        return said
 
     def _divide(self, record: Record, for_training: bool) -> tuple[str | Sequence[Message], list[str]]:
         """The prompt, and both answers or none."""
         fields = self.fields
         sides = [record.value(name) for name in (fields.chosen, fields.rejected)]
-        if not for_training and sides == [None, None]:
+        if not for_training and any(_is_empty(side) for side in sides):
             if record.value(fields.prompt) is None and record.value(fields.messages) is not None:
-                messages = self.format.check(record.value(fields.messages), fields.messages)
+                messages = self.format.check(without_empty_answer(record.value(fields.messages)), fields.messages)
                 return messages[:-1] if messages[-1]["role"] == ASSISTANT else messages, []
             return self.format.prompt(record, fields.prompt), []
         if record.value(fields.prompt) is None and all(isinstance(side, list) for side in sides):
@@ -265,6 +309,11 @@ class Preference(RecordTask):
     def mean_tokens(self, examples: Sequence[PreferenceExample]) -> float:
         """Of both sides."""
         return float(np.mean([2 * len(each.prompt) + len(each.chosen) + len(each.rejected) - 2 for each in examples]))
+
+
+def _is_empty(side: Any) -> bool:
+    """Whether a side of a pair has no answer: it is missing, or a text or a chat without anything in it."""
+    return side is None or (isinstance(side, str) and not side.strip()) or (isinstance(side, list) and not side)
 
 
 def _common(sides: Sequence[Any]) -> list[Message]:

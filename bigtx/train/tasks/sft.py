@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +23,16 @@ from bigtx.engine.task import TaskLoss
 from bigtx.model.loss import IGNORED
 from bigtx.tokenizer.chat import ASSISTANT
 from bigtx.tokenizer.tokenizer import Tokenizer
-from bigtx.train.tasks.chats import ChatFormat, resolve_chat_format, write_answers
+from bigtx.train.tasks.chats import (
+    ChatFormat,
+    resolve_chat_format,
+    review_chats,
+    without_empty_answer,
+    write_answers,
+)
 from bigtx.train.tasks.task import (
     LENGTH_MULTIPLE,
+    Examples,
     Lengths,
     Model,
     Prediction,
@@ -46,12 +53,14 @@ class ChatExample:
         is_answer: bool [N], what carries loss.
         prompt_length: of them, those that the model reads before it writes.
         num_cut: ids that were too many.
+        lost_start: see `Chat`.
     """
 
     ids: np.ndarray
     is_answer: np.ndarray
     prompt_length: int
     num_cut: int
+    lost_start: bool = False
 
     @property
     def length(self) -> int:
@@ -131,6 +140,13 @@ class Sft(RecordTask):
         if self.settings.packing:
             self.max_length = min(self.max_length, self.row_length)
         self.format = ChatFormat(config, tokenizer, self.max_length)
+        self.require_length(self.format.min_length)
+
+    @property
+    def length_setting(self) -> str:
+        """The setting that `max_length` comes from."""
+        is_of_row = self.settings.packing and self.settings.row_length == self.max_length
+        return "sft.row_length" if is_of_row else super().length_setting
 
     @classmethod
     def resolve(cls, config: FinetuneConfig, tokenizer: Tokenizer, records: Sequence[Record]) -> FinetuneConfig:
@@ -154,6 +170,7 @@ class Sft(RecordTask):
             np.array(chat.is_learned + [True] * len(answer_ids)) if answer_ids else np.zeros(len(chat.prompt), bool),
             len(chat.prompt),
             chat.num_cut,
+            chat.lost_start,
         )
 
     def _divide(self, record: Record, for_training: bool) -> tuple[Any, str | None]:
@@ -162,8 +179,10 @@ class Sft(RecordTask):
         messages = record.value(fields.messages)
         if messages is None:
             prompt = self.format.prompt(record, fields.prompt)
-            given = for_training or record.value(fields.response) is not None
+            given = for_training or record.has_text(fields.response)
             return prompt, record.text(fields.response, setting="data.fields.response") if given else None
+        if not for_training:
+            messages = without_empty_answer(messages)
         messages = self.format.check(messages, fields.messages)
         answered = [place for place, message in enumerate(messages) if message["role"] == ASSISTANT]
         if not answered and for_training:
@@ -171,6 +190,10 @@ class Sft(RecordTask):
         if not for_training and messages[-1]["role"] != ASSISTANT:
             return messages, None
         return messages[: answered[-1]], messages[answered[-1]]["content"]
+
+    def review(self, splits: Mapping[str, Examples]) -> list[str]:
+        """What of the chats is not learned."""
+        return review_chats(splits, [self.fields.messages, self.fields.prompt])
 
     def pack(self, examples: Sequence[ChatExample]) -> list[Any]:
         """Chats put together into rows, with `sft.packing`."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -25,6 +26,7 @@ from bigtx.data.audio.look import Found
 from bigtx.data.records.record import BadRecordError, Record
 from bigtx.engine.task import TaskLoss
 from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.utils.errors import ConfigError
 
 Look = Callable[[Iterable[AudioPlace]], Mapping[AudioPlace, Found]]
 """See `bigtx.data.audio.look.look_at`."""
@@ -48,6 +50,19 @@ class Example(Protocol):
     def num_cut(self) -> int:
         """Tokens that were left out because the record was too long."""
         ...
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Records of one split, and what the task made of them, in the same order."""
+
+    records: list[Record]
+    examples: list[Any]
+
+    @property
+    def num_cut(self) -> int:
+        """Records that were too long."""
+        return sum(example.num_cut > 0 for example in self.examples)
 
 
 class Lengths(NamedTuple):
@@ -78,6 +93,8 @@ class RecordTask(ABC):
         self.config, self.tokenizer = config, tokenizer
         self.fields = config.data.fields
         self.max_length = config.data.max_length or config.model.max_sequence_length
+        self.num_sides = 1
+        """Texts of a record that share the model's length, each of which may have `max_length`."""
 
     shows_by_predict: ClassVar[bool] = False
     """Whether `predict_in_run` leaves out what people want to see of predictions, so that the shown ones are made anew.
@@ -111,6 +128,17 @@ class RecordTask(ABC):
         Args:
             look: decodes recordings, or remembers that they were decoded before.
         """
+
+    def review(self, splits: Mapping[str, Examples]) -> list[str]:
+        """What users should know of the records before training, a line each.
+
+        Args:
+            splits: all examples of a run, by the name of their split.
+
+        Raises:
+            DataError: too many of the records are of no use.
+        """
+        return []
 
     def begin(self, examples: Sequence[Any]) -> None:  # noqa: B027 - most have nothing to do
         """Take in what training needs to know of the training examples."""
@@ -192,6 +220,30 @@ class RecordTask(ABC):
         """The record's own answer, for tables of predictions; "" where it has none."""
         return ""
 
+    @property
+    def length_setting(self) -> str:
+        """The setting that `max_length` comes from."""
+        return "data.max_length" if self.config.data.max_length else "model.max_sequence_length"
+
+    def require_length(self, smallest: int) -> None:
+        """Do nothing if a record may be long enough to say something.
+
+        Args:
+            smallest: least tokens in which a record of this task has some of each of its texts.
+
+        Raises:
+            ConfigError: `max_length` is less.
+        """
+        if self.max_length >= smallest:
+            return
+        setting, given = self.length_setting, self.max_length
+        if setting == "model.max_sequence_length":
+            given, smallest = self.config.model.max_sequence_length, smallest * self.num_sides
+        raise ConfigError(
+            f"{setting}={given} leaves no room for the texts of task={self.config.task}, since ends, roles and "
+            f"prefixes take tokens too; the smallest value of use is {setting}={smallest}"
+        )
+
     def cut(self, ids: list[int], limit: int, where: str = "end") -> list[int]:
         """At most `limit` ids: without the last, the first, or the middle ones.
 
@@ -210,6 +262,11 @@ class RecordTask(ABC):
             head = limit // 2
             return ids[:head] + ids[len(ids) - (limit - head) :]
         return ids[:limit]
+
+
+def listed(names: Sequence[str], most: int = 12) -> str:
+    """The first of some names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def some_ids(tokenizer: Tokenizer, name: str, text: str) -> list[int]:

@@ -47,6 +47,7 @@ class Transcribe(RecordTask):
         self.settings = config.transcribe
         self.is_ctc = config.transcribe.method == "ctc"
         self.generates = not self.is_ctc  # type: ignore[misc]
+        self.require_length(1 if self.is_ctc else 2)
         self.hearing = Hearing(config)
         self.beam = Beam(size=self.settings.num_beams, length_penalty=self.settings.length_penalty)
 
@@ -90,7 +91,8 @@ class Transcribe(RecordTask):
         text = self._text(record, is_needed=for_training)
         ids = some_ids(self.tokenizer, self.fields.text, text) if text else []
         kept = self.cut(ids, self.max_length if self.is_ctc else self.max_length - 1)
-        self._check_room(kept, samples)
+        if for_training:
+            self._check_room(kept, samples)
         length = self.hearing.num_columns(samples)
         num_cut = self.hearing.num_columns(num_cut) + len(ids) - len(kept)
         example = SpeechExample(place, record.where, length, text, np.array(kept, np.int32), num_cut)
@@ -99,14 +101,13 @@ class Transcribe(RecordTask):
         return example
 
     def _text(self, record: Record, *, is_needed: bool) -> str:
-        if record.value(self.fields.text) is None:
-            if not is_needed:
-                return ""
-            if isinstance(record.value(self.fields.audio), AudioPlace):
-                raise BadRecordError("a recording without a text: there is no .txt of the same name beside it")
+        if not is_needed and not record.has_text(self.fields.text):
+            return ""
+        if record.value(self.fields.text) is None and isinstance(record.value(self.fields.audio), AudioPlace):
+            raise BadRecordError("a recording without a text: there is no .txt of the same name beside it")
         text = record.text(self.fields.text, setting="data.fields.text")
         normalized = normalize(text, self.settings.normalize)
-        if not normalized:
+        if not normalized and is_needed:
             raise BadRecordError(f"nothing is left of the text by transcribe.normalize={self.settings.normalize}")
         return normalized
 

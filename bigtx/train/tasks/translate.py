@@ -109,7 +109,9 @@ class Translate(RecordTask):
         self.settings = config.translate
         self.is_decoder = config.model.shape == "decoder"
         # A decoder has both sides in one text.
-        self.max_length = config.data.max_length or config.model.max_sequence_length // (2 if self.is_decoder else 1)
+        self.num_sides = 2 if self.is_decoder else 1
+        self.max_length = config.data.max_length or config.model.max_sequence_length // self.num_sides
+        self.require_length(len(tokenizer.encode(self.settings.prefix)) + 2)
         # Sentences are short: columns to no purpose cost more than shapes, unless each shape is compiled.
         self.multiple = LENGTH_MULTIPLE if config.engine.compile else 1
 
@@ -148,7 +150,7 @@ class Translate(RecordTask):
         if self.is_decoder and self.tokenizer.sentinel_ids:
             after = self.tokenizer.sentinel_ids[0]
         reference, target = "", list[int]()
-        if for_training or record.value(self.fields.target):
+        if for_training or record.has_text(self.fields.target):
             reference = record.text(self.fields.target, setting="data.fields.target")
             whole = [*some_ids(self.tokenizer, self.fields.target, reference), self.tokenizer.end_id]
             target = self.cut(whole, self.max_length)  # What was cut does not end there, and so is not taught to.
