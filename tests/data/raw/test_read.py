@@ -273,7 +273,7 @@ def test_broken_records_are_listed_with_file_line_and_reason(tmp_path: Path) -> 
         "not JSON",
         "a JSON list",
         "fields: body, id",
-        "is a int",
+        "is a number",
         "unpaired surrogate",
         "not UTF-8",
         "empty",
