@@ -44,14 +44,16 @@ class Fields:
         )
 
     def documents(self, rows: Iterable[Row], rejects: Rejects) -> Iterator[Document]:
-        """The documents of rows; those that hold none are rejected."""
+        """The documents of rows; those that hold none are rejected. None is held while the next one is read."""
         for row in rows:
             try:
                 document = self._document(row)
             except BadRowError as error:
                 rejects.add(Reject(row.file, row.line, str(error)))
             else:
+                del row
                 yield document
+                del document
 
     def _document(self, row: Row) -> Document:
         value = value_of(row.fields, self.text)
