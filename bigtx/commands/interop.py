@@ -37,7 +37,13 @@ def import_command(argv: Sequence[str]) -> int:
     say(
         f"{made.model_type}: {made.num_tensors:,} tensors in {_files(made.num_files)} are {format_count(counts.total)} "
         f"parameters ({config.shape}, {config.num_layers} layers, {config.hidden_size} wide), all taken over"
+        + (" but the head" if made.untrained else "")
     )
+    if made.untrained:
+        say(
+            f"New and untrained, as the model was saved without its head: {_listed(made.untrained)}. Fine-tuning needs "
+            "no such head; to predict masked tokens, train on first"
+        )
     if made.dropped:
         say(f"Dropped, as the model does not need them: {_listed(made.dropped)}")
     say(f"{made.tokenizer.vocab_size:,} token ids, {config.vocab_size:,} rows in the vocabulary")

@@ -64,7 +64,7 @@ class Converter:
                 values[name] = self._value(known[name], member)
             except ValueError as error:
                 # A section reports its own members; the doc line says what the value is for.
-                doc = f" ({known[name].doc.rstrip('.')})" if known[name].doc else ""
+                doc = f" ({' '.join(known[name].doc.split()).rstrip('.')})" if known[name].doc else ""
                 self._report(key, member, f"{error}{doc}")
         return values
 

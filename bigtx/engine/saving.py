@@ -5,6 +5,9 @@ set aside as `step-N.damaged` once a later save needs its place, and never delet
 suspect checkpoints are deleted; the next good one replaces them all. What the run does not train is written once,
 before the first checkpoint.
 
+What cannot be deleted is a warning and is tried again at the next checkpoint. A checkpoint may be a link: then what it
+leads to is deleted with it only where that is in the run's folder, since nobody else can need it there.
+
 This module does not import deepspeed itself; it is given an engine.
 """
 
@@ -14,6 +17,7 @@ import contextlib
 import math
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +38,7 @@ from bigtx.engine.checkpoint import (
 from bigtx.engine.write_weights import PART_BYTES, SafetensorsWriter, groups, write_part
 from bigtx.utils.errors import CheckpointError
 from bigtx.utils.files import fsync_dir, json_hash
+from bigtx.utils.log import say
 
 if TYPE_CHECKING:
     from bigtx.engine.engine import Engine, ReadRange
@@ -56,7 +61,7 @@ def save_frozen(engine: Engine, ranks: Ranks, run_dir: Path, read: ReadRange) ->
     shapes = {name: shape for name, shape in engine.shapes().items() if name in engine.frozen}
     sizes = {name: 4 * math.prod(shape) for name, shape in shapes.items()}
     most = min(PART_BYTES, -(-sum(sizes.values()) // ranks.world_size))
-    files, failure = {}, _begin(partial, [partial, final], ranks)
+    files, failure = {}, _begin(partial, [partial, final], run_dir, ranks)
     _raise_first(ranks.gather(failure), partial, ranks)
     try:
         for number, names in list(enumerate(groups(sizes, most)))[ranks.rank :: ranks.world_size]:
@@ -102,7 +107,7 @@ def save(
     final = run_dir / FOLDER / f"step-{facts['step']:08d}"
     partial = final.with_name(final.name + ".partial")
     name, entry = f"rank-{ranks.rank:05d}.safetensors", None
-    failure = _begin(partial, [*(run_dir / FOLDER).glob("step-*.partial")], ranks)
+    failure = _begin(partial, [*(run_dir / FOLDER).glob("step-*.partial")], run_dir, ranks)
     _raise_first(ranks.gather(failure), partial, ranks)
     try:
         entry = _write_fragments(engine, partial / name)
@@ -149,14 +154,57 @@ def _prune(run_dir: Path, *, keep: int, best: int | None, is_skipping: bool) -> 
     needless = suspects[keep:] if is_skipping else [*good[keep:], *suspects]
     for path in needless:
         if step_of(path) != best:
-            _delete(path)
+            _try_to(_delete, path, run_dir)
 
 
-def _delete(checkpoint: Path) -> None:
+def _try_to(free: Callable[[Path, Path], None], path: Path, run_dir: Path) -> None:
+    """Delete what is not needed; where that fails, the space is freed later."""
+    try:
+        free(path, run_dir)
+    except OSError as error:
+        say(
+            f"warning: {path} is not needed any more and cannot be deleted ({error.strerror or error}); it is tried "
+            "again at the next checkpoint"
+        )
+
+
+def _delete(checkpoint: Path, run_dir: Path) -> None:
     """Half a checkpoint must not look like a damaged one."""
     gone = checkpoint.with_name(checkpoint.name + ".partial")
     os.rename(checkpoint, gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    _try_to(_remove, gone, run_dir)
+
+
+def _remove(gone: Path, run_dir: Path) -> None:
+    """Remove a folder, or a link and what it leads to in the run.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    if not gone.is_symlink():
+        shutil.rmtree(gone)
+        return
+    target = gone.resolve()
+    if _is_unused_checkpoint(target, run_dir):
+        shutil.rmtree(target)
+    elif target.exists():
+        say(
+            f"warning: {gone.name.removesuffix('.partial')} is not needed any more and was a link to {target}, which "
+            "is no checkpoint in the run's own folder: the link is deleted, and what it leads to is left"
+        )
+    gone.unlink()
+
+
+def _is_unused_checkpoint(folder: Path, run_dir: Path) -> bool:
+    """Whether a folder is in the run, holds a checkpoint or what is left of one, and is no checkpoint by its place."""
+    in_run = {run_dir.resolve(), (run_dir / FOLDER).resolve()}.intersection(folder.parents)
+    used = {path.resolve() for path in (run_dir / FROZEN, *step_folders(run_dir))}
+    return bool(
+        in_run
+        and folder not in used
+        and folder.is_dir()
+        and all(path.is_file() and path.suffix in (".safetensors", ".json") for path in folder.iterdir())
+    )
 
 
 def _besides(engine: Engine, run_dir: Path) -> dict[str, Any]:
@@ -170,13 +218,13 @@ def _besides(engine: Engine, run_dir: Path) -> dict[str, Any]:
     return facts
 
 
-def _begin(partial: Path, leftovers: list[Path], ranks: Ranks) -> str | None:
+def _begin(partial: Path, leftovers: list[Path], run_dir: Path, ranks: Ranks) -> str | None:
     """Let rank 0 make an empty folder; returns what went wrong."""
     if ranks.rank != 0:
         return None
     try:
-        for leftover in leftovers:
-            shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in filter(os.path.lexists, leftovers):
+            _try_to(_remove, leftover, run_dir)
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         return f"could not make {partial}: {error}"
@@ -191,9 +239,11 @@ def _set_aside(run_dir: Path, *, from_step: int) -> None:
             continue
         with contextlib.suppress(CheckpointError):
             if is_suspect(read_manifest(path)):
-                _delete(path)
+                _delete(path, run_dir)
                 continue
         damaged = path.with_name(path.name + ".damaged")
+        if damaged.is_symlink():
+            damaged.unlink()
         shutil.rmtree(damaged, ignore_errors=True)
         os.rename(path, damaged)
 

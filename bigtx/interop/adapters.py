@@ -27,17 +27,16 @@ from bigtx.interop.exporter import language_model
 from bigtx.interop.families import choose
 from bigtx.interop.family import Family
 from bigtx.interop.maps import Link
+from bigtx.interop.read import ADAPTER_CONFIG, AUTO_CLASSES
 from bigtx.interop.vocabulary import foreign_shapes
 from bigtx.plan.parameters import parameter_shapes
 from bigtx.utils.errors import CheckpointError, ConfigError
 from bigtx.utils.files import write_json
 from bigtx.utils.staging import new_folder
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
-TASK_TYPES = {"AutoModelForCausalLM": "CAUSAL_LM", "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM"}
-"""What PEFT calls models by the class that loads them; it has no name for masked language models."""
+_TASK_TYPES = {auto_class: name for name, auto_class in AUTO_CLASSES.items()}
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def export_adapters(
     adapters = [made for link in links if (made := _converted(link, opened, run.model, weights)) is not None]
     opened.close()
     modules = [key.removesuffix(".weight") for key in foreign_shapes(links, plain) if key.endswith(".weight")]
-    values = _config(adapters, modules, run.model, base, TASK_TYPES.get(family.auto_class))
+    values = _config(adapters, modules, run.model, base, _TASK_TYPES.get(family.auto_class))
     tensors = {
         f"base_model.model.{adapter.module}.lora_{part}.weight": tensor.contiguous()
         for adapter in adapters

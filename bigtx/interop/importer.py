@@ -20,7 +20,8 @@ from bigtx.interop.families import by_model_type
 from bigtx.interop.family import Family
 from bigtx.interop.maps import Link
 from bigtx.interop.read import CONFIG, ForeignWeights, read_config, refuse_differences
-from bigtx.interop.vocabulary import check_links, foreign_shapes, padded
+from bigtx.interop.vocabulary import check_links, cut, foreign_shapes, padded
+from bigtx.model.initial import initial_value
 from bigtx.plan.parameters import parameter_shapes
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import CheckpointError, ConfigError, DataError
@@ -46,6 +47,7 @@ class Imported:
         num_tensors: foreign tensors that were taken over.
         num_files: safetensors files that held them.
         dropped: foreign tensors that were there and are not needed.
+        untrained: foreign tensors of the head, which the folder lacks; the run has a new one.
         checkpoint: its folder.
     """
 
@@ -55,6 +57,7 @@ class Imported:
     num_tensors: int
     num_files: int
     dropped: list[str]
+    untrained: list[str]
     checkpoint: Path
 
 
@@ -97,18 +100,20 @@ def import_model(
             f"{config.vocab_size:,} rows that {source / CONFIG} gives the model; name the model's own with --tokenizer"
         )
     links, keys, dropped = _match(family, config, weights, spelled)
+    new = [link for link in links if not keys.keys() & link.keys]
+    untrained = [key for link in new for key in link.keys]
     sizes = parameter_shapes(config)
     shapes = {name: sizes[name] for link in links for name in link.names}
     facts = {
         "step": 0,
         "tokenizer": tokenizer.fingerprint,
         "data": None,
-        "imported": {"from": source.resolve().name, "model_type": family.model_type},
+        "imported": {"from": source.resolve().name, "model_type": family.model_type, "untrained": untrained},
     }
     with new_folder(run_dir) as folder:
         write_atomic(folder / "config.yaml", to_yaml(run))
         tokenizer.save(folder / "tokenizer")
-        made = save_weights(folder, facts, shapes, _converted(links, keys, weights, shapes), part_bytes=part_bytes)
+        made = save_weights(folder, facts, shapes, _converted(links, keys, weights, config), part_bytes=part_bytes)
     weights.close()
     return Imported(
         model_type=family.model_type,
@@ -117,6 +122,7 @@ def import_model(
         num_tensors=len(keys),
         num_files=weights.num_files,
         dropped=dropped,
+        untrained=untrained,
         checkpoint=run_dir / made.relative_to(folder),
     )
 
@@ -163,7 +169,8 @@ def _match(
     """Find the tensor of every key.
 
     Returns:
-        The links; the files' spelling of each key that is read; tensors that are not needed.
+        The links; the files' spelling of each key that is read; tensors that are not needed. The keys of an encoder's
+        head are in no file where it was saved without one.
     """
     links = family.links(config)
     check_links(links, config)
@@ -175,6 +182,15 @@ def _match(
         if name not in expected and any(pattern.fullmatch(name) for pattern in patterns)
     ]
     found = {name: weights.shapes[key] for name, key in spelled.items() if key not in dropped}
+    head = [key for link in links if all(name.startswith("head.") for name in link.names) for key in link.keys]
+    if head and not found.keys() & head:
+        if config.shape == "encoder":
+            expected = {name: shape for name, shape in expected.items() if name not in head}
+        elif expected.keys() - head == found.keys():
+            raise CheckpointError(
+                f"{weights.folder} holds a {family.model_type} without its head, which predicts tokens "
+                f"({', '.join(head)} missing): import the whole model, as {family.architecture} saves it"
+            )
     refuse_differences(weights.folder, expected, found)
     weights.check_kinds(spelled[name] for name in expected)
     if config.tie_embeddings:
@@ -197,10 +213,15 @@ def _refuse_another_head(family: Family, config: ModelConfig, weights: ForeignWe
 
 
 def _converted(
-    links: list[Link], keys: dict[str, str], weights: ForeignWeights, shapes: dict[str, tuple[int, ...]]
+    links: list[Link], keys: dict[str, str], weights: ForeignWeights, config: ModelConfig
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of bigtx, link by link."""
+    """Every parameter of bigtx, link by link; those that no file has are new."""
+    shapes = parameter_shapes(config)
     for link in links:
+        if not keys.keys() & link.keys:
+            for name in link.names:
+                yield name, padded(cut(name, initial_value(name, shapes[name], config, seed=1), config), shapes[name])
+            continue
         tensors = [weights.read(keys[key]) for key in link.keys]
         for tensor in tensors:
             if not torch.isfinite(tensor).all():

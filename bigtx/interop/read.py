@@ -19,6 +19,11 @@ from bigtx.utils.errors import CheckpointError, ConfigError
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
+AUTO_CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM"}
+"""Classes of transformers by the name that PEFT has for their models; it has none for masked language models."""
+_BESIDE_WEIGHTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT")
+"""Kinds of PEFT's adapters that are no change of weights, so that they cannot be merged into them."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _FLOATS = ("F64", "F32", "BF16", "F16")
 MAPPED_BYTES = 64 * 2**20
@@ -31,13 +36,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The config.json of a folder, as far as bigtx can read such a model at all.
 
     Raises:
-        ConfigError: no such folder or file, a quantized model, or one that comes with its own code.
+        ConfigError: no such folder or file, adapters, a quantized model, or one that comes with its own code.
     """
     if not folder.is_dir():
         raise ConfigError(
             f"{folder} is not a folder. Weights are not downloaded by bigtx: fetch them first, e.g. with "
             f"`hf download OWNER/NAME --local-dir {folder.name}`"
         )
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise _adapters(folder)
     values = _read_json(folder / CONFIG)
     if "auto_map" in values:
         raise ConfigError(
@@ -51,6 +58,23 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(values.get("model_type"), str):
         raise ConfigError(f"{folder / CONFIG} names no model_type; is it the config.json of a transformers model?")
     return values
+
+
+def _adapters(folder: Path) -> ConfigError:
+    """What to do with a folder of adapters; transformers would load the base that it names and put them on it."""
+    values = _read_json(folder / ADAPTER_CONFIG)
+    kind, base = str(values.get("peft_type")), str(values.get("base_model_name_or_path") or "BASE")
+    problem = f"{folder} holds adapters for another model in PEFT's format ({kind[:40]}), not a model"
+    if kind in _BESIDE_WEIGHTS:
+        return ConfigError(f"{problem}, and adapters of this kind cannot be merged into one; import the base {base!r}")
+    auto_class = AUTO_CLASSES.get(str(values.get("task_type")), "AutoModelForMaskedLM")
+    return ConfigError(
+        f"{problem}; merge them into their base {base!r} and import the result. In Python: "
+        "import peft, transformers as t; "
+        f"peft.PeftModel.from_pretrained(t.{auto_class}.from_pretrained({base!r}), {str(folder)!r})"
+        ".merge_and_unload().save_pretrained('MERGED'); "
+        f"t.AutoTokenizer.from_pretrained({base!r}).save_pretrained('MERGED')"
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

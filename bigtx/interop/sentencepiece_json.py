@@ -56,14 +56,15 @@ def to_tokenizer_json(model: SentencePieceModel, *, ends_text: int | None) -> di
 
 def _spelled(piece: Any) -> str:
     """A piece's name in tokenizer.json."""
-    return str(piece.piece).replace(SPACE_MARK, " ") if piece.type == piece.NORMAL else str(piece.piece)
+    is_text = piece.type in (piece.NORMAL, piece.USER_DEFINED)
+    return str(piece.piece).replace(SPACE_MARK, " ") if is_text else str(piece.piece)
 
 
 def _added_tokens(proto: Any) -> list[dict[str, Any]]:
     """The pieces that are cut out of the text before anything else: special ones, and those that the user defined."""
     settings = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return [
-        {"id": i, "content": piece.piece, **settings, "special": piece.type != piece.USER_DEFINED}
+        {"id": i, "content": _spelled(piece), **settings, "special": piece.type != piece.USER_DEFINED}
         for i, piece in enumerate(proto.pieces)
         if piece.type in (piece.UNKNOWN, piece.CONTROL, piece.USER_DEFINED)
     ]

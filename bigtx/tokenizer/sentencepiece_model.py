@@ -11,7 +11,7 @@ from typing import Any
 
 from bigtx.tokenizer import special
 from bigtx.tokenizer.special import SPACE_MARK, SpecialIds
-from bigtx.tokenizer.words import WordEncoder, exact_borders
+from bigtx.tokenizer.words import WordEncoder, exact_borders, symbol_pattern
 from bigtx.utils.errors import DataError
 
 # Texts that show what a model does with white space.
@@ -23,6 +23,9 @@ class SentencePieceModel:
 
     Sentencepiece turns the character U+2581 into a space. Where the model has the 256 bytes as pieces and leaves
     white space as it is, U+2581 is written as its three UTF-8 bytes instead, so that text comes back as it was.
+
+    A symbol that the user defined is never split. A BPE model sees to that itself. A unigram model only makes its
+    symbols likely, so they are cut out of the text here.
 
     Attributes:
         writes_mark: whether U+2581 is written so.
@@ -55,7 +58,7 @@ class SentencePieceModel:
         mark_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         keeps_space = all(b"".join(map(self._bytes_of, self._encode(text))) == text.encode() for text in _PROBES)
         self.writes_mark = keeps_space and not self._adds_space and all(map(self._processor.is_byte, mark_ids))
-        self._mark_ids: list[int] | None = mark_ids if self.writes_mark else None
+        self._mark_ids = mark_ids
 
     @functools.cached_property
     def _bytes(self) -> list[bytes]:
@@ -66,6 +69,11 @@ class SentencePieceModel:
         return [part or self.piece(i).encode() for i, part in enumerate(self._bytes)]
 
     @functools.cached_property
+    def _apart(self) -> dict[str, list[int]]:
+        """Ids of what is cut out of texts before the model sees them."""
+        return {SPACE_MARK: self._mark_ids} | _unigram_symbols(self.data) if self.writes_mark else {}
+
+    @functools.cached_property
     def words(self) -> WordEncoder | None:
         """Encodes whole texts as the model does, only faster; None if the model does not work word by word."""
         borders = exact_borders(self.data)
@@ -73,18 +81,17 @@ class SentencePieceModel:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text."""
-        if self._mark_ids is None or not any(SPACE_MARK in text for text in texts):
+        apart = self._apart
+        if not any(piece in text for piece in apart for text in texts):
             return self._encode(list(texts))
-        parts = [text.split(SPACE_MARK) for text in texts]
-        encoded = iter(self._encode(list(chain.from_iterable(parts))))
-        ids: list[list[int]] = []
-        for own in parts:
-            whole = next(encoded)
-            for _ in own[1:]:
-                whole += self._mark_ids
-                whole += next(encoded)
-            ids.append(whole)
-        return ids
+        pattern = symbol_pattern(apart)
+        # Every second part is one that the pattern found.
+        parts = [pattern.split(text) for text in texts]
+        encoded = iter(self._encode([part for own in parts for part in own[::2]]))
+        return [
+            list(chain.from_iterable(apart[part] if i % 2 else next(encoded) for i, part in enumerate(own)))
+            for own in parts
+        ]
 
     def bytes_of(self, ids: Sequence[int], keep_special: bool) -> bytes:
         """The UTF-8 bytes of ids, a space that the model put at the front included."""
@@ -174,3 +181,14 @@ class Utf8Stream:
     def flush(self) -> str:
         """What is left at the end: U+FFFD for a character that was cut short."""
         return self._decoder.decode(b"", final=True)
+
+
+def _unigram_symbols(data: bytes) -> dict[str, list[int]]:
+    """The symbols that the user of a unigram model defined, with their ids."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto.FromString(data)
+    if model.trainer_spec.model_type != sentencepiece_model_pb2.TrainerSpec.UNIGRAM:
+        return {}
+    kind = sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED
+    return {piece.piece.replace(SPACE_MARK, " "): [i] for i, piece in enumerate(model.pieces) if piece.type == kind}

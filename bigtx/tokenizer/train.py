@@ -7,7 +7,9 @@ written as their UTF-8 bytes. Special ids are control pieces, which text cannot 
 from __future__ import annotations
 
 import io
+import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -16,6 +18,7 @@ from bigtx.config.settings import find
 from bigtx.tokenizer import special
 from bigtx.tokenizer.sample import Sample, draw_sample
 from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.tokenizer.words import symbol_pattern
 from bigtx.utils.errors import ConfigError, DataError
 
 # A unigram model depends on how its sums are split over threads, and either model's file says how many there were; with
@@ -26,6 +29,8 @@ _MAX_PIECE_BYTES = 1 << 20
 # The trainer drops a text that holds its own mark of an unknown character, and takes its mark of a space for a space:
 # U+2585 and U+2581, here in UTF-8.
 _TRAINER_MARKS = re.compile(b"\xe2\x96[\x81\x85]")
+_IN_NO_SYMBOL = re.compile("[\0\u2581\u2585\ud800-\udfff]")
+_BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 # Sums of such scores are exact in float32 up to 262,144, some ten thousand pieces, in whatever order they are added. So
 # ways to spell a text that are equally good are equally good for every program that reads the model.
 _SCORE_STEPS = 64
@@ -40,7 +45,7 @@ def train(config: TokenizerTrainConfig, documents: Iterable[str]) -> Tokenizer:
         documents: texts of any number and length; memory grows with config.max_bytes alone.
 
     Raises:
-        ConfigError: the vocabulary is too large or too small for the text, or a chat role's name is unfit.
+        ConfigError: the vocabulary is too large or too small for the text, or a role's name or a symbol is unfit.
         DataError: there is no text.
     """
     check(config)
@@ -60,12 +65,45 @@ def check(config: TokenizerTrainConfig) -> None:
             )
     if len(set(config.chat_roles)) < len(config.chat_roles):
         raise ConfigError(f"chat_roles: a name stands there twice: {', '.join(config.chat_roles)}.")
-    needed = 4 + len(special.control_pieces(config.chat_roles)) + 256
+    _check_symbols(config)
+    needed = _num_given(config)
     if config.vocab_size <= needed:
+        symbols = ", the user-defined symbols" if config.user_defined_symbols else ""
         raise ConfigError(
-            f"vocab_size={config.vocab_size:,} is too small: the reserved ids and the 256 bytes alone are {needed:,}. "
-            f"Useful sizes begin at about 2,000; 16,384 to 131,072 are usual."
+            f"vocab_size={config.vocab_size:,} is too small: the reserved ids{symbols} and the 256 bytes alone are "
+            f"{needed:,}. Useful sizes begin at about 2,000; 16,384 to 131,072 are usual."
         )
+
+
+def _num_given(config: TokenizerTrainConfig) -> int:
+    """Ids that are there before anything is learned."""
+    return len(_reserved(config)) + len(config.user_defined_symbols) + 256
+
+
+def _reserved(config: TokenizerTrainConfig) -> list[str]:
+    return [special.PAD, special.UNKNOWN, special.BEGIN, special.END, *special.control_pieces(config.chat_roles)]
+
+
+def _check_symbols(config: TokenizerTrainConfig) -> None:
+    """Refuse symbols that the trainer cannot take.
+
+    Raises:
+        ConfigError: it names the symbol.
+    """
+    symbols = config.user_defined_symbols
+    for symbol in symbols:
+        named = f"user_defined_symbols: {symbol[:80]!r}"
+        if not symbol:
+            raise ConfigError("user_defined_symbols: an empty text is no symbol; leave it out.")
+        if symbol in _reserved(config) or _BYTE_PIECE.fullmatch(symbol):
+            raise ConfigError(f"{named} is the name of a reserved id, which no text can produce; choose another text.")
+        if _IN_NO_SYMBOL.search(symbol):
+            raise ConfigError(
+                f"{named} holds NUL, U+2581, U+2585 or half a surrogate pair, which no symbol can hold; leave it out."
+            )
+    if len(set(symbols)) < len(symbols):
+        twice = next(symbol for symbol in symbols if symbols.count(symbol) > 1)
+        raise ConfigError(f"user_defined_symbols: {twice[:80]!r} is there twice; name it once.")
 
 
 def train_on_sample(config: TokenizerTrainConfig, sample: Sample) -> Tokenizer:
@@ -88,6 +126,8 @@ def train_on_sample(config: TokenizerTrainConfig, sample: Sample) -> Tokenizer:
         "seed": config.seed,
         "split_digits": config.split_digits,
         "whitespace_pieces": config.whitespace_pieces,
+        "user_defined_symbols": config.user_defined_symbols,
+        "character_coverage": config.character_coverage,
         "num_documents": sample.num_documents,
         "num_bytes": sample.num_bytes,
         "training_bytes": sample.training_bytes,
@@ -109,6 +149,8 @@ def _trainer_settings(config: TokenizerTrainConfig) -> dict[str, Any]:
         "pad_id": 0, "unk_id": 1, "bos_id": 2, "eos_id": 3,
         "pad_piece": special.PAD, "unk_piece": special.UNKNOWN, "bos_piece": special.BEGIN, "eos_piece": special.END,
         "control_symbols": special.control_pieces(config.chat_roles),
+        "user_defined_symbols": [symbol.replace(" ", special.SPACE_MARK) for symbol in config.user_defined_symbols],
+        "character_coverage": config.character_coverage,
         "max_sentence_length": _MAX_PIECE_BYTES,
         "num_threads": _NUM_THREADS,
         "minloglevel": 2,
@@ -145,10 +187,38 @@ def _explain(message: str, config: TokenizerTrainConfig, sample: Sample) -> Exce
             f"different pieces. Give more text, or set vocab_size={most} or less."
         )
     if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
-        return ConfigError(
-            f"vocab_size={config.vocab_size:,} is too small: the characters of the text, the reserved ids and the 256 "
-            f"bytes alone are {int(found[1]):,}. Set vocab_size to several times that."
-        )
+        return _too_small(int(found[1]), config, sample)
     if "sentences_.empty()" in message or "all_chars_count" in message:
         return DataError(f"There is nothing to learn from in {sample.num_documents:,} documents ({text}).")
     return RuntimeError(f"sentencepiece could not train: {message}")
+
+
+def _too_small(needed: int, config: TokenizerTrainConfig, sample: Sample) -> ConfigError:
+    """What to set where the characters alone are more than the vocabulary."""
+    problem = (
+        f"vocab_size={config.vocab_size:,} is too small: the characters of the text, the reserved ids and the 256 "
+        f"bytes alone are {needed:,}. Set vocab_size={needed} or more"
+    )
+    coverage = _coverage_for((config.vocab_size - _num_given(config)) // 2, config, sample)
+    if coverage is None:
+        return ConfigError(f"{problem}.")
+    return ConfigError(
+        f"{problem}, or character_coverage={coverage:g}: the rarest characters are then written as bytes, and half of "
+        f"this vocabulary is left for longer pieces."
+    )
+
+
+def _coverage_for(most: int, config: TokenizerTrainConfig, sample: Sample) -> float | None:
+    """The largest coverage that gives pieces to no more than so many characters; None if none that is allowed does."""
+    setting = find(TokenizerTrainConfig, "character_coverage")
+    assert setting is not None and setting.minimum is not None
+    counts: Counter[str] = Counter()
+    symbols = symbol_pattern(config.user_defined_symbols) if config.user_defined_symbols else None
+    for data in _trainer_texts(sample):
+        text = data.decode()
+        for part in symbols.split(text)[::2] if symbols else [text]:
+            counts.update(part)
+    # As the trainer counts: the most frequent characters, until their share of the text is reached.
+    share = sum(count for _, count in counts.most_common(most)) / max(1, counts.total())
+    coverage = math.floor(share * 10_000) / 10_000
+    return coverage if coverage >= setting.minimum else None

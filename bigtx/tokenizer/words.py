@@ -6,7 +6,8 @@ exactly. Two uses are made of it:
 
 - A word, here a run of spaces and what follows it up to the next space, is encoded once and looked up from then on.
   Words repeat (Zipf's law), and looking one up takes a small part of the time that sentencepiece takes for it. This
-  needs pieces that have no space after another character.
+  needs pieces that have no space after another character. Symbols that the user defined may have one: they are cut
+  out of the text first, as the model does, and are words of their own.
 - A long text is taken in parts of bounded length, with or without spaces (Chinese, digits, base64).
 """
 
@@ -38,12 +39,22 @@ class Borders:
 
     Args:
         pieces: all pieces that text can become, bytes left out.
+        symbols: further ones, which are cut out of the text before anything is joined.
     """
 
-    def __init__(self, pieces: Iterable[str]) -> None:
-        pairs = {piece[place : place + 2] for piece in pieces for place in range(len(piece) - 1)}
-        self._joined = np.array(sorted(_pairs(pair).item() for pair in pairs) or [0], np.uint64)
-        self.are_at_spaces = not any(pair[0] != SPACE_MARK == pair[1] for pair in pairs)
+    def __init__(self, pieces: Iterable[str], symbols: Sequence[str] = ()) -> None:
+        pairs, in_symbols = _pairs_of(pieces), _pairs_of(symbols)
+        self._joined = np.array(sorted(_pairs(pair).item() for pair in pairs | in_symbols) or [0], np.uint64)
+        self.are_at_spaces = not any(map(_is_space_behind, pairs))
+        spelled = [symbol.replace(SPACE_MARK, " ") for symbol in symbols]
+        self._symbols = symbol_pattern(spelled) if any(map(_is_space_behind, in_symbols)) else None
+
+    def words(self, text: str) -> list[str]:
+        """The text's words; a symbol with a space inside is one of them."""
+        if self._symbols is None:
+            return WORDS.findall(text)
+        parts = self._symbols.split(text)
+        return [word for i, part in enumerate(parts) for word in ([part] if i % 2 else WORDS.findall(part))]
 
     def cut(self, text: str) -> Iterator[str]:
         """The text in parts of at most PART_CHARACTERS; one is longer where it has no border inside."""
@@ -79,6 +90,19 @@ class Borders:
         pairs = _pairs(text)
         found = np.minimum(np.searchsorted(self._joined, pairs), len(self._joined) - 1)
         return np.flatnonzero(self._joined[found] != pairs) + 1
+
+
+def symbol_pattern(symbols: Iterable[str]) -> re.Pattern[str]:
+    """Finds symbols as sentencepiece does: from the left, and the longest of those that begin at one place."""
+    return re.compile(f"({'|'.join(map(re.escape, sorted(symbols, key=len, reverse=True)))})")
+
+
+def _pairs_of(pieces: Iterable[str]) -> set[str]:
+    return {piece[place : place + 2] for piece in pieces for place in range(len(piece) - 1)}
+
+
+def _is_space_behind(pair: str) -> bool:
+    return pair[0] != SPACE_MARK == pair[1]
 
 
 def _pairs(text: str) -> np.ndarray:
@@ -124,7 +148,7 @@ class WordEncoder:
 
     def _look_up(self, texts: list[str]) -> list[bytes]:
         """The ids of each text, as the bytes of an array in `dtype`."""
-        words = [WORDS.findall(text) for text in texts]
+        words = [self.borders.words(text) for text in texts]
         new = set().union(*words).difference(self._table)
         if new and len(self._table) + len(new) > _MAX_WORDS:
             self._table.clear()
@@ -167,6 +191,8 @@ def exact_borders(data: bytes) -> Borders | None:
         return None
     # Bytes and control pieces are spelled in characters that text cannot produce them from.
     kind = sentencepiece_model_pb2.ModelProto.SentencePiece
-    spelled = (kind.NORMAL, kind.USER_DEFINED, kind.UNUSED)
-    borders = Borders(piece.piece for piece in model.pieces if piece.type in spelled)
+    borders = Borders(
+        (piece.piece for piece in model.pieces if piece.type in (kind.NORMAL, kind.UNUSED)),
+        [piece.piece for piece in model.pieces if piece.type == kind.USER_DEFINED],
+    )
     return borders if borders.are_at_spaces else None

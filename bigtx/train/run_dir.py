@@ -13,6 +13,7 @@ from typing import Any
 
 from bigtx.config.runs import CHECKPOINTS, CONFIG, ENVIRONMENT, has_steps, is_run, read_values, run_dir_of
 from bigtx.config.schema import FinetuneConfig, PretrainConfig, RunConfig
+from bigtx.data.raw.own import RUN, kind_of
 from bigtx.utils.errors import CheckpointError, ConfigError, LaunchError
 from bigtx.utils.files import read_object
 
@@ -113,12 +114,11 @@ def _refuse_other_files(run_dir: Path, *, is_given: bool) -> None:
 
 def _other_kind(folder: Path) -> str | None:
     """What else of bigtx's or its friends' a folder is."""
-    if (folder / "bigtx_tokenizer.json").exists():
-        return "a tokenizer"
-    if any((folder / split / "manifest.json").is_file() for split in ("train", "validation")):
-        return "a prepared corpus"
+    kind = kind_of(str(folder), os.listdir(folder))
+    if kind not in (None, RUN):
+        return kind
     if {"format", "sha256"} <= read_object(folder / "manifest.json").keys():
-        return "a checkpoint or a part of a corpus"
+        return "a checkpoint"
     if "model_type" in read_object(folder / "config.json"):
         return "a model in Hugging Face's format"
     if "peft_type" in read_object(folder / "adapter_config.json"):

@@ -35,6 +35,14 @@ def write(folder: Path, name: str, text: str) -> Path:
     return path
 
 
+def test_the_line_that_explains_a_setting_is_one_paragraph() -> None:
+    with pytest.raises(
+        ConfigError, match=r"memory=1 .*is too small.*which is a reject|memory=1 .*is a reject"
+    ) as caught:
+        load(PrepareConfig, ["memory=1"], check=False)
+    assert "\n" not in str(caught.value)
+
+
 def test_later_files_and_arguments_win(tmp_path: Path) -> None:
     first = write(tmp_path, "first.yaml", "seed: 2\ntrain: {max_steps: 10, sequence_length: 1k}\n")
     second = write(tmp_path, "second.yaml", "train:\n  max_steps: 20\n")

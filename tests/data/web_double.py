@@ -84,6 +84,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_response(200)
         if "no length" not in fault:
             self.send_header("Content-Length", str(end - begin))
+        if fault.startswith("encoding "):
+            self.send_header("Content-Encoding", fault.removeprefix("encoding "))
         self.send_header("ETag", web.versions.get(path, f'"{hashlib.sha256(content).hexdigest()[:16]}"'))
         if "no length" in fault:
             self.close_connection = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,7 +58,7 @@ def test_a_suspect_checkpoint_is_used_only_where_there_is_no_other(tmp_path: Pat
     named = tmp_path / "checkpoints" / "step-00000030"
     assert checkpoint.preferred(named) == named
     for good in (15, 20):
-        saving._delete(tmp_path / "checkpoints" / f"step-{good:08d}")
+        saving._delete(tmp_path / "checkpoints" / f"step-{good:08d}", tmp_path)
     step, (said,) = chosen(tmp_path)
     assert step == 30 and "no other" in said
     assert checkpoint.preferred(tmp_path).name == "step-00000030"
@@ -87,6 +88,73 @@ def test_what_was_refused_makes_room(tmp_path: Path) -> None:
     write(tmp_path, 35, suspect=True)
     saving._set_aside(tmp_path, from_step=20)
     assert names(tmp_path) == ["step-00000010", "step-00000025.damaged", "step-00000030.damaged"]
+
+
+def link_elsewhere(run_dir: Path, step: int, elsewhere: Path) -> Path:
+    """Move a checkpoint, and put a link in its place."""
+    checkpoint = run_dir / "checkpoints" / f"step-{step:08d}"
+    elsewhere.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.rename(elsewhere)
+    checkpoint.symlink_to(elsewhere)
+    return elsewhere
+
+
+@pytest.mark.parametrize("is_linked", [False, True], ids=["checkpoints", "checkpoints-on-another-disk"])
+def test_a_pruned_link_frees_the_space_that_it_takes_in_the_run(
+    tmp_path: Path, is_linked: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    if is_linked:
+        (tmp_path / "disk").mkdir()
+        run.mkdir()
+        (run / "checkpoints").symlink_to(tmp_path / "disk")
+    write(run, 10, 20, 30, 40)
+    in_run = link_elsewhere(run, 10, run / "kept" / "step-00000010")
+    beside = link_elsewhere(run, 20, run / "checkpoints" / "old" / "step-00000020")
+    outside = link_elsewhere(run, 30, tmp_path / "other" / "step-00000030")
+    saving._prune(run, keep=1, best=None, is_skipping=False)
+    assert names(run) == ["old", "step-00000040"]
+    assert not in_run.exists() and not beside.exists()
+    assert (outside / "manifest.json").is_file()
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"warning: step-00000030 is not needed any more and was a link to {outside}")
+
+
+def test_a_link_to_what_is_needed_frees_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, 10, 20)
+    folder = tmp_path / "checkpoints"
+    (tmp_path / "frozen").mkdir()
+    (tmp_path / "frozen" / "manifest.json").write_text("{}")
+    for number, target in enumerate(("step-00000020", "../frozen", ".", "..", "../gone")):
+        link = folder / f"step-0000000{number}.partial"
+        link.symlink_to(target)
+        saving._remove(link, tmp_path)
+    assert names(tmp_path) == ["step-00000010", "step-00000020"]
+    assert (folder / "step-00000020" / "manifest.json").is_file() and (tmp_path / "frozen" / "manifest.json").is_file()
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+@pytest.mark.parametrize("call", ["rename", "rmtree"])
+def test_an_error_while_pruning_is_a_warning_and_space_is_freed_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], call: str
+) -> None:
+    write(tmp_path, 10, 20, 30)
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(saving.os if call == "rename" else saving.shutil, call, fail)
+        saving._prune(tmp_path, keep=1, best=None, is_skipping=False)
+    said = capsys.readouterr().out
+    assert said.count("cannot be deleted (Input/output error); it is tried again at the next checkpoint") == 2
+    assert "step-00000030" in names(tmp_path)
+    leftovers = [*(tmp_path / "checkpoints").glob("*.partial")]
+    assert len(leftovers) == (0 if call == "rename" else 2)
+    saving._begin(tmp_path / "checkpoints" / "step-00000040.partial", leftovers, tmp_path, cast(Ranks, Alone()))
+    saving._prune(tmp_path, keep=1, best=None, is_skipping=False)
+    assert names(tmp_path) == ["step-00000030", "step-00000040.partial"]
+    assert capsys.readouterr().out == ""
 
 
 @pytest.fixture

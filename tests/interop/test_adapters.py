@@ -13,6 +13,7 @@ import torch
 from interop.test_export import make_run
 from safetensors.torch import load_file
 
+import bigtx
 from bigtx.cli import main
 from bigtx.config.schema import LoraConfig, ModelConfig
 from bigtx.engine.write_weights import save_weights
@@ -94,3 +95,23 @@ def test_merged_and_by_peft(name: str, tmp_path: Path, capsys: pytest.CaptureFix
     if name == "gpt2":
         assert settings["target_modules"] == ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
         assert settings["rank_pattern"] == {"attn\\.c_attn": 12} and settings["alpha_pattern"] == {"attn\\.c_attn": 72}
+
+
+@pytest.mark.parametrize("name", ["llama", pytest.param("bert", marks=pytest.mark.slow)])
+def test_the_advice_for_a_folder_of_adapters_works(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, run = make_runs(tmp_path, FAMILIES[name], LoraConfig(rank=4, alpha=8.0))
+    assert export(base, "-o", tmp_path / "base-hf", "--no-verify") == 0
+    assert export(run, "-o", tmp_path / "adapters", "--to", "peft", "--base", tmp_path / "base-hf", "--no-verify") == 0
+    capsys.readouterr()
+    assert main(["import", str(tmp_path / "adapters"), "-o", str(tmp_path / "new")]) == 2
+    said = capsys.readouterr().err
+    assert "in PEFT's format (LORA), not a model" in said
+    monkeypatch.chdir(tmp_path)
+    exec(said.partition("In Python: ")[2].strip())  # noqa: S102 - of this very program
+    assert main(["import", "MERGED", "-o", str(tmp_path / "new")]) == 0
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        expected, found = (bigtx.load(folder, device="cpu").model(tokens) for folder in (run, tmp_path / "new"))
+    assert torch.allclose(expected, found, atol=1e-4)

@@ -131,6 +131,28 @@ class Trap:
         return open, (str(self.trace), "w")
 
 
+def test_a_decoder_without_its_head(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = copied(whole, tmp_path)
+    change_tensors(folder, **{"lm_head.weight": None})
+    said = import_refused(capsys, folder)
+    assert "a llama without its head" in said and "lm_head.weight missing" in said and "LlamaForCausalLM" in said
+
+
+@pytest.mark.parametrize("has_model", [True, False])
+def test_adapters_that_cannot_be_merged(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], has_model: bool
+) -> None:
+    """transformers takes the base that the adapters name, whatever weights are beside them."""
+    folder = copied(whole, tmp_path)
+    if not has_model:
+        (folder / "config.json").unlink()
+    (folder / "adapter_config.json").write_text(
+        '{"peft_type": "PREFIX_TUNING", "base_model_name_or_path": "some/base"}'
+    )
+    said = import_refused(capsys, folder)
+    assert "PEFT's format (PREFIX_TUNING), not a model" in said and "import the base 'some/base'" in said
+
+
 def test_pickle_is_not_opened(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = copied(whole, tmp_path)
     (folder / "model.safetensors").unlink()

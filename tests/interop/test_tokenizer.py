@@ -146,6 +146,28 @@ def test_any_text_has_the_same_ids(name: str, export: Export, request: pytest.Fi
     same()
 
 
+SYMBOLS = ["<code>", "New York", "4 2", "é", "e ", " the", "\n\t", "  ", "self."]
+WITH_SYMBOLS = st.one_of(
+    st.text(st.sampled_from(list(" <code>NewYork42é\n\tathself.\u2581"))),
+    st.lists(st.sampled_from([*SYMBOLS, "▁", " ", "4", "f.s", "<", "你"])).map("".join),
+)
+
+
+@pytest.mark.parametrize("method", ["bpe", "unigram"])
+def test_any_text_with_user_defined_symbols_has_the_same_ids(export: Export, method) -> None:
+    tokenizer = train(TokenizerTrainConfig(vocab_size=800, method=method, user_defined_symbols=SYMBOLS), TEXTS[:2])
+    folder = export(tokenizer)
+    theirs, back = load(folder), import_tokenizer(folder)
+
+    @given(WITH_SYMBOLS)
+    def same(text: str) -> None:
+        ids = tokenizer.encode(text)
+        assert theirs(text)["input_ids"] == ids == back.encode(text)
+        assert theirs.decode(ids) == text == back.decode(ids)
+
+    same()
+
+
 def test_a_unigram_without_the_characters_of_special_names_takes_none_from_text(export: Export) -> None:
     without = str.maketrans("", "", "<>|/_0x4")
     tokenizer = train(

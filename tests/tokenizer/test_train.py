@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import random
+import re
+from dataclasses import replace
 
 import pytest
 
@@ -74,9 +76,35 @@ def test_text_too_short_for_any_vocabulary_says_only_that() -> None:
 def test_a_vocabulary_too_small_is_refused() -> None:
     with pytest.raises(ConfigError, match="365"):
         train(TokenizerTrainConfig(vocab_size=365), ["a"])
+
+
+@pytest.mark.parametrize("method", ["bpe", "unigram"])
+@pytest.mark.parametrize("symbols", [[], ["一丁", "<code>"]])
+def test_the_advice_for_a_script_with_many_characters_works(method, symbols: list[str]) -> None:
+    draw = random.Random(1)
+    common = [chr(0x4E00 + i) for i in range(100)]
+    rare = "".join(chr(0x5000 + i) for i in range(2000))
+    words = ["".join(draw.choices(common, k=2)) for _ in range(400)]
+    documents = [*(" ".join(draw.choices(words, k=100)) for _ in range(900)), rare]
+    config = TokenizerTrainConfig(vocab_size=600, method=method, user_defined_symbols=symbols)
+    with pytest.raises(ConfigError, match="characters of the text") as error:
+        train(config, documents)
+    found = re.search(r"Set vocab_size=(\d+) or more, or character_coverage=([\d.]+):", str(error.value))
+    assert found
+    by_coverage = train(replace(config, character_coverage=float(found[2])), documents)
+    assert by_coverage.vocab_size == 600
+    assert any(len(by_coverage.decode([i])) > 1 for i in range(400, 600))
+    by_size = train(replace(config, vocab_size=int(found[1])), documents)
+    for tokenizer in (by_coverage, by_size):
+        assert tokenizer.decode(tokenizer.encode(rare)) == rare
+
+
+def test_a_coverage_that_is_no_help_is_not_offered() -> None:
     many = ["".join(chr(0x4E00 + i) for i in range(3000))]
-    with pytest.raises(ConfigError, match="characters of the text"):
+    with pytest.raises(ConfigError, match=r"Set vocab_size=\d+ or more\.$") as error:
         train(TokenizerTrainConfig(vocab_size=512), many)
+    needed = int(str(error.value).rpartition("vocab_size=")[2].split()[0])
+    assert train(TokenizerTrainConfig(vocab_size=needed), many).vocab_size == needed
 
 
 @pytest.mark.parametrize("documents", [[], ["\x00"], ["\u2581\u2585"]])

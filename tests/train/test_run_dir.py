@@ -45,7 +45,8 @@ def test_a_folder_that_is_new_empty_or_has_other_files(folder: Path) -> None:
     ("name", "content", "kind"),
     [
         ("bigtx_tokenizer.json", "{}", "a tokenizer"),
-        ("train/manifest.json", "{}", "a prepared corpus"),
+        ("train/manifest.json", '{"format": "bigtx-blocks"}', "a prepared corpus"),
+        ("validation/manifest.json", '{"format": "bigtx-blocks"}', "a prepared corpus"),
         ("config.json", '{"model_type": "gpt2"}', "a model in Hugging Face's format"),
         ("adapter_config.json", '{"peft_type": "LORA"}', "adapters in PEFT's format"),
     ],
@@ -55,6 +56,19 @@ def test_something_else_of_bigtx_is_named(folder: Path, name: str, content: str,
     (folder / name).write_text(content)
     with pytest.raises(ConfigError, match=kind):
         check_run_dir(PretrainConfig(run_dir=str(folder)))
+
+
+def test_a_corpus_that_is_being_made_and_a_part_of_one_are_no_run_dir(folder: Path, tmp_path: Path) -> None:
+    for name, content in (("manifest.json", '{"format": "bigtx-blocks"}'), ("blocks.npy", "")):
+        (folder / name).write_text(content)
+    with pytest.raises(ConfigError, match="a part of a corpus"):
+        check_run_dir(PretrainConfig(run_dir=str(folder)))
+    partial = tmp_path / "corpus.partial"
+    (partial / "work").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="a corpus that is being made"):
+        check_run_dir(PretrainConfig(run_dir=str(partial)))
+    (partial / "work").rmdir()
+    check_run_dir(PretrainConfig(run_dir=str(partial)))
 
 
 def test_a_checkpoint_is_no_run_dir(folder: Path) -> None:

@@ -53,6 +53,11 @@ class TokenizerTrainConfig:
     """Whether runs of white space may be one piece (good for source code)."""
     chat_roles: list[str] = field(factory=lambda: ["system", "user", "assistant", "tool"])
     """Names of chat roles; each gets a reserved id."""
+    user_defined_symbols: list[str] = field(factory=list)
+    """Texts that are always one piece each, never split or joined with others, e.g. ['<code>', '</code>']."""
+    character_coverage: float = field(0.9995, minimum=0.98, maximum=1.0)
+    """Share of the text whose characters get pieces; the rarest others are written as bytes. A small vocabulary needs
+    a smaller share for scripts with thousands of characters, such as Chinese."""
     seed: int = field(1, minimum=0, maximum=2**63 - 1)
     """Seed of the sample."""
 

@@ -36,7 +36,7 @@ class ForeignConfig:
     """Plain webdataset text shards, tokenized on the fly instead of data.sources; exact resume needs prepared ones."""
 
     paths: list[str] = field(factory=list, change="by_name")
-    """Tar shards: files or URLs, braces for numbers in quotes, e.g. ['https://host/{0000..0099}.tar']."""
+    """Tar shards, also compressed: files or URLs, braces in quotes, e.g. ['https://host/{0000..0099}.tar']."""
     tokenizer: str = field("", change="by_name")
     """Folder of the tokenizer."""
     member: str = "txt"

@@ -244,6 +244,7 @@ class Encoder:
                 if sum(part.tokens.nbytes for part in gathered) >= self._job.chunk_bytes:
                     self._write_chunk(result, gathered)
                     gathered = []
+            del batch  # Its texts may be long, and the next ones are read now.
         if gathered:
             self._write_chunk(result, gathered)
         result.groups = list(groups)
@@ -263,6 +264,7 @@ class Encoder:
                     rejects.add(outcome)
                 else:
                     yield place, document.with_text(outcome)
+                del document, outcome  # They may be long, and the next one is read now.
 
     def _encode_batch(
         self, batch: list[tuple[int, Document]], result: UnitResult, groups: dict[tuple[str | None, str | None], int]

@@ -151,6 +151,8 @@ class Rejects:
 def in_batches(items: Iterable[Item], length: Callable[[Item], int], characters: int) -> Iterator[list[Item]]:
     """The items in lists that end where their texts have at least so many characters together.
 
+    An item may be hundreds of megabytes, so none is held here while the next one is read.
+
     Args:
         length: characters of an item's text.
     """
@@ -159,6 +161,7 @@ def in_batches(items: Iterable[Item], length: Callable[[Item], int], characters:
     for item in items:
         batch.append(item)
         size += length(item)
+        del item
         if size >= characters:
             yield batch
             batch, size = [], 0

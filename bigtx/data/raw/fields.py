@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 from bigtx.config.schema import InputConfig
 from bigtx.data.raw import documents
-from bigtx.data.raw.decode import BadRowError, refuse_nuls, refuse_surrogates
+from bigtx.data.raw.decode import BadRowError, decode, refuse_nuls, refuse_surrogates
 from bigtx.data.raw.documents import EMPTY, Document, Reject, Rejects
 from bigtx.data.raw.rows import Options, Row, too_long
+
+_NUMBERS = (int, float, Decimal)
 
 
 class Fields:
@@ -41,24 +44,27 @@ class Fields:
         )
 
     def documents(self, rows: Iterable[Row], rejects: Rejects) -> Iterator[Document]:
-        """The documents of rows; those that hold none are rejected."""
+        """The documents of rows; those that hold none are rejected. None is held while the next one is read."""
         for row in rows:
             try:
                 document = self._document(row)
             except BadRowError as error:
                 rejects.add(Reject(row.file, row.line, str(error)))
             else:
+                del row
                 yield document
+                del document
 
     def _document(self, row: Row) -> Document:
-        text = value_of(row.fields, self.text)
-        if text is None and self.text in row.fields:
+        value = value_of(row.fields, self.text)
+        if value is None and self.text in row.fields:
             raise BadRowError(f"the field {self.text!r} is null, not a text")
-        if text is None:
+        if value is None:
             keys = ", ".join(list(row.fields)[:8]) or "none"
             raise BadRowError(f"no field {self.text!r} (its fields: {keys}){self.options.see('text_field')}")
-        if not isinstance(text, str):
-            raise BadRowError(f"the field {self.text!r} is a {type(text).__name__}, not a text")
+        text = _text_in(value)
+        if text is None:
+            raise BadRowError(f"the field {self.text!r} is {_kind_of(value)}, not a text")
         identity, source, language = (_label(row.fields, name) for name in self._metadata)
         if not text:
             raise BadRowError(EMPTY)
@@ -86,9 +92,25 @@ def _label(fields: Mapping[str, Any], name: str) -> str | None:
     value = value_of(fields, name) if name else None
     if value is None:
         return None
-    if isinstance(value, str):
-        refuse_surrogates(value)
-        return value
-    if isinstance(value, (int, float)):
+    text = _text_in(value)
+    if text is not None:
+        refuse_surrogates(text)
+        return text
+    if isinstance(value, _NUMBERS) and not isinstance(value, bool):
         return str(value)
-    raise BadRowError(f"the field {name!r} is a {type(value).__name__}, neither a text nor a number")
+    raise BadRowError(f"the field {name!r} is {_kind_of(value)}, neither a text nor a number")
+
+
+def _text_in(value: Any) -> str | None:
+    """A value as text; None where it is none. Many writers of parquet call texts in UTF-8 binary.
+
+    Raises:
+        BadRowError: bytes that are not UTF-8.
+    """
+    return decode(value) if isinstance(value, bytes) else value if isinstance(value, str) else None
+
+
+def _kind_of(value: Any) -> str:
+    """What a value is, as its format calls it."""
+    kinds = dict.fromkeys(_NUMBERS, "a number") | {bool: "true or false", list: "a list", dict: "an object"}
+    return kinds.get(type(value), f"of the type {type(value).__name__}")

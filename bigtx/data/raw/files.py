@@ -282,7 +282,7 @@ def _walk(folder: str, config: InputConfig, passed_over: Counter[str]) -> Iterat
         except OSError as error:
             raise DataError(f"Cannot read the folder {current}: {error.strerror}.") from error
         names = {entry.name for entry in entries}
-        if current != folder and own.is_own_folder(current, names):
+        if current != folder and own.kind_of(current, names):
             passed_over[own.MADE] += 1
             continue
         for entry in entries:

@@ -15,7 +15,8 @@ from bigtx.utils.errors import DataError
 MADE = "made by bigtx"
 """How they are counted."""
 
-_CORPUS = {"recipe.json", "train"}
+RUN = "a run"
+_SPLITS = ("train", "validation")
 _SPLIT = {"manifest.json", "blocks.npy"}
 _TOKENIZER = "bigtx_tokenizer.json"
 _RUN = ({"run.lock", "logs"}, {"config.yaml", "logs"}, {"config.yaml", "checkpoints"})
@@ -43,26 +44,29 @@ def _is_own(path: str, beside: Collection[str]) -> bool:
 
 def _is_listed_own_folder(path: str) -> bool:
     try:
-        return is_own_folder(path, os.listdir(path))
+        return kind_of(path, os.listdir(path)) is not None
     except OSError:
         return False  # Reading it says what is wrong.
 
 
-def is_own_folder(folder: str, names: Collection[str]) -> bool:
-    """Whether bigtx made a folder.
+def kind_of(folder: str, names: Collection[str]) -> str | None:
+    """What bigtx made a folder as, e.g. "a tokenizer"; None if it did not make it.
 
     Args:
         names: of what is in it.
     """
     found = set(names)
-    if _TOKENIZER in found or any(run <= found for run in _RUN):
-        return True
-    if found >= _SPLIT:
-        return _names_blocks(folder)
-    if found >= _CORPUS:
-        return _names_blocks(os.path.join(folder, "train"))
+    if _TOKENIZER in found:
+        return "a tokenizer"
+    if any(run <= found for run in _RUN):
+        return RUN
+    if found >= _SPLIT and _names_blocks(folder):
+        return "a part of a corpus"
+    if any(split in found and _names_blocks(os.path.join(folder, split)) for split in _SPLITS):
+        return "a prepared corpus"
     # While a corpus is made, and what is left of it where the job was killed while it cleaned up.
-    return folder.endswith(_PARTIAL) and all(any(fnmatch.fnmatch(name, own) for own in _IN_PARTIAL) for name in found)
+    in_partial = found and all(any(fnmatch.fnmatch(name, own) for own in _IN_PARTIAL) for name in found)
+    return "a corpus that is being made" if folder.endswith(_PARTIAL) and in_partial else None
 
 
 def own_of(path: str, base: str, known: dict[str, bool]) -> str | None:
@@ -75,8 +79,8 @@ def own_of(path: str, base: str, known: dict[str, bool]) -> str | None:
     for count in range(1, len(parts) + 1):
         each = os.path.join(base, *parts[:count])
         if each not in known:
-            about = {os.path.basename(each) + _ABOUT} if os.path.isfile(each + _ABOUT) else ()
-            known[each] = _is_own(each, about)
+            pair = (each + _ABOUT, each.removesuffix(_ABOUT))
+            known[each] = _is_own(each, {os.path.basename(other) for other in pair if os.path.isfile(other)})
         if known[each]:
             return each
     return None
@@ -94,7 +98,8 @@ def refuse_own(path: str, setting: str) -> None:
 
 
 def is_own_file(path: str, beside: Collection[str]) -> bool:
-    """Whether a file is a list of rejects, predictions of `bigtx predict`, or the card of an export.
+    """Whether a file is a list of rejects, the card of an export, or predictions of `bigtx predict` or what is said
+    about them beside.
 
     Args:
         beside: names of what is in its folder.
@@ -105,7 +110,8 @@ def is_own_file(path: str, beside: Collection[str]) -> bool:
     if os.path.basename(path) == "README.md":
         begin = _begin(path)
         return begin.startswith(b"---\n") and b"\n- bigtx\n" in begin.partition(b"\n---\n")[0]
-    return os.path.basename(path) + _ABOUT in beside
+    name = os.path.basename(path)
+    return name.removesuffix(_ABOUT) in beside if name.endswith(_ABOUT) else name + _ABOUT in beside
 
 
 def _names_blocks(split: str) -> bool:

@@ -75,10 +75,47 @@ def read_parquet(file: InputFile, origin: Origin, options: Options, rejects: Rej
             reason = f"it has columns of one name: {', '.join(map(repr, twice))}"
             rejects.add(Reject(origin.file, 0, reason, lost=None))
             return
+        groups = range(file.start, parquet.num_row_groups if file.end is None else file.end)
+        if not _is_text(kind := _kind_of(parquet.schema_arrow, text)):
+            lost = sum(parquet.metadata.row_group(group).num_rows for group in groups)
+            reason = f"the column {text!r} is of the type {kind}, not a text{options.see('text_field')}"
+            rejects.add(Reject(origin.file, 0, reason, lost))
+            return
         first_row = file.first_line
-        for group in range(file.start, parquet.num_row_groups if file.end is None else file.end):
+        for group in groups:
             yield from _read_group(parquet, group, first_row, wanted, origin, rejects)
             first_row += parquet.metadata.row_group(group).num_rows
+
+
+def _kind_of(schema: Any, name: str) -> Any:
+    """The type of a column, or of a field in nested records; None where there is none."""
+    if name in schema.names:
+        return schema.field(name).type
+    top, *inner = name.split(".")
+    kind = schema.field(top).type
+    for part in inner:
+        index = kind.get_field_index(part) if _types().is_struct(kind) else -1
+        if index < 0:
+            return None
+        kind = kind.field(index).type
+    return kind
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether values of a type are texts, or bytes that may be some; what is not there is told row by row."""
+    types = _types()
+    if kind is not None and types.is_dictionary(kind):
+        kind = kind.value_type
+    kind = getattr(kind, "storage_type", kind)
+    are_texts = (types.is_string, types.is_large_string, types.is_string_view)
+    are_bytes = (types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary)
+    return kind is None or any(fits(kind) for fits in (*are_texts, *are_bytes, types.is_null))
+
+
+def _types() -> Any:
+    from pyarrow import types
+
+    return types
 
 
 def _read_group(

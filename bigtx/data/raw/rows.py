@@ -142,7 +142,9 @@ def read_json(stream: BinaryIO, origin: Origin, options: Options, rejects: Rejec
         if not raw.strip(_BLANK):
             blank.append(raw)
         elif _is_json_line(raw):
-            yield from _json_rows(chain([(line, raw)], numbered), origin, rejects)
+            whole = chain(iter([(line, raw)]), numbered)
+            del raw  # See `lines`.
+            yield from _json_rows(whole, origin, rejects)
             return
         elif raw.strip(_BLANK).startswith(b"["):
             rejects.add(Reject(origin.file, line, _ARRAY, lost=None))
@@ -163,7 +165,10 @@ def is_json_lines(head: bytes) -> bool:
 
 
 def lines(stream: BinaryIO, origin: Origin, rejects: Rejects) -> Iterator[tuple[int, bytes]]:
-    """The lines with their numbers and ends; those that are too long are rejected and skipped."""
+    """The lines with their numbers and ends; those that are too long are rejected and skipped.
+
+    A line may be hundreds of megabytes, so neither this nor its callers hold one while the next one is read.
+    """
     limit = documents.MAX_DOCUMENT_BYTES
     line, position = origin.first_line - 1, 0
     try:
@@ -174,6 +179,7 @@ def lines(stream: BinaryIO, origin: Origin, rejects: Rejects) -> Iterator[tuple[
             line, position = line + 1, position + len(raw)
             if len(raw) <= limit:
                 yield line, without_signature(raw) if line == 1 else raw
+                del raw
                 continue
             rejects.add(Reject(origin.file, line, too_long()))
             while not raw.endswith(b"\n") and (raw := stream.readline(CHUNK_BYTES)):
@@ -239,6 +245,7 @@ def _json_rows(numbered: Iterator[tuple[int, bytes]], origin: Origin, rejects: R
     for line, raw in numbered:
         if raw.strip(_BLANK):
             yield from json_row(raw, origin, line, rejects)
+        del raw
 
 
 def _is_json_line(raw: bytes) -> bool:
@@ -252,3 +259,4 @@ def _read_text_lines(stream: BinaryIO, origin: Origin, options: Options, rejects
         raw = raw.removesuffix(b"\n").removesuffix(b"\r")
         if raw.strip(b"\r"):
             yield from text_row(raw, origin, line, options, rejects, f"{origin.name}:{line}")
+        del raw

@@ -42,9 +42,11 @@ def _read_table(stream: BinaryIO, origin: Origin, options: Options, rejects: Rej
         if len(record) == len(header):
             fields = {name: record[column] for name, column in columns.items()}
             yield Row(fields, origin.file, line, origin.number + line)
+            del fields
         else:
             reason = f"{len(record)} fields where the first line names {len(header)} columns"
             rejects.add(Reject(origin.file, line, reason, lost=num_lines))
+        del record  # It may be long, and the next one is read now.
 
 
 def _header_problem(header: list[str], wanted: list[str], options: Options) -> str:
@@ -92,6 +94,7 @@ def _records(
         else:
             if record:  # An empty line between records is none.
                 yield line, record, lines.number - line + 1
+            del record
 
 
 class _Lines:

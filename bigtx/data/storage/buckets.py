@@ -13,6 +13,8 @@ from bigtx.utils.errors import DataError
 Result = TypeVar("Result")
 
 _PACKAGES = {"s3": ("s3fs", "S3FileSystem"), "gs": ("gcsfs", "GCSFileSystem")}
+# Requests are tried again here, and by the library not at all: its tries would multiply with these.
+_SETTINGS: dict[str, dict[str, Any]] = {"s3": {"config_kwargs": {"retries": {"total_max_attempts": 1}}}, "gs": {}}
 _VERSION_KEYS = ("ETag", "etag", "generation", "LastModified", "updated", "mtime")
 
 
@@ -30,7 +32,10 @@ def file_system(scheme: str) -> Any:
         raise DataError(
             f"Reading {scheme}:// needs {package}, which is not there ({error.name}): pip install 'bigtx[{scheme}]'."
         ) from None
-    return getattr(module, name)(use_listings_cache=False, skip_instance_cache=True)
+    found = getattr(module, name)(use_listings_cache=False, skip_instance_cache=True, **_SETTINGS[scheme])
+    if scheme == "s3":
+        found.retries = 1
+    return found
 
 
 def stat(url: str) -> tuple[int, str]:
@@ -77,8 +82,7 @@ class BucketFile(RemoteFile):
     """
 
     def __init__(self, url: str, size: int, version: str) -> None:
-        super().__init__(size)
-        self._url = url
+        super().__init__(url, size)
         if version and stat(url) != (size, version):
             raise RefusedError("it was changed since it was listed")
 
@@ -86,7 +90,7 @@ class BucketFile(RemoteFile):
         """Ask for just the bytes that the buffer holds."""
         begin, end = self.position, self.position + len(buffer)
         content = _answer(
-            self._url, lambda: file_system(scheme_of(self._url)).cat_file(self._url, start=begin, end=end)
+            self.path, lambda: file_system(scheme_of(self.path)).cat_file(self.path, start=begin, end=end)
         )
         buffer[: len(content)] = content
         return len(content)
@@ -107,7 +111,7 @@ def _described(info: dict[str, Any]) -> tuple[int, str]:
 
 
 def _asked(url: str, call: Callable[[], Result]) -> Result:
-    return retried(lambda: _answer(url, call))
+    return retried(lambda: _answer(url, call), url)
 
 
 def _answer(url: str, call: Callable[[], Result]) -> Result:

@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from bigtx.data.storage import access
 from bigtx.data.storage.cache import Cache
-from bigtx.data.storage.remote import TransientError
+from bigtx.data.storage.remote import TransientError, told_if_silent
 from bigtx.utils.errors import DataError
 from bigtx.utils.files import open_file
 from bigtx.utils.urls import is_url, url_problem
@@ -78,7 +78,10 @@ class RemotePath:
             DataError: it cannot be read, or has no such range; the message names the URL.
         """
 
-        given_up = given_up or threading.Event()
+        with told_if_silent(self.url, tries):
+            return self._tried(start, end, tries, given_up or threading.Event())
+
+    def _tried(self, start: int | None, end: int | None, tries: int, given_up: threading.Event) -> bytes:
         for attempt in itertools.count(1):
             try:
                 return access.read_range(self.url, start, end)

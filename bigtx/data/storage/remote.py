@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from bigtx.utils.errors import DataError
+from bigtx.utils.log import say
 from bigtx.utils.secrets import HIDDEN, scrub_text
 from bigtx.utils.urls import is_url, url_problem
 
 BACK_OFF_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Waits before a request is tried again; each byte that comes starts them anew."""
+LONGEST_SECONDS = 120.0
+"""After so long a request is not tried again."""
+SAY_AFTER_SECONDS = 5.0
+"""How long nothing is said about a place that does not answer."""
+
+_told: set[str] = set()
 
 Result = TypeVar("Result")
 
@@ -61,18 +70,50 @@ def without_secrets(said: str, path: str) -> str:
     return scrub_text(said.replace(path, shown(path)))
 
 
-def retried(call: Callable[[], Result]) -> Result:
+@contextlib.contextmanager
+def told_if_silent(path: str, num_tries: int) -> Iterator[None]:
+    """Say what is waited for where it takes long, once for each path.
+
+    Args:
+        num_tries: after which it is given up.
+    """
+
+    def tell() -> None:
+        if path not in _told:
+            _told.add(path)
+            say(
+                f"waiting for {scrub_text(shown(path))}, which has not answered for {SAY_AFTER_SECONDS:g} s; "
+                f"it is given up after {num_tries} tries"
+            )
+
+    timer = threading.Timer(SAY_AFTER_SECONDS, tell)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def retried(call: Callable[[], Result], path: str) -> Result:
     """What the call returns, after as many waits as BACK_OFF_SECONDS has.
+
+    Args:
+        path: what is asked for.
 
     Raises:
         TransientError: the last one.
     """
-    for seconds in BACK_OFF_SECONDS:
-        try:
-            return call()
-        except TransientError:
-            time.sleep(seconds)
-    return call()
+    end = time.monotonic() + LONGEST_SECONDS
+    with told_if_silent(path, len(BACK_OFF_SECONDS) + 1):
+        for seconds in BACK_OFF_SECONDS:
+            try:
+                return call()
+            except TransientError:
+                if time.monotonic() + seconds > end:
+                    raise
+                time.sleep(seconds)
+        return call()
 
 
 class RefusedError(OSError):
@@ -85,7 +126,8 @@ class RemoteFile(io.RawIOBase):
     A lost connection is taken up again where it broke.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, path: str, size: int) -> None:
+        self.path = path
         self.size = size
         self.position = 0
 
@@ -116,7 +158,7 @@ class RemoteFile(io.RawIOBase):
                 return count
             raise TransientError(f"it ends early, after {self.position:,} of {self.size:,} bytes")
 
-        count = retried(fetch)
+        count = retried(fetch, self.path)
         self.position += count
         return count
 

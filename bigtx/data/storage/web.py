@@ -12,7 +12,7 @@ import urllib.request
 from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from bigtx.data.storage.remote import RefusedError, RemoteFile, TransientError, retried, without_secrets
+from bigtx.data.storage.remote import RefusedError, RemoteFile, TransientError, name_of, retried, without_secrets
 from bigtx.utils.version import __version__
 
 TIMEOUT_SECONDS = 60.0
@@ -20,6 +20,13 @@ TIMEOUT_SECONDS = 60.0
 
 _TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504}
 _SKIP_BYTES = 1 << 20
+_ASKED_FOR_VERSION = 4
+_MIRRORS = (
+    "its server answers with different versions of it in turn (ETag), as several mirrors behind one name do, so nobody "
+    "can tell whether its parts belong together; name one of the mirrors, or copy it and read the copy"
+)
+_ENCODINGS = {"gzip": (".gz", ".tgz"), "x-gzip": (".gz", ".tgz"), "zstd": (".zst", ".zstd", ".tzst"), "br": (".br",)}
+"""What a server may call the encoding of a file that is kept so, by the suffixes of its name."""
 
 
 def stat(url: str) -> tuple[int, str]:
@@ -30,7 +37,7 @@ def stat(url: str) -> tuple[int, str]:
     Raises:
         OSError: it cannot be reached, or its size is not told.
     """
-    with retried(lambda: _open(url, "bytes=0-0")) as response:
+    with retried(lambda: _open(url, "bytes=0-0"), url) as response:
         size = _total_size(response)
         if size is None:
             raise RefusedError("its server does not say how long it is; copy it and read the copy")
@@ -72,8 +79,7 @@ class WebFile(RemoteFile):
     """
 
     def __init__(self, url: str, size: int, version: str, *, needs_ranges: bool = False) -> None:
-        super().__init__(size)
-        self._url = url
+        super().__init__(url, size)
         self._expected_version = version
         self._needs_ranges = needs_ranges
         self._response: Any = None
@@ -87,7 +93,7 @@ class WebFile(RemoteFile):
             count = self._response.readinto(buffer)
         except (OSError, http.client.HTTPException) as error:
             self._disconnect()
-            raise _sorted_out(error, self._url) from None
+            raise _sorted_out(error, self.path) from None
         if not count:
             self._disconnect()
         self._response_position += count
@@ -100,10 +106,11 @@ class WebFile(RemoteFile):
 
     def _connect(self) -> None:
         self._disconnect()
-        response = _open(self._url, f"bytes={self.position}-" if self.position else None)
+        response = _open(self.path, f"bytes={self.position}-" if self.position else None)
         self._response, self._response_position = response, self.position
         if self._expected_version and _version(response) != self._expected_version:
-            raise RefusedError("it was changed since it was listed")
+            self._disconnect()
+            raise RefusedError(self._why_other_version())
         if _total_size(response) not in (None, self.size):
             raise RefusedError(f"it has {_total_size(response):,} bytes and had {self.size:,} when it was listed")
         if response.status == http.HTTPStatus.PARTIAL_CONTENT:
@@ -113,6 +120,14 @@ class WebFile(RemoteFile):
             if self._needs_ranges:
                 raise RefusedError("its server sends no parts of files, which parquet needs; copy it and read the copy")
             self._skip(response)
+
+    def _why_other_version(self) -> str:
+        """Ask some times more: a file that has its old version again was not changed, it is on several machines."""
+        for _ in range(_ASKED_FOR_VERSION):
+            with _open(self.path, "bytes=0-0") as response:
+                if _version(response) == self._expected_version:
+                    return _MIRRORS
+        return "it was changed since it was listed"
 
     def _skip(self, response: Any) -> None:
         left = self.position
@@ -157,13 +172,25 @@ def _open(url: str, byte_range: str | None) -> Any:
         request = _request(url)
         if byte_range:
             request.add_header("Range", byte_range)
-        return _opener().open(request, timeout=TIMEOUT_SECONDS)
+        return _unencoded(_opener().open(request, timeout=TIMEOUT_SECONDS), url)
     except urllib.error.HTTPError as error:
         if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             return error
         raise _sorted_out(error, url) from None
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise _sorted_out(error, url) from None
+
+
+def _unencoded(response: Any, url: str) -> Any:
+    """Refuse an answer whose bytes are not the file's."""
+    encoding = (response.headers.get("Content-Encoding") or "identity").strip().lower()
+    if encoding == "identity" or name_of(url).lower().endswith(_ENCODINGS.get(encoding, ())):
+        return response
+    response.close()
+    raise RefusedError(
+        f"its server sends it compressed (Content-Encoding: {encoding[:40]}), though it was asked for the file as it "
+        "is; switch that off for this file, or copy it and read the copy"
+    )
 
 
 def _request(url: str) -> urllib.request.Request:

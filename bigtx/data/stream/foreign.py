@@ -27,9 +27,11 @@ from bigtx.data.hashing import hash64
 from bigtx.data.raw.decode import unreadable
 from bigtx.data.raw.documents import EMPTY, Reject, Rejects, visible
 from bigtx.data.raw.fields import Fields
+from bigtx.data.raw.formats import READ_ERRORS, decompressed, is_compressed
 from bigtx.data.raw.rows import Origin
 from bigtx.data.raw.samples import read_archive
 from bigtx.data.storage.places import Place, RemotePath, as_place, open_stream
+from bigtx.data.storage.remote import name_of
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import DataError
 from bigtx.utils.files import open_file
@@ -100,6 +102,8 @@ def _check_shard(shard: str) -> tuple[int, str | None]:
         return 0, str(error).rstrip(".")
     if size == 0:
         return size, f"{shard} is empty"
+    if is_compressed(name_of(shard)):
+        return size, None  # Reading it tells whether it is whole.
     if size % TAR_UNIT or size < 2 * TAR_UNIT or any(end):
         return size, f"{shard} is no whole tar: its {size:,} bytes do not end with an end-of-archive mark"
     return size, None
@@ -126,10 +130,11 @@ def read_texts(shard: str, config: ForeignConfig) -> Iterator[str]:
     options = dataclasses.replace(fields.options, only=config.member, forbidden=EXECUTABLE_SUFFIXES, strict=True)
     rejects = Rejects(0.0, _refuse)
     try:
-        with open_stream(as_place(shard)) as stream:
+        with open_stream(as_place(shard)) as stored:
+            stream = decompressed(stored, name_of(shard))
             rows = read_archive(stream, Origin(shard, shard), options, rejects)
             yield from (document.text for document in fields.documents(rows, rejects))
-    except (EOFError, OSError) as error:
+    except READ_ERRORS as error:
         raise DataError(f"{shard} is refused: {unreadable(error)}.") from error
 
 

@@ -66,7 +66,7 @@ CASES: dict[str, tuple[str, bytes, list[tuple[int, str]], Kept]] = {
     "parquet: no bytes": ("a.parquet", b"", [(0, "cut short: no bytes at all")], 0),
     "parquet: damaged": ("a.parquet", damaged(parquet(RECORDS), 0.02), [(-1, "(row group 0)")], 20),
     "parquet: no column": ("a.parquet", parquet([{"body": "a"}]), [(0, "no column 'text' (its columns: body)")], 0),
-    "parquet: wrong type": ("a.parquet", parquet([{"text": 7}]), [(1, "is a int, not a text")], 0),
+    "parquet: wrong type": ("a.parquet", parquet([{"text": 7}]), [(0, "of the type int64, not a text")], 0),
     "parquet: null": ("a.parquet", parquet([{"text": "a"}, {"text": None}]), [(2, "is null, not a text")], 1),
     "tar: cut inside a member": ("a.tar", tar({"a.txt": b"a", "b.txt": b"b" * 900})[:2000], [(0, "cut short")], 1),
     "tar: cut at a member's border": ("a.tar", without_end(tar(MEMBERS)), [(0, "without an end-of-archive")], 30),

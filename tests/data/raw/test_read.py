@@ -7,15 +7,18 @@ import json
 import lzma
 import os
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
 import zstandard
+from data.inputs import table, tar
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bigtx.config.schema import InputConfig
 from bigtx.data.raw import documents
+from bigtx.data.raw.documents import in_batches
 from bigtx.data.raw.read import EMPTY, InputFile, Reject, Rejects, list_files, read_documents, read_file, split_file
 from bigtx.utils.errors import ConfigError, DataError
 
@@ -273,7 +276,7 @@ def test_broken_records_are_listed_with_file_line_and_reason(tmp_path: Path) -> 
         "not JSON",
         "a JSON list",
         "fields: body, id",
-        "is a int",
+        "is a number",
         "unpaired surrogate",
         "not UTF-8",
         "empty",
@@ -408,3 +411,33 @@ def test_text_files_are_known_by_their_path_in_the_folder(tmp_path: Path) -> Non
     assert [d.id for d in read_documents(config, Rejects(0))] == ["x/a.txt"]
     config.paths, config.document_per_line = [str(tmp_path / "x" / "a.txt")], True
     assert [(d.id, d.line) for d in read_documents(config, Rejects(0))] == [("a.txt:1", 1), ("a.txt:2", 2)]
+
+
+LONG_KINDS = {
+    "a.jsonl": json_lines,
+    "a.json": json_lines,
+    "a.txt": lambda texts: "".join(f"{text}\n" for text in texts).encode(),
+    "a.csv": lambda texts: table([["text"], *([text] for text in texts)]),
+    "text.tar": lambda texts: tar({f"{number}.txt": text.encode() for number, text in enumerate(texts)}),
+    "json.tar": lambda texts: tar({f"{number}.json": json_lines([text]) for number, text in enumerate(texts)}),
+}
+
+
+@pytest.mark.parametrize("name", LONG_KINDS)
+def test_no_long_document_is_held_while_the_next_one_is_read(tmp_path: Path, name: str) -> None:
+    def peak(count: int) -> int:
+        path = write(tmp_path / name, LONG_KINDS[name]([f"{number}" + "x" * (1 << 21) for number in range(count)]))
+        documents = read_documents(InputConfig(paths=[str(path)], document_per_line=True), Rejects(0))
+        tracemalloc.start()
+        try:
+            found = 0
+            for batch in in_batches(documents, lambda document: len(document.text), 1):
+                found += len(batch)
+                del batch
+            assert found == count
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(1)  # What is made once.
+    assert peak(3) - peak(1) < 1 << 20

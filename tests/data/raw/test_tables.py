@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import sys
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from data.inputs import gz, parquet, read_all, table, texts_of, zst
 from hypothesis import given
@@ -96,6 +101,89 @@ def test_nested_columns_of_parquet(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(parquet([{"body": {"text": "a", "x": 1}, "meta": {"lang": "en", "y": 2}}]))
     [document], _ = read_all(tmp_path / "a.parquet", text_field="body.text", language_field="meta.lang")
     assert (document.text, document.language) == ("a", "en")
+
+
+def write_columns(path: Path, **columns: Any) -> Path:
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+TEXT_TYPES = {
+    "string": pyarrow.string(),
+    "large_string": pyarrow.large_string(),
+    "string_view": pyarrow.string_view(),
+    "dictionary": pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
+    "large dictionary": pyarrow.dictionary(pyarrow.int8(), pyarrow.large_string()),
+    "binary": pyarrow.binary(),
+    "large_binary": pyarrow.large_binary(),
+    "binary_view": pyarrow.binary_view(),
+    "dictionary of binary": pyarrow.dictionary(pyarrow.int32(), pyarrow.binary()),
+}
+
+
+@pytest.mark.parametrize("name", TEXT_TYPES)
+def test_every_text_like_type_of_parquet_is_text(tmp_path: Path, name: str) -> None:
+    texts = ["naïve", None, "a", "naïve"]
+    stored = [text.encode() if text and "binary" in name else text for text in texts]
+    column = pyarrow.array(stored).cast(TEXT_TYPES[name])
+    nested = pyarrow.StructArray.from_arrays([column], ["body"])
+    path = write_columns(tmp_path / "a.parquet", text=column, id=column, nested=nested)
+    for field in ("text", "nested.body"):
+        documents, [reject] = read_all(path, text_field=field, id_field="id")
+        assert [(d.text, d.id, d.line) for d in documents] == [
+            ("naïve", "naïve", 1),
+            ("a", "a", 3),
+            ("naïve", "naïve", 4),
+        ]
+        assert reject.line == 2 and ("is null" in reject.reason or "no field" in reject.reason)
+
+
+def test_bytes_of_parquet_that_are_not_utf8_are_rejected_alone(tmp_path: Path) -> None:
+    path = write_columns(tmp_path / "a.parquet", text=[b"a", b"\xff\xfe", b"b"])
+    documents, [reject] = read_all(path)
+    assert [d.text for d in documents] == ["a", "b"]
+    assert reject.line == 2 and "UTF-16" in reject.reason
+
+
+NO_TEXT_TYPES = {
+    "int64": [1, 2],
+    "double": [1.5, 2.5],
+    "bool": [True, False],
+    "list<element: string>": [["a"], ["b"]],
+    "struct<a: string>": [{"a": "b"}, {"a": "c"}],
+    "timestamp[us]": [datetime(2026, 1, 1), datetime(2026, 1, 2)],
+    "decimal128(3, 2)": [Decimal("1.25"), Decimal("2.50")],
+}
+
+
+@pytest.mark.parametrize("name", NO_TEXT_TYPES)
+def test_columns_that_are_no_text_are_named_with_their_type(tmp_path: Path, name: str) -> None:
+    values = NO_TEXT_TYPES[name]
+    path = write_columns(tmp_path / "a.parquet", text=values, id=values, body=["a", "b"])
+    documents, [reject] = read_all(path)
+    assert documents == [] and reject.lost == 2
+    assert reject.reason.startswith(f"the column 'text' is of the type {name}, not a text; see input.text_field")
+    documents, rejects = read_all(path, text_field="body", id_field="id")
+    if isinstance(values[0], (int, float, Decimal)) and name != "bool":
+        assert [d.id for d in documents] == [str(value) for value in values]
+    else:
+        assert documents == [] and all("neither a text nor a number" in reject.reason for reject in rejects)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [("5", "a number"), ("1.5", "a number"), ("true", "true or false"), ('["a"]', "a list"), ('{"a": 1}', "an object")],
+)
+def test_json_values_that_are_no_text_are_named_with_their_type(tmp_path: Path, value: str, kind: str) -> None:
+    (tmp_path / "a.jsonl").write_text(f'{{"text": {value}}}\n')
+    _, [reject] = read_all(tmp_path / "a.jsonl")
+    assert reject.reason == f"the field 'text' is {kind}, not a text"
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "a", "id": {value}}}\n')
+    documents, rejects = read_all(tmp_path / "a.jsonl", id_field="id")
+    if kind == "a number":
+        assert [d.id for d in documents] == [value]
+    else:
+        assert [reject.reason for reject in rejects] == [f"the field 'id' is {kind}, neither a text nor a number"]
 
 
 def test_damaged_parquet_is_not_cut(tmp_path: Path) -> None:

@@ -179,6 +179,19 @@ def test_a_busy_store_is_asked_again(store: Store) -> None:
     assert texts_of("s3://mine/a.txt") == ["a"]
 
 
+def test_a_dead_store_is_asked_as_often_as_is_said(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    store.objects = {"mine/a.txt": b"a"}
+    answer = Handler._answer
+    monkeypatch.setattr(Handler, "_answer", lambda *args: (asked.append(1), answer(*args)))
+    monkeypatch.delenv("AWS_MAX_ATTEMPTS")
+    buckets.file_system.cache_clear()
+    store.faults = {"mine/a.txt": [503] * 100}
+    with pytest.raises(DataError, match=r"s3://mine/a\.txt"):
+        list_files(InputConfig(paths=["s3://mine/a.txt"]))
+    assert len(asked) == len(remote.BACK_OFF_SECONDS) + 1
+
+
 class GoogleDouble:
     """gcsfs's manners: no protocol in the names that it lists, an etag for each."""
 

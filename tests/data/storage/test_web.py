@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from bigtx.cli import main
 from bigtx.config.schema import InputConfig, TokenizerTrainConfig
 from bigtx.data.raw.read import Reject, Rejects, list_files, read_file, split_file
 from bigtx.data.storage import remote, web
+from bigtx.data.storage.places import RemotePath
+from bigtx.data.storage.remote import TransientError
 from bigtx.tokenizer.train import train
 from bigtx.utils.errors import DataError
 
@@ -96,6 +100,81 @@ def test_a_file_that_changes_is_one_reject(server: Web) -> None:
         found: list[Reject] = []
         assert list(read_file(file, InputConfig(), Rejects(0, found.append))) == []
         assert reason in found[0].reason
+
+
+@pytest.mark.parametrize(
+    ("name", "encoding", "is_read"),
+    [
+        ("a.txt", "gzip", False),
+        ("a.jsonl", "br", False),
+        ("a.jsonl.gz", "br", False),
+        ("a.jsonl.gz", "gzip", True),
+        ("a.jsonl.gz", "x-gzip", True),
+        ("a.jsonl", "identity", True),
+    ],
+)
+def test_a_server_that_compresses_unasked_is_named(server: Web, name: str, encoding: str, is_read: bool) -> None:
+    content = json_lines(["one", "two"])
+    server.files = {f"/{name}": gz(content) if is_read and name.endswith(".gz") else content}
+    server.faults = {f"/{name}": lambda _: f"encoding {encoding}"}
+    if is_read:
+        assert texts_of(f"{server.url}/{name}") == ["one", "two"]
+        return
+    with pytest.raises(DataError, match=rf"{name}.* compressed \(Content-Encoding: {encoding}\)"):
+        texts_of(f"{server.url}/{name}")
+    with pytest.raises(OSError, match="compressed"):
+        web.read_range(f"{server.url}/{name}", 0, 5)
+    with pytest.raises(OSError, match="compressed"):
+        web.read_range(f"{server.url}/{name}")
+
+
+def test_mirrors_with_versions_of_their_own_are_named(server: Web) -> None:
+    server.files = {"/a.txt": b"the same"}
+
+    def another(number: int) -> str:
+        server.versions["/a.txt"] = f'"mirror-{number % 2}"'
+        return ""
+
+    server.faults = {"/a.txt": another}
+    _, [reject] = read_all(f"{server.url}/a.txt")
+    assert "different versions of it in turn (ETag), as several mirrors" in reject.reason
+
+
+def test_waiting_for_a_silent_place_is_said_once(
+    server: Web, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.files = {"/a.txt": b"a"}
+    said = threading.Event()
+    server.faults = {"/a.txt": lambda _: "" if said.wait(20) else "503"}
+    monkeypatch.setattr(remote, "SAY_AFTER_SECONDS", 0.01)
+
+    def say(text: str) -> None:
+        print(text)
+        said.set()
+
+    monkeypatch.setattr(remote, "say", say)
+    assert texts_of(f"{server.url}/a.txt?key=secret-word") == ["a"]
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"waiting for {server.url}/a.txt?")
+    assert "secret-word" not in line and line.endswith("it is given up after 4 tries")
+    said.clear()
+    assert RemotePath(f"{server.url}/a.txt").read_bytes() == b"a"
+    assert f"waiting for {server.url}/a.txt, which" in capsys.readouterr().out
+
+
+def test_a_request_is_not_tried_again_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = itertools.count(0.0, 50.0)
+    monkeypatch.setattr(remote.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(remote.time, "sleep", lambda _: None)
+    calls = []
+
+    def call() -> None:
+        calls.append(1)
+        raise TransientError("no answer")
+
+    with pytest.raises(TransientError, match="no answer"):
+        remote.retried(call, "https://dead.example/a.txt")
+    assert len(calls) == 3
 
 
 def test_a_silent_server_is_given_up(server: Web, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import gzip
 import io
 import itertools
 import json
+import lzma
 import random
 import shutil
 import tarfile
@@ -278,7 +279,7 @@ def test_a_link_is_refused(tmp_path: Path) -> None:
         (b'{"text":"x \\ud83d y"}', "an unpaired surrogate, at character 3"),
         (b'{"text":"a","text":"b"}', "the key 'text' stands twice"),
         (b'{"body":"a"}', r"no field 'text' \(its fields: body\)"),
-        (b'{"text":7}', "is a int, not a text"),
+        (b'{"text":7}', "is a number, not a text"),
         (b"[1]", "a JSON array"),
         (b'{"text":', "not JSON"),
         (b"\xff", "not UTF-8"),
@@ -308,6 +309,29 @@ def test_samples_are_read_as_in_data_prepare(tmp_path: Path) -> None:
     assert texts_of(shard, text_field="article.body", exclude=["*.txt"]) == ["one", "two", "three", "four"]
     many = write_shard(tmp_path / "m.tar", [("0.de.txt", b"zwei"), ("0.en.txt", b"two"), ("1.en.txt", b"three")])
     assert list(read_texts(str(many), ForeignConfig(member="en.txt"))) == ["two", "three"]
+
+
+@pytest.mark.parametrize("suffix", [".tar.gz", ".tgz", ".tar.zst", ".tar.xz"])
+def test_a_compressed_shard_is_read_as_in_data_prepare(tmp_path: Path, tokenizer: Path, suffix: str) -> None:
+    from data.inputs import gz, texts_of, zst
+
+    content = write_shard(tmp_path / "s.tar", [plain("one", 1), plain("two", 2)]).read_bytes()
+    compress = {".tar.zst": zst, ".tar.xz": lzma.compress}.get(suffix, gz)
+    shard = tmp_path / f"s{suffix}"
+    shard.write_bytes(compress(content))
+    config = ForeignConfig(paths=[str(shard)], tokenizer=str(tokenizer))
+    check_shards(config, 1)
+    assert list(read_texts(str(shard), config)) == texts_of(shard) == ["one", "two"]
+    with serve(tmp_path) as served:
+        remote = ForeignConfig(paths=[f"{served.url}/s{suffix}"], tokenizer=str(tokenizer))
+        assert check_shards(remote, 1) == check_shards(config, 1)
+        assert list(read_texts(remote.paths[0], remote)) == ["one", "two"]
+    shard.write_bytes(compress(content)[:-30])
+    with pytest.raises(DataError, match=rf"s{suffix} is refused: "):
+        list(read_texts(str(shard), config))
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match=rf"s{suffix} is refused: cannot be read"):
+        list(read_texts(str(shard), config))
 
 
 def test_long_and_other_names_are_read(tmp_path: Path) -> None:
