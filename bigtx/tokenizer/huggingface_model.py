@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,12 +10,14 @@ from typing import Any
 
 from bigtx.tokenizer import special
 from bigtx.tokenizer.special import SpecialIds
+from bigtx.tokenizer.template import Template, around, observed
 from bigtx.utils.errors import DataError
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 SETTINGS_FILES = (TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE)
 """What lies beside tokenizer.json and says how others use it; bigtx reads the special ids from it and keeps it."""
+_FLAGS = {"add_bos_token", "add_eos_token"}
 
 
 class HuggingFaceModel:
@@ -55,13 +58,21 @@ class HuggingFaceModel:
         """The ids of each text."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def decode(self, ids: Sequence[int], keep_special: bool) -> str:
-        """The text of ids; bytes that are no UTF-8 become U+FFFD."""
+    def decode(self, ids: Sequence[int], keep_special: bool, after: Sequence[int] = ()) -> str:
+        """The text of ids; bytes that are no UTF-8 become U+FFFD.
+
+        Args:
+            after: ids that stand before them, whose text is left out.
+        """
+        before = self._decode(after, keep_special) if len(after) else ""
+        return self._decode([*after, *ids], keep_special)[len(before) :]
+
+    def _decode(self, ids: Sequence[int], keep_special: bool) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=not keep_special))
 
-    def stream(self) -> WindowStream:
-        """A decoder for ids that come one by one."""
-        return WindowStream(self)
+    def stream(self, after: Sequence[int] = ()) -> WindowStream:
+        """A decoder for ids that come one by one, after others."""
+        return WindowStream(self, after)
 
     def piece(self, i: int) -> str:
         """The piece as the model writes it; empty in a gap between the ids."""
@@ -70,6 +81,33 @@ class HuggingFaceModel:
     def is_byte(self, i: int) -> bool:
         """Whether the piece is a byte that alone is no character."""
         return self.decode([i], keep_special=False) == "\ufffd"
+
+    def template(self, files: Mapping[str, bytes]) -> Template:
+        """The special ids around texts: those of tokenizer.json, or what tokenizer_config.json says in their place.
+
+        As in transformers, `add_bos_token` and `add_eos_token` in tokenizer_config.json replace the post-processor.
+
+        Args:
+            files: as from `read_settings_files`.
+
+        Raises:
+            DataError: see `observed`.
+        """
+        config = json.loads(files.get(TOKENIZER_CONFIG, b"{}"))
+        if not _FLAGS & config.keys():
+            return observed(self._tokenizer.encode)
+        settings = settings_of(files)
+        begin, end = (
+            self._named(settings, token) if config.get(flag) else None
+            for flag, token in (("add_bos_token", "bos_token"), ("add_eos_token", "eos_token"))
+        )
+        return around(begin, end)
+
+    def _named(self, settings: dict[str, Any], role: str) -> int | None:
+        """The id of the token that the settings name for a role."""
+        value = settings.get(role)
+        text = value.get("content") if isinstance(value, dict) else value
+        return self._tokenizer.token_to_id(text) if isinstance(text, str) else None
 
     def special_ids(self, settings: dict[str, Any]) -> SpecialIds:
         """The special ids, by what the files beside tokenizer.json say of them.
@@ -82,11 +120,7 @@ class HuggingFaceModel:
         """
         added = {token.content: i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
 
-        def named(role: str) -> int | None:
-            value = settings.get(role)
-            text = value.get("content") if isinstance(value, dict) else value
-            return self._tokenizer.token_to_id(text) if isinstance(text, str) else None
-
+        named = functools.partial(self._named, settings)
         end = named("eos_token")
         end = named("sep_token") if end is None else end
         if end is None:
@@ -116,9 +150,9 @@ class WindowStream:
     alone is taken off again. Text that ends in U+FFFD may be half a character, and waits.
     """
 
-    def __init__(self, model: HuggingFaceModel) -> None:
+    def __init__(self, model: HuggingFaceModel, after: Sequence[int] = ()) -> None:
         self._model = model
-        self._shown: list[int] = []
+        self._shown: list[int] = list(after)
         self._waiting: list[int] = []
 
     def push(self, i: int) -> str:
@@ -137,8 +171,7 @@ class WindowStream:
         return text
 
     def _new_text(self) -> str:
-        before = self._model.decode(self._shown, keep_special=False)
-        return self._model.decode(self._shown + self._waiting, keep_special=False)[len(before) :]
+        return self._model.decode(self._waiting, keep_special=False, after=self._shown)
 
 
 def read_settings_files(folder: Path) -> dict[str, bytes]:

@@ -42,7 +42,7 @@ def search(model: Transformer, prompts: list[list[int]], beam: Beam, limit: int 
         prompts,
         max_new_tokens=[limit] * len(prompts),
         beam=beam,
-        **{"end_id": END, "start_id": START} | options,
+        **{"end_ids": [END], "start_id": START} | options,
     )
 
 
@@ -85,7 +85,7 @@ def test_a_beam_of_one_is_greedy(variant: str) -> None:
             PROMPTS,
             max_new_tokens=12,
             sampling=Sampling(temperature=0.0),
-            end_id=END,
+            end_ids=[END],
             start_id=START,
         )
         assert [found.ids for found in search(model, PROMPTS, Beam(size=1))] == greedy
@@ -132,7 +132,7 @@ def test_limits() -> None:
     assert search(model, [], Beam()) == []
     assert [found.ids for found in search(model, PROMPTS, Beam(), limit=0)] == [[]] * 4
     own = beam_search(
-        model, model.config, PROMPTS, max_new_tokens=[1, 9, 4, 2], beam=Beam(), end_id=END, start_id=START
+        model, model.config, PROMPTS, max_new_tokens=[1, 9, 4, 2], beam=Beam(), end_ids=[END], start_id=START
     )
     assert [len(found.ids) for found in own] == [1, 9, 4, 2], "each prompt has its own"
     few = search(model, PROMPTS, Beam(), num_ids=4)
