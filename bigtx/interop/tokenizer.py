@@ -181,10 +181,11 @@ def compare_tokenizers(tokenizer: Tokenizer, folder: Path) -> list[str]:
     Raises:
         DataError: transformers is not installed, or cannot load the folder.
     """
+    theirs = _load(folder)
     template = template_of_export(tokenizer, read_config(folder)["model_type"])
     # A tokenizer that an earlier release took from Hugging Face leaves as it came, whatever it puts around texts.
     is_unknown = tokenizer.template is None and isinstance(tokenizer.model, HuggingFaceModel)
-    return _differences(tokenizer, _load(folder), HARD_TEXTS, None if is_unknown else template)
+    return _differences(tokenizer, theirs, HARD_TEXTS, None if is_unknown else template)
 
 
 def _special_tokens(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,14 +9,13 @@ from typing import Any
 
 from bigtx.tokenizer import special
 from bigtx.tokenizer.special import SpecialIds
-from bigtx.tokenizer.template import Template, around, observed
+from bigtx.tokenizer.template import Template, observed
 from bigtx.utils.errors import DataError
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 SETTINGS_FILES = (TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE)
 """What lies beside tokenizer.json and says how others use it; bigtx reads the special ids from it and keeps it."""
-_FLAGS = {"add_bos_token", "add_eos_token"}
 
 
 class HuggingFaceModel:
@@ -82,32 +80,15 @@ class HuggingFaceModel:
         """Whether the piece is a byte that alone is no character."""
         return self.decode([i], keep_special=False) == "\ufffd"
 
-    def template(self, files: Mapping[str, bytes]) -> Template:
-        """The special ids around texts: those of tokenizer.json, or what tokenizer_config.json says in their place.
+    def template(self) -> Template:
+        """The special ids that tokenizer.json puts around texts.
 
-        As in transformers, `add_bos_token` and `add_eos_token` in tokenizer_config.json replace the post-processor.
-
-        Args:
-            files: as from `read_settings_files`.
+        As in transformers 5, `add_bos_token` and `add_eos_token` in tokenizer_config.json change nothing beside it.
 
         Raises:
             DataError: see `observed`.
         """
-        config = json.loads(files.get(TOKENIZER_CONFIG, b"{}"))
-        if not _FLAGS & config.keys():
-            return observed(self._tokenizer.encode)
-        settings = settings_of(files)
-        begin, end = (
-            self._named(settings, token) if config.get(flag) else None
-            for flag, token in (("add_bos_token", "bos_token"), ("add_eos_token", "eos_token"))
-        )
-        return around(begin, end)
-
-    def _named(self, settings: dict[str, Any], role: str) -> int | None:
-        """The id of the token that the settings name for a role."""
-        value = settings.get(role)
-        text = value.get("content") if isinstance(value, dict) else value
-        return self._tokenizer.token_to_id(text) if isinstance(text, str) else None
+        return observed(self._tokenizer.encode)
 
     def special_ids(self, settings: dict[str, Any]) -> SpecialIds:
         """The special ids, by what the files beside tokenizer.json say of them.
@@ -120,7 +101,11 @@ class HuggingFaceModel:
         """
         added = {token.content: i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
 
-        named = functools.partial(self._named, settings)
+        def named(role: str) -> int | None:
+            value = settings.get(role)
+            text = value.get("content") if isinstance(value, dict) else value
+            return self._tokenizer.token_to_id(text) if isinstance(text, str) else None
+
         end = named("eos_token")
         end = named("sep_token") if end is None else end
         if end is None:

@@ -145,7 +145,7 @@ class Tokenizer:
             model = HuggingFaceModel(_read(path))
             files = read_settings_files(path.parent)
             origin = {"imported": path.parent.resolve().name}
-            return cls(model, model.special_ids(settings_of(files)), origin, files, model.template(files))
+            return cls(model, model.special_ids(settings_of(files)), origin, files, model.template())
         except DataError as error:
             raise DataError(f"Cannot use {path}: {error}.") from None
 

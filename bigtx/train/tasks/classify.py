@@ -169,7 +169,7 @@ class Classify(RecordTask):
             # Of two texts the longer one gives way, as in BERT.
             longest = max(range(len(sides)), key=lambda place: len(sides[place]))
             others = sum(map(len, sides)) - len(sides[longest])
-            allowed = max(limit - others, -(-limit // len(sides)) if len(sides) > 1 else limit)
+            allowed = max(limit - others, limit // len(sides))
             sides[longest] = self.cut(sides[longest], allowed, self.settings.truncate)
         ids, types = self.tokenizer.join(*sides)
         label = self._number(record, for_training)
