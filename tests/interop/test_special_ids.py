@@ -146,6 +146,18 @@ def test_a_tokenizer_that_an_earlier_release_saved_gives_the_ids_of_then(tmp_pat
     assert loaded.encode_sources([FIRST]) == [[*ids, end]]
 
 
+@pytest.mark.parametrize(
+    ("family", "line"),
+    [("roberta", "<s> TEXT </s>; <s> TEXT </s> </s> PAIR </s>"), ("llama", "<s> TEXT; <s> TEXT <s> PAIR")],
+)
+def test_the_commands_show_what_stands_around_texts(
+    family: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_command("tokenizer", "import", save_tokenizer(tmp_path / "source", family), "-o", tmp_path / "own")
+    run_command("tokenizer", "inspect", tmp_path / "own", "--text", "a")
+    assert capsys.readouterr().out.count(f"Around texts: {line}\n") == 2
+
+
 def test_a_damaged_template_is_named(tmp_path: Path) -> None:
     import_tokenizer(save_tokenizer(tmp_path / "source", "bert")).save(tmp_path / "own")
     path = tmp_path / "own" / DESCRIPTION

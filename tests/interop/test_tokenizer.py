@@ -318,6 +318,7 @@ def test_a_sentencepiece_model_is_taken_if_transformers_reads_it_alike(tmp_path:
     theirs = load(tmp_path)
     assert tokenizer.kind == "sentencepiece"
     assert theirs(LINE, add_special_tokens=False)["input_ids"] == tokenizer.encode(LINE)
+    assert theirs(LINE, "ba")["input_ids"] == tokenizer.join(tokenizer.encode(LINE), tokenizer.encode("ba"))[0]
 
 
 def test_otherwise_the_way_out_is_told_and_works(tmp_path: Path) -> None:
