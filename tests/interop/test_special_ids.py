@@ -15,6 +15,8 @@ import torch
 import bigtx
 from bigtx.cli import main
 from bigtx.config.schema import ChatConfig, FieldsConfig, FinetuneConfig, ModelConfig, RecordsConfig
+from bigtx.data.corpus.blocks import BlockReader
+from bigtx.data.corpus.manifest import Manifest
 from bigtx.data.records.record import Record
 from bigtx.interop.tokenizer import compare_tokenizers, export_tokenizer, import_tokenizer
 from bigtx.tokenizer.tokenizer import DESCRIPTION, Tokenizer
@@ -110,6 +112,23 @@ def test_a_template_that_only_the_class_knows_is_refused_and_the_advice_works(tm
     subprocess.run([sys.executable, "-c", program], check=True)
     tokenizer = import_tokenizer(tmp_path)
     assert tokenizer.join(tokenizer.encode(FIRST))[0] == load(tmp_path)(FIRST)["input_ids"]
+
+
+@pytest.mark.parametrize("family", ["llama", "roberta"])
+def test_documents_of_a_corpus_begin_as_transformers_has_them(family: str, tmp_path: Path) -> None:
+    theirs = load(save_tokenizer(tmp_path / "source", family))
+    run_command("tokenizer", "import", tmp_path / "source", "-o", tmp_path / "own")
+    (tmp_path / "texts").mkdir()
+    lines = [FIRST, SECOND, f"{FIRST} {SECOND}"]
+    (tmp_path / "texts" / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    settings = (f"input.paths={tmp_path / 'texts'}", f"tokenizer={tmp_path / 'own'}", f"output={tmp_path / 'corpus'}")
+    run_command("data", "prepare", *settings, "validation_fraction=0", "num_processes=1")
+    run_command("data", "verify", tmp_path / "corpus")
+    manifest = Manifest.load(tmp_path / "corpus" / "train")
+    tokens = BlockReader(manifest).block(0)[0]
+    found = [part.tolist() for part in np.split(tokens, np.flatnonzero(tokens == manifest.end_id) + 1)]
+    end = [] if family == "roberta" else [theirs.eos_token_id]
+    assert sorted(found) == sorted([[], *([*theirs(line)["input_ids"], *end] for line in lines)])
 
 
 @pytest.mark.parametrize(("single", "is_flagged"), [("<s> $A </s>", False), ("$A </s>", True), ("$A", True)])
