@@ -316,7 +316,7 @@ def _remark_on_length(loaded: LoadedModel, prompts: Sequence[str]) -> None:
         # No token stands for less than a byte, so that most prompts need not be encoded for this.
         if len(prompt.encode("utf-8", "surrogatepass")) <= window:
             continue
-        num_tokens = len(loaded.tokenizer.encode(prompt))
+        num_tokens = len(_read_before(loaded, prompt))
         if num_tokens > window:
             which = "the prompt" if len(prompts) == 1 else f"prompt {number}"
             print(
@@ -325,15 +325,23 @@ def _remark_on_length(loaded: LoadedModel, prompts: Sequence[str]) -> None:
             )
 
 
+def _read_before(loaded: LoadedModel, prompt: str) -> list[int]:
+    """The ids of a prompt as the model reads them."""
+    is_decoder = loaded.config.model.shape == "decoder"
+    encode = loaded.tokenizer.encode_prompts if is_decoder else loaded.tokenizer.encode_sources
+    return encode([prompt])[0]
+
+
 def _answer_prompt(loaded: LoadedModel, prompt: str, options: dict[str, Any], count: OnToken) -> None:
     """Show a continuation as it grows."""
-    stream = loaded.tokenizer.stream()
+    is_decoder = loaded.config.model.shape == "decoder"
+    stream = loaded.tokenizer.stream(after=_read_before(loaded, prompt) if is_decoder else ())
 
     def show(index: int, token: int) -> None:
         count(index, token)
         print(stream.push(token), end="", flush=True)
 
-    if loaded.config.model.shape == "decoder":
+    if is_decoder:
         print(prompt, end="", flush=True)
     loaded.generate(prompt, on_token=show, **options)
     print(stream.flush())

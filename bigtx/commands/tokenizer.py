@@ -110,6 +110,7 @@ def import_command(argv: Sequence[str]) -> int:
         f"{tokenizer.vocab_size:,} ids ({tokenizer.kind}): {options.output} (fingerprint {tokenizer.fingerprint[:12]})"
     )
     print(f"Special ids: {report.special_line(tokenizer)}")
+    print(f"Around texts: {report.template_line(tokenizer)}")
     changed = [name for name, text in report.HARD_TEXTS.items() if tokenizer.decode(tokenizer.encode(text)) != text]
     if changed:
         print(f"It loses something of: {', '.join(changed)}")
@@ -131,6 +132,7 @@ def inspect_command(argv: Sequence[str]) -> int:
     tokenizer = Tokenizer.load(options.folder)
     print(f"{options.folder}: {tokenizer.kind}, {tokenizer.vocab_size:,} ids, fingerprint {tokenizer.fingerprint}")
     print(f"Special ids: {report.special_line(tokenizer)}")
+    print(f"Around texts: {report.template_line(tokenizer)}")
     for text in options.text:
         print(f"\n{report.visible(text)}\n  {report.example(tokenizer, text)}\n  ids: {tokenizer.encode(text)}")
     for path in options.file:

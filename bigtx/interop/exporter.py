@@ -23,7 +23,7 @@ from bigtx.interop.card import ModelFacts, write_card
 from bigtx.interop.families import choose
 from bigtx.interop.family import Family
 from bigtx.interop.maps import Link
-from bigtx.interop.read import CONFIG, INDEX, MAPPED_BYTES, SINGLE
+from bigtx.interop.read import CONFIG, GENERATION_CONFIG, INDEX, MAPPED_BYTES, SINGLE
 from bigtx.interop.tokenizer import export_tokenizer
 from bigtx.interop.vocabulary import check_links, cut, foreign_shapes
 from bigtx.plan.parameters import parameter_shapes
@@ -111,7 +111,7 @@ def export_model(
     with new_folder(folder) as partial:
         write_json(partial / CONFIG, values)
         if generation := _generation_config(values, family):
-            write_json(partial / "generation_config.json", generation)
+            write_json(partial / GENERATION_CONFIG, generation)
         export_tokenizer(tokenizer, partial, model_type=family.model_type, max_length=config.max_sequence_length)
         write_card(partial, facts, checkpoint=checkpoint.absolute(), config=run, tokenizer=tokenizer)
         files = _write_shards(partial, source, links, shapes, dtype, settings.shard_bytes)

@@ -19,7 +19,7 @@ from bigtx.engine.write_weights import PART_BYTES, save_weights
 from bigtx.interop.families import by_model_type
 from bigtx.interop.family import Family
 from bigtx.interop.maps import Link
-from bigtx.interop.read import CONFIG, ForeignWeights, read_config, refuse_differences
+from bigtx.interop.read import CONFIG, ForeignWeights, read_config, read_end_ids, refuse_differences
 from bigtx.interop.vocabulary import check_links, cut, foreign_shapes, padded
 from bigtx.model.initial import initial_value
 from bigtx.plan.parameters import parameter_shapes
@@ -99,6 +99,7 @@ def import_model(
             f"the tokenizer in {tokenizer_folder or source} has {tokenizer.vocab_size:,} ids, more than the "
             f"{config.vocab_size:,} rows that {source / CONFIG} gives the model; name the model's own with --tokenizer"
         )
+    tokenizer = _with_ends(tokenizer, read_end_ids(source, values))
     links, keys, dropped = _match(family, config, weights, spelled)
     new = [link for link in links if not keys.keys() & link.keys]
     untrained = [key for link in new for key in link.keys]
@@ -150,6 +151,13 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
         raise DataError(
             f"{error} A run needs its tokenizer; if it lies elsewhere, name that folder with --tokenizer"
         ) from None
+
+
+def _with_ends(tokenizer: Tokenizer, named: list[int]) -> Tokenizer:
+    """The tokenizer with all ids that end a text: those that the model's files name, and its own."""
+    ends = [i for i in named if 0 <= i < tokenizer.vocab_size]
+    ends = ends if tokenizer.end_id in ends else [tokenizer.end_id, *ends]
+    return tokenizer.changed(ends=ends) if len(ends) > 1 else tokenizer
 
 
 def _spellings(family: Family, weights: ForeignWeights) -> dict[str, str]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from bigtx.utils.errors import CheckpointError, ConfigError
 
 CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -75,6 +76,21 @@ def _adapters(folder: Path) -> ConfigError:
         ".merge_and_unload().save_pretrained('MERGED'); "
         f"t.AutoTokenizer.from_pretrained({base!r}).save_pretrained('MERGED')"
     )
+
+
+def read_end_ids(folder: Path, values: dict[str, Any]) -> list[int]:
+    """The ids that end a text in generation, by generation_config.json and config.json: one each, or several.
+
+    Args:
+        values: of config.json.
+
+    Raises:
+        ConfigError: generation_config.json cannot be read.
+    """
+    path = folder / GENERATION_CONFIG
+    found = [source.get("eos_token_id") for source in (_read_json(path) if path.is_file() else {}, values)]
+    ids = [i for named in found for i in (named if isinstance(named, list) else [named])]
+    return list(dict.fromkeys(i for i in ids if isinstance(i, int) and not isinstance(i, bool)))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

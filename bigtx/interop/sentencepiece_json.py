@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import groupby
 from typing import Any
 
 from bigtx.tokenizer.sentencepiece_model import SentencePieceModel
 from bigtx.tokenizer.special import SPACE_MARK
+from bigtx.tokenizer.template import Part, Template
 from bigtx.tokenizer.words import WORDS, exact_borders
 from bigtx.utils.errors import DataError
 
@@ -21,11 +22,11 @@ _NEVER = -1e9
 """The score of pieces that text cannot produce: any other way to spell it is better."""
 
 
-def to_tokenizer_json(model: SentencePieceModel, *, ends_text: int | None) -> dict[str, Any]:
+def to_tokenizer_json(model: SentencePieceModel, template: Template) -> dict[str, Any]:
     """What the library tokenizers reads: the model's pieces, merges and treatment of spaces.
 
     Args:
-        ends_text: the id that is added after a text by default; None adds nothing.
+        template: the special ids that are put around texts by default.
 
     Raises:
         DataError: the model splits text in a way that has no counterpart (words or characters as pieces, a space mark
@@ -48,7 +49,7 @@ def to_tokenizer_json(model: SentencePieceModel, *, ends_text: int | None) -> di
         "added_tokens": _added_tokens(proto),
         "normalizer": _normalizer(normalizer, writes_mark=model.writes_mark),
         "pre_tokenizer": _pre_tokenizer(proto, model.data),
-        "post_processor": _post_processor(None if ends_text is None else (proto.pieces[ends_text].piece, ends_text)),
+        "post_processor": _post_processor(template, model.piece),
         "decoder": _decoder(strips_space=normalizer.add_dummy_prefix),
         "model": kinds[trained.model_type](proto),
     }
@@ -147,17 +148,25 @@ def _character_class(characters: Iterable[str]) -> str:
     return "".join(first if first == last else f"{first}-{last}" for first, last in ends)
 
 
-def _post_processor(end: tuple[str, int] | None) -> dict[str, Any]:
+def _post_processor(template: Template, piece: Callable[[int], str]) -> dict[str, Any]:
     """Said even where nothing is added, so that no reader puts its own in the place."""
-    first: list[dict[str, Any]] = [{"Sequence": {"id": "A", "type_id": 0}}]
-    second: list[dict[str, Any]] = [{"Sequence": {"id": "B", "type_id": 1}}]
-    special = {}
-    if end:
-        piece, i = end
-        first.append({"SpecialToken": {"id": piece, "type_id": 0}})
-        second.append({"SpecialToken": {"id": piece, "type_id": 1}})
-        special[piece] = {"id": piece, "ids": [i], "tokens": [piece]}
-    return {"type": "TemplateProcessing", "single": first, "pair": [*first, *second], "special_tokens": special}
+
+    def written(parts: Iterable[Part]) -> list[dict[str, Any]]:
+        names = iter("AB")
+        return [
+            {"Sequence": {"id": next(names), "type_id": part.type}}
+            if part.id is None
+            else {"SpecialToken": {"id": piece(part.id), "type_id": part.type}}
+            for part in parts
+        ]
+
+    special = {piece(i): i for i, _ in (*template.single, *template.pair) if i is not None}
+    return {
+        "type": "TemplateProcessing",
+        "single": written(template.single),
+        "pair": written(template.pair),
+        "special_tokens": {name: {"id": name, "ids": [i], "tokens": [name]} for name, i in special.items()},
+    }
 
 
 def _decoder(*, strips_space: bool) -> dict[str, Any]:

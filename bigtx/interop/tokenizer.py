@@ -20,10 +20,12 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from bigtx.interop.read import read_config
 from bigtx.interop.sentencepiece_json import to_tokenizer_json
 from bigtx.tokenizer.huggingface_model import CHAT_TEMPLATE, TOKENIZER_CONFIG, HuggingFaceModel
 from bigtx.tokenizer.sentencepiece_model import SentencePieceModel
 from bigtx.tokenizer.special import SPACE_MARK
+from bigtx.tokenizer.template import Template, around, observed
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import DataError
 from bigtx.utils.files import write_atomic, write_json
@@ -67,14 +69,14 @@ HARD_TEXTS = (
 """Texts that tokenizers take differently, U+2581 (sentencepiece's mark of a space) and special names included."""
 
 _CHAT = (("system", "Be brief.\n"), ("user", " What is  2+2?"), ("assistant", "4"), ("tool", '{"a": 1}'))
+_PAIR = ("The first text.", "And 2 more words")
 _MODEL_NAMES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")
 
 
 def export_tokenizer(tokenizer: Tokenizer, folder: Path, *, model_type: str, max_length: int) -> None:
     """Write the files from which AutoTokenizer makes this tokenizer.
 
-    By default AutoTokenizer then adds the end id after a text for an encoder or a T5, which read texts so in training,
-    and nothing for a decoder. (A tokenizer from Hugging Face adds what it always added.)
+    By default AutoTokenizer then puts the special ids around texts that `template_of_export` gives.
 
     Args:
         folder: the export; its config.json has to stand there before transformers reads the tokenizer.
@@ -88,8 +90,8 @@ def export_tokenizer(tokenizer: Tokenizer, folder: Path, *, model_type: str, max
     config: dict[str, Any] = json.loads(tokenizer.settings_files.get(TOKENIZER_CONFIG, b"{}"))
     model = tokenizer.model
     if isinstance(model, SentencePieceModel):
-        ends_text = tokenizer.end_id if model_type in READ_WITH_END else None
-        write_json(folder / HuggingFaceModel.file_name, to_tokenizer_json(model, ends_text=ends_text))
+        template = template_of_export(tokenizer, model_type)
+        write_json(folder / HuggingFaceModel.file_name, to_tokenizer_json(model, template))
     else:
         write_atomic(folder / HuggingFaceModel.file_name, model.data)
         for name, content in tokenizer.settings_files.items():
@@ -108,17 +110,29 @@ def export_tokenizer(tokenizer: Tokenizer, folder: Path, *, model_type: str, max
         write_atomic(folder / CHAT_TEMPLATE, tokenizer.chat_template)
 
 
+def template_of_export(tokenizer: Tokenizer, model_type: str) -> Template:
+    """The special ids that transformers puts around texts by default, once the tokenizer is exported.
+
+    They are the tokenizer's own if it came with a model. Otherwise the end id follows a text for an encoder or a T5,
+    which read texts so in training, and a decoder gets none.
+    """
+    return tokenizer.template or around(None, tokenizer.end_id if model_type in READ_WITH_END else None)
+
+
 def import_tokenizer(folder: Path) -> Tokenizer:
     """Take over the tokenizer of a Hugging Face folder, its ids as they are.
 
-    A tokenizer.json is taken as it is. A sentencepiece model alone is taken if transformers makes the same ids of it:
-    what it makes depends on the model's type and the settings beside it.
+    A tokenizer.json is taken as it is, if transformers, where it is installed, puts the special ids around texts that
+    the files say. A sentencepiece model alone is taken if transformers makes the same ids of it: what it makes depends
+    on the model's type and the settings beside it.
 
     Raises:
         DataError: there is none, or transformers does something else with it.
     """
     if (folder / HuggingFaceModel.file_name).is_file():
-        return Tokenizer.from_huggingface(folder)
+        tokenizer = Tokenizer.from_huggingface(folder)
+        _refuse_differences(folder, HuggingFaceModel.file_name, _default_differences(tokenizer, folder))
+        return tokenizer
     names = [name for name in _MODEL_NAMES if (folder / name).is_file()]
     if not names:
         raise DataError(
@@ -126,23 +140,40 @@ def import_tokenizer(folder: Path) -> Tokenizer:
             f"({', '.join(_MODEL_NAMES)})."
         )
     tokenizer = Tokenizer.from_sentencepiece(folder / names[0])
+    theirs = _load(folder)
+    if theirs.is_fast:
+        # What the library of another backend puts around texts cannot be seen; then the comparison tells.
+        tokenizer = tokenizer.changed(template=observed(lambda *texts: theirs(*texts).encodings[0]))
     # Bigtx keeps U+2581 where sentencepiece, and transformers with it, makes it a space.
-    differences = _differences(tokenizer, _load(folder), [text for text in HARD_TEXTS if SPACE_MARK not in text])
+    texts = [text for text in HARD_TEXTS if SPACE_MARK not in text]
+    _refuse_differences(folder, names[0], _differences(tokenizer, theirs, texts, tokenizer.template))
+    return tokenizer
+
+
+def _default_differences(tokenizer: Tokenizer, folder: Path) -> list[str]:
+    """Where transformers, if it can load a folder's tokenizer at all, puts other special ids around texts."""
+    try:
+        theirs = _load(folder)
+    except DataError:
+        return []
+    return list(_template_differences(tokenizer, theirs, tokenizer.template))
+
+
+def _refuse_differences(folder: Path, name: str, differences: Sequence[str]) -> None:
     if differences:
         raise DataError(
-            f"Transformers does not read {folder / names[0]} as it stands: {differences[0]}"
+            f"Transformers does not read {folder / name} as it stands: {differences[0]}"
             f"{f' (and {len(differences) - 1} more differences)' if differences[1:] else ''}. Have transformers write "
             f'what it reads as a {HuggingFaceModel.file_name}, and try again: python -c "from transformers import '
             f"AutoTokenizer as A; A.from_pretrained('{folder}').save_pretrained('{folder}')\""
         )
-    return tokenizer
 
 
 def compare_tokenizers(tokenizer: Tokenizer, folder: Path) -> list[str]:
     """What AutoTokenizer, loading a folder, does otherwise than a tokenizer of bigtx.
 
-    Special ids, the vocabulary's size, the ids of `HARD_TEXTS` and of a chat are compared; the network is not used, and
-    no code in the folder runs.
+    Special ids, the vocabulary's size, the ids of `HARD_TEXTS` and of a chat are compared, and what stands around texts
+    and pairs by default; the network is not used, and no code in the folder runs.
 
     Returns:
         One line for each difference; none if all is the same.
@@ -150,7 +181,11 @@ def compare_tokenizers(tokenizer: Tokenizer, folder: Path) -> list[str]:
     Raises:
         DataError: transformers is not installed, or cannot load the folder.
     """
-    return _differences(tokenizer, _load(folder), HARD_TEXTS)
+    theirs = _load(folder)
+    template = template_of_export(tokenizer, read_config(folder)["model_type"])
+    # A tokenizer that an earlier release took from Hugging Face leaves as it came, whatever it puts around texts.
+    is_unknown = tokenizer.template is None and isinstance(tokenizer.model, HuggingFaceModel)
+    return _differences(tokenizer, theirs, HARD_TEXTS, None if is_unknown else template)
 
 
 def _special_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -193,10 +228,11 @@ def _load(folder: Path) -> Any:
         raise DataError(f"Transformers cannot load the tokenizer in {folder}: {error}") from None
 
 
-def _differences(tokenizer: Tokenizer, theirs: Any, texts: Sequence[str]) -> list[str]:
+def _differences(tokenizer: Tokenizer, theirs: Any, texts: Sequence[str], template: Template | None) -> list[str]:
     return [
         *_special_differences(tokenizer, theirs),
         *_text_differences(tokenizer, theirs, texts),
+        *_template_differences(tokenizer, theirs, template),
         *_chat_difference(tokenizer, theirs),
     ]
 
@@ -223,6 +259,21 @@ def _text_differences(tokenizer: Tokenizer, theirs: Any, texts: Sequence[str]) -
             usual = theirs(text, add_special_tokens=False)["input_ids"]
             if usual != ids:
                 yield f"{text!a:.60}, special tokens looked for: {_first_difference(ids, usual)}"
+
+
+def _template_differences(tokenizer: Tokenizer, theirs: Any, template: Template | None) -> Iterator[str]:
+    """What transformers puts otherwise around one text and around two; nothing is compared without a template."""
+    if template is None:
+        return
+    for what, texts in (("one text", _PAIR[:1]), ("two texts", _PAIR)):
+        # Special ids stand around the ids that transformers gives the texts themselves.
+        plain = [theirs(text, add_special_tokens=False)["input_ids"] for text in texts]
+        ids, types = template.fill(plain)
+        found = theirs(*texts)
+        if found["input_ids"] != ids:
+            yield f"{what} with special ids: {_first_difference(ids, found['input_ids'])}"
+        elif found.get("token_type_ids", types) != types:
+            yield f"the token types of {what}: {_first_difference(types, found['token_type_ids'])}"
 
 
 def _chat_difference(tokenizer: Tokenizer, theirs: Any) -> Iterator[str]:

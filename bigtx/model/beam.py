@@ -94,7 +94,7 @@ def beam_search(
     *,
     max_new_tokens: Sequence[int],
     beam: Beam,
-    end_id: int,
+    end_ids: Sequence[int],
     num_ids: int | None = None,
     start_id: int | None = None,
     device: torch.device | str = "cpu",
@@ -108,7 +108,7 @@ def beam_search(
         prompt_ids: at least one token each; the prompt (or the start id) and the new tokens must fit the model's
             positions.
         max_new_tokens: of each prompt; after so many only the end may follow.
-        end_id: the token that ends a text.
+        end_ids: the tokens that end a text.
         num_ids: only ids below it may be written.
         start_id: the token that the decoder of an encoder-decoder begins with.
 
@@ -135,7 +135,7 @@ def beam_search(
     cache.keep(torch.arange(len(searches), device=device).repeat_interleave(size))
     logits = logits.repeat_interleave(size, dim=0)  # BK V
     while True:
-        parents, tokens, scores = _go_on(logits[:, :num_ids], scores, texts, searches, beam, end_id)
+        parents, tokens, scores = _go_on(logits[:, :num_ids], scores, texts, searches, beam, end_ids)
         texts = torch.cat((texts.gather(1, parents[:, :, None].expand_as(texts)), tokens[:, :, None]), dim=2)
         open_scores = scores[:, 0].tolist()
         left = [place for place, search in enumerate(searches) if not search.is_done(open_scores[place], beam)]
@@ -157,7 +157,7 @@ def beam_search(
 
 
 def _go_on(
-    logits: Tensor, scores: Tensor, texts: Tensor, searches: list[_Search], beam: Beam, end_id: int
+    logits: Tensor, scores: Tensor, texts: Tensor, searches: list[_Search], beam: Beam, end_ids: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Take the best ways to go on; texts that end are handed to their search.
 
@@ -173,15 +173,17 @@ def _go_on(
     num_prompts, size = scores.shape
     total = scores[:, :, None] + logits.float().log_softmax(dim=-1).view(num_prompts, size, -1)  # B K V
     length = texts.shape[2]
+    ends_text = torch.tensor(end_ids, device=logits.device)
     for place, search in enumerate(searches):
         if length >= search.max_new_tokens:
-            at_end = total[place, :, end_id].clone()
+            at_end = total[place][:, ends_text].clone()
             total[place] = float("-inf")
-            total[place, :, end_id] = at_end
-    # At most K of them end, one from each text, so K others are among them.
-    best, choices = total.flatten(1).topk(min(2 * size, total[0].numel()), dim=-1)  # B 2K
+            total[place][:, ends_text] = at_end
+    # Of E ends at most E K are among them, E from each text, so K others are too.
+    count = (len(ends_text) + 1) * size
+    best, choices = total.flatten(1).topk(min(count, total[0].numel()), dim=-1)  # B (E + 1)K
     parents, tokens = choices // total.shape[2], choices % total.shape[2]
-    ends = tokens == end_id
+    ends = torch.isin(tokens, ends_text)
     # An end that is not among the K best ways is none: the beam would not have held it.
     for place, rank in (ends[:, :size] & best[:, :size].isfinite()).nonzero().tolist():
         ids = texts[place, parents[place, rank]].tolist()

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -33,15 +33,19 @@ class Codec(Protocol):
     """The part of a tokenizer that generation needs: see bigtx.tokenizer.tokenizer."""
 
     vocab_size: int
-    end_id: int
+    end_ids: list[int]
     pad_id: int
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text."""
+    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts to go on with, special ones included; at least one each."""
         ...
 
-    def decode(self, ids: list[int]) -> str:
-        """Text of ids."""
+    def encode_sources(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts that an encoder reads, special ones included; at least one each."""
+        ...
+
+    def decode(self, ids: list[int], *, after: Sequence[int] = ()) -> str:
+        """Text of ids that stand after others."""
         ...
 
 
@@ -129,7 +133,7 @@ def decode_tokens(
     *,
     max_new_tokens: int,
     sampling: Sampling,
-    end_id: int | None,
+    end_ids: Collection[int],
     num_ids: int | None = None,
     start_id: int | None = None,
     device: torch.device | str = "cpu",
@@ -144,7 +148,7 @@ def decode_tokens(
     Args:
         forward: a Transformer's forward, in evaluation mode.
         prompt_ids: at least one token each.
-        end_id: the token that ends a text; it is not part of the result. None: no token does.
+        end_ids: each of these tokens ends a text and is not part of the result; there may be none.
         num_ids: only ids below it may be drawn; the tokenizer of a model may have fewer than its vocab_size.
         start_id: the token that the decoder of an encoder-decoder begins with.
         first_index: index of the first prompt, where these are a part of more prompts.
@@ -170,7 +174,7 @@ def decode_tokens(
         kept = [
             place
             for place, (row, token) in enumerate(zip(rows, tokens, strict=True))
-            if token != end_id and row.take(token, on_token) < max_new_tokens
+            if token not in end_ids and row.take(token, on_token) < max_new_tokens
         ]
         if len(kept) < len(rows):
             rows = [rows[place] for place in kept]
@@ -310,12 +314,8 @@ def generate(
         The continuation of each prompt, the prompt itself left out.
     """
     config: ModelConfig = model.config  # type: ignore[assignment]
-    prompt_ids = [tokenizer.encode(prompt) for prompt in prompts]
-    if config.shape == "encoder_decoder":
-        prompt_ids = [[*ids, tokenizer.end_id] for ids in prompt_ids]  # As sources end in training.
-    else:
-        # Documents follow the end of another in training, so that is how a new one begins.
-        prompt_ids = [ids or [tokenizer.end_id] for ids in prompt_ids]
+    writes_anew = config.shape == "encoder_decoder"
+    prompt_ids = tokenizer.encode_sources(prompts) if writes_anew else tokenizer.encode_prompts(prompts)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     new_ids = decode_tokens(
         model,
@@ -323,7 +323,7 @@ def generate(
         prompt_ids,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
-        end_id=tokenizer.end_id,
+        end_ids=tokenizer.end_ids,
         num_ids=tokenizer.vocab_size,
         start_id=tokenizer.pad_id,
         device=next(model.parameters()).device,
@@ -331,4 +331,7 @@ def generate(
         on_token=on_token,
         agree=agree,
     )
-    return [tokenizer.decode(ids) for ids in new_ids]
+    return [
+        tokenizer.decode(ids, after=() if writes_anew else prompt)
+        for prompt, ids in zip(prompt_ids, new_ids, strict=True)
+    ]

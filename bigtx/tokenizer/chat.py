@@ -53,12 +53,14 @@ def check_messages(messages: Sequence[Mapping[str, Any]], roles: Collection[str]
             )
 
 
-def chat_template(roles: Collection[str], end: str) -> str:
+def chat_template(roles: Collection[str], end: str, begin: str = "") -> str:
     """The format of `Tokenizer.encode_chat` as Hugging Face tokenizers read it from chat_template.jinja.
 
     Args:
         end: the piece that ends a message.
+        begin: the pieces that a chat begins with.
     """
     # JSON's strings and lists are Jinja's too.
     names, quoted = json.dumps(list(roles)), json.dumps(end, ensure_ascii=False)
-    return f"{{%- set roles = {names} %}}\n{{%- set end = {quoted} %}}\n{_FORMAT}"
+    first = f"{{{{- {json.dumps(begin, ensure_ascii=False)} }}}}\n" if begin else ""
+    return f"{{%- set roles = {names} %}}\n{{%- set end = {quoted} %}}\n{first}{_FORMAT}"

@@ -9,6 +9,7 @@ from typing import Any
 
 from bigtx.tokenizer import special
 from bigtx.tokenizer.special import SpecialIds
+from bigtx.tokenizer.template import Template, observed
 from bigtx.utils.errors import DataError
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -55,13 +56,21 @@ class HuggingFaceModel:
         """The ids of each text."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def decode(self, ids: Sequence[int], keep_special: bool) -> str:
-        """The text of ids; bytes that are no UTF-8 become U+FFFD."""
+    def decode(self, ids: Sequence[int], keep_special: bool, after: Sequence[int] = ()) -> str:
+        """The text of ids; bytes that are no UTF-8 become U+FFFD.
+
+        Args:
+            after: ids that stand before them, whose text is left out.
+        """
+        before = self._decode(after, keep_special) if len(after) else ""
+        return self._decode([*after, *ids], keep_special)[len(before) :]
+
+    def _decode(self, ids: Sequence[int], keep_special: bool) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=not keep_special))
 
-    def stream(self) -> WindowStream:
-        """A decoder for ids that come one by one."""
-        return WindowStream(self)
+    def stream(self, after: Sequence[int] = ()) -> WindowStream:
+        """A decoder for ids that come one by one, after others."""
+        return WindowStream(self, after)
 
     def piece(self, i: int) -> str:
         """The piece as the model writes it; empty in a gap between the ids."""
@@ -70,6 +79,16 @@ class HuggingFaceModel:
     def is_byte(self, i: int) -> bool:
         """Whether the piece is a byte that alone is no character."""
         return self.decode([i], keep_special=False) == "\ufffd"
+
+    def template(self) -> Template:
+        """The special ids that tokenizer.json puts around texts.
+
+        As in transformers 5, `add_bos_token` and `add_eos_token` in tokenizer_config.json change nothing beside it.
+
+        Raises:
+            DataError: see `observed`.
+        """
+        return observed(self._tokenizer.encode)
 
     def special_ids(self, settings: dict[str, Any]) -> SpecialIds:
         """The special ids, by what the files beside tokenizer.json say of them.
@@ -116,9 +135,9 @@ class WindowStream:
     alone is taken off again. Text that ends in U+FFFD may be half a character, and waits.
     """
 
-    def __init__(self, model: HuggingFaceModel) -> None:
+    def __init__(self, model: HuggingFaceModel, after: Sequence[int] = ()) -> None:
         self._model = model
-        self._shown: list[int] = []
+        self._shown: list[int] = list(after)
         self._waiting: list[int] = []
 
     def push(self, i: int) -> str:
@@ -137,8 +156,7 @@ class WindowStream:
         return text
 
     def _new_text(self) -> str:
-        before = self._model.decode(self._shown, keep_special=False)
-        return self._model.decode(self._shown + self._waiting, keep_special=False)[len(before) :]
+        return self._model.decode(self._waiting, keep_special=False, after=self._shown)
 
 
 def read_settings_files(folder: Path) -> dict[str, bytes]:

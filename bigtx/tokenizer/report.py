@@ -178,6 +178,17 @@ def special_line(tokenizer: Tokenizer) -> str:
     return ", ".join(parts)
 
 
+def template_line(tokenizer: Tokenizer) -> str:
+    """What stands around one text and around two."""
+    if tokenizer.template is None:
+        return f"as bigtx has it: the end id {tokenizer.end_id} after each document"
+    shown = []
+    for parts in (tokenizer.template.single, tokenizer.template.pair):
+        names = iter(("TEXT", "PAIR"))
+        shown.append(" ".join(next(names) if part.id is None else tokenizer.id_to_piece(part.id) for part in parts))
+    return "; ".join(shown)
+
+
 def _shown_piece(tokenizer: Tokenizer, i: int) -> str:
     return visible(tokenizer.id_to_piece(i).replace(SPACE_MARK, " "))
 

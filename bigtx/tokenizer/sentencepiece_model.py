@@ -97,14 +97,22 @@ class SentencePieceModel:
         """The UTF-8 bytes of ids, a space that the model put at the front included."""
         return b"".join(map((self._bytes_with_special if keep_special else self._bytes).__getitem__, ids))
 
-    def decode(self, ids: Sequence[int], keep_special: bool) -> str:
-        """The text of ids; bytes that are no UTF-8 become U+FFFD."""
-        text = self.bytes_of(ids, keep_special).decode(errors="replace")
-        return text.removeprefix(" ") if self._adds_space else text
+    def decode(self, ids: Sequence[int], keep_special: bool, after: Sequence[int] = ()) -> str:
+        """The text of ids; bytes that are no UTF-8 become U+FFFD.
 
-    def stream(self) -> Utf8Stream:
-        """A decoder for ids that come one by one."""
-        return Utf8Stream(self._bytes)
+        Args:
+            after: ids that stand before them, whose text is left out.
+        """
+        text = self.bytes_of(ids, keep_special).decode(errors="replace")
+        return text.removeprefix(" ") if self._begins_with_added_space(after) else text
+
+    def stream(self, after: Sequence[int] = ()) -> Utf8Stream:
+        """A decoder for ids that come one by one, after others."""
+        return Utf8Stream(self._bytes, skips_space=self._begins_with_added_space(after))
+
+    def _begins_with_added_space(self, after: Sequence[int]) -> bool:
+        """Whether a space that comes after these ids is the one that the model puts before a text."""
+        return self._adds_space and not self.bytes_of(after, keep_special=False)
 
     def piece(self, i: int) -> str:
         """The piece as the model writes it."""
@@ -170,13 +178,19 @@ class SentencePieceModel:
 class Utf8Stream:
     """Text from ids one by one: a character comes out when the last of its bytes is in."""
 
-    def __init__(self, bytes_of: Sequence[bytes]) -> None:
+    def __init__(self, bytes_of: Sequence[bytes], *, skips_space: bool = False) -> None:
+        """Args: skips_space: whether a space before the first character is left out."""
         self._bytes_of = bytes_of
+        self._skips_space = skips_space
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, i: int) -> str:
         """The text that id `i` completes, often empty."""
-        return self._decoder.decode(self._bytes_of[i])
+        content = self._bytes_of[i]
+        if self._skips_space and content:
+            self._skips_space = False
+            content = content.removeprefix(b" ")
+        return self._decoder.decode(content)
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD for a character that was cut short."""

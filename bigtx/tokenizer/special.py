@@ -6,7 +6,7 @@ Text can never produce them: `<mask>` in a document is five characters, not the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 PAD = "<pad>"
@@ -41,6 +41,10 @@ class SpecialIds:
 
     A tokenizer that was brought may lack some: then `unknown` and `mask` are None, `sentinels` and `roles` empty, and
     `pad` and `begin` are the end id, as in GPT-2.
+
+    Attributes:
+        end: the id that bigtx writes after a text.
+        ends: every id that ends a text in generation, as the files of an imported model name them; empty: `end` alone.
     """
 
     pad: int
@@ -50,12 +54,14 @@ class SpecialIds:
     mask: int | None
     sentinels: list[int]
     roles: dict[str, int]
+    ends: list[int] = field(default_factory=list)
 
     def all(self) -> set[int]:
         """Every special id."""
         single = {self.pad, self.unknown, self.begin, self.end, self.mask} - {None}
-        return {i for i in single if i is not None} | set(self.sentinels) | set(self.roles.values())
+        return {i for i in single if i is not None} | set(self.sentinels) | set(self.roles.values()) | set(self.ends)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
-        return asdict(self)
+        """As JSON can hold it; `ends` only where there are some."""
+        values = asdict(self)
+        return values if self.ends else {name: value for name, value in values.items() if name != "ends"}

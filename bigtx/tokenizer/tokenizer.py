@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -16,13 +17,16 @@ from bigtx.tokenizer.cut import utf8_length
 from bigtx.tokenizer.huggingface_model import CHAT_TEMPLATE, HuggingFaceModel, read_settings_files, settings_of
 from bigtx.tokenizer.sentencepiece_model import SentencePieceModel
 from bigtx.tokenizer.special import CHAT_ROLES, SpecialIds
+from bigtx.tokenizer.template import Template, around
 from bigtx.utils.errors import DataError
 from bigtx.utils.files import open_file, write_atomic, write_json
 
 DESCRIPTION = "bigtx_tokenizer.json"
 """The file that makes a folder a tokenizer of bigtx; it is written last."""
 
-_FORMAT = 1
+_FORMAT = 2
+_PLAIN_FORMAT = 1
+"""Of tokenizers without a template and with one end id; earlier releases read it."""
 
 _Model = SentencePieceModel | HuggingFaceModel
 
@@ -44,8 +48,13 @@ class Tokenizer:
 
     Attributes:
         vocab_size: ids are 0 .. vocab_size - 1.
-        fingerprint: SHA-256 over the kind, the model's bytes and the special ids; equal ones give the same ids.
+        fingerprint: SHA-256 over the kind, the model's bytes, the special ids and the template; equal ones give the
+            same ids.
         special: the special ids, also as `pad_id`, `unk_id` and so on.
+        end_ids: every id that ends a text in generation; `end_id` is the one that bigtx writes.
+        template: the special ids that the tokenizer of an imported model puts around texts; None: bigtx's own rules,
+            see `encode_prompts`, `encode_documents` and `join`.
+        begin_ids: those of the template before a text.
         origin: how the tokenizer came to be; not part of the fingerprint.
         settings_files: what lay beside a Hugging Face tokenizer.json, by file name, as it came; bigtx only keeps it.
     """
@@ -56,6 +65,7 @@ class Tokenizer:
         special: SpecialIds,
         origin: dict[str, Any] | None = None,
         settings_files: Mapping[str, bytes] | None = None,
+        template: Template | None = None,
     ) -> None:
         """Use `train`, `load` or one of the `from_` functions instead."""
         self._model = model
@@ -66,7 +76,10 @@ class Tokenizer:
         self.pad_id, self.unk_id, self.begin_id = special.pad, special.unknown, special.begin
         self.end_id, self.mask_id = special.end, special.mask
         self.sentinel_ids, self.role_ids = special.sentinels, special.roles
-        self.fingerprint = _fingerprint(model, special)
+        self.end_ids = special.ends or [special.end]
+        self.template = template
+        self.begin_ids = template.before if template else []
+        self.fingerprint = _fingerprint(model, special, template)
 
     @classmethod
     def load(cls, folder: Path | str) -> Tokenizer:
@@ -82,7 +95,8 @@ class Tokenizer:
         path = folder / model_type.file_name
         model = model_type(_read(path))
         files = read_settings_files(folder) if kind == HuggingFaceModel.kind else {}
-        tokenizer = cls(model, SpecialIds(**description["special"]), description.get("origin"), files)
+        template = Template.from_dict(description["template"]) if description.get("template") else None
+        tokenizer = cls(model, SpecialIds(**description["special"]), description.get("origin"), files, template)
         if tokenizer.fingerprint != description["fingerprint"]:
             raise DataError(
                 f"The tokenizer in {folder} is damaged or was edited: {path.name} and {DESCRIPTION} do not belong "
@@ -119,7 +133,8 @@ class Tokenizer:
     def from_huggingface(cls, path: Path | str) -> Tokenizer:
         """Take over a Hugging Face tokenizer: a folder with tokenizer.json, or that file.
 
-        The special ids are those that tokenizer_config.json and special_tokens_map.json beside it name.
+        The special ids are those that tokenizer_config.json and special_tokens_map.json beside it name, and stand
+        around texts where transformers puts them by default.
 
         Raises:
             DataError: it cannot be read, names no end-of-text token, or the extra `huggingface` is not installed.
@@ -130,9 +145,14 @@ class Tokenizer:
             model = HuggingFaceModel(_read(path))
             files = read_settings_files(path.parent)
             origin = {"imported": path.parent.resolve().name}
-            return cls(model, model.special_ids(settings_of(files)), origin, files)
+            return cls(model, model.special_ids(settings_of(files)), origin, files, model.template())
         except DataError as error:
             raise DataError(f"Cannot use {path}: {error}.") from None
+
+    def changed(self, *, ends: Sequence[int] | None = None, template: Template | None = None) -> Tokenizer:
+        """The same tokenizer with other ends of texts or another template; None keeps them."""
+        special = self.special if ends is None else dataclasses.replace(self.special, ends=list(ends))
+        return Tokenizer(self._model, special, self.origin, self.settings_files, template or self.template)
 
     def save(self, folder: Path | str) -> None:
         """Write the tokenizer's files; the folder is made if need be."""
@@ -141,14 +161,17 @@ class Tokenizer:
         write_atomic(folder / self._model.file_name, self._model.data)
         for name, content in self.settings_files.items():
             write_atomic(folder / name, content)
+        is_plain = self.template is None and not self.special.ends
         description = {
-            "format": _FORMAT,
+            "format": _PLAIN_FORMAT if is_plain else _FORMAT,
             "kind": self._model.kind,
             "vocab_size": self.vocab_size,
             "fingerprint": self.fingerprint,
             "special": self.special.to_dict(),
             "origin": self.origin,
         }
+        if self.template is not None:
+            description["template"] = self.template.to_dict()
         write_json(folder / DESCRIPTION, description)
 
     @property
@@ -164,7 +187,10 @@ class Tokenizer:
     @property
     def chat_template(self) -> str | None:
         """The format of `encode_chat` for Hugging Face tokenizers; None without chat roles."""
-        return chat_template(self.role_ids, self.id_to_piece(self.end_id)) if self.role_ids else None
+        if not self.role_ids:
+            return None
+        begin = "".join(map(self.id_to_piece, self.begin_ids))
+        return chat_template(self.role_ids, self.id_to_piece(self.end_id), begin)
 
     @property
     def has_own_chat_template(self) -> bool:
@@ -181,6 +207,49 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of a text; no special ids are added, and none can come from the text."""
         return self.encode_batch([text])[0]
+
+    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of texts that a decoder goes on with: begin ids as in the template, and no end.
+
+        Documents follow the end of another in training, so that an empty text is the end id where there is no begin id.
+
+        Raises:
+            DataError: as `encode_batch`.
+        """
+        return [[*self.begin_ids, *ids] or [self.end_id] for ids in self.encode_batch(texts)]
+
+    def join(self, *texts: Sequence[int]) -> tuple[list[int], list[int]]:
+        """The ids of one text, or of two, that a model reads whole, and the token type of each.
+
+        The special ids are those of the template. Without one, the end id stands before the first and after each.
+
+        Args:
+            texts: the ids of each.
+        """
+        if self.template:
+            return self.template.fill(texts)
+        ids, types = around(None, self.end_id).fill(texts)
+        return [self.end_id, *ids], [0, *types]
+
+    def num_special(self, num_texts: int) -> int:
+        """How many special ids `join` puts around one text, or two."""
+        return self.template.num_special(num_texts) if self.template else num_texts + 1
+
+    @property
+    def source_ids(self) -> tuple[list[int], list[int]]:
+        """The special ids before and after a text that the encoder of an encoder-decoder reads: the template's, and the
+        end id, with which sources end in training."""
+        after = self.template.after if self.template else []
+        return self.begin_ids, after if self.end_id in after else [*after, self.end_id]
+
+    def encode_sources(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of texts that the encoder of an encoder-decoder reads, an end id after each.
+
+        Raises:
+            DataError: as `encode_batch`.
+        """
+        before, after = self.source_ids
+        return [[*before, *ids, *after] for ids in self.encode_batch(texts)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text; as `encode`, faster.
@@ -214,9 +283,10 @@ class Tokenizer:
 
             <|user|>What is a token?</s><|assistant|>A piece of text.</s>
 
-        There is no begin id, since no document of the training begins with one. A content cannot produce special ids:
-        `</s>` in it is four characters. Transformers' `apply_chat_template`, with the template that an export holds,
-        gives the same ids, except that a special token's name in a content becomes that token there.
+        A chat begins with the begin ids of the template, as every text does; tokenizers that bigtx trains have none. A
+        content cannot produce special ids: `</s>` in it is four characters. Transformers' `apply_chat_template`, with
+        the template that an export holds, gives the same ids, except that a special token's name in a content becomes
+        that token there.
 
         Args:
             messages: each with a `role`, one of `role_ids`, and a `content`, a text; other keys are not read.
@@ -225,7 +295,7 @@ class Tokenizer:
         Raises:
             DataError: as `encode_messages`, or there is no role to answer in.
         """
-        ids = list(chain.from_iterable(self.encode_messages(messages)))
+        ids = [*self.begin_ids, *chain.from_iterable(self.encode_messages(messages))]
         if not add_generation_prompt:
             return ids
         if ASSISTANT not in self.role_ids:
@@ -235,7 +305,7 @@ class Tokenizer:
         return [*ids, self.role_ids[ASSISTANT]]
 
     def encode_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[list[int]]:
-        """The ids of each message of a chat, of which `encode_chat` makes one list.
+        """The ids of each message of a chat, of which `encode_chat` makes one list, after the begin ids.
 
         Raises:
             DataError: the tokenizer has no chat roles or a chat template of its own, or a message is none.
@@ -257,32 +327,42 @@ class Tokenizer:
         ]
 
     def encode_documents(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of texts as arrays, each text followed by the end id.
+        """The ids of texts as arrays, each text as in the template and followed by the end id.
+
+        The end id stands nowhere else, since documents are told apart by it: a begin id that is the end id is left out,
+        where the end of the document before stands.
 
         Returns:
             ids: [sum of lengths] unsigned, of all texts one after the other.
-            lengths: int64 [texts] ids of each, its end included.
+            lengths: int64 [texts] ids of each, special ones included.
 
         Raises:
             DataError: as `encode_batch`.
         """
-        if self._model.words is None:
-            encoded = self.encode_batch(texts)
-            for ids in encoded:
-                ids.append(self.end_id)
+        before, after = self._around_document()
+        if self._model.words is None or before:
+            encoded = [[*before, *ids, *after] for ids in self.encode_batch(texts)]
             lengths = np.array([len(ids) for ids in encoded], np.int64)
             return np.fromiter(chain.from_iterable(encoded), np.uint32, int(lengths.sum())), lengths
         try:
-            return self._model.words.encode(texts, [self.end_id])
+            return self._model.words.encode(texts, after)
         except (TypeError, RuntimeError):
             _refuse_surrogates(texts)
             raise
 
-    def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
+    def _around_document(self) -> tuple[list[int], list[int]]:
+        """The special ids before and after each document of a corpus."""
+        after = self.template.after if self.template else []
+        before, after = ([i for i in ids if i != self.end_id] for ids in (self.begin_ids, after))
+        return before, [*after, self.end_id]
+
+    def decode(self, ids: Sequence[int], keep_special: bool = False, *, after: Sequence[int] = ()) -> str:
         """The text of ids.
 
         Args:
             keep_special: write special ids as their pieces; otherwise they say nothing.
+            after: ids that stand before them, such as those of the prompt, whose text is left out. Some tokenizers put
+                a space before every text; after other text a space at the front is part of it.
 
         Raises:
             ValueError: an id below 0, such as the -100 of ignored labels.
@@ -290,11 +370,11 @@ class Tokenizer:
         """
         if len(ids) and min(ids) < 0:
             raise ValueError(f"{min(ids)} is no token id")
-        return self._model.decode(ids, keep_special)
+        return self._model.decode(ids, keep_special, after)
 
-    def stream(self) -> StreamDecoder:
-        """A decoder for ids that come one by one, as in generation."""
-        return self._model.stream()
+    def stream(self, after: Sequence[int] = ()) -> StreamDecoder:
+        """A decoder for ids that come one by one, as in generation; together they say what `decode` does."""
+        return self._model.stream(after)
 
     def id_to_piece(self, i: int) -> str:
         """The piece of an id as its model writes it."""
@@ -305,8 +385,10 @@ class Tokenizer:
         return self._model.is_byte(i)
 
 
-def _fingerprint(model: _Model, special: SpecialIds) -> str:
-    digest = hashlib.sha256(f"{model.kind}\n{json.dumps(special.to_dict(), sort_keys=True)}\n".encode())
+def _fingerprint(model: _Model, special: SpecialIds, template: Template | None) -> str:
+    # Which ids end a text in generation changes no text's ids.
+    values = dataclasses.replace(special, ends=[]).to_dict() | ({"template": template.to_dict()} if template else {})
+    digest = hashlib.sha256(f"{model.kind}\n{json.dumps(values, sort_keys=True)}\n".encode())
     digest.update(model.data)
     return digest.hexdigest()
 
@@ -337,8 +419,10 @@ def _read_description(folder: Path) -> dict[str, Any]:
     try:
         description = json.loads(_read(path))
         kinds = (SentencePieceModel.kind, HuggingFaceModel.kind)
-        known = description["format"] == _FORMAT and description["kind"] in kinds
+        known = description["format"] in (_PLAIN_FORMAT, _FORMAT) and description["kind"] in kinds
         SpecialIds(**description["special"])
+        if description.get("template"):
+            Template.from_dict(description["template"])
         str(description["fingerprint"])
     except (ValueError, TypeError, KeyError, RecursionError):
         raise DataError(f"{path} is damaged; copy the tokenizer again from where it came.") from None

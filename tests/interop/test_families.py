@@ -137,7 +137,7 @@ def test_there_and_back(name: str, tmp_path: Path, capsys: pytest.CaptureFixture
 
     prompts = [ids[0, :10].tolist(), ids[1, :23].tolist()]
     written = decode_tokens(
-        ours.model, ours.config.model, prompts, max_new_tokens=64, sampling=Sampling(temperature=0.0), end_id=None
+        ours.model, ours.config.model, prompts, max_new_tokens=64, sampling=Sampling(temperature=0.0), end_ids=()
     )
     assert written == greedy(theirs, prompts, 64)
 
@@ -208,6 +208,7 @@ def test_both_spellings_of_rotary_fields_are_written() -> None:
 
 class _Ids:
     begin_id = end_id = pad_id = 0
+    end_ids = (0,)
 
 
 def test_the_layout_of_the_first_gpt2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -269,7 +270,7 @@ def test_realistic_shapes(model_type: str, tmp_path: Path) -> None:
     assert (logits - expected).abs().max() < 1e-4 * max(1.0, float(expected.abs().max()))
     prompts = [ids[0, :32].tolist()]
     written = decode_tokens(
-        ours.model, ours.config.model, prompts, max_new_tokens=64, sampling=Sampling(temperature=0.0), end_id=None
+        ours.model, ours.config.model, prompts, max_new_tokens=64, sampling=Sampling(temperature=0.0), end_ids=()
     )
     assert written == greedy(theirs, prompts, 64)
     del ours, theirs

@@ -375,6 +375,7 @@ def test_no_field_of_a_model_is_lost(model_type: str) -> None:
 
 class _Ids:
     begin_id = end_id = pad_id = 0
+    end_ids = (0,)
 
 
 @pytest.mark.parametrize(

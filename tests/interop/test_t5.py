@@ -135,7 +135,7 @@ def test_greedy_texts_are_the_same(variant: str, tokenizer: Tokenizer, tmp_path:
     prompts = [row[:length].tolist() for row, length in zip(inputs["input_ids"], SOURCES, strict=True)]
     greedy = Sampling(temperature=0.0)
     options: dict[str, Any] = {"max_new_tokens": 64, "sampling": greedy, "start_id": tokenizer.pad_id}
-    ours = decode_tokens(loaded.model, loaded.config.model, prompts, end_id=None, **options)
+    ours = decode_tokens(loaded.model, loaded.config.model, prompts, end_ids=(), **options)
     foreign.generation_config.eos_token_id = None
     theirs = foreign.generate(
         input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=64, do_sample=False

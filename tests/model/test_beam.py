@@ -42,7 +42,7 @@ def search(model: Transformer, prompts: list[list[int]], beam: Beam, limit: int 
         prompts,
         max_new_tokens=[limit] * len(prompts),
         beam=beam,
-        **{"end_id": END, "start_id": START} | options,
+        **{"end_ids": [END], "start_id": START} | options,
     )
 
 
@@ -74,8 +74,9 @@ def test_a_beam_that_holds_all_texts_finds_the_best_of_them(variant: str, length
         assert best.log_probability == pytest.approx(log_probability(model, prompt, text), rel=1e-4)
 
 
+@pytest.mark.parametrize("end_ids", [[END], [END, 17, 30]], ids=["one end", "three ends"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_beam_of_one_is_greedy(variant: str) -> None:
+def test_a_beam_of_one_is_greedy(variant: str, end_ids: list[int]) -> None:
     ended = set()
     for seed in (1, 2, 3):
         model = make_model(seed=seed, **VARIANTS[variant])
@@ -85,12 +86,24 @@ def test_a_beam_of_one_is_greedy(variant: str) -> None:
             PROMPTS,
             max_new_tokens=12,
             sampling=Sampling(temperature=0.0),
-            end_id=END,
+            end_ids=end_ids,
             start_id=START,
         )
-        assert [found.ids for found in search(model, PROMPTS, Beam(size=1))] == greedy
+        assert [found.ids for found in search(model, PROMPTS, Beam(size=1), end_ids=end_ids)] == greedy
+        assert not any(i in end_ids for ids in greedy for i in ids)
         ended |= {len(ids) < 12 for ids in greedy}
     assert False in ended, "the limit is met too"
+
+
+def test_a_beam_ends_where_any_of_several_ends_is_best() -> None:
+    model, limit = make_model(6), 3
+    beam = Beam(size=200, length_penalty=0.6)
+    ends = [END, next(letter for letter in range(6) if letter != END)]
+    best = search(model, PROMPTS[:1], beam, limit, end_ids=ends)[0]
+    alone = [search(model, PROMPTS[:1], beam, limit, end_ids=[end])[0] for end in ends]
+    # A text without either end that is best with one of them alone is found with both.
+    assert not set(best.ids) & set(ends)
+    assert best.score >= max(found.score for found in alone if not set(found.ids) & set(ends)) - 1e-6
 
 
 @pytest.mark.parametrize("size", [2, 5])
@@ -132,7 +145,7 @@ def test_limits() -> None:
     assert search(model, [], Beam()) == []
     assert [found.ids for found in search(model, PROMPTS, Beam(), limit=0)] == [[]] * 4
     own = beam_search(
-        model, model.config, PROMPTS, max_new_tokens=[1, 9, 4, 2], beam=Beam(), end_id=END, start_id=START
+        model, model.config, PROMPTS, max_new_tokens=[1, 9, 4, 2], beam=Beam(), end_ids=[END], start_id=START
     )
     assert [len(found.ids) for found in own] == [1, 9, 4, 2], "each prompt has its own"
     few = search(model, PROMPTS, Beam(), num_ids=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -45,7 +46,7 @@ def make_model(**changes: Any) -> Transformer:
 
 
 def decode(model: Transformer, prompts: list[list[int]], **options: Any) -> list[list[int]]:
-    settings: dict[str, Any] = {"max_new_tokens": 20, "sampling": GREEDY, "end_id": None}
+    settings: dict[str, Any] = {"max_new_tokens": 20, "sampling": GREEDY, "end_ids": ()}
     return decode_tokens(model, model.config, prompts, **settings | options)
 
 
@@ -77,9 +78,9 @@ def test_cached_greedy_equals_uncached(variant: str, limit: int) -> None:
 def test_a_batch_gives_what_each_prompt_gives_alone(variant: str) -> None:
     model = make_model(**VARIANTS[variant])
     sampling = Sampling(temperature=1.0, top_k=30, top_p=0.95, seed=5)
-    together = decode(model, PROMPTS, sampling=sampling, end_id=7)
+    together = decode(model, PROMPTS, sampling=sampling, end_ids=[7])
     alone = [
-        decode(model, [prompt], sampling=sampling, end_id=7, first_index=index)[0]
+        decode(model, [prompt], sampling=sampling, end_ids=[7], first_index=index)[0]
         for index, prompt in enumerate(PROMPTS)
     ]
     assert together == alone
@@ -96,7 +97,7 @@ def test_ends() -> None:
     model = make_model()
     free = decode(model, PROMPTS)
     end_id = free[0][5]
-    ended = decode(model, PROMPTS, end_id=end_id)
+    ended = decode(model, PROMPTS, end_ids=[end_id])
     for whole, cut in zip(free, ended, strict=True):
         assert cut == (whole[: whole.index(end_id)] if end_id in whole else whole)
     assert len(ended[0]) <= 5
@@ -138,19 +139,25 @@ def test_distributions() -> None:
 class Letters:
     """A tokenizer of 26 letters; 26 ends a text."""
 
-    vocab_size, end_id, pad_id = 27, 26, 0
+    vocab_size, end_ids, pad_id = 27, [26], 0
 
     def encode(self, text: str) -> list[int]:
         return [ord(letter) - ord("a") for letter in text]
 
-    def decode(self, ids: list[int]) -> str:
+    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) or [26] for text in texts]
+
+    def encode_sources(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[*self.encode(text), 26] for text in texts]
+
+    def decode(self, ids: list[int], *, after: Sequence[int] = ()) -> str:
         return "".join(chr(ord("a") + i) for i in ids)
 
 
 def test_generate() -> None:
     model = make_model()
     texts = generate(model, Letters(), ["hello", "", "b"], max_new_tokens=10, temperature=0.0)
-    expected = decode(model, [Letters().encode("hello"), [26], [1]], max_new_tokens=10, end_id=26, num_ids=27)
+    expected = decode(model, [Letters().encode("hello"), [26], [1]], max_new_tokens=10, end_ids=[26], num_ids=27)
     assert texts == [Letters().decode(ids) for ids in expected]
     alone = generate(model, Letters(), ["b"], max_new_tokens=10, seed=3, first_index=2)
     assert generate(model, Letters(), ["hello", "", "b"], max_new_tokens=10, seed=3)[2:] == alone

@@ -189,7 +189,7 @@ def test_generation_with_a_cache_is_generation_without(kind: str) -> None:
             prompts,
             max_new_tokens=16,
             sampling=Sampling(temperature=0.0),
-            end_id=None,
+            end_ids=(),
             start_id=1,
         )
         for prompt, continuation in zip(prompts, together, strict=True):
@@ -202,7 +202,7 @@ def test_an_ended_text_leaves_the_others_their_sources() -> None:
     model = tiny_model(**T5)
     prompts = [random_tokens(1, length, seed=length)[0].tolist() for length in (7, 3, 11)]
     options: dict[str, Any] = {"max_new_tokens": 12, "sampling": Sampling(temperature=0.0), "start_id": 1}
-    free = decode_tokens(model, model.config, prompts, end_id=None, **options)
+    free = decode_tokens(model, model.config, prompts, end_ids=(), **options)
     end_id = free[0][3]
-    ended = decode_tokens(model, model.config, prompts, end_id=end_id, **options)
+    ended = decode_tokens(model, model.config, prompts, end_ids=[end_id], **options)
     assert ended == [ids[: ids.index(end_id)] if end_id in ids else ids for ids in free]

@@ -188,7 +188,7 @@ def bleu(model: Plain, tokenizer: Tokenizer, texts: list[tuple[str, str]]) -> fl
             [sources[place] for place in places],
             max_new_tokens=[2 * len(sources[place]) + 10 for place in places],
             beam=BEAM,
-            end_id=tokenizer.end_id,
+            end_ids=tokenizer.end_ids,
             start_id=tokenizer.pad_id,
         )
         for place, best in zip(places, found, strict=True):

@@ -10,11 +10,11 @@ from bigtx.config.schema.model import ModelConfig
 from bigtx.tokenizer.tokenizer import Tokenizer
 
 
-def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """The ids that config.json names."""
+def special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The ids that config.json names; several that end a text are a list."""
     return {
         "bos_token_id": tokenizer.begin_id,
-        "eos_token_id": tokenizer.end_id,
+        "eos_token_id": tokenizer.end_ids if len(tokenizer.end_ids) > 1 else tokenizer.end_id,
         "pad_token_id": tokenizer.pad_id,
     }
 

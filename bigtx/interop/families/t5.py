@@ -15,6 +15,7 @@ from typing import Any
 
 from bigtx.config import shape
 from bigtx.config.schema.model import ModelConfig
+from bigtx.interop.families.common import special_ids
 from bigtx.interop.family import Family
 from bigtx.interop.fields import Fields, differing
 from bigtx.interop.maps import Link, same, spelled
@@ -148,8 +149,7 @@ class T5:
             "tie_word_embeddings": _is_scaled(config),
             "scale_decoder_outputs": _is_scaled(config),
             "use_cache": True,
-            "pad_token_id": tokenizer.pad_id,
-            "eos_token_id": tokenizer.end_id,
+            **{name: i for name, i in special_ids(tokenizer).items() if name != "bos_token_id"},
             "decoder_start_token_id": tokenizer.pad_id,
         }
 

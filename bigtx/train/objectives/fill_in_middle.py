@@ -86,10 +86,12 @@ class FillInMiddle(Objective):
         if moved >= self.settings.fill_in_middle_rate:
             return piece
         end = piece[-1:] if piece[-1] == self.tokenizer.end_id else piece[:0]
-        body = piece[: len(piece) - len(end)]
+        begin_ids = self.tokenizer.begin_ids
+        begin = piece[: len(begin_ids)] if piece[: len(begin_ids)].tolist() == begin_ids else piece[:0]
+        body = piece[len(begin) : len(piece) - len(end)]
         first, second = sorted(int(cut * (len(body) + 1)) for cut in cuts)
         prefix, middle, suffix = body[:first], body[first:second], body[second:]
         of_prefix, of_suffix, of_middle = self.marks
         if suffix_first < self.settings.suffix_first_rate:
-            return np.concatenate((of_prefix, of_suffix, suffix, of_middle, prefix, middle, end))
-        return np.concatenate((of_prefix, prefix, of_suffix, suffix, of_middle, middle, end))
+            return np.concatenate((begin, of_prefix, of_suffix, suffix, of_middle, prefix, middle, end))
+        return np.concatenate((begin, of_prefix, prefix, of_suffix, suffix, of_middle, middle, end))

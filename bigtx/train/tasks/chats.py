@@ -3,7 +3,8 @@
 chat format     <|system|> ... </s> <|user|> ... </s> <|assistant|> [ ... </s> ]      tokenizers with chat roles
 plain format    prompt separator [ response </s> ]                                      other tokenizers
 
-The loss is on what stands in brackets: the answers with their ends. Of a chat that is too long the earliest turns are
+Both begin with the begin ids that the tokenizer of an imported model puts before a text; others have none. The loss is
+on what stands in brackets: the answers with their ends. Of a chat that is too long the earliest turns are
 left out whole, a system prompt before them stays; a last turn that is still too long loses the beginning of what is
 read, down to half of the length allowed, and then the end of its answer.
 """
@@ -167,8 +168,9 @@ class ChatFormat:
         Raises:
             BadRecordError: they are longer, and data.too_long=refuse.
         """
+        begin = self.tokenizer.begin_ids
         call = [] if self.is_plain else [self.tokenizer.role_ids[ASSISTANT]]
-        needed, limit = len(call) + max(map(len, answers), default=0), self.max_length
+        needed, limit = len(begin) + len(call) + max(map(len, answers), default=0), self.max_length
         total = sum(len(part.ids) for part in parts) + needed
         if total > limit and not self.may_cut:
             raise BadRecordError(
@@ -177,11 +179,11 @@ class ChatFormat:
         parts = _recent(parts, limit - needed)
         prompt = [token for part in parts for token in part.ids]
         is_learned = [flag for part in parts for flag in _learned(part)]
-        room = max(limit - needed, limit // 2 - len(call))
+        room = max(limit - needed, limit // 2 - len(call) - len(begin))
         lost_start = len(prompt) > room
         if lost_start:
             prompt, is_learned = prompt[len(prompt) - room :], is_learned[len(is_learned) - room :]
-        prompt, is_learned = prompt + call, is_learned + [False] * len(call)
+        prompt, is_learned = begin + prompt + call, [False] * len(begin) + is_learned + [False] * len(call)
         kept = [answer[: limit - len(prompt)] for answer in answers]
         num_cut = total - len(prompt) - max(map(len, kept), default=0)
         return Chat(prompt, is_learned, kept, num_cut, lost_start)
@@ -286,7 +288,7 @@ def write_answers(
         prompts,
         max_new_tokens=config.chat.max_new_tokens,
         sampling=sampling,
-        end_id=tokenizer.end_id,
+        end_ids=tokenizer.end_ids,
         num_ids=tokenizer.vocab_size,
         device=device,
     )

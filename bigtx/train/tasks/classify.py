@@ -2,6 +2,9 @@
 
 encoder    </s> text </s> [ pair </s> ]     summed up by the first token or the mean
 decoder    </s> text </s> [ pair </s> ]     summed up by the last token, which has seen all
+
+The special ids are those of tokenizers that bigtx trains; that of an imported model has its own, such as [CLS] text
+[SEP] pair [SEP].
 """
 
 from __future__ import annotations
@@ -50,7 +53,7 @@ class TextExample:
 
     Attributes:
         ids: special ones included.
-        types: 0 for each id of the text, 1 for those of the pair.
+        types: 0 or 1 for each id, as the tokenizer has it: as a rule 1 for those of the pair.
         label: number of the class, or NO_LABEL.
         num_cut: ids that were too many.
     """
@@ -181,14 +184,11 @@ class Classify(RecordTask):
         if self.fields.pair:
             texts.append((self.fields.pair, record.text(self.fields.pair, setting="data.fields.pair")))
         sides = [some_ids(self.tokenizer, name, text) for name, text in texts]
-        limit, total = self.max_length - len(sides) - 1, sum(map(len, sides))
-        self.require_length(self.max_length - limit + len(sides))
-        rooms = _rooms([len(side) for side in sides], limit)
+        num_special, total = self.tokenizer.num_special(len(sides)), sum(map(len, sides))
+        self.require_length(num_special + len(sides))
+        rooms = _rooms([len(side) for side in sides], self.max_length - num_special)
         sides = [self.cut(side, room, self.settings.truncate) for side, room in zip(sides, rooms, strict=True)]
-        ids, types = [self.tokenizer.end_id], [0]
-        for number, side in enumerate(sides):
-            ids += [*side, self.tokenizer.end_id]
-            types += [number] * (len(side) + 1)
+        ids, types = self.tokenizer.join(*sides)
         label = self._number(record, for_training)
         return TextExample(np.array(ids, np.int32), np.array(types, np.int8), label, total - sum(map(len, sides)))
 

@@ -4,6 +4,8 @@ The teacher comes in where every task's does (see bigtx.train.teacher). A text i
 
     </s> text </s>      with loss on all but the first, which says that a text begins
 
+(The tokenizer of an imported model may have begin ids of its own for that.)
+
 Corpora that do not fit into memory, and encoders and encoder-decoders, are distilled by pretraining with
 `distill.teacher`.
 """
@@ -48,11 +50,13 @@ class Distill(Sft):
         return super(Sft, cls).resolve(config, tokenizer, records)
 
     def encode(self, record: Record, *, for_training: bool = True) -> ChatExample:
-        """The ids of a text, an end before and behind it."""
+        """The ids of a text, with the begin ids of the tokenizer or an end before it, and an end behind it."""
         ids = some_ids(self.tokenizer, self.fields.text, record.text(self.fields.text, setting="data.fields.text"))
-        kept = self.cut(ids, self.max_length - 1)
-        whole = [self.tokenizer.end_id, *kept, self.tokenizer.end_id]
-        return ChatExample(np.array(whole, np.int32), np.arange(len(whole)) > 0, 1, len(ids) - len(kept))
+        before = self.tokenizer.begin_ids or [self.tokenizer.end_id]
+        kept = self.cut(ids, self.max_length - len(before))
+        whole = [*before, *kept, self.tokenizer.end_id]
+        is_answer = np.arange(len(whole)) >= len(before)
+        return ChatExample(np.array(whole, np.int32), is_answer, len(before), len(ids) - len(kept))
 
     @torch.no_grad()
     def predict(self, model: Model, examples: Sequence[ChatExample], device: torch.device) -> list[Prediction]:

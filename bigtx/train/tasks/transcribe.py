@@ -213,7 +213,7 @@ class Transcribe(RecordTask):
             [[self.tokenizer.pad_id]] * len(examples),
             max_new_tokens=limit,
             beam=self.beam,
-            end_id=self.tokenizer.end_id,
+            end_ids=self.tokenizer.end_ids,
             num_ids=self.tokenizer.vocab_size,
             start_id=self.tokenizer.pad_id,
             device=batch.features.device,

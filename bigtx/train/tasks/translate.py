@@ -144,18 +144,23 @@ class Translate(RecordTask):
         text = record.text(self.fields.source, setting="data.fields.source")
         some_ids(self.tokenizer, self.fields.source, text)
         source = self.tokenizer.encode(self.settings.prefix + text)
-        kept = self.cut(source, self.max_length - 1)
+        before, after = self._around_source()
+        kept = self.cut(source, self.max_length - len(before) - len(after))
         num_cut = len(source) - len(kept)
-        after = self.tokenizer.end_id
-        if self.is_decoder and self.tokenizer.sentinel_ids:
-            after = self.tokenizer.sentinel_ids[0]
         reference, target = "", list[int]()
         if for_training or record.has_text(self.fields.target):
             reference = record.text(self.fields.target, setting="data.fields.target")
             whole = [*some_ids(self.tokenizer, self.fields.target, reference), self.tokenizer.end_id]
             target = self.cut(whole, self.max_length)  # What was cut does not end there, and so is not taught to.
             num_cut += len(whole) - len(target)
-        return PairExample(np.array([*kept, after], np.int32), np.array(target, np.int32), reference, num_cut)
+        return PairExample(np.array([*before, *kept, *after], np.int32), np.array(target, np.int32), reference, num_cut)
+
+    def _around_source(self) -> tuple[list[int], list[int]]:
+        """The special ids before and after a source."""
+        tokenizer = self.tokenizer
+        if not self.is_decoder:
+            return tokenizer.source_ids
+        return tokenizer.begin_ids, [tokenizer.sentinel_ids[0] if tokenizer.sentinel_ids else tokenizer.end_id]
 
     def collate(self, examples: Sequence[PairExample], numbers: Sequence[int] | None = None) -> PairBatch:
         """Pairs side by side."""
@@ -242,7 +247,7 @@ class Translate(RecordTask):
             [example.source.tolist() for example in examples],
             max_new_tokens=limits,
             beam=Beam(size=num_beams, length_penalty=settings.length_penalty),
-            end_id=self.tokenizer.end_id,
+            end_ids=self.tokenizer.end_ids,
             num_ids=self.tokenizer.vocab_size,
             start_id=self.tokenizer.pad_id,
             device=device,

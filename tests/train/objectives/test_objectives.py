@@ -28,6 +28,7 @@ class Words:
     """Stands in for a tokenizer: ids from 130 on; an even one begins a word."""
 
     vocab_size, pad_id, end_id, mask_id = VOCABULARY, 0, END, 4
+    begin_ids: tuple[int, ...] = ()
     sentinel_ids = tuple(range(5, 105))
     special = SpecialIds(pad=0, unknown=1, begin=2, end=END, mask=4, sentinels=list(sentinel_ids), roles={})
 
