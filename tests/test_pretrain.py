@@ -342,3 +342,15 @@ def test_mistakes_are_one_paragraph(corpus: Path, tmp_path: Path, arguments: lis
 def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:
     """The run's events of a kind."""
     return [event for event in read_lines(run_dir / "events.jsonl") if event["kind"] == kind]
+
+
+@pytest.mark.parametrize(("changes", "words"), [({"RANK": "3"}, "holds RANK=3"), ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4")])
+def test_half_an_environment_of_a_launcher_is_refused(
+    corpus: Path, tmp_path: Path, changes: dict[str, str], words: str
+) -> None:
+    run = [f"data.sources.a.path={corpus}", f"run_dir={tmp_path / 'run'}", "train.max_steps=2"]
+    command = pretrain_command([*TINY, *run], 1)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment(**changes))
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.startswith("LaunchError: ") and words in done.stderr and "unset" in done.stderr
+    assert not (tmp_path / "run").exists()

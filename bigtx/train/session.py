@@ -89,6 +89,8 @@ class Session(ABC, Generic[Config]):
             LaunchError: the run folder cannot be written, or another run holds it.
             ConfigError, CheckpointError: see `check_run_dir`.
         """
+        if problem := processes.launcher_problem():
+            raise _said_by_every_rank(LaunchError(problem))
         if not self.dry_run:
             # Before anything is written there, and before the ranks find that run's port taken.
             refuse_if_held(self.config.run_dir)
@@ -556,6 +558,13 @@ class Session(ABC, Generic[Config]):
         if self.ranks.is_first_to_fail():
             log.say_error(f"{type(error).__name__}: {error}", any_rank=True)
         error.reported = True
+
+
+def _said_by_every_rank(error: BigtxError) -> BigtxError:
+    """Print an error of a process that may take itself for any rank."""
+    log.say_error(f"{type(error).__name__}: {error}", any_rank=True)
+    error.reported = True
+    return error
 
 
 def num_ranks(count: int) -> str:

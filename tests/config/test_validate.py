@@ -109,6 +109,7 @@ def test_a_schedule_that_fills_the_run_is_good(corpus: Path) -> None:
 
 
 def test_the_ranks_count(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert "does not divide over 3 ranks; 30 or 33 would" in refusal(PretrainConfig, *GOOD)
     assert load(PretrainConfig, [*GOOD, "train.global_batch_size=36"]).train.micro_batch_size == 4

@@ -46,6 +46,11 @@ class Distill(Sft):
             )
         return super(Sft, cls).resolve(config, tokenizer, records)
 
+    @property
+    def text_field(self) -> str | None:
+        """What is scored."""
+        return self.fields.text
+
     def encode(self, record: Record, *, for_training: bool = True) -> ChatExample:
         """The ids of a text, an end before and behind it."""
         ids = some_ids(self.tokenizer, self.fields.text, record.text(self.fields.text, setting="data.fields.text"))
