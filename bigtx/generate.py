@@ -12,8 +12,8 @@ import sys
 import time
 import typing
 from collections.abc import Mapping, Sequence
-from numbers import Integral
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +106,9 @@ class LoadedModel:
         config = task_config(self.config, str(run_dir_of(self.checkpoint)))
         return task_type(config.task)(config, self.tokenizer)
 
-    def predict(self, records: Sequence[Mapping[str, Any] | str], *, batch_size: int | None = None) -> list[dict[str, Any]]:
+    def predict(
+        self, records: Sequence[Mapping[str, Any] | str], *, batch_size: int | None = None
+    ) -> list[dict[str, Any]]:
         """What a fine-tuned model makes of records.
 
         Args:
@@ -145,8 +147,9 @@ class LoadedModel:
         """The fields of a record that came from Python."""
         if isinstance(given, Mapping):
             return given
-        task, field = self.config.task, self.task.text_field  # type: ignore[union-attr]
+        field = self.task.text_field
         if field is None:
+            task = self.task.config.task
             raise DataError(f"record {number} is no mapping, and task={task} needs more of it than one text")
         if not isinstance(given, str):
             raise DataError(f"record {number} is neither a mapping nor a text; write {{{field!r}: TEXT}}, or TEXT")
@@ -174,7 +177,6 @@ class LoadedModel:
         with torch.no_grad():
             return self.model(torch.tensor([list(ids)], device=device), target_tokens=target_tokens)[0].cpu()
 
-
     def _check_ids(self, ids: Sequence[int], target_ids: Sequence[int] | None) -> None:
         model = self.config.model
         if model.audio.num_mel_bins or model.num_classes is not None:
@@ -187,10 +189,14 @@ class LoadedModel:
         for name, given in (("ids", ids), ("target_ids", target_ids)):
             if given is None:
                 continue
-            if len(given) == 0 or not all(isinstance(id, Integral) and 0 <= id < model.vocab_size for id in given):
+            if len(given) == 0 or not all(_is_id(value, model.vocab_size) for value in given):
                 raise DataError(f"{name} are not at least one whole number from 0 to {model.vocab_size - 1}")
             if model.positions == "learned" and len(given) > model.max_sequence_length:
                 raise DataError(f"{len(given)} {name}: the model has {model.max_sequence_length} learned positions")
+
+
+def _is_id(value: Any, vocab_size: int) -> bool:
+    return isinstance(value, Integral) and 0 <= int(value) < vocab_size
 
 
 def load(run: Path | str, *, weights: Weights = "master", device: str = "auto") -> LoadedModel:

@@ -19,6 +19,7 @@ from bigtx.track.jsonl import Record, parse_line
 from bigtx.track.wandb_host import answers
 from bigtx.utils.files import write_atomic
 from bigtx.utils.secrets import scrub
+from bigtx.utils.shell import command
 
 RUN_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 """What W&B takes as an id."""
@@ -132,7 +133,8 @@ class WandbRun:
             text = f"W&B: {report['url']}"
         else:
             warning = "warning: " if self._task["mode"] == "online" else ""
-            text = f"{warning}W&B offline, {report['why']}; later: wandb sync {self._folder}/wandb/offline-run-*"
+            later = f"wandb sync {command(self._folder / 'wandb')}/offline-run-*"
+            text = f"{warning}W&B offline, {report['why']}; later: {later}"
         if text != self._told:  # W&B starts again when it was killed.
             self._told = text
             self._tell(text)

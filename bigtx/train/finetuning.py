@@ -16,6 +16,7 @@ from bigtx.train.session import BASE_FACTS, Session
 from bigtx.utils import log
 from bigtx.utils.errors import CheckpointError, ConfigError, LaunchError
 from bigtx.utils.files import read_object, write_json
+from bigtx.utils.shell import command
 from bigtx.utils.units import parse_duration
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ class FinetuneSession(Session[FinetuneConfig]):
         if self.config.tokenizer and Tokenizer.load(self.config.tokenizer).fingerprint != tokenizer.fingerprint:
             raise ConfigError(
                 f"tokenizer={self.config.tokenizer}: the tokenizer comes with the base, and that of {base} is another "
-                "one, so its ids would mean other texts; leave tokenizer out"
+                "one, so its ids would mean other texts; leave tokenizer out, or write tokenizer=null"
             )
         return tokenizer
 
@@ -136,18 +137,14 @@ class FinetuneSession(Session[FinetuneConfig]):
         if self.checkpoint is None:
             return False
         state = self.checkpoint.manifest["state"]
-        settings = ["train.epochs" if self.config.train.max_steps is None else "train.max_steps"]
+        settings = [self.length_setting()]
         if read_object(self.run_dir / RESULTS).get("tokens") != state["tokens"]:
             return False  # An earlier end's, or damaged: the best checkpoint is measured again.
         if self.patience is not None and state["measured_since_best"] >= self.patience:
             settings.append("validation.patience")
         elif state["step"] < self.total_steps:
             return False
-        log.say(
-            f"the run is finished: {state['step']:,} steps; its results are in {self.run_dir / RESULTS}. To train on: "
-            f"{' '.join(f'{name}=N' for name in settings)} allow_changes=[{','.join(settings)}]; to start anew: "
-            "another run_dir"
-        )
+        self.say_finished(state["step"], settings, f"; its results are in {self.run_dir / RESULTS}")
         self.status = "finished"
         return True
 
@@ -345,7 +342,7 @@ class FinetuneSession(Session[FinetuneConfig]):
 
     def next_command(self) -> str:
         """Predict."""
-        return f"bigtx predict {self.run_dir} --input FILE"
+        return command("bigtx", "predict", self.run_dir, "--input", "FILE")
 
 
 def total_steps(config: FinetuneConfig, num_records: int) -> int:

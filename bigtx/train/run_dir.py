@@ -15,6 +15,7 @@ from bigtx.config.runs import CHECKPOINTS, CONFIG, ENVIRONMENT, has_steps, is_ru
 from bigtx.config.schema import FinetuneConfig, PretrainConfig, RunConfig
 from bigtx.utils.errors import CheckpointError, ConfigError, LaunchError
 from bigtx.utils.files import read_object
+from bigtx.utils.shell import setting
 
 GIVEN_CONFIG = "config.given.yaml"
 """A user's own RUN/config.yaml, kept where the run's takes its name."""
@@ -138,8 +139,9 @@ def _check_checkpoints(run_dir: Path, config: RunConfig) -> None:
     if are_checkpoints_gone(run_dir) and CHECKPOINTS not in config.allow_changes:
         raise CheckpointError(
             f"{run_dir} has made steps ({METRICS}), but {folder} holds no checkpoint of them; give that folder back, "
-            "or mount its disk. To begin again at step 0 on purpose, add allow_changes=[checkpoints]: what the run has "
-            "written until now is then kept in a folder beside"
+            "or mount its disk. To begin again at step 0 on purpose, add "
+            f"{setting('allow_changes', [CHECKPOINTS])}: what the run has written until now is then kept in a folder "
+            "beside"
         )
     if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
         raise LaunchError(f"{folder} cannot be written; make it writable, or name another run_dir")

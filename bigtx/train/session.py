@@ -13,15 +13,15 @@ import re
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NoReturn, Self, TypeVar
 
-from bigtx.config.schema import RunConfig
+from bigtx.config.schema import FinetuneConfig, RunConfig
 from bigtx.train.run_dir import check_run_dir
 from bigtx.train.stop import EarlyStop, StopRequest
-from bigtx.utils import hardware, log, processes
+from bigtx.utils import hardware, log, processes, shell
 from bigtx.utils.errors import BigtxError, CheckpointError, LaunchError
 from bigtx.utils.locks import refuse_if_held
 from bigtx.utils.units import format_count, parse_duration
@@ -156,7 +156,8 @@ class Session(ABC, Generic[Config]):
             if before != now:
                 raise CheckpointError(
                     f"{self.checkpoint.path} was trained {what} than it now names: it had {before}, here is {now}; "
-                    f"give it its own {own} back, or begin another run_dir with init_from"
+                    f"give it its own {own} back, or begin another run_dir with "
+                    f"{self.config.begins_with}=THIS_RUN"
                 )
 
     def open_teacher(self) -> None:
@@ -219,12 +220,26 @@ class Session(ABC, Generic[Config]):
                 "not finite, and there is no checkpoint from before; start over in another run_dir, e.g. with a lower "
                 "optimizer.learning_rate"
             )
-        log.say(
-            f"the run is finished: {step:,} steps. To train on: train.max_steps=N "
-            "allow_changes=[train.max_steps]; to start anew: another run_dir"
-        )
+        self.say_finished(step, [self.length_setting()])
         self.status = "finished"
         return True
+
+    def length_setting(self) -> str:
+        """The setting by which the run has its length."""
+        if self.config.train.max_steps is not None:
+            return "train.max_steps"
+        return "train.epochs" if isinstance(self.config, FinetuneConfig) else "train.max_tokens"
+
+    @staticmethod
+    def say_finished(step: int, settings: Sequence[str], results: str = "") -> None:
+        """Say that nothing is left to do.
+
+        Args:
+            settings: those that ended the run.
+            results: where they are, as a part of the sentence.
+        """
+        longer = shell.settings({name: "N" for name in settings} | {"allow_changes": settings})
+        log.say(f"the run is finished: {step:,} steps{results}. To train on: {longer}; to start over: another run_dir")
 
     def build_engine(self) -> None:
         """Build the model under DeepSpeed; its weights are not set yet.

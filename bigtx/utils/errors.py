@@ -94,7 +94,7 @@ def prepare_streams() -> None:
                 os.dup2(nowhere, descriptor)
                 os.close(nowhere)
                 nowhere = descriptor
-            setattr(sys, name, open(nowhere, "w", encoding="utf-8", errors="backslashreplace", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(io.FileIO(nowhere, "w", closefd=False), errors="backslashreplace"))
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 

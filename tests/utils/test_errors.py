@@ -36,9 +36,7 @@ def in_shell(redirection: str, *arguments: str, **changes: str) -> subprocess.Co
 @pytest.mark.parametrize(
     ("redirection", "status"), [(">&-", 0), (">&- 2>&-", 0), ("</dev/null >&- 2>&-", 0), (">/dev/full", 1)]
 )
-def test_an_output_that_cannot_be_written_comes_after_the_work(
-    tmp_path: Path, redirection: str, status: int
-) -> None:
+def test_an_output_that_cannot_be_written_comes_after_the_work(tmp_path: Path, redirection: str, status: int) -> None:
     done = in_shell(redirection, "-c", WORK, str(tmp_path / "work"))
     assert done.returncode == status and "Traceback" not in done.stderr and "Exception" not in done.stderr
     assert (tmp_path / "work").read_text() == "the work is done"
