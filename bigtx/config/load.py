@@ -255,8 +255,8 @@ def _merged_tree(schema: type, args: Sequence[str]) -> tuple[Node, list[Path], l
 
 
 def _without_values_of_options(args: Sequence[str]) -> Iterator[str]:
-    """The arguments without what follows an option (`--api-key X`): no setting is written so, the option is refused, and
-    its value may be a secret, which no message is to repeat."""
+    """The arguments without what follows an option (`--api-key X`): no setting is written so, the option is refused,
+    and its value may be a secret, which no message is to repeat."""
     after_option = False
     for argument in args:
         is_setting = DOTLIST.fullmatch(argument) is not None

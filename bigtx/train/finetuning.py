@@ -12,7 +12,7 @@ from bigtx.config.load import load_run_config
 from bigtx.config.runs import run_dir_of
 from bigtx.config.schema import FinetuneConfig, ModelConfig
 from bigtx.track.jsonl import plain
-from bigtx.train.session import BASE_FACTS, Session
+from bigtx.train.session import BASE_FACTS, Session, length_setting, say_finished
 from bigtx.utils import log
 from bigtx.utils.errors import CheckpointError, ConfigError, LaunchError
 from bigtx.utils.files import read_object, write_json
@@ -137,14 +137,14 @@ class FinetuneSession(Session[FinetuneConfig]):
         if self.checkpoint is None:
             return False
         state = self.checkpoint.manifest["state"]
-        settings = [self.length_setting()]
+        settings = [length_setting(self.config)]
         if read_object(self.run_dir / RESULTS).get("tokens") != state["tokens"]:
             return False  # An earlier end's, or damaged: the best checkpoint is measured again.
         if self.patience is not None and state["measured_since_best"] >= self.patience:
             settings.append("validation.patience")
         elif state["step"] < self.total_steps:
             return False
-        self.say_finished(state["step"], settings, f"; its results are in {self.run_dir / RESULTS}")
+        say_finished(state["step"], settings, f"; its results are in {self.run_dir / RESULTS}")
         self.status = "finished"
         return True
 

@@ -20,7 +20,8 @@ from bigtx.utils.shell import setting
 GIVEN_CONFIG = "config.given.yaml"
 """A user's own RUN/config.yaml, kept where the run's takes its name."""
 METRICS = "metrics.jsonl"
-HISTORY = (METRICS, "samples.jsonl", "predictions.jsonl", "events.jsonl", "results.json", "base.json", "wandb_run_id")
+WANDB = ("wandb_run_id", "wandb_run_place")
+HISTORY = (METRICS, "samples.jsonl", "predictions.jsonl", "events.jsonl", "results.json", "base.json", *WANDB)
 """What says how the run went, besides its config."""
 FOLDERS = ("tokenizer", "frozen", "frozen.partial")
 WRITTEN = (CONFIG, GIVEN_CONFIG, ENVIRONMENT, "deepspeed.json", "reference.safetensors", *HISTORY, *FOLDERS)

@@ -220,26 +220,9 @@ class Session(ABC, Generic[Config]):
                 "not finite, and there is no checkpoint from before; start over in another run_dir, e.g. with a lower "
                 "optimizer.learning_rate"
             )
-        self.say_finished(step, [self.length_setting()])
+        say_finished(step, [length_setting(self.config)])
         self.status = "finished"
         return True
-
-    def length_setting(self) -> str:
-        """The setting by which the run has its length."""
-        if self.config.train.max_steps is not None:
-            return "train.max_steps"
-        return "train.epochs" if isinstance(self.config, FinetuneConfig) else "train.max_tokens"
-
-    @staticmethod
-    def say_finished(step: int, settings: Sequence[str], results: str = "") -> None:
-        """Say that nothing is left to do.
-
-        Args:
-            settings: those that ended the run.
-            results: where they are, as a part of the sentence.
-        """
-        longer = shell.settings({name: "N" for name in settings} | {"allow_changes": settings})
-        log.say(f"the run is finished: {step:,} steps{results}. To train on: {longer}; to start over: another run_dir")
 
     def build_engine(self) -> None:
         """Build the model under DeepSpeed; its weights are not set yet.
@@ -342,15 +325,20 @@ class Session(ABC, Generic[Config]):
             self.conclude(run)
             if self.ranks.rank == 0:
                 self._tell_model()
-            self.status = "finished"
+            self._close_tracker("finished")
             log.say(
                 f"finished: {self.state.step:,} steps, {format_count(self.state.tokens)} tokens, in {self.run_dir}\n"
                 f"next: {self.next_command()}"
             )
             return 0
-        self.status = "stopped"
+        self._close_tracker("stopped")
         log.say(f"stopped at step {self.state.step:,} with a checkpoint; the same command goes on from there")
         return self.stop.exit_status
+
+    def _close_tracker(self, status: Literal["finished", "stopped"]) -> None:
+        """End what is drawn and said on the screen, W&B's last words too, so that the run's own come last."""
+        self.status = status
+        self.tracker.close(status, self.state.step)
 
     def _tell_model(self) -> None:
         """Name the checkpoint that others use the run by."""
@@ -527,14 +515,13 @@ class Session(ABC, Generic[Config]):
         }
 
     def _peak_flops(self) -> float | None:
-        """Of all ranks together."""
+        """Of all ranks together; None where no maker has published it. A CPU's is not known: what a measurement gives
+        depends on what else the cores do, and steps have passed it."""
         import torch
 
-        precision = self.config.engine.precision
-        if torch.cuda.is_available():
-            peak = hardware.peak_flops(torch.cuda.get_device_name(), precision)
-        else:
-            peak = hardware.measure_peak_flops(precision)  # On all ranks at once, as they compute.
+        if not torch.cuda.is_available():
+            return None
+        peak = hardware.peak_flops(torch.cuda.get_device_name(), self.config.engine.precision)
         return None if peak is None else peak * self.ranks.world_size
 
     def _explain(self, error: BaseException) -> None:
@@ -573,6 +560,24 @@ class Session(ABC, Generic[Config]):
         if self.ranks.is_first_to_fail():
             log.say_error(f"{type(error).__name__}: {error}", any_rank=True)
         error.reported = True
+
+
+def length_setting(config: RunConfig) -> str:
+    """The setting by which a run has its length."""
+    if config.train.max_steps is not None:
+        return "train.max_steps"
+    return "train.epochs" if isinstance(config, FinetuneConfig) else "train.max_tokens"
+
+
+def say_finished(step: int, settings: Sequence[str], results: str = "") -> None:
+    """Say that nothing is left to do.
+
+    Args:
+        settings: those that ended the run.
+        results: where they are, as a part of the sentence.
+    """
+    longer = shell.settings({name: "N" for name in settings} | {"allow_changes": settings})
+    log.say(f"the run is finished: {step:,} steps{results}. To train on: {longer}; to start over: another run_dir")
 
 
 def _said_by_every_rank(error: BigtxError) -> BigtxError:
