@@ -13,8 +13,6 @@ if __package__ in (None, ""):
     here = Path(__file__).resolve().parent
     sys.path[:] = [str(here.parent)] + [entry for entry in sys.path if Path(entry or ".").resolve() != here]
 
-from bigtx.config.load import parse_command_line, to_yaml
-from bigtx.config.schema import FinetuneConfig
 from bigtx.utils.errors import exit_cleanly
 from bigtx.utils.processes import share_cores
 
@@ -24,6 +22,10 @@ EXAMPLE = "finetune/imdb.yaml base=runs/mine data.train=reviews run_dir=runs/sen
 @exit_cleanly
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
+    # Here, where Ctrl-C ends the command without a traceback.
+    from bigtx.config.load import parse_command_line, to_yaml
+    from bigtx.config.schema import FinetuneConfig
+
     arguments = sys.argv[1:] if argv is None else argv
     parsed = parse_command_line(FinetuneConfig, arguments, program="bigtx-finetune", example=EXAMPLE)
     if parsed.print_config:

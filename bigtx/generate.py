@@ -8,19 +8,22 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import math
 import sys
 import time
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigtx.config.runs import run_dir_of
 from bigtx.config.schema import RunConfig
 from bigtx.engine.trained import Weights, find, find_with_tokenizer, read_model
+from bigtx.train.prediction_lines import as_line
 from bigtx.utils.errors import ConfigError, DataError, LaunchError
 from bigtx.utils.files import open_file
+from bigtx.utils.options import SAMPLING, check_options
 
 if TYPE_CHECKING:
     import torch
@@ -78,11 +81,16 @@ class LoadedModel:
         An encoder-decoder reads each as its source and writes a text of its own.
 
         Raises:
-            ConfigError: the model is an encoder, or gives classes; it writes nothing.
+            ConfigError: the model is an encoder, or gives classes, and writes nothing; or an option is out of range.
+            DataError: the prompts are no list of texts.
         """
         from bigtx.model.decode import generate
 
         refuse_wordless(self.config)
+        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise DataError("the prompts are no list of texts; write generate_batch([TEXT, ...]), or generate(TEXT)")
+        options = {"max_new_tokens": 128} | options
+        check_options(options)
         return generate(self.model, self.tokenizer, prompts, **options)
 
     @functools.cached_property
@@ -98,27 +106,33 @@ class LoadedModel:
         config = task_config(self.config, str(run_dir_of(self.checkpoint)))
         return task_type(config.task)(config, self.tokenizer)
 
-    def predict(self, records: Sequence[Mapping[str, Any]], *, batch_size: int | None = None) -> list[dict[str, Any]]:
+    def predict(
+        self, records: Sequence[Mapping[str, Any] | str], *, batch_size: int | None = None
+    ) -> list[dict[str, Any]]:
         """What a fine-tuned model makes of records.
 
         Args:
             records: named values, as in the lines of a .jsonl file: `[{"text": "..."}]`; answers need not be there.
+                Plain texts, where the task needs one text of a record.
             batch_size: records side by side.
 
         Returns:
             A prediction for each, e.g. `{"label": ..., "probabilities": {...}}`.
 
         Raises:
-            ConfigError: the run was pretrained.
+            ConfigError: the run was pretrained, or the batch size is out of range.
             DataError: a record that cannot be used.
         """
+        check_options({"batch_size": batch_size})
+        if isinstance(records, str | Mapping):
+            raise DataError("the records are no list of records; write predict([RECORD, ...])")
         from bigtx.data.records.record import Record
         from bigtx.train.predictions import BATCH_SIZE, predict_records
 
         outcomes = predict_records(
             self.task,
             self.model,
-            [Record(fields, "records", number) for number, fields in enumerate(records, start=1)],
+            [Record(self._fields(given, number), "records", number) for number, given in enumerate(records, start=1)],
             batch_size=batch_size or BATCH_SIZE,
             device=next(self.model.parameters()).device,
         )
@@ -129,6 +143,18 @@ class LoadedModel:
             predictions.append(outcome.prediction)
         return predictions
 
+    def _fields(self, given: Mapping[str, Any] | str, number: int) -> Mapping[str, Any]:
+        """The fields of a record that came from Python."""
+        if isinstance(given, Mapping):
+            return given
+        field = self.task.text_field
+        if field is None:
+            task = self.task.config.task
+            raise DataError(f"record {number} is no mapping, and task={task} needs more of it than one text")
+        if not isinstance(given, str):
+            raise DataError(f"record {number} is neither a mapping nor a text; write {{{field!r}: TEXT}}, or TEXT")
+        return {field: given}
+
     def logits(self, ids: Sequence[int], target_ids: Sequence[int] | None = None) -> Tensor:
         """Logits of what follows each of T token ids, or of an encoder for the tokens themselves.
 
@@ -138,13 +164,39 @@ class LoadedModel:
 
         Returns:
             fp32 [T, vocab_size] on the CPU.
+
+        Raises:
+            ConfigError: the model does not read ids alone, or gives none.
+            DataError: ids that are not in its vocabulary, or more than it has positions for.
         """
         import torch
 
+        self._check_ids(ids, target_ids)
         device = next(self.model.parameters()).device
         target_tokens = None if target_ids is None else torch.tensor([list(target_ids)], device=device)
         with torch.no_grad():
             return self.model(torch.tensor([list(ids)], device=device), target_tokens=target_tokens)[0].cpu()
+
+    def _check_ids(self, ids: Sequence[int], target_ids: Sequence[int] | None) -> None:
+        model = self.config.model
+        if model.audio.num_mel_bins or model.num_classes is not None:
+            what = "hears recordings" if model.audio.num_mel_bins else "sorts texts into classes"
+            raise ConfigError(f"the model {what} and has no logits of token ids; see predict()")
+        if (model.shape == "encoder_decoder") != (target_ids is not None):
+            what = "needs target_ids" if target_ids is None else "has no target_ids"
+            raise ConfigError(f"model.shape={model.shape} {what}: only the decoder of an encoder-decoder reads them")
+        assert model.vocab_size is not None
+        for name, given in (("ids", ids), ("target_ids", target_ids)):
+            if given is None:
+                continue
+            if len(given) == 0 or not all(_is_id(value, model.vocab_size) for value in given):
+                raise DataError(f"{name} are not at least one whole number from 0 to {model.vocab_size - 1}")
+            if model.positions == "learned" and len(given) > model.max_sequence_length:
+                raise DataError(f"{len(given)} {name}: the model has {model.max_sequence_length} learned positions")
+
+
+def _is_id(value: Any, vocab_size: int) -> bool:
+    return isinstance(value, Integral) and 0 <= int(value) < vocab_size
 
 
 def load(run: Path | str, *, weights: Weights = "master", device: str = "auto") -> LoadedModel:
@@ -156,9 +208,11 @@ def load(run: Path | str, *, weights: Weights = "master", device: str = "auto") 
 
     Raises:
         CheckpointError: no such run, no checkpoint yet, or a damaged one.
-        ConfigError: see `find`.
+        ConfigError: see `find`; or no such weights.
         LaunchError: no such device.
     """
+    if weights not in typing.get_args(Weights):
+        raise ConfigError(f"weights={weights!r} is none of {', '.join(typing.get_args(Weights))}")
     checkpoint, config, tokenizer = find_with_tokenizer(run)
     place = _device(device)
     import torch
@@ -211,7 +265,7 @@ def command(argv: Sequence[str]) -> int:
         BigtxError: a run, prompts or settings that cannot be used.
     """
     arguments = _parser().parse_args(argv)
-    _check_sampling(arguments)
+    check_options({name: getattr(arguments, name) for name in SAMPLING}, command_line=True)
     records = _read_prompts(Path(arguments.prompts_file)) if arguments.prompts_file else []
     refuse_wordless(find(arguments.run)[1])
     loaded = load(arguments.run, weights=arguments.weights, device=arguments.device)
@@ -260,21 +314,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto: a GPU if there is one)")
     return parser
-
-
-def _check_sampling(arguments: argparse.Namespace) -> None:
-    problems = [
-        f"{name}={value}: {rule}"
-        for name, value, good, rule in (
-            ("--max-new-tokens", arguments.max_new_tokens, arguments.max_new_tokens >= 1, "at least 1"),
-            ("--temperature", arguments.temperature, 0.0 <= arguments.temperature < math.inf, "0 or more"),
-            ("--top-k", arguments.top_k, arguments.top_k is None or arguments.top_k >= 1, "at least 1"),
-            ("--top-p", arguments.top_p, arguments.top_p is None or 0.0 < arguments.top_p <= 1.0, "above 0, at most 1"),
-        )
-        if not good
-    ]
-    if problems:
-        raise ConfigError("; ".join(problems))
 
 
 def _read_prompts(path: Path) -> list[dict[str, Any]]:
@@ -347,6 +386,13 @@ def _answer_prompt(loaded: LoadedModel, prompt: str, options: dict[str, Any], co
     print(stream.flush())
 
 
+def write_line(value: Mapping[str, Any]) -> None:
+    """Write an object to standard output as a JSON line in UTF-8, whatever the encoding of the terminal."""
+    sys.stdout.flush()
+    sys.stdout.buffer.write(as_line(value))
+    sys.stdout.buffer.flush()
+
+
 def _answer_file(loaded: LoadedModel, records: list[dict[str, Any]], options: dict[str, Any], count: OnToken) -> None:
     """Print each record with its completion, in the file's order."""
     for start in range(0, len(records), BATCH_SIZE):
@@ -354,4 +400,4 @@ def _answer_file(loaded: LoadedModel, records: list[dict[str, Any]], options: di
         prompts = [record["prompt"] for record in batch]
         completions = loaded.generate_batch(prompts, first_index=start, on_token=count, **options)
         for record, completion in zip(batch, completions, strict=True):
-            print(json.dumps(record | {"completion": completion}, ensure_ascii=False), flush=True)
+            write_line(record | {"completion": completion})

@@ -23,6 +23,7 @@ from bigtx.data.records.record import Record
 from bigtx.engine.trained import find
 from bigtx.train.prediction_lines import Item, Output, arriving, as_line, fields_of, read_items, read_stdin
 from bigtx.utils.errors import ConfigError
+from bigtx.utils.options import check_options
 from bigtx.utils.version import __version__
 
 if TYPE_CHECKING:
@@ -47,8 +48,7 @@ def command(argv: Sequence[str]) -> int:
         BigtxError: a run, input or output that cannot be used.
     """
     arguments = _parser().parse_args(argv)
-    if arguments.batch_size is not None and arguments.batch_size < 1:
-        raise ConfigError(f"--batch-size={arguments.batch_size}: at least 1")
+    check_options({"batch_size": arguments.batch_size}, command_line=True)
     if STDIN in arguments.input and len(arguments.input) > 1:
         raise ConfigError("--input -: standard input is read alone, without files beside it")
     files = [file for path in arguments.input if path != STDIN for file in expand_path(path)]

@@ -13,8 +13,6 @@ if __package__ in (None, ""):
     here = Path(__file__).resolve().parent
     sys.path[:] = [str(here.parent)] + [entry for entry in sys.path if Path(entry or ".").resolve() != here]
 
-from bigtx.config.load import parse_command_line, to_yaml
-from bigtx.config.schema import PretrainConfig
 from bigtx.utils.errors import exit_cleanly
 from bigtx.utils.processes import share_cores
 
@@ -22,6 +20,10 @@ from bigtx.utils.processes import share_cores
 @exit_cleanly
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
+    # Here, where Ctrl-C ends the command without a traceback.
+    from bigtx.config.load import parse_command_line, to_yaml
+    from bigtx.config.schema import PretrainConfig
+
     parsed = parse_command_line(PretrainConfig, sys.argv[1:] if argv is None else argv, program="bigtx/pretrain.py")
     if parsed.print_config:
         print(to_yaml(parsed.config), end="")

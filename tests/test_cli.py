@@ -111,6 +111,7 @@ def test_config_errors_answer_at_once(args: list[str], words: str) -> None:
 
 def test_rank_0_alone_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     done = run(CONFIG, "foo=1")
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
 

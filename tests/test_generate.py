@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import sysconfig
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from doors import ROOT, environment
 from safetensors.torch import save_file
 
 import bigtx
@@ -20,7 +22,7 @@ from bigtx.config.schema import ModelConfig, PretrainConfig, TokenizerTrainConfi
 from bigtx.engine.checkpoint import write_manifest
 from bigtx.model.transformer import Transformer
 from bigtx.tokenizer.train import train
-from bigtx.utils.errors import CheckpointError
+from bigtx.utils.errors import BigtxError, CheckpointError
 from bigtx.utils.files import sha256_file
 
 
@@ -248,3 +250,42 @@ def test_usage_and_mistakes_need_no_torch(tmp_path: Path) -> None:
     ):
         ended = without_torch(*arguments)
         assert ended.returncode == 2 and "Traceback" not in ended.stderr, ended.stderr
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-320, 1e-6])
+def test_a_tiny_temperature_takes_the_likeliest_token(run: Path, temperature: float) -> None:
+    loaded = bigtx.load(run)
+    likeliest = loaded.generate("def f(", max_new_tokens=8, temperature=0.0)
+    assert loaded.generate("def f(", max_new_tokens=8, temperature=temperature) == likeliest
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda model: model.generate("x", temperature=-1.0), "temperature=-1.0: a number, 0 or more"),
+        (lambda model: model.generate("x", temperature="hot"), "temperature=hot: a number, 0 or more"),
+        (lambda model: model.generate("x", top_k=0), "top_k=0: a whole number, at least 1"),
+        (lambda model: model.generate("x", top_p=2.0, seed=0.5), "top_p=2.0: a number above 0, at most 1; seed=0.5"),
+        (lambda model: model.generate("x", max_new_tokens=0), "max_new_tokens=0"),
+        (lambda model: model.generate(None), "the prompts are no list of texts"),
+        (lambda model: model.generate_batch("x"), "the prompts are no list of texts"),
+        (lambda model: model.logits([]), "ids are not at least one whole number from 0 to 599"),
+        (lambda model: model.logits([5, 600]), "from 0 to 599"),
+        (lambda model: model.logits([5], target_ids=[5]), "model.shape=decoder has no target_ids"),
+        (lambda model: model.predict(["x"]), "was pretrained and has no task"),
+        (lambda model: model.predict([], batch_size=0), "batch_size=0: a whole number, at least 1"),
+        (lambda model: bigtx.load(model.checkpoint, weights="mean"), "weights='mean' is none of master, ema"),
+    ],
+)
+def test_wrong_arguments_from_python(run: Path, call: Any, words: str) -> None:
+    with pytest.raises(BigtxError, match=re.escape(words)):
+        call(bigtx.load(run))
+
+
+def test_json_lines_are_utf8_whatever_the_terminal_is(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("Füße → é\n", encoding="utf-8")
+    command = [sys.executable, "-m", "bigtx", "generate", str(run), "--max-new-tokens", "2"]
+    command += ["--prompts-file", str(tmp_path / "prompts.txt")]
+    done = subprocess.run(command, capture_output=True, env=environment(PYTHONIOENCODING="ascii"), cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.decode("utf-8"))["prompt"] == "Füße → é"

@@ -17,6 +17,7 @@ from doors import ROOT, bigtx, environment, read_lines
 from finetunes import finetuned, labelled, write_folders, write_jsonl, write_samples
 
 import bigtx as package
+from bigtx.utils.errors import DataError
 
 
 @pytest.fixture(scope="module")
@@ -252,3 +253,12 @@ def test_evaluate(run: Path, decoder_base: Path, tmp_path: Path) -> None:
     config.write_text(config.read_text().replace("test_fraction: 0.2", "test_fraction: 0.4"))
     done = bigtx("evaluate", str(copy), "--split", "test", "--wandb", "off")
     assert done.returncode == 2 and "not those that the run had" in done.stderr
+
+
+def test_python_takes_plain_texts(run: Path) -> None:
+    loaded = package.load(run)
+    texts = [row["text"] for row in labelled(3, seed=4)]
+    assert loaded.predict(texts) == loaded.predict([{"text": text} for text in texts])
+    for records in ([5], "text", [None]):
+        with pytest.raises(DataError, match=r"record 1 is neither|no list of records"):
+            loaded.predict(records)  # type: ignore[arg-type]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -342,3 +344,43 @@ def test_mistakes_are_one_paragraph(corpus: Path, tmp_path: Path, arguments: lis
 def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:
     """The run's events of a kind."""
     return [event for event in read_lines(run_dir / "events.jsonl") if event["kind"] == kind]
+
+
+@pytest.mark.parametrize(("changes", "words"), [({"RANK": "3"}, "holds RANK=3"), ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4")])
+def test_half_an_environment_of_a_launcher_is_refused(
+    corpus: Path, tmp_path: Path, changes: dict[str, str], words: str
+) -> None:
+    run = [f"data.sources.a.path={corpus}", f"run_dir={tmp_path / 'run'}", "train.max_steps=2"]
+    command = pretrain_command([*TINY, *run], 1)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment(**changes))
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.startswith("LaunchError: ") and words in done.stderr and "unset" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_moved_run_goes_on_where_it_is_and_its_last_words_stand_alone(corpus: Path, tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new place"
+    done = pretrain(*TINY, f"data.sources.a.path={corpus}", f"run_dir={old}", "train.max_steps=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "perf/mfu" not in (old / "metrics.jsonl").read_text(), "no maker publishes the peak of a CPU"
+    old.rename(new)
+    longer = ["train.max_steps=4", "allow_changes=[train.max_steps]", f"data.sources.a.path={corpus}/"]
+    terminal, end = os.openpty()
+    process = subprocess.Popen(
+        pretrain_command([str(new / "config.yaml"), *longer], 1),
+        stdout=end,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(TERM="xterm"),
+    )
+    os.close(end)
+    shown = b""
+    with contextlib.suppress(OSError):  # The end of a terminal.
+        while chunk := os.read(terminal, 65536):
+            shown += chunk
+    assert process.wait() == 0, process.communicate()[1]
+    os.close(terminal)
+    assert not old.exists() and last_step(new) == 4 and (new / "checkpoints" / "step-00000004").is_dir()
+    lines = re.split(r"\r\n|\r\x1b\[K", shown.decode())
+    assert lines[-3].startswith("finished: 4 steps") and lines[-2].startswith("next: bigtx generate '"), lines[-5:]
+    assert f"'{new}'" in lines[-2] and any("4/4" in line for line in lines[:-3])

@@ -15,6 +15,7 @@ from bigtx.config.schema import FinetuneConfig, PrepareConfig, PretrainConfig, R
 from bigtx.config.settings import Setting, describe_type, find, members, similar_keys
 from bigtx.config.shipped import shipped_configs, shipped_folder
 from bigtx.utils.errors import ConfigError
+from bigtx.utils.shell import command
 
 SCHEMAS: dict[str, type] = {
     "pretraining (bigtx/pretrain.py)": PretrainConfig,
@@ -60,7 +61,9 @@ def copy_command(argv: Sequence[str]) -> int:
     for source, target in copies.items():
         if target.exists() and (target.samefile(source) or target.read_bytes() != source.read_bytes()):
             what = "is the recipe itself" if target.samefile(source) else "is there already, with other content"
-            raise ConfigError(f"{target} {what}; name another folder: bigtx configs copy {recipe} FOLDER")
+            raise ConfigError(
+                f"{target} {what}; name another folder: {command('bigtx', 'configs', 'copy', recipe)} FOLDER"
+            )
     for source, target in copies.items():
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +71,7 @@ def copy_command(argv: Sequence[str]) -> int:
         except OSError as error:
             raise ConfigError(f"{target} cannot be written: {error.strerror}; name another folder") from error
         print(f"wrote {target}")
-    copy = str(Path(options.folder) / recipe)
+    copy = command(Path(options.folder) / recipe)
     if recipe.startswith("finetune/"):
         config = load(FinetuneConfig, [str(root / recipe)], check=False)
         given = " base=RUN" * (config.base is None and config.tokenizer is None)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from bigtx.utils.errors import CheckpointError, ConfigError
 from bigtx.utils.log import say
+from bigtx.utils.shell import command, settings
 from bigtx.utils.units import format_count, format_size, parse_size
 
 if TYPE_CHECKING:
@@ -49,12 +50,11 @@ def import_command(argv: Sequence[str]) -> int:
     say(f"{made.tokenizer.vocab_size:,} token ids, {config.vocab_size:,} rows in the vocabulary")
     say(f"Wrote {made.checkpoint}")
     if config.shape == "decoder":
-        say(f"Next: bigtx generate {run} --prompt 'Once upon a time'")
-    say(f"To train on: bigtx data prepare input.paths=TEXTS tokenizer={run / 'tokenizer'} output=CORPUS")
-    say(
-        f"  deepspeed --module bigtx.pretrain {run / 'config.yaml'} init_from={run} run_dir=runs/next "
-        "data.sources.mine.path=CORPUS train.max_steps=1000"
-    )
+        say(f"Next: {command('bigtx', 'generate', run, '--prompt', 'Once upon a time')}")
+    prepare = settings({"input.paths": "TEXTS", "tokenizer": run / "tokenizer", "output": "CORPUS"})
+    say(f"To train on: bigtx data prepare {prepare}")
+    values = {"init_from": run, "run_dir": "runs/next", "data.sources.mine.path": "CORPUS", "train.max_steps": 1000}
+    say(f"  {command('deepspeed', '--module', 'bigtx.pretrain', run / 'config.yaml')} {settings(values)}")
     return 0
 
 

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import shlex
 import signal
 import threading
 import time
@@ -27,6 +26,7 @@ from bigtx.tokenizer.tokenizer import DESCRIPTION, Tokenizer
 from bigtx.tokenizer.train import check, train_on_sample
 from bigtx.utils.errors import ConfigError, DataError
 from bigtx.utils.files import open_file, write_json
+from bigtx.utils.shell import command
 from bigtx.utils.staging import new_folder, refuse_filled
 from bigtx.utils.units import format_size
 
@@ -55,8 +55,9 @@ def train_command(argv: Sequence[str]) -> int:
     passed_over: Counter[str] = Counter()
     files = list_files(config.input, passed_over)
     recipe = _recipe(config, files)
-    same_input = "".join(f"{shlex.quote(item)} " for item in argv if item.startswith("input."))
-    next_line = f"Next: bigtx data prepare {same_input}tokenizer={config.output} output=FOLDER"
+    same_input = [item for item in argv if item.startswith("input.")]
+    prepare = command("bigtx", "data", "prepare", *same_input, f"tokenizer={config.output}", "output=FOLDER")
+    next_line = f"Next: {prepare}"
     if (Path(config.output) / DESCRIPTION).exists():
         tokenizer = _same_as_trained(config.output, recipe)
         print(
@@ -114,7 +115,7 @@ def import_command(argv: Sequence[str]) -> int:
     changed = [name for name, text in report.HARD_TEXTS.items() if tokenizer.decode(tokenizer.encode(text)) != text]
     if changed:
         print(f"It loses something of: {', '.join(changed)}")
-    print(f"Next: bigtx tokenizer inspect {options.output}")
+    print(f"Next: {command('bigtx', 'tokenizer', 'inspect', options.output)}")
     return 0
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from bigtx.config.fields import Change as Rule
+from bigtx.config.schema import RunConfig
 from bigtx.config.settings import Setting, find, members
+from bigtx.utils import shell
 from bigtx.utils.errors import ConfigError
 from bigtx.utils.units import parse_duration
+from bigtx.utils.urls import is_url
 
 ABSENT = "(absent)"
 
@@ -50,15 +54,16 @@ def compare(old: dict[str, Any], new: Any) -> list[Change]:
     return found
 
 
-def refuse(changes: Sequence[Change], allowed: Sequence[str]) -> None:
+def refuse(changes: Sequence[Change], config: RunConfig) -> None:
     """Accept changes that are free or allowed by name.
 
     Args:
-        allowed: the config's `allow_changes`.
+        config: the one to resume with; its `allow_changes` name what is allowed.
 
     Raises:
         ConfigError: shows the others as a diff, and the `allow_changes` that would let them through.
     """
+    allowed, begins_with = config.allow_changes, config.begins_with
     never = [change for change in changes if change.rule == "never"]
     by_name = [change for change in changes if change.rule == "by_name" and change.key not in allowed]
     if not never and not by_name:
@@ -68,12 +73,12 @@ def refuse(changes: Sequence[Change], allowed: Sequence[str]) -> None:
         names = dict.fromkeys([*allowed, *(change.key for change in by_name)])
         lines.append("These may change if that is meant:")
         lines += [_diff_line(change) for change in by_name]
-        lines.append(f"  To change them, add: allow_changes=[{','.join(names)}]")
+        lines.append(f"  To change them, add: {shell.setting('allow_changes', list(names))}")
     if never:
         lines.append("These cannot change within one run:")
         lines += [_diff_line(change) for change in never]
         lines.append(
-            "  Set them back, or start a new run from this one's weights: another run_dir, and init_from=THIS_RUN"
+            f"  Set them back, or start a new run from this one's weights: another run_dir, and {begins_with}=THIS_RUN"
         )
     raise ConfigError("\n".join(lines))
 
@@ -101,12 +106,17 @@ def _same(setting: Setting, old: Any, new: Any) -> bool:
         return True
     if setting.kind == "duration" and ABSENT not in (old, new):
         return parse_duration(old) == parse_duration(new)
+    if setting.kind == "path" and isinstance(old, list) and isinstance(new, list):
+        return [_place(member) for member in old] == [_place(member) for member in new]
+    if setting.kind == "path" and isinstance(old, str) and isinstance(new, str) and ABSENT not in (old, new):
+        return _place(old) == _place(new)
     return False
 
 
+def _place(path: str) -> str:
+    """Where a path leads, however it is written; a pattern of names stays one."""
+    return path.rstrip("/") if is_url(path) or not path else os.path.realpath(path)
+
+
 def _diff_line(change: Change) -> str:
-    return f"    {change.key}: {_show(change.old)} -> {_show(change.new)}"
-
-
-def _show(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return f"    {change.key}: {shell.written(change.old)} -> {shell.written(change.new)}"

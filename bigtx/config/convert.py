@@ -12,7 +12,7 @@ from typing import Any
 
 from bigtx.config.nodes import Node, Problem
 from bigtx.config.settings import Setting, find, members, show_number, similar_keys
-from bigtx.utils import units
+from bigtx.utils import shell, units
 from bigtx.utils.secrets import HIDDEN, is_secret_key, scrub_text
 
 INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*(_[0-9]+)*)")
@@ -103,7 +103,7 @@ class Converter:
 
     def _texts(self, setting: Setting, node: Node) -> list[str]:
         if isinstance(node.content, dict) or node.is_null:
-            raise ValueError(f"is a list; write {setting.key}=[...]")
+            raise ValueError(f"is a list; write {setting.key}=TEXT, or {shell.setting(setting.key, ['TEXT', 'TEXT'])}")
         # One text is a list of one: brackets are a pattern for some shells and would have to be quoted.
         members = node.content if isinstance(node.content, list) else [node]
         texts = []
@@ -121,7 +121,7 @@ class Converter:
 
     def _number_list(self, setting: Setting, node: Node) -> list[Any]:
         if not isinstance(node.content, list):
-            raise ValueError(f"is a list of numbers; write {setting.key}=[...]")
+            raise ValueError(f"is a list of numbers; write e.g. {shell.setting(setting.key, [1, 2])}")
         numbers = []
         for index, member in enumerate(node.content):
             key = f"{setting.key}[{index}]"
@@ -198,7 +198,8 @@ class Converter:
         return False
 
     def _report(self, key: str, node: Node, what: str) -> None:
-        self.problems.append(Problem(key, node.text, what, node.where))
+        is_hidden = isinstance(node.content, str) and is_secret_key(key.rpartition(".")[2])
+        self.problems.append(Problem(key, HIDDEN if is_hidden else node.text, what, node.where))
 
 
 def _refuse_filling_in(text: str) -> None:

@@ -29,7 +29,8 @@ def field(
 
     Args:
         kind: "count" (`10B`, `64k` into an int), "size" (`512 MiB` into bytes), "duration" (`500 steps`,
-            `2B tokens`, `30 min`, kept as text), or "" for the plain type.
+            `2B tokens`, `30 min`, kept as text), "path" (a file or folder, or a list of them: other words for the same
+            place are no change), or "" for the plain type.
         change: how far resume lets the value change; "" means as its section says.
         minimum, maximum: inclusive bounds of a number, or of each number in a list or mapping. Every number has a
             minimum; where it has no maximum, `LARGEST` holds.

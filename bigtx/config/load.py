@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -23,7 +23,7 @@ from bigtx.config.nodes import (
     read_argument,
     read_yaml,
 )
-from bigtx.config.runs import CONFIG, read_values, run_dir_of
+from bigtx.config.runs import CONFIG, is_run, read_values, run_dir_of
 from bigtx.config.schema import FinetuneConfig, PretrainConfig, RunConfig
 from bigtx.config.settings import find, leaves, members, similar_keys
 from bigtx.config.shipped import find_config, shipped_configs
@@ -31,6 +31,8 @@ from bigtx.config.validate import validate
 from bigtx.utils.errors import CheckpointError, ConfigError
 from bigtx.utils.files import NOT_A_FILE, no_file
 from bigtx.utils.log import say
+from bigtx.utils.secrets import scrub_text
+from bigtx.utils.shell import setting
 
 T = TypeVar("T")
 
@@ -57,12 +59,12 @@ def load(schema: type[T], args: Sequence[str], *, check: bool = True) -> T:
 
 def _load(schema: type[T], args: Sequence[str], *, check: bool) -> tuple[T, list[Path]]:
     """As `load`, with the files that were read."""
-    tree, files, problems = _merged_tree(schema, args)
+    tree, files, problems, whole = _merged_tree(schema, args)
     converter = Converter(schema)
     values = converter.convert(tree)
     problems += converter.problems
     config = _construct(schema, values)
-    if check:
+    if check and whole:
         # A section with a problem would give followers: its missing values are defaults here.
         broken = {problem.key.partition(".")[0] for problem in problems}
         for problem in validate(config):
@@ -222,27 +224,56 @@ def parse_command_line(
     return Parsed(config, "--print-config" in given, "--dry-run" in given, files)
 
 
-def _merged_tree(schema: type, args: Sequence[str]) -> tuple[Node, list[Path], list[Problem]]:
+def _merged_tree(schema: type, args: Sequence[str]) -> tuple[Node, list[Path], list[Problem], bool]:
+    """What was written, the files that were read, the problems of reading, and whether all files could be read: of what
+    is not there nobody can say that it is missing."""
     problems: list[Problem] = []
     files: list[Path] = []
+    whole = True
     tree = Node({}, "defaults")
     for wants_files in (True, False):
-        for argument in args:
+        for argument in _without_values_of_options(args):
             is_file = not DOTLIST.fullmatch(argument) and not argument.startswith("-")
             if is_file is not wants_files:
                 continue
             try:
                 if is_file:
-                    layer = _read_file(_find(schema, argument), problems, (), files)
+                    path = _find(schema, argument)
+                    known = len(problems)
+                    layer = _in_place(_read_file(path, problems, (), files), path)
+                    whole &= not any(problem.key == BASE for problem in problems[known:])
                 else:
                     _refuse_option(schema, argument)
                     layer = read_argument(argument)
                 tree = merge(tree, layer)
             except ProblemError as error:
                 problems.append(error.problem)
-    if issubclass(schema, FinetuneConfig):
+                whole &= not is_file
+    if whole and issubclass(schema, FinetuneConfig):
         tree = _over_base_model(tree, problems)
-    return tree, files, problems
+    return tree, files, problems, whole
+
+
+def _without_values_of_options(args: Sequence[str]) -> Iterator[str]:
+    """The arguments without what follows an option (`--api-key X`): no setting is written so, the option is refused,
+    and its value may be a secret, which no message is to repeat."""
+    after_option = False
+    for argument in args:
+        is_setting = DOTLIST.fullmatch(argument) is not None
+        if not after_option or is_setting or argument.startswith("-") or Path(argument).is_file():
+            yield argument
+        after_option = argument.startswith("-") and "=" not in argument
+
+
+def _in_place(tree: Node, path: Path) -> Node:
+    """A file's tree; the config.yaml of a run's folder means that folder, wherever the run was before."""
+    assert isinstance(tree.content, dict)
+    folder, saved = path.parent, tree.content.get("run_dir")
+    if path.name != CONFIG or saved is None or not isinstance(saved.content, str) or not is_run(folder):
+        return tree
+    if Path(saved.content).is_dir() and folder.samefile(saved.content):
+        return tree
+    return merge(tree, from_values({"run_dir": str(folder)}, str(path)))
 
 
 def _over_base_model(tree: Node, problems: list[Problem]) -> Node:
@@ -271,8 +302,10 @@ def _find(schema: type, name: str) -> Path:
     if kind := no_file(name):
         raise ProblemError(Problem("", "", f"{name!r} is {kind}, {NOT_A_FILE}: every rank reads it", COMMAND_LINE))
     if path is None and Path(name).is_dir():
-        key = "input.paths" if find(schema, "input.paths") else "data.sources.mine.path"
-        raise ProblemError(Problem("", "", f"{name!r} is a folder, not a YAML file; did you mean {key}={name}?"))
+        keys = ("input.paths", "data.train", "data.sources.mine.path")
+        key = next((key for key in keys if find(schema, key)), "run_dir")
+        what = f"{name!r} is a folder, not a YAML file; did you mean {setting(key, name)}?"
+        raise ProblemError(Problem("", "", what, COMMAND_LINE))
     if path is None and "=" not in name and find(schema, name):
         raise ProblemError(Problem("", "", f"{name!r} is a setting; write {name}=VALUE, without spaces", COMMAND_LINE))
     if path is None:
@@ -334,14 +367,15 @@ def _refuse_option(schema: type, argument: str) -> None:
     if not argument.startswith("-"):
         return
     name, sign, value = argument.lstrip("-").partition("=")
-    key = name.replace("-", "_")
+    key, option = name.replace("-", "_"), argument.partition("=")[0]
     if find(schema, key):
-        what = f"no such option; settings have no dashes before them, write {key}={value if sign else '...'}"
+        value = scrub_text(value) if sign else "VALUE"
+        what = f"no such option; settings have no dashes before them, write {setting(key, value)}"
     else:
-        similar = difflib.get_close_matches(argument, FLAGS, 1, 0.8)
+        similar = difflib.get_close_matches(option, FLAGS, 1, 0.8)
         similar += [f"{name}=..." for name in similar_keys(schema, key)] if key else []
         what = f"no such option{f'; did you mean {similar[0]}?' if similar else '; see --help'}"
-    raise ProblemError(Problem(argument, "", what, COMMAND_LINE))
+    raise ProblemError(Problem(option, "", what, COMMAND_LINE))
 
 
 def _construct(schema: type[T], values: dict[str, Any]) -> T:

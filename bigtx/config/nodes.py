@@ -14,6 +14,9 @@ from typing import Any
 
 import yaml
 
+from bigtx.utils.secrets import HIDDEN, is_secret_key, scrub_text
+from bigtx.utils.shell import setting
+
 COMMAND_LINE = "command line"
 NULLS = ("", "~", "null", "Null", "NULL")
 PLAIN_TAGS = {
@@ -44,7 +47,17 @@ class Problem:
         subject = f"{self.key}={self.value}" if self.value else self.key
         if self.where:
             subject = f"{subject} ({self.where})" if subject else self.where
-        return f"{subject}: {self.what}"
+        return f"{subject}: {self.what}" if subject else self.what
+
+
+def idle(key: str, value: Any, default: Any, why: str) -> Problem:
+    """A setting that does nothing.
+
+    Args:
+        default: what takes a line of a file back that cannot be left out, one of a recipe.
+        why: e.g. "without model.lora.rank=N".
+    """
+    return Problem(key, str(value), f"says nothing {why}; leave it out, or write {setting(key, default)}")
 
 
 class ProblemError(Exception):
@@ -81,14 +94,15 @@ class Node:
 
     @property
     def text(self) -> str:
-        """The value for a message, on one line and not too long."""
+        """The value for a message, on one line and not too long, without secrets."""
         if isinstance(self.content, dict):
-            text = "{" + ", ".join(f"{key}: {node.text}" for key, node in self.content.items()) + "}"
+            members = {key: HIDDEN if is_secret_key(key) else node.text for key, node in self.content.items()}
+            text = "{" + ", ".join(f"{key}: {member}" for key, member in members.items()) + "}"
         elif isinstance(self.content, list):
             text = "[" + ", ".join(node.text for node in self.content) + "]"
         else:
             text = self.content if self.plain else repr(self.content)
-        text = " ".join(text.split())
+        text = " ".join(scrub_text(text).split())
         return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -148,11 +162,13 @@ def read_argument(argument: str) -> Node:
     key, text = match["key"], match["value"]
     names = key.split(".")
     if not all(names):
-        raise ProblemError(Problem(key, text, "a part of the key is empty", COMMAND_LINE))
+        hidden = HIDDEN if any(map(is_secret_key, names)) else scrub_text(text)
+        raise ProblemError(Problem(key, hidden, "a part of the key is empty", COMMAND_LINE))
+    shown = f"{key}={HIDDEN if any(map(is_secret_key, names)) else scrub_text(text)}"
     node = Node(text.strip(), COMMAND_LINE)
     if text.lstrip().startswith(("[", "{", "'", '"')):
         problems: list[Problem] = []
-        root = _compose(text, COMMAND_LINE, f"{key}={text}")
+        root = _compose(text, COMMAND_LINE, shown)
         assert root is not None
         node = _Converter(COMMAND_LINE, problems).convert(root, key)
         if problems:

@@ -199,7 +199,7 @@ def describe_type(setting: Setting) -> str:
     plain = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     if setting.choices:
         text = "one of " + ", ".join(setting.choices)
-    elif setting.kind:
+    elif setting.kind in marked:
         text = marked[setting.kind]
     elif typing.get_origin(setting.type) is list:
         examples = {float: "a list of numbers: [0.2, 0.1]", int: "a list of whole numbers: [1, 2]"}

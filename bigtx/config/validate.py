@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import glob
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,12 @@ from bigtx.config.validate_distill import distill_problems
 from bigtx.config.validate_finetune import task_problems
 from bigtx.config.validate_model import model_problems, objective_problems, training_problems
 from bigtx.utils.processes import world_size
+from bigtx.utils.shell import setting, settings
 from bigtx.utils.units import Duration, parse_duration, parse_range
 from bigtx.utils.urls import is_url, url_problem
 
 MANIFEST = "manifest.json"
+SPLITS = ("train", "validation")
 LEAST_TIMEOUT_SECONDS, LARGEST_TIMEOUT_SECONDS = 1, 30 * 86_400
 
 
@@ -68,7 +70,7 @@ def _every_run(config: RunConfig) -> Iterator[Problem]:
 
 def _finetune(config: FinetuneConfig) -> Iterator[Problem]:
     yield from _every_run(config)
-    yield from training_problems(config, begins_with="base")
+    yield from training_problems(config)
     if config.base is None and config.tokenizer is None and config.distill.teacher is None:
         yield Problem(
             "base",
@@ -80,14 +82,7 @@ def _finetune(config: FinetuneConfig) -> Iterator[Problem]:
         yield Problem("tokenizer", config.tokenizer, "no such folder; name one written by `bigtx tokenizer train`")
     yield from _records(config.data)
     train = config.train
-    if (train.epochs is None) == (train.max_steps is None):
-        given = "both are given; keep one" if train.epochs is not None else "is not given; write it, e.g. 3"
-        yield Problem(
-            "train.epochs", "", f"{given}: the run's length is epochs or max_steps", related=("train.max_steps",)
-        )
-    for key, length in (("epochs", train.epochs), ("max_steps", train.max_steps)):
-        if length == 0:
-            yield Problem(f"train.{key}", "0", "trains nothing; write a number above 0")
+    yield from _run_length({"train.epochs": train.epochs, "train.max_steps": train.max_steps}, "train.epochs=3")
     yield from _rhythms(
         {"train.log_every": train.log_every, "train.checkpoint_every": train.checkpoint_every}, config.engine.timeout
     )
@@ -96,9 +91,28 @@ def _finetune(config: FinetuneConfig) -> Iterator[Problem]:
     yield from task_problems(config)
 
 
+def _run_length(lengths: Mapping[str, float | None], example: str) -> Iterator[Problem]:
+    """A run has one length.
+
+    Args:
+        lengths: by the two settings that may give it.
+        example: one of them with a value.
+    """
+    first, second = lengths
+    related = tuple(lengths)
+    if None not in lengths.values():
+        what = f"both are given, this and {second}; take one back by {first}=null or {second}=null"
+        yield Problem(first, "", what, related=related)
+    elif set(lengths.values()) == {None}:
+        yield Problem(first, "", f"is not given, nor {second}; write the run's length, e.g. {example}", related=related)
+    for key, length in lengths.items():
+        if length == 0:
+            yield Problem(key, "0", "trains nothing; write a number above 0")
+
+
 def _records(data: RecordsConfig) -> Iterator[Problem]:
     if not data.train:
-        yield Problem("data.train", "", "is empty; name files or folders of records, e.g. data.train=[reviews/]")
+        yield Problem("data.train", "", "is empty; name files or folders of records, e.g. data.train=reviews/")
     for name in ("train", "validation", "test"):
         yield from _paths(f"data.{name}", getattr(data, name))
 
@@ -108,7 +122,7 @@ def _pretrain(config: PretrainConfig) -> Iterator[Problem]:
     started = any(Path(config.run_dir, "checkpoints").glob("step-*[0-9]"))  # Then the weights have been taken already.
     if config.init_from is not None and not started and not Path(config.init_from).is_dir():
         yield Problem("init_from", config.init_from, "no such folder; name a run or one of its checkpoints")
-    yield from training_problems(config, begins_with="init_from")
+    yield from training_problems(config)
     yield from objective_problems(config)
     yield from _data(config.data)
     yield from _phases(config.data, config.train.sequence_length)
@@ -130,7 +144,7 @@ def _pretrain(config: PretrainConfig) -> Iterator[Problem]:
     yield from _schedule(config.schedule, num_steps, tokens_per_step)
 
 
-def _allowed_change(schema: type, key: str) -> Iterator[Problem]:
+def _allowed_change(schema: type[RunConfig], key: str) -> Iterator[Problem]:
     if key == CHECKPOINTS:
         return  # Allows to begin again without them.
     setting = find(schema, key)
@@ -141,7 +155,8 @@ def _allowed_change(schema: type, key: str) -> Iterator[Problem]:
             "allow_changes", key, f"no such setting{hint}" if setting is None else "is a section; name its settings"
         )
     elif setting.change == "never":
-        yield Problem("allow_changes", key, "can never change within a run; start a new one with init_from")
+        what = f"can never change within a run; start a new one in another run_dir, with {schema.begins_with}=THIS_RUN"
+        yield Problem("allow_changes", key, what)
 
 
 def _data(data: DataConfig) -> Iterator[Problem]:
@@ -165,7 +180,11 @@ def _foreign(data: DataConfig) -> Iterator[Problem]:
     foreign = data.foreign
     for key, value in (("sources", data.sources), ("phases", data.phases), ("skip", data.skip)):
         if value:
-            yield Problem(f"data.{key}", "", "belongs to prepared corpora; leave it out, or data.foreign.paths")
+            names: dict[str, Any] = {f"{key}.{name}": None for name in value} if isinstance(value, dict) else {key: []}
+            own = settings({f"data.{name}": empty for name, empty in names.items()})
+            foreign_paths = settings({"data.foreign.paths": [], "data.foreign.tokenizer": "''"})
+            what = f"belongs to prepared corpora, and data.foreign.paths is given; write {own}, or {foreign_paths}"
+            yield Problem(f"data.{key}", "", what, related=("data.foreign.paths",))
     for path in foreign.paths:
         if is_url(path) and (problem := url_problem(path)):
             yield Problem("data.foreign.paths", path, problem)
@@ -194,7 +213,8 @@ def _phases(data: DataConfig, sequence_length: int) -> Iterator[Problem]:
                 yield Problem(
                     f"{key}.start",
                     str(phase.start),
-                    f"begins with sequence {sequence:,}, as data.phases.{other} does; leave one of them out",
+                    f"begins with sequence {sequence:,}, as data.phases.{other} does; leave one of them out, e.g. by "
+                    f"{setting(f'data.phases.{name}', None)}",
                     related=("train.sequence_length",),
                 )
         for source in phase.weights:
@@ -231,30 +251,27 @@ def _sources(sources: dict[str, SourceConfig], key: str, split: str) -> Iterator
             if problem := url_problem(source.path):
                 yield Problem(path, source.path, problem)
         elif not Path(source.path).is_dir():
-            yield Problem(path, source.path, "no such folder; name one written by `bigtx data prepare`")
+            begun = Path(f"{source.path.rstrip('/')}.partial").is_dir()
+            what = "is not finished yet; run its `bigtx data prepare` again" if begun else "no such folder; name one"
+            yield Problem(path, source.path, what if begun else f"{what} written by `bigtx data prepare`")
         elif not (Path(source.path) / split / MANIFEST).is_file():
-            yield Problem(
-                path,
-                source.path,
-                f"holds no {split}/{MANIFEST}, so it is no prepared corpus, or its preparation has not "
-                f"ended, or it has no {split} split",
-            )
+            yield Problem(path, source.path, _no_corpus(Path(source.path), path, split))
+
+
+def _no_corpus(folder: Path, key: str, split: str) -> str:
+    """What a folder is that should be a prepared corpus, and what to write."""
+    if (folder / MANIFEST).is_file():
+        return f"is one split of a prepared corpus; write {setting(key, folder.parent)}"
+    if any((folder / other / MANIFEST).is_file() for other in SPLITS):
+        return f"holds no {split}/{MANIFEST}: the corpus has no {split} split; name another one"
+    texts = settings({"input.paths": folder, "tokenizer": "TOKENIZER", "output": "CORPUS"})
+    return f"holds no {split}/{MANIFEST}, so it is no prepared corpus; `bigtx data prepare {texts}` makes one of texts"
 
 
 def _lengths(config: PretrainConfig) -> Iterator[Problem]:
     train, model = config.train, config.model
-    if (train.max_steps is None) == (train.max_tokens is None):
-        given = (
-            "both are given; keep one"
-            if train.max_steps is not None
-            else "is not given; write it, e.g. 1000, or train.max_tokens=1B"
-        )
-        yield Problem(
-            "train.max_steps",
-            "",
-            f"{given}: the run's length is max_steps or max_tokens",
-            related=("train.max_tokens",),
-        )
+    lengths = {"train.max_steps": train.max_steps, "train.max_tokens": train.max_tokens}
+    yield from _run_length(lengths, "train.max_steps=1000")
     # An encoder-decoder reads a row in two parts, whose lengths the objective knows.
     whole = model.shape != "encoder_decoder"
     if whole and model.positions == "learned" and train.sequence_length > model.max_sequence_length:
@@ -374,7 +391,7 @@ def _filters(filters: FilterConfig) -> Iterator[Problem]:
 
 def _input(config: InputConfig) -> Iterator[Problem]:
     if not config.paths:
-        yield Problem("input.paths", "", "is empty; name files, folders or globs, e.g. input.paths=[texts/]")
+        yield Problem("input.paths", "", "is empty; name files, folders or globs, e.g. input.paths=texts/")
     yield from _paths("input.paths", config.paths)
 
 

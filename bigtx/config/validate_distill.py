@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-from bigtx.config.nodes import Problem
-from bigtx.config.schema import DistillConfig, FinetuneConfig, PretrainConfig, RunConfig
+from bigtx.config.nodes import Problem, idle
+from bigtx.config.schema import DistillConfig, FinetuneConfig, RunConfig
 
 
 def distill_problems(config: RunConfig) -> Iterator[Problem]:
@@ -17,21 +17,18 @@ def distill_problems(config: RunConfig) -> Iterator[Problem]:
         if isinstance(config, FinetuneConfig) and config.task == "distill":
             yield Problem("distill.teacher", "", "is not given; name the run that the student learns from")
         for field in dataclasses.fields(settings):
-            value = getattr(settings, field.name)
-            if value != getattr(DistillConfig(), field.name):
-                yield Problem(f"distill.{field.name}", str(value), "says nothing without distill.teacher; leave it out")
+            value, default = getattr(settings, field.name), getattr(DistillConfig(), field.name)
+            if value != default:
+                yield idle(f"distill.{field.name}", value, default, "without distill.teacher")
         return
     if not Path(settings.teacher).is_dir():
         yield Problem("distill.teacher", settings.teacher, "no such folder; name a run or one of its checkpoints")
-    if isinstance(config, FinetuneConfig):
-        if config.task == "preference" or (config.task == "transcribe" and config.transcribe.method == "ctc"):
-            what = "preference" if config.task == "preference" else "transcribe with transcribe.method=ctc"
-            yield Problem("distill.teacher", settings.teacher, f"cannot teach task={what}; leave it out")
-        started_from = config.base
-    else:
-        assert isinstance(config, PretrainConfig)
-        started_from = config.init_from
+    deaf = isinstance(config, FinetuneConfig) and config.task == "transcribe" and config.transcribe.method == "ctc"
+    if deaf or (isinstance(config, FinetuneConfig) and config.task == "preference"):
+        what = "transcribe with transcribe.method=ctc" if deaf else "preference"
+        yield Problem("distill.teacher", settings.teacher, f"cannot teach task={what}; write distill.teacher=null")
+    started_from = getattr(config, config.begins_with)
     if settings.copy_layers and started_from is not None:
-        yield Problem(
-            "distill.copy_layers", "true", f"the weights come from {started_from} already; leave one of them out"
-        )
+        begins_with = config.begins_with
+        what = f"the weights come from {begins_with}={started_from} already; write false, or {begins_with}=null"
+        yield Problem("distill.copy_layers", "true", what, related=(begins_with,))

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Iterator
 
-from bigtx.config.nodes import Problem
+from bigtx.config.nodes import Problem, idle
 from bigtx.config.schema import FinetuneConfig, TranscribeConfig
 
 TASK_SECTIONS = {
@@ -27,11 +27,9 @@ def task_problems(config: FinetuneConfig) -> Iterator[Problem]:
             continue
         section = getattr(config, name)
         for field in dataclasses.fields(section):
-            value = getattr(section, field.name)
-            if value != getattr(type(section)(), field.name):
-                yield Problem(
-                    f"{name}.{field.name}", str(value), f"says nothing without task={' or '.join(tasks)}; leave it out"
-                )
+            value, default = getattr(section, field.name), getattr(type(section)(), field.name)
+            if value != default:
+                yield idle(f"{name}.{field.name}", value, default, f"without task={' or '.join(tasks)}")
     for name in ("train", "validation", "test"):
         for path in getattr(config.data, name):
             if config.run_dir and os.path.realpath(path) == os.path.realpath(config.run_dir):
@@ -39,10 +37,8 @@ def task_problems(config: FinetuneConfig) -> Iterator[Problem]:
                 yield Problem("run_dir", config.run_dir, what, related=(f"data.{name}",))
     yield from _classes(config.classify.classes)
     yield from _speech(config)
-    if config.sft.row_length is not None and not config.sft.packing:
-        yield Problem(
-            "sft.row_length", str(config.sft.row_length), "says nothing without sft.packing=true; leave it out"
-        )
+    if config.task == "sft" and config.sft.row_length is not None and not config.sft.packing:
+        yield idle("sft.row_length", config.sft.row_length, None, "without sft.packing=true")
 
 
 def _classes(classes: list[str]) -> Iterator[Problem]:
@@ -82,6 +78,6 @@ def _speech(config: FinetuneConfig) -> Iterator[Problem]:
             related=("model.shape",),
         )
     for name in ("label_smoothing", "num_beams", "length_penalty"):
-        value = getattr(settings, name)
-        if settings.method == "ctc" and value != getattr(TranscribeConfig(), name):
-            yield Problem(f"transcribe.{name}", str(value), "says nothing with transcribe.method=ctc; leave it out")
+        value, default = getattr(settings, name), getattr(TranscribeConfig(), name)
+        if settings.method == "ctc" and value != default:
+            yield idle(f"transcribe.{name}", value, default, "with transcribe.method=ctc")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from bigtx.config.lora import useless_targets
-from bigtx.config.nodes import Problem
+from bigtx.config.nodes import Problem, idle
 from bigtx.config.schema import (
     AudioConfig,
     ExpertsConfig,
@@ -17,6 +17,7 @@ from bigtx.config.schema import (
     PretrainConfig,
     RunConfig,
 )
+from bigtx.utils.shell import setting
 
 OBJECTIVES_OF_FIELDS = {
     "fill_in_middle_rate": "fill_in_middle",
@@ -87,10 +88,9 @@ def _experts(model: ModelConfig) -> Iterator[Problem]:
     experts = model.experts
     if not experts.num_experts:
         for field in dataclasses.fields(experts):
-            value = getattr(experts, field.name)
-            if value != getattr(ExpertsConfig(), field.name):
-                key = f"model.experts.{field.name}"
-                yield Problem(key, str(value), "says nothing without model.experts.num_experts=N; leave it out")
+            value, default = getattr(experts, field.name), getattr(ExpertsConfig(), field.name)
+            if value != default:
+                yield idle(f"model.experts.{field.name}", value, default, "without model.experts.num_experts=N")
         return
     count = str(experts.num_experts)
     if model.shape != "decoder":
@@ -110,9 +110,7 @@ def _experts(model: ModelConfig) -> Iterator[Problem]:
     if model.mlp_bias:
         yield Problem("model.mlp_bias", "true", "experts have no biases; write false, or model.experts.num_experts=0")
     if experts.shared_gate and not experts.shared_size:
-        yield Problem(
-            "model.experts.shared_gate", "true", "says nothing without model.experts.shared_size=N; leave it out"
-        )
+        yield idle("model.experts.shared_gate", "true", False, "without model.experts.shared_size=N")
 
 
 def _lora(model: ModelConfig) -> Iterator[Problem]:
@@ -120,10 +118,9 @@ def _lora(model: ModelConfig) -> Iterator[Problem]:
     lora = model.lora
     if not lora.rank:
         for field in dataclasses.fields(lora):
-            value = getattr(lora, field.name)
-            if value != getattr(LoraConfig(), field.name):
-                key = f"model.lora.{field.name}"
-                yield Problem(key, str(value), "says nothing without model.lora.rank=N; leave it out")
+            value, default = getattr(lora, field.name), getattr(LoraConfig(), field.name)
+            if value != default:
+                yield idle(f"model.lora.{field.name}", value, default, "without model.lora.rank=N")
         return
     for glob, near in useless_targets(model).items():
         what = f"matches no matrix of a block; there are {', '.join(near)}"
@@ -132,13 +129,9 @@ def _lora(model: ModelConfig) -> Iterator[Problem]:
         yield Problem("model.lora.targets", glob, what)
 
 
-def training_problems(config: RunConfig, *, begins_with: str) -> Iterator[Problem]:
-    """What is trained must be possible.
-
-    Args:
-        begins_with: the setting that names the run whose weights this one begins with.
-    """
-    lora, optimizer = config.model.lora, config.optimizer
+def training_problems(config: RunConfig) -> Iterator[Problem]:
+    """What is trained must be possible."""
+    lora, optimizer, begins_with = config.model.lora, config.optimizer, config.begins_with
     if lora.rank and getattr(config, begins_with) is None:
         yield Problem(
             "model.lora.rank",
@@ -150,7 +143,8 @@ def training_problems(config: RunConfig, *, begins_with: str) -> Iterator[Proble
         yield Problem(
             "optimizer.train_also",
             str(optimizer.train_also),
-            "says nothing without model.lora.rank=N, where all parameters are trained; see optimizer.freeze",
+            "says nothing without model.lora.rank=N, where all parameters are trained; write "
+            f"{setting('optimizer.train_also', [])}, and see optimizer.freeze",
         )
 
 
@@ -160,10 +154,9 @@ def _audio(model: ModelConfig) -> Iterator[Problem]:
     bins = str(audio.num_mel_bins)
     if not audio.num_mel_bins:
         for field in dataclasses.fields(audio):
-            value = getattr(audio, field.name)
-            if value != getattr(AudioConfig(), field.name):
-                key = f"model.audio.{field.name}"
-                yield Problem(key, str(value), "says nothing without model.audio.num_mel_bins=N; leave it out")
+            value, default = getattr(audio, field.name), getattr(AudioConfig(), field.name)
+            if value != default:
+                yield idle(f"model.audio.{field.name}", value, default, "without model.audio.num_mel_bins=N")
         return
     if model.shape == "decoder":
         yield Problem(
@@ -193,7 +186,7 @@ def _idle_model_fields(model: ModelConfig) -> Iterator[Problem]:
     )
     for name, value, matters, needed in conditions:
         if value and not matters:
-            yield Problem(f"model.{name}", str(value), f"says nothing without model.{needed}; leave it out")
+            yield idle(f"model.{name}", value, getattr(ModelConfig(), name), f"without model.{needed}")
 
 
 def objective_problems(config: PretrainConfig) -> Iterator[Problem]:
@@ -213,16 +206,14 @@ def objective_problems(config: PretrainConfig) -> Iterator[Problem]:
         yield Problem("objective.name", name, f"is not for {what}; write {' or '.join(fitting)}")
     defaults = ObjectiveConfig()
     for field, owner in OBJECTIVES_OF_FIELDS.items():
-        value = getattr(config.objective, field)
-        if owner != name and value != getattr(defaults, field):
-            yield Problem(
-                f"objective.{field}", str(value), f"says nothing without objective.name={owner}; leave it out"
-            )
+        value, default = getattr(config.objective, field), getattr(defaults, field)
+        if owner != name and value != default:
+            yield idle(f"objective.{field}", value, default, f"without objective.name={owner}")
     if shape == "encoder" and config.validation.sample_prompts:
         yield Problem(
             "validation.sample_prompts",
             str(config.validation.sample_prompts),
-            "an encoder (model.shape) writes no text; leave it out",
+            f"an encoder (model.shape) writes no text; write {setting('validation.sample_prompts', [])}",
         )
 
 

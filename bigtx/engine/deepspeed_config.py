@@ -148,6 +148,8 @@ def refuse_unsupported(config: RunConfig) -> None:
 
 def _merge_raw(generated: dict[str, Any], raw: dict[str, Any], prefix: str) -> None:
     for key, value in raw.items():
+        if value is None:
+            continue  # It takes a line of a file back.
         path, ours = prefix + str(key), generated.get(key)
         if path in DECIDED_BY or path in RELIED_ON:
             if ours != value:
@@ -168,7 +170,8 @@ def _merge_raw(generated: dict[str, Any], raw: dict[str, Any], prefix: str) -> N
 def _contradiction(path: str, value: Any, ours: Any) -> str:
     given = f"deepspeed.{path}={value!r}"
     if path in RELIED_ON:
-        return f"{given}: bigtx works with {'no such key' if ours is None else ours} alone; leave it out"
+        alone = "no such key" if ours is None else ours
+        return f"{given}: bigtx works with {alone} alone; leave it out, or write deepspeed.{path}=null"
     field = DECIDED_BY[path]
     gives = "decides about it" if ours is None else f"gives {ours!r}"
-    return f"{given} contradicts {field}, which {gives}; leave it out and set {field} instead"
+    return f"{given} contradicts {field}, which {gives}; leave it out (deepspeed.{path}=null) and set {field} instead"

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
 from bigtx.utils.errors import BigtxError, LaunchError
-from bigtx.utils.processes import stopped_at_once
+from bigtx.utils.processes import is_launched, stopped_at_once
 
 T = TypeVar("T")
 
@@ -183,7 +183,7 @@ def wait_in_every_group(timeout: timedelta) -> None:
 
 def set_environment_of_single_process() -> None:
     """Fill in what a launcher would have set, for `python bigtx/pretrain.py`."""
-    if "RANK" in os.environ:
+    if is_launched():
         return
     if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
         raise LaunchError(

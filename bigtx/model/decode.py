@@ -75,7 +75,10 @@ class Sampling:
         logits = logits.float().cpu()
         if self.temperature == 0.0:
             return logits.argmax(dim=-1).tolist()
-        ordered, ids = (logits / self.temperature).sort(dim=-1, descending=True, stable=True)
+        # From the largest on, since a quotient by a tiny temperature may pass what fp32 holds: it becomes 0 or -inf.
+        logits = logits - logits.max(dim=-1, keepdim=True).values
+        temperature = max(self.temperature, torch.finfo(torch.float32).tiny)
+        ordered, ids = (logits / temperature).sort(dim=-1, descending=True, stable=True)
         if self.top_k is not None:
             ordered[:, self.top_k :] = float("-inf")
         probabilities = ordered.softmax(dim=-1)

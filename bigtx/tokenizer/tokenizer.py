@@ -317,7 +317,7 @@ class Tokenizer:
             )
         if not self.role_ids:
             raise DataError(
-                "This tokenizer has no chat roles; train one with e.g. chat_roles=[system,user,assistant,tool]."
+                "This tokenizer has no chat roles; train one with e.g. 'chat_roles=[system,user,assistant,tool]'."
             )
         check_messages(messages, self.role_ids)
         contents = self.encode_batch([message["content"] for message in messages])

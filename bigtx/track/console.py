@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import TextIO
 
-_BAR_WIDTH = 24
+_BAR_WIDTH, _LEAST_BAR_WIDTH = 24, 8
 _SECONDS_BETWEEN_DRAWINGS = 0.1
 # Speed is taken over the last calls: the first steps (compilation, warm caches) say little about the rest.
 _SPEED_WINDOW = 30
@@ -66,24 +66,28 @@ class Console:
             self._write("\n")
 
     def _fit(self, step: int, parts: list[str]) -> str:
-        """The bar's line, with as much as the terminal has room for."""
+        """The bar's line, with as much as the terminal has room for: the loss, a short bar and the time that is left
+        come first, and the bar takes the room that nothing else needs."""
         columns = self._columns() - 1
         lead = f"{step}{self._of_total()}"
-        line = lead
-        for part in parts:
-            if len(line) + 2 + len(part) <= columns:
-                line += "  " + part
-        bar = self._draw_bar(step)
-        if bar and len(line) + len(bar) + 1 <= columns:
-            line = f"{bar} {line}"
+        room = columns - len(lead)
+        kept: set[int] = set()
+        bar_width = 0
+        for place in dict.fromkeys([0, len(parts) - 1, *range(len(parts))]):
+            if 0 <= place < len(parts) and 2 + len(parts[place]) <= room:
+                kept.add(place)
+                room -= 2 + len(parts[place])
+            if place == 0 and self._total_steps and room > _LEAST_BAR_WIDTH:
+                bar_width, room = _LEAST_BAR_WIDTH, room - _LEAST_BAR_WIDTH - 1
+        line = "  ".join([lead, *(part for place, part in enumerate(parts) if place in kept)])
+        if bar_width:
+            line = f"{self._draw_bar(step, min(_BAR_WIDTH, bar_width + room))} {line}"
         return line[:columns]
 
-    def _draw_bar(self, step: int) -> str:
-        if not self._total_steps:
-            return ""
+    def _draw_bar(self, step: int, width: int) -> str:
         full, empty = ("━", "─") if "utf" in (self._stream.encoding or "").lower() else ("#", "-")
-        done = min(_BAR_WIDTH, _BAR_WIDTH * step // self._total_steps)
-        return full * done + empty * (_BAR_WIDTH - done)
+        done = min(width, width * step // self._total_steps)
+        return full * done + empty * (width - done)
 
     def _of_total(self) -> str:
         return f"/{self._total_steps}" if self._total_steps else ""

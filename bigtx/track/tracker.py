@@ -77,7 +77,17 @@ class Tracker:
         self._step = resumed_step
         if config.wandb == "off" or os.environ.get("WANDB_MODE") == "disabled":
             return
-        self.wandb_run_id = read_or_make_run_id(folder)
+        own = read_or_make_run_id(folder)
+        self.wandb_run_id = own.id
+        if own.original:
+            original = {"checkpoint": own.original_folder, "manifest_sha256": "", "step": resumed_step}
+            base = base or original | {"wandb_run_id": own.original}
+            run_config = {**run_config, "copied_from": {"wandb_run_id": own.original, "folder": own.original_folder}}
+            self._note("wandb_copy", original=own.original, folder=own.original_folder)
+            self._console.message(
+                f"W&B: this folder is a copy of {own.original_folder}, whose run there is {own.original}; the copy is "
+                f"the run {own.id}"
+            )
         init = {
             "id": self.wandb_run_id,
             "dir": str(folder),

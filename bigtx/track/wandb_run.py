@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,13 @@ from bigtx.track.jsonl import Record, parse_line
 from bigtx.track.wandb_host import answers
 from bigtx.utils.files import write_atomic
 from bigtx.utils.secrets import scrub
+from bigtx.utils.shell import command
 
 RUN_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 """What W&B takes as an id."""
+ID_FILE = "wandb_run_id"
+PLACE_FILE = "wandb_run_place"
+"""Where the folder was when it got its id, by which a copy of it is known."""
 WAIT_SECONDS = 3.0
 PROBE_SECONDS = 1.0
 # At the end of a run whose server answers, an upload may take this long; the data is on disk in any case.
@@ -85,6 +90,11 @@ class WandbRun:
                 self._tell(f"W&B is still writing {self._folder / 'wandb'}, in the background")
         for record in self._reports():
             self._hear(record)
+        if self._error:
+            self._tell(
+                f"warning: W&B failed ({' '.join(self._error.split())}); its last data may be missing there, and is "
+                f"whole in {self._folder}. See {self._folder / 'logs' / 'wandb.log'}"
+            )
         self._close_pipes()
         self._starter = None
 
@@ -125,14 +135,15 @@ class WandbRun:
         if "event" in report:
             self._note(**{"kind": report.pop("event"), **report})
             return
-        self.mode = report["mode"]
+        self.mode, self._error = report["mode"], ""
         self._host = report["host"]
         self._note("wandb", **report)
         if self.mode == "online":
             text = f"W&B: {report['url']}"
         else:
             warning = "warning: " if self._task["mode"] == "online" else ""
-            text = f"{warning}W&B offline, {report['why']}; later: wandb sync {self._folder}/wandb/offline-run-*"
+            later = f"wandb sync {command(self._folder / 'wandb')}/offline-run-*"
+            text = f"{warning}W&B offline, {report['why']}; later: {later}"
         if text != self._told:  # W&B starts again when it was killed.
             self._told = text
             self._tell(text)
@@ -176,14 +187,54 @@ class WandbRun:
                     pipe.close()
 
 
-def read_or_make_run_id(folder: Path) -> str:
-    """The run's W&B id, the same for all lives of the run folder; a new one where the file holds none."""
-    path = folder / "wandb_run_id"
-    if path.exists() and RUN_ID.fullmatch(run_id := path.read_text(encoding="ascii", errors="replace").strip()):
-        return run_id
-    run_id = secrets.token_hex(6)
-    write_atomic(path, f"{run_id}\n")
-    return run_id
+@dataclass(frozen=True)
+class RunId:
+    """A run's W&B id, the same for all lives of the run folder.
+
+    Attributes:
+        original: the id of the run that the folder is a copy of, "" if it is none.
+        original_folder: where that run is.
+    """
+
+    id: str
+    original: str = ""
+    original_folder: str = ""
+
+
+def read_or_make_run_id(folder: Path) -> RunId:
+    """The id of a run folder. A folder that was moved keeps it; a copy, whose original is still there, gets its own."""
+    folder = folder.resolve()
+    run_id, place = _read_id(folder), _read_line(folder / PLACE_FILE)
+    original = Path(place) if place else folder
+    is_copy = bool(run_id) and not _same_folder(original, folder) and _read_id(original) == run_id
+    if run_id and not is_copy:
+        if place != str(folder):
+            write_atomic(folder / PLACE_FILE, f"{folder}\n")
+        return RunId(run_id)
+    made = RunId(secrets.token_hex(6), run_id, place) if is_copy else RunId(secrets.token_hex(6))
+    write_atomic(folder / ID_FILE, f"{made.id}\n")
+    write_atomic(folder / PLACE_FILE, f"{folder}\n")
+    return made
+
+
+def _read_id(folder: Path) -> str:
+    line = _read_line(folder / ID_FILE)
+    return line if RUN_ID.fullmatch(line) else ""
+
+
+def _read_line(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except (OSError, ValueError):
+        return ""
+
+
+def _same_folder(first: Path, second: Path) -> bool:
+    # One folder may have several paths, in containers or by mounts.
+    try:
+        return first.samefile(second)
+    except (OSError, ValueError):
+        return False
 
 
 def _log_file(path: Path) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +16,7 @@ from bigtx.train.tasks import task_type
 from bigtx.train.tasks.task import Examples, Look, RecordTask
 from bigtx.utils import log
 from bigtx.utils.errors import ConfigError, DataError
+from bigtx.utils.shell import setting
 
 SPLITS = ("train", "validation", "test")
 
@@ -102,8 +101,8 @@ def _advice(broken: Broken, config: FinetuneConfig) -> str:
     if broken.count > MAX_TOLD:
         return "Or do without them: name them in data.leave_out."
     names = [*config.data.leave_out, *(where for where, _ in broken.first)]
-    setting = shlex.quote(f"data.leave_out={json.dumps(names, ensure_ascii=False)}")
-    return f"Or do without them: {setting} (to resume a run, also allow_changes=[data.leave_out])"
+    without, allowed = setting("data.leave_out", names), setting("allow_changes", ["data.leave_out"])
+    return f"Or do without them: {without} (to resume a run, also {allowed})"
 
 
 def _tell_left_out(left_out: LeftOut, *, is_resumed: bool) -> None:

@@ -13,10 +13,11 @@ from bigtx.config.runs import run_dir_of
 from bigtx.config.schema import FinetuneConfig, ModelConfig
 from bigtx.track.jsonl import plain
 from bigtx.train.finetune_notes import describe_length, untrained_roles
-from bigtx.train.session import BASE_FACTS, Session
+from bigtx.train.session import BASE_FACTS, Session, length_setting, say_finished
 from bigtx.utils import log
 from bigtx.utils.errors import CheckpointError, ConfigError, LaunchError
 from bigtx.utils.files import read_object, write_json
+from bigtx.utils.shell import command
 from bigtx.utils.units import parse_duration
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ class FinetuneSession(Session[FinetuneConfig]):
         if self.config.tokenizer and Tokenizer.load(self.config.tokenizer).fingerprint != tokenizer.fingerprint:
             raise ConfigError(
                 f"tokenizer={self.config.tokenizer}: the tokenizer comes with the base, and that of {base} is another "
-                "one, so its ids would mean other texts; leave tokenizer out"
+                "one, so its ids would mean other texts; leave tokenizer out, or write tokenizer=null"
             )
         return tokenizer
 
@@ -139,18 +140,14 @@ class FinetuneSession(Session[FinetuneConfig]):
         if self.checkpoint is None:
             return False
         state = self.checkpoint.manifest["state"]
-        settings = ["train.epochs" if self.config.train.max_steps is None else "train.max_steps"]
+        settings = [length_setting(self.config)]
         if read_object(self.run_dir / RESULTS).get("tokens") != state["tokens"]:
             return False  # An earlier end's, or damaged: the best checkpoint is measured again.
         if self.patience is not None and state["measured_since_best"] >= self.patience:
             settings.append("validation.patience")
         elif state["step"] < self.total_steps:
             return False
-        log.say(
-            f"the run is finished: {state['step']:,} steps; its results are in {self.run_dir / RESULTS}. To train on: "
-            f"{' '.join(f'{name}=N' for name in settings)} allow_changes=[{','.join(settings)}]; to start anew: "
-            "another run_dir"
-        )
+        say_finished(state["step"], settings, f"; its results are in {self.run_dir / RESULTS}")
         self.status = "finished"
         return True
 
@@ -351,7 +348,7 @@ class FinetuneSession(Session[FinetuneConfig]):
 
     def next_command(self) -> str:
         """Predict."""
-        return f"bigtx predict {self.run_dir} --input FILE"
+        return command("bigtx", "predict", self.run_dir, "--input", "FILE")
 
 
 def total_steps(config: FinetuneConfig, num_records: int) -> int:

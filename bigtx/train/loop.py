@@ -21,8 +21,13 @@ from bigtx.train.state import Cadence, RunState
 from bigtx.train.stop import StopRequest
 from bigtx.utils.errors import BigtxError
 from bigtx.utils.memory import keep_freed_memory
+from bigtx.utils.shell import settings
 
-CURE = "Lower the learning rate (optimizer.learning_rate=... allow_changes=[optimizer.learning_rate])"
+CURE = (
+    "Lower the learning rate ("
+    + settings({"optimizer.learning_rate": "X", "allow_changes": ["optimizer.learning_rate"]})
+    + ")"
+)
 """What helps most often where steps are skipped."""
 
 

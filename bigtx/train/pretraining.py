@@ -9,6 +9,7 @@ from bigtx.config.schema import PretrainConfig
 from bigtx.train.session import Session, num_ranks
 from bigtx.utils import log
 from bigtx.utils.errors import ConfigError
+from bigtx.utils.shell import command
 
 if TYPE_CHECKING:
     from bigtx.data.stream.loader import StepLoader
@@ -49,7 +50,8 @@ class PretrainSession(Session[PretrainConfig]):
         elif config.model.vocab_size < self.tokenizer.vocab_size:
             raise ConfigError(
                 f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's "
-                f"{self.tokenizer.vocab_size} ids in {self.data.tokenizer_place}; leave it empty to take it from there"
+                f"{self.tokenizer.vocab_size} ids in {self.data.tokenizer_place}; write model.vocab_size=null to take "
+                "it from there"
             )
         log.say(f"data: {self.data.description}; vocabulary {config.model.vocab_size:,}")
         self.objective = make_objective(config, self.tokenizer, purpose="train")
@@ -79,8 +81,8 @@ class PretrainSession(Session[PretrainConfig]):
     def next_command(self) -> str:
         """Export an encoder, have others write."""
         if self.config.model.shape == "encoder":
-            return f"bigtx export {self.run_dir} --to hf -o FOLDER"
-        return f"bigtx generate {self.run_dir} --prompt '...'"
+            return command("bigtx", "export", self.run_dir, "--to", "hf", "-o", "FOLDER")
+        return command("bigtx", "generate", self.run_dir, "--prompt", "TEXT")
 
     def make_loader(self) -> StepLoader:
         """Rows from the state's place on."""

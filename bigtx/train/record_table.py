@@ -131,5 +131,5 @@ def read(run_dir: Path) -> Table:
     except (OSError, EOFError, ValueError, TypeError, zlib.error) as error:
         raise CheckpointError(
             f"{path}, which says what records the run had, cannot be read ({error}): without it none can be left out. "
-            "Restore it or the records, or begin another run_dir with init_from"
+            "Restore it or the records, or begin another run_dir with base=THIS_RUN"
         ) from error

@@ -16,11 +16,13 @@ from bigtx.config.schema import FinetuneConfig, PretrainConfig, RunConfig
 from bigtx.data.raw.own import RUN, kind_of
 from bigtx.utils.errors import CheckpointError, ConfigError, LaunchError
 from bigtx.utils.files import read_object
+from bigtx.utils.shell import setting
 
 GIVEN_CONFIG = "config.given.yaml"
 """A user's own RUN/config.yaml, kept where the run's takes its name."""
 METRICS = "metrics.jsonl"
-HISTORY = (METRICS, "samples.jsonl", "predictions.jsonl", "events.jsonl", "results.json", "base.json", "wandb_run_id")
+WANDB = ("wandb_run_id", "wandb_run_place")
+HISTORY = (METRICS, "samples.jsonl", "predictions.jsonl", "events.jsonl", "results.json", "base.json", *WANDB)
 """What says how the run went, besides its config."""
 FOLDERS = ("tokenizer", "frozen", "frozen.partial")
 WRITTEN = (CONFIG, GIVEN_CONFIG, ENVIRONMENT, "deepspeed.json", "reference.safetensors", *HISTORY, *FOLDERS)
@@ -138,8 +140,9 @@ def _check_checkpoints(run_dir: Path, config: RunConfig) -> None:
     if are_checkpoints_gone(run_dir) and CHECKPOINTS not in config.allow_changes:
         raise CheckpointError(
             f"{run_dir} has made steps ({METRICS}), but {folder} holds no checkpoint of them; give that folder back, "
-            "or mount its disk. To begin again at step 0 on purpose, add allow_changes=[checkpoints]: what the run has "
-            "written until now is then kept in a folder beside"
+            "or mount its disk. To begin again at step 0 on purpose, add "
+            f"{setting('allow_changes', [CHECKPOINTS])}: what the run has written until now is then kept in a folder "
+            "beside"
         )
     if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
         raise LaunchError(f"{folder} cannot be written; make it writable, or name another run_dir")

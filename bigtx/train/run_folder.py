@@ -121,7 +121,7 @@ def _changed_settings(run_dir: Path, config: RunConfig) -> list[dict[str, Any]]:
         found = changes.compare(saved, config)
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{run_dir / CONFIG} is damaged; restore it from a copy") from error
-    changes.refuse(found, config.allow_changes)
+    changes.refuse(found, config)
     return [{"key": change.key, "old": change.old, "new": change.new} for change in found if change.key not in UNTOLD]
 
 

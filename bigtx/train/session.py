@@ -13,15 +13,15 @@ import re
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NoReturn, Self, TypeVar
 
-from bigtx.config.schema import RunConfig
+from bigtx.config.schema import FinetuneConfig, RunConfig
 from bigtx.train.run_dir import check_run_dir
 from bigtx.train.stop import EarlyStop, StopRequest
-from bigtx.utils import hardware, log, processes
+from bigtx.utils import hardware, log, processes, shell
 from bigtx.utils.errors import BigtxError, CheckpointError, LaunchError
 from bigtx.utils.locks import refuse_if_held
 from bigtx.utils.units import format_count, parse_duration
@@ -89,6 +89,8 @@ class Session(ABC, Generic[Config]):
             LaunchError: the run folder cannot be written, or another run holds it.
             ConfigError, CheckpointError: see `check_run_dir`.
         """
+        if problem := processes.launcher_problem():
+            raise _said_by_every_rank(LaunchError(problem))
         if not self.dry_run:
             # Before anything is written there, and before the ranks find that run's port taken.
             refuse_if_held(self.config.run_dir)
@@ -154,7 +156,8 @@ class Session(ABC, Generic[Config]):
             if before != now:
                 raise CheckpointError(
                     f"{self.checkpoint.path} was trained {what} than it now names: it had {before}, here is {now}; "
-                    f"give it its own {own} back, or begin another run_dir with init_from"
+                    f"give it its own {own} back, or begin another run_dir with "
+                    f"{self.config.begins_with}=THIS_RUN"
                 )
 
     def open_teacher(self) -> None:
@@ -217,10 +220,7 @@ class Session(ABC, Generic[Config]):
                 "not finite, and there is no checkpoint from before; start over in another run_dir, e.g. with a lower "
                 "optimizer.learning_rate"
             )
-        log.say(
-            f"the run is finished: {step:,} steps. To train on: train.max_steps=N "
-            "allow_changes=[train.max_steps]; to start anew: another run_dir"
-        )
+        say_finished(step, [length_setting(self.config)])
         self.status = "finished"
         return True
 
@@ -326,15 +326,20 @@ class Session(ABC, Generic[Config]):
             self.conclude(run)
             if self.ranks.rank == 0:
                 self._tell_model()
-            self.status = "finished"
+            self._close_tracker("finished")
             log.say(
                 f"finished: {self.state.step:,} steps, {format_count(self.state.tokens)} tokens, in {self.run_dir}\n"
                 f"next: {self.next_command()}"
             )
             return 0
-        self.status = "stopped"
+        self._close_tracker("stopped")
         log.say(f"stopped at step {self.state.step:,} with a checkpoint; the same command goes on from there")
         return self.stop.exit_status
+
+    def _close_tracker(self, status: Literal["finished", "stopped"]) -> None:
+        """End what is drawn and said on the screen, W&B's last words too, so that the run's own come last."""
+        self.status = status
+        self.tracker.close(status, self.state.step)
 
     def _tell_model(self) -> None:
         """Name the checkpoint that others use the run by."""
@@ -511,14 +516,13 @@ class Session(ABC, Generic[Config]):
         }
 
     def _peak_flops(self) -> float | None:
-        """Of all ranks together."""
+        """Of all ranks together; None where no maker has published it. A CPU's is not known: what a measurement gives
+        depends on what else the cores do, and steps have passed it."""
         import torch
 
-        precision = self.config.engine.precision
-        if torch.cuda.is_available():
-            peak = hardware.peak_flops(torch.cuda.get_device_name(), precision)
-        else:
-            peak = hardware.measure_peak_flops(precision)  # On all ranks at once, as they compute.
+        if not torch.cuda.is_available():
+            return None
+        peak = hardware.peak_flops(torch.cuda.get_device_name(), self.config.engine.precision)
         return None if peak is None else peak * self.ranks.world_size
 
     def _explain(self, error: BaseException) -> None:
@@ -557,6 +561,31 @@ class Session(ABC, Generic[Config]):
         if self.ranks.is_first_to_fail():
             log.say_error(f"{type(error).__name__}: {error}", any_rank=True)
         error.reported = True
+
+
+def length_setting(config: RunConfig) -> str:
+    """The setting by which a run has its length."""
+    if config.train.max_steps is not None:
+        return "train.max_steps"
+    return "train.epochs" if isinstance(config, FinetuneConfig) else "train.max_tokens"
+
+
+def say_finished(step: int, settings: Sequence[str], results: str = "") -> None:
+    """Say that nothing is left to do.
+
+    Args:
+        settings: those that ended the run.
+        results: where they are, as a part of the sentence.
+    """
+    longer = shell.settings({name: "N" for name in settings} | {"allow_changes": settings})
+    log.say(f"the run is finished: {step:,} steps{results}. To train on: {longer}; to start over: another run_dir")
+
+
+def _said_by_every_rank(error: BigtxError) -> BigtxError:
+    """Print an error of a process that may take itself for any rank."""
+    log.say_error(f"{type(error).__name__}: {error}", any_rank=True)
+    error.reported = True
+    return error
 
 
 def num_ranks(count: int) -> str:

@@ -7,13 +7,16 @@ assertion.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import os
 import sys
 from collections.abc import Callable
 
 from bigtx.utils import log
 
+EXIT_OUTPUT_LOST = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -48,14 +51,17 @@ def exit_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
     """Turn a command's `main` into one that reports a `BigtxError` as a paragraph.
 
     Returns:
-        A function that returns the exit status: what `main` returned, 2 after a `BigtxError`, 130 after Ctrl-C.
-        Any other exception is a defect of bigtx and keeps its traceback.
+        A function that returns the exit status: what `main` returned, 2 after a `BigtxError`, 130 after Ctrl-C, 1
+        where standard output could not take all that was written. Any other exception is a defect of bigtx and keeps
+        its traceback.
     """
 
     @functools.wraps(main)
     def wrapped(*args: object, **kwargs: object) -> int:
+        prepare_streams()
         try:
-            return main(*args, **kwargs) or 0
+            status = main(*args, **kwargs) or 0
+            return status or _flush_output()
         except BigtxError as error:
             if not error.reported:
                 log.say_error(f"{type(error).__name__}: {error}")
@@ -64,7 +70,48 @@ def exit_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
             return EXIT_INTERRUPTED
         except BrokenPipeError:
             # The reader of our output went away (`bigtx ... | head`): not an error.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _drop_output()
             return 0
+        except OSError:
+            if _flush_output() == 0:
+                raise
+            return EXIT_OUTPUT_LOST
 
     return wrapped
+
+
+def prepare_streams() -> None:
+    """Let standard output and error take every text: a closed one goes nowhere, and characters that its encoding does
+    not have become escapes, so that no report ends a command whose work is done."""
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is None:  # Python found the descriptor closed. Files that are opened must not get its number.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            with contextlib.suppress(OSError):
+                os.fstat(descriptor)
+                descriptor = -1  # Something else has it by now.
+            if descriptor not in (-1, nowhere):
+                os.dup2(nowhere, descriptor)
+                os.close(nowhere)
+                nowhere = descriptor
+            setattr(sys, name, io.TextIOWrapper(io.FileIO(nowhere, "w", closefd=False), errors="backslashreplace"))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _flush_output() -> int:
+    """Write what is still held back. Returns the exit status."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        log.say_error(f"standard output cannot be written: {error.strerror}; what is missing there is lost")
+        _drop_output()
+        return EXIT_OUTPUT_LOST
+    return 0
+
+
+def _drop_output() -> None:
+    """Lead standard output nowhere: Python writes to it once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,7 +10,6 @@ import re
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -87,28 +86,6 @@ def peak_flops(device_name: str, precision: str) -> float | None:
         if re.search(rf"\b{re.escape(name)}\b", device_name, re.IGNORECASE):
             return peaks.get(precision)
     return None
-
-
-def measure_peak_flops(precision: str, *, seconds: float = 0.2) -> float:
-    """The FLOP/s that this process reaches in a large matrix product on the CPU, with the threads that torch uses now.
-
-    Args:
-        precision: bf16, fp16 or fp32.
-        seconds: how long to measure, after one product to warm up.
-    """
-    import torch
-
-    size = 1024
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
-    left, right = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
-    with torch.inference_mode():
-        torch.mm(left, right)
-        best, end = float("inf"), time.perf_counter() + seconds
-        while (start := time.perf_counter()) < end:
-            torch.mm(left, right)
-            # The quickest product is the one that nothing else on the machine disturbed.
-            best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
 
 
 def num_cores() -> int:

@@ -77,7 +77,7 @@ def setup(run_dir: Path | str, rank: int) -> Path:
     log = _stream(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644))
     sys.stdout.flush()
     sys.stderr.flush()
-    screen, errors = _stream(os.dup(1)), _stream(os.dup(2))
+    screen, errors = _stream(os.dup(1), sys.stdout.encoding), _stream(os.dup(2), sys.stderr.encoding)
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     handler = logging.StreamHandler(log)
@@ -130,9 +130,9 @@ def say_error(text: str, *, any_rank: bool = False) -> None:
         print(text, file=_active.log)
 
 
-def _stream(descriptor: int) -> Stream:
+def _stream(descriptor: int, encoding: str = "utf-8") -> Stream:
     raw = open(descriptor, "wb", buffering=0)  # noqa: SIM115 - closed by restore()
-    return Stream(raw, encoding="utf-8", errors="backslashreplace", write_through=True)
+    return Stream(raw, encoding=encoding or "utf-8", errors="backslashreplace", write_through=True)
 
 
 def _route_loggers(handler: logging.Handler) -> None:

@@ -1,4 +1,8 @@
-"""This process's place among those of a run, as the launcher wrote it into the environment. Imports no torch."""
+"""This process's place among those of a run, as the launcher wrote it into the environment. Imports no torch.
+
+A launcher names the rank and the number of ranks together. One without the other was left behind by something else, and
+says nothing: see `launcher_problem`.
+"""
 
 from __future__ import annotations
 
@@ -20,19 +24,51 @@ def stop_signals() -> tuple[signal.Signals, ...]:
     return tuple(number for number in STOP_SIGNALS if number != signal.SIGHUP or not ignores_hangup)
 
 
+LAUNCHED = ("RANK", "WORLD_SIZE")
+"""Variables that every launcher sets."""
+NUMBERS = (*LAUNCHED, "LOCAL_RANK", "MASTER_PORT")
+MEETING = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Variables that the ranks need besides, to meet."""
+
+
+def is_launched() -> bool:
+    """Whether a launcher gave this process a place among others."""
+    return all(os.environ.get(name, "").isdecimal() for name in LAUNCHED)
+
+
 def rank() -> int:
     """This process's rank over all nodes; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ["RANK"]) if is_launched() else 0
 
 
 def world_size() -> int:
     """Number of processes in the run; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ["WORLD_SIZE"]) if is_launched() else 1
 
 
 def local_rank() -> int:
     """This process's rank on its own node; 0 without a launcher."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    local = os.environ.get("LOCAL_RANK", "")
+    return int(local) if is_launched() and local.isdecimal() else 0
+
+
+def launcher_problem() -> str | None:
+    """Why the environment is neither that of a launcher nor that of a process started alone, as a sentence; None if it
+    is one of the two."""
+    given = [name for name in LAUNCHED if name in os.environ]
+    if not given or (given == ["WORLD_SIZE"] and os.environ["WORLD_SIZE"] == "1"):
+        return None
+    here = " and ".join(f"{name}={os.environ[name]}" for name in given)
+    start = "start the ranks by deepspeed or torchrun, or unset " + " and ".join(given) + " to train in one process"
+    missing = [name for name in (*LAUNCHED, *MEETING) if name not in os.environ]
+    if missing:
+        return f"the environment holds {here}, as of a launcher, but not {', '.join(missing)}; {start}"
+    for name in NUMBERS:
+        if not os.environ[name].isdecimal():
+            return f"the environment holds {name}={os.environ[name]}, which is no number; {start}"
+    if rank() >= world_size():
+        return f"the environment holds {here}: ranks go from 0 to {world_size() - 1}; {start}"
+    return None
 
 
 def share_cores() -> None:
@@ -47,7 +83,7 @@ def share_cores() -> None:
 
 def launcher_name() -> str:
     """Who started this process: deepspeed, torchrun, another launcher that set RANK, or plain python."""
-    if "RANK" not in os.environ:
+    if not is_launched():
         return "python"
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return "torchrun"

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from bigtx.config.changes import ABSENT, Change, compare, refuse
-from bigtx.config.load import load, to_dict
-from bigtx.config.schema import PretrainConfig
+from bigtx.config.load import from_dict, load, to_dict
+from bigtx.config.schema import FinetuneConfig, PretrainConfig
 from bigtx.utils.errors import ConfigError
 
 BASE = ["run_dir=a", "data.sources.wiki.path=w", "train.max_steps=100"]
@@ -73,7 +75,7 @@ def test_a_config_of_another_version() -> None:
 def test_refusal_shows_a_diff_and_what_to_paste() -> None:
     found = changes("train.max_steps=200", "optimizer.learning_rate=0.1", "seed=2", "engine.compile=true")
     with pytest.raises(ConfigError) as caught:
-        refuse(found, ["optimizer.beta1"])
+        refuse(found, config("allow_changes=[optimizer.beta1]"))
     text = str(caught.value)
     assert "train.max_steps: 100 -> 200" in text
     assert "allow_changes=[optimizer.beta1,train.max_steps,optimizer.learning_rate]" in text
@@ -82,6 +84,22 @@ def test_refusal_shows_a_diff_and_what_to_paste() -> None:
 
 
 def test_what_is_allowed_by_name_passes() -> None:
-    refuse(changes("train.max_steps=200", "engine.compile=true"), ["train.max_steps"])
+    refuse(changes("train.max_steps=200", "engine.compile=true"), config("allow_changes=[train.max_steps]"))
     with pytest.raises(ConfigError, match="seed"):
-        refuse(changes("seed=2"), ["seed"])
+        refuse(changes("seed=2"), config("allow_changes=[seed]"))
+
+
+def test_other_words_for_the_same_place_are_no_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "w").mkdir()
+    (tmp_path / "link").symlink_to("w")
+    for same in ("w/", "./w", str(tmp_path / "w"), "link", "w/../w"):
+        assert changes(f"data.sources.wiki.path={same}") == []
+    url = "https://example.org/wiki"
+    other = [f"data.sources.web.path={url}"]
+    assert compare(to_dict(config(*other)), config(f"data.sources.web.path={url}/")) == []
+    assert [change.key for change in changes("data.sources.wiki.path=v")] == ["data.sources.wiki.path"]
+    assert changes("init_from=.") != [] and changes("validation.sample_prompts=[a/]") != []
+    old = from_dict(FinetuneConfig, {"data": {"train": ["w", "x.jsonl"]}, "base": "w"})
+    new = from_dict(FinetuneConfig, {"data": {"train": ["w/", "./x.jsonl"]}, "base": "link"})
+    assert compare(to_dict(old), new) == []

@@ -120,8 +120,8 @@ def test_values(argument: str, key: str, value: Any) -> None:
         ("engine.compile=off", "write false"),
         ("engine.compile=1", "neither true nor false"),
         ("track.project=null", "write '' for an empty text"),
-        ("track.tags={a: b}", r"write track\.tags=\[...\]"),
-        ("track.tags=null", r"write track\.tags=\[...\]"),
+        ("track.tags={a: b}", r"write track\.tags=TEXT, or 'track\.tags=\[TEXT,TEXT\]'"),
+        ("track.tags=null", r"write track\.tags=TEXT, or 'track\.tags=\[TEXT,TEXT\]'"),
         ("track.tags=[[a]]", "is not text"),
         ("train.log_every=500", "500 steps"),
         ("train.log_every=12:30", "30 min"),
@@ -344,3 +344,71 @@ def test_settings_of_a_command_change_what_may_change_freely_in_what_it_reads() 
             with_settings(config, [argument], sections=("translate",))
     with pytest.raises(ConfigError, match="is too small"):
         with_settings(config, ["translate.num_beams=0"], sections=("translate",))
+
+
+SECRET = "sk-0123456789abcdef0123456789"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--api-key", "plain-secret"],
+        ["--api-key=plain-secret"],
+        ["--apikey", "plain-secret", "train.max_steps=x"],
+        ["api_key=plain-secret"],
+        ["data.sources={api_key: plain-secret}"],
+        ["track.tags={password: plain-secret}"],
+        ["track.tags={a: [{token: plain-secret}]}"],
+        ["train.max_steps={hf_token: plain-secret}"],
+        ["optimizer={api_key: plain-secret}"],
+        ["api_key=[plain-secret"],
+        ["api_key..x=plain-secret"],
+        [f"track.tags={{a: {SECRET}}}"],
+        [f"train.max_steps={SECRET}"],
+        [f"--seed={SECRET}"],
+        [f"seed=[{SECRET}"],
+    ],
+)
+def test_values_of_rejected_settings_are_not_repeated(arguments: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(PretrainConfig, arguments, check=False)
+    assert "plain-secret" not in str(caught.value) and SECRET not in str(caught.value), caught.value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["absent.yaml"], "no file 'absent.yaml'"),
+        (["--lr", "3e-4"], "--lr (command line): no such option; did you mean"),
+        (["child.yaml"], "no file"),
+        (["."], "is a folder, not a YAML file"),
+    ],
+)
+def test_one_mistake_is_one_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "child.yaml").write_text("base: gone.yaml\n")
+    (tmp_path / "corpus" / "train").mkdir(parents=True)
+    (tmp_path / "corpus" / "train" / "manifest.json").touch()
+    rest = ["run_dir=r", "data.sources.a.path=corpus", "train.max_steps=1"] if "--lr" in arguments else []
+    with pytest.raises(ConfigError) as caught:
+        load(PretrainConfig, [*arguments, *rest])
+    text = str(caught.value)
+    assert words in text and "\n" not in text and not text.startswith(":"), text
+
+
+def test_a_saved_config_means_the_folder_that_it_lies_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    old, new = tmp_path / "old", tmp_path / "new place"
+    new.mkdir()
+    (new / "config.yaml").write_text(f"run_dir: {old}\nseed: 5\n")
+    saved = [str(new / "config.yaml")]
+    assert load(PretrainConfig, saved, check=False).run_dir == str(old), "a user's own file, not a run's"
+    (new / "environment.json").write_text('{"packages": {"bigtx": "0.1.0"}}')
+    for schema in (PretrainConfig, FinetuneConfig):
+        assert load(schema, saved, check=False).run_dir == str(new)
+    assert load(PretrainConfig, ["new place/config.yaml"], check=False).run_dir == "new place"
+    assert load(PretrainConfig, [*saved, "run_dir=third"], check=False).run_dir == "third"
+    (new / "config.yaml").write_text("run_dir: ./new place\n")
+    assert load(PretrainConfig, saved, check=False).run_dir == "./new place", "the same place in the run's words"

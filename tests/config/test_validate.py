@@ -48,7 +48,7 @@ def test_an_empty_config_lists_what_is_missing(corpus: Path) -> None:
         (["data.sources.mine.weight=0"], "every weight is 0"),
         (["data.sources.other.weight=1"], r"data\.sources\.other\.path: is not given"),
         (["validation.sources.v.path=nowhere"], r"validation\.sources\.v\.path=nowhere"),
-        (["train.max_tokens=1B"], "both are given; keep one"),
+        (["train.max_tokens=1B"], "both are given, this and train.max_tokens; take one back by train.max_steps=null"),
         (["init_from=nowhere"], "init_from=nowhere .*no such folder"),
         (["allow_changes=[train.max_stepz]"], "no such setting; did you mean train.max_steps"),
         (["allow_changes=[train]"], "is a section"),
@@ -109,6 +109,7 @@ def test_a_schedule_that_fills_the_run_is_good(corpus: Path) -> None:
 
 
 def test_the_ranks_count(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert "does not divide over 3 ranks; 30 or 33 would" in refusal(PretrainConfig, *GOOD)
     assert load(PretrainConfig, [*GOOD, "train.global_batch_size=36"]).train.micro_batch_size == 4

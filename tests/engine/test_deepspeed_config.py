@@ -81,3 +81,8 @@ def test_contradictions_name_both(raw: dict[str, Any], named: str) -> None:
 def test_what_deepspeed_cannot_do_is_refused(fields: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=rf"{named}.* needs engine\.zero_stage"):
         settings(**fields)
+
+
+def test_null_takes_a_raw_key_back() -> None:
+    raw = {"zero_optimization": {"stage": None}, "train_batch_size": None, "gradient_clipping": None}
+    assert settings(deepspeed=raw) == settings()

@@ -95,6 +95,23 @@ def test_a_narrow_terminal_gets_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
     terminal.close()
 
 
+@pytest.mark.parametrize("columns", [60, 80, 100])
+def test_the_bar_and_the_time_left_are_seen_on_every_usual_terminal(
+    monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("bigtx.track.console._SECONDS_BETWEEN_DRAWINGS", 0.0)
+    terminal = Terminal(columns=columns)
+    console = Console(terminal.stream, total_steps=200_000)
+    for step in (99_000, 100_000):
+        console.progress(step, 1000, FIGURES)
+    bar = terminal.screen()[-1]
+    width = sum(bar.count(sign) for sign in "━─")
+    assert width >= 8 and bar.count("━") == width // 2 and len(bar) < columns
+    assert "100000/200000" in bar and "loss 3.2146" in bar and bar.endswith("left")
+    terminal.close()
+
+
 def test_samples_cannot_command_the_terminal() -> None:
     stream = io.StringIO()
     Console(stream, total_steps=0).message("\x1b[2Jgone\x07\r\u202e é")

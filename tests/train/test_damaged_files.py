@@ -40,10 +40,11 @@ def test_results_and_base(tmp_path: Path, content: bytes) -> None:
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\0", b"\0" * 8, b"a b", b"../x", "ü".encode()])
 def test_the_id_of_the_wandb_run(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "wandb_run_id").write_bytes(content)
+    (tmp_path / "wandb_run_place").write_bytes(content)
     found = read_or_make_run_id(tmp_path)
-    assert found.isalnum() and read_or_make_run_id(tmp_path) == found
+    assert found.id.isalnum() and read_or_make_run_id(tmp_path) == found
     (tmp_path / "wandb_run_id").write_text("my-run.2\n")
-    assert read_or_make_run_id(tmp_path) == "my-run.2"
+    assert read_or_make_run_id(tmp_path).id == "my-run.2"
 
 
 def test_the_losses_of_a_model_card(tmp_path: Path) -> None:

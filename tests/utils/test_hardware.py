@@ -37,11 +37,6 @@ def test_peak(device: str, precision: str, peak: float | None) -> None:
     assert hardware.peak_flops(device, precision) == peak
 
 
-def test_the_cpu_peak_is_measured() -> None:
-    # Between a very slow core and a very large host.
-    assert 1e8 < hardware.measure_peak_flops("fp32", seconds=0.05) < 1e15
-
-
 def test_the_description_is_json_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "a-secret-that-must-not-leak")
     described = hardware.describe()

@@ -52,7 +52,7 @@ def test_chatter_goes_to_the_log_and_our_words_to_both(tmp_path: Path) -> None:
 
 
 def test_other_ranks_say_nothing_and_log_everything(tmp_path: Path) -> None:
-    done, logged = run(tmp_path, CHATTER + "log.say_error('the end')", RANK="3")
+    done, logged = run(tmp_path, CHATTER + "log.say_error('the end')", RANK="3", WORLD_SIZE="4")
     assert (done.stdout, done.stderr) == ("", "")
     assert "for the user\n" in logged and "the end\n" in logged
     assert (tmp_path / "logs" / "rank-00003.log").is_file()
@@ -60,7 +60,7 @@ def test_other_ranks_say_nothing_and_log_everything(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_crash_reaches_the_screen_and_the_log_from_any_rank(tmp_path: Path, rank: str) -> None:
-    done, logged = run(tmp_path, "raise ValueError('a defect')", RANK=rank)
+    done, logged = run(tmp_path, "raise ValueError('a defect')", RANK=rank, WORLD_SIZE="2")
     assert done.returncode == 1
     for text in (done.stderr, logged):
         assert f"rank {rank}: Traceback" in text and text.endswith("ValueError: a defect\n")

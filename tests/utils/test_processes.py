@@ -40,3 +40,38 @@ def test_waiting_threads_sleep_soon_unless_told_otherwise(monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "environ", environment := dict(os.environ))
     processes.share_cores()
     assert environment["GOMP_SPINCOUNT"] == "1000"
+
+
+WHOLE = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({}, None),
+        (WHOLE, None),
+        ({"WORLD_SIZE": "1"}, None),
+        ({"RANK": "3"}, "holds RANK=3, as of a launcher, but not WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "4"}, "holds WORLD_SIZE=4, as of a launcher, but not RANK"),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        (WHOLE | {"RANK": "two"}, "RANK=two, which is no number"),
+        (WHOLE | {"RANK": "2"}, "ranks go from 0 to 1"),
+    ],
+)
+def test_half_an_environment_of_a_launcher_is_refused(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], words: str | None
+) -> None:
+    for name in (*VARIABLES, "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    problem = processes.launcher_problem()
+    assert problem is None if words is None else problem is not None and words in problem and "unset" in problem
+    if words and environment.keys() != WHOLE.keys():
+        assert processes.rank() == 0
+
+
+def test_a_world_size_alone_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert (processes.world_size(), processes.launcher_name()) == (1, "python")

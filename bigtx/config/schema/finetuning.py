@@ -41,11 +41,11 @@ class FieldsConfig:
 class RecordsConfig:
     """The records: files, and which of them are held out."""
 
-    train: list[str] = field(factory=list)
+    train: list[str] = field(factory=list, kind="path")
     """Folders, globs, .jsonl, .csv, .tsv or .tar (webdataset) files, also .gz, .zst; texts in pairs: 'x.{de,en}'."""
-    validation: list[str] = field(factory=list)
+    validation: list[str] = field(factory=list, kind="path")
     """Records that choices are made on. Empty: validation_fraction of the others."""
-    test: list[str] = field(factory=list)
+    test: list[str] = field(factory=list, kind="path")
     """Records that are looked at once, when the run has ended. Empty: test_fraction of the others, if above 0."""
     exclude: list[str] = field(factory=list)
     """Names of files and folders to leave out of folders, e.g. [unsup] or ['*.bak']."""
@@ -204,11 +204,12 @@ class SelectionConfig:
 class FinetuneConfig(RunConfig):
     """A fine-tuning run."""
 
+    begins_with = "base"
     task: Literal["classify", "sft", "preference", "transcribe", "translate", "distill"] = "classify"
     """What the model learns to do."""
-    base: Optional[str] = field(None, change="never")
+    base: Optional[str] = field(None, kind="path", change="never")
     """Run or checkpoint folder to start from, imported ones included; its model and tokenizer come along."""
-    tokenizer: Optional[str] = field(None, change="never")
+    tokenizer: Optional[str] = field(None, kind="path", change="never")
     """Folder of a tokenizer, where there is no base: then the section `model` says what begins from the seed."""
     data: RecordsConfig = section(RecordsConfig, change="never")
     classify: ClassifyConfig = section(ClassifyConfig, change="never")

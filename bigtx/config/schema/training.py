@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Optional
+from typing import Any, ClassVar, Literal, Optional
 
 from bigtx.config.fields import field, section
 from bigtx.config.schema.model import ModelConfig
@@ -13,7 +13,7 @@ from bigtx.config.schema.model import ModelConfig
 class SourceConfig:
     """One prepared corpus in the mixture."""
 
-    path: str = field("", change="by_name")
+    path: str = field("", kind="path", change="by_name")
     """Folder written by `bigtx data prepare`, here or as a URL (https://, s3://, gs://)."""
     weight: float = field(1.0, minimum=0.0, maximum=1e9)
     """Share of the sequences, relative to the other sources' weights."""
@@ -35,9 +35,9 @@ class PhaseConfig:
 class ForeignConfig:
     """Plain webdataset text shards, tokenized on the fly instead of data.sources; exact resume needs prepared ones."""
 
-    paths: list[str] = field(factory=list, change="by_name")
+    paths: list[str] = field(factory=list, kind="path", change="by_name")
     """Tar shards, also compressed: files or URLs, braces in quotes, e.g. ['https://host/{0000..0099}.tar']."""
-    tokenizer: str = field("", change="by_name")
+    tokenizer: str = field("", kind="path", change="by_name")
     """Folder of the tokenizer."""
     member: str = "txt"
     """Suffix of the member that holds a sample's text; json: in its field text_field."""
@@ -245,7 +245,7 @@ class TrackConfig:
 class DistillConfig:
     """A trained run as the teacher: the student learns how likely it finds each answer too (arXiv:1503.02531)."""
 
-    teacher: Optional[str] = field(None, change="by_name")
+    teacher: Optional[str] = field(None, kind="path", change="by_name")
     """Run or checkpoint folder of the teacher, of the same tokenizer; every rank holds it whole. Empty: none."""
     weight: float = field(0.5, minimum=0.0, maximum=1.0)
     """Share of the teacher in the loss; the rest is the data's own."""
@@ -259,7 +259,9 @@ class DistillConfig:
 class RunConfig:
     """What every training has."""
 
-    run_dir: str = field("", change="free")
+    begins_with: ClassVar[str]
+    """The setting that names the run whose weights this one begins with."""
+    run_dir: str = field("", kind="path", change="free")
     """Folder of the run; the same command on the same folder goes on where it was."""
     seed: int = field(1, minimum=0, maximum=2**63 - 1, change="never")
     """Seed of the initial weights, the data order, dropout and samples."""
@@ -281,7 +283,8 @@ class RunConfig:
 class PretrainConfig(RunConfig):
     """A pretraining run."""
 
-    init_from: Optional[str] = field(None, change="never")
+    begins_with = "init_from"
+    init_from: Optional[str] = field(None, kind="path", change="never")
     """Run or checkpoint folder whose weights start this run; data, schedule and optimizer are this run's own."""
     data: DataConfig = section(DataConfig, change="never")
     objective: ObjectiveConfig = section(ObjectiveConfig, change="never")

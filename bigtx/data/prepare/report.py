@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from bigtx.data.corpus.inspect import describe_splits
 from bigtx.data.prepare.job import REJECTS_NAME, REPORT_NAME, PartReport, Report
 from bigtx.data.raw.files import describe_passed_over
+from bigtx.utils.shell import command, settings
 from bigtx.utils.units import format_count, format_size
 
 FEW_DOCUMENTS, FEW_TOKENS = 20, 100_000
@@ -33,11 +34,9 @@ def describe_report(report: Report) -> Iterator[str]:
         )
     yield ""
     yield "Next:"
-    yield f"  bigtx data inspect {report.output}"
-    yield (
-        f"  deepspeed --module bigtx.pretrain pretrain/small.yaml data.sources.mine.path={report.output} "
-        "run_dir=runs/mine"
-    )
+    yield f"  {command('bigtx', 'data', 'inspect', report.output)}"
+    values = {"data.sources.mine.path": report.output, "run_dir": "runs/mine"}
+    yield f"  deepspeed --module bigtx.pretrain pretrain/small.yaml {settings(values)}"
 
 
 def _describe_removed(report: Report) -> Iterator[str]:
@@ -83,4 +82,4 @@ def describe_part(report: PartReport) -> Iterator[str]:
     yield "Next:"
     for other in report.missing_parts:
         yield f"  the same command with --part {other}/{count}, here or on another machine"
-    yield f"  bigtx data merge {report.output}"
+    yield f"  {command('bigtx', 'data', 'merge', report.output)}"

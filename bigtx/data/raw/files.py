@@ -56,7 +56,7 @@ def list_files(config: InputConfig, passed_over: Counter[str] | None = None) -> 
         DataError: no paths, one that names nothing readable, a protocol that is not read, or a missing package.
     """
     if not config.paths:
-        raise DataError("No input: input.paths is empty. Name files, folders or globs, e.g. input.paths=[my/texts].")
+        raise DataError("No input: input.paths is empty. Name files, folders or globs, e.g. input.paths=my/texts.")
     _check_text_suffixes(config.text_suffixes)
     passed_over = Counter() if passed_over is None else passed_over
     files: dict[str, InputFile] = {}

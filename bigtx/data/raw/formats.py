@@ -85,7 +85,7 @@ def why_unknown(path: str) -> str:
     if suffix in _NO_TEXT:
         return "turn it into text or JSON lines first"
     return (
-        f"if it is plain text, say so: input.text_suffixes=[{suffix}]" if suffix else "give it a name that ends in .txt"
+        f"if it is plain text, say so: input.text_suffixes={suffix}" if suffix else "give it a name that ends in .txt"
     )
 
 

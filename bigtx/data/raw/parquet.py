@@ -25,7 +25,7 @@ def check_package(path: str) -> None:
     if importlib.util.find_spec("pyarrow") is None:
         raise DataError(
             f"Reading {path} needs pyarrow, which is not there: pip install 'bigtx[parquet]'. To leave such files out: "
-            "input.exclude=['*.parquet']."
+            "'input.exclude=[\"*.parquet\"]'."
         )
 
 

@@ -178,6 +178,11 @@ class Classify(RecordTask):
             for label, count in counts.items():
                 self.class_weights[label] = len(examples) / (len(counts) * count)
 
+    @property
+    def text_field(self) -> str | None:
+        """The text that is sorted; a pair is more than one."""
+        return None if self.fields.pair else self.fields.text
+
     def encode(self, record: Record, *, for_training: bool = True) -> TextExample:
         """The ids of a text, or of two."""
         texts = [(self.fields.text, record.text(self.fields.text, setting="data.fields.text"))]

@@ -49,6 +49,11 @@ class Distill(Sft):
             )
         return super(Sft, cls).resolve(config, tokenizer, records)
 
+    @property
+    def text_field(self) -> str | None:
+        """What is scored."""
+        return self.fields.text
+
     def encode(self, record: Record, *, for_training: bool = True) -> ChatExample:
         """The ids of a text, with the begin ids of the tokenizer or an end before it, and an end behind it."""
         ids = some_ids(self.tokenizer, self.fields.text, record.text(self.fields.text, setting="data.fields.text"))

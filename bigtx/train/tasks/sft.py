@@ -157,6 +157,11 @@ class Sft(RecordTask):
         """
         return super().resolve(resolve_chat_format(config, tokenizer), tokenizer, records)
 
+    @property
+    def text_field(self) -> str | None:
+        """What is answered."""
+        return self.fields.prompt
+
     def encode(self, record: Record, *, for_training: bool = True) -> ChatExample:
         """The ids of a chat, or of a prompt and its response."""
         prompt, answer = self._divide(record, for_training)

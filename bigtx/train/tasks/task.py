@@ -96,6 +96,11 @@ class RecordTask(ABC):
         self.num_sides = 1
         """Texts of a record that share the model's length, each of which may have `max_length`."""
 
+    @property
+    def text_field(self) -> str | None:
+        """The field whose text is all that a prediction needs of a record; None: it needs more, or no text."""
+        return None
+
     shows_by_predict: ClassVar[bool] = False
     """Whether `predict_in_run` leaves out what people want to see of predictions, so that the shown ones are made anew.
     """

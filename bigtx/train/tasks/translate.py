@@ -139,6 +139,11 @@ class Translate(RecordTask):
         """Of each side."""
         return f"{self.max_length:,} tokens of a side (data.max_length)"
 
+    @property
+    def text_field(self) -> str | None:
+        """What is read."""
+        return self.fields.source
+
     def encode(self, record: Record, *, for_training: bool = True) -> PairExample:
         """The ids of both texts."""
         text = record.text(self.fields.source, setting="data.fields.source")

@@ -1,0 +1,49 @@
+"""The training's end of W&B, without W&B."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bigtx.track.wandb_run import WandbRun, read_or_make_run_id
+
+
+def test_a_copied_run_gets_an_id_of_its_own_and_a_moved_one_keeps_it(tmp_path: Path) -> None:
+    first, moved, copy = tmp_path / "first", tmp_path / "moved", tmp_path / "copy"
+    first.mkdir()
+    own = read_or_make_run_id(first)
+    assert own.original == "" and read_or_make_run_id(first) == own
+    first.rename(moved)
+    assert read_or_make_run_id(moved) == own
+    (tmp_path / "link").symlink_to(moved)
+    assert read_or_make_run_id(tmp_path / "link") == own
+    shutil.copytree(moved, copy)
+    copied = read_or_make_run_id(copy)
+    assert copied.id != own.id and (copied.original, copied.original_folder) == (own.id, str(moved))
+    assert read_or_make_run_id(copy).id == copied.id and read_or_make_run_id(copy).original == ""
+    assert read_or_make_run_id(moved) == own
+
+
+def test_an_error_at_the_end_is_said_once_in_a_line_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import sys, json; sys.stdin.readline(); print(json.dumps({'error': 'CommError: no\\n  Traceback: x'}))"
+    real = subprocess.Popen
+
+    def fake(command: list[str], **options: Any) -> Any:
+        return real([sys.executable, "-c", "import sys; sys.stdin.readline();" + code], **options)
+
+    monkeypatch.setattr(subprocess, "Popen", fake)
+    said, noted = [], []
+    run = WandbRun(
+        tmp_path, {"mode": "online"}, said.append, lambda kind, **facts: noted.append({"kind": kind, **facts})
+    )
+    run.close("finished")
+    (line,) = said
+    assert line.startswith("warning: W&B failed (CommError: no Traceback: x)") and "\n" not in line
+    assert "wandb.log" in line and [event["kind"] for event in noted] == ["wandb_error"]
+    json.dumps(noted)

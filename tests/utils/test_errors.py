@@ -1,0 +1,86 @@
+"""How a command ends: its streams, and requests to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from doors import ROOT, environment
+
+WORK = """
+import sys
+from pathlib import Path
+from bigtx.utils.errors import exit_cleanly
+
+@exit_cleanly
+def main():
+    Path(sys.argv[1]).write_text("the work is done")
+    print("done: Füße → é")
+    print("warning: ü", file=sys.stderr)
+
+sys.exit(main())
+"""
+
+
+def in_shell(redirection: str, *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
+    command = ["bash", "-c", f'exec "$@" {redirection}', "bash", sys.executable, *arguments]
+    variables = environment(PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="", **changes)
+    return subprocess.run(command, capture_output=True, text=True, encoding="latin-1", timeout=60, env=variables)
+
+
+@pytest.mark.parametrize(
+    ("redirection", "status"), [(">&-", 0), (">&- 2>&-", 0), ("</dev/null >&- 2>&-", 0), (">/dev/full", 1)]
+)
+def test_an_output_that_cannot_be_written_comes_after_the_work(tmp_path: Path, redirection: str, status: int) -> None:
+    done = in_shell(redirection, "-c", WORK, str(tmp_path / "work"))
+    assert done.returncode == status and "Traceback" not in done.stderr and "Exception" not in done.stderr
+    assert (tmp_path / "work").read_text() == "the work is done"
+    if status:
+        assert "standard output cannot be written: No space left on device" in done.stderr
+
+
+def test_a_full_output_is_noticed_at_the_first_flush(tmp_path: Path) -> None:
+    code = WORK.replace('print("done: Füße → é")', 'print("done", flush=True)')
+    done = in_shell(">/dev/full", "-c", code, str(tmp_path / "work"))
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "cannot be written" in done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_an_output_that_is_not_utf8_gets_escapes(tmp_path: Path, encoding: str) -> None:
+    done = in_shell("", "-c", WORK, str(tmp_path / "work"), PYTHONIOENCODING=encoding)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ("done: Füße \\u2192 é\n" if encoding == "latin-1" else "done: F\\xfc\\xdfe \\u2192 \\xe9\n")
+
+
+def test_a_file_does_not_get_the_number_of_a_closed_output(tmp_path: Path) -> None:
+    code = WORK.replace("Path(sys.argv[1]).write_text", "import os; os.write(1, b'x'); Path(sys.argv[1]).write_text")
+    done = in_shell(">&-", "-c", code, str(tmp_path / "work"))
+    assert done.returncode == 0 and (tmp_path / "work").read_text() == "the work is done"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["-m", "bigtx", "configs", "list"], ["-m", "bigtx.pretrain", "a.yaml"], ["-m", "bigtx.finetune", "a.yaml"]],
+)
+def test_ctrl_c_while_modules_are_imported(tmp_path: Path, arguments: list[str]) -> None:
+    """Python sends itself the signal when the first module is imported that is slow to read."""
+    hook = """
+    import os, signal, sys
+
+    class Finder:
+        def find_spec(self, name, path=None, target=None):
+            if name in ("difflib", "yaml"):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.meta_path.insert(0, Finder())
+    """
+    (tmp_path / "sitecustomize.py").write_text(textwrap.dedent(hook))
+    variables = environment(PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=60, env=variables)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGINT, "", "")
