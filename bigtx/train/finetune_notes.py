@@ -4,12 +4,12 @@ train."""
 from __future__ import annotations
 
 import math
-import shlex
 
 from bigtx.config.load import load_run_config
 from bigtx.config.schema import FinetuneConfig, RunConfig
 from bigtx.engine.trainable import is_trained
 from bigtx.utils.errors import BigtxError
+from bigtx.utils.shell import setting
 
 FEW_STEPS = 30
 """Fewer steps than this hardly teach anything: the warm-up and the decay of the learning rate take most of them."""
@@ -51,10 +51,9 @@ def untrained_roles(config: FinetuneConfig, base: str) -> str:
         return ""
     optimizer = config.optimizer
     if config.model.lora.rank and is_trained(config, TABLE, also=[TABLE]):
-        names = ", ".join([*optimizer.train_also, "embedding.*"])
-        advice = f"write {shlex.quote(f'optimizer.train_also=[{names}]')}"
+        advice = f"write {setting('optimizer.train_also', [*optimizer.train_also, 'embedding.*'])}"
     else:
-        advice = f"take {TABLE} out of optimizer.freeze=[{', '.join(optimizer.freeze)}]"
+        advice = f"take {TABLE} out of {setting('optimizer.freeze', optimizer.freeze)}"
     return (
         f"warning: {base} has never been trained on chats, so the embeddings of the chat roles are as the seed made "
         f"them, and they are frozen here: the model cannot tell who speaks; {advice}"
