@@ -284,6 +284,11 @@ def _check_bounds(setting: Setting, value: float) -> None:
         raise ValueError(f"is too large; the most is {show_number(setting.maximum)}")
 
 
+def needs_quotes(text: str) -> bool:
+    """Whether a text without quotes would be refused where any type may stand, though YAML takes it for a text."""
+    return text.lower() in YAML_BOOLEANS or bool(NOT_FINITE.fullmatch(text))
+
+
 def _untyped(node: Node) -> Any:
     assert isinstance(node.content, str)
     text = node.content

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 import yaml
 
-from bigtx.config.convert import Converter
+from bigtx.config.convert import Converter, needs_quotes
 from bigtx.config.nodes import (
     COMMAND_LINE,
     DOTLIST,
@@ -139,7 +139,17 @@ def to_dict(config: Any) -> dict[str, Any]:
 def to_yaml(config: Any) -> str:
     """A configuration as a YAML file that `load` reads back as the same."""
     # All but ASCII is escaped: YAML takes some characters (U+0085, U+2028) for line ends and would give back a space.
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=False, width=120)
+    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=120)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts texts into quotes that `load` would refuse without them."""
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, "'" if needs_quotes(text) else None),
+)
 
 
 def raise_problems(problems: Sequence[Problem]) -> None:

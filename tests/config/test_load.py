@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bigtx.config.load import from_dict, load, parse_command_line, to_dict, to_yaml, with_settings
@@ -267,6 +267,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(
 
 
 @settings(max_examples=40)
+@example({"deepspeed": {"ax": "Infinity", "bx": "y", "cx": "nan", "dx": "12:30", "ex": "010"}})
 @given(
     st.fixed_dictionaries(
         {
