@@ -90,7 +90,7 @@ def test_the_longest_document_follows_from_memory_alone(
     write_input(tmp_path, SHORT, LONG, LONGER)
     config = make_config(tmp_path, tokenizers["unigram"])
     report = prepare(config)
-    assert isinstance(report, Report) and (report.train.num_documents, report.num_rejects) == (2, 1)
+    assert isinstance(report, Report) and (report.train.num_documents, report.rejects.count) == (2, 1)
     (reject,) = map(json.loads, (tmp_path / "corpus" / "rejects.jsonl").read_text().splitlines())
     assert (reject["file"], reject["line"]) == (str(tmp_path / "input" / "2.txt"), 1)
     assert reject["reason"] == (
@@ -100,10 +100,10 @@ def test_the_longest_document_follows_from_memory_alone(
     prepare(make_config(tmp_path, tokenizers["unigram"], output=str(tmp_path / "two"), num_processes=2))
     assert contents(tmp_path / "two") == contents(tmp_path / "corpus")
     more = prepare(make_config(tmp_path, tokenizers["unigram"], output=str(tmp_path / "more"), memory=81 << 20))
-    assert isinstance(more, Report) and (more.train.num_documents, more.num_rejects) == (3, 0)
+    assert isinstance(more, Report) and (more.train.num_documents, more.rejects.count) == (3, 0)
     # With a BPE nothing is too long.
     whole = prepare(make_config(tmp_path, tokenizers["bpe"], output=str(tmp_path / "bpe")))
-    assert isinstance(whole, Report) and (whole.train.num_documents, whole.num_rejects) == (3, 0)
+    assert isinstance(whole, Report) and (whole.train.num_documents, whole.rejects.count) == (3, 0)
     assert estimate(config).rejects == 1 and estimate(config).documents == 2
     # The same corpus with a memory that keeps the same documents, and no other one.
     assert prepare(make_config(tmp_path, tokenizers["unigram"], memory=80 << 20)).reused  # type: ignore[union-attr]
@@ -122,7 +122,7 @@ def test_another_memory_does_again_what_it_touches(
         with pytest.raises(KeyboardInterrupt):
             prepare(make_config(tmp_path, tokenizers["unigram"]))
     report = prepare(make_config(tmp_path, tokenizers["unigram"], memory=2 * LEAST))
-    assert isinstance(report, Report) and (report.train.num_documents, report.num_rejects) == (2, 0)
+    assert isinstance(report, Report) and (report.train.num_documents, report.rejects.count) == (2, 0)
 
 
 def test_parts_with_different_memory_are_not_merged(tokenizers: dict[str, Path], tmp_path: Path) -> None:
@@ -137,6 +137,6 @@ def test_parts_with_different_memory_are_not_merged(tokenizers: dict[str, Path],
 def test_filters_reject_what_they_have_no_memory_for(tokenizers: dict[str, Path], tmp_path: Path) -> None:
     write_input(tmp_path, SHORT, LONG)
     report = prepare(make_config(tmp_path, tokenizers["bpe"], filters=FilterConfig(max_mean_word_length=9)))
-    assert isinstance(report, Report) and (report.train.num_documents, report.num_rejects) == (1, 1)
+    assert isinstance(report, Report) and (report.train.num_documents, report.rejects.count) == (1, 1)
     (reject,) = map(json.loads, (tmp_path / "corpus" / "rejects.jsonl").read_text().splitlines())
     assert "the filters would take up to 43.9 MiB" in reject["reason"]
