@@ -181,7 +181,7 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(decoder_base: Path, recor
     )
     said = finetuned(*arguments)
     assert "the run is finished" in said
-    assert "train.max_steps=N validation.patience=N allow_changes=[train.max_steps,validation.patience]" in said
+    assert "train.max_steps=N validation.patience=N 'allow_changes=[train.max_steps,validation.patience]'" in said
     (run_dir / "results.json").write_text(json.dumps(found | {"tokens": 1, "step": 2}))
     assert "the run is finished" not in finetuned(*arguments), "results of an earlier end are none of this one"
     assert json.loads((run_dir / "results.json").read_text())["step"] == found["step"]
