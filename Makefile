@@ -46,7 +46,7 @@ format: $(READY) ## mend what ruff can mend
 	@$(BIN)/ruff check --quiet --fix-only .
 	@$(BIN)/ruff format --quiet .
 
-bench: $(READY) ## tokens per second and MFU of a training step on this machine, and the memory of long documents
+bench: $(READY) ## tokens per second of a training step on this machine (on GPUs MFU too), and the memory of long documents
 	@$(BIN)/python tools/bench/throughput.py
 	@$(BIN)/python tools/bench/data.py --only long --json
 
