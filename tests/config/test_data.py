@@ -87,3 +87,17 @@ def test_phases_never_change_within_a_run_and_windows_may(good: list[str]) -> No
         "data.phases.late.weights": "never",
         "data.skip": "by_name",
     }
+
+
+def test_a_folder_that_is_no_corpus_is_named_with_what_makes_one(good: list[str], tmp_path: Path) -> None:
+    (tmp_path / "my texts").mkdir()
+    (tmp_path / "my texts" / "a.txt").write_text("a")
+    with pytest.raises(ConfigError, match=r"so it is no prepared corpus; `bigtx data prepare 'input\.paths=my texts"):
+        load(PretrainConfig, [*good, "data.sources.web.path=my texts"])
+    with pytest.raises(ConfigError, match=r"data\.sources\.web\.path=web/train.*web"):
+        load(PretrainConfig, [*good, "data.sources.web.path=web/train"])
+
+
+def test_a_run_has_a_step_at_least(good: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"train\.max_steps=0 .*write a number above 0"):
+        load(PretrainConfig, [*good, "train.max_steps=0"])
