@@ -99,6 +99,7 @@ class Copier:
         ]
         self._events = Tail(folder / "events.jsonl")
         self.model: Record | None = None
+        self._last: Record | None = None
         self._known: set[str] = set()
         self._event_counts: Counter[str] = Counter()
 
@@ -114,7 +115,9 @@ class Copier:
                 self._log_metrics(record)
             for table, found in rows:
                 if step in found:
-                    self._log(found[step][-1], {table.name: table.take(found[step])})
+                    # W&B has one time for a step: that of its metrics, where there are any.
+                    stamp = self._last if self._last and self._last["step"] == step else found[step][-1]
+                    self._log(stamp, {table.name: table.take(found[step])})
         events = [event for event in self._events.read() if "kind" in event]
         self.model = next((event for event in reversed(events) if event["kind"] == MODEL_EVENT), self.model)
         if events:
@@ -122,6 +125,7 @@ class Copier:
             self._run.summary.update({f"events/{kind}": count for kind, count in self._event_counts.items()})
 
     def _log_metrics(self, record: Record) -> None:
+        self._last = record
         values = {name: _number(value) for name, value in record.items() if name not in _STAMP}
         for name in values.keys() - self._known:
             self._known.add(name)
