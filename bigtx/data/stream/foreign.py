@@ -139,7 +139,7 @@ def read_texts(shard: str, config: ForeignConfig) -> Iterator[str]:
 
 
 def _refuse(reject: Reject) -> None:
-    if reject.reason != EMPTY or reject.lost is None:
+    if reject.reason != EMPTY:
         raise DataError(
             f"{visible(reject.file)} is refused: {visible(reject.reason)}. Restore it, or leave it out; "
             "`bigtx data prepare` lists such samples and reads the others."
