@@ -20,6 +20,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data inspect": ("bigtx.commands.data:inspect_command", "show a prepared corpus: shards, counts, decoded samples"),
     "data stats": ("bigtx.commands.data:stats_command", "show a prepared corpus in figures"),
     "data verify": ("bigtx.commands.data:verify_command", "read all of a prepared corpus and check it"),
+    "pretrain": ("bigtx.pretrain:main", "train a model on a corpus, on all GPUs of this machine"),
+    "finetune": ("bigtx.finetune:main", "train a model on records, to do a job"),
     "generate": ("bigtx.generate:command", "continue prompts with a trained model"),
     "predict": ("bigtx.predict:command", "say what a fine-tuned model makes of records"),
     "evaluate": ("bigtx.evaluate:command", "measure a run on held-out data"),

@@ -23,6 +23,7 @@ from bigtx.config.nodes import (
     read_argument,
     read_yaml,
 )
+from bigtx.config.paths import with_moved_paths
 from bigtx.config.runs import CONFIG, is_run, read_values, run_dir_of
 from bigtx.config.schema import FinetuneConfig, PretrainConfig, RunConfig
 from bigtx.config.settings import find, leaves, members, similar_keys
@@ -32,13 +33,17 @@ from bigtx.utils.errors import CheckpointError, ConfigError
 from bigtx.utils.files import NOT_A_FILE, no_file
 from bigtx.utils.log import say
 from bigtx.utils.secrets import scrub_text
-from bigtx.utils.shell import setting
+from bigtx.utils.shell import command, setting
 
 T = TypeVar("T")
 
 BASE = "base"
 PRINT_CONFIG = {"--print-config": "print the resolved configuration and end"}
-FLAGS = PRINT_CONFIG | {"--dry-run": "build everything, do one step and end"}
+RANKS = "--ranks"
+FLAGS = PRINT_CONFIG | {
+    "--dry-run": "build everything, do one step and end",
+    RANKS: "how many ranks to start, e.g. --ranks 2 (one for each GPU)",
+}
 LOCAL_RANK = ("--local_rank", "--local-rank")
 """What launchers add to every rank's command line; the environment says the same."""
 
@@ -138,8 +143,13 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def to_yaml(config: Any) -> str:
     """A configuration as a YAML file that `load` reads back as the same."""
+    return yaml_of(to_dict(config))
+
+
+def yaml_of(values: dict[str, Any]) -> str:
+    """The values of a configuration (`to_dict`) as a YAML file that `load` reads back as the same."""
     # All but ASCII is escaped: YAML takes some characters (U+0085, U+2028) for line ends and would give back a space.
-    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=120)
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=120)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -187,12 +197,14 @@ class Parsed(Generic[T]):
 
     Attributes:
         files: those that were named, and those that they build on.
+        num_ranks: that are asked for; None for the default.
     """
 
     config: T
     print_config: bool
     dry_run: bool
     files: list[Path]
+    num_ranks: int | None = None
 
 
 def parse_command_line(
@@ -209,7 +221,7 @@ def parse_command_line(
     Args:
         argv: without the program's name.
         program: the command as a user writes it, for the help.
-        flags: what the program knows of --print-config and --dry-run, explained; others are for the help alone.
+        flags: what the program knows of `FLAGS`, explained; others are for the help alone.
         example: settings of a typical command, for the help.
         check: as for `load`.
 
@@ -219,19 +231,42 @@ def parse_command_line(
     """
     arguments: list[str] = []
     given: set[str] = set()
+    num_ranks: int | None = None
     rest = iter(argv)
     for argument in rest:
+        name, sign, value = argument.partition("=")
         if argument in ("-h", "--help"):
             say(_help(schema, program, flags, example))
             raise SystemExit(0)
         if argument in LOCAL_RANK:
             next(rest, None)
+        elif name in (RANKS, RANKS.lstrip("-")) and RANKS in flags:
+            num_ranks = _num_ranks(value if sign else next(rest, ""))
         elif argument in flags:
             given.add(argument)
-        elif argument.partition("=")[0] not in LOCAL_RANK:
+        elif name not in LOCAL_RANK:
             arguments.append(argument)
     config, files = _load(schema, arguments, check=check)
-    return Parsed(config, "--print-config" in given, "--dry-run" in given, files)
+    if isinstance(config, RunConfig) and any(_is_config_of(config.run_dir, file) for file in files):
+        config.allow_changes += _keys_by_name(schema, arguments)
+    return Parsed(config, "--print-config" in given, "--dry-run" in given, files, num_ranks)
+
+
+def _is_config_of(run_dir: str, file: Path) -> bool:
+    own = Path(run_dir) / CONFIG
+    return own.is_file() and own.samefile(file)
+
+
+def _keys_by_name(schema: type, arguments: Sequence[str]) -> list[str]:
+    """The settings of KEY=VALUE arguments that may change if they are named; behind a run's own config they are."""
+    keys = (argument.partition("=")[0] for argument in arguments)
+    return [key for key in keys if (setting := find(schema, key)) and setting.change == "by_name"]
+
+
+def _num_ranks(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"{RANKS} {text}: name how many ranks to start on this machine, e.g. {RANKS} 2")
+    return int(text)
 
 
 def _merged_tree(schema: type, args: Sequence[str]) -> tuple[Node, list[Path], list[Problem], bool]:
@@ -250,7 +285,7 @@ def _merged_tree(schema: type, args: Sequence[str]) -> tuple[Node, list[Path], l
                 if is_file:
                     path = _find(schema, argument)
                     known = len(problems)
-                    layer = _in_place(_read_file(path, problems, (), files), path)
+                    layer = _of_run(schema, _read_file(path, problems, (), files), path)
                     whole &= not any(problem.key == BASE for problem in problems[known:])
                 else:
                     _refuse_option(schema, argument)
@@ -275,15 +310,18 @@ def _without_values_of_options(args: Sequence[str]) -> Iterator[str]:
         after_option = argument.startswith("-") and "=" not in argument
 
 
-def _in_place(tree: Node, path: Path) -> Node:
-    """A file's tree; the config.yaml of a run's folder means that folder, wherever the run was before."""
+def _of_run(schema: type, tree: Node, path: Path) -> Node:
+    """A file's tree; the config.yaml of a run means the folder that it lies in, wherever the run was before, and no
+    change that was allowed before."""
     assert isinstance(tree.content, dict)
     folder, saved = path.parent, tree.content.get("run_dir")
     if path.name != CONFIG or saved is None or not isinstance(saved.content, str) or not is_run(folder):
         return tree
+    tree = merge(tree, from_values({"allow_changes": []}, str(path)))
     if Path(saved.content).is_dir() and folder.samefile(saved.content):
         return tree
-    return merge(tree, from_values({"run_dir": str(folder)}, str(path)))
+    moved = with_moved_paths(schema, read_values(folder), Path(saved.content), folder.absolute())
+    return merge(tree, from_values(moved | {"run_dir": str(folder), "allow_changes": []}, str(path)))
 
 
 def _over_base_model(tree: Node, problems: list[Problem]) -> Node:
@@ -308,7 +346,10 @@ def _over_base_model(tree: Node, problems: list[Problem]) -> Node:
 
 
 def _find(schema: type, name: str) -> Path:
+    """The YAML file that an argument means; a run's folder means its config.yaml."""
     path = find_config(name)
+    if path is None and issubclass(schema, RunConfig) and is_run(Path(name)) and (Path(name) / CONFIG).is_file():
+        return _config_of_run(schema, Path(name))
     if kind := no_file(name):
         raise ProblemError(Problem("", "", f"{name!r} is {kind}, {NOT_A_FILE}: every rank reads it", COMMAND_LINE))
     if path is None and Path(name).is_dir():
@@ -323,6 +364,17 @@ def _find(schema: type, name: str) -> Path:
         hint = f"; did you mean {' or '.join(similar)}?" if similar else "; `bigtx configs list` shows the recipes"
         raise ProblemError(Problem("", "", f"no file {name!r}, here or among the recipes{hint}", COMMAND_LINE))
     return path
+
+
+def _config_of_run(schema: type, folder: Path) -> Path:
+    is_finetuned = "task" in read_values(folder)
+    if is_finetuned is not issubclass(schema, FinetuneConfig):
+        kind, other = ("fine-tuned", "finetune") if is_finetuned else ("pretrained", "pretrain")
+        what = f"{str(folder)!r} is a {kind} run; to resume it: {command('bigtx', other, folder)}"
+        if not is_finetuned:
+            what += f"; to fine-tune it: {setting('base', str(folder))}"
+        raise ProblemError(Problem("", "", what, COMMAND_LINE))
+    return folder / CONFIG
 
 
 def _read_file(path: Path, problems: list[Problem], above: tuple[Path, ...], visited: list[Path]) -> Node:

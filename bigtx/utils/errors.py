@@ -18,6 +18,8 @@ from bigtx.utils import log
 
 EXIT_OUTPUT_LOST = 1
 EXIT_USER_ERROR = 2
+EXIT_REQUEUE = 75
+"""Of a run that was asked to stop and saved: run the same command again (sysexits' EX_TEMPFAIL)."""
 EXIT_INTERRUPTED = 130
 
 
