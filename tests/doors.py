@@ -87,10 +87,10 @@ def pretrain(
     )
 
 
-def start_pretrain(*arguments: str, ranks: int) -> subprocess.Popen[str]:
+def start_pretrain(*arguments: str, ranks: int, launcher: bool = False) -> subprocess.Popen[str]:
     """A training in a session (and process group) of its own, like a terminal's foreground job."""
     return subprocess.Popen(
-        pretrain_command(arguments, ranks),
+        pretrain_command(arguments, ranks, launcher=launcher),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -29,11 +29,13 @@ def adopt_orphans() -> None:
 
 
 def descendants() -> list[int]:
-    """The processes below this one."""
+    """The processes below this one, but for those that began a session of their own, as daemons do, and what they
+    started."""
+    session = os.getsid(0)
     found: list[int] = []
     waiting = [os.getpid()]
     while waiting:
-        below = _children(waiting.pop())
+        below = [pid for pid in _children(waiting.pop()) if _session_of(pid) == session]
         found += below
         waiting += below
     return found
@@ -52,6 +54,12 @@ def out_of_memory_kills() -> int:
             lines = (line.split() for line in Path(path).read_text().splitlines())
             return next(int(words[1]) for words in lines if words[0] == key)
     return 0
+
+
+def _session_of(pid: int) -> int | None:
+    with contextlib.suppress(OSError):
+        return os.getsid(pid)
+    return None
 
 
 def _children(pid: int) -> list[int]:

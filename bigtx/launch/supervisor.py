@@ -13,7 +13,7 @@ again. It then waits until all have ended:
 - When a rank fails, the others have a few seconds to end; then they are killed, also those that hang. The rank that
   failed first is explained, with the end of its log.
 - When the supervisor is killed, the kernel sends the ranks SIGTERM: they save and end.
-- Whatever a rank has started and left behind is ended too.
+- What a rank has started and left behind is ended too, but for daemons: W&B's process may still write for some seconds.
 """
 
 from __future__ import annotations

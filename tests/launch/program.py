@@ -50,8 +50,9 @@ def do(work: str) -> int:
                 signal.signal(number, signal.SIG_IGN)
             (folder / f"ready-{os.environ['RANK']}").touch()
             time.sleep(600)
-        case "leave":
-            subprocess.Popen(["sleep", "601"], start_new_session=True)
+        case "leave" | "daemon":
+            left = subprocess.Popen(["sleep", "601"], start_new_session=name == "daemon")
+            (folder / "left").write_text(str(left.pid))
             return int(argument)
     return 0
 

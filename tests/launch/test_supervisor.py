@@ -6,12 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from doors import ROOT, all_pids, environment, rank_pids, supervisor_pid, wait_for
+
+from bigtx.utils.processes import start_of
 
 PROGRAM = Path(__file__).with_name("program.py")
 
@@ -118,12 +119,17 @@ def test_an_error_that_one_rank_alone_meets_is_shown(command: Command) -> None:
     assert status == 2 and "rank 1 on " in err and "ConfigError: no such file here" in err and command.pids() == []
 
 
-@pytest.mark.parametrize("ending", ["leave:0", "leave:1"])
-def test_what_a_rank_leaves_behind_is_ended(command: Command, ending: str) -> None:
-    process = command.start(ending)
-    supervisor = process.pid
-    process.communicate(timeout=60)
-    assert process.returncode == int(ending[-1]) and not _sleepers_of(supervisor)
+@pytest.mark.parametrize("status", [0, 1])
+def test_what_a_rank_leaves_behind_is_ended(command: Command, status: int) -> None:
+    assert command.run(f"leave:{status}")[0] == status
+    assert start_of(int((command.folder / "left").read_text())) is None
+
+
+def test_a_daemon_may_outlive_the_command(command: Command) -> None:
+    assert command.run("daemon:0")[0] == 0
+    daemon = int((command.folder / "left").read_text())
+    assert start_of(daemon) is not None
+    os.kill(daemon, signal.SIGKILL)
 
 
 def test_a_second_rank_that_ends_well_does_not_hide_a_failure(command: Command) -> None:
@@ -147,25 +153,3 @@ def test_the_supervisor_is_above_the_ranks(command: Command) -> None:
     assert names == ["bigtx rank 0", "bigtx rank 1"]
     process.terminate()
     process.communicate(timeout=60)
-
-
-def _sleepers_of(supervisor: int) -> list[str]:
-    """Processes with the sleeper's arguments; the supervisor, which has ended, would have been their new parent."""
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline:
-        found = [
-            entry.name
-            for entry in Path("/proc").iterdir()
-            if entry.name.isdigit() and _read(entry / "cmdline") == b"sleep\x00601\x00"
-        ]
-        if not found:
-            break
-        time.sleep(0.1)
-    return found
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""

@@ -36,7 +36,7 @@ def describe_report(report: Report) -> Iterator[str]:
     yield "Next:"
     yield f"  {command('bigtx', 'data', 'inspect', report.output)}"
     values = {"data.sources.mine.path": report.output, "run_dir": "runs/mine"}
-    yield f"  deepspeed --module bigtx.pretrain pretrain/small.yaml {settings(values)}"
+    yield f"  bigtx pretrain pretrain/small.yaml {settings(values)}"
 
 
 def _describe_removed(report: Report) -> Iterator[str]:
