@@ -1,4 +1,4 @@
-"""Starts the ranks of an engine test: `start.py RANKS OUT.json SCENARIO ARGUMENTS_AS_JSON`, the last three for worker.py."""
+"""Start the ranks of an engine test: `start.py RANKS OUT.json SCENARIO ARGUMENTS_AS_JSON`, as of worker.py."""
 
 from __future__ import annotations
 
