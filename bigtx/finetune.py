@@ -23,14 +23,11 @@ EXAMPLE = "finetune/imdb.yaml base=runs/mine data.train=reviews run_dir=runs/sen
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     # Here, where Ctrl-C ends the command without a traceback.
-    from bigtx.config.load import parse_command_line, to_yaml
+    from bigtx.config.load import parse_command_line
     from bigtx.config.schema import FinetuneConfig
 
     arguments = sys.argv[1:] if argv is None else argv
     parsed = parse_command_line(FinetuneConfig, arguments, program="bigtx-finetune", example=EXAMPLE)
-    if parsed.print_config:
-        print(to_yaml(parsed.config), end="")
-        return 0
     # Heavy imports wait until the config is known to be good.
     share_cores()
     from bigtx.engine.launch import launch_on_all_devices

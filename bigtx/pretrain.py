@@ -21,13 +21,10 @@ from bigtx.utils.processes import share_cores
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     # Here, where Ctrl-C ends the command without a traceback.
-    from bigtx.config.load import parse_command_line, to_yaml
+    from bigtx.config.load import parse_command_line
     from bigtx.config.schema import PretrainConfig
 
     parsed = parse_command_line(PretrainConfig, sys.argv[1:] if argv is None else argv, program="bigtx/pretrain.py")
-    if parsed.print_config:
-        print(to_yaml(parsed.config), end="")
-        return 0
     # Heavy imports wait until the config is known to be good.
     share_cores()
     from bigtx.train.pretraining import PretrainSession

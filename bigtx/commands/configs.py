@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import re
 import shutil
@@ -14,6 +13,7 @@ from bigtx.config.load import base_files, load
 from bigtx.config.schema import FinetuneConfig, PrepareConfig, PretrainConfig, RunConfig, TokenizerTrainConfig
 from bigtx.config.settings import Setting, describe_type, find, members, similar_keys
 from bigtx.config.shipped import shipped_configs, shipped_folder
+from bigtx.utils.arguments import Arguments
 from bigtx.utils.errors import ConfigError
 from bigtx.utils.shell import command
 
@@ -32,7 +32,7 @@ CHANGES = {
 
 def list_command(argv: Sequence[str]) -> int:
     """Print the recipes, each with the first line of its comment."""
-    parser = argparse.ArgumentParser(prog="bigtx configs list", description="The recipes that come with bigtx.")
+    parser = Arguments(prog="bigtx configs list", description="The recipes that come with bigtx.")
     parser.parse_args(argv)
     names = shipped_configs()
     width = max(map(len, names), default=0) + 2
@@ -48,9 +48,7 @@ def copy_command(argv: Sequence[str]) -> int:
     Raises:
         ConfigError: no such recipe, or another file stands in the way.
     """
-    parser = argparse.ArgumentParser(
-        prog="bigtx configs copy", description="Copy a recipe and the files that it builds on."
-    )
+    parser = Arguments(prog="bigtx configs copy", description="Copy a recipe and the files that it builds on.")
     parser.add_argument("name", help="a recipe of `bigtx configs list`")
     parser.add_argument("folder", nargs="?", default="configs", help="where to (default: configs)")
     options = parser.parse_args(argv)
@@ -100,9 +98,7 @@ def explain_command(argv: Sequence[str]) -> int:
     Raises:
         ConfigError: no schema has the key.
     """
-    parser = argparse.ArgumentParser(
-        prog="bigtx configs explain", description="What a setting means, its type and its default."
-    )
+    parser = Arguments(prog="bigtx configs explain", description="What a setting means, its type and its default.")
     parser.add_argument("key", nargs="?", help="a setting or a section, e.g. train.max_steps or model; all if left out")
     key = parser.parse_args(argv).key
     found = 0

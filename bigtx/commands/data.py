@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Sequence
 
-from bigtx.config.load import PRINT_CONFIG, parse_command_line, to_yaml
+from bigtx.config.load import parse_command_line
+from bigtx.config.options import JSON, PRINT_CONFIG
 from bigtx.config.schema import PrepareConfig
+from bigtx.utils.arguments import Arguments
 from bigtx.utils.errors import ConfigError
 from bigtx.utils.log import say
 
@@ -29,9 +30,6 @@ def prepare_command(argv: Sequence[str]) -> int:
         flags=FLAGS,
         example="input.paths=my/texts tokenizer=my/tokenizer output=my/corpus",
     )
-    if parsed.print_config:
-        say(to_yaml(parsed.config).rstrip())
-        return 0
     # Heavy imports wait until the config is known to be good.
     from bigtx.data.prepare.estimate import estimate
     from bigtx.data.prepare.job import PartReport, prepare
@@ -78,7 +76,7 @@ def _take_part(argv: Sequence[str]) -> tuple[tuple[int, int], list[str]]:
 
 def merge_command(argv: Sequence[str]) -> int:
     """Make one corpus of the parts of a preparation."""
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="bigtx data merge",
         description="Make one corpus of the parts that `bigtx data prepare ... --part i/n` tokenized.",
     )
@@ -99,7 +97,7 @@ def inspect_command(argv: Sequence[str]) -> int:
     from bigtx.data.corpus.manifest import SPLITS
     from bigtx.data.storage.places import as_place
 
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="bigtx data inspect",
         description="Show a prepared corpus: its shards, counts, lengths and decoded samples.",
     )
@@ -115,7 +113,7 @@ def inspect_command(argv: Sequence[str]) -> int:
 
 def stats_command(argv: Sequence[str]) -> int:
     """Show the figures of a prepared corpus."""
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="bigtx data stats",
         description="Show a prepared corpus in figures: documents and tokens, by source and language, and lengths.",
     )
@@ -136,7 +134,7 @@ def stats_command(argv: Sequence[str]) -> int:
 
 def verify_command(argv: Sequence[str]) -> int:
     """Read all of a prepared corpus to see that it is what was written."""
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="bigtx data verify",
         description="Read all of a prepared corpus and compare it with its hashes, its block table and its tokenizer.",
     )
@@ -151,5 +149,5 @@ def verify_command(argv: Sequence[str]) -> int:
     return 0
 
 
-def _add_corpus(parser: argparse.ArgumentParser) -> None:
+def _add_corpus(parser: Arguments) -> None:
     parser.add_argument("corpus", help="a folder written by `bigtx data prepare`, or the URL of one")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -15,7 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bigtx.config.load import PRINT_CONFIG, parse_command_line, to_yaml
+from bigtx.config.load import parse_command_line
+from bigtx.config.options import JSON, PRINT_CONFIG
 from bigtx.config.schema import TokenizerTrainConfig
 from bigtx.data.prepare.recipe import describe_inputs
 from bigtx.data.raw.files import describe_passed_over
@@ -24,6 +24,7 @@ from bigtx.tokenizer import report
 from bigtx.tokenizer.sample import draw_sample
 from bigtx.tokenizer.tokenizer import DESCRIPTION, Tokenizer
 from bigtx.tokenizer.train import check, train_on_sample
+from bigtx.utils.arguments import Arguments
 from bigtx.utils.errors import ConfigError, DataError
 from bigtx.utils.files import open_file, write_json
 from bigtx.utils.shell import command
@@ -46,9 +47,6 @@ def train_command(argv: Sequence[str]) -> int:
         example="input.paths=my/texts output=my/tokenizer vocab_size=16k",
     )
     config = parsed.config
-    if parsed.print_config:
-        print(to_yaml(config), end="")
-        return 0
     check(config)
     _refuse_unusable(config.output)
     begin = time.perf_counter()
@@ -93,7 +91,7 @@ def train_command(argv: Sequence[str]) -> int:
 
 def import_command(argv: Sequence[str]) -> int:
     """Take over a tokenizer that was made elsewhere."""
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="bigtx tokenizer import",
         description="Take over a tokenizer made elsewhere, its ids as they are.",
     )
@@ -121,9 +119,7 @@ def import_command(argv: Sequence[str]) -> int:
 
 def inspect_command(argv: Sequence[str]) -> int:
     """Show what a tokenizer does with text."""
-    parser = argparse.ArgumentParser(
-        prog="bigtx tokenizer inspect", description="Show what a tokenizer makes of texts."
-    )
+    parser = Arguments(prog="bigtx tokenizer inspect", description="Show what a tokenizer makes of texts.")
     parser.add_argument("folder", help="folder written by `bigtx tokenizer train` or `import`")
     parser.add_argument("--text", action="append", default=[], help="a text to show; may be given again")
     parser.add_argument(
