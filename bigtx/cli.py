@@ -94,17 +94,17 @@ def version_command(argv: Sequence[str]) -> int:
     """Print the version, or with `--json` those of Python and the packages that bigtx stands on, none imported."""
     from bigtx.utils.arguments import Arguments
 
-    parser = Arguments(prog="bigtx version", description="The version of bigtx.")
-    parser.add_argument("--json", action="store_true", help="with the versions of Python and the packages, as JSON")
+    parser = Arguments(prog="bigtx version", description="The version; as JSON, also those of Python and the packages.")
+    parser.add_json()
     if not parser.parse_args(argv).json:
         print(f"bigtx {__version__}")
         return 0
-    import json
     import platform
 
     from bigtx.utils.hardware import packages
+    from bigtx.utils.log import say_json
 
-    print(json.dumps(packages() | {"python": platform.python_version()}, indent=2))
+    say_json(packages() | {"python": platform.python_version()})
     return 0
 
 

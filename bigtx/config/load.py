@@ -139,6 +139,21 @@ def to_yaml(config: Any) -> str:
     return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=120)
 
 
+def resolved_files(path: Path) -> str:
+    """What a file and the files that it builds on set, as the YAML of one file; defaults are left out.
+
+    Raises:
+        ConfigError: one of them cannot be read.
+    """
+    problems: list[Problem] = []
+    try:
+        tree = _read_file(path, problems, (), [])
+    except ProblemError as error:
+        problems.append(error.problem)
+    raise_problems(problems)
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=120)
+
+
 class _Dumper(yaml.SafeDumper):
     """Puts texts into quotes that `load` would refuse without them."""
 
@@ -147,6 +162,20 @@ _Dumper.add_representer(
     str,
     lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, "'" if needs_quotes(text) else None),
 )
+
+
+def _represent(dumper: yaml.SafeDumper, node: Node) -> yaml.Node:
+    """A piece as it was written: a scalar without quotes stays without."""
+    if isinstance(node.content, dict):
+        return dumper.represent_mapping("tag:yaml.org,2002:map", node.content)
+    if isinstance(node.content, list):
+        return dumper.represent_sequence("tag:yaml.org,2002:seq", node.content)
+    if node.plain:
+        return dumper.represent_scalar(dumper.resolve(yaml.ScalarNode, node.content, (True, False)), node.content)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", node.content, "'")
+
+
+_Dumper.add_representer(Node, _represent)
 
 
 def raise_problems(problems: Sequence[Problem]) -> None:
@@ -208,6 +237,7 @@ def parse_command_line(
     *,
     program: str,
     flags: Mapping[str, str] = FLAGS,
+    others: Mapping[str, str] | None = None,
     example: str = "",
     check: bool = True,
 ) -> Parsed[T]:
@@ -217,6 +247,7 @@ def parse_command_line(
         argv: without the program's name.
         program: the command as a user writes it, for the help.
         flags: the switches that the program knows, explained.
+        others: what the program takes out of its command line itself, for the help.
         example: settings of a typical command, for the help.
         check: as for `load`.
 
@@ -229,7 +260,7 @@ def parse_command_line(
     rest = iter(argv)
     for argument in rest:
         if argument in ("-h", "--help"):
-            say(_help(schema, program, flags, example))
+            say(_help(schema, program, flags, others or {}, example))
             raise SystemExit(0)
         if argument in LOCAL_RANK:
             next(rest, None)
@@ -384,7 +415,7 @@ def _construct(schema: type[T], values: dict[str, Any]) -> T:
     return built
 
 
-def _help(schema: type, program: str, flags: Mapping[str, str], example: str) -> str:
+def _help(schema: type, program: str, flags: Mapping[str, str], others: Mapping[str, str], example: str) -> str:
     about = (
         "Files build on the defaults in the order given, KEY=VALUE on the files. A file may be a recipe of "
         "`bigtx configs list`. `bigtx configs explain KEY` says what a setting means."
@@ -399,7 +430,7 @@ def _help(schema: type, program: str, flags: Mapping[str, str], example: str) ->
         wrapped(about),
         "",
         *([wrapped(f"e.g. {program} {example}", " " * 7, "  "), ""] if example else []),
-        *columns(flags.items()),
+        *columns([*others.items(), *flags.items()]),
         "",
         "Settings and sections:",
         *columns(settings),

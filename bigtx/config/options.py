@@ -7,13 +7,13 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from bigtx.config.nodes import COMMAND_LINE, Problem
 from bigtx.config.settings import find, same_name_keys, similar_keys
-from bigtx.utils.arguments import is_option, may_be_value
+from bigtx.utils.arguments import JSON_HELP, is_option, may_be_value
 from bigtx.utils.secrets import is_secret_key, scrub_text
 from bigtx.utils.shell import setting
 
 PRINT_CONFIG = {"--print-config": "print the resolved configuration and end"}
 FLAGS = PRINT_CONFIG | {"--dry-run": "build everything, do one step and end"}
-JSON = {"--json": "print the result as JSON, and nothing else on standard output"}
+JSON = {"--json": JSON_HELP}
 _SHORT = {"o": "output"}
 
 

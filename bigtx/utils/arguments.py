@@ -26,6 +26,7 @@ from bigtx.utils.secrets import scrub_text
 ASSIGNMENT = re.compile(r"(?P<key>[^\s=/]+)=(?P<value>.*)", re.DOTALL)
 """A word that gives a value to a name: `temperature=0`, `train.max_steps=500`."""
 WIDTH = 80
+JSON_HELP = "print the result as JSON, alone on standard output"
 _MARGIN = 26
 _KINDS = {int: "a whole number", float: "a number"}
 _SETTINGS = "set"
@@ -133,6 +134,10 @@ class Arguments(argparse.ArgumentParser):
             ConfigError: always.
         """
         raise ConfigError(f"{self.prog}: {message}")
+
+    def add_json(self) -> None:
+        """Add the switch of every command that shows something."""
+        self.add_argument("--json", action="store_true", help=JSON_HELP)
 
     def alternatives(self) -> list[list[argparse.Action]]:
         """Groups of options of which exactly one is given."""

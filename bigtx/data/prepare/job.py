@@ -187,7 +187,7 @@ def merge(output: str, num_processes: int = 0) -> Report:
             parts = sorted({number % num_parts + 1 for number in lost})
             raise DataError(
                 f"{job.work} lacks {len(lost):,} of {num_units:,} units, or holds them damaged; "
-                "run `bigtx data prepare` again with " + ", ".join(f"--part {number}/{num_parts}" for number in parts)
+                "run `bigtx data prepare` again with " + ", ".join(f"part={number}/{num_parts}" for number in parts)
             )
         report = job.assemble([result for result in results if result])
     return _timed(report, begin, Counter())
