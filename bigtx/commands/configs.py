@@ -112,18 +112,18 @@ def copy_command(argv: Sequence[str]) -> int:
         ConfigError: no such recipe, or another file stands in the way.
     """
     parser = Arguments(prog="bigtx configs copy", description="Copy a recipe and the files that it builds on.")
-    parser.add_argument("name", help="a recipe of `bigtx configs list`")
-    parser.add_argument("folder", nargs="?", default="configs", help="where to (default: configs)")
+    parser.add_argument("name", metavar="NAME", help="a recipe of `bigtx configs list`")
+    parser.add_argument("output", metavar="FOLDER", nargs="?", default="configs", help="where to (configs)")
     options = parser.parse_args(argv)
     recipe, root = options.name.removeprefix("configs/"), shipped_folder().resolve()
     if recipe not in shipped_configs():
         raise _no_recipe(options.name)
-    copies = {path: Path(options.folder) / path.relative_to(root) for path in base_files(root / recipe)}
+    copies = {path: Path(options.output) / path.relative_to(root) for path in base_files(root / recipe)}
     for source, target in copies.items():
         if target.exists() and (target.samefile(source) or target.read_bytes() != source.read_bytes()):
             what = "is the recipe itself" if target.samefile(source) else "is there already, with other content"
             raise ConfigError(
-                f"{target} {what}; name another folder: {command('bigtx', 'configs', 'copy', recipe)} FOLDER"
+                f"{target} {what}; name another folder: {command('bigtx', 'configs', 'copy', recipe)} output=FOLDER"
             )
     for source, target in copies.items():
         try:
@@ -132,7 +132,7 @@ def copy_command(argv: Sequence[str]) -> int:
         except OSError as error:
             raise ConfigError(f"{target} cannot be written: {error.strerror}; name another folder") from error
         print(f"wrote {target}")
-    copy = command(Path(options.folder) / recipe)
+    copy = command(Path(options.output) / recipe)
     if recipe.startswith("finetune/"):
         config = load(FinetuneConfig, [str(root / recipe)], check=False)
         given = " base=RUN" * (config.base is None and config.tokenizer is None)

@@ -29,6 +29,8 @@ WIDTH = 80
 JSON_HELP = "print the result as JSON, alone on standard output"
 _MARGIN = 26
 _KINDS = {int: "a whole number", float: "a number"}
+_OUTPUT = "output"
+"""The name of what a command writes; `-o` is short for it in every command."""
 _SETTINGS = "set"
 """The option that takes settings of a run, which are known by the dot in their keys: `translate.num_beams=1`."""
 _KNOWN_ELSEWHERE = {
@@ -178,7 +180,8 @@ class Arguments(argparse.ArgumentParser):
             short = [option for option in action.option_strings if not option.startswith("--")]
             name = ", ".join([*short, shown(action)]) if action.nargs == 0 else shown(action)
             meaning = (action.help or "") % (vars(action) | {"prog": self.prog})
-            also = f"; also {short[0]} {_metavar(action)}" if short and action.nargs != 0 else ""
+            other_form = f"-o {_metavar(action)}" if action.option_strings else f"{_OUTPUT}={_metavar(action)}"
+            also = f"; also {other_form}" if action.dest == _OUTPUT else ""
             rows.append((name, meaning + also))
         description = [wrapped(self.description), ""] if self.description else []
         return "\n".join([self.format_usage(), *description, *columns(rows)]) + "\n"
@@ -213,6 +216,9 @@ class _Reader:
         self.parser = parser
         self.options = {_name(string): option for option in parser.options() for string in option.option_strings}
         self.named_words = {word.dest: word for word in parser.words()}
+        self.names = self.named_words | self.options
+        if _OUTPUT in self.names:
+            self.names["-o"] = self.names[_OUTPUT]
         self.given: dict[argparse.Action, list[str]] = {}
         self.loose: list[str] = []
         self.problems: list[str] = []
@@ -243,7 +249,7 @@ class _Reader:
 
     def _read_option(self, word: str, rest: deque[str]) -> None:
         written, sign, value = word.partition("=")
-        option = self.options.get(_name(written))
+        option = self.names.get(_name(written))
         if option is None:
             self.problems.append(f"no option {written}{self._meant(written)}")
             if not sign and rest and may_be_value(rest[0]):
@@ -267,8 +273,8 @@ class _Reader:
         values: list[str] = []
         while rest and (not values or option.nargs in ("+", "*")):
             match = ASSIGNMENT.fullmatch(rest[0])
-            is_own_name = match is not None and _name(match["key"]) in (*self.options, *self.named_words)
-            is_known = is_option(rest[0]) and _name(rest[0]) in self.options
+            is_own_name = match is not None and _name(match["key"]) in self.names
+            is_known = is_option(rest[0]) and _name(rest[0]) in self.names
             if is_known or rest[0] == "--" or (values and (is_own_name or is_option(rest[0]))):
                 break
             values.append(rest.popleft())
@@ -276,7 +282,7 @@ class _Reader:
 
     def _read_assignment(self, key: str, value: str, word: str) -> None:
         name = _name(key)
-        action = self.options.get(name) or self.named_words.get(name)
+        action = self.names.get(name)
         if action is None and "." in key and _SETTINGS in self.options:
             self._give(self.options[_SETTINGS], [word])
         elif action is None and Path(word).exists():
@@ -350,7 +356,7 @@ class _Reader:
 
     def _similar(self, written: str) -> list[str]:
         name = _name(written).lower()
-        known = {key: action for key, action in (self.named_words | self.options).items() if not key.startswith("-")}
+        known = {key: action for key, action in self.names.items() if not key.startswith("-")}
         alias = _KNOWN_ELSEWHERE.get(name)
         found = [alias] if alias in known else difflib.get_close_matches(name, known, 2, 0.65)
         return [shown(known[key]) if known[key].option_strings else f"{key}={shown(known[key])}" for key in found]
