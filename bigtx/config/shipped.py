@@ -23,14 +23,13 @@ def shipped_configs() -> list[str]:
 
 
 def similar_configs(name: str) -> list[str]:
-    """The recipes that a user may have meant, most likely first: those of the same file name, in any folder and with or
-    without `.yaml`, then those whose names begin with it or are similar."""
-    recipes = shipped_configs()
+    """The recipes that a user may have meant, most likely first: those of the same file name or a similar one, in any
+    folder and with or without `.yaml`; without any, those whose names begin so."""
     folder, stem = Path(name).parent.name, Path(name).name.removesuffix(".yaml").removesuffix(".yml")
-    stems = {recipe: Path(recipe).stem for recipe in recipes}
-    longer = [other for other in stems.values() if stem and other.startswith(stem)]
-    similar = [stem, *longer, *difflib.get_close_matches(stem, sorted(set(stems.values())), 3, 0.75)]
-    found = [recipe for one in dict.fromkeys(similar) for recipe in recipes if stems[recipe] == one]
+    stems = {recipe: Path(recipe).stem for recipe in shipped_configs()}
+    close = [stem, *difflib.get_close_matches(stem, sorted(set(stems.values())), 3, 0.75)]
+    found = [recipe for one in dict.fromkeys(close) for recipe in stems if stems[recipe] == one]
+    found = found or [recipe for recipe in stems if stem and stems[recipe].startswith(stem)]
     return sorted(found, key=lambda recipe: Path(recipe).parent.name != folder)[:3]
 
 

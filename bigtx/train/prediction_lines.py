@@ -202,7 +202,7 @@ class Output:
                 f"{self._facts['checkpoint']}; name that one to go on with it, or another output"
             )
         if different:
-            shown = ", ".join(f"--{key.replace('_', '-')} {_shown(begun.get(key))}" for key in different)
+            shown = ", ".join(f"{key}={_shown(begun.get(key))}" for key in different)
             raise ConfigError(f"{self.path} was begun with {shown}; say the same to go on with it, or another output")
 
     def known(self, chunk: Sequence[Item]) -> list[dict[str, Any]] | None:
