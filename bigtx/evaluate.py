@@ -20,6 +20,7 @@ from bigtx.config.runs import run_dir_of
 from bigtx.config.schema import FinetuneConfig, PretrainConfig, RunConfig
 from bigtx.engine.trained import find
 from bigtx.track.jsonl import plain
+from bigtx.utils.arguments import Arguments
 from bigtx.utils.errors import CheckpointError, ConfigError, DataError, LaunchError
 from bigtx.utils.files import read_object, write_json
 
@@ -71,8 +72,8 @@ def command(argv: Sequence[str]) -> int:
     return found.status
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Arguments:
+    parser = Arguments(
         prog="bigtx evaluate",
         description="How good a run is on held-out data: a fine-tuned one by the metrics of its task, on records with "
         "answers (the exit status is 1 if some of them cannot be used); a pretrained one by its loss, on the "

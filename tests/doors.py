@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [
     "model.hidden_size=64",
@@ -53,6 +55,13 @@ def bigtx(
         cwd=cwd,
         env=environment(gpus=gpus, **{"PYTHONPATH": paths, **changes}),
     )
+
+
+def as_json(capsys: pytest.CaptureFixture[str], command: Callable[[Sequence[str]], int], words: Sequence[str]) -> Any:
+    """What a command prints with `--json`, where standard output holds nothing else."""
+    capsys.readouterr()
+    assert command([*words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
 
 
 def pretrain_command(arguments: Sequence[str], ranks: int, *, launcher: bool = False) -> list[str]:

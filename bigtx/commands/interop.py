@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bigtx.utils.arguments import Arguments
 from bigtx.utils.errors import CheckpointError, ConfigError
 from bigtx.utils.log import say
 from bigtx.utils.shell import command, settings
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 def import_command(argv: Sequence[str]) -> int:
     """Make a run of a Hugging Face model, and say what became of it."""
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="bigtx import",
         description="Make a run of a model in Hugging Face's layout, to generate with, to train on and to fine-tune. "
         "Nothing in the folder is executed.",
@@ -168,8 +169,8 @@ def _judge(folder: Path, verdict: Verdict, also: str = "") -> None:
     )
 
 
-def _export_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _export_parser() -> Arguments:
+    parser = Arguments(
         prog="bigtx export",
         description="Write a run's checkpoint as a folder that transformers loads without bigtx's code, adapters "
         "merged, or its adapters alone for PEFT; then load it so and compare ids and logits.",

@@ -20,6 +20,7 @@ from bigtx.tokenizer.special import CHAT_ROLES, SpecialIds
 from bigtx.tokenizer.template import Template, around
 from bigtx.utils.errors import DataError
 from bigtx.utils.files import open_file, write_atomic, write_json
+from bigtx.utils.folders import kind_of_folder
 
 DESCRIPTION = "bigtx_tokenizer.json"
 """The file that makes a folder a tokenizer of bigtx; it is written last."""
@@ -409,13 +410,22 @@ def _read(path: Path) -> bytes:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
 
 
+def _what_instead(folder: Path) -> str:
+    """What a folder without a tokenizer is, and what to do."""
+    inside = folder / "tokenizer"
+    kind = kind_of_folder(folder)
+    if kind and (inside / DESCRIPTION).exists():
+        return f"it is {kind}, whose tokenizer is {inside}; name that."
+    return (
+        f"it has no {DESCRIPTION}. Train one with `bigtx tokenizer train`, or take over a sentencepiece or Hugging "
+        "Face tokenizer with `bigtx tokenizer import PATH output=FOLDER`."
+    )
+
+
 def _read_description(folder: Path) -> dict[str, Any]:
     path = folder / DESCRIPTION
     if not path.exists():
-        raise DataError(
-            f"No tokenizer in {folder}: it has no {DESCRIPTION}. Train one with `bigtx tokenizer train`, or take over "
-            f"a sentencepiece or Hugging Face tokenizer with `bigtx tokenizer import PATH -o FOLDER`."
-        )
+        raise DataError(f"No tokenizer in {folder}: {_what_instead(folder)}")
     try:
         description = json.loads(_read(path))
         kinds = (SentencePieceModel.kind, HuggingFaceModel.kind)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from bigtx.config.load import Parsed, parse_command_line, raise_problems, to_yaml
+from bigtx.config.load import Parsed, parse_command_line, raise_problems
 from bigtx.config.schema import RunConfig
 from bigtx.config.validate import batch_problems
 from bigtx.launch.parents import watch_launchers
@@ -46,10 +46,6 @@ def run_training(
         BigtxError: of the config, the run folder, or the training itself.
     """
     parsed = parse_command_line(schema, argv, program=program, example=example)
-    if parsed.print_config:
-        if processes.rank() == 0:
-            print(to_yaml(parsed.config), end="")
-        return 0
     world = _find_world(parsed)
     if world is None:
         watch_launchers()

@@ -145,12 +145,17 @@ def memory_bytes() -> int:
     return total if limit == "max" else min(total, int(limit))
 
 
+def packages() -> dict[str, str]:
+    """The versions of bigtx and of the packages that it stands on, where they are installed. Imports none of them."""
+    # A clone need not be installed to run.
+    return {"bigtx": __version__} | {name: found for name in PACKAGES if (found := _version(name))}
+
+
 def describe() -> dict[str, Any]:
     """The environment of a run as JSON-ready data, by a fixed list of harmless facts: no environment variables, no
     command line, no remote addresses, so that no secret can be among them."""
     return {
-        # A clone need not be installed to run.
-        "packages": {"bigtx": __version__} | {name: found for name in PACKAGES if (found := _version(name))},
+        "packages": packages(),
         "python": platform.python_version(),
         "executable": sys.executable,
         "platform": platform.platform(),

@@ -22,7 +22,7 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -149,6 +149,18 @@ def say(text: str = "") -> None:
         print(text, file=console(), flush=True)
     if _active:
         print(text, file=_active.log)
+
+
+def say_json(value: Any) -> None:
+    """Show a result as JSON, in ASCII, so that it is valid in every encoding (rank 0 alone)."""
+    say(json.dumps(value, indent=2))
+
+
+@contextlib.contextmanager
+def said_aside(aside: bool) -> Iterator[None]:
+    """Send what is said meanwhile to standard error, if asked, so that JSON stands alone on standard output."""
+    with contextlib.redirect_stdout(sys.stderr) if aside else contextlib.nullcontext():
+        yield
 
 
 def say_error(text: str, *, any_rank: bool = False) -> None:
