@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from doors import ROOT, TINY, environment
 
 from bigtx.config.load import load, to_yaml
 from bigtx.config.schema import PretrainConfig
+from bigtx.engine.checkpoint import FORMAT_VERSION, write_manifest
 
 IMPORTED = """
 import importlib, json, sys
@@ -61,7 +63,12 @@ def test_a_mistake_in_words_or_paths_is_answered_without_torch(tmp_path: Path) -
     (unsaved / "config.yaml").write_text(
         to_yaml(load(PretrainConfig, [*TINY, source, "train.max_steps=1"], check=False))
     )
-    calls: list[list[Any]] = []
+    saved = tmp_path / "saved"
+    shutil.copytree(unsaved, saved)
+    manifest = {"format": FORMAT_VERSION, "step": 1, "parameters": {}, "files": {}}
+    (saved / "checkpoints" / "step-00000001").mkdir(parents=True)
+    write_manifest(saved / "checkpoints" / "step-00000001", manifest)
+    calls: list[list[Any]] = [["evaluate", saved, "--data", tmp_path / "nowhere"]]
     for run in (tmp_path / "nowhere", tmp_path, unsaved):
         calls += [
             ["generate", run, "--prompt", "x"],
