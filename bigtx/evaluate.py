@@ -267,18 +267,21 @@ class _Corpora(_Evaluation):
             ConfigError: no corpus holds text out, or it was prepared with another tokenizer.
             DataError: there is no such corpus.
         """
+        from bigtx.train.held_out import validation_sources
+
+        config = self._config()
+        if not validation_sources(config):
+            raise ConfigError("none of the run's corpora holds text out; name a prepared one by --data FOLDER")
+        # Imports torch, which nobody should wait for to hear of a mistake.
         from bigtx.train.alone import Alone
         from bigtx.train.evaluation import Validation
         from bigtx.train.tasks.likelihood import LikelihoodTask
 
-        config = self._config()
         loaded = self.load()
         config = dataclasses.replace(config, model=loaded.config.model)
         alone = Alone(loaded.model)
         task = LikelihoodTask(z_loss=0.0)
         validation = Validation(config, alone, alone, task, loaded.tokenizer)
-        if not validation.sources:
-            raise ConfigError("none of the run's corpora holds text out; name a prepared one by --data FOLDER")
         metrics = {name.removeprefix("validation/"): value for name, value in validation.measure().items()}
         return self.result(metrics, rows=config.validation.max_sequences)
 

@@ -72,12 +72,13 @@ def export_command(argv: Sequence[str]) -> int:
         raise ConfigError("--base is for --to peft: what --to hf writes stands by itself; leave it out")
     shard_bytes = _shard_bytes(options.max_shard_size)
     from bigtx.engine.trained import find_with_tokenizer
+
+    checkpoint, run, tokenizer = find_with_tokenizer(options.run)  # Before torch is imported.
     from bigtx.interop.exporter import ExportSettings, export_model
     from bigtx.interop.verify import require_transformers
 
     if not options.no_verify:
         require_transformers()
-    checkpoint, run, tokenizer = find_with_tokenizer(options.run)
     settings = ExportSettings(
         dtype=options.dtype,
         weights=options.weights,
@@ -103,8 +104,6 @@ def export_command(argv: Sequence[str]) -> int:
 def _export_adapters(options: argparse.Namespace) -> int:
     """Write a run's adapters for PEFT and compare, where the model that they stand on is here."""
     from bigtx.engine.trained import find_with_tokenizer
-    from bigtx.interop.adapters import export_adapters
-    from bigtx.interop.verify import require_peft
 
     if options.base is None:
         raise ConfigError(
@@ -113,10 +112,13 @@ def _export_adapters(options: argparse.Namespace) -> int:
         )
     if options.dtype != "fp32" or options.license is not None:
         raise ConfigError("--dtype and --license are for --to hf; adapters are written in fp32, without a card")
+    checkpoint, run, tokenizer = find_with_tokenizer(options.run)  # Before torch is imported.
+    from bigtx.interop.adapters import export_adapters
+    from bigtx.interop.verify import require_peft
+
     is_here = Path(options.base).is_dir()
     if is_here and not options.no_verify:
         require_peft()
-    checkpoint, run, tokenizer = find_with_tokenizer(options.run)
     made = export_adapters(
         checkpoint, run, options.output, base=options.base, weights=options.weights, family_name=options.family
     )

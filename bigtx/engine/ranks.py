@@ -50,10 +50,10 @@ class Ranks:
         set_environment_of_single_process()
         import deepspeed
 
+        from bigtx.engine.unused import leave_out_unused
+
         use_own_device()
-        # DeepSpeed's all-reduce by shared memory serves only its inference, takes a compiler at the first start, and
-        # leaves 67 MB in /dev/shm for each rank of each run, until a machine has no memory left.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        leave_out_unused()
         timeout = timedelta(seconds=timeout_seconds)
         wait_in_every_group(timeout)
         try:
