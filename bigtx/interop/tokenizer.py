@@ -24,7 +24,13 @@ from bigtx.config.schema import FinetuneConfig
 from bigtx.interop.classes import is_classifier
 from bigtx.interop.read import read_config
 from bigtx.interop.sentencepiece_json import to_tokenizer_json
-from bigtx.tokenizer.huggingface_model import CHAT_TEMPLATE, TOKENIZER_CONFIG, HuggingFaceModel, settings_of
+from bigtx.tokenizer.huggingface_model import (
+    CHAT_TEMPLATE,
+    SENTENCEPIECE_NAMES,
+    TOKENIZER_CONFIG,
+    HuggingFaceModel,
+    settings_of,
+)
 from bigtx.tokenizer.sentencepiece_model import SentencePieceModel
 from bigtx.tokenizer.special import SPACE_MARK
 from bigtx.tokenizer.template import Template, around, observed
@@ -72,7 +78,6 @@ HARD_TEXTS = (
 
 _CHAT = (("system", "Be brief.\n"), ("user", " What is  2+2?"), ("assistant", "4"), ("tool", '{"a": 1}'))
 _PAIR = ("The first text.", "And 2 more words")
-_MODEL_NAMES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")
 
 
 def export_tokenizer(
@@ -176,11 +181,11 @@ def import_tokenizer(folder: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_huggingface(folder)
         _refuse_differences(folder, HuggingFaceModel.file_name, _default_differences(tokenizer, folder))
         return tokenizer
-    names = [name for name in _MODEL_NAMES if (folder / name).is_file()]
+    names = [name for name in SENTENCEPIECE_NAMES if (folder / name).is_file()]
     if not names:
         raise DataError(
             f"{folder} holds no tokenizer: neither {HuggingFaceModel.file_name} nor a sentencepiece model "
-            f"({', '.join(_MODEL_NAMES)})."
+            f"({', '.join(SENTENCEPIECE_NAMES)})."
         )
     tokenizer = Tokenizer.from_sentencepiece(folder / names[0])
     theirs = _load(folder)

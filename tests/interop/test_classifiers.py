@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finetunes import labelled, write_jsonl
+from finetunes import finetuned, labelled, write_jsonl
 from interop import tiny_tokenizers
 from interop.both_sides import randomize
 
@@ -214,6 +214,18 @@ def test_a_classifier_of_transformers_answers_alike_here_and_after_its_way_back(
         == config.classify.pooling
         == {"modernbert": "mean"}.get(family, "last" if family in ("llama", "qwen2", "gpt2") else "first")
     )
+
+
+def test_an_imported_classifier_is_trained_on_and_leaves_again(foreign_bert: Path, tmp_path: Path) -> None:
+    run, tuned = tmp_path / "run", tmp_path / "tuned"
+    assert main(["import", str(foreign_bert), "-o", str(run)]) == 0
+    records = [{"text": text, "label": "yes" if "?" in text else "no"} for text in SENTENCES * 4]
+    data = write_jsonl(tmp_path / "data.jsonl", records)
+    changes = [f"base={run}", f"data.train=[{data}]", f"run_dir={tuned}", "train.max_steps=2"]
+    said = finetuned(str(run / "config.yaml"), *changes)
+    assert "new: none; dropped: none" in said and "cannot be exported" not in said
+    assert main(["export", str(tuned), "-o", str(tmp_path / "out")]) == 0
+    agree(piped(tmp_path / "out", SENTENCES), predicted(tuned, records[: len(SENTENCES)], tmp_path / "texts"))
 
 
 @pytest.mark.parametrize(
