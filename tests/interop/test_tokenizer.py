@@ -151,7 +151,7 @@ SYMBOLS = ["<code>", "New York", "4 2", "é", "e ", " the", "\n\t", "  ", "self.
 WITH_SYMBOLS = st.one_of(
     st.text(st.sampled_from(list(" <code>NewYork42é\n\tathself.\u2581"))),
     st.lists(st.sampled_from([*SYMBOLS, "▁", " ", "4", "f.s", "<", "你"])).map("".join),
-)
+).filter(lambda text: "<s>" not in text)  # The name of a special token means that token in transformers.
 
 
 @pytest.mark.parametrize("method", ["bpe", "unigram"])
