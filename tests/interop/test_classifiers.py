@@ -120,7 +120,13 @@ def agree(pipeline: list[dict[str, float]], ours: list[dict[str, Any]]) -> None:
         assert max(theirs, key=lambda name: theirs[name]) == prediction["label"]
 
 
-@pytest.mark.parametrize("name", MODELS)
+OF_A_KIND = ("mistral", "qwen3", "qwen3_moe", "modernbert, first")
+"""Models that differ from others in little."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in OF_A_KIND else []) for name in MODELS]
+)
 def test_a_pipeline_of_the_export_says_what_predict_says(
     name: str, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
