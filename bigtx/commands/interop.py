@@ -14,7 +14,7 @@ from bigtx.utils.shell import command, settings
 from bigtx.utils.units import format_count, format_size, parse_size
 
 if TYPE_CHECKING:
-    from bigtx.config.schema import ModelConfig
+    from bigtx.config.schema import RunConfig
     from bigtx.interop.exporter import Exported, ExportSettings
     from bigtx.interop.verify import Verdict
     from bigtx.tokenizer.tokenizer import Tokenizer
@@ -50,6 +50,12 @@ def import_command(argv: Sequence[str]) -> int:
         say(f"Dropped, as the model does not need them: {_listed(made.dropped)}")
     say(f"{made.tokenizer.vocab_size:,} token ids, {config.vocab_size:,} rows in the vocabulary")
     say(f"Wrote {made.checkpoint}")
+    if config.num_classes is not None:
+        say(f"It sorts texts into {config.num_classes:,} classes; their names are in {run / 'config.yaml'}")
+        say(f"Next: {command('bigtx', 'predict', run, '--input', 'FILE')}")
+        tuning = {"base": run, "data.train": "FILES", "run_dir": "runs/next", "train.epochs": 3}
+        say(f"To train on: {command('bigtx', 'finetune', run / 'config.yaml')} {settings(tuning)}")
+        return 0
     if config.shape == "decoder":
         say(f"Next: {command('bigtx', 'generate', run, '--prompt', 'Once upon a time')}")
     prepare = settings({"input.paths": "TEXTS", "tokenizer": run / "tokenizer", "output": "CORPUS"})
@@ -89,15 +95,15 @@ def export_command(argv: Sequence[str]) -> int:
     made = export_model(checkpoint, run, tokenizer, options.output, settings)
     size = format_size(sum(made.files.values()))
     say(
-        f"{checkpoint} as {made.family.architecture}: {made.num_tensors:,} tensors, "
+        f"{checkpoint} as {made.architecture}: {made.num_tensors:,} tensors, "
         f"{format_count(made.num_parameters)} parameters in {options.dtype}, {size} in {_files(len(made.files))}"
     )
     if options.no_verify:
         say(f"Wrote {made.folder}; it was not compared with transformers (--no-verify)")
     else:
         say(f"Wrote {made.folder}. Loading it with transformers, to compare")
-        _compare(made, checkpoint, run.model, tokenizer, settings)
-    say(f"Next, in Python: transformers.{made.family.auto_class}.from_pretrained({str(made.folder)!r})")
+        _compare(made, checkpoint, run, tokenizer, settings)
+    say(f"Next, in Python: transformers.{made.auto_class}.from_pretrained({str(made.folder)!r})")
     return 0
 
 
@@ -136,20 +142,18 @@ def _export_adapters(options: argparse.Namespace) -> int:
         base = Path(options.base)
         _judge(
             made.folder,
-            verify_adapters(made.folder, base, made.family, checkpoint, run.model, tokenizer, options.weights),
+            verify_adapters(made.folder, base, made.family, checkpoint, run, tokenizer, options.weights),
         )
     say(f"Next, in Python: peft.PeftModel.from_pretrained(model, {str(made.folder)!r})")
     return 0
 
 
-def _compare(
-    made: Exported, checkpoint: Path, config: ModelConfig, tokenizer: Tokenizer, settings: ExportSettings
-) -> None:
+def _compare(made: Exported, checkpoint: Path, run: RunConfig, tokenizer: Tokenizer, settings: ExportSettings) -> None:
     from bigtx.interop.verify import verify
 
     _judge(
         made.folder,
-        verify(made.folder, made.family, checkpoint, config, tokenizer, settings),
+        verify(made.folder, made.family, checkpoint, run, tokenizer, settings),
         "The same token ids, and ",
     )
 
@@ -166,7 +170,7 @@ def _judge(folder: Path, verdict: Verdict, also: str = "") -> None:
             f"{'; '.join(verdict.problems)}. It is left as it is, to look into"
         )
     say(
-        f"{also}{verdict.num_logits:,} logits of random tokens {'that ' if also else ''}differ by at most "
+        f"{also}{verdict.num_logits:,} logits of {verdict.inputs} {'that ' if also else ''}differ by at most "
         f"{verdict.difference:.1e} of the largest"
     )
 

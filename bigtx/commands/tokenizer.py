@@ -21,6 +21,7 @@ from bigtx.data.prepare.recipe import describe_inputs
 from bigtx.data.raw.files import describe_passed_over
 from bigtx.data.raw.read import InputFile, Rejects, list_files, read_documents
 from bigtx.tokenizer import report
+from bigtx.tokenizer.huggingface_model import SENTENCEPIECE_NAMES, TOKENIZER_CONFIG
 from bigtx.tokenizer.sample import draw_sample
 from bigtx.tokenizer.tokenizer import DESCRIPTION, Tokenizer
 from bigtx.tokenizer.train import check, train_on_sample
@@ -199,6 +200,13 @@ def _bring(path: Path) -> Tokenizer:
         raise DataError(
             f"{path} holds no tokenizer.json and {len(models) or 'no'} sentencepiece .model files; name the file."
         )
+    # The model alone does not say what stands around texts: transformers does, by the settings beside it.
+    folder = models[0].parent
+    is_of_huggingface = any((folder / name).is_file() for name in (TOKENIZER_CONFIG, "config.json"))
+    if is_of_huggingface and models[0].name in SENTENCEPIECE_NAMES:
+        from bigtx.interop.tokenizer import import_tokenizer
+
+        return import_tokenizer(folder)
     return Tokenizer.from_sentencepiece(models[0])
 
 

@@ -349,7 +349,8 @@ def _of_run(schema: type, tree: Node, path: Path) -> Node:
 
 
 def _over_base_model(tree: Node, problems: list[Problem]) -> Node:
-    """A fine-tuning's tree laid over the model of its base; of a base that is gone the run itself knows the model."""
+    """A fine-tuning's tree laid over what it has from its base: the model, and the pooling of a classifier. Of a base
+    that is gone the run itself knows them."""
     assert isinstance(tree.content, dict)
     base, run_dir = tree.content.get("base"), tree.content.get("run_dir")
     if base is None or base.is_null or not isinstance(base.content, str):
@@ -361,12 +362,17 @@ def _over_base_model(tree: Node, problems: list[Problem]) -> Node:
             return tree
         source = run_dir.content
     try:
-        model = dict(read_values(source).get("model", {}))
+        values = read_values(source)
     except CheckpointError as error:
         problems.append(Problem("base", base.content, str(error), base.where))
         return tree
+    model = dict(values.get("model", {}))
     model.pop("lora", None)  # Adapters are a training's own: those of the base are merged into its weights.
-    return merge(from_values({"model": model}, f"base {source}"), tree)
+    known: dict[str, Any] = {"model": model}
+    task = tree.content.get("task")
+    if values.get("task") == "classify" and (task is None or task.content == "classify"):
+        known["classify"] = {"pooling": values.get("classify", {}).get("pooling", "auto")}
+    return merge(from_values(known, f"base {source}"), tree)
 
 
 def _find(schema: type, name: str) -> Path:

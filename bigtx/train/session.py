@@ -255,6 +255,7 @@ class Session(ABC, Generic[Config]):
         """
         from bigtx.engine.engine import Engine
         from bigtx.engine.trainable import frozen_parameters
+        from bigtx.interop.target import export_note
         from bigtx.model.transformer import Transformer
         from bigtx.plan.parameters import count_parameters, parameter_shapes
 
@@ -265,6 +266,8 @@ class Session(ABC, Generic[Config]):
             f"model: {format_count(count.total)} parameters; engine: ZeRO {self.config.engine.zero_stage}, "
             f"{self.config.engine.precision}, {self.config.optimizer.name}"
         )
+        if note := export_note(self.config, self.tokenizer):
+            log.say(note)
         if frozen:
             num_trained = sum(math.prod(shape) for name, shape in shapes.items() if name not in frozen)
             rank = self.config.model.lora.rank
