@@ -65,9 +65,11 @@ def _describe_held_out(report: Report) -> Iterator[str]:
         "by a hash of the text."
     )
     if held_out < FEW_DOCUMENTS and total >= 2 * FEW_DOCUMENTS and report.validation.num_tokens < FEW_TOKENS:
+        # A hash chooses them, so about as many as are enough could be too few again.
+        fraction = float(f"{min(0.5, 2 * FEW_DOCUMENTS / total):.1g}")
         yield (
-            f"That is little to measure on; validation_fraction={FEW_DOCUMENTS / total:.1g} would hold out "
-            f"about {FEW_DOCUMENTS}."
+            f"That is little to measure on; validation_fraction={fraction:g} would hold out about "
+            f"{round(fraction * total)}."
         )
 
 

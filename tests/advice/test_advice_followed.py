@@ -1,0 +1,27 @@
+"""What messages advise can be copied, is accepted, and is the right thing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from advice import cases_data, cases_models
+from advice.desk import Case, Desk
+from advice.shelf import Shelf
+
+CASES: list[Case] = [*cases_data.CASES, *cases_models.CASES]
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
+    return Shelf(tmp_path_factory.mktemp("shelf"))
+
+
+@pytest.mark.parametrize("case", CASES, ids=[f"{case.make.__name__}{n}" for n, case in enumerate(CASES)])
+def test_advice_is_the_right_thing(
+    case: Case, shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    Desk(tmp_path, shelf, monkeypatch).follow(case)
