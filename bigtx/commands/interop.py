@@ -111,7 +111,9 @@ def _export_adapters(options: argparse.Namespace) -> int:
             "was imported, or what `bigtx export BASE_RUN --to hf -o FOLDER` makes of the run's base"
         )
     if options.dtype != "fp32" or options.license is not None:
-        raise ConfigError("--dtype and --license are for --to hf; adapters are written in fp32, without a card; leave them out")
+        raise ConfigError(
+            "--dtype and --license are for --to hf; adapters are written in fp32, without a card; leave them out"
+        )
     is_here = Path(options.base).is_dir()
     if is_here and not options.no_verify:
         require_peft()

@@ -121,7 +121,8 @@ def export_adapters(
 def _open(checkpoint: Path, config: ModelConfig, kind: str) -> Checkpoint:
     if not config.lora.rank:
         raise ConfigError(
-            f"{checkpoint} has no adapters (model.lora.rank is 0): `{_export_of_all(checkpoint)}` writes the whole model"
+            f"{checkpoint} has no adapters (model.lora.rank is 0): `{_export_of_all(checkpoint)}` writes the whole "
+            "model"
         )
     opened = Checkpoint(checkpoint)
     if problems := opened.verify():

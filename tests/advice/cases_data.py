@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +14,7 @@ from advice.shelf import TEXTS
 
 from bigtx.config.load import load
 from bigtx.config.schema import PrepareConfig, TokenizerTrainConfig
+from bigtx.data.corpus.manifest import Manifest
 from bigtx.data.storage.buckets import file_system
 from bigtx.data.text.rules import check_rules
 from bigtx.data.workers import Workers
@@ -57,26 +58,42 @@ def parquet_without_pyarrow(desk: Desk) -> Attempt:
     return attempt
 
 
-@CASES.case(" text; convert it to UTF-8: iconv", r"(iconv .*)$", fill={"FILE": "old.txt", "NEW": "texts/b.txt"})
+@CASES.case(
+    " text; convert it to UTF-8: iconv",
+    r"(iconv .*)$",
+    fill={"FILE": "old.txt", "NEW": "texts/b.txt"},
+    sources=["convert it to UTF-8: iconv"],
+)
 def another_encoding(desk: Desk) -> Attempt:
     desk.write("old.txt", TEXTS[0].encode("utf-16"))
     return prepare(desk, b_txt=TEXTS[0].encode("utf-16"))
 
 
 @CASES.case(
-    " text without a byte order mark; convert it", r"(iconv .*)$", fill={"FILE": "old.txt", "NEW": "texts/b.txt"}
+    " text without a byte order mark; convert it",
+    r"(iconv .*)$",
+    fill={"FILE": "old.txt", "NEW": "texts/b.txt"},
+    sources=["convert it to UTF-8: iconv"],
 )
 def another_encoding_without_a_mark(desk: Desk) -> Attempt:
     desk.write("old.txt", TEXTS[0].encode("utf-16-le"))
     return prepare(desk, b_txt=TEXTS[0].encode("utf-16-le"))
 
 
-@CASES.case("No input: input.paths is empty", r"e\.g\. (\S+)\.$", fill={"my/texts": "texts"})
+@CASES.case("No input: input.paths is empty", r"e\.g\. (\S+)\.$", fill={"my/texts": "texts"}, sources=["No input: "])
 def no_input(desk: Desk) -> Attempt:
     from bigtx.data.raw.read import list_files
 
     prepare(desk)
     return lambda words: call(lambda: list_files(load(PrepareConfig, list(words), check=False).input))
+
+
+@CASES.case("a JSON array; write one object", r"(jq .*)$", fill={"FILE.jsonl": "texts/b.json", "FILE": "b"})
+def an_array(desk: Desk) -> Attempt:
+    desk.write("b", json.dumps([{"text": "red"}, {"text": "apple"}]))
+    check = 'assert sys.argv[1:3] == ["-c", ".[]"]'
+    desk.program("jq", check, "for each in json.load(open(sys.argv[3])): print(json.dumps(each))")
+    return prepare(desk, b_json=(desk.folder / "b").read_bytes())
 
 
 # Prepared corpora.
@@ -86,7 +103,7 @@ def no_input(desk: Desk) -> Attempt:
 def a_long_document(desk: Desk) -> Attempt:
     train(TokenizerTrainConfig(vocab_size=390, method="unigram"), TEXTS).save(desk.folder / "unigram")
     line = PREPARE.replace("=tokenizer", "=unigram") + " memory=64MiB input.max_rejects=0"
-    return prepare(desk, line, b_txt="word " * 100_000)
+    return prepare(desk, line, b_txt="word " * 120_000)
 
 
 @CASES.case(
@@ -110,7 +127,11 @@ def the_next_part(desk: Desk) -> Attempt:
     return prepare(desk, f"{PREPARE} --part 1/2")
 
 
-@CASES.case("Not all parts of ", r"with (--part \S+) first")
+@CASES.case(
+    "Not all parts of ",
+    r"with (--part \S+) first",
+    sources=["--part {number}/{num_parts}", " are done: run `bigtx data prepare`"],
+)
 def a_missing_part(desk: Desk) -> Attempt:
     attempt = prepare(desk, f"{PREPARE} --part 1/2")
     assert not attempt([]).refused
@@ -160,12 +181,17 @@ def a_lost_unit(desk: Desk) -> Attempt:
     return merge
 
 
-@CASES.case("Next:", r"^  (bigtx data inspect .*)$", r"^  (\S+ .*pretrain .*)$")
+@CASES.case(
+    "Next:",
+    r"^  (bigtx data inspect .*)$",
+    r"^  (\S+ .*pretrain .*)$",
+    sources=["'inspect', report.output", "pretrain/small.yaml {settings("],
+)
 def a_prepared_corpus(desk: Desk) -> Attempt:
     return prepare(desk, PREPARE.replace("=new", "='my corpus'"))
 
 
-@CASES.case("Next:", r"^  (bigtx data merge .*)$")
+@CASES.case("Next:", r"^  (bigtx data merge .*)$", sources=["'merge', report.output"])
 def the_last_part(desk: Desk) -> Attempt:
     attempt = prepare(desk, PREPARE)
     assert not attempt(["--part", "1/2"]).refused
@@ -181,6 +207,63 @@ def little_held_out_text(desk: Desk) -> Attempt:
         return desk.run(" ".join([PREPARE.replace("=new", f"=new{len(words)}"), "validation_fraction=0.01", *words]))
 
     return work
+
+
+@CASES.case(", with which it stays as it is", r"Set (memory=\w+),")
+def another_memory(desk: Desk) -> Attempt:
+    attempt = prepare(desk)
+    assert not attempt([]).refused
+    report = desk.folder / "new/report.json"
+    content = json.loads(report.read_text())
+    content["memory"]["kept"] = 100 << 20
+    report.write_text(json.dumps(content))
+    return lambda words: attempt(["memory=64MiB", *words])
+
+
+MADE = {"bigtx data prepare": PREPARE}
+
+
+@CASES.case(" is no prepared corpus: it ", r"`(bigtx data prepare)`", fill=MADE)
+def no_corpus(desk: Desk) -> Attempt:
+    prepare(desk)
+    return desk.command("bigtx data inspect new")
+
+
+@CASES.case("There is no prepared split at ", r"`(bigtx data prepare)`", fill=MADE)
+def no_split(desk: Desk) -> Attempt:
+    prepare(desk)
+    return lambda words: call(Manifest.load, Path("new/train"))
+
+
+@CASES.case(
+    "that file is lost. Name a folder",
+    r"(bigtx data prepare)`",
+    fill=MADE,
+    sources=["it is no prepared split, or"],
+)
+def no_manifest(desk: Desk) -> Attempt:
+    prepare(desk)
+    Path("others").mkdir()
+    return lambda words: call(Manifest.load, Path("new/train" if Path("new").exists() else "others"))
+
+
+def damaged(name: str, content: bytes) -> Callable[[Desk], Attempt]:
+    """A prepared corpus with another content in one of its files."""
+
+    def make(desk: Desk) -> Attempt:
+        attempt = prepare(desk)
+        assert not attempt([]).refused
+        (file,) = (desk.folder / "new/train").glob(name)
+        file.write_bytes(content + file.read_bytes()[len(content) :])
+        return desk.command("bigtx data verify new")
+
+    make.__name__ = f"damaged_{name.strip('*.')}"
+    return make
+
+
+for name, content in (("manifest.json", b"["), ("blocks.npy", b"x"), ("*.tar", bytes(2048))):
+    remove = {"remove the corpus's folder and prepare it again": f"rm -r new && {PREPARE}"}
+    CASES.case(" and prepare it again", f"({next(iter(remove))})", fill=remove, sources=[next(iter(remove))])(damaged(name, content))
 
 
 @CASES.case("fewer processes, e.g. num_processes=", r"e\.g\. (\S+)\.$")
@@ -230,7 +313,12 @@ def too_many_pieces(desk: Desk) -> Attempt:
     return desk.command(TRAIN.replace("=400", "=9000"))
 
 
-@CASES.case(" and the 256 bytes alone are ", r"Set (\S+) or more", r"or (character_coverage=[\d.]+):")
+@CASES.case(
+    " and the 256 bytes alone are ",
+    r"Set (\S+) or more",
+    r"or (character_coverage=[\d.]+):",
+    sources=[" and the 256 bytes alone are ", "or character_coverage="],
+)
 def too_small_a_vocabulary(desk: Desk) -> Attempt:
     characters = [chr(0x4E00 + number) for number in range(600)]
     frequent = random.Random(1).choices(characters[:60], k=30_000)
@@ -282,3 +370,10 @@ def an_imported_tokenizer(desk: Desk) -> Attempt:
     desk.take("tokenizer")
     (model,) = (desk.folder / "tokenizer").glob("*.model")
     return desk.command(f"bigtx tokenizer import {model} -o 'my tokenizer'")
+
+
+@CASES.case("read by the package tokenizers, which is not installed", r"(pip install \S+)\.$")
+def no_tokenizers(desk: Desk) -> Attempt:
+    desk.take("foreign")
+    desk.without("tokenizers", "transformers")
+    return desk.command("bigtx tokenizer import foreign -o made")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import io
+import fcntl
 import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from advice.desk import Attempt, Cases, Desk, Outcome, call
 
+from bigtx.interop.tokenizer import _load, import_tokenizer
 from bigtx.interop.verify import require_peft, require_transformers
 
 CASES = Cases()
@@ -47,12 +49,12 @@ def predict(desk: Desk, *records: dict[str, str], more: str = "") -> Attempt:
     return desk.command(f"bigtx predict classifier --input in.jsonl {more}")
 
 
-@CASES.case("write {shlex.quote(", r"write (data\.fields\.text=\S+)$")
+@CASES.case("(its fields: ", r"write ('[^']+')$", sources=["write {shlex.quote("])
 def a_field_of_another_name(desk: Desk) -> Attempt:
     return with_set(predict(desk, {"Text": "red apple"}))
 
 
-@CASES.case("tokens, and ", r"(data\.too_long=truncate) cuts")
+@CASES.case(" are allowed (data.max_length); data.too_long=truncate cuts", r"(data\.too_long=truncate)")
 def a_text_too_long_to_predict(desk: Desk) -> Attempt:
     desk.take("classifier")
     path = desk.folder / "classifier/config.yaml"
@@ -107,7 +109,7 @@ def an_output_of_another_checkpoint(desk: Desk) -> Attempt:
 def a_pipe_as_input(desk: Desk) -> Attempt:
     desk.take("classifier")
     os.mkfifo("pipe")
-    desk.patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(json.dumps(SHORT).encode())))
+    desk.patch.setattr(sys, "stdin", open(desk.lines("in.jsonl", SHORT)))  # noqa: SIM115 - the command's to read
     return desk.command("bigtx predict classifier --input pipe")
 
 
@@ -160,7 +162,7 @@ def nothing_held_out(desk: Desk) -> Attempt:
     return run
 
 
-@CASES.case(" was pretrained and has no task to predict for: ", r": (bigtx generate \S+)", value="--prompt red")
+@CASES.case(" continues texts; ", r": (bigtx generate \S+)", value="--prompt red")
 def a_prediction_of_a_pretrained_run(desk: Desk) -> Attempt:
     desk.take("decoder")
     desk.lines("in.jsonl", SHORT)
@@ -173,21 +175,30 @@ def an_export_of_a_classifier(desk: Desk) -> Attempt:
     desk.lines("in.jsonl", SHORT)
     return desk.once("bigtx export classifier -o new --no-verify")
 
+
 # import and export
 
 
 @CASES.case("Next: ", r"Next: (bigtx generate .*)$")
-@CASES.case("To train on: bigtx data prepare ", r": (bigtx data prepare .*)$", r"^  (\S+ .*pretrain .*)$")
+@CASES.case(
+    "To train on: bigtx data prepare ",
+    r": (bigtx data prepare .*)$",
+    r"^  (\S+ .*pretrain .*)$",
+    fill={"output=CORPUS": "output=made num_processes=1"},
+    sources=["To train on: bigtx data prepare ", "run / 'config.yaml')} {settings("],
+)
 def an_imported_model(desk: Desk) -> Attempt:
-    desk.take("foreign")
+    desk.without("transformers")
+    desk.take("foreign", "corpus")
+    (desk.folder / "corpus").rename("CORPUS")
     for number in range(2):
         desk.write(f"TEXTS/{number}.txt", f"{number} red apple tree")
-    desk.done("bigtx data prepare input.paths=TEXTS tokenizer=foreign output=CORPUS num_processes=1")
     return desk.command("bigtx import foreign -o 'my run'")
 
 
 @CASES.case("A run needs its tokenizer", r"(--tokenizer)$", value="tokenizer")
 def a_model_without_a_tokenizer(desk: Desk) -> Attempt:
+    desk.without("transformers")
     desk.take("foreign")
     desk.done("cp -r foreign tokenizer", "rm -f foreign/tokenizer* foreign/*.model")
     return desk.command("bigtx import foreign -o new")
@@ -195,6 +206,7 @@ def a_model_without_a_tokenizer(desk: Desk) -> Attempt:
 
 @CASES.case("; name the model's own with ", r"(--tokenizer)$", value="foreign")
 def a_tokenizer_of_another_model(desk: Desk) -> Attempt:
+    desk.without("transformers")
     desk.take("foreign")
     desk.take("other_foreign")
     return desk.command("bigtx import foreign -o new --tokenizer other_foreign")
@@ -202,10 +214,11 @@ def a_tokenizer_of_another_model(desk: Desk) -> Attempt:
 
 @CASES.case("Weights are not downloaded by bigtx", r"`(hf download .*)`")
 def a_model_that_is_not_here(desk: Desk) -> Attempt:
+    desk.without("transformers")
     desk.take("foreign")
-    desk.write("bin/hf", '#!/bin/sh\n[ "$1 $3" = "download --local-dir" ] && mkdir -p "$4" && cp -r foreign/. "$4"\n')
-    (desk.folder / "bin/hf").chmod(0o755)
-    desk.patch.setenv("PATH", f"{desk.folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    desk.program(
+        "hf", 'assert sys.argv[1::2] == ["download", "--local-dir"]', "shutil.copytree('foreign', sys.argv[4])"
+    )
     return desk.command("bigtx import 'my models/a' -o new")
 
 
@@ -237,13 +250,18 @@ def a_dtype_for_adapters(desk: Desk) -> Attempt:
     return desk.command("bigtx export adapters --to peft -o new --base x --dtype bf16 --no-verify")
 
 
-@CASES.case("` writes the whole model", r"`(bigtx export .*?)`", fill={"FOLDER": "made --no-verify"})
+@CASES.case("(model.lora.rank is 0)", r"`(bigtx export .*?)`", fill={"FOLDER": "made --no-verify"})
 def no_adapters(desk: Desk) -> Attempt:
     desk.take("decoder")
     return desk.once("bigtx export decoder --to peft -o new --base x --no-verify")
 
 
-@CASES.case("` writes the whole model, adapters merged", r"`(bigtx export .*?)`", fill={"FOLDER": "made --no-verify"})
+@CASES.case(
+    "which the PEFT format leaves out",
+    r"`(bigtx export .*?)`",
+    fill={"FOLDER": "made --no-verify"},
+    sources=["` writes the whole model, adapters merged"],
+)
 def more_than_adapters(desk: Desk) -> Attempt:
     desk.take("mixed")
     return desk.once("bigtx export mixed --to peft -o new --base x --no-verify")
@@ -268,3 +286,56 @@ def no_transformers(desk: Desk) -> Attempt:
 def no_peft(desk: Desk) -> Attempt:
     desk.without("peft")
     return lambda words: call(require_peft)
+
+
+@CASES.case("export as bf16 or fp32 (--dtype)", r"\((--dtype)\)$", value="bf16")
+def weights_beyond_fp16(desk: Desk) -> Attempt:
+    desk.take("loud")
+    return desk.command("bigtx export loud -o new --no-verify --dtype fp16")
+
+
+@CASES.case("can only be seen with it, and it is not installed", r"(pip install \S+)$")
+def no_transformers_for_a_tokenizer(desk: Desk) -> Attempt:
+    desk.without("transformers")
+    return lambda words: call(_load, Path("x")) if "transformers" in desk.hidden else Outcome(False, "")
+
+
+@CASES.case("Have transformers write what it reads", r"(python -c .*?\)\S)( A run|$)", slow=True)
+def a_tokenizer_that_transformers_reads_otherwise(desk: Desk) -> Attempt:
+    desk.take("tokenizer")
+    desk.write("tokenizer/config.json", '{"model_type": "llama"}')
+    (desk.folder / "tokenizer").rename("it's mine")
+    return lambda words: call(import_tokenizer, Path("it's mine"))
+
+
+@CASES.case("With bigtx, after `bigtx import", r"`(bigtx import .*?)`", fill={"FOLDER": "foreign"})
+def a_model_card(desk: Desk) -> Attempt:
+    desk.without("transformers")
+    desk.take("foreign")
+    return lambda words: Outcome(False, (desk.folder / "foreign/README.md").read_text())
+
+
+@CASES.case("another process writes ", r"(--output)$", value="other.jsonl")
+def an_output_that_is_held(desk: Desk) -> Attempt:
+    desk.write("out.jsonl", "")
+    held = os.open("out.jsonl", os.O_RDWR)
+    desk.patch.setattr(desk, "held", held, raising=False)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    return predict(desk, SHORT, more="--output out.jsonl")
+
+
+@CASES.case("; to measure on them as they are, ", r"(--data)$", value="in.jsonl")
+def records_that_have_changed(desk: Desk) -> Attempt:
+    attempt = evaluate(desk, "")
+    path = desk.folder / "classifier/config.yaml"
+    config = path.read_text()
+    path.write_text(
+        config.replace("  train: []", "  train: [in.jsonl]").replace("  validation: []", "  validation: [in.jsonl]")
+    )
+    return lambda words: attempt(words or ["--split", "validation"])
+
+
+@CASES.case(" cannot be made, for the W&B run: ", r"(--wandb off)$")
+def no_folder_for_wandb(desk: Desk) -> Attempt:
+    desk.write("out.wandb", "")
+    return evaluate(desk, "--data in.jsonl --output out.json --wandb offline")

@@ -7,6 +7,7 @@ import functools
 import importlib.metadata
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -31,7 +32,7 @@ TRAINING: Mapping[str, Any] = {
     "bigtx finetune": FinetuneConfig,
 }
 """Commands that train. What is followed of them is that they accept their settings."""
-PROGRAMS = ("bigtx", "bigtx-finetune", "deepspeed", "hf", "iconv", "jq", "pip", "python", "unset")
+PROGRAMS = ("bigtx", "bigtx-finetune", "deepspeed", "hf", "iconv", "jq", "pip", "python", "rm", "unset")
 
 
 class Outcome(NamedTuple):
@@ -58,13 +59,17 @@ class Case(NamedTuple):
         take: finds the advice in the message, as its first group.
         fill: what is written for the words in capitals.
         value: what is written after an option that the message names alone.
+        sources: words of the texts in the source that make it.
+        slow: whether it takes long.
     """
 
     shown: str
     make: Callable[[Desk], Attempt]
     take: str
-    fill: Mapping[str, str] = {}
-    value: str = ""
+    fill: Mapping[str, str]
+    value: str
+    sources: Sequence[str]
+    slow: bool
 
     def words(self, message: str) -> str:
         """The advice of a message, as a user would copy it."""
@@ -78,12 +83,22 @@ class Cases(list[Case]):
     """The cases of one file."""
 
     def case(
-        self, shown: str, *take: str, fill: Mapping[str, str] | None = None, value: str = ""
+        self,
+        shown: str,
+        *take: str,
+        fill: Mapping[str, str] | None = None,
+        value: str = "",
+        sources: Sequence[str] = (),
+        slow: bool = False,
     ) -> Callable[[Callable[[Desk], Attempt]], Callable[[Desk], Attempt]]:
-        """Add a case for each advice of a message."""
+        """Add a case for each advice of a message; arguments as of `Case`.
+
+        Args:
+            sources: to be given where `shown` is not in the source, or where there are more.
+        """
 
         def add(make: Callable[[Desk], Attempt]) -> Callable[[Desk], Attempt]:
-            self.extend(Case(shown, make, each, fill or {}, value) for each in take)
+            self.extend(Case(shown, make, each, fill or {}, value, sources or (shown,), slow) for each in take)
             return make
 
         return add
@@ -104,11 +119,12 @@ class Desk:
     Attributes:
         shelf: what takes time to make, to be copied.
         patch: changes that end with the case.
+        hidden: packages that are not installed.
     """
 
     def __init__(self, folder: Path, shelf: Shelf, patch: pytest.MonkeyPatch) -> None:
         self.folder, self.shelf, self.patch = folder, shelf, patch
-        self._hidden: list[str] = []
+        self.hidden: list[str] = []
 
     def write(self, name: str, content: str | bytes) -> Path:
         path = self.folder / name
@@ -140,18 +156,28 @@ class Desk:
             outcome = self.run(line)
             assert not outcome.refused, outcome.text
 
+    def program(self, name: str, *lines: str) -> None:
+        """Put a program on the path, as lines of Python."""
+        script = "\n".join([f"#!{sys.executable}", "import json, shutil, sys", *lines, ""])
+        self.write(f"bin/{name}", script).chmod(0o755)
+        self.patch.setenv("PATH", f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
+
     def without(self, *packages: str) -> None:
         """Let packages not be installed."""
-        self._hidden += packages
+        self.hidden += packages
         for name in packages:
             self.patch.setitem(sys.modules, name, None)
 
     def run(self, line: str) -> Outcome:
         """Do what a line of a shell says."""
+        first, _, rest = line.partition(" && ")
+        if rest:
+            self.done(first)
+            return self.run(rest)
         words = shlex.split(line)
         for start, schema in TRAINING.items():
             if words[: len(start.split())] == start.split():
-                return call(load, schema, [*words[len(start.split()) :], "train.max_steps=5"])
+                return call(load, schema, words[len(start.split()) :])
         if words[:2] == ["pip", "install"]:
             self._install(words[2])
             return Outcome(False, "")
@@ -187,11 +213,16 @@ class Desk:
     def _install(self, what: str) -> None:
         """See that an extra holds the packages that are missing, and give them back."""
         extra = what.removeprefix("bigtx[").removesuffix("]")
-        needs = [need for need in importlib.metadata.requires("bigtx") or () if extra in re.findall(r"""extra == ["'](\w+)""", need)]
-        for name in self._hidden:
+        needs = [
+            need
+            for need in importlib.metadata.requires("bigtx") or ()
+            if extra in re.findall(r"""extra == ["'](\w+)""", need)
+        ]
+        for name in self.hidden:
             assert any(need.startswith(name) for need in needs), (what, name, needs)
             self.patch.delitem(sys.modules, name)
-        assert self._hidden
+        assert self.hidden
+        self.hidden = []
 
 
 @contextlib.contextmanager

@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 PACKAGE = Path(__file__).resolve().parents[2] / "bigtx"
-LEAD = (  # what stands before a setting that is to be written
-    r"(?i:\b(?:write|set|add|also|e\.g\.|mean|by|needs|or|with|most|of|and|give|so|suit|on|wants?|without|then|choose|value"
-    r"|use|allow more with|characters;|to leave such files out):?,? )"
-)
+LEAD = r"(?i:\b(?:write|set|add|also|e\.g\.|mean|by|needs|or|give|so|without|then|choose|use|allow more with):?,? )"
+"""What stands before a setting that is to be written."""
 COPYABLE = re.compile(
     LEAD + r"[\"'(]*(?:[a-z_]+(?:\.[\w]+)*|\{[^{}]*\})=(?!=)"  # a setting with a value
-    r"|`(?:bigtx|wandb|hf) |\bbigtx-finetune\b|\bdeepspeed --|\bbigtx (?:tokenizer|data|import|export|generate|predict"
-    r"|evaluate|configs|pretrain|finetune) "
-    r"|(?<![\w-])--[a-z]"
+    r"|=\S+ (?:is enough|would|cuts)\b|; write \{|use is \{|=THIS_RUN"
+    r"|`(?:bigtx |wandb |hf |\{_)|\bbigtx-finetune \{|\bdeepspeed --"
+    r"|\bbigtx (?:tokenizer|data|import|export|generate|predict|evaluate|configs|pretrain|finetune) "
+    r"|(?<=.)(?<![\w-])--[a-z]"
     r"|\{(?:shell\.)?(?:settings?|command)\("
     r"|\b(?:pip install|iconv|jq|ffmpeg|ulimit|unset) "
 )

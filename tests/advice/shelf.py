@@ -107,6 +107,11 @@ class Shelf:
         return self.folder / "other_foreign"
 
     @functools.cached_property
+    def loud(self) -> Path:
+        """A decoder with weights that fp16 does not hold."""
+        return self._run("loud", PretrainConfig(model=ModelConfig(**SHAPE)), scale=1e8)
+
+    @functools.cached_property
     def foreign(self) -> Path:
         """A model in Hugging Face's layout."""
         assert main(["export", str(self.decoder), "-o", str(self.folder / "foreign"), "--no-verify"]) == 0
@@ -122,6 +127,7 @@ class Shelf:
         config: PretrainConfig | FinetuneConfig,
         is_trained: Callable[[str], bool] = lambda name: True,
         tokenizer: Path | None = None,
+        scale: float = 1.0,
     ) -> Path:
         folder = self.folder / name
         config = dataclasses.replace(config, run_dir=str(folder))
@@ -129,7 +135,7 @@ class Shelf:
         (folder / "config.yaml").write_text(to_yaml(config))
         model = Transformer(config.model)
         model.init_weights(1)
-        weights = {key: weight.detach() for key, weight in model.named_parameters()}
+        weights = {key: weight.detach() * scale for key, weight in model.named_parameters()}
         frozen = {key: weight for key, weight in weights.items() if not is_trained(key)}
         facts: dict[str, Any] = {"step": 5, "state": {"tokens": 0}, "data": {}}
         if config.model.lora.rank:

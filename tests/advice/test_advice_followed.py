@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from advice import cases_data, cases_models
+from advice import cases_data, cases_models, cases_training
 from advice.desk import Case, Desk
 from advice.shelf import Shelf
 
-CASES: list[Case] = [*cases_data.CASES, *cases_models.CASES]
+CASES: list[Case] = [*cases_data.CASES, *cases_models.CASES, *cases_training.CASES]
 
 
 @pytest.fixture(scope="module")
@@ -17,10 +18,12 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
     return Shelf(tmp_path_factory.mktemp("shelf"))
 
 
-@pytest.mark.parametrize("case", CASES, ids=[f"{case.make.__name__}{n}" for n, case in enumerate(CASES)])
-def test_advice_is_the_right_thing(
-    case: Case, shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _parameter(number: int, case: Case) -> Any:
+    return pytest.param(case, id=f"{case.make.__name__}-{number}", marks=[pytest.mark.slow] if case.slow else [])
+
+
+@pytest.mark.parametrize("case", [_parameter(*each) for each in enumerate(CASES)])
+def test_advice_is_the_right_thing(case: Case, shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)

@@ -59,9 +59,7 @@ class _Input:
         return self.section == "input"
 
 
-def list_files(
-    config: InputConfig, passed_over: Counter[str] | None = None, section: str = "input"
-) -> list[InputFile]:
+def list_files(config: InputConfig, passed_over: Counter[str] | None = None, section: str = "input") -> list[InputFile]:
     """The files that `config.paths` names, each once.
 
     `passed_over`, if given, counts by suffix the files of folders and globs that are not read. `section` is where the
@@ -77,7 +75,9 @@ def list_files(
         DataError: no paths, one that names nothing readable, a protocol that is not read, or a missing package.
     """
     if not config.paths:
-        raise DataError(f"No input: {section}.paths is empty. Name files, folders or globs, e.g. {section}.paths=my/texts.")
+        raise DataError(
+            f"No input: {section}.paths is empty. Name files, folders or globs, e.g. {section}.paths=my/texts."
+        )
     _check_text_suffixes(config.text_suffixes)
     inputs = _Input(config, section)
     passed_over = Counter() if passed_over is None else passed_over
