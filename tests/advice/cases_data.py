@@ -263,7 +263,9 @@ def damaged(name: str, content: bytes) -> Callable[[Desk], Attempt]:
 
 for name, content in (("manifest.json", b"["), ("blocks.npy", b"x"), ("*.tar", bytes(2048))):
     remove = {"remove the corpus's folder and prepare it again": f"rm -r new && {PREPARE}"}
-    CASES.case(" and prepare it again", f"({next(iter(remove))})", fill=remove, sources=[next(iter(remove))])(damaged(name, content))
+    CASES.case(" and prepare it again", f"({next(iter(remove))})", fill=remove, sources=[next(iter(remove))])(
+        damaged(name, content)
+    )
 
 
 @CASES.case("fewer processes, e.g. num_processes=", r"e\.g\. (\S+)\.$")

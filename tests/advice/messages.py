@@ -75,4 +75,4 @@ def _name(function: ast.expr) -> str:
 def _are_titles(table: ast.Dict) -> bool:
     """Whether a table's keys are commands or options, and its values say what they are for."""
     keys = [key.value for key in table.keys if isinstance(key, ast.Constant)]
-    return bool(keys) and all(str(key).startswith(("--", "bigtx ", "data ", "tokenizer ", "configs ")) for key in keys)
+    return bool(keys) and all(str(key).startswith(("--", "bigtx ", "data ", "pretraining ")) for key in keys[:1])

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from advice import cases_data, cases_models, cases_training
+from advice import cases_config, cases_data, cases_models, cases_training
 from advice.desk import Case, Desk
 from advice.shelf import Shelf
 
-CASES: list[Case] = [*cases_data.CASES, *cases_models.CASES, *cases_training.CASES]
+CASES: list[Case] = [*cases_config.CASES, *cases_data.CASES, *cases_models.CASES, *cases_training.CASES]
 
 
 @pytest.fixture(scope="module")

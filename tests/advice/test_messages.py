@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from advice import cases_data, cases_models, cases_training
+from advice import cases_config, cases_data, cases_models, cases_training
 from advice.desk import Case
 from advice.messages import PACKAGE, Message, advice, messages
 from config.test_advice import CASES as CONFIG_CASES
@@ -19,12 +19,13 @@ from bigtx.config.schema import FinetuneConfig, PrepareConfig, PretrainConfig, T
 from bigtx.config.settings import find, leaves
 from bigtx.utils.errors import ConfigError
 
-CASES: list[Case] = [*cases_data.CASES, *cases_models.CASES, *cases_training.CASES]
+CASES: list[Case] = [*cases_config.CASES, *cases_data.CASES, *cases_models.CASES, *cases_training.CASES]
 
 NO_ADVICE = "names a command or a setting, and advises nothing that could be copied"
 NEEDS_A_MACHINE = "needs a machine or a program that tests do not have"
 EXCEPTIONS: Mapping[str, str] = {
     "To train (--help says more)": "the usage of the training commands",
+    "`bigtx configs list`. `bigtx configs explain KEY` says": "the usage of commands with settings",
     "CORPUS is the output folder of a": NO_ADVICE,
     "; it was not compared with transformers (--no-verify)": NO_ADVICE,
     " is not a manifest of `bigtx data prepare`": NO_ADVICE,
@@ -54,7 +55,7 @@ EXCEPTIONS: Mapping[str, str] = {
 
 SCHEMAS = (PretrainConfig, FinetuneConfig, PrepareConfig, TokenizerTrainConfig)
 SECTIONS = sorted({setting.key.split(".")[0] for schema in SCHEMAS for setting in leaves(schema) if "." in setting.key})
-SETTING = re.compile(rf"(?<![\w./{{'-])(?:{'|'.join(SECTIONS)})(?:\.[a-z_]+)+(?![\w(./])")
+SETTING = re.compile(rf"(?<![\w./{{'-])(?:{'|'.join(SECTIONS)})(?:\.[a-z_]+)+(?![\w(./{{])")
 COMMAND = re.compile(r"`bigtx ([a-z]+)(?: ([a-z]+))?")
 
 
