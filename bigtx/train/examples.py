@@ -69,7 +69,7 @@ def open_task_data(
     longest, most = config.data.max_length, config.model.max_sequence_length
     if config.model.positions == "learned" and longest and longest > most:
         raise ConfigError(
-            f"data.max_length={longest:,}, and the learned positions end at model.max_sequence_length={most:,}; lower "
+            f"data.max_length={longest}, and the learned positions end at model.max_sequence_length={most}; lower "
             "the one or raise the other"
         )
     task = kind(config, tokenizer)

@@ -4,6 +4,7 @@ train."""
 from __future__ import annotations
 
 import math
+from fnmatch import fnmatchcase
 
 from bigtx.config.load import load_run_config
 from bigtx.config.schema import FinetuneConfig, RunConfig
@@ -51,12 +52,12 @@ def untrained_roles(config: FinetuneConfig, base: str) -> str:
         return ""
     optimizer = config.optimizer
     if config.model.lora.rank and is_trained(config, TABLE, also=[TABLE]):
-        advice = f"write {setting('optimizer.train_also', [*optimizer.train_also, 'embedding.*'])}"
+        key, names = "optimizer.train_also", [*optimizer.train_also, "embedding.*"]
     else:
-        advice = f"take {TABLE} out of {setting('optimizer.freeze', optimizer.freeze)}"
+        key, names = "optimizer.freeze", [name for name in optimizer.freeze if not fnmatchcase(TABLE, name)]
     return (
         f"warning: {base} has never been trained on chats, so the embeddings of the chat roles are as the seed made "
-        f"them, and they are frozen here: the model cannot tell who speaks; {advice}"
+        f"them, and they are frozen here: the model cannot tell who speaks; write {setting(key, names)}"
     )
 
 
