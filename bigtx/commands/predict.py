@@ -27,7 +27,7 @@ from bigtx.utils.options import check_options
 from bigtx.utils.version import __version__
 
 if TYPE_CHECKING:
-    from bigtx.generate import LoadedModel
+    from bigtx.loaded import LoadedModel
     from bigtx.train.predictions import Outcome
 
 STDIN = "-"
@@ -162,7 +162,7 @@ class _Job:
         return predict_records(loaded.task, loaded.model, records, batch_size=self.batch_size, device=device)
 
     def _load(self) -> LoadedModel:
-        from bigtx.generate import load
+        from bigtx.loaded import load
         from bigtx.train.predictions import task_config
 
         loaded = load(self.checkpoint, weights=self.arguments.weights, device=self.arguments.device)

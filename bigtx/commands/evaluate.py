@@ -26,7 +26,7 @@ from bigtx.utils.files import read_object, write_json
 if TYPE_CHECKING:
     from bigtx.data.records.record import Broken, Record
     from bigtx.engine.checkpoint import Checkpoint
-    from bigtx.generate import LoadedModel
+    from bigtx.loaded import LoadedModel
 
 FOLDER = "evaluations"
 """In the run folder, where no other output is named."""
@@ -112,7 +112,7 @@ class _Evaluation:
 
     def load(self) -> LoadedModel:
         """The model."""
-        from bigtx.generate import load
+        from bigtx.loaded import load
 
         return load(self.checkpoint, weights=self.arguments.weights, device=self.arguments.device)
 
