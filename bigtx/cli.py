@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data stats": ("bigtx.commands.data:stats_command", "show a prepared corpus in figures"),
     "data verify": ("bigtx.commands.data:verify_command", "read all of a prepared corpus and check it"),
     "generate": ("bigtx.commands.generate:command", "continue prompts with a trained model"),
+    "chat": ("bigtx.commands.chat:command", "talk with a model that was trained on chats"),
     "predict": ("bigtx.commands.predict:command", "say what a fine-tuned model makes of records"),
     "evaluate": ("bigtx.commands.evaluate:command", "measure a run on held-out data"),
     "import": ("bigtx.commands.interop:import_command", "make a run of a Hugging Face model"),

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import functools
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigtx.config.runs import run_dir_of
-from bigtx.config.schema import RunConfig
+from bigtx.config.schema import FinetuneConfig, RunConfig
+from bigtx.config.schema.finetuning import ANSWERING
 from bigtx.engine.trained import Weights, find_with_tokenizer, read_model
 from bigtx.utils.errors import ConfigError, DataError, LaunchError
-from bigtx.utils.options import check_options
+from bigtx.utils.options import check_options, writing_options
+from bigtx.utils.shell import command
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from bigtx.model.decode import OnToken
     from bigtx.model.transformer import Transformer
+    from bigtx.model.write import OnText, Written
     from bigtx.tokenizer.tokenizer import Tokenizer
+    from bigtx.train.prompts import Read
     from bigtx.train.tasks.task import RecordTask
 
 
@@ -42,44 +45,117 @@ class LoadedModel:
     checkpoint: Path
 
     def generate(
-        self,
-        prompt: str,
-        *,
-        max_new_tokens: int = 128,
-        temperature: float = 0.8,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int = 1,
-        on_token: OnToken | None = None,
+        self, prompt: str, *, raw: bool = False, on_text: Callable[[str], None] | None = None, **options: Any
     ) -> str:
-        """Continue a text; returns the continuation alone. See `bigtx.model.decode.generate`."""
-        return self.generate_batch(
-            [prompt],
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            on_token=on_token,
-        )[0]
+        """Continue a text, or answer it if the run was fine-tuned to answer.
 
-    def generate_batch(self, prompts: Sequence[str], **options: Any) -> list[str]:
-        """Continue several texts side by side, each as it would be alone; options as for `generate`.
+        Args:
+            raw: continue it in any case.
+            on_text: called with each piece of the new text as soon as it is known.
+            options: max_new_tokens, temperature, top_k, top_p, seed (see `bigtx.model.decode.Sampling`), and stop: a
+                text, or a list of texts, before which the new text ends.
+
+        Returns:
+            The new text, the prompt left out.
+
+        Raises:
+            ConfigError: the model writes nothing, or an option is unknown or out of range.
+            DataError: the prompt is no text.
+        """
+        if not isinstance(prompt, str):
+            raise DataError("the prompt is no text; write generate(TEXT), or generate_batch([TEXT, ...]) for several")
+        return self._write_one(self.read(prompt, raw=raw, options=options), on_text, options)
+
+    def generate_batch(
+        self, prompts: Sequence[str], *, raw: bool = False, first_index: int = 0, **options: Any
+    ) -> list[str]:
+        """Continue or answer several texts side by side, each as it would be alone; options as for `generate`.
 
         An encoder-decoder reads each as its source and writes a text of its own.
 
-        Raises:
-            ConfigError: the model is an encoder, or gives classes, and writes nothing; or an option is out of range.
-            DataError: the prompts are no list of texts.
-        """
-        from bigtx.model.decode import generate
+        Args:
+            first_index: the number of the first one among all prompts, where these are a part of them.
 
-        refuse_wordless(self.config)
-        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+        Raises:
+            ConfigError, DataError: as `generate`.
+        """
+        if not _is_list(prompts) or not all(isinstance(prompt, str) for prompt in prompts):
             raise DataError("the prompts are no list of texts; write generate_batch([TEXT, ...]), or generate(TEXT)")
-        options = {"max_new_tokens": 128} | options
-        check_options(options)
-        return generate(self.model, self.tokenizer, prompts, **options)
+        read = [self.read(prompt, raw=raw, options=options) for prompt in prompts]
+        return [written.text for written in self.write(read, first_index=first_index, **options)]
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, on_text: Callable[[str], None] | None = None, **options: Any
+    ) -> str:
+        """Answer the last message of a chat.
+
+        Args:
+            messages: `[{"role": "user", "content": "..."}, ...]`, as in the records of fine-tuning; the last one is not
+                the assistant's. Of a chat that is longer than the model's window the oldest turns are not read.
+            on_text, options: as for `generate`.
+
+        Returns:
+            The text of the answer.
+
+        Raises:
+            ConfigError: the run was not trained on chats, or an option is unknown or out of range.
+            DataError: the messages are no chat to answer.
+        """
+        if not isinstance(messages, list | tuple):
+            raise DataError('the messages are no list; write chat([{"role": "user", "content": TEXT}])')
+        return self._write_one(self.read(messages, options=options), on_text, options)
+
+    def _write_one(self, read: Read, on_text: Callable[[str], None] | None, options: Mapping[str, Any]) -> str:
+        if on_text is None:
+            return self.write([read], **options)[0].text
+        if not callable(on_text):
+            raise ConfigError(f"on_text={on_text!r:.80}: a function of a text")
+        return self.write([read], on_text=lambda index, text: on_text(text), **options)[0].text
+
+    def read(self, prompt: str | Sequence[Mapping[str, Any]], *, raw: bool = False, options: Mapping[str, Any]) -> Read:
+        """What the model reads of a prompt or a chat before it writes; see `generate` and `chat`.
+
+        Args:
+            options: as for `generate`; they say how much room a new text needs.
+
+        Raises:
+            ConfigError, DataError: as `generate` and `chat`.
+        """
+        refuse_wordless(self.config)
+        max_new_tokens = writing_options(options)["max_new_tokens"]
+        from bigtx.train.prompts import read_prompt
+
+        if not isinstance(prompt, str):
+            refuse_chatless(self.config, str(run_dir_of(self.checkpoint)))
+            if raw:
+                raise ConfigError("raw: a chat cannot be continued as plain text; give a text")
+        return read_prompt(self.config, self.tokenizer, prompt, raw=raw, max_new_tokens=max_new_tokens)
+
+    def write(
+        self, prompts: Sequence[Read], *, first_index: int = 0, on_text: OnText | None = None, **options: Any
+    ) -> list[Written]:
+        """Write a text for each of the prompts that `read` gave, side by side.
+
+        Args:
+            first_index: as for `generate_batch`.
+            on_text: called with (number of the prompt, piece of its text) as soon as that is known.
+            options: as for `generate`.
+        """
+        from bigtx.model.decode import Sampling
+        from bigtx.model.write import write
+
+        settings = writing_options(options)
+        max_new_tokens, stop = settings.pop("max_new_tokens"), settings.pop("stop")
+        return write(
+            self.model,
+            self.tokenizer,
+            [read.prompt for read in prompts],
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(**settings),
+            stop=stop,
+            first_index=first_index,
+            on_text=on_text,
+        )
 
     @functools.cached_property
     def task(self) -> RecordTask:
@@ -112,7 +188,7 @@ class LoadedModel:
             DataError: a record that cannot be used.
         """
         check_options({"batch_size": batch_size})
-        if isinstance(records, str | Mapping):
+        if not _is_list(records):
             raise DataError("the records are no list of records; write predict([RECORD, ...])")
         from bigtx.data.records.record import Record
         from bigtx.train.predictions import BATCH_SIZE, predict_records
@@ -175,16 +251,26 @@ class LoadedModel:
             raise ConfigError(f"model.shape={model.shape} {what}: only the decoder of an encoder-decoder reads them")
         assert model.vocab_size is not None
         for name, given in (("ids", ids), ("target_ids", target_ids)):
-            if given is None:
+            if given is None and name == "target_ids":
                 continue
-            if len(given) == 0 or not all(_is_id(value, model.vocab_size) for value in given):
+            if (
+                not hasattr(given, "__len__")
+                or not len(given)
+                or not all(_is_id(value, model.vocab_size) for value in given)
+            ):
                 raise DataError(f"{name} are not at least one whole number from 0 to {model.vocab_size - 1}")
             if model.positions == "learned" and len(given) > model.max_sequence_length:
                 raise DataError(f"{len(given)} {name}: the model has {model.max_sequence_length} learned positions")
 
 
-def _is_id(value: Any, vocab_size: int) -> bool:
-    return isinstance(value, Integral) and 0 <= int(value) < vocab_size
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _are_ids(values: Any, vocab_size: int) -> bool:
+    if not hasattr(values, "__iter__") or not hasattr(values, "__len__") or not len(values):
+        return False
+    return all(isinstance(value, Integral) and 0 <= int(value) < vocab_size for value in values)
 
 
 def load(run: Path | str, *, weights: Weights = "master", device: str = "auto") -> LoadedModel:
@@ -199,6 +285,8 @@ def load(run: Path | str, *, weights: Weights = "master", device: str = "auto") 
         ConfigError: see `find`; or no such weights.
         LaunchError: no such device.
     """
+    if not isinstance(run, str | Path):
+        raise ConfigError(f"the run {run!r:.80} is no path; write load(FOLDER)")
     if weights not in typing.get_args(Weights):
         raise ConfigError(f"weights={weights!r} is none of {', '.join(typing.get_args(Weights))}")
     checkpoint, config, tokenizer = find_with_tokenizer(run)
@@ -229,6 +317,35 @@ def refuse_wordless(config: RunConfig) -> None:
         )
 
 
+def refuse_chatless(config: RunConfig, run: str) -> None:
+    """Refuse to chat with a model that has not learned to.
+
+    Args:
+        run: as the user named it.
+
+    Raises:
+        ConfigError: it writes nothing, or was not trained on chats.
+    """
+    refuse_wordless(config)
+    generates, what = command("bigtx", "generate", run), "was pretrained on plain text"
+    if isinstance(config, FinetuneConfig):
+        what = f"was fine-tuned by task={config.task}"
+    if isinstance(config, FinetuneConfig) and config.task in ANSWERING:
+        if config.chat.format == "chat":
+            return
+        raise ConfigError(
+            f"{run} answers single prompts and knows no turns of a chat (chat.format=plain, since its tokenizer has no "
+            f"chat roles); {generates} prompt='...' gives such an answer"
+        )
+    if config.model.shape != "decoder":
+        raise ConfigError(f"{run} {what}, and model.shape={config.model.shape} cannot chat; name a run of a decoder")
+    tune = command("bigtx", "finetune", "finetune/chat.yaml", f"base={run}", "data.train=CHATS.jsonl", "run_dir=NEW")
+    raise ConfigError(
+        f"{run} {what} and has not learned to chat. {tune} teaches it by examples (docs/finetuning.md); {generates} "
+        "prompt='...' continues a text"
+    )
+
+
 def _device(name: str) -> torch.device:
     import torch
 
@@ -237,7 +354,7 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise LaunchError(f"device {name!r} cannot be used: {reason}; --device auto takes what is there") from error
     return device

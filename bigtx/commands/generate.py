@@ -1,4 +1,4 @@
-"""`bigtx generate`: continue texts with a trained run. `load` gives the same, and predictions, to Python.
+"""`bigtx generate`: continue texts with a trained run, or answer them if it was fine-tuned to answer.
 
 Nothing heavy is imported before the arguments, the prompts and the run folder have been found good.
 """
@@ -6,33 +6,25 @@ Nothing heavy is imported before the arguments, the prompts and the run folder h
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import sys
 import time
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigtx.config.runs import run_dir_of
-from bigtx.config.schema import RunConfig
-from bigtx.engine.trained import Weights, find, find_with_tokenizer, read_model
+from bigtx.config.schema import FinetuneConfig
+from bigtx.config.schema.finetuning import ANSWERING
+from bigtx.engine.trained import find
+from bigtx.loaded import LoadedModel, load, refuse_chatless, refuse_wordless
 from bigtx.train.prediction_lines import as_line
-from bigtx.utils.errors import ConfigError, DataError, LaunchError
+from bigtx.utils.errors import ConfigError, DataError
 from bigtx.utils.files import open_file
-from bigtx.utils.options import SAMPLING, check_options
+from bigtx.utils.options import add_loading_options, add_writing_options, given_writing_options
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from bigtx.model.decode import OnToken
-    from bigtx.model.transformer import Transformer
-    from bigtx.tokenizer.tokenizer import Tokenizer
-    from bigtx.train.tasks.task import RecordTask
+    from bigtx.train.prompts import Read
 
 BATCH_SIZE = 16
 """Prompts of a file that are continued side by side."""
@@ -48,55 +40,93 @@ def command(argv: Sequence[str]) -> int:
         BigtxError: a run, prompts or settings that cannot be used.
     """
     arguments = _parser().parse_args(argv)
-    check_options({name: getattr(arguments, name) for name in SAMPLING}, command_line=True)
+    options = given_writing_options(arguments)
     records = _read_prompts(Path(arguments.prompts_file)) if arguments.prompts_file else []
-    refuse_wordless(find(arguments.run)[1])
+    config = find(arguments.run)[1]
+    refuse_wordless(config)
+    if any("messages" in record for record in records):
+        if arguments.raw:
+            raise ConfigError(f"--raw: {arguments.prompts_file} holds chats, which cannot be continued as plain text")
+        refuse_chatless(config, arguments.run)
+    answers = isinstance(config, FinetuneConfig) and config.task in ANSWERING and not arguments.raw
+    shows_prompt = config.model.shape == "decoder" and not answers
     loaded = load(arguments.run, weights=arguments.weights, device=arguments.device)
-    options = {
-        "max_new_tokens": arguments.max_new_tokens,
-        "temperature": arguments.temperature,
-        "top_k": arguments.top_k,
-        "top_p": arguments.top_p,
-        "seed": arguments.seed,
-    }
-    started, num_tokens = time.monotonic(), 0
-
-    def count(index: int, token: int) -> None:
-        nonlocal num_tokens
-        num_tokens += 1
-
-    _remark_on_length(loaded, [record["prompt"] for record in records] or [arguments.prompt])
+    job = _Job(loaded, options, arguments.raw)
     if arguments.prompts_file:
-        _answer_file(loaded, records, options, count)
+        job.answer_file(arguments.prompts_file, records)
     else:
-        _answer_prompt(loaded, arguments.prompt, options, count)
-    seconds = time.monotonic() - started
-    print(f"[{loaded.checkpoint}: {num_tokens} tokens in {seconds:.1f} s]", file=sys.stderr)
+        job.answer(arguments.prompt, shows_prompt=shows_prompt)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bigtx generate",
-        description="Continue prompts with a trained model: one on the terminal as it grows, or a file of them as "
-        "JSON lines on standard output.",
+        description="Continue prompts with a trained model, or answer them if it was fine-tuned to answer: one on the "
+        "terminal as it grows, or a file of them as JSON lines on standard output.",
     )
     parser.add_argument("run", metavar="RUN", help="folder of a run, or of one of its checkpoints")
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", metavar="TEXT", help="the text to continue; '' starts a new document")
     prompts.add_argument(
-        "--prompts-file", metavar="FILE", help='.txt with a prompt on each line, or .jsonl with {"prompt": ...}'
+        "--prompts-file",
+        metavar="FILE",
+        help='.txt with a prompt on each line, or .jsonl with {"prompt": ...} or, for a model of chats, '
+        '{"messages": [...]}',
     )
-    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=128, help="tokens of a continuation (128)")
-    parser.add_argument("--temperature", metavar="X", type=float, default=0.8, help="0: the likeliest token (0.8)")
-    parser.add_argument("--top-k", metavar="N", type=int, help="draw from the N likeliest tokens only (all)")
-    parser.add_argument("--top-p", metavar="X", type=float, help="draw from the likeliest that reach X together (all)")
-    parser.add_argument("--seed", metavar="N", type=int, default=1, help="another seed, another text (1)")
     parser.add_argument(
-        "--weights", choices=["master", "ema"], default="master", help="ema: the averaged copy (master)"
+        "--raw", action="store_true", help="continue the prompt as plain text, also with a model of chats"
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto: a GPU if there is one)")
+    add_writing_options(parser)
+    add_loading_options(parser)
     return parser
+
+
+@dataclass
+class _Job:
+    """One call of the command."""
+
+    loaded: LoadedModel
+    options: dict[str, Any]
+    raw: bool
+
+    def answer(self, prompt: str, *, shows_prompt: bool) -> None:
+        """Show a new text as it grows."""
+        read = self.loaded.read(prompt, raw=self.raw, options=self.options)
+        self._remark("the prompt", read)
+        if shows_prompt:
+            print(prompt, end="", flush=True)
+        started = time.monotonic()
+        (written,) = self.loaded.write(
+            [read], on_text=lambda index, text: print(text, end="", flush=True), **self.options
+        )
+        print(flush=True)
+        self._say_done(written.num_tokens, time.monotonic() - started)
+
+    def answer_file(self, path: str, records: list[dict[str, Any]]) -> None:
+        """Print each record with its completion, in the file's order."""
+        started, num_tokens = time.monotonic(), 0
+        for start in range(0, len(records), BATCH_SIZE):
+            batch = records[start : start + BATCH_SIZE]
+            reads = []
+            for number, record in enumerate(batch, start=start + 1):
+                try:
+                    given = record["messages"] if "messages" in record else record["prompt"]
+                    reads.append(self.loaded.read(given, raw=self.raw, options=self.options))
+                except DataError as error:
+                    raise DataError(f"{path}, prompt {number}: {error}") from None
+                self._remark(f"prompt {number}" if len(records) > 1 else "the prompt", reads[-1])
+            for record, written in zip(batch, self.loaded.write(reads, first_index=start, **self.options), strict=True):
+                write_line(record | {"completion": written.text})
+                num_tokens += written.num_tokens
+        self._say_done(num_tokens, time.monotonic() - started)
+
+    def _remark(self, subject: str, read: Read) -> None:
+        if read.remark:
+            print(f"[{subject} {read.remark}]", file=sys.stderr)
+
+    def _say_done(self, num_tokens: int, seconds: float) -> None:
+        print(f"[{self.loaded.checkpoint}: {num_tokens} tokens in {seconds:.1f} s]", file=sys.stderr)
 
 
 def _read_prompts(path: Path) -> list[dict[str, Any]]:
@@ -126,47 +156,9 @@ def _json_record(line: str, where: str) -> dict[str, Any]:
         record = json.loads(line)
     except ValueError as error:
         raise DataError(f"{where} is not JSON: {error}") from error
-    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-        raise DataError(f'{where} has no prompt; each line is an object like {{"prompt": "Once upon"}}')
-    return record
-
-
-def _remark_on_length(loaded: LoadedModel, prompts: Sequence[str]) -> None:
-    """Say of which prompts the model reads the end alone."""
-    window = loaded.config.model.max_sequence_length
-    for number, prompt in enumerate(prompts, start=1):
-        # No token stands for less than a byte, so that most prompts need not be encoded for this.
-        if len(prompt.encode("utf-8", "surrogatepass")) <= window:
-            continue
-        num_tokens = len(_read_before(loaded, prompt))
-        if num_tokens > window:
-            which = "the prompt" if len(prompts) == 1 else f"prompt {number}"
-            print(
-                f"[{which} has {num_tokens:,} tokens; the model reads the last {window:,} (model.max_sequence_length)]",
-                file=sys.stderr,
-            )
-
-
-def _read_before(loaded: LoadedModel, prompt: str) -> list[int]:
-    """The ids of a prompt as the model reads them."""
-    is_decoder = loaded.config.model.shape == "decoder"
-    encode = loaded.tokenizer.encode_prompts if is_decoder else loaded.tokenizer.encode_sources
-    return encode([prompt])[0]
-
-
-def _answer_prompt(loaded: LoadedModel, prompt: str, options: dict[str, Any], count: OnToken) -> None:
-    """Show a continuation as it grows."""
-    is_decoder = loaded.config.model.shape == "decoder"
-    stream = loaded.tokenizer.stream(after=_read_before(loaded, prompt) if is_decoder else ())
-
-    def show(index: int, token: int) -> None:
-        count(index, token)
-        print(stream.push(token), end="", flush=True)
-
-    if is_decoder:
-        print(prompt, end="", flush=True)
-    loaded.generate(prompt, on_token=show, **options)
-    print(stream.flush())
+    if isinstance(record, dict) and ("messages" in record or isinstance(record.get("prompt"), str)):
+        return record
+    raise DataError(f'{where} has no prompt; each line is an object like {{"prompt": "Once upon"}}')
 
 
 def write_line(value: Mapping[str, Any]) -> None:
@@ -174,13 +166,3 @@ def write_line(value: Mapping[str, Any]) -> None:
     sys.stdout.flush()
     sys.stdout.buffer.write(as_line(value))
     sys.stdout.buffer.flush()
-
-
-def _answer_file(loaded: LoadedModel, records: list[dict[str, Any]], options: dict[str, Any], count: OnToken) -> None:
-    """Print each record with its completion, in the file's order."""
-    for start in range(0, len(records), BATCH_SIZE):
-        batch = records[start : start + BATCH_SIZE]
-        prompts = [record["prompt"] for record in batch]
-        completions = loaded.generate_batch(prompts, first_index=start, on_token=count, **options)
-        for record, completion in zip(batch, completions, strict=True):
-            write_line(record | {"completion": completion})

@@ -7,6 +7,7 @@ import math
 
 from bigtx.config.load import load_run_config
 from bigtx.config.schema import FinetuneConfig, RunConfig
+from bigtx.config.schema.finetuning import ANSWERING
 from bigtx.engine.trainable import is_trained
 from bigtx.utils.errors import BigtxError
 from bigtx.utils.shell import setting
@@ -61,7 +62,7 @@ def untrained_roles(config: FinetuneConfig, base: str) -> str:
 
 
 def _has_roles(config: RunConfig) -> bool:
-    return isinstance(config, FinetuneConfig) and config.chat.format == "chat" and config.task in ("sft", "preference")
+    return isinstance(config, FinetuneConfig) and config.chat.format == "chat" and config.task in ANSWERING
 
 
 def _knows_roles(base: str | None) -> bool:

@@ -8,6 +8,9 @@ from typing import Literal, Optional
 from bigtx.config.fields import field, section
 from bigtx.config.schema.training import RhythmConfig, RunConfig
 
+ANSWERING = ("sft", "preference")
+"""Tasks that teach a decoder to answer prompts and chats."""
+
 
 @dataclass(kw_only=True)
 class FieldsConfig:
