@@ -253,11 +253,7 @@ class LoadedModel:
         for name, given in (("ids", ids), ("target_ids", target_ids)):
             if given is None and name == "target_ids":
                 continue
-            if (
-                not hasattr(given, "__len__")
-                or not len(given)
-                or not all(_is_id(value, model.vocab_size) for value in given)
-            ):
+            if given is None or not _are_ids(given, model.vocab_size):
                 raise DataError(f"{name} are not at least one whole number from 0 to {model.vocab_size - 1}")
             if model.positions == "learned" and len(given) > model.max_sequence_length:
                 raise DataError(f"{len(given)} {name}: the model has {model.max_sequence_length} learned positions")

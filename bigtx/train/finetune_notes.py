@@ -20,6 +20,31 @@ TABLE = "embedding.weight"
 """The parameter with a row for each token."""
 
 
+def total_steps(config: FinetuneConfig, num_rows: int) -> int:
+    """Optimizer steps of a run.
+
+    Args:
+        num_rows: what an epoch consists of: records, or packed rows of them.
+    """
+    train = config.train
+    if train.max_steps is not None:
+        return train.max_steps
+    assert train.epochs is not None
+    return max(train.min_steps, _steps_of_epochs(config, num_rows))
+
+
+def length_setting(config: FinetuneConfig, num_rows: int) -> str:
+    """The setting that gives a run its length."""
+    if config.train.max_steps is not None:
+        return "train.max_steps"
+    return "train.min_steps" if config.train.min_steps > _steps_of_epochs(config, num_rows) else "train.epochs"
+
+
+def _steps_of_epochs(config: FinetuneConfig, num_rows: int) -> int:
+    assert config.train.epochs is not None
+    return max(1, -(-round(config.train.epochs * num_rows) // config.train.global_batch_size))
+
+
 def describe_length(config: FinetuneConfig, total_steps: int, num_rows: int) -> list[str]:
     """The steps of a run and the epochs that they make, and a warning if they are few.
 
@@ -29,7 +54,14 @@ def describe_length(config: FinetuneConfig, total_steps: int, num_rows: int) -> 
     """
     train = config.train
     size = train.global_batch_size
-    asked = f" (train.epochs={train.epochs:g} in whole steps)" if train.epochs is not None else ""
+    asked = ""
+    if train.epochs is not None:
+        asked = f" (train.epochs={train.epochs:g} in whole steps)"
+        if length_setting(config, num_rows) == "train.min_steps":
+            alone = _steps_of_epochs(config, num_rows)
+            asked = (
+                f" (train.min_steps={train.min_steps:,}, since train.epochs={train.epochs:g} would be {alone:,} steps)"
+            )
     said = [f"{total_steps:,} steps of {size:,} make {total_steps * size / num_rows:.3g} epochs{asked}"]
     if total_steps < FEW_STEPS:
         advice = f"train.max_steps={SOME_STEPS}"
@@ -40,6 +72,22 @@ def describe_length(config: FinetuneConfig, total_steps: int, num_rows: int) -> 
             f"{advice}, or a smaller train.global_batch_size"
         )
     return said
+
+
+def describe_held_out(config: FinetuneConfig) -> str:
+    """That there are no validation records, and why."""
+    data = config.data
+    why = "data.validation_fraction"
+    if data.validation_fraction and data.min_held_out:
+        why = f"{setting('data.validation_fraction', data.validation_fraction)} would hold out fewer than "
+        why += setting("data.min_held_out", data.min_held_out)
+    return f"no validation records: the newest checkpoint counts as the best ({why})"
+
+
+def describe_trained(config: FinetuneConfig, total: str) -> str:
+    """What a run trains that freezes nothing."""
+    roles = ", with the embeddings of the chat roles" if _has_roles(config) else ""
+    return f"trained: all {total} parameters{roles}"
 
 
 def untrained_roles(config: FinetuneConfig, base: str) -> str:

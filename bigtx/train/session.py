@@ -564,10 +564,10 @@ class Session(ABC, Generic[Config]):
 
 
 def length_setting(config: RunConfig) -> str:
-    """The setting by which a run has its length."""
+    """The setting that gives a pretraining its length."""
     if config.train.max_steps is not None:
         return "train.max_steps"
-    return "train.epochs" if isinstance(config, FinetuneConfig) else "train.max_tokens"
+    return "train.max_tokens"
 
 
 def say_finished(step: int, settings: Sequence[str], results: str = "") -> None:
