@@ -196,7 +196,7 @@ class LoadedModel:
         outcomes = predict_records(
             self.task,
             self.model,
-            [Record(self._fields(given, number), "records", number) for number, given in enumerate(records, start=1)],
+            [Record(self.fields_of(given, number), "records", number) for number, given in enumerate(records, start=1)],
             batch_size=batch_size or BATCH_SIZE,
             device=next(self.model.parameters()).device,
         )
@@ -207,8 +207,15 @@ class LoadedModel:
             predictions.append(outcome.prediction)
         return predictions
 
-    def _fields(self, given: Mapping[str, Any] | str, number: int) -> Mapping[str, Any]:
-        """The fields of a record that came from Python."""
+    def fields_of(self, given: Mapping[str, Any] | str, number: int) -> Mapping[str, Any]:
+        """The fields of a record that is given by them, or by its text.
+
+        Args:
+            number: of the record, for messages.
+
+        Raises:
+            DataError: it is neither, or the task needs more than a text.
+        """
         if isinstance(given, Mapping):
             return given
         field = self.task.text_field

@@ -84,10 +84,11 @@ def describe_held_out(config: FinetuneConfig) -> str:
     return f"no validation records: the newest checkpoint counts as the best ({why})"
 
 
-def describe_trained(config: FinetuneConfig, total: str) -> str:
-    """What a run trains that freezes nothing."""
+def describe_trained(config: FinetuneConfig, *, is_all: bool) -> str:
+    """How fast a run trains, and that it trains all parameters if it does."""
+    rate = f"peak learning rate {config.optimizer.learning_rate:.3g}"
     roles = ", with the embeddings of the chat roles" if _has_roles(config) else ""
-    return f"trained: all {total} parameters{roles}"
+    return f"trained: all parameters{roles}; {rate}" if is_all else rate
 
 
 def untrained_roles(config: FinetuneConfig, base: str) -> str:

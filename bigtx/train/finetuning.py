@@ -25,7 +25,7 @@ from bigtx.utils import log
 from bigtx.utils.errors import CheckpointError, ConfigError, LaunchError
 from bigtx.utils.files import read_object, write_json
 from bigtx.utils.shell import command
-from bigtx.utils.units import format_count, parse_duration
+from bigtx.utils.units import parse_duration
 
 if TYPE_CHECKING:
     from bigtx.data.stream.loader import StepLoader
@@ -161,8 +161,7 @@ class FinetuneSession(Session[FinetuneConfig]):
     def build_engine(self) -> None:
         """As any session, and say what is trained."""
         super().build_engine()
-        if not self.engine.frozen:
-            log.say(describe_trained(self.config, format_count(sum(map(math.prod, self.engine.shapes().values())))))
+        log.say(describe_trained(self.config, is_all=not self.engine.frozen))
 
     def begin(self) -> None:
         """From the base, with what the task adds from the seed; or all from the seed."""

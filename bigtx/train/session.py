@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NoReturn, Self, TypeVar
 
-from bigtx.config.schema import FinetuneConfig, RunConfig
+from bigtx.config.schema import RunConfig
 from bigtx.train.run_dir import check_run_dir
 from bigtx.train.stop import EarlyStop, StopRequest
 from bigtx.utils import hardware, log, processes, shell

@@ -59,7 +59,7 @@ class RecordsConfig:
     test_fraction: float = field(0.0, minimum=0.0, maximum=0.9)
     """Share of the training records that is held out first, where `test` names none."""
     min_held_out: int = field(0, minimum=0)
-    """Fewest records that a fraction may hold out; where it would be fewer, which decide nothing, all are trained on."""
+    """Fewest records that a fraction holds out; where it would be fewer, none are: they could decide nothing."""
     split: Literal["hash", "tail"] = "hash"
     """Which are held out, of each class its share: by a hash of the record, or the last ones in reading order."""
     fields: FieldsConfig = field(factory=FieldsConfig)

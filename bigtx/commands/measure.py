@@ -1,0 +1,232 @@
+"""What `bigtx evaluate` measures: a fine-tuned run on records, a pretrained one on prepared corpora."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bigtx.config.runs import run_dir_of
+from bigtx.config.schema import FinetuneConfig, PretrainConfig
+from bigtx.utils.errors import CheckpointError, ConfigError, DataError
+from bigtx.utils.files import read_object
+
+if TYPE_CHECKING:
+    from bigtx.data.records.record import Broken, Record
+    from bigtx.engine.checkpoint import Checkpoint
+    from bigtx.loaded import LoadedModel
+
+EXIT_SOME_FAILED = 1
+
+
+class Evaluation:
+    """What both kinds of runs have."""
+
+    def __init__(self, arguments: argparse.Namespace, checkpoint: Path) -> None:
+        self.arguments, self.checkpoint = arguments, checkpoint
+        self.examples: list[dict[str, Any]] = []
+        self.status = 0
+
+    def load(self) -> LoadedModel:
+        """The model."""
+        from bigtx.loaded import load
+
+        return load(self.checkpoint, weights=self.arguments.weights, device=self.arguments.device)
+
+    def result(self, metrics: Mapping[str, float], **facts: Any) -> dict[str, Any]:
+        """What is written."""
+        from bigtx.engine.checkpoint import Checkpoint
+        from bigtx.utils.version import __version__
+
+        checkpoint = Checkpoint(self.checkpoint)
+        return {
+            "bigtx": __version__,
+            "checkpoint": str(self.checkpoint.absolute()),
+            "manifest_sha256": checkpoint.manifest_sha256,
+            "wandb_run_id": checkpoint.manifest.get("wandb_run_id", ""),
+            "step": checkpoint.manifest["step"],
+            "tokens": checkpoint.manifest["state"]["tokens"],
+            **what_is_measured(self.arguments),
+            **facts,
+            "metrics": dict(metrics),
+        }
+
+
+class Records(Evaluation):
+    """A fine-tuned run, on records."""
+
+    def __init__(self, arguments: argparse.Namespace, checkpoint: Path, config: FinetuneConfig) -> None:
+        super().__init__(arguments, checkpoint)
+        from bigtx.train.predictions import task_config
+
+        self.config = task_config(config, arguments.run, arguments.set)
+
+    def measure(self) -> dict[str, Any]:
+        """The metrics of the task.
+
+        Raises:
+            DataError: records that cannot be used, or others than the run had.
+        """
+        from bigtx.data.audio.look import look_at
+        from bigtx.train.examples import encode
+        from bigtx.train.predictions import BATCH_SIZE, predict_all, shown_predictions
+        from bigtx.train.record_table import digest
+
+        records, broken = self._read()
+        loaded = dataclasses.replace(self.load(), config=self.config)
+        task = loaded.task
+        task.look_ahead(records, look_at)
+        examples = encode(task, records, broken)
+        self.tell(broken, is_any_left=bool(examples.records))
+        records = examples.records
+        ready = self._with_reference(loaded, examples.examples) if task.needs_reference else examples.examples
+        device, size = next(loaded.model.parameters()).device, self.arguments.batch_size or BATCH_SIZE
+        predictions = predict_all(task, loaded.model, ready, batch_size=size, device=device)
+        self.examples = shown_predictions(task, records, predictions, self.config.validation.num_examples)
+        facts = {"task": self.config.task, "records": len(records), "num_cut": examples.num_cut}
+        if broken.count:
+            facts["num_failed"] = broken.count
+        return self.result(task.metrics(predictions), **facts, records_sha256=digest(records)) | {
+            "tables": task.tables(predictions)
+        }
+
+    def _with_reference(self, loaded: LoadedModel, examples: Sequence[Any]) -> list[Any]:
+        """The examples with what the model said of them before the run's first step.
+
+        Raises:
+            CheckpointError: the base is gone, or is another one by now.
+        """
+        from bigtx.train.base_weights import untrained
+        from bigtx.train.predictions import BATCH_SIZE, batches_by_length, in_order
+
+        task, model = loaded.task, untrained(self.config, loaded.model, self._base())
+        device = next(model.parameters()).device
+        batches = list(batches_by_length(examples, self.arguments.batch_size or BATCH_SIZE))
+        found = [task.refer(model, [examples[place] for place in batch], device) for batch in batches]
+        return list(map(task.with_reference, examples, in_order(batches, found, len(examples))))
+
+    def _base(self) -> Checkpoint | None:
+        """What the run began with; None: with nothing but its seed."""
+        from bigtx.engine.merged import MergedCheckpoint
+        from bigtx.train.finetuning import BASE
+
+        if self.config.base is None:
+            return None
+        path = run_dir_of(self.checkpoint) / BASE
+        facts = read_object(path)
+        if not isinstance(facts.get("checkpoint"), str):
+            raise CheckpointError(f"task={self.config.task} compares the model with its base, and {path} names none")
+        base = MergedCheckpoint(Path(facts["checkpoint"]))
+        if base.manifest_sha256 != facts.get("manifest_sha256"):
+            raise CheckpointError(f"{base.path} is not the base that {path} names; give that one back")
+        return base
+
+    def tell(self, broken: Broken, *, is_any_left: bool) -> None:
+        """Say which records cannot be used; the others are measured.
+
+        Raises:
+            DataError: there are no others.
+        """
+        if not is_any_left:
+            broken.check()
+        if broken.count:
+            self.status = EXIT_SOME_FAILED
+            print(f"error: {broken.describe()}:{broken.listed()}", file=sys.stderr)
+
+    def _read(self) -> tuple[list[Record], Broken]:
+        from bigtx.data.records.record import Broken
+        from bigtx.train.examples import read_all
+
+        broken = Broken()
+        if self.arguments.split:
+            records = self._of_run(self.arguments.split)
+        else:
+            records = read_all(self.arguments.data, broken, self.config.data.exclude)
+        if not records and not broken.count:
+            split = self.arguments.split
+            if not split:
+                raise DataError("there are no records in these files")
+            raise DataError(f"the run has no {split} records; name some by --data FILE")
+        return records, broken
+
+    def _of_run(self, split: str) -> list[Record]:
+        """The run's own records.
+
+        Raises:
+            DataError: they have changed since.
+        """
+        from bigtx.engine.checkpoint import Checkpoint
+        from bigtx.train import record_table
+        from bigtx.train.examples import read_split
+
+        run_dir = run_dir_of(self.checkpoint)
+        table = record_table.read(run_dir) if self.config.data.leave_out else None
+        records = read_split(self.config, split, table)
+        found = record_table.identity(table).get(split) if table else record_table.digest(records)
+        if records and Checkpoint(self.checkpoint).manifest["data"].get(split) != found:
+            raise DataError(
+                f"the {split} records are not those that the run had: their files have changed since; to measure on "
+                "them as they are, name them by --data"
+            )
+        return records
+
+
+class Corpora(Evaluation):
+    """A pretrained run, on prepared corpora."""
+
+    def __init__(self, arguments: argparse.Namespace, checkpoint: Path, config: PretrainConfig) -> None:
+        super().__init__(arguments, checkpoint)
+        self.config = config
+
+    def measure(self) -> dict[str, Any]:
+        """Loss, perplexity and bits per byte of each corpus, as validation within the run has them.
+
+        Raises:
+            ConfigError: no corpus holds text out, or it was prepared with another tokenizer.
+            DataError: there is no such corpus.
+        """
+        from bigtx.train.alone import Alone
+        from bigtx.train.evaluation import Validation
+        from bigtx.train.tasks.likelihood import LikelihoodTask
+
+        config = self._config()
+        loaded = self.load()
+        config = dataclasses.replace(config, model=loaded.config.model)
+        alone = Alone(loaded.model)
+        task = LikelihoodTask(z_loss=0.0)
+        validation = Validation(config, alone, alone, task, loaded.tokenizer)
+        if not validation.sources:
+            raise ConfigError("none of the run's corpora holds text out; name a prepared one by --data FOLDER")
+        metrics = {name.removeprefix("validation/"): value for name, value in validation.measure().items()}
+        return self.result(metrics, rows=config.validation.max_sequences)
+
+    def _config(self) -> PretrainConfig:
+        from bigtx.config.schema import SourceConfig
+
+        arguments, settings = self.arguments, self.config.validation
+        if arguments.split == "test":
+            raise ConfigError("--split test: a pretrained run has none; its held-out text is --split validation")
+        if arguments.batch_size is not None:
+            train = dataclasses.replace(self.config.train, micro_batch_size=arguments.batch_size)
+            self.config = dataclasses.replace(self.config, train=train)
+        if arguments.split:
+            return self.config
+        sources = {Path(path).resolve().name: SourceConfig(path=path) for path in arguments.data}
+        if len(sources) < len(arguments.data):
+            raise ConfigError("--data: two corpora have one name; evaluate them one after the other")
+        rows = settings.max_sequences or type(settings)().max_sequences
+        return dataclasses.replace(
+            self.config, validation=dataclasses.replace(settings, sources=sources, max_sequences=rows)
+        )
+
+
+def what_is_measured(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings by which one evaluation is told from another."""
+    return {
+        "weights": arguments.weights,
+        "set": sorted(arguments.set),
+        "data": {"split": arguments.split} if arguments.split else {"paths": arguments.data},
+    }
