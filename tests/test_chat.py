@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import pytest
 from doors import ROOT, environment, read_lines
 from finetunes import finetune_command, write_jsonl
 from own_chats import chat, num_exact, write_own_chats
+from terminals import Terminal
 
 import bigtx
 from bigtx.cli import main
@@ -225,50 +224,6 @@ def test_generate_answers_a_prompt_or_continues_it(
     assert f"{path}, prompt 2: the chat has no message to answer" in capsys.readouterr().err
     assert main([*command, "--prompts-file", str(path), "--raw"]) == 2
     assert "--raw" in capsys.readouterr().err
-
-
-class Terminal:
-    """A command on a terminal of its own."""
-
-    def __init__(self, *arguments: str) -> None:
-        self.main, other = pty.openpty()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "bigtx", *arguments],
-            stdin=other,
-            stdout=other,
-            stderr=other,
-            start_new_session=True,
-            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
-            env=environment(PYTHONPATH=str(ROOT), TERM="dumb"),
-        )
-        os.close(other)
-        self.seen = ""
-
-    def until(self, words: str) -> str:
-        """Read on until these words have come since the last call; returns all that has."""
-        end = time.monotonic() + 300
-        while words not in self.seen:
-            assert time.monotonic() < end, self.seen
-            try:
-                part = os.read(self.main, 4096)
-            except OSError:  # The other side is closed.
-                raise AssertionError(f"{words!r} never came: {self.seen!r}") from None
-            self.seen += part.decode("utf-8", "replace")
-        before, found, self.seen = self.seen.partition(words)
-        return before + found
-
-    def type(self, text: str) -> None:
-        os.write(self.main, text.encode())
-
-    def end(self) -> int:
-        while True:
-            try:
-                if not os.read(self.main, 4096):
-                    break
-            except OSError:
-                break
-        os.close(self.main)
-        return self.process.wait(timeout=60)
 
 
 def long_answer(loaded: LoadedModel, prompt: str) -> int:
