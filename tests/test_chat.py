@@ -42,6 +42,7 @@ def run(decoder_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert "trained: all parameters, with the embeddings of the chat roles; peak learning rate 0.0023" in done.stdout
     before, _, _ = done.stdout.partition("step 10/300")
     assert "trained: all" in before and "300 steps of 8" in before, "said before the first step"
+    assert f"next: bigtx chat {folder / 'run'}" in done.stdout
     return folder / "run"
 
 
@@ -160,9 +161,11 @@ def test_lines_that_cannot_be_answered(talk: Talk, tmp_path: Path) -> None:
     assert talk("", "--top-p", "2", status=2)[1].count("top-p") == 1
 
 
-def test_a_closed_standard_input_has_no_lines(run: Path) -> None:
-    command = ["bash", "-c", 'exec "$@" <&-', "bash", sys.executable, "-m", "bigtx", "chat", str(run)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(PYTHONPATH=str(ROOT)))
+@pytest.mark.parametrize("command", [["chat", "RUN"], ["predict", "RUN", "--input", "-"]])
+def test_a_closed_standard_input_has_no_lines(run: Path, command: list[str]) -> None:
+    words = [str(run) if word == "RUN" else word for word in command]
+    shell = ["bash", "-c", 'exec "$@" <&-', "bash", sys.executable, "-m", "bigtx", *words]
+    done = subprocess.run(shell, capture_output=True, text=True, env=environment(PYTHONPATH=str(ROOT)))
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 

@@ -218,7 +218,7 @@ def test_a_table_on_a_terminal(run: Path, tmp_path: Path) -> None:
         answer, confidence, text = line.split(maxsplit=2)
         assert answer == prediction["label"] and confidence == f"{max(prediction['probabilities'].values()):.1%}"
         assert record["text"].startswith(text.removesuffix("…")) and text
-    assert "\\x1b[31m 木木木" in lines[4] and lines[4].endswith("…") and "in.jsonl, line 5" in lines[5]
+    assert "\\x1b[31m 木木木" in lines[4] and lines[4].endswith("…") and lines[5].startswith("(error) ")
     assert all(width(line) <= 60 for line in lines[:6]), lines
     terminal = Terminal("predict", str(run), "--text", "ba be", "--text", "bi", "--json")
     assert [json.loads(line)["text"] for line in terminal.all().splitlines() if line[0] == "{"] == ["ba be", "bi"]

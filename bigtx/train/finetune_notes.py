@@ -87,7 +87,7 @@ def describe_held_out(config: FinetuneConfig) -> str:
 def describe_trained(config: FinetuneConfig, *, is_all: bool) -> str:
     """How fast a run trains, and that it trains all parameters if it does."""
     rate = f"peak learning rate {config.optimizer.learning_rate:.3g}"
-    roles = ", with the embeddings of the chat roles" if _has_roles(config) else ""
+    roles = ", with the embeddings of the chat roles" if knows_chats(config) else ""
     return f"trained: all parameters{roles}; {rate}" if is_all else rate
 
 
@@ -97,7 +97,7 @@ def untrained_roles(config: FinetuneConfig, base: str) -> str:
     Args:
         base: the run that the weights come from.
     """
-    if not _has_roles(config) or is_trained(config, TABLE) or _knows_roles(base):
+    if not knows_chats(config) or is_trained(config, TABLE) or _knows_roles(base):
         return ""
     optimizer = config.optimizer
     if config.model.lora.rank and is_trained(config, TABLE, also=[TABLE]):
@@ -110,7 +110,8 @@ def untrained_roles(config: FinetuneConfig, base: str) -> str:
     )
 
 
-def _has_roles(config: RunConfig) -> bool:
+def knows_chats(config: RunConfig) -> bool:
+    """Whether a run learns from chats, in the format that has roles."""
     return isinstance(config, FinetuneConfig) and config.chat.format == "chat" and config.task in ANSWERING
 
 
@@ -121,7 +122,7 @@ def _knows_roles(base: str | None) -> bool:
             config = load_run_config(base)
         except BigtxError:
             return True
-        if _has_roles(config) and is_trained(config, TABLE):
+        if knows_chats(config) and is_trained(config, TABLE):
             return True
         base = config.base if isinstance(config, FinetuneConfig) else None
     return False

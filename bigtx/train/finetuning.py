@@ -16,6 +16,7 @@ from bigtx.train.finetune_notes import (
     describe_held_out,
     describe_length,
     describe_trained,
+    knows_chats,
     length_setting,
     total_steps,
     untrained_roles,
@@ -359,7 +360,9 @@ class FinetuneSession(Session[FinetuneConfig]):
         self.ranks.on_first(lambda: self._write(RESULTS, results))
 
     def next_command(self) -> str:
-        """Predict."""
+        """Chat, or predict."""
+        if knows_chats(self.config):
+            return command("bigtx", "chat", self.run_dir)
         return command("bigtx", "predict", self.run_dir, "--input", "FILE")
 
 
