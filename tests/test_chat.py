@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from doors import ROOT, environment, read_lines
+from doors import ROOT, environment, pretrain, read_lines
+from doors import bigtx as run_bigtx
 from finetunes import finetune_command, write_jsonl
-from own_chats import chat, num_exact, write_own_chats
+from own_chats import ANSWERS, chat, num_exact, write_own_chats
 from terminals import Terminal
 
 import bigtx
@@ -287,10 +288,8 @@ def test_ctrl_c_ends_an_answer_through_a_pipe(
 
 
 @pytest.mark.slow
-def test_27_chats_of_ones_own_come_back(test_data: Path, tmp_path: Path) -> None:
-    """The README's journey with reviews, from text to a model that knows its chats by heart, with nothing but names."""
-    from doors import bigtx as command
-    from doors import pretrain
+def test_27_chats_of_ones_own_come_back(tmp_path: Path) -> None:
+    """The journey of the README on the modules of Python, to a model that knows its chats by heart."""
 
     def done(process: subprocess.CompletedProcess[str]) -> str:
         assert process.returncode == 0, process.stdout + process.stderr
@@ -300,9 +299,9 @@ def test_27_chats_of_ones_own_come_back(test_data: Path, tmp_path: Path) -> None
     texts.mkdir()
     for number, path in enumerate(sorted(Path(os.__file__).parent.glob("*.py"))):
         (texts / f"{number}.txt").write_bytes(path.read_bytes())
-    done(command("tokenizer", "train", f"input.paths={texts}", f"output={tokenizer}", "vocab_size=8k"))
+    done(run_bigtx("tokenizer", "train", f"input.paths={texts}", f"output={tokenizer}", "vocab_size=8k"))
     made = [f"tokenizer={tokenizer}", f"output={corpus}", "validation_fraction=0.05"]
-    done(command("data", "prepare", f"input.paths={texts}", *made))
+    done(run_bigtx("data", "prepare", f"input.paths={texts}", *made))
     settings = [f"data.sources.mine.path={corpus}", f"run_dir={base}", "track.wandb=off"]
     done(pretrain("pretrain/small.yaml", *settings, "train.max_steps=250", ranks=2))
     data, run = write_own_chats(tmp_path / "chats.jsonl"), tmp_path / "run"
@@ -315,8 +314,6 @@ def test_27_chats_of_ones_own_come_back(test_data: Path, tmp_path: Path) -> None
             env=environment(WANDB_MODE="disabled"),
         )
     )
-    from own_chats import ANSWERS
-
     lines = "".join(f"/reset\n{question}\n" for question in ANSWERS)
     talked = subprocess.run(
         [sys.executable, "-m", "bigtx", "chat", str(run), "--temperature", "0", "--json"],
