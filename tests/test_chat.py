@@ -216,7 +216,10 @@ def test_generate_answers_a_prompt_or_continues_it(
     assert capsys.readouterr().out == KNOWN["ku kos?"] + "\n" == loaded.generate("ku kos?", temperature=0) + "\n"
     assert main([*command, "--prompt", "ku kos?", "--raw"]) == 0
     continued = loaded.generate("ku kos?", temperature=0, max_new_tokens=24, raw=True)
-    assert capsys.readouterr().out == f"ku kos?{continued}\n" and continued != KNOWN["ku kos?"]
+    assert capsys.readouterr().out == f"ku kos?{continued}\n", "the prompt is shown before its continuation"
+    ids = loaded.tokenizer.encode("ku kos?")
+    assert loaded.read("ku kos?", raw=True, options={}).prompt.ids == ids
+    assert loaded.read("ku kos?", options={}).prompt.ids != ids
     records = [{"id": 1, **chat("da don", "x")}, {"prompt": "ba ben bin"}]
     del records[0]["messages"][1]
     path = write_jsonl(tmp_path / "a.jsonl", records)
