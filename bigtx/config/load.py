@@ -26,6 +26,7 @@ from bigtx.config.paths import with_moved_paths
 from bigtx.config.runs import CONFIG, is_run, read_values, run_dir_of
 from bigtx.config.schema import FinetuneConfig, PretrainConfig, RunConfig
 from bigtx.config.settings import find, leaves, members
+from bigtx.config.shape import learning_rate_for
 from bigtx.config.shipped import LISTED, find_config, similar_configs
 from bigtx.config.validate import validate
 from bigtx.utils.arguments import ASSIGNMENT, columns, is_option, take, wrapped
@@ -69,6 +70,8 @@ def _load(schema: type[T], args: Sequence[str], *, check: bool) -> tuple[T, list
             if not broken & {key.partition(".")[0] for key in (problem.key, *problem.related)}:
                 problems.append(dataclasses.replace(problem, where=converter.origins.get(problem.key, "")))
     raise_problems(problems)
+    if isinstance(config, RunConfig) and config.optimizer.learning_rate is None:
+        config.optimizer.learning_rate = learning_rate_for(config.model)
     return config, files
 
 

@@ -175,5 +175,7 @@ def _divide(config: FinetuneConfig, splits: dict[str, list[Record]]) -> dict[str
         records = splits["train"]
         groups = [kind.group_of(record, config) for record in records]
         kept, held = split_records(records, groups, fraction, data.split, name)
+        if len(held) < data.min_held_out:
+            continue
         splits["train"], splits[name] = [records[place] for place in kept], [records[place] for place in held]
     return splits
