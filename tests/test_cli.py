@@ -174,7 +174,7 @@ def test_mistakes_are_explained(args: list[str], words: str, capsys: pytest.Capt
         ),
         (["train.max_steps=abc"], r"train\.max_steps=abc \(command line\): is not a whole number"),
         (["absent.yaml"], r"no file 'absent\.yaml'"),
-        (["train.max_steps=1", "train.global_batch_size=30"], "does not divide a rank's share"),
+        (["train.max_steps=1", "train.global_batch_size=30", "--ranks=4"], "does not divide over 4 ranks; 28 or 32"),
         (["run_dir=${oc.env:HOME}"], "never fills in"),
     ],
 )

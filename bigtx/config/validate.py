@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from bigtx.config.batches import batch_problems
 from bigtx.config.nodes import Problem
 from bigtx.config.runs import CHECKPOINTS
 from bigtx.config.schema import (
@@ -19,7 +20,6 @@ from bigtx.config.schema import (
     PrepareConfig,
     PretrainConfig,
     RecordsConfig,
-    RhythmConfig,
     RunConfig,
     ScheduleConfig,
     SourceConfig,
@@ -283,29 +283,6 @@ def _lengths(config: PretrainConfig) -> Iterator[Problem]:
         )
 
 
-def batch_problems(train: RhythmConfig, ranks: int) -> Iterator[Problem]:
-    """What keeps so many ranks from sharing the global batch evenly, in whole micro batches."""
-    total, micro = train.global_batch_size, train.micro_batch_size
-    if total % ranks:
-        below, above = total // ranks * ranks, -(-total // ranks) * ranks
-        fitting = f"{below} or {above}" if below else str(above)
-        yield Problem(
-            "train.global_batch_size",
-            str(total),
-            f"does not divide over {ranks} ranks; {fitting} would, or another number of ranks",
-        )
-    elif total // ranks % micro:
-        share = total // ranks
-        divisors = [size for size in range(1, share + 1) if share % size == 0]
-        yield Problem(
-            "train.micro_batch_size",
-            str(micro),
-            f"does not divide a rank's share: train.global_batch_size={total} over {ranks} "
-            f"rank{'s' if ranks > 1 else ''} is {share} sequences each. These divide it: {_some(divisors)}",
-            related=("train.global_batch_size",),
-        )
-
-
 def _rhythms(every: dict[str, str], timeout: str, *, shares: bool = False) -> Iterator[Problem]:
     for key, text in every.items():
         duration = _duration(text)
@@ -412,11 +389,3 @@ def _duration(text: str) -> Duration | None:
     except ValueError:
         # Reported where it was read.
         return None
-
-
-def _some(numbers: list[int]) -> str:
-    return (
-        ", ".join(map(str, numbers))
-        if len(numbers) <= 12
-        else ", ".join(map(str, numbers[:11])) + f" ... {numbers[-1]}"
-    )

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from bigtx.config.batches import batch_problems
 from bigtx.config.load import Parsed, parse_command_line, raise_problems
 from bigtx.config.schema import RunConfig
-from bigtx.config.validate import batch_problems
 from bigtx.launch.parents import watch_launchers
 from bigtx.launch.supervisor import start_ranks
 from bigtx.launch.world import World, find_world
@@ -63,9 +63,8 @@ def run_training(
 
 def _find_world(parsed: Parsed[Config]) -> World | None:
     """As `find_world`; of half an environment of a launcher every process complains, for none knows its rank."""
-    train = parsed.config.train
     try:
-        return find_world(parsed.num_ranks, divides=train.global_batch_size // train.micro_batch_size)
+        return find_world(parsed.num_ranks, divides=parsed.config.train.global_batch_size)
     except LaunchError as error:
         log.say_error(f"{type(error).__name__}: {error}", any_rank=True)
         error.reported = True

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NoReturn, Self, TypeVar
 
+from bigtx.config.batches import micro_batch_size_of
 from bigtx.config.schema import RunConfig
 from bigtx.train.run_dir import check_run_dir
 from bigtx.train.stop import EarlyStop, StopRequest
@@ -144,6 +145,13 @@ class Session(ABC, Generic[Config]):
         self.ranks = Ranks(timeout_seconds=parse_duration(self.config.engine.timeout).value)
         for note in self.ranks.notes_on_devices():
             log.say(note)
+        train = self.config.train
+        self._given_micro_batch_size = train.micro_batch_size
+        size = micro_batch_size_of(train, self.ranks.world_size)
+        if size != train.micro_batch_size:
+            share = train.global_batch_size // self.ranks.world_size
+            log.say(f"micro batches of {size}: train.micro_batch_size={train.micro_batch_size} does not divide {share}")
+            self.config = dataclasses.replace(self.config, train=dataclasses.replace(train, micro_batch_size=size))
 
     @abstractmethod
     def open_data(self) -> None:
@@ -416,9 +424,11 @@ class Session(ABC, Generic[Config]):
 
         config = self.config
         environment = self.environment
+        # Another number of ranks may take the micro batches that were asked for.
+        asked = dataclasses.replace(config.train, micro_batch_size=self._given_micro_batch_size)
         self.ranks.on_first(
             lambda: describe_run(
-                config,
+                dataclasses.replace(config, train=asked),
                 tokenizer=self.tokenizer,
                 deepspeed=self.engine.deepspeed_config,
                 environment=environment,

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from bigtx.config.batches import micro_batch_size_of
 from bigtx.config.load import load
 from bigtx.config.schema import FinetuneConfig, PrepareConfig, PretrainConfig, TokenizerTrainConfig
+from bigtx.config.schema.training import RhythmConfig
 from bigtx.utils.errors import ConfigError
 
 
@@ -53,7 +55,6 @@ def test_an_empty_config_lists_what_is_missing(corpus: Path) -> None:
         (["allow_changes=[train.max_stepz]"], "no such setting; did you mean train.max_steps"),
         (["allow_changes=[train]"], "is a section"),
         (["allow_changes=[seed]"], "can never change"),
-        (["train.global_batch_size=30", "train.micro_batch_size=4"], r"30 sequences each.*1, 2, 3, 5, 6, 10, 15, 30"),
         (["model.hidden_size=100", "model.num_heads=8"], "does not divide model.hidden_size=100; 5 and 10 do"),
         (["model.hidden_size=24", "model.num_heads=8"], "3 wide.*even"),
         (
@@ -112,9 +113,16 @@ def test_the_ranks_count(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert "does not divide over 3 ranks; 30 or 33 would" in refusal(PretrainConfig, *GOOD)
-    assert load(PretrainConfig, [*GOOD, "train.global_batch_size=36"]).train.micro_batch_size == 4
+    load(PretrainConfig, [*GOOD, "train.global_batch_size=36"])
     monkeypatch.setenv("WORLD_SIZE", "64")
     assert "64 would" in refusal(PretrainConfig, *GOOD)
+
+
+@pytest.mark.parametrize(
+    ("total", "most", "ranks", "size"), [(32, 4, 2, 4), (16, 8, 8, 2), (12, 8, 1, 6), (14, 4, 2, 1), (8, 32, 1, 8)]
+)
+def test_micro_batches_divide_a_ranks_share(total: int, most: int, ranks: int, size: int) -> None:
+    assert micro_batch_size_of(RhythmConfig(global_batch_size=total, micro_batch_size=most), ranks) == size
 
 
 def test_a_wrong_value_has_no_followers(corpus: Path) -> None:

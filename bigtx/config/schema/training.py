@@ -100,7 +100,8 @@ class RhythmConfig:
     global_batch_size: int = field(32, kind="count", minimum=1, maximum=2**24)
     """Sequences (in fine-tuning: records) of one optimizer step over all ranks: the invariant of a run."""
     micro_batch_size: int = field(4, minimum=1, maximum=2**24, change="free")
-    """Sequences of one forward pass on one rank; global_batch_size / (ranks * micro_batch_size) of them make a step."""
+    """Most sequences of one forward pass on one rank. The largest number up to it that divides a rank's share of
+    global_batch_size is taken, and as many passes make a step."""
     gradient_clipping: float = field(1.0, minimum=0.0, change="by_name")
     """Largest global norm of the gradient; 0 clips nothing."""
     log_every: str = field("10 steps", kind="duration", change="free")

@@ -1,0 +1,27 @@
+"""How ranks share a global batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from bigtx.config.nodes import Problem
+from bigtx.config.schema.training import RhythmConfig
+
+
+def batch_problems(train: RhythmConfig, num_ranks: int) -> Iterator[Problem]:
+    """What keeps so many ranks from sharing the global batch evenly."""
+    total = train.global_batch_size
+    if total % num_ranks:
+        below, above = total // num_ranks * num_ranks, -(-total // num_ranks) * num_ranks
+        fitting = f"{below} or {above}" if below else str(above)
+        yield Problem(
+            "train.global_batch_size",
+            str(total),
+            f"does not divide over {num_ranks} ranks; {fitting} would, or another number of ranks",
+        )
+
+
+def micro_batch_size_of(train: RhythmConfig, num_ranks: int) -> int:
+    """Sequences of a micro batch: the most that divide a rank's share and are not more than the config allows."""
+    share = train.global_batch_size // num_ranks
+    return next(size for size in range(min(train.micro_batch_size, share), 0, -1) if share % size == 0)
