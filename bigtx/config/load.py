@@ -275,6 +275,7 @@ def parse_command_line(
     arguments: list[str] = []
     given: set[str] = set()
     asked, argv = take(argv, RANKS.lstrip("-")) if RANKS in flags else (None, argv)
+    num_ranks = None if asked is None else _num_ranks(asked)
     rest = iter(argv)
     for argument in rest:
         if argument in ("-h", "--help"):
@@ -292,7 +293,7 @@ def parse_command_line(
         raise SystemExit(0)
     if isinstance(config, RunConfig) and any(_is_config_of(config.run_dir, file) for file in files):
         config.allow_changes += _keys_by_name(schema, arguments)
-    return Parsed(config, frozenset(given), files, None if asked is None else _num_ranks(asked))
+    return Parsed(config, frozenset(given), files, num_ranks)
 
 
 def _is_config_of(run_dir: str, file: Path) -> bool:
