@@ -117,7 +117,9 @@ def activation_bytes(config: ModelConfig, *, num_tokens: int, recompute: Recompu
     norm, statistics = (4 + scaled, 4) if config.norm == "rms" else (4, 8)
     attention = 4 * queries + 4 * keys + 4 * config.num_heads  # q, k, v, result; logsumexp in fp32.
     products = 2 * queries + 2 * 2 * keys + 2 * hidden + 2 * (1 + gated) * inner + 2 * hidden
-    whole = 2 * (norm * hidden + statistics) + attention + 2 * 2 * hidden + 2 * queries + 2 * (4 if gated else 2) * inner
+    whole = (
+        2 * (norm * hidden + statistics) + attention + 2 * 2 * hidden + 2 * queries + 2 * (4 if gated else 2) * inner
+    )
     if config.qk_norm:
         whole += (4 + scaled) * (queries + keys) + 4 * (config.num_heads + shape.num_kv_heads(config))
     if stage == 0:  # Autocast casts the input of each product by itself.
@@ -158,9 +160,7 @@ def training_bytes(config: ModelConfig, *, stage: int, num_ranks: int, num_token
     )
 
 
-def training_seconds(
-    config: ModelConfig, *, num_tokens: float, sequence_length: int, flops_per_second: float
-) -> float:
+def training_seconds(config: ModelConfig, *, num_tokens: float, sequence_length: int, flops_per_second: float) -> float:
     """Seconds of training.
 
     Args:
