@@ -99,7 +99,7 @@ def activation_bytes(config: ModelConfig, *, num_tokens: int, recompute: Recompu
     """Bytes that the blocks of a decoder keep for the backward pass, and at the widest place of it.
 
     Counted for pre-norm decoders with rotary positions, without dropout and experts, in 16 bits, whose attention runs
-    in one of torch's fused kernels (no document mask, more than a few hundred tokens), not compiled. Fused norms of a GPU
+    in a fused kernel of torch (no document mask, more than a few hundred tokens), not compiled. Fused norms of a GPU
     keep less (4 bytes a token and channel of each norm), and so does engine.compile: an upper bound.
 
     Args:
