@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn
 
 from bigtx import __version__
-from bigtx.utils.errors import EXIT_USER_ERROR, exit_cleanly
+from bigtx.utils.errors import ConfigError, exit_cleanly
 from bigtx.utils.processes import share_cores
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -17,21 +17,30 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "tokenizer inspect": ("bigtx.commands.tokenizer:inspect_command", "show what a tokenizer makes of texts"),
     "data prepare": ("bigtx.commands.data:prepare_command", "turn text files into tokenized shards"),
     "data merge": ("bigtx.commands.data:merge_command", "make one corpus of the parts of a preparation"),
-    "data inspect": ("bigtx.commands.data:inspect_command", "show a prepared corpus: shards, counts, decoded samples"),
+    "data inspect": ("bigtx.commands.data:inspect_command", "show a corpus: shards, counts, decoded samples"),
     "data stats": ("bigtx.commands.data:stats_command", "show a prepared corpus in figures"),
     "data verify": ("bigtx.commands.data:verify_command", "read all of a prepared corpus and check it"),
+    "pretrain": ("bigtx.pretrain:main", "train a model on prepared corpora"),
+    "finetune": ("bigtx.finetune:main", "train a model on records, for one job"),
     "generate": ("bigtx.generate:command", "continue prompts with a trained model"),
     "predict": ("bigtx.predict:command", "say what a fine-tuned model makes of records"),
     "evaluate": ("bigtx.evaluate:command", "measure a run on held-out data"),
     "import": ("bigtx.commands.interop:import_command", "make a run of a Hugging Face model"),
     "export": ("bigtx.commands.interop:export_command", "write a run as a Hugging Face model"),
-    "configs list": ("bigtx.commands.configs:list_command", "show the recipes that come with bigtx"),
+    "configs list": ("bigtx.commands.configs:list_command", "list the recipes that come with bigtx"),
+    "configs show": ("bigtx.commands.configs:show_command", "print a recipe"),
     "configs copy": ("bigtx.commands.configs:copy_command", "copy a recipe, to change it"),
     "configs explain": ("bigtx.commands.configs:explain_command", "say what a setting means"),
+    "help": ("bigtx.cli:help_command", "say what a command does and takes"),
+    "version": ("bigtx.cli:version_command", "print the version (--json: also of its packages)"),
 }
-TRAINING = """To train (--help says more):
-  deepspeed --module bigtx.pretrain FILE.yaml KEY=VALUE ...   from text to a model
-  bigtx-finetune FILE.yaml base=RUN KEY=VALUE ...             from a model to one that does a job"""
+HEADINGS = {
+    "From text to data": ("tokenizer", "data"),
+    "Training": ("pretrain", "finetune"),
+    "Using a model": ("generate", "chat", "predict", "evaluate", "import", "export"),
+}
+"""The first words of commands that belong together; what is named nowhere stands at the end."""
+OTHER = "Other"
 
 
 @exit_cleanly
@@ -45,42 +54,96 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    for length in (1, 2):
-        command = COMMANDS.get(" ".join(arguments[:length]))
-        if command:
-            share_cores()
-            return _resolve(command[0])(arguments[length:])
-    return _answer(arguments)
-
-
-def _resolve(place: str) -> Callable[[Sequence[str]], int]:
-    module, _, name = place.partition(":")
-    function: Callable[[Sequence[str]], int] = getattr(importlib.import_module(module), name)
-    return function
-
-
-def _answer(arguments: list[str]) -> int:
-    """What is no command: a request for help or the version, or a mistake."""
-    first = arguments[0] if arguments else "--help"
+    first, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if first in ("-h", "--help"):
+        return help_command(rest)
     if first == "--version":
+        return version_command(rest)
+    if set(rest) <= {"-h", "--help"} and _members(first):
+        return help_command([first])
+    name = _command(arguments)
+    if name is None:
+        _refuse(arguments)
+    share_cores()
+    return _resolve(name)(arguments[len(name.split()) :])
+
+
+def help_command(argv: Sequence[str]) -> int:
+    """Explain a command, a group of commands, or show all of them.
+
+    Raises:
+        ConfigError: there is no such command.
+    """
+    words = [word for word in argv if word not in ("-h", "--help")]
+    name = _command(words)
+    if not words:
+        print(f"usage: bigtx COMMAND [NAME=VALUE ...]\n\n{_all_commands()}\n")
+        print("`bigtx help COMMAND` says what a command takes.")
+    elif name == "help":
+        print("usage: bigtx help [COMMAND]\n\nSay what a command does and takes, as `bigtx COMMAND --help` does.")
+    elif name is not None:
+        return _resolve(name)(["--help"])
+    elif members := _members(" ".join(words)):
+        print(f"usage: bigtx {words[0]} COMMAND [NAME=VALUE ...]\n\n{_table(members)}")
+    else:
+        _refuse(words)
+    return 0
+
+
+def version_command(argv: Sequence[str]) -> int:
+    """Print the version, or with `--json` those of Python and the packages that bigtx stands on, none imported."""
+    from bigtx.utils.arguments import Arguments
+
+    parser = Arguments(prog="bigtx version", description="The version; as JSON, also those of Python and the packages.")
+    parser.add_json()
+    if not parser.parse_args(argv).json:
         print(f"bigtx {__version__}")
         return 0
-    if first in ("-h", "--help"):
-        print(f"usage: bigtx COMMAND ...\n\nFrom text to a trained Transformer.\n\n{_table(COMMANDS)}\n\n{TRAINING}")
-        return 0
-    group = [name for name in COMMANDS if name.split()[0] == first]
-    if group and set(arguments[1:]) <= {"-h", "--help"}:
-        print(f"usage: bigtx {first} COMMAND ...\n\n{_table(group)}")
-        return 0
-    written = " ".join([first, *arguments[1:2]] if group else [first])
-    similar = difflib.get_close_matches(written, group or COMMANDS, 1) or group
-    hint = f"did you mean bigtx {' or '.join(similar)}?" if similar else "`bigtx --help` shows all commands"
-    print(f"bigtx: no command {written!r}; {hint}", file=sys.stderr)
-    if first in ("pretrain", "train", "finetune"):
-        print(TRAINING, file=sys.stderr)
-    return EXIT_USER_ERROR
+    import platform
+
+    from bigtx.utils.hardware import packages
+    from bigtx.utils.log import say_json
+
+    say_json(packages() | {"python": platform.python_version()})
+    return 0
+
+
+def _command(words: Sequence[str]) -> str | None:
+    """The command that a command line begins with."""
+    return next((name for length in (1, 2) if (name := " ".join(words[:length])) in COMMANDS), None)
+
+
+def _members(group: str) -> list[str]:
+    """The commands of a group: those of two words, of which it is the first."""
+    return [name for name in COMMANDS if name.startswith(f"{group} ")]
+
+
+def _resolve(name: str) -> Callable[[Sequence[str]], int]:
+    module, _, function = COMMANDS[name][0].partition(":")
+    command: Callable[[Sequence[str]], int] = getattr(importlib.import_module(module), function)
+    return command
+
+
+def _refuse(words: Sequence[str]) -> NoReturn:
+    """Say which command was meant.
+
+    Raises:
+        ConfigError: always.
+    """
+    from bigtx.commands.suggestions import suggest
+
+    raise ConfigError(suggest(words, list(COMMANDS)))
+
+
+def _all_commands() -> str:
+    first_words = {word: heading for heading, words in HEADINGS.items() for word in words}
+    parts = []
+    for heading in (*HEADINGS, OTHER):
+        names = [name for name in COMMANDS if first_words.get(name.split()[0], OTHER) == heading]
+        parts.append(f"{heading}:\n{_table(names)}")
+    return "\n".join(parts)
 
 
 def _table(names: Iterable[str]) -> str:
     width = max(map(len, COMMANDS)) + 2
-    return "\n".join(f"  bigtx {name:<{width}}{COMMANDS[name][1]}" for name in names)
+    return "\n".join(f"  {name:<{width}}{COMMANDS[name][1]}" for name in names)

@@ -20,6 +20,7 @@ from bigtx.config.runs import run_dir_of
 from bigtx.config.schema import FinetuneConfig, PretrainConfig, RunConfig
 from bigtx.engine.trained import find
 from bigtx.track.jsonl import plain
+from bigtx.utils.arguments import Arguments
 from bigtx.utils.errors import CheckpointError, ConfigError, DataError, LaunchError
 from bigtx.utils.files import read_object, write_json
 
@@ -71,8 +72,8 @@ def command(argv: Sequence[str]) -> int:
     return found.status
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Arguments:
+    parser = Arguments(
         prog="bigtx evaluate",
         description="How good a run is on held-out data: a fine-tuned one by the metrics of its task, on records with "
         "answers (the exit status is 1 if some of them cannot be used); a pretrained one by its loss, on the "
@@ -266,18 +267,21 @@ class _Corpora(_Evaluation):
             ConfigError: no corpus holds text out, or it was prepared with another tokenizer.
             DataError: there is no such corpus.
         """
+        from bigtx.train.held_out import validation_sources
+
+        config = self._config()
+        if not validation_sources(config):
+            raise ConfigError("none of the run's corpora holds text out; name a prepared one by --data FOLDER")
+        # Imports torch, which nobody should wait for to hear of a mistake.
         from bigtx.train.alone import Alone
         from bigtx.train.evaluation import Validation
         from bigtx.train.tasks.likelihood import LikelihoodTask
 
-        config = self._config()
         loaded = self.load()
         config = dataclasses.replace(config, model=loaded.config.model)
         alone = Alone(loaded.model)
         task = LikelihoodTask(z_loss=0.0)
         validation = Validation(config, alone, alone, task, loaded.tokenizer)
-        if not validation.sources:
-            raise ConfigError("none of the run's corpora holds text out; name a prepared one by --data FOLDER")
         metrics = {name.removeprefix("validation/"): value for name, value in validation.measure().items()}
         return self.result(metrics, rows=config.validation.max_sequences)
 

@@ -1,6 +1,6 @@
-"""Fine-tune a run: `bigtx-finetune CONFIG.yaml base=RUN [KEY=VALUE ...]`, or `deepspeed bigtx/finetune.py ...`.
+"""Fine-tune a run: `bigtx finetune CONFIG.yaml base=RUN [KEY=VALUE ...]`, or `deepspeed bigtx/finetune.py ...`.
 
-config -> base and records -> engine -> loop -> results. The same command on the same `run_dir` goes on where it was.
+config -> base and records -> engine -> loop -> results. The same command on the same `run_dir` resumes the run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ if __package__ in (None, ""):
     sys.path[:] = [str(here.parent)] + [entry for entry in sys.path if Path(entry or ".").resolve() != here]
 
 from bigtx.utils.errors import exit_cleanly
-from bigtx.utils.processes import share_cores
 
 EXAMPLE = "finetune/imdb.yaml base=runs/mine data.train=reviews run_dir=runs/sentiment"
 
@@ -23,32 +22,16 @@ EXAMPLE = "finetune/imdb.yaml base=runs/mine data.train=reviews run_dir=runs/sen
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     # Here, where Ctrl-C ends the command without a traceback.
-    from bigtx.config.load import parse_command_line, to_yaml
     from bigtx.config.schema import FinetuneConfig
+    from bigtx.train.command import run_training
+
+    def session() -> type:
+        from bigtx.train.finetuning import FinetuneSession
+
+        return FinetuneSession
 
     arguments = sys.argv[1:] if argv is None else argv
-    parsed = parse_command_line(FinetuneConfig, arguments, program="bigtx-finetune", example=EXAMPLE)
-    if parsed.print_config:
-        print(to_yaml(parsed.config), end="")
-        return 0
-    # Heavy imports wait until the config is known to be good.
-    share_cores()
-    from bigtx.engine.launch import launch_on_all_devices
-
-    status = launch_on_all_devices("bigtx.finetune", arguments)
-    if status is not None:
-        return status
-    from bigtx.train.finetuning import FinetuneSession
-
-    with FinetuneSession(parsed.config, dry_run=parsed.dry_run, files=parsed.files) as session:
-        session.join_ranks()
-        session.open_data()
-        session.open_folder()
-        if session.is_finished():
-            return 0
-        session.build_engine()
-        session.load_weights()
-        return session.train()
+    return run_training(FinetuneConfig, session, arguments, program="bigtx finetune", example=EXAMPLE)
 
 
 if __name__ == "__main__":

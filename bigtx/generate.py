@@ -5,7 +5,6 @@ Nothing heavy is imported before the arguments, the prompts and the run folder h
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import sys
@@ -21,6 +20,7 @@ from bigtx.config.runs import run_dir_of
 from bigtx.config.schema import RunConfig
 from bigtx.engine.trained import Weights, find, find_with_tokenizer, read_model
 from bigtx.train.prediction_lines import as_line
+from bigtx.utils.arguments import Arguments
 from bigtx.utils.errors import ConfigError, DataError, LaunchError
 from bigtx.utils.files import open_file
 from bigtx.utils.options import SAMPLING, check_options
@@ -292,8 +292,8 @@ def command(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Arguments:
+    parser = Arguments(
         prog="bigtx generate",
         description="Continue prompts with a trained model: one on the terminal as it grows, or a file of them as "
         "JSON lines on standard output.",

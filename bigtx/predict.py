@@ -22,6 +22,7 @@ from bigtx.data.records.read import expand_path
 from bigtx.data.records.record import Record
 from bigtx.engine.trained import find
 from bigtx.train.prediction_lines import Item, Output, arriving, as_line, fields_of, read_items, read_stdin
+from bigtx.utils.arguments import Arguments
 from bigtx.utils.errors import ConfigError
 from bigtx.utils.options import check_options
 from bigtx.utils.version import __version__
@@ -72,8 +73,8 @@ def command(argv: Sequence[str]) -> int:
     return job.report()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Arguments:
+    parser = Arguments(
         prog="bigtx predict",
         description="What a fine-tuned run makes of records: a JSON line for each, in their order, with the record's "
         'own fields and "prediction"; or "error", for a record that cannot be used (the exit status is then 1).',

@@ -1,6 +1,6 @@
-"""Pretrain a model: `deepspeed bigtx/pretrain.py CONFIG.yaml [KEY=VALUE ...]`, or `python bigtx/pretrain.py ...`.
+"""Pretrain a model: `bigtx pretrain CONFIG.yaml [KEY=VALUE ...]`, `deepspeed bigtx/pretrain.py ...`, `python ...`.
 
-config -> data -> engine -> loop. The same command on the same `run_dir` goes on where the run was.
+config -> data -> engine -> loop. The same command on the same `run_dir` resumes the run.
 """
 
 from __future__ import annotations
@@ -14,33 +14,24 @@ if __package__ in (None, ""):
     sys.path[:] = [str(here.parent)] + [entry for entry in sys.path if Path(entry or ".").resolve() != here]
 
 from bigtx.utils.errors import exit_cleanly
-from bigtx.utils.processes import share_cores
+
+EXAMPLE = "pretrain/small.yaml data.sources.mine.path=corpus run_dir=runs/mine"
 
 
 @exit_cleanly
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     # Here, where Ctrl-C ends the command without a traceback.
-    from bigtx.config.load import parse_command_line, to_yaml
     from bigtx.config.schema import PretrainConfig
+    from bigtx.train.command import run_training
 
-    parsed = parse_command_line(PretrainConfig, sys.argv[1:] if argv is None else argv, program="bigtx/pretrain.py")
-    if parsed.print_config:
-        print(to_yaml(parsed.config), end="")
-        return 0
-    # Heavy imports wait until the config is known to be good.
-    share_cores()
-    from bigtx.train.pretraining import PretrainSession
+    def session() -> type:
+        from bigtx.train.pretraining import PretrainSession
 
-    with PretrainSession(parsed.config, dry_run=parsed.dry_run, files=parsed.files) as session:
-        session.join_ranks()
-        session.open_data()
-        session.open_folder()
-        if session.is_finished():
-            return 0
-        session.build_engine()
-        session.load_weights()
-        return session.train()
+        return PretrainSession
+
+    arguments = sys.argv[1:] if argv is None else argv
+    return run_training(PretrainConfig, session, arguments, program="bigtx pretrain", example=EXAMPLE)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -12,6 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [
@@ -54,11 +57,18 @@ def bigtx(
     )
 
 
+def as_json(capsys: pytest.CaptureFixture[str], command: Callable[[Sequence[str]], int], words: Sequence[str]) -> Any:
+    """What a command prints with `--json`, where standard output holds nothing else."""
+    capsys.readouterr()
+    assert command([*words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
 def pretrain_command(arguments: Sequence[str], ranks: int, *, launcher: bool = False) -> list[str]:
-    """The command line of a training: plain python for one rank, the deepspeed launcher for more or if asked for."""
+    """The command line of a training: bigtx itself starts the ranks, or the deepspeed launcher if asked for."""
     script = str(ROOT / "bigtx" / "pretrain.py")
-    if ranks == 1 and not launcher:
-        return [sys.executable, script, *arguments]
+    if not launcher:
+        return [sys.executable, script, *arguments, f"--ranks={ranks}"]
     return [
         sys.executable,
         "-m",
@@ -86,10 +96,10 @@ def pretrain(
     )
 
 
-def start_pretrain(*arguments: str, ranks: int) -> subprocess.Popen[str]:
+def start_pretrain(*arguments: str, ranks: int, launcher: bool = False) -> subprocess.Popen[str]:
     """A training in a session (and process group) of its own, like a terminal's foreground job."""
     return subprocess.Popen(
-        pretrain_command(arguments, ranks),
+        pretrain_command(arguments, ranks, launcher=launcher),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -136,17 +146,44 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 
 def rank_pids(run_dir: Path) -> list[int]:
-    """Processes whose command line names the run folder and this package's entry point, launchers left out."""
-    pids = []
+    """The processes of a run that have none of its processes below them: launchers and supervisors are left out."""
+    of_run = {pid: parent for pid, parent in _processes() if _names(pid, run_dir)}
+    return sorted(of_run.keys() - of_run.values())
+
+
+def supervisor_pid(run_dir: Path) -> int:
+    """The process above the ranks."""
+    parents = dict(_processes())
+    return parents[rank_pids(run_dir)[0]]
+
+
+def all_pids(run_dir: Path) -> list[int]:
+    """Every process whose command line names the run folder."""
+    return [pid for pid, _ in _processes() if _names(pid, run_dir)]
+
+
+def _processes() -> list[tuple[int, int]]:
+    """Every process's id and its parent's."""
+    found = []
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                command = (entry / "cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if f"run_dir={run_dir}".encode() in command and not any(b"launch" in part for part in command):
-                pids.append(int(entry.name))
-    return sorted(pids)
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+                if state not in "ZX":
+                    found.append((int(entry.name), int(parent)))
+    return found
+
+
+def _names(pid: int, run_dir: Path) -> bool:
+    """Whether a process's command line names a run folder, as a setting or alone."""
+    return not {f"run_dir={run_dir}".encode(), str(run_dir).encode()}.isdisjoint(_command_of(pid))
+
+
+def _command_of(pid: int) -> list[bytes]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return []
 
 
 def same_weights(run_dir: Path, other: Path) -> None:

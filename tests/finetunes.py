@@ -109,12 +109,8 @@ def write_samples(path: Path, samples: Sequence[dict[str, bytes | str]]) -> Path
 
 
 def finetune_command(arguments: Sequence[str], ranks: int = 1) -> list[str]:
-    """The command line: plain python for one rank, the deepspeed launcher for more."""
-    script = str(ROOT / "bigtx" / "finetune.py")
-    if ranks == 1:
-        return [sys.executable, script, *arguments]
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
-    return [*launcher, "--master_port", str(random.randrange(20_000, 32_000)), script, *arguments]
+    """The command line."""
+    return [sys.executable, str(ROOT / "bigtx" / "finetune.py"), *arguments, f"--ranks={ranks}"]
 
 
 def finetune(*arguments: str, ranks: int = 1, gpus: bool = False) -> subprocess.CompletedProcess[str]:

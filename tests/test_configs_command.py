@@ -1,20 +1,26 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+from doors import as_json
 
-from bigtx.commands.configs import copy_command, explain_command, list_command
+from bigtx.commands.configs import copy_command, explain_command, list_command, show_command
 from bigtx.config.load import load
-from bigtx.config.schema import PretrainConfig
+from bigtx.config.schema import ModelConfig, PretrainConfig
+from bigtx.config.shipped import shipped_configs
+from bigtx.plan.parameters import count_parameters
 from bigtx.utils.errors import ConfigError
+from bigtx.utils.units import format_count
 
 
 @pytest.fixture
 def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "shipped"
     for name, text in {
-        "model/small.yaml": "# Small.\nmodel: {num_layers: 2}\n",
+        "model/large.yaml": "# parameters: 1 with a vocabulary of 4,096: not small.\nmodel: {num_layers: 20}\n",
+        "model/small.yaml": "# parameters: 1 with a vocabulary of 4,096: small; and cheap.\nmodel: {num_layers: 2}\n",
         "pretrain/first.yaml": "# The first run.\nbase: ../model/small.yaml\nseed: 3\n",
     }.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -28,11 +34,39 @@ def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_list(recipes: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert list_command([]) == 0
     shown = capsys.readouterr().out
-    assert "model/small.yaml     Small.\npretrain/first.yaml  The first run.\n" in shown
+    lines = shown.splitlines()
+    assert [line.split()[0] for line in lines[:3]] == ["model/small.yaml", "model/large.yaml", "pretrain/first.yaml"]
+    small, _, first = as_json(capsys, list_command, [])
+    assert small["parameters"] == count_parameters(ModelConfig(num_layers=2, vocab_size=4096)).total
+    assert lines[0] == f"model/small.yaml     {format_count(small['parameters'])}  small"
+    assert (first["about"], first["vocabulary"], first["parameters"]) == ("The first run", 4096, small["parameters"])
+
+
+def test_every_recipe_says_in_a_few_words_what_it_is_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list_command([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and len(lines) == len(shipped_configs()) + 4
+    assert all(recipe["about"] for recipe in as_json(capsys, list_command, []))
+
+
+def test_show(recipes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert show_command(["pretrain/first.yaml"]) == 0
+    assert capsys.readouterr().out == (recipes / "pretrain/first.yaml").read_text()
+    assert show_command(["name=pretrain/first.yaml", "--resolved"]) == 0
+    assert capsys.readouterr().out == "model:\n  num_layers: 2\nseed: 3\n"
+    (tmp_path / "own.yaml").write_text("base: shipped/pretrain/first.yaml\ntrack: {tags: ['12:30', x]}\nseed: 10\n")
+    assert show_command(["own.yaml", "--resolved"]) == 0
+    shown = capsys.readouterr().out
+    assert shown == ("model:\n  num_layers: 2\nseed: 10\ntrack:\n  tags:\n  - '12:30'\n  - x\n")
+    (tmp_path / "resolved.yaml").write_text(shown)
+    configs = [load(PretrainConfig, [name], check=False) for name in ("own.yaml", "resolved.yaml")]
+    assert configs[0] == configs[1]
+    with pytest.raises(ConfigError, match=r"no recipe 'frist'; did you mean pretrain/first\.yaml\?"):
+        show_command(["frist"])
 
 
 def test_a_copy_works_as_the_recipe_does(recipes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert copy_command(["pretrain/first.yaml", "mine"]) == 0
+    assert copy_command(["pretrain/first.yaml", "output=mine"]) == 0
     shown = capsys.readouterr().out
     assert "wrote mine/pretrain/first.yaml" in shown and "wrote mine/model/small.yaml" in shown
     (tmp_path / "mine/model/small.yaml").write_text("model: {num_layers: 3}\n")
@@ -44,7 +78,7 @@ def test_a_copy_works_as_the_recipe_does(recipes: Path, tmp_path: Path, capsys: 
 
 def test_what_copy_says_to_run_names_the_data(recipes: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy_command(["pretrain/first.yaml", "mine"])
-    line = "deepspeed --module bigtx.pretrain mine/pretrain/first.yaml data.sources.mine.path=CORPUS run_dir=runs/mine"
+    line = "bigtx pretrain mine/pretrain/first.yaml data.sources.mine.path=CORPUS run_dir=runs/mine"
     assert line in capsys.readouterr().out
     (recipes / "pretrain/first.yaml").write_text("data: {sources: {web: {path: there}}}\n")
     copy_command(["pretrain/first.yaml", "other"])
@@ -55,7 +89,7 @@ def test_what_copy_says_of_fine_tuning(recipes: Path, capsys: pytest.CaptureFixt
     (recipes / "finetune").mkdir()
     (recipes / "finetune/job.yaml").write_text("# A job.\ntask: classify\n")
     copy_command(["finetune/job.yaml", "mine"])
-    line = "bigtx-finetune mine/finetune/job.yaml base=RUN data.train=FILES run_dir=runs/mine"
+    line = "bigtx finetune mine/finetune/job.yaml base=RUN data.train=FILES run_dir=runs/mine"
     assert line in capsys.readouterr().out
 
 
@@ -64,6 +98,8 @@ def test_copy_refuses(recipes: Path) -> None:
         copy_command(["absent.yaml"])
     with pytest.raises(ConfigError, match=r"did you mean pretrain/first\.yaml\?"):
         copy_command(["frist.yaml"])
+    with pytest.raises(ConfigError, match=r"did you mean model/small\.yaml\?"):
+        copy_command(["small"])
     with pytest.raises(ConfigError, match="is the recipe itself"):
         copy_command(["model/small.yaml", str(recipes)])
     (file := recipes.with_name("a-file")).write_text("precious")
@@ -80,7 +116,7 @@ def test_copy_refuses(recipes: Path) -> None:
             ["train.max_steps=null", "a count (500, 64k, 1.5M, 10B), at least 0, or null", "allow_changes"],
         ),
         ("model.mlp", ["one of swiglu, geglu, geglu_tanh, gelu, gelu_tanh, relu, relu2", "cannot change"]),
-        ("validation.patience", ["fine-tuning (bigtx-finetune)", "It may change when a run is resumed, if"]),
+        ("validation.patience", ["bigtx finetune", "It may change when a run is resumed, if"]),
         ("engine", ["engine.zero_stage=1:", "engine.compile=false:"]),
         ("data.sources", ["data.sources.NAME.path:"]),
         ("data.sources.wiki.weight", ["data.sources.wiki.weight=1.0"]),
@@ -91,6 +127,8 @@ def test_copy_refuses(recipes: Path) -> None:
 def test_explain(key: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert explain_command([key]) == 0
     shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    shown = re.sub(r"\s*\n\s+", " ", shown)
     for word in words:
         assert word in shown, shown
 
@@ -98,6 +136,10 @@ def test_explain(key: str, words: list[str], capsys: pytest.CaptureFixture[str])
 def test_explain_all_and_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert explain_command([]) == 0
     shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    (setting,) = as_json(capsys, explain_command, ["shard_size"])["bigtx data prepare"]
+    assert setting["key"] == "shard_size" and "a size" in setting["type"]
+    assert {"optimizer", "run_dir"} <= {one["key"] for one in as_json(capsys, explain_command, [])["bigtx pretrain"]}
     assert "optimizer: AdamW" in shown and "vocab_size=16384" in shown
     with pytest.raises(ConfigError, match=r"did you mean model\.hidden_size"):
         explain_command(["hiden_size"])

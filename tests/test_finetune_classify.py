@@ -68,7 +68,11 @@ def test_it_learns_and_says_what_it_found(
     base, run_dir = {"decoder": decoder_base, "encoder": encoder_base}[shape], tmp_path / "run"
     said = finetuned(*run_of(base, records, run_dir, f"data.test=[{held_out}]", "train.max_steps=61", *changes))
     assert "new: head.classes.weight" in said and "dropped: " in said
-    assert f"next: bigtx predict {run_dir} --input FILE" in said
+    note = "note: this model cannot be exported to transformers: "
+    for text in (said, (base / "logs" / "rank-00000.log").read_text()):
+        lines = [line for line in text.splitlines() if note in line]
+        assert len(lines) == (shape == "encoder") and all("model.head_transform=false" in line for line in lines)
+    assert f"next: bigtx predict {run_dir} input=FILE" in said
     found = results(run_dir)
     assert found["test"]["accuracy"] > 0.85
     assert found["test"]["records"] == sum(

@@ -152,8 +152,10 @@ def test_what_cannot_be_trained_is_said(base: Path, records: Path, tmp_path: Pat
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_classes_are_not_exported(tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["export", str(tuned), "--to", "hf", "-o", str(tmp_path / "out")]) == 2
-    assert "sorts texts into 2 classes" in capsys.readouterr().err
+def test_classes_are_exported_with_adapters_merged(
+    tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(tuned), "--to", "hf", "-o", str(tmp_path / "hf")]) == 0
+    assert "as LlamaForSequenceClassification: " in capsys.readouterr().out
     assert main(["export", str(tuned), "--to", "peft", "-o", str(tmp_path / "out"), "--base", "x"]) == 2
     assert "beside the adapters head.classes.weight" in capsys.readouterr().err

@@ -169,10 +169,10 @@ def test_an_output_of_something_else_is_left_alone(run: Path, decoder_base: Path
     arguments = ["--input", str(source), "--output", str(output)]
     output.write_text("precious\n")
     done = predict(run, *arguments)
-    assert done.returncode == 2 and "name another --output" in done.stderr and output.read_text() == "precious\n"
+    assert done.returncode == 2 and "name another output" in done.stderr and output.read_text() == "precious\n"
     output.with_name("out.jsonl.about.json").write_text("[1]")
     done = predict(run, *arguments)
-    assert done.returncode == 2 and "name another --output" in done.stderr and output.read_text() == "precious\n"
+    assert done.returncode == 2 and "name another output" in done.stderr and output.read_text() == "precious\n"
     output.unlink()
     assert predict(run, *arguments).returncode == 0
     before = output.read_bytes()
@@ -181,7 +181,7 @@ def test_an_output_of_something_else_is_left_alone(run: Path, decoder_base: Path
     for changes, expected in (
         (["--input", str(others)], "out.jsonl, line 1 is not what bigtx predict makes of"),
         (["--input", str(fewer)], "more lines than the input has records"),
-        (["--too-long", "refuse"], "--too-long truncate"),
+        (["--too-long", "refuse"], "too_long=truncate"),
     ):
         done = predict(run, *arguments, *changes)
         assert done.returncode == 2 and expected in done.stderr, done.stderr
@@ -200,8 +200,8 @@ def test_a_classifier_as_a_base_keeps_its_head_for_the_same_classes_alone(run: P
         run_dir = tmp_path / name
         finetuned(f"base={run}", f"data.train=[{data}]", f"run_dir={run_dir}", "train.max_steps=1")
         link = json.loads((run_dir / "base.json").read_text())
-        assert {"head.classes.weight", "head.classes.bias"} <= set(link["loaded" if is_kept else "new"]), link
-        assert link["dropped"] == ([] if is_kept else ["head.classes.weight", "head.classes.bias"])
+        assert "head.classes.weight" in link["loaded" if is_kept else "new"], link
+        assert link["dropped"] == ([] if is_kept else ["head.classes.weight"])
 
 
 def test_evaluate(run: Path, decoder_base: Path, tmp_path: Path) -> None:

@@ -50,10 +50,11 @@ def test_all_launchers_say_who_they_are_and_leave_no_memory_taken(corpus: Path, 
         f"run_dir={tmp_path / 'two'}",
         "train.max_steps=2",
         ranks=2,
+        launcher=True,
         cwd=tmp_path,
     )
     assert two.returncode == 0, two.stdout + two.stderr
-    assert "deepspeed" in two.stdout and "2 ranks" in two.stdout
+    assert "bigtx: 2 ranks, started by deepspeed; run folder" in two.stdout
     assert set(shared_memory.glob("deepspeed_*")) <= before
     for run in ("one", "two"):
         folder = tmp_path / run
@@ -146,20 +147,6 @@ def test_killed_and_started_again_at_the_other_stages(corpus: Path, tmp_path: Pa
     same_weights(run_dir, straight)
 
 
-def test_sigterm_to_one_rank_saves_and_asks_to_be_run_again(corpus: Path, tmp_path: Path, uninterrupted: Path) -> None:
-    run_dir = tmp_path / "run"
-    process = start_pretrain(*resumable(corpus, run_dir), ranks=2)
-    wait_for(lambda: last_step(run_dir) >= 10, process)
-    os.kill(rank_pids(run_dir)[-1], signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode not in (0, 2), out + err
-    assert "Traceback" not in out + err
-    saved = {path.name for path in (run_dir / "checkpoints").iterdir()}
-    assert f"step-{last_step(run_dir):08d}" in saved
-    assert pretrain(*resumable(corpus, run_dir), ranks=2).returncode == 0
-    assert losses(run_dir) == losses(uninterrupted)
-
-
 def test_ctrl_c_saves_without_a_traceback(corpus: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     arguments = [*resumable(corpus, run_dir), "train.max_steps=100000", "train.log_every=4 steps"]
@@ -173,7 +160,7 @@ def test_ctrl_c_saves_without_a_traceback(corpus: Path, tmp_path: Path) -> None:
     saved = max(path.name for path in (run_dir / "checkpoints").iterdir())
     (end,) = events(run_dir, "end")
     assert (end["status"], f"step-{end['step']:08d}") == ("stopped", saved)
-    # The launcher ends all that its ranks have started; W&B is not among it.
+    # W&B may end later than the ranks, and what they leave behind is ended: not in the middle of this.
     assert events(run_dir, "wandb_error") == [] and len(list((run_dir / "wandb").glob("offline-run-*"))) == 1
     assert "Traceback" not in (run_dir / "logs" / "wandb.log").read_text()
     assert rank_pids(run_dir) == []

@@ -1,7 +1,7 @@
 """`make demo`: from nothing to a trained model, on text that every machine has.
 
 The text is the source code of the running Python's own standard library, without its tests. The demo trains a
-tokenizer, prepares shards, trains a decoder with the deepspeed launcher, and compares the model's bits per byte of
+tokenizer, prepares shards, trains a decoder, and compares the model's bits per byte of
 held-out files with what `xz -9` needs for them. Everything it does is a command that you could type; it prints each.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import lzma
 import os
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from bigtx.utils.hardware import num_gpus
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path(os.environ.get("BIGTX_DEMO_FOLDER", "runs/demo"))
@@ -133,64 +134,36 @@ def choose_prompts(texts: Sequence[str], count: int = 3) -> list[str]:
 
 
 def train(run_dir: Path, prompts: Path) -> None:
-    """Run the deepspeed launcher, and tell the time, the load and the memory that it took."""
-    devices = num_gpus()
-    command = [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
-        "--num_accelerators",
-        str(devices or 2),
-        "--master_port",
-        str(free_port()),
-        "bigtx/pretrain.py",
+    """Run `bigtx pretrain`, and tell the time, the load and the memory that it took."""
+    ranks = num_gpus() or 2
+    arguments = [
+        "pretrain",
         "configs/pretrain/python-stdlib.yaml",
         str(prompts.resolve()),
         f"run_dir={run_dir.resolve()}",
         f"data.sources.stdlib.path={(FOLDER / 'data').resolve()}",
-        f"train.micro_batch_size={max(1, min(8, 16 // (devices or 2)))}",
+        f"train.micro_batch_size={max(1, min(8, 16 // ranks))}",
+        "--ranks",
+        str(ranks),
     ]
-    shown = f"deepspeed --num_accelerators {devices or 2} {' '.join(command[7:])}"
-    print(f"$ {shown}", flush=True)
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    print(f"$ bigtx {' '.join(arguments)}", flush=True)
     load, begin = os.getloadavg()[0], time.monotonic()
-    log = FOLDER / "launcher.log"
-    with open(log, "wb") as errors:  # DeepSpeed's launcher logs to standard error.
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=errors)
-        memory = PeakMemory(process.pid)
-        try:
-            status = process.wait()
-        except KeyboardInterrupt:
-            process.wait()
-            print("interrupted: the ranks save a checkpoint, and `make demo` goes on from there", file=sys.stderr)
-            raise SystemExit(130) from None
+    process = subprocess.Popen([sys.executable, "-m", "bigtx", *arguments], cwd=ROOT)
+    memory = PeakMemory(process.pid)
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        print("interrupted; `make demo` resumes from the checkpoint", file=sys.stderr)
+        raise SystemExit(130) from None
     seconds = time.monotonic() - begin
     print(
         f"training took {seconds / 60:.1f} minutes (load average {load:.1f} before, {os.getloadavg()[0]:.1f} after, "
         f"{os.cpu_count()} cores); peak memory of all its processes {memory.peak_gib():.2f} GiB"
     )
     if status:
-        print(*log.read_text(encoding="utf-8", errors="replace").splitlines()[-12:], sep="\n", file=sys.stderr)
-        print(
-            f"training ended with status {status}; see {log} and {run_dir}/logs. "
-            "`make demo` goes on from its last checkpoint.",
-            file=sys.stderr,
-        )
+        print(f"training ended with status {status}; `make demo` resumes from its last checkpoint", file=sys.stderr)
         raise SystemExit(status)
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def num_gpus() -> int:
-    """Accelerators that torch can use."""
-    import torch
-
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 class PeakMemory:

@@ -1,44 +1,107 @@
-"""`bigtx configs list | copy | explain`: the recipes that come with bigtx, and what each setting means."""
+"""`bigtx configs list | show | copy | explain`: the recipes that come with bigtx, and what each setting means."""
 
 from __future__ import annotations
 
-import argparse
-import difflib
+import dataclasses
 import re
 import shutil
-import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from bigtx.config.load import base_files, load
-from bigtx.config.schema import FinetuneConfig, PrepareConfig, PretrainConfig, RunConfig, TokenizerTrainConfig
+from bigtx.config.load import base_files, load, resolved_files
+from bigtx.config.schema import (
+    FinetuneConfig,
+    ModelConfig,
+    PrepareConfig,
+    PretrainConfig,
+    RunConfig,
+    TokenizerTrainConfig,
+)
 from bigtx.config.settings import Setting, describe_type, find, members, similar_keys
-from bigtx.config.shipped import shipped_configs, shipped_folder
+from bigtx.config.shipped import LISTED, find_config, shipped_configs, shipped_folder, similar_configs
+from bigtx.plan.parameters import count_parameters
+from bigtx.utils import shell
+from bigtx.utils.arguments import Arguments, wrapped
 from bigtx.utils.errors import ConfigError
+from bigtx.utils.log import say, say_json
 from bigtx.utils.shell import command
+from bigtx.utils.units import format_count
 
 SCHEMAS: dict[str, type] = {
-    "pretraining (bigtx/pretrain.py)": PretrainConfig,
-    "fine-tuning (bigtx-finetune)": FinetuneConfig,
+    "bigtx pretrain": PretrainConfig,
+    "bigtx finetune": FinetuneConfig,
     "bigtx tokenizer train": TokenizerTrainConfig,
     "bigtx data prepare": PrepareConfig,
 }
+KINDS: dict[str, tuple[type, ...]] = {
+    "data": (TokenizerTrainConfig, PrepareConfig),
+    "model": (PretrainConfig,),
+    "pretrain": (PretrainConfig,),
+    "finetune": (FinetuneConfig,),
+}
+"""The recipes' folders in the order of use, and what may read the files of each."""
 CHANGES = {
     "free": "may change when a run is resumed",
     "by_name": "may change when a run is resumed, if allow_changes names it",
     "never": "cannot change within a run",
 }
+_SIZE = re.compile(r"# parameters: [\d,]+ with a vocabulary of (?P<vocabulary>[\d,]+)")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A file of settings that comes with bigtx.
+
+    Attributes:
+        about: what it is for, in a few words.
+        vocabulary: ids that `parameters` is counted with, as the data decides how many there are.
+        parameters: of its model; None where it has none of its own.
+    """
+
+    name: str
+    about: str
+    vocabulary: int | None
+    parameters: int | None
 
 
 def list_command(argv: Sequence[str]) -> int:
-    """Print the recipes, each with the first line of its comment."""
-    parser = argparse.ArgumentParser(prog="bigtx configs list", description="The recipes that come with bigtx.")
-    parser.parse_args(argv)
-    names = shipped_configs()
-    width = max(map(len, names), default=0) + 2
-    for name in names:
-        print(f"{name:<{width}}{_headline(shipped_folder() / name)}".rstrip())
-    print("\nUse one by its name, or copy it to change it: bigtx configs copy NAME")
+    """Print the recipes by kind and size, with what each is for."""
+    parser = Arguments(prog="bigtx configs list", description="The recipes that come with bigtx.")
+    parser.add_json()
+    as_json = parser.parse_args(argv).json
+    recipes = sorted(map(_recipe, shipped_configs()), key=_kind_and_size)
+    if as_json:
+        say_json([dataclasses.asdict(recipe) for recipe in recipes])
+        return 0
+    width = max((len(recipe.name) for recipe in recipes), default=0)
+    for recipe in recipes:
+        size = format_count(recipe.parameters) if recipe.parameters else ""
+        say(f"{recipe.name:<{width}}  {size:>5}  {recipe.about}".rstrip())
+    say()
+    say(
+        wrapped("The size is in parameters, with the vocabulary that the file names. No size: the model is the base's.")
+    )
+    say("Use one by its name, or copy it to change it: bigtx configs copy NAME")
+    return 0
+
+
+def show_command(argv: Sequence[str]) -> int:
+    """Print a recipe's YAML, or all that it and the files it builds on set.
+
+    Raises:
+        ConfigError: no such recipe or file.
+    """
+    parser = Arguments(prog="bigtx configs show", description="Print a recipe, or a file of your own.")
+    parser.add_argument("name", metavar="NAME", help="a recipe of `bigtx configs list`, or a file")
+    parser.add_argument("--resolved", action="store_true", help="with the settings of the files that it builds on")
+    options = parser.parse_args(argv)
+    path = find_config(options.name)
+    if path is None:
+        raise _no_recipe(options.name)
+    text = resolved_files(path) if options.resolved else path.read_text(encoding="utf-8")
+    say(text.rstrip("\n"))
     return 0
 
 
@@ -48,21 +111,19 @@ def copy_command(argv: Sequence[str]) -> int:
     Raises:
         ConfigError: no such recipe, or another file stands in the way.
     """
-    parser = argparse.ArgumentParser(
-        prog="bigtx configs copy", description="Copy a recipe and the files that it builds on."
-    )
-    parser.add_argument("name", help="a recipe of `bigtx configs list`")
-    parser.add_argument("folder", nargs="?", default="configs", help="where to (default: configs)")
+    parser = Arguments(prog="bigtx configs copy", description="Copy a recipe and the files that it builds on.")
+    parser.add_argument("name", metavar="NAME", help="a recipe of `bigtx configs list`")
+    parser.add_argument("output", metavar="FOLDER", nargs="?", default="configs", help="where to (configs)")
     options = parser.parse_args(argv)
     recipe, root = options.name.removeprefix("configs/"), shipped_folder().resolve()
     if recipe not in shipped_configs():
-        raise ConfigError(f"no recipe {options.name!r}{_did_you_mean(recipe)}")
-    copies = {path: Path(options.folder) / path.relative_to(root) for path in base_files(root / recipe)}
+        raise _no_recipe(options.name)
+    copies = {path: Path(options.output) / path.relative_to(root) for path in base_files(root / recipe)}
     for source, target in copies.items():
         if target.exists() and (target.samefile(source) or target.read_bytes() != source.read_bytes()):
             what = "is the recipe itself" if target.samefile(source) else "is there already, with other content"
             raise ConfigError(
-                f"{target} {what}; name another folder: {command('bigtx', 'configs', 'copy', recipe)} FOLDER"
+                f"{target} {what}; name another folder: {command('bigtx', 'configs', 'copy', recipe)} output=FOLDER"
             )
     for source, target in copies.items():
         try:
@@ -71,27 +132,52 @@ def copy_command(argv: Sequence[str]) -> int:
         except OSError as error:
             raise ConfigError(f"{target} cannot be written: {error.strerror}; name another folder") from error
         print(f"wrote {target}")
-    copy = command(Path(options.folder) / recipe)
+    copy = command(Path(options.output) / recipe)
     if recipe.startswith("finetune/"):
         config = load(FinetuneConfig, [str(root / recipe)], check=False)
         given = " base=RUN" * (config.base is None and config.tokenizer is None)
         given += " data.train=FILES" * (not config.data.train)
-        print(f"\nEdit it, then run: bigtx-finetune {copy}{given} run_dir=runs/mine")
+        print(f"\nEdit it, then run: bigtx finetune {copy}{given} run_dir=runs/mine")
     if recipe.startswith("pretrain/"):
         has_data = load(PretrainConfig, [str(root / recipe)], check=False).data.sources
         given = "" if has_data else "data.sources.mine.path=CORPUS "
-        print(f"\nEdit it, then run: deepspeed --module bigtx.pretrain {copy} {given}run_dir=runs/mine")
+        print(f"\nEdit it, then run: bigtx pretrain {copy} {given}run_dir=runs/mine")
         if given:
             print("CORPUS is the output folder of a `bigtx data prepare`.")
     return 0
 
 
-def _did_you_mean(name: str) -> str:
-    # By the file's name alone: most people type only that.
-    recipes = shipped_configs()
-    similar = difflib.get_close_matches(Path(name).name, {Path(recipe).name for recipe in recipes}, 3, 0.75)
-    best = [recipe for recipe in recipes if Path(recipe).name in similar[:1]]
-    return f"; did you mean {' or '.join(best)}?" if best else "; `bigtx configs list` shows them"
+def _no_recipe(name: str) -> ConfigError:
+    similar = similar_configs(name)
+    return ConfigError(f"no recipe {name!r}{f'; did you mean {_either(similar)}?' if similar else LISTED}")
+
+
+def _either(names: Sequence[str]) -> str:
+    return " or ".join(names)
+
+
+def _kind_and_size(recipe: Recipe) -> tuple[int, int, str]:
+    folder = recipe.name.partition("/")[0]
+    order = list(KINDS).index(folder) if folder in KINDS else len(KINDS)
+    return order, recipe.parameters or 0, recipe.name
+
+
+def _recipe(name: str) -> Recipe:
+    path = shipped_folder() / name
+    lines = path.read_text(encoding="utf-8").splitlines()
+    sizes = [_SIZE.match(line) for file in base_files(path) for line in file.read_text(encoding="utf-8").splitlines()]
+    vocabulary = next((int(size["vocabulary"].replace(",", "")) for size in sizes if size), None)
+    parameters = None
+    if vocabulary is not None:
+        model: ModelConfig = load(KINDS[name.partition("/")[0]][0], [str(path)], check=False).model
+        parameters = count_parameters(dataclasses.replace(model, vocab_size=vocabulary)).total
+    return Recipe(name, _about(lines[0] if lines else ""), vocabulary, parameters)
+
+
+def _about(line: str) -> str:
+    """What a recipe's first line says that it is for: the words before the first sign that ends a clause."""
+    text = re.sub(_SIZE.pattern + ": ", "", line).removeprefix("#").strip()
+    return re.split(r"[:;]|\.$", text)[0]
 
 
 def explain_command(argv: Sequence[str]) -> int:
@@ -100,64 +186,75 @@ def explain_command(argv: Sequence[str]) -> int:
     Raises:
         ConfigError: no schema has the key.
     """
-    parser = argparse.ArgumentParser(
-        prog="bigtx configs explain", description="What a setting means, its type and its default."
+    parser = Arguments(prog="bigtx configs explain", description="What a setting means, its type and its default.")
+    parser.add_argument(
+        "key", metavar="KEY", nargs="?", help="a setting or a section, e.g. train.max_steps or model (all)"
     )
-    parser.add_argument("key", nargs="?", help="a setting or a section, e.g. train.max_steps or model; all if left out")
-    key = parser.parse_args(argv).key
-    found = 0
-    for title, schema in SCHEMAS.items():
-        setting = find(schema, key) if key else None
-        if key and setting is None:
-            continue
-        found += 1
-        print(f"{'' if found == 1 else chr(10)}{title}")
-        if setting is None or setting.section:
-            section = schema if setting is None else setting.section
-            assert section is not None
-            print(textwrap.indent(_section_text(section, setting), "  "))
-        else:
-            print(textwrap.indent(_setting_text(setting, schema), "  "))
-    if not found:
-        similar = [name for schema in SCHEMAS.values() for name in similar_keys(schema, key)]
+    parser.add_json()
+    options = parser.parse_args(argv)
+    found = {title: find(schema, options.key) if options.key else None for title, schema in SCHEMAS.items()}
+    if options.key and not any(found.values()):
+        similar = [name for schema in SCHEMAS.values() for name in similar_keys(schema, options.key)]
         hint = (
-            f"; did you mean {' or '.join(dict.fromkeys(similar))}?"
-            if similar
-            else "; `bigtx configs explain` shows all"
+            f"did you mean {_either(list(dict.fromkeys(similar)))}?" if similar else "`bigtx configs explain` has all"
         )
-        raise ConfigError(f"no setting {key!r}{hint}")
+        raise ConfigError(f"no setting {options.key!r}; {hint}")
+    shown = {title: setting for title, setting in found.items() if setting is not None or not options.key}
+    if options.json:
+        facts = {title: [_facts(one) for one in _settings(SCHEMAS[title], setting)] for title, setting in shown.items()}
+        say_json(facts)
+        return 0
+    for number, (title, setting) in enumerate(shown.items()):
+        say(f"{chr(10) if number else ''}{title}")
+        section = SCHEMAS[title] if setting is None else setting.section
+        lines = _section_lines(section, setting) if section or setting is None else _lines(setting, SCHEMAS[title])
+        for line, indent in lines:
+            say(wrapped(line, " " * indent, "  ").rstrip())
     return 0
 
 
-def _headline(path: Path) -> str:
-    match = re.match(r"#\s*(.*)", path.read_text(encoding="utf-8"))
-    return match[1] if match else ""
+def _settings(schema: type, setting: Setting | None) -> list[Setting]:
+    """A setting, or those of a section."""
+    if setting is None:
+        return list(members(schema).values())
+    if setting.section is None:
+        return [setting]
+    return list(members(setting.section, f"{setting.key}.", setting.change).values())
 
 
-def _section_text(section: type, setting: Setting | None) -> str:
+def _facts(setting: Setting) -> dict[str, Any]:
+    section = setting.section is not None
+    return {
+        "key": setting.key,
+        "default": None if section else setting.default,
+        "type": describe_type(setting),
+        "resume": setting.change,
+        "meaning": (setting.section.__doc__ or "").strip() if setting.section else setting.doc,
+    }
+
+
+def _section_lines(section: type | None, setting: Setting | None) -> Iterator[tuple[str, int]]:
+    """Lines, and how far those that they are broken into are moved to the right."""
+    assert section is not None
+    for line in (section.__doc__ or "").strip().splitlines():
+        yield line.strip(), 2
+    yield "", 2
     prefix, change = (f"{setting.key}.", setting.change) if setting else ("", "never")
-    lines = [(section.__doc__ or "").strip(), ""]
     for member in members(section, prefix, change).values():
-        if member.section:
-            lines.append(f"{member.key}: {(member.section.__doc__ or '').strip()}")
-        else:
-            lines.append(f"{member.key}={_show(member.default)}: {member.doc}")
-    return "\n".join(lines)
+        about = (member.section.__doc__ or "").strip() if member.section else member.doc
+        yield f"{member.key if member.section else _default(member)}: {about}", 6
 
 
-def _setting_text(setting: Setting, schema: type) -> str:
-    lines = [f"{setting.key}={_show(setting.default)}", setting.doc, f"Write {describe_type(setting)}."]
+def _lines(setting: Setting, schema: type) -> Iterator[tuple[str, int]]:
+    yield _default(setting), 2
+    yield setting.doc, 2
+    yield f"Write {describe_type(setting)}.", 2
     if setting.named_section:
-        lines += [
-            f"  {member.key}: {member.doc}"
-            for member in members(setting.named_section, f"{setting.key}.NAME.").values()
-        ]
+        for member in members(setting.named_section, f"{setting.key}.NAME.").values():
+            yield f"{member.key}: {member.doc}", 6
     if issubclass(schema, RunConfig):
-        lines.append(f"It {CHANGES[setting.change]}.")
-    return "\n".join(lines)
+        yield f"It {CHANGES[setting.change]}.", 2
 
 
-def _show(default: object) -> str:
-    if default is None:
-        return "null"
-    return str(default).lower() if isinstance(default, bool) else str(default)
+def _default(setting: Setting) -> str:
+    return f"{setting.key}={shell.written(setting.default)}"

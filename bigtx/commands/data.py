@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
-import json
+import dataclasses
 import re
 from collections.abc import Sequence
 
-from bigtx.config.load import PRINT_CONFIG, parse_command_line, to_yaml
+from bigtx.config.load import parse_command_line
+from bigtx.config.options import JSON, PRINT_CONFIG
 from bigtx.config.schema import PrepareConfig
+from bigtx.config.validate import SPLITS
+from bigtx.utils.arguments import Arguments, take
 from bigtx.utils.errors import ConfigError
-from bigtx.utils.log import say
+from bigtx.utils.log import said_aside, say, say_json
 
-PART = "--part"
-FLAGS = PRINT_CONFIG | {
-    "--dry-run": "estimate tokens, time and disk from a sample, and end",
-    PART: "i/n: tokenize only the i-th of n shares; `bigtx data merge` makes the corpus of them",
+PART = "part"
+FLAGS = PRINT_CONFIG | {"--dry-run": "estimate tokens, time and disk from a sample, and end"} | JSON
+ABOUT_PART = {
+    f"{PART}=I/N": "tokenize only the I-th of N shares; `bigtx data merge` makes the corpus of them",
 }
 
 
@@ -27,107 +29,116 @@ def prepare_command(argv: Sequence[str]) -> int:
         rest,
         program="bigtx data prepare",
         flags=FLAGS,
+        others=ABOUT_PART,
         example="input.paths=my/texts tokenizer=my/tokenizer output=my/corpus",
     )
-    if parsed.print_config:
-        say(to_yaml(parsed.config).rstrip())
-        return 0
     # Heavy imports wait until the config is known to be good.
     from bigtx.data.prepare.estimate import estimate
     from bigtx.data.prepare.job import PartReport, prepare
-    from bigtx.data.prepare.report import describe_part, describe_report
+    from bigtx.data.prepare.report import describe_part, describe_report, facts
 
     if parsed.dry_run:
-        for line in estimate(parsed.config).lines():
+        with said_aside(parsed.json):
+            sampled = estimate(parsed.config)
+        if parsed.json:
+            say_json(sampled.facts())
+            return 0
+        for line in sampled.lines():
             say(line)
         return 0
     try:
-        report = prepare(parsed.config, part)
+        with said_aside(parsed.json):
+            report = prepare(parsed.config, part)
     except KeyboardInterrupt:
         say("Interrupted. Nothing is lost: the same command goes on from here.")
         raise
+    if parsed.json:
+        say_json(facts(report))
+        return 0
     for line in describe_part(report) if isinstance(report, PartReport) else describe_report(report):
         say(line)
     return 0
 
 
 def _take_part(argv: Sequence[str]) -> tuple[tuple[int, int], list[str]]:
-    """`--part i/n` of a command line, (1, 1) without, and what else there is.
+    """`part=I/N` of a command line, (1, 1) without, and what else there is.
 
     Raises:
         ConfigError: it names no part.
     """
-    rest: list[str] = []
-    written: str | None = None
-    arguments = iter(argv)
-    for argument in arguments:
-        if argument == PART:
-            written = next(arguments, "")
-        elif argument.startswith(f"{PART}="):
-            written = argument.partition("=")[2]
-        else:
-            rest.append(argument)
+    written, rest = take(argv, PART)
     if written is None:
         return (1, 1), rest
     match = re.fullmatch(r"(\d+)/(\d+)", written)
     number, count = map(int, match.groups()) if match else (0, 0)
     if not 1 <= number <= count or count < 2:
-        raise ConfigError(f"{PART} {written}: write it as i/n with 1 <= i <= n and n at least 2, e.g. {PART} 2/4")
+        raise ConfigError(f"{PART}={written}: write it as I/N with 1 <= I <= N and N at least 2, e.g. {PART}=2/4")
     return (number, count), rest
 
 
 def merge_command(argv: Sequence[str]) -> int:
     """Make one corpus of the parts of a preparation."""
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="bigtx data merge",
-        description="Make one corpus of the parts that `bigtx data prepare ... --part i/n` tokenized.",
+        description="Make one corpus of the parts that `bigtx data prepare ... part=I/N` tokenized.",
     )
-    parser.add_argument("output", help="the `output` that the parts were given")
-    parser.add_argument("--processes", type=int, default=0, help="0 (the default) uses every core")
+    parser.add_argument("output", metavar="OUTPUT", help="the `output` that the parts were given")
+    parser.add_argument("--processes", metavar="N", type=int, default=0, help="0 (the default) uses every core")
+    parser.add_json()
     options = parser.parse_args(argv)
     from bigtx.data.prepare.job import merge
-    from bigtx.data.prepare.report import describe_report
+    from bigtx.data.prepare.report import describe_report, facts
 
-    for line in describe_report(merge(options.output, options.processes)):
+    with said_aside(options.json):
+        report = merge(options.output, options.processes)
+    if options.json:
+        say_json(facts(report))
+        return 0
+    for line in describe_report(report):
         say(line)
     return 0
 
 
 def inspect_command(argv: Sequence[str]) -> int:
     """Show a prepared corpus."""
-    from bigtx.data.corpus.inspect import describe
-    from bigtx.data.corpus.manifest import SPLITS
-    from bigtx.data.storage.places import as_place
-
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="bigtx data inspect",
         description="Show a prepared corpus: its shards, counts, lengths and decoded samples.",
     )
     _add_corpus(parser)
-    parser.add_argument("--samples", type=int, default=3, help="documents to decode (default: 3)")
-    parser.add_argument("--split", choices=SPLITS, default="train", help="which split to look into (default: train)")
-    parser.add_argument("--seed", type=int, default=0, help="chooses the samples (default: 0)")
+    parser.add_argument("--samples", metavar="N", type=int, default=3, help="documents to decode (3)")
+    parser.add_argument("--split", choices=SPLITS, default="train", help="which split to look into (train)")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="chooses the samples (0)")
+    parser.add_json()
     options = parser.parse_args(argv)
-    for line in describe(as_place(options.corpus), split=options.split, num_samples=options.samples, seed=options.seed):
+    from bigtx.data.corpus import inspect
+    from bigtx.data.storage.places import as_place
+
+    place = as_place(options.corpus)
+    chosen = {"split": options.split, "num_samples": options.samples, "seed": options.seed}
+    if options.json:
+        say_json(inspect.facts(place, **chosen))
+        return 0
+    for line in inspect.describe(place, **chosen):
         say(line)
     return 0
 
 
 def stats_command(argv: Sequence[str]) -> int:
     """Show the figures of a prepared corpus."""
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="bigtx data stats",
         description="Show a prepared corpus in figures: documents and tokens, by source and language, and lengths.",
     )
     _add_corpus(parser)
-    parser.add_argument("--json", action="store_true", help="print them as JSON")
+    parser.add_json()
     options = parser.parse_args(argv)
     from bigtx.data.corpus import stats
     from bigtx.data.storage.places import as_place
 
     place = as_place(options.corpus)
     if options.json:
-        say(json.dumps(stats.statistics(place), indent=2, ensure_ascii=False))
+        say_json(stats.statistics(place))
         return 0
     for line in stats.describe_statistics(place):
         say(line)
@@ -136,20 +147,27 @@ def stats_command(argv: Sequence[str]) -> int:
 
 def verify_command(argv: Sequence[str]) -> int:
     """Read all of a prepared corpus to see that it is what was written."""
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="bigtx data verify",
         description="Read all of a prepared corpus and compare it with its hashes, its block table and its tokenizer.",
     )
     _add_corpus(parser)
-    parser.add_argument("--processes", type=int, default=0, help="0 (the default) uses every core")
+    parser.add_argument("--processes", metavar="N", type=int, default=0, help="0 (the default) uses every core")
+    parser.add_json()
     options = parser.parse_args(argv)
     from bigtx.data.corpus import verify
     from bigtx.data.storage.places import as_place
 
     place = as_place(options.corpus)
-    say(verify.describe(place, verify.verify(place, options.processes)))
+    with said_aside(options.json):
+        result = verify.verify(place, options.processes)
+    if options.json:
+        say_json({"corpus": str(place)} | dataclasses.asdict(result))
+    outcome = verify.describe(place, result)
+    if not options.json:
+        say(outcome)
     return 0
 
 
-def _add_corpus(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("corpus", help="a folder written by `bigtx data prepare`, or the URL of one")
+def _add_corpus(parser: Arguments) -> None:
+    parser.add_argument("corpus", metavar="CORPUS", help="a folder written by `bigtx data prepare`, or the URL of one")

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bigtx.utils.arguments import Arguments
 from bigtx.utils.errors import CheckpointError, ConfigError
 from bigtx.utils.log import say
 from bigtx.utils.shell import command, settings
 from bigtx.utils.units import format_count, format_size, parse_size
 
 if TYPE_CHECKING:
-    from bigtx.config.schema import ModelConfig
+    from bigtx.config.schema import RunConfig
     from bigtx.interop.exporter import Exported, ExportSettings
     from bigtx.interop.verify import Verdict
     from bigtx.tokenizer.tokenizer import Tokenizer
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 def import_command(argv: Sequence[str]) -> int:
     """Make a run of a Hugging Face model, and say what became of it."""
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="bigtx import",
         description="Make a run of a model in Hugging Face's layout, to generate with, to train on and to fine-tune. "
         "Nothing in the folder is executed.",
@@ -49,6 +50,12 @@ def import_command(argv: Sequence[str]) -> int:
         say(f"Dropped, as the model does not need them: {_listed(made.dropped)}")
     say(f"{made.tokenizer.vocab_size:,} token ids, {config.vocab_size:,} rows in the vocabulary")
     say(f"Wrote {made.checkpoint}")
+    if config.num_classes is not None:
+        say(f"It sorts texts into {config.num_classes:,} classes; their names are in {run / 'config.yaml'}")
+        say(f"Next: {command('bigtx', 'predict', run, '--input', 'FILE')}")
+        tuning = {"base": run, "data.train": "FILES", "run_dir": "runs/next", "train.epochs": 3}
+        say(f"To train on: {command('bigtx', 'finetune', run / 'config.yaml')} {settings(tuning)}")
+        return 0
     if config.shape == "decoder":
         say(f"Next: {command('bigtx', 'generate', run, '--prompt', 'Once upon a time')}")
     prepare = settings({"input.paths": "TEXTS", "tokenizer": run / "tokenizer", "output": "CORPUS"})
@@ -71,12 +78,13 @@ def export_command(argv: Sequence[str]) -> int:
         raise ConfigError("--base is for --to peft: what --to hf writes stands by itself; leave it out")
     shard_bytes = _shard_bytes(options.max_shard_size)
     from bigtx.engine.trained import find_with_tokenizer
+
+    checkpoint, run, tokenizer = find_with_tokenizer(options.run)  # Before torch is imported.
     from bigtx.interop.exporter import ExportSettings, export_model
     from bigtx.interop.verify import require_transformers
 
     if not options.no_verify:
         require_transformers()
-    checkpoint, run, tokenizer = find_with_tokenizer(options.run)
     settings = ExportSettings(
         dtype=options.dtype,
         weights=options.weights,
@@ -87,23 +95,21 @@ def export_command(argv: Sequence[str]) -> int:
     made = export_model(checkpoint, run, tokenizer, options.output, settings)
     size = format_size(sum(made.files.values()))
     say(
-        f"{checkpoint} as {made.family.architecture}: {made.num_tensors:,} tensors, "
+        f"{checkpoint} as {made.architecture}: {made.num_tensors:,} tensors, "
         f"{format_count(made.num_parameters)} parameters in {options.dtype}, {size} in {_files(len(made.files))}"
     )
     if options.no_verify:
         say(f"Wrote {made.folder}; it was not compared with transformers (--no-verify)")
     else:
         say(f"Wrote {made.folder}. Loading it with transformers, to compare")
-        _compare(made, checkpoint, run.model, tokenizer, settings)
-    say(f"Next, in Python: transformers.{made.family.auto_class}.from_pretrained({str(made.folder)!r})")
+        _compare(made, checkpoint, run, tokenizer, settings)
+    say(f"Next, in Python: transformers.{made.auto_class}.from_pretrained({str(made.folder)!r})")
     return 0
 
 
 def _export_adapters(options: argparse.Namespace) -> int:
     """Write a run's adapters for PEFT and compare, where the model that they stand on is here."""
     from bigtx.engine.trained import find_with_tokenizer
-    from bigtx.interop.adapters import export_adapters
-    from bigtx.interop.verify import require_peft
 
     if options.base is None:
         raise ConfigError(
@@ -112,10 +118,13 @@ def _export_adapters(options: argparse.Namespace) -> int:
         )
     if options.dtype != "fp32" or options.license is not None:
         raise ConfigError("--dtype and --license are for --to hf; adapters are written in fp32, without a card")
+    checkpoint, run, tokenizer = find_with_tokenizer(options.run)  # Before torch is imported.
+    from bigtx.interop.adapters import export_adapters
+    from bigtx.interop.verify import require_peft
+
     is_here = Path(options.base).is_dir()
     if is_here and not options.no_verify:
         require_peft()
-    checkpoint, run, tokenizer = find_with_tokenizer(options.run)
     made = export_adapters(
         checkpoint, run, options.output, base=options.base, weights=options.weights, family_name=options.family
     )
@@ -133,20 +142,18 @@ def _export_adapters(options: argparse.Namespace) -> int:
         base = Path(options.base)
         _judge(
             made.folder,
-            verify_adapters(made.folder, base, made.family, checkpoint, run.model, tokenizer, options.weights),
+            verify_adapters(made.folder, base, made.family, checkpoint, run, tokenizer, options.weights),
         )
     say(f"Next, in Python: peft.PeftModel.from_pretrained(model, {str(made.folder)!r})")
     return 0
 
 
-def _compare(
-    made: Exported, checkpoint: Path, config: ModelConfig, tokenizer: Tokenizer, settings: ExportSettings
-) -> None:
+def _compare(made: Exported, checkpoint: Path, run: RunConfig, tokenizer: Tokenizer, settings: ExportSettings) -> None:
     from bigtx.interop.verify import verify
 
     _judge(
         made.folder,
-        verify(made.folder, made.family, checkpoint, config, tokenizer, settings),
+        verify(made.folder, made.family, checkpoint, run, tokenizer, settings),
         "The same token ids, and ",
     )
 
@@ -163,13 +170,13 @@ def _judge(folder: Path, verdict: Verdict, also: str = "") -> None:
             f"{'; '.join(verdict.problems)}. It is left as it is, to look into"
         )
     say(
-        f"{also}{verdict.num_logits:,} logits of random tokens {'that ' if also else ''}differ by at most "
+        f"{also}{verdict.num_logits:,} logits of {verdict.inputs} {'that ' if also else ''}differ by at most "
         f"{verdict.difference:.1e} of the largest"
     )
 
 
-def _export_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _export_parser() -> Arguments:
+    parser = Arguments(
         prog="bigtx export",
         description="Write a run's checkpoint as a folder that transformers loads without bigtx's code, adapters "
         "merged, or its adapters alone for PEFT; then load it so and compare ids and logits.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -15,17 +14,21 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bigtx.config.load import PRINT_CONFIG, parse_command_line, to_yaml
+from bigtx.config.load import parse_command_line
+from bigtx.config.options import JSON, PRINT_CONFIG
 from bigtx.config.schema import TokenizerTrainConfig
 from bigtx.data.prepare.recipe import describe_inputs
 from bigtx.data.raw.files import describe_passed_over
 from bigtx.data.raw.read import InputFile, Rejects, list_files, read_documents
 from bigtx.tokenizer import report
+from bigtx.tokenizer.huggingface_model import SENTENCEPIECE_NAMES, TOKENIZER_CONFIG
 from bigtx.tokenizer.sample import draw_sample
 from bigtx.tokenizer.tokenizer import DESCRIPTION, Tokenizer
 from bigtx.tokenizer.train import check, train_on_sample
+from bigtx.utils.arguments import Arguments
 from bigtx.utils.errors import ConfigError, DataError
 from bigtx.utils.files import open_file, write_json
+from bigtx.utils.log import said_aside, say_json
 from bigtx.utils.shell import command
 from bigtx.utils.staging import new_folder, refuse_filled
 from bigtx.utils.units import format_size
@@ -42,29 +45,39 @@ def train_command(argv: Sequence[str]) -> int:
         TokenizerTrainConfig,
         argv,
         program="bigtx tokenizer train",
-        flags=PRINT_CONFIG,
+        flags=PRINT_CONFIG | JSON,
         example="input.paths=my/texts output=my/tokenizer vocab_size=16k",
     )
-    config = parsed.config
-    if parsed.print_config:
-        print(to_yaml(config), end="")
-        return 0
-    check(config)
-    _refuse_unusable(config.output)
+    check(parsed.config)
+    _refuse_unusable(parsed.config.output)
+    with said_aside(parsed.json):
+        facts = _train(parsed.config, [item for item in argv if item.startswith("input.")])
+    if parsed.json:
+        say_json(facts)
+    return 0
+
+
+def _train(config: TokenizerTrainConfig, input_settings: Sequence[str]) -> dict[str, Any]:
+    """Train a tokenizer, or find that it is there, and say what it does.
+
+    Args:
+        input_settings: as they were written, for the next command.
+
+    Returns:
+        The result as plain data.
+    """
     begin = time.perf_counter()
     passed_over: Counter[str] = Counter()
     files = list_files(config.input, passed_over)
     recipe = _recipe(config, files)
-    same_input = [item for item in argv if item.startswith("input.")]
-    prepare = command("bigtx", "data", "prepare", *same_input, f"tokenizer={config.output}", "output=FOLDER")
-    next_line = f"Next: {prepare}"
+    prepare = command("bigtx", "data", "prepare", *input_settings, f"tokenizer={config.output}", "output=FOLDER")
     if (Path(config.output) / DESCRIPTION).exists():
         tokenizer = _same_as_trained(config.output, recipe)
         print(
             f"{config.output} is trained already, with these settings and this input; nothing to do "
-            f"({tokenizer.vocab_size:,} ids, fingerprint {tokenizer.fingerprint[:12]}).\n{next_line}"
+            f"({tokenizer.vocab_size:,} ids, fingerprint {tokenizer.fingerprint[:12]}).\nNext: {prepare}"
         )
-        return 0
+        return report.facts(tokenizer, config.output) | {"reused": True}
     print(f"Reading {_number(len(files), 'file')}, {format_size(sum(file.size for file in files))}")
     for line in describe_passed_over(passed_over):
         print(line)
@@ -83,36 +96,50 @@ def train_command(argv: Sequence[str]) -> int:
     print(f"\nHard texts:\n{report.examples(tokenizer)}")
     if remark := report.remark_on_size(tokenizer, measures, sample.num_bytes):
         print(f"\n{remark}")
+    seconds = time.perf_counter() - begin
     print(
-        f"\n{tokenizer.vocab_size:,} ids in {time.perf_counter() - begin:.0f} s: {config.output} "
-        f"(fingerprint {tokenizer.fingerprint[:12]})\n"
-        f"{next_line}"
+        f"\n{tokenizer.vocab_size:,} ids in {seconds:.0f} s: {config.output} "
+        f"(fingerprint {tokenizer.fingerprint[:12]})\nNext: {prepare}"
     )
-    return 0
+    read = {"documents": sample.num_documents, "bytes": sample.num_bytes, "learned_bytes": sample.training_bytes}
+    held_out = measures.facts() | {"held_out": bool(sample.held_out)}
+    return report.facts(tokenizer, config.output) | {
+        "reused": False,
+        "read": read,
+        "measured": held_out,
+        "seconds": seconds,
+    }
 
 
 def import_command(argv: Sequence[str]) -> int:
     """Take over a tokenizer that was made elsewhere."""
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="bigtx tokenizer import",
         description="Take over a tokenizer made elsewhere, its ids as they are.",
     )
     parser.add_argument(
-        "path", type=Path, help="a sentencepiece .model file, or a Hugging Face tokenizer.json or its folder"
+        "path",
+        metavar="PATH",
+        type=Path,
+        help="a sentencepiece .model file, or a Hugging Face tokenizer.json or its folder",
     )
-    parser.add_argument("-o", "--output", required=True, help="folder of the tokenizer")
+    parser.add_argument("-o", "--output", metavar="FOLDER", required=True, help="folder of the tokenizer")
+    parser.add_json()
     options = parser.parse_args(argv)
     if (Path(options.output) / DESCRIPTION).exists():
         raise _already_there(options.output)
     _refuse_unusable(options.output)
     tokenizer = _bring(options.path)
     _save(tokenizer, options.output)
+    changed = [name for name, text in report.HARD_TEXTS.items() if tokenizer.decode(tokenizer.encode(text)) != text]
+    if options.json:
+        say_json(report.facts(tokenizer, options.output) | {"loses_something_of": changed})
+        return 0
     print(
         f"{tokenizer.vocab_size:,} ids ({tokenizer.kind}): {options.output} (fingerprint {tokenizer.fingerprint[:12]})"
     )
     print(f"Special ids: {report.special_line(tokenizer)}")
     print(f"Around texts: {report.template_line(tokenizer)}")
-    changed = [name for name, text in report.HARD_TEXTS.items() if tokenizer.decode(tokenizer.encode(text)) != text]
     if changed:
         print(f"It loses something of: {', '.join(changed)}")
     print(f"Next: {command('bigtx', 'tokenizer', 'inspect', options.output)}")
@@ -121,16 +148,23 @@ def import_command(argv: Sequence[str]) -> int:
 
 def inspect_command(argv: Sequence[str]) -> int:
     """Show what a tokenizer does with text."""
-    parser = argparse.ArgumentParser(
-        prog="bigtx tokenizer inspect", description="Show what a tokenizer makes of texts."
-    )
-    parser.add_argument("folder", help="folder written by `bigtx tokenizer train` or `import`")
-    parser.add_argument("--text", action="append", default=[], help="a text to show; may be given again")
+    parser = Arguments(prog="bigtx tokenizer inspect", description="Show what a tokenizer makes of texts.")
     parser.add_argument(
-        "--file", action="append", type=Path, default=[], help="a UTF-8 file to measure; may be given again"
+        "folder", metavar="FOLDER", help="folder written by `bigtx tokenizer train` or `bigtx tokenizer import`"
     )
+    parser.add_argument("--text", metavar="TEXT", action="append", default=[], help="a text to show; may be repeated")
+    parser.add_argument(
+        "--file", metavar="FILE", action="append", type=Path, default=[], help="a file to measure; may be repeated"
+    )
+    parser.add_json()
     options = parser.parse_args(argv)
     tokenizer = Tokenizer.load(options.folder)
+    if options.json:
+        texts = options.text or ([] if options.file else list(report.HARD_TEXTS.values()))
+        files = [{"file": str(path)} | report.measure(tokenizer, [_read_text(path)]).facts() for path in options.file]
+        shown = {"texts": [report.text_facts(tokenizer, text) for text in texts], "files": files}
+        say_json(report.facts(tokenizer, options.folder) | shown)
+        return 0
     print(f"{options.folder}: {tokenizer.kind}, {tokenizer.vocab_size:,} ids, fingerprint {tokenizer.fingerprint}")
     print(f"Special ids: {report.special_line(tokenizer)}")
     print(f"Around texts: {report.template_line(tokenizer)}")
@@ -166,6 +200,13 @@ def _bring(path: Path) -> Tokenizer:
         raise DataError(
             f"{path} holds no tokenizer.json and {len(models) or 'no'} sentencepiece .model files; name the file."
         )
+    # The model alone does not say what stands around texts: transformers does, by the settings beside it.
+    folder = models[0].parent
+    is_of_huggingface = any((folder / name).is_file() for name in (TOKENIZER_CONFIG, "config.json"))
+    if is_of_huggingface and models[0].name in SENTENCEPIECE_NAMES:
+        from bigtx.interop.tokenizer import import_tokenizer
+
+        return import_tokenizer(folder)
     return Tokenizer.from_sentencepiece(models[0])
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -14,7 +13,6 @@ import yaml
 from bigtx.config.convert import Converter, needs_quotes
 from bigtx.config.nodes import (
     COMMAND_LINE,
-    DOTLIST,
     Node,
     Problem,
     ProblemError,
@@ -23,22 +21,22 @@ from bigtx.config.nodes import (
     read_argument,
     read_yaml,
 )
+from bigtx.config.options import FLAGS, RANKS, refusal, with_values
+from bigtx.config.paths import with_moved_paths
 from bigtx.config.runs import CONFIG, is_run, read_values, run_dir_of
 from bigtx.config.schema import FinetuneConfig, PretrainConfig, RunConfig
-from bigtx.config.settings import find, leaves, members, similar_keys
-from bigtx.config.shipped import find_config, shipped_configs
+from bigtx.config.settings import find, leaves, members
+from bigtx.config.shipped import LISTED, find_config, similar_configs
 from bigtx.config.validate import validate
+from bigtx.utils.arguments import ASSIGNMENT, columns, is_option, take, wrapped
 from bigtx.utils.errors import CheckpointError, ConfigError
 from bigtx.utils.files import NOT_A_FILE, no_file
 from bigtx.utils.log import say
-from bigtx.utils.secrets import scrub_text
-from bigtx.utils.shell import setting
+from bigtx.utils.shell import command, setting
 
 T = TypeVar("T")
 
 BASE = "base"
-PRINT_CONFIG = {"--print-config": "print the resolved configuration and end"}
-FLAGS = PRINT_CONFIG | {"--dry-run": "build everything, do one step and end"}
 LOCAL_RANK = ("--local_rank", "--local-rank")
 """What launchers add to every rank's command line; the environment says the same."""
 
@@ -138,8 +136,28 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def to_yaml(config: Any) -> str:
     """A configuration as a YAML file that `load` reads back as the same."""
+    return yaml_of(to_dict(config))
+
+
+def yaml_of(values: dict[str, Any]) -> str:
+    """The values of a configuration (`to_dict`) as a YAML file that `load` reads back as the same."""
     # All but ASCII is escaped: YAML takes some characters (U+0085, U+2028) for line ends and would give back a space.
-    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=120)
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=120)
+
+
+def resolved_files(path: Path) -> str:
+    """What a file and the files that it builds on set, as the YAML of one file; defaults are left out.
+
+    Raises:
+        ConfigError: one of them cannot be read.
+    """
+    problems: list[Problem] = []
+    try:
+        tree = _read_file(path, problems, (), [])
+    except ProblemError as error:
+        problems.append(error.problem)
+    raise_problems(problems)
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=120)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -150,6 +168,20 @@ _Dumper.add_representer(
     str,
     lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, "'" if needs_quotes(text) else None),
 )
+
+
+def _represent(dumper: yaml.SafeDumper, node: Node) -> yaml.Node:
+    """A piece as it was written: a scalar without quotes stays without."""
+    if isinstance(node.content, dict):
+        return dumper.represent_mapping("tag:yaml.org,2002:map", node.content)
+    if isinstance(node.content, list):
+        return dumper.represent_sequence("tag:yaml.org,2002:seq", node.content)
+    if node.plain:
+        return dumper.represent_scalar(dumper.resolve(yaml.ScalarNode, node.content, (True, False)), node.content)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", node.content, "'")
+
+
+_Dumper.add_representer(Node, _represent)
 
 
 def raise_problems(problems: Sequence[Problem]) -> None:
@@ -186,13 +218,25 @@ class Parsed(Generic[T]):
     """A command line that was understood.
 
     Attributes:
+        flags: the switches that were given.
         files: those that were named, and those that they build on.
+        num_ranks: that are asked for; None for the default.
     """
 
     config: T
-    print_config: bool
-    dry_run: bool
+    flags: frozenset[str]
     files: list[Path]
+    num_ranks: int | None = None
+
+    @property
+    def dry_run(self) -> bool:
+        """Whether one step is to be done, and nothing kept."""
+        return "--dry-run" in self.flags
+
+    @property
+    def json(self) -> bool:
+        """Whether the result is to be printed as JSON."""
+        return "--json" in self.flags
 
 
 def parse_command_line(
@@ -201,28 +245,31 @@ def parse_command_line(
     *,
     program: str,
     flags: Mapping[str, str] = FLAGS,
+    others: Mapping[str, str] | None = None,
     example: str = "",
     check: bool = True,
 ) -> Parsed[T]:
-    """Read the command line of an entry point; `--help` is answered here.
+    """Read the command line of an entry point; `--help` and `--print-config` are answered here, by rank 0 alone.
 
     Args:
         argv: without the program's name.
         program: the command as a user writes it, for the help.
-        flags: what the program knows of --print-config and --dry-run, explained; others are for the help alone.
+        flags: the switches that the program knows, explained.
+        others: what the program takes out of its command line itself, for the help.
         example: settings of a typical command, for the help.
         check: as for `load`.
 
     Raises:
         ConfigError: lists every problem.
-        SystemExit: after `--help`.
+        SystemExit: after `--help` and `--print-config`.
     """
     arguments: list[str] = []
     given: set[str] = set()
+    asked, argv = take(argv, RANKS.lstrip("-")) if RANKS in flags else (None, argv)
     rest = iter(argv)
     for argument in rest:
         if argument in ("-h", "--help"):
-            say(_help(schema, program, flags, example))
+            say(_help(schema, program, flags, others or {}, example))
             raise SystemExit(0)
         if argument in LOCAL_RANK:
             next(rest, None)
@@ -231,63 +278,79 @@ def parse_command_line(
         elif argument.partition("=")[0] not in LOCAL_RANK:
             arguments.append(argument)
     config, files = _load(schema, arguments, check=check)
-    return Parsed(config, "--print-config" in given, "--dry-run" in given, files)
+    if "--print-config" in given:
+        say(to_yaml(config).rstrip("\n"))
+        raise SystemExit(0)
+    if isinstance(config, RunConfig) and any(_is_config_of(config.run_dir, file) for file in files):
+        config.allow_changes += _keys_by_name(schema, arguments)
+    return Parsed(config, frozenset(given), files, None if asked is None else _num_ranks(asked))
+
+
+def _is_config_of(run_dir: str, file: Path) -> bool:
+    own = Path(run_dir) / CONFIG
+    return own.is_file() and own.samefile(file)
+
+
+def _keys_by_name(schema: type, arguments: Sequence[str]) -> list[str]:
+    """The settings of KEY=VALUE arguments that may change if they are named; behind a run's own config they are."""
+    keys = (argument.partition("=")[0] for argument in arguments)
+    return [key for key in keys if (setting := find(schema, key)) and setting.change == "by_name"]
+
+
+def _num_ranks(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"{RANKS} {text}: name how many ranks to start on this machine, e.g. {RANKS} 2")
+    return int(text)
 
 
 def _merged_tree(schema: type, args: Sequence[str]) -> tuple[Node, list[Path], list[Problem], bool]:
-    """What was written, the files that were read, the problems of reading, and whether all files could be read: of what
-    is not there nobody can say that it is missing."""
+    """What was written, the files that were read, the problems of reading, and whether all files could be read and no
+    option stands for a setting: otherwise nobody can say what is missing."""
     problems: list[Problem] = []
     files: list[Path] = []
     whole = True
     tree = Node({}, "defaults")
     for wants_files in (True, False):
-        for argument in _without_values_of_options(args):
-            is_file = not DOTLIST.fullmatch(argument) and not argument.startswith("-")
+        for argument, value in with_values(args):
+            is_file = not ASSIGNMENT.fullmatch(argument) and not is_option(argument)
             if is_file is not wants_files:
                 continue
             try:
+                if is_option(argument):
+                    raise ProblemError(refusal(schema, argument, value))
                 if is_file:
                     path = _find(schema, argument)
                     known = len(problems)
-                    layer = _in_place(_read_file(path, problems, (), files), path)
+                    layer = _of_run(schema, _read_file(path, problems, (), files), path)
                     whole &= not any(problem.key == BASE for problem in problems[known:])
                 else:
-                    _refuse_option(schema, argument)
                     layer = read_argument(argument)
                 tree = merge(tree, layer)
             except ProblemError as error:
                 problems.append(error.problem)
-                whole &= not is_file
+                whole &= not is_file and not is_option(argument)
     if whole and issubclass(schema, FinetuneConfig):
         tree = _over_base_model(tree, problems)
     return tree, files, problems, whole
 
 
-def _without_values_of_options(args: Sequence[str]) -> Iterator[str]:
-    """The arguments without what follows an option (`--api-key X`): no setting is written so, the option is refused,
-    and its value may be a secret, which no message is to repeat."""
-    after_option = False
-    for argument in args:
-        is_setting = DOTLIST.fullmatch(argument) is not None
-        if not after_option or is_setting or argument.startswith("-") or Path(argument).is_file():
-            yield argument
-        after_option = argument.startswith("-") and "=" not in argument
-
-
-def _in_place(tree: Node, path: Path) -> Node:
-    """A file's tree; the config.yaml of a run's folder means that folder, wherever the run was before."""
+def _of_run(schema: type, tree: Node, path: Path) -> Node:
+    """A file's tree; the config.yaml of a run means the folder that it lies in, wherever the run was before, and no
+    change that was allowed before."""
     assert isinstance(tree.content, dict)
     folder, saved = path.parent, tree.content.get("run_dir")
     if path.name != CONFIG or saved is None or not isinstance(saved.content, str) or not is_run(folder):
         return tree
+    tree = merge(tree, from_values({"allow_changes": []}, str(path)))
     if Path(saved.content).is_dir() and folder.samefile(saved.content):
         return tree
-    return merge(tree, from_values({"run_dir": str(folder)}, str(path)))
+    moved = with_moved_paths(schema, read_values(folder), Path(saved.content), folder.absolute())
+    return merge(tree, from_values(moved | {"run_dir": str(folder), "allow_changes": []}, str(path)))
 
 
 def _over_base_model(tree: Node, problems: list[Problem]) -> Node:
-    """A fine-tuning's tree laid over the model of its base; of a base that is gone the run itself knows the model."""
+    """A fine-tuning's tree laid over what it has from its base: the model, and the pooling of a classifier. Of a base
+    that is gone the run itself knows them."""
     assert isinstance(tree.content, dict)
     base, run_dir = tree.content.get("base"), tree.content.get("run_dir")
     if base is None or base.is_null or not isinstance(base.content, str):
@@ -299,16 +362,24 @@ def _over_base_model(tree: Node, problems: list[Problem]) -> Node:
             return tree
         source = run_dir.content
     try:
-        model = dict(read_values(source).get("model", {}))
+        values = read_values(source)
     except CheckpointError as error:
         problems.append(Problem("base", base.content, str(error), base.where))
         return tree
+    model = dict(values.get("model", {}))
     model.pop("lora", None)  # Adapters are a training's own: those of the base are merged into its weights.
-    return merge(from_values({"model": model}, f"base {source}"), tree)
+    known: dict[str, Any] = {"model": model}
+    task = tree.content.get("task")
+    if values.get("task") == "classify" and (task is None or task.content == "classify"):
+        known["classify"] = {"pooling": values.get("classify", {}).get("pooling", "auto")}
+    return merge(from_values(known, f"base {source}"), tree)
 
 
 def _find(schema: type, name: str) -> Path:
+    """The YAML file that an argument means; a run's folder means its config.yaml."""
     path = find_config(name)
+    if path is None and issubclass(schema, RunConfig) and is_run(Path(name)) and (Path(name) / CONFIG).is_file():
+        return _config_of_run(schema, Path(name))
     if kind := no_file(name):
         raise ProblemError(Problem("", "", f"{name!r} is {kind}, {NOT_A_FILE}: every rank reads it", COMMAND_LINE))
     if path is None and Path(name).is_dir():
@@ -316,13 +387,25 @@ def _find(schema: type, name: str) -> Path:
         key = next((key for key in keys if find(schema, key)), "run_dir")
         what = f"{name!r} is a folder, not a YAML file; did you mean {setting(key, name)}?"
         raise ProblemError(Problem("", "", what, COMMAND_LINE))
-    if path is None and "=" not in name and find(schema, name):
+    similar = similar_configs(name) if path is None else []
+    is_recipe = any(Path(recipe).stem == name for recipe in similar)
+    if path is None and "=" not in name and find(schema, name) and not is_recipe:
         raise ProblemError(Problem("", "", f"{name!r} is a setting; write {name}=VALUE, without spaces", COMMAND_LINE))
     if path is None:
-        similar = difflib.get_close_matches(name, shipped_configs(), 3, 0.5)
-        hint = f"; did you mean {' or '.join(similar)}?" if similar else "; `bigtx configs list` shows the recipes"
+        hint = f"; did you mean {' or '.join(similar)}?" if similar else LISTED
         raise ProblemError(Problem("", "", f"no file {name!r}, here or among the recipes{hint}", COMMAND_LINE))
     return path
+
+
+def _config_of_run(schema: type, folder: Path) -> Path:
+    is_finetuned = "task" in read_values(folder)
+    if is_finetuned is not issubclass(schema, FinetuneConfig):
+        kind, other = ("fine-tuned", "finetune") if is_finetuned else ("pretrained", "pretrain")
+        what = f"{str(folder)!r} is a {kind} run; to resume it: {command('bigtx', other, folder)}"
+        if not is_finetuned:
+            what += f"; to fine-tune it: {setting('base', str(folder))}"
+        raise ProblemError(Problem("", "", what, COMMAND_LINE))
+    return folder / CONFIG
 
 
 def _read_file(path: Path, problems: list[Problem], above: tuple[Path, ...], visited: list[Path]) -> Node:
@@ -373,21 +456,6 @@ def _base_names(base: Node | None) -> list[Node]:
     return nodes
 
 
-def _refuse_option(schema: type, argument: str) -> None:
-    if not argument.startswith("-"):
-        return
-    name, sign, value = argument.lstrip("-").partition("=")
-    key, option = name.replace("-", "_"), argument.partition("=")[0]
-    if find(schema, key):
-        value = scrub_text(value) if sign else "VALUE"
-        what = f"no such option; settings have no dashes before them, write {setting(key, value)}"
-    else:
-        similar = difflib.get_close_matches(option, FLAGS, 1, 0.8)
-        similar += [f"{name}=..." for name in similar_keys(schema, key)] if key else []
-        what = f"no such option{f'; did you mean {similar[0]}?' if similar else '; see --help'}"
-    raise ProblemError(Problem(option, "", what, COMMAND_LINE))
-
-
 def _construct(schema: type[T], values: dict[str, Any]) -> T:
     # Slow to import, and used by nothing before.
     from omegaconf import OmegaConf
@@ -398,22 +466,25 @@ def _construct(schema: type[T], values: dict[str, Any]) -> T:
     return built
 
 
-def _help(schema: type, program: str, flags: Mapping[str, str], example: str) -> str:
-    settings = members(schema).values()
-    width = max(len(setting.key) for setting in settings) + 2
+def _help(schema: type, program: str, flags: Mapping[str, str], others: Mapping[str, str], example: str) -> str:
+    about = (
+        "Files build on the defaults in the order given, KEY=VALUE on the files. A file may be a recipe of "
+        "`bigtx configs list`. `bigtx configs explain KEY` says what a setting means."
+    )
+    settings = [(setting.key, _summary(setting.section, setting.doc)) for setting in members(schema).values()]
+    switches = " ".join(f"[{flag}]" for flag in flags)
     lines = [
-        f"usage: {program} [FILE.yaml ...] [KEY=VALUE ...] {' '.join(f'[{flag}]' for flag in flags)}",
+        wrapped(f"usage: {program} [FILE.yaml ...] [KEY=VALUE ...] {switches}", " " * 7, ""),
         "",
-        (schema.__doc__ or "").strip(),
+        wrapped((schema.__doc__ or "").strip()),
         "",
-        "Files build on the defaults in the order given, KEY=VALUE on the files. A file may be a recipe of",
-        "`bigtx configs list`. `bigtx configs explain KEY` says what a setting means.",
+        wrapped(about),
         "",
-        *([f"  e.g. {program} {example}", ""] if example else []),
-        *(f"  {flag:<16}{explained}" for flag, explained in flags.items()),
+        *([wrapped(f"e.g. {program} {example}", " " * 7, "  "), ""] if example else []),
+        *columns([*others.items(), *flags.items()]),
         "",
         "Settings and sections:",
-        *(f"  {setting.key:<{width}}{_summary(setting.section, setting.doc)}" for setting in settings),
+        *columns(settings),
     ]
     return "\n".join(lines)
 

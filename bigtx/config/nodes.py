@@ -6,7 +6,6 @@ written, and the schema says later how to read it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from bigtx.utils.arguments import ASSIGNMENT
 from bigtx.utils.secrets import HIDDEN, is_secret_key, scrub_text
 from bigtx.utils.shell import setting
 
@@ -22,7 +22,6 @@ NULLS = ("", "~", "null", "Null", "NULL")
 PLAIN_TAGS = {
     f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "timestamp", "seq", "map", "value")
 }
-DOTLIST = re.compile(r"(?P<key>[^\s=/]+)=(?P<value>.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,7 @@ def read_argument(argument: str) -> Node:
     Raises:
         ProblemError: it has no such form.
     """
-    match = DOTLIST.fullmatch(argument)
+    match = ASSIGNMENT.fullmatch(argument)
     if match is None:
         raise ProblemError(Problem("", "", f"{argument!r} is neither a YAML file nor key=value", COMMAND_LINE))
     key, text = match["key"], match["value"]

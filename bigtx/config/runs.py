@@ -13,6 +13,7 @@ import yaml
 
 from bigtx.utils.errors import CheckpointError
 from bigtx.utils.files import read_object
+from bigtx.utils.folders import MODEL, kind_of_folder
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
@@ -56,12 +57,10 @@ def read_values(folder: Path | str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        advice = (
-            "it is a Hugging Face model; `bigtx import` makes a run of it"
-            if (Path(folder) / "config.json").is_file()
-            else "name the run_dir of a training"
-        )
-        raise CheckpointError(f"{folder} is not a run: it has no {CONFIG}; {advice}") from None
+        kind = kind_of_folder(folder)
+        advice = "`bigtx import` makes a run of it" if kind == MODEL else "name the run_dir of a training"
+        what = f"it is {kind}" if kind else f"it has no {CONFIG}"
+        raise CheckpointError(f"{folder} is not a run: {what}; {advice}") from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{path} cannot be read: {reason}; restore it from a copy") from error

@@ -46,8 +46,10 @@ KNOWN_ELSEWHERE = {
     "grad_clip": "gradient_clipping",
     "warmup_steps": "warmup",
     "max_iters": "max_steps",
+    "steps": "max_steps",
     "num_train_epochs": "max_tokens",
     "save_steps": "checkpoint_every",
+    "output": "run_dir",
     "output_dir": "run_dir",
     "bf16": "precision",
     "fp16": "precision",
@@ -165,13 +167,9 @@ def find(schema: type, key: str) -> Setting | None:
 
 def similar_keys(schema: type, key: str, *, limit: int = 3) -> list[str]:
     """Keys that the user may have meant: the same name elsewhere, another framework's name, a few other letters."""
-    known = [setting.key for setting in leaves(schema)]
-    known += list({prefix: None for name in known for prefix in _parents(name)})
+    known = _known_keys(schema)
     section, _, name = key.rpartition(".")
-    found = [candidate for candidate in known if candidate.rpartition(".")[2] == name and candidate != key]
-    alias = KNOWN_ELSEWHERE.get(name.lower())
-    if alias:
-        found += [candidate for candidate in known if f".{candidate}".endswith(f".{alias}")]
+    found = same_name_keys(schema, key, limit=len(known))
     in_section = {member.rpartition(".")[2]: member for member in known if member.rpartition(".")[0] == section}
     found += [in_section[match] for match in difflib.get_close_matches(name, in_section, limit, 0.7)]
     if not found:
@@ -183,6 +181,23 @@ def similar_keys(schema: type, key: str, *, limit: int = 3) -> list[str]:
     if not found:
         found = difflib.get_close_matches(key, known, limit, 0.75)
     return list(dict.fromkeys(found))[:limit]
+
+
+def same_name_keys(schema: type, key: str, *, limit: int = 3) -> list[str]:
+    """Keys of the same name in other sections, or of the name that another framework has for it."""
+    name = key.rpartition(".")[2]
+    known = _known_keys(schema)
+    found = [candidate for candidate in known if candidate.rpartition(".")[2] == name and candidate != key]
+    alias = KNOWN_ELSEWHERE.get(name.lower())
+    if alias:
+        found += [candidate for candidate in known if f".{candidate}".endswith(f".{alias}")]
+    return list(dict.fromkeys(found))[:limit]
+
+
+def _known_keys(schema: type) -> list[str]:
+    """Every setting, and every section."""
+    known = [setting.key for setting in leaves(schema)]
+    return known + list({prefix: None for name in known for prefix in _parents(name)})
 
 
 def describe_type(setting: Setting) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 from bigtx.config.schema import ModelConfig
 
@@ -55,6 +56,16 @@ def num_decoder_layers(config: ModelConfig) -> int:
 def num_encoder_layers(config: ModelConfig) -> int:
     """Blocks of the encoder; 0 in a decoder."""
     return 0 if config.shape == "decoder" else config.num_layers
+
+
+def class_head(config: ModelConfig) -> Literal["transform", "pooler", "score"]:
+    """The form of the head of classes."""
+    return config.class_head or "transform"
+
+
+def has_transform(config: ModelConfig) -> bool:
+    """Whether the head, of tokens or of classes, has a transform before its matrix."""
+    return config.head_transform and (config.num_classes is None or class_head(config) == "transform")
 
 
 def attention_dropout(config: ModelConfig) -> float:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
+
+LISTED = "; `bigtx configs list` shows the recipes"
+"""The end of a sentence about a recipe that is unknown."""
 
 
 def shipped_folder() -> Path:
@@ -16,6 +20,17 @@ def shipped_configs() -> list[str]:
     """The recipes' names, relative to their folder: `pretrain/python-stdlib.yaml`."""
     folder = shipped_folder()
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.yaml"))
+
+
+def similar_configs(name: str) -> list[str]:
+    """The recipes that a user may have meant, most likely first: those of the same file name or a similar one, in any
+    folder and with or without `.yaml`; without any, those whose names begin so."""
+    folder, stem = Path(name).parent.name, Path(name).name.removesuffix(".yaml").removesuffix(".yml")
+    stems = {recipe: Path(recipe).stem for recipe in shipped_configs()}
+    close = [stem, *difflib.get_close_matches(stem, sorted(set(stems.values())), 3, 0.75)]
+    found = [recipe for one in dict.fromkeys(close) for recipe in stems if stems[recipe] == one]
+    found = found or [recipe for recipe in stems if stem and stems[recipe].startswith(stem)]
+    return sorted(found, key=lambda recipe: Path(recipe).parent.name != folder)[:3]
 
 
 def find_config(name: str) -> Path | None:

@@ -64,7 +64,7 @@ def _every_run(config: RunConfig) -> Iterator[Problem]:
         yield from _allowed_change(type(config), key)
     yield from model_problems(config.model)
     yield from distill_problems(config)
-    yield from _batches(config.train, world_size())
+    yield from batch_problems(config.train, world_size())
     yield from _engine(config)
 
 
@@ -283,7 +283,8 @@ def _lengths(config: PretrainConfig) -> Iterator[Problem]:
         )
 
 
-def _batches(train: RhythmConfig, ranks: int) -> Iterator[Problem]:
+def batch_problems(train: RhythmConfig, ranks: int) -> Iterator[Problem]:
+    """What keeps so many ranks from sharing the global batch evenly, in whole micro batches."""
     total, micro = train.global_batch_size, train.micro_batch_size
     if total % ranks:
         below, above = total // ranks * ranks, -(-total // ranks) * ranks

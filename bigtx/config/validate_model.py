@@ -194,7 +194,7 @@ def objective_problems(config: PretrainConfig) -> Iterator[Problem]:
     name, shape = config.objective.name, config.model.shape
     if bins := config.model.audio.num_mel_bins:
         yield Problem(
-            "model.audio.num_mel_bins", str(bins), "only bigtx-finetune with task=transcribe hears; write 0 here"
+            "model.audio.num_mel_bins", str(bins), "only `bigtx finetune` with task=transcribe hears; write 0 here"
         )
     fitting = {
         "decoder": ("prefix",) if config.model.prefix_attention else ("causal", "fill_in_middle"),

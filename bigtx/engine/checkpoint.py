@@ -13,28 +13,29 @@ that readers see a whole model.
 A checkpoint that was written while steps were being skipped is *suspect*, and its manifest says so: its weights are
 those of the last step before, which may have broken them. It is used only where there is no other one.
 
-This module reads, and does not import deepspeed; saving.py writes.
+This module reads, and does not import deepspeed, nor torch before it reads a tensor; saving.py writes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from bigtx.config.runs import run_dir_of
 from bigtx.utils.errors import CheckpointError
 from bigtx.utils.files import json_hash, sha256_file, unsealed, write_sealed
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from bigtx.engine.ranks import Ranks
 
 FORMAT_VERSION = 1
@@ -106,6 +107,8 @@ class Checkpoint:
         """
         if self.frozen is not None and self._is_frozen(name) and kind in WEIGHT_KINDS:
             return self.frozen.read(name, "master", start, stop)
+        import torch
+
         index = self._read_headers()
         result, covered = torch.empty(stop - start), 0
         for first, last, file, key in index.get((name, kind), ()):
@@ -266,8 +269,7 @@ def load_weights(checkpoint: Path | str, kind: str = "master") -> Iterator[tuple
                 f"{checkpoint} holds no {kind} weights (it has {', '.join(opened.kinds(name))}); "
                 "an average of the weights is kept by runs with optimizer.ema_decay"
             )
-        numel = torch.Size(shape).numel()
-        yield name, opened.read(name, kind, 0, numel).view(shape)
+        yield name, opened.read(name, kind, 0, math.prod(shape)).view(shape)
 
 
 def choose(folder: Path, ranks: Ranks, warn: Any) -> Checkpoint | None:

@@ -10,6 +10,7 @@ States, by kind: AdamW `exp_avg`, `exp_avg_sq`; Muon `momentum`; both `ema` wher
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -125,6 +126,11 @@ class Optimizer(torch.optim.Optimizer):
 
     `bind` must be called once DeepSpeed has made its flat tensors, before the first step.
     """
+
+    # torch keeps these out of compiled programs, and imports its compiler for that at the first call: more than a
+    # second at the start of every run. Nothing compiles an optimizer here.
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
 
     def __init__(
         self, groups: list[dict[str, Any]], config: OptimizerConfig, arithmetic_dtype: torch.dtype, device: torch.device

@@ -10,6 +10,7 @@ import os
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
 from bigtx.utils.errors import BigtxError, LaunchError
+from bigtx.utils.hardware import node_of_core
 from bigtx.utils.processes import is_launched, stopped_at_once
 
 T = TypeVar("T")
@@ -43,16 +45,15 @@ class Ranks:
             timeout_seconds: how long a collective of any process group waits for the other ranks.
 
         Raises:
-            LaunchError: the environment announces several tasks but no launcher named their ranks, or the ranks do
-                not find each other.
+            LaunchError: the ranks do not find each other.
         """
         set_environment_of_single_process()
         import deepspeed
 
+        from bigtx.engine.unused import leave_out_unused
+
         use_own_device()
-        # DeepSpeed's all-reduce by shared memory serves only its inference, takes a compiler at the first start, and
-        # leaves 67 MB in /dev/shm for each rank of each run, until a machine has no memory left.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        leave_out_unused()
         timeout = timedelta(seconds=timeout_seconds)
         wait_in_every_group(timeout)
         try:
@@ -62,7 +63,8 @@ class Ranks:
             place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise LaunchError(
                 f"the ranks cannot meet at {place}: {str(error).splitlines()[0]}; if another run uses that port, "
-                "name a free one, e.g. deepspeed --master_port 29501 ..."
+                "start the run by `bigtx pretrain` or `bigtx finetune`, which take a free one, or name one to your "
+                "launcher, e.g. deepspeed --master_port 29501 ..."
             ) from error
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.local_rank = int(os.environ["LOCAL_RANK"])
@@ -75,12 +77,26 @@ class Ranks:
         to the system, two ranks have shared one core of two for minutes."""
         if self.world_size == 1 or not hasattr(os, "sched_setaffinity"):
             return
-        cores = sorted(os.sched_getaffinity(0))
+        # Cores that share memory stand side by side, so that no rank's lie on both halves of a machine.
+        cores = sorted(os.sched_getaffinity(0), key=lambda core: (node_of_core(core), core))
         own = (socket.gethostname(), cores)
         peers = [rank for rank, other in enumerate(self.gather(own)) if other == own]
         size, place = len(cores) // len(peers), peers.index(self.rank)
         if size:
             os.sched_setaffinity(0, cores[place * size : (place + 1) * size])
+
+    def notes_on_devices(self) -> list[str]:
+        """What every user should know of how the machines' GPUs are used: a line for each machine that has more of them
+        than ranks. To be called by all ranks."""
+        ranks_of = Counter(self.gather(socket.gethostname()))
+        visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        seen = dict(self.gather((socket.gethostname(), visible)))
+        return [
+            f"note: {count} of {seen[host]} GPUs of {host} {'is' if count == 1 else 'are'} used; `bigtx pretrain` and "
+            "`bigtx finetune` use all of them without another launcher, or as many as --ranks says"
+            for host, count in ranks_of.items()
+            if count < seen[host]
+        ]
 
     def sum(self, numbers: Sequence[int]) -> list[int]:
         """Element-wise sums over all ranks."""
@@ -182,14 +198,9 @@ def wait_in_every_group(timeout: timedelta) -> None:
 
 
 def set_environment_of_single_process() -> None:
-    """Fill in what a launcher would have set, for `python bigtx/pretrain.py`."""
+    """Fill in what a launcher would have set, for a session that is used from Python."""
     if is_launched():
         return
-    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
-        raise LaunchError(
-            f"SLURM started {os.environ['SLURM_NTASKS']} tasks, but no launcher named their ranks, so each would train "
-            "alone; start one task a node and let it run the deepspeed launcher with --no_ssh and --node_rank"
-        )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -213,7 +224,7 @@ def use_own_device() -> None:
     if local_rank >= count:
         raise LaunchError(
             f"local rank {local_rank} has no device of its own: this machine shows {count} to it; start at most that "
-            "many ranks on it (deepspeed --num_gpus), or show it more (CUDA_VISIBLE_DEVICES)"
+            "many ranks on it (bigtx --ranks, deepspeed --num_gpus), or show it more (CUDA_VISIBLE_DEVICES)"
         )
     accelerator.set_device(local_rank)
 

@@ -14,8 +14,8 @@ from bigtx.config.schema import RunConfig
 from bigtx.utils.errors import ConfigError
 
 ADAPTERS = ("*.adapter.a", "*.adapter.b")
-WITH_ADAPTERS = (*ADAPTERS, "head.classes.*")
-"""What is trained with model.lora in any case; the head of classes is never a base's own."""
+WITH_ADAPTERS = (*ADAPTERS, "head.classes.*", "head.pooler.*")
+"""What is trained with model.lora in any case; the head of classes is hardly ever a base's own."""
 
 
 def is_adapter(name: str) -> bool:

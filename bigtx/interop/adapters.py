@@ -23,11 +23,12 @@ from bigtx.config.schema import ModelConfig, RunConfig
 from bigtx.engine.checkpoint import Checkpoint
 from bigtx.engine.trainable import is_adapter
 from bigtx.engine.write_weights import SafetensorsWriter
-from bigtx.interop.exporter import language_model
-from bigtx.interop.families import choose
+from bigtx.interop.classes import auto_class
+from bigtx.interop.exporter import without_adapters
 from bigtx.interop.family import Family
 from bigtx.interop.maps import Link
 from bigtx.interop.read import ADAPTER_CONFIG, AUTO_CLASSES
+from bigtx.interop.target import family_of
 from bigtx.interop.vocabulary import foreign_shapes
 from bigtx.plan.parameters import parameter_shapes
 from bigtx.utils.errors import CheckpointError, ConfigError
@@ -95,13 +96,12 @@ def export_adapters(
         LaunchError: the folder cannot be written.
     """
     opened = _open(checkpoint, run.model, weights)
-    plain = language_model(run.model)
-    family = choose(plain, family_name)
+    family, plain = family_of(run, family_name), without_adapters(run.model)
     links = family.links(plain)
     adapters = [made for link in links if (made := _converted(link, opened, run.model, weights)) is not None]
     opened.close()
     modules = [key.removesuffix(".weight") for key in foreign_shapes(links, plain) if key.endswith(".weight")]
-    values = _config(adapters, modules, run.model, base, _TASK_TYPES.get(family.auto_class))
+    values = _config(adapters, modules, run.model, base, _TASK_TYPES.get(auto_class(family, plain)))
     tensors = {
         f"base_model.model.{adapter.module}.lora_{part}.weight": tensor.contiguous()
         for adapter in adapters

@@ -16,6 +16,7 @@ from bigtx.config.runs import run_dir_of
 from bigtx.config.schema import FinetuneConfig, PretrainConfig, RunConfig
 from bigtx.config.schema.model import ModelConfig
 from bigtx.engine.checkpoint import Checkpoint
+from bigtx.interop.classes import AUTO_CLASS
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.track.jsonl import parse_line, step_of
 from bigtx.utils.files import write_atomic
@@ -28,6 +29,7 @@ _PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForMaskedLM": "fill-mask",
     "AutoModelForSeq2SeqLM": "text2text-generation",
+    AUTO_CLASS: "text-classification",
 }
 _NOT_RECORDED = "not recorded"
 _VALIDATION_LOSS = re.compile(r"validation/(.+)/(loss|bits_per_byte)")
@@ -72,7 +74,7 @@ def write_card(folder: Path, facts: ModelFacts, *, checkpoint: Path, config: Run
     """
     manifest = Checkpoint(checkpoint).manifest
     sections = {
-        "Model": _table(_model_rows(config.model, facts)),
+        "Model": _table(_model_rows(config.model, facts) | _class_rows(config)),
         "Data": _data(config, manifest),
         "Training": _training(config, manifest),
         "Losses": _losses(run_dir_of(checkpoint) / "metrics.jsonl", manifest),
@@ -144,11 +146,26 @@ def _model_rows(model: ModelConfig, facts: ModelFacts) -> dict[str, Any]:
     return rows
 
 
+def _class_rows(config: RunConfig) -> dict[str, Any]:
+    """What a classifier sorts into, and what it reads."""
+    if not isinstance(config, FinetuneConfig) or config.model.num_classes is None:
+        return {}
+    names = config.classify.classes
+    more = f" and {len(names) - 24:,} more" if len(names) > 24 else ""
+    summary = {"first": "the first token", "last": "the last token", "mean": "the mean of all tokens"}
+    return {
+        "Classes": ", ".join(name.replace("|", "\\|") for name in names[:24]) + more,
+        "Summary of a text": summary[config.classify.pooling],
+    }
+
+
 def _data(config: RunConfig, manifest: Mapping[str, Any]) -> str:
     tokens = manifest.get("state", {}).get("tokens")
     read = f"Tokens read in training: {_NOT_RECORDED if tokens is None else f'{tokens:,}'}."
     sources = config.data.sources if isinstance(config, PretrainConfig) else {}
     if isinstance(config, FinetuneConfig):
+        if not config.data.train:
+            return f"Records: {_NOT_RECORDED}. {read}"
         files = "\n".join(f"- `{Path(path).name}`" for path in config.data.train)
         return f"Records of:\n\n{files}\n\n{read}"
     if not sources:

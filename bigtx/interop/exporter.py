@@ -16,15 +16,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bigtx.config.schema import LoraConfig, ModelConfig, RunConfig
+from bigtx.config.schema import FinetuneConfig, LoraConfig, ModelConfig, RunConfig
 from bigtx.engine.merged import MergedCheckpoint
 from bigtx.engine.write_weights import SafetensorsWriter, groups
 from bigtx.interop.card import ModelFacts, write_card
-from bigtx.interop.families import choose
+from bigtx.interop.classes import AUTO_CLASS, architecture, auto_class
 from bigtx.interop.family import Family
 from bigtx.interop.maps import Link
 from bigtx.interop.read import CONFIG, GENERATION_CONFIG, INDEX, MAPPED_BYTES, SINGLE
-from bigtx.interop.tokenizer import export_tokenizer
+from bigtx.interop.target import describe
+from bigtx.interop.tokenizer import export_classifier_tokenizer, export_tokenizer
 from bigtx.interop.vocabulary import check_links, cut, foreign_shapes
 from bigtx.plan.parameters import parameter_shapes
 from bigtx.tokenizer.tokenizer import Tokenizer
@@ -65,12 +66,15 @@ class Exported:
     Attributes:
         folder: where it is.
         family: as which it was written.
+        architecture, auto_class: its class in transformers, and the class that loads it.
         num_tensors, num_parameters: in its files, a tied table once.
         files: safetensors files and their sizes in bytes.
     """
 
     folder: Path
     family: Family
+    architecture: str
+    auto_class: str
     num_tensors: int
     num_parameters: int
     files: dict[str, int]
@@ -91,48 +95,38 @@ def export_model(
         DataError: the tokenizer has no counterpart.
         LaunchError: the folder cannot be written.
     """
-    config = language_model(run.model)
-    family = choose(config, settings.family)
+    config = without_adapters(run.model)
+    family, values = describe(run, tokenizer, settings.family)
+    values["dtype"] = _NAMES[settings.dtype]
     links = family.links(config)
     check_links(links, config)
     source = _Source(checkpoint, config, settings.weights, max(MAPPED_BYTES, settings.shard_bytes // 8))
     shapes, dtype = foreign_shapes(links, config), DTYPES[settings.dtype]
-    values = family.write_config(config, tokenizer) | {"dtype": _NAMES[settings.dtype]}
     num_parameters = sum(map(math.prod, shapes.values()))
     facts = ModelFacts(
         name=folder.resolve().name,
         model_type=family.model_type,
-        architecture=family.architecture,
-        auto_class=family.auto_class,
+        architecture=architecture(family, config),
+        auto_class=auto_class(family, config),
         num_parameters=num_parameters,
         dtype=settings.dtype,
         license=settings.license,
     )
     with new_folder(folder) as partial:
         write_json(partial / CONFIG, values)
-        if generation := _generation_config(values, family):
+        if generation := _generation_config(values, facts.auto_class):
             write_json(partial / GENERATION_CONFIG, generation)
-        export_tokenizer(tokenizer, partial, model_type=family.model_type, max_length=config.max_sequence_length)
+        if isinstance(run, FinetuneConfig) and config.num_classes is not None:
+            export_classifier_tokenizer(tokenizer, partial, run, model_type=family.model_type)
+        else:
+            export_tokenizer(tokenizer, partial, model_type=family.model_type, max_length=config.max_sequence_length)
         write_card(partial, facts, checkpoint=checkpoint.absolute(), config=run, tokenizer=tokenizer)
         files = _write_shards(partial, source, links, shapes, dtype, settings.shard_bytes)
-    return Exported(folder, family, len(shapes), num_parameters, files)
+    return Exported(folder, family, facts.architecture, facts.auto_class, len(shapes), num_parameters, files)
 
 
-def language_model(config: ModelConfig) -> ModelConfig:
-    """The model as a family of transformers may express it: without adapters, which an export merges.
-
-    Raises:
-        ConfigError: it is none that reads and scores tokens.
-    """
-    if config.num_classes is not None:
-        raise ConfigError(
-            f"the model sorts texts into {config.num_classes} classes (model.num_classes), and bigtx exports only "
-            "models that score tokens; use it by `bigtx predict`"
-        )
-    if config.audio.num_mel_bins:
-        raise ConfigError(
-            "the model hears (model.audio), and bigtx exports only models that read tokens; use it by `bigtx predict`"
-        )
+def without_adapters(config: ModelConfig) -> ModelConfig:
+    """The model that an export writes: its adapters are merged."""
     return dataclasses.replace(config, lora=LoraConfig())
 
 
@@ -166,9 +160,9 @@ class _Source:
         return cut(name, flat.view(shape), self.config)
 
 
-def _generation_config(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
+def _generation_config(values: Mapping[str, Any], auto_class: str) -> dict[str, Any]:
     """The ids that generation needs; nothing for a model that does not generate."""
-    if family.auto_class == "AutoModelForMaskedLM":
+    if auto_class in ("AutoModelForMaskedLM", AUTO_CLASS):
         return {}
     names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
     return {name: values[name] for name in names if values.get(name) is not None}

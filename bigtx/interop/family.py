@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from bigtx.config.schema.model import ModelConfig
 
 if TYPE_CHECKING:
+    from bigtx.interop.classes import Classifier
     from bigtx.interop.maps import Link
     from bigtx.tokenizer.tokenizer import Tokenizer
 
@@ -40,6 +41,11 @@ class Family(Protocol):
     @property
     def auto_class(self) -> str:
         """The class of transformers that loads it: AutoModelForCausalLM, ..MaskedLM or ..Seq2SeqLM."""
+        ...
+
+    @property
+    def classifier(self) -> Classifier | None:
+        """Its class that sorts texts; None: transformers has none, or bigtx does not write it."""
         ...
 
     def read_config(self, values: dict[str, Any]) -> ModelConfig:

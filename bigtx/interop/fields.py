@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any, TypeVar
 
+from bigtx.config import shape
 from bigtx.utils.errors import ConfigError
 
 T = TypeVar("T")
@@ -96,13 +97,23 @@ def differing(config: Any, allowed: Mapping[str, Sequence[Any]], why: Mapping[st
     Returns:
         "model.FIELD=VALUE: why" for each.
     """
-    found = []
+    found, idle = [], _idle_fields(config)
     for name, values in allowed.items():
+        if name in idle:
+            continue
         value = attrgetter(name)(config)
         if value not in values:
             has = " or ".join(dict.fromkeys("none" if one is None else _plain(one) for one in values))
             found.append(f"model.{name}={_plain(value)}: {why.get(name, f'the family has {has}')}")
     return found
+
+
+def _idle_fields(config: Any) -> Sequence[str]:
+    """Fields of the head of tokens, which say nothing in a classifier."""
+    if config.num_classes is None:
+        return ()
+    idle = ("head_bias", "logit_scale", "logit_soft_cap")
+    return idle if shape.class_head(config) == "transform" else (*idle, "head_transform")
 
 
 def _plain(value: Any) -> str:

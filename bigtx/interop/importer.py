@@ -6,16 +6,17 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bigtx.config.load import to_yaml
-from bigtx.config.schema import PretrainConfig
+from bigtx.config.schema import ClassifyConfig, FinetuneConfig, PretrainConfig, RunConfig
 from bigtx.config.schema.model import ModelConfig
 from bigtx.config.validate import validate
 from bigtx.engine.write_weights import PART_BYTES, save_weights
+from bigtx.interop.classes import pooling_of, read_classes, refuse_ambiguous_end
 from bigtx.interop.families import by_model_type
 from bigtx.interop.family import Family
 from bigtx.interop.maps import Link
@@ -75,7 +76,7 @@ def import_model(
         part_bytes: about how large the files of the checkpoint become.
 
     Raises:
-        ConfigError: a model that bigtx does not express, or a run_dir that is in use.
+        ConfigError: a model or a head that bigtx does not express, or a run_dir that is in use.
         CheckpointError: weights that are incomplete or do not fit config.json.
         DataError: no tokenizer, or one that does not fit.
         LaunchError: run_dir cannot be written.
@@ -84,59 +85,79 @@ def import_model(
     values = read_config(source)
     try:
         family = by_model_type(values["model_type"])
-        config = family.read_config(values)
+        classify = read_classes(family, values)
+        config = _with_classes(family, family.read_config(values), classify)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
     weights = ForeignWeights(source)
     spelled = _spellings(family, weights)
     config = family.settled(config, spelled)
-    run = _run_config(run_dir, config)
+    run = _run_config(run_dir, config, classify)
     _check(run, source)
-    tokenizer = _read_tokenizer(tokenizer_folder or source)
-    assert config.vocab_size is not None
-    if tokenizer.vocab_size > config.vocab_size:
-        raise DataError(
-            f"the tokenizer in {tokenizer_folder or source} has {tokenizer.vocab_size:,} ids, more than the "
-            f"{config.vocab_size:,} rows that {source / CONFIG} gives the model; name the model's own with --tokenizer"
-        )
-    tokenizer = _with_ends(tokenizer, read_end_ids(source, values))
-    links, keys, dropped = _match(family, config, weights, spelled)
-    new = [link for link in links if not keys.keys() & link.keys]
-    untrained = [key for link in new for key in link.keys]
-    sizes = parameter_shapes(config)
-    shapes = {name: sizes[name] for link in links for name in link.names}
+    tokenizer = _tokenizer_of(tokenizer_folder or source, source, values, config)
+    refuse_ambiguous_end(pooling_of(run), tokenizer, values.get("pad_token_id"))
+    match = _match(family, config, weights, spelled)
     facts = {
         "step": 0,
         "tokenizer": tokenizer.fingerprint,
         "data": None,
-        "imported": {"from": source.resolve().name, "model_type": family.model_type, "untrained": untrained},
+        "imported": {"from": source.resolve().name, "model_type": family.model_type, "untrained": match.untrained},
     }
+    sizes = parameter_shapes(config)
+    shapes = {name: sizes[name] for link in match.links for name in link.names}
     with new_folder(run_dir) as folder:
         write_atomic(folder / "config.yaml", to_yaml(run))
         tokenizer.save(folder / "tokenizer")
-        made = save_weights(folder, facts, shapes, _converted(links, keys, weights, config), part_bytes=part_bytes)
+        tensors = _converted(match.links, match.keys, weights, config)
+        made = save_weights(folder, facts, shapes, tensors, part_bytes=part_bytes)
     weights.close()
     return Imported(
         model_type=family.model_type,
         config=config,
         tokenizer=tokenizer,
-        num_tensors=len(keys),
+        num_tensors=len(match.keys),
         num_files=weights.num_files,
-        dropped=dropped,
-        untrained=untrained,
+        dropped=match.dropped,
+        untrained=match.untrained,
         checkpoint=run_dir / made.relative_to(folder),
     )
 
 
-def _run_config(run_dir: Path, model: ModelConfig) -> PretrainConfig:
+def _with_classes(family: Family, config: ModelConfig, classify: ClassifyConfig | None) -> ModelConfig:
+    """The model with the head of a classifier, if it is one."""
+    if classify is None:
+        return config
+    assert family.classifier is not None
+    return replace(config, num_classes=len(classify.classes), class_head=family.classifier.head)
+
+
+def _run_config(run_dir: Path, model: ModelConfig, classify: ClassifyConfig | None) -> PretrainConfig | FinetuneConfig:
     """A config that trains the model on, once it has data."""
+    if classify is not None:
+        return FinetuneConfig(run_dir=str(run_dir), task="classify", model=model, classify=classify)
     run = PretrainConfig(run_dir=str(run_dir), model=model)
     run.objective.name = OBJECTIVES[model.shape]
     run.train.sequence_length = min(run.train.sequence_length, model.max_sequence_length)
     return run
 
 
-def _check(run: PretrainConfig, source: Path) -> None:
+def _tokenizer_of(folder: Path, source: Path, values: dict[str, Any], config: ModelConfig) -> Tokenizer:
+    """The tokenizer in a folder, with the ends that the model's files name.
+
+    Raises:
+        DataError: there is none, or it has ids that the model has no rows for.
+    """
+    tokenizer = _read_tokenizer(folder)
+    assert config.vocab_size is not None
+    if tokenizer.vocab_size > config.vocab_size:
+        raise DataError(
+            f"the tokenizer in {folder} has {tokenizer.vocab_size:,} ids, more than the {config.vocab_size:,} rows "
+            f"that {source / CONFIG} gives the model; name the model's own with --tokenizer"
+        )
+    return _with_ends(tokenizer, read_end_ids(source, values))
+
+
+def _check(run: RunConfig, source: Path) -> None:
     """Hold the model to the rules that every config is held to."""
     if problems := [str(problem) for problem in validate(run) if problem.key.startswith("model.")]:
         raise ConfigError(f"{source / CONFIG} describes a model that bigtx cannot build: {'; '.join(problems)}")
@@ -171,14 +192,26 @@ def _spellings(family: Family, weights: ForeignWeights) -> dict[str, str]:
     return spelled
 
 
-def _match(
-    family: Family, config: ModelConfig, weights: ForeignWeights, spelled: dict[str, str]
-) -> tuple[list[Link], dict[str, str], list[str]]:
+class _Match(NamedTuple):
+    """What becomes of the tensors of a folder."""
+
+    links: list[Link]
+    keys: dict[str, str]
+    """The files' spelling of each key that is read; those of an encoder's head are missing if it was saved without."""
+    dropped: list[str]
+    """Tensors that are not needed."""
+
+    @property
+    def untrained(self) -> list[str]:
+        """Keys that no file has."""
+        return [key for link in self.links if not self.keys.keys() & link.keys for key in link.keys]
+
+
+def _match(family: Family, config: ModelConfig, weights: ForeignWeights, spelled: dict[str, str]) -> _Match:
     """Find the tensor of every key.
 
-    Returns:
-        The links; the files' spelling of each key that is read; tensors that are not needed. The keys of an encoder's
-        head are in no file where it was saved without one.
+    Raises:
+        CheckpointError: some are missing, unknown or of another shape.
     """
     links = family.links(config)
     check_links(links, config)
@@ -191,7 +224,7 @@ def _match(
     ]
     found = {name: weights.shapes[key] for name, key in spelled.items() if key not in dropped}
     head = [key for link in links if all(name.startswith("head.") for name in link.names) for key in link.keys]
-    if head and not found.keys() & head:
+    if head and not found.keys() & head and config.num_classes is None:
         if config.shape == "encoder":
             expected = {name: shape for name, shape in expected.items() if name not in head}
         elif expected.keys() - head == found.keys():
@@ -201,9 +234,9 @@ def _match(
             )
     refuse_differences(weights.folder, expected, found)
     weights.check_kinds(spelled[name] for name in expected)
-    if config.tie_embeddings:
+    if config.tie_embeddings and config.num_classes is None:
         _refuse_another_head(family, config, weights, spelled)
-    return links, {name: spelled[name] for name in expected}, dropped
+    return _Match(links, {name: spelled[name] for name in expected}, dropped)
 
 
 def _refuse_another_head(family: Family, config: ModelConfig, weights: ForeignWeights, spelled: dict[str, str]) -> None:

@@ -15,14 +15,22 @@ id, and bigtx the ids of its characters. With `split_special_tokens=True` transf
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from bigtx.config.schema import FinetuneConfig
+from bigtx.interop.classes import is_classifier
 from bigtx.interop.read import read_config
 from bigtx.interop.sentencepiece_json import to_tokenizer_json
-from bigtx.tokenizer.huggingface_model import CHAT_TEMPLATE, TOKENIZER_CONFIG, HuggingFaceModel
+from bigtx.tokenizer.huggingface_model import (
+    CHAT_TEMPLATE,
+    SENTENCEPIECE_NAMES,
+    TOKENIZER_CONFIG,
+    HuggingFaceModel,
+    settings_of,
+)
 from bigtx.tokenizer.sentencepiece_model import SentencePieceModel
 from bigtx.tokenizer.special import SPACE_MARK
 from bigtx.tokenizer.template import Template, around, observed
@@ -70,10 +78,17 @@ HARD_TEXTS = (
 
 _CHAT = (("system", "Be brief.\n"), ("user", " What is  2+2?"), ("assistant", "4"), ("tool", '{"a": 1}'))
 _PAIR = ("The first text.", "And 2 more words")
-_MODEL_NAMES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")
 
 
-def export_tokenizer(tokenizer: Tokenizer, folder: Path, *, model_type: str, max_length: int) -> None:
+def export_tokenizer(
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    model_type: str,
+    max_length: int,
+    template: Template | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
     """Write the files from which AutoTokenizer makes this tokenizer.
 
     By default AutoTokenizer then puts the special ids around texts that `template_of_export` gives.
@@ -82,6 +97,8 @@ def export_tokenizer(tokenizer: Tokenizer, folder: Path, *, model_type: str, max
         folder: the export; its config.json has to stand there before transformers reads the tokenizer.
         model_type: as in that config.json.
         max_length: tokens that the model takes at most.
+        template: in place of `template_of_export`, for a tokenizer that bigtx trained.
+        settings: of tokenizer_config.json, in place of others.
 
     Raises:
         DataError: the tokenizer has no counterpart.
@@ -90,7 +107,7 @@ def export_tokenizer(tokenizer: Tokenizer, folder: Path, *, model_type: str, max
     config: dict[str, Any] = json.loads(tokenizer.settings_files.get(TOKENIZER_CONFIG, b"{}"))
     model = tokenizer.model
     if isinstance(model, SentencePieceModel):
-        template = template_of_export(tokenizer, model_type)
+        template = template or template_of_export(tokenizer, model_type)
         write_json(folder / HuggingFaceModel.file_name, to_tokenizer_json(model, template))
     else:
         write_atomic(folder / HuggingFaceModel.file_name, model.data)
@@ -105,9 +122,40 @@ def export_tokenizer(tokenizer: Tokenizer, folder: Path, *, model_type: str, max
     # Code from elsewhere has no place in an export.
     config.pop("auto_map", None)
     config |= {"tokenizer_class": _tokenizer_class(model_type), "model_max_length": max_length}
+    config |= settings or {}
     write_json(folder / TOKENIZER_CONFIG, config)
     if tokenizer.chat_template and not tokenizer.has_own_chat_template:
         write_atomic(folder / CHAT_TEMPLATE, tokenizer.chat_template)
+
+
+def export_classifier_tokenizer(tokenizer: Tokenizer, folder: Path, run: FinetuneConfig, *, model_type: str) -> None:
+    """As `export_tokenizer`, for a classifier: texts and pairs have the special ids and the lengths that they have in
+    `bigtx predict`, and padding comes after them.
+
+    Args:
+        run: the classifier's.
+
+    Raises:
+        DataError: the tokenizer has no counterpart.
+    """
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    if run.model.num_token_types < 2:
+        names.remove("token_type_ids")
+    settings: dict[str, Any] = {
+        "model_input_names": names,
+        "padding_side": "right",
+        "truncation_side": "left" if run.classify.truncate == "start" else "right",
+    }
+    if "pad_token" not in settings_of(tokenizer.settings_files):
+        settings["pad_token"] = tokenizer.id_to_piece(tokenizer.pad_id)
+    export_tokenizer(
+        tokenizer,
+        folder,
+        model_type=model_type,
+        max_length=run.data.max_length or run.model.max_sequence_length,
+        template=tokenizer.whole_text,
+        settings=settings,
+    )
 
 
 def template_of_export(tokenizer: Tokenizer, model_type: str) -> Template:
@@ -133,11 +181,11 @@ def import_tokenizer(folder: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_huggingface(folder)
         _refuse_differences(folder, HuggingFaceModel.file_name, _default_differences(tokenizer, folder))
         return tokenizer
-    names = [name for name in _MODEL_NAMES if (folder / name).is_file()]
+    names = [name for name in SENTENCEPIECE_NAMES if (folder / name).is_file()]
     if not names:
         raise DataError(
             f"{folder} holds no tokenizer: neither {HuggingFaceModel.file_name} nor a sentencepiece model "
-            f"({', '.join(_MODEL_NAMES)})."
+            f"({', '.join(SENTENCEPIECE_NAMES)})."
         )
     tokenizer = Tokenizer.from_sentencepiece(folder / names[0])
     theirs = _load(folder)
@@ -182,7 +230,10 @@ def compare_tokenizers(tokenizer: Tokenizer, folder: Path) -> list[str]:
         DataError: transformers is not installed, or cannot load the folder.
     """
     theirs = _load(folder)
-    template = template_of_export(tokenizer, read_config(folder)["model_type"])
+    config = read_config(folder)
+    if is_classifier(config):
+        return _differences(tokenizer, theirs, HARD_TEXTS, tokenizer.whole_text)
+    template = template_of_export(tokenizer, config["model_type"])
     # A tokenizer that an earlier release took from Hugging Face leaves as it came, whatever it puts around texts.
     is_unknown = tokenizer.template is None and isinstance(tokenizer.model, HuggingFaceModel)
     return _differences(tokenizer, theirs, HARD_TEXTS, None if is_unknown else template)

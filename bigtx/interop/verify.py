@@ -6,20 +6,23 @@ import contextlib
 import importlib.util
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from bigtx.config.schema.model import ModelConfig
+from bigtx.config.schema import FinetuneConfig, ModelConfig, RunConfig
 from bigtx.engine.checkpoint import Checkpoint
 from bigtx.engine.merged import MergedCheckpoint
-from bigtx.interop.exporter import DTYPES, ExportSettings, language_model
+from bigtx.interop.classes import auto_class, pooling_of
+from bigtx.interop.exporter import DTYPES, ExportSettings, without_adapters
 from bigtx.interop.family import Family
-from bigtx.interop.tokenizer import compare_tokenizers
+from bigtx.interop.tokenizer import HARD_TEXTS, compare_tokenizers
+from bigtx.model.pooling import pooling_weights
 from bigtx.model.transformer import Transformer
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import CheckpointError, LaunchError
@@ -30,6 +33,8 @@ order gives 1e-2 and more."""
 
 _ROWS = 2
 _TOKENS = 96
+_LONGEST_TEXT = 512
+"""Tokens of a pair of texts."""
 _SEED = 1
 
 
@@ -41,11 +46,20 @@ class Verdict:
         problems: one sentence for each difference; none if all is the same.
         difference: the largest of any logit, relative to the largest logit; None where the model did not load.
         num_logits: that were compared.
+        inputs: what they are logits of, in words.
     """
 
     problems: list[str]
     difference: float | None
     num_logits: int
+    inputs: str = "random tokens"
+
+
+class Inputs(NamedTuple):
+    """A batch, as bigtx's model is called with it and as that of transformers is."""
+
+    own: dict[str, Tensor]
+    theirs: dict[str, Tensor]
 
 
 def require_transformers() -> None:
@@ -75,9 +89,10 @@ def _require(package: str, extra: str) -> None:
 
 
 def verify(
-    folder: Path, family: Family, checkpoint: Path, config: ModelConfig, tokenizer: Tokenizer, settings: ExportSettings
+    folder: Path, family: Family, checkpoint: Path, run: RunConfig, tokenizer: Tokenizer, settings: ExportSettings
 ) -> Verdict:
-    """Load an export as its users will, and compare it with bigtx on random tokens.
+    """Load an export as its users will, and compare it with bigtx on random tokens; a classifier also on padded batches
+    of texts and of pairs, as its own tokenizer makes them.
 
     Both models compute in fp32 on the CPU, one after the other, so that memory holds one of them. bigtx's weights are
     rounded as the export's are, so that only the arithmetic is compared; adapters stay beside their matrices unless
@@ -88,9 +103,13 @@ def verify(
     """
     with _quiet():
         problems = [f"tokenizer: {line}" for line in compare_tokenizers(tokenizer, folder)]
-    inputs = _random_inputs(config, tokenizer)
-    own = _own_logits(checkpoint, config, settings, inputs)
-    return _compared(own, lambda: _their_logits(folder, family, inputs), problems)
+        inputs = [_random_inputs(run, tokenizer)]
+        if isinstance(run, FinetuneConfig) and run.model.num_classes is not None:
+            inputs += _text_inputs(run, tokenizer, folder)
+    own = _own_logits(checkpoint, run.model, settings, inputs)
+    loader = auto_class(family, run.model)
+    verdict = _compared(own, lambda: _their_logits(folder, loader, inputs), problems)
+    return replace(verdict, inputs="texts, pairs and random tokens") if len(inputs) > 1 else verdict
 
 
 def verify_adapters(
@@ -98,7 +117,7 @@ def verify_adapters(
     base: Path,
     family: Family,
     checkpoint: Path,
-    config: ModelConfig,
+    run: RunConfig,
     tokenizer: Tokenizer,
     weights: Literal["master", "ema"],
 ) -> Verdict:
@@ -107,62 +126,110 @@ def verify_adapters(
     Raises:
         CheckpointError: the checkpoint cannot be read.
     """
-    inputs = _random_inputs(config, tokenizer)
-    own = _own_logits(checkpoint, config, ExportSettings(weights=weights), inputs)
-    return _compared(own, lambda: _their_logits(base, family, inputs, adapters=folder), [])
+    inputs = [_random_inputs(run, tokenizer)]
+    own = _own_logits(checkpoint, run.model, ExportSettings(weights=weights), inputs)
+    loader = auto_class(family, run.model)
+    return _compared(own, lambda: _their_logits(base, loader, inputs, adapters=folder), [])
 
 
-def _compared(own: Tensor, compute: Callable[[], Tensor], problems: list[str]) -> Verdict:
+def _compared(own: list[Tensor], compute: Callable[[], list[Tensor]], problems: list[str]) -> Verdict:
     """Compare logits with those of the other side, beside problems that were found already."""
     try:
         theirs = compute()
     except Exception as error:
         # Whatever transformers finds wrong is a defect of the export, not of this comparison.
         return Verdict([*problems, f"transformers cannot load or run it: {type(error).__name__}: {error}"], None, 0)
-    if theirs.shape != own.shape:
-        problems.append(f"logits have shape {list(theirs.shape)} in transformers and {list(own.shape)} in bigtx")
-        return Verdict(problems, None, 0)
-    difference = float((own - theirs).abs().max() / own.abs().max().clamp(min=1e-6))
+    for mine, other in zip(own, theirs, strict=True):
+        if mine.shape != other.shape:
+            problems.append(f"logits have shape {list(other.shape)} in transformers and {list(mine.shape)} in bigtx")
+            return Verdict(problems, None, 0)
+    apart = [
+        float((mine - other).abs().max() / mine.abs().max().clamp(min=1e-6))
+        for mine, other in zip(own, theirs, strict=True)
+    ]
+    difference = max(apart, key=lambda one: (not math.isfinite(one), one))
     if not math.isfinite(difference) or difference > TOLERANCE:
         problems.append(
             f"logits differ by {difference:.1e} of the largest logit, and rounding explains at most {TOLERANCE:.0e}"
         )
-    return Verdict(problems, difference, own.numel())
+    return Verdict(problems, difference, sum(logits.numel() for logits in own))
 
 
-def _random_inputs(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Tensor]:
-    """Tokens of a seeded generator, under the names that transformers has for them.
+def _random_inputs(run: RunConfig, tokenizer: Tokenizer) -> Inputs:
+    """Tokens of a seeded generator.
 
     Padding is not among them: RoBERTa does not count it as a position.
     """
+    config = run.model
     assert config.vocab_size is not None
     generator = torch.Generator().manual_seed(_SEED)
     wanted = max(_TOKENS, 2 * config.attention_window if config.attention_window else 0)
     shape = (_ROWS, min(config.max_sequence_length, wanted, 1024))
     ids = torch.tensor([i for i in range(config.vocab_size) if i != tokenizer.pad_id])
-    names = ("input_ids", "decoder_input_ids") if config.shape == "encoder_decoder" else ("input_ids",)
-    return {name: ids[torch.randint(len(ids), shape, generator=generator)] for name in names}
+    names = {"tokens": "input_ids"}
+    if config.shape == "encoder_decoder":
+        names["target_tokens"] = "decoder_input_ids"
+    drawn = {name: ids[torch.randint(len(ids), shape, generator=generator)] for name in names}
+    theirs = {names[name]: tokens for name, tokens in drawn.items()}
+    if (pooling := pooling_of(run)) is not None:
+        drawn["pool"] = torch.from_numpy(pooling_weights(pooling, np.full(_ROWS, shape[1]), shape[1]))
+    return Inputs(drawn, theirs)
 
 
-def _own_logits(checkpoint: Path, config: ModelConfig, settings: ExportSettings, inputs: dict[str, Tensor]) -> Tensor:
+def _text_inputs(run: FinetuneConfig, tokenizer: Tokenizer, folder: Path) -> list[Inputs]:
+    """A padded batch of texts and one of pairs: as bigtx makes them, and as the export's own tokenizer does."""
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    room = (min(theirs.model_max_length, _LONGEST_TEXT) - tokenizer.num_special(2)) // 2
+    names = [str(token) for token in theirs.get_added_vocab()]
+    plain = [text for text in HARD_TEXTS if not any(name in text for name in names)]
+    texts = [text for text, ids in zip(plain, tokenizer.encode_batch(plain), strict=True) if 0 < len(ids) <= room]
+    found = []
+    for rows in ([(text,) for text in texts], list(zip(texts, reversed(texts), strict=True))):
+        if not rows:
+            continue
+        encoded = theirs(*map(list, zip(*rows, strict=True)), padding=True, return_tensors="pt")
+        found.append(Inputs(_own_batch(run, tokenizer, rows), dict(encoded)))
+    return found
+
+
+def _own_batch(run: FinetuneConfig, tokenizer: Tokenizer, rows: Sequence[Sequence[str]]) -> dict[str, Tensor]:
+    joined = [tokenizer.join(*tokenizer.encode_batch(row)) for row in rows]
+    lengths = np.array([len(ids) for ids, _ in joined])
+    width = int(lengths.max())
+    tokens, types = (np.full((len(rows), width), fill, np.int64) for fill in (tokenizer.pad_id, 0))
+    for place, (ids, kinds) in enumerate(joined):
+        tokens[place, : len(ids)], types[place, : len(ids)] = ids, kinds
+    batch = {
+        "tokens": tokens,
+        "segment_ids": (np.arange(width) >= lengths[:, None]).astype(np.int64),
+        "pool": pooling_weights(run.classify.pooling, lengths, width),
+    }
+    if run.model.num_token_types > 1:
+        batch["token_types"] = types
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def _own_logits(
+    checkpoint: Path, config: ModelConfig, settings: ExportSettings, inputs: Sequence[Inputs]
+) -> list[Tensor]:
     whole = settings.dtype == "fp32"
-    model = Transformer(config if whole else language_model(config))
+    model = Transformer(config if whole else without_adapters(config))
     source = Checkpoint(checkpoint) if whole else MergedCheckpoint(checkpoint)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             weight = source.read(name, settings.weights, 0, parameter.numel())
             parameter.copy_(weight.view(parameter.shape).to(DTYPES[settings.dtype]))
-        logits = model.eval()(inputs["input_ids"], target_tokens=inputs.get("decoder_input_ids"))
-    assert isinstance(logits, Tensor)
-    return logits
+        model.eval()
+        return [cast(Tensor, model(**batch.own)) for batch in inputs]
 
 
-def _their_logits(folder: Path, family: Family, inputs: dict[str, Tensor], *, adapters: Path | None = None) -> Tensor:
+def _their_logits(folder: Path, loader: str, inputs: Sequence[Inputs], *, adapters: Path | None = None) -> list[Tensor]:
     import transformers
 
-    loader: Any = getattr(transformers, family.auto_class)
     with _quiet():
-        model, report = loader.from_pretrained(
+        model, report = getattr(transformers, loader).from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
         )
     if unmatched := {kind: sorted(keys) for kind, keys in report.items() if keys}:
@@ -170,8 +237,8 @@ def _their_logits(folder: Path, family: Family, inputs: dict[str, Tensor], *, ad
     if adapters is not None:
         model = _with_adapters(model, adapters)
     with torch.no_grad():
-        logits: Tensor = model.eval()(**inputs).logits
-    return logits
+        model.eval()
+        return [model(**batch.theirs).logits for batch in inputs]
 
 
 def _with_adapters(model: Any, folder: Path) -> Any:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bigtx.config import shape
 from bigtx.config.schema import ExpertsConfig, ModelConfig
 from bigtx.model.layers import ACTIVATIONS, MLP, Linear
+from bigtx.model.operator import operator
 
 
 class Routing(NamedTuple):
@@ -199,7 +200,7 @@ def _has_kernel(weights: Tensor) -> bool:
 # depend on the data.
 
 
-@torch.library.custom_op("bigtx::expert_products", mutates_args=())
+@operator("bigtx::expert_products")
 def _loop(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """As `expert_products`, one expert after another."""
     result = x.new_empty(x.shape[0], weights.shape[1])
@@ -208,7 +209,7 @@ def _loop(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     return result
 
 
-@torch.library.custom_op("bigtx::expert_outer_products", mutates_args=())
+@operator("bigtx::expert_outer_products")
 def _loop_backward(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     """The gradient [E, outputs, inputs] of the weights, from that of the products [M, outputs] and x [M, inputs]."""
     result = x.new_empty(ends.shape[0], grad.shape[1], x.shape[1])
@@ -217,12 +218,12 @@ def _loop_backward(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     return result
 
 
-@_loop.register_fake
+@torch.library.register_fake(_loop)
 def _(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weights.shape[1])
 
 
-@_loop_backward.register_fake
+@torch.library.register_fake(_loop_backward)
 def _(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty(ends.shape[0], grad.shape[1], x.shape[1])
 
@@ -236,4 +237,4 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
     return _loop(grad, weights.mT, ends), _loop_backward(grad, x, ends), None
 
 
-_loop.register_autograd(_gradients, setup_context=_keep)
+torch.library.register_autograd(_loop, _gradients, setup_context=_keep)

@@ -68,22 +68,32 @@ class TokenScores(NamedTuple):
 
 
 class ClassifierHead(nn.Module):
-    """From a summary of a text to the logits of its classes, through the transform of the head of tokens if it has one:
-    what it learned in pretraining serves here too (as in ModernBERT, arXiv:2412.13663)."""
+    """From a summary of a text to the logits of its classes, in one of the forms that families of models have.
+
+    transform   classes(norm(gelu(transform x)))   ModernBERT (arXiv:2412.13663)
+    pooler      classes(tanh(pooler x))            BERT, RoBERTa
+    score       classes(x), without a bias         decoders
+
+    The transform is that of the head of tokens, so what it learned in pretraining serves here too; a model without one
+    has none here.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         assert config.num_classes is not None
-        size = config.hidden_size
-        self.transform = Linear(size, size, bias=config.mlp_bias) if config.head_transform else None
-        self.norm = Norm.of(config) if config.head_transform else None
+        size, form, has_transform = config.hidden_size, shape.class_head(config), shape.has_transform(config)
+        self.transform = Linear(size, size, bias=config.mlp_bias) if has_transform else None
+        self.norm = Norm.of(config) if has_transform else None
+        self.pooler = Linear(size, size) if form == "pooler" else None
         self.dropout = Dropout(config.dropout, "summary")
-        self.classes = Linear(size, config.num_classes)
+        self.classes = Linear(size, config.num_classes, bias=form != "score")
 
     def forward(self, summary: Tensor, seeds: Tensor | None = None) -> Tensor:
         """Logits, fp32 [B, classes], of summaries [B, D], of which int64 seeds [B] say what is dropped."""
         if self.transform is not None and self.norm is not None:
             summary = self.norm(F.gelu(self.transform(summary)))
+        elif self.pooler is not None:
+            summary = torch.tanh(self.pooler(summary))
         return self.classes(self.dropout(summary, seeds)).float()
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bigtx.model.operator import operator
+
 MAX_SCORES = 512**2
 """Scores of a head up to which products win, forward and backward: three times as fast with 128 tokens, and as fast
 with 512 (two AMX cores)."""
@@ -55,7 +57,7 @@ def attend(
     return _attend(queries, keys, values, added, kept, scale)[0]
 
 
-@torch.library.custom_op("bigtx::attention_products", mutates_args=())
+@operator("bigtx::attention_products")
 def _attend(
     queries: Tensor, keys: Tensor, values: Tensor, added: Tensor | None, kept: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -71,7 +73,7 @@ def _dropped(weights: Tensor, kept: Tensor | None) -> Tensor:
     return weights if kept is None else weights * kept
 
 
-@_attend.register_fake
+@torch.library.register_fake(_attend)
 def _(
     queries: Tensor, keys: Tensor, values: Tensor, added: Tensor | None, kept: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -79,7 +81,7 @@ def _(
     return queries.new_empty((*queries.shape[:3], values.shape[3])), queries.new_empty(shape)
 
 
-@torch.library.custom_op("bigtx::attention_products_backward", mutates_args=())
+@operator("bigtx::attention_products_backward")
 def _attend_backward(
     grad: Tensor,
     queries: Tensor,
@@ -96,7 +98,7 @@ def _attend_backward(
     return (of_scores @ keys) * scale, of_scores.transpose(-2, -1) @ (queries * scale), of_values, of_scores
 
 
-@_attend_backward.register_fake
+@torch.library.register_fake(_attend_backward)
 def _(
     grad: Tensor,
     queries: Tensor,
@@ -128,4 +130,4 @@ def _gradients(ctx: Any, grad: Tensor, of_weights: Tensor | None) -> tuple[Tenso
     return of_queries, of_keys, of_values, of_added, None, None
 
 
-_attend.register_autograd(_gradients, setup_context=_keep)
+torch.library.register_autograd(_attend, _gradients, setup_context=_keep)

@@ -47,15 +47,21 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         if config.norm_placement == "pre":
             shapes |= _norm_shapes(f"{stack}.norm", config)
     shapes |= _adapter_shapes(config, shapes)
-    if config.head_transform:
+    if shape.has_transform(config):
         shapes |= _linear_shapes("head.transform", hidden, hidden, config.mlp_bias) | _norm_shapes("head.norm", config)
     if config.num_classes is not None:
-        return shapes | _linear_shapes("head.classes", hidden, config.num_classes, bias=True)
+        return shapes | _class_head_shapes(config, config.num_classes)
     if not config.tie_embeddings:
         shapes["head.weight"] = (rows, hidden)
     if config.head_bias:
         shapes["head.bias"] = (rows,)
     return shapes
+
+
+def _class_head_shapes(config: ModelConfig, num_classes: int) -> dict[str, tuple[int, ...]]:
+    form, hidden = shape.class_head(config), config.hidden_size
+    pooler = _linear_shapes("head.pooler", hidden, hidden, bias=True) if form == "pooler" else {}
+    return pooler | _linear_shapes("head.classes", hidden, num_classes, bias=form != "score")
 
 
 def _adapter_shapes(config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

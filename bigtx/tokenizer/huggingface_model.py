@@ -14,6 +14,8 @@ from bigtx.utils.errors import DataError
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+SENTENCEPIECE_NAMES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")
+"""Files of a Hugging Face folder that hold a sentencepiece model; settings beside it say what is put around texts."""
 SETTINGS_FILES = (TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE)
 """What lies beside tokenizer.json and says how others use it; bigtx reads the special ids from it and keeps it."""
 

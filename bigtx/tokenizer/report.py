@@ -9,6 +9,8 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from bigtx.tokenizer.cut import cut, utf8_length
 from bigtx.tokenizer.special import SPACE_MARK
@@ -58,6 +60,36 @@ class Measures:
     def bytes_per_token(self) -> float:
         """UTF-8 bytes of text for one token."""
         return self.num_bytes / max(1, self.num_tokens)
+
+    def facts(self) -> dict[str, Any]:
+        """The figures as plain data."""
+        return {
+            "texts": self.num_texts,
+            "bytes": self.num_bytes,
+            "tokens": self.num_tokens,
+            "bytes_per_token": self.bytes_per_token,
+            "texts_unchanged": self.num_lossless,
+            "ids_used": len(self.tokens),
+        }
+
+
+def facts(tokenizer: Tokenizer, folder: Path | str) -> dict[str, Any]:
+    """What a tokenizer is, as plain data."""
+    return {
+        "tokenizer": str(folder),
+        "kind": tokenizer.kind,
+        "vocab_size": tokenizer.vocab_size,
+        "fingerprint": tokenizer.fingerprint,
+        "special_ids": tokenizer.special.to_dict(),
+        "around_texts": template_line(tokenizer),
+    }
+
+
+def text_facts(tokenizer: Tokenizer, text: str) -> dict[str, Any]:
+    """What becomes of a text, as plain data."""
+    ids = tokenizer.encode(text)
+    pieces = [tokenizer.id_to_piece(i) for i in ids]
+    return {"text": text, "ids": ids, "pieces": pieces, "unchanged": tokenizer.decode(ids) == text}
 
 
 def measure(tokenizer: Tokenizer, texts: Sequence[str]) -> Measures:

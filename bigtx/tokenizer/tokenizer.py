@@ -17,9 +17,10 @@ from bigtx.tokenizer.cut import utf8_length
 from bigtx.tokenizer.huggingface_model import CHAT_TEMPLATE, HuggingFaceModel, read_settings_files, settings_of
 from bigtx.tokenizer.sentencepiece_model import SentencePieceModel
 from bigtx.tokenizer.special import CHAT_ROLES, SpecialIds
-from bigtx.tokenizer.template import Template, around
+from bigtx.tokenizer.template import Part, Template, around
 from bigtx.utils.errors import DataError
 from bigtx.utils.files import open_file, write_atomic, write_json
+from bigtx.utils.folders import kind_of_folder
 
 DESCRIPTION = "bigtx_tokenizer.json"
 """The file that makes a folder a tokenizer of bigtx; it is written last."""
@@ -221,19 +222,25 @@ class Tokenizer:
     def join(self, *texts: Sequence[int]) -> tuple[list[int], list[int]]:
         """The ids of one text, or of two, that a model reads whole, and the token type of each.
 
-        The special ids are those of the template. Without one, the end id stands before the first and after each.
+        The special ids are those of `whole_text`.
 
         Args:
             texts: the ids of each.
         """
+        return self.whole_text.fill(texts)
+
+    @property
+    def whole_text(self) -> Template:
+        """The special ids around one text, or around two, that a model reads whole: those of the template. Without one,
+        the end id stands before the first text and after each."""
         if self.template:
-            return self.template.fill(texts)
-        ids, types = around(None, self.end_id).fill(texts)
-        return [self.end_id, *ids], [0, *types]
+            return self.template
+        plain, first = around(None, self.end_id), Part(self.end_id, 0)
+        return Template((first, *plain.single), (first, *plain.pair))
 
     def num_special(self, num_texts: int) -> int:
         """How many special ids `join` puts around one text, or two."""
-        return self.template.num_special(num_texts) if self.template else num_texts + 1
+        return self.whole_text.num_special(num_texts)
 
     @property
     def source_ids(self) -> tuple[list[int], list[int]]:
@@ -409,13 +416,22 @@ def _read(path: Path) -> bytes:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
 
 
+def _what_instead(folder: Path) -> str:
+    """What a folder without a tokenizer is, and what to do."""
+    inside = folder / "tokenizer"
+    kind = kind_of_folder(folder)
+    if kind and (inside / DESCRIPTION).exists():
+        return f"it is {kind}, whose tokenizer is {inside}; name that."
+    return (
+        f"it has no {DESCRIPTION}. Train one with `bigtx tokenizer train`, or take over a sentencepiece or Hugging "
+        "Face tokenizer with `bigtx tokenizer import PATH output=FOLDER`."
+    )
+
+
 def _read_description(folder: Path) -> dict[str, Any]:
     path = folder / DESCRIPTION
     if not path.exists():
-        raise DataError(
-            f"No tokenizer in {folder}: it has no {DESCRIPTION}. Train one with `bigtx tokenizer train`, or take over "
-            f"a sentencepiece or Hugging Face tokenizer with `bigtx tokenizer import PATH -o FOLDER`."
-        )
+        raise DataError(f"No tokenizer in {folder}: {_what_instead(folder)}")
     try:
         description = json.loads(_read(path))
         kinds = (SentencePieceModel.kind, HuggingFaceModel.kind)

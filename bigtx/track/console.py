@@ -35,6 +35,16 @@ class Console:
         """Print lines; on a terminal they stand above the bar. Control characters are shown as escapes."""
         self._write(self._erase() + "".join(f"{visible(line)}\n" for line in text.split("\n")) + self._bar)
 
+    def begin(self, step: int) -> None:
+        """Show the bar before the first step, which may take long; nothing where no bar is drawn.
+
+        Args:
+            step: optimizer steps done, in earlier lives of the run.
+        """
+        if self._is_terminal:
+            erase, self._bar = self._erase(), self._fit(step, [])
+            self._write(erase + self._bar)
+
     def progress(self, step: int, tokens: int, figures: Mapping[str, float]) -> None:
         """Redraw the bar, or print one line.
 

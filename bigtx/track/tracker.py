@@ -178,6 +178,11 @@ class Tracker:
         if self._is_writer:
             self._console.message(text)
 
+    def begin(self) -> None:
+        """Show that the steps begin now: on a terminal, the bar stands where the run was."""
+        if self._is_writer:
+            self._console.begin(self._step)
+
     def progress(self, step: int, tokens: int, figures: Mapping[str, float]) -> None:
         """Show how far the run is; see `Console.progress` for the figures."""
         if self._is_writer:

@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bigtx.config.schema import PretrainConfig, SourceConfig
-from bigtx.data.corpus.manifest import has_split
-from bigtx.data.storage.cache import Cache
-from bigtx.data.storage.places import Place, as_place
+from bigtx.config.schema import PretrainConfig
 from bigtx.data.stream.loader import ValidationBatches, validation_batches
 from bigtx.engine.task import Task
 from bigtx.model.decode import generate
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.track.tracker import Tracker
+from bigtx.train.held_out import place_of, validation_sources
 from bigtx.train.objectives import make_objective
 from bigtx.train.state import RunState
 from bigtx.utils.errors import ConfigError
@@ -40,7 +38,7 @@ class Validation:
         self.objective = make_objective(config, tokenizer, purpose="validation")
         self.sources = {
             name: validation_batches(
-                _place(config, source),
+                place_of(config, source),
                 sequence_length=config.train.sequence_length,
                 micro_batch_size=config.train.micro_batch_size,
                 max_sequences=config.validation.max_sequences,
@@ -124,27 +122,3 @@ class Validation:
             seed=derive_seed("sample", self.config.seed, step),
             agree=self.ranks.from_first,
         )
-
-
-def validation_sources(config: PretrainConfig) -> dict[str, SourceConfig]:
-    """The corpora to validate on: those named, or those of the training data that hold some documents out.
-
-    Raises:
-        ConfigError: a corpus that was named holds none out.
-    """
-    if config.validation.max_sequences == 0:
-        return {}
-    named = config.validation.sources
-    for name, source in named.items():
-        if not has_split(_place(config, source), "validation"):
-            raise ConfigError(
-                f"validation.sources.{name}.path={source.path!r} has no validation split; "
-                "prepare it with validation_fraction above 0, or name another corpus"
-            )
-    return named or {
-        name: source for name, source in config.data.sources.items() if has_split(_place(config, source), "validation")
-    }
-
-
-def _place(config: PretrainConfig, source: SourceConfig) -> Place:
-    return as_place(source.path, Cache(config.data.cache_dir, config.data.cache_size))

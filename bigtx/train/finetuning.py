@@ -348,7 +348,7 @@ class FinetuneSession(Session[FinetuneConfig]):
 
     def next_command(self) -> str:
         """Predict."""
-        return command("bigtx", "predict", self.run_dir, "--input", "FILE")
+        return command("bigtx", "predict", self.run_dir, "input=FILE")
 
 
 def total_steps(config: FinetuneConfig, num_records: int) -> int:

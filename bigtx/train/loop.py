@@ -80,6 +80,7 @@ def train(run: Run, stop: StopRequest) -> bool:
     )
     started, stopped = time.monotonic(), False
     batches: Iterator[list[Any]] = iter(run.loader)
+    run.tracker.begin()
     if state.owes_validation:
         measure(run)
     run.meter.start()

@@ -155,7 +155,7 @@ class Output:
         try:
             self._file = open(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+b")
         except OSError as error:
-            raise LaunchError(f"--output {self.path} cannot be written: {error.strerror}") from None
+            raise LaunchError(f"output={self.path} cannot be written: {error.strerror}") from None
         try:
             self._hold()
             self._check()
@@ -177,7 +177,7 @@ class Output:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise LaunchError(f"another process writes {self.path}; wait for it or name another --output") from None
+            raise LaunchError(f"another process writes {self.path}; wait for it or name another output") from None
         except OSError:
             return  # A file system without locks.
 
@@ -193,17 +193,17 @@ class Output:
         if not begun:
             raise DataError(
                 f"{self.path} is not empty, and no {self.about.name} says that it is the output of a bigtx predict; "
-                "name another --output"
+                "name another output"
             )
         different = [key for key in self.MUST_AGREE if begun.get(key) != self._facts[key]]
         if "manifest_sha256" in different:
             raise ConfigError(
                 f"{self.path} was begun with the checkpoint {begun.get('checkpoint')}, and this is "
-                f"{self._facts['checkpoint']}; name that one to go on with it, or another --output"
+                f"{self._facts['checkpoint']}; name that one to go on with it, or another output"
             )
         if different:
-            shown = ", ".join(f"--{key.replace('_', '-')} {_shown(begun.get(key))}" for key in different)
-            raise ConfigError(f"{self.path} was begun with {shown}; say the same to go on with it, or another --output")
+            shown = ", ".join(f"{key}={_shown(begun.get(key))}" for key in different)
+            raise ConfigError(f"{self.path} was begun with {shown}; say the same to go on with it, or another output")
 
     def known(self, chunk: Sequence[Item]) -> list[dict[str, Any]] | None:
         """The lines of a chunk, if all of them stand in the file; else what stands there of it is taken away.
@@ -227,7 +227,7 @@ class Output:
                 what = item.where if isinstance(item, Record) else item.error
                 raise DataError(
                     f"{self.path}, line {self._number} is not what bigtx predict makes of {what}; name the same "
-                    "--input again to go on with it, or another --output"
+                    "input again to go on with it, or another output"
                 )
             lines.append(line)
         return lines

@@ -108,9 +108,9 @@ def task_config(config: RunConfig, run: str, settings: Sequence[str] = ()) -> Fi
     """
     if not isinstance(config, FinetuneConfig):
         what = (
-            "an encoder, of which bigtx-finetune makes a model that does a job"
+            "an encoder, of which `bigtx finetune` makes a model that does a job"
             if config.model.shape == "encoder"
-            else f"bigtx generate {run} continues texts; bigtx-finetune makes a model that does a job of it"
+            else f"bigtx generate {run} continues texts; `bigtx finetune` makes a model that does a job of it"
         )
         raise ConfigError(f"{run} was pretrained and has no task to predict for: {what}")
     return with_settings(config, settings, sections=(config.task, "chat")) if settings else config

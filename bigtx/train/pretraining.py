@@ -82,7 +82,7 @@ class PretrainSession(Session[PretrainConfig]):
         """Export an encoder, have others write."""
         if self.config.model.shape == "encoder":
             return command("bigtx", "export", self.run_dir, "--to", "hf", "-o", "FOLDER")
-        return command("bigtx", "generate", self.run_dir, "--prompt", "TEXT")
+        return command("bigtx", "generate", self.run_dir, "prompt=TEXT")
 
     def make_loader(self) -> StepLoader:
         """Rows from the state's place on."""

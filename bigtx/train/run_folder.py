@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigtx.config import changes
-from bigtx.config.load import to_dict, to_yaml
+from bigtx.config.load import to_dict, yaml_of
+from bigtx.config.paths import with_absolute_paths
 from bigtx.config.runs import CHECKPOINTS, CONFIG, ENVIRONMENT, is_run
 from bigtx.config.schema import RunConfig
 from bigtx.train.run_dir import (
@@ -137,7 +138,7 @@ def describe_run(
     try:
         (run_dir / CHECKPOINTS).mkdir(exist_ok=True)
         write_atomic(run_dir / CHECKPOINTS / MARK, README)
-        write_atomic(run_dir / CONFIG, to_yaml(config))
+        write_atomic(run_dir / CONFIG, yaml_of(with_absolute_paths(type(config), to_dict(config))))
         write_json(run_dir / "deepspeed.json", deepspeed)
         write_json(run_dir / ENVIRONMENT, scrub(environment))
         tokenizer.save(run_dir / "tokenizer")

@@ -47,7 +47,7 @@ BASE_FACTS = ("checkpoint", "manifest_sha256", "step", "wandb_run_id")
 class Session(ABC, Generic[Config]):
     """Opens everything that training needs, in order, and closes it whatever happens.
 
-    Use as a context; then call the methods in the order in which they stand.
+    Use as a context, and call `run`.
 
     Attributes:
         total_steps: optimizer steps of the run.
@@ -81,36 +81,57 @@ class Session(ABC, Generic[Config]):
         self.checkpoint: Any = None
         self.teacher: Teacher | None = None
         self.base_facts: dict[str, Any] = {}
+        self._is_training = False
 
     def __enter__(self) -> Self:
         """Start the log, and listen to requests to stop.
 
         Raises:
-            LaunchError: the run folder cannot be written, or another run holds it.
-            ConfigError, CheckpointError: see `check_run_dir`.
+            LaunchError: the run folder cannot be written.
+            BigtxError: see `check_folder`.
         """
-        if problem := processes.launcher_problem():
-            raise _said_by_every_rank(LaunchError(problem))
-        if not self.dry_run:
-            # Before anything is written there, and before the ranks find that run's port taken.
-            refuse_if_held(self.config.run_dir)
-        else:
+        if self.dry_run:
             self._scratch = tempfile.mkdtemp(prefix="bigtx-dry-run-")
             self.config = dataclasses.replace(
                 self.config, run_dir=self._scratch, track=dataclasses.replace(self.config.track, wandb="off")
             )
         self.run_dir = Path(self.config.run_dir)
         try:
-            if not self.dry_run and processes.rank() == 0:
-                check_run_dir(self.config, self.files)
+            if not self.dry_run and not processes.is_supervised():
+                check_folder(self.config, self.files)
             log.setup(self.run_dir, processes.rank())
         except OSError as error:
             raise LaunchError(
                 f"run_dir={self.config.run_dir!r} cannot be written: {error}; name another folder"
             ) from error
-        log.say(f"bigtx: {processes.launcher_name()}, {num_ranks(processes.world_size())}; run folder {self.run_dir}")
-        self.stop = StopRequest(lambda: log.say("stopped before the first step; nothing to save"))
+        launcher = processes.launcher_name()
+        started = f", started by {launcher}" if launcher else ""
+        log.say(f"bigtx: {num_ranks(processes.world_size())}{started}; run folder {self.run_dir}")
+        self.stop = StopRequest(self._tell_request)
         return self
+
+    def _tell_request(self) -> None:
+        """Answer a request to stop at once: the step that runs may take long."""
+        if self.stop.came_early:
+            log.report(stopped=True)
+            log.say("stopped before the first step; nothing to save")
+        elif self._is_training:
+            self.tracker.message("stopping: a checkpoint is saved after this step")
+
+    def run(self) -> int:
+        """Do all that is left of the run. Returns the exit status.
+
+        Raises:
+            BigtxError: see the methods below.
+        """
+        self.join_ranks()
+        self.open_data()
+        self.open_folder()
+        if self.is_finished():
+            return 0
+        self.build_engine()
+        self.load_weights()
+        return self.train()
 
     def join_ranks(self) -> None:
         """Meet the other ranks.
@@ -121,6 +142,8 @@ class Session(ABC, Generic[Config]):
         from bigtx.engine.ranks import Ranks
 
         self.ranks = Ranks(timeout_seconds=parse_duration(self.config.engine.timeout).value)
+        for note in self.ranks.notes_on_devices():
+            log.say(note)
 
     @abstractmethod
     def open_data(self) -> None:
@@ -232,6 +255,7 @@ class Session(ABC, Generic[Config]):
         """
         from bigtx.engine.engine import Engine
         from bigtx.engine.trainable import frozen_parameters
+        from bigtx.interop.target import export_note
         from bigtx.model.transformer import Transformer
         from bigtx.plan.parameters import count_parameters, parameter_shapes
 
@@ -242,6 +266,8 @@ class Session(ABC, Generic[Config]):
             f"model: {format_count(count.total)} parameters; engine: ZeRO {self.config.engine.zero_stage}, "
             f"{self.config.engine.precision}, {self.config.optimizer.name}"
         )
+        if note := export_note(self.config, self.tokenizer):
+            log.say(note)
         if frozen:
             num_trained = sum(math.prod(shape) for name, shape in shapes.items() if name not in frozen)
             rank = self.config.model.lora.rank
@@ -321,7 +347,9 @@ class Session(ABC, Generic[Config]):
             return self._one_step()
         run = self._run()
         self.stop.defer()
+        self._is_training = True
         finished = train(run, self.stop)
+        self._is_training = False
         if finished:
             self.conclude(run)
             if self.ranks.rank == 0:
@@ -333,7 +361,8 @@ class Session(ABC, Generic[Config]):
             )
             return 0
         self._close_tracker("stopped")
-        log.say(f"stopped at step {self.state.step:,} with a checkpoint; the same command goes on from there")
+        log.report(stopped=True)
+        log.say(f"stopped at step {self.state.step:,} with a checkpoint; the same command resumes from it")
         return self.stop.exit_status
 
     def _close_tracker(self, status: Literal["finished", "stopped"]) -> None:
@@ -527,6 +556,8 @@ class Session(ABC, Generic[Config]):
 
     def _explain(self, error: BaseException) -> None:
         """Say why this life ends, once for all ranks; other errors keep their traceback."""
+        if hasattr(self, "state"):
+            log.report(step=self.state.step)
         if self.stop.came_early:
             if not isinstance(error, EarlyStop):  # Another rank's end was noticed before this one's own.
                 raise EarlyStop(self.stop.exit_status) from error
@@ -537,7 +568,10 @@ class Session(ABC, Generic[Config]):
                 "lost the connection to another rank, which has ended; its last words are above or in "
                 f"{self.run_dir / 'logs'}. The same command resumes from the last checkpoint"
             )
-            self._say_once(lost)
+            if log.report(lost=True, error=str(lost)):
+                lost.reported = True  # The supervisor knows which rank ended, and says so.
+            else:
+                self._say_once(lost)
             raise lost from error
         elif isinstance(error, BigtxError) and self.ranks:
             self._say_once(error)
@@ -581,11 +615,17 @@ def say_finished(step: int, settings: Sequence[str], results: str = "") -> None:
     log.say(f"the run is finished: {step:,} steps{results}. To train on: {longer}; to start over: another run_dir")
 
 
-def _said_by_every_rank(error: BigtxError) -> BigtxError:
-    """Print an error of a process that may take itself for any rank."""
-    log.say_error(f"{type(error).__name__}: {error}", any_rank=True)
-    error.reported = True
-    return error
+def check_folder(config: RunConfig, files: Iterable[Path]) -> None:
+    """Refuse a run folder that another run holds, or in which the run would destroy something.
+
+    Called before anything is written there, and before the ranks find the port of the other run taken.
+
+    Raises:
+        LaunchError, ConfigError, CheckpointError: see `refuse_if_held` and `check_run_dir`.
+    """
+    refuse_if_held(config.run_dir)
+    if processes.rank() == 0:
+        check_run_dir(config, files)
 
 
 def num_ranks(count: int) -> str:

@@ -6,10 +6,8 @@ import signal
 from collections.abc import Callable
 from types import FrameType
 
+from bigtx.utils.errors import EXIT_INTERRUPTED, EXIT_REQUEUE
 from bigtx.utils.processes import stop_signals
-
-EXIT_REQUEUE = 75
-"""Status of a run that was asked to stop and saved: run the same command again (sysexits' EX_TEMPFAIL)."""
 
 
 class EarlyStop(SystemExit):
@@ -28,7 +26,7 @@ class StopRequest:
 
     def __init__(self, tell: Callable[[], None]) -> None:
         """Args:
-        tell: called at once before an `EarlyStop`: whoever sent the signal may not wait for the end.
+        tell: called at once when the first request comes: whoever sent the signal may not wait for the end.
         """
         self.signal: signal.Signals | None = None
         self.came_early = False
@@ -45,7 +43,7 @@ class StopRequest:
     @property
     def exit_status(self) -> int:
         """130 after Ctrl-C, else the status that asks for a requeue."""
-        return 130 if self.signal == signal.SIGINT else EXIT_REQUEUE
+        return EXIT_INTERRUPTED if self.signal == signal.SIGINT else EXIT_REQUEUE
 
     def defer(self) -> None:
         """From now on signals only set the flag."""
@@ -54,7 +52,7 @@ class StopRequest:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:
             self.signal = signal.Signals(number)
-            if not self._is_deferred:
-                self.came_early = True
-                self._tell()
+            self.came_early = not self._is_deferred
+            self._tell()
+            if self.came_early:
                 raise EarlyStop(self.exit_status)

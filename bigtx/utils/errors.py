@@ -18,6 +18,8 @@ from bigtx.utils import log
 
 EXIT_OUTPUT_LOST = 1
 EXIT_USER_ERROR = 2
+EXIT_REQUEUE = 75
+"""Of a run that was asked to stop and saved: run the same command again (sysexits' EX_TEMPFAIL)."""
 EXIT_INTERRUPTED = 130
 
 
@@ -60,7 +62,7 @@ def exit_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
     def wrapped(*args: object, **kwargs: object) -> int:
         prepare_streams()
         try:
-            status = main(*args, **kwargs) or 0
+            status = _status(main, *args, **kwargs)
             return status or _flush_output()
         except BigtxError as error:
             if not error.reported:
@@ -78,6 +80,16 @@ def exit_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
             return EXIT_OUTPUT_LOST
 
     return wrapped
+
+
+def _status(main: Callable[..., int | None], *args: object, **kwargs: object) -> int:
+    """The exit status of a command, also of one that answered `--help` and the like by SystemExit."""
+    try:
+        return main(*args, **kwargs) or 0
+    except SystemExit as end:
+        if end.code:
+            raise
+        return 0
 
 
 def prepare_streams() -> None:

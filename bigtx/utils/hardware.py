@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
@@ -93,6 +96,45 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def num_gpus() -> int:
+    """GPUs that CUDA shows to this process, if torch can use them. Imports no torch.
+
+    The driver is asked in a process of its own: ranks that are forked cannot use CUDA once their parent has.
+    """
+    torch = importlib.util.find_spec("torch")
+    if torch is None or torch.origin is None or not (Path(torch.origin).parent / "lib" / "libtorch_cuda.so").exists():
+        return 0
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with contextlib.suppress(BaseException):
+            os.write(writing, str(_count_by_driver()).encode())
+        os._exit(0)
+    os.close(writing)
+    with open(reading) as stream:
+        answer = stream.read()
+    os.waitpid(pid, 0)
+    return int(answer or 0)
+
+
+def _count_by_driver() -> int:
+    """Devices by the CUDA driver's own interface, which heeds CUDA_VISIBLE_DEVICES; 0 without a driver."""
+    cuda, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(0)
+    return count.value if cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
+
+
+def node_of_core(core: int) -> int:
+    """The group of cores with memory of its own (NUMA node) that a core belongs to; 0 where there is one group."""
+    for path in Path(f"/sys/devices/system/cpu/cpu{core}").glob("node[0-9]*"):
+        return int(path.name.removeprefix("node"))
+    return 0
+
+
+def num_core_groups() -> int:
+    """Groups of cores with memory of their own of which this process may use some."""
+    return len({node_of_core(core) for core in os.sched_getaffinity(0)})
+
+
 def memory_bytes() -> int:
     """Memory that this process may use: the machine's, or its container's limit if that is less."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -103,12 +145,17 @@ def memory_bytes() -> int:
     return total if limit == "max" else min(total, int(limit))
 
 
+def packages() -> dict[str, str]:
+    """The versions of bigtx and of the packages that it stands on, where they are installed. Imports none of them."""
+    # A clone need not be installed to run.
+    return {"bigtx": __version__} | {name: found for name in PACKAGES if (found := _version(name))}
+
+
 def describe() -> dict[str, Any]:
     """The environment of a run as JSON-ready data, by a fixed list of harmless facts: no environment variables, no
     command line, no remote addresses, so that no secret can be among them."""
     return {
-        # A clone need not be installed to run.
-        "packages": {"bigtx": __version__} | {name: found for name in PACKAGES if (found := _version(name))},
+        "packages": packages(),
         "python": platform.python_version(),
         "executable": sys.executable,
         "platform": platform.platform(),

@@ -6,6 +6,9 @@
     errors that end the process ────▶ both
 
 Before `setup` nothing is redirected and `say` is a print.
+
+A rank that has a supervisor reports its failure, and leaves the screen to the supervisor: of all ranks that fail
+because one did, one is to be shown.
 """
 
 from __future__ import annotations
@@ -13,15 +16,17 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import io
+import json
 import logging
 import os
 import sys
 import threading
 import traceback
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 from bigtx.utils.processes import rank
 
@@ -57,6 +62,29 @@ class _Redirection:
 
 
 _active: _Redirection | None = None
+_supervisor: int | None = None
+"""The pipe to this rank's supervisor."""
+
+
+def report_to(descriptor: int) -> None:
+    """Report failures to a supervisor from now on."""
+    global _supervisor
+    _supervisor = descriptor
+
+
+def report(**facts: Any) -> bool:
+    """Tell the supervisor something about this rank's end; returns whether there is a supervisor.
+
+    Args:
+        facts: `error`, the error in words; `said`, that the user has seen it; `lost`, that another rank's end is the
+            cause; `step`, after which it happened; `stopped`, that a request to stop was answered; `log`, this
+            rank's log file.
+    """
+    if _supervisor is None:
+        return False
+    with contextlib.suppress(OSError):
+        os.write(_supervisor, json.dumps(facts).encode() + b"\n")
+    return True
 
 
 def setup(run_dir: Path | str, rank: int) -> Path:
@@ -87,8 +115,9 @@ def setup(run_dir: Path | str, rank: int) -> Path:
     _route_loggers(handler)
     sys.excepthook = _report_exception
     threading.excepthook = _report_thread_exception
-    # A crash in C code: its Python stack goes to the screen, since nothing may run then that could copy it.
-    faulthandler.enable(errors.fileno())
+    # A crash in C code: its Python stack goes to the screen, or where a supervisor finds it, since nothing may run then
+    # that could copy it.
+    faulthandler.enable((log if report(log=str(path.absolute())) else errors).fileno())
     return path
 
 
@@ -122,10 +151,25 @@ def say(text: str = "") -> None:
         print(text, file=_active.log)
 
 
+def say_json(value: Any) -> None:
+    """Show a result as JSON, in ASCII, so that it is valid in every encoding (rank 0 alone)."""
+    say(json.dumps(value, indent=2))
+
+
+@contextlib.contextmanager
+def said_aside(aside: bool) -> Iterator[None]:
+    """Send what is said meanwhile to standard error, if asked, so that JSON stands alone on standard output."""
+    with contextlib.redirect_stdout(sys.stderr) if aside else contextlib.nullcontext():
+        yield
+
+
 def say_error(text: str, *, any_rank: bool = False) -> None:
     """Show why this process ends: on the true standard error (rank 0 alone, or any), and in the log."""
     if any_rank or rank() == 0:
         print(text, file=_active.errors if _active else sys.stderr, flush=True)
+        report(said=True)
+    else:
+        report(error=text)
     if _active:
         print(text, file=_active.log)
 
@@ -149,18 +193,22 @@ def _route_loggers(handler: logging.Handler) -> None:
 
 
 def _report_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    _report(f"rank {rank()}: " + "".join(traceback.format_exception(kind, error, trace)))
+    assert _active is not None
+    lines = traceback.format_exception(kind, error, trace)
+    # A supervisor shows the end of one rank's log.
+    is_shown_later = report(error=lines[-1].strip())
+    _print_traceback(f"rank {rank()}: ", lines, (_active.log,) if is_shown_later else (_active.errors, _active.log))
 
 
 def _report_thread_exception(arguments: threading.ExceptHookArgs) -> None:
     if arguments.exc_type is SystemExit or arguments.exc_value is None:
         return
+    assert _active is not None
     name = arguments.thread.name if arguments.thread else "?"
     lines = traceback.format_exception(arguments.exc_type, arguments.exc_value, arguments.exc_traceback)
-    _report(f"rank {rank()}, thread {name}: " + "".join(lines))
+    _print_traceback(f"rank {rank()}, thread {name}: ", lines, (_active.errors, _active.log))
 
 
-def _report(text: str) -> None:
-    assert _active is not None
-    for stream in (_active.errors, _active.log):
-        print(text, end="", file=stream)
+def _print_traceback(who: str, lines: list[str], streams: Iterable[TextIO]) -> None:
+    for stream in streams:
+        print(who + "".join(lines), end="", file=stream)

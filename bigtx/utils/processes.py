@@ -59,7 +59,7 @@ def launcher_problem() -> str | None:
     if not given or (given == ["WORLD_SIZE"] and os.environ["WORLD_SIZE"] == "1"):
         return None
     here = " and ".join(f"{name}={os.environ[name]}" for name in given)
-    start = "start the ranks by deepspeed or torchrun, or unset " + " and ".join(given) + " to train in one process"
+    start = "start the ranks by deepspeed or torchrun, or unset " + " and ".join(given) + " and let bigtx start them"
     missing = [name for name in (*LAUNCHED, *MEETING) if name not in os.environ]
     if missing:
         return f"the environment holds {here}, as of a launcher, but not {', '.join(missing)}; {start}"
@@ -69,6 +69,20 @@ def launcher_problem() -> str | None:
     if rank() >= world_size():
         return f"the environment holds {here}: ranks go from 0 to {world_size() - 1}; {start}"
     return None
+
+
+_is_supervised = False
+
+
+def set_supervised() -> None:
+    """Note that this process is a rank that `bigtx` itself started."""
+    global _is_supervised
+    _is_supervised = True
+
+
+def is_supervised() -> bool:
+    """Whether `bigtx` itself started this rank, and watches over it."""
+    return _is_supervised
 
 
 def share_cores() -> None:
@@ -81,15 +95,17 @@ def share_cores() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # About 20 microseconds.
 
 
-def launcher_name() -> str:
-    """Who started this process: deepspeed, torchrun, another launcher that set RANK, or plain python."""
-    if not is_launched():
-        return "python"
+def launcher_name() -> str | None:
+    """The program that started this rank, for people; None for `bigtx` itself, or plain Python."""
+    if _is_supervised or not is_launched():
+        return None
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return "torchrun"
     # Set by deepspeed/launcher/launch.py and by no other launcher.
     if "CROSS_RANK" in os.environ and "LOCAL_SIZE" in os.environ:
         return "deepspeed"
+    if os.environ["RANK"] == os.environ.get("SLURM_PROCID") and "SLURM_STEP_ID" in os.environ:
+        return "srun"
     return "a launcher that set RANK and WORLD_SIZE"
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from bigtx.config.load import base_files, load
-from bigtx.config.schema import FinetuneConfig, PrepareConfig, PretrainConfig, TokenizerTrainConfig
+from bigtx.config.schema import FinetuneConfig, ModelConfig, PrepareConfig, PretrainConfig, TokenizerTrainConfig
 from bigtx.config.shipped import shipped_configs, shipped_folder
+from bigtx.interop.target import family_of
+from bigtx.train.tasks.classify import Classify
 from bigtx.utils.errors import ConfigError
 
 SCHEMAS: dict[str, tuple[type, ...]] = {
@@ -47,3 +51,26 @@ def test_it_says_what_it_is_and_builds_on_recipes_alone(name: str) -> None:
     root = shipped_folder().resolve()
     assert (root / name).read_text(encoding="utf-8").startswith("# "), "the first line is shown by `bigtx configs list`"
     assert all(path.is_relative_to(root) for path in base_files(root / name))
+
+
+BASES = {"finetune/imdb.yaml": "pretrain/imdb-decoder.yaml"}
+"""What a recipe is to be used with; others fit any base, such as a decoder of configs/model."""
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_configs() if not name.startswith("data/")])
+def test_its_model_can_be_exported_or_the_recipe_says_that_it_cannot(name: str) -> None:
+    config = load(SCHEMAS[name.partition("/")[0]][0], [name], check=False)
+    if isinstance(config, FinetuneConfig) and config.model.hidden_size == ModelConfig().hidden_size:
+        base = load(PretrainConfig, [BASES.get(name, "model/decoder-10m.yaml")], check=False).model
+        config.model = dataclasses.replace(base, shape=config.model.shape, num_classes=None)
+        if config.task == "classify":
+            config.classify.classes = ["bad", "good"]
+            config = Classify.resolve(config, None, [])  # type: ignore[arg-type]
+    config.model.vocab_size = 1000
+    text = (shipped_folder() / name).read_text(encoding="utf-8")
+    try:
+        family_of(config)
+    except ConfigError as error:
+        assert "cannot be exported to transformers" in text, str(error)
+    else:
+        assert "cannot be exported" not in text

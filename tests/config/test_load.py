@@ -145,9 +145,13 @@ def test_values(argument: str, key: str, value: Any) -> None:
         ("track.tags=[a", "not YAML"),
         ("track.tags=[*x]", "not YAML|alias"),
         ("track.tags=[!!python/name:os.system a]", "tag"),
-        ("--train.max_steps=1", "write train.max_steps=1"),
-        ("--max-steps=1", "did you mean train.max_steps"),
-        ("--verbose", "see --help"),
+        ("--train.max_steps=1", "settings are written KEY=VALUE: train.max_steps=1"),
+        ("--max-steps=1", "settings are written KEY=VALUE: train.max_steps=1"),
+        ("--steps=5", "settings are written KEY=VALUE: train.max_steps=5"),
+        ("--output=x", "settings are written KEY=VALUE: run_dir=x"),
+        ("-o=x", "settings are written KEY=VALUE: run_dir=x"),
+        ("--learning-rat=1", r"KEY=VALUE; did you mean optimizer\.learning_rate=VALUE"),
+        ("--verbose", "--help shows all"),
         ("--dry-runn", "did you mean --dry-run?"),
         ("train.max_steps", r"write train\.max_steps=VALUE, without spaces"),
         (tempfile.gettempdir(), r"is a folder.*did you mean data\.sources\.mine\.path="),
@@ -311,11 +315,10 @@ def test_every_setting_is_documented() -> None:
 
 
 def test_parse_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["--local_rank=1", "seed=2", "--dry-run", "--local-rank", "0", "--print-config"]
+    argv = ["--local_rank=1", "seed=2", "--dry-run", "--local-rank", "0"]
     parsed = parse_command_line(PretrainConfig, argv, program="deepspeed bigtx/pretrain.py", check=False)
-    assert (parsed.config.seed, parsed.print_config, parsed.dry_run) == (2, True, True)
-    parsed = parse_command_line(PretrainConfig, [], program="x", check=False)
-    assert (parsed.print_config, parsed.dry_run) == (False, False)
+    assert (parsed.config.seed, parsed.dry_run) == (2, True)
+    assert not parse_command_line(PretrainConfig, [], program="x", check=False).dry_run
     with pytest.raises(ConfigError, match="--dry-run"):
         parse_command_line(PrepareConfig, ["--dry-run"], program="x", flags=["--print-config"], check=False)
     with pytest.raises(SystemExit) as caught:
@@ -380,7 +383,8 @@ def test_values_of_rejected_settings_are_not_repeated(arguments: list[str]) -> N
     ("arguments", "words"),
     [
         (["absent.yaml"], "no file 'absent.yaml'"),
-        (["--lr", "3e-4"], "--lr (command line): no such option; did you mean"),
+        (["--lr", "3e-4"], "--lr: settings are written KEY=VALUE: optimizer.learning_rate=3e-4"),
+        (["--steps", "5"], "--steps: settings are written KEY=VALUE: train.max_steps=5"),
         (["child.yaml"], "no file"),
         (["."], "is a folder, not a YAML file"),
     ],

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 STAGES, PRECISIONS, OPTIMIZERS = (0, 1, 2, 3), ("fp32", "bf16"), ("adamw", "muon")
-WORKER = Path(__file__).with_name("worker.py")
+START = Path(__file__).with_name("start.py")
 
 # fp32: sums in another order, over ten steps of AdamW, whose first steps move by the sign of a gradient however small.
 # bf16: one rounding is 2^-9 of a value; a weight that rounds the other way moves activations by that much, and AdamW
@@ -22,22 +22,10 @@ WEIGHT_TOLERANCE = {("fp32", "adamw"): 2e-5, ("fp32", "muon"): 2e-5, ("bf16", "a
 
 
 def run_ranks(tmp_path: Path, world_size: int, scenario: str, *, gpus: bool = False, **parameters: Any) -> Any:
-    """A scenario of worker.py under the deepspeed launcher, on the CPU unless it is to use this machine's GPUs."""
+    """A scenario of worker.py on so many ranks, on the CPU unless it is to use this machine's GPUs."""
     out = tmp_path / f"{scenario}-{world_size}.json"
     out.unlink(missing_ok=True)
-    command = [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
-        "--num_accelerators",
-        str(world_size),
-        "--master_port",
-        str(20_000 + os.getpid() % 20_000),
-        str(WORKER),
-        str(out),
-        scenario,
-        json.dumps(parameters),
-    ]
+    command = [sys.executable, str(START), str(world_size), str(out), scenario, json.dumps(parameters)]
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",

@@ -289,7 +289,7 @@ CANNOT: dict[str, dict[str, Any]] = {
 }
 IDLE = {"num_decoder_layers", "prefix_attention", "relative_num_buckets", "relative_max_distance", "init"}
 IDLE |= {"bigram_size"}
-IDLE |= {"audio", "lora", "num_classes"}  # Refused, or merged, before a family is asked: see the exporter.
+IDLE |= {"audio", "lora", "num_classes", "class_head"}  # Of other models, or merged: see target.py and classes.py.
 """Fields without a meaning in these models, or without one once they are trained."""
 FREE: dict[str, set[str]] = {
     "bert": {"global_attention_every", "rope_theta", "local_rope_theta", "rope_scaling"},

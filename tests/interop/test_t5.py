@@ -224,7 +224,7 @@ FREE: dict[str, Any] = {
 IDLE = {"global_attention_every", "prefix_attention", "position_offset", "norm_bias", "rope_theta", "local_rope_theta"}
 IDLE |= {"rope_scaling", "init", "init_std", "bigram_size"}
 IDLE |= {"attention_dropout"}  # T5 has one rate.
-IDLE |= {"audio", "lora", "num_classes"}  # Refused, or merged, before a family is asked: see the exporter.
+IDLE |= {"audio", "lora", "num_classes", "class_head"}  # Of other models, or merged: see target.py and classes.py.
 """Fields without a meaning in a T5, or without one once it is trained."""
 
 

@@ -269,6 +269,7 @@ FIELDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "audio": (AudioConfig(num_mel_bins=8), {"shape": "encoder"}),
     "lora": (LoraConfig(rank=2), {}),
     "num_classes": (3, {}),
+    "class_head": ("pooler", {"num_classes": 3}),
     "vocab_size": (71, {}),
     "hidden_size": (40, {}),
     "num_layers": (3, {}),

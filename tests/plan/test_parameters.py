@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from bigtx.config.load import load
-from bigtx.config.schema import ExpertsConfig, ModelConfig, PretrainConfig
+from bigtx.config.schema import ExpertsConfig, FinetuneConfig, ModelConfig, PretrainConfig
 from bigtx.config.shape import padded_vocab_size
 from bigtx.config.shipped import shipped_configs, shipped_folder
 from bigtx.model.transformer import Transformer
@@ -19,6 +20,7 @@ from bigtx.plan.parameters import count_parameters, flops_per_token, parameter_s
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs" / "model").glob("*.yaml"))
 HEADER = re.compile(r"# parameters: ([\d,]+) with a vocabulary of ([\d,]+): \S.*\.\n")
+SIZE = re.compile(r"^# parameters: ([\d,]+) with a vocabulary of ([\d,]+)\.$", re.MULTILINE)
 
 
 def torch_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -47,6 +49,17 @@ def test_every_recipe_builds(name: str) -> None:
     model = load(PretrainConfig, [str(shipped_folder() / name)], check=False).model
     model.vocab_size = model.vocab_size or 1000
     assert parameter_shapes(model) == torch_shapes(model)
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_configs() if not name.startswith("model/")])
+def test_other_recipes_say_their_size_right(name: str) -> None:
+    line = SIZE.search((shipped_folder() / name).read_text(encoding="utf-8"))
+    if line is None:
+        return
+    count, vocab_size = (int(number.replace(",", "")) for number in line.groups())
+    schema = FinetuneConfig if name.startswith("finetune/") else PretrainConfig
+    model = load(schema, [name], check=False).model
+    assert count_parameters(dataclasses.replace(model, vocab_size=vocab_size)).total == count
 
 
 def test_published_counts() -> None:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from doors import as_json
 
 from bigtx.commands.tokenizer import import_command, inspect_command, train_command
 from bigtx.tokenizer.tokenizer import Tokenizer
@@ -102,7 +103,8 @@ def test_a_folder_and_an_output_that_cannot_be_are_refused_before_the_work(
 
 
 def test_print_config_and_help(capsys: pytest.CaptureFixture[str]) -> None:
-    assert train_command([*SOURCES, "output=new", "--print-config"]) == 0
+    with pytest.raises(SystemExit):
+        train_command([*SOURCES, "output=new", "--print-config"])
     assert "vocab_size: 16384" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         train_command(["--help"])
@@ -188,6 +190,30 @@ def test_inspect_refuses_what_it_cannot_read(tmp_path: Path, bpe: Tokenizer) -> 
     with pytest.raises(DataError, match="Cannot read"):
         inspect_command([str(tmp_path), "--file", str(tmp_path / "gone")])
     assert inspect_command([str(tmp_path)]) == 0
+
+
+def test_json_stands_alone(tmp_path: Path, bpe: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
+    new = [*SOURCES, f"output={tmp_path / 'new'}", "vocab_size=1k"]
+    trained, again = as_json(capsys, train_command, new), as_json(capsys, train_command, new)
+    assert (trained["vocab_size"], trained["reused"], again["reused"]) == (1000, False, True)
+    assert trained["measured"]["texts_unchanged"] == trained["measured"]["texts"] > 0
+    assert trained["fingerprint"] == again["fingerprint"]
+    bpe.save(tmp_path / "from")
+    brought = as_json(capsys, import_command, [f"path={tmp_path / 'from'}", f"output={tmp_path / 'to'}"])
+    assert (brought["fingerprint"], brought["loses_something_of"]) == (bpe.fingerprint, [])
+    (tmp_path / "a.txt").write_text("Füße")
+    words = [str(tmp_path / "to"), "text=two words", "text=Füße", f"file={tmp_path / 'a.txt'}"]
+    shown = as_json(capsys, inspect_command, words)
+    assert [text["ids"] for text in shown["texts"]] == [bpe.encode("two words"), bpe.encode("Füße")]
+    assert [file["bytes"] for file in shown["files"]] == [6]
+
+
+def test_what_is_no_tokenizer_is_named(tmp_path: Path, bpe: Tokenizer) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "manifest.json").touch()
+    bpe.save(tmp_path / "tokenizer")
+    with pytest.raises(DataError, match=r"it is a prepared corpus, whose tokenizer is .*/tokenizer; name that"):
+        inspect_command([str(tmp_path)])
 
 
 def test_control_c_ends_the_training_at_once(tmp_path: Path) -> None:

@@ -86,6 +86,23 @@ def test_the_bar_is_redrawn_and_messages_stand_above(terminal: Terminal) -> None
     assert bar.startswith("━━━━━━━━━━━━────────────") and "100/200" in bar and "loss 2.5000" in bar and "left" in bar
 
 
+def test_the_bar_is_there_before_the_first_step(terminal: Terminal) -> None:
+    console = Console(terminal.stream, total_steps=200)
+    console.begin(100)
+    assert terminal.screen() == ["━━━━━━━━━━━━──────────── 100/200"]
+    console.message("a message")
+    console.progress(101, 2000, {"train/loss": 2.5})
+    console.close()
+    above, bar, after = terminal.screen()
+    assert (above, after) == ("a message", "") and "101/200  loss 2.5000" in bar and "left" not in bar
+
+
+def test_nothing_is_said_before_the_first_step_where_there_is_no_terminal() -> None:
+    stream = io.StringIO()
+    Console(stream, total_steps=200).begin(0)
+    assert stream.getvalue() == ""
+
+
 def test_a_narrow_terminal_gets_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     terminal = Terminal(columns=30)

@@ -6,19 +6,20 @@ import pytest
 
 from bigtx.utils import processes
 
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "CROSS_RANK", "LOCAL_SIZE", "TORCHELASTIC_RUN_ID")
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "CROSS_RANK", "LOCAL_SIZE", "TORCHELASTIC_RUN_ID", "SLURM_PROCID")
 
 
 @pytest.mark.parametrize(
     ("environment", "launcher"),
     [
-        ({}, "python"),
+        ({}, None),
         ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "CROSS_RANK": "1", "LOCAL_SIZE": "2"}, "deepspeed"),
         ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "x"}, "torchrun"),
+        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "SLURM_PROCID": "3", "SLURM_STEP_ID": "0"}, "srun"),
         ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, "a launcher that set RANK and WORLD_SIZE"),
     ],
 )
-def test_place(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], launcher: str) -> None:
+def test_place(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], launcher: str | None) -> None:
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -74,4 +75,4 @@ def test_half_an_environment_of_a_launcher_is_refused(
 def test_a_world_size_alone_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert (processes.world_size(), processes.launcher_name()) == (1, "python")
+    assert (processes.world_size(), processes.launcher_name()) == (1, None)

@@ -73,7 +73,8 @@ class ClassifyConfig:
     classes: list[str] = field(factory=list)
     """Names of the classes, in the order of their logits. Empty: those of the training records, sorted."""
     pooling: Literal["auto", "first", "mean", "last"] = "auto"
-    """What the head reads: the first token, the mean of all, the last. auto: mean in an encoder, last in a decoder."""
+    """What the head reads: the first token, the mean of all, the last. auto: last in a decoder, in an encoder the mean,
+    or the first where model.class_head is pooler."""
     truncate: Literal["end", "start", "middle"] = "end"
     """Where a text that is too long loses tokens."""
     balance: bool = False

@@ -168,6 +168,10 @@ class ModelConfig:
     """A linear map, GELU and a norm before the head, as in BERT."""
     num_classes: Optional[int] = field(None, minimum=2, maximum=2**24)
     """Classes that a text is sorted into, by a head of its own instead of that of tokens. Empty: the head of tokens."""
+    class_head: Optional[Literal["transform", "pooler", "score"]] = None
+    """How that head makes logits of a summary. transform: through head_transform, if the model has it, and a matrix
+    with a bias (ModernBERT); pooler: a linear map, tanh, and a matrix with a bias (BERT); score: a matrix alone
+    (Llama). Empty: transform; task=classify takes score in a decoder, pooler in an encoder with norm_placement=post."""
     dropout: float = field(0.0, minimum=0.0, maximum=0.9)
     """Probability of dropping embeddings, attention weights and sublayer outputs."""
     attention_dropout: Optional[float] = field(None, minimum=0.0, maximum=0.9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -28,9 +29,7 @@ def describe(place: Place, *, split: str, num_samples: int, seed: int) -> Iterat
         DataError: it is no whole corpus.
     """
     manifests = open_splits(place)
-    chosen = next((manifest for manifest in manifests if manifest.split == split), None)
-    if chosen is None:
-        raise DataError(f"{place} has no split {split!r}; it has {' and '.join(m.split for m in manifests)}.")
+    chosen = _choose(place, manifests, split)
     yield from describe_splits(manifests)
     yield ""
     yield f"{chosen.vocab_size:,} ids of tokenizer {chosen.tokenizer_fingerprint[:12]}, {chosen.dtype.name} on disk"
@@ -39,10 +38,62 @@ def describe(place: Place, *, split: str, num_samples: int, seed: int) -> Iterat
     yield ""
     yield from describe_lengths(chosen, sample.lengths)
     tokenizer = load_tokenizer(place, chosen.tokenizer_fingerprint)
-    random = np.random.default_rng(seed)
-    for number in random.permutation(len(sample.lengths))[:num_samples].tolist():
+    for number in _draw(sample, num_samples, seed):
         yield ""
         yield from _describe_document(sample, number, tokenizer)
+
+
+def facts(place: Place, *, split: str, num_samples: int, seed: int) -> dict[str, Any]:
+    """The same as plain data; samples are whole.
+
+    Raises:
+        DataError: it is no whole corpus.
+    """
+    manifests = open_splits(place)
+    chosen = _choose(place, manifests, split)
+    sample = read_sample(chosen)
+    tokenizer = load_tokenizer(place, chosen.tokenizer_fingerprint)
+    samples = [(number, sample.document(number).tolist()) for number in _draw(sample, num_samples, seed)]
+    return {
+        "corpus": str(place),
+        "splits": [counts(manifest) for manifest in manifests],
+        "split": split,
+        "shards": [
+            {"path": str(chosen.folder / shard.name), "bytes": shard.size, "sha256": shard.sha256}
+            for shard in chosen.shards
+        ],
+        "samples": [
+            {"document": number, "tokens": len(ids) + 1, "text": tokenizer.decode(ids)} for number, ids in samples
+        ],
+    }
+
+
+def counts(manifest: Manifest) -> dict[str, Any]:
+    """What a split's manifest counts, as plain data."""
+    return {
+        "split": manifest.split,
+        "documents": manifest.num_documents,
+        "tokens": manifest.num_tokens,
+        "bytes": manifest.num_bytes,
+        "bytes_per_token": manifest.bytes_per_token,
+        "blocks": len(manifest.blocks),
+        "shards": len(manifest.shards),
+        "bytes_on_disk": sum(shard.size for shard in manifest.shards),
+        "vocab_size": manifest.vocab_size,
+        "tokenizer_fingerprint": manifest.tokenizer_fingerprint,
+    }
+
+
+def _choose(place: Place, manifests: list[Manifest], split: str) -> Manifest:
+    chosen = next((manifest for manifest in manifests if manifest.split == split), None)
+    if chosen is None:
+        raise DataError(f"{place} has no split {split!r}; it has {' and '.join(m.split for m in manifests)}.")
+    return chosen
+
+
+def _draw(sample: Sample, num_samples: int, seed: int) -> list[int]:
+    drawn: list[int] = np.random.default_rng(seed).permutation(len(sample.lengths))[:num_samples].tolist()
+    return drawn
 
 
 def describe_splits(manifests: list[Manifest]) -> Iterator[str]:

@@ -15,6 +15,7 @@ from bigtx.tokenizer.huggingface_model import HuggingFaceModel
 from bigtx.tokenizer.sentencepiece_model import SentencePieceModel
 from bigtx.tokenizer.tokenizer import DESCRIPTION, Tokenizer
 from bigtx.utils.errors import DataError
+from bigtx.utils.folders import kind_of_folder
 
 TOKENIZER = "tokenizer"
 
@@ -28,7 +29,9 @@ def open_splits(place: Place, *, check_shards: bool = True) -> list[Manifest]:
     names = [name for name in SPLITS if has_split(place, name)]
     if not names:
         exists = isinstance(place, RemotePath) or place.is_dir()
-        what = f"has neither of the splits {' and '.join(SPLITS)}" if exists else "does not exist"
+        kind = None if isinstance(place, RemotePath) else kind_of_folder(place)
+        lacks = f"has neither of the splits {' and '.join(SPLITS)}" if exists else "does not exist"
+        what = f"is {kind}" if kind else lacks
         raise DataError(f"{place} is no prepared corpus: it {what}. Name a folder written by `bigtx data prepare`.")
     return [Manifest.load(place / name, check_shards=check_shards) for name in names]
 

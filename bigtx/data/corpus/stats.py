@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bigtx.data.corpus.inspect import describe_lengths, describe_splits, length_bins, read_sample
+from bigtx.data.corpus.inspect import counts, describe_lengths, describe_splits, length_bins, read_sample
 from bigtx.data.corpus.manifest import Manifest
 from bigtx.data.corpus.splits import open_splits
 from bigtx.data.storage.places import Place
@@ -48,19 +48,7 @@ def describe_statistics(place: Place) -> Iterator[str]:
 
 def _of_split(manifest: Manifest) -> dict[str, Any]:
     lengths = read_sample(manifest).lengths
-    figures: dict[str, Any] = {
-        "split": manifest.split,
-        "documents": manifest.num_documents,
-        "tokens": manifest.num_tokens,
-        "bytes": manifest.num_bytes,
-        "bytes_per_token": manifest.bytes_per_token,
-        "blocks": len(manifest.blocks),
-        "shards": len(manifest.shards),
-        "bytes_on_disk": sum(shard.size for shard in manifest.shards),
-        "vocab_size": manifest.vocab_size,
-        "tokenizer_fingerprint": manifest.tokenizer_fingerprint,
-        "groups": manifest.groups,
-    }
+    figures = counts(manifest) | {"groups": manifest.groups}
     if len(lengths):
         figures["lengths"] = {
             "documents_read": len(lengths),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bigtx.config.schema import PrepareConfig
 from bigtx.data.corpus.shards import token_dtype
@@ -82,6 +84,17 @@ class Estimate:
         yield f"  tokens     about {format_count(tokens)}"
         yield f"  time       about {_duration(seconds)} in {self.num_processes} processes"
         yield f"  disk       about {format_size(round(disk))}, and {format_size(round(work))} more while it is made"
+
+    def facts(self) -> dict[str, Any]:
+        """The sample as plain data, and the estimate: documents, tokens, seconds and bytes of the whole."""
+        tokens = self.tokens * self.factor
+        whole = {
+            "documents": round(self.documents * self.factor),
+            "tokens": round(tokens),
+            "seconds": self.seconds * self.factor / self.num_processes,
+            "bytes_on_disk": round(tokens * self.token_bytes),
+        }
+        return {"sample": dataclasses.asdict(self), "estimate": whole}
 
 
 def estimate(config: PrepareConfig) -> Estimate:

@@ -8,9 +8,9 @@ whole. A job that ends early, for whatever reason, goes on from there when the s
 depend on the input, the tokenizer and the settings alone: not on the number of processes, nor on where a job was
 killed, nor on the number of machines that share the work:
 
-    bigtx data prepare ... --part 1/3      each tokenizes its share of the units
-    bigtx data prepare ... --part 2/3
-    bigtx data prepare ... --part 3/3
+    bigtx data prepare ... part=1/3      each tokenizes its share of the units
+    bigtx data prepare ... part=2/3
+    bigtx data prepare ... part=3/3
     bigtx data merge OUTPUT                one makes the corpus of them
 """
 
@@ -187,7 +187,7 @@ def merge(output: str, num_processes: int = 0) -> Report:
             parts = sorted({number % num_parts + 1 for number in lost})
             raise DataError(
                 f"{job.work} lacks {len(lost):,} of {num_units:,} units, or holds them damaged; "
-                "run `bigtx data prepare` again with " + ", ".join(f"--part {number}/{num_parts}" for number in parts)
+                "run `bigtx data prepare` again with " + ", ".join(f"part={number}/{num_parts}" for number in parts)
             )
         report = job.assemble([result for result in results if result])
     return _timed(report, begin, Counter())

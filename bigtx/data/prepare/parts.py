@@ -102,7 +102,7 @@ def count_parts(output: Path) -> int:
     counts = {path.name.rpartition("-")[2] for path in partial_folder(output).glob("part-*-of-*")}
     if len(counts) != 1 or counts == {"1"}:
         raise DataError(
-            f"{partial_folder(output)} holds no parts to merge; `bigtx data prepare ... output={output} --part 1/N` "
+            f"{partial_folder(output)} holds no parts to merge; `bigtx data prepare ... output={output} part=1/N` "
             "makes one."
         )
     return int(counts.pop())
@@ -117,17 +117,17 @@ def common_recipe(output: Path, num_parts: int) -> tuple[dict[str, Any], Prepare
     folders = [_folder(output, (number, num_parts)) for number in range(1, num_parts + 1)]
     missing = [number for number in range(1, num_parts + 1) if not is_done(output, (number, num_parts))]
     if missing:
-        named = ", ".join(f"--part {number}/{num_parts}" for number in missing)
+        named = ", ".join(f"part={number}/{num_parts}" for number in missing)
         raise DataError(f"Not all parts of {output} are done: run `bigtx data prepare` with {named} first.")
     recipes = [read_object(folder / RECIPE_NAME) for folder in folders]
     for number, recipe in enumerate(recipes, start=1):
         if not isinstance(recipe.get("num_units"), int):
-            raise DataError(f"Part {number} of {output} is damaged. Run --part {number}/{num_parts} again.")
+            raise DataError(f"Part {number} of {output} is damaged. Run part={number}/{num_parts} again.")
     for number, recipe in enumerate(recipes[1:], start=2):
         changes = differences(recipes[0], recipe)
         if changes:
             raise DataError(
                 f"Part {number} of {output} was made otherwise than part 1: {'; '.join(changes)}. "
-                f"Run --part {number}/{num_parts} again with the settings and the input of part 1."
+                f"Run part={number}/{num_parts} again with the settings and the input of part 1."
             )
     return recipes[0], load(PrepareConfig, [str(folders[0] / CONFIG_NAME)], check=False)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
-from bigtx.data.corpus.inspect import describe_splits
+from bigtx.data.corpus.inspect import counts, describe_splits
 from bigtx.data.prepare.job import REJECTS_NAME, REPORT_NAME, PartReport, Report
 from bigtx.data.raw.files import describe_passed_over
 from bigtx.utils.shell import command, settings
@@ -12,6 +14,26 @@ from bigtx.utils.units import format_count, format_size
 
 FEW_DOCUMENTS, FEW_TOKENS = 20, 100_000
 """Held-out text below both is too little for a steady validation loss."""
+
+
+def facts(report: Report | PartReport) -> dict[str, Any]:
+    """What was done, as plain data."""
+    if isinstance(report, PartReport):
+        return dataclasses.asdict(report) | {"output": str(report.output)}
+    return {
+        "output": str(report.output),
+        "reused": report.reused,
+        "seconds": report.seconds,
+        "documents_read": report.num_read,
+        "splits": [counts(manifest) for manifest in report.splits],
+        "removed": {rule: {"documents": one.documents, "bytes": one.bytes} for rule, one in report.removed.items()},
+        "rejects": {
+            "unreadable": report.rejects.count,
+            "cut_short": report.rejects.num_cut,
+            "empty": report.rejects.num_empty,
+        },
+        "passed_over": dict(report.passed_over),
+    }
 
 
 def describe_report(report: Report) -> Iterator[str]:
@@ -36,7 +58,7 @@ def describe_report(report: Report) -> Iterator[str]:
     yield "Next:"
     yield f"  {command('bigtx', 'data', 'inspect', report.output)}"
     values = {"data.sources.mine.path": report.output, "run_dir": "runs/mine"}
-    yield f"  deepspeed --module bigtx.pretrain pretrain/small.yaml {settings(values)}"
+    yield f"  bigtx pretrain pretrain/small.yaml {settings(values)}"
 
 
 def _describe_removed(report: Report) -> Iterator[str]:
@@ -81,5 +103,5 @@ def describe_part(report: PartReport) -> Iterator[str]:
     yield ""
     yield "Next:"
     for other in report.missing_parts:
-        yield f"  the same command with --part {other}/{count}, here or on another machine"
+        yield f"  the same command with part={other}/{count}, here or on another machine"
     yield f"  {command('bigtx', 'data', 'merge', report.output)}"

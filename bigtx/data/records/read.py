@@ -79,7 +79,7 @@ def expand_path(path: str) -> list[str]:
         DataError: there is none.
     """
     if kind := no_file(path):
-        raise DataError(f"{path} is {kind}, {NOT_A_FILE} (or, for `bigtx predict`, give it by `--input -`)")
+        raise DataError(f"{path} is {kind}, {NOT_A_FILE} (or, for `bigtx predict`, give it by `input=-`)")
     if PAIR.search(path) or Path(path).exists():
         return [path]
     found = sorted((each for each in glob.glob(path, recursive=True) if not no_file(each)), key=natural)

@@ -9,6 +9,7 @@ import importlib
 from functools import cache
 
 from bigtx.config.schema.model import ModelConfig
+from bigtx.interop.classes import class_problems
 from bigtx.interop.family import Family
 from bigtx.utils.errors import ConfigError
 
@@ -39,14 +40,17 @@ def by_model_type(model_type: str) -> Family:
     return families()[model_type]
 
 
-def choose(config: ModelConfig, name: str | None = None) -> Family:
+def choose(config: ModelConfig, name: str | None = None, *, pooling: str | None = None) -> Family:
     """The family to write a model as: the first that expresses it, or the one named.
+
+    Args:
+        pooling: classify.pooling of a classifier.
 
     Raises:
         ConfigError: none expresses the model, or not the one named; it names the fields that stand in the way.
     """
     candidates = [by_model_type(name)] if name else list(families().values())
-    problems = [(family, family.problems(config)) for family in candidates]
+    problems = [(family, [*family.problems(config), *class_problems(family, config, pooling)]) for family in candidates]
     for family, found in problems:
         if not found:
             return family

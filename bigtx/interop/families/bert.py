@@ -13,6 +13,7 @@ from typing import Any
 
 from bigtx.config import shape
 from bigtx.config.schema.model import ModelConfig
+from bigtx.interop.classes import ENDING, Classifier
 from bigtx.interop.families.common import plain_heads, special_ids, usual_scale
 from bigtx.interop.family import Family, SaidByConfig
 from bigtx.interop.fields import Fields, differing
@@ -64,6 +65,7 @@ class Bert(SaidByConfig):
         activations: bigtx's feed-forward by the name of its activation; of two names for one, the first is written.
         head_key: the module of the head, whose bias it is where the head is tied.
         transform_key, norm_key: modules in it.
+        pooler_key, classes_key: modules of its classifier.
         pad_id: the token id of padding where a config.json has none, if positions are counted from it.
     """
 
@@ -74,8 +76,15 @@ class Bert(SaidByConfig):
     head_key: str
     transform_key: str
     norm_key: str
+    pooler_key: str
+    classes_key: str
     pad_id: int | None = None
     auto_class: str = "AutoModelForMaskedLM"
+
+    @property
+    def classifier(self) -> Classifier:
+        """It reads the first token."""
+        return Classifier(self.architecture.replace("ForMaskedLM", ENDING), "pooler", {"first": {}})
 
     def read_config(self, values: dict[str, Any]) -> ModelConfig:
         """bigtx's config of a config.json.
@@ -178,10 +187,12 @@ class Bert(SaidByConfig):
             "embedding_norm": f"{embeddings}.LayerNorm",
             "head.transform": f"{self.head_key}.{self.transform_key}",
             "head.norm": f"{self.head_key}.{self.norm_key}",
+            "head.pooler": self.pooler_key,
+            "head.classes": self.classes_key,
             "head": self.head_key if config.tie_embeddings else f"{self.head_key}.decoder",
         }
         layers = f"{self.model_type}.encoder.layer"
-        doubled = () if config.tie_embeddings else ("head.bias",)
+        doubled = () if config.tie_embeddings or config.num_classes is not None else ("head.bias",)
         names = [name for name in parameter_shapes(config) if name not in doubled]
         # transformers holds an untied head's bias twice, and reads that of the decoder.
         keys = (f"{self.head_key}.decoder.bias", f"{self.head_key}.bias")
@@ -214,6 +225,8 @@ FAMILIES: tuple[Family, ...] = (
         head_key="cls.predictions",
         transform_key="transform.dense",
         norm_key="transform.LayerNorm",
+        pooler_key="bert.pooler.dense",
+        classes_key="classifier",
     ),
     Bert(
         model_type="roberta",
@@ -223,6 +236,8 @@ FAMILIES: tuple[Family, ...] = (
         head_key="lm_head",
         transform_key="dense",
         norm_key="layer_norm",
+        pooler_key="classifier.dense",
+        classes_key="classifier.out_proj",
         pad_id=1,
     ),
 )

@@ -7,6 +7,7 @@ from typing import Any
 
 from bigtx.config import shape
 from bigtx.config.schema.model import ModelConfig
+from bigtx.interop.classes import decoder_classifier
 from bigtx.interop.families import decoder
 from bigtx.interop.families.common import plain_heads, special_ids, usual_scale
 from bigtx.interop.family import Family, SaidByConfig
@@ -35,6 +36,7 @@ OUTER = {
     "position_embedding": "transformer.wpe",
     "decoder.norm": "transformer.ln_f",
     "head": "lm_head",
+    "head.classes": "score",
 }
 BLOCK = {
     "attention_norm": "ln_1",
@@ -52,6 +54,7 @@ class GPT2(SaidByConfig):
     model_type = "gpt2"
     architecture = "GPT2LMHeadModel"
     auto_class = decoder.AUTO_CLASS
+    classifier = decoder_classifier("GPT2ForSequenceClassification")
 
     def read_config(self, values: dict[str, Any]) -> ModelConfig:
         """bigtx's config of a config.json.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from bigtx.config.schema.model import ModelConfig
+from bigtx.interop.classes import ENDING, Classifier, decoder_classifier
 from bigtx.interop.families import decoder
 from bigtx.interop.families.common import usual_scale
 from bigtx.interop.family import Family, SaidByConfig
@@ -24,7 +25,7 @@ from bigtx.interop.windows import (
 from bigtx.plan.parameters import parameter_shapes
 from bigtx.tokenizer.tokenizer import Tokenizer
 
-OUTER = {"embedding": "model.embed_tokens", "decoder.norm": "model.norm", "head": "lm_head"}
+OUTER = {"embedding": "model.embed_tokens", "decoder.norm": "model.norm", "head": "lm_head", "head.classes": "score"}
 BLOCK = {
     "attention_norm": "input_layernorm",
     "attention.query": "self_attn.q_proj",
@@ -68,6 +69,11 @@ class LlamaKin(SaidByConfig):
     window: int | None = None
 
     auto_class: ClassVar[str] = decoder.AUTO_CLASS
+
+    @property
+    def classifier(self) -> Classifier:
+        """It reads the last token."""
+        return decoder_classifier(self.architecture.replace("ForCausalLM", ENDING))
 
     def read_config(self, values: dict[str, Any]) -> ModelConfig:
         """bigtx's config of a config.json.

@@ -7,6 +7,7 @@ from typing import Any
 
 from bigtx.config import shape
 from bigtx.config.schema.model import ModelConfig
+from bigtx.interop.classes import Classifier
 from bigtx.interop.families.common import plain_heads, special_ids, usual_scale
 from bigtx.interop.family import Family, SaidByConfig
 from bigtx.interop.fields import Fields, differing
@@ -43,6 +44,7 @@ OUTER = {
     "head.transform": "head.dense",
     "head.norm": "head.norm",
     "head": "decoder",
+    "head.classes": "classifier",
 }
 BLOCK = {
     "attention_norm": "attn_norm",
@@ -66,6 +68,11 @@ class ModernBert(SaidByConfig):
     model_type = "modernbert"
     architecture = "ModernBertForMaskedLM"
     auto_class = "AutoModelForMaskedLM"
+    classifier = Classifier(
+        "ModernBertForSequenceClassification",
+        "transform",
+        {"first": {"classifier_pooling": "cls"}, "mean": {"classifier_pooling": "mean"}},
+    )
 
     def read_config(self, values: dict[str, Any]) -> ModelConfig:
         """bigtx's config of a config.json.
@@ -147,6 +154,7 @@ class ModernBert(SaidByConfig):
             "decoder_bias": config.head_bias,
             "classifier_bias": config.mlp_bias,
             "classifier_activation": "gelu",
+            "classifier_dropout": config.dropout,
             "attention_dropout": shape.attention_dropout(config),
             "embedding_dropout": config.dropout,
             "mlp_dropout": config.dropout,

@@ -49,6 +49,7 @@ class NanoChat(SaidByConfig):
     model_type = "nanochat"
     architecture = "NanoChatForCausalLM"
     auto_class = decoder.AUTO_CLASS
+    classifier = None
 
     def read_config(self, values: dict[str, Any]) -> ModelConfig:
         """bigtx's config of a config.json.

@@ -73,6 +73,7 @@ class T5:
     model_type = "t5"
     architecture = "T5ForConditionalGeneration"
     auto_class = "AutoModelForSeq2SeqLM"
+    classifier = None
 
     def read_config(self, values: dict[str, Any]) -> ModelConfig:
         """bigtx's config of a config.json.

@@ -15,17 +15,18 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigtx.config.schema import FinetuneConfig
+from bigtx.config.schema import FinetuneConfig, ModelConfig
 from bigtx.data.records.record import BadRecordError, Broken, Record
 from bigtx.engine.task import TaskLoss
 from bigtx.model.loss import IGNORED
+from bigtx.model.pooling import pooling_weights
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.train.tasks.scores import calibration_error, confusion, macro_f1
 from bigtx.train.tasks.task import (
@@ -134,9 +135,11 @@ class Classify(RecordTask):
         if shape == "encoder_decoder":
             raise ConfigError("task=classify wants an encoder or a decoder, and the model is an encoder_decoder")
         classes = settings.classes or _classes_of(records, config)
-        pooling = settings.pooling
+        head, pooling = config.model.class_head, settings.pooling
+        if head is None and config.model.num_classes is None:
+            head = _class_head(config.model)
         if pooling == "auto":
-            pooling = "last" if shape == "decoder" else "mean"
+            pooling = "last" if shape == "decoder" else "first" if head == "pooler" else "mean"
         if shape == "decoder" and pooling == "first":
             raise ConfigError(
                 "classify.pooling=first: the first token of a decoder has seen nothing; write last or mean"
@@ -144,7 +147,7 @@ class Classify(RecordTask):
         return dataclasses.replace(
             config,
             classify=dataclasses.replace(settings, classes=classes, pooling=pooling),
-            model=dataclasses.replace(config.model, num_classes=len(classes)),
+            model=dataclasses.replace(config.model, num_classes=len(classes), class_head=head),
         )
 
     @classmethod
@@ -214,9 +217,7 @@ class Classify(RecordTask):
         """Texts side by side."""
         tokens = padded([example.ids for example in examples], self.tokenizer.pad_id, multiple=LENGTH_MULTIPLE)
         lengths = np.array([len(example.ids) for example in examples])
-        columns = np.arange(tokens.shape[1])
-        is_text = columns < lengths[:, None]  # B T
-        pool = {"first": columns == 0, "last": columns == lengths[:, None] - 1, "mean": is_text / lengths[:, None]}
+        is_text = np.arange(tokens.shape[1]) < lengths[:, None]  # B T
         labels = np.array([example.label if example.label >= 0 else IGNORED for example in examples])
         weights = np.where(labels >= 0, self.class_weights[np.maximum(labels, 0)], 0).astype(np.float32)
         return TextBatch(
@@ -225,7 +226,7 @@ class Classify(RecordTask):
             token_types=padded([example.types for example in examples], 0, multiple=LENGTH_MULTIPLE)
             if self.has_types
             else None,
-            pool=pinned(np.broadcast_to(pool[self.pooling], is_text.shape).astype(np.float32)),
+            pool=pinned(pooling_weights(self.pooling, lengths, tokens.shape[1])),
             labels=pinned(labels.astype(np.int64)),
             weights=pinned(weights),
             num_tokens=int(lengths.sum()),
@@ -295,6 +296,13 @@ class Classify(RecordTask):
         """The tokens of a text, in its one stack."""
         mean = float(np.mean([example.length for example in examples]))
         return Lengths(0, mean, 0) if self.config.model.shape == "decoder" else Lengths(mean, 0, 0)
+
+
+def _class_head(model: ModelConfig) -> Literal["transform", "pooler", "score"]:
+    """The form of the head in the nearest family of Hugging Face models, so that the classifier can be exported."""
+    if model.shape == "decoder":
+        return "score"
+    return "pooler" if model.norm_placement == "post" else "transform"
 
 
 def _rooms(lengths: Sequence[int], limit: int) -> list[int]:

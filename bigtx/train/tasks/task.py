@@ -120,7 +120,7 @@ class RecordTask(ABC):
             ConfigError: the model cannot do the task.
             DataError: the records do not fit it.
         """
-        return dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=None))
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=None, class_head=None))
 
     @classmethod
     def group_of(cls, record: Record, config: FinetuneConfig) -> Any:

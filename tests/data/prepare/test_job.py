@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from doors import ROOT, bigtx
+from doors import ROOT, as_json, bigtx
 
-from bigtx.commands.data import inspect_command, merge_command, prepare_command
+from bigtx.commands.data import inspect_command, merge_command, prepare_command, stats_command, verify_command
 from bigtx.config.schema import InputConfig, PrepareConfig, TokenizerTrainConfig
 from bigtx.data.corpus import shards
 from bigtx.data.corpus.blocks import BlockReader
@@ -182,8 +182,8 @@ def test_parts_of_several_jobs_make_the_same_corpus(
     for number in (3, 1):
         report = prepare(config, (number, 3))
         assert isinstance(report, PartReport) and 0 < report.num_own_units < report.num_units
-        assert "--part 2/3" in "\n".join(describe_part(report))
-    with pytest.raises(DataError, match="--part 2/3"):
+        assert "part=2/3" in "\n".join(describe_part(report))
+    with pytest.raises(DataError, match="part=2/3"):
         merge(config.output)
     with pytest.raises(DataError, match="was begun in 3 parts"):
         prepare(config)
@@ -193,7 +193,7 @@ def test_parts_of_several_jobs_make_the_same_corpus(
     prepare(config, (2, 3))
     victim = next((tmp_path / "corpus.partial" / "work").glob("*.json"))
     victim.rename(tmp_path / "kept.json")
-    with pytest.raises(DataError, match=r"lacks 1 of .*--part \d/3"):
+    with pytest.raises(DataError, match=r"lacks 1 of .*part=\d/3"):
         merge(config.output)
     (tmp_path / "kept.json").rename(victim)
     tokens = victim.with_name(f"{victim.stem}-0000.tokens")
@@ -538,30 +538,42 @@ def test_the_commands(tmp_path: Path, tokenizer: Path, texts: list[str], capsys:
         "num_processes=1",
         "validation_fraction=0.1",
     ]
-    assert prepare_command([*arguments, "--print-config"]) == 0
+    with pytest.raises(SystemExit):
+        prepare_command([*arguments, "--print-config"])
     assert "block_tokens: 1000" in capsys.readouterr().out
     assert prepare_command(arguments) == 0
     shown = capsys.readouterr().out
     assert (
         "Prepared" in shown and "Held out for validation" in shown and f"bigtx data inspect {tmp_path}/corpus" in shown
     )
-    assert inspect_command([f"{tmp_path}/corpus", "--samples", "2", "--split", "validation"]) == 0
+    assert inspect_command([f"{tmp_path}/corpus", "samples=2", "split=validation"]) == 0
     shown = capsys.readouterr().out
     held_out = Manifest.load(tmp_path / "corpus" / "validation")
     assert f"{held_out.num_documents:,}" in shown and "000000.tar" in shown and "median" in shown
     assert shown.count("--- document") == 2
     decoded = shown.split("tokens, ")[-1].split("\n", 1)[1].strip()
     assert any(text.startswith(decoded[:500].removesuffix(" ...")) for text in (text.strip() for text in texts))
+    in_json = [
+        (inspect_command, [f"{tmp_path}/corpus", "split=validation"]),
+        (stats_command, [f"{tmp_path}/corpus"]),
+        (verify_command, [f"{tmp_path}/corpus"]),
+        (prepare_command, arguments),
+        (prepare_command, [*arguments, f"output={tmp_path}/none", "--dry-run"]),
+    ]
+    inspected, stats, verified, prepared, estimated = [as_json(capsys, command, words) for command, words in in_json]
+    assert inspected["samples"][0]["text"] in texts and inspected["splits"] == prepared["splits"]
+    assert stats["splits"][0]["tokens"] == prepared["splits"][0]["tokens"] and prepared["reused"]
+    assert verified["problems"] == [] and estimated["estimate"]["documents"] > 0
     assert prepare_command([*arguments, f"output={tmp_path}/none", "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert "Sampled" in shown and "tokens     about" in shown and not list(tmp_path.glob("none*"))
     parts = [*arguments, f"output={tmp_path}/parts"]
-    assert prepare_command([*parts, "--part", "1/2"]) == prepare_command([*parts, "--part=2/2"]) == 0
+    assert prepare_command([*parts, "--part", "1/2"]) == prepare_command([*parts, "part=2/2"]) == 0
     assert f"bigtx data merge {tmp_path}/parts" in capsys.readouterr().out
     assert merge_command([f"{tmp_path}/parts"]) == 0
     assert contents(tmp_path / "parts") == contents(tmp_path / "corpus")
     for wrong in ("3/2", "0/2", "1/1", "one"):
-        with pytest.raises(ConfigError, match="i/n"):
+        with pytest.raises(ConfigError, match="I/N"):
             prepare_command([*parts, "--part", wrong])
     with pytest.raises(DataError, match="neither of the splits"):
         inspect_command([str(tmp_path)])

@@ -1,0 +1,66 @@
+"""Options in a command line of settings: the few switches that there are, and advice for every other."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+
+from bigtx.config.nodes import COMMAND_LINE, Problem
+from bigtx.config.settings import find, same_name_keys, similar_keys
+from bigtx.utils.arguments import JSON_HELP, is_option, may_be_value
+from bigtx.utils.secrets import is_secret_key, scrub_text
+from bigtx.utils.shell import setting
+
+PRINT_CONFIG = {"--print-config": "print the resolved configuration and end"}
+RANKS = "--ranks"
+FLAGS = PRINT_CONFIG | {
+    "--dry-run": "build everything, do one step and end",
+    RANKS: "how many ranks to start (one for each GPU), e.g. --ranks 2",
+}
+JSON = {"--json": JSON_HELP}
+_SHORT = {"o": "output"}
+
+
+def with_values(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """Each word, and beside an option its value: of `--steps=5`, and of `--steps 5`, whose second word is left out.
+
+    No option takes a value, so both are refused, and what they hold may be a secret: `--api-key X`.
+    """
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not is_option(word):
+            yield word, None
+        elif "=" in word:
+            option, _, value = word.partition("=")
+            yield option, value
+        else:
+            yield word, rest.pop(0) if rest and may_be_value(rest[0]) else None
+
+
+def refusal(schema: type, option: str, value: str | None) -> Problem:
+    """Say what to write in place of an option: a setting, with the value if it is certain which setting is meant.
+
+    Args:
+        option: with its dashes.
+        value: as in `with_values`.
+    """
+    name = option.lstrip("-").replace("-", "_")
+    name = _SHORT.get(name, name)
+    keys = [name] if find(schema, name) else same_name_keys(schema, name)
+    if keys:
+        shown = value if value is not None and _may_be_shown(name, value) else "VALUE"
+        return Problem(option, "", f"settings are written KEY=VALUE: {_either(setting(key, shown) for key in keys)}")
+    if flags := difflib.get_close_matches(option, FLAGS, 1, 0.8):
+        return Problem(option, "", f"no such option; did you mean {flags[0]}?", COMMAND_LINE)
+    keys = similar_keys(schema, name) if name else []
+    meant = f"did you mean {_either(f'{key}=VALUE' for key in keys)}?" if keys else "--help shows all"
+    return Problem(option, "", f"no such option; settings are written KEY=VALUE; {meant}", COMMAND_LINE)
+
+
+def _may_be_shown(name: str, value: str) -> bool:
+    return not is_secret_key(name) and scrub_text(f"{name}={value}") == f"{name}={value}"
+
+
+def _either(settings: Iterable[str]) -> str:
+    return " or ".join(settings)

@@ -1,0 +1,52 @@
+"""As what transformers a run's model leaves, known from its config and tokenizer before it is trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bigtx.config.schema import RunConfig
+from bigtx.interop.classes import pooling_of, refuse_ambiguous_end, write_classes
+from bigtx.interop.families import choose
+from bigtx.interop.family import Family
+from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.utils.errors import ConfigError
+
+
+def family_of(run: RunConfig, name: str | None = None) -> Family:
+    """The family of a run's model, by its config alone.
+
+    Args:
+        name: model_type that is wanted; None takes the first that expresses the model.
+
+    Raises:
+        ConfigError: the model does not read tokens, or no family expresses it.
+    """
+    if run.model.audio.num_mel_bins:
+        raise ConfigError(
+            "the model hears (model.audio), and bigtx exports only models that read tokens; use it by `bigtx predict`"
+        )
+    return choose(run.model, name, pooling=pooling_of(run))
+
+
+def describe(run: RunConfig, tokenizer: Tokenizer, name: str | None = None) -> tuple[Family, dict[str, Any]]:
+    """The family of a run's model, and the config.json of its export.
+
+    Args:
+        run: model.vocab_size set.
+        name: as for `family_of`.
+
+    Raises:
+        ConfigError: there is no such export.
+    """
+    family = family_of(run, name)
+    refuse_ambiguous_end(pooling_of(run), tokenizer, tokenizer.pad_id)
+    return family, family.write_config(run.model, tokenizer) | write_classes(family, run)
+
+
+def export_note(run: RunConfig, tokenizer: Tokenizer) -> str | None:
+    """What users should know before a training whose model cannot be exported; None where it can."""
+    try:
+        describe(run, tokenizer)
+    except ConfigError as error:
+        return f"note: this model cannot be exported to transformers: {error}; everything else works"
+    return None

@@ -1,0 +1,279 @@
+"""The process above the ranks of this machine.
+
+    bigtx pretrain ──fork──▶ rank 0, rank 1, ...
+         │                      ▲        │
+         ├── requests to stop ──┘        │  what failed, at which step
+         ◀───────── a pipe for each ─────┘
+
+The supervisor has checked the config and forks the ranks, which need not import Python's modules or read the config
+again. It then waits until all have ended:
+
+- A request to stop (SIGTERM, SIGINT, SIGUSR1, SIGHUP) goes to every rank once. They save a checkpoint and end.
+- A rank that ends because it was asked to stop asks all others: SIGTERM to one rank stops the run.
+- When a rank fails, the others have a few seconds to end; then they are killed, also those that hang. The rank that
+  failed first is explained, with the end of its log.
+- When the supervisor is killed, the kernel sends the ranks SIGTERM: they save and end.
+- What a rank has started and left behind is ended too, but for daemons: W&B's process may still write for some seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bigtx.launch import linux
+from bigtx.launch.world import World, hold_free_port
+from bigtx.utils import log, processes
+from bigtx.utils.errors import EXIT_INTERRUPTED, EXIT_REQUEUE
+from bigtx.utils.processes import stop_signals
+
+FAREWELL_SECONDS = 4.0
+"""How long the other ranks may take to end after one has failed: they cannot save without it."""
+ORPHAN_SECONDS = 3.0
+"""How long processes that ranks left behind may take to end."""
+LOG_LINES = 20
+"""Lines of a failed rank's log that are shown."""
+
+
+@dataclass
+class _Rank:
+    """A rank that was started.
+
+    Attributes:
+        pipe: where it reports a failure.
+        status: as of `Popen.returncode`: the exit status, or minus the signal that ended it; None while it runs.
+    """
+
+    number: int
+    pid: int
+    pipe: int
+    status: int | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def start_ranks(world: World, run_dir: Path) -> int | None:
+    """Start this machine's ranks, and wait for them.
+
+    To be called while the process has one thread.
+
+    Args:
+        run_dir: where the ranks write their logs.
+
+    Returns:
+        In the calling process the exit status of the command. In each rank, None: it has its place in the environment,
+        and does the work.
+    """
+    supervisor = _Supervisor(run_dir)
+    with hold_free_port() as held:
+        port = world.port or held.getsockname()[1]
+        for local_rank in range(world.num_local):
+            if supervisor.fork(_environment(world, local_rank, port)):
+                return None
+        return supervisor.wait()
+
+
+def _environment(world: World, local_rank: int, port: int) -> dict[str, str]:
+    """What launchers set for each rank."""
+    return {
+        "RANK": str(world.node * world.num_local + local_rank),
+        "WORLD_SIZE": str(world.size),
+        "LOCAL_RANK": str(local_rank),
+        "LOCAL_WORLD_SIZE": str(world.num_local),
+        "MASTER_ADDR": world.address,
+        "MASTER_PORT": str(port),
+    }
+
+
+class _Supervisor:
+    """Watches over the ranks that it forked."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._ranks: list[_Rank] = []
+        self._first_failed: list[_Rank] = []
+        self._request: signal.Signals | None = None
+        self._deadline: float | None = None
+        self._killed: set[int] = set()
+        self._memory_kills = linux.out_of_memory_kills()
+        linux.adopt_orphans()
+        self._watched = {signal.SIGCHLD, *stop_signals()}
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # A parent that ignores it would leave nothing to wait for.
+        # From now on these wait until `wait` takes them: none is lost, wherever it comes.
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._watched)
+
+    def fork(self, environment: dict[str, str]) -> bool:
+        """Start a rank. Returns whether this process is the rank."""
+        reading, writing = os.pipe()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        parent = os.getpid()
+        if pid := os.fork():
+            os.close(writing)
+            self._ranks.append(_Rank(int(environment["RANK"]), pid, reading))
+            return False
+        for descriptor in (reading, *(other.pipe for other in self._ranks)):
+            os.close(descriptor)
+        os.environ.update(environment)
+        processes.set_supervised()
+        linux.set_name(f"bigtx rank {environment['RANK']}")
+        log.report_to(writing)
+        linux.end_with_parent(signal.SIGTERM, parent)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._watched)
+        return True
+
+    def wait(self) -> int:
+        """Wait until no rank is left. Returns the exit status of the command."""
+        while self._living():
+            received = signal.sigtimedwait(self._watched, self._patience())
+            if received is None:
+                self._kill()
+            elif received.si_signo == signal.SIGCHLD:
+                self._reap()
+            elif self._request is None:
+                self._ask(signal.Signals(received.si_signo))
+        self._end_orphans()
+        for rank in self._ranks:
+            rank.facts = _read_facts(rank.pipe)
+        return self._conclude()
+
+    def _living(self) -> list[_Rank]:
+        return [rank for rank in self._ranks if rank.status is None]
+
+    def _patience(self) -> float:
+        return 3600.0 if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+
+    def _ask(self, number: signal.Signals) -> None:
+        """Ask all ranks to stop."""
+        self._request = number
+        for rank in self._living():
+            os.kill(rank.pid, number)
+
+    def _reap(self) -> None:
+        """Take note of every process that has ended."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            for rank in self._ranks:
+                if rank.pid == pid:
+                    rank.status = os.waitstatus_to_exitcode(status)
+                    self._take(rank)
+
+    def _take(self, rank: _Rank) -> None:
+        """Do what the end of a rank asks for."""
+        if self._has_failed(rank):
+            self._first_failed.append(rank)
+            if self._deadline is None:
+                self._deadline = time.monotonic() + FAREWELL_SECONDS
+        elif rank.status != 0 and self._request is None:
+            self._ask(signal.SIGINT if rank.status == EXIT_INTERRUPTED else signal.SIGTERM)
+
+    def _has_failed(self, rank: _Rank) -> bool:
+        """Whether a rank ended otherwise than it should, by itself or by a stranger's doing."""
+        if rank.status in (0, EXIT_REQUEUE, EXIT_INTERRUPTED) or rank.pid in self._killed:
+            return False
+        # Before a rank listens to requests, or while it waits for others to start, they end it on the spot.
+        return -(rank.status or 0) not in stop_signals()
+
+    def _kill(self) -> None:
+        """End the ranks that outlived their time."""
+        for rank in self._living():
+            self._killed.add(rank.pid)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank.pid, signal.SIGKILL)
+        self._deadline = time.monotonic() + FAREWELL_SECONDS
+
+    def _end_orphans(self) -> None:
+        """End what the ranks have left behind."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            left = linux.descendants()
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            deadline = time.monotonic() + ORPHAN_SECONDS
+            while left and time.monotonic() < deadline:
+                time.sleep(0.05)
+                self._reap()
+                left = linux.descendants()
+
+    def _conclude(self) -> int:
+        """Explain a failure that no rank has explained. Returns the exit status of the command."""
+        if not self._first_failed:
+            statuses = [rank.status or 0 for rank in self._ranks]
+            if not any(statuses):
+                return 0
+            if statuses[0] < 0 and not self._ranks[0].facts.get("stopped"):
+                log.say("stopped before the first step; nothing to save")
+            is_interrupt = self._request == signal.SIGINT or EXIT_INTERRUPTED in statuses
+            return EXIT_INTERRUPTED if is_interrupt else EXIT_REQUEUE
+        # Ranks that lost another one fail because of it, and may be noticed first.
+        cause = next((rank for rank in self._first_failed if not rank.facts.get("lost")), self._first_failed[0])
+        if not any(rank.facts.get("said") for rank in self._ranks):
+            log.say_error(self._explain(cause))
+        status = cause.status or 0
+        return status if status > 0 else 128 - status
+
+    def _explain(self, rank: _Rank) -> str:
+        """Say which rank failed, where, when and how, with the end of its log."""
+        status, step = rank.status or 0, rank.facts.get("step") or last_step(self._run_dir)
+        who = f"rank {rank.number} on {socket.gethostname()}"
+        when = f"after step {step:,}" if step else "before the first step"
+        if status < 0:
+            lines = [f"LaunchError: {who} was ended {when} by {_signal_name(-status)}{self._why_killed(-status)}"]
+        else:
+            lines = [f"{who} failed {when}: {rank.facts.get('error', f'it ended with status {status}')}"]
+        path = Path(rank.facts.get("log", self._run_dir / "logs" / f"rank-{rank.number:05d}.log"))
+        if tail := _last_lines(path):
+            lines += [f"The last lines of {path}:", *(f"  {line}" for line in tail)]
+        if step:
+            lines.append("The same command resumes from the last checkpoint.")
+        return "\n".join(lines)
+
+    def _why_killed(self, number: int) -> str:
+        is_memory = number == signal.SIGKILL and linux.out_of_memory_kills() > self._memory_kills
+        return ", because this machine's memory ran out" if is_memory else ""
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _read_facts(pipe: int) -> dict[str, Any]:
+    """What a rank that has ended reported."""
+    os.set_blocking(pipe, False)
+    facts: dict[str, Any] = {}
+    with open(pipe, "rb", closefd=True) as stream, contextlib.suppress(OSError, ValueError):
+        for line in (stream.read() or b"").splitlines():
+            facts |= json.loads(line)
+    return facts
+
+
+def _last_lines(path: Path) -> list[str]:
+    with contextlib.suppress(OSError), path.open(encoding="utf-8", errors="replace") as stream:
+        return [line.rstrip("\n") for line in deque(stream, LOG_LINES)]
+    return []
+
+
+def last_step(run_dir: Path) -> int:
+    """The last step in a run's metrics; 0 without one."""
+    step = 0
+    with contextlib.suppress(OSError), (run_dir / "metrics.jsonl").open("rb") as stream:
+        for line in deque(stream, 5):
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                step = int(json.loads(line)["step"])
+    return step

@@ -1,0 +1,18 @@
+"""How much each token of a text counts in its summary, which a head of classes reads."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def pooling_weights(pooling: str, lengths: np.ndarray, num_columns: int) -> np.ndarray:
+    """fp32 [B, T]: 1 for the first token or for the last, or the same for all of them; padding counts nothing.
+
+    Args:
+        pooling: first, last or mean.
+        lengths: int [B], tokens of each row, which begins with them.
+        num_columns: T.
+    """
+    columns, lengths = np.arange(num_columns), lengths[:, None]
+    weights = {"first": columns == 0, "last": columns == lengths - 1, "mean": (columns < lengths) / lengths}[pooling]
+    return np.broadcast_to(weights, (len(lengths), num_columns)).astype(np.float32)

@@ -1,0 +1,72 @@
+"""What `bigtx pretrain` and `bigtx finetune` have in common.
+
+config, checked ─▶ this process is a rank (of deepspeed, torchrun, srun): it trains
+                └▶ else it starts a rank for each GPU, and watches over them (see `bigtx.launch`)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from bigtx.config.load import Parsed, parse_command_line, raise_problems
+from bigtx.config.schema import RunConfig
+from bigtx.config.validate import batch_problems
+from bigtx.launch.parents import watch_launchers
+from bigtx.launch.supervisor import start_ranks
+from bigtx.launch.world import World, find_world
+from bigtx.train.session import Session, check_folder
+from bigtx.utils import log, processes
+from bigtx.utils.errors import LaunchError
+
+Config = TypeVar("Config", bound=RunConfig)
+
+
+def run_training(
+    schema: type[Config],
+    session: Callable[[], type[Session[Config]]],
+    argv: Sequence[str],
+    *,
+    program: str,
+    example: str,
+) -> int:
+    """Train by a command line, in all ranks that it asks for.
+
+    Args:
+        schema: of the config.
+        session: gives the kind of training; called once the config is known to be good, since it may import much.
+        argv: without the program's name.
+        program, example: for the help.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        BigtxError: of the config, the run folder, or the training itself.
+    """
+    parsed = parse_command_line(schema, argv, program=program, example=example)
+    world = _find_world(parsed)
+    if world is None:
+        watch_launchers()
+    else:
+        raise_problems(list(batch_problems(parsed.config.train, world.size)))
+        if not parsed.dry_run:
+            check_folder(parsed.config, parsed.files)
+        status = start_ranks(world, Path(parsed.config.run_dir))
+        if status is not None:
+            return status
+    processes.share_cores()
+    with session()(parsed.config, dry_run=parsed.dry_run, files=parsed.files) as life:
+        return life.run()
+
+
+def _find_world(parsed: Parsed[Config]) -> World | None:
+    """As `find_world`; of half an environment of a launcher every process complains, for none knows its rank."""
+    train = parsed.config.train
+    try:
+        return find_world(parsed.num_ranks, divides=train.global_batch_size // train.micro_batch_size)
+    except LaunchError as error:
+        log.say_error(f"{type(error).__name__}: {error}", any_rank=True)
+        error.reported = True
+        raise

@@ -1,0 +1,116 @@
+"""Which ranks a command starts, by what its environment says."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+
+from bigtx.launch import world
+from bigtx.launch.world import World, find_world, first_host, hold_free_port
+from bigtx.utils import hardware
+from bigtx.utils.errors import LaunchError
+
+RANK = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+BATCH_SCRIPT = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8"}
+STEP = BATCH_SCRIPT | {
+    "SLURM_STEP_ID": "3",
+    "SLURM_STEP_NODELIST": "gpu[03-04]",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_NODEID": "1",
+}
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine of four GPUs, and no launcher."""
+    for name in list(os.environ):
+        if name.startswith("SLURM_") or name in RANK or name == "LOCAL_WORLD_SIZE":
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(hardware, "num_gpus", lambda: 4)
+    monkeypatch.setattr(hardware, "num_core_groups", lambda: 2)
+
+
+def given(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_every_gpu_has_a_rank_unless_another_number_is_asked_for() -> None:
+    assert find_world(None, divides=8) == World(4)
+    assert find_world(3, divides=8) == World(3)
+
+
+def test_more_ranks_than_gpus_are_refused() -> None:
+    with pytest.raises(LaunchError, match="--ranks 5: this machine shows 4 GPUs"):
+        find_world(5, divides=8)
+
+
+@pytest.mark.parametrize(("divides", "ranks"), [(8, 2), (3, 1)])
+def test_without_gpus_every_group_of_cores_has_a_rank(
+    monkeypatch: pytest.MonkeyPatch, divides: int, ranks: int
+) -> None:
+    monkeypatch.setattr(hardware, "num_gpus", lambda: 0)
+    assert find_world(None, divides=divides) == World(ranks)
+    assert find_world(7, divides=divides) == World(7)
+
+
+def test_a_rank_of_another_launcher_starts_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    given(monkeypatch, RANK)
+    assert find_world(None, divides=8) is None
+    with pytest.raises(LaunchError, match="--ranks 2: another launcher has started the ranks"):
+        find_world(2, divides=8)
+
+
+@pytest.mark.parametrize("step", [None, "4294967291", "4294967290"])
+def test_variables_of_a_batch_script_or_an_interactive_shell_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, step: str | None
+) -> None:
+    given(monkeypatch, BATCH_SCRIPT | ({"SLURM_STEP_ID": step, "SLURM_STEP_NUM_TASKS": "8"} if step else {}))
+    assert find_world(None, divides=8) == World(4)
+
+
+def test_one_task_of_srun_is_as_a_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    given(monkeypatch, STEP | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"})
+    assert find_world(None, divides=8) == World(4)
+
+
+def test_a_task_of_srun_on_each_node_starts_the_ranks_of_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    given(monkeypatch, STEP | {"SLURM_STEP_NUM_TASKS": "2"})
+    found = find_world(None, divides=8)
+    assert found == World(4, num_nodes=2, node=1, address="gpu03", port=20_052) and found.size == 8
+
+
+def test_several_tasks_of_srun_on_a_node_are_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}
+    given(monkeypatch, STEP | tasks | {"SLURM_STEP_TASKS_PER_NODE": "4(x2)"})
+    environment = dict(os.environ)
+    monkeypatch.setattr(world.os, "environ", environment)
+    assert find_world(None, divides=8) is None
+    named = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    assert [environment[name] for name in named] == ["5", "1", "8", "4", "gpu03", "20052"]
+
+
+@pytest.mark.parametrize(
+    ("names", "first"),
+    [("node7", "node7"), ("a,b", "a"), ("n[1-2]", "n1"), ("n[003,007]-ib", "n003-ib"), ("n[1-2],m", "n1")],
+)
+def test_first_host(names: str, first: str) -> None:
+    assert first_host(names) == first
+
+
+def test_a_port_that_is_held_is_given_to_nobody_else_but_can_be_listened_on() -> None:
+    with hold_free_port() as held:
+        port = held.getsockname()[1]
+        assert all(_free_port() != port for _ in range(100))
+        with socket.socket() as server:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            server.bind(("127.0.0.1", port))
+            server.listen()
+
+
+def _free_port() -> int:
+    with hold_free_port() as other:
+        port: int = other.getsockname()[1]
+        return port
