@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from bigtx.utils.version import __version__
 
 if TYPE_CHECKING:
-    from bigtx.generate import load
+    from bigtx.loaded import load
 
 __all__ = ["__version__", "load"]
 
@@ -19,7 +19,7 @@ __all__ = ["__version__", "load"]
 def __getattr__(name: str) -> Any:
     """Import what needs torch when it is first asked for, so that the commands start at once."""
     if name == "load":
-        from bigtx.generate import load
+        from bigtx.loaded import load
 
         return load
     raise AttributeError(f"module 'bigtx' has no attribute {name!r}")

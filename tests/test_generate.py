@@ -267,7 +267,7 @@ def test_a_tiny_temperature_takes_the_likeliest_token(run: Path, temperature: fl
         (lambda model: model.generate("x", top_k=0), "top_k=0: a whole number, at least 1"),
         (lambda model: model.generate("x", top_p=2.0, seed=0.5), "top_p=2.0: a number above 0, at most 1; seed=0.5"),
         (lambda model: model.generate("x", max_new_tokens=0), "max_new_tokens=0"),
-        (lambda model: model.generate(None), "the prompts are no list of texts"),
+        (lambda model: model.generate(None), "the prompt is no text"),
         (lambda model: model.generate_batch("x"), "the prompts are no list of texts"),
         (lambda model: model.logits([]), "ids are not at least one whole number from 0 to 599"),
         (lambda model: model.logits([5, 600]), "from 0 to 599"),

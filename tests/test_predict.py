@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -15,9 +16,11 @@ from typing import Any
 import pytest
 from doors import ROOT, bigtx, environment, read_lines
 from finetunes import finetuned, labelled, write_folders, write_jsonl, write_samples
+from terminals import Terminal
 
 import bigtx as package
 from bigtx.utils.errors import DataError
+from bigtx.utils.terminal import width
 
 
 @pytest.fixture(scope="module")
@@ -181,9 +184,9 @@ def test_an_output_of_something_else_is_left_alone(run: Path, decoder_base: Path
     for changes, expected in (
         (["--input", str(others)], "out.jsonl, line 1 is not what bigtx predict makes of"),
         (["--input", str(fewer)], "more lines than the input has records"),
-        (["--too-long", "refuse"], "too_long=truncate"),
+        ([*arguments[:2], "--too-long", "refuse"], "too_long=truncate"),
     ):
-        done = predict(run, *arguments, *changes)
+        done = predict(run, *arguments[2:], *changes)
         assert done.returncode == 2 and expected in done.stderr, done.stderr
         assert output.read_bytes() == before
     done = predict(decoder_base, "--input", str(source))
@@ -204,6 +207,61 @@ def test_a_classifier_as_a_base_keeps_its_head_for_the_same_classes_alone(run: P
         assert link["dropped"] == ([] if is_kept else ["head.classes.weight"])
 
 
+def test_a_table_on_a_terminal(run: Path, tmp_path: Path) -> None:
+    """Of the width of the terminal; elsewhere JSON lines."""
+    source = write_jsonl(tmp_path / "in.jsonl", [*labelled(3), {"text": "ba \x1b[31m\n木木木木 " * 9}, {"words": 1}])
+    terminal = Terminal("predict", str(run), "--input", str(source), columns=60)
+    lines = [line for line in terminal.all().splitlines() if not line.startswith("[")]
+    assert lines[0].split() == ["answer", "confidence", "text"] and len(lines) == 1 + 5 + 2, lines
+    predicted = package.load(run).predict(labelled(3))
+    for line, prediction, record in zip(lines[1:4], predicted, labelled(3), strict=True):
+        answer, confidence, text = line.split(maxsplit=2)
+        assert answer == prediction["label"] and confidence == f"{max(prediction['probabilities'].values()):.1%}"
+        assert record["text"].startswith(text.removesuffix("…")) and text
+    assert "\\x1b[31m 木木木" in lines[4] and lines[4].endswith("…") and lines[5].startswith("(error) ")
+    assert all(width(line) <= 60 for line in lines[:6]), lines
+    terminal = Terminal("predict", str(run), "--text", "ba be", "--text", "bi", "--json")
+    assert [json.loads(line)["text"] for line in terminal.all().splitlines() if line[0] == "{"] == ["ba be", "bi"]
+
+
+def test_texts_of_the_command_line(run: Path, tmp_path: Path) -> None:
+    done = predict(run, "--text", "ba be", "--text", "bi")
+    assert done.returncode == 0, done.stderr
+    lines = objects(done.stdout)
+    assert [line["text"] for line in lines] == ["ba be", "bi"]
+    expected = [prediction["label"] for prediction in package.load(run).predict(["ba be", "bi"])]
+    assert [line["prediction"]["label"] for line in lines] == expected
+    for arguments in ([], ["--text", "a", "--input", "-"]):
+        done = predict(run, *arguments)
+        assert done.returncode == 2 and "one of them says what to predict for" in done.stderr
+
+
+@pytest.mark.parametrize("redirection", [">&-", ">/dev/full"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_answers_that_cannot_be_written(run: Path, redirection: str, unbuffered: str) -> None:
+    command = ["bash", "-c", f'exec "$@" {redirection}', "bash", sys.executable, "-m", "bigtx"]
+    variables = environment(PYTHONPATH=str(ROOT), PYTHONUNBUFFERED=unbuffered)
+    done = subprocess.run(
+        [*command, "predict", str(run), "--text", "ba"], capture_output=True, text=True, env=variables
+    )
+    assert done.returncode == 1 and "standard output cannot be written" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+
+
+def test_another_tokenizer_in_the_folder_of_a_run(run: Path, tmp_path: Path) -> None:
+    from bigtx.config.schema import TokenizerTrainConfig
+    from bigtx.tokenizer.train import train
+
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "tokenizer")
+    train(TokenizerTrainConfig(vocab_size=512), [row["text"] for row in labelled(40)]).save(copy / "tokenizer")
+    for arguments in (["predict", "--text", "ba"], ["evaluate"]):
+        done = bigtx(arguments[0], str(copy), *arguments[1:])
+        assert done.returncode == 2 and done.stdout == "", done.stdout
+        assert f"{copy / 'tokenizer'} is not the tokenizer that" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_evaluate(run: Path, decoder_base: Path, tmp_path: Path) -> None:
     done = bigtx("evaluate", str(run), "--split", "test", "--wandb", "offline")
     assert done.returncode == 0 and "accuracy" in done.stdout and "as joy" in done.stdout, done.stderr
@@ -218,6 +276,11 @@ def test_evaluate(run: Path, decoder_base: Path, tmp_path: Path) -> None:
     ):
         done = bigtx("evaluate", str(run), *changes, "--wandb", "off")
         assert f"evaluations/{name}.json" in done.stdout, done.stdout + done.stderr
+    done = bigtx("evaluate", str(run), "--wandb", "off")
+    assert "measured on the run's own validation records" in done.stderr and done.returncode == 0, done.stderr
+    assert re.search(r"accuracy +\d\.\d+\n +largest_class +\d\.\d+\n", done.stdout), done.stdout
+    metrics = json.loads((run / "evaluations" / "validation.json").read_text())["metrics"]
+    assert metrics["largest_class"] == json.loads((run / "results.json").read_text())["validation"]["largest_class"]
     done = bigtx("evaluate", str(run), "--split", "test", "--output", f"{tmp_path}/results")
     assert done.returncode == 2 and "name it NAME.json" in done.stderr
     unknown = write_jsonl(tmp_path / "a.jsonl", [*labelled(3), {"text": "ba", "label": "jo"}])
@@ -228,10 +291,8 @@ def test_evaluate(run: Path, decoder_base: Path, tmp_path: Path) -> None:
     unknown.write_text('{"text": "ba", "label": "jo"}\n{"broken\n')
     done = bigtx("evaluate", str(run), "--data", str(unknown), "--wandb", "off")
     assert done.returncode == 2 and "2 records cannot be used" in done.stderr
-    done = bigtx(
-        "evaluate", str(decoder_base), "--split", "validation", "--wandb", "off", "--output", f"{tmp_path}/x.json"
-    )
-    assert done.returncode == 0, done.stderr
+    done = bigtx("evaluate", str(decoder_base), "--wandb", "off", "--output", f"{tmp_path}/x.json")
+    assert done.returncode == 0 and "measured on the run's own validation text" in done.stderr, done.stderr
     assert json.loads((tmp_path / "x.json").read_text())["metrics"].keys() == {
         "a/loss",
         "a/perplexity",

@@ -117,7 +117,9 @@ def _export_adapters(options: argparse.Namespace) -> int:
             "was imported, or what `bigtx export BASE_RUN --to hf -o FOLDER` makes of the run's base"
         )
     if options.dtype != "fp32" or options.license is not None:
-        raise ConfigError("--dtype and --license are for --to hf; adapters are written in fp32, without a card")
+        raise ConfigError(
+            "--dtype and --license are for --to hf; adapters are written in fp32, without a card; leave them out"
+        )
     checkpoint, run, tokenizer = find_with_tokenizer(options.run)  # Before torch is imported.
     from bigtx.interop.adapters import export_adapters
     from bigtx.interop.verify import require_peft

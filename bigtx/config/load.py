@@ -26,6 +26,7 @@ from bigtx.config.paths import with_moved_paths
 from bigtx.config.runs import CONFIG, is_run, read_values, run_dir_of
 from bigtx.config.schema import FinetuneConfig, PretrainConfig, RunConfig
 from bigtx.config.settings import find, leaves, members
+from bigtx.config.shape import learning_rate_for
 from bigtx.config.shipped import LISTED, find_config, similar_configs
 from bigtx.config.validate import validate
 from bigtx.utils.arguments import ASSIGNMENT, columns, is_option, take, wrapped
@@ -69,6 +70,8 @@ def _load(schema: type[T], args: Sequence[str], *, check: bool) -> tuple[T, list
             if not broken & {key.partition(".")[0] for key in (problem.key, *problem.related)}:
                 problems.append(dataclasses.replace(problem, where=converter.origins.get(problem.key, "")))
     raise_problems(problems)
+    if isinstance(config, RunConfig) and config.optimizer.learning_rate is None:
+        config.optimizer.learning_rate = learning_rate_for(config.model)
     return config, files
 
 
@@ -96,22 +99,28 @@ def load_run_config(folder: Path | str) -> RunConfig:
     return from_dict(schema, values, where=str(run_dir_of(folder) / CONFIG))
 
 
-def with_settings(config: T, arguments: Sequence[str], *, sections: Sequence[str]) -> T:
+def with_settings(config: T, arguments: Sequence[str], *, sections: Sequence[str], also: Sequence[str] = ()) -> T:
     """A run's configuration with settings that may change freely, as KEY=VALUE of a command.
 
     Args:
         sections: those that the command reads.
+        also: settings, or sections of them, that may change for the command, though not within the run.
 
     Raises:
         ConfigError: lists every problem.
     """
     schema, problems = type(config), list[Problem]()
     tree = from_values(to_dict(config), "")
+    free = [
+        own.key
+        for own in leaves(schema)
+        if (own.change == "free" and own.key.startswith(_dotted(sections)))
+        or own.key in also
+        or own.key.startswith(_dotted(also))
+    ]
     for argument in arguments:
         key = argument.partition("=")[0]
-        setting = find(schema, key)
-        if setting is None or setting.section or setting.change != "free" or key.partition(".")[0] not in sections:
-            free = [own.key for own in leaves(schema) if own.change == "free" and own.key.startswith(_dotted(sections))]
+        if key not in free:
             what = f"cannot be set here; what can is {', '.join(free) or 'nothing'}"
             problems.append(Problem(key, "", what, COMMAND_LINE))
             continue

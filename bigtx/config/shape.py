@@ -13,6 +13,9 @@ VOCABULARY_MULTIPLE = 128
 CONVOLUTION_WIDTH = 3
 """Frames under each convolution of an audio front end."""
 
+RATE_BY_WIDTH = 0.15
+"""Learning rate times width: 2e-4 for 768, 3.7e-5 for 4,096, about what fine-tunings of models of those widths take."""
+
 GATED = ("swiglu", "geglu", "geglu_tanh")
 """The feed-forwards with a gate: three matrices instead of two."""
 
@@ -98,3 +101,8 @@ def padded_vocab_size(config: ModelConfig) -> int:
     """Rows of the embedding table and of the head: vocab_size rounded up to a multiple of 128."""
     assert config.vocab_size is not None, "vocab_size comes from the tokenizer before a model is built"
     return -(-config.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def learning_rate_for(config: ModelConfig) -> float:
+    """The peak rate of AdamW where none is given: it falls with the width, as the rates of larger models do."""
+    return float(f"{RATE_BY_WIDTH / config.hidden_size:.2g}")

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 
 from bigtx.config.nodes import Problem, idle
 from bigtx.config.schema import FinetuneConfig, TranscribeConfig
+from bigtx.config.schema.finetuning import ANSWERING
 
 TASK_SECTIONS = {
     "transcribe": ("transcribe",),
     "classify": ("classify",),
-    "chat": ("sft", "preference"),
+    "chat": ANSWERING,
     "sft": ("sft",),
     "preference": ("preference",),
     "translate": ("translate",),

@@ -78,6 +78,7 @@ def layer_factors(names: list[str], decay: float) -> dict[str, float]:
 def _kinds(config: OptimizerConfig) -> dict[str, dict[str, Any]]:
     """How each kind of parameter is updated."""
     embedding_decay = config.weight_decay if config.decay_embeddings else 0.0
+    assert config.learning_rate is not None, "the loader fills it in"
     embedding_rate = config.learning_rate * config.embedding_learning_rate_scale
     matrices: dict[str, Any] = {
         "method": "adamw",

@@ -33,6 +33,7 @@ from bigtx.interop.vocabulary import foreign_shapes
 from bigtx.plan.parameters import parameter_shapes
 from bigtx.utils.errors import CheckpointError, ConfigError
 from bigtx.utils.files import write_json
+from bigtx.utils.shell import command
 from bigtx.utils.staging import new_folder
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -120,7 +121,8 @@ def export_adapters(
 def _open(checkpoint: Path, config: ModelConfig, kind: str) -> Checkpoint:
     if not config.lora.rank:
         raise ConfigError(
-            f"{checkpoint} has no adapters (model.lora.rank is 0): `bigtx export ... --to hf` writes the whole model"
+            f"{checkpoint} has no adapters (model.lora.rank is 0): `{_export_of_all(checkpoint)}` writes the whole "
+            "model"
         )
     opened = Checkpoint(checkpoint)
     if problems := opened.verify():
@@ -132,12 +134,16 @@ def _open(checkpoint: Path, config: ModelConfig, kind: str) -> Checkpoint:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise ConfigError(
             f"{checkpoint}: beside the adapters {', '.join(others[:3])}{more} were trained, which the PEFT format "
-            "leaves out; `bigtx export ... --to hf` writes the whole model, adapters merged"
+            f"leaves out; `{_export_of_all(checkpoint)}` writes the whole model, adapters merged"
         )
     kinds = opened.kinds(next(iter(opened.manifest["parameters"])))
     if kind not in kinds:
         raise CheckpointError(f"{checkpoint} holds no {kind} weights (it has {', '.join(kinds)})")
     return opened
+
+
+def _export_of_all(checkpoint: Path) -> str:
+    return command("bigtx", "export", checkpoint, "--to", "hf", "-o", "FOLDER")
 
 
 def _converted(link: Link, opened: Checkpoint, config: ModelConfig, kind: str) -> ForeignAdapter | None:
@@ -166,7 +172,10 @@ def _converted(link: Link, opened: Checkpoint, config: ModelConfig, kind: str) -
     (expected,) = link.to_foreign(products)
     b, expected = (b.T, expected.T) if transposed else (b, expected)
     if b.shape[0] != expected.shape[0] or not torch.allclose(b @ a, expected, rtol=1e-4, atol=1e-6):
-        raise ConfigError(f"{key} is held in another form than PEFT's adapters can have; export with --to hf, merged")
+        raise ConfigError(
+            f"{key} is held in another form than PEFT's adapters can have; `{_export_of_all(opened.path)}` writes the "
+            "whole model, adapters merged"
+        )
     return ForeignAdapter(key.removesuffix(".weight"), a, b, transposed)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bigtx.interop.classes import AUTO_CLASS
 from bigtx.utils.errors import CheckpointError, ConfigError
+from bigtx.utils.shell import command
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -43,7 +44,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ConfigError(
             f"{folder} is not a folder. Weights are not downloaded by bigtx: fetch them first, e.g. with "
-            f"`hf download OWNER/NAME --local-dir {folder.name}`"
+            f"`{command('hf', 'download', 'OWNER/NAME', '--local-dir', folder)}`"
         )
     if (folder / ADAPTER_CONFIG).is_file():
         raise _adapters(folder)

@@ -37,6 +37,7 @@ from bigtx.tokenizer.template import Template, around, observed
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import DataError
 from bigtx.utils.files import write_atomic, write_json
+from bigtx.utils.shell import command
 
 READ_WITH_END = frozenset({"bert", "modernbert", "roberta", "t5"})
 """Model types that read a text with its end, as in training; the end of a decoder's prompt is not the text's end."""
@@ -209,11 +210,12 @@ def _default_differences(tokenizer: Tokenizer, folder: Path) -> list[str]:
 
 def _refuse_differences(folder: Path, name: str, differences: Sequence[str]) -> None:
     if differences:
+        place = repr(str(folder))
+        script = f"from transformers import AutoTokenizer as A; A.from_pretrained({place}).save_pretrained({place})"
         raise DataError(
             f"Transformers does not read {folder / name} as it stands: {differences[0]}"
             f"{f' (and {len(differences) - 1} more differences)' if differences[1:] else ''}. Have transformers write "
-            f'what it reads as a {HuggingFaceModel.file_name}, and try again: python -c "from transformers import '
-            f"AutoTokenizer as A; A.from_pretrained('{folder}').save_pretrained('{folder}')\""
+            f"what it reads as a {HuggingFaceModel.file_name}, and try again: {command('python', '-c', script)}"
         )
 
 

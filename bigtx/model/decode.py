@@ -13,40 +13,19 @@ import math
 import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bigtx.config import shape
 from bigtx.config.schema import ModelConfig
 from bigtx.model.cache import KeyValueCache
 
-OnToken = Callable[[int, int], None]
-"""Called with (index of the prompt, token id) as soon as a token is drawn."""
+OnToken = Callable[[int, int], bool | None]
+"""Called with (index of the prompt, token id) as soon as a token is drawn; True ends the text with it."""
 Agree = Callable[[list[int]], list[int]]
 """What every rank's draws become before they are used: rank 0's. Ranks that differed would stop at different steps, and
 wait for each other for ever."""
-
-
-class Codec(Protocol):
-    """The part of a tokenizer that generation needs: see bigtx.tokenizer.tokenizer."""
-
-    vocab_size: int
-    end_ids: list[int]
-    pad_id: int
-
-    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of texts to go on with, special ones included; at least one each."""
-        ...
-
-    def encode_sources(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of texts that an encoder reads, special ones included; at least one each."""
-        ...
-
-    def decode(self, ids: list[int], *, after: Sequence[int] = ()) -> str:
-        """Text of ids that stand after others."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,13 +98,12 @@ class _Row:
         """The tokens that the model reads: those from `start` on."""
         return self.ids[self.start :]
 
-    def take(self, token: int, on_token: OnToken | None) -> int:
-        """Add a token; returns how many are new by now."""
+    def take(self, token: int, max_new_tokens: int, on_token: OnToken | None) -> bool:
+        """Add a token; returns whether the text goes on."""
         self.ids.append(token)
         self.new_ids.append(token)
-        if on_token is not None:
-            on_token(self.index, token)
-        return len(self.new_ids)
+        has_ended = on_token is not None and on_token(self.index, token)
+        return not has_ended and len(self.new_ids) < max_new_tokens
 
 
 @torch.no_grad()
@@ -177,7 +155,7 @@ def decode_tokens(
         kept = [
             place
             for place, (row, token) in enumerate(zip(rows, tokens, strict=True))
-            if token not in end_ids and row.take(token, on_token) < max_new_tokens
+            if token not in end_ids and row.take(token, max_new_tokens, on_token)
         ]
         if len(kept) < len(rows):
             rows = [rows[place] for place in kept]
@@ -290,51 +268,3 @@ def _uncompiled() -> contextlib.AbstractContextManager[None]:
     if "torch._dynamo" not in sys.modules:
         return contextlib.nullcontext()
     return torch.compiler.set_stance("force_eager")
-
-
-def generate(
-    model: nn.Module,
-    tokenizer: Codec,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 1,
-    first_index: int = 0,
-    on_token: OnToken | None = None,
-    agree: Agree | None = None,
-) -> list[str]:
-    """Continue texts with a Transformer that is in evaluation mode.
-
-    Args:
-        prompts: an empty one starts a new document.
-        temperature, top_k, top_p, seed: see `Sampling`.
-        first_index, on_token, agree: see `decode_tokens`.
-
-    Returns:
-        The continuation of each prompt, the prompt itself left out.
-    """
-    config: ModelConfig = model.config  # type: ignore[assignment]
-    writes_anew = config.shape == "encoder_decoder"
-    prompt_ids = tokenizer.encode_sources(prompts) if writes_anew else tokenizer.encode_prompts(prompts)
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    new_ids = decode_tokens(
-        model,
-        config,
-        prompt_ids,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        end_ids=tokenizer.end_ids,
-        num_ids=tokenizer.vocab_size,
-        start_id=tokenizer.pad_id,
-        device=next(model.parameters()).device,
-        first_index=first_index,
-        on_token=on_token,
-        agree=agree,
-    )
-    return [
-        tokenizer.decode(ids, after=() if writes_anew else prompt)
-        for prompt, ids in zip(prompt_ids, new_ids, strict=True)
-    ]

@@ -10,6 +10,7 @@ the same ids. `bigtx tokenizer train` adds `recipe.json`: the settings and the i
 that came with a Hugging Face tokenizer (`tokenizer_config.json` and the like) are kept as they were.
 """
 
-from bigtx.tokenizer.tokenizer import StreamDecoder, Tokenizer
+from bigtx.tokenizer.stops import StreamDecoder
+from bigtx.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["StreamDecoder", "Tokenizer"]

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from bigtx.tokenizer.cut import utf8_length
 from bigtx.tokenizer.huggingface_model import CHAT_TEMPLATE, HuggingFaceModel, read_settings_files, settings_of
 from bigtx.tokenizer.sentencepiece_model import SentencePieceModel
 from bigtx.tokenizer.special import CHAT_ROLES, SpecialIds
+from bigtx.tokenizer.stops import StreamDecoder
 from bigtx.tokenizer.template import Part, Template, around
 from bigtx.utils.errors import DataError
 from bigtx.utils.files import open_file, write_atomic, write_json
@@ -30,18 +31,6 @@ _PLAIN_FORMAT = 1
 """Of tokenizers without a template and with one end id; earlier releases read it."""
 
 _Model = SentencePieceModel | HuggingFaceModel
-
-
-class StreamDecoder(Protocol):
-    """Turns ids that come one by one into text, complete characters only; special ids say nothing."""
-
-    def push(self, i: int) -> str:
-        """The text that id `i` completes, often empty."""
-        ...
-
-    def flush(self) -> str:
-        """What is left at the end: U+FFFD for a character that was cut short."""
-        ...
 
 
 class Tokenizer:

@@ -70,7 +70,7 @@ def check(config: TokenizerTrainConfig) -> None:
     if config.vocab_size <= needed:
         symbols = ", the user-defined symbols" if config.user_defined_symbols else ""
         raise ConfigError(
-            f"vocab_size={config.vocab_size:,} is too small: the reserved ids{symbols} and the 256 bytes alone are "
+            f"vocab_size={config.vocab_size} is too small: the reserved ids{symbols} and the 256 bytes alone are "
             f"{needed:,}. Useful sizes begin at about 2,000; 16,384 to 131,072 are usual."
         )
 
@@ -183,7 +183,7 @@ def _explain(message: str, config: TokenizerTrainConfig, sample: Sample) -> Exce
                 f"the smallest vocabulary has {setting.minimum:g}. Give more text."
             )
         return ConfigError(
-            f"vocab_size={config.vocab_size:,} is larger than {text} allow: there are no more than {most:,} "
+            f"vocab_size={config.vocab_size} is larger than {text} allow: there are no more than {most:,} "
             f"different pieces. Give more text, or set vocab_size={most} or less."
         )
     if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
@@ -196,7 +196,7 @@ def _explain(message: str, config: TokenizerTrainConfig, sample: Sample) -> Exce
 def _too_small(needed: int, config: TokenizerTrainConfig, sample: Sample) -> ConfigError:
     """What to set where the characters alone are more than the vocabulary."""
     problem = (
-        f"vocab_size={config.vocab_size:,} is too small: the characters of the text, the reserved ids and the 256 "
+        f"vocab_size={config.vocab_size} is too small: the characters of the text, the reserved ids and the 256 "
         f"bytes alone are {needed:,}. Set vocab_size={needed} or more"
     )
     coverage = _coverage_for((config.vocab_size - _num_given(config)) // 2, config, sample)

@@ -8,13 +8,14 @@ import os
 import re
 import secrets
 import select
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bigtx.track.jsonl import Record, parse_line
 from bigtx.track.wandb_host import answers
@@ -26,7 +27,7 @@ RUN_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 """What W&B takes as an id."""
 ID_FILE = "wandb_run_id"
 PLACE_FILE = "wandb_run_place"
-"""Where the folder was when it got its id, by which a copy of it is known."""
+"""Where the folder was last: its path, the host, and its number in the file system. A copy is known by them."""
 WAIT_SECONDS = 3.0
 PROBE_SECONDS = 1.0
 # At the end of a run whose server answers, an upload may take this long; the data is on disk in any case.
@@ -201,28 +202,58 @@ class RunId:
     original_folder: str = ""
 
 
+class _Place(NamedTuple):
+    """Where a run folder was when it was last used; "" is unknown."""
+
+    path: str
+    host: str = ""
+    number: str = ""
+
+
 def read_or_make_run_id(folder: Path) -> RunId:
-    """The id of a run folder. A folder that was moved keeps it; a copy, whose original is still there, gets its own."""
+    """The id of a run folder. A folder that was moved keeps it; a copy gets its own.
+
+    On the machine of the original, a copy is known by the original, which is still there. On another machine nobody can
+    look: a folder with the path of the original, or with its number in a shared file system, is taken for the original
+    that was moved or restored, and all others for copies.
+    """
     folder = folder.resolve()
-    run_id, place = _read_id(folder), _read_line(folder / PLACE_FILE)
-    original = Path(place) if place else folder
-    is_copy = bool(run_id) and not _same_folder(original, folder) and _read_id(original) == run_id
-    if run_id and not is_copy:
-        if place != str(folder):
-            write_atomic(folder / PLACE_FILE, f"{folder}\n")
-        return RunId(run_id)
-    made = RunId(secrets.token_hex(6), run_id, place) if is_copy else RunId(secrets.token_hex(6))
-    write_atomic(folder / ID_FILE, f"{made.id}\n")
-    write_atomic(folder / PLACE_FILE, f"{folder}\n")
-    return made
+    run_id, before = _read_id(folder), _read_place(folder)
+    now = _Place(str(folder), socket.gethostname(), str(folder.stat().st_ino))
+    is_copy = bool(run_id) and (_is_copy_here(folder, run_id, before) or _is_copy_from_elsewhere(before, now))
+    if not run_id or is_copy:
+        made = secrets.token_hex(6)
+        write_atomic(folder / ID_FILE, f"{made}\n")
+    if before != now:
+        write_atomic(folder / PLACE_FILE, "\n".join([*now, ""]))
+    if is_copy:
+        at = before.path if before.host == now.host or not before.host else f"{before.host}:{before.path}"
+        return RunId(made, run_id, at)
+    return RunId(run_id or made)
+
+
+def _is_copy_here(folder: Path, run_id: str, before: _Place) -> bool:
+    """Whether the original can be seen, with the same id."""
+    original = Path(before.path or folder)
+    return not _same_folder(original, folder) and _read_id(original) == run_id
+
+
+def _is_copy_from_elsewhere(before: _Place, now: _Place) -> bool:
+    is_known = bool(before.host and before.number)
+    return is_known and all(old != new for old, new in zip(before, now, strict=True))
+
+
+def _read_place(folder: Path) -> _Place:
+    lines = _read(folder / PLACE_FILE).splitlines()
+    return _Place(*lines[:3]) if lines else _Place("")
 
 
 def _read_id(folder: Path) -> str:
-    line = _read_line(folder / ID_FILE)
+    line = _read(folder / ID_FILE)
     return line if RUN_ID.fullmatch(line) else ""
 
 
-def _read_line(path: Path) -> str:
+def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip()
     except (OSError, ValueError):

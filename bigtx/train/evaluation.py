@@ -10,7 +10,8 @@ import torch
 from bigtx.config.schema import PretrainConfig
 from bigtx.data.stream.loader import ValidationBatches, validation_batches
 from bigtx.engine.task import Task
-from bigtx.model.decode import generate
+from bigtx.model.decode import Sampling
+from bigtx.model.write import plain_prompts, write
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.track.tracker import Tracker
 from bigtx.train.held_out import place_of, validation_sources
@@ -111,14 +112,14 @@ class Validation:
         """Every rank takes rank 0's draws, so that ZeRO-3's gathering of weights stays in lockstep."""
         settings = self.config.validation
         self.engine.module.eval()
-        return generate(
+        written = write(
             self.engine.module,
             self.tokenizer,
-            prompts,
+            plain_prompts(self.config.model, self.tokenizer, prompts),
             max_new_tokens=settings.sample_tokens,
-            temperature=settings.sample_temperature,
-            top_k=None,
-            top_p=None,
-            seed=derive_seed("sample", self.config.seed, step),
+            sampling=Sampling(
+                temperature=settings.sample_temperature, seed=derive_seed("sample", self.config.seed, step)
+            ),
             agree=self.ranks.from_first,
         )
+        return [one.text for one in written]

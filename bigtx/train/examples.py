@@ -69,7 +69,7 @@ def open_task_data(
     longest, most = config.data.max_length, config.model.max_sequence_length
     if config.model.positions == "learned" and longest and longest > most:
         raise ConfigError(
-            f"data.max_length={longest:,}, and the learned positions end at model.max_sequence_length={most:,}; lower "
+            f"data.max_length={longest}, and the learned positions end at model.max_sequence_length={most}; lower "
             "the one or raise the other"
         )
     task = kind(config, tokenizer)
@@ -175,5 +175,7 @@ def _divide(config: FinetuneConfig, splits: dict[str, list[Record]]) -> dict[str
         records = splits["train"]
         groups = [kind.group_of(record, config) for record in records]
         kept, held = split_records(records, groups, fraction, data.split, name)
+        if len(held) < data.min_held_out:
+            continue
         splits["train"], splits[name] = [records[place] for place in kept], [records[place] for place in held]
     return splits

@@ -4,9 +4,11 @@ train."""
 from __future__ import annotations
 
 import math
+from fnmatch import fnmatchcase
 
 from bigtx.config.load import load_run_config
 from bigtx.config.schema import FinetuneConfig, RunConfig
+from bigtx.config.schema.finetuning import ANSWERING
 from bigtx.engine.trainable import is_trained
 from bigtx.utils.errors import BigtxError
 from bigtx.utils.shell import setting
@@ -19,6 +21,31 @@ TABLE = "embedding.weight"
 """The parameter with a row for each token."""
 
 
+def total_steps(config: FinetuneConfig, num_rows: int) -> int:
+    """Optimizer steps of a run.
+
+    Args:
+        num_rows: what an epoch consists of: records, or packed rows of them.
+    """
+    train = config.train
+    if train.max_steps is not None:
+        return train.max_steps
+    assert train.epochs is not None
+    return max(train.min_steps, _steps_of_epochs(config, num_rows))
+
+
+def length_setting(config: FinetuneConfig, num_rows: int) -> str:
+    """The setting that gives a run its length."""
+    if config.train.max_steps is not None:
+        return "train.max_steps"
+    return "train.min_steps" if config.train.min_steps > _steps_of_epochs(config, num_rows) else "train.epochs"
+
+
+def _steps_of_epochs(config: FinetuneConfig, num_rows: int) -> int:
+    assert config.train.epochs is not None
+    return max(1, -(-round(config.train.epochs * num_rows) // config.train.global_batch_size))
+
+
 def describe_length(config: FinetuneConfig, total_steps: int, num_rows: int) -> list[str]:
     """The steps of a run and the epochs that they make, and a warning if they are few.
 
@@ -28,7 +55,14 @@ def describe_length(config: FinetuneConfig, total_steps: int, num_rows: int) -> 
     """
     train = config.train
     size = train.global_batch_size
-    asked = f" (train.epochs={train.epochs:g} in whole steps)" if train.epochs is not None else ""
+    asked = ""
+    if train.epochs is not None:
+        asked = f" (train.epochs={train.epochs:g} in whole steps)"
+        if length_setting(config, num_rows) == "train.min_steps":
+            alone = _steps_of_epochs(config, num_rows)
+            asked = (
+                f" (train.min_steps={train.min_steps:,}, since train.epochs={train.epochs:g} would be {alone:,} steps)"
+            )
     said = [f"{total_steps:,} steps of {size:,} make {total_steps * size / num_rows:.3g} epochs{asked}"]
     if total_steps < FEW_STEPS:
         advice = f"train.max_steps={SOME_STEPS}"
@@ -41,27 +75,45 @@ def describe_length(config: FinetuneConfig, total_steps: int, num_rows: int) -> 
     return said
 
 
+def describe_held_out(config: FinetuneConfig) -> str:
+    """That there are no validation records, and why."""
+    data = config.data
+    why = "data.validation_fraction"
+    if data.validation_fraction and data.min_held_out:
+        why = f"{setting('data.validation_fraction', data.validation_fraction)} would hold out fewer than "
+        why += setting("data.min_held_out", data.min_held_out)
+    return f"no validation records: the newest checkpoint counts as the best ({why})"
+
+
+def describe_trained(config: FinetuneConfig, *, is_all: bool) -> str:
+    """How fast a run trains, and that it trains all parameters if it does."""
+    rate = f"peak learning rate {config.optimizer.learning_rate:.3g}"
+    roles = ", with the embeddings of the chat roles" if knows_chats(config) else ""
+    return f"trained: all parameters{roles}; {rate}" if is_all else rate
+
+
 def untrained_roles(config: FinetuneConfig, base: str) -> str:
     """The warning that chat roles keep embeddings which nothing has ever trained, or "".
 
     Args:
         base: the run that the weights come from.
     """
-    if not _has_roles(config) or is_trained(config, TABLE) or _knows_roles(base):
+    if not knows_chats(config) or is_trained(config, TABLE) or _knows_roles(base):
         return ""
     optimizer = config.optimizer
     if config.model.lora.rank and is_trained(config, TABLE, also=[TABLE]):
-        advice = f"write {setting('optimizer.train_also', [*optimizer.train_also, 'embedding.*'])}"
+        key, names = "optimizer.train_also", [*optimizer.train_also, "embedding.*"]
     else:
-        advice = f"take {TABLE} out of {setting('optimizer.freeze', optimizer.freeze)}"
+        key, names = "optimizer.freeze", [name for name in optimizer.freeze if not fnmatchcase(TABLE, name)]
     return (
         f"warning: {base} has never been trained on chats, so the embeddings of the chat roles are as the seed made "
-        f"them, and they are frozen here: the model cannot tell who speaks; {advice}"
+        f"them, and they are frozen here: the model cannot tell who speaks; write {setting(key, names)}"
     )
 
 
-def _has_roles(config: RunConfig) -> bool:
-    return isinstance(config, FinetuneConfig) and config.chat.format == "chat" and config.task in ("sft", "preference")
+def knows_chats(config: RunConfig) -> bool:
+    """Whether a run learns from chats, in the format that has roles."""
+    return isinstance(config, FinetuneConfig) and config.chat.format == "chat" and config.task in ANSWERING
 
 
 def _knows_roles(base: str | None) -> bool:
@@ -71,7 +123,7 @@ def _knows_roles(base: str | None) -> bool:
             config = load_run_config(base)
         except BigtxError:
             return True
-        if _has_roles(config) and is_trained(config, TABLE):
+        if knows_chats(config) and is_trained(config, TABLE):
             return True
         base = config.base if isinstance(config, FinetuneConfig) else None
     return False

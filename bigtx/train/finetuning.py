@@ -12,8 +12,16 @@ from bigtx.config.load import load_run_config
 from bigtx.config.runs import run_dir_of
 from bigtx.config.schema import FinetuneConfig, ModelConfig
 from bigtx.track.jsonl import plain
-from bigtx.train.finetune_notes import describe_length, untrained_roles
-from bigtx.train.session import BASE_FACTS, Session, length_setting, say_finished
+from bigtx.train.finetune_notes import (
+    describe_held_out,
+    describe_length,
+    describe_trained,
+    knows_chats,
+    length_setting,
+    total_steps,
+    untrained_roles,
+)
+from bigtx.train.session import BASE_FACTS, Session, say_finished
 from bigtx.utils import log
 from bigtx.utils.errors import CheckpointError, ConfigError, LaunchError
 from bigtx.utils.files import read_object, write_json
@@ -111,7 +119,7 @@ class FinetuneSession(Session[FinetuneConfig]):
                 "(data.too_long)"
             )
         if not self.splits["validation"].records:
-            log.say("no validation records: the newest checkpoint counts as the best (data.validation_fraction)")
+            log.say(describe_held_out(self.config))
 
     def _open_tokenizer(self) -> Any:
         from bigtx.engine.trained import TOKENIZER, read_tokenizer
@@ -140,7 +148,7 @@ class FinetuneSession(Session[FinetuneConfig]):
         if self.checkpoint is None:
             return False
         state = self.checkpoint.manifest["state"]
-        settings = [length_setting(self.config)]
+        settings = [length_setting(self.config, len(self.rows))]
         if read_object(self.run_dir / RESULTS).get("tokens") != state["tokens"]:
             return False  # An earlier end's, or damaged: the best checkpoint is measured again.
         if self.patience is not None and state["measured_since_best"] >= self.patience:
@@ -150,6 +158,11 @@ class FinetuneSession(Session[FinetuneConfig]):
         say_finished(state["step"], settings, f"; its results are in {self.run_dir / RESULTS}")
         self.status = "finished"
         return True
+
+    def build_engine(self) -> None:
+        """As any session, and say what is trained."""
+        super().build_engine()
+        log.say(describe_trained(self.config, is_all=not self.engine.frozen))
 
     def begin(self) -> None:
         """From the base, with what the task adds from the seed; or all from the seed."""
@@ -347,16 +360,10 @@ class FinetuneSession(Session[FinetuneConfig]):
         self.ranks.on_first(lambda: self._write(RESULTS, results))
 
     def next_command(self) -> str:
-        """Predict."""
+        """Chat, or predict."""
+        if knows_chats(self.config):
+            return command("bigtx", "chat", self.run_dir)
         return command("bigtx", "predict", self.run_dir, "input=FILE")
-
-
-def total_steps(config: FinetuneConfig, num_records: int) -> int:
-    """Optimizer steps of the run."""
-    if config.train.max_steps is not None:
-        return config.train.max_steps
-    assert config.train.epochs is not None
-    return max(1, -(-round(config.train.epochs * num_records) // config.train.global_batch_size))
 
 
 def _that_counts(model: ModelConfig) -> dict[str, Any]:

@@ -79,6 +79,8 @@ def arriving(most: int) -> Iterator[list[Item]]:
 
 
 def _stdin(unread: Broken) -> Iterator[Record]:
+    if sys.stdin is None:  # Closed from the start.
+        return
     # Not sys.stdin: Python cannot end while a thread of it waits there.
     with open(sys.stdin.fileno(), "rb", closefd=False) as stream:
         yield from read_jsonl(stream, "standard input", unread)

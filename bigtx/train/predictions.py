@@ -101,7 +101,7 @@ def task_config(config: RunConfig, run: str, settings: Sequence[str] = ()) -> Fi
 
     Args:
         run: as the user named it.
-        settings: KEY=VALUE, of how the task predicts.
+        settings: KEY=VALUE, of how the task predicts, what fields of records are called, and what becomes of long ones.
 
     Raises:
         ConfigError: the run was pretrained, or settings that do not change how it predicts.
@@ -113,4 +113,6 @@ def task_config(config: RunConfig, run: str, settings: Sequence[str] = ()) -> Fi
             else f"bigtx generate {run} continues texts; `bigtx finetune` makes a model that does a job of it"
         )
         raise ConfigError(f"{run} was pretrained and has no task to predict for: {what}")
-    return with_settings(config, settings, sections=(config.task, "chat")) if settings else config
+    if not settings:
+        return config
+    return with_settings(config, settings, sections=(config.task, "chat"), also=("data.fields", "data.too_long"))

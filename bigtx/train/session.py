@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NoReturn, Self, TypeVar
 
-from bigtx.config.schema import FinetuneConfig, RunConfig
+from bigtx.config.schema import RunConfig
 from bigtx.train.run_dir import check_run_dir
 from bigtx.train.stop import EarlyStop, StopRequest
 from bigtx.utils import hardware, log, processes, shell
@@ -598,10 +598,10 @@ class Session(ABC, Generic[Config]):
 
 
 def length_setting(config: RunConfig) -> str:
-    """The setting by which a run has its length."""
+    """The setting that gives a pretraining its length."""
     if config.train.max_steps is not None:
         return "train.max_steps"
-    return "train.epochs" if isinstance(config, FinetuneConfig) else "train.max_tokens"
+    return "train.max_tokens"
 
 
 def say_finished(step: int, settings: Sequence[str], results: str = "") -> None:

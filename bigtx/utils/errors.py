@@ -7,14 +7,12 @@ assertion.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
 import os
 import sys
 from collections.abc import Callable
 
-from bigtx.utils import log
+from bigtx.utils import log, streams
 
 EXIT_OUTPUT_LOST = 1
 EXIT_USER_ERROR = 2
@@ -60,55 +58,38 @@ def exit_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def wrapped(*args: object, **kwargs: object) -> int:
-        prepare_streams()
+        streams.prepare()
+        status = 0
         try:
-            status = _status(main, *args, **kwargs)
-            return status or _flush_output()
-        except BigtxError as error:
-            if not error.reported:
-                log.say_error(f"{type(error).__name__}: {error}")
-            return EXIT_USER_ERROR
-        except KeyboardInterrupt:
-            return EXIT_INTERRUPTED
+            status = _status_of(lambda: main(*args, **kwargs))
+            lost = _flush_output()
+            return status or lost
         except BrokenPipeError:
             # The reader of our output went away (`bigtx ... | head`): not an error.
             _drop_output()
-            return 0
-        except OSError:
-            if _flush_output() == 0:
+            return status
+        except OSError as error:
+            if error is not streams.lost():
                 raise
-            return EXIT_OUTPUT_LOST
+            return _say_lost(error)
 
     return wrapped
 
 
-def _status(main: Callable[..., int | None], *args: object, **kwargs: object) -> int:
-    """The exit status of a command, also of one that answered `--help` and the like by SystemExit."""
+def _status_of(main: Callable[[], int | None]) -> int:
+    """What a command returns, with errors of the user's said; also of one that answered `--help` by SystemExit."""
     try:
-        return main(*args, **kwargs) or 0
+        return main() or 0
+    except BigtxError as error:
+        if not error.reported:
+            log.say_error(f"{type(error).__name__}: {error}")
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
     except SystemExit as end:
         if end.code:
             raise
         return 0
-
-
-def prepare_streams() -> None:
-    """Let standard output and error take every text: a closed one goes nowhere, and characters that its encoding does
-    not have become escapes, so that no report ends a command whose work is done."""
-    for name, descriptor in (("stdout", 1), ("stderr", 2)):
-        stream = getattr(sys, name)
-        if stream is None:  # Python found the descriptor closed. Files that are opened must not get its number.
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            with contextlib.suppress(OSError):
-                os.fstat(descriptor)
-                descriptor = -1  # Something else has it by now.
-            if descriptor not in (-1, nowhere):
-                os.dup2(nowhere, descriptor)
-                os.close(nowhere)
-                nowhere = descriptor
-            setattr(sys, name, io.TextIOWrapper(io.FileIO(nowhere, "w", closefd=False), errors="backslashreplace"))
-        elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
 
 
 def _flush_output() -> int:
@@ -118,10 +99,15 @@ def _flush_output() -> int:
     except BrokenPipeError:
         raise
     except OSError as error:
-        log.say_error(f"standard output cannot be written: {error.strerror}; what is missing there is lost")
-        _drop_output()
-        return EXIT_OUTPUT_LOST
-    return 0
+        return _say_lost(error)
+    lost = streams.lost()
+    return _say_lost(lost) if lost else 0
+
+
+def _say_lost(error: OSError) -> int:
+    log.say_error(f"standard output cannot be written: {error.strerror}; what is missing there is lost")
+    _drop_output()
+    return EXIT_OUTPUT_LOST
 
 
 def _drop_output() -> None:

@@ -28,6 +28,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from bigtx.utils import streams
 from bigtx.utils.processes import rank
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -144,8 +145,8 @@ def console() -> TextIO:
 
 
 def say(text: str = "") -> None:
-    """Show a line on the screen (rank 0 alone), and keep it in the log."""
-    if rank() == 0:
+    """Show a line on the screen (rank 0 alone) unless that is closed, and keep it in the log."""
+    if rank() == 0 and not streams.is_closed(console()):
         print(text, file=console(), flush=True)
     if _active:
         print(text, file=_active.log)

@@ -1,9 +1,11 @@
-"""Numbers that a user gives to a command or to its counterpart in Python, and what they may be."""
+"""Options that a user gives to a command or to its counterpart in Python, and what they may be."""
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -16,20 +18,22 @@ class Option(NamedTuple):
     Attributes:
         rule: in words.
         optional: whether None is a value.
+        default: where the user says nothing.
     """
 
     kind: type
     fits: Callable[[Any], bool]
     rule: str
     optional: bool = False
+    default: float | None = None
 
 
 SAMPLING = {
-    "max_new_tokens": Option(Integral, lambda value: value >= 1, "a whole number, at least 1"),
-    "temperature": Option(Real, lambda value: 0.0 <= value < math.inf, "a number, 0 or more"),
+    "max_new_tokens": Option(Integral, lambda value: value >= 1, "a whole number, at least 1", default=256),
+    "temperature": Option(Real, lambda value: 0.0 <= value < math.inf, "a number, 0 or more", default=0.8),
     "top_k": Option(Integral, lambda value: value >= 1, "a whole number, at least 1", optional=True),
     "top_p": Option(Real, lambda value: 0.0 < value <= 1.0, "a number above 0, at most 1", optional=True),
-    "seed": Option(Integral, lambda value: True, "a whole number"),
+    "seed": Option(Integral, lambda value: True, "a whole number", default=1),
 }
 OPTIONS = SAMPLING | {
     "batch_size": Option(Integral, lambda value: value >= 1, "a whole number, at least 1", optional=True)
@@ -58,3 +62,64 @@ def check_options(given: Mapping[str, Any], *, command_line: bool = False) -> No
             problems.append(f"{shown}={value}: {option.rule}")
     if problems:
         raise ConfigError("; ".join(problems))
+
+
+def writing_options(given: Mapping[str, Any], *, command_line: bool = False) -> dict[str, Any]:
+    """How a text is written: `SAMPLING` and the stop texts, with defaults where nothing is given.
+
+    Args:
+        given: options by name; `stop` is a text or a list of them.
+
+    Returns:
+        A value for each of `SAMPLING`, and `stop`, a list of texts.
+
+    Raises:
+        ConfigError: an option that is not known, or out of range.
+    """
+    known = [*SAMPLING, "stop"]
+    for name in given:
+        if name not in known:
+            similar = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {similar[0]}?" if similar else f"there are {', '.join(known)}"
+            raise ConfigError(f"{name} is no option of writing; {hint}")
+    options = {name: option.default for name, option in SAMPLING.items()} | dict(given)
+    check_options(options, command_line=command_line)
+    stop = options.get("stop", [])
+    stop = [stop] if isinstance(stop, str) else [] if stop is None else stop
+    if not isinstance(stop, Sequence) or not all(isinstance(text, str) and text for text in stop):
+        raise ConfigError(f"stop={stop!r:.80}: a text of at least one character, or a list of such texts")
+    return options | {"stop": list(stop)}
+
+
+def add_writing_options(parser: argparse.ArgumentParser) -> None:
+    """Let a command take what `writing_options` reads."""
+    for name, kind, metavar, meaning in (
+        ("max-new-tokens", int, "N", "most tokens of a text"),
+        ("temperature", float, "X", "0: the likeliest token"),
+        ("top-k", int, "N", "draw from the N likeliest tokens only"),
+        ("top-p", float, "X", "draw from the likeliest that reach X together"),
+        ("seed", int, "N", "another seed, another text"),
+    ):
+        default = SAMPLING[name.replace("-", "_")].default
+        shown = "all" if default is None else f"{default:g}"
+        parser.add_argument(f"--{name}", metavar=metavar, type=kind, default=default, help=f"{meaning} ({shown})")
+    parser.add_argument(
+        "--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be repeated (none)"
+    )
+
+
+def given_writing_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_writing_options` that a command was given.
+
+    Raises:
+        ConfigError: as `writing_options`.
+    """
+    return writing_options({name: getattr(arguments, name) for name in [*SAMPLING, "stop"]}, command_line=True)
+
+
+def add_loading_options(parser: argparse.ArgumentParser) -> None:
+    """Let a command say which weights of a run it takes, and onto which device."""
+    parser.add_argument(
+        "--weights", choices=["master", "ema"], default="master", help="ema: the averaged copy (master)"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto: a GPU if there is one)")

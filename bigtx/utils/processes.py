@@ -59,7 +59,7 @@ def launcher_problem() -> str | None:
     if not given or (given == ["WORLD_SIZE"] and os.environ["WORLD_SIZE"] == "1"):
         return None
     here = " and ".join(f"{name}={os.environ[name]}" for name in given)
-    start = "start the ranks by deepspeed or torchrun, or unset " + " and ".join(given) + " and let bigtx start them"
+    start = "start the ranks by deepspeed or torchrun, or unset " + " ".join(given) + " and let bigtx start them"
     missing = [name for name in (*LAUNCHED, *MEETING) if name not in os.environ]
     if missing:
         return f"the environment holds {here}, as of a launcher, but not {', '.join(missing)}; {start}"

@@ -15,6 +15,7 @@ from bigtx.config.changes import compare, refuse
 from bigtx.config.load import from_dict, load, to_dict
 from bigtx.config.schema import FinetuneConfig, PrepareConfig, PretrainConfig, TokenizerTrainConfig
 from bigtx.config.settings import find
+from bigtx.train import finetune_notes
 from bigtx.train.session import length_setting, say_finished
 from bigtx.utils.errors import ConfigError
 from bigtx.utils.shell import command, setting, settings
@@ -161,14 +162,16 @@ def test_no_source_shows_brackets_unquoted() -> None:
         (PretrainConfig, "train.max_steps"),
         (FinetuneConfig, "train.epochs"),
         (FinetuneConfig, "train.max_steps"),
+        (FinetuneConfig, "train.min_steps"),
     ],
 )
 def test_a_finished_run_tells_how_to_train_on(
     places: Path, capsys: pytest.CaptureFixture[str], schema: Any, length: str
 ) -> None:
-    base = PRETRAIN if schema is PretrainConfig else FINETUNE[:3]
+    base = PRETRAIN if schema is PretrainConfig else FINETUNE if length == "train.min_steps" else FINETUNE[:3]
     begun = load(schema, [*base, f"{length}=32768"])
-    say_finished(1, [length_setting(begun)])
+    found = finetune_notes.length_setting(begun, 27) if schema is FinetuneConfig else length_setting(begun)
+    say_finished(1, [found])
     words = shlex.split(re.findall(r"train on: (.*);", capsys.readouterr().out)[0])
     resumed = load(schema, [*base, *(word.replace("=N", "=65536") for word in words)])
     found = compare(to_dict(begun), resumed)

@@ -417,3 +417,11 @@ def test_a_saved_config_means_the_folder_that_it_lies_in(tmp_path: Path, monkeyp
     assert load(PretrainConfig, [*saved, "run_dir=third"], check=False).run_dir == "third"
     (new / "config.yaml").write_text("run_dir: ./new place\n")
     assert load(PretrainConfig, saved, check=False).run_dir == "./new place", "the same place in the run's words"
+
+
+@pytest.mark.parametrize(("width", "rate"), [(192, 7.8e-4), (768, 2e-4), (4096, 3.7e-5)])
+def test_a_learning_rate_of_null_follows_the_width(width: int, rate: float) -> None:
+    settings = ["optimizer.learning_rate=null", f"model.hidden_size={width}"]
+    assert load(PretrainConfig, settings, check=False).optimizer.learning_rate == rate
+    given = load(PretrainConfig, [settings[1], "optimizer.learning_rate=0.5"], check=False)
+    assert given.optimizer.learning_rate == 0.5, "a number is taken as it is"

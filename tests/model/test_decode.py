@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
 from bigtx.config.schema import ModelConfig
-from bigtx.model.decode import Sampling, decode_tokens, generate
+from bigtx.model.decode import Sampling, decode_tokens
 from bigtx.model.transformer import Transformer
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -134,33 +133,6 @@ def test_distributions() -> None:
     assert draws(Sampling(temperature=1.0, top_p=0.5), base) == pytest.approx({1: 4 / 7, 3: 3 / 7}, abs=0.03)
     assert draws(Sampling(temperature=1.0, top_p=0.05), base) == {1: 1.0}
     assert draws(Sampling(temperature=1.0, top_p=1.0), base).keys() == {0, 1, 2, 3}
-
-
-class Letters:
-    """A tokenizer of 26 letters; 26 ends a text."""
-
-    vocab_size, end_ids, pad_id = 27, [26], 0
-
-    def encode(self, text: str) -> list[int]:
-        return [ord(letter) - ord("a") for letter in text]
-
-    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self.encode(text) or [26] for text in texts]
-
-    def encode_sources(self, texts: Sequence[str]) -> list[list[int]]:
-        return [[*self.encode(text), 26] for text in texts]
-
-    def decode(self, ids: list[int], *, after: Sequence[int] = ()) -> str:
-        return "".join(chr(ord("a") + i) for i in ids)
-
-
-def test_generate() -> None:
-    model = make_model()
-    texts = generate(model, Letters(), ["hello", "", "b"], max_new_tokens=10, temperature=0.0)
-    expected = decode(model, [Letters().encode("hello"), [26], [1]], max_new_tokens=10, end_ids=[26], num_ids=27)
-    assert texts == [Letters().decode(ids) for ids in expected]
-    alone = generate(model, Letters(), ["b"], max_new_tokens=10, seed=3, first_index=2)
-    assert generate(model, Letters(), ["hello", "", "b"], max_new_tokens=10, seed=3)[2:] == alone
 
 
 def test_bf16_weights() -> None:

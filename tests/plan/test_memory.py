@@ -100,15 +100,15 @@ def test_activations_without_zero() -> None:
     """The residual stream is fp32 there, and each product's input is cast by itself."""
     few, many = (ModelConfig(**SIZES, num_layers=number) for number in (1, 3))
     for recompute in ("none", "full"):
-        counted = activation_bytes(many, num_tokens=TOKENS, recompute=recompute, stage=0)  # type: ignore[arg-type]
-        counted -= activation_bytes(few, num_tokens=TOKENS, recompute=recompute, stage=0)  # type: ignore[arg-type]
+        counted = activation_bytes(many, num_tokens=TOKENS, recompute=recompute, stage=0)
+        counted -= activation_bytes(few, num_tokens=TOKENS, recompute=recompute, stage=0)
         assert kept_bytes(many, recompute, stage=0) - kept_bytes(few, recompute, stage=0) == counted
 
 
 def test_recomputation_makes_one_block_again() -> None:
     config = ModelConfig(**SIZES, num_layers=10)
     none, selective, full = (
-        activation_bytes(config, num_tokens=1, recompute=recompute)  # type: ignore[arg-type]
+        activation_bytes(config, num_tokens=1, recompute=recompute)
         for recompute in ("none", "selective", "full")
     )
     assert full < selective < none
@@ -120,7 +120,7 @@ def test_states() -> None:
     assert [bytes_per_parameter(stage, 8) for stage in range(4)] == [18, 9.5, 4, 2.25]
     config = ModelConfig(**SIZES, num_layers=2, experts=ExpertsConfig(num_experts=4, num_active=2))
     adamw, muon = (
-        state_bytes(config, stage=1, num_ranks=2, optimizer=name)  # type: ignore[arg-type]
+        state_bytes(config, stage=1, num_ranks=2, optimizer=name)
         for name in ("adamw", "muon")
     )
     assert adamw == 14 * count_parameters(config).total

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,38 @@ def test_a_copied_run_gets_an_id_of_its_own_and_a_moved_one_keeps_it(tmp_path: P
     assert copied.id != own.id and (copied.original, copied.original_folder) == (own.id, str(moved))
     assert read_or_make_run_id(copy).id == copied.id and read_or_make_run_id(copy).original == ""
     assert read_or_make_run_id(moved) == own
+
+
+@pytest.mark.parametrize(
+    ("path", "is_moved_in_its_file_system", "is_copy"),
+    [("first", False, False), ("other", True, False), ("other", False, True)],
+    ids=["restored to its path", "a shared file system under another path", "copied to another path"],
+)
+def test_a_run_that_goes_on_on_another_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, is_moved_in_its_file_system: bool, is_copy: bool
+) -> None:
+    """The original is on another machine, so that nobody can see whether it is still there."""
+    first, away, here = tmp_path / "first", tmp_path / "away", tmp_path / path
+    first.mkdir()
+    own = read_or_make_run_id(first)
+    first.rename(away)
+    if is_moved_in_its_file_system:
+        away.rename(here)
+    else:
+        shutil.copytree(away, here)  # While the original is there, so the new folder has another number.
+        away.rename(tmp_path / "out of sight")
+    monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
+    found = read_or_make_run_id(here)
+    assert (found.id != own.id) == is_copy and found.original == (own.id if is_copy else "")
+    assert not is_copy or found.original_folder.endswith(f":{first}")
+    assert read_or_make_run_id(here).id == found.id and read_or_make_run_id(here).original == ""
+
+
+def test_a_place_of_an_earlier_bigtx_has_no_host(tmp_path: Path) -> None:
+    (tmp_path / "wandb_run_id").write_text("abcdef\n")
+    (tmp_path / "wandb_run_place").write_text("/nowhere/run\n")
+    assert read_or_make_run_id(tmp_path).id == "abcdef"
+    assert (tmp_path / "wandb_run_place").read_text().splitlines()[0] == str(tmp_path)
 
 
 def test_an_error_at_the_end_is_said_once_in_a_line_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

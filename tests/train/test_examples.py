@@ -121,3 +121,12 @@ def test_what_has_no_tokens_is_told_before_the_start(
     monkeypatch.setattr(Tokenizer, "encode", lambda self, text: encode(self, text.replace("\u200b", "")))
     with pytest.raises(DataError, match=r"line 41: the tokenizer makes no token of the field 'text': '\\u200b'"):
         open_task_data(config, tokenizer)
+
+
+@pytest.mark.parametrize(("fewest", "held_out"), [(0, 8), (8, 8), (9, 0)])
+def test_a_share_of_few_records_holds_out_none(
+    config: FinetuneConfig, tokenizer: Tokenizer, fewest: int, held_out: int
+) -> None:
+    config.data.min_held_out, config.data.test_fraction = fewest, 0.0
+    splits = open_task_data(config, tokenizer).splits
+    assert [len(splits[name].records) for name in ("train", "validation")] == [40 - held_out, held_out]

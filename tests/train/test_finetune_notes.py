@@ -18,8 +18,14 @@ from bigtx.config.schema import (
     OptimizerConfig,
     PretrainConfig,
 )
-from bigtx.train.finetune_notes import FEW_STEPS, describe_length, untrained_roles
-from bigtx.train.finetuning import total_steps
+from bigtx.train.finetune_notes import (
+    FEW_STEPS,
+    describe_held_out,
+    describe_length,
+    length_setting,
+    total_steps,
+    untrained_roles,
+)
 from bigtx.utils.errors import ConfigError
 
 
@@ -39,6 +45,24 @@ def test_few_steps_are_said_and_the_advice_makes_enough() -> None:
     said, warning = describe_length(train_of(max_steps=5), 5, 1000)
     assert said == "5 steps of 16 make 0.08 epochs" and "write e.g. train.max_steps=100" in warning
     assert len(describe_length(train_of(max_steps=FEW_STEPS), FEW_STEPS, 27)) == 1
+
+
+def test_few_records_are_read_more_often() -> None:
+    config = train_of(epochs=3, min_steps=150)
+    assert total_steps(config, 27) == 150 and length_setting(config, 27) == "train.min_steps"
+    (said,) = describe_length(config, 150, 27)
+    assert said == "150 steps of 16 make 88.9 epochs (train.min_steps=150, since train.epochs=3 would be 6 steps)"
+    assert total_steps(config, 10_000) == 1875 and length_setting(config, 10_000) == "train.epochs"
+    (said,) = describe_length(config, 1875, 10_000)
+    assert said.endswith("make 3 epochs (train.epochs=3 in whole steps)")
+    assert total_steps(train_of(max_steps=5, min_steps=150), 27) == 5, "a number of steps is what it says"
+
+
+def test_why_nothing_is_held_out() -> None:
+    config = train_of(epochs=3)
+    assert describe_held_out(config).endswith("(data.validation_fraction)")
+    few = dataclasses.replace(config, data=dataclasses.replace(config.data, min_held_out=10))
+    assert "data.validation_fraction=0.1 would hold out fewer than data.min_held_out=10" in describe_held_out(few)
 
 
 def base_of(folder: Path, config: FinetuneConfig | PretrainConfig) -> str:
@@ -67,7 +91,7 @@ def test_frozen_embeddings_of_roles_that_nothing_has_trained_are_said(tmp_path: 
     assert followed == ["final_norm.*", "embedding.*"]
     assert untrained_roles(chats_of(plain, rank=8, train_also=followed), plain) == ""
     frozen = chats_of(plain, freeze=["embedding.*"])
-    assert "take embedding.weight out of 'optimizer.freeze=" in untrained_roles(frozen, plain)
+    assert "write 'optimizer.freeze=[]'" in untrained_roles(frozen, plain)
     assert untrained_roles(chats_of(plain), plain) == "", "all is trained"
     without = dataclasses.replace(chats_of(plain, rank=8), chat=ChatConfig(format="plain"))
     assert untrained_roles(without, plain) == "", "the plain format has no roles"

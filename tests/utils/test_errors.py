@@ -29,19 +29,57 @@ sys.exit(main())
 
 def in_shell(redirection: str, *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
     command = ["bash", "-c", f'exec "$@" {redirection}', "bash", sys.executable, *arguments]
-    variables = environment(PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="", **changes)
+    variables = environment(**{"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""} | changes)
     return subprocess.run(command, capture_output=True, text=True, encoding="latin-1", timeout=60, env=variables)
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize(
-    ("redirection", "status"), [(">&-", 0), (">&- 2>&-", 0), ("</dev/null >&- 2>&-", 0), (">/dev/full", 1)]
+    ("redirection", "reason"),
+    [
+        (">&-", "it is closed"),
+        (">&- 2>&-", ""),
+        ("</dev/null >&- 2>&-", ""),
+        ("2>&-", None),
+        (">/dev/full", "No space left on device"),
+    ],
 )
-def test_an_output_that_cannot_be_written_comes_after_the_work(tmp_path: Path, redirection: str, status: int) -> None:
-    done = in_shell(redirection, "-c", WORK, str(tmp_path / "work"))
-    assert done.returncode == status and "Traceback" not in done.stderr and "Exception" not in done.stderr
+def test_an_output_that_cannot_be_written_comes_after_the_work(
+    tmp_path: Path, redirection: str, reason: str | None, unbuffered: str
+) -> None:
+    done = in_shell(redirection, "-c", WORK, str(tmp_path / "work"), PYTHONUNBUFFERED=unbuffered)
+    assert done.returncode == (0 if reason is None else 1), done.stderr
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
     assert (tmp_path / "work").read_text() == "the work is done"
-    if status:
-        assert "standard output cannot be written: No space left on device" in done.stderr
+    if reason:
+        assert done.stderr.count(f"standard output cannot be written: {reason}; what is missing there is lost") == 1
+
+
+@pytest.mark.parametrize(
+    ("last", "status"),
+    [("return 1", 1), ("raise DataError('no')", 2), ("sys.exit(0)", 1), ("raise KeyboardInterrupt", 130)],
+)
+def test_a_lost_output_changes_no_other_status(tmp_path: Path, last: str, status: int) -> None:
+    code = WORK.replace(
+        '    print("warning', f'    from bigtx.utils.errors import DataError\n    {last}\n    print("warning'
+    )
+    done = in_shell(">/dev/full", "-c", code, str(tmp_path / "work"))
+    assert done.returncode == status and "Traceback" not in done.stderr and "Exception" not in done.stderr, done.stderr
+    assert done.stderr.count("standard output cannot be written: No space left on device") == 1
+
+
+@pytest.mark.parametrize("redirection", [">&-", ">&- 2>&-"])
+def test_the_progress_of_a_run_may_go_nowhere(tmp_path: Path, redirection: str) -> None:
+    """As that of a training whose terminal is gone: it is in the run folder's log."""
+    code = WORK.replace("    print(", "    from bigtx.utils import log\n    log.say(", 1)
+    done = in_shell(redirection, "-c", code, str(tmp_path / "work"))
+    assert done.returncode == 0 and (tmp_path / "work").read_text() == "the work is done", done.stderr
+
+
+def test_another_error_of_a_file_keeps_its_traceback(tmp_path: Path) -> None:
+    code = WORK.replace('print("done: Füße → é")', "open('/dev/full', 'w').write('x' * 100_000)")
+    done = in_shell("", "-c", code, str(tmp_path / "work"))
+    assert done.returncode == 1 and "Traceback" in done.stderr
 
 
 def test_a_full_output_is_noticed_at_the_first_flush(tmp_path: Path) -> None:
@@ -60,7 +98,7 @@ def test_an_output_that_is_not_utf8_gets_escapes(tmp_path: Path, encoding: str) 
 def test_a_file_does_not_get_the_number_of_a_closed_output(tmp_path: Path) -> None:
     code = WORK.replace("Path(sys.argv[1]).write_text", "import os; os.write(1, b'x'); Path(sys.argv[1]).write_text")
     done = in_shell(">&-", "-c", code, str(tmp_path / "work"))
-    assert done.returncode == 0 and (tmp_path / "work").read_text() == "the work is done"
+    assert done.returncode == 1 and (tmp_path / "work").read_text() == "the work is done"
 
 
 @pytest.mark.parametrize(

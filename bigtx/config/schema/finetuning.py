@@ -8,6 +8,9 @@ from typing import Literal, Optional
 from bigtx.config.fields import field, section
 from bigtx.config.schema.training import RhythmConfig, RunConfig
 
+ANSWERING = ("sft", "preference")
+"""Tasks that teach a decoder to answer prompts and chats."""
+
 
 @dataclass(kw_only=True)
 class FieldsConfig:
@@ -55,6 +58,8 @@ class RecordsConfig:
     """Share of the training records (without those of the test) that is held out, where `validation` names none."""
     test_fraction: float = field(0.0, minimum=0.0, maximum=0.9)
     """Share of the training records that is held out first, where `test` names none."""
+    min_held_out: int = field(0, minimum=0)
+    """Fewest records that a fraction holds out; where it would be fewer, none are: they could decide nothing."""
     split: Literal["hash", "tail"] = "hash"
     """Which are held out, of each class its share: by a hash of the record, or the last ones in reading order."""
     fields: FieldsConfig = field(factory=FieldsConfig)
@@ -179,6 +184,8 @@ class FinetuneTrainConfig(RhythmConfig):
 
     epochs: Optional[float] = field(None, minimum=0.0, maximum=1e6, change="by_name")
     """Passes over the training records; rounded up to whole steps."""
+    min_steps: int = field(0, kind="count", minimum=0, change="by_name")
+    """Fewest steps of a run whose length is train.epochs: few records are read more often."""
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from bigtx.data.corpus.manifest import DOCS_DTYPE, MEMBER_HEADER_BYTES, Manifest
+from bigtx.data.corpus.manifest import AGAIN, DOCS_DTYPE, MEMBER_HEADER_BYTES, Manifest
 from bigtx.data.storage.cache import Content, DamagedError
 from bigtx.data.storage.places import TRIES, RemotePath
 from bigtx.utils.errors import DataError
@@ -63,9 +63,7 @@ class BlockReader:
     def _verify(self, block: int, content: mmap.mmap) -> None:
         begin, end = self.manifest.block_range(block)
         if not is_block(self.manifest, block, memoryview(content)[begin:end]):
-            raise damaged_block(
-                self.manifest, block, "Copy the shard again from where it was prepared, or prepare the corpus again."
-            )
+            raise damaged_block(self.manifest, block, f"Copy the shard again from where it was prepared, or {AGAIN}.")
         self._verified[block] = True
 
     def _map_shard(self, shard: int) -> mmap.mmap:
@@ -82,7 +80,7 @@ class BlockReader:
         if len(content) != self.manifest.shards[shard].size:
             raise DataError(
                 f"{path} has {len(content):,} bytes instead of {self.manifest.shards[shard].size:,}; "
-                "was it changed during the run? Restore it or prepare the corpus again."
+                f"was it changed during the run? Restore it or {AGAIN}."
             )
         return content
 

@@ -36,6 +36,8 @@ FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
 MANIFEST_NAME = "manifest.json"
 BLOCKS_NAME = "blocks.npy"
+AGAIN = "remove the corpus's folder and prepare it again"
+"""What can be done about a damaged corpus; while its folder is there, `bigtx data prepare` leaves it as it is."""
 TAR_UNIT = 512
 NPY_HEADER_BYTES = 128
 MEMBER_HEADER_BYTES = TAR_UNIT + NPY_HEADER_BYTES
@@ -169,13 +171,13 @@ class Manifest:
             manifest = _from_content(folder, content)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             path = folder / MANIFEST_NAME
-            message = f"{path} is damaged ({type(error).__name__}: {error}); prepare the corpus again."
+            message = f"{path} is damaged ({type(error).__name__}: {error}); {AGAIN}."
             raise DataError(message) from error
         name = str(folder).rpartition("/")[2]
         if name in SPLITS and manifest.split != name:
             raise DataError(
                 f"{folder / MANIFEST_NAME} says that it is the split {manifest.split!r}: it was copied or renamed. "
-                "Restore it, or prepare the corpus again."
+                f"Restore it, or {AGAIN}."
             )
         if check_shards:
             check_sizes(manifest)
@@ -197,20 +199,20 @@ def _read_content(folder: Place) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise DataError(
-            f"{folder} has no {MANIFEST_NAME}: it is not a prepared split, or its preparation did not end. "
-            "Run `bigtx data prepare` again."
+            f"{folder} has no {MANIFEST_NAME}: it is no prepared split, or that file is lost. Name a folder written "
+            f"by `bigtx data prepare`; or restore the file, or {AGAIN}."
         ) from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not valid JSON ({error}); prepare the corpus again.") from error
+        raise DataError(f"{path} is not valid JSON ({error}); {AGAIN}.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DataError(f"{path} is not a manifest of `bigtx data prepare` (its `format` is not {FORMAT!r}).")
     version = content.get("format_version")
     if version != FORMAT_VERSION:
         raise DataError(
             f"{path} has format version {version}, this bigtx reads version {FORMAT_VERSION}; "
-            "use the bigtx that wrote it, or prepare the corpus again."
+            f"use the bigtx that wrote it, or {AGAIN}."
         )
     found = unsealed(content)
     if found is None:
@@ -219,7 +221,7 @@ def _read_content(folder: Place) -> dict[str, Any]:
             if SEAL in content
             else f"has no hash of itself (`{SEAL}`): it was written by an earlier bigtx, or changed since"
         )
-        raise DataError(f"{path} {what}; restore it or prepare the corpus again.")
+        raise DataError(f"{path} {what}; restore it or {AGAIN}.")
     return found
 
 
@@ -260,11 +262,11 @@ def _load_blocks(path: Place, sha256: str, num_blocks: int) -> np.ndarray:
 
 def _map_blocks(path: Path, sha256: str) -> np.ndarray:
     if not path.is_file():
-        raise DataError(f"{path} is missing; restore it or prepare the corpus again.")
+        raise DataError(f"{path} is missing; restore it or {AGAIN}.")
     if sha256_file(path) != sha256:
         raise DataError(
             f"{path} was changed or damaged since it was written (its SHA-256 is not the manifest's); "
-            "restore it or prepare the corpus again."
+            f"restore it or {AGAIN}."
         )
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
@@ -277,11 +279,11 @@ def _fetch_blocks(path: RemotePath, sha256: str) -> np.ndarray:
             f"{sha256[:32]}/{BLOCKS_NAME}", path.read_bytes, lambda found: hashlib.sha256(found).hexdigest() == sha256
         )
     except FileNotFoundError:
-        raise DataError(f"{path} is missing; restore it or prepare the corpus again.") from None
+        raise DataError(f"{path} is missing; restore it or {AGAIN}.") from None
     except DamagedError:
         raise DataError(
             f"{path} was changed or damaged since it was written (its SHA-256 is not the manifest's); "
-            "restore it or prepare the corpus again."
+            f"restore it or {AGAIN}."
         ) from None
     start = io.BytesIO(content[:4096])
     if np.lib.format.read_magic(start) != (1, 0):
@@ -319,24 +321,22 @@ def check_sizes(manifest: Manifest) -> None:
         named = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise DataError(
             f"The shards of {manifest.folder} are not those of its manifest: {named}. "
-            "Copy them again from where they were prepared, or prepare the corpus again."
+            f"Copy them again from where they were prepared, or {AGAIN}."
         )
 
 
 def _check_blocks(manifest: Manifest) -> None:
     blocks = manifest.blocks
     if len(blocks) == 0 or blocks["shard"].max() >= len(manifest.shards):
-        raise DataError(f"{manifest.folder} holds no block that its shards have; prepare the corpus again.")
+        raise DataError(f"{manifest.folder} holds no block that its shards have; {AGAIN}.")
     sizes = np.array([shard.size for shard in manifest.shards], dtype=np.uint64)
     # In pieces: the arrays between would be larger than the table of a large corpus.
     pieces = (blocks[begin : begin + (1 << 16)] for begin in range(0, len(blocks), 1 << 16))
     if not all(_lies_within(piece, sizes, manifest.dtype) for piece in pieces):
-        raise DataError(f"{manifest.folder / BLOCKS_NAME} names places outside its shards; prepare the corpus again.")
+        raise DataError(f"{manifest.folder / BLOCKS_NAME} names places outside its shards; {AGAIN}.")
     counts = int(blocks["tokens"].sum(dtype=np.int64)), int(blocks["documents"].sum(dtype=np.int64))
     if counts != (manifest.num_tokens, manifest.num_documents):
-        raise DataError(
-            f"{manifest.folder}: the block table and the manifest count differently; prepare the corpus again."
-        )
+        raise DataError(f"{manifest.folder}: the block table and the manifest count differently; {AGAIN}.")
 
 
 def _lies_within(blocks: np.ndarray, sizes: np.ndarray, dtype: np.dtype[Any]) -> bool:

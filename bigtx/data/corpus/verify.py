@@ -15,6 +15,7 @@ import numpy as np
 
 from bigtx.data.corpus.blocks import block_views, is_block
 from bigtx.data.corpus.manifest import (
+    AGAIN,
     DOCS_DTYPE,
     MEMBER_HEADER_BYTES,
     NPY_HEADER_BYTES,
@@ -260,7 +261,7 @@ def describe(place: Place, result: Verified) -> str:
         listed = "".join(f"\n  {problem}" for problem in result.problems)
         raise DataError(
             f"{place} is not as it was written ({size} read): {count}.{listed}\n"
-            "Copy what is damaged again from where it was prepared, or prepare the corpus again."
+            f"Copy what is damaged again from where it was prepared, or {AGAIN}."
         )
     speed = result.num_bytes / max(result.seconds, 1e-6) / 1e6
     return f"{place} is as it was written: {size} read in {result.seconds:.1f} s ({speed:,.0f} MB/s)."

@@ -361,8 +361,8 @@ def _check_memory(output: Path, memory: int) -> None:
         kept = "fewer" if needs.kept > most_for_a_text(memory) else "more"
         raise DataError(
             f"{output} is a corpus already, and with memory={format_size(memory)} {kept} of its long documents would "
-            "be kept. Set the memory that it was made with, choose another `output`, or remove the folder if it is not "
-            "needed."
+            f"be kept. Set memory={needs.memory_mib()}MiB, with which it stays as it is, choose another `output`, or "
+            "remove the folder if it is not needed."
         )
 
 

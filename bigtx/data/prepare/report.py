@@ -86,10 +86,12 @@ def _describe_held_out(report: Report) -> Iterator[str]:
         f"Held out for validation: {held_out:,} document{'s' * (held_out != 1)} ({held_out / total:.2%}), "
         "by a hash of the text."
     )
-    if held_out < FEW_DOCUMENTS and total >= 2 * FEW_DOCUMENTS and report.validation.num_tokens < FEW_TOKENS:
+    if held_out < FEW_DOCUMENTS and total >= 3 * FEW_DOCUMENTS and report.validation.num_tokens < FEW_TOKENS:
+        # A hash chooses them, so about as many as are enough could be too few again.
+        fraction = float(f"{min(0.5, 2 * FEW_DOCUMENTS / total):.1g}")
         yield (
-            f"That is little to measure on; validation_fraction={FEW_DOCUMENTS / total:.1g} would hold out "
-            f"about {FEW_DOCUMENTS}."
+            f"That is little to measure on; validation_fraction={fraction:g} would hold out about "
+            f"{round(fraction * total)}."
         )
 
 

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from bigtx.config.schema import PrepareConfig
+from bigtx.config.settings import find
 from bigtx.data.raw.documents import Document, Reject
 from bigtx.data.text.rules import Dropped, TextRules
 from bigtx.data.workers import alone
@@ -44,6 +45,12 @@ class Needs:
         """Whether the same documents are kept with another `memory`."""
         most = most_for_a_text(memory)
         return self.kept <= most and (self.rejected is None or self.rejected > most)
+
+    def memory_mib(self) -> int:
+        """The least `memory`, in MiB, with which the same documents are kept."""
+        setting = find(PrepareConfig, "memory")
+        assert setting is not None and setting.minimum is not None
+        return max(-(-2 * self.kept >> 20), int(setting.minimum) >> 20)
 
     @property
     def agree(self) -> bool:

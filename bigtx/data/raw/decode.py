@@ -141,7 +141,7 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
 def other_encoding(raw: bytes) -> str:
     """A reason that names the encoding, other than UTF-8, which bytes look like; "" if they look like none."""
     name = next((name for signature, name in _SIGNATURES if raw.startswith(signature)), None)
-    return f"{name} text; convert it to UTF-8: iconv -f {name} -t UTF-8" if name else _encoding_by_nuls(raw[:_SAMPLE])
+    return f"{name} text; {_convert(name)}" if name else _encoding_by_nuls(raw[:_SAMPLE])
 
 
 def _encoding_by_nuls(raw: bytes) -> str:
@@ -160,4 +160,8 @@ def _encoding_by_nuls(raw: bytes) -> str:
     }.get(tuple(nuls))  # type: ignore[arg-type]
     if name is None:
         return ""
-    return f"{name[:6]} text without a byte order mark; convert it to UTF-8: iconv -f {name} -t UTF-8"
+    return f"{name[:6]} text without a byte order mark; {_convert(name)}"
+
+
+def _convert(name: str) -> str:
+    return f"convert it to UTF-8: iconv -f {name} -t UTF-8 FILE > NEW"

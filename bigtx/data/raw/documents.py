@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
 from bigtx.utils.errors import DataError
+from bigtx.utils.terminal import visible
 
 MAX_DOCUMENT_BYTES = 256 << 20
 """A longer document is rejected: it would have to be held in memory whole."""
@@ -167,11 +168,6 @@ def in_batches(items: Iterable[Item], length: Callable[[Item], int], characters:
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def visible(text: str) -> str:
-    """Text of unknown origin, such as a name in an archive, in a form that cannot control the terminal."""
-    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
 
 def _swallowed(reject: Reject) -> str:

@@ -14,7 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 from bigtx.config.schema import InputConfig
@@ -41,10 +41,29 @@ _MAX_EXPANDED = 1_000_000
 _REQUESTS_AT_ONCE = 16
 
 
-def list_files(config: InputConfig, passed_over: Counter[str] | None = None) -> list[InputFile]:
+@dataclass(frozen=True)
+class _Input:
+    """What is read, and the section of the configuration that names it, for messages."""
+
+    config: InputConfig
+    section: str
+
+    @property
+    def paths(self) -> str:
+        """The setting that names what is read."""
+        return f"{self.section}.paths"
+
+    @property
+    def has_suffixes(self) -> bool:
+        """Whether the section says which suffixes texts have, and what is left out of folders."""
+        return self.section == "input"
+
+
+def list_files(config: InputConfig, passed_over: Counter[str] | None = None, section: str = "input") -> list[InputFile]:
     """The files that `config.paths` names, each once.
 
-    `passed_over`, if given, counts by suffix the files of folders and globs that are not read.
+    `passed_over`, if given, counts by suffix the files of folders and globs that are not read. `section` is where the
+    paths stand in the configuration, for messages.
 
     Paths keep the order in which they are written, `{000..010}` and `{a,b}` in them stand for several; the files of a
     folder or glob are sorted by their path in it. Folders are read recursively, links included; names that begin with a
@@ -56,24 +75,27 @@ def list_files(config: InputConfig, passed_over: Counter[str] | None = None) -> 
         DataError: no paths, one that names nothing readable, a protocol that is not read, or a missing package.
     """
     if not config.paths:
-        raise DataError("No input: input.paths is empty. Name files, folders or globs, e.g. input.paths=my/texts.")
+        raise DataError(
+            f"No input: {section}.paths is empty. Name files, folders or globs, e.g. {section}.paths=my/texts."
+        )
     _check_text_suffixes(config.text_suffixes)
+    inputs = _Input(config, section)
     passed_over = Counter() if passed_over is None else passed_over
     files: dict[str, InputFile] = {}
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
-        paths = [expanded for path in config.paths for expanded in _expanded(path)]
+        paths = [expanded for path in config.paths for expanded in _expanded(path, inputs)]
         # A web server is asked about each of its files, which may be many.
-        asked = {path: pool.submit(_stat_named, path, config) for path in paths if scheme_of(path).startswith("http")}
+        asked = {path: pool.submit(_stat_named, path, inputs) for path in paths if scheme_of(path).startswith("http")}
         try:
             for path in paths:
-                found = [asked[path].result()] if path in asked else _files_of(path, config, passed_over)
+                found = [asked[path].result()] if path in asked else _files_of(path, inputs, passed_over)
                 for file in found:
                     files.setdefault(file.path if is_remote(file.path) else os.path.abspath(file.path), file)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
     for file in files.values():
         if format_of(name_of(file.path), config.text_suffixes) is Format.PARQUET:
-            check_package(file.shown)
+            check_package(file.shown, config.exclude if inputs.has_suffixes else None)
             break
     return list(files.values())
 
@@ -141,24 +163,24 @@ def expand_braces(path: str) -> Iterator[str]:
             yield f"{path[: match.start()]}{option}{rest}"
 
 
-def _expanded(path: str) -> list[str]:
+def _expanded(path: str, inputs: _Input) -> list[str]:
     """The paths that braces stand for, as a shell would have them."""
     check_scheme(path)
     if "{" not in path or (not is_remote(path) and os.path.lexists(path)):
         return [path]
     paths = list(itertools.islice(expand_braces(path), _MAX_EXPANDED + 1))
     if len(paths) > _MAX_EXPANDED:
-        raise DataError(f"{shown(path)} in input.paths stands for more than {_MAX_EXPANDED:,} paths; use fewer.")
+        raise DataError(f"{shown(path)} in {inputs.paths} stands for more than {_MAX_EXPANDED:,} paths; use fewer.")
     for expanded in paths:
         check_scheme(expanded)
     return paths
 
 
-def _files_of(path: str, config: InputConfig, passed_over: Counter[str]) -> list[InputFile]:
+def _files_of(path: str, inputs: _Input, passed_over: Counter[str]) -> list[InputFile]:
     """The files that a path stands for, with their sizes and versions."""
     try:
         if not is_remote(path):
-            return _local_files(path, config, passed_over)
+            return _local_files(path, inputs, passed_over)
         if glob.has_magic(path):
             base, candidates = _fixed_part(path), buckets.glob(path)
             for folder in [found for found, (size, _) in candidates.items() if size < 0]:
@@ -167,42 +189,42 @@ def _files_of(path: str, config: InputConfig, passed_over: Counter[str]) -> list
         else:
             size, version = stat(path)
             if size >= 0:
-                _refuse_unknown(path, config)
+                _refuse_unknown(path, inputs)
                 return [InputFile(path, size, version=version, name=path.rpartition("/")[2])]
             base, candidates = path.rstrip("/"), buckets.find(path)
     except OSError as error:
-        raise _unreachable(path, error) from None
+        raise _unreachable(path, inputs, error) from None
     relative = {found: found[len(base) :].lstrip("/") for found in candidates}
-    names = [found for found in relative if not is_left_out(relative[found], config.exclude)]
+    names = [found for found in relative if not is_left_out(relative[found], inputs.config.exclude)]
     return [
         InputFile(found, candidates[found][0], version=candidates[found][1], name=relative[found])
-        for found in _known(path, names, config, passed_over)
+        for found in _known(path, names, inputs, passed_over)
     ]
 
 
-def _local_files(path: str, config: InputConfig, passed_over: Counter[str]) -> list[InputFile]:
+def _local_files(path: str, inputs: _Input, passed_over: Counter[str]) -> list[InputFile]:
     if os.path.isdir(path):
-        own.refuse_own(path, "input.paths")
-        base, candidates = path, list(_walk(path, config, passed_over))
+        own.refuse_own(path, inputs.paths)
+        base, candidates = path, list(_walk(path, inputs, passed_over))
     elif kind := no_file(path):
-        raise DataError(f"{path} (named in input.paths) is {kind}, {NOT_A_FILE}.")
+        raise DataError(f"{path} (named in {inputs.paths}) is {kind}, {NOT_A_FILE}.")
     elif os.path.exists(path):
-        _refuse_unknown(path, config)
+        _refuse_unknown(path, inputs)
         return [_local(path, os.path.basename(path))]
     elif glob.has_magic(path):
         base = _fixed_part(path)
         candidates, known = [], dict[str, bool]()
         for match in sorted(glob.glob(path, recursive=True)):
-            if _is_excluded(os.path.relpath(match, base), config.exclude) or own.own_of(match, base, known):
+            if _is_excluded(os.path.relpath(match, base), inputs.config.exclude) or own.own_of(match, base, known):
                 continue
             if os.path.isdir(match):
-                candidates += _walk(match, config, passed_over)
+                candidates += _walk(match, inputs, passed_over)
             elif not no_file(match):
                 candidates.append(match)
         passed_over.update({own.MADE: sum(known.values())} if any(known.values()) else {})
     else:
-        raise DataError(f"There is no file or folder {path} (named in input.paths).")
-    return [_local(found, os.path.relpath(found, base)) for found in _known(path, candidates, config, passed_over)]
+        raise DataError(f"There is no file or folder {path} (named in {inputs.paths}).")
+    return [_local(found, os.path.relpath(found, base)) for found in _known(path, candidates, inputs, passed_over)]
 
 
 def _local(path: str, name: str) -> InputFile:
@@ -213,35 +235,36 @@ def _local(path: str, name: str) -> InputFile:
     return InputFile(path, size, version=version, name=name)
 
 
-def _stat_named(url: str, config: InputConfig) -> InputFile:
+def _stat_named(url: str, inputs: _Input) -> InputFile:
     """A file of a web server."""
     if "*" in name_of(url):
         raise DataError(
-            f"{shown(url)} in input.paths: a web server does not tell which files there are. Name them, e.g. with "
+            f"{shown(url)} in {inputs.paths}: a web server does not tell which files there are. Name them, e.g. with "
             "{000..010}."
         )
-    _refuse_unknown(url, config)
+    _refuse_unknown(url, inputs)
     try:
         size, version = stat(url)
     except OSError as error:
-        raise _unreachable(url, error) from None
+        raise _unreachable(url, inputs, error) from None
     return InputFile(url, size, version=version, name=name_of(url).rpartition("/")[2])
 
 
-def _unreachable(path: str, error: OSError) -> DataError:
-    return DataError(f"{shown(path)} (named in input.paths) cannot be read: {error.strerror or error}.")
+def _unreachable(path: str, inputs: _Input, error: OSError) -> DataError:
+    return DataError(f"{shown(path)} (named in {inputs.paths}) cannot be read: {error.strerror or error}.")
 
 
-def _known(path: str, candidates: list[str], config: InputConfig, passed_over: Counter[str]) -> list[str]:
+def _known(path: str, candidates: list[str], inputs: _Input, passed_over: Counter[str]) -> list[str]:
     """Those of a folder's or glob's files that are read, sorted; the others are counted."""
-    files = sorted({found for found in candidates if format_of(found, config.text_suffixes)})
+    files = sorted({found for found in candidates if format_of(found, inputs.config.text_suffixes)})
     others = Counter(suffix_of(found) for found in set(candidates).difference(files))
     passed_over.update(others)
     if not files:
         inside = f"; it has {counts_by_suffix(others)}" if others else ""
+        suffixes = "the suffixes of text files in input.text_suffixes, or " if inputs.has_suffixes else ""
         raise DataError(
-            f"No text in {path}: no file in it ends in {_listed([*config.text_suffixes, *SUFFIXES])} "
-            f"(plain or compressed){inside}. Name the suffixes of text files in input.text_suffixes, or another folder."
+            f"No text in {path}: no file in it ends in {_listed([*inputs.config.text_suffixes, *SUFFIXES])} "
+            f"(plain or compressed){inside}. Name {suffixes}another folder."
         )
     return files
 
@@ -255,19 +278,21 @@ def _check_text_suffixes(suffixes: Sequence[str]) -> None:
             raise ConfigError(f"input.text_suffixes: files that end in {suffix} are read as {what}; leave it out.")
 
 
-def _refuse_unknown(path: str, config: InputConfig) -> None:
+def _refuse_unknown(path: str, inputs: _Input) -> None:
     """Refuse a file that is named itself and whose suffix says nothing."""
     name = name_of(path)
-    if format_of(name, config.text_suffixes):
+    if format_of(name, inputs.config.text_suffixes):
         return
+    suffixes = inputs.config.text_suffixes
+    named = f"input.text_suffixes ({_listed(suffixes)})" if inputs.has_suffixes else _listed(suffixes)
     raise DataError(
-        f"Cannot tell what {shown(path)} holds: it ends neither in one of {_listed(SUFFIXES)} nor in one of "
-        f"input.text_suffixes ({_listed(config.text_suffixes)}), plain or with one of {_listed(COMPRESSION_SUFFIXES)}: "
-        f"{why_unknown(name)}."
+        f"Cannot tell what {shown(path)} holds: it ends neither in one of {_listed(SUFFIXES)} nor in one of {named}, "
+        f"plain or with one of {_listed(COMPRESSION_SUFFIXES)}: "
+        f"{why_unknown(name, suffixes if inputs.has_suffixes else None)}."
     )
 
 
-def _walk(folder: str, config: InputConfig, passed_over: Counter[str]) -> Iterator[str]:
+def _walk(folder: str, inputs: _Input, passed_over: Counter[str]) -> Iterator[str]:
     """All files below a folder that are not excluded, nor made by bigtx; links to folders are followed, each once."""
     visited: set[str] = set()
     pending = [folder]
@@ -286,7 +311,7 @@ def _walk(folder: str, config: InputConfig, passed_over: Counter[str]) -> Iterat
             passed_over[own.MADE] += 1
             continue
         for entry in entries:
-            if entry.name.startswith(".") or _is_excluded(os.path.relpath(entry.path, folder), config.exclude):
+            if entry.name.startswith(".") or _is_excluded(os.path.relpath(entry.path, folder), inputs.config.exclude):
                 continue
             if entry.is_dir():
                 pending.append(entry.path)

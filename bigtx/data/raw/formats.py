@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import zstandard
 
 from bigtx.data.storage.access import CHUNK_BYTES
+from bigtx.utils.shell import setting
 
 COMPRESSION_SUFFIXES = (".gz", ".zst", ".zstd", ".bz2", ".xz")
 NO_SUFFIX = "without a suffix"
@@ -75,8 +76,12 @@ def format_of(path: str, text_suffixes: Sequence[str]) -> Format | None:
     return Format.TEXT if any(suffix == text.lower() for text in text_suffixes) else None
 
 
-def why_unknown(path: str) -> str:
-    """What to do with a file whose suffix no reader takes."""
+def why_unknown(path: str, text_suffixes: Sequence[str] | None = None) -> str:
+    """What to do with a file whose suffix no reader takes.
+
+    Args:
+        text_suffixes: what `input.text_suffixes` holds; None where there is no such setting.
+    """
     suffix = suffix_inside(path)
     if suffix == ".parquet":
         return "decompress it: parquet is compressed inside, and is read from its end"
@@ -84,9 +89,9 @@ def why_unknown(path: str) -> str:
         return f"unpack it first; {', '.join(COMPRESSION_SUFFIXES)} are read as they are"
     if suffix in _NO_TEXT:
         return "turn it into text or JSON lines first"
-    return (
-        f"if it is plain text, say so: input.text_suffixes={suffix}" if suffix else "give it a name that ends in .txt"
-    )
+    if suffix and text_suffixes is not None:
+        return f"if it is plain text, say so: {setting('input.text_suffixes', [*text_suffixes, suffix])}"
+    return "if it is plain text, give it a name that ends in .txt"
 
 
 def is_compressed(path: str) -> bool:

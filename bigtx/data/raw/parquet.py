@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,20 +12,25 @@ from bigtx.data.raw.documents import Reject, Rejects
 from bigtx.data.raw.rows import Options, Origin, Row
 from bigtx.data.storage.access import CHUNK_BYTES, InputFile, open_binary
 from bigtx.utils.errors import DataError
+from bigtx.utils.shell import setting
 
 _BATCH_ROWS = 128
 
 
-def check_package(path: str) -> None:
+def check_package(path: str, exclude: Sequence[str] | None = None) -> None:
     """Make sure that parquet can be read at all.
+
+    Args:
+        exclude: what `input.exclude` holds; None where there is no such setting.
 
     Raises:
         DataError: the package is missing.
     """
     if importlib.util.find_spec("pyarrow") is None:
+        without = "" if exclude is None else setting("input.exclude", [*exclude, "*.parquet"])
         raise DataError(
-            f"Reading {path} needs pyarrow, which is not there: pip install 'bigtx[parquet]'. To leave such files out: "
-            "'input.exclude=[\"*.parquet\"]'."
+            f"Reading {path} needs pyarrow, which is not there: pip install 'bigtx[parquet]'."
+            + (without and f" To leave such files out of folders and globs: {without}.")
         )
 
 

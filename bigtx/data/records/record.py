@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bigtx.data.raw.documents import Reject, Rejects, visible
+from bigtx.data.raw.documents import Reject, Rejects
 from bigtx.data.raw.fields import value_of
 from bigtx.data.raw.formats import suffix_inside
 from bigtx.utils.errors import DataError
+from bigtx.utils.terminal import visible
 
 MAX_TOLD = 5
 """Broken records that an error names."""

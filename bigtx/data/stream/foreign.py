@@ -25,7 +25,7 @@ from bigtx.config.schema import ForeignConfig, InputConfig
 from bigtx.data.corpus.manifest import TAR_UNIT
 from bigtx.data.hashing import hash64
 from bigtx.data.raw.decode import unreadable
-from bigtx.data.raw.documents import EMPTY, Reject, Rejects, visible
+from bigtx.data.raw.documents import EMPTY, Reject, Rejects
 from bigtx.data.raw.fields import Fields
 from bigtx.data.raw.formats import READ_ERRORS, decompressed, is_compressed
 from bigtx.data.raw.rows import Origin
@@ -35,6 +35,7 @@ from bigtx.data.storage.remote import name_of
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import DataError
 from bigtx.utils.files import open_file
+from bigtx.utils.terminal import visible
 
 Row = tuple[np.ndarray, np.ndarray]
 """[T + 1] int32 tokens, and where in them documents start, int64 ascending."""

@@ -150,7 +150,7 @@ def _batches(config: DecontaminateConfig) -> Iterator[list[str]]:
     rejects = Rejects(max_share=1.0)
     settings = InputConfig(paths=config.paths, text_field=config.text_field, document_per_line=config.document_per_line)
     fields = Fields(settings, "decontaminate", ("text_field", "document_per_line"))
-    documents = documents_of(list_files(settings), fields, rejects)
+    documents = documents_of(list_files(settings, section="decontaminate"), fields, rejects)
     yield from in_batches((document.text for document in documents), len, _BATCH_CHARACTERS)
     if rejects:
         raise DataError(

@@ -53,6 +53,7 @@ class Chat:
         is_learned: of each of them, whether it is part of an earlier answer that carries loss.
         answers: ids of each answer, its end included.
         num_cut: ids that were too many.
+        num_left_out: parts that were left out whole: the earliest turns.
         lost_start: whether its last turn is so long that the beginning of that was cut: its role, and all before it.
     """
 
@@ -60,6 +61,7 @@ class Chat:
     is_learned: list[bool]
     answers: list[list[int]]
     num_cut: int
+    num_left_out: int
     lost_start: bool
 
 
@@ -176,9 +178,9 @@ class ChatFormat:
             raise BadRecordError(
                 f"{total:,} tokens, and {limit:,} are allowed (data.max_length); data.too_long=truncate cuts them"
             )
-        parts = _recent(parts, limit - needed)
-        prompt = [token for part in parts for token in part.ids]
-        is_learned = [flag for part in parts for flag in _learned(part)]
+        kept_parts = _recent(parts, limit - needed)
+        prompt = [token for part in kept_parts for token in part.ids]
+        is_learned = [flag for part in kept_parts for flag in _learned(part)]
         room = max(limit - needed, limit // 2 - len(call) - len(begin))
         lost_start = len(prompt) > room
         if lost_start:
@@ -186,7 +188,7 @@ class ChatFormat:
         prompt, is_learned = begin + prompt + call, [False] * len(begin) + is_learned + [False] * len(call)
         kept = [answer[: limit - len(prompt)] for answer in answers]
         num_cut = total - len(prompt) - max(map(len, kept), default=0)
-        return Chat(prompt, is_learned, kept, num_cut, lost_start)
+        return Chat(prompt, is_learned, kept, num_cut, len(parts) - len(kept_parts), lost_start)
 
 
 def without_empty_answer(messages: Any) -> Any:

@@ -261,12 +261,14 @@ class Classify(RecordTask):
         return found
 
     def metrics(self, predictions: Sequence[Prediction]) -> dict[str, float]:
-        """Accuracy, macro F1, mean cross-entropy in nats, and the expected calibration error."""
+        """Accuracy and the share of the largest class, which is the accuracy of always naming that one; macro F1, mean
+        cross-entropy in nats, and the expected calibration error."""
         labels, probabilities = self._arrays(predictions)
         matrix = confusion(labels, probabilities.argmax(axis=1), len(self.classes))
         of_label = np.maximum(probabilities[np.arange(len(labels)), labels], np.finfo(np.float64).tiny)
         return {
             "accuracy": float(np.trace(matrix) / max(1, matrix.sum())),
+            "largest_class": float(matrix.sum(axis=1).max() / max(1, matrix.sum())),
             "macro_f1": macro_f1(matrix),
             "loss": float(-np.log(of_label).mean()),
             "calibration_error": calibration_error(probabilities, labels),

@@ -65,7 +65,7 @@ class Transcribe(RecordTask):
         if config.model.positions == "learned" and most > positions:
             raise ConfigError(
                 f"transcribe.max_seconds={config.transcribe.max_seconds:g} are {most:,} columns of the encoder, and "
-                f"the learned positions are model.max_sequence_length={positions:,}; lower the one or raise the other"
+                f"the learned positions are model.max_sequence_length={positions}; lower the one or raise the other"
             )
         return super().resolve(config, tokenizer, records)
 

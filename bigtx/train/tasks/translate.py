@@ -129,8 +129,8 @@ class Translate(RecordTask):
             raise ConfigError("task=translate wants an encoder_decoder or a decoder: an encoder writes no texts")
         if model.shape == "decoder" and longest and 2 * longest > model.max_sequence_length:
             raise ConfigError(
-                f"data.max_length={longest:,} is of each side, and the decoder has both in one text of at most "
-                f"model.max_sequence_length={model.max_sequence_length:,} tokens; lower the one or raise the other"
+                f"data.max_length={longest} is of each side, and the decoder has both in one text of at most "
+                f"model.max_sequence_length={model.max_sequence_length} tokens; lower the one or raise the other"
             )
         return super().resolve(config, tokenizer, records)
 

@@ -72,7 +72,7 @@ def test_the_same_documents_give_the_same_bytes(tmp_path: Path) -> None:
 def test_an_unfinished_split_is_refused(tmp_path: Path) -> None:
     write_split(tmp_path / "train", [[np.arange(100)]], block_tokens=16, shard_size=1024)
     (tmp_path / "train" / "manifest.json").unlink()
-    with pytest.raises(DataError, match="did not end"):
+    with pytest.raises(DataError, match="that file is lost"):
         Manifest.load(tmp_path / "train")
     with pytest.raises(DataError, match="no prepared split"):
         Manifest.load(tmp_path / "elsewhere")

@@ -297,7 +297,7 @@ def test_little_held_out_text_is_told(tmp_path: Path, tokenizer: Path) -> None:
         (tmp_path / "input" / f"{number}.txt").write_text(f"text {number}")
     (tmp_path / "input" / "100.rst").write_text("not read")
     shown = "\n".join(describe_report(prepare(make_config(tmp_path, tokenizer, validation_fraction=0.01))))
-    assert "validation_fraction=0.2 would hold out about 20" in shown
+    assert "validation_fraction=0.4 would hold out about 40" in shown
     assert "Passed over, by their suffix: 1 .rst" in shown
 
 

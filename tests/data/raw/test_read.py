@@ -97,7 +97,7 @@ def test_links_are_followed_and_circles_end(tmp_path: Path) -> None:
         ([], "input.paths is empty"),
         (["gone"], "no file or folder"),
         (["a.bin"], "input.text_suffixes"),
-        (["c.de.gz"], r"input.text_suffixes=\.de"),
+        (["c.de.gz"], r"'input\.text_suffixes=\[\.txt,\.md,\.de\]'"),
         (["*.parquet"], "No text in"),
         (["folder"], "1 .rst"),
     ],
@@ -203,7 +203,7 @@ def test_short_suffixes_of_archives(tmp_path: Path) -> None:
         ("a.jsonl.lz4", "unpack it first"),
         ("a.parquet.gz", "decompress it"),
         ("a.pdf", "turn it into text or JSON lines first"),
-        ("a.rst.gz", r"input\.text_suffixes=\.rst"),
+        ("a.rst.gz", r"'input\.text_suffixes=\[\.txt,\.md,\.rst\]'"),
         ("a", r"ends in \.txt"),
     ],
 )

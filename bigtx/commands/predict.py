@@ -1,4 +1,4 @@
-"""`bigtx predict`: what a fine-tuned run makes of records, a JSON line for each.
+"""`bigtx predict`: what a fine-tuned run makes of records, a JSON line for each; on a terminal a table.
 
     files, folders, standard input ──▶ chunks of records ──▶ {...the record's fields, "prediction": ...}
 
@@ -12,11 +12,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from bigtx.data.records.read import expand_path
 from bigtx.data.records.record import Record
@@ -24,13 +25,16 @@ from bigtx.engine.trained import find
 from bigtx.train.prediction_lines import Item, Output, arriving, as_line, fields_of, read_items, read_stdin
 from bigtx.utils.arguments import Arguments
 from bigtx.utils.errors import ConfigError
-from bigtx.utils.options import check_options
+from bigtx.utils.options import add_loading_options, check_options
+from bigtx.utils.terminal import visible
 from bigtx.utils.version import __version__
 
 if TYPE_CHECKING:
-    from bigtx.generate import LoadedModel
+    from bigtx.loaded import LoadedModel
     from bigtx.train.predictions import Outcome
 
+Show = Callable[[Sequence[Item], Sequence[Mapping[str, Any]]], None]
+"""Takes records and the lines that were made of them."""
 STDIN = "-"
 CHUNK_BATCHES = 8
 """Batches of a chunk: within it records are sorted by length, and it is written at once."""
@@ -52,6 +56,8 @@ def command(argv: Sequence[str]) -> int:
     check_options({"batch_size": arguments.batch_size}, command_line=True)
     if STDIN in arguments.input and len(arguments.input) > 1:
         raise ConfigError("--input -: standard input is read alone, without files beside it")
+    if bool(arguments.input) == bool(arguments.text):
+        raise ConfigError("--input FILE or --text TEXT: one of them says what to predict for (both may be repeated)")
     files = [file for path in arguments.input if path != STDIN for file in expand_path(path)]
     checkpoint, config = find(arguments.run)
     from bigtx.train.predictions import task_config
@@ -59,17 +65,19 @@ def command(argv: Sequence[str]) -> int:
     config = task_config(config, arguments.run, arguments.set)
     arguments.too_long = arguments.too_long or config.data.too_long
     job = _Job(arguments, checkpoint)
-    reads_stdin = arguments.input == [STDIN]
-    if reads_stdin and arguments.output is None:
-        job.run(arriving(job.batch_size), sys.stdout.buffer)
+    if arguments.input == [STDIN] and arguments.output is None:
+        job.run(arriving(job.batch_size), job.show())
         return job.report()
-    items = read_stdin() if reads_stdin else read_items(files)
+    if arguments.text:
+        items = job.given_texts()
+    else:
+        items = read_stdin() if arguments.input == [STDIN] else read_items(files)
     chunks = iter(lambda: list(itertools.islice(items, job.batch_size * CHUNK_BATCHES)), [])
     if arguments.output is None:
-        job.run(chunks, sys.stdout.buffer)
+        job.run(chunks, job.show())
     else:
         with Output(Path(arguments.output), job.facts()) as output:
-            job.run(chunks, output)
+            job.run(chunks, lambda _, lines: output.write(_joined(lines)), output)
     return job.report()
 
 
@@ -77,16 +85,20 @@ def _parser() -> Arguments:
     parser = Arguments(
         prog="bigtx predict",
         description="What a fine-tuned run makes of records: a JSON line for each, in their order, with the record's "
-        'own fields and "prediction"; or "error", for a record that cannot be used (the exit status is then 1).',
+        'own fields and "prediction"; or "error", for a record that cannot be used (the exit status is then 1). On a '
+        "terminal a table with the answer, how sure it is, and the beginning of the text.",
     )
     parser.add_argument("run", metavar="RUN", help="folder of a fine-tuned run, or of one of its checkpoints")
     parser.add_argument(
         "--input",
         metavar="FILE",
         nargs="+",
-        required=True,
+        action="extend",
+        default=[],
         help=".jsonl, .csv, .tsv or .tar files (also .gz, .zst), folders, globs; -: JSON lines from standard input",
     )
+    parser.add_argument("--text", metavar="TEXT", action="append", default=[], help="a text; may be repeated")
+    parser.add_argument("--json", action="store_true", help="JSON lines on a terminal too")
     parser.add_argument(
         "--output", metavar="FILE", help="where to write; the same command goes on where it was (standard output)"
     )
@@ -99,10 +111,7 @@ def _parser() -> Arguments:
         choices=["truncate", "refuse"],
         help="what becomes of records that are too long for the model: cut, and counted, or errors (as in training)",
     )
-    parser.add_argument(
-        "--weights", choices=["master", "ema"], default="master", help="ema: the averaged copy (master)"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto: a GPU if there is one)")
+    add_loading_options(parser)
     return parser
 
 
@@ -130,21 +139,38 @@ class _Job:
             "weights": self.arguments.weights,
             "too_long": self.arguments.too_long,
             "set": sorted(self.arguments.set),
-            "input": self.arguments.input,
+            "input": self.arguments.input or self.arguments.text,
         }
 
-    def run(self, chunks: Iterable[list[Item]], output: BinaryIO | Output) -> None:
+    def given_texts(self) -> Iterator[Item]:
+        """The texts of the command line as records.
+
+        Raises:
+            DataError: the task needs more of a record than one text.
+        """
+        loaded = self.loaded()
+        for number, text in enumerate(self.arguments.text, start=1):
+            yield Record(loaded.fields_of(text, number), "text", number)
+
+    def show(self) -> Show:
+        """Writes to standard output: a table on a terminal, JSON lines elsewhere."""
+        if self.arguments.json or not sys.stdout.isatty():
+            return lambda _, lines: _write_lines(lines)
+        from bigtx.train.prediction_table import PredictionTable
+
+        return PredictionTable(self.loaded().task, sys.stdout, shutil.get_terminal_size().columns).add
+
+    def run(self, chunks: Iterable[list[Item]], show: Show, output: Output | None = None) -> None:
         """Predict for all that is not in the output yet."""
         for chunk in chunks:
-            if isinstance(output, Output) and (known := output.known(chunk)) is not None:
+            if output is not None and (known := output.known(chunk)) is not None:
                 self.num_kept += len(chunk)
                 self._count(known)
                 continue
             lines = self._predict(chunk)
             self._count(lines)
-            output.write(b"".join(as_line(line) for line in lines))
-            output.flush()
-        if isinstance(output, Output):
+            show(chunk, lines)
+        if output is not None:
             output.finish()
 
     def _predict(self, chunk: Sequence[Item]) -> list[dict[str, Any]]:
@@ -158,12 +184,17 @@ class _Job:
     def _outcomes(self, records: Sequence[Record]) -> list[Outcome]:
         from bigtx.train.predictions import predict_records
 
-        loaded = self._loaded = self._loaded or self._load()
+        loaded = self.loaded()
         device = next(loaded.model.parameters()).device
         return predict_records(loaded.task, loaded.model, records, batch_size=self.batch_size, device=device)
 
+    def loaded(self) -> LoadedModel:
+        """The model, which predicts as the command says."""
+        self._loaded = self._loaded or self._load()
+        return self._loaded
+
     def _load(self) -> LoadedModel:
-        from bigtx.generate import load
+        from bigtx.loaded import load
         from bigtx.train.predictions import task_config
 
         loaded = load(self.checkpoint, weights=self.arguments.weights, device=self.arguments.device)
@@ -209,6 +240,15 @@ def _records(count: int) -> str:
     return f"{count:,} record" + "s" * (count != 1)
 
 
+def _joined(lines: Sequence[Mapping[str, Any]]) -> bytes:
+    return b"".join(map(as_line, lines))
+
+
+def _write_lines(lines: Sequence[Mapping[str, Any]]) -> None:
+    sys.stdout.buffer.write(_joined(lines))
+    sys.stdout.buffer.flush()
+
+
 def _say(text: str) -> None:
     # What stands in a file is anybody's: it must not steer the terminal.
-    print("".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text), file=sys.stderr)
+    print(visible(text), file=sys.stderr)

@@ -1,0 +1,233 @@
+"""`bigtx chat`: talk with a run that was trained on chats, on a terminal or through a pipe.
+
+Standard output has the answers alone; all else is said on standard error. Nothing heavy is imported before the
+arguments and the run folder have been found good.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bigtx.commands.generate import write_line
+from bigtx.engine.trained import find
+from bigtx.loaded import LoadedModel, load, refuse_chatless
+from bigtx.utils.arguments import Arguments
+from bigtx.utils.errors import BigtxError, DataError, LaunchError
+from bigtx.utils.options import add_loading_options, add_writing_options, given_writing_options
+
+PROMPT = "> "
+HELP = """\
+/reset       forget the chat; the system prompt stays
+/save FILE   add the chat to FILE.jsonl as one line, which fine-tuning reads (data.train=FILE.jsonl)
+/help        show this list
+/quit        end, as Ctrl-D does
+Ctrl-C ends an answer. A message that begins with / is written with two: //"""
+
+
+def command(argv: Sequence[str]) -> int:
+    """`bigtx chat`.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        BigtxError: a run or settings that cannot be used; from a pipe also a line that cannot be answered.
+    """
+    arguments = _parser().parse_args(argv)
+    options = given_writing_options(arguments)
+    refuse_chatless(find(arguments.run)[1], arguments.run)
+    loaded = load(arguments.run, weights=arguments.weights, device=arguments.device)
+    chat = _Chat(loaded, options, arguments.system, arguments.json)
+    if sys.stdin is not None and sys.stdin.isatty():
+        _talk(chat)
+    else:
+        _answer_lines(chat)
+    return 0
+
+
+def _parser() -> Arguments:
+    parser = Arguments(
+        prog="bigtx chat",
+        description="Talk with a run that was trained on chats (finetune/chat.yaml). Standard input that is no "
+        "terminal has a message in each line; the answers are written to standard output.",
+        epilog=f"While it runs:\n{HELP}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of a run, or of one of its checkpoints")
+    parser.add_argument("--system", metavar="TEXT", help="a system prompt, which stands before the chat (none)")
+    parser.add_argument("--json", action="store_true", help="a JSON object for each answer")
+    add_writing_options(parser)
+    add_loading_options(parser)
+    return parser
+
+
+@dataclass
+class _Chat:
+    """A chat so far.
+
+    Attributes:
+        system: its system prompt, if any.
+        messages: what was said, without the system prompt: a message and its answer in turns.
+        num_left_out: of them, those that the model no longer reads.
+    """
+
+    loaded: LoadedModel
+    options: dict[str, Any]
+    system: str | None
+    json: bool
+    messages: list[dict[str, str]] = field(default_factory=list)
+    num_left_out: int = 0
+
+    def answer(self, text: str, *, may_interrupt: bool) -> None:
+        """Answer a message, and show the answer as it grows.
+
+        Args:
+            may_interrupt: whether Ctrl-C ends the answer alone.
+
+        Raises:
+            DataError: the message is no text that can be read.
+        """
+        messages = [*self.messages, {"role": "user", "content": text}]
+        read = self.loaded.read(self._with_system(messages), options=self.options)
+        if read.remark and read.num_left_out != self.num_left_out:
+            say(f"the chat {read.remark}")
+        self.num_left_out = read.num_left_out
+        parts: list[str] = []
+        ended_by, num_tokens = "interrupt", None
+
+        def show(index: int, part: str) -> None:
+            parts.append(part)
+            if not self.json:
+                print(part, end="", flush=True)
+
+        try:
+            # Each turn draws otherwise; the same turn of the same chat draws the same.
+            turn = len(self.messages) // 2
+            (written,) = self.loaded.write([read], first_index=turn, on_text=show, **self.options)
+            ended_by, num_tokens = written.ended_by, written.num_tokens
+        except KeyboardInterrupt:
+            if not may_interrupt:
+                raise
+        answer = "".join(parts)
+        if self.json:
+            write_line({"prompt": text, "response": answer, "num_tokens": num_tokens, "ended_by": ended_by})
+        else:
+            print(flush=True)
+        if answer.strip():
+            self.messages = [*messages, {"role": "assistant", "content": answer}]
+        else:
+            say("the answer is empty; the chat goes on as if you had not asked")
+
+    def _with_system(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+        return ([{"role": "system", "content": self.system}] if self.system else []) + messages
+
+    def obey(self, line: str) -> bool:
+        """Do what a line that begins with / says. Returns whether the chat goes on.
+
+        Raises:
+            DataError: there is no such command.
+            LaunchError: a file that cannot be written.
+        """
+        name, _, argument = line.strip().partition(" ")
+        if name == "/quit":
+            return False
+        if name == "/reset":
+            self.messages, self.num_left_out = [], 0
+            say("the chat is forgotten")
+        elif name == "/save":
+            self._save(argument.strip())
+        elif name == "/help":
+            print(HELP, file=sys.stderr)
+        else:
+            raise DataError(
+                f"there is no command {name}; /help shows all. A message that begins with / is written with two: "
+                f"/{name}"
+            )
+        return True
+
+    def _save(self, name: str) -> None:
+        if not name.endswith(".jsonl"):
+            raise DataError("/save wants the name of a file of JSON lines: /save NAME.jsonl")
+        if not self.messages:
+            raise DataError("there is nothing to save: no message has been answered yet")
+        path = Path(name).expanduser()
+        line = json.dumps({"messages": self._with_system(self.messages)}, ensure_ascii=False) + "\n"
+        try:
+            with open(path, "a+b") as file:
+                file.seek(0)
+                before = file.read()
+                gap = b"\n" if before and not before.endswith(b"\n") else b""
+                file.write(gap + line.encode())
+        except OSError as error:
+            raise LaunchError(f"{path} cannot be written: {error.strerror}") from None
+        lines = (before + gap).splitlines()
+        say(f"saved as line {len(lines) + 1} of {path}")
+
+
+def say(text: str) -> None:
+    """Say something that is no answer."""
+    print(f"[{text}]", file=sys.stderr, flush=True)
+
+
+def _talk(chat: _Chat) -> None:
+    """A chat with somebody at a terminal."""
+    import readline  # noqa: F401 - gives input() its line editing
+
+    say(f"{chat.loaded.checkpoint}; /help shows the commands, Ctrl-D ends the chat")
+    while True:
+        try:
+            line = input(PROMPT)
+        except EOFError:
+            print(file=sys.stderr)
+            return
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            raise
+        try:
+            if not _take(chat, line, may_interrupt=True):
+                return
+        except BigtxError as error:
+            say(str(error))
+
+
+def _answer_lines(chat: _Chat) -> None:
+    """A chat with what writes a message in each line of standard input.
+
+    Raises:
+        BigtxError: names the line.
+    """
+    for number, line in enumerate(_lines(), start=1):
+        try:
+            if not _take(chat, line.decode(), may_interrupt=False):
+                return
+        except UnicodeDecodeError as error:
+            reason = f"it is not UTF-8: {error.reason} at byte {error.start + 1}"
+            raise DataError(f"standard input, line {number}: {reason}") from None
+        except BigtxError as error:
+            raise type(error)(f"standard input, line {number}: {error}") from None
+
+
+def _lines() -> Iterator[bytes]:
+    """The lines of standard input as they come; a standard input that is closed has none."""
+    if sys.stdin is None:
+        return
+    with os.fdopen(os.dup(sys.stdin.fileno()), "rb") as stream:
+        yield from iter(stream.readline, b"")
+
+
+def _take(chat: _Chat, line: str, *, may_interrupt: bool) -> bool:
+    """Answer a line, or do what it says. Returns whether the chat goes on."""
+    text = line.rstrip("\r\n")
+    if not text.strip():
+        return True
+    if text.startswith("/") and not text.startswith("//"):
+        return chat.obey(text)
+    chat.answer(text[1:] if text.startswith("//") else text, may_interrupt=may_interrupt)
+    return True

@@ -1,0 +1,210 @@
+"""`bigtx evaluate`: how good a run is on held-out data, as a table, a JSON file, and a W&B run of its own.
+
+    a fine-tuned run     its task's metrics, on the records of files or of one of its own splits
+    a pretrained run     loss, perplexity and bits per byte, on the validation split of prepared corpora
+
+One process on one device. The W&B run is a new one, of job type `evaluate`: the run that was trained is finished, and
+W&B takes no more steps behind its last one. Its config names the run and the checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bigtx.commands.measure import Corpora, Records, what_is_measured
+from bigtx.config.runs import run_dir_of
+from bigtx.config.schema import FinetuneConfig, PretrainConfig, RunConfig
+from bigtx.engine.trained import find
+from bigtx.track.jsonl import plain
+from bigtx.utils.arguments import Arguments
+from bigtx.utils.errors import ConfigError, LaunchError
+from bigtx.utils.files import read_object, write_json
+from bigtx.utils.options import add_loading_options
+from bigtx.utils.terminal import visible
+
+FOLDER = "evaluations"
+"""In the run folder, where no other output is named."""
+MAX_COLUMNS = 12
+"""Of a table that is printed; wider ones are in the JSON file alone."""
+
+
+def command(argv: Sequence[str]) -> int:
+    """`bigtx evaluate`.
+
+    Returns:
+        The exit status: 1 if some records could not be used.
+
+    Raises:
+        BigtxError: a run or data that cannot be used.
+    """
+    arguments = _parser().parse_args(argv)
+    if arguments.batch_size is not None and arguments.batch_size < 1:
+        raise ConfigError(f"--batch-size={arguments.batch_size}: at least 1")
+    if arguments.output is not None and not arguments.output.endswith(".json"):
+        raise ConfigError(f"--output {arguments.output}: a JSON file is written; name it NAME.json")
+    checkpoint, config = find(arguments.run)
+    if not arguments.data and not arguments.split:
+        arguments.split = "validation"
+        kind = "records" if isinstance(config, FinetuneConfig) else "text"
+        print(f"measured on the run's own validation {kind}, since no --data FILE is named", file=sys.stderr)
+    if arguments.output is not None:
+        _refuse_other_file(Path(arguments.output), arguments, checkpoint)
+    found: Records | Corpora
+    if isinstance(config, FinetuneConfig):
+        found = Records(arguments, checkpoint, config)
+    else:
+        assert isinstance(config, PretrainConfig)
+        found = Corpora(arguments, checkpoint, config)
+    result = found.measure()
+    output = _output_path(arguments, checkpoint, result)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(output, plain(result))
+    except OSError as error:
+        raise LaunchError(f"{output} cannot be written: {error.strerror}; name another file by --output") from None
+    print(_shown(result))
+    print(f"written to {output}")
+    _track(arguments, config, result, output, found.examples)
+    return found.status
+
+
+def _parser() -> Arguments:
+    parser = Arguments(
+        prog="bigtx evaluate",
+        description="How good a run is on held-out data: a fine-tuned one by the metrics of its task, on records with "
+        "answers (the exit status is 1 if some of them cannot be used); a pretrained one by its loss, on the "
+        "validation split of prepared corpora.",
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of a run, or of one of its checkpoints")
+    data = parser.add_mutually_exclusive_group()
+    data.add_argument(
+        "--data",
+        metavar="FILE",
+        nargs="+",
+        help="records (.jsonl, .csv, .tsv, .tar, folders, globs); for a pretrained run folders of prepared corpora",
+    )
+    data.add_argument("--split", choices=["validation", "test"], help="held-out data of the run itself (validation)")
+    parser.add_argument("--output", metavar="FILE.json", help=f"where to write (RUN/{FOLDER}/NAME.json)")
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", nargs="+", default=[], help="how a task predicts, e.g. translate.num_beams=1"
+    )
+    parser.add_argument("--batch-size", metavar="N", type=int, help="records side by side (32)")
+    add_loading_options(parser)
+    parser.add_argument(
+        "--wandb", choices=["auto", "online", "offline", "off"], help="a W&B run of this evaluation (as the run had it)"
+    )
+    return parser
+
+
+def _output_path(arguments: argparse.Namespace, checkpoint: Path, result: Mapping[str, Any]) -> Path:
+    """The file to write: as asked for, or a name that no other evaluation has taken."""
+    if arguments.output:
+        return Path(arguments.output)
+    name = arguments.split or Path(arguments.data[0]).name.partition(".")[0] or "data"
+    folder = run_dir_of(checkpoint) / FOLDER
+    for number in range(1, 10_000):
+        path = folder / (f"{name}.json" if number == 1 else f"{name}-{number}.json")
+        if not path.exists() or _same(path, result):
+            return path
+    raise LaunchError(f"{folder} is full of evaluations called {name}; name a file by --output")
+
+
+def _refuse_other_file(output: Path, arguments: argparse.Namespace, checkpoint: Path) -> None:
+    """Look before the work begins: only the same evaluation, done again, may be written over."""
+    if not output.exists():
+        return
+    from bigtx.engine.checkpoint import Checkpoint
+
+    before = read_object(output)
+    if not before.keys() >= {"checkpoint", "manifest_sha256", "metrics"}:
+        raise ConfigError(f"--output {output} is there already and is no evaluation; name another file")
+    now = what_is_measured(arguments) | {"manifest_sha256": Checkpoint(checkpoint).manifest_sha256}
+    if any(before.get(key) != value for key, value in now.items()):
+        raise ConfigError(
+            f"--output {output} is another evaluation already, of {before['checkpoint']}; name another file, or delete "
+            "that one"
+        )
+
+
+def _same(path: Path, result: Mapping[str, Any]) -> bool:
+    """Whether a file is the evaluation of the same weights on the same data in the same way."""
+    before = read_object(path)
+    keys = ("manifest_sha256", "weights", "data", "records_sha256", "rows", "set")
+    return all(before.get(key) == result.get(key) for key in keys)
+
+
+def _shown(result: Mapping[str, Any]) -> str:
+    """For a person: the metrics, and tables that are not too wide."""
+    lines = [f"{result['checkpoint']}, step {result['step']:,}, {result['weights']} weights"]
+    if "records" in result:
+        cut = f", {result['num_cut']:,} of them cut to the model's length" if result["num_cut"] else ""
+        lines.append(f"{result['records']:,} records{cut}")
+    width = max(map(len, result["metrics"]))
+    lines += [f"  {name:<{width}}  {value:.4f}" for name, value in result["metrics"].items()]
+    for name, rows in result.get("tables", {}).items():
+        if rows and len(rows[0]) <= MAX_COLUMNS:
+            lines += [f"{name}:", *_table(rows)]
+    return "\n".join(map(visible, lines))
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    cells = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  "
+        + "  ".join(
+            cell.ljust(width) if place == 0 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in cells
+    ]
+
+
+def _track(
+    arguments: argparse.Namespace,
+    config: RunConfig,
+    result: Mapping[str, Any],
+    output: Path,
+    examples: Sequence[Mapping[str, Any]],
+) -> None:
+    """Give the figures to W&B, unless that is off."""
+    from bigtx.track.tracker import Tracker
+    from bigtx.train.run_folder import dump
+    from bigtx.utils import hardware
+
+    track = dataclasses.replace(config.track, wandb=arguments.wandb or config.track.wandb)
+    if track.wandb == "off":
+        return
+    folder = output.with_suffix(".wandb")
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise LaunchError(
+            f"{folder} cannot be made, for the W&B run: {error.strerror}; name another file by --output, or --wandb off"
+        ) from None
+    facts = {key: value for key, value in result.items() if key not in ("metrics", "tables")}
+    checkpoint = Path(result["checkpoint"])
+    tracker = Tracker(
+        folder,
+        track,
+        run_config={**dump(config), "evaluation": facts},
+        environment=hardware.describe(),
+        rank=0,
+        total_steps=0,
+        name=f"{run_dir_of(checkpoint).name} {output.stem}",
+        job_type="evaluate",
+        base={
+            "checkpoint": str(checkpoint),
+            **{key: result[key] for key in ("manifest_sha256", "wandb_run_id", "step")},
+        },
+        stream=sys.stdout,
+    )
+    step, tokens = result["step"], result["tokens"]
+    tracker.log(step, tokens, {f"evaluate/{name}": value for name, value in result["metrics"].items()})
+    tracker.predictions(step, tokens, examples)
+    tracker.close("finished", step)

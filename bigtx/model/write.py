@@ -1,0 +1,130 @@
+"""Texts written by a model: tokens drawn, decoded as they come, up to their end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import nn
+
+from bigtx.config.schema import ModelConfig
+from bigtx.model.decode import Agree, Sampling, decode_tokens
+from bigtx.tokenizer.stops import StopStream, StreamDecoder
+
+OnText = Callable[[int, str], None]
+"""Called with (index of the prompt, text) whenever more of a text is known; the pieces together are the text."""
+
+
+class Codec(Protocol):
+    """The part of a tokenizer that writing needs: see bigtx.tokenizer.tokenizer."""
+
+    vocab_size: int
+    end_ids: list[int]
+    pad_id: int
+
+    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts to go on with, special ones included; at least one each."""
+        ...
+
+    def encode_sources(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts that an encoder reads, special ones included; at least one each."""
+        ...
+
+    def stream(self, after: Sequence[int] = ()) -> StreamDecoder:
+        """A decoder for ids that come one by one, after others."""
+        ...
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model reads before it writes.
+
+    Attributes:
+        ids: at least one.
+        goes_on: whether the new text goes on with theirs, so that a space at its beginning belongs to it; otherwise it
+            is a text of its own, such as an answer.
+    """
+
+    ids: list[int]
+    goes_on: bool
+
+
+@dataclass(frozen=True)
+class Written:
+    """A text that a model has written.
+
+    Attributes:
+        num_tokens: that were drawn for it, its end left out.
+        ended_by: the model itself (end), a stop text (stop), or max_new_tokens (length).
+    """
+
+    text: str
+    num_tokens: int
+    ended_by: Literal["end", "stop", "length"]
+
+
+def write(
+    model: nn.Module,
+    tokenizer: Codec,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop: Sequence[str] = (),
+    first_index: int = 0,
+    on_text: OnText | None = None,
+    agree: Agree | None = None,
+) -> list[Written]:
+    """Write a text for each prompt with a Transformer that is in evaluation mode.
+
+    Args:
+        stop: texts that end one, and are not part of it.
+        first_index, agree: see `decode_tokens`.
+        on_text: see `OnText`.
+
+    Returns:
+        The new texts, the prompts left out.
+    """
+    config: ModelConfig = model.config  # type: ignore[assignment]
+    streams = [StopStream(tokenizer.stream(after=prompt.ids if prompt.goes_on else ()), stop) for prompt in prompts]
+    parts: list[list[str]] = [[] for _ in prompts]
+
+    def take(index: int, text: str) -> None:
+        if text:
+            parts[index - first_index].append(text)
+            if on_text is not None:
+                on_text(index, text)
+
+    def push(index: int, token: int) -> bool:
+        stream = streams[index - first_index]
+        take(index, stream.push(token))
+        return stream.has_stopped
+
+    new_ids = decode_tokens(
+        model,
+        config,
+        [prompt.ids for prompt in prompts],
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        end_ids=tokenizer.end_ids,
+        num_ids=tokenizer.vocab_size,
+        start_id=tokenizer.pad_id,
+        device=next(model.parameters()).device,
+        first_index=first_index,
+        on_token=push,
+        agree=agree,
+    )
+    written = []
+    for place, (stream, ids) in enumerate(zip(streams, new_ids, strict=True)):
+        take(first_index + place, stream.flush())
+        reason: Literal["end", "length"] = "length" if len(ids) == max_new_tokens else "end"
+        written.append(Written("".join(parts[place]), len(ids), "stop" if stream.has_stopped else reason))
+    return written
+
+
+def plain_prompts(config: ModelConfig, tokenizer: Codec, texts: Sequence[str]) -> list[Prompt]:
+    """Texts to go on with, of which an empty one starts a new document; of an encoder-decoder its sources."""
+    if config.shape == "encoder_decoder":
+        return [Prompt(ids, goes_on=False) for ids in tokenizer.encode_sources(texts)]
+    return [Prompt(ids, goes_on=True) for ids in tokenizer.encode_prompts(texts)]

@@ -1,0 +1,65 @@
+"""Text from ids one by one, up to a text that ends it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class StreamDecoder(Protocol):
+    """Turns ids that come one by one into text, complete characters only; special ids say nothing."""
+
+    def push(self, i: int) -> str:
+        """The text that id `i` completes, often empty."""
+        ...
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for a character that was cut short."""
+        ...
+
+
+class StopStream:
+    """A stream decoder that ends before the first of some texts.
+
+    What may be the beginning of such a text is held back until it is known, so nothing of it ever comes out, wherever
+    the borders of the tokens are.
+
+    Attributes:
+        has_stopped: whether one of the texts has come; from then on nothing comes out any more.
+    """
+
+    def __init__(self, decoder: StreamDecoder, stops: Sequence[str] = ()) -> None:
+        """Args: stops: not empty, each of them."""
+        assert all(stops)
+        self._decoder, self._stops = decoder, tuple(stops)
+        self._held = ""
+        self.has_stopped = False
+
+    def push(self, i: int) -> str:
+        """The text that id `i` completes, often empty."""
+        return self._take(self._decoder.push(i))
+
+    def flush(self) -> str:
+        """What is left at the end."""
+        text = self._take(self._decoder.flush()) + self._held
+        self._held = ""
+        return text
+
+    def _take(self, text: str) -> str:
+        if self.has_stopped:
+            return ""
+        text = self._held + text
+        # The text that is complete first ends it, whether its characters came together or one by one.
+        found = [(begin + len(stop), begin) for stop in self._stops if (begin := text.find(stop)) >= 0]
+        if found:
+            self.has_stopped, self._held = True, ""
+            return text[: min(found)[1]]
+        kept = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - kept :]
+        return text[: len(text) - kept]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest end of `text` that `stop` begins with, all of it left out."""
+    longest = min(len(text), len(stop) - 1)
+    return next((length for length in range(longest, 0, -1) if text.endswith(stop[:length])), 0)

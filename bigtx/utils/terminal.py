@@ -1,0 +1,24 @@
+"""Texts of anybody's for a terminal: nothing in them steers it, and they fit."""
+
+from __future__ import annotations
+
+import unicodedata
+
+
+def visible(text: str) -> str:
+    """The text with escapes for what is no visible character, such as the codes that move a cursor."""
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
+
+
+def width(text: str) -> int:
+    """Columns that a printable text takes: Chinese characters and the like take two, combining marks none."""
+    return sum(0 if unicodedata.combining(sign) else 1 + (unicodedata.east_asian_width(sign) in "WF") for sign in text)
+
+
+def fitted(text: str, columns: int) -> str:
+    """The text, or its beginning and an ellipsis, filled up with spaces to exactly so many columns."""
+    if width(text) > columns:
+        while text and width(text) > columns - 1:
+            text = text[:-1]
+        text += "…"
+    return text + " " * (columns - width(text))

@@ -1,0 +1,78 @@
+"""The texts in bigtx's source that a user may see, and what they advise."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+PACKAGE = Path(__file__).resolve().parents[2] / "bigtx"
+LEAD = r"(?i:\b(?:write|set|add|also|e\.g\.|mean|by|needs|or|give|so|without|then|choose|use|allow more with):?,? )"
+"""What stands before a setting that is to be written."""
+COPYABLE = re.compile(
+    LEAD + r"[\"'(]*(?:[a-z_]+(?:\.[\w]+)*|\{[^{}]*\})=(?!=)"  # a setting with a value
+    r"|=\S+ (?:is enough|would|cuts)\b|; write \{|use is \{|=THIS_RUN"
+    r"|`(?:bigtx |wandb |hf |\{_)|\bbigtx-finetune \{|\bdeepspeed --"
+    r"|\bbigtx (?:tokenizer|data|import|export|generate|predict|evaluate|configs|pretrain|finetune) "
+    r"|(?<=.)(?<![\w-])--[a-z]"
+    r"|\{(?:shell\.)?(?:settings?|command)\("
+    r"|\b(?:pip install|iconv|jq|ffmpeg|ulimit|unset) "
+)
+"""What a user can copy: a setting with a value, a command, an option, or what the package writes as such."""
+NO_MESSAGES = ("add_argument", "compile", "ArgumentParser", "parse_command_line")
+"""Calls whose texts are help and patterns."""
+
+
+class Message(NamedTuple):
+    """A text of the source; what is filled in stands in braces."""
+
+    place: str
+    text: str
+
+
+def messages() -> Iterator[Message]:
+    """All texts of the package that are more than a word, without docstrings, help and assertions."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = path.relative_to(PACKAGE).as_posix()
+        for number, text in _texts(ast.parse(path.read_text(encoding="utf-8"))):
+            yield Message(f"{name}:{number}", text)
+
+
+@functools.cache
+def advice() -> list[Message]:
+    """The texts that advise what can be copied."""
+    return [message for message in messages() if COPYABLE.search(message.text)]
+
+
+def _texts(node: ast.AST) -> Iterator[tuple[int, str]]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Assert) or (isinstance(child, ast.Call) and _name(child.func) in NO_MESSAGES):
+            continue
+        if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):
+            continue
+        if isinstance(child, ast.JoinedStr):
+            yield child.lineno, "".join(map(_piece, child.values))
+        elif isinstance(child, ast.Constant) and isinstance(child.value, str) and " " in child.value:
+            yield child.lineno, child.value
+        elif not isinstance(child, ast.Dict) or not _are_titles(child):
+            yield from _texts(child)
+
+
+def _piece(value: ast.expr) -> str:
+    if isinstance(value, ast.Constant):
+        return str(value.value)
+    assert isinstance(value, ast.FormattedValue)
+    return f"{{{ast.unparse(value.value)}}}"
+
+
+def _name(function: ast.expr) -> str:
+    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+
+
+def _are_titles(table: ast.Dict) -> bool:
+    """Whether a table's keys are commands or options, and its values say what they are for."""
+    keys = [key.value for key in table.keys if isinstance(key, ast.Constant)]
+    return bool(keys) and all(str(key).startswith(("--", "bigtx ", "data ", "pretraining ")) for key in keys[:1])

@@ -1,0 +1,30 @@
+"""What messages advise can be copied, is accepted, and is the right thing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from advice import cases_config, cases_data, cases_models, cases_training
+from advice.desk import Case, Desk
+from advice.shelf import Shelf
+
+CASES: list[Case] = [*cases_config.CASES, *cases_data.CASES, *cases_models.CASES, *cases_training.CASES]
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
+    return Shelf(tmp_path_factory.mktemp("shelf"))
+
+
+def _parameter(number: int, case: Case) -> Any:
+    return pytest.param(case, id=f"{case.make.__name__}-{number}", marks=[pytest.mark.slow] if case.slow else [])
+
+
+@pytest.mark.parametrize("case", [_parameter(*each) for each in enumerate(CASES)])
+def test_advice_is_the_right_thing(case: Case, shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    Desk(tmp_path, shelf, monkeypatch).follow(case)

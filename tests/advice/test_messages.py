@@ -1,0 +1,117 @@
+"""All advice in the source is followed by a test, and what messages name is there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from advice import cases_config, cases_data, cases_models, cases_training
+from advice.desk import Case
+from advice.messages import PACKAGE, Message, advice, messages
+from config.test_advice import CASES as CONFIG_CASES
+from config.test_advice import places  # noqa: F401 - a fixture
+
+from bigtx.cli import COMMANDS
+from bigtx.config.load import load
+from bigtx.config.schema import FinetuneConfig, PrepareConfig, PretrainConfig, TokenizerTrainConfig
+from bigtx.config.settings import find, leaves
+from bigtx.utils.errors import ConfigError
+
+CASES: list[Case] = [*cases_config.CASES, *cases_data.CASES, *cases_models.CASES, *cases_training.CASES]
+
+NO_ADVICE = "names a command or a setting, and advises nothing that could be copied"
+NEEDS_A_MACHINE = "needs a machine or a program that tests do not have"
+EXCEPTIONS: Mapping[str, str] = {
+    "To train (--help says more)": "the usage of the training commands",
+    "`bigtx configs list`. `bigtx configs explain KEY` says": "the usage of commands with settings",
+    "CORPUS is the output folder of a": NO_ADVICE,
+    "; it was not compared with transformers (--no-verify)": NO_ADVICE,
+    " is not a manifest of `bigtx data prepare`": NO_ADVICE,
+    "Another `bigtx data` command is writing": NO_ADVICE,
+    " exists and is no corpus of `bigtx data prepare`": NO_ADVICE,
+    "is neither a mapping nor a text; write {": NO_ADVICE,
+    "nothing is left of the text by transcribe.normalize": NO_ADVICE,
+    "objective.name=span_corruption cuts": NO_ADVICE,
+    "exact and quick resume needs prepared shards": NO_ADVICE,
+    "`bigtx data prepare` lists such samples and reads the others": NO_ADVICE,
+    "none of the corpora holds text out; `bigtx data prepare`": NO_ADVICE,
+    "write it again, e.g. ffmpeg": NEEDS_A_MACHINE,
+    "raise it (ulimit -Hn)": NEEDS_A_MACHINE,
+    "It was fetched twice; look at the shard": NEEDS_A_MACHINE,
+    "is not supported by this machine's": NEEDS_A_MACHINE,
+    "if another run uses that port": NEEDS_A_MACHINE,
+    "tasks, but no launcher named their ranks": NEEDS_A_MACHINE,
+    "has no device of its own": NEEDS_A_MACHINE,
+    "no API key (see `wandb login`)": NEEDS_A_MACHINE,
+    "wandb sync {": NEEDS_A_MACHINE,
+    " is full of evaluations called ": "needs 10,000 files",
+    "the run hears recordings and reads no prompts": "as of a model that sorts texts",
+    "the model hears (model.audio), and bigtx exports only": "as of a model that sorts texts",
+}
+"""What no case follows, by words of it, and why."""
+
+
+SCHEMAS = (PretrainConfig, FinetuneConfig, PrepareConfig, TokenizerTrainConfig)
+SECTIONS = sorted({setting.key.split(".")[0] for schema in SCHEMAS for setting in leaves(schema) if "." in setting.key})
+SETTING = re.compile(rf"(?<![\w./{{'-])(?:{'|'.join(SECTIONS)})(?:\.[a-z_]+)+(?![\w(./{{])")
+COMMAND = re.compile(r"`bigtx ([a-z]+)(?: ([a-z]+))?")
+
+
+def test_each_advice_is_followed(places: Path) -> None:  # noqa: F811
+    """A new message that advises something needs a case in this folder, or a reason above."""
+    followed = [words for case in CASES for words in case.sources]
+    said = [_said(schema, arguments) for schema, arguments in CONFIG_CASES]
+    left = [
+        f"{message.place}: {message.text}"
+        for message in advice()
+        if not any(words in message.text for words in [*followed, *EXCEPTIONS])
+        and not any(_pattern(message).search(text) for text in said)
+    ]
+    assert not left, "\n".join(left)
+
+
+def _said(schema: type, arguments: list[str]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(schema, arguments)
+    return str(caught.value)
+
+
+def _pattern(message: Message) -> re.Pattern[str]:
+    """What a text of the source looks like once its braces are filled in."""
+    pieces, depth = [""], 0
+    for sign in message.text:
+        depth += sign == "{"
+        if not depth:
+            pieces[-1] += sign
+        elif sign == "}" and depth == 1:
+            pieces.append("")
+        depth -= sign == "}"
+    assert any(len(piece) > 5 for piece in pieces), message
+    return re.compile(".*".join(map(re.escape, pieces)), re.DOTALL)
+
+
+def test_what_messages_name_is_there() -> None:
+    known = {*COMMANDS, *(name.split()[0] for name in COMMANDS), "pretrain", "finetune"}
+    wrong = []
+    for place, text in messages():
+        for key in SETTING.findall(text):
+            if not any(find(schema, key) for schema in SCHEMAS):
+                wrong.append(f"{place}: {key}")
+        for first, second in COMMAND.findall(text):
+            if first not in known or (f"{first} {second}" not in known and first not in COMMANDS and second):
+                wrong.append(f"{place}: bigtx {first} {second}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_numbers_of_settings_are_shown_as_they_are_written() -> None:
+    """A setting of 1,024 would be read as a text."""
+    grouped = re.compile(r"\b[a-z_]+\.?[a-z_.]+=\{[^{}]*:,\}")
+    found = [path.name for path in PACKAGE.rglob("*.py") if grouped.search(path.read_text(encoding="utf-8"))]
+    assert not found
+
+
+def test_each_exception_is_needed() -> None:
+    texts = [message.text for message in advice()]
+    assert [words for words in EXCEPTIONS if not any(words in text for text in texts)] == []

@@ -1,0 +1,69 @@
+"""Commands on a terminal."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+import time
+
+from doors import ROOT, environment
+
+
+class Terminal:
+    """A command on a terminal of its own."""
+
+    def __init__(self, *arguments: str, columns: int = 80) -> None:
+        self.main, other = pty.openpty()
+        fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "bigtx", *arguments],
+            stdin=other,
+            stdout=other,
+            stderr=other,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            env=environment(PYTHONPATH=str(ROOT), TERM="dumb"),
+        )
+        os.close(other)
+        self.seen = ""
+
+    def until(self, words: str) -> str:
+        """Read on until these words have come since the last call; returns all that has."""
+        end = time.monotonic() + 300
+        while words not in self.seen:
+            assert time.monotonic() < end, self.seen
+            try:
+                part = os.read(self.main, 4096)
+            except OSError:  # The other side is closed.
+                raise AssertionError(f"{words!r} never came: {self.seen!r}") from None
+            self.seen += part.decode("utf-8", "replace")
+        before, found, self.seen = self.seen.partition(words)
+        return before + found
+
+    def type(self, text: str) -> None:
+        """Press keys."""
+        os.write(self.main, text.encode())
+
+    def end(self) -> int:
+        """Read to the end of the command; returns its status."""
+        self.all()
+        return self.process.wait(timeout=60)
+
+    def all(self) -> str:
+        """All that comes to the end of the command."""
+        parts = []
+        while True:
+            try:
+                part = os.read(self.main, 4096)
+            except OSError:
+                break
+            if not part:
+                break
+            parts.append(part)
+        os.close(self.main)
+        return b"".join(parts).decode("utf-8", "replace")
