@@ -108,8 +108,7 @@ def test_activations_without_zero() -> None:
 def test_recomputation_makes_one_block_again() -> None:
     config = ModelConfig(**SIZES, num_layers=10)
     none, selective, full = (
-        activation_bytes(config, num_tokens=1, recompute=recompute)
-        for recompute in ("none", "selective", "full")
+        activation_bytes(config, num_tokens=1, recompute=recompute) for recompute in ("none", "selective", "full")
     )
     assert full < selective < none
     assert full == none // 10 + 9 * 2 * config.hidden_size
@@ -119,10 +118,7 @@ def test_states() -> None:
     assert [bytes_per_parameter(stage, 1) for stage in range(4)] == [18, 20, 18, 18]
     assert [bytes_per_parameter(stage, 8) for stage in range(4)] == [18, 9.5, 4, 2.25]
     config = ModelConfig(**SIZES, num_layers=2, experts=ExpertsConfig(num_experts=4, num_active=2))
-    adamw, muon = (
-        state_bytes(config, stage=1, num_ranks=2, optimizer=name)
-        for name in ("adamw", "muon")
-    )
+    adamw, muon = (state_bytes(config, stage=1, num_ranks=2, optimizer=name) for name in ("adamw", "muon"))
     assert adamw == 14 * count_parameters(config).total
     matrices = 2 * (4 * 128 * 128 + 4 * 3 * 128 * 384)  # Attention and experts of two blocks, no routers.
     assert adamw - muon == matrices * 4 // 2
