@@ -90,22 +90,22 @@ def a_setting_without_a_value(desk: Desk) -> Attempt:
     return lambda words: attempt(words or ["seed"])
 
 
-@CASES.case("settings have no dashes before them, write ", r"write (\S+)$")
+@CASES.case("settings are written KEY=VALUE: ", r"KEY=VALUE: (\S+)$")
 def a_setting_with_dashes(desk: Desk) -> Attempt:
     attempt = config(desk, PretrainConfig, *PRETRAIN)
     return lambda words: attempt(words or ["--seed=5"])
 
 
-@CASES.case("see --help", r"see (--help)$")
+@CASES.case("--help shows all", r"(--help) shows")
 def an_unknown_option(desk: Desk) -> Attempt:
     return lambda words: desk.run(f"bigtx data prepare {' '.join(words) or '--qqqqqqqq'}")
 
 
-@CASES.case("it is a Hugging Face model; `bigtx import`", r"`(bigtx import)`", value="foreign -o made")
+@CASES.case("it is a Hugging Face model; `bigtx import`", r"`(bigtx import)`", value="foreign output=made")
 def a_model_that_is_no_run(desk: Desk) -> Attempt:
     desk.without("transformers")
     desk.take("foreign")
-    run = "bigtx generate {} --prompt red --max-new-tokens 2"
+    run = "bigtx generate {} prompt=red max_new_tokens=2"
     return lambda words: desk.run(run.format("made" if Path("made").exists() else "foreign"))
 
 
