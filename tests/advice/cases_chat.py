@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from advice.desk import Attempt, Cases, Desk, Outcome
 
 CASES = Cases()
-CHAT = "bigtx chat {} temperature=0 max_new_tokens=2"
+CHAT = "bigtx chat {} max_new_tokens=20"
 
 
 def talk(desk: Desk, *lines: str, run: str = "chats") -> Attempt:

@@ -122,6 +122,12 @@ def no_parts(desk: Desk) -> Attempt:
     return merge
 
 
+@CASES.case(": write it as I/N with ", r"e\.g\. (part=\S+)$")
+def a_part_that_is_none(desk: Desk) -> Attempt:
+    attempt = prepare(desk)
+    return lambda words: attempt(words or ["part=5/2"])
+
+
 @CASES.case("  the same command with part=", r"with (part=\S+?),")
 def the_next_part(desk: Desk) -> Attempt:
     return prepare(desk, f"{PREPARE} part=1/2")
@@ -351,6 +357,7 @@ def no_chat_roles(desk: Desk) -> Attempt:
     "No tokenizer in ",
     r"`(bigtx tokenizer train)`",
     r"`(bigtx tokenizer import .*?)`",
+    sources=["Train one with `bigtx tokenizer train`"],
     fill={"train": f"train {TRAIN.partition('train ')[2].replace('new', 'made')}", "PATH": "m.model", "FOLDER": "made"},
 )
 def no_tokenizer(desk: Desk) -> Attempt:

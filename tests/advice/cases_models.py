@@ -105,7 +105,15 @@ def a_pipe_as_input(desk: Desk) -> Attempt:
     desk.take("classifier")
     os.mkfifo("pipe")
     desk.patch.setattr(sys, "stdin", open(desk.lines("in.jsonl", SHORT)))  # noqa: SIM115 - the command's to read
-    return desk.command("bigtx predict classifier input=pipe")
+    return lambda words: desk.run(f"bigtx predict classifier {' '.join(words) or 'input=pipe'}")
+
+
+@CASES.case("one of them says what to predict for", r"write (input=FILE) or", fill={"FILE": "in.jsonl"})
+@CASES.case("one of them says what to predict for", r"or (text=TEXT):", fill={"TEXT": "red"})
+def nothing_to_predict(desk: Desk) -> Attempt:
+    desk.take("classifier")
+    desk.lines("in.jsonl", SHORT)
+    return desk.command("bigtx predict classifier")
 
 
 def evaluate(desk: Desk, more: str, run: str = "classifier") -> Attempt:
@@ -144,6 +152,18 @@ def another_evaluation(desk: Desk) -> Attempt:
     return lambda words: attempt(["data=new.jsonl", *words])
 
 
+@CASES.case("measured on the run's own validation ", r"since no (data=FILE) is", fill={"FILE": "corpus"})
+def an_evaluation_of_what_is_held_out(desk: Desk) -> Attempt:
+    desk.take("corpus")
+    return evaluate(desk, "", run="decoder")
+
+
+@CASES.case(" records; name some: ", r": (data=FILE)$", fill={"FILE": "in.jsonl"})
+def a_run_without_records(desk: Desk) -> Attempt:
+    attempt = evaluate(desk, "")
+    return lambda words: attempt(words or ["split=validation"])
+
+
 @CASES.case("split=test: a pretrained run has none", r"is (split=validation)$")
 def a_test_split_of_a_pretrained_run(desk: Desk) -> Attempt:
     return evaluate(desk, "split=test", run="decoder")
@@ -167,13 +187,6 @@ def a_prediction_of_a_pretrained_run(desk: Desk) -> Attempt:
     desk.take("decoder")
     desk.lines("in.jsonl", SHORT)
     return desk.once("bigtx predict decoder input=in.jsonl")
-
-
-@CASES.case("models that score tokens; use it by ", r"`(bigtx predict)`", value="classifier input=in.jsonl")
-def an_export_of_a_classifier(desk: Desk) -> Attempt:
-    desk.take("classifier")
-    desk.lines("in.jsonl", SHORT)
-    return desk.once("bigtx export classifier output=new --no-verify")
 
 
 # import and export

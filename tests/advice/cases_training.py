@@ -356,6 +356,7 @@ def a_copied_recipe(desk: Desk) -> Attempt:
 @CASES.case(
     "Edit it, then run: ",
     r"run: (.*)$",
+    sources=["Edit it, then run: bigtx finetune", " base=RUN"],
     fill={"FILES": "records.jsonl", "runs/mine": "runs/new", "base=RUN": "base=decoder"},
 )
 def a_copied_recipe_of_a_task(desk: Desk) -> Attempt:
@@ -369,7 +370,7 @@ def an_unknown_recipe(desk: Desk) -> Attempt:
     return desk.once("bigtx configs copy xyz")
 
 
-@CASES.case("; `bigtx configs explain` has all", r"`(bigtx configs explain)`")
+@CASES.case("`bigtx configs explain` has all", r"`(bigtx configs explain)`")
 def an_unknown_setting(desk: Desk) -> Attempt:
     return desk.once("bigtx configs explain qqqqqqqq")
 

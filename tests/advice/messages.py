@@ -40,7 +40,7 @@ COPYABLE = re.compile(
     r"|\b(?:pip install|iconv|jq|ffmpeg|ulimit|unset) "
 )
 """What a user can copy: a setting with a value, a command, an option, or what the package writes as such."""
-NO_MESSAGES = ("add_argument", "compile", "ArgumentParser", "parse_command_line")
+NO_MESSAGES = ("add_argument", "add_json", "columns", "compile", "Arguments", "parse_command_line")
 """Calls whose texts are help and patterns."""
 
 
@@ -106,4 +106,6 @@ def _name(function: ast.expr) -> str:
 def _are_titles(table: ast.Dict) -> bool:
     """Whether a table's keys are commands or options, and its values say what they are for."""
     keys = [key.value for key in table.keys if isinstance(key, ast.Constant)]
-    return bool(keys) and all(str(key).startswith(("--", "bigtx ", "data ", "pretraining ")) for key in keys[:1])
+    return bool(keys) and all(
+        str(key).startswith(("--", "bigtx ", "data ", "pretraining ", "tokenizer ")) for key in keys[:1]
+    )

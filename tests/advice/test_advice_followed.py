@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from advice import cases_chat, cases_config, cases_data, cases_models, cases_training
+from advice import cases_chat, cases_commands, cases_config, cases_data, cases_models, cases_training
 from advice.desk import Case, Desk
 from advice.shelf import Shelf
 
-FILES = (cases_config, cases_data, cases_models, cases_chat, cases_training)
+FILES = (cases_commands, cases_config, cases_data, cases_models, cases_chat, cases_training)
 CASES: list[Case] = [case for file in FILES for case in file.CASES]
 
 
