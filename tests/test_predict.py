@@ -300,7 +300,7 @@ def test_evaluate(run: Path, decoder_base: Path, tmp_path: Path) -> None:
     }
     (tmp_path / "mine.json").write_text('{"a": 1}')
     before = {path: path.read_bytes() for path in tmp_path.glob("*.json")}
-    for name, expected in (("mine", "is no evaluation"), ("x", f"another evaluation already, of {decoder_base}")):
+    for name, expected in (("mine", "is no evaluation"), ("x", f"another evaluation, of {decoder_base}")):
         done = bigtx("evaluate", str(run), "--split", "test", "--output", f"{tmp_path}/{name}.json")
         assert done.returncode == 2 and expected in done.stderr, done.stdout + done.stderr
     assert {path: path.read_bytes() for path in tmp_path.glob("*.json")} == before
