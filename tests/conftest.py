@@ -20,8 +20,9 @@ os.environ["WANDB_BASE_URL"] = "http://127.0.0.1:9"
 import hypothesis
 import pytest
 
-# A test run in the background of a script has SIGINT ignored, and so would what it starts to interrupt.
+# A test run in the background of a script has SIGINT ignored, under nohup SIGHUP, and so would what it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 ROOT = Path(__file__).resolve().parent.parent
 

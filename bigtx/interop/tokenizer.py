@@ -210,7 +210,7 @@ def _default_differences(tokenizer: Tokenizer, folder: Path) -> list[str]:
 
 def _refuse_differences(folder: Path, name: str, differences: Sequence[str]) -> None:
     if differences:
-        place = repr(str(folder))
+        place = json.dumps(str(folder), ensure_ascii=False)  # Whose quotation marks stand between those of the shell.
         script = f"from transformers import AutoTokenizer as A; A.from_pretrained({place}).save_pretrained({place})"
         raise DataError(
             f"Transformers does not read {folder / name} as it stands: {differences[0]}"

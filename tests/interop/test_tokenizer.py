@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import shlex
 import socket
 import subprocess
 import sys
@@ -360,8 +361,8 @@ def test_otherwise_the_way_out_is_told_and_works(tmp_path: Path) -> None:
     _write_config(tmp_path, "t5")
     with pytest.raises(DataError, match=r"vocabulary is 800 in bigtx and 900 in transformers.*save_pretrained") as told:
         import_tokenizer(tmp_path)
-    program = str(told.value).partition('python -c "')[2].removesuffix('"')
-    subprocess.run([sys.executable, "-c", program], check=True)
+    advice = str(told.value)
+    subprocess.run([sys.executable, *shlex.split(advice[advice.index("python -c") :])[1:]], check=True)
     tokenizer = import_tokenizer(tmp_path)
     assert (tokenizer.kind, tokenizer.vocab_size, len(tokenizer.sentinel_ids)) == ("huggingface", 900, 100)
     assert tokenizer.encode(LINE) == load(tmp_path)(LINE, add_special_tokens=False)["input_ids"]
