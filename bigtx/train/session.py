@@ -153,6 +153,12 @@ class Session(ABC, Generic[Config]):
             log.say(f"micro batches of {size}: train.micro_batch_size={train.micro_batch_size} does not divide {share}")
             self.config = dataclasses.replace(self.config, train=dataclasses.replace(train, micro_batch_size=size))
 
+    @staticmethod
+    @abstractmethod
+    def check_inputs(config: Any, num_ranks: int) -> None:
+        """Refuse what `open_data` would refuse, as far as a quick look tells. Called before the ranks are started, and
+        imports no torch."""
+
     @abstractmethod
     def open_data(self) -> None:
         """Open what the run reads, and complete the config and `facts` from it."""
@@ -636,6 +642,18 @@ def check_folder(config: RunConfig, files: Iterable[Path]) -> None:
     refuse_if_held(config.run_dir)
     if processes.rank() == 0:
         check_run_dir(config, files)
+
+
+def check_teacher(config: RunConfig) -> None:
+    """Refuse a teacher that is no run, or has no checkpoint, before torch is imported to read it.
+
+    Raises:
+        BigtxError: see `find_with_tokenizer`.
+    """
+    from bigtx.engine.trained import find_with_tokenizer
+
+    if config.distill.teacher:
+        find_with_tokenizer(config.distill.teacher)
 
 
 def num_ranks(count: int) -> str:
