@@ -6,8 +6,11 @@ All of the table are given in one process, which shows that neither torch nor a 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from doors import ROOT, TINY, environment
+from doors import ROOT, TINY, Mount, bigtx, environment, last_step, start_pretrain, wait_for
 from finetunes import RHYTHM, labelled, write_jsonl
 
+from bigtx.engine.checkpoint import Checkpoint
 from bigtx.utils.locks import FolderLock
 
 PROGRAM = Path(__file__).with_name("mistaken.py")
@@ -198,3 +202,62 @@ def test_a_mistake_is_answered_by_one_paragraph(name: str, answers: dict[str, di
     assert not re.search("Traceback|Error:.*Error: ", said, re.DOTALL), said
     for words in mistake.expected:
         assert words in said, said
+
+
+# What is found while the ranks start or train.
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    """A port that somebody else listens on."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        yield other.getsockname()[1]
+
+
+@pytest.mark.dist
+def test_a_port_that_is_taken(desk: Path, tmp_path: Path, taken: int) -> None:
+    words = pretraining(corpus=f"data.sources.a.path={desk / 'corpus'}", says="").words
+    done = bigtx(*words, cwd=tmp_path, **LAUNCHED, MASTER_PORT=str(taken))
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert re.fullmatch(
+        r"LaunchError: the ranks cannot meet at 127.0.0.1:\d+: .*master_port 29501 \.\.\.\n", done.stderr
+    )
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["logs"]
+
+
+@pytest.mark.dist
+def test_a_disk_that_is_full(desk: Path, tmp_path: Path, mount: Mount) -> None:
+    run_dir = tmp_path / "run"
+    mount(run_dir, "size=1m")  # A checkpoint takes 2 MB.
+    words = pretraining(corpus=f"data.sources.a.path={desk / 'corpus'}", says="").words
+    done = bigtx(*words, f"run_dir={run_dir}", "--ranks", "1")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert re.fullmatch(r"\w+Error: [^\n]*No space left on device[^\n]*\n", done.stderr), done.stderr
+    assert str(run_dir) in done.stderr and not list((run_dir / "checkpoints").glob("step-*[0-9]"))
+
+
+@pytest.mark.dist
+def test_ctrl_c_in_a_validation_and_in_a_save_of_two_runs_beside_each_other(corpus: Path, tmp_path: Path) -> None:
+    given = [*TINY, f"data.sources.a.path={corpus}", "track.wandb=off", "train.max_steps=100000"]
+    validating = [f"run_dir={tmp_path / 'validating'}", "validation.every=1 steps", "validation.max_sequences=400"]
+    saving = [f"run_dir={tmp_path / 'saving'}", "train.checkpoint_every=1 steps", "model.hidden_size=192"]
+    first = start_pretrain(*given, *validating, ranks=1)
+    second = start_pretrain(*given, *saving, ranks=1)
+    try:
+        wait_for(lambda: last_step(tmp_path / "validating") >= 1, first)  # The validation comes after the line.
+        os.killpg(first.pid, signal.SIGINT)
+        wait_for(lambda: any((tmp_path / "saving" / "checkpoints").glob("*.partial")), second)
+        os.killpg(second.pid, signal.SIGINT)
+        for process, run_dir in ((first, tmp_path / "validating"), (second, tmp_path / "saving")):
+            out, err = process.communicate(timeout=120)
+            assert (process.returncode, err) == (130, ""), out + err
+            assert out.count("stopping: ") == out.count("stopped at step ") == 1, out
+            saved = max((run_dir / "checkpoints").glob("step-*"))
+            assert saved.name == f"step-{last_step(run_dir):08d}" and Checkpoint(saved).verify() == []
+    finally:
+        for process in (first, second):
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()

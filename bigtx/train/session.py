@@ -115,7 +115,7 @@ class Session(ABC, Generic[Config]):
         """Answer a request to stop at once: the step that runs may take long."""
         if self.stop.came_early:
             log.report(stopped=True)
-            log.say("stopped before the first step; nothing to save")
+            log.say_stopped("stopped before the first step; nothing to save")
         elif self._is_training:
             self.tracker.message("stopping: a checkpoint is saved after this step")
 
