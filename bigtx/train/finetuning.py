@@ -129,8 +129,7 @@ class FinetuneSession(Session[FinetuneConfig]):
         packed = f" in {len(self.rows):,} rows" if len(self.rows) < len(self.splits["train"].records) else ""
         length, *warnings = describe_length(self.config, self.total_steps, len(self.rows))
         log.say(
-            f"task: {self.config.task}; records: {counts}{packed}, of {self.mean_tokens:.0f} tokens in the mean; "
-            f"{length}"
+            f"task: {self.config.task}; records: {counts}{packed}, {self.mean_tokens:.0f} tokens on average; {length}"
         )
         for line in self.task.review(self.splits) + warnings:
             log.say(line)

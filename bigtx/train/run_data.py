@@ -72,7 +72,7 @@ def _open_sources(config: PretrainConfig, total_steps: int) -> RunData:
     place = as_place(sources[0].config.path, Cache(config.data.cache_dir, config.data.cache_size))
     read = epochs(config.data, sources, sequence_length=length, num_sequences=num_sequences)
     parts = [
-        f"{source.name} {format_count(source.manifest.num_tokens)} tokens, {count:.3g} epochs"
+        f"{source.name}: {format_count(source.manifest.num_tokens)} tokens, {count:.3g} epochs"
         for source, count in zip(sources, read, strict=True)
     ]
     return RunData(

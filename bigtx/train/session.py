@@ -178,7 +178,9 @@ class Session(ABC, Generic[Config]):
         )
         self.lock = opened.lock if opened else None
         if opened and opened.aside:
-            log.say(f"begins again at step 0, its checkpoints being gone; what it wrote before is in {opened.aside}")
+            log.say(
+                f"starts again at step 0, because its checkpoints are gone; what it wrote before is in {opened.aside}"
+            )
         self.changed = self.ranks.from_first(opened.changed if opened else None)
         self.damaged: list[str] = []
         self.checkpoint = checkpoint.choose(self.run_dir, self.ranks, self._note_damaged)
@@ -628,7 +630,7 @@ def say_finished(step: int, settings: Sequence[str], results: str = "") -> None:
         results: where they are, as a part of the sentence.
     """
     longer = shell.settings({name: "N" for name in settings} | {"allow_changes": settings})
-    log.say(f"the run is finished: {step:,} steps{results}. To train on: {longer}; to start over: another run_dir")
+    log.say(f"the run is finished: {step:,} steps{results}. To train on: {longer}; to start over, name another run_dir")
 
 
 def check_folder(config: RunConfig, files: Iterable[Path]) -> None:
