@@ -74,12 +74,11 @@ class Screen:
     """What a terminal shows of what was written to it.
 
     Attributes:
-        lines: all that have begun.
-        num_wrapped: how often a line was too long.
+        lines: all that have begun; one that is too long goes on in the next.
     """
 
     def __init__(self, columns: int) -> None:
-        self.columns, self.lines, self.num_wrapped = columns, [""], 0
+        self.columns, self.lines = columns, [""]
         self._column = 0
 
     def show(self, text: str) -> list[str]:
@@ -97,7 +96,6 @@ class Screen:
 
     def _put(self, sign: str) -> None:
         if self._column == self.columns:
-            self.num_wrapped += 1
             self.lines.append("")
             self._column = 0
         line = self.lines[-1].ljust(self._column)
