@@ -7,9 +7,12 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import tarfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before torch is imported anywhere: tests start several processes on few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,6 +22,9 @@ os.environ["WANDB_BASE_URL"] = "http://127.0.0.1:9"
 
 import hypothesis
 import pytest
+
+if TYPE_CHECKING:
+    from doors import Mount
 
 # A test run in the background of a script has SIGINT ignored, under nohup SIGHUP, and so would what it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -124,3 +130,18 @@ def encoder_base(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     from finetunes import SHAPES, make_base
 
     return make_base(corpus, tmp_path_factory.mktemp("base") / "encoder", *SHAPES["encoder"])
+
+
+@pytest.fixture
+def mount() -> Iterator[Mount]:
+    """Mounts a tmpfs with options on a new folder, for the time of a test."""
+    with ExitStack() as stack:
+
+        def mount_tmpfs(folder: Path, options: str) -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+            if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+                pytest.skip("may not mount file systems")
+            stack.callback(subprocess.run, ["umount", "--lazy", str(folder)], check=True)
+
+        yield mount_tmpfs

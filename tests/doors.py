@@ -32,6 +32,8 @@ TINY = [
     "track.wandb=offline",
 ]
 """A model and a rhythm for tests."""
+Mount = Callable[[Path, str], None]
+"""Mounts a tmpfs with options on a folder: see the fixture `mount`."""
 
 
 def environment(*, gpus: bool = False, **changes: str) -> dict[str, str]:

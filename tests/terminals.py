@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
+import re
 import struct
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from doors import ROOT, environment
 class Terminal:
     """A command on a terminal of its own."""
 
-    def __init__(self, *arguments: str, columns: int = 80) -> None:
+    def __init__(self, *arguments: str, columns: int = 80, kind: str = "dumb") -> None:
         self.main, other = pty.openpty()
         fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         self.process = subprocess.Popen(
@@ -27,7 +28,7 @@ class Terminal:
             stderr=other,
             start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-            env=environment(PYTHONPATH=str(ROOT), TERM="dumb"),
+            env=environment(PYTHONPATH=str(ROOT), TERM=kind),
         )
         os.close(other)
         self.seen = ""
@@ -67,3 +68,36 @@ class Terminal:
             parts.append(part)
         os.close(self.main)
         return b"".join(parts).decode("utf-8", "replace")
+
+
+class Screen:
+    """What a terminal shows of what was written to it.
+
+    Attributes:
+        lines: all that have begun; one that is too long goes on in the next.
+    """
+
+    def __init__(self, columns: int) -> None:
+        self.columns, self.lines = columns, [""]
+        self._column = 0
+
+    def show(self, text: str) -> list[str]:
+        """Write; returns all lines, without the spaces at their ends."""
+        for part in re.findall(r"\x1b\[K|.", text, re.DOTALL):
+            if part == "\r":
+                self._column = 0
+            elif part == "\n":
+                self.lines.append("")
+            elif part == "\x1b[K":
+                self.lines[-1] = self.lines[-1][: self._column]
+            else:
+                self._put(part)
+        return [line.rstrip() for line in self.lines]
+
+    def _put(self, sign: str) -> None:
+        if self._column == self.columns:
+            self.lines.append("")
+            self._column = 0
+        line = self.lines[-1].ljust(self._column)
+        self.lines[-1] = line[: self._column] + sign + line[self._column + 1 :]
+        self._column += 1

@@ -264,7 +264,7 @@ def test_what_does_not_fit_is_refused(teacher: Path, corpus: Path, texts: Path, 
         ([f"distill.teacher={teacher}", "distill.copy_layers=true", f"base={teacher}"], "the weights come from"),
         ([f"distill.teacher={teacher}", "task=preference"], "cannot teach task=preference"),
         (["task=sft", f"base={teacher}", "distill.weight=0.1"], "says nothing without distill.teacher"),
-        ([f"distill.teacher={empty}"], "no complete checkpoint"),
+        ([f"distill.teacher={empty}"], "is not a run: it has no config.yaml"),
     ):
         done = finetune(*source, *changes)
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stdout + done.stderr

@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from doors import TINY, last_step, losses, pretrain, rank_pids, read_lines, start_pretrain, wait_for
+from doors import TINY, Mount, last_step, losses, pretrain, rank_pids, read_lines, start_pretrain, wait_for
 
 from bigtx.engine.checkpoint import Checkpoint, list_checkpoints, preferred, read_manifest
 
@@ -22,23 +21,6 @@ pytestmark = pytest.mark.dist
 QUIET = [argument for argument in TINY if not argument.startswith("track.")] + ["track.wandb=off"]
 
 DIVERGING = "optimizer.learning_rate=1e30"
-
-Mount = Callable[[Path, str], None]
-
-
-@pytest.fixture
-def mount() -> Iterator[Mount]:
-    """Mounts a tmpfs with options on a new folder, for the time of a test."""
-    with ExitStack() as stack:
-
-        def mount_tmpfs(folder: Path, options: str) -> None:
-            folder.mkdir(parents=True, exist_ok=True)
-            command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-            if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-                pytest.skip("may not mount file systems")
-            stack.callback(subprocess.run, ["umount", "--lazy", str(folder)], check=True)
-
-        yield mount_tmpfs
 
 
 def run_of(corpus: Path, run_dir: Path, *changes: str) -> list[str]:

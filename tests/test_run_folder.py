@@ -66,7 +66,7 @@ def test_a_run_that_begins_again_on_purpose_keeps_its_history(corpus: Path, run:
     before = contents(run)
     done = pretrain(*base_arguments(corpus, run, "allow_changes=[checkpoints]", "optimizer.learning_rate=2e-3"))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "begins again at step 0" in done.stdout and list(losses(run)) == [1, 2, 3, 4]
+    assert "starts again at step 0" in done.stdout and list(losses(run)) == [1, 2, 3, 4]
     for name in ("metrics.jsonl", "events.jsonl", "config.yaml"):
         assert (run / "history-1" / name).read_bytes() == before[name]
     assert [event["kind"] for event in read_lines(run / "events.jsonl")].count("end") == 1

@@ -21,7 +21,7 @@ from bigtx.config.nodes import (
     read_argument,
     read_yaml,
 )
-from bigtx.config.options import FLAGS, RANKS, refusal, with_values
+from bigtx.config.options import FLAGS, RANKS, refusal, undivided, with_values
 from bigtx.config.paths import with_moved_paths
 from bigtx.config.runs import CONFIG, is_run, read_values, run_dir_of
 from bigtx.config.schema import FinetuneConfig, PretrainConfig, RunConfig
@@ -316,9 +316,9 @@ def _num_ranks(text: str) -> int:
 def _merged_tree(schema: type, args: Sequence[str]) -> tuple[Node, list[Path], list[Problem], bool]:
     """What was written, the files that were read, the problems of reading, and whether all files could be read and no
     option stands for a setting: otherwise nobody can say what is missing."""
-    problems: list[Problem] = []
+    args, problems = undivided(args)
     files: list[Path] = []
-    whole = True
+    whole = not problems
     tree = Node({}, "defaults")
     for wants_files in (True, False):
         for argument, value in with_values(args):

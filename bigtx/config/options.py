@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from bigtx.config.nodes import COMMAND_LINE, Problem
 from bigtx.config.settings import find, same_name_keys, similar_keys
-from bigtx.utils.arguments import JSON_HELP, is_option, may_be_value
+from bigtx.utils.arguments import ASSIGNMENT, JSON_HELP, is_option, may_be_value
 from bigtx.utils.secrets import is_secret_key, scrub_text
 from bigtx.utils.shell import setting
 
@@ -19,6 +19,7 @@ FLAGS = PRINT_CONFIG | {
 }
 JSON = {"--json": JSON_HELP}
 _SHORT = {"o": "output"}
+_CLOSING = {"[": "]", "{": "}"}
 
 
 def with_values(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
@@ -36,6 +37,24 @@ def with_values(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
             yield option, value
         else:
             yield word, rest.pop(0) if rest and may_be_value(rest[0]) else None
+
+
+def undivided(words: Sequence[str]) -> tuple[list[str], list[Problem]]:
+    """The words without the lists that a shell has divided at their spaces, and a problem for each of those."""
+    rest, whole, problems = list(words), list[str](), list[Problem]()
+    while rest:
+        word = rest.pop(0)
+        match = ASSIGNMENT.fullmatch(word)
+        closing = _CLOSING.get(match["value"][:1]) if match else None
+        end = next((place for place, other in enumerate(rest) if closing and other.endswith(closing)), None)
+        if match is None or closing is None or word.endswith(closing) or end is None:
+            whole.append(word)
+            continue
+        value = " ".join([match["value"], *rest[: end + 1]])
+        del rest[: end + 1]
+        meant = setting(match["key"], value if _may_be_shown(match["key"], value) else "[VALUE, VALUE]")
+        problems.append(Problem(match["key"], "", f"has spaces, at which a shell divides it; quote it: {meant}"))
+    return whole, problems
 
 
 def refusal(schema: type, option: str, value: str | None) -> Problem:

@@ -67,3 +67,14 @@ def read_values(folder: Path | str) -> dict[str, Any]:
     if not isinstance(values, dict) or not isinstance(values.get("model", {}), dict):
         raise CheckpointError(f"{path} is not a run's config; restore it from a copy")
     return values
+
+
+def why_no_run(folder: str) -> str | None:
+    """Why a folder is neither a run nor one of its checkpoints, as the end of a sentence about it; None: it is one."""
+    if not Path(folder).is_dir():
+        return "no such folder; name a run or one of its checkpoints"
+    try:
+        read_values(folder)
+    except CheckpointError as error:
+        return str(error)
+    return None

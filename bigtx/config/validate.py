@@ -11,7 +11,7 @@ from typing import Any
 
 from bigtx.config.batches import batch_problems
 from bigtx.config.nodes import Problem
-from bigtx.config.runs import CHECKPOINTS
+from bigtx.config.runs import CHECKPOINTS, why_no_run
 from bigtx.config.schema import (
     DataConfig,
     FilterConfig,
@@ -30,6 +30,7 @@ from bigtx.config.settings import find, similar_keys
 from bigtx.config.validate_distill import distill_problems
 from bigtx.config.validate_finetune import task_problems
 from bigtx.config.validate_model import model_problems, objective_problems, training_problems
+from bigtx.utils.folders import kind_of_folder
 from bigtx.utils.processes import world_size
 from bigtx.utils.shell import setting, settings
 from bigtx.utils.units import Duration, parse_duration, parse_range
@@ -120,8 +121,8 @@ def _records(data: RecordsConfig) -> Iterator[Problem]:
 def _pretrain(config: PretrainConfig) -> Iterator[Problem]:
     yield from _every_run(config)
     started = any(Path(config.run_dir, "checkpoints").glob("step-*[0-9]"))  # Then the weights have been taken already.
-    if config.init_from is not None and not started and not Path(config.init_from).is_dir():
-        yield Problem("init_from", config.init_from, "no such folder; name a run or one of its checkpoints")
+    if config.init_from is not None and not started and (problem := why_no_run(config.init_from)):
+        yield Problem("init_from", config.init_from, problem)
     yield from training_problems(config)
     yield from objective_problems(config)
     yield from _data(config.data)
@@ -264,6 +265,8 @@ def _no_corpus(folder: Path, key: str, split: str) -> str:
         return f"is one split of a prepared corpus; write {setting(key, folder.parent)}"
     if any((folder / other / MANIFEST).is_file() for other in SPLITS):
         return f"holds no {split}/{MANIFEST}: the corpus has no {split} split; name another one"
+    if kind := "empty" if not any(folder.iterdir()) else kind_of_folder(folder):
+        return f"is {kind}, and no prepared corpus; name a folder written by `bigtx data prepare`"
     texts = settings({"input.paths": folder, "tokenizer": "TOKENIZER", "output": "CORPUS"})
     return f"holds no {split}/{MANIFEST}, so it is no prepared corpus; `bigtx data prepare {texts}` makes one of texts"
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 
 from bigtx.config.nodes import Problem, idle
+from bigtx.config.runs import why_no_run
 from bigtx.config.schema import DistillConfig, FinetuneConfig, RunConfig
 
 
@@ -21,8 +21,8 @@ def distill_problems(config: RunConfig) -> Iterator[Problem]:
             if value != default:
                 yield idle(f"distill.{field.name}", value, default, "without distill.teacher")
         return
-    if not Path(settings.teacher).is_dir():
-        yield Problem("distill.teacher", settings.teacher, "no such folder; name a run or one of its checkpoints")
+    if problem := why_no_run(settings.teacher):
+        yield Problem("distill.teacher", settings.teacher, problem)
     deaf = isinstance(config, FinetuneConfig) and config.task == "transcribe" and config.transcribe.method == "ctc"
     if deaf or (isinstance(config, FinetuneConfig) and config.task == "preference"):
         what = "transcribe with transcribe.method=ctc" if deaf else "preference"

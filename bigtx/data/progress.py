@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import time
 
 from bigtx.utils.log import console, say
+from bigtx.utils.terminal import obeys
 
 _SECONDS_BETWEEN_DRAWINGS = 0.2
 _SECONDS_BETWEEN_LINES = 10.0
@@ -16,7 +16,7 @@ class ProgressLine:
     """Shows texts that replace each other."""
 
     def __init__(self) -> None:
-        self._is_terminal = console().isatty() and os.environ.get("TERM") != "dumb"
+        self._is_terminal = obeys(console())
         self._shown_at = time.monotonic()
         self._width = 0
 

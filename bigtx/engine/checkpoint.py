@@ -224,7 +224,7 @@ def newest(folder: Path | str) -> Path:
     if place.is_symlink() and not place.exists():
         raise CheckpointError(f"{place} is a link to {os.readlink(place)}, which is not there; mount that disk")
     if not checkpoints:
-        raise CheckpointError(f"{folder} has no complete checkpoint: is it a run folder, and has the run saved one?")
+        raise CheckpointError(f"{folder} has no complete checkpoint; name a run that has saved one")
     return next((path for path in checkpoints if not is_suspect(read_manifest(path))), checkpoints[0])
 
 

@@ -54,13 +54,18 @@ def read_tokenizer(run: Path | str) -> Tokenizer:
     """The tokenizer of a run, or of the run of a checkpoint: the one that its weights were trained with.
 
     Raises:
-        DataError: it is missing or damaged.
-        CheckpointError: it is another one, whose ids mean other texts.
+        DataError: it is damaged.
+        CheckpointError: it is missing, or another one, whose ids mean other texts.
     """
     from bigtx.engine.checkpoint import list_checkpoints, read_manifest
     from bigtx.tokenizer.tokenizer import Tokenizer
 
     folder = run_dir_of(run) / TOKENIZER
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} is missing: the tokenizer that the run was trained with; restore that folder from a copy: the "
+            "data or the base of the run has the same"
+        )
     tokenizer = Tokenizer.load(folder)
     for checkpoint in list_checkpoints(run)[:1]:
         expected = read_manifest(checkpoint).get("tokenizer")

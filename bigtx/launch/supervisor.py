@@ -215,7 +215,7 @@ class _Supervisor:
             if not any(statuses):
                 return 0
             if statuses[0] < 0 and not self._ranks[0].facts.get("stopped"):
-                log.say("stopped before the first step; nothing to save")
+                log.say_stopped("stopped before the first step; nothing to save")
             is_interrupt = self._request == signal.SIGINT or EXIT_INTERRUPTED in statuses
             return EXIT_INTERRUPTED if is_interrupt else EXIT_REQUEUE
         # Ranks that lost another one fail because of it, and may be noticed first.

@@ -8,7 +8,11 @@ from collections import deque
 from collections.abc import Mapping
 from typing import TextIO
 
+from bigtx.utils.terminal import ERASE_LINE, obeys
+
 _BAR_WIDTH, _LEAST_BAR_WIDTH = 24, 8
+_SPARE_COLUMNS = 5
+"""Behind the bar: a terminal echoes ^C there, perhaps twice, and a line that is full would be broken in two."""
 _SECONDS_BETWEEN_DRAWINGS = 0.1
 # Speed is taken over the last calls: the first steps (compilation, warm caches) say little about the rest.
 _SPEED_WINDOW = 30
@@ -26,7 +30,7 @@ class Console:
         """
         self._stream = stream
         self._total_steps = total_steps
-        self._is_terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._is_terminal = obeys(stream)
         self._times: deque[tuple[float, int]] = deque(maxlen=_SPEED_WINDOW)
         self._bar = ""
         self._drawn_at = 0.0
@@ -78,7 +82,7 @@ class Console:
     def _fit(self, step: int, parts: list[str]) -> str:
         """The bar's line, with as much as the terminal has room for: the loss, a short bar and the time that is left
         come first, and the bar takes the room that nothing else needs."""
-        columns = self._columns() - 1
+        columns = self._columns() - _SPARE_COLUMNS
         lead = f"{step}{self._of_total()}"
         room = columns - len(lead)
         kept: set[int] = set()
@@ -116,7 +120,7 @@ class Console:
             return 80
 
     def _erase(self) -> str:
-        return "\r\x1b[K" if self._bar else ""
+        return ERASE_LINE if self._bar else ""
 
     def _write(self, text: str) -> None:
         try:

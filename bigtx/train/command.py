@@ -1,7 +1,8 @@
 """What `bigtx pretrain` and `bigtx finetune` have in common.
 
 config, checked ─▶ this process is a rank (of deepspeed, torchrun, srun): it trains
-                └▶ else it starts a rank for each GPU, and watches over them (see `bigtx.launch`)
+                └▶ else it looks at the run folder and at what the run reads, starts a rank for each GPU, and watches
+                   over them (see `bigtx.launch`)
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from bigtx.config.schema import RunConfig
 from bigtx.launch.parents import watch_launchers
 from bigtx.launch.supervisor import start_ranks
 from bigtx.launch.world import World, find_world
+from bigtx.train.run_folder import check_settings
 from bigtx.train.session import Session, check_folder
 from bigtx.utils import log, processes
 from bigtx.utils.errors import LaunchError
@@ -35,7 +37,7 @@ def run_training(
 
     Args:
         schema: of the config.
-        session: gives the kind of training; called once the config is known to be good, since it may import much.
+        session: gives the kind of training; called once the config is known to be good.
         argv: without the program's name.
         program, example: for the help.
 
@@ -43,21 +45,23 @@ def run_training(
         The exit status.
 
     Raises:
-        BigtxError: of the config, the run folder, or the training itself.
+        BigtxError: of the config, the run folder, what the run reads, or the training itself.
     """
     parsed = parse_command_line(schema, argv, program=program, example=example)
-    world = _find_world(parsed)
+    world, kind = _find_world(parsed), session()
     if world is None:
         watch_launchers()
     else:
         raise_problems(list(batch_problems(parsed.config.train, world.size)))
         if not parsed.dry_run:
             check_folder(parsed.config, parsed.files)
+            check_settings(parsed.config)
+        kind.check_inputs(parsed.config, world.size)
         status = start_ranks(world, Path(parsed.config.run_dir))
         if status is not None:
             return status
     processes.share_cores()
-    with session()(parsed.config, dry_run=parsed.dry_run, files=parsed.files) as life:
+    with kind(parsed.config, dry_run=parsed.dry_run, files=parsed.files) as life:
         return life.run()
 
 

@@ -14,10 +14,9 @@ from bigtx.model.decode import Sampling
 from bigtx.model.write import plain_prompts, write
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.track.tracker import Tracker
-from bigtx.train.held_out import place_of, validation_sources
+from bigtx.train.held_out import place_of, refuse_other_tokenizer, validation_sources
 from bigtx.train.objectives import make_objective
 from bigtx.train.state import RunState
-from bigtx.utils.errors import ConfigError
 from bigtx.utils.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -52,11 +51,7 @@ class Validation:
             for name, source in validation_sources(config).items()
         }
         for name, batches in self.sources.items():
-            if batches.manifest.tokenizer_fingerprint != tokenizer.fingerprint:
-                raise ConfigError(
-                    f"validation.sources.{name}: {batches.manifest.folder} was prepared with another tokenizer than "
-                    "the training data; prepare it again with the run's tokenizer"
-                )
+            refuse_other_tokenizer(name, batches.manifest, tokenizer.fingerprint)
 
     def report(self, tracker: Tracker, state: RunState) -> bool:
         """Measure, sample, and hand both to the tracker. Every rank must call it.

@@ -8,17 +8,15 @@ from dataclasses import dataclass
 from bigtx.config.schema import FinetuneConfig
 from bigtx.data.audio.look import look_at
 from bigtx.data.records.read import read_records
-from bigtx.data.records.record import MAX_TOLD, BadRecordError, Broken, LeftOut, Record
+from bigtx.data.records.record import BadRecordError, Broken, LeftOut, Record
 from bigtx.data.records.split import split_records
 from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.train.first_records import SPLITS, advice_about
 from bigtx.train.record_table import Table, arrange, identity, table_of
 from bigtx.train.tasks import task_type
 from bigtx.train.tasks.task import Examples, Look, RecordTask
 from bigtx.utils import log
 from bigtx.utils.errors import ConfigError, DataError
-from bigtx.utils.shell import setting
-
-SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ def open_task_data(
     task.look_ahead([record for records in present.values() for record in records], look)
     broken = Broken()
     examples = {name: encode(task, records, broken) for name, records in present.items()}
-    broken.check(_advice(broken, config))
+    broken.check(advice_about(broken, config))
     _tell_left_out(left_out, is_resumed=table is not None)
     if table is None:
         lengths = {name: [example.length for example in split.examples] for name, split in examples.items()}
@@ -94,15 +92,6 @@ def _in_place(records: Sequence[Record | None], present: Examples) -> Examples:
         places.append(at % len(present.records))
         at += record is not None
     return Examples([present.records[place] for place in places], [present.examples[place] for place in places])
-
-
-def _advice(broken: Broken, config: FinetuneConfig) -> str:
-    """What to do about records that cannot be used."""
-    if broken.count > MAX_TOLD:
-        return "Or do without them: name them in data.leave_out."
-    names = [*config.data.leave_out, *(where for where, _ in broken.first)]
-    without, allowed = setting("data.leave_out", names), setting("allow_changes", ["data.leave_out"])
-    return f"Or do without them: {without} (to resume a run, also {allowed})"
 
 
 def _tell_left_out(left_out: LeftOut, *, is_resumed: bool) -> None:
@@ -155,7 +144,7 @@ def _read_splits(config: FinetuneConfig, left_out: LeftOut, table: Table | None)
     """The records by split; where there is a table, in its order, None being one that is left out."""
     data, broken = config.data, Broken(left_out)
     read = {name: read_all(getattr(data, name), broken, data.exclude) for name in SPLITS}
-    broken.check(_advice(broken, config))
+    broken.check(advice_about(broken, config))
     kept = {name: [record for record in records if record.where not in left_out] for name, records in read.items()}
     if table is None:
         return {name: list(records) for name, records in _divide(config, kept).items()}

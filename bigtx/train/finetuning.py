@@ -6,10 +6,11 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigtx.config.load import load_run_config
-from bigtx.config.runs import run_dir_of
+from bigtx.config.runs import has_steps, run_dir_of
 from bigtx.config.schema import FinetuneConfig, ModelConfig
 from bigtx.track.jsonl import plain
 from bigtx.train.finetune_notes import (
@@ -21,7 +22,7 @@ from bigtx.train.finetune_notes import (
     total_steps,
     untrained_roles,
 )
-from bigtx.train.session import BASE_FACTS, Session, say_finished
+from bigtx.train.session import BASE_FACTS, Session, check_teacher, say_finished
 from bigtx.utils import log
 from bigtx.utils.errors import CheckpointError, ConfigError, LaunchError
 from bigtx.utils.files import read_object, write_json
@@ -30,6 +31,7 @@ from bigtx.utils.units import parse_duration
 
 if TYPE_CHECKING:
     from bigtx.data.stream.loader import StepLoader
+    from bigtx.tokenizer.tokenizer import Tokenizer
     from bigtx.train.loop import Run
     from bigtx.train.measure import Measurement
     from bigtx.train.record_table import Table
@@ -45,6 +47,23 @@ class FinetuneSession(Session[FinetuneConfig]):
 
     job_type = "finetune"
 
+    @staticmethod
+    def check_inputs(config: FinetuneConfig, num_ranks: int) -> None:
+        """Look for the base, its tokenizer and the first of the records.
+
+        Raises:
+            BigtxError: as `open_data`.
+        """
+        from bigtx.engine.checkpoint import preferred
+        from bigtx.train.first_records import check_records
+
+        run_dir = Path(config.run_dir)
+        check_teacher(config)
+        if config.base and not has_steps(run_dir):
+            preferred(config.base)
+        open_tokenizer(config, run_dir)
+        check_records(config)
+
     def open_data(self) -> None:
         """Open the base's tokenizer, read the records, and complete the config.
 
@@ -56,7 +75,11 @@ class FinetuneSession(Session[FinetuneConfig]):
         from bigtx.train.examples import open_task_data
 
         self.open_teacher()
-        self.tokenizer = self._open_tokenizer()
+        tokenizer = open_tokenizer(self.config, self.run_dir)
+        if tokenizer is None:
+            assert self.teacher is not None
+            tokenizer = self.teacher.tokenizer
+        self.tokenizer = tokenizer
         config = self.config
         if config.model.vocab_size is None:
             config = dataclasses.replace(
@@ -106,8 +129,7 @@ class FinetuneSession(Session[FinetuneConfig]):
         packed = f" in {len(self.rows):,} rows" if len(self.rows) < len(self.splits["train"].records) else ""
         length, *warnings = describe_length(self.config, self.total_steps, len(self.rows))
         log.say(
-            f"task: {self.config.task}; records: {counts}{packed}, of {self.mean_tokens:.0f} tokens in the mean; "
-            f"{length}"
+            f"task: {self.config.task}; records: {counts}{packed}, {self.mean_tokens:.0f} tokens on average; {length}"
         )
         for line in self.task.review(self.splits) + warnings:
             log.say(line)
@@ -120,28 +142,6 @@ class FinetuneSession(Session[FinetuneConfig]):
             )
         if not self.splits["validation"].records:
             log.say(describe_held_out(self.config))
-
-    def _open_tokenizer(self) -> Any:
-        from bigtx.engine.trained import TOKENIZER, read_tokenizer
-        from bigtx.tokenizer.tokenizer import Tokenizer
-
-        own = self.run_dir / TOKENIZER
-        base = self.config.base
-        if base is None and self.config.tokenizer is None:
-            assert self.teacher is not None
-            return self.teacher.tokenizer
-        if base is None:
-            assert self.config.tokenizer is not None
-            return Tokenizer.load(self.config.tokenizer)
-        if not (run_dir_of(base) / TOKENIZER).is_dir() and own.is_dir():
-            return Tokenizer.load(own)  # The base is gone; the run has all that it needs of it.
-        tokenizer = read_tokenizer(base)
-        if self.config.tokenizer and Tokenizer.load(self.config.tokenizer).fingerprint != tokenizer.fingerprint:
-            raise ConfigError(
-                f"tokenizer={self.config.tokenizer}: the tokenizer comes with the base, and that of {base} is another "
-                "one, so its ids would mean other texts; leave tokenizer out, or write tokenizer=null"
-            )
-        return tokenizer
 
     def is_finished(self) -> bool:
         """Whether the run has made all its steps, or ended early, and its best checkpoint was measured."""
@@ -364,6 +364,30 @@ class FinetuneSession(Session[FinetuneConfig]):
         if knows_chats(self.config):
             return command("bigtx", "chat", self.run_dir)
         return command("bigtx", "predict", self.run_dir, "input=FILE")
+
+
+def open_tokenizer(config: FinetuneConfig, run_dir: Path) -> Tokenizer | None:
+    """The tokenizer of the base, or the one that the config names; None: it is the teacher's.
+
+    Raises:
+        DataError, CheckpointError: it cannot be used.
+        ConfigError: the base has another one than the config names.
+    """
+    from bigtx.engine.trained import TOKENIZER, read_tokenizer
+    from bigtx.tokenizer.tokenizer import Tokenizer
+
+    own, base = run_dir / TOKENIZER, config.base
+    if base is None:
+        return Tokenizer.load(config.tokenizer) if config.tokenizer else None
+    if not (run_dir_of(base) / TOKENIZER).is_dir() and own.is_dir():
+        return Tokenizer.load(own)  # The base is gone; the run has all that it needs of it.
+    tokenizer = read_tokenizer(base)
+    if config.tokenizer and Tokenizer.load(config.tokenizer).fingerprint != tokenizer.fingerprint:
+        raise ConfigError(
+            f"tokenizer={config.tokenizer}: the tokenizer comes with the base, and that of {base} is another one, so "
+            "its ids would mean other texts; leave tokenizer out, or write tokenizer=null"
+        )
+    return tokenizer
 
 
 def _that_counts(model: ModelConfig) -> dict[str, Any]:

@@ -3,23 +3,47 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bigtx.config.runs import has_steps
 from bigtx.config.schema import PretrainConfig
-from bigtx.train.session import Session, num_ranks
+from bigtx.train.session import Session, check_teacher, num_ranks
 from bigtx.utils import log
 from bigtx.utils.errors import ConfigError
 from bigtx.utils.shell import command
+from bigtx.utils.urls import is_url
 
 if TYPE_CHECKING:
     from bigtx.data.stream.loader import StepLoader
     from bigtx.train.evaluation import Validation
+    from bigtx.train.run_data import RunData
 
 
 class PretrainSession(Session[PretrainConfig]):
     """One life of a pretraining run."""
 
     job_type = "pretrain"
+
+    @staticmethod
+    def check_inputs(config: PretrainConfig, num_ranks: int) -> None:
+        """Open the data as the ranks will, and look for the runs that it begins with.
+
+        Raises:
+            BigtxError: as `open_data`.
+        """
+        from bigtx.engine.checkpoint import preferred
+        from bigtx.train.held_out import check_held_out
+        from bigtx.train.run_data import open_run_data
+
+        check_teacher(config)
+        if config.init_from and not has_steps(Path(config.run_dir)):
+            preferred(config.init_from)
+        if any(map(is_url, _places(config))):
+            return  # The ranks ask the network.
+        data = open_run_data(config, total_steps(config), num_ranks, once=lambda get: get())
+        with_vocabulary(config, data)
+        check_held_out(config, data.tokenizer.fingerprint)
 
     def open_data(self) -> None:
         """Open the prepared corpora and their tokenizer, and make the objective.
@@ -36,23 +60,19 @@ class PretrainSession(Session[PretrainConfig]):
         config = self.config
         self.tokens_per_step = config.train.global_batch_size * config.train.sequence_length
         self.total_steps = total_steps(config)
-        self.data = open_run_data(config, self.total_steps, self.ranks)
+        self.data = open_run_data(
+            config,
+            self.total_steps,
+            self.ranks.world_size,
+            once=lambda get: self.ranks.from_first(self.ranks.on_first(get)),
+        )
         self.tokenizer = self.data.tokenizer
         self.facts = {
             "tokenizer": self.tokenizer.fingerprint,
             "seed": config.seed,
             "data": self.data.identity,
         }
-        if config.model.vocab_size is None:
-            self.config = config = dataclasses.replace(
-                config, model=dataclasses.replace(config.model, vocab_size=self.tokenizer.vocab_size)
-            )
-        elif config.model.vocab_size < self.tokenizer.vocab_size:
-            raise ConfigError(
-                f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's "
-                f"{self.tokenizer.vocab_size} ids in {self.data.tokenizer_place}; write model.vocab_size=null to take "
-                "it from there"
-            )
+        self.config = config = with_vocabulary(config, self.data)
         log.say(f"data: {self.data.description}; vocabulary {config.model.vocab_size:,}")
         self.objective = make_objective(config, self.tokenizer, purpose="train")
         log.say(f"objective: {config.objective.name}, {self.objective.describe()}")
@@ -89,7 +109,7 @@ class PretrainSession(Session[PretrainConfig]):
         config, train = self.config, self.config.train
         if self.checkpoint and config.data.foreign.paths:
             self._tell_rereading()
-        return self.data.loader_type(
+        return self.data.loader_type()(
             config.data,
             sequence_length=train.sequence_length,
             global_batch_size=train.global_batch_size,
@@ -156,6 +176,29 @@ class PretrainSession(Session[PretrainConfig]):
                 "that run's tokenizer folder"
             )
         return source
+
+
+def with_vocabulary(config: PretrainConfig, data: RunData) -> PretrainConfig:
+    """The config with the size of the vocabulary.
+
+    Raises:
+        ConfigError: it is too small for the tokenizer.
+    """
+    given, needed = config.model.vocab_size, data.tokenizer.vocab_size
+    if given is None:
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=needed))
+    if given < needed:
+        raise ConfigError(
+            f"model.vocab_size={given} is smaller than the tokenizer's {needed} ids in {data.tokenizer_place}; write "
+            "model.vocab_size=null to take it from there"
+        )
+    return config
+
+
+def _places(config: PretrainConfig) -> list[str]:
+    """All data that the run reads."""
+    sources = [*config.data.sources.values(), *config.validation.sources.values()]
+    return [*config.data.foreign.paths, *(source.path for source in sources)]
 
 
 def total_steps(config: PretrainConfig) -> int:

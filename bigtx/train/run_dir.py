@@ -41,11 +41,12 @@ def check_run_dir(config: RunConfig, files: Iterable[Path] = ()) -> None:
     Raises:
         ConfigError: it is an input of the run, something else than a run, or holds files that are not a run's.
         CheckpointError: it is a run whose checkpoints are gone, or whose config is missing or damaged.
-        LaunchError: its checkpoints cannot be written.
+        LaunchError: it or its checkpoints cannot be written.
     """
     run_dir = Path(config.run_dir)
+    _check_place(run_dir)
     if not run_dir.is_dir():
-        return  # It is made later, or refused by the system.
+        return  # It is made later.
     for key, name in _inputs(config):
         if run_dir.resolve() in (Path(name).resolve(), run_dir_of(name).resolve()):
             raise ConfigError(f"run_dir={run_dir} is what {key} names; a run needs a folder of its own: name another")
@@ -53,6 +54,17 @@ def check_run_dir(config: RunConfig, files: Iterable[Path] = ()) -> None:
         _refuse_other_files(run_dir, is_given=gives_config(run_dir, files))
     saved_values(run_dir)
     _check_checkpoints(run_dir, config)
+
+
+def _check_place(run_dir: Path) -> None:
+    """Refuse a folder that cannot be made, or cannot be written into."""
+    place = run_dir
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    if not os.path.isdir(place):
+        raise LaunchError(f"run_dir={run_dir} cannot be written: {place} is not a folder; name another folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise LaunchError(f"run_dir={run_dir} cannot be written: {place} is read-only for you; name another folder")
 
 
 def saved_values(run_dir: Path) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,15 @@ if TYPE_CHECKING:
 
 UNTOLD = ("run_dir", "allow_changes")
 """Settings whose change says nothing about the training."""
+COMPLETED = (
+    "model.vocab_size",
+    "model.num_classes",
+    "model.class_head",
+    "classify.classes",
+    "classify.pooling",
+    "chat.format",
+)
+"""Settings that a run completes from its data or its teacher, so that its own config says more than the command."""
 README = """The checkpoints of a run of bigtx; the run is the folder that this one, or a link to it, lies in.
 
 This file is here from the run's beginning on: a run that has made steps and finds neither it nor a checkpoint refuses
@@ -113,13 +122,29 @@ def _set_history_aside(run_dir: Path) -> Path:
     return aside
 
 
-def _changed_settings(run_dir: Path, config: RunConfig) -> list[dict[str, Any]]:
-    """What differs from the run so far, all of it allowed; nothing where no step has been saved."""
+def check_settings(config: RunConfig) -> None:
+    """Refuse settings that the run so far does not allow to change, before its data are read.
+
+    What follows from the data is compared when the folder is opened.
+
+    Raises:
+        ConfigError: as `open_run_folder`.
+        CheckpointError: the run's config is missing or damaged.
+    """
+    _changed_settings(Path(config.run_dir), config, but=COMPLETED)
+
+
+def _changed_settings(run_dir: Path, config: RunConfig, but: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """What differs from the run so far, all of it allowed; nothing where no step has been saved.
+
+    Args:
+        but: settings that are not compared.
+    """
     saved = saved_values(run_dir)
     if saved is None:
         return []
     try:
-        found = changes.compare(saved, config)
+        found = [change for change in changes.compare(saved, config) if change.key not in but]
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{run_dir / CONFIG} is damaged; restore it from a copy") from error
     changes.refuse(found, config)

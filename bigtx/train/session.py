@@ -115,7 +115,7 @@ class Session(ABC, Generic[Config]):
         """Answer a request to stop at once: the step that runs may take long."""
         if self.stop.came_early:
             log.report(stopped=True)
-            log.say("stopped before the first step; nothing to save")
+            log.say_stopped("stopped before the first step; nothing to save")
         elif self._is_training:
             self.tracker.message("stopping: a checkpoint is saved after this step")
 
@@ -153,6 +153,12 @@ class Session(ABC, Generic[Config]):
             log.say(f"micro batches of {size}: train.micro_batch_size={train.micro_batch_size} does not divide {share}")
             self.config = dataclasses.replace(self.config, train=dataclasses.replace(train, micro_batch_size=size))
 
+    @staticmethod
+    @abstractmethod
+    def check_inputs(config: Any, num_ranks: int) -> None:
+        """Refuse what `open_data` would refuse, as far as a quick look tells. Called before the ranks are started, and
+        imports no torch."""
+
     @abstractmethod
     def open_data(self) -> None:
         """Open what the run reads, and complete the config and `facts` from it."""
@@ -172,7 +178,9 @@ class Session(ABC, Generic[Config]):
         )
         self.lock = opened.lock if opened else None
         if opened and opened.aside:
-            log.say(f"begins again at step 0, its checkpoints being gone; what it wrote before is in {opened.aside}")
+            log.say(
+                f"starts again at step 0, because its checkpoints are gone; what it wrote before is in {opened.aside}"
+            )
         self.changed = self.ranks.from_first(opened.changed if opened else None)
         self.damaged: list[str] = []
         self.checkpoint = checkpoint.choose(self.run_dir, self.ranks, self._note_damaged)
@@ -622,7 +630,7 @@ def say_finished(step: int, settings: Sequence[str], results: str = "") -> None:
         results: where they are, as a part of the sentence.
     """
     longer = shell.settings({name: "N" for name in settings} | {"allow_changes": settings})
-    log.say(f"the run is finished: {step:,} steps{results}. To train on: {longer}; to start over: another run_dir")
+    log.say(f"the run is finished: {step:,} steps{results}. To train on: {longer}; to start over, name another run_dir")
 
 
 def check_folder(config: RunConfig, files: Iterable[Path]) -> None:
@@ -636,6 +644,18 @@ def check_folder(config: RunConfig, files: Iterable[Path]) -> None:
     refuse_if_held(config.run_dir)
     if processes.rank() == 0:
         check_run_dir(config, files)
+
+
+def check_teacher(config: RunConfig) -> None:
+    """Refuse a teacher that is no run, or has no checkpoint, before torch is imported to read it.
+
+    Raises:
+        BigtxError: see `find_with_tokenizer`.
+    """
+    from bigtx.engine.trained import find_with_tokenizer
+
+    if config.distill.teacher:
+        find_with_tokenizer(config.distill.teacher)
 
 
 def num_ranks(count: int) -> str:

@@ -28,7 +28,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from bigtx.utils import streams
+from bigtx.utils import streams, terminal
 from bigtx.utils.processes import rank
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -150,6 +150,13 @@ def say(text: str = "") -> None:
         print(text, file=console(), flush=True)
     if _active:
         print(text, file=_active.log)
+
+
+def say_stopped(text: str) -> None:
+    """As `say`, in the place of the ^C that a terminal has echoed."""
+    if rank() == 0 and terminal.obeys(console()):
+        print(terminal.ERASE_LINE, end="", file=console())
+    say(text)
 
 
 def say_json(value: Any) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
+from typing import TextIO
+
+ERASE_LINE = "\r\x1b[K"
+"""Takes what stands in a terminal's last line away."""
 
 
 def visible(text: str) -> str:
@@ -22,3 +27,8 @@ def fitted(text: str, columns: int) -> str:
             text = text[:-1]
         text += "…"
     return text + " " * (columns - width(text))
+
+
+def obeys(stream: TextIO) -> bool:
+    """Whether a stream is a terminal that does what control characters ask for."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"

@@ -21,7 +21,7 @@ from bigtx.engine.schedules import resolve_steps
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.train import record_table
 from bigtx.train.finetune_notes import describe_length, untrained_roles
-from bigtx.train.finetuning import FinetuneSession, total_steps
+from bigtx.train.finetuning import open_tokenizer, total_steps
 from bigtx.train.objectives import make_objective
 from bigtx.train.pretraining import PretrainSession
 from bigtx.train.run_dir import check_run_dir
@@ -59,12 +59,11 @@ def finetune(*given: str) -> Attempt:
     """What a fine-tuning refuses of its base's tokenizer."""
 
     def attempt(words: Sequence[str]) -> Outcome:
-        def open_tokenizer() -> None:
-            session = FinetuneSession(load(FinetuneConfig, [*FINETUNE, *given, *words]), dry_run=False)
-            session.run_dir = Path(session.config.run_dir)
-            session._open_tokenizer()
+        def look() -> None:
+            config = load(FinetuneConfig, [*FINETUNE, *given, *words])
+            open_tokenizer(config, Path(config.run_dir))
 
-        return call(open_tokenizer)
+        return call(look)
 
     return attempt
 

@@ -47,6 +47,11 @@ def load_tokenizer(place: Place, fingerprint: str) -> Tokenizer:
     """
     if isinstance(place, RemotePath):
         return _fetch_tokenizer(place / TOKENIZER, fingerprint)
+    if not (place / TOKENIZER).is_dir():
+        raise DataError(
+            f"{place / TOKENIZER} is missing: the tokenizer that the corpus was prepared with (fingerprint "
+            f"{fingerprint[:12]}); copy it there again from where it came."
+        )
     tokenizer = Tokenizer.load(place / TOKENIZER)
     _check(tokenizer, place / TOKENIZER, fingerprint)
     return tokenizer

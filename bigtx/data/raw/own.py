@@ -39,14 +39,14 @@ def without_own(folder: str, names: Sequence[str]) -> list[str]:
 
 
 def _is_own(path: str, beside: Collection[str]) -> bool:
-    return _is_listed_own_folder(path) if os.path.isdir(path) else is_own_file(path, beside)
+    return _kind_of_listed(path) is not None if os.path.isdir(path) else is_own_file(path, beside)
 
 
-def _is_listed_own_folder(path: str) -> bool:
+def _kind_of_listed(folder: str) -> str | None:
     try:
-        return kind_of(path, os.listdir(path)) is not None
+        return kind_of(folder, os.listdir(folder))
     except OSError:
-        return False  # Reading it says what is wrong.
+        return None  # Reading it says what is wrong.
 
 
 def kind_of(folder: str, names: Collection[str]) -> str | None:
@@ -86,15 +86,17 @@ def own_of(path: str, base: str, known: dict[str, bool]) -> str | None:
     return None
 
 
-def refuse_own(path: str, setting: str) -> None:
+def refuse_own(path: str, setting: str = "") -> None:
     """Do nothing unless a folder that is to be read as a whole is one that bigtx made.
 
     Raises:
         DataError: it is.
     """
+    kind = _kind_of_listed(path)
     # Somebody may have put a tokenizer beside their texts.
-    if _is_listed_own_folder(path) and not os.path.isfile(os.path.join(path, _TOKENIZER)):
-        raise DataError(f"{path} (named in {setting}) was made by bigtx; name the folder that is to be read.")
+    if kind and not os.path.isfile(os.path.join(path, _TOKENIZER)):
+        named = f" (named in {setting})" if setting else ""
+        raise DataError(f"{path}{named} is {kind}, which was made by bigtx; name the folder that is to be read.")
 
 
 def is_own_file(path: str, beside: Collection[str]) -> bool:

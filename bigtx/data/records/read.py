@@ -108,7 +108,7 @@ def _read_path(path: str, broken: Broken, exclude: Sequence[str]) -> Iterator[Re
 
 def _read_folder(folder: Path, broken: Broken, exclude: Sequence[str]) -> Iterator[Record]:
     left_out = (".*", *exclude)
-    own.refuse_own(str(folder), "data")
+    own.refuse_own(str(folder))
     entries = sorted(
         (
             folder / name

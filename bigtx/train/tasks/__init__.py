@@ -18,6 +18,16 @@ RECORD_TASKS = {
 }
 """Where the class of each `task` of a fine-tuning is."""
 
+FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "transcribe": (("audio",),),
+    "classify": (("text", "label"),),
+    "sft": (("messages",), ("prompt", "response")),
+    "preference": (("chosen", "rejected"),),
+    "translate": (("source", "target"),),
+    "distill": (("text",),),
+}
+"""What a record of each `task` must have to learn from: one of these sets of fields, named as in `data.fields`."""
+
 
 def task_type(name: str) -> type[RecordTask]:
     """The class of a task."""
