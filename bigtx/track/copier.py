@@ -14,15 +14,18 @@ if TYPE_CHECKING:
     from wandb import Run
 
 _STAMP = ("step", "tokens", "time")
-_LOWER_IS_BETTER = (
-    "loss",
-    "perplexity",
-    "bits_per_byte",
-    "calibration_error",
-    "word_error_rate",
-    "character_error_rate",
+_LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "calibration_error", "wer", "cer")
+_HIGHER_IS_BETTER = (
+    "accuracy",
+    "macro_f1",
+    "token_accuracy",
+    "exact_match",
+    "margin",
+    "reward_accuracy",
+    "reward_margin",
+    "bleu",
+    "chrf",
 )
-_HIGHER_IS_BETTER = ("accuracy", "f1", "macro_f1", "bleu", "chrf")
 _MEASURED_ONCE = ("best/", "test/", "evaluate/")
 
 

@@ -1,4 +1,4 @@
-"""The format as docs/data.md describes it: read by the document's own program, and field by field."""
+"""The format as docs/format.md describes it: read by the document's own program, and field by field."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from doors import ROOT
 
-PAGE = ROOT / "docs" / "data.md"
+PAGE = ROOT / "docs" / "format.md"
 
 
 @pytest.mark.parametrize("vocab_size", [1000, 70_000])
