@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from doors import (
     TINY,
+    bigtx,
     environment,
     kill_left_over,
     last_step,
@@ -201,6 +202,16 @@ def test_stopped_before_the_first_step(corpus: Path, tmp_path: Path) -> None:
     assert process.returncode == 130, out + err
     assert "stopped before the first step; nothing to save" in out and "Traceback" not in out + err
     assert sorted(path.name for path in run_dir.iterdir()) == ["environment.json", "logs"]
+
+
+def test_a_run_is_resumed_by_its_folder_alone(corpus: Path, tmp_path: Path, uninterrupted: Path) -> None:
+    shutil.copytree(uninterrupted, tmp_path / "moved")
+    done = bigtx("pretrain", "moved", "train.max_steps=42", "--ranks", "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "resumed from moved/checkpoints/step-00000040" in done.stdout
+    assert max(losses(tmp_path / "moved")) == 42 and max(losses(uninterrupted)) == 40
+    changes = [event for event in read_lines(tmp_path / "moved" / "events.jsonl") if event["kind"] == "config_change"]
+    assert [(change["key"], change["old"], change["new"]) for change in changes] == [("train.max_steps", 40, 42)]
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(

@@ -434,7 +434,7 @@ def _read_file(path: Path, problems: list[Problem], above: tuple[Path, ...], vis
     own = {key: node for key, node in tree.content.items() if key != BASE}
     below = Node({}, str(path))
     base = tree.content.get(BASE)
-    if base is not None and _is_run(base, path.parent):
+    if base is not None and _is_run(base, path):
         own[BASE], base = base, None
     for node in _base_names(base):
         assert isinstance(node.content, str)
@@ -448,12 +448,13 @@ def _read_file(path: Path, problems: list[Problem], above: tuple[Path, ...], vis
     return merge(below, Node(own, tree.where))
 
 
-def _is_run(base: Node, folder: Path) -> bool:
-    """Whether `base:` names not files to build on but a fine-tuning's run to start from, as in a run's config.yaml."""
-    if base.is_null:
+def _is_run(base: Node, path: Path) -> bool:
+    """Whether a file's `base:` names not files to build on but a fine-tuning's run to start from, which a run's own
+    config.yaml always does: that run may be gone."""
+    if base.is_null or (path.name == CONFIG and is_run(path.parent)):
         return True
     name = base.content
-    return isinstance(name, str) and not (folder / name).is_file() and Path(name).is_dir()
+    return isinstance(name, str) and not (path.parent / name).is_file() and Path(name).is_dir()
 
 
 def _base_names(base: Node | None) -> list[Node]:

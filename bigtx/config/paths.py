@@ -45,7 +45,7 @@ def _mapped(schema: type, values: dict[str, Any], change: Callable[[str], str]) 
                 entry: _mapped(section, inner, change) if isinstance(inner, dict) else inner
                 for entry, inner in value.items()
             }
-        elif setting.kind == "path":
+        elif setting.kind == "path" and name in values:
             found[name] = _changed(value, change)
     return found
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import socket
 from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
 import pytest
+import torch
 from engine.ranks import run_ranks
 
 from bigtx.engine import ranks
@@ -26,6 +28,28 @@ def test_own_device(monkeypatch: pytest.MonkeyPatch, local_rank: str) -> None:
     else:
         ranks.use_own_device()
         assert taken == [int(local_rank)]
+
+
+@pytest.mark.parametrize(
+    ("hosts", "note"),
+    [
+        (["a"], "1 of 4 GPUs of a is used"),
+        (["a", "a", "b"], "2 of 4 GPUs of a are used"),
+        (["a", "a", "a", "a"], None),
+    ],
+)
+def test_gpus_that_are_not_used_are_mentioned(
+    monkeypatch: pytest.MonkeyPatch, hosts: list[str], note: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(socket, "gethostname", lambda: "a")
+    some = object.__new__(ranks.Ranks)
+    answers = iter([hosts, [(host, 4) for host in hosts]])
+    monkeypatch.setattr(some, "gather", lambda value: next(answers))
+    found = some.notes_on_devices()
+    assert len(found) == len(set(hosts)) * (note is not None)
+    assert note is None or note in found[0]
 
 
 @pytest.fixture(scope="module")
