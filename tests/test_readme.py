@@ -26,6 +26,7 @@ QUICK = {
     "tokenizer train": ["vocab_size=400"],
     "pretrain": ["train.max_steps=3", "train.global_batch_size=4", "validation.every=100 steps"],
     "pretrain runs/mine": [],
+    "pretrain runs/mine train.max_steps=": ["train.max_steps=5"],
     "finetune": ["train.epochs=1", "data.max_length=32"],
     "finetune finetune/chat.yaml": ["train.epochs=1", "train.min_steps=0"],
     "generate": ["max_new_tokens=8"],
@@ -76,9 +77,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("words", commands(), ids=shown)
-def test_commands_are_accepted(
-    words: list[str], folder: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_commands_are_accepted(words: list[str], folder: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By what reads them: nothing is trained, so what a command needs of those before it is made up."""
     read = Arguments.parse_known_args
 
