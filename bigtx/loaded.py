@@ -359,5 +359,5 @@ def _device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
-        raise LaunchError(f"device {name!r} cannot be used: {reason}; --device auto takes what is there") from error
+        raise LaunchError(f"device {name!r} cannot be used: {reason}; device=auto takes what is there") from error
     return device

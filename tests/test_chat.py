@@ -159,7 +159,7 @@ def test_lines_that_cannot_be_answered(talk: Talk, tmp_path: Path) -> None:
     assert "cannot be written: No such file or directory" in err
     out, err = talk("//\n/help\n/quit\nba ben bin\n", "--json")
     assert json.loads(out)["prompt"] == "/" and "/reset" in err, "nothing is answered after /quit"
-    assert talk("", "--top-p", "2", status=2)[1].count("top-p") == 1
+    assert talk("", "--top-p", "2", status=2)[1].count("top_p=2") == 1
 
 
 @pytest.mark.parametrize("command", [["chat", "RUN"], ["predict", "RUN", "--input", "-"]])

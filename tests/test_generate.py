@@ -225,9 +225,9 @@ def test_prompts_that_are_missing(run: Path, tmp_path: Path, capsys: pytest.Capt
 
 @pytest.mark.parametrize("temperature", ["-1", "nan", "inf"])
 def test_settings_out_of_range(run: Path, capsys: pytest.CaptureFixture[str], temperature: str) -> None:
-    settings = ["--top-p", "0", "--top-k", "0", "--temperature", temperature, "--max-new-tokens", "0"]
-    shown = error(capsys, str(run), "--prompt", "x", *settings)
-    assert all(name in shown for name in settings[::2])
+    settings = ["top_p=0", "top_k=0", f"temperature={temperature}", "max_new_tokens=0"]
+    shown = error(capsys, str(run), "prompt=x", *settings)
+    assert all(setting in shown for setting in settings)
 
 
 def test_a_device_that_is_not_there(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

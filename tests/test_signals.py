@@ -30,7 +30,7 @@ from doors import (
 )
 from finetunes import RHYTHM, labelled, write_jsonl
 
-STEPS, STOP_AT = 40, 12
+STEPS, STOP_AT = 24, 8
 STATUSES = {signal.SIGTERM: 75, signal.SIGINT: 130, signal.SIGHUP: 75, signal.SIGUSR1: 75}
 """Of a command whose ranks saved and ended."""
 DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port"]
@@ -181,10 +181,10 @@ def check_signal(case: Case, straight: Path, run_dir: Path, number: signal.Signa
 def test_a_signal_to_each_process_of_the_deepspeed_launcher(
     pretrained: tuple[Case, Path], run_dir: Path, number: signal.Signals, victim: str
 ) -> None:
-    """The launcher's own end and status are not ours to choose; that its ranks save and end is."""
+    """That the ranks save and end is our part; the command ends with status 0 when its own second process is killed."""
     straight = pretrained[1]
     case = Case(by_deepspeed, pretrained[0].arguments)
     status, out, err = hit(case, run_dir, victim_of(victim, run_dir), number)
-    assert status != 0, out + err
+    assert status != 0 or (number == signal.SIGKILL and victim == "supervisor"), out + err
     is_rank_killed = number == signal.SIGKILL and victim == "rank 1"
     check_nothing_lost(case, run_dir, straight, saved=not is_rank_killed)

@@ -6,7 +6,6 @@ arguments and the run folder have been found good.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -18,17 +17,24 @@ from typing import Any
 from bigtx.commands.generate import write_line
 from bigtx.engine.trained import find
 from bigtx.loaded import LoadedModel, load, refuse_chatless
-from bigtx.utils.arguments import Arguments
+from bigtx.utils.arguments import Arguments, columns
 from bigtx.utils.errors import BigtxError, DataError, LaunchError
 from bigtx.utils.options import add_loading_options, add_writing_options, given_writing_options
 
 PROMPT = "> "
-HELP = """\
-/reset       forget the chat; the system prompt stays
-/save FILE   add the chat to FILE.jsonl as one line, which fine-tuning reads (data.train=FILE.jsonl)
-/help        show this list
-/quit        end, as Ctrl-D does
-Ctrl-C ends an answer. A message that begins with / is written with two: //"""
+HELP = "\n".join(
+    [
+        *columns(
+            [
+                ("/reset", "forget the chat; the system prompt stays"),
+                ("/save FILE.jsonl", "add the chat to a file as one line, which data.train=FILE.jsonl reads"),
+                ("/help", "show this list"),
+                ("/quit", "end, as Ctrl-D does"),
+            ]
+        ),
+        "Ctrl-C ends an answer. A message that begins with / is written with two: //",
+    ]
+)
 
 
 def command(argv: Sequence[str]) -> int:
@@ -58,11 +64,10 @@ def _parser() -> Arguments:
         description="Talk with a run that was trained on chats (finetune/chat.yaml). Standard input that is no "
         "terminal has a message in each line; the answers are written to standard output.",
         epilog=f"While it runs:\n{HELP}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", metavar="RUN", help="folder of a run, or of one of its checkpoints")
     parser.add_argument("--system", metavar="TEXT", help="a system prompt, which stands before the chat (none)")
-    parser.add_argument("--json", action="store_true", help="a JSON object for each answer")
+    parser.add_json("a JSON object for each answer")
     add_writing_options(parser)
     add_loading_options(parser)
     return parser
@@ -154,7 +159,7 @@ class _Chat:
 
     def _save(self, name: str) -> None:
         if not name.endswith(".jsonl"):
-            raise DataError("/save wants the name of a file of JSON lines: /save NAME.jsonl")
+            raise DataError("/save needs the name of a file of JSON lines: /save NAME.jsonl")
         if not self.messages:
             raise DataError("there is nothing to save: no message has been answered yet")
         path = Path(name).expanduser()

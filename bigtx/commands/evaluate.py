@@ -24,7 +24,8 @@ from bigtx.track.jsonl import plain
 from bigtx.utils.arguments import Arguments
 from bigtx.utils.errors import ConfigError, LaunchError
 from bigtx.utils.files import read_object, write_json
-from bigtx.utils.options import add_loading_options
+from bigtx.utils.log import said_aside, say_json
+from bigtx.utils.options import add_loading_options, check_options
 from bigtx.utils.terminal import visible
 
 FOLDER = "evaluations"
@@ -43,15 +44,14 @@ def command(argv: Sequence[str]) -> int:
         BigtxError: a run or data that cannot be used.
     """
     arguments = _parser().parse_args(argv)
-    if arguments.batch_size is not None and arguments.batch_size < 1:
-        raise ConfigError(f"--batch-size={arguments.batch_size}: at least 1")
+    check_options({"batch_size": arguments.batch_size})
     if arguments.output is not None and not arguments.output.endswith(".json"):
-        raise ConfigError(f"--output {arguments.output}: a JSON file is written; name it NAME.json")
+        raise ConfigError(f"output={arguments.output}: a JSON file is written; write output=NAME.json")
     checkpoint, config = find(arguments.run)
     if not arguments.data and not arguments.split:
         arguments.split = "validation"
         kind = "records" if isinstance(config, FinetuneConfig) else "text"
-        print(f"measured on the run's own validation {kind}, since no --data FILE is named", file=sys.stderr)
+        print(f"measured on the run's own validation {kind}, since no data=FILE is named", file=sys.stderr)
     if arguments.output is not None:
         _refuse_other_file(Path(arguments.output), arguments, checkpoint)
     found: Records | Corpora
@@ -66,10 +66,15 @@ def command(argv: Sequence[str]) -> int:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output, plain(result))
     except OSError as error:
-        raise LaunchError(f"{output} cannot be written: {error.strerror}; name another file by --output") from None
-    print(_shown(result))
-    print(f"written to {output}")
-    _track(arguments, config, result, output, found.examples)
+        raise LaunchError(
+            f"{output} cannot be written: {error.strerror}; write output=FILE.json to name another file"
+        ) from None
+    with said_aside(arguments.json):
+        print(_shown(result))
+        print(f"written to {output}")
+        _track(arguments, config, result, output, found.examples)
+    if arguments.json:
+        say_json(plain(result) | {"output": str(output)})
     return found.status
 
 
@@ -98,6 +103,7 @@ def _parser() -> Arguments:
     parser.add_argument(
         "--wandb", choices=["auto", "online", "offline", "off"], help="a W&B run of this evaluation (as the run had it)"
     )
+    parser.add_json()
     return parser
 
 
@@ -111,7 +117,7 @@ def _output_path(arguments: argparse.Namespace, checkpoint: Path, result: Mappin
         path = folder / (f"{name}.json" if number == 1 else f"{name}-{number}.json")
         if not path.exists() or _same(path, result):
             return path
-    raise LaunchError(f"{folder} is full of evaluations called {name}; name a file by --output")
+    raise LaunchError(f"{folder} is full of evaluations called {name}; name a file: output=FILE.json")
 
 
 def _refuse_other_file(output: Path, arguments: argparse.Namespace, checkpoint: Path) -> None:
@@ -122,12 +128,12 @@ def _refuse_other_file(output: Path, arguments: argparse.Namespace, checkpoint: 
 
     before = read_object(output)
     if not before.keys() >= {"checkpoint", "manifest_sha256", "metrics"}:
-        raise ConfigError(f"--output {output} is there already and is no evaluation; name another file")
+        raise ConfigError(f"output={output} exists and is no evaluation; write output=FILE.json to name another file")
     now = what_is_measured(arguments) | {"manifest_sha256": Checkpoint(checkpoint).manifest_sha256}
     if any(before.get(key) != value for key, value in now.items()):
         raise ConfigError(
-            f"--output {output} is another evaluation already, of {before['checkpoint']}; name another file, or delete "
-            "that one"
+            f"output={output} is another evaluation, of {before['checkpoint']}; write output=FILE.json to name another "
+            "file, or delete that one"
         )
 
 
@@ -185,7 +191,8 @@ def _track(
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise LaunchError(
-            f"{folder} cannot be made, for the W&B run: {error.strerror}; name another file by --output, or --wandb off"
+            f"{folder} cannot be made, for the W&B run: {error.strerror}; write output=FILE.json to name "
+            "another file, or wandb=off"
         ) from None
     facts = {key: value for key, value in result.items() if key not in ("metrics", "tables")}
     checkpoint = Path(result["checkpoint"])

@@ -21,6 +21,7 @@ from bigtx.train.prediction_lines import as_line
 from bigtx.utils.arguments import Arguments
 from bigtx.utils.errors import ConfigError, DataError
 from bigtx.utils.files import open_file
+from bigtx.utils.log import say_json
 from bigtx.utils.options import add_loading_options, add_writing_options, given_writing_options
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ def command(argv: Sequence[str]) -> int:
     job = _Job(loaded, options, arguments.raw)
     if arguments.prompts_file:
         job.answer_file(arguments.prompts_file, records)
+    elif arguments.json:
+        job.answer_as_json(arguments.prompt)
     else:
         job.answer(arguments.prompt, shows_prompt=shows_prompt)
     return 0
@@ -79,6 +82,7 @@ def _parser() -> Arguments:
     )
     add_writing_options(parser)
     add_loading_options(parser)
+    parser.add_json("the text of a single prompt as a JSON object, once it is whole")
     return parser
 
 
@@ -101,6 +105,23 @@ class _Job:
             [read], on_text=lambda index, text: print(text, end="", flush=True), **self.options
         )
         print(flush=True)
+        self._say_done(written.num_tokens, time.monotonic() - started)
+
+    def answer_as_json(self, prompt: str) -> None:
+        """Show a new text, and how it ended, as a JSON object."""
+        read = self.loaded.read(prompt, raw=self.raw, options=self.options)
+        self._remark("the prompt", read)
+        started = time.monotonic()
+        (written,) = self.loaded.write([read], **self.options)
+        say_json(
+            {
+                "checkpoint": str(self.loaded.checkpoint),
+                "prompt": prompt,
+                "completion": written.text,
+                "num_tokens": written.num_tokens,
+                "ended_by": written.ended_by,
+            }
+        )
         self._say_done(written.num_tokens, time.monotonic() - started)
 
     def answer_file(self, path: str, records: list[dict[str, Any]]) -> None:

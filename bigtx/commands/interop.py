@@ -5,19 +5,19 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bigtx.utils.arguments import Arguments
 from bigtx.utils.errors import CheckpointError, ConfigError
-from bigtx.utils.log import say
+from bigtx.utils.log import said_aside, say, say_json
 from bigtx.utils.shell import command, settings
 from bigtx.utils.units import format_count, format_size, parse_size
 
 if TYPE_CHECKING:
-    from bigtx.config.schema import RunConfig
-    from bigtx.interop.exporter import Exported, ExportSettings
+    from bigtx.interop.adapters import ExportedAdapters
+    from bigtx.interop.exporter import Exported
+    from bigtx.interop.importer import Imported
     from bigtx.interop.verify import Verdict
-    from bigtx.tokenizer.tokenizer import Tokenizer
 
 
 def import_command(argv: Sequence[str]) -> int:
@@ -30,16 +30,48 @@ def import_command(argv: Sequence[str]) -> int:
     parser.add_argument("source", metavar="FOLDER", type=Path, help="with config.json, safetensors and the tokenizer")
     parser.add_argument("-o", "--output", metavar="RUN", type=Path, required=True, help="folder of the new run")
     parser.add_argument("--tokenizer", metavar="FOLDER", type=Path, help="where the tokenizer is, if not beside it")
+    parser.add_json()
     options = parser.parse_args(argv)
     from bigtx.interop.importer import import_model
     from bigtx.plan.parameters import count_parameters
 
-    run, made = options.output, import_model(options.source, options.output, tokenizer_folder=options.tokenizer)
-    counts, config = count_parameters(made.config), made.config
+    with said_aside(options.json):
+        made = import_model(options.source, options.output, tokenizer_folder=options.tokenizer)
+    num_parameters = count_parameters(made.config).total
+    if options.json:
+        say_json(_import_facts(options.output, made, num_parameters))
+        return 0
+    _say_imported(made, num_parameters)
+    _say_next(options.output, made)
+    return 0
+
+
+def _import_facts(run: Path, made: Imported, num_parameters: int) -> dict[str, Any]:
+    config = made.config
+    return {
+        "run": str(run),
+        "checkpoint": str(made.checkpoint),
+        "model_type": made.model_type,
+        "shape": config.shape,
+        "num_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "num_parameters": num_parameters,
+        "num_tensors": made.num_tensors,
+        "num_files": made.num_files,
+        "num_token_ids": made.tokenizer.vocab_size,
+        "vocab_size": config.vocab_size,
+        "num_classes": config.num_classes,
+        "untrained": made.untrained,
+        "dropped": made.dropped,
+    }
+
+
+def _say_imported(made: Imported, num_parameters: int) -> None:
+    config = made.config
     say(
-        f"{made.model_type}: {made.num_tensors:,} tensors in {_files(made.num_files)} are {format_count(counts.total)} "
-        f"parameters ({config.shape}, {config.num_layers} layers, {config.hidden_size} wide), all taken over"
-        + (" but the head" if made.untrained else "")
+        f"{made.model_type}: {made.num_tensors:,} tensors in {_files(made.num_files)} are "
+        f"{format_count(num_parameters)} parameters ({config.shape}, {config.num_layers} layers, "
+        f"{config.hidden_size} wide), all taken over" + (" but the head" if made.untrained else "")
     )
     if made.untrained:
         say(
@@ -50,19 +82,23 @@ def import_command(argv: Sequence[str]) -> int:
         say(f"Dropped, as the model does not need them: {_listed(made.dropped)}")
     say(f"{made.tokenizer.vocab_size:,} token ids, {config.vocab_size:,} rows in the vocabulary")
     say(f"Wrote {made.checkpoint}")
+
+
+def _say_next(run: Path, made: Imported) -> None:
+    """Say how the new run is used and trained on."""
+    config = made.config
     if config.num_classes is not None:
         say(f"It sorts texts into {config.num_classes:,} classes; their names are in {run / 'config.yaml'}")
-        say(f"Next: {command('bigtx', 'predict', run, '--input', 'FILE')}")
+        say(f"Next: {command('bigtx', 'predict', run, 'input=FILE')}")
         tuning = {"base": run, "data.train": "FILES", "run_dir": "runs/next", "train.epochs": 3}
         say(f"To train on: {command('bigtx', 'finetune', run / 'config.yaml')} {settings(tuning)}")
-        return 0
+        return
     if config.shape == "decoder":
-        say(f"Next: {command('bigtx', 'generate', run, '--prompt', 'Once upon a time')}")
+        say(f"Next: {command('bigtx', 'generate', run, 'prompt=Once upon a time')}")
     prepare = settings({"input.paths": "TEXTS", "tokenizer": run / "tokenizer", "output": "CORPUS"})
     say(f"To train on: bigtx data prepare {prepare}")
     values = {"init_from": run, "run_dir": "runs/next", "data.sources.mine.path": "CORPUS", "train.max_steps": 1000}
-    say(f"  {command('deepspeed', '--module', 'bigtx.pretrain', run / 'config.yaml')} {settings(values)}")
-    return 0
+    say(f"  {command('bigtx', 'pretrain', run / 'config.yaml')} {settings(values)}")
 
 
 def export_command(argv: Sequence[str]) -> int:
@@ -72,10 +108,17 @@ def export_command(argv: Sequence[str]) -> int:
         BigtxError: a run that cannot be exported, or an export that transformers reads otherwise.
     """
     options = _export_parser().parse_args(argv)
-    if options.to == "peft":
-        return _export_adapters(options)
+    with said_aside(options.json):
+        facts = _export_adapters(options) if options.to == "peft" else _export_model(options)
+    if options.json:
+        say_json(facts)
+    return 0
+
+
+def _export_model(options: argparse.Namespace) -> dict[str, Any]:
+    """Write a run's model for transformers and compare. Returns what came of it."""
     if options.base is not None:
-        raise ConfigError("--base is for --to peft: what --to hf writes stands by itself; leave it out")
+        raise ConfigError("base= is for to=peft: to=hf writes a model that needs no other; leave base= out")
     shard_bytes = _shard_bytes(options.max_shard_size)
     from bigtx.engine.trained import find_with_tokenizer
 
@@ -98,27 +141,51 @@ def export_command(argv: Sequence[str]) -> int:
         f"{checkpoint} as {made.architecture}: {made.num_tensors:,} tensors, "
         f"{format_count(made.num_parameters)} parameters in {options.dtype}, {size} in {_files(len(made.files))}"
     )
+    verdict = None
     if options.no_verify:
         say(f"Wrote {made.folder}; it was not compared with transformers (--no-verify)")
     else:
+        from bigtx.interop.verify import verify
+
         say(f"Wrote {made.folder}. Loading it with transformers, to compare")
-        _compare(made, checkpoint, run, tokenizer, settings)
+        verdict = verify(made.folder, made.family, checkpoint, run, tokenizer, settings)
+        _judge(made.folder, verdict, "The same token ids, and ")
     say(f"Next, in Python: transformers.{made.auto_class}.from_pretrained({str(made.folder)!r})")
-    return 0
+    return _export_facts(options, checkpoint, made, verdict) | {
+        "architecture": made.architecture,
+        "dtype": options.dtype,
+        "num_tensors": made.num_tensors,
+        "files": made.files,
+    }
 
 
-def _export_adapters(options: argparse.Namespace) -> int:
-    """Write a run's adapters for PEFT and compare, where the model that they stand on is here."""
+def _export_facts(
+    options: argparse.Namespace, checkpoint: Path, made: Exported | ExportedAdapters, verdict: Verdict | None
+) -> dict[str, Any]:
+    """What both kinds of exports have; `compared` is null where the comparison was left out."""
+    return {
+        "folder": str(made.folder),
+        "to": options.to,
+        "checkpoint": str(checkpoint),
+        "weights": options.weights,
+        "model_type": made.family.model_type,
+        "num_parameters": made.num_parameters,
+        "compared": verdict and {"num_logits": verdict.num_logits, "largest_difference": verdict.difference},
+    }
+
+
+def _export_adapters(options: argparse.Namespace) -> dict[str, Any]:
+    """Write a run's adapters for PEFT and compare, if their base is here. Returns what came of it."""
     from bigtx.engine.trained import find_with_tokenizer
 
     if options.base is None:
         raise ConfigError(
-            "--to peft needs --base FOLDER, the model in transformers' format that the adapters stand on: the one that "
-            "was imported, or what `bigtx export BASE_RUN --to hf -o FOLDER` makes of the run's base"
+            "to=peft needs base=FOLDER, the model in transformers' format that the adapters belong to: the one that "
+            "was imported, or what `bigtx export BASE_RUN output=FOLDER` makes of the run's base"
         )
     if options.dtype != "fp32" or options.license is not None:
         raise ConfigError(
-            "--dtype and --license are for --to hf; adapters are written in fp32, without a card; leave them out"
+            "dtype= and license= are for to=hf; adapters are written in fp32, without a card; leave them out"
         )
     checkpoint, run, tokenizer = find_with_tokenizer(options.run)  # Before torch is imported.
     from bigtx.interop.adapters import export_adapters
@@ -134,6 +201,7 @@ def _export_adapters(options: argparse.Namespace) -> int:
         f"{checkpoint}: adapters of rank {run.model.lora.rank} for {made.num_modules:,} modules of "
         f"{made.family.architecture}, {format_count(made.num_parameters)} parameters"
     )
+    verdict = None
     if options.no_verify or not is_here:
         why = "--no-verify" if options.no_verify else f"{options.base} is no folder here"
         say(f"Wrote {made.folder}; it was not compared with PEFT ({why})")
@@ -142,22 +210,13 @@ def _export_adapters(options: argparse.Namespace) -> int:
 
         say(f"Wrote {made.folder}. Loading it with PEFT, to compare")
         base = Path(options.base)
-        _judge(
-            made.folder,
-            verify_adapters(made.folder, base, made.family, checkpoint, run, tokenizer, options.weights),
-        )
+        verdict = verify_adapters(made.folder, base, made.family, checkpoint, run, tokenizer, options.weights)
+        _judge(made.folder, verdict)
     say(f"Next, in Python: peft.PeftModel.from_pretrained(model, {str(made.folder)!r})")
-    return 0
-
-
-def _compare(made: Exported, checkpoint: Path, run: RunConfig, tokenizer: Tokenizer, settings: ExportSettings) -> None:
-    from bigtx.interop.verify import verify
-
-    _judge(
-        made.folder,
-        verify(made.folder, made.family, checkpoint, run, tokenizer, settings),
-        "The same token ids, and ",
-    )
+    return _export_facts(options, checkpoint, made, verdict) | {
+        "rank": run.model.lora.rank,
+        "num_modules": made.num_modules,
+    }
 
 
 def _judge(folder: Path, verdict: Verdict, also: str = "") -> None:
@@ -197,6 +256,7 @@ def _export_parser() -> Arguments:
     parser.add_argument(
         "--no-verify", action="store_true", help="skip the comparison, which needs 8 bytes of memory per parameter"
     )
+    parser.add_json()
     return parser
 
 
@@ -204,9 +264,9 @@ def _shard_bytes(text: str) -> int:
     try:
         size = parse_size(text)
     except ValueError as error:
-        raise ConfigError(f"--max-shard-size {text} {error}") from None
+        raise ConfigError(f"max_shard_size={text} {error}") from None
     if size < 1:
-        raise ConfigError(f"--max-shard-size {text}: write a size above 0, e.g. 5GB")
+        raise ConfigError(f"max_shard_size={text}: write a size above 0, e.g. 5GB")
     return size
 
 

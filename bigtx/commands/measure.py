@@ -149,7 +149,7 @@ class Records(Evaluation):
             split = self.arguments.split
             if not split:
                 raise DataError("there are no records in these files")
-            raise DataError(f"the run has no {split} records; name some by --data FILE")
+            raise DataError(f"the run has no {split} records; name some: data=FILE")
         return records, broken
 
     def _of_run(self, split: str) -> list[Record]:
@@ -169,7 +169,7 @@ class Records(Evaluation):
         if records and Checkpoint(self.checkpoint).manifest["data"].get(split) != found:
             raise DataError(
                 f"the {split} records are not those that the run had: their files have changed since; to measure on "
-                "them as they are, name them by --data"
+                "them as they are, name them: data=FILE"
             )
         return records
 
@@ -192,7 +192,7 @@ class Corpora(Evaluation):
 
         config = self._config()
         if not validation_sources(config):
-            raise ConfigError("none of the run's corpora holds text out; name a prepared one by --data FOLDER")
+            raise ConfigError("none of the run's corpora holds text out; name a prepared one: data=FOLDER")
         # Imports torch, which nobody should wait for to hear of a mistake.
         from bigtx.train.alone import Alone
         from bigtx.train.evaluation import Validation
@@ -211,7 +211,7 @@ class Corpora(Evaluation):
 
         arguments, settings = self.arguments, self.config.validation
         if arguments.split == "test":
-            raise ConfigError("--split test: a pretrained run has none; its held-out text is --split validation")
+            raise ConfigError("split=test: a pretrained run has none; its held-out text is split=validation")
         if arguments.batch_size is not None:
             train = dataclasses.replace(self.config.train, micro_batch_size=arguments.batch_size)
             self.config = dataclasses.replace(self.config, train=train)
@@ -219,7 +219,7 @@ class Corpora(Evaluation):
             return self.config
         sources = {Path(path).resolve().name: SourceConfig(path=path) for path in arguments.data}
         if len(sources) < len(arguments.data):
-            raise ConfigError("--data: two corpora have one name; evaluate them one after the other")
+            raise ConfigError("data=: two corpora have one name; evaluate them one after the other")
         rows = settings.max_sequences or type(settings)().max_sequences
         return dataclasses.replace(
             self.config, validation=dataclasses.replace(settings, sources=sources, max_sequences=rows)

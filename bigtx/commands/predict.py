@@ -53,11 +53,11 @@ def command(argv: Sequence[str]) -> int:
         BigtxError: a run, input or output that cannot be used.
     """
     arguments = _parser().parse_args(argv)
-    check_options({"batch_size": arguments.batch_size}, command_line=True)
+    check_options({"batch_size": arguments.batch_size})
     if STDIN in arguments.input and len(arguments.input) > 1:
-        raise ConfigError("--input -: standard input is read alone, without files beside it")
+        raise ConfigError("input=-: standard input is read alone, without files beside it")
     if bool(arguments.input) == bool(arguments.text):
-        raise ConfigError("--input FILE or --text TEXT: one of them says what to predict for (both may be repeated)")
+        raise ConfigError("write input=FILE or text=TEXT: one of them says what to predict for (both may be repeated)")
     files = [file for path in arguments.input if path != STDIN for file in expand_path(path)]
     checkpoint, config = find(arguments.run)
     from bigtx.train.predictions import task_config
@@ -98,7 +98,7 @@ def _parser() -> Arguments:
         help=".jsonl, .csv, .tsv or .tar files (also .gz, .zst), folders, globs; -: JSON lines from standard input",
     )
     parser.add_argument("--text", metavar="TEXT", action="append", default=[], help="a text; may be repeated")
-    parser.add_argument("--json", action="store_true", help="JSON lines on a terminal too")
+    parser.add_json("JSON lines on a terminal too")
     parser.add_argument(
         "--output", metavar="FILE", help="where to write; the same command goes on where it was (standard output)"
     )
@@ -219,7 +219,7 @@ class _Job:
         if self.num_cut:
             _say(
                 f'[{_records(self.num_cut)} longer than the model reads, and cut: "num_cut" says by how many tokens; '
-                "--too-long refuse makes errors of them]"
+                "too_long=refuse makes errors of them]"
             )
         if not self.num_failed:
             return 0

@@ -143,7 +143,7 @@ def _open(checkpoint: Path, config: ModelConfig, kind: str) -> Checkpoint:
 
 
 def _export_of_all(checkpoint: Path) -> str:
-    return command("bigtx", "export", checkpoint, "--to", "hf", "-o", "FOLDER")
+    return command("bigtx", "export", checkpoint, "output=FOLDER")
 
 
 def _converted(link: Link, opened: Checkpoint, config: ModelConfig, kind: str) -> ForeignAdapter | None:

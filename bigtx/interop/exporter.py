@@ -209,5 +209,5 @@ def _as_dtype(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if not torch.isfinite(result).all():
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{key} holds values that are not finite: the training has failed")
-        raise ConfigError(f"{key} holds values beyond fp16's largest, 65,504; export as bf16 or fp32 (--dtype)")
+        raise ConfigError(f"{key} holds values beyond fp16's largest, 65,504; write dtype=bf16 or dtype=fp32")
     return result

@@ -152,7 +152,7 @@ def _tokenizer_of(folder: Path, source: Path, values: dict[str, Any], config: Mo
     if tokenizer.vocab_size > config.vocab_size:
         raise DataError(
             f"the tokenizer in {folder} has {tokenizer.vocab_size:,} ids, more than the {config.vocab_size:,} rows "
-            f"that {source / CONFIG} gives the model; name the model's own with --tokenizer"
+            f"that {source / CONFIG} gives the model; name the model's own: tokenizer=FOLDER"
         )
     return _with_ends(tokenizer, read_end_ids(source, values))
 
@@ -170,7 +170,7 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
         return import_tokenizer(folder)
     except DataError as error:
         raise DataError(
-            f"{error} A run needs its tokenizer; if it lies elsewhere, name that folder with --tokenizer"
+            f"{error} A run needs its tokenizer; if it is elsewhere, name that folder: tokenizer=FOLDER"
         ) from None
 
 

@@ -61,7 +61,7 @@ def describe_length(config: FinetuneConfig, total_steps: int, num_rows: int) -> 
         if length_setting(config, num_rows) == "train.min_steps":
             alone = _steps_of_epochs(config, num_rows)
             asked = (
-                f" (train.min_steps={train.min_steps:,}, since train.epochs={train.epochs:g} would be {alone:,} steps)"
+                f" (train.min_steps={train.min_steps}, since train.epochs={train.epochs:g} would be {alone:,} steps)"
             )
     said = [f"{total_steps:,} steps of {size:,} make {total_steps * size / num_rows:.3g} epochs{asked}"]
     if total_steps < FEW_STEPS:

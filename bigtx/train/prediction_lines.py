@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import queue
+import shlex
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -179,7 +180,9 @@ class Output:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise LaunchError(f"another process writes {self.path}; wait for it or name another output") from None
+            raise LaunchError(
+                f"another process writes {self.path}; wait for it, or write output=FILE to name another file"
+            ) from None
         except OSError:
             return  # A file system without locks.
 
@@ -195,17 +198,20 @@ class Output:
         if not begun:
             raise DataError(
                 f"{self.path} is not empty, and no {self.about.name} says that it is the output of a bigtx predict; "
-                "name another output"
+                "write output=FILE to name another file"
             )
         different = [key for key in self.MUST_AGREE if begun.get(key) != self._facts[key]]
         if "manifest_sha256" in different:
             raise ConfigError(
                 f"{self.path} was begun with the checkpoint {begun.get('checkpoint')}, and this is "
-                f"{self._facts['checkpoint']}; name that one to go on with it, or another output"
+                f"{self._facts['checkpoint']}; name that one to continue it, or write output=FILE to name another file"
             )
         if different:
-            shown = ", ".join(f"{key}={_shown(begun.get(key))}" for key in different)
-            raise ConfigError(f"{self.path} was begun with {shown}; say the same to go on with it, or another output")
+            shown = ", ".join(_shown(key, begun.get(key)) for key in different)
+            raise ConfigError(
+                f"{self.path} was begun with {shown}; write the same to continue it, or "
+                "output=FILE to name another file"
+            )
 
     def known(self, chunk: Sequence[Item]) -> list[dict[str, Any]] | None:
         """The lines of a chunk, if all of them stand in the file; else what stands there of it is taken away.
@@ -229,7 +235,7 @@ class Output:
                 what = item.where if isinstance(item, Record) else item.error
                 raise DataError(
                     f"{self.path}, line {self._number} is not what bigtx predict makes of {what}; name the same "
-                    "input again to go on with it, or another output"
+                    "input again to continue it, or write output=FILE to name another file"
                 )
             lines.append(line)
         return lines
@@ -248,7 +254,7 @@ class Output:
 
     def _unwritable(self, error: OSError) -> LaunchError:
         return LaunchError(
-            f"{self.path} cannot be written: {error.strerror}; the same command goes on when that is mended"
+            f"{self.path} cannot be written: {error.strerror}; the same command continues when that is repaired"
         )
 
     def flush(self) -> None:
@@ -269,8 +275,11 @@ class Output:
             raise self._unwritable(error) from None
 
 
-def _shown(value: Any) -> str:
-    return " ".join(value) or "nothing" if isinstance(value, list) else str(value)
+def _shown(key: str, value: Any) -> str:
+    """A setting of the command as it is written; `set` is a list of settings."""
+    if isinstance(value, list):
+        return " ".join(shlex.quote(each) for each in value) or "no settings"
+    return f"{key}={value}"
 
 
 def _parsed(raw: bytes) -> dict[str, Any] | None:

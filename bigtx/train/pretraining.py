@@ -81,7 +81,7 @@ class PretrainSession(Session[PretrainConfig]):
     def next_command(self) -> str:
         """Export an encoder, have others write."""
         if self.config.model.shape == "encoder":
-            return command("bigtx", "export", self.run_dir, "--to", "hf", "-o", "FOLDER")
+            return command("bigtx", "export", self.run_dir, "output=FOLDER")
         return command("bigtx", "generate", self.run_dir, "prompt=TEXT")
 
     def make_loader(self) -> StepLoader:

@@ -137,9 +137,13 @@ class Arguments(argparse.ArgumentParser):
         """
         raise ConfigError(f"{self.prog}: {message}")
 
-    def add_json(self) -> None:
-        """Add the switch of every command that shows something."""
-        self.add_argument("--json", action="store_true", help=JSON_HELP)
+    def add_json(self, meaning: str = JSON_HELP) -> None:
+        """Add the switch of every command that shows something.
+
+        Args:
+            meaning: its help.
+        """
+        self.add_argument("--json", action="store_true", help=meaning)
 
     def alternatives(self) -> list[list[argparse.Action]]:
         """Groups of options of which exactly one is given."""
@@ -174,7 +178,7 @@ class Arguments(argparse.ArgumentParser):
         return wrapped(f"usage: {self.form()}", " " * 7, "") + "\n"
 
     def format_help(self) -> str:
-        """The command, what it does, and each name with its meaning, within 80 columns."""
+        """The command, what it does, each name with its meaning within 80 columns, and the epilog as it is."""
         rows = []
         for action in sorted(self._actions, key=lambda action: action.dest == "help"):
             short = [option for option in action.option_strings if not option.startswith("--")]
@@ -184,7 +188,8 @@ class Arguments(argparse.ArgumentParser):
             also = f"; also {other_form}" if action.dest == _OUTPUT else ""
             rows.append((name, meaning + also))
         description = [wrapped(self.description), ""] if self.description else []
-        return "\n".join([self.format_usage(), *description, *columns(rows)]) + "\n"
+        more = ["", self.epilog] if self.epilog else []
+        return "\n".join([self.format_usage(), *description, *columns(rows), *more]) + "\n"
 
 
 def shown(action: argparse.Action) -> str:

@@ -40,7 +40,7 @@ OPTIONS = SAMPLING | {
 }
 
 
-def check_options(given: Mapping[str, Any], *, command_line: bool = False) -> None:
+def check_options(given: Mapping[str, Any]) -> None:
     """Refuse numbers that are out of range, from Python or the command line.
 
     Args:
@@ -58,13 +58,12 @@ def check_options(given: Mapping[str, Any], *, command_line: bool = False) -> No
             continue
         is_number = isinstance(value, option.kind) and not isinstance(value, bool)
         if not is_number or not option.fits(value):
-            shown = f"--{name.replace('_', '-')}" if command_line else name
-            problems.append(f"{shown}={value}: {option.rule}")
+            problems.append(f"{name}={value}: {option.rule}")
     if problems:
         raise ConfigError("; ".join(problems))
 
 
-def writing_options(given: Mapping[str, Any], *, command_line: bool = False) -> dict[str, Any]:
+def writing_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """How a text is written: `SAMPLING` and the stop texts, with defaults where nothing is given.
 
     Args:
@@ -83,7 +82,7 @@ def writing_options(given: Mapping[str, Any], *, command_line: bool = False) -> 
             hint = f"did you mean {similar[0]}?" if similar else f"there are {', '.join(known)}"
             raise ConfigError(f"{name} is no option of writing; {hint}")
     options = {name: option.default for name, option in SAMPLING.items()} | dict(given)
-    check_options(options, command_line=command_line)
+    check_options(options)
     stop = options.get("stop", [])
     stop = [stop] if isinstance(stop, str) else [] if stop is None else stop
     if not isinstance(stop, Sequence) or not all(isinstance(text, str) and text for text in stop):
@@ -114,7 +113,7 @@ def given_writing_options(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ConfigError: as `writing_options`.
     """
-    return writing_options({name: getattr(arguments, name) for name in [*SAMPLING, "stop"]}, command_line=True)
+    return writing_options({name: getattr(arguments, name) for name in [*SAMPLING, "stop"]})
 
 
 def add_loading_options(parser: argparse.ArgumentParser) -> None:

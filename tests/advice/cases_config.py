@@ -90,23 +90,46 @@ def a_setting_without_a_value(desk: Desk) -> Attempt:
     return lambda words: attempt(words or ["seed"])
 
 
-@CASES.case("settings have no dashes before them, write ", r"write (\S+)$")
+@CASES.case("settings are written KEY=VALUE: ", r"KEY=VALUE: (\S+)$")
 def a_setting_with_dashes(desk: Desk) -> Attempt:
     attempt = config(desk, PretrainConfig, *PRETRAIN)
     return lambda words: attempt(words or ["--seed=5"])
 
 
-@CASES.case("see --help", r"see (--help)$")
+@CASES.case("--help shows all", r"(--help) shows")
 def an_unknown_option(desk: Desk) -> Attempt:
     return lambda words: desk.run(f"bigtx data prepare {' '.join(words) or '--qqqqqqqq'}")
 
 
-@CASES.case("it is a Hugging Face model; `bigtx import`", r"`(bigtx import)`", value="foreign -o made")
+@CASES.case(
+    "it is a Hugging Face model; `bigtx import`",
+    r"`(bigtx import)`",
+    value="foreign output=made",
+    sources=["`bigtx import` makes a run of it"],
+)
 def a_model_that_is_no_run(desk: Desk) -> Attempt:
     desk.without("transformers")
     desk.take("foreign")
-    run = "bigtx generate {} --prompt red --max-new-tokens 2"
+    run = "bigtx generate {} prompt=red max_new_tokens=2"
     return lambda words: desk.run(run.format("made" if Path("made").exists() else "foreign"))
+
+
+@CASES.case(" run; to resume it: ", r"to resume it: (bigtx pretrain decoder);")
+@CASES.case("; to fine-tune it: ", r"to fine-tune it: (base=decoder)")
+def a_pretrained_run_to_fine_tune(desk: Desk) -> Attempt:
+    attempt = config(desk, FinetuneConfig, *FINETUNE[1:])
+    path = desk.folder / "decoder/config.yaml"
+    path.write_text(path.read_text().replace("  max_steps: null", "  max_steps: 5"))
+    refused = attempt(["decoder"])
+    assert refused.refused
+    return lambda words: attempt(words) if words else Outcome(False, refused.text)
+
+
+@CASES.case("with task=transcribe hears; write 0 here", r"write (0) here")
+def a_pretraining_that_hears(desk: Desk) -> Attempt:
+    key = "model.audio.num_mel_bins"
+    attempt = config(desk, PretrainConfig, *PRETRAIN, "model.shape=encoder_decoder", "objective.name=span_corruption")
+    return lambda words: attempt([f"{key}={word}" for word in words or ["80"]])
 
 
 @CASES.case("name the run to start from, e.g. ", r"e\.g\. (base=\S+),", fill={"runs/mine": "decoder"})

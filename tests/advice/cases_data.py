@@ -116,24 +116,30 @@ def no_parts(desk: Desk) -> Attempt:
 
     def merge(words: Sequence[str]) -> Outcome:
         if Path("new.partial").exists():
-            attempt(["--part", "2/2"])
+            attempt(["part=2/2"])
         return desk.run("bigtx data merge new")
 
     return merge
 
 
-@CASES.case("  the same command with --part ", r"with (--part \S+?),")
+@CASES.case(": write it as I/N with ", r"e\.g\. (part=\S+)$")
+def a_part_that_is_none(desk: Desk) -> Attempt:
+    attempt = prepare(desk)
+    return lambda words: attempt(words or ["part=5/2"])
+
+
+@CASES.case("  the same command with part=", r"with (part=\S+?),")
 def the_next_part(desk: Desk) -> Attempt:
-    return prepare(desk, f"{PREPARE} --part 1/2")
+    return prepare(desk, f"{PREPARE} part=1/2")
 
 
 @CASES.case(
     "Not all parts of ",
-    r"with (--part \S+) first",
-    sources=["--part {number}/{num_parts}", " are done: run `bigtx data prepare`"],
+    r"with (part=\S+) first",
+    sources=["part={number}/{num_parts}", " are done: run `bigtx data prepare`"],
 )
 def a_missing_part(desk: Desk) -> Attempt:
-    attempt = prepare(desk, f"{PREPARE} --part 1/2")
+    attempt = prepare(desk, f"{PREPARE} part=1/2")
     assert not attempt([]).refused
     return merged(desk, attempt)
 
@@ -151,18 +157,18 @@ def merged(desk: Desk, attempt: Attempt) -> Attempt:
 def two_parts(desk: Desk) -> Attempt:
     attempt = prepare(desk, PREPARE, b_txt=TEXTS[0] + "b", c_txt=TEXTS[0] + "c")
     for number in (1, 2):
-        assert not attempt(["--part", f"{number}/2"]).refused
+        assert not attempt([f"part={number}/2"]).refused
     return merged(desk, attempt)
 
 
-@CASES.case(" is damaged. Run --part ", r"Run (--part \S+) again")
+@CASES.case(" is damaged. Run part=", r"Run (part=\S+) again")
 def a_damaged_part(desk: Desk) -> Attempt:
     merge = two_parts(desk)
     desk.write("new.partial/part-2-of-2/recipe.json", "{")
     return merge
 
 
-@CASES.case(" was made otherwise than part 1: ", r"Run (--part \S+) again")
+@CASES.case(" was made otherwise than part 1: ", r"Run (part=\S+) again")
 def a_part_made_otherwise(desk: Desk) -> Attempt:
     merge = two_parts(desk)
     path = desk.folder / "new.partial/part-2-of-2/recipe.json"
@@ -171,7 +177,7 @@ def a_part_made_otherwise(desk: Desk) -> Attempt:
     return merge
 
 
-@CASES.case("run `bigtx data prepare` again with ", r"again with (--part \S+)$")
+@CASES.case("run `bigtx data prepare` again with ", r"again with (part=\S+)$")
 def a_lost_unit(desk: Desk) -> Attempt:
     merge = two_parts(desk)
     for path in (desk.folder / "new.partial/work").iterdir():
@@ -194,8 +200,8 @@ def a_prepared_corpus(desk: Desk) -> Attempt:
 @CASES.case("Next:", r"^  (bigtx data merge .*)$", sources=["'merge', report.output"])
 def the_last_part(desk: Desk) -> Attempt:
     attempt = prepare(desk, PREPARE)
-    assert not attempt(["--part", "1/2"]).refused
-    return lambda words: attempt(["--part", "2/2"])
+    assert not attempt(["part=1/2"]).refused
+    return lambda words: attempt(["part=2/2"])
 
 
 @CASES.case("That is little to measure on; ", r"(validation_fraction=\S+) would")
@@ -351,6 +357,7 @@ def no_chat_roles(desk: Desk) -> Attempt:
     "No tokenizer in ",
     r"`(bigtx tokenizer train)`",
     r"`(bigtx tokenizer import .*?)`",
+    sources=["Train one with `bigtx tokenizer train`"],
     fill={"train": f"train {TRAIN.partition('train ')[2].replace('new', 'made')}", "PATH": "m.model", "FOLDER": "made"},
 )
 def no_tokenizer(desk: Desk) -> Attempt:
@@ -371,11 +378,11 @@ def a_trained_tokenizer(desk: Desk) -> Attempt:
 def an_imported_tokenizer(desk: Desk) -> Attempt:
     desk.take("tokenizer")
     (model,) = (desk.folder / "tokenizer").glob("*.model")
-    return desk.command(f"bigtx tokenizer import {model} -o 'my tokenizer'")
+    return desk.command(f"bigtx tokenizer import {model} output='my tokenizer'")
 
 
 @CASES.case("read by the package tokenizers, which is not installed", r"(pip install \S+)\.$")
 def no_tokenizers(desk: Desk) -> Attempt:
     desk.take("foreign")
     desk.without("tokenizers", "transformers")
-    return desk.command("bigtx tokenizer import foreign -o made")
+    return desk.command("bigtx tokenizer import foreign output=made")

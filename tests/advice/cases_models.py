@@ -19,25 +19,20 @@ SHORT = {"text": "red apple", "label": "joy"}
 LONG = {"text": "red apple tree " * 200, "label": "joy"}
 
 
-def with_set(attempt: Attempt) -> Attempt:
-    """The settings of a run, as these commands take them."""
-    return lambda words: attempt(["--set", *words] if words else [])
-
-
 # generate
 
 
-@CASES.case("cannot be used: ", r"(--device auto)")
+@CASES.case("cannot be used: ", r"(device=auto)")
 def a_device_that_is_not_here(desk: Desk) -> Attempt:
     desk.take("decoder")
-    return desk.command("bigtx generate decoder --prompt red --max-new-tokens 2 --device cuda:77")
+    return desk.command("bigtx generate decoder prompt=red max_new_tokens=2 device=cuda:77")
 
 
-@CASES.case("classes and writes none; ", r"; (bigtx predict) ", value="classifier --input in.jsonl")
+@CASES.case("classes and writes none; ", r"; (bigtx predict) ", value="classifier input=in.jsonl")
 def a_prompt_for_a_classifier(desk: Desk) -> Attempt:
     desk.take("classifier")
     desk.lines("in.jsonl", SHORT)
-    return desk.once("bigtx generate classifier --prompt red")
+    return desk.once("bigtx generate classifier prompt=red")
 
 
 # predict and evaluate
@@ -46,12 +41,12 @@ def a_prompt_for_a_classifier(desk: Desk) -> Attempt:
 def predict(desk: Desk, *records: dict[str, str], more: str = "") -> Attempt:
     desk.take("classifier")
     desk.lines("in.jsonl", *records)
-    return desk.command(f"bigtx predict classifier --input in.jsonl {more}")
+    return desk.command(f"bigtx predict classifier input=in.jsonl {more}")
 
 
 @CASES.case("(its fields: ", r"write ('[^']+')$", sources=["write {shlex.quote("])
 def a_field_of_another_name(desk: Desk) -> Attempt:
-    return with_set(predict(desk, {"Text": "red apple"}))
+    return predict(desk, {"Text": "red apple"})
 
 
 @CASES.case(" are allowed (data.max_length); data.too_long=truncate cuts", r"(data\.too_long=truncate)")
@@ -60,10 +55,10 @@ def a_text_too_long_to_predict(desk: Desk) -> Attempt:
     path = desk.folder / "classifier/config.yaml"
     path.write_text(path.read_text().replace("too_long: truncate", "too_long: refuse"))
     desk.lines("in.jsonl", LONG, SHORT)
-    return with_set(desk.command("bigtx evaluate classifier --data in.jsonl --wandb off"))
+    return desk.command("bigtx evaluate classifier data=in.jsonl wandb=off")
 
 
-@CASES.case("longer than the model reads, and cut", r"(--too-long refuse)")
+@CASES.case("longer than the model reads, and cut", r"(too_long=refuse)")
 def a_text_that_is_cut(desk: Desk) -> Attempt:
     attempt = predict(desk, LONG, SHORT)
 
@@ -74,82 +69,107 @@ def a_text_that_is_cut(desk: Desk) -> Attempt:
     return run
 
 
-@CASES.case(" that it is the output of a bigtx predict; ", r"(--output)$", value="other.jsonl")
+@CASES.case(" that it is the output of a bigtx predict; ", r"(output=FILE)", fill={"FILE": "other.jsonl"})
 def something_else_in_the_output(desk: Desk) -> Attempt:
     desk.write("out.jsonl", "mine\n")
-    return predict(desk, SHORT, more="--output out.jsonl")
+    return predict(desk, SHORT, more="output=out.jsonl")
 
 
-@CASES.case("; say the same to go on with it, ", r"begun with (--\S+ \S+);")
-@CASES.case("; say the same to go on with it, ", r"(--output)$", value="other.jsonl")
+@CASES.case("; write the same to continue it, or ", r"begun with (\S+);")
+@CASES.case("; write the same to continue it, or ", r"(output=FILE)", fill={"FILE": "other.jsonl"})
 def an_output_begun_otherwise(desk: Desk) -> Attempt:
-    attempt = predict(desk, SHORT, more="--output out.jsonl")
-    assert not attempt(["--too-long", "refuse"]).refused
+    attempt = predict(desk, SHORT, more="output=out.jsonl")
+    assert not attempt(["too_long=refuse"]).refused
     return attempt
 
 
-@CASES.case(" is not what bigtx predict makes of ", r"(--output)$", value="other.jsonl")
+@CASES.case(" is not what bigtx predict makes of ", r"(output=FILE)", fill={"FILE": "other.jsonl"})
 def an_output_of_other_records(desk: Desk) -> Attempt:
-    attempt = predict(desk, SHORT, more="--output out.jsonl")
+    attempt = predict(desk, SHORT, more="output=out.jsonl")
     assert not attempt([]).refused
     desk.lines("in.jsonl", {"text": "green apple"})
     return attempt
 
 
-@CASES.case(" was begun with the checkpoint ", r"(--output)$", value="other.jsonl")
+@CASES.case(" was begun with the checkpoint ", r"(output=FILE)", fill={"FILE": "other.jsonl"})
 def an_output_of_another_checkpoint(desk: Desk) -> Attempt:
-    attempt = predict(desk, SHORT, more="--output out.jsonl")
+    attempt = predict(desk, SHORT, more="output=out.jsonl")
     assert not attempt([]).refused
     about = desk.folder / "out.jsonl.about.json"
     about.write_text(json.dumps(json.loads(about.read_text()) | {"manifest_sha256": "0"}))
     return attempt
 
 
-@CASES.case("(or, for `bigtx predict`, give it by", r"`(--input -)`")
+@CASES.case("(or, for `bigtx predict`, give it by", r"`(input=-)`")
 def a_pipe_as_input(desk: Desk) -> Attempt:
     desk.take("classifier")
     os.mkfifo("pipe")
     desk.patch.setattr(sys, "stdin", open(desk.lines("in.jsonl", SHORT)))  # noqa: SIM115 - the command's to read
-    return desk.command("bigtx predict classifier --input pipe")
+    return lambda words: desk.run(f"bigtx predict classifier {' '.join(words) or 'input=pipe'}")
+
+
+@CASES.case("one of them says what to predict for", r"write (input=FILE) or", fill={"FILE": "in.jsonl"})
+@CASES.case("one of them says what to predict for", r"or (text=TEXT):", fill={"TEXT": "red"})
+def nothing_to_predict(desk: Desk) -> Attempt:
+    desk.take("classifier")
+    desk.lines("in.jsonl", SHORT)
+    return desk.command("bigtx predict classifier")
 
 
 def evaluate(desk: Desk, more: str, run: str = "classifier") -> Attempt:
     desk.take(run)
     desk.lines("in.jsonl", SHORT, {"text": "stone", "label": "woe"})
-    return desk.command(f"bigtx evaluate {run} --wandb off {more}")
+    return desk.command(f"bigtx evaluate {run} wandb=off {more}")
 
 
-@CASES.case(": a JSON file is written; name it ", r"(--output) ", value="other.json")
+@CASES.case(": a JSON file is written; write ", r"write (output=NAME.json)$", fill={"NAME": "other"})
 def an_evaluation_of_another_suffix(desk: Desk) -> Attempt:
-    return evaluate(desk, "--data in.jsonl --output out.txt")
+    return evaluate(desk, "data=in.jsonl output=out.txt")
 
 
-@CASES.case("another file by --output", r"(--output)$", value="other.json")
+@CASES.case(
+    " cannot be written: ",
+    r"write (output=FILE.json)",
+    fill={"FILE": "other"},
+    sources=[" cannot be written: {error.strerror}; write output="],
+)
 def an_evaluation_that_cannot_be_written(desk: Desk) -> Attempt:
     desk.write("file", "")
-    return evaluate(desk, "--data in.jsonl --output file/out.json")
+    return evaluate(desk, "data=in.jsonl output=file/out.json")
 
 
-@CASES.case(" is there already and is no evaluation; ", r"(--output) ", value="other.json")
+@CASES.case(" exists and is no evaluation; ", r"write (output=FILE.json)", fill={"FILE": "other"})
 def something_else_for_an_evaluation(desk: Desk) -> Attempt:
     desk.write("out.json", "{}")
-    return evaluate(desk, "--data in.jsonl --output out.json")
+    return evaluate(desk, "data=in.jsonl output=out.json")
 
 
-@CASES.case(" is another evaluation already, of ", r"(--output) ", value="other.json")
+@CASES.case(" is another evaluation, of ", r"write (output=FILE.json)", fill={"FILE": "other"})
 def another_evaluation(desk: Desk) -> Attempt:
-    attempt = evaluate(desk, "--output out.json")
-    assert not attempt(["--data", "in.jsonl"]).refused
+    attempt = evaluate(desk, "output=out.json")
+    assert not attempt(["data=in.jsonl"]).refused
     desk.lines("new.jsonl", SHORT)
-    return lambda words: attempt(["--data", "new.jsonl", *words])
+    return lambda words: attempt(["data=new.jsonl", *words])
 
 
-@CASES.case("--split test: a pretrained run has none", r"is (--split validation)$")
+@CASES.case("measured on the run's own validation ", r"since no (data=FILE) is", fill={"FILE": "corpus"})
+def an_evaluation_of_what_is_held_out(desk: Desk) -> Attempt:
+    desk.take("corpus")
+    return evaluate(desk, "", run="decoder")
+
+
+@CASES.case(" records; name some: ", r": (data=FILE)$", fill={"FILE": "in.jsonl"})
+def a_run_without_records(desk: Desk) -> Attempt:
+    attempt = evaluate(desk, "")
+    return lambda words: attempt(words or ["split=validation"])
+
+
+@CASES.case("split=test: a pretrained run has none", r"is (split=validation)$")
 def a_test_split_of_a_pretrained_run(desk: Desk) -> Attempt:
-    return evaluate(desk, "--split test", run="decoder")
+    return evaluate(desk, "split=test", run="decoder")
 
 
-@CASES.case("none of the run's corpora holds text out", r"by (--data FOLDER)$", fill={"FOLDER": "corpus"})
+@CASES.case("none of the run's corpora holds text out", r": (data=FOLDER)$", fill={"FOLDER": "corpus"})
 def nothing_held_out(desk: Desk) -> Attempt:
     desk.take("corpus", "decoder")
     path = desk.folder / "decoder/config.yaml"
@@ -157,23 +177,16 @@ def nothing_held_out(desk: Desk) -> Attempt:
     desk.done("cp -r corpus bare && rm -r bare/validation")
 
     def run(words: Sequence[str]) -> Outcome:
-        return desk.run(" ".join(["bigtx evaluate decoder --wandb off", *(words or ["--split validation"])]))
+        return desk.run(" ".join(["bigtx evaluate decoder wandb=off", *(words or ["split=validation"])]))
 
     return run
 
 
-@CASES.case(" continues texts; ", r": (bigtx generate \S+)", value="--prompt red")
+@CASES.case(" continues texts; ", r": (bigtx generate \S+)", value="prompt=red")
 def a_prediction_of_a_pretrained_run(desk: Desk) -> Attempt:
     desk.take("decoder")
     desk.lines("in.jsonl", SHORT)
-    return desk.once("bigtx predict decoder --input in.jsonl")
-
-
-@CASES.case("models that score tokens; use it by ", r"`(bigtx predict)`", value="classifier --input in.jsonl")
-def an_export_of_a_classifier(desk: Desk) -> Attempt:
-    desk.take("classifier")
-    desk.lines("in.jsonl", SHORT)
-    return desk.once("bigtx export classifier -o new --no-verify")
+    return desk.once("bigtx predict decoder input=in.jsonl")
 
 
 # import and export
@@ -193,23 +206,23 @@ def an_imported_model(desk: Desk) -> Attempt:
     (desk.folder / "corpus").rename("CORPUS")
     for number in range(2):
         desk.write(f"TEXTS/{number}.txt", f"{number} red apple tree")
-    return desk.command("bigtx import foreign -o 'my run'")
+    return desk.command("bigtx import foreign output='my run'")
 
 
-@CASES.case("A run needs its tokenizer", r"(--tokenizer)$", value="tokenizer")
+@CASES.case("A run needs its tokenizer", r": (tokenizer=FOLDER)$", fill={"FOLDER": "tokenizer"})
 def a_model_without_a_tokenizer(desk: Desk) -> Attempt:
     desk.without("transformers")
     desk.take("foreign")
     desk.done("cp -r foreign tokenizer", "rm -f foreign/tokenizer* foreign/*.model")
-    return desk.command("bigtx import foreign -o new")
+    return desk.command("bigtx import foreign output=new")
 
 
-@CASES.case("; name the model's own with ", r"(--tokenizer)$", value="foreign")
+@CASES.case("; name the model's own: ", r": (tokenizer=FOLDER)$", fill={"FOLDER": "foreign"})
 def a_tokenizer_of_another_model(desk: Desk) -> Attempt:
     desk.without("transformers")
     desk.take("foreign")
     desk.take("other_foreign")
-    return desk.command("bigtx import foreign -o new --tokenizer other_foreign")
+    return desk.command("bigtx import foreign output=new tokenizer=other_foreign")
 
 
 @CASES.case("Weights are not downloaded by bigtx", r"`(hf download .*)`")
@@ -219,41 +232,41 @@ def a_model_that_is_not_here(desk: Desk) -> Attempt:
     desk.program(
         "hf", 'assert sys.argv[1::2] == ["download", "--local-dir"]', "shutil.copytree('foreign', sys.argv[4])"
     )
-    return desk.command("bigtx import 'my models/a' -o new")
+    return desk.command("bigtx import 'my models/a' output=new")
 
 
-@CASES.case("--base is for --to peft", r"for (--to peft):")
+@CASES.case("base= is for to=peft", r"for (to=peft):")
 def a_base_without_peft(desk: Desk) -> Attempt:
     desk.take("adapters", "foreign")
-    return desk.command("bigtx export adapters -o new --base foreign --no-verify")
+    return desk.command("bigtx export adapters output=new base=foreign --no-verify")
 
 
 @CASES.case(
-    "--to peft needs --base FOLDER",
-    r"needs (--base FOLDER)",
+    "to=peft needs base=FOLDER",
+    r"needs (base=FOLDER)",
     r"`(bigtx export .*?)`",
-    fill={"FOLDER": "made", "BASE_RUN": "decoder", "--to hf": "--to hf --no-verify"},
+    fill={"FOLDER": "made", "BASE_RUN": "decoder --no-verify"},
 )
 def peft_without_a_base(desk: Desk) -> Attempt:
     desk.take("adapters", "decoder")
 
     def run(words: Sequence[str]) -> Outcome:
-        base = ["--base", "made"] if (desk.folder / "made").is_dir() else []
-        return desk.run(" ".join(["bigtx export adapters --to peft -o new --no-verify", *words, *base]))
+        base = ["base=made"] if (desk.folder / "made").is_dir() else []
+        return desk.run(" ".join(["bigtx export adapters to=peft output=new --no-verify", *words, *base]))
 
     return run
 
 
-@CASES.case("--dtype and --license are for --to hf", r"(--dtype) ", value="fp32")
+@CASES.case("dtype= and license= are for to=hf", r"^ConfigError: (dtype=) ", fill={"dtype=": "dtype=fp32"})
 def a_dtype_for_adapters(desk: Desk) -> Attempt:
     desk.take("adapters")
-    return desk.command("bigtx export adapters --to peft -o new --base x --dtype bf16 --no-verify")
+    return desk.command("bigtx export adapters to=peft output=new base=x dtype=bf16 --no-verify")
 
 
 @CASES.case("(model.lora.rank is 0)", r"`(bigtx export .*?)`", fill={"FOLDER": "made --no-verify"})
 def no_adapters(desk: Desk) -> Attempt:
     desk.take("decoder")
-    return desk.once("bigtx export decoder --to peft -o new --base x --no-verify")
+    return desk.once("bigtx export decoder to=peft output=new base=x --no-verify")
 
 
 @CASES.case(
@@ -264,14 +277,14 @@ def no_adapters(desk: Desk) -> Attempt:
 )
 def more_than_adapters(desk: Desk) -> Attempt:
     desk.take("mixed")
-    return desk.once("bigtx export mixed --to peft -o new --base x --no-verify")
+    return desk.once("bigtx export mixed to=peft output=new base=x --no-verify")
 
 
 @CASES.case(": write a size above 0, e.g. ", r"e\.g\. (5GB)$")
 def a_size_of_nothing(desk: Desk) -> Attempt:
     desk.take("decoder")
     return lambda words: desk.run(
-        f"bigtx export decoder -o new --no-verify --max-shard-size {' '.join(words) or '0GB'}"
+        f"bigtx export decoder output=new --no-verify max_shard_size={' '.join(words) or '0GB'}"
     )
 
 
@@ -279,7 +292,8 @@ def a_size_of_nothing(desk: Desk) -> Attempt:
 def no_transformers(desk: Desk) -> Attempt:
     desk.take("decoder")
     desk.without("transformers")
-    return lambda words: desk.run("bigtx export decoder -o new --no-verify") if words else call(require_transformers)
+    export = desk.command("bigtx export decoder output=new --no-verify")
+    return lambda words: export([]) if words else call(require_transformers)
 
 
 @CASES.case("an export is compared with ", r"(pip install \S+),")
@@ -288,10 +302,10 @@ def no_peft(desk: Desk) -> Attempt:
     return lambda words: call(require_peft)
 
 
-@CASES.case("export as bf16 or fp32 (--dtype)", r"\((--dtype)\)$", value="bf16")
+@CASES.case("; write dtype=bf16 or ", r"write (dtype=bf16)", r"or (dtype=fp32)")
 def weights_beyond_fp16(desk: Desk) -> Attempt:
     desk.take("loud")
-    return desk.command("bigtx export loud -o new --no-verify --dtype fp16")
+    return desk.command("bigtx export loud output=new --no-verify dtype=fp16")
 
 
 @CASES.case("can only be seen with it, and it is not installed", r"(pip install \S+)$")
@@ -315,16 +329,16 @@ def a_model_card(desk: Desk) -> Attempt:
     return lambda words: Outcome(False, (desk.folder / "foreign/README.md").read_text())
 
 
-@CASES.case("another process writes ", r"(--output)$", value="other.jsonl")
+@CASES.case("another process writes ", r"(output=FILE)", fill={"FILE": "other.jsonl"})
 def an_output_that_is_held(desk: Desk) -> Attempt:
     desk.write("out.jsonl", "")
     held = os.open("out.jsonl", os.O_RDWR)
     desk.patch.setattr(desk, "held", held, raising=False)
     fcntl.flock(held, fcntl.LOCK_EX)
-    return predict(desk, SHORT, more="--output out.jsonl")
+    return predict(desk, SHORT, more="output=out.jsonl")
 
 
-@CASES.case("; to measure on them as they are, ", r"(--data)$", value="in.jsonl")
+@CASES.case("; to measure on them as they are, ", r"(data=FILE)$", fill={"FILE": "in.jsonl"})
 def records_that_have_changed(desk: Desk) -> Attempt:
     attempt = evaluate(desk, "")
     path = desk.folder / "classifier/config.yaml"
@@ -332,10 +346,10 @@ def records_that_have_changed(desk: Desk) -> Attempt:
     path.write_text(
         config.replace("  train: []", "  train: [in.jsonl]").replace("  validation: []", "  validation: [in.jsonl]")
     )
-    return lambda words: attempt(words or ["--split", "validation"])
+    return lambda words: attempt(words or ["split=validation"])
 
 
-@CASES.case(" cannot be made, for the W&B run: ", r"(--wandb off)$")
+@CASES.case(" cannot be made, for the W&B run: ", r"(wandb=off)$")
 def no_folder_for_wandb(desk: Desk) -> Attempt:
     desk.write("out.wandb", "")
-    return evaluate(desk, "--data in.jsonl --output out.json --wandb offline")
+    return evaluate(desk, "data=in.jsonl output=out.json wandb=offline")

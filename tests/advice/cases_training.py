@@ -324,7 +324,7 @@ def no_sacrebleu(desk: Desk) -> Attempt:
 # The start.
 
 
-@CASES.case("start the ranks by ", r"or (unset [A-Z_ ]+) to")
+@CASES.case("start the ranks by ", r"or (unset [A-Z_ ]+) and")
 def half_of_a_launcher(desk: Desk) -> Attempt:
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         desk.patch.delenv(name, raising=False)
@@ -356,6 +356,7 @@ def a_copied_recipe(desk: Desk) -> Attempt:
 @CASES.case(
     "Edit it, then run: ",
     r"run: (.*)$",
+    sources=["Edit it, then run: bigtx finetune", " base=RUN"],
     fill={"FILES": "records.jsonl", "runs/mine": "runs/new", "base=RUN": "base=decoder"},
 )
 def a_copied_recipe_of_a_task(desk: Desk) -> Attempt:
@@ -364,12 +365,12 @@ def a_copied_recipe_of_a_task(desk: Desk) -> Attempt:
     return desk.command("bigtx configs copy finetune/imdb.yaml")
 
 
-@CASES.case("; `bigtx configs list` shows them", r"`(bigtx configs list)`")
+@CASES.case("; `bigtx configs list` shows the recipes", r"`(bigtx configs list)`")
 def an_unknown_recipe(desk: Desk) -> Attempt:
     return desk.once("bigtx configs copy xyz")
 
 
-@CASES.case("; `bigtx configs explain` shows all", r"`(bigtx configs explain)`")
+@CASES.case("`bigtx configs explain` has all", r"`(bigtx configs explain)`")
 def an_unknown_setting(desk: Desk) -> Attempt:
     return desk.once("bigtx configs explain qqqqqqqq")
 
@@ -379,6 +380,6 @@ def the_recipes(desk: Desk) -> Attempt:
     return desk.command("bigtx configs list")
 
 
-@CASES.case("`bigtx --help` shows all commands", r"`(bigtx --help)`")
+@CASES.case("`bigtx help` shows all commands", r"`(bigtx help)`")
 def an_unknown_command(desk: Desk) -> Attempt:
     return desk.once("bigtx qqqqqqqq")

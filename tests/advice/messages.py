@@ -3,26 +3,44 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
+import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from bigtx.cli import COMMANDS, main
+
 PACKAGE = Path(__file__).resolve().parents[2] / "bigtx"
 LEAD = r"(?i:\b(?:write|set|add|also|e\.g\.|mean|by|needs|or|give|so|without|then|choose|use|allow more with):?,? )"
 """What stands before a setting that is to be written."""
+
+
+def _options() -> list[str]:
+    """The names of options with a value, as the help of the commands shows them."""
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        for command in COMMANDS:
+            assert main(["help", *command.split()]) == 0
+    return sorted(set(re.findall(r"^  ([a-z_]+)=", shown.getvalue(), re.MULTILINE)))
+
+
+OPTIONS = _options()
 COPYABLE = re.compile(
     LEAD + r"[\"'(]*(?:[a-z_]+(?:\.[\w]+)*|\{[^{}]*\})=(?!=)"  # a setting with a value
     r"|=\S+ (?:is enough|would|cuts)\b|; write \{|use is \{|=THIS_RUN"
     r"|`(?:bigtx |wandb |hf |\{_)|\bbigtx-finetune \{|\bdeepspeed --"
-    r"|\bbigtx (?:tokenizer|data|import|export|generate|predict|evaluate|configs|pretrain|finetune) "
+    r"|\bbigtx (?:tokenizer|data|import|export|generate|predict|evaluate|chat|configs|pretrain|finetune) "
     r"|(?<=.)(?<![\w-])--[a-z]"
+    rf"|(?<=[\s(`])(?:{'|'.join(OPTIONS)})=[\w.-]"  # an option with a value
+    r"|(?<![\w.~}/])/(?:help|quit|reset|save)\b"  # a command of a chat
     r"|\{(?:shell\.)?(?:settings?|command)\("
     r"|\b(?:pip install|iconv|jq|ffmpeg|ulimit|unset) "
 )
 """What a user can copy: a setting with a value, a command, an option, or what the package writes as such."""
-NO_MESSAGES = ("add_argument", "compile", "ArgumentParser", "parse_command_line")
+NO_MESSAGES = ("add_argument", "add_json", "columns", "compile", "Arguments", "parse_command_line")
 """Calls whose texts are help and patterns."""
 
 
@@ -45,6 +63,19 @@ def messages() -> Iterator[Message]:
 def advice() -> list[Message]:
     """The texts that advise what can be copied."""
     return [message for message in messages() if COPYABLE.search(message.text)]
+
+
+def constants() -> Iterator[Message]:
+    """All constant texts of the package, help included, but for docstrings and the names of options themselves."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        left_out = [node.value for node in nodes if isinstance(node, ast.Expr)]
+        for node in nodes:
+            if isinstance(node, ast.Call) and _name(node.func) == "add_argument":
+                left_out += node.args
+        for node in nodes:
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in left_out:
+                yield Message(f"{path.relative_to(PACKAGE).as_posix()}:{node.lineno}", node.value)
 
 
 def _texts(node: ast.AST) -> Iterator[tuple[int, str]]:
@@ -75,4 +106,6 @@ def _name(function: ast.expr) -> str:
 def _are_titles(table: ast.Dict) -> bool:
     """Whether a table's keys are commands or options, and its values say what they are for."""
     keys = [key.value for key in table.keys if isinstance(key, ast.Constant)]
-    return bool(keys) and all(str(key).startswith(("--", "bigtx ", "data ", "pretraining ")) for key in keys[:1])
+    return bool(keys) and all(
+        str(key).startswith(("--", "bigtx ", "data ", "pretraining ", "tokenizer ")) for key in keys[:1]
+    )

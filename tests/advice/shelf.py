@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from bigtx.cli import main
 from bigtx.config.load import to_yaml
 from bigtx.config.schema import (
+    ChatConfig,
     ClassifyConfig,
     DataConfig,
     FinetuneConfig,
@@ -87,6 +88,20 @@ class Shelf:
         model = ModelConfig(**SHAPE, num_classes=len(classes))
         config = FinetuneConfig(task="classify", model=model, classify=ClassifyConfig(classes=classes, pooling="last"))
         return self._run("classifier", config)
+
+    @functools.cached_property
+    def chats(self) -> Path:
+        """A run that was trained on chats."""
+        return self._answering("chats", "chat")
+
+    @functools.cached_property
+    def answers(self) -> Path:
+        """A run that was trained on single prompts and answers."""
+        return self._answering("answers", "plain")
+
+    def _answering(self, name: str, form: Literal["chat", "plain"]) -> Path:
+        config = FinetuneConfig(task="sft", model=ModelConfig(**SHAPE), chat=ChatConfig(format=form))
+        return self._run(name, config)
 
     @functools.cached_property
     def adapters(self) -> Path:

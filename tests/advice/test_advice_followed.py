@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from advice import cases_config, cases_data, cases_models, cases_training
+from advice import cases_chat, cases_commands, cases_config, cases_data, cases_models, cases_training
 from advice.desk import Case, Desk
 from advice.shelf import Shelf
 
-CASES: list[Case] = [*cases_config.CASES, *cases_data.CASES, *cases_models.CASES, *cases_training.CASES]
+FILES = (cases_commands, cases_config, cases_data, cases_models, cases_chat, cases_training)
+CASES: list[Case] = [case for file in FILES for case in file.CASES]
 
 
 @pytest.fixture(scope="module")

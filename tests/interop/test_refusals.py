@@ -273,7 +273,7 @@ def test_a_tokenizer_elsewhere(whole: Path, tmp_path: Path, capsys: pytest.Captu
     folder = copied(whole, tmp_path)
     for path in folder.glob("*token*"):
         path.unlink()
-    assert "--tokenizer" in import_refused(capsys, folder)
+    assert "tokenizer=FOLDER" in import_refused(capsys, folder)
     save_tokenizer(tmp_path / "words")
     options = ["-o", str(tmp_path / "run"), "--tokenizer", str(tmp_path / "words")]
     assert main(["import", str(folder), *options]) == 0
@@ -300,7 +300,7 @@ def test_exports_that_are_refused(run: Path, tmp_path: Path, capsys: pytest.Capt
     message = refused(capsys, "export", run, "-o", new, "--family", "gpt2")
     assert "the family gpt2 does not express this model: model.norm=rms: " in message
     assert "'gtp2'" in refused(capsys, "export", run, "-o", new, "--family", "gtp2")
-    assert "--max-shard-size 5 apples" in refused(capsys, "export", run, "-o", new, "--max-shard-size", "5 apples")
+    assert "max_shard_size=5 apples" in refused(capsys, "export", run, "-o", new, "--max-shard-size", "5 apples")
 
 
 def test_an_export_without_transformers(

@@ -153,3 +153,8 @@ def test_a_name_is_taken_out_of_settings(words: list[str]) -> None:
 def test_a_name_that_is_not_there() -> None:
     assert take(["apart=1", "a.part=2"], "part") == (None, ["apart=1", "a.part=2"])
     assert take(["--part"], "part") == ("", [])
+
+
+def test_what_stands_below_the_options_is_shown_as_it_is() -> None:
+    shown = Arguments(prog="bigtx try", epilog="While it runs:\n  /quit   end").format_help()
+    assert shown.endswith("print this\n\nWhile it runs:\n  /quit   end\n")

@@ -1,0 +1,76 @@
+"""Messages about command lines: options, switches, words, and what is no command."""
+
+from __future__ import annotations
+
+from advice.desk import Attempt, Cases, Desk
+
+CASES = Cases()
+
+
+def line(start: str, wrong: str, desk: Desk) -> Attempt:
+    """A command line with a corpus and a decoder in the folder; words are written in place of what is wrong."""
+    desk.take("corpus", "decoder")
+    return lambda words: desk.run(f"{start} {' '.join(words) or wrong}")
+
+
+@CASES.case(" takes no value; write ", r"write (--json)$", sources=["{written} takes no value; write "])
+def a_switch_with_a_value(desk: Desk) -> Attempt:
+    return line("bigtx data stats corpus", "--json=yes", desk)
+
+
+@CASES.case(" is a switch and takes no value; write ", r"write (--json)$")
+def a_switch_as_an_option(desk: Desk) -> Attempt:
+    return line("bigtx data stats corpus", "json=yes", desk)
+
+
+@CASES.case(" has no value; write ", r"write (samples=N)$", fill={"N": "1"})
+def an_option_without_a_value(desk: Desk) -> Attempt:
+    return line("bigtx data inspect corpus", "--samples", desk)
+
+
+@CASES.case(" stands alone; write ", r"write (samples=N),", fill={"N": "1"})
+def an_option_as_a_word(desk: Desk) -> Attempt:
+    return line("bigtx data inspect corpus", "samples", desk)
+
+
+@CASES.case("; a path with = in it is written ", r"written (\./PATH)$", fill={"PATH": "qqqqqqqq=new"})
+def a_path_like_an_option(desk: Desk) -> Attempt:
+    return line("bigtx configs copy pretrain/small.yaml", "qqqqqqqq=new", desk)
+
+
+@CASES.case(
+    " missing; write ",
+    r"(prompt=TEXT) or",
+    r"or (prompts_file=FILE) is",
+    sources=[" missing; write {self.parser.form()}"],
+    fill={"TEXT": "red", "FILE": "prompts.txt"},
+)
+def an_option_that_is_missing(desk: Desk) -> Attempt:
+    desk.write("prompts.txt", "red\n")
+    return line("bigtx generate decoder max_new_tokens=2", "", desk)
+
+
+@CASES.case("no command 'data qqqqqqqq'; ", r"`(bigtx data)`", sources=["no command {written}; {meant or f'`bigtx "])
+def an_unknown_command_of_a_group(desk: Desk) -> Attempt:
+    return desk.once("bigtx data qqqqqqqq")
+
+
+@CASES.case(
+    " is a file of settings, not a command; write ",
+    r"write (bigtx pretrain .*)$",
+    sources=[" is a file of settings, not a command", "{use} {shell.command("],
+)
+def a_recipe_as_a_command(desk: Desk) -> Attempt:
+    desk.take("corpus")
+    return desk.once("bigtx pretrain/small.yaml data.sources.a.path=corpus run_dir=runs/new")
+
+
+@CASES.case(
+    " is a file of settings, not a command; write ",
+    r"write (bigtx pretrain FILE model/decoder-1m.yaml)$",
+    sources=["bigtx pretrain FILE"],
+    fill={"FILE": "pretrain/small.yaml data.sources.a.path=corpus run_dir=runs/new"},
+)
+def a_recipe_of_a_model_as_a_command(desk: Desk) -> Attempt:
+    desk.take("corpus")
+    return desk.once("bigtx model/decoder-1m.yaml")
