@@ -57,9 +57,9 @@ def main() -> int:
     print(f"""
 Everything is in {FOLDER}: the tokenizer, the shards, and the run with its config, metrics, samples and checkpoints.
 Next:
-    bigtx generate {run_dir} --prompt 'def read_lines(path):'
+    bigtx generate {run_dir} prompt='def read_lines(path):'
     bigtx data inspect {data}
-    deepspeed bigtx/pretrain.py configs/pretrain/python-stdlib.yaml run_dir=runs/mine model.num_layers=8
+    bigtx pretrain configs/pretrain/python-stdlib.yaml run_dir=runs/mine model.num_layers=8
     wandb sync {run_dir}/wandb/offline-run-*        # the run's charts, once you are logged in""")
     return 0
 

@@ -57,15 +57,32 @@ BASES = {"finetune/imdb.yaml": "pretrain/imdb-decoder.yaml"}
 """What a recipe is to be used with; others fit any base, such as a decoder of configs/model."""
 
 
+def over(config: FinetuneConfig, base: str) -> FinetuneConfig:
+    """A fine-tuning of the model of a recipe; a classifier has two classes."""
+    model = load(PretrainConfig, [base], check=False).model
+    config.model = dataclasses.replace(model, shape=config.model.shape, num_classes=None)
+    if config.task != "classify":
+        return config
+    config.classify.classes = ["bad", "good"]
+    return Classify.resolve(config, None, [])  # type: ignore[arg-type]
+
+
+def test_a_classifier_of_the_other_small_decoder_can_be_exported() -> None:
+    for base in ("pretrain/small-qwen3.yaml", "pretrain/small.yaml"):
+        made = over(load(FinetuneConfig, ["finetune/classify.yaml"], check=False), base)
+        made.model.vocab_size = 1000
+        if base == "pretrain/small.yaml":
+            with pytest.raises(ConfigError, match="no nanochat that sorts texts"):
+                family_of(made)
+        else:
+            assert family_of(made).model_type == "qwen3"
+
+
 @pytest.mark.parametrize("name", [name for name in shipped_configs() if not name.startswith("data/")])
 def test_its_model_can_be_exported_or_the_recipe_says_that_it_cannot(name: str) -> None:
     config = load(SCHEMAS[name.partition("/")[0]][0], [name], check=False)
     if isinstance(config, FinetuneConfig) and config.model.hidden_size == ModelConfig().hidden_size:
-        base = load(PretrainConfig, [BASES.get(name, "model/decoder-10m.yaml")], check=False).model
-        config.model = dataclasses.replace(base, shape=config.model.shape, num_classes=None)
-        if config.task == "classify":
-            config.classify.classes = ["bad", "good"]
-            config = Classify.resolve(config, None, [])  # type: ignore[arg-type]
+        config = over(config, BASES.get(name, "model/decoder-10m.yaml"))
     config.model.vocab_size = 1000
     text = (shipped_folder() / name).read_text(encoding="utf-8")
     try:
