@@ -181,10 +181,10 @@ def check_signal(case: Case, straight: Path, run_dir: Path, number: signal.Signa
 def test_a_signal_to_each_process_of_the_deepspeed_launcher(
     pretrained: tuple[Case, Path], run_dir: Path, number: signal.Signals, victim: str
 ) -> None:
-    """That the ranks save and end is our part; the command ends with status 0 when its own second process is killed."""
+    """That the ranks save and end is our part; the command ends with status 0 when a signal ends its second process."""
     straight = pretrained[1]
     case = Case(by_deepspeed, pretrained[0].arguments)
     status, out, err = hit(case, run_dir, victim_of(victim, run_dir), number)
-    assert status != 0 or (number == signal.SIGKILL and victim == "supervisor"), out + err
+    assert status != 0 or (victim == "supervisor" and number in (signal.SIGKILL, signal.SIGHUP, signal.SIGUSR1)), out
     is_rank_killed = number == signal.SIGKILL and victim == "rank 1"
     check_nothing_lost(case, run_dir, straight, saved=not is_rank_killed)
