@@ -184,7 +184,7 @@ def test_a_signal_to_each_process_of_the_deepspeed_launcher(
     """That the ranks save and end is our part; the command ends with status 0 when a signal ends its second process."""
     straight = pretrained[1]
     case = Case(by_deepspeed, pretrained[0].arguments)
-    status, out, err = hit(case, run_dir, victim_of(victim, run_dir), number)
+    status, out, _ = hit(case, run_dir, victim_of(victim, run_dir), number)
     assert status != 0 or (victim == "supervisor" and number in (signal.SIGKILL, signal.SIGHUP, signal.SIGUSR1)), out
     is_rank_killed = number == signal.SIGKILL and victim == "rank 1"
     check_nothing_lost(case, run_dir, straight, saved=not is_rank_killed)
