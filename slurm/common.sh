@@ -25,7 +25,8 @@ run() {
   trap 'ask_to_stop' USR1 TERM
   say "start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST; the first node writes to $log-node0.log"
   # SLURM would give a task one core. bigtx itself ends all nodes when one fails.
-  SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-} srun --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=0 \
+  [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+  srun --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=0 \
     --open-mode=append --output="$log-node%n.log" ${srun_options[@]+"${srun_options[@]}"} \
     ${container[@]+"${container[@]}"} "$@" &
   step=$!
