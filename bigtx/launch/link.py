@@ -58,9 +58,10 @@ class Link:
     def signal_arrivals(self) -> None:
         """Have the kernel send this process SIGIO whenever something arrives."""
         for peer in self._peers:
+            peer.connection.setblocking(False)
             fcntl.fcntl(peer.connection, fcntl.F_SETOWN, os.getpid())
             flags = fcntl.fcntl(peer.connection, fcntl.F_GETFL)
-            fcntl.fcntl(peer.connection, fcntl.F_SETFL, flags | os.O_ASYNC | os.O_NONBLOCK)
+            fcntl.fcntl(peer.connection, fcntl.F_SETFL, flags | os.O_ASYNC)
 
     def send(self, **message: Any) -> None:
         """Tell all other machines something."""
@@ -77,10 +78,6 @@ class Link:
                 self._pass_on(message, but=peer)
             messages += arrived
         return messages
-
-    def reaches(self, node: int) -> bool:
-        """Whether the connection to another machine is open."""
-        return any(peer.node == node and peer.is_open for peer in self._peers)
 
     def close(self) -> None:
         """End all connections."""

@@ -105,9 +105,10 @@ class Session(ABC, Generic[Config]):
             raise LaunchError(
                 f"run_dir={self.config.run_dir!r} cannot be written: {error}; name another folder"
             ) from error
-        launcher = processes.launcher_name()
+        launcher, nodes = processes.launcher_name(), processes.num_nodes()
+        where = f" on {nodes} machines" if nodes > 1 else ""
         started = f", started by {launcher}" if launcher else ""
-        log.say(f"bigtx: {num_ranks(processes.world_size())}{started}; run folder {self.run_dir}")
+        log.say(f"bigtx: {num_ranks(processes.world_size())}{where}{started}; run folder {self.run_dir}")
         self.stop = StopRequest(self._tell_request)
         return self
 
