@@ -4,9 +4,9 @@
     node 2 ──┼──▶ node 0, which passes on what one of them says to the others
     node 3 ──┘
 
-They meet before any rank is started: machines that do not find each other, or that disagree about the run, end here with
-an error that says so. From then on each says what the others must know (see `supervisor.py`), and notices when another one
-is gone: at once where its process ended, within some 20 seconds where its machine did.
+They meet before any rank is started: machines that do not find each other, or that disagree about the run, end here
+with an error that says so. From then on each says what the others must know (see `supervisor.py`), and notices when
+another one is gone: at once where its process ended, within some 20 seconds where its machine did.
 """
 
 from __future__ import annotations

@@ -96,6 +96,12 @@ def is_supervised() -> bool:
     return _is_supervised
 
 
+def slurm_place() -> dict[str, str | None]:
+    """This process's SLURM job, and how often it was requeued: `slurm_job` (None outside SLURM), `slurm_restart`."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return {"slurm_job": job, "slurm_restart": os.environ.get("SLURM_RESTART_COUNT", "0")}
+
+
 def share_cores() -> None:
     """Let OpenMP's threads sleep soon when they wait; call it before torch is imported.
 

@@ -43,13 +43,18 @@ class Machines:
         self.commands: list[subprocess.Popen[str]] = []
 
     def start(self, *works: list[str]) -> list[subprocess.Popen[str]]:
-        """Start a command for each machine, with the works of its ranks; wait until those that obey or hang are ready."""
+        """Start a command for each machine, with the works of its ranks; wait until those that have to are ready."""
         for node, own in enumerate(works):
             command = [sys.executable, str(PROGRAM), str(self.folder), *own]
             variables = environment(PYTHONPATH=str(ROOT), NODE=f"{node}/{len(works)}:{self.port}")
             self.commands.append(
                 subprocess.Popen(
-                    command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables, start_new_session=True
+                    command,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    env=variables,
+                    start_new_session=True,
                 )
             )
         ranks = [work for own in works for work in own]

@@ -73,7 +73,9 @@ def test_variables_of_a_batch_script_or_an_interactive_shell_change_nothing(
 
 def test_a_job_of_several_nodes_is_refused_where_one_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     given(monkeypatch, BATCH_SCRIPT | {"SLURM_JOB_NUM_NODES": "2"})
-    with pytest.raises(LaunchError, match="this SLURM job has 2 nodes, and bigtx was started on one of them; write `srun"):
+    with pytest.raises(
+        LaunchError, match="this SLURM job has 2 nodes, and bigtx was started on one of them; write `srun"
+    ):
         find_world(None, divides=8)
     assert find_world(2, divides=8) == World(2)
     given(monkeypatch, STEP | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"})
@@ -89,7 +91,7 @@ def test_pods_of_kubernetes_are_machines(monkeypatch: pytest.MonkeyPatch) -> Non
     given(monkeypatch, POD | {"PET_NPROC_PER_NODE": "2"})
     assert find_world(None, divides=8) == World(2, 3, 1, "job-0", 23456, "Kubernetes")
     given(monkeypatch, {"PET_NNODES": "1:3"})
-    with pytest.raises(LaunchError, match="PET_NNODES=1:3, .* a fixed number of pods"):
+    with pytest.raises(LaunchError, match=r"PET_NNODES=1:3, .* a fixed number of pods"):
         find_world(None, divides=8)
 
 
