@@ -32,12 +32,16 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "configs show": ("bigtx.commands.configs:show_command", "print a recipe"),
     "configs copy": ("bigtx.commands.configs:copy_command", "copy a recipe, to change it"),
     "configs explain": ("bigtx.commands.configs:explain_command", "say what a setting means"),
+    "slurm submit": ("bigtx.commands.slurm:submit_command", "submit a job to a SLURM cluster"),
+    "slurm render": ("bigtx.commands.slurm:render_command", "print the batch script of a job"),
+    "slurm status": ("bigtx.commands.slurm:status_command", "say what became of a run's jobs"),
     "help": ("bigtx.cli:help_command", "say what a command does and takes"),
     "version": ("bigtx.cli:version_command", "print the version (--json: also of its packages)"),
 }
 HEADINGS = {
     "From text to data": ("tokenizer", "data"),
     "Training": ("pretrain", "finetune"),
+    "On a cluster": ("slurm",),
     "Using a model": ("generate", "chat", "predict", "evaluate", "import", "export"),
 }
 """The first words of commands that belong together; what is named nowhere stands at the end."""
