@@ -15,7 +15,7 @@ from clusters import SCRIPT, Cluster
 def running_cluster() -> Iterator[Cluster]:
     lack = subprocess.run([SCRIPT, "ready"], capture_output=True, text=True)
     if lack.returncode != 0:
-        pytest.skip(f"{lack.stdout.strip()}; as root: tests/slurm/cluster install")
+        pytest.skip(lack.stdout.strip() + " (as root: tests/slurm/cluster install)")
     # Not in pytest's folder, which only its owner may enter: munged refuses to work there.
     with tempfile.TemporaryDirectory(prefix="bigtx-slurm-") as state, Cluster(Path(state)) as cluster:
         yield cluster

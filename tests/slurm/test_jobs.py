@@ -1,4 +1,4 @@
-"""The other jobs under SLURM: preparations in parts, sweeps, fine-tuning, chains; and mistakes that a cluster allows."""
+"""The other jobs under SLURM: preparations in parts, sweeps, chains with a fine-tuning; and mistakes of a cluster."""
 
 from __future__ import annotations
 
