@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from bigtx.utils import hardware
 from bigtx.utils.errors import LaunchError
-from bigtx.utils.processes import is_launched, launcher_problem
+from bigtx.utils.processes import is_launched, launcher_name, launcher_problem, num_nodes
 
 FIRST_PORT, NUM_PORTS = 20_000, 6_000
 """Pairs of ports below those that Linux gives to clients, for ranks of several machines and for their supervisors."""
@@ -77,10 +77,16 @@ def find_world(num_ranks: int | None, *, divides: int) -> World | None:
     _take_mpi_rank()
     if problem := launcher_problem():
         raise LaunchError(problem)
+    tasks, nodes = _number("SLURM_STEP_NUM_TASKS"), _number("SLURM_STEP_NUM_NODES")
     if is_launched():
         _refuse_count(num_ranks)
+        if _is_srun_task() and (nodes or 1) > 1 and num_nodes() == 1:
+            raise LaunchError(
+                f"srun has started {nodes} copies of a run of one machine: {launcher_name()} knows of this node alone; "
+                "tell it of the others (torchrun --nnodes, deepspeed --hostfile), or write `srun --ntasks-per-node=1 "
+                "bigtx ...`, which starts the ranks itself"
+            )
         return None
-    tasks, nodes = _number("SLURM_STEP_NUM_TASKS"), _number("SLURM_STEP_NUM_NODES")
     if not _is_srun_task():
         _refuse_idle_nodes(num_ranks)
         return World(_num_local(num_ranks, divides))

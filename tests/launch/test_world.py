@@ -82,6 +82,14 @@ def test_a_job_of_several_nodes_is_refused_where_one_is_used(monkeypatch: pytest
     assert find_world(None, divides=8) == World(4)
 
 
+def test_copies_of_a_run_of_one_machine_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    given(monkeypatch, STEP | {"SLURM_STEP_NUM_TASKS": "2"} | RANK | {"LOCAL_WORLD_SIZE": "2"})
+    with pytest.raises(LaunchError, match="srun has started 2 copies of a run of one machine"):
+        find_world(None, divides=8)
+    given(monkeypatch, {"WORLD_SIZE": "4"})
+    assert find_world(None, divides=8) is None
+
+
 POD = {"PET_NNODES": "3", "PET_NODE_RANK": "1", "PET_MASTER_ADDR": "job-0", "PET_MASTER_PORT": "23456"}
 
 

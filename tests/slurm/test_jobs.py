@@ -61,6 +61,43 @@ def test_srun_with_a_task_for_each_rank(cluster: Cluster, pretraining: list[str]
     assert "4 ranks on 2 machines, started by srun" in said and last_step(tmp_path / "run") == 3
 
 
+LAUNCHERS = {
+    "torchrun": "torchrun --nnodes 2 --nproc_per_node 2 --node_rank $SLURM_NODEID --master_addr {host} --master_port 23456 "
+    "-m bigtx.pretrain",
+    "deepspeed": "deepspeed --hostfile hosts --no_ssh --node_rank $SLURM_NODEID --master_addr {host} --master_port 23456 "
+    "--module bigtx.pretrain",
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_other_launchers_on_two_nodes(cluster: Cluster, pretraining: list[str], tmp_path: Path, launcher: str) -> None:
+    (tmp_path / "hosts").write_text("n1 slots=2\nn2 slots=2\n")
+    arguments = [*pretraining, "train.max_steps=3", f"run_dir={tmp_path / 'run'}"]
+    line = f'exec {LAUNCHERS[launcher].format(host="n1")} "$@"'
+    said = cluster.run("srun", "--nodes=2", "--ntasks-per-node=1", "bash", "-c", line, "bash", *arguments)
+    assert f"4 ranks on 2 machines, started by {launcher}" in said and last_step(tmp_path / "run") == 3
+
+
+def test_a_wrong_address_is_named_within_a_minute(cluster: Cluster, pretraining: list[str], tmp_path: Path) -> None:
+    arguments = [*pretraining, "train.max_steps=3", f"run_dir={tmp_path / 'run'}", "--ranks=1"]
+    where = {"MASTER_ADDR": "10.213.77.77", "MASTER_PORT": "23456"}
+    said = cluster.run("srun", "--nodes=2", "--ntasks-per-node=1", "bigtx", "pretrain", *arguments, status=2, **where)
+    assert "n2 (node 1) does not reach the first machine at 10.213.77.77:23457: " in said
+    assert "only 1 of 2 machines came to 10.213.77.77:23457" in said and "Traceback" not in said
+
+
+def test_a_cancelled_job_saves_and_is_not_requeued(cluster: Cluster, pretraining: list[str], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    arguments = [*pretraining, "train.max_steps=3000", f"run_dir={run_dir}", "--ranks=2"]
+    job = cluster.submit("--nodes=2", str(SCRIPTS / "pretrain.sbatch"), *arguments)
+    cluster.wait_for(lambda: last_step(run_dir) >= 7, number=job)
+    cluster.run("scancel", str(job))
+    end = cluster.wait_for_end(job)
+    assert (end["JobState"], end["Restarts"]) == ("CANCELLED", "0"), cluster.logs()
+    ended = [event["status"] for event in read_lines(run_dir / "events.jsonl") if event["kind"] == "end"]
+    assert ended == ["stopped"] and all_pids(run_dir) == [], cluster.logs()
+
+
 def test_a_stop_file_asks_for_a_requeue(cluster: Cluster, pretraining: list[str], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     arguments = [*pretraining, "train.max_steps=30", f"run_dir={run_dir}", "--ranks=2"]
