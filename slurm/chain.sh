@@ -5,10 +5,10 @@
 #     prepare.yaml output=corpus  --  pretrain.yaml run_dir=runs/base  --  finetune.yaml base=runs/base run_dir=runs/mine
 #
 # It prints the number of each job. A job that fails ends those that wait for it.
-set -euo pipefail
 
 export BIGTX_HOME=${BIGTX_HOME:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
 source "${BIGTX_SITE:-$BIGTX_HOME/configs/site/default.sh}"
+set -euo pipefail  # Not before: what a site loads may know nothing of it.
 
 prepare=() pretrain=() finetune=()
 target=prepare
@@ -21,10 +21,10 @@ for word in "$@"; do
     *) finetune+=("$word") ;;
   esac
 done
-[ ${#finetune[@]} -gt 0 ] || { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0" >&2; exit 2; }
+[ ${#finetune[@]} -gt 0 ] || { sed -n '2,/^$/{/^#/s/^# \{0,1\}//p}' "$0" >&2; exit 2; }
 
 # The config is checked here, before anything is submitted.
-corpus=$("${container[@]}" bigtx data prepare "${prepare[@]}" --print-config | sed -n 's/^output: //p')
+corpus=$(${container[@]+"${container[@]}"} bigtx data prepare "${prepare[@]}" --print-config | sed -n 's/^output: //p')
 
 submit() { sbatch --parsable --kill-on-invalid-dep=yes "$@" | cut -d ';' -f 1; }
 scripts=$BIGTX_HOME/slurm

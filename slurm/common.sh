@@ -8,11 +8,12 @@
 #   2, a mistake of the user    ends with status 2
 #   anything else, a crash      is requeued, at most $BIGTX_MAX_CRASHES times in a row
 #
-# USR1 (sent by SLURM before the time is over, see --signal) and TERM ask the command to stop.
-set -uo pipefail
+# USR1 (sent by SLURM before the time is over, see --signal) and TERM ask the command to stop. `fail WORDS...` ends the
+# job with status 2.
 
 home=${BIGTX_HOME:-$SLURM_SUBMIT_DIR}
 source "${BIGTX_SITE:-$home/configs/site/default.sh}"
+set -uo pipefail  # Not before: what a site loads may know nothing of it.
 
 max_crashes=${BIGTX_MAX_CRASHES:-3}
 task=${SLURM_ARRAY_TASK_ID:+-$SLURM_ARRAY_TASK_ID}
@@ -75,6 +76,11 @@ requeue() {
   else
     say "not requeued: the job was cancelled, or SLURM ends it"
   fi
+}
+
+fail() {
+  say "$*"
+  exit 2
 }
 
 say() { echo "$(date '+%F %T') job $SLURM_JOB_ID: $*"; }

@@ -62,18 +62,17 @@ def test_srun_with_a_task_for_each_rank(cluster: Cluster, pretraining: list[str]
 
 
 LAUNCHERS = {
-    "torchrun": "torchrun --nnodes 2 --nproc_per_node 2 --node_rank $SLURM_NODEID --master_addr {host} --master_port 23456 "
-    "-m bigtx.pretrain",
-    "deepspeed": "deepspeed --hostfile hosts --no_ssh --node_rank $SLURM_NODEID --master_addr {host} --master_port 23456 "
-    "--module bigtx.pretrain",
+    "torchrun": "torchrun --nnodes 2 --nproc_per_node 2 {place} -m bigtx.pretrain",
+    "deepspeed": "deepspeed --hostfile hosts --no_ssh {place} --module bigtx.pretrain",
 }
+PLACE = "--node_rank $SLURM_NODEID --master_addr n1 --master_port 23456"
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_other_launchers_on_two_nodes(cluster: Cluster, pretraining: list[str], tmp_path: Path, launcher: str) -> None:
     (tmp_path / "hosts").write_text("n1 slots=2\nn2 slots=2\n")
     arguments = [*pretraining, "train.max_steps=3", f"run_dir={tmp_path / 'run'}"]
-    line = f'exec {LAUNCHERS[launcher].format(host="n1")} "$@"'
+    line = f'exec {LAUNCHERS[launcher].format(place=PLACE)} "$@"'
     said = cluster.run("srun", "--nodes=2", "--ntasks-per-node=1", "bash", "-c", line, "bash", *arguments)
     assert f"4 ranks on 2 machines, started by {launcher}" in said and last_step(tmp_path / "run") == 3
 

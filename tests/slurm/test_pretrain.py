@@ -106,7 +106,7 @@ VICTIMS: dict[str, Callable[[Cluster, Path], int]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [name for name in VICTIMS if name != "srun"])
+@pytest.mark.parametrize("victim", VICTIMS)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_request_to_any_process_is_one_checkpoint(
     cluster: Cluster, corpus: Path, straight: Path, tmp_path: Path, victim: str, number: signal.Signals
