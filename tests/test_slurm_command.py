@@ -51,7 +51,7 @@ def test_the_site_and_the_command_are_in_the_script(
     assert "#SBATCH --partition=gpu" in options and "#SBATCH --exclusive" in options
     assert "#SBATCH --signal=B:USR1@60" in options and "#SBATCH --signal=B:USR1@300" not in options
     assert [line for line in options if "--nodes" in line] == ["#SBATCH --nodes=4"]
-    assert f"#SBATCH --comment=bigtx {tmp_path / 'my run'}" in options
+    assert f"#SBATCH --comment='bigtx {tmp_path / 'my run'}'" in options
     # Run with another `source`, the script calls the command with the words that were given.
     (tmp_path / "slurm").mkdir()
     (tmp_path / "slurm" / "common.sh").write_text('run() { printf "%s\\n" "$BIGTX_SITE" "$@"; }\n')

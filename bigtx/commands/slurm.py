@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -224,7 +225,7 @@ def _render(job: _Job) -> str:
     } | job.options
     kept = [line for line in script.splitlines() if not (found := _option(line)) or found not in options]
     place = max(number for number, line in enumerate(kept) if _option(line)) + 1
-    ours = [f"#SBATCH --{name}={value}" if value else f"#SBATCH --{name}" for name, value in options.items()]
+    ours = [f"#SBATCH --{name}={shlex.quote(value)}" if value else f"#SBATCH --{name}" for name, value in options.items()]
     environment = ["", command("export", f"BIGTX_HOME={_home()}", f"BIGTX_SITE={job.site}")]
     return "\n".join([*kept[:place], *ours, *environment, command("set", "--", *job.arguments), *kept[place:]]) + "\n"
 
