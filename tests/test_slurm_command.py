@@ -103,7 +103,7 @@ def test_a_refusal_of_sbatch_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 def test_status_tells_each_life(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    start = {"kind": "start", "time": "T", "host": "n1", "world_size": 4, "slurm_job": "7"}
+    start = {"kind": "start", "time": 1795987674.9, "host": "n1", "world_size": 4, "slurm_job": "7"}
     events = [
         start | {"step": 0, "slurm_restart": "0"},
         {"kind": "end", "step": 12, "status": "stopped"},

@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,7 +135,8 @@ def status_command(argv: Sequence[str]) -> int:
             if life["end"]
             else "no end is recorded: it runs, or was killed"
         )
-        say(f"{life['time']}  {job} on {life['host']}, {life['ranks']} ranks, from step {life['step']:,}: {end}")
+        began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(life["time"]))
+        say(f"{began}  {job} on {life['host']}, {life['ranks']} ranks, from step {life['step']:,}: {end}")
     for each in jobs:
         say(f"job {each['job']}: {each['state']}" + (f" ({each['reason']})" if each["reason"] != "None" else ""))
     if not jobs:
@@ -225,7 +227,9 @@ def _render(job: _Job) -> str:
     } | job.options
     kept = [line for line in script.splitlines() if not (found := _option(line)) or found not in options]
     place = max(number for number, line in enumerate(kept) if _option(line)) + 1
-    ours = [f"#SBATCH --{name}={shlex.quote(value)}" if value else f"#SBATCH --{name}" for name, value in options.items()]
+    ours = [
+        f"#SBATCH --{name}={shlex.quote(value)}" if value else f"#SBATCH --{name}" for name, value in options.items()
+    ]
     environment = ["", command("export", f"BIGTX_HOME={_home()}", f"BIGTX_SITE={job.site}")]
     return "\n".join([*kept[:place], *ours, *environment, command("set", "--", *job.arguments), *kept[place:]]) + "\n"
 
