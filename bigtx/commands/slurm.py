@@ -20,7 +20,7 @@ from bigtx.config.load import parse_command_line
 from bigtx.config.runs import is_run
 from bigtx.config.schema import FinetuneConfig, PrepareConfig, PretrainConfig
 from bigtx.config.shipped import shipped_folder
-from bigtx.utils.arguments import Arguments, take
+from bigtx.utils.arguments import Arguments, columns, take, wrapped
 from bigtx.utils.errors import CheckpointError, ConfigError, LaunchError
 from bigtx.utils.log import say, say_json
 from bigtx.utils.shell import command
@@ -33,9 +33,9 @@ CONFIGS: dict[str, tuple[type, str]] = {
 """Jobs whose config is checked before they are submitted, and the commands that they run."""
 JOBS = (*CONFIGS, "evaluate", "sweep")
 OWN = {
-    "nodes": "nodes of the job (1); for pretrain, finetune and sweep",
-    "parts": "nodes that share a preparation, each with a part of it (1); a second job merges them",
-    "site": "what the cluster needs (configs/site/default.sh, or what BIGTX_SITE names)",
+    "nodes=N": "nodes of the job (1); for pretrain, finetune and sweep",
+    "parts=N": "nodes that share a preparation, each with a part of it (1); a second job merges them",
+    "site=FILE": "what the cluster needs (configs/site/default.sh, or what BIGTX_SITE names)",
 }
 """What `submit` and `render` take for themselves; all else is the job's."""
 OPTIONS = {
@@ -148,14 +148,22 @@ def _asks_for_help(verb: str, argv: Sequence[str]) -> bool:
     if not {"-h", "--help"} & set(argv):
         return False
     what = "Submit a job" if verb == "submit" else "Print the batch script of a job"
-    say(f"usage: bigtx slurm {verb} {'|'.join(JOBS)} [NAME=VALUE ...] ...\n\n{what} of the scripts in slurm/.\n")
-    for name, meaning in OWN.items():
-        say(f"  {name + '=VALUE':<13} {meaning}")
-    say(
-        "\nAll other words are those of the command: a config and its settings for pretrain, finetune and prepare,\n"
-        f"RUN ... for evaluate, FILE RUNS pretrain|finetune ... for sweep.\n\n  e.g. bigtx slurm {verb} pretrain "
-        "pretrain/gpt-125m.yaml data.sources.mine.path=corpus run_dir=runs/mine nodes=2"
+    about = (
+        f"{what}, by the scripts in slurm/. JOB is {', '.join(JOBS[:-1])} or {JOBS[-1]}. All words but those below are "
+        "its command's: a config and settings for pretrain, finetune and prepare; RUN and options for evaluate; FILE "
+        "RUNS pretrain|finetune and a config for sweep, which makes a run in RUNS for each line of settings in FILE."
     )
+    example = "pretrain pretrain/gpt-125m.yaml data.sources.mine.path=corpus run_dir=runs/mine nodes=2"
+    lines = [
+        f"usage: bigtx slurm {verb} JOB [NAME=VALUE ...] WORDS ...",
+        "",
+        wrapped(about),
+        "",
+        wrapped(f"e.g. bigtx slurm {verb} {example}", " " * 7, "  "),
+        "",
+        *columns(OWN.items()),
+    ]
+    say("\n".join(lines))
     return True
 
 
@@ -166,7 +174,7 @@ def _read(verb: str, argv: Sequence[str]) -> _Job:
         raise ConfigError(f"bigtx slurm {verb}: {what}; write bigtx slurm {verb} {'|'.join(JOBS)} ...")
     kind, words = argv[0], list(argv[1:])
     given: dict[str, str | None] = {}
-    for name in OWN:
+    for name in (shown.partition("=")[0] for shown in OWN):
         given[name], words = take(words, name)
     for name, kinds in (("nodes", ("pretrain", "finetune", "sweep")), ("parts", ("prepare",))):
         text = given[name]
