@@ -26,11 +26,11 @@ from bigtx.utils.log import say, say_json
 from bigtx.utils.shell import command
 
 CONFIGS: dict[str, tuple[type, str]] = {
-    "pretrain": (PretrainConfig, "bigtx pretrain"),
-    "finetune": (FinetuneConfig, "bigtx finetune"),
-    "prepare": (PrepareConfig, "bigtx data prepare"),
+    "pretrain": (PretrainConfig, "pretrain"),
+    "finetune": (FinetuneConfig, "finetune"),
+    "prepare": (PrepareConfig, "data prepare"),
 }
-"""Jobs whose config is checked before they are submitted, and the commands that they run."""
+"""Jobs whose config is checked before they are submitted, and their commands."""
 JOBS = (*CONFIGS, "evaluate", "sweep")
 OWN = {
     "nodes=N": "nodes of the job (1); for pretrain, finetune and sweep",
@@ -204,8 +204,8 @@ def _read(verb: str, argv: Sequence[str]) -> _Job:
 
 def _checked_output(kind: str, words: Sequence[str]) -> str:
     """Check a job's config. Returns the folder that it makes or trains in."""
-    schema, program = CONFIGS[kind]
-    config: Any = parse_command_line(schema, words, program=program).config
+    schema, name = CONFIGS[kind]
+    config: Any = parse_command_line(schema, words, program=f"bigtx {name}").config
     return str(config.output if kind == "prepare" else config.run_dir)
 
 
