@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help env demo test test-full test-gpu lint format bench clean
+.PHONY: help env demo test test-full test-slurm test-gpu lint format bench clean
 .DEFAULT_GOAL := help
 # One environment is not built by two targets at once.
 .NOTPARALLEL:
@@ -35,11 +35,16 @@ demo: $(READY_ENV) ## train a small model on the standard library's source code,
 	@$(BIN)/python tools/demo.py
 
 test: lint ## lint, the tests that fit a commit, and fuzzing of the readers (15 to 25 minutes on 2 cores)
-	@$(PYTEST) -n logical --maxprocesses 4 --dist loadfile -m "not slow and not gpu and not slurm"
+	@tests/slurm/cluster ready || true
+	@$(PYTEST) -n logical --maxprocesses 4 --dist loadfile -m "not slow and not gpu"
 	@$(BIN)/python tools/fuzz_readers.py --seconds 120
 
 test-full: lint ## every test that this machine can run without a GPU
 	@$(PYTEST) -m "not gpu"
+
+test-slurm: $(READY) ## the tests on a real SLURM cluster on this machine; needs root and `tests/slurm/cluster install`
+	@tests/slurm/cluster ready
+	@$(PYTEST) -m slurm tests/slurm
 
 test-gpu: ## the tests and the throughput figure on this machine's GPU; without one, says so and ends well
 	@python="$(FOUND_PYTHON)"; $${python:-python3} tools/test_gpu

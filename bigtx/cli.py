@@ -22,6 +22,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data verify": ("bigtx.commands.data:verify_command", "read all of a prepared corpus and check it"),
     "pretrain": ("bigtx.pretrain:main", "train a model on prepared corpora"),
     "finetune": ("bigtx.finetune:main", "train a model on records, for one job"),
+    "slurm submit": ("bigtx.commands.slurm:submit_command", "submit a job to a SLURM cluster"),
+    "slurm render": ("bigtx.commands.slurm:render_command", "print the batch script of a job"),
+    "slurm status": ("bigtx.commands.slurm:status_command", "say what became of a run's jobs"),
     "generate": ("bigtx.commands.generate:command", "continue prompts with a trained model"),
     "chat": ("bigtx.commands.chat:command", "talk with a model that was trained on chats"),
     "predict": ("bigtx.commands.predict:command", "say what a fine-tuned model makes of records"),
@@ -38,6 +41,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 HEADINGS = {
     "From text to data": ("tokenizer", "data"),
     "Training": ("pretrain", "finetune"),
+    "On a cluster": ("slurm",),
     "Using a model": ("generate", "chat", "predict", "evaluate", "import", "export"),
 }
 """The first words of commands that belong together; what is named nowhere stands at the end."""

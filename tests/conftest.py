@@ -81,8 +81,6 @@ def _has_gpu() -> bool:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not _has_gpu():
         pytest.skip("needs a CUDA GPU")
-    if item.get_closest_marker("slurm") and not shutil.which("sbatch"):
-        pytest.skip("needs SLURM (sbatch)")
 
 
 @pytest.fixture(scope="session")

@@ -19,11 +19,15 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
+from bigtx.utils import log
 from bigtx.utils.errors import BigtxError, LaunchError
 from bigtx.utils.hardware import node_of_core
 from bigtx.utils.processes import is_launched, stopped_at_once
 
 T = TypeVar("T")
+
+MEET_SECONDS = 50.0
+"""How long a rank tries to reach rank 0."""
 
 STORE_SECONDS = 5.0
 """How long rank 0's store may take to answer: it never does where rank 0 is stopped."""
@@ -45,7 +49,7 @@ class Ranks:
             timeout_seconds: how long a collective of any process group waits for the other ranks.
 
         Raises:
-            LaunchError: the ranks do not find each other.
+            LaunchError: the ranks do not find each other, or two of them have the same GPU.
         """
         set_environment_of_single_process()
         import deepspeed
@@ -58,8 +62,9 @@ class Ranks:
         wait_in_every_group(timeout)
         try:
             with stopped_at_once():
+                reach_first(MEET_SECONDS)
                 deepspeed.init_distributed(timeout=timeout, verbose=False)
-        except dist.DistNetworkError as error:
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
             place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise LaunchError(
                 f"the ranks cannot meet at {place}: {str(error).splitlines()[0]}; if another run uses that port, "
@@ -69,6 +74,8 @@ class Ranks:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.local_rank = int(os.environ["LOCAL_RANK"])
         self._group = dist.new_group(backend="gloo")
+        if problem := shared_gpus(self.gather((socket.gethostname(), own_gpu()))):
+            raise LaunchError(problem)
         if deepspeed.get_accelerator().device_name() == "cpu":
             self._keep_to_own_cores()
 
@@ -207,9 +214,64 @@ def set_environment_of_single_process() -> None:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
+def reach_first(seconds: float) -> None:
+    """Wait until the place where the ranks meet answers, and no longer: torch would wait for `engine.timeout`.
+
+    Raises:
+        LaunchError: it does not answer in time.
+    """
+    address, port, rank = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), os.environ["RANK"]
+    if rank == "0":
+        return
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=max(0.1, min(5.0, deadline - time.monotonic()))).close()
+            return
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raised = LaunchError(
+                    f"rank {rank} on {socket.gethostname()} does not reach rank 0 at {address}:{port}: "
+                    f"{error.strerror or error}. Look at what rank 0 says, or name its machine and a free port to the "
+                    "launcher (MASTER_ADDR and MASTER_PORT, the same for all ranks)"
+                )
+                log.say_error(f"LaunchError: {raised}", any_rank=True)
+                raised.reported = True
+                raise raised from error
+        time.sleep(0.2)
+
+
+def own_gpu() -> str | None:
+    """What names this process's GPU among all; None without one."""
+    return (
+        str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid) if torch.cuda.is_available() else None
+    )
+
+
+def shared_gpus(places: Sequence[tuple[str, str | None]]) -> str | None:
+    """Which ranks have the same GPU, as a sentence; None if each has its own.
+
+    Args:
+        places: each rank's host and GPU.
+    """
+    ranks_of: dict[tuple[str, str | None], list[int]] = {}
+    for rank, place in enumerate(places):
+        ranks_of.setdefault(place, []).append(rank)
+    for (host, gpu), ranks in ranks_of.items():
+        if gpu is not None and len(ranks) > 1:
+            return (
+                f"ranks {', '.join(map(str, ranks))} on {host} have the same GPU ({gpu}); start one rank for each GPU: "
+                "`bigtx pretrain` and `bigtx finetune` do it by themselves, and srun with --ntasks-per-node=1"
+            )
+    return None
+
+
 def use_own_device() -> None:
     """Give this process the accelerator of its local rank: until told, each would use the first. Without accelerators,
     give it its share of the cores.
+
+    A launcher may show each process its own accelerator alone, as `srun --gpus-per-task=1` does: that is the first one,
+    whatever the local rank. `shared_gpus` finds ranks that were shown the same one.
 
     Raises:
         LaunchError: more processes on this machine than accelerators that they can see.
@@ -221,6 +283,8 @@ def use_own_device() -> None:
         use_share_of_cores()
         return
     local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), accelerator.device_count()
+    if count == 1 and local_rank > 0:
+        local_rank, os.environ["LOCAL_RANK"] = 0, "0"  # DeepSpeed takes the device from there.
     if local_rank >= count:
         raise LaunchError(
             f"local rank {local_rank} has no device of its own: this machine shows {count} to it; start at most that "

@@ -13,6 +13,8 @@ again. It then waits until all have ended:
 - When a rank fails, the others have a few seconds to end; then they are killed, also those that hang. The rank that
   failed first is explained, with the end of its log.
 - When the supervisor is killed, the kernel sends the ranks SIGTERM: they save and end.
+- On several machines the supervisors pass on to each other requests to stop and failures, and the first machine's
+  explains the rank that failed first. When one of them is gone, the others ask their ranks to stop.
 - What a rank has started and left behind is ended too, but for daemons: W&B's process may still write for some seconds.
 """
 
@@ -26,11 +28,12 @@ import socket
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bigtx.launch import linux
+from bigtx.launch.link import Link, meet
 from bigtx.launch.world import World, hold_free_port
 from bigtx.utils import log, processes
 from bigtx.utils.errors import EXIT_INTERRUPTED, EXIT_REQUEUE
@@ -40,6 +43,8 @@ FAREWELL_SECONDS = 4.0
 """How long the other ranks may take to end after one has failed: they cannot save without it."""
 ORPHAN_SECONDS = 3.0
 """How long processes that ranks left behind may take to end."""
+CONFER_SECONDS = 2 * FAREWELL_SECONDS + ORPHAN_SECONDS
+"""How long the machines wait for each other's account of a failure."""
 LOG_LINES = 20
 """Lines of a failed rank's log that are shown."""
 
@@ -60,6 +65,28 @@ class _Rank:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass
+class _End:
+    """How one machine's part of the run ended.
+
+    Attributes:
+        status: the exit status that its command would have.
+        text: explains a failure.
+        lost: another rank's end was the cause.
+        said: the user has seen what was wrong.
+    """
+
+    status: int
+    text: str = ""
+    lost: bool = False
+    said: bool = False
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it ended otherwise than it should."""
+        return self.status not in (0, EXIT_REQUEUE, EXIT_INTERRUPTED)
+
+
 def start_ranks(world: World, run_dir: Path) -> int | None:
     """Start this machine's ranks, and wait for them.
 
@@ -71,12 +98,15 @@ def start_ranks(world: World, run_dir: Path) -> int | None:
     Returns:
         In the calling process the exit status of the command. In each rank, None: it has its place in the environment,
         and does the work.
+
+    Raises:
+        LaunchError: the machines do not find each other; see `meet`.
     """
-    supervisor = _Supervisor(run_dir)
+    supervisor = _Supervisor(run_dir, meet(world))
     with hold_free_port() as held:
         port = world.port or held.getsockname()[1]
         for local_rank in range(world.num_local):
-            if supervisor.fork(_environment(world, local_rank, port)):
+            if supervisor.fork(_environment(world, local_rank, port), world.launcher):
                 return None
         return supervisor.wait()
 
@@ -96,8 +126,10 @@ def _environment(world: World, local_rank: int, port: int) -> dict[str, str]:
 class _Supervisor:
     """Watches over the ranks that it forked."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self._run_dir = run_dir
+    def __init__(self, run_dir: Path, link: Link | None) -> None:
+        self._run_dir, self._link = run_dir, link
+        self._ends: dict[int, _End] = {}
+        self._gone: set[int] = set()
         self._ranks: list[_Rank] = []
         self._first_failed: list[_Rank] = []
         self._request: signal.Signals | None = None
@@ -108,9 +140,13 @@ class _Supervisor:
         self._watched = {signal.SIGCHLD, *stop_signals()}
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # A parent that ignores it would leave nothing to wait for.
         # From now on these wait until `wait` takes them: none is lost, wherever it comes.
+        if link:
+            self._watched.add(signal.SIGIO)
         signal.pthread_sigmask(signal.SIG_BLOCK, self._watched)
+        if link:
+            link.signal_arrivals()
 
-    def fork(self, environment: dict[str, str]) -> bool:
+    def fork(self, environment: dict[str, str], launcher: str | None) -> bool:
         """Start a rank. Returns whether this process is the rank."""
         reading, writing = os.pipe()
         sys.stdout.flush()
@@ -122,8 +158,10 @@ class _Supervisor:
             return False
         for descriptor in (reading, *(other.pipe for other in self._ranks)):
             os.close(descriptor)
+        if self._link:
+            self._link.close()
         os.environ.update(environment)
-        processes.set_supervised()
+        processes.set_supervised(launcher)
         linux.set_name(f"bigtx rank {environment['RANK']}")
         log.report_to(writing)
         linux.end_with_parent(signal.SIGTERM, parent)
@@ -132,13 +170,16 @@ class _Supervisor:
 
     def wait(self) -> int:
         """Wait until no rank is left. Returns the exit status of the command."""
+        self._listen()  # To what arrived before SIGIO was asked for.
         while self._living():
             received = signal.sigtimedwait(self._watched, self._patience())
             if received is None:
                 self._kill()
             elif received.si_signo == signal.SIGCHLD:
                 self._reap()
-            elif self._request is None:
+            elif received.si_signo == signal.SIGIO:
+                self._listen()
+            else:
                 self._ask(signal.Signals(received.si_signo))
         self._end_orphans()
         for rank in self._ranks:
@@ -152,10 +193,44 @@ class _Supervisor:
         return 3600.0 if self._deadline is None else max(0.0, self._deadline - time.monotonic())
 
     def _ask(self, number: signal.Signals) -> None:
-        """Ask all ranks to stop."""
+        """Ask all ranks to stop, on all machines, once."""
+        if self._request is not None:
+            return
         self._request = number
+        if self._link:
+            self._link.send(request=number)
         for rank in self._living():
             os.kill(rank.pid, number)
+
+    def _fail(self) -> None:
+        """Give all ranks a few seconds to end, on all machines."""
+        if self._deadline is not None:
+            return
+        self._deadline = time.monotonic() + FAREWELL_SECONDS
+        if self._link:
+            self._link.send(failed=True)
+
+    def _listen(self) -> None:
+        """Do what other machines ask for."""
+        for message in self._link.receive() if self._link else ():
+            node = message["node"]
+            if "request" in message:
+                self._ask(signal.Signals(message["request"]))
+            elif "failed" in message:
+                self._fail()
+            elif "end" in message:
+                self._ends[node] = _End(**message["end"])
+            elif "gone" in message and node not in self._ends:
+                self._lose(node)
+
+    def _lose(self, node: int) -> None:
+        """Take note of a machine whose supervisor ended without a word: its ranks are asked to stop, if they live."""
+        assert self._link is not None
+        host = self._link.hosts.get(node, "?")
+        text = f"LaunchError: bigtx on {host} (node {node}) was killed, or the machine is gone"
+        self._gone.add(node)
+        self._ends[node] = _End(128 + signal.SIGKILL, text)
+        self._ask(signal.SIGTERM)
 
     def _reap(self) -> None:
         """Take note of every process that has ended."""
@@ -175,9 +250,8 @@ class _Supervisor:
         """Do what the end of a rank asks for."""
         if self._has_failed(rank):
             self._first_failed.append(rank)
-            if self._deadline is None:
-                self._deadline = time.monotonic() + FAREWELL_SECONDS
-        elif rank.status != 0 and self._request is None:
+            self._fail()
+        elif rank.status != 0:
             self._ask(signal.SIGINT if rank.status == EXIT_INTERRUPTED else signal.SIGTERM)
 
     def _has_failed(self, rank: _Rank) -> bool:
@@ -210,20 +284,50 @@ class _Supervisor:
 
     def _conclude(self) -> int:
         """Explain a failure that no rank has explained. Returns the exit status of the command."""
+        own = self._own_end()
+        ends = [own] if self._link is None else self._confer(self._link, own)
+        failed = [end for end in ends if end.has_failed]
+        if not failed:
+            return own.status
+        # Ranks that lost another one fail because of it, and may be noticed first.
+        cause = next((end for end in failed if not end.lost), failed[0])
+        if not any(end.said for end in ends) and not self._is_told_by_first():
+            log.say_error(cause.text)
+        return cause.status
+
+    def _is_told_by_first(self) -> bool:
+        """Whether the first machine explains the failure."""
+        first = self._ends.get(0)
+        return first is not None and first.has_failed and 0 not in self._gone
+
+    def _own_end(self) -> _End:
+        """How this machine's ranks ended."""
         if not self._first_failed:
             statuses = [rank.status or 0 for rank in self._ranks]
             if not any(statuses):
-                return 0
-            if statuses[0] < 0 and not self._ranks[0].facts.get("stopped"):
+                return _End(0)
+            if statuses[0] < 0 and self._ranks[0].number == 0 and not self._ranks[0].facts.get("stopped"):
                 log.say_stopped("stopped before the first step; nothing to save")
             is_interrupt = self._request == signal.SIGINT or EXIT_INTERRUPTED in statuses
-            return EXIT_INTERRUPTED if is_interrupt else EXIT_REQUEUE
-        # Ranks that lost another one fail because of it, and may be noticed first.
+            return _End(EXIT_INTERRUPTED if is_interrupt else EXIT_REQUEUE)
         cause = next((rank for rank in self._first_failed if not rank.facts.get("lost")), self._first_failed[0])
-        if not any(rank.facts.get("said") for rank in self._ranks):
-            log.say_error(self._explain(cause))
         status = cause.status or 0
-        return status if status > 0 else 128 - status
+        return _End(
+            status if status > 0 else 128 - status,
+            self._explain(cause),
+            lost=bool(cause.facts.get("lost")),
+            said=any(rank.facts.get("said") for rank in self._ranks),
+        )
+
+    def _confer(self, link: Link, own: _End) -> list[_End]:
+        """Tell the other machines this one's end; after a failure, wait for theirs. Returns all that are known."""
+        link.send(end=asdict(own))
+        deadline = time.monotonic() + CONFER_SECONDS
+        is_failure = own.has_failed or self._deadline is not None
+        while is_failure and len(self._ends) < len(link.hosts) - 1 and (left := deadline - time.monotonic()) > 0:
+            signal.sigtimedwait({signal.SIGIO}, left)
+            self._listen()
+        return [own, *self._ends.values()]
 
     def _explain(self, rank: _Rank) -> str:
         """Say which rank failed, where, when and how, with the end of its log."""

@@ -2,10 +2,12 @@
 
 In this order, the first that holds:
 
-1. RANK and WORLD_SIZE are set (deepspeed, torchrun, ...): this process is a rank.
-2. srun has started several tasks on a node: each is a rank.
-3. srun has started one task on each of several nodes: each starts the ranks of its node.
-4. Otherwise all ranks are started here. SLURM's variables in a batch script or an interactive shell do not change that.
+1. Kubernetes has started this pod as one of several (PyTorchJob, TrainJob): each starts the ranks of its pod.
+2. RANK and WORLD_SIZE are set (deepspeed, torchrun, ...): this process is a rank.
+3. mpirun, or srun with several tasks on a node: each process is a rank.
+4. srun has started one task on each of several nodes: each starts the ranks of its node.
+5. Otherwise all ranks are started here. SLURM's variables in a batch script or an interactive shell do not change that,
+   but a job of several nodes is refused there: the others would have nothing to do.
 """
 
 from __future__ import annotations
@@ -17,10 +19,15 @@ from dataclasses import dataclass
 
 from bigtx.utils import hardware
 from bigtx.utils.errors import LaunchError
-from bigtx.utils.processes import is_launched, launcher_problem
+from bigtx.utils.processes import is_launched, launcher_name, launcher_problem, num_nodes
 
-FIRST_PORT, NUM_PORTS = 20_000, 12_000
-"""Ports below those that Linux gives to clients, for ranks of several machines."""
+FIRST_PORT, NUM_PORTS = 20_000, 6_000
+"""Pairs of ports below those that Linux gives to clients, for ranks of several machines and for their supervisors."""
+MPI = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+)
+"""What Open MPI, and MPICH and Intel MPI, call a process's place and the numbers of processes."""
 _LARGEST_STEP = 0xFFFF_0000
 """SLURM's numbers of steps that srun did not start (the batch script, an interactive shell) are larger."""
 
@@ -34,6 +41,7 @@ class World:
         num_nodes, node: machines, and this one's place among them.
         address: where rank 0 is.
         port: where the ranks meet; 0 for a free one of this machine.
+        launcher: what started this process on each machine, for people.
     """
 
     num_local: int
@@ -41,6 +49,12 @@ class World:
     node: int = 0
     address: str = "127.0.0.1"
     port: int = 0
+    launcher: str | None = None
+
+    @property
+    def link_port(self) -> int:
+        """Where the machines' supervisors meet."""
+        return self.port + 1
 
     @property
     def size(self) -> int:
@@ -58,13 +72,25 @@ def find_world(num_ranks: int | None, *, divides: int) -> World | None:
     Raises:
         LaunchError: the environment contradicts itself, or has fewer GPUs than `num_ranks`.
     """
+    if pods := _pods(num_ranks, divides):
+        return pods
+    _take_mpi_rank()
     if problem := launcher_problem():
         raise LaunchError(problem)
+    tasks, nodes = _number("SLURM_STEP_NUM_TASKS"), _number("SLURM_STEP_NUM_NODES")
     if is_launched():
         _refuse_count(num_ranks)
+        if _is_srun_task() and (nodes or 1) > 1 and num_nodes() == 1:
+            raise LaunchError(
+                f"srun has started {nodes} copies of a run of one machine: {launcher_name()} knows of this node alone; "
+                "tell it of the others (torchrun --nnodes, deepspeed --hostfile), or write `srun --ntasks-per-node=1 "
+                "bigtx ...`, which starts the ranks itself"
+            )
         return None
-    tasks, nodes = _number("SLURM_STEP_NUM_TASKS"), _number("SLURM_STEP_NUM_NODES")
-    if not _is_srun_task() or tasks is None or nodes is None or tasks == 1:
+    if not _is_srun_task():
+        _refuse_idle_nodes(num_ranks)
+        return World(_num_local(num_ranks, divides))
+    if tasks is None or nodes is None or tasks == 1:
         return World(_num_local(num_ranks, divides))
     address = os.environ.get("MASTER_ADDR") or first_host(os.environ["SLURM_STEP_NODELIST"])
     port = _number("MASTER_PORT") or _port_of_job()
@@ -72,7 +98,7 @@ def find_world(num_ranks: int | None, *, divides: int) -> World | None:
         _refuse_count(num_ranks)
         _take_srun_rank(tasks, address, port)
         return None
-    return World(_num_local(num_ranks, divides), nodes, _number("SLURM_NODEID") or 0, address, port)
+    return World(_num_local(num_ranks, divides), nodes, _number("SLURM_NODEID") or 0, address, port, "srun")
 
 
 def first_host(names: str) -> str:
@@ -107,6 +133,54 @@ def _refuse_count(num_ranks: int | None) -> None:
         )
 
 
+def _refuse_idle_nodes(num_ranks: int | None) -> None:
+    """Refuse a job of several nodes in which bigtx was started on one of them, unless the user says how many ranks."""
+    nodes = _number("SLURM_JOB_NUM_NODES") or 1
+    if nodes > 1 and num_ranks is None:
+        raise LaunchError(
+            f"this SLURM job has {nodes} nodes, and bigtx was started on one of them; write `srun --ntasks-per-node=1 "
+            "bigtx ...` to use all (slurm/pretrain.sbatch does), or name the ranks of this node, e.g. --ranks 1"
+        )
+
+
+def _pods(num_ranks: int | None, divides: int) -> World | None:
+    """The ranks of this pod among those of several, as Kubeflow's operators describe them for torchrun."""
+    names = ("PET_NNODES", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT")
+    if "LOCAL_RANK" in os.environ or any(name not in os.environ for name in names):
+        return None
+    count, place, port = (_number(name) for name in (names[0], names[1], names[3]))
+    if count is None or place is None or port is None or place >= count:
+        given = ", ".join(f"{name}={os.environ[name]}" for name in names)
+        raise LaunchError(f"the environment holds {given}: bigtx needs a fixed number of pods and a place of each")
+    for name in ("RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)  # Of the pods, not of what runs in them.
+    if num_ranks is None:
+        num_ranks = _number("PET_NPROC_PER_NODE")
+    return World(_num_local(num_ranks, divides), count, place, os.environ[names[2]], port, "Kubernetes")
+
+
+def _take_mpi_rank() -> None:
+    """Write the place that an MPI launcher gave this process into the variables that launchers set.
+
+    Raises:
+        LaunchError: there are several processes, and nothing says where rank 0 is.
+    """
+    found = next((names for names in MPI if all(_number(name) is not None for name in names)), None)
+    if found is None or is_launched():
+        return
+    rank, size, local_rank, local_size = (os.environ[name] for name in found)
+    if int(size) > int(local_size) and "MASTER_ADDR" not in os.environ:
+        raise LaunchError(
+            f"mpirun has started {size} ranks on several machines, and MASTER_ADDR does not say where rank 0 is; write "
+            "mpirun -x MASTER_ADDR=FIRST_HOST ... (Open MPI) or mpirun -genv MASTER_ADDR FIRST_HOST ..."
+        )
+    os.environ.update(RANK=rank, WORLD_SIZE=size, LOCAL_RANK=local_rank, LOCAL_WORLD_SIZE=local_size)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    # The ranks of one machine are children of one process, whose number keeps two runs apart.
+    port = FIRST_PORT + 2 * (os.getppid() % NUM_PORTS) if size == local_size else FIRST_PORT
+    os.environ.setdefault("MASTER_PORT", str(port))
+
+
 def _is_srun_task() -> bool:
     """Whether srun started this process or one above it. SLURM sets SLURM_PROCID in batch scripts too."""
     step = _number("SLURM_STEP_ID")
@@ -139,7 +213,7 @@ def _tasks_of_node(text: str) -> int:
 def _port_of_job() -> int:
     """The same on all nodes, and another for each job and step."""
     job, step = _number("SLURM_JOB_ID") or 0, _number("SLURM_STEP_ID") or 0
-    return FIRST_PORT + (7 * job + step) % NUM_PORTS
+    return FIRST_PORT + 2 * ((7 * job + step) % NUM_PORTS)
 
 
 def _number(name: str) -> int | None:

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NoReturn, Sel
 from bigtx.config.batches import micro_batch_size_of
 from bigtx.config.schema import RunConfig
 from bigtx.train.run_dir import check_run_dir
-from bigtx.train.stop import EarlyStop, StopRequest
+from bigtx.train.stop import STOP_FILE, EarlyStop, StopRequest
 from bigtx.utils import hardware, log, processes, shell
-from bigtx.utils.errors import BigtxError, CheckpointError, LaunchError
+from bigtx.utils.errors import EXIT_FAILED, BigtxError, CheckpointError, LaunchError
 from bigtx.utils.locks import refuse_if_held
 from bigtx.utils.units import format_count, parse_duration
 
@@ -105,9 +105,10 @@ class Session(ABC, Generic[Config]):
             raise LaunchError(
                 f"run_dir={self.config.run_dir!r} cannot be written: {error}; name another folder"
             ) from error
-        launcher = processes.launcher_name()
+        launcher, nodes = processes.launcher_name(), processes.num_nodes()
+        where = f" on {nodes} machines" if nodes > 1 else ""
         started = f", started by {launcher}" if launcher else ""
-        log.say(f"bigtx: {num_ranks(processes.world_size())}{started}; run folder {self.run_dir}")
+        log.say(f"bigtx: {num_ranks(processes.world_size())}{where}{started}; run folder {self.run_dir}")
         self.stop = StopRequest(self._tell_request)
         return self
 
@@ -363,6 +364,8 @@ class Session(ABC, Generic[Config]):
             return self._one_step()
         run = self._run()
         self.stop.defer()
+        if self.ranks.rank == 0:
+            self.stop.watch(self.run_dir / STOP_FILE)
         self._is_training = True
         finished = train(run, self.stop)
         self._is_training = False
@@ -377,6 +380,7 @@ class Session(ABC, Generic[Config]):
             )
             return 0
         self._close_tracker("stopped")
+        self.stop.forget_file()
         log.report(stopped=True)
         log.say(f"stopped at step {self.state.step:,} with a checkpoint; the same command resumes from it")
         return self.stop.exit_status
@@ -519,6 +523,14 @@ class Session(ABC, Generic[Config]):
 
     def _tell_history(self) -> None:
         """Record how this life began."""
+        self.tracker.event(
+            self.state.step,
+            "start",
+            host=self.environment["host"],
+            world_size=self.ranks.world_size,
+            launcher=processes.launcher_name(),
+            **processes.slurm_place(),
+        )
         for text in self.damaged:
             self.tracker.event(self.state.step, "refused_checkpoint", text=text)
         if self.checkpoint:
@@ -586,6 +598,7 @@ class Session(ABC, Generic[Config]):
                 "lost the connection to another rank, which has ended; its last words are above or in "
                 f"{self.run_dir / 'logs'}. The same command resumes from the last checkpoint"
             )
+            lost.exit_status = EXIT_FAILED
             if log.report(lost=True, error=str(lost)):
                 lost.reported = True  # The supervisor knows which rank ended, and says so.
             else:
@@ -604,6 +617,7 @@ class Session(ABC, Generic[Config]):
             f"slow; {self.run_dir / 'logs'} shows where each of the others waited for it. The same command resumes "
             "from the last checkpoint"
         )
+        lost.exit_status = EXIT_FAILED
         if silent is not None:
             log.say_error(f"LaunchError: {lost}", any_rank=True)
         lost.reported = True

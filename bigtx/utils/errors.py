@@ -15,6 +15,8 @@ from collections.abc import Callable
 from bigtx.utils import log, streams
 
 EXIT_OUTPUT_LOST = 1
+EXIT_FAILED = 1
+"""Of a run that lost a rank: no mistake of the user, and the same command resumes."""
 EXIT_USER_ERROR = 2
 EXIT_REQUEUE = 75
 """Of a run that was asked to stop and saved: run the same command again (sysexits' EX_TEMPFAIL)."""
@@ -26,9 +28,11 @@ class BigtxError(Exception):
 
     Attributes:
         reported: it has been printed already, by this rank or another.
+        exit_status: of the command that it ends.
     """
 
     reported = False
+    exit_status = EXIT_USER_ERROR
 
 
 class ConfigError(BigtxError):
@@ -51,7 +55,7 @@ def exit_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
     """Turn a command's `main` into one that reports a `BigtxError` as a paragraph.
 
     Returns:
-        A function that returns the exit status: what `main` returned, 2 after a `BigtxError`, 130 after Ctrl-C, 1
+        A function that returns the exit status: what `main` returned, that of a `BigtxError` (2), 130 after Ctrl-C, 1
         where standard output could not take all that was written. Any other exception is a defect of bigtx and keeps
         its traceback.
     """
@@ -83,7 +87,7 @@ def _status_of(main: Callable[[], int | None]) -> int:
     except BigtxError as error:
         if not error.reported:
             log.say_error(f"{type(error).__name__}: {error}")
-        return EXIT_USER_ERROR
+        return error.exit_status
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except SystemExit as end:

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from bigtx.utils.errors import LaunchError
-from bigtx.utils.processes import start_of
+from bigtx.utils.processes import slurm_place, start_of
 
 LOCK_NAME = "run.lock"
 LOCK_PATIENCE_SECONDS = 2.0
@@ -273,6 +273,4 @@ def _this_process() -> dict[str, Any]:
         "pid_namespace": _pid_namespace(),
         "process_start": start_of(os.getpid()),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "slurm_job": os.environ.get("SLURM_JOB_ID"),
-        "slurm_restart": os.environ.get("SLURM_RESTART_COUNT", "0"),
-    }
+    } | slurm_place()

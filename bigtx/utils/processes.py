@@ -52,6 +52,12 @@ def local_rank() -> int:
     return int(local) if is_launched() and local.isdecimal() else 0
 
 
+def num_nodes() -> int:
+    """Number of machines, as far as the launcher says how many ranks each has; else 1."""
+    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or ""
+    return -(-world_size() // int(local)) if is_launched() and local.isdecimal() and int(local) else 1
+
+
 def launcher_problem() -> str | None:
     """Why the environment is neither that of a launcher nor that of a process started alone, as a sentence; None if it
     is one of the two."""
@@ -72,17 +78,28 @@ def launcher_problem() -> str | None:
 
 
 _is_supervised = False
+_launcher: str | None = None
 
 
-def set_supervised() -> None:
-    """Note that this process is a rank that `bigtx` itself started."""
-    global _is_supervised
-    _is_supervised = True
+def set_supervised(launcher: str | None = None) -> None:
+    """Note that this process is a rank that `bigtx` itself started.
+
+    Args:
+        launcher: what started `bigtx` on each machine, for people.
+    """
+    global _is_supervised, _launcher
+    _is_supervised, _launcher = True, launcher
 
 
 def is_supervised() -> bool:
     """Whether `bigtx` itself started this rank, and watches over it."""
     return _is_supervised
+
+
+def slurm_place() -> dict[str, str | None]:
+    """This process's SLURM job, and how often it was requeued: `slurm_job` (None outside SLURM), `slurm_restart`."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return {"slurm_job": job, "slurm_restart": os.environ.get("SLURM_RESTART_COUNT", "0")}
 
 
 def share_cores() -> None:
@@ -96,9 +113,9 @@ def share_cores() -> None:
 
 
 def launcher_name() -> str | None:
-    """The program that started this rank, for people; None for `bigtx` itself, or plain Python."""
+    """The program that started the run, for people; None for `bigtx` itself, or plain Python."""
     if _is_supervised or not is_launched():
-        return None
+        return _launcher
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return "torchrun"
     # Set by deepspeed/launcher/launch.py and by no other launcher.
@@ -106,6 +123,8 @@ def launcher_name() -> str | None:
         return "deepspeed"
     if os.environ["RANK"] == os.environ.get("SLURM_PROCID") and "SLURM_STEP_ID" in os.environ:
         return "srun"
+    if os.environ["RANK"] in (os.environ.get("OMPI_COMM_WORLD_RANK"), os.environ.get("PMI_RANK")):
+        return "mpirun"
     return "a launcher that set RANK and WORLD_SIZE"
 
 

@@ -21,6 +21,7 @@ from bigtx.utils.errors import ConfigError
 
 NO_ADVICE = "names a command or a setting, and advises nothing that could be copied"
 NEEDS_A_MACHINE = "needs a machine or a program that tests do not have"
+FOLLOWED_ON_A_CLUSTER = "followed by tests/slurm and tests/test_slurm_command.py"
 EXCEPTIONS: Mapping[str, str] = {
     "`bigtx configs list`. `bigtx configs explain KEY` says": "the usage of commands with settings",
     "`bigtx help COMMAND` says what a command takes": "the usage of bigtx",
@@ -47,6 +48,15 @@ EXCEPTIONS: Mapping[str, str] = {
     "raise it (ulimit -Hn)": NEEDS_A_MACHINE,
     "It was fetched twice; look at the shard": NEEDS_A_MACHINE,
     "is not supported by this machine's": NEEDS_A_MACHINE,
+    "next: {command('bigtx', 'slurm', 'status'": FOLLOWED_ON_A_CLUSTER,
+    "to stop it with a checkpoint and have it go on later": FOLLOWED_ON_A_CLUSTER,
+    "to end it: {command('scancel'": FOLLOWED_ON_A_CLUSTER,
+    "this SLURM job has {nodes} nodes": FOLLOWED_ON_A_CLUSTER,
+    "srun has started {nodes} copies": FOLLOWED_ON_A_CLUSTER,
+    "print the script by `bigtx slurm render`": FOLLOWED_ON_A_CLUSTER,
+    ": name a number of nodes, e.g. {name}=2": FOLLOWED_ON_A_CLUSTER,
+    "the machines of this run start different ranks": NEEDS_A_MACHINE,
+    "have the same GPU ({gpu})": NEEDS_A_MACHINE,
     "if another run uses that port": NEEDS_A_MACHINE,
     "has no device of its own": NEEDS_A_MACHINE,
     "no API key (see `wandb login`)": NEEDS_A_MACHINE,

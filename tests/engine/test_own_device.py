@@ -52,6 +52,34 @@ def test_gpus_that_are_not_used_are_mentioned(
     assert note is None or note in found[0]
 
 
+def test_the_only_device_that_is_shown_is_the_own_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    accelerator = SimpleNamespace(device_name=lambda: "cuda", device_count=lambda: 1, set_device=taken.append)
+    monkeypatch.setattr(deepspeed, "get_accelerator", lambda: accelerator)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    ranks.use_own_device()
+    assert taken == [0] and os.environ["LOCAL_RANK"] == "0"
+
+
+def test_ranks_with_the_same_gpu_are_named() -> None:
+    assert ranks.shared_gpus([("a", "GPU-1"), ("a", "GPU-2"), ("b", "GPU-3")]) is None
+    assert ranks.shared_gpus([("a", None), ("a", None)]) is None
+    problem = ranks.shared_gpus([("a", "GPU-1"), ("b", "GPU-3"), ("b", "GPU-2"), ("b", "GPU-3")])
+    assert problem is not None and problem.startswith("ranks 1, 3 on b have the same GPU (GPU-3)")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "no-such-host.invalid"])
+def test_a_place_to_meet_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))  # It does not listen.
+        port = held.getsockname()[1]
+        for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", address), ("MASTER_PORT", str(port))):
+            monkeypatch.setenv(name, value)
+        with pytest.raises(LaunchError, match=rf"rank 1 on .* does not reach rank 0 at {address}:{port}: .+"):
+            ranks.reach_first(0.3)
+    assert ranks.MEET_SECONDS < 60
+
+
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What two ranks say of themselves."""

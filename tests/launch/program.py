@@ -1,8 +1,12 @@
-"""A command whose ranks do what its arguments say: `program.py FOLDER WORK_OF_RANK_0 WORK_OF_RANK_1 ...`."""
+"""A command whose ranks do what its arguments say: `program.py FOLDER WORK_OF_RANK_0 WORK_OF_RANK_1 ...`.
+
+NODE=K/N:PORT in the environment makes it one of N machines, which meet at PORT; the works are those of its ranks.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -60,12 +64,13 @@ def do(work: str) -> int:
 @exit_cleanly
 def main() -> int:
     """Start the ranks; each does its work."""
-    status = start_ranks(World(len(works)), folder)
+    node, count, port = map(int, re.split("[/:]", os.environ.get("NODE", "0/1:0")))
+    status = start_ranks(World(len(works), count, node, os.environ.get("ADDRESS", "127.0.0.1"), port), folder)
     if status is not None:
         return status
     log.setup(folder, int(os.environ["RANK"]))
     print("words for the log")
-    return do(works[int(os.environ["RANK"])])
+    return do(works[int(os.environ["LOCAL_RANK"])])
 
 
 if __name__ == "__main__":

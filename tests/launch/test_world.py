@@ -26,7 +26,7 @@ STEP = BATCH_SCRIPT | {
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine of four GPUs, and no launcher."""
     for name in list(os.environ):
-        if name.startswith("SLURM_") or name in RANK or name == "LOCAL_WORLD_SIZE":
+        if name.startswith(("SLURM_", "PET_", "OMPI_", "PMI_", "MPI_")) or name in RANK or name == "LOCAL_WORLD_SIZE":
             monkeypatch.delenv(name)
     monkeypatch.setattr(hardware, "num_gpus", lambda: 4)
     monkeypatch.setattr(hardware, "num_core_groups", lambda: 2)
@@ -71,6 +71,50 @@ def test_variables_of_a_batch_script_or_an_interactive_shell_change_nothing(
     assert find_world(None, divides=8) == World(4)
 
 
+def test_a_job_of_several_nodes_is_refused_where_one_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    given(monkeypatch, BATCH_SCRIPT | {"SLURM_JOB_NUM_NODES": "2"})
+    with pytest.raises(
+        LaunchError, match="this SLURM job has 2 nodes, and bigtx was started on one of them; write `srun"
+    ):
+        find_world(None, divides=8)
+    assert find_world(2, divides=8) == World(2)
+    given(monkeypatch, STEP | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"})
+    assert find_world(None, divides=8) == World(4)
+
+
+def test_copies_of_a_run_of_one_machine_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    given(monkeypatch, STEP | {"SLURM_STEP_NUM_TASKS": "2"} | RANK | {"LOCAL_WORLD_SIZE": "2"})
+    with pytest.raises(LaunchError, match="srun has started 2 copies of a run of one machine"):
+        find_world(None, divides=8)
+    given(monkeypatch, {"WORLD_SIZE": "4"})
+    assert find_world(None, divides=8) is None
+
+
+POD = {"PET_NNODES": "3", "PET_NODE_RANK": "1", "PET_MASTER_ADDR": "job-0", "PET_MASTER_PORT": "23456"}
+
+
+def test_pods_of_kubernetes_are_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    given(monkeypatch, POD | {"RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "job-0", "MASTER_PORT": "23456"})
+    assert find_world(None, divides=8) == World(4, 3, 1, "job-0", 23456, "Kubernetes")
+    given(monkeypatch, POD | {"PET_NPROC_PER_NODE": "2"})
+    assert find_world(None, divides=8) == World(2, 3, 1, "job-0", 23456, "Kubernetes")
+    given(monkeypatch, {"PET_NNODES": "1:3"})
+    with pytest.raises(LaunchError, match=r"PET_NNODES=1:3, .* a fixed number of pods"):
+        find_world(None, divides=8)
+
+
+@pytest.mark.parametrize("names", world.MPI)
+def test_processes_of_mpirun_are_ranks(monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]) -> None:
+    environment = dict(os.environ) | dict(zip(names, ("5", "8", "1", "4"), strict=True))
+    monkeypatch.setattr(world.os, "environ", environment)
+    with pytest.raises(LaunchError, match="MASTER_ADDR does not say where rank 0 is"):
+        find_world(None, divides=8)
+    environment["MASTER_ADDR"] = "gpu03"
+    assert find_world(None, divides=8) is None
+    named = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    assert [environment[name] for name in named] == ["5", "1", "8", "4", "gpu03", "20000"]
+
+
 def test_one_task_of_srun_is_as_a_shell(monkeypatch: pytest.MonkeyPatch) -> None:
     given(monkeypatch, STEP | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"})
     assert find_world(None, divides=8) == World(4)
@@ -79,7 +123,7 @@ def test_one_task_of_srun_is_as_a_shell(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_task_of_srun_on_each_node_starts_the_ranks_of_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
     given(monkeypatch, STEP | {"SLURM_STEP_NUM_TASKS": "2"})
     found = find_world(None, divides=8)
-    assert found == World(4, num_nodes=2, node=1, address="gpu03", port=20_052) and found.size == 8
+    assert found == World(4, num_nodes=2, node=1, address="gpu03", port=20_104, launcher="srun") and found.size == 8
 
 
 def test_several_tasks_of_srun_on_a_node_are_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +133,7 @@ def test_several_tasks_of_srun_on_a_node_are_ranks(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(world.os, "environ", environment)
     assert find_world(None, divides=8) is None
     named = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    assert [environment[name] for name in named] == ["5", "1", "8", "4", "gpu03", "20052"]
+    assert [environment[name] for name in named] == ["5", "1", "8", "4", "gpu03", "20104"]
 
 
 @pytest.mark.parametrize(

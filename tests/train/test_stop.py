@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from bigtx.train import stop as stop_module
 from bigtx.train.stop import EarlyStop, StopRequest
 from bigtx.utils.processes import STOP_SIGNALS, stopped_at_once
 
@@ -55,3 +57,32 @@ def test_under_nohup_the_end_of_the_terminal_changes_nothing() -> None:
         signal.raise_signal(signal.SIGHUP)
     signal.raise_signal(signal.SIGHUP)
     assert not stop.requested and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+def test_a_file_asks_as_a_signal_does_and_is_deleted_when_the_request_is_answered(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(stop_module, "SECONDS_BETWEEN_LOOKS", 0.0)
+    told: list[str] = []
+    stop = StopRequest(lambda: told.append("stopping"))
+    stop.defer()
+    stop.watch(tmp_path / "STOP")
+    assert not stop.requested
+    (tmp_path / "STOP").touch()
+    assert stop.requested and stop.requested and told == ["stopping"] and stop.exit_status == 75
+    stop.forget_file()
+    stop.forget_file()
+    assert not (tmp_path / "STOP").exists()
+
+
+def test_a_file_is_not_looked_for_at_every_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    now = 100.0
+    monkeypatch.setattr(stop_module.time, "monotonic", lambda: now)
+    stop = StopRequest(lambda: None)
+    stop.defer()
+    stop.watch(tmp_path / "STOP")
+    assert not stop.requested
+    (tmp_path / "STOP").touch()
+    assert not stop.requested
+    now += stop_module.SECONDS_BETWEEN_LOOKS
+    assert stop.requested

@@ -1,0 +1,23 @@
+# What your cluster needs: every script in slurm/ and `bigtx slurm` read this file, and no script has to be changed.
+# To have one of your own, copy it and name it: export BIGTX_SITE=/path/to/mine.sh, or bigtx slurm submit ... site=mine.sh
+
+# Options of sbatch. A script's own #SBATCH lines are weaker than these, and options on the command line are stronger.
+#export SBATCH_PARTITION=gpu
+#export SBATCH_ACCOUNT=my-project
+#export SBATCH_QOS=normal
+#export SBATCH_TIMELIMIT=24:00:00
+#export SBATCH_GRES=gpu:8          # GPUs of each node; bigtx starts a rank for each one that it finds
+#export SBATCH_EXCLUSIVE=user      # whole nodes
+#export SBATCH_CONSTRAINT=h100
+
+# The environment of bigtx on every node.
+#module load cuda/12.8
+#source /path/to/venv/bin/activate
+#export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0   # the network between nodes
+
+# What stands in front of bigtx on every node, for example a container.
+container=()
+#container=(apptainer exec --nv --bind /data bigtx.sif)
+
+# More options of srun.
+srun_options=()

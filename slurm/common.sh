@@ -1,0 +1,86 @@
+# What the scripts of this folder have in common. A batch script sources it and calls `run COMMAND...`.
+#
+# `run` starts the command once on each node of the job, and then decides what becomes of the job:
+#
+#   the command ends with       the job
+#   0, finished                 ends
+#   75, asked to stop           is requeued, and the same command resumes
+#   2, a mistake of the user    ends with status 2
+#   anything else, a crash      is requeued, at most $BIGTX_MAX_CRASHES times in a row
+#
+# USR1 (sent by SLURM before the time is over, see --signal) and TERM ask the command to stop. `fail WORDS...` ends the
+# job with status 2.
+
+home=${BIGTX_HOME:-$SLURM_SUBMIT_DIR}
+source "${BIGTX_SITE:-$home/configs/site/default.sh}"
+set -uo pipefail  # Not before: what a site loads may know nothing of it.
+
+max_crashes=${BIGTX_MAX_CRASHES:-3}
+task=${SLURM_ARRAY_TASK_ID:+-$SLURM_ARRAY_TASK_ID}
+log=${BIGTX_LOGS:-.}/slurm-$SLURM_JOB_NAME-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}$task
+crashes=$log.crashes
+step="" asked=""
+
+run() {
+  local status
+  trap 'ask_to_stop' USR1 TERM
+  say "start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST; the first node writes to $log-node0.log"
+  # SLURM would give a task one core. bigtx itself ends all nodes when one fails.
+  [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+  srun --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=0 \
+    --open-mode=append --output="$log-node%n.log" ${srun_options[@]+"${srun_options[@]}"} \
+    ${container[@]+"${container[@]}"} "$@" &
+  step=$!
+  # A signal interrupts `wait`; the command goes on until it has saved.
+  while
+    interrupted=""
+    wait "$step"
+    status=$?
+    [ -n "$interrupted" ]
+  do :; done
+  step=""
+  conclude "$status"
+}
+
+ask_to_stop() {
+  interrupted=1 asked=1
+  [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null
+}
+
+conclude() {
+  local status=$1
+  # Before the command listens to it, the signal itself ends it.
+  [ -z "$asked" ] || [ "$status" -ne $((128 + $(kill -l USR1))) ] || status=75
+  case $status in
+    0) rm -f "$crashes"; say "finished" ;;
+    2) say "not started again: $log-node0.log says what to change" ;;
+    75) rm -f "$crashes"; say "stopped"; requeue ;;
+    *)
+      echo "status $status" >>"$crashes"
+      if [ "$(wc -l <"$crashes")" -gt "$max_crashes" ]; then
+        say "crashed with status $status, and $max_crashes times before: not started again"
+        rm -f "$crashes"
+      else
+        say "crashed with status $status"
+        requeue
+      fi ;;
+  esac
+  exit "$status"
+}
+
+# Whoever cancelled the job does not want it again, and a job that SLURM itself requeues needs no help.
+requeue() {
+  if scontrol show job -o "$SLURM_JOB_ID" | grep -q ' JobState=RUNNING '; then
+    say "requeued"
+    scontrol requeue "$SLURM_JOB_ID" || say "could not be requeued: submit it again"
+  else
+    say "not requeued: the job was cancelled, or SLURM ends it"
+  fi
+}
+
+fail() {
+  say "$*"
+  exit 2
+}
+
+say() { echo "$(date '+%F %T') job $SLURM_JOB_ID: $*"; }

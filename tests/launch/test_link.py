@@ -1,0 +1,161 @@
+"""Supervisors of several machines, as processes of this one: what one meets, all know."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from doors import ROOT, all_pids, environment, rank_pids, wait_for
+
+from bigtx.launch import link
+from bigtx.launch.link import meet
+from bigtx.launch.world import World
+from bigtx.utils.errors import LaunchError
+
+PROGRAM = Path(__file__).with_name("program.py")
+
+
+def free_port() -> int:
+    """The first of two neighbouring free ports."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port: int = first.getsockname()[1]
+            try:
+                second.bind(("127.0.0.1", port + 1))
+            except OSError:
+                continue
+            return port
+
+
+class Machines:
+    """Commands that take themselves for machines."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        self.commands: list[subprocess.Popen[str]] = []
+
+    def start(self, *works: list[str]) -> list[subprocess.Popen[str]]:
+        """Start a command for each machine, with the works of its ranks; wait until those that have to are ready."""
+        for node, own in enumerate(works):
+            command = [sys.executable, str(PROGRAM), str(self.folder), *own]
+            variables = environment(PYTHONPATH=str(ROOT), NODE=f"{node}/{len(works)}:{self.port}")
+            self.commands.append(
+                subprocess.Popen(
+                    command,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    env=variables,
+                    start_new_session=True,
+                )
+            )
+        ranks = [work for own in works for work in own]
+        waiting = [rank for rank, work in enumerate(ranks) if work in ("obey", "hang")]
+        wait_for(lambda: all((self.folder / f"ready-{rank}").exists() for rank in waiting), self.commands[0])
+        return self.commands
+
+    def ends(self) -> list[tuple[int, str, str]]:
+        """Every command's status and what it printed, once no process is left."""
+        ends = []
+        for command in self.commands:
+            out, err = command.communicate(timeout=60)
+            ends.append((command.returncode, out, err))
+        assert all_pids(self.folder) == []
+        return ends
+
+    def ranks_of(self, node: int) -> list[int]:
+        return [pid for pid in rank_pids(self.folder) if os.getsid(pid) == self.commands[node].pid]
+
+
+@pytest.fixture
+def machines(tmp_path: Path) -> Iterator[Machines]:
+    machines = Machines(tmp_path)
+    yield machines
+    for pid in all_pids(tmp_path):
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("victim", ["supervisor", "rank"])
+def test_a_request_on_one_machine_stops_all(machines: Machines, victim: str) -> None:
+    commands = machines.start(["obey", "obey"], ["obey", "obey"], ["obey", "obey"])
+    os.kill(commands[1].pid if victim == "supervisor" else machines.ranks_of(1)[1], signal.SIGUSR1)
+    ends = machines.ends()
+    assert [status for status, _, _ in ends] == [75, 75, 75]
+    assert "".join(err for _, _, err in ends) == "" and ends[0][1].startswith("saved on SIG")
+
+
+def test_the_rank_that_failed_first_on_any_machine_is_explained_once(machines: Machines) -> None:
+    machines.start(["lose", "lose"], ["hang", "hang"], ["obey", "raise:no such thing"])
+    (first, out, err), *others = machines.ends()
+    assert (first, out) == (1, "") and [status for status, _, _ in others] == [1, 1]
+    assert err.startswith("rank 5 on ") and "failed after step 7: RuntimeError: no such thing\n" in err
+    assert [text for _, _, text in others] == ["", ""]
+
+
+def test_a_killed_rank_of_the_first_machine_is_explained(machines: Machines) -> None:
+    machines.start(["obey", "hang"], ["hang", "lose"])
+    os.kill(machines.ranks_of(0)[1], signal.SIGKILL)
+    ends = machines.ends()
+    assert [status for status, _, _ in ends] == [137, 137]
+    assert ends[0][2].startswith("LaunchError: rank 1 on ") and "SIGKILL" in ends[0][2] and ends[1][2] == ""
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_a_supervisor_is_killed_all_ranks_are_asked_to_stop(machines: Machines, victim: int) -> None:
+    commands = machines.start(["obey"], ["obey"], ["obey"])
+    commands[victim].kill()
+    ends = machines.ends()
+    assert [status for status, _, _ in ends] == [-9 if node == victim else 137 for node in range(3)]
+    said = "".join(err for _, _, err in ends)
+    assert f"(node {victim}) was killed, or the machine is gone" in said and "Traceback" not in said
+
+
+def test_machines_that_start_other_numbers_of_ranks_are_refused(machines: Machines) -> None:
+    machines.start(["end:0", "end:0"], ["end:0"])
+    for status, out, err in machines.ends():
+        assert (status, out) == (2, "") and "2 on each of 2 machines" in err and "1 on each of 2 machines" in err
+
+
+def world(node: int, port: int, *, address: str = "127.0.0.1", num_nodes: int = 2) -> World:
+    return World(1, num_nodes, node, address, port)
+
+
+def test_a_machine_that_does_not_come_is_named() -> None:
+    port = free_port()
+    with pytest.raises(LaunchError, match=rf"only 1 of 2 machines came to 127.0.0.1:{port + 1} .* missing: node 1"):
+        meet(world(0, port), seconds=0.3)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "no-such-host.invalid"])
+def test_a_first_machine_that_is_not_reached_is_named(address: str) -> None:
+    port = free_port()
+    with pytest.raises(LaunchError, match=rf"does not reach the first machine at {re.escape(address)}:{port + 1}: .+"):
+        meet(world(1, port, address=address), seconds=0.3)
+
+
+def test_a_stranger_on_the_port_is_no_first_machine() -> None:
+    port = free_port()
+    with socket.create_server(("127.0.0.1", port + 1)) as stranger:
+        import threading
+
+        threading.Thread(target=lambda: stranger.accept()[0].close(), daemon=True).start()
+        with pytest.raises(LaunchError, match=rf"127.0.0.1:{port + 1} answers, but is not the first machine"):
+            meet(world(1, port), seconds=5)
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    port = free_port()
+    with socket.create_server(("", port + 1)), pytest.raises(LaunchError, match=f"cannot meet at 127.0.0.1:{port + 1}"):
+        meet(world(0, port))
+
+
+def test_the_longest_wait_is_less_than_a_minute() -> None:
+    assert link.MEET_SECONDS + 5 < 60
