@@ -41,6 +41,8 @@ from bigtx.utils.processes import stop_signals
 
 FAREWELL_SECONDS = 4.0
 """How long the other ranks may take to end after one has failed: they cannot save without it."""
+AGREE_SECONDS = 1.0
+"""How long the other ranks may take to end by themselves after one has ended on request."""
 ORPHAN_SECONDS = 3.0
 """How long processes that ranks left behind may take to end."""
 CONFER_SECONDS = 2 * FAREWELL_SECONDS + ORPHAN_SECONDS
@@ -134,6 +136,7 @@ class _Supervisor:
         self._first_failed: list[_Rank] = []
         self._request: signal.Signals | None = None
         self._deadline: float | None = None
+        self._asks_at: float | None = None
         self._killed: set[int] = set()
         self._memory_kills = linux.out_of_memory_kills()
         linux.adopt_orphans()
@@ -174,7 +177,7 @@ class _Supervisor:
         while self._living():
             received = signal.sigtimedwait(self._watched, self._patience())
             if received is None:
-                self._kill()
+                self._act_in_time()
             elif received.si_signo == signal.SIGCHLD:
                 self._reap()
             elif received.si_signo == signal.SIGIO:
@@ -190,7 +193,17 @@ class _Supervisor:
         return [rank for rank in self._ranks if rank.status is None]
 
     def _patience(self) -> float:
-        return 3600.0 if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+        times = [at for at in (self._deadline, self._asks_at) if at is not None]
+        return max(0.0, min(times) - time.monotonic()) if times else 3600.0
+
+    def _act_in_time(self) -> None:
+        """Do what was put off until now."""
+        now = time.monotonic()
+        if self._asks_at is not None and now >= self._asks_at:
+            self._asks_at = None
+            self._ask(signal.SIGTERM)
+        if self._deadline is not None and now >= self._deadline:
+            self._kill()
 
     def _ask(self, number: signal.Signals) -> None:
         """Ask all ranks to stop, on all machines, once."""
@@ -251,8 +264,9 @@ class _Supervisor:
         if self._has_failed(rank):
             self._first_failed.append(rank)
             self._fail()
-        elif rank.status != 0:
-            self._ask(signal.SIGINT if rank.status == EXIT_INTERRUPTED else signal.SIGTERM)
+        elif rank.status != 0 and self._request is None and self._asks_at is None:
+            # The ranks have agreed on a stop, unless it came before they could.
+            self._asks_at = time.monotonic() + AGREE_SECONDS
 
     def _has_failed(self, rank: _Rank) -> bool:
         """Whether a rank ended otherwise than it should, by itself or by a stranger's doing."""
