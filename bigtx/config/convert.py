@@ -285,8 +285,9 @@ def _check_bounds(setting: Setting, value: float) -> None:
 
 
 def needs_quotes(text: str) -> bool:
-    """Whether a text without quotes would be refused where any type may stand, though YAML takes it for a text."""
-    return text.lower() in YAML_BOOLEANS or bool(NOT_FINITE.fullmatch(text))
+    """Whether a text without quotes would be refused, or read as a number, where any type may stand, though YAML takes
+    it for a text (`0E0`)."""
+    return text.lower() in YAML_BOOLEANS or any(kind.fullmatch(text) for kind in (INTEGER, FLOAT, NOT_FINITE))
 
 
 def _untyped(node: Node) -> Any:
