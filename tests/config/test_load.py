@@ -271,7 +271,9 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(
 
 
 @settings(max_examples=40)
-@example({"deepspeed": {"ax": "Infinity", "bx": "y", "cx": "nan", "dx": "12:30", "ex": "010", "fx": "0E0", "gx": "1_0"}})
+@example(
+    {"deepspeed": {"ax": "Infinity", "bx": "y", "cx": "nan", "dx": "12:30", "ex": "010", "fx": "0E0", "gx": "1_0"}}
+)
 @given(
     st.fixed_dictionaries(
         {
