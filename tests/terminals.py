@@ -21,6 +21,9 @@ class Terminal:
     def __init__(self, *arguments: str, columns: int = 80, kind: str = "dumb") -> None:
         self.main, other = pty.openpty()
         fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        own = environment(PYTHONPATH=str(ROOT), TERM=kind)
+        for name in ("COLUMNS", "LINES"):  # They would go before the terminal's own size.
+            own.pop(name, None)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "bigtx", *arguments],
             stdin=other,
@@ -28,7 +31,7 @@ class Terminal:
             stderr=other,
             start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-            env=environment(PYTHONPATH=str(ROOT), TERM=kind),
+            env=own,
         )
         os.close(other)
         self.seen = ""

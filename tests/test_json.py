@@ -19,6 +19,7 @@ WITHOUT = {
     "finetune": "its metrics are JSON lines in the run folder",
     "help": "explains",
     "pretrain": "its metrics are JSON lines in the run folder",
+    "slurm render": "shows a batch script",
 }
 """Commands without `--json`, and why."""
 

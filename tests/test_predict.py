@@ -282,7 +282,7 @@ def test_evaluate(run: Path, decoder_base: Path, tmp_path: Path) -> None:
     metrics = json.loads((run / "evaluations" / "validation.json").read_text())["metrics"]
     assert metrics["largest_class"] == json.loads((run / "results.json").read_text())["validation"]["largest_class"]
     done = bigtx("evaluate", str(run), "--split", "test", "--output", f"{tmp_path}/results")
-    assert done.returncode == 2 and "name it NAME.json" in done.stderr
+    assert done.returncode == 2 and "write output=NAME.json" in done.stderr
     unknown = write_jsonl(tmp_path / "a.jsonl", [*labelled(3), {"text": "ba", "label": "jo"}])
     done = bigtx("evaluate", str(run), "--data", str(unknown), "--wandb", "off")
     assert done.returncode == 1 and "3 records" in done.stdout, "the others are measured"

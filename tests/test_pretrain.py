@@ -322,7 +322,6 @@ def test_two_runs_for_one_folder(corpus: Path, tmp_path: Path) -> None:
             "model.num_layers=two (command line): is not a whole number; write it in digits, e.g. 8",
         ),
         (["data.sources.a.path=/nowhere"], "/nowhere"),
-        (["train.global_batch_size=7"], "train.global_batch_size"),
         (["model.vocab_size=300", "model.hidden_size=64"], "vocab_size"),
         (["engine.precision=fp16", "engine.zero_stage=0"], "fp16"),
         (["engine.offload_parameters=cpu"], "offload_parameters"),

@@ -16,6 +16,7 @@ from doors import ROOT, TINY, environment
 from bigtx.config.load import load, to_yaml
 from bigtx.config.schema import PretrainConfig
 from bigtx.engine.checkpoint import FORMAT_VERSION, write_manifest
+from bigtx.launch.world import hold_free_port
 
 IMPORTED = """
 import importlib, json, sys
@@ -33,8 +34,12 @@ open(sys.argv[3], "w").write(json.dumps(report))
 """Calls a command several times; writes its status and the modules there are after each."""
 
 
-def imported(place: str, calls: Sequence[Sequence[Any]], cwd: Path) -> list[tuple[int, set[str]]]:
-    """The status of each call in one process, and what has been imported by then."""
+def imported(place: str, calls: Sequence[Sequence[Any]], cwd: Path, **changes: str) -> list[tuple[int, set[str]]]:
+    """The status of each call in one process, and what has been imported by then.
+
+    Args:
+        changes: of the environment.
+    """
     words, report = json.dumps([list(map(str, arguments)) for arguments in calls]), cwd / "imported.json"
     done = subprocess.run(
         [sys.executable, "-c", IMPORTED, place, words, str(report)],
@@ -42,7 +47,7 @@ def imported(place: str, calls: Sequence[Sequence[Any]], cwd: Path) -> list[tupl
         text=True,
         cwd=cwd,
         timeout=300,
-        env=environment(PYTHONPATH=str(ROOT)),
+        env=environment(PYTHONPATH=str(ROOT), **changes),
     )
     assert done.returncode == 0, done.stderr
     return [(status, set(modules)) for status, modules in json.loads(report.read_text())]
@@ -101,7 +106,11 @@ def test_a_run_imports_no_compiler_and_nothing_that_it_does_not_use(corpus: Path
         "train.max_steps=1",
         "track.wandb=off",
     ]
-    [(status, modules)] = imported("bigtx.pretrain:main", [settings], tmp_path)
+    # A rank of a launcher: bigtx itself would start another process.
+    with hold_free_port() as held:
+        rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        rank["MASTER_PORT"] = str(held.getsockname()[1])
+        [(status, modules)] = imported("bigtx.pretrain:main", [settings], tmp_path, **rank)
     assert status == 0
     assert {"torch", "deepspeed", "bigtx.model.products"} <= modules
     compilers = {"torch._dynamo", "torch._inductor", "torch.utils.cpp_extension", "setuptools", "sympy"}

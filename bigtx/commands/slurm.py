@@ -20,7 +20,7 @@ from bigtx.config.load import parse_command_line
 from bigtx.config.runs import is_run
 from bigtx.config.schema import FinetuneConfig, PrepareConfig, PretrainConfig
 from bigtx.config.shipped import shipped_folder
-from bigtx.utils.arguments import Arguments, columns, take, wrapped
+from bigtx.utils.arguments import JSON_HELP, Arguments, columns, take, wrapped
 from bigtx.utils.errors import CheckpointError, ConfigError, LaunchError
 from bigtx.utils.log import say, say_json
 from bigtx.utils.shell import command
@@ -83,14 +83,20 @@ def submit_command(argv: Sequence[str]) -> int:
     """
     if _asks_for_help("submit", argv):
         return 0
-    job = _read("submit", argv)
-    number = _submit(job)
-    name, folder = job.kind, Path.cwd()
-    log = f"slurm-{name}-{number}" + ("-K" if "array" in job.options else "")
-    say(f"{name}: job {number}\nlog: {folder / log}.log, of the command itself {folder / log}-node0.log")
+    is_json = "--json" in argv
+    job = _read("submit", [word for word in argv if word != "--json"])
+    number, merge_number = _submit(job), None
+    name = job.kind
+    log = Path.cwd() / (f"slurm-{name}-{number}" + ("-K" if "array" in job.options else ""))
     if job.kind == "prepare" and job.output:
         merge = _Job("merge", [job.output], job.site, {"dependency": f"afterok:{number}"}, job.output)
-        say(f"merge: job {_submit(merge)}, when all parts are done")
+        merge_number = _submit(merge)
+    if is_json:
+        say_json({"kind": name, "job": number, "merge_job": merge_number, "log": f"{log}.log", "output": job.output})
+        return 0
+    say(f"{name}: job {number}\nlog: {log}.log, of the command itself {log}-node0.log")
+    if merge_number:
+        say(f"merge: job {merge_number}, when all parts are done")
     if job.kind in ("pretrain", "finetune") and job.output:
         say(f"next: {command('bigtx', 'slurm', 'status', job.output)}")
         say(f"to stop it with a checkpoint and have it go on later: {command('touch', Path(job.output) / 'STOP')}")
@@ -161,7 +167,7 @@ def _asks_for_help(verb: str, argv: Sequence[str]) -> bool:
         "",
         wrapped(f"e.g. bigtx slurm {verb} {example}", " " * 7, "  "),
         "",
-        *columns(OWN.items()),
+        *columns((OWN | ({"--json": JSON_HELP} if verb == "submit" else {})).items()),
     ]
     say("\n".join(lines))
     return True

@@ -369,7 +369,8 @@ class Tokenizer:
         return self._model.decode(ids, keep_special, after)
 
     def stream(self, after: Sequence[int] = ()) -> StreamDecoder:
-        """A decoder for ids that come one by one, as in generation; together they say what `decode` does."""
+        """A decoder for ids that come one by one, as in generation; together they say what `decode` does, but for bytes
+        that are no UTF-8: a character before them has been said already."""
         return self._model.stream(after)
 
     def id_to_piece(self, i: int) -> str:

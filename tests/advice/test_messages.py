@@ -26,6 +26,7 @@ EXCEPTIONS: Mapping[str, str] = {
     "`bigtx configs list`. `bigtx configs explain KEY` says": "the usage of commands with settings",
     "`bigtx help COMMAND` says what a command takes": "the usage of bigtx",
     "usage: bigtx help [COMMAND]": "the usage of bigtx",
+    "pretrain pretrain/gpt-125m.yaml data.sources.mine.path=corpus": "the usage of bigtx slurm",
     "tokenize only the I-th of N shares": "the usage of bigtx data prepare",
     "finetune/imdb.yaml base=runs/mine data.train=reviews": "the usage of bigtx finetune",
     "; /help shows the commands, Ctrl-D ends the chat": "tests/test_chat.py does so on a terminal",

@@ -50,6 +50,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("texts", "my texts", "reviews", "runs/mine", "runs/corpus", "tokenizer"):
         (tmp_path / name).mkdir(parents=True)
     shutil.copytree(tmp_path / "corpus", tmp_path / "runs" / "corpus", dirs_exist_ok=True)
+    (tmp_path / "runs" / "mine" / "config.yaml").write_text("model: {}\n", encoding="utf-8")
     (tmp_path / "shard.tar").write_bytes(b"")
     (tmp_path / "recipe.yaml").write_text("train: {max_tokens: 1M}\n")
     (tmp_path / "epochs.yaml").write_text("train: {epochs: 2}\n")

@@ -22,6 +22,7 @@ def session(folder: Path) -> Any:
         run_dir=folder,
         checkpoint=SimpleNamespace(manifest={"state": state}),
         patience=None,
+        rows=[],
         total_steps=3,
         config=SimpleNamespace(train=SimpleNamespace(max_steps=3)),
     )
