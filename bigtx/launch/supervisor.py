@@ -320,7 +320,8 @@ class _Supervisor:
             statuses = [rank.status or 0 for rank in self._ranks]
             if not any(statuses):
                 return _End(0)
-            if statuses[0] < 0 and self._ranks[0].number == 0 and not self._ranks[0].facts.get("stopped"):
+            # A rank that does not listen yet says nothing.
+            if statuses[0] and self._ranks[0].number == 0 and not self._ranks[0].facts.get("stopped"):
                 log.say_stopped("stopped before the first step; nothing to save")
             is_interrupt = self._request == signal.SIGINT or EXIT_INTERRUPTED in statuses
             return _End(EXIT_INTERRUPTED if is_interrupt else EXIT_REQUEUE)

@@ -112,9 +112,9 @@ class Session(ABC, Generic[Config]):
         self.stop = StopRequest(self._tell_request)
         return self
 
-    def _tell_request(self) -> None:
+    def _tell_request(self, came_early: bool) -> None:
         """Answer a request to stop at once: the step that runs may take long."""
-        if self.stop.came_early:
+        if came_early:
             log.report(stopped=True)
             log.say_stopped("stopped before the first step; nothing to save")
         elif self._is_training:

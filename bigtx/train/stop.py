@@ -33,9 +33,10 @@ class StopRequest:
         came_early: whether it came before `defer`.
     """
 
-    def __init__(self, tell: Callable[[], None]) -> None:
+    def __init__(self, tell: Callable[[bool], None]) -> None:
         """Args:
-        tell: called at once when the first request comes: whoever sent the signal may not wait for the end.
+        tell: called at once when the first request comes, with whether it came early: whoever sent the signal may not
+            wait for the end.
         """
         self.signal: signal.Signals | None = None
         self.came_early = False
@@ -78,6 +79,6 @@ class StopRequest:
         if self.signal is None:
             self.signal = signal.Signals(number)
             self.came_early = not self._is_deferred
-            self._tell()
+            self._tell(self.came_early)
             if self.came_early:
                 raise EarlyStop(self.exit_status)

@@ -24,26 +24,26 @@ def handlers() -> Iterator[None]:
 @pytest.mark.parametrize(("number", "status"), STATUSES.items())
 def test_a_request_before_the_first_step_ends_the_run_once(number: signal.Signals, status: int) -> None:
     told: list[str] = []
-    stop = StopRequest(lambda: told.append("stopped"))
+    stop = StopRequest(lambda early: told.append(f"stopped {early}"))
     with pytest.raises(EarlyStop) as early:
         signal.raise_signal(number)
     assert early.value.code == status
     signal.raise_signal(signal.SIGTERM)
-    assert told == ["stopped"] and stop.came_early
+    assert told == ["stopped True"] and stop.came_early
 
 
 def test_a_request_in_training_is_a_flag() -> None:
     told: list[str] = []
-    stop = StopRequest(lambda: told.append("stopping"))
+    stop = StopRequest(lambda early: told.append(f"stopping {early}"))
     stop.defer()
     assert not stop.requested
     signal.raise_signal(signal.SIGINT)
     signal.raise_signal(signal.SIGTERM)
-    assert told == ["stopping"] and stop.requested and not stop.came_early and stop.exit_status == 130
+    assert told == ["stopping False"] and stop.requested and not stop.came_early and stop.exit_status == 130
 
 
 def test_where_no_handler_is_heard_signals_do_what_they_do_by_themselves() -> None:
-    StopRequest(lambda: None)
+    StopRequest(lambda _: None)
     handler = signal.getsignal(signal.SIGTERM)
     with stopped_at_once():
         assert all(signal.getsignal(number) is signal.SIG_DFL for number in STOP_SIGNALS)
@@ -52,7 +52,7 @@ def test_where_no_handler_is_heard_signals_do_what_they_do_by_themselves() -> No
 
 def test_under_nohup_the_end_of_the_terminal_changes_nothing() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    stop = StopRequest(lambda: pytest.fail("nobody asked"))
+    stop = StopRequest(lambda _: pytest.fail("nobody asked"))
     with stopped_at_once():
         signal.raise_signal(signal.SIGHUP)
     signal.raise_signal(signal.SIGHUP)
@@ -64,12 +64,12 @@ def test_a_file_asks_as_a_signal_does_and_is_deleted_when_the_request_is_answere
 ) -> None:
     monkeypatch.setattr(stop_module, "SECONDS_BETWEEN_LOOKS", 0.0)
     told: list[str] = []
-    stop = StopRequest(lambda: told.append("stopping"))
+    stop = StopRequest(lambda early: told.append(f"stopping {early}"))
     stop.defer()
     stop.watch(tmp_path / "STOP")
     assert not stop.requested
     (tmp_path / "STOP").touch()
-    assert stop.requested and stop.requested and told == ["stopping"] and stop.exit_status == 75
+    assert stop.requested and stop.requested and told == ["stopping False"] and stop.exit_status == 75
     stop.forget_file()
     stop.forget_file()
     assert not (tmp_path / "STOP").exists()
@@ -78,7 +78,7 @@ def test_a_file_asks_as_a_signal_does_and_is_deleted_when_the_request_is_answere
 def test_a_file_is_not_looked_for_at_every_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     now = 100.0
     monkeypatch.setattr(stop_module.time, "monotonic", lambda: now)
-    stop = StopRequest(lambda: None)
+    stop = StopRequest(lambda _: None)
     stop.defer()
     stop.watch(tmp_path / "STOP")
     assert not stop.requested
