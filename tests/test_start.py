@@ -16,7 +16,7 @@ from doors import ROOT, TINY, environment
 from bigtx.config.load import load, to_yaml
 from bigtx.config.schema import PretrainConfig
 from bigtx.engine.checkpoint import FORMAT_VERSION, write_manifest
-from bigtx.launch.world import hold_free_port
+from bigtx.utils.processes import hold_free_port
 
 IMPORTED = """
 import importlib, json, sys

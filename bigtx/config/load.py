@@ -23,7 +23,7 @@ from bigtx.config.nodes import (
 )
 from bigtx.config.options import FLAGS, RANKS, refusal, undivided, with_values
 from bigtx.config.paths import with_moved_paths
-from bigtx.config.runs import CONFIG, is_run, read_values, run_dir_of
+from bigtx.config.runs import CONFIG, gives_config, is_run, read_values, run_dir_of
 from bigtx.config.schema import FinetuneConfig, PretrainConfig, RunConfig
 from bigtx.config.settings import find, leaves, members
 from bigtx.config.shape import learning_rate_for
@@ -160,13 +160,7 @@ def resolved_files(path: Path) -> str:
     Raises:
         ConfigError: one of them cannot be read.
     """
-    problems: list[Problem] = []
-    try:
-        tree = _read_file(path, problems, (), [])
-    except ProblemError as error:
-        problems.append(error.problem)
-    raise_problems(problems)
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=120)
+    return yaml.dump(_read_sound(path)[0], Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=120)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -212,14 +206,7 @@ def base_files(path: Path) -> list[Path]:
     Raises:
         ConfigError: one of them cannot be read.
     """
-    problems: list[Problem] = []
-    visited: list[Path] = []
-    try:
-        _read_file(path, problems, (), visited)
-    except ProblemError as error:
-        problems.append(error.problem)
-    raise_problems(problems)
-    return list(dict.fromkeys(file.resolve() for file in visited))
+    return list(dict.fromkeys(file.resolve() for file in _read_sound(path)[1]))
 
 
 @dataclass(frozen=True)
@@ -291,14 +278,9 @@ def parse_command_line(
     if "--print-config" in given:
         say(to_yaml(config).rstrip("\n"))
         raise SystemExit(0)
-    if isinstance(config, RunConfig) and any(_is_config_of(config.run_dir, file) for file in files):
+    if isinstance(config, RunConfig) and gives_config(Path(config.run_dir), files):
         config.allow_changes += _keys_by_name(schema, arguments)
     return Parsed(config, frozenset(given), files, num_ranks)
-
-
-def _is_config_of(run_dir: str, file: Path) -> bool:
-    own = Path(run_dir) / CONFIG
-    return own.is_file() and own.samefile(file)
 
 
 def _keys_by_name(schema: type, arguments: Sequence[str]) -> list[str]:
@@ -351,11 +333,11 @@ def _of_run(schema: type, tree: Node, path: Path) -> Node:
     folder, saved = path.parent, tree.content.get("run_dir")
     if path.name != CONFIG or saved is None or not isinstance(saved.content, str) or not is_run(folder):
         return tree
-    tree = merge(tree, from_values({"allow_changes": []}, str(path)))
-    if Path(saved.content).is_dir() and folder.samefile(saved.content):
-        return tree
-    moved = with_moved_paths(schema, read_values(folder), Path(saved.content), folder.absolute())
-    return merge(tree, from_values(moved | {"run_dir": str(folder), "allow_changes": []}, str(path)))
+    now: dict[str, Any] = {}
+    if not Path(saved.content).is_dir() or not folder.samefile(saved.content):
+        now = with_moved_paths(schema, read_values(folder), Path(saved.content), folder.absolute())
+        now["run_dir"] = str(folder)
+    return merge(tree, from_values(now | {"allow_changes": []}, str(path)))
 
 
 def _over_base_model(tree: Node, problems: list[Problem]) -> Node:
@@ -416,6 +398,23 @@ def _config_of_run(schema: type, folder: Path) -> Path:
             what += f"; to fine-tune it: {setting('base', str(folder))}"
         raise ProblemError(Problem("", "", what, COMMAND_LINE))
     return folder / CONFIG
+
+
+def _read_sound(path: Path) -> tuple[Node, list[Path]]:
+    """A file laid over the files that it builds on, and all of them.
+
+    Raises:
+        ConfigError: lists what is wrong with them.
+    """
+    problems: list[Problem] = []
+    visited: list[Path] = []
+    tree = Node({}, str(path))
+    try:
+        tree = _read_file(path, problems, (), visited)
+    except ProblemError as error:
+        problems.append(error.problem)
+    raise_problems(problems)
+    return tree, visited
 
 
 def _read_file(path: Path, problems: list[Problem], above: tuple[Path, ...], visited: list[Path]) -> Node:

@@ -6,6 +6,7 @@ Reads nothing large, and imports nothing heavy.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,12 @@ def is_run(folder: Path) -> bool:
     """Whether bigtx made a folder as a run: it has checkpoints, or the description that every life begins with."""
     packages = read_object(folder / ENVIRONMENT).get("packages")
     return has_steps(folder) or (isinstance(packages, dict) and "bigtx" in packages)
+
+
+def gives_config(run_dir: Path, files: Iterable[Path]) -> bool:
+    """Whether a command names the file that lies where the run's config will."""
+    own = run_dir / CONFIG
+    return own.is_file() and any(own.samefile(file) for file in files)
 
 
 def read_values(folder: Path | str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from bigtx.config.batches import batch_problems
 from bigtx.config.nodes import Problem
-from bigtx.config.runs import CHECKPOINTS, why_no_run
+from bigtx.config.runs import CHECKPOINTS, has_steps, why_no_run
 from bigtx.config.schema import (
     DataConfig,
     FilterConfig,
@@ -120,7 +120,7 @@ def _records(data: RecordsConfig) -> Iterator[Problem]:
 
 def _pretrain(config: PretrainConfig) -> Iterator[Problem]:
     yield from _every_run(config)
-    started = any(Path(config.run_dir, "checkpoints").glob("step-*[0-9]"))  # Then the weights have been taken already.
+    started = has_steps(Path(config.run_dir))  # Then the weights have been taken already.
     if config.init_from is not None and not started and (problem := why_no_run(config.init_from)):
         yield Problem("init_from", config.init_from, problem)
     yield from training_problems(config)

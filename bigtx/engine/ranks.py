@@ -19,10 +19,9 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
-from bigtx.utils import log
-from bigtx.utils.errors import BigtxError, LaunchError
+from bigtx.utils.errors import BigtxError, LaunchError, say_from_any_rank
 from bigtx.utils.hardware import node_of_core
-from bigtx.utils.processes import is_launched, stopped_at_once
+from bigtx.utils.processes import hold_free_port, is_launched, stopped_at_once
 
 T = TypeVar("T")
 
@@ -95,9 +94,9 @@ class Ranks:
     def notes_on_devices(self) -> list[str]:
         """What every user should know of how the machines' GPUs are used: a line for each machine that has more of them
         than ranks. To be called by all ranks."""
-        ranks_of = Counter(self.gather(socket.gethostname()))
         visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        seen = dict(self.gather((socket.gethostname(), visible)))
+        places = self.gather((socket.gethostname(), visible))
+        ranks_of, seen = Counter(host for host, _ in places), dict(places)
         return [
             f"note: {count} of {seen[host]} GPUs of {host} {'is' if count == 1 else 'are'} used; `bigtx pretrain` and "
             "`bigtx finetune` use all of them without another launcher, or as many as --ranks says"
@@ -208,9 +207,8 @@ def set_environment_of_single_process() -> None:
     """Fill in what a launcher would have set, for a session that is used from Python."""
     if is_launched():
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    with hold_free_port() as held:
+        port = held.getsockname()[1]
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
@@ -235,8 +233,7 @@ def reach_first(seconds: float) -> None:
                     f"{error.strerror or error}. Look at what rank 0 says, or name its machine and a free port to the "
                     "launcher (MASTER_ADDR and MASTER_PORT, the same for all ranks)"
                 )
-                log.say_error(f"LaunchError: {raised}", any_rank=True)
-                raised.reported = True
+                say_from_any_rank(raised)
                 raise raised from error
         time.sleep(0.2)
 

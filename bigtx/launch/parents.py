@@ -14,7 +14,7 @@ import threading
 import time
 from pathlib import Path
 
-from bigtx.utils.processes import start_of
+from bigtx.utils.processes import parent_of, start_of
 
 LAUNCHERS = (b"deepspeed", b"torchrun", b"torch.distributed")
 """What the command line of a launcher holds."""
@@ -37,7 +37,7 @@ def _watch(launchers: dict[int, str | None]) -> None:
 def _launchers_above(pid: int) -> list[int]:
     """The unbroken line of launchers that leads down to a process."""
     found: list[int] = []
-    while (pid := _parent_of(pid)) > 1 and _is_launcher(pid):
+    while (pid := parent_of(pid)) > 1 and _is_launcher(pid):
         found.append(pid)
     return found
 
@@ -48,10 +48,3 @@ def _is_launcher(pid: int) -> bool:
         # The program and the module that Python runs; what follows them are the run's own settings.
         return any(name in word for word in command[:4] for name in LAUNCHERS)
     return False
-
-
-def _parent_of(pid: int) -> int:
-    with contextlib.suppress(OSError, ValueError):
-        # After the name in parentheses come the state and the parent's id, fields 3 and 4 of proc(5).
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return 0

@@ -34,10 +34,10 @@ from typing import Any
 
 from bigtx.launch import linux
 from bigtx.launch.link import Link, meet
-from bigtx.launch.world import World, hold_free_port
+from bigtx.launch.world import World
 from bigtx.utils import log, processes
 from bigtx.utils.errors import EXIT_INTERRUPTED, EXIT_REQUEUE
-from bigtx.utils.processes import stop_signals
+from bigtx.utils.processes import hold_free_port, stop_signals
 
 FAREWELL_SECONDS = 4.0
 """How long the other ranks may take to end after one has failed: they cannot save without it."""
@@ -346,7 +346,7 @@ class _Supervisor:
 
     def _explain(self, rank: _Rank) -> str:
         """Say which rank failed, where, when and how, with the end of its log."""
-        status, step = rank.status or 0, rank.facts.get("step") or last_step(self._run_dir)
+        status, step = rank.status or 0, rank.facts.get("step") or _last_step(self._run_dir)
         who = f"rank {rank.number} on {socket.gethostname()}"
         when = f"after step {step:,}" if step else "before the first step"
         if status < 0:
@@ -388,7 +388,7 @@ def _last_lines(path: Path) -> list[str]:
     return []
 
 
-def last_step(run_dir: Path) -> int:
+def _last_step(run_dir: Path) -> int:
     """The last step in a run's metrics; 0 without one."""
     step = 0
     with contextlib.suppress(OSError), (run_dir / "metrics.jsonl").open("rb") as stream:

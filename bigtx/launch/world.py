@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 from dataclasses import dataclass
 
 from bigtx.utils import hardware
@@ -219,14 +218,3 @@ def _port_of_job() -> int:
 def _number(name: str) -> int | None:
     text = os.environ.get(name, "")
     return int(text) if text.isdecimal() else None
-
-
-def hold_free_port() -> socket.socket:
-    """A socket on a free port of this machine, which nobody else is given while the socket is open.
-
-    It does not listen, so that rank 0 can take the port.
-    """
-    held = socket.socket()
-    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    held.bind(("127.0.0.1", 0))
-    return held

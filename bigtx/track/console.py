@@ -8,12 +8,13 @@ from collections import deque
 from collections.abc import Mapping
 from typing import TextIO
 
-from bigtx.utils.terminal import ERASE_LINE, obeys
+from bigtx.utils.terminal import ERASE_LINE, obeys, visible
 
 _BAR_WIDTH, _LEAST_BAR_WIDTH = 24, 8
 _SPARE_COLUMNS = 5
 """Behind the bar: a terminal echoes ^C there, perhaps twice, and a line that is full would be broken in two."""
 _SECONDS_BETWEEN_DRAWINGS = 0.1
+_TAB = "\t"
 # Speed is taken over the last calls: the first steps (compilation, warm caches) say little about the rest.
 _SPEED_WINDOW = 30
 
@@ -37,7 +38,7 @@ class Console:
 
     def message(self, text: str) -> None:
         """Print lines; on a terminal they stand above the bar. Control characters are shown as escapes."""
-        self._write(self._erase() + "".join(f"{visible(line)}\n" for line in text.split("\n")) + self._bar)
+        self._write(self._erase() + "".join(f"{visible(line, keep=_TAB)}\n" for line in text.split("\n")) + self._bar)
 
     def begin(self, step: int) -> None:
         """Show the bar before the first step, which may take long; nothing where no bar is drawn.
@@ -129,11 +130,6 @@ class Console:
         except (OSError, ValueError):
             self._stream = open_nowhere()
             self._is_terminal = False
-
-
-def visible(text: str) -> str:
-    """The text with control characters as escapes, so that a sample cannot command the terminal."""
-    return "".join(c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def shorten(number: float) -> str:

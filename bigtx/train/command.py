@@ -19,8 +19,8 @@ from bigtx.launch.supervisor import start_ranks
 from bigtx.launch.world import World, find_world
 from bigtx.train.run_folder import check_settings
 from bigtx.train.session import Session, check_folder
-from bigtx.utils import log, processes
-from bigtx.utils.errors import LaunchError
+from bigtx.utils import processes
+from bigtx.utils.errors import LaunchError, say_from_any_rank
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -70,6 +70,5 @@ def _find_world(parsed: Parsed[Config]) -> World | None:
     try:
         return find_world(parsed.num_ranks, divides=parsed.config.train.global_batch_size)
     except LaunchError as error:
-        log.say_error(f"{type(error).__name__}: {error}", any_rank=True)
-        error.reported = True
+        say_from_any_rank(error)
         raise

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from bigtx.config.runs import has_steps
 from bigtx.config.schema import PretrainConfig
-from bigtx.train.session import Session, check_teacher, num_ranks
+from bigtx.train.session import Session, check_teacher, num_ranks, say_finished
 from bigtx.utils import log
-from bigtx.utils.errors import ConfigError
+from bigtx.utils.errors import CheckpointError, ConfigError
 from bigtx.utils.shell import command
 from bigtx.utils.urls import is_url
 
@@ -97,6 +97,27 @@ class PretrainSession(Session[PretrainConfig]):
     def resume(self) -> None:
         """Compare the windows that the run passes over."""
         self.state.pass_over(self.config.data.skip)
+
+    def is_finished(self) -> bool:
+        """Whether the run has made all its steps; says so, before the model is built for nothing.
+
+        Raises:
+            CheckpointError: it has, but its only checkpoints are suspect.
+        """
+        from bigtx.engine.checkpoint import is_suspect
+
+        step = self.checkpoint.manifest["state"]["step"] if self.checkpoint else 0
+        if step < self.total_steps:
+            return False
+        if is_suspect(self.checkpoint.manifest):
+            raise CheckpointError(
+                f"{self.checkpoint.path}: the last steps of the run were all skipped, because the loss or gradient was "
+                "not finite, and there is no checkpoint from before; start over in another run_dir, e.g. with a lower "
+                "optimizer.learning_rate"
+            )
+        say_finished(step, [length_setting(self.config)])
+        self.status = "finished"
+        return True
 
     def next_command(self) -> str:
         """Export an encoder, have others write."""
@@ -199,6 +220,13 @@ def _places(config: PretrainConfig) -> list[str]:
     """All data that the run reads."""
     sources = [*config.data.sources.values(), *config.validation.sources.values()]
     return [*config.data.foreign.paths, *(source.path for source in sources)]
+
+
+def length_setting(config: PretrainConfig) -> str:
+    """The setting that gives a pretraining its length."""
+    if config.train.max_steps is not None:
+        return "train.max_steps"
+    return "train.max_tokens"
 
 
 def total_steps(config: PretrainConfig) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bigtx.config.runs import CHECKPOINTS, CONFIG, ENVIRONMENT, has_steps, is_run, read_values, run_dir_of
+from bigtx.config.runs import CHECKPOINTS, CONFIG, ENVIRONMENT, gives_config, has_steps, is_run, read_values, run_dir_of
 from bigtx.config.schema import FinetuneConfig, PretrainConfig, RunConfig
 from bigtx.data.raw.own import RUN, kind_of
 from bigtx.utils.errors import CheckpointError, ConfigError, LaunchError
@@ -80,12 +80,6 @@ def saved_values(run_dir: Path) -> dict[str, Any] | None:
             f"{run_dir} holds checkpoints but no {CONFIG}: restore that file from a copy, or name another run_dir"
         )
     return read_values(run_dir)
-
-
-def gives_config(run_dir: Path, files: Iterable[Path]) -> bool:
-    """Whether a command names the file that lies where the run's config will."""
-    own = run_dir / CONFIG
-    return own.is_file() and any(own.samefile(file) for file in files)
 
 
 def are_checkpoints_gone(run_dir: Path) -> bool:

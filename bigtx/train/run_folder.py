@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from bigtx.config import changes
 from bigtx.config.load import to_dict, yaml_of
 from bigtx.config.paths import with_absolute_paths
-from bigtx.config.runs import CHECKPOINTS, CONFIG, ENVIRONMENT, is_run
+from bigtx.config.runs import CHECKPOINTS, CONFIG, ENVIRONMENT, gives_config, is_run
 from bigtx.config.schema import RunConfig
 from bigtx.train.run_dir import (
     GIVEN_CONFIG,
@@ -27,7 +27,6 @@ from bigtx.train.run_dir import (
     MARK,
     METRICS,
     are_checkpoints_gone,
-    gives_config,
     saved_values,
 )
 from bigtx.utils.errors import CheckpointError, LaunchError

@@ -23,7 +23,7 @@ from bigtx.config.schema import RunConfig
 from bigtx.train.run_dir import check_run_dir
 from bigtx.train.stop import STOP_FILE, EarlyStop, StopRequest
 from bigtx.utils import hardware, log, processes, shell
-from bigtx.utils.errors import EXIT_FAILED, BigtxError, CheckpointError, LaunchError
+from bigtx.utils.errors import EXIT_FAILED, BigtxError, CheckpointError, LaunchError, say_from_any_rank
 from bigtx.utils.locks import refuse_if_held
 from bigtx.utils.units import format_count, parse_duration
 
@@ -243,26 +243,9 @@ class Session(ABC, Generic[Config]):
         own = flops_per_row(self.config.model, **lengths)
         return own if self.teacher is None else own + self.teacher.flops_per_row(**lengths)
 
+    @abstractmethod
     def is_finished(self) -> bool:
-        """Whether the run has made all its steps; says so, before the model is built for nothing.
-
-        Raises:
-            CheckpointError: it has, but its only checkpoints are suspect.
-        """
-        from bigtx.engine.checkpoint import is_suspect
-
-        step = self.checkpoint.manifest["state"]["step"] if self.checkpoint else 0
-        if step < self.total_steps:
-            return False
-        if is_suspect(self.checkpoint.manifest):
-            raise CheckpointError(
-                f"{self.checkpoint.path}: the last steps of the run were all skipped, because the loss or gradient was "
-                "not finite, and there is no checkpoint from before; start over in another run_dir, e.g. with a lower "
-                "optimizer.learning_rate"
-            )
-        say_finished(step, [length_setting(self.config)])
-        self.status = "finished"
-        return True
+        """Whether nothing of the run is left to do; says so, before the model is built for nothing."""
 
     def build_engine(self) -> None:
         """Build the model under DeepSpeed; its weights are not set yet.
@@ -619,21 +602,14 @@ class Session(ABC, Generic[Config]):
         )
         lost.exit_status = EXIT_FAILED
         if silent is not None:
-            log.say_error(f"LaunchError: {lost}", any_rank=True)
+            say_from_any_rank(lost)
         lost.reported = True
         raise lost from error
 
     def _say_once(self, error: BigtxError) -> None:
         if self.ranks.is_first_to_fail():
-            log.say_error(f"{type(error).__name__}: {error}", any_rank=True)
+            say_from_any_rank(error)
         error.reported = True
-
-
-def length_setting(config: RunConfig) -> str:
-    """The setting that gives a pretraining its length."""
-    if config.train.max_steps is not None:
-        return "train.max_steps"
-    return "train.max_tokens"
 
 
 def say_finished(step: int, settings: Sequence[str], results: str = "") -> None:

@@ -51,6 +51,12 @@ class LaunchError(BigtxError):
     """Processes, devices or a cluster that are not as the run needs them."""
 
 
+def say_from_any_rank(error: BigtxError) -> None:
+    """Print an error, whatever rank this process has or takes itself for, and note that it is printed."""
+    log.say_error(f"{type(error).__name__}: {error}", any_rank=True)
+    error.reported = True
+
+
 def exit_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
     """Turn a command's `main` into one that reports a `BigtxError` as a paragraph.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,12 +135,35 @@ def start_of(pid: int) -> str | None:
     With it an id names a process for good: ids are used again.
     """
     try:
-        # The name in parentheses may hold anything; what follows it are fields 3 (state) and on of proc(5).
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = _stat(pid)
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return None
     return None if fields[0] in "ZX" else f"{boot}/{fields[19]}"
+
+
+def parent_of(pid: int) -> int:
+    """The id of a process's parent; 0 if the process is gone, or has none."""
+    try:
+        return int(_stat(pid)[1])
+    except OSError:
+        return 0
+
+
+def _stat(pid: int) -> list[str]:
+    """Fields 3 (state) and on of proc(5): the name before them, in parentheses, may hold anything."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def hold_free_port() -> socket.socket:
+    """A socket on a free port of this machine, which nobody else is given while the socket is open.
+
+    It does not listen, so that rank 0 can take the port.
+    """
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    return held
 
 
 @contextlib.contextmanager

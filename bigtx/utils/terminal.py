@@ -10,9 +10,13 @@ ERASE_LINE = "\r\x1b[K"
 """Takes what stands in a terminal's last line away."""
 
 
-def visible(text: str) -> str:
-    """The text with escapes for what is no visible character, such as the codes that move a cursor."""
-    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
+def visible(text: str, *, keep: str = "") -> str:
+    """The text with escapes for what is no visible character, such as the codes that move a cursor.
+
+    Args:
+        keep: characters that stay as they are.
+    """
+    return "".join(sign if sign.isprintable() or sign in keep else repr(sign)[1:-1] for sign in text)
 
 
 def width(text: str) -> int:

@@ -45,7 +45,7 @@ def test_gpus_that_are_not_used_are_mentioned(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(socket, "gethostname", lambda: "a")
     some = object.__new__(ranks.Ranks)
-    answers = iter([hosts, [(host, 4) for host in hosts]])
+    answers = iter([[(host, 4) for host in hosts]])
     monkeypatch.setattr(some, "gather", lambda value: next(answers))
     found = some.notes_on_devices()
     assert len(found) == len(set(hosts)) * (note is not None)

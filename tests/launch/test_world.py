@@ -8,9 +8,10 @@ import socket
 import pytest
 
 from bigtx.launch import world
-from bigtx.launch.world import World, find_world, first_host, hold_free_port
+from bigtx.launch.world import World, find_world, first_host
 from bigtx.utils import hardware
 from bigtx.utils.errors import LaunchError
+from bigtx.utils.processes import hold_free_port
 
 RANK = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 BATCH_SCRIPT = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8"}
