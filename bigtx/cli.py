@@ -44,7 +44,7 @@ HEADINGS = {
     "On a cluster": ("slurm",),
     "Using a model": ("generate", "chat", "predict", "evaluate", "import", "export"),
 }
-"""The first words of commands that belong together; what is named nowhere stands at the end."""
+"""The first words of commands that belong together; all others are shown at the end, as `OTHER`."""
 OTHER = "Other"
 
 

@@ -134,7 +134,7 @@ class _Chat:
         return ([{"role": "system", "content": self.system}] if self.system else []) + messages
 
     def obey(self, line: str) -> bool:
-        """Do what a line that begins with / says. Returns whether the chat goes on.
+        """Do what a line that begins with / says. Returns whether the chat continues.
 
         Raises:
             DataError: there is no such command.
@@ -228,7 +228,7 @@ def _lines() -> Iterator[bytes]:
 
 
 def _take(chat: _Chat, line: str, *, may_interrupt: bool) -> bool:
-    """Answer a line, or do what it says. Returns whether the chat goes on."""
+    """Answer a line, or do what it says. Returns whether the chat continues."""
     text = line.rstrip("\r\n")
     if not text.strip():
         return True

@@ -109,7 +109,7 @@ def copy_command(argv: Sequence[str]) -> int:
     """Copy a recipe and the files it builds on, so that its `base:` lines still hold.
 
     Raises:
-        ConfigError: no such recipe, or another file stands in the way.
+        ConfigError: no such recipe, or another file has the name of a copy.
     """
     parser = Arguments(prog="bigtx configs copy", description="Copy a recipe and the files that it builds on.")
     parser.add_argument("name", metavar="NAME", help="a recipe of `bigtx configs list`")

@@ -25,7 +25,7 @@ from bigtx.utils.arguments import Arguments
 from bigtx.utils.errors import ConfigError, LaunchError
 from bigtx.utils.files import read_object, write_json
 from bigtx.utils.log import said_aside, say_json
-from bigtx.utils.options import add_loading_options, check_options
+from bigtx.utils.options import add_loading_options, add_predicting_options, check_options
 from bigtx.utils.terminal import visible
 
 FOLDER = "evaluations"
@@ -95,10 +95,7 @@ def _parser() -> Arguments:
     )
     data.add_argument("--split", choices=["validation", "test"], help="held-out data of the run itself (validation)")
     parser.add_argument("--output", metavar="FILE.json", help=f"where to write (RUN/{FOLDER}/NAME.json)")
-    parser.add_argument(
-        "--set", metavar="KEY=VALUE", nargs="+", default=[], help="how a task predicts, e.g. translate.num_beams=1"
-    )
-    parser.add_argument("--batch-size", metavar="N", type=int, help="records side by side (32)")
+    add_predicting_options(parser)
     add_loading_options(parser)
     parser.add_argument(
         "--wandb", choices=["auto", "online", "offline", "off"], help="a W&B run of this evaluation (as the run had it)"

@@ -227,7 +227,7 @@ class Corpora(Evaluation):
 
 
 def what_is_measured(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The settings by which one evaluation is told from another."""
+    """The settings that distinguish one evaluation from another."""
     return {
         "weights": arguments.weights,
         "set": sorted(arguments.set),

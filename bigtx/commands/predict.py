@@ -25,7 +25,7 @@ from bigtx.engine.trained import find
 from bigtx.train.prediction_lines import Item, Output, arriving, as_line, fields_of, read_items, read_stdin
 from bigtx.utils.arguments import Arguments
 from bigtx.utils.errors import ConfigError
-from bigtx.utils.options import add_loading_options, check_options
+from bigtx.utils.options import add_loading_options, add_predicting_options, check_options
 from bigtx.utils.terminal import visible
 from bigtx.utils.version import __version__
 
@@ -102,10 +102,7 @@ def _parser() -> Arguments:
     parser.add_argument(
         "--output", metavar="FILE", help="where to write; the same command goes on where it was (standard output)"
     )
-    parser.add_argument(
-        "--set", metavar="KEY=VALUE", nargs="+", default=[], help="how it predicts, e.g. translate.num_beams=1"
-    )
-    parser.add_argument("--batch-size", metavar="N", type=int, help="records side by side (32)")
+    add_predicting_options(parser)
     parser.add_argument(
         "--too-long",
         choices=["truncate", "refuse"],

@@ -24,7 +24,7 @@ class Codec(Protocol):
     pad_id: int
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of texts to go on with, special ones included; at least one each."""
+        """Ids of texts to continue, special ones included; at least one each."""
         ...
 
     def encode_sources(self, texts: Sequence[str]) -> list[list[int]]:
@@ -42,7 +42,7 @@ class Prompt:
 
     Attributes:
         ids: at least one.
-        goes_on: whether the new text goes on with theirs, so that a space at its beginning belongs to it; otherwise it
+        goes_on: whether the new text continues theirs, so that a space at its beginning belongs to it; otherwise it
             is a text of its own, such as an answer.
     """
 
@@ -124,7 +124,7 @@ def write(
 
 
 def plain_prompts(config: ModelConfig, tokenizer: Codec, texts: Sequence[str]) -> list[Prompt]:
-    """Texts to go on with, of which an empty one starts a new document; of an encoder-decoder its sources."""
+    """Texts to continue, of which an empty one starts a new document; of an encoder-decoder its sources."""
     if config.shape == "encoder_decoder":
         return [Prompt(ids, goes_on=False) for ids in tokenizer.encode_sources(texts)]
     return [Prompt(ids, goes_on=True) for ids in tokenizer.encode_prompts(texts)]

@@ -122,3 +122,11 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
         "--weights", choices=["master", "ema"], default="master", help="ema: the averaged copy (master)"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto: a GPU if there is one)")
+
+
+def add_predicting_options(parser: argparse.ArgumentParser) -> None:
+    """Let a command say how a task predicts."""
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", nargs="+", default=[], help="how a task predicts, e.g. translate.num_beams=1"
+    )
+    parser.add_argument("--batch-size", metavar="N", type=int, help="records side by side (32)")

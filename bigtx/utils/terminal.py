@@ -7,7 +7,7 @@ import unicodedata
 from typing import TextIO
 
 ERASE_LINE = "\r\x1b[K"
-"""Takes what stands in a terminal's last line away."""
+"""Erases a terminal's current line."""
 
 
 def visible(text: str, *, keep: str = "") -> str:

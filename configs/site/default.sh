@@ -15,7 +15,7 @@
 #source /path/to/venv/bin/activate
 #export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0   # the network between nodes
 
-# What stands in front of bigtx on every node, for example a container.
+# What is put before bigtx on every node, for example a container.
 container=()
 #container=(apptainer exec --nv --bind /data bigtx.sif)
 

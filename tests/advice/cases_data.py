@@ -58,6 +58,12 @@ def parquet_without_pyarrow(desk: Desk) -> Attempt:
     return attempt
 
 
+def prepare_encoded(desk: Desk, encoding: str) -> Attempt:
+    """A preparation that meets a text in another encoding, which also lies outside of the input."""
+    desk.write("old.txt", TEXTS[0].encode(encoding))
+    return prepare(desk, b_txt=TEXTS[0].encode(encoding))
+
+
 @CASES.case(
     " text; convert it to UTF-8: iconv",
     r"(iconv .*)$",
@@ -65,8 +71,7 @@ def parquet_without_pyarrow(desk: Desk) -> Attempt:
     sources=["convert it to UTF-8: iconv"],
 )
 def another_encoding(desk: Desk) -> Attempt:
-    desk.write("old.txt", TEXTS[0].encode("utf-16"))
-    return prepare(desk, b_txt=TEXTS[0].encode("utf-16"))
+    return prepare_encoded(desk, "utf-16")
 
 
 @CASES.case(
@@ -76,8 +81,7 @@ def another_encoding(desk: Desk) -> Attempt:
     sources=["convert it to UTF-8: iconv"],
 )
 def another_encoding_without_a_mark(desk: Desk) -> Attempt:
-    desk.write("old.txt", TEXTS[0].encode("utf-16-le"))
-    return prepare(desk, b_txt=TEXTS[0].encode("utf-16-le"))
+    return prepare_encoded(desk, "utf-16-le")
 
 
 @CASES.case("No input: input.paths is empty", r"e\.g\. (\S+)\.$", fill={"my/texts": "texts"}, sources=["No input: "])

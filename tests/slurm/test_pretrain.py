@@ -105,6 +105,13 @@ VICTIMS: dict[str, Callable[[Path], int]] = {
 }
 
 
+def check_survives(cluster: Cluster, corpus: Path, straight: Path, run_dir: Path, victim: str, number: str) -> None:
+    """A run of which a process gets a signal ends as one that nobody disturbed."""
+    job = started(cluster, corpus, run_dir)
+    os.kill(VICTIMS[victim](run_dir), signal.Signals[number])
+    check_finished(cluster, job, run_dir, straight)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("victim", "number"),
@@ -114,9 +121,7 @@ VICTIMS: dict[str, Callable[[Path], int]] = {
 def test_a_request_to_any_process_is_one_checkpoint(
     cluster: Cluster, corpus: Path, straight: Path, tmp_path: Path, victim: str, number: str
 ) -> None:
-    job = started(cluster, corpus, tmp_path / "run")
-    os.kill(VICTIMS[victim](tmp_path / "run"), signal.Signals[number])
-    check_finished(cluster, job, tmp_path / "run", straight)
+    check_survives(cluster, corpus, straight, tmp_path / "run", victim, number)
     assert events(tmp_path / "run", "end", "status") == ["stopped", "finished"]
 
 
@@ -128,9 +133,7 @@ def test_a_request_to_any_process_is_one_checkpoint(
 def test_after_a_kill_the_job_is_requeued(
     cluster: Cluster, corpus: Path, straight: Path, tmp_path: Path, victim: str, number: str
 ) -> None:
-    job = started(cluster, corpus, tmp_path / "run")
-    os.kill(VICTIMS[victim](tmp_path / "run"), signal.Signals[number])
-    check_finished(cluster, job, tmp_path / "run", straight)
+    check_survives(cluster, corpus, straight, tmp_path / "run", victim, number)
     assert "crashed with status" in cluster.logs() and "Traceback" not in cluster.logs()
 
 
