@@ -32,6 +32,7 @@ from doors import (
     wait_for,
 )
 
+from bigtx.track.wandb_log import read_records
 from bigtx.train.run_dir import WRITTEN
 
 pytestmark = pytest.mark.dist
@@ -128,9 +129,19 @@ def test_killed_and_started_again_nothing_is_lost(corpus: Path, tmp_path: Path, 
     assert "resumed from" in done.stdout
     assert losses(run_dir) == losses(uninterrupted), f"killed at step {stop_at}"
     assert (run_dir / "wandb_run_id").read_text() == run_id
-    segments = sorted(path.name for path in (run_dir / "wandb").glob("offline-run-*"))
-    assert len(segments) == 2 and all(name.endswith(run_id.strip()) for name in segments)
+    # The first start may have been killed before W&B had begun: the second one logs its steps, too.
+    logs = sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"))
+    assert {path.name for path in logs} == {f"run-{run_id.strip()}.wandb"}
+    logged = [record.history.step.num for path in logs for record in wandb_records(path) if record.HasField("history")]
+    assert logged == [line["step"] for line in read_lines(run_dir / "metrics.jsonl")]
     same_weights(run_dir, uninterrupted)
+
+
+def wandb_records(path: Path) -> list[Any]:
+    """Return the records of a W&B run's local log."""
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
+
+    return [Record.FromString(record) for record in read_records(path)]
 
 
 @pytest.mark.slow
