@@ -23,15 +23,26 @@ def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     # Here, where Ctrl-C ends the command without a traceback.
     from bigtx.config.schema import FinetuneConfig
-    from bigtx.train.command import run_training
+    from bigtx.train.command import CheckInputs, Train, run_training
 
-    def session() -> type:
-        from bigtx.train.finetuning import FinetuneSession
+    def check_inputs() -> CheckInputs[FinetuneConfig]:
+        from bigtx.finetuning.base import check_inputs
 
-        return FinetuneSession
+        return check_inputs
 
-    arguments = sys.argv[1:] if argv is None else argv
-    return run_training(FinetuneConfig, session, arguments, program="bigtx finetune", example=EXAMPLE)
+    def train() -> Train[FinetuneConfig]:
+        from bigtx.finetuning.run import finetune
+
+        return finetune
+
+    return run_training(
+        FinetuneConfig,
+        sys.argv[1:] if argv is None else argv,
+        check_inputs=check_inputs,
+        train=train,
+        program="bigtx finetune",
+        example=EXAMPLE,
+    )
 
 
 if __name__ == "__main__":

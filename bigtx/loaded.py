@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from bigtx.finetuning.prompts import Read
+    from bigtx.finetuning.tasks.task import RecordTask
     from bigtx.model.transformer import Transformer
     from bigtx.model.write import OnText, Written
     from bigtx.tokenizer.tokenizer import Tokenizer
-    from bigtx.train.prompts import Read
-    from bigtx.train.tasks.task import RecordTask
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class LoadedModel:
         """
         refuse_wordless(self.config)
         max_new_tokens = writing_options(options)["max_new_tokens"]
-        from bigtx.train.prompts import read_prompt
+        from bigtx.finetuning.prompts import read_prompt
 
         if not isinstance(prompt, str):
             refuse_chatless(self.config, str(run_dir_of(self.checkpoint)))
@@ -164,8 +164,8 @@ class LoadedModel:
         Raises:
             ConfigError: the run was pretrained.
         """
-        from bigtx.train.predictions import task_config
-        from bigtx.train.tasks import task_type
+        from bigtx.finetuning.predictions import task_config
+        from bigtx.finetuning.tasks import task_type
 
         config = task_config(self.config, str(run_dir_of(self.checkpoint)))
         return task_type(config.task)(config, self.tokenizer)
@@ -191,7 +191,7 @@ class LoadedModel:
         if not _is_list(records):
             raise DataError("the records are no list of records; write predict([RECORD, ...])")
         from bigtx.data.records.record import Record
-        from bigtx.train.predictions import BATCH_SIZE, predict_records
+        from bigtx.finetuning.predictions import BATCH_SIZE, predict_records
 
         outcomes = predict_records(
             self.task,

@@ -23,15 +23,26 @@ def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     # Here, where Ctrl-C ends the command without a traceback.
     from bigtx.config.schema import PretrainConfig
-    from bigtx.train.command import run_training
+    from bigtx.train.command import CheckInputs, Train, run_training
 
-    def session() -> type:
-        from bigtx.train.pretraining import PretrainSession
+    def check_inputs() -> CheckInputs[PretrainConfig]:
+        from bigtx.pretraining.corpora import check_inputs
 
-        return PretrainSession
+        return check_inputs
 
-    arguments = sys.argv[1:] if argv is None else argv
-    return run_training(PretrainConfig, session, arguments, program="bigtx pretrain", example=EXAMPLE)
+    def train() -> Train[PretrainConfig]:
+        from bigtx.pretraining.run import pretrain
+
+        return pretrain
+
+    return run_training(
+        PretrainConfig,
+        sys.argv[1:] if argv is None else argv,
+        check_inputs=check_inputs,
+        train=train,
+        program="bigtx pretrain",
+        example=EXAMPLE,
+    )
 
 
 if __name__ == "__main__":

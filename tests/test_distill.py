@@ -18,10 +18,10 @@ from bigtx.config.schema import DistillConfig, FinetuneConfig, ModelConfig
 from bigtx.engine.checkpoint import Checkpoint, preferred
 from bigtx.engine.merged import MergedCheckpoint
 from bigtx.engine.task import TaskLoss
+from bigtx.finetuning.tasks import task_type
 from bigtx.model.transformer import Transformer
+from bigtx.pretraining.likelihood import LikelihoodTask
 from bigtx.tokenizer.tokenizer import Tokenizer
-from bigtx.train.tasks import task_type
-from bigtx.train.tasks.likelihood import LikelihoodTask
 from bigtx.train.teacher import Distilled
 
 SMALL = ["model.hidden_size=32", "model.num_layers=1", "model.num_heads=2", "model.max_sequence_length=64"]

@@ -60,7 +60,7 @@ class Records(Evaluation):
 
     def __init__(self, arguments: argparse.Namespace, checkpoint: Path, config: FinetuneConfig) -> None:
         super().__init__(arguments, checkpoint)
-        from bigtx.train.predictions import task_config
+        from bigtx.finetuning.predictions import task_config
 
         self.config = task_config(config, arguments.run, arguments.set)
 
@@ -71,9 +71,9 @@ class Records(Evaluation):
             DataError: records that cannot be used, or others than the run had.
         """
         from bigtx.data.audio.look import look_at
-        from bigtx.train.examples import encode
-        from bigtx.train.predictions import BATCH_SIZE, predict_all, shown_predictions
-        from bigtx.train.record_table import digest
+        from bigtx.finetuning.predictions import BATCH_SIZE, predict_all, shown_predictions
+        from bigtx.finetuning.record_table import digest
+        from bigtx.finetuning.records import encode
 
         records, broken = self._read()
         loaded = dataclasses.replace(self.load(), config=self.config)
@@ -99,8 +99,8 @@ class Records(Evaluation):
         Raises:
             CheckpointError: the base is gone, or is another one by now.
         """
-        from bigtx.train.base_weights import untrained
-        from bigtx.train.predictions import BATCH_SIZE, batches_by_length, in_order
+        from bigtx.finetuning.base_weights import untrained
+        from bigtx.finetuning.predictions import BATCH_SIZE, batches_by_length, in_order
 
         task, model = loaded.task, untrained(self.config, loaded.model, self._base())
         device = next(model.parameters()).device
@@ -111,7 +111,7 @@ class Records(Evaluation):
     def _base(self) -> Checkpoint | None:
         """What the run began with; None: with nothing but its seed."""
         from bigtx.engine.merged import MergedCheckpoint
-        from bigtx.train.finetuning import BASE
+        from bigtx.finetuning.base import BASE
 
         if self.config.base is None:
             return None
@@ -138,7 +138,7 @@ class Records(Evaluation):
 
     def _read(self) -> tuple[list[Record], Broken]:
         from bigtx.data.records.record import Broken
-        from bigtx.train.examples import read_all
+        from bigtx.finetuning.records import read_all
 
         broken = Broken()
         if self.arguments.split:
@@ -159,8 +159,8 @@ class Records(Evaluation):
             DataError: they have changed since.
         """
         from bigtx.engine.checkpoint import Checkpoint
-        from bigtx.train import record_table
-        from bigtx.train.examples import read_split
+        from bigtx.finetuning import record_table
+        from bigtx.finetuning.records import read_split
 
         run_dir = run_dir_of(self.checkpoint)
         table = record_table.read(run_dir) if self.config.data.leave_out else None
@@ -188,15 +188,15 @@ class Corpora(Evaluation):
             ConfigError: no corpus holds text out, or it was prepared with another tokenizer.
             DataError: there is no such corpus.
         """
-        from bigtx.train.held_out import validation_sources
+        from bigtx.pretraining.corpora import validation_sources
 
         config = self._config()
         if not validation_sources(config):
             raise ConfigError("none of the run's corpora holds text out; name a prepared one: data=FOLDER")
         # Imports torch, which nobody should wait for to hear of a mistake.
+        from bigtx.pretraining.likelihood import LikelihoodTask
+        from bigtx.pretraining.validation import Validation
         from bigtx.train.alone import Alone
-        from bigtx.train.evaluation import Validation
-        from bigtx.train.tasks.likelihood import LikelihoodTask
 
         loaded = self.load()
         config = dataclasses.replace(config, model=loaded.config.model)

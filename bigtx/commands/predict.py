@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from bigtx.data.records.read import expand_path
 from bigtx.data.records.record import Record
 from bigtx.engine.trained import find
-from bigtx.train.prediction_lines import Item, Output, arriving, as_line, fields_of, read_items, read_stdin
+from bigtx.finetuning.prediction_lines import Item, Output, arriving, as_line, fields_of, read_items, read_stdin
 from bigtx.utils.arguments import Arguments
 from bigtx.utils.errors import ConfigError
 from bigtx.utils.options import add_loading_options, add_predicting_options, check_options
@@ -30,8 +30,8 @@ from bigtx.utils.terminal import visible
 from bigtx.utils.version import __version__
 
 if TYPE_CHECKING:
+    from bigtx.finetuning.predictions import Outcome
     from bigtx.loaded import LoadedModel
-    from bigtx.train.predictions import Outcome
 
 Show = Callable[[Sequence[Item], Sequence[Mapping[str, Any]]], None]
 """Takes records and the lines that were made of them."""
@@ -60,7 +60,7 @@ def command(argv: Sequence[str]) -> int:
         raise ConfigError("write input=FILE or text=TEXT: one of them says what to predict for (both may be repeated)")
     files = [file for path in arguments.input if path != STDIN for file in expand_path(path)]
     checkpoint, config = find(arguments.run)
-    from bigtx.train.predictions import task_config
+    from bigtx.finetuning.predictions import task_config
 
     config = task_config(config, arguments.run, arguments.set)
     arguments.too_long = arguments.too_long or config.data.too_long
@@ -116,7 +116,7 @@ class _Job:
     """One call of the command: loads the model when it is first needed, and counts."""
 
     def __init__(self, arguments: argparse.Namespace, checkpoint: Path) -> None:
-        from bigtx.train.predictions import BATCH_SIZE
+        from bigtx.finetuning.predictions import BATCH_SIZE
 
         self.arguments, self.checkpoint = arguments, checkpoint
         self.batch_size = arguments.batch_size or BATCH_SIZE
@@ -153,7 +153,7 @@ class _Job:
         """Writes to standard output: a table on a terminal, JSON lines elsewhere."""
         if self.arguments.json or not sys.stdout.isatty():
             return lambda _, lines: _write_lines(lines)
-        from bigtx.train.prediction_table import PredictionTable
+        from bigtx.finetuning.prediction_table import PredictionTable
 
         return PredictionTable(self.loaded().task, sys.stdout, shutil.get_terminal_size().columns).add
 
@@ -179,7 +179,7 @@ class _Job:
         ]
 
     def _outcomes(self, records: Sequence[Record]) -> list[Outcome]:
-        from bigtx.train.predictions import predict_records
+        from bigtx.finetuning.predictions import predict_records
 
         loaded = self.loaded()
         device = next(loaded.model.parameters()).device
@@ -191,8 +191,8 @@ class _Job:
         return self._loaded
 
     def _load(self) -> LoadedModel:
+        from bigtx.finetuning.predictions import task_config
         from bigtx.loaded import load
-        from bigtx.train.predictions import task_config
 
         loaded = load(self.checkpoint, weights=self.arguments.weights, device=self.arguments.device)
         config = task_config(loaded.config, self.arguments.run, self.arguments.set)

@@ -139,6 +139,14 @@ class Ranks:
             raise failure
         return result
 
+    def once(self, action: Callable[[], T]) -> T:
+        """Let rank 0 act, and return its result on every rank.
+
+        Raises:
+            BigtxError: on every rank, if the action raised it.
+        """
+        return self.from_first(self.on_first(action))
+
     def is_first_to_fail(self) -> bool:
         """Whether no other rank has asked this before: the one that speaks for all.
 

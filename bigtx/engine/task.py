@@ -28,7 +28,7 @@ class TaskLoss(NamedTuple):
 
 
 class Task(Protocol):
-    """What a batch means: see bigtx.train.tasks."""
+    """What a batch means: see bigtx.finetuning.tasks."""
 
     def loss(self, model: Callable[..., Any], batch: Any) -> TaskLoss:
         """The loss of a batch."""

@@ -1,35 +1,37 @@
 """What `bigtx pretrain` and `bigtx finetune` have in common.
 
 config, checked ─▶ this process is a rank (of deepspeed, torchrun, srun): it trains
-                └▶ else it looks at the run folder and at what the run reads, starts a rank for each GPU, and watches
-                   over them (see `bigtx.launch`)
+                └▶ else it looks at the run folder and at what the run reads, starts a rank for each GPU, and supervises
+                   them (see `bigtx.launch`)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from bigtx.config.batches import batch_problems
 from bigtx.config.load import Parsed, parse_command_line, raise_problems
-from bigtx.config.schema import RunConfig
 from bigtx.launch.parents import watch_launchers
 from bigtx.launch.supervisor import start_ranks
 from bigtx.launch.world import World, find_world
-from bigtx.train.run_folder import check_settings
-from bigtx.train.session import Session, check_folder
+from bigtx.train.context import Config, RunContext
+from bigtx.train.run_folder import check_folder, check_settings
 from bigtx.utils import processes
 from bigtx.utils.errors import LaunchError, say_from_any_rank
 
-Config = TypeVar("Config", bound=RunConfig)
+CheckInputs = Callable[[Config, int], None]
+"""Refuses what the run cannot read, given the config and the number of ranks. Imports no torch."""
+Train = Callable[[RunContext[Config]], int]
+"""Trains; returns the exit status."""
 
 
 def run_training(
     schema: type[Config],
-    session: Callable[[], type[Session[Config]]],
     argv: Sequence[str],
     *,
+    check_inputs: Callable[[], CheckInputs[Config]],
+    train: Callable[[], Train[Config]],
     program: str,
     example: str,
 ) -> int:
@@ -37,8 +39,9 @@ def run_training(
 
     Args:
         schema: of the config.
-        session: gives the kind of training; called once the config is known to be good.
         argv: without the program's name.
+        check_inputs, train: import and return the functions. `check_inputs` is imported once the config is known to be
+            good; `train`, which brings torch, in each rank, when a request to stop is already answered.
         program, example: for the help.
 
     Returns:
@@ -48,7 +51,7 @@ def run_training(
         BigtxError: of the config, the run folder, what the run reads, or the training itself.
     """
     parsed = parse_command_line(schema, argv, program=program, example=example)
-    world, kind = _find_world(parsed), session()
+    world = _find_world(parsed)
     if world is None:
         watch_launchers()
     else:
@@ -56,17 +59,18 @@ def run_training(
         if not parsed.dry_run:
             check_folder(parsed.config, parsed.files)
             check_settings(parsed.config)
-        kind.check_inputs(parsed.config, world.size)
+        check_inputs()(parsed.config, world.size)
         status = start_ranks(world, Path(parsed.config.run_dir))
         if status is not None:
             return status
     processes.share_cores()
-    with kind(parsed.config, dry_run=parsed.dry_run, files=parsed.files) as life:
-        return life.run()
+    with RunContext(parsed.config, dry_run=parsed.dry_run, files=parsed.files) as context:
+        return train()(context)
 
 
 def _find_world(parsed: Parsed[Config]) -> World | None:
-    """As `find_world`; of half an environment of a launcher every process complains, for none knows its rank."""
+    """Return as `find_world`. Where a launcher set half of its variables, every process reports it: none knows its
+    rank."""
     try:
         return find_world(parsed.num_ranks, divides=parsed.config.train.global_batch_size)
     except LaunchError as error:

@@ -21,17 +21,20 @@ from bigtx.config.load import to_dict, yaml_of
 from bigtx.config.paths import with_absolute_paths
 from bigtx.config.runs import CHECKPOINTS, CONFIG, ENVIRONMENT, gives_config, is_run
 from bigtx.config.schema import RunConfig
+from bigtx.engine.trained import find_with_tokenizer
 from bigtx.train.run_dir import (
     GIVEN_CONFIG,
     HISTORY,
     MARK,
     METRICS,
     are_checkpoints_gone,
+    check_run_dir,
     saved_values,
 )
+from bigtx.utils import processes
 from bigtx.utils.errors import CheckpointError, LaunchError
 from bigtx.utils.files import write_atomic, write_json
-from bigtx.utils.locks import FolderLock
+from bigtx.utils.locks import FolderLock, refuse_if_held
 from bigtx.utils.secrets import scrub
 
 if TYPE_CHECKING:
@@ -48,6 +51,8 @@ COMPLETED = (
     "chat.format",
 )
 """Settings that a run completes from its data or its teacher, so that its own config says more than the command."""
+BASE_FACTS = ("checkpoint", "manifest_sha256", "step", "wandb_run_id")
+"""What links a run to the one whose weights it began with."""
 README = """The checkpoints of a run of bigtx; the run is the folder that this one, or a link to it, lies in.
 
 This file is here from the run's beginning on: a run that has made steps and finds neither it nor a checkpoint refuses
@@ -119,6 +124,29 @@ def _set_history_aside(run_dir: Path) -> Path:
         if (run_dir / name).is_file():
             (run_dir / name).rename(aside / name)
     return aside
+
+
+def check_folder(config: RunConfig, files: Iterable[Path]) -> None:
+    """Refuse a run folder that another run holds, or in which the run would destroy something.
+
+    It is called before anything is written there, and before the ranks find the port of the other run taken.
+
+    Raises:
+        LaunchError, ConfigError, CheckpointError: see `refuse_if_held` and `check_run_dir`.
+    """
+    refuse_if_held(config.run_dir)
+    if processes.rank() == 0:
+        check_run_dir(config, files)
+
+
+def check_teacher(config: RunConfig) -> None:
+    """Refuse a teacher that is not a run, or has no checkpoint, before torch is imported to read it.
+
+    Raises:
+        BigtxError: see `find_with_tokenizer`.
+    """
+    if config.distill.teacher:
+        find_with_tokenizer(config.distill.teacher)
 
 
 def check_settings(config: RunConfig) -> None:

@@ -18,22 +18,29 @@ from bigtx.data.records.record import BadRecordError, Record
 from bigtx.data.stream.sources import open_sources
 from bigtx.engine.deepspeed_config import refuse_unsupported
 from bigtx.engine.schedules import resolve_steps
+from bigtx.finetuning import record_table
+from bigtx.finetuning.base import open_tokenizer
+from bigtx.finetuning.notes import describe_length, total_steps, untrained_roles
+from bigtx.finetuning.tasks.sft import Sft
+from bigtx.finetuning.tasks.speech import Hearing
+from bigtx.finetuning.tasks.translate import require_sacrebleu
+from bigtx.pretraining.objectives import make_objective
+from bigtx.pretraining.run import open_inputs
 from bigtx.tokenizer.tokenizer import Tokenizer
-from bigtx.train import record_table
-from bigtx.train.finetune_notes import describe_length, untrained_roles
-from bigtx.train.finetuning import open_tokenizer, total_steps
-from bigtx.train.objectives import make_objective
-from bigtx.train.pretraining import PretrainSession
+from bigtx.train import start
+from bigtx.train.context import RunContext
 from bigtx.train.run_dir import check_run_dir
-from bigtx.train.tasks.sft import Sft
-from bigtx.train.tasks.speech import Hearing
-from bigtx.train.tasks.translate import require_sacrebleu
 from bigtx.utils.processes import launcher_problem
 from bigtx.utils.units import parse_count, parse_duration, parse_range
 
 CASES = Cases()
-ALONE = SimpleNamespace(
-    rank=0, world_size=1, on_first=lambda get: get(), from_first=lambda value: value, gather=lambda value: [value]
+ALONE: Any = SimpleNamespace(
+    rank=0,
+    world_size=1,
+    once=lambda get: get(),
+    on_first=lambda get: get(),
+    from_first=lambda value: value,
+    gather=lambda value: [value],
 )
 PRETRAIN = ["data.sources.a.path=corpus", "run_dir=runs/new", "train.max_steps=2", "train.sequence_length=16"]
 MODEL = ["model.hidden_size=16", "model.num_layers=2", "model.num_heads=2", "model.max_sequence_length=64"]
@@ -45,9 +52,7 @@ def pretrain(*given: str) -> Attempt:
 
     def attempt(words: Sequence[str]) -> Outcome:
         def open_data() -> None:
-            session = PretrainSession(load(PretrainConfig, [*PRETRAIN, *MODEL, *given, *words]), dry_run=False)
-            session.ranks = ALONE
-            session.open_data()
+            open_inputs(load(PretrainConfig, [*PRETRAIN, *MODEL, *given, *words]), ALONE)
 
         with written():
             return call(open_data)
@@ -172,9 +177,10 @@ def other_data_than_the_run_had(desk: Desk) -> Attempt:
         def open_folder() -> None:
             given = [*PRETRAIN, *words] if words else ["decoder/config.yaml", "run_dir=decoder", "train.max_steps=2"]
             config = load(PretrainConfig, [*given, "allow_changes=[train.max_steps]"])
-            session = PretrainSession(config, dry_run=False)
-            session.ranks, session.run_dir, session.facts = ALONE, Path(session.config.run_dir), {"tokenizer": "other"}
-            session.open_folder()
+            context = RunContext(config)
+            context.ranks = ALONE
+            with context.resources:
+                start.open_folder(context, config, {"tokenizer": "other"})
 
         with written():
             return call(open_folder)

@@ -15,9 +15,9 @@ from bigtx.config.changes import compare, refuse
 from bigtx.config.load import from_dict, load, to_dict
 from bigtx.config.schema import FinetuneConfig, PrepareConfig, PretrainConfig, TokenizerTrainConfig
 from bigtx.config.settings import find
-from bigtx.train import finetune_notes
-from bigtx.train.pretraining import length_setting
-from bigtx.train.session import say_finished
+from bigtx.finetuning import notes as finetune_notes
+from bigtx.pretraining.corpora import length_setting
+from bigtx.train.start import say_finished
 from bigtx.utils.errors import ConfigError
 from bigtx.utils.shell import command, setting, settings
 

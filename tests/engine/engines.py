@@ -159,7 +159,7 @@ class RowsTask:
         return batch.tokens if self.shape == "encoder_decoder" else None
 
     def loss(self, model: Any, batch: Rows) -> TaskLoss:
-        """As bigtx.train.tasks.LikelihoodTask."""
+        """As bigtx.finetuning.tasks.LikelihoodTask."""
         target_tokens = self.target_tokens(batch)
         return TaskLoss.of(
             model(batch.tokens, labels=batch.labels, target_tokens=target_tokens, sequence_ids=batch.sequence_ids)

@@ -25,6 +25,7 @@ from bigtx.config.schema import (
 )
 from bigtx.engine.trained import find
 from bigtx.engine.write_weights import save_weights
+from bigtx.finetuning.tasks.classify import Classify
 from bigtx.interop.exporter import ExportSettings
 from bigtx.interop.families import families
 from bigtx.interop.target import export_note
@@ -33,7 +34,6 @@ from bigtx.model.transformer import Transformer
 from bigtx.plan.parameters import parameter_shapes
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.tokenizer.train import train
-from bigtx.train.tasks.classify import Classify
 
 transformers = pytest.importorskip("transformers")
 

@@ -19,13 +19,13 @@ from bigtx.config.schema import ChatConfig, FieldsConfig, FinetuneConfig, ModelC
 from bigtx.data.corpus.blocks import BlockReader
 from bigtx.data.corpus.manifest import Manifest
 from bigtx.data.records.record import Record
+from bigtx.finetuning.tasks.classify import Classify
+from bigtx.finetuning.tasks.distill import Distill
+from bigtx.finetuning.tasks.preference import Preference
+from bigtx.finetuning.tasks.sft import Sft
+from bigtx.finetuning.tasks.translate import Translate
 from bigtx.interop.tokenizer import compare_tokenizers, export_tokenizer, import_tokenizer
 from bigtx.tokenizer.tokenizer import DESCRIPTION, Tokenizer
-from bigtx.train.tasks.classify import Classify
-from bigtx.train.tasks.distill import Distill
-from bigtx.train.tasks.preference import Preference
-from bigtx.train.tasks.sft import Sft
-from bigtx.train.tasks.translate import Translate
 from bigtx.utils.errors import DataError
 
 tokenizers, transformers = map(pytest.importorskip, ("tokenizers", "transformers"))

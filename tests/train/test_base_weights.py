@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from bigtx.config.schema import ModelConfig
+from bigtx.finetuning.base_weights import plan_transfer
 from bigtx.model.transformer import Transformer
-from bigtx.train.base_weights import plan_transfer
 from bigtx.utils.errors import ConfigError
 
 BASE = {"embedding.weight": (4, 2), "block.weight": (3, 3), "head.weight": (4, 2)}

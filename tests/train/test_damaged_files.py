@@ -8,34 +8,30 @@ from typing import Any
 
 import pytest
 
+from bigtx.finetuning.base import BASE, read_base_facts
+from bigtx.finetuning.run import RESULTS, is_finished
 from bigtx.interop.card import _losses
 from bigtx.track.wandb_run import read_or_make_run_id
-from bigtx.train.finetuning import BASE, RESULTS, FinetuneSession
 
 CONTENTS = [b"", b"\0" * 30, b"[1]", b"5", b'{"tokens": ', b"\xff\xfe", b"[" * 100_000, b'{"checkpoint": "x"}']
 
 
-def session(folder: Path) -> Any:
-    """As much of a session as its reading of these files needs."""
+def finished_run() -> tuple[Any, Any]:
+    """Return as much of the inputs of a run and of its checkpoint as reading these files needs."""
     state = {"tokens": 7, "step": 3, "measured_since_best": 0}
-    return SimpleNamespace(
-        run_dir=folder,
-        checkpoint=SimpleNamespace(manifest={"state": state}),
-        patience=None,
-        rows=[],
-        total_steps=3,
-        config=SimpleNamespace(train=SimpleNamespace(max_steps=3)),
-    )
+    settings = SimpleNamespace(train=SimpleNamespace(max_steps=3), validation=SimpleNamespace(patience=None))
+    inputs = SimpleNamespace(config=settings, rows=[], total_steps=3)
+    return inputs, SimpleNamespace(checkpoint=SimpleNamespace(manifest={"state": state}))
 
 
 @pytest.mark.parametrize("content", CONTENTS)
 def test_results_and_base(tmp_path: Path, content: bytes) -> None:
     for name in (RESULTS, BASE):
         (tmp_path / name).write_bytes(content)
-    assert FinetuneSession.is_finished(session(tmp_path)) is False
-    assert FinetuneSession._read_base_facts(session(tmp_path)) == {}
+    assert is_finished(*finished_run(), tmp_path) is False
+    assert read_base_facts(tmp_path) == {}
     (tmp_path / RESULTS).write_text('{"tokens": 7}')
-    assert FinetuneSession.is_finished(session(tmp_path)) is True
+    assert is_finished(*finished_run(), tmp_path) is True
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\0", b"\0" * 8, b"a b", b"../x", "ü".encode()])

@@ -12,10 +12,10 @@ from finetunes import labelled, write_jsonl
 
 from bigtx.config.schema import FinetuneConfig, ModelConfig, RecordsConfig, TokenizerTrainConfig
 from bigtx.data.records.loader import RecordLoader
+from bigtx.finetuning import record_table
+from bigtx.finetuning.records import TaskData, open_task_data
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.tokenizer.train import train
-from bigtx.train import record_table
-from bigtx.train.examples import TaskData, open_task_data
 from bigtx.utils.errors import CheckpointError, DataError
 
 RECORDS = labelled(40)

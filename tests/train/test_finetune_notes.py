@@ -18,7 +18,7 @@ from bigtx.config.schema import (
     OptimizerConfig,
     PretrainConfig,
 )
-from bigtx.train.finetune_notes import (
+from bigtx.finetuning.notes import (
     FEW_STEPS,
     describe_held_out,
     describe_length,

@@ -10,8 +10,8 @@ import torch
 
 from bigtx.config.schema import DataConfig, ModelConfig, ObjectiveConfig, PretrainConfig, TrainConfig
 from bigtx.data.stream.rows import IGNORED_LABEL, Batch
+from bigtx.pretraining.objectives import Objective, make_objective
 from bigtx.tokenizer.special import SpecialIds
-from bigtx.train.objectives import Objective, make_objective
 from bigtx.utils.errors import ConfigError
 
 LENGTH, VOCABULARY, END = 96, 300, 3

@@ -10,12 +10,12 @@ import torch
 
 from bigtx.config.schema import ChatConfig, FinetuneConfig, ModelConfig, RecordsConfig, SftConfig, TokenizerTrainConfig
 from bigtx.data.records.record import BadRecordError, Record
+from bigtx.finetuning.tasks.preference import Preference
+from bigtx.finetuning.tasks.sft import Sft, best_fit
 from bigtx.model.loss import IGNORED
 from bigtx.model.transformer import Transformer
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.tokenizer.train import train
-from bigtx.train.tasks.preference import Preference
-from bigtx.train.tasks.sft import Sft, best_fit
 from bigtx.utils.errors import ConfigError
 
 TEXTS = ["red apple tree and green apple tree, the house of stone, who are you, I am the river. " * 3] * 20

@@ -23,11 +23,11 @@ from bigtx.config.schema import (
 )
 from bigtx.data.audio.decode import AudioPlace
 from bigtx.data.records.record import Record
+from bigtx.finetuning.tasks import task_type
 from bigtx.model.experts import routing_loss
 from bigtx.model.transformer import Transformer
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.tokenizer.train import train
-from bigtx.train.tasks import task_type
 
 TEXTS = ["red apple tree and green apple tree, the house of stone, who are you, I am the river. " * 3] * 20
 EXPERTS = ExpertsConfig(num_experts=4, num_active=2, expert_size=16, shared_size=16)

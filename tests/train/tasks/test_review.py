@@ -27,13 +27,13 @@ from bigtx.config.schema import (
 from bigtx.data.audio.decode import AudioPlace
 from bigtx.data.records.read import read_records
 from bigtx.data.records.record import BadRecordError, Broken, Record
+from bigtx.finetuning.records import encode, open_task_data
+from bigtx.finetuning.tasks import task_type
+from bigtx.finetuning.tasks.preference import Preference
+from bigtx.finetuning.tasks.sft import Sft
+from bigtx.finetuning.tasks.task import RecordTask
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.tokenizer.train import train
-from bigtx.train.examples import encode, open_task_data
-from bigtx.train.tasks import task_type
-from bigtx.train.tasks.preference import Preference
-from bigtx.train.tasks.sft import Sft
-from bigtx.train.tasks.task import RecordTask
 from bigtx.utils.errors import ConfigError, DataError
 
 TEXTS = ["red apple tree and green apple tree, the house of stone, who are you, I am the river. " * 3] * 20

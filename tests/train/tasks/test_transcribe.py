@@ -16,11 +16,11 @@ from sounds import RATE, WORDS, sayings, spoken, tone, wav, write_tokenizer
 from bigtx.config.schema import AudioConfig, FinetuneConfig, ModelConfig, RecordsConfig, TranscribeConfig
 from bigtx.data.audio.decode import AudioPlace
 from bigtx.data.records.record import BadRecordError, Record
+from bigtx.finetuning.tasks.speech import Cache
+from bigtx.finetuning.tasks.transcribe import Transcribe, collapse, normalize
 from bigtx.model.loss import IGNORED
 from bigtx.model.transformer import Transformer
 from bigtx.tokenizer.tokenizer import Tokenizer
-from bigtx.train.tasks.speech import Cache
-from bigtx.train.tasks.transcribe import Transcribe, collapse, normalize
 from bigtx.utils.errors import ConfigError, DataError
 
 

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 
 from bigtx.config.schema import FinetuneConfig, ModelConfig, RecordsConfig, TokenizerTrainConfig, TranslateConfig
 from bigtx.data.records.record import BadRecordError, Record
+from bigtx.finetuning.tasks.translate import Translate, require_sacrebleu
 from bigtx.model.loss import IGNORED
 from bigtx.model.transformer import Transformer
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.tokenizer.train import train
-from bigtx.train.tasks.translate import Translate, require_sacrebleu
 from bigtx.utils.errors import ConfigError, LaunchError
 
 TEXTS = ["ein Haus aus Stein, a house of stone. der Fluss, the river. zwei Bäume, two trees. " * 3] * 20

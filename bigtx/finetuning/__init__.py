@@ -1,0 +1,1 @@
+"""Fine-tuning: records, tasks, the base, and the run."""

@@ -1,0 +1,188 @@
+"""From a base to a task: which weights are taken over, which begin from the seed, and which are left behind.
+
+A parameter is taken over where the base has one of its name and shape. An encoder may be made of a decoder, whose
+blocks then read both ways (LLM2Vec, arXiv:2404.05961), and a decoder of an encoder. A table whose rows are tokens or
+positions may have grown or shrunk: the rows that both have are taken over, others begin from the seed. A head of
+classes is taken over for the same classes alone, in the same order. Other differences are refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bigtx.config.schema import FinetuneConfig, LoraConfig
+from bigtx.model.initial import initial_value
+from bigtx.utils.errors import ConfigError
+
+if TYPE_CHECKING:
+    from bigtx.engine.checkpoint import Checkpoint
+    from bigtx.engine.engine import ReadRange
+    from bigtx.model.transformer import Transformer
+
+Shape = tuple[int, ...]
+
+ROWS_MAY_DIFFER = ("embedding.weight", "position_embedding.weight", "head.weight", "head.bias")
+"""Tables with a row for each token or position."""
+MAX_LISTED = 6
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What becomes of each parameter.
+
+    Attributes:
+        loaded: taken over as they are.
+        resized: rows taken over, and rows of the new table.
+        new: from the seed.
+        dropped: of the base, without a place in the model.
+        stack: the base's one stack and the model's that is made of it, where their names differ.
+    """
+
+    loaded: list[str]
+    resized: dict[str, tuple[int, int]]
+    new: list[str]
+    dropped: list[str]
+    shapes: Mapping[str, Shape] = field(repr=False)
+    stack: tuple[str, str] | None = None
+
+    @property
+    def begun(self) -> list[str]:
+        """Parameters that begin from the seed, or some rows of which do."""
+        return self.new + [name for name, (kept, total) in self.resized.items() if kept < total]
+
+    def describe(self) -> str:
+        """For the log."""
+        parts = [f"{len(self.loaded)} parameters loaded"]
+        if self.stack is not None:
+            parts.append("the {} is made of the {}'s blocks".format(*reversed(self.stack)))
+        if self.resized:
+            rows = (f"{name} ({kept:,} of {total:,} rows)" for name, (kept, total) in self.resized.items())
+            parts.append(f"resized: {', '.join(rows)}")
+        parts.append(f"new: {_listed(self.new)}")
+        parts.append(f"dropped: {_listed(self.dropped)}")
+        return "; ".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "loaded": self.loaded,
+            "stack": self.stack and dict(zip(("from", "to"), self.stack, strict=True)),
+            "resized": {name: {"rows_loaded": kept, "rows": total} for name, (kept, total) in self.resized.items()},
+            "new": self.new,
+            "dropped": self.dropped,
+        }
+
+    def read(self, source: Checkpoint, initial: ReadRange) -> ReadRange:
+        """How to fill the model: from the base where it has a value, else from the initial weights."""
+
+        def read(name: str, kind: str, start: int, stop: int) -> Tensor:
+            if name in self.resized:
+                rows, total = self.resized[name]
+                border = rows * (self._numel(name) // total)
+                parts = []
+                if start < border:
+                    parts.append(source.read(_origin(name, self.stack), kind, start, min(stop, border)))
+                if stop > border:
+                    parts.append(initial(name, kind, max(start, border), stop))
+                return torch.cat(parts)
+            if name in new:
+                return initial(name, kind, start, stop)
+            return source.read(_origin(name, self.stack), kind, start, stop)
+
+        new = set(self.new)
+        return read
+
+    def _numel(self, name: str) -> int:
+        return torch.Size(self.shapes[name]).numel()
+
+
+def plan_transfer(
+    shapes: Mapping[str, Shape], base: Mapping[str, Shape], *, name: str, fresh: Iterable[str] = ()
+) -> Transfer:
+    """Find the place of each of the base's parameters.
+
+    Args:
+        shapes: of the model, by parameter.
+        base: of the base.
+        name: the base as the user wrote it, for the error.
+        fresh: parameters that begin from the seed even if the base has them.
+
+    Raises:
+        ConfigError: a parameter of both has another shape in each.
+    """
+    loaded, resized, different, new = [], {}, [], []
+    stack = _other_stack(shapes, base)
+    fresh = set(fresh)
+    origins = {parameter: _origin(parameter, stack) for parameter in shapes if parameter not in fresh}
+    for parameter, shape in shapes.items():
+        before = None if parameter in fresh else base.get(origins[parameter])
+        if before == shape:
+            loaded.append(parameter)
+        elif before is not None and parameter in ROWS_MAY_DIFFER and before[1:] == shape[1:]:
+            resized[parameter] = (min(before[0], shape[0]), shape[0])
+        elif before is None:
+            new.append(parameter)
+        else:
+            different.append(f"{parameter} {list(before)} there, {list(shape)} here")
+    if different:
+        raise ConfigError(
+            f"base={name} does not fit the section model: {'; '.join(different[:5])} ({len(different)} in all); leave "
+            "out the settings of model that change its shape"
+        )
+    used = set(origins.values())
+    dropped = [parameter for parameter in base if parameter not in used]
+    return Transfer(loaded, resized, new, dropped, shapes, stack)
+
+
+def untrained(config: FinetuneConfig, model: Transformer, base: Checkpoint | None) -> Transformer:
+    """The model of a run without classes as it was before the first step, in evaluation mode.
+
+    Args:
+        config: of the run.
+        model: the run's; the other is on its device and of its type.
+        base: what the run began with; None: the seed alone.
+    """
+    from bigtx.engine.trained import empty_model
+
+    own = next(model.parameters())
+    # New adapters change nothing.
+    plain = dataclasses.replace(model.config, lora=LoraConfig())
+    made = empty_model(plain, own.device, own.dtype)
+    shapes = {name: tuple(parameter.shape) for name, parameter in made.named_parameters()}
+
+    def of_seed(name: str, kind: str, start: int, stop: int) -> Tensor:
+        return initial_value(name, shapes[name], plain, config.seed, start, stop)
+
+    read: ReadRange = of_seed
+    if base is not None:
+        read = plan_transfer(shapes, base.shapes, name=str(base.path)).read(base, of_seed)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            parameter.copy_(read(name, "master", 0, parameter.numel()).view(parameter.shape))
+    return made.eval()
+
+
+def _origin(name: str, stack: tuple[str, str] | None) -> str:
+    """The base's name of a parameter, for a `Transfer.stack`."""
+    # A table of distances has other buckets in a stack that reads the other way.
+    if stack is None or not name.startswith(f"{stack[1]}.") or ".relative_bias." in name:
+        return name
+    return stack[0] + name.removeprefix(stack[1])
+
+
+def _other_stack(shapes: Mapping[str, Shape], base: Mapping[str, Shape]) -> tuple[str, str] | None:
+    theirs, ours = ({name.split(".")[0] for name in names if ".blocks." in name} for names in (base, shapes))
+    return (theirs.pop(), ours.pop()) if len(theirs) == len(ours) == 1 and theirs != ours else None
+
+
+def _listed(names: list[str]) -> str:
+    if not names:
+        return "none"
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(names[:MAX_LISTED]) + more

@@ -1,0 +1,118 @@
+"""Predictions for records by one process: what `bigtx predict`, `bigtx evaluate` and `LoadedModel.predict` are made of.
+
+This module and the tasks do not import deepspeed, which speaks on standard output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from bigtx.config.load import with_settings
+from bigtx.config.schema import FinetuneConfig, RunConfig
+from bigtx.data.records.record import BadRecordError, Record
+from bigtx.finetuning.tasks.task import Model, Prediction, RecordTask, public
+from bigtx.utils.errors import ConfigError, DataError
+
+BATCH_SIZE = 32
+"""Records that are predicted side by side, if nobody says otherwise."""
+Result = TypeVar("Result")
+MAX_SHOWN = 300
+"""Characters of a record in a table of predictions."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a record.
+
+    Attributes:
+        prediction: None where the record could not be used.
+        error: why, or "".
+        num_cut: tokens left out because the record was too long.
+    """
+
+    prediction: Prediction | None
+    error: str = ""
+    num_cut: int = 0
+
+
+def predict_records(
+    task: RecordTask, model: Model, records: Sequence[Record], *, batch_size: int, device: torch.device
+) -> list[Outcome]:
+    """An outcome for each record, whose own answer need not be there nor be known to the model."""
+    outcomes = [Outcome(None)] * len(records)
+    places, examples = [], []
+    for place, record in enumerate(records):
+        try:
+            examples.append(task.encode(record, for_training=False))
+            places.append(place)
+        except (BadRecordError, DataError) as error:  # The tokenizer refuses what is no text.
+            outcomes[place] = Outcome(None, f"{record.where}: {error}")
+    predictions = predict_all(task, model, examples, batch_size=batch_size, device=device)
+    for place, example, prediction in zip(places, examples, predictions, strict=True):
+        outcomes[place] = Outcome(public(prediction), num_cut=example.num_cut)
+    return outcomes
+
+
+def predict_all(
+    task: RecordTask, model: Model, examples: Sequence[Any], *, batch_size: int, device: torch.device
+) -> list[Prediction]:
+    """A prediction for each example, with what `task.metrics` needs."""
+    batches = list(batches_by_length(examples, batch_size))
+    parts = [task.predict(model, [examples[place] for place in batch], device) for batch in batches]
+    return in_order(batches, parts, len(examples))
+
+
+def batches_by_length(examples: Sequence[Any], size: int) -> Iterator[list[int]]:
+    """Places of examples in batches of like length, the longest first: what does not fit into memory shows at once."""
+    order = sorted(range(len(examples)), key=lambda place: -examples[place].length)
+    for begin in range(0, len(order), size):
+        yield order[begin : begin + size]
+
+
+def in_order(batches: Sequence[list[int]], parts: Sequence[list[Result]], total: int) -> list[Result]:
+    """The predictions of batches, or whatever was made of them, in the order of the examples."""
+    found: dict[int, Result] = {}
+    for batch, part in zip(batches, parts, strict=True):
+        found.update(zip(batch, part, strict=True))
+    return [found[place] for place in range(total)]
+
+
+def shown_predictions(
+    task: RecordTask, records: Sequence[Record], predictions: Sequence[Prediction], count: int
+) -> list[dict[str, Any]]:
+    """Some predictions beside their records, at even distances, for a table."""
+    rows = []
+    total = len(predictions)
+    for number in range(min(count, total)):
+        place = number * total // min(count, total)
+        record, prediction = records[place], predictions[place]
+        text = task.shown(record)
+        shown = text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + " ..."
+        rows.append({"record": record.where, "input": shown, "answer": task.answer(record), **public(prediction)})
+    return rows
+
+
+def task_config(config: RunConfig, run: str, settings: Sequence[str] = ()) -> FinetuneConfig:
+    """The config of a run that has a task.
+
+    Args:
+        run: as the user named it.
+        settings: KEY=VALUE, of how the task predicts, what fields of records are called, and what becomes of long ones.
+
+    Raises:
+        ConfigError: the run was pretrained, or settings that do not change how it predicts.
+    """
+    if not isinstance(config, FinetuneConfig):
+        what = (
+            "an encoder, of which `bigtx finetune` makes a model that does a job"
+            if config.model.shape == "encoder"
+            else f"bigtx generate {run} continues texts; `bigtx finetune` makes a model that does a job of it"
+        )
+        raise ConfigError(f"{run} was pretrained and has no task to predict for: {what}")
+    if not settings:
+        return config
+    return with_settings(config, settings, sections=(config.task, "chat"), also=("data.fields", "data.too_long"))

@@ -1,0 +1,307 @@
+"""Fine-tuning, from the first look at the records to the results: `finetune` reads from top to bottom."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bigtx.config.schema import FinetuneConfig, ModelConfig
+from bigtx.data.records.loader import RecordLoader
+from bigtx.engine.checkpoint import Checkpoint, preferred
+from bigtx.engine.engine import Engine
+from bigtx.engine.schedules import Schedule
+from bigtx.engine.trainable import refuse_untrained
+from bigtx.finetuning import record_table, reference
+from bigtx.finetuning.base import BASE, other_classes, read_base_facts
+from bigtx.finetuning.base_weights import plan_transfer
+from bigtx.finetuning.inputs import Inputs, open_inputs
+from bigtx.finetuning.measure import Measurement
+from bigtx.finetuning.notes import (
+    describe_trained,
+    knows_chats,
+    length_setting,
+    untrained_roles,
+)
+from bigtx.finetuning.tasks.task import Examples
+from bigtx.track.jsonl import plain
+from bigtx.train import start
+from bigtx.train.context import RunContext
+from bigtx.train.execute import execute, open_meter, open_tracker, with_teacher, write_description
+from bigtx.train.loop import Run
+from bigtx.train.start import Start
+from bigtx.train.state import RunState
+from bigtx.utils import log
+from bigtx.utils.errors import CheckpointError, ConfigError, LaunchError
+from bigtx.utils.files import read_object, write_json
+from bigtx.utils.shell import command
+from bigtx.utils.units import parse_duration
+
+RESULTS = "results.json"
+"""In the run folder, once the run has ended and its best checkpoint was measured."""
+
+Splits = dict[str, Examples]
+
+
+def finetune(context: RunContext[FinetuneConfig]) -> int:
+    """Do all that is left of a fine-tuning. Returns the exit status.
+
+    Raises:
+        BigtxError: the ranks, the inputs, the run folder or the training fail.
+    """
+    ranks = context.join_ranks()
+    inputs = open_inputs(context)
+    config, task, splits = inputs.config, inputs.task, inputs.data.splits
+    found = start.open_folder(context, config, inputs.facts)
+    if is_finished(inputs, found, context.folder):
+        context.status = "finished"
+        return 0
+
+    engine = start.build_engine(config, inputs.tokenizer)
+    log.say(describe_trained(config, is_all=not engine.frozen))
+    if found.checkpoint:
+        context.state = state = start.saved_state(config, found)
+        base = ranks.once(lambda: read_base_facts(context.folder))
+        if task.needs_reference:
+            splits = with_reference(context, inputs, engine, base, is_initial=False)
+        start.load_checkpoint(engine, found, state)
+        forget_other_best(state, found, inputs)
+    else:
+        context.state = state = start.first_state(config)
+        state.owes_validation = config.validation.at_start
+        base = set_first_weights(context, inputs, engine, config.base)
+        keep_inputs(context, inputs, base)
+        if task.needs_reference:
+            splits = with_reference(context, inputs, engine, base, is_initial=True)
+
+    write_description(context, config, found, inputs.tokenizer, engine)
+    loader = open_loader(context, inputs, splits, state)
+    context.resources.callback(loader.close)
+    steps, tokens = inputs.total_steps, round(config.train.global_batch_size * inputs.mean_tokens)
+    tracker = open_tracker(context, config, found, state, total_steps=steps, job_type="finetune", base=base)
+    measurement = Measurement(config, engine, ranks, task, splits["validation"])
+    run = Run(
+        config=config,
+        run_dir=context.folder,
+        ranks=ranks,
+        engine=engine,
+        task=with_teacher(task, inputs.teacher, config, engine),
+        loader=loader,
+        schedule=Schedule(config.schedule, total_steps=steps, tokens_per_step=tokens),
+        validation=measurement,
+        tracker=tracker,
+        meter=open_meter(config, ranks, found, inputs.flops_per_token()),
+        state=state,
+        facts=inputs.facts | {"wandb_run_id": ranks.from_first(tracker.wandb_run_id)},
+        validate_every=validate_every(config, steps),
+        patience=config.validation.patience,
+    )
+    conclude = functools.partial(write_results, measurement=measurement, splits=splits, num_rows=len(inputs.rows))
+    return execute(context, run, next_command=next_command(config, context.folder), conclude=conclude)
+
+
+def is_finished(inputs: Inputs, found: Start, folder: Path) -> bool:
+    """Return whether the run has made all its steps, or ended early, and its best checkpoint was measured; if so, print
+    it."""
+    if found.checkpoint is None:
+        return False
+    config, state = inputs.config, found.checkpoint.manifest["state"]
+    settings, patience = [length_setting(config, len(inputs.rows))], config.validation.patience
+    if read_object(folder / RESULTS).get("tokens") != state["tokens"]:
+        return False  # The results are of an earlier end, or damaged: the best checkpoint is measured again.
+    if patience is not None and state["measured_since_best"] >= patience:
+        settings.append("validation.patience")
+    elif state["step"] < inputs.total_steps:
+        return False
+    start.say_finished(state["step"], settings, f"; its results are in {folder / RESULTS}")
+    return True
+
+
+def set_first_weights(
+    context: RunContext[FinetuneConfig], inputs: Inputs, engine: Engine, base: str | None, *, keep_frozen: bool = True
+) -> dict[str, Any]:
+    """Set the weights as before the first step: from the base, with what the task adds from the seed; or all from the
+    seed. Returns what base.json says of them.
+
+    Args:
+        base: a run or one of its checkpoints.
+        keep_frozen: as for `start.set_first_weights`.
+    """
+    config, ranks = inputs.config, context.ranks
+    initial = start.initial_weights(engine, config, inputs.teacher)
+    if base is None:
+        start.set_first_weights(context, engine, initial, keep_frozen=keep_frozen)
+        return {}
+    source = start.open_other_run(context, base)
+    if source.manifest["tokenizer"] != inputs.tokenizer.fingerprint:
+        raise ConfigError(f"base={base}: {source.path} was trained with another tokenizer than that of its run folder")
+    shapes = engine.shapes()
+    fresh = ranks.once(lambda: other_classes(config, base, shapes.keys() & source.shapes.keys()))
+    transfer = plan_transfer(shapes, source.shapes, name=base, fresh=fresh)
+    refuse_untrained(transfer.begun, engine.frozen, config)
+    start.set_first_weights(context, engine, transfer.read(source, initial), keep_frozen=keep_frozen)
+    source.close()
+    log.say(f"base: {source.path} (step {source.manifest['step']:,}): {transfer.describe()}")
+    if warning := ranks.once(lambda: untrained_roles(config, base)):
+        log.say(warning)
+    return start.facts_of(source) | transfer.to_dict()
+
+
+def keep_inputs(context: RunContext[FinetuneConfig], inputs: Inputs, base: dict[str, Any]) -> None:
+    """Write the table of records and the facts of the base into the run folder."""
+    if context.dry_run:
+        return
+    context.ranks.on_first(lambda: record_table.write(context.folder, inputs.data.table))
+    if base:
+        context.ranks.on_first(lambda: _write(context.folder / BASE, base))
+
+
+def forget_other_best(state: RunState, found: Start, inputs: Inputs) -> None:
+    """Forget the best value where it is of another metric, or of other records."""
+    changed = {change["key"] for change in found.changed}
+    if {"validation.metric", "validation.max_records"} & changed:
+        state.forget_best()
+    num_held_out = len(inputs.data.splits["validation"].records)
+    if "data.leave_out" in changed and num_held_out < len(inputs.data.lengths("validation")):
+        state.forget_best()
+
+
+def with_reference(
+    context: RunContext[FinetuneConfig], inputs: Inputs, engine: Engine, base: dict[str, Any], *, is_initial: bool
+) -> Splits:
+    """Return the splits with what the model said of each example before the first step: from the run folder, or made
+    now by all ranks.
+
+    Args:
+        is_initial: whether the weights are those before the first step.
+    """
+    config, task, splits, ranks = inputs.config, inputs.task, inputs.data.splits, context.ranks
+    left_out = inputs.facts.get("left_out")
+    key = reference.key(
+        records=[inputs.facts["data"], left_out] if left_out else inputs.facts["data"],
+        tokenizer=inputs.tokenizer.fingerprint,
+        base=base.get("manifest_sha256"),
+        model=_that_counts(config.model),
+        seed=config.seed,
+        chat=[config.chat.format, config.chat.separator],
+        length=[config.data.too_long, task.max_length],
+    )
+    found = ranks.once(lambda: reference.read(context.folder, key))
+    if found is None:
+        log.say("reference: what the base says of the records, once for all of the run")
+        if not is_initial:
+            _return_to_base(context, inputs, engine, base)
+        examples = {name: split.examples for name, split in splits.items()}
+        made = reference.make(engine, ranks, task, examples, config.train.micro_batch_size)
+        ranks.on_first(lambda: reference.write(context.folder, key, made))
+        found = made
+    referred = {
+        name: list(map(task.with_reference, splits[name].examples, map(tuple, numbers.tolist())))
+        for name, numbers in found.items()
+    }
+    return splits | {name: dataclasses.replace(splits[name], examples=made) for name, made in referred.items()}
+
+
+def _return_to_base(context: RunContext[FinetuneConfig], inputs: Inputs, engine: Engine, base: dict[str, Any]) -> None:
+    """Set the weights as before the first step, in a run that has made steps.
+
+    Raises:
+        CheckpointError: the base is gone, or has changed since.
+    """
+    place = base.get("checkpoint", inputs.config.base)
+    if place is not None:
+        source = start.open_other_run(context, place)
+        source.close()
+        if source.manifest_sha256 != base.get("manifest_sha256"):
+            raise CheckpointError(
+                f"{context.folder}: what the base says of the records is gone (reference.safetensors), and {place} is "
+                f"not the base that {BASE} names; give one of them back, or begin another run_dir"
+            )
+    set_first_weights(context, inputs, engine, place, keep_frozen=False)
+
+
+def open_loader(context: RunContext[FinetuneConfig], inputs: Inputs, splits: Splits, state: RunState) -> RecordLoader:
+    """Return the batches of records from the state's place on."""
+    config, train, task = inputs.config, inputs.config.train, inputs.task
+    rows = task.pack(splits["train"].examples)
+    # A record that replaces one that is left out is sorted by that one's length, so no other record moves.
+    lengths = [row.length for row in rows] if config.sft.packing else inputs.data.lengths("train")
+    return RecordLoader(
+        np.array(lengths),
+        lambda places, numbers: task.collate([rows[place] for place in places], numbers),
+        global_batch_size=train.global_batch_size,
+        micro_batch_size=train.micro_batch_size,
+        seed=config.seed,
+        rank=context.ranks.rank,
+        world_size=context.ranks.world_size,
+        start_sequence=state.sequences,
+        prefetch_batches=config.data.prefetch_batches,
+    )
+
+
+def validate_every(config: FinetuneConfig, num_steps: int) -> str:
+    """Return how often the model is measured. A share of the run becomes steps, rounded up: there are no more
+    measurements than it means."""
+    every = parse_duration(config.validation.every)
+    if every.unit == "fraction":
+        return f"{max(1, math.ceil(round(every.value * num_steps, 6)))} steps"
+    return config.validation.every
+
+
+def write_results(run: Run, *, measurement: Measurement, splits: Splits, num_rows: int) -> None:
+    """Measure the best checkpoint on the validation records and, only here, on the test records if asked; and write
+    results.json."""
+    path = run.ranks.once(lambda: preferred(run.run_dir))
+    best = Checkpoint(path)
+    if best.manifest["step"] != run.state.step:
+        run.engine.fill(best.read, states=False)
+    best.close()
+    results: dict[str, Any] = {
+        "checkpoint": path.name,
+        "step": best.manifest["step"],
+        "total_steps": run.schedule.total_steps,
+        "epochs": run.state.step * run.config.train.global_batch_size / num_rows,
+        "tokens": run.state.tokens,
+        "chosen_by": measurement.metric if splits["validation"].records else None,
+    }
+    for name, group in (("validation", "best"), ("test", "test")):
+        split = splits[name]
+        if not split.records or (name == "test" and not measurement.config.validation.test):
+            continue
+        metrics, predictions = measurement.measure(split)
+        results[name] = {"records": len(split.records), **metrics, **measurement.task.tables(predictions)}
+        # The metrics of the best checkpoint are not a point of the validation's curve.
+        run.tracker.log(run.state.step, run.state.tokens, {f"{group}/{key}": value for key, value in metrics.items()})
+        shown = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items())
+        run.tracker.message(f"{name} at the best checkpoint ({path.name}): {shown}")
+    run.ranks.on_first(lambda: _write(run.run_dir / RESULTS, results))
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    try:
+        write_json(path, plain(value))
+    except OSError as error:
+        raise LaunchError(f"{path} cannot be written: {error}") from error
+
+
+def next_command(config: FinetuneConfig, folder: Path) -> str:
+    """Return the command for what a user may do next: chat, or predict."""
+    if knows_chats(config):
+        return command("bigtx", "chat", folder)
+    return command("bigtx", "predict", folder, "input=FILE")
+
+
+def _that_counts(model: ModelConfig) -> dict[str, Any]:
+    """Return the settings of a model that change what it computes without training, where they are not the defaults."""
+    default = ModelConfig()
+    experts = dataclasses.replace(
+        model.experts, balance_loss=default.experts.balance_loss, router_z_loss=default.experts.router_z_loss
+    )
+    found = dataclasses.asdict(dataclasses.replace(model, experts=experts))
+    defaults = dataclasses.asdict(default)
+    without = ("dropout", "attention_dropout", "lora")  # New adapters change nothing.
+    return {name: value for name, value in found.items() if value != defaults[name] and name not in without}

@@ -1,0 +1,297 @@
+"""Prompts, chats and answers as ids; what the model is to say in them; and the writing of answers.
+
+chat format     <|system|> ... </s> <|user|> ... </s> <|assistant|> [ ... </s> ]      tokenizers with chat roles
+plain format    prompt separator [ response </s> ]                                      other tokenizers
+
+Both begin with the begin ids that the tokenizer of an imported model puts before a text; others have none. The loss is
+on what stands in brackets: the answers with their ends. Of a chat that is too long the earliest turns are
+left out whole, a system prompt before them stays; a last turn that is still too long loses the beginning of what is
+read, down to half of the length allowed, and then the end of its answer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from bigtx.config.schema import FinetuneConfig
+from bigtx.data.records.record import BadRecordError, Record
+from bigtx.finetuning.tasks.task import Examples, Model, some_ids
+from bigtx.model.decode import Sampling, decode_tokens
+from bigtx.tokenizer.chat import ASSISTANT
+from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.utils.errors import ConfigError, DataError
+
+Message = Mapping[str, Any]
+BESIDE_CHATS = ("tools", "functions", "system")
+"""Fields of a record that other programs read together with its chat."""
+NOTHING: tuple[Any, ...] = (None, "", [], {})
+"""Values that say nothing."""
+
+
+class Part(NamedTuple):
+    """A piece of what stands before an answer: a message, or a prompt."""
+
+    ids: list[int]
+    role: str
+    is_learned: bool
+    """Whether it is an earlier answer that carries loss."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A prompt or a chat as ids, and answers to it.
+
+    Attributes:
+        prompt: ids up to where an answer begins.
+        is_learned: of each of them, whether it is part of an earlier answer that carries loss.
+        answers: ids of each answer, its end included.
+        num_cut: ids that were too many.
+        num_left_out: parts that were left out whole: the earliest turns.
+        lost_start: whether its last turn is so long that the beginning of that was cut: its role, and all before it.
+    """
+
+    prompt: list[int]
+    is_learned: list[bool]
+    answers: list[list[int]]
+    num_cut: int
+    num_left_out: int
+    lost_start: bool
+
+
+def resolve_chat_format(config: FinetuneConfig, tokenizer: Tokenizer) -> FinetuneConfig:
+    """The config with the format of chats that the tokenizer gives it.
+
+    Raises:
+        ConfigError: no decoder, or a format that the tokenizer does not have.
+    """
+    if config.model.shape != "decoder":
+        raise ConfigError(f"task={config.task} wants a decoder, and the model is an {config.model.shape}")
+    if config.model.prefix_attention:
+        raise ConfigError(
+            f"model.prefix_attention=true: with task={config.task} the answers of a chat would see themselves; write "
+            "model.prefix_attention=false, which leaves the weights as they are"
+        )
+    is_able = ASSISTANT in tokenizer.role_ids and not tokenizer.has_own_chat_template
+    name = config.chat.format if config.chat.format != "auto" else "chat" if is_able else "plain"
+    if name == "chat" and not is_able:
+        why = (
+            "came with a chat template of its own, a program that bigtx does not run"
+            if tokenizer.has_own_chat_template
+            else f"has no chat role {ASSISTANT} (`bigtx tokenizer train` makes them, see chat_roles)"
+        )
+        raise ConfigError(f"chat.format=chat: the tokenizer {why}; write chat.format=plain")
+    if name == "plain" and not config.chat.separator:
+        raise ConfigError("chat.separator is empty: nothing would tell where a prompt ends")
+    return dataclasses.replace(config, chat=dataclasses.replace(config.chat, format=name))
+
+
+class ChatFormat:
+    """Makes ids of records."""
+
+    def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer, max_length: int) -> None:
+        """Args:
+        config: of a format that is resolved.
+        max_length: most ids of a chat with its answer.
+        """
+        self.settings, self.tokenizer, self.max_length = config.chat, tokenizer, max_length
+        self.is_plain = config.chat.format == "plain"
+        self.may_cut = config.data.too_long == "truncate"
+        # Half of it is for what is read, with the separator, or with an end and the role of the answer.
+        self.min_length = 2 * (1 + len(tokenizer.encode(self.settings.separator))) if self.is_plain else 6
+
+    def check(self, messages: Any, field: str) -> Sequence[Message]:
+        """The messages of a chat.
+
+        Raises:
+            BadRecordError: it is none, or one of its answers is empty.
+        """
+        if self.is_plain:
+            raise BadRecordError(
+                f"the field {field!r} is a chat, and the format is plain (chat.format, or a tokenizer without chat "
+                "roles): give a prompt and a response as texts"
+            )
+        try:
+            self.tokenizer.encode_messages(messages)
+        except DataError as error:
+            raise BadRecordError(f"{field}: {error}") from None
+        for number, message in enumerate(messages, 1):
+            if message["role"] == ASSISTANT and not message["content"].strip():
+                raise BadRecordError(f"{field}: message {number} ({ASSISTANT}) is empty")
+        found: Sequence[Message] = messages
+        return found
+
+    def prompt(self, record: Record, field: str) -> str | Sequence[Message]:
+        """What a record asks: a text or a chat.
+
+        Raises:
+            BadRecordError: it is neither.
+        """
+        value = record.value(field)
+        if isinstance(value, list):
+            return self.check(value, field)
+        return record.text(field, setting="data.fields.prompt")
+
+    def parts(self, prompt: str | Sequence[Message], *, learn: bool) -> list[Part]:
+        """What stands before an answer.
+
+        Args:
+            learn: whether answers in it carry loss.
+        """
+        if isinstance(prompt, str):
+            if self.is_plain:
+                return [Part(self.tokenizer.encode(prompt + self.settings.separator), "", False)]
+            prompt = [{"role": "user", "content": prompt}]
+        if not prompt:
+            return []
+        encoded = self.tokenizer.encode_messages(prompt)
+        return [
+            Part(ids, message["role"], learn and message["role"] == ASSISTANT)
+            for ids, message in zip(encoded, prompt, strict=True)
+        ]
+
+    def answer(self, field: str, text: str) -> list[int]:
+        """The ids of an answer, after those that call for it; `field` is where it stands.
+
+        Raises:
+            BadRecordError: there are none.
+        """
+        return [*some_ids(self.tokenizer, field, text), self.tokenizer.end_id]
+
+    def fit(self, parts: Sequence[Part], answers: Sequence[list[int]]) -> Chat:
+        """A chat and answers to it, as long as is allowed.
+
+        Raises:
+            BadRecordError: they are longer, and data.too_long=refuse.
+        """
+        begin = self.tokenizer.begin_ids
+        call = [] if self.is_plain else [self.tokenizer.role_ids[ASSISTANT]]
+        needed, limit = len(begin) + len(call) + max(map(len, answers), default=0), self.max_length
+        total = sum(len(part.ids) for part in parts) + needed
+        if total > limit and not self.may_cut:
+            raise BadRecordError(
+                f"{total:,} tokens, and {limit:,} are allowed (data.max_length); data.too_long=truncate cuts them"
+            )
+        kept_parts = _recent(parts, limit - needed)
+        prompt = [token for part in kept_parts for token in part.ids]
+        is_learned = [flag for part in kept_parts for flag in _learned(part)]
+        room = max(limit - needed, limit // 2 - len(call) - len(begin))
+        lost_start = len(prompt) > room
+        if lost_start:
+            prompt, is_learned = prompt[len(prompt) - room :], is_learned[len(is_learned) - room :]
+        prompt, is_learned = begin + prompt + call, [False] * len(begin) + is_learned + [False] * len(call)
+        kept = [answer[: limit - len(prompt)] for answer in answers]
+        num_cut = total - len(prompt) - max(map(len, kept), default=0)
+        return Chat(prompt, is_learned, kept, num_cut, len(parts) - len(kept_parts), lost_start)
+
+
+def without_empty_answer(messages: Any) -> Any:
+    """A chat to predict for, without a last answer that says nothing; what is no chat as it is."""
+    if isinstance(messages, list) and messages and isinstance(messages[-1], Mapping):
+        last = messages[-1]
+        content = last.get("content")
+        if last.get("role") == ASSISTANT and (content is None or (isinstance(content, str) and not content.strip())):
+            return messages[:-1]
+    return messages
+
+
+def review_chats(splits: Mapping[str, Examples], fields: Sequence[str]) -> list[str]:
+    """What of chats is not learned: other keys of their messages, and beginnings that were cut.
+
+    Args:
+        splits: of examples with `lost_start`.
+        fields: those that may have a chat.
+    """
+    ignored: Counter[str] = Counter()
+    for split in splits.values():
+        for record in split.records:
+            ignored.update(_ignored_keys(record, fields))
+    said = [
+        f"warning: {count:,} record{'s have' if count > 1 else ' has'} {key}, which {verb} not trained on: of a chat "
+        "only the role and the content of each message are read"
+        for key, count in sorted(ignored.items())
+        for verb in (["are"] if key.endswith("s") else ["is"])
+    ]
+    total = sum(len(split.records) for split in splits.values())
+    lost = sum(example.lost_start for split in splits.values() for example in split.examples)
+    if lost:
+        said.append(
+            f"warning: {lost:,} of {total:,} records ({lost / total:.1%}) have a last turn that is too long by itself: "
+            "its beginning was cut, with its role and any system prompt; a larger data.max_length keeps them"
+        )
+    return said
+
+
+def _ignored_keys(record: Record, fields: Sequence[str]) -> set[str]:
+    """Keys with something in them beside the texts of a record's chats."""
+    chats = [value for name in fields if isinstance(value := record.value(name), list)]
+    found = {
+        key
+        for chat in chats
+        for message in chat
+        for key, value in message.items()
+        if key not in ("role", "content") and value not in NOTHING
+    }
+    if chats:
+        found |= {key for key in BESIDE_CHATS if record.fields.get(key) not in NOTHING}
+    return found
+
+
+def _learned(part: Part) -> list[bool]:
+    # The role is given, not said.
+    return [False] + [part.is_learned] * (len(part.ids) - 1)
+
+
+def _recent(parts: Sequence[Part], room: int) -> list[Part]:
+    """The parts without as many of the earliest turns as have to go, but with the last turn and the system prompt."""
+    first = next((place for place, part in enumerate(parts) if part.role != "system"), len(parts))
+    head, rest = list(parts[:first]), list(parts[first:])
+    while sum(len(part.ids) for part in head + rest) > room:
+        begin = next((place for place, part in enumerate(rest) if place and part.role == "user"), None)
+        if begin is None:
+            break
+        rest = rest[begin:]
+    return head + rest
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OfPrompts(Sampling):
+    """Draws that follow from the prompt itself, whatever else is in the batch and in which order."""
+
+    prompts: tuple[bytes, ...]
+
+    def generator(self, index: int) -> torch.Generator:
+        key = int.from_bytes(hashlib.sha256(self.prompts[index]).digest()[:6], "little")
+        return super().generator(key)
+
+
+def write_answers(
+    model: Model,
+    config: FinetuneConfig,
+    tokenizer: Tokenizer,
+    prompts: Sequence[list[int]],
+    device: torch.device,
+) -> list[str]:
+    """The model's own answers to prompts, as texts."""
+    sampling = _OfPrompts(
+        temperature=config.chat.temperature,
+        seed=config.seed,
+        prompts=tuple(repr(prompt).encode() for prompt in prompts),
+    )
+    written = decode_tokens(
+        model,
+        config.model,
+        prompts,
+        max_new_tokens=config.chat.max_new_tokens,
+        sampling=sampling,
+        end_ids=tokenizer.end_ids,
+        num_ids=tokenizer.vocab_size,
+        device=device,
+    )
+    return [tokenizer.decode(ids) for ids in written]

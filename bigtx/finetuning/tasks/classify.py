@@ -1,0 +1,366 @@
+"""A text, or a pair of texts, into one of some classes.
+
+encoder    </s> text </s> [ pair </s> ]     summed up by the first token or the mean
+decoder    </s> text </s> [ pair </s> ]     summed up by the last token, which has seen all
+
+The special ids are those of tokenizers that bigtx trains; that of an imported model has its own, such as [CLS] text
+[SEP] pair [SEP].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bigtx.config.schema import FinetuneConfig, ModelConfig
+from bigtx.data.records.record import BadRecordError, Broken, Record
+from bigtx.engine.task import TaskLoss
+from bigtx.finetuning.tasks.scores import calibration_error, confusion, macro_f1
+from bigtx.finetuning.tasks.task import (
+    LENGTH_MULTIPLE,
+    Examples,
+    Lengths,
+    Model,
+    Prediction,
+    RecordTask,
+    ids_of,
+    listed,
+    on_device,
+    padded,
+    pinned,
+    some_ids,
+)
+from bigtx.model.loss import IGNORED
+from bigtx.model.pooling import pooling_weights
+from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.utils.errors import ConfigError, DataError
+
+NO_LABEL = -1
+
+
+@dataclass(frozen=True, slots=True)
+class TextExample:
+    """A text as ids.
+
+    Attributes:
+        ids: special ones included.
+        types: 0 or 1 for each id, as the tokenizer has it: as a rule 1 for those of the pair.
+        label: number of the class, or NO_LABEL.
+        num_cut: ids that were too many.
+    """
+
+    ids: np.ndarray
+    types: np.ndarray
+    label: int
+    num_cut: int
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """B texts of T columns.
+
+    Attributes:
+        tokens, segment_ids: int64 [B, T]; padding is of another segment.
+        token_types: int64 [B, T], or None where the model knows none.
+        pool: fp32 [B, T], how much each column counts.
+        labels: int64 [B], or IGNORED.
+        weights: fp32 [B], how much each text counts.
+        num_tokens: padding left out.
+        sequence_ids: int64 [B], numbers of the records in the run; None where nothing is drawn.
+    """
+
+    tokens: Tensor
+    segment_ids: Tensor
+    token_types: Tensor | None
+    pool: Tensor
+    labels: Tensor
+    weights: Tensor
+    num_tokens: int
+    sequence_ids: Tensor | None = None
+
+    @property
+    def num_labels(self) -> int:
+        """Texts with a label."""
+        return int((self.labels != IGNORED).sum())
+
+    def to(self, device: torch.device) -> TextBatch:
+        """The batch on a device."""
+        return on_device(self, device)
+
+    def inputs(self) -> dict[str, Tensor | None]:
+        """What the model is called with."""
+        names = ("tokens", "segment_ids", "token_types", "pool", "sequence_ids")
+        return {name: getattr(self, name) for name in names}
+
+
+class Classify(RecordTask):
+    """Sort texts into classes."""
+
+    metric = "accuracy"
+    lower_is_better = frozenset({"loss", "calibration_error"})
+
+    def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:
+        super().__init__(config, tokenizer)
+        self.settings = config.classify
+        self.classes = list(config.classify.classes)
+        self.number = {name: number for number, name in enumerate(self.classes)}
+        self.pooling = config.classify.pooling
+        self.has_types = config.model.num_token_types > 1
+        self.class_weights = np.ones(len(self.classes), np.float32)
+
+    @classmethod
+    def resolve(cls, config: FinetuneConfig, tokenizer: Tokenizer, records: Sequence[Record]) -> FinetuneConfig:
+        """The names of the classes, as many logits, and what the head reads.
+
+        Raises:
+            ConfigError: an encoder-decoder, or pooling that would read nothing.
+            DataError: fewer than two classes.
+        """
+        shape, settings = config.model.shape, config.classify
+        if shape == "encoder_decoder":
+            raise ConfigError("task=classify wants an encoder or a decoder, and the model is an encoder_decoder")
+        classes = settings.classes or _classes_of(records, config)
+        head, pooling = config.model.class_head, settings.pooling
+        if head is None and config.model.num_classes is None:
+            head = _class_head(config.model)
+        if pooling == "auto":
+            pooling = "last" if shape == "decoder" else "first" if head == "pooler" else "mean"
+        if shape == "decoder" and pooling == "first":
+            raise ConfigError(
+                "classify.pooling=first: the first token of a decoder has seen nothing; write last or mean"
+            )
+        return dataclasses.replace(
+            config,
+            classify=dataclasses.replace(settings, classes=classes, pooling=pooling),
+            model=dataclasses.replace(config.model, num_classes=len(classes), class_head=head),
+        )
+
+    @classmethod
+    def group_of(cls, record: Record, config: FinetuneConfig) -> Any:
+        """Its class."""
+        return _label(record, config)
+
+    def review(self, splits: Mapping[str, Examples]) -> list[str]:
+        """How many records of each class there are, and what is odd about that."""
+        counts = {
+            name: Counter(example.label for example in split.examples)
+            for name, split in splits.items()
+            if split.examples
+        }
+        shown = [
+            f"{name!r} {' + '.join(f'{found[number]:,}' for found in counts.values())}"
+            for number, name in enumerate(self.classes)
+        ]
+        said = [f"{len(self.classes):,} classes, records of each ({' + '.join(counts)}): {listed(shown, 24)}"]
+        for split, found in counts.items():
+            without = [repr(name) for number, name in enumerate(self.classes) if not found[number]]
+            if without:
+                what = ", which the model cannot learn" if split == "train" else ""
+                said.append(f"warning: classes without a {split} record: {listed(without)}{what}")
+        return said
+
+    def begin(self, examples: Sequence[TextExample]) -> None:
+        """Let each class of the training examples weigh the same, if the config says so."""
+        if self.settings.balance:
+            counts = Counter(example.label for example in examples)
+            for label, count in counts.items():
+                self.class_weights[label] = len(examples) / (len(counts) * count)
+
+    @property
+    def text_field(self) -> str | None:
+        """The text that is sorted; a pair is more than one."""
+        return None if self.fields.pair else self.fields.text
+
+    def encode(self, record: Record, *, for_training: bool = True) -> TextExample:
+        """The ids of a text, or of two."""
+        texts = [(self.fields.text, record.text(self.fields.text, setting="data.fields.text"))]
+        if self.fields.pair:
+            texts.append((self.fields.pair, record.text(self.fields.pair, setting="data.fields.pair")))
+        sides = [some_ids(self.tokenizer, name, text) for name, text in texts]
+        num_special, total = self.tokenizer.num_special(len(sides)), sum(map(len, sides))
+        self.require_length(num_special + len(sides))
+        rooms = _rooms([len(side) for side in sides], self.max_length - num_special)
+        sides = [self.cut(side, room, self.settings.truncate) for side, room in zip(sides, rooms, strict=True)]
+        ids, types = self.tokenizer.join(*sides)
+        label = self._number(record, for_training)
+        return TextExample(np.array(ids, np.int32), np.array(types, np.int8), label, total - sum(map(len, sides)))
+
+    def _number(self, record: Record, is_needed: bool) -> int:
+        if not is_needed:
+            return self.number.get(_label(record, self.config) or "", NO_LABEL)
+        name = _needed_label(record, self.config)
+        if name not in self.number:
+            similar = difflib.get_close_matches(name, self.classes, 1, 0.6)
+            hint = f"did you mean {similar[0]!r}?" if similar else f"there are {listed(list(map(repr, self.classes)))}"
+            raise BadRecordError(
+                f"the class {name!r} is unknown to the model: no training record has it, or classes are named without "
+                f"it (classify.classes); {hint}"
+            )
+        return self.number[name]
+
+    def collate(self, examples: Sequence[TextExample], numbers: Sequence[int] | None = None) -> TextBatch:
+        """Texts side by side."""
+        tokens = padded([example.ids for example in examples], self.tokenizer.pad_id, multiple=LENGTH_MULTIPLE)
+        lengths = np.array([len(example.ids) for example in examples])
+        is_text = np.arange(tokens.shape[1]) < lengths[:, None]  # B T
+        labels = np.array([example.label if example.label >= 0 else IGNORED for example in examples])
+        weights = np.where(labels >= 0, self.class_weights[np.maximum(labels, 0)], 0).astype(np.float32)
+        return TextBatch(
+            tokens=tokens,
+            segment_ids=pinned((~is_text).astype(np.int64)),
+            token_types=padded([example.types for example in examples], 0, multiple=LENGTH_MULTIPLE)
+            if self.has_types
+            else None,
+            pool=pinned(pooling_weights(self.pooling, lengths, tokens.shape[1])),
+            labels=pinned(labels.astype(np.int64)),
+            weights=pinned(weights),
+            num_tokens=int(lengths.sum()),
+            sequence_ids=ids_of(numbers),
+        )
+
+    def loss(self, model: Model, batch: TextBatch) -> TaskLoss:
+        """Cross-entropy in nats; what is reported knows no smoothing and no weights."""
+        logits = model(**batch.inputs())
+        plain = F.cross_entropy(logits, batch.labels, ignore_index=IGNORED, reduction="none")
+        smoothed = F.cross_entropy(
+            logits,
+            batch.labels,
+            ignore_index=IGNORED,
+            reduction="none",
+            label_smoothing=self.settings.label_smoothing,
+        )
+        return TaskLoss((smoothed * batch.weights).sum(), plain.detach().sum())
+
+    @torch.no_grad()
+    def predict(self, model: Model, examples: Sequence[TextExample], device: torch.device) -> list[Prediction]:
+        """The likeliest class, and the probability of each."""
+        batch = self.collate(examples).to(device)
+        probabilities = model(**batch.inputs()).double().softmax(dim=-1).cpu().numpy()
+        found = []
+        for example, row in zip(examples, probabilities, strict=True):
+            prediction: Prediction = {
+                "label": self.classes[int(row.argmax())],
+                "probabilities": {name: float(value) for name, value in zip(self.classes, row, strict=True)},
+            }
+            found.append(prediction | ({"_label": example.label} if example.label >= 0 else {}))
+        return found
+
+    def metrics(self, predictions: Sequence[Prediction]) -> dict[str, float]:
+        """Accuracy and the share of the largest class, which is the accuracy of always naming that one; macro F1, mean
+        cross-entropy in nats, and the expected calibration error."""
+        labels, probabilities = self._arrays(predictions)
+        matrix = confusion(labels, probabilities.argmax(axis=1), len(self.classes))
+        of_label = np.maximum(probabilities[np.arange(len(labels)), labels], np.finfo(np.float64).tiny)
+        return {
+            "accuracy": float(np.trace(matrix) / max(1, matrix.sum())),
+            "largest_class": float(matrix.sum(axis=1).max() / max(1, matrix.sum())),
+            "macro_f1": macro_f1(matrix),
+            "loss": float(-np.log(of_label).mean()),
+            "calibration_error": calibration_error(probabilities, labels),
+        }
+
+    def tables(self, predictions: Sequence[Prediction]) -> dict[str, list[dict[str, Any]]]:
+        """The confusion matrix: how many of each class were taken for which."""
+        labels, probabilities = self._arrays(predictions)
+        matrix = confusion(labels, probabilities.argmax(axis=1), len(self.classes))
+        return {
+            "confusion": [
+                {"class": name} | {f"as {other}": int(count) for other, count in zip(self.classes, row, strict=True)}
+                for name, row in zip(self.classes, matrix, strict=True)
+            ]
+        }
+
+    def _arrays(self, predictions: Sequence[Prediction]) -> tuple[np.ndarray, np.ndarray]:
+        labels = np.array([prediction["_label"] for prediction in predictions])
+        rows = [[prediction["probabilities"][name] for name in self.classes] for prediction in predictions]
+        return labels, np.array(rows)
+
+    def answer(self, record: Record) -> str:
+        """The name of its class."""
+        return _label(record, self.config) or ""
+
+    def lengths(self, examples: Sequence[TextExample]) -> Lengths:
+        """The tokens of a text, in its one stack."""
+        mean = float(np.mean([example.length for example in examples]))
+        return Lengths(0, mean, 0) if self.config.model.shape == "decoder" else Lengths(mean, 0, 0)
+
+
+def _class_head(model: ModelConfig) -> Literal["transform", "pooler", "score"]:
+    """The form of the head in the nearest family of Hugging Face models, so that the classifier can be exported."""
+    if model.shape == "decoder":
+        return "score"
+    return "pooler" if model.norm_placement == "post" else "transform"
+
+
+def _rooms(lengths: Sequence[int], limit: int) -> list[int]:
+    """Tokens that each of one or two texts may have, at most `limit` together: the longer one gives way, as in BERT."""
+    if len(lengths) == 1:
+        return [limit]
+    first = max(limit - lengths[1], min(lengths[0], limit - limit // 2))
+    return [first, limit - first]
+
+
+def _label(record: Record, config: FinetuneConfig) -> str | None:
+    """The name of a record's class, without spaces around it: a text or a whole number."""
+    value = record.value(config.data.fields.label)
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        return None
+    return str(value).strip() or None
+
+
+def _needed_label(record: Record, config: FinetuneConfig) -> str:
+    """As `_label`.
+
+    Raises:
+        BadRecordError: there is none.
+    """
+    name = config.data.fields.label
+    label, value = _label(record, config), record.value(name)
+    if label is not None:
+        return label
+    if value is None:
+        raise record.missing(name, setting="data.fields.label")
+    if isinstance(value, str):
+        raise BadRecordError(f"the field {name!r}, which names its class, is empty")
+    shown = json.dumps(value, ensure_ascii=False, default=str)
+    raise BadRecordError(
+        f"the field {name!r} is {shown[:40]} ({type(value).__name__}), and a class is a text or a whole number, e.g. "
+        f'"yes" or 1; see data.fields.label'
+    )
+
+
+def _classes_of(records: Sequence[Record], config: FinetuneConfig) -> list[str]:
+    """The classes of training records, sorted.
+
+    Raises:
+        DataError: there are fewer than two.
+    """
+    classes, broken = set(), Broken()
+    for record in records:
+        try:
+            classes.add(_needed_label(record, config))
+        except BadRecordError as error:
+            broken.add(record.file, record.line, str(error))
+    if len(classes) < 2:
+        broken.check()
+        found = f"one class, {classes.pop()!r}" if classes else "no classes"
+        raise DataError(
+            f"the training records have {found}, and there have to be two or more; data.fields.label names the field "
+            "that has the class"
+        )
+    return sorted(classes)

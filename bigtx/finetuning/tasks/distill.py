@@ -1,0 +1,84 @@
+"""Plain text under a teacher: every record is a text, of which each token is predicted from those before it.
+
+The teacher comes in where every task's does (see bigtx.train.teacher). A text is one answer to no question:
+
+    </s> text </s>      with loss on all but the first, which says that a text begins
+
+(The tokenizer of an imported model may have begin ids of its own for that.)
+
+Corpora that do not fit into memory, and encoders and encoder-decoders, are distilled by pretraining with
+`distill.teacher`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from bigtx.config.schema import FinetuneConfig
+from bigtx.data.records.record import Record
+from bigtx.finetuning.tasks.sft import ChatExample, Sft
+from bigtx.finetuning.tasks.task import Examples, Model, Prediction, some_ids
+from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.utils.errors import ConfigError
+
+
+class Distill(Sft):
+    """Learn texts as a teacher finds them likely; predictions say how likely a text is."""
+
+    generates = False
+
+    def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:
+        super(Sft, self).__init__(config, tokenizer)  # A text has no chat format.
+        self.settings = config.sft
+        self.require_length(2)
+
+    @classmethod
+    def resolve(cls, config: FinetuneConfig, tokenizer: Tokenizer, records: Sequence[Record]) -> FinetuneConfig:
+        """The head of tokens.
+
+        Raises:
+            ConfigError: no decoder.
+        """
+        if config.model.shape != "decoder":
+            raise ConfigError(
+                f"task=distill wants a decoder, and the model is an {config.model.shape}; bigtx/pretrain.py with "
+                "distill.teacher distills any shape from a prepared corpus"
+            )
+        return super(Sft, cls).resolve(config, tokenizer, records)
+
+    @property
+    def text_field(self) -> str | None:
+        """What is scored."""
+        return self.fields.text
+
+    def encode(self, record: Record, *, for_training: bool = True) -> ChatExample:
+        """The ids of a text, with the begin ids of the tokenizer or an end before it, and an end behind it."""
+        ids = some_ids(self.tokenizer, self.fields.text, record.text(self.fields.text, setting="data.fields.text"))
+        before = self.tokenizer.begin_ids or [self.tokenizer.end_id]
+        kept = self.cut(ids, self.max_length - len(before))
+        whole = [*before, *kept, self.tokenizer.end_id]
+        is_answer = np.arange(len(whole)) >= len(before)
+        return ChatExample(np.array(whole, np.int32), is_answer, len(before), len(ids) - len(kept))
+
+    @torch.no_grad()
+    def predict(self, model: Model, examples: Sequence[ChatExample], device: torch.device) -> list[Prediction]:
+        """The mean cross-entropy of a text's tokens in nats, and their number."""
+        return [
+            {"loss": score["_loss_sum"] / score["_num_tokens"], "tokens": score["_num_tokens"]} | score
+            for score in self.predict_in_run(model, examples, device)
+        ]
+
+    def review(self, splits: Mapping[str, Examples]) -> list[str]:
+        """Nothing: a text is no chat."""
+        return []
+
+    def shown(self, record: Record) -> str:
+        """The text."""
+        return str(record.value(self.fields.text) or "")
+
+    def answer(self, record: Record) -> str:
+        """A text has none."""
+        return ""

@@ -1,0 +1,344 @@
+"""Answers to prompts and in chats, learned from examples (supervised fine-tuning) on a decoder; see chats.py for the
+formats.
+
+    record ──encode──▶ ChatExample ──collate──▶ a row each, padded to the longest
+                            └──pack──▶ PackedRow ──collate──▶ rows of one length, with document masks
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bigtx.config.schema import FinetuneConfig
+from bigtx.data.records.record import BadRecordError, Record
+from bigtx.engine.task import TaskLoss
+from bigtx.finetuning.tasks.chats import (
+    ChatFormat,
+    resolve_chat_format,
+    review_chats,
+    without_empty_answer,
+    write_answers,
+)
+from bigtx.finetuning.tasks.task import (
+    LENGTH_MULTIPLE,
+    Examples,
+    Lengths,
+    Model,
+    Prediction,
+    RecordTask,
+    ids_of,
+    on_device,
+    padded,
+    pinned,
+)
+from bigtx.model.loss import IGNORED
+from bigtx.tokenizer.chat import ASSISTANT
+from bigtx.tokenizer.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ChatExample:
+    """A chat as ids.
+
+    Attributes:
+        ids: int32 [N], of the prompt and, where it is known, the answer.
+        is_answer: bool [N], what carries loss.
+        prompt_length: of them, those that the model reads before it writes.
+        num_cut: ids that were too many.
+        lost_start: see `Chat`.
+    """
+
+    ids: np.ndarray
+    is_answer: np.ndarray
+    prompt_length: int
+    num_cut: int
+    lost_start: bool = False
+
+    @property
+    def length(self) -> int:
+        """Tokens that are read in training: all but the last, after which nothing comes."""
+        return len(self.ids) - 1
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether there is something to learn."""
+        return bool(self.is_answer.any())
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRow:
+    """Chats side by side in one row."""
+
+    chats: tuple[ChatExample, ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens, padding left out."""
+        return sum(chat.length for chat in self.chats)
+
+    @property
+    def num_cut(self) -> int:
+        """Ids that were too many."""
+        return sum(chat.num_cut for chat in self.chats)
+
+
+@dataclass(frozen=True)
+class ChatBatch:
+    """B rows of T columns.
+
+    Attributes:
+        tokens, labels: int64 [B, T]; labels are the next tokens, or IGNORED.
+        positions, segment_ids: int64 [B, T] of packed rows, restarting and counting with each chat; else None: then
+            padding stands on the right, where nothing sees it.
+        num_tokens: padding left out.
+        sequence_ids: int64 [B], numbers of the records in the run; None where nothing is drawn.
+        text_lengths: int64 [B], columns of each row that are no padding.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    positions: Tensor | None
+    segment_ids: Tensor | None
+    num_tokens: int
+    sequence_ids: Tensor | None
+    text_lengths: Tensor
+
+    @property
+    def num_labels(self) -> int:
+        """Tokens of answers."""
+        return int((self.labels != IGNORED).sum())
+
+    def to(self, device: torch.device) -> ChatBatch:
+        """The batch on a device."""
+        return on_device(self, device)
+
+    def inputs(self) -> dict[str, Tensor | None]:
+        """What the model is called with."""
+        return {name: part for name, part in vars(self).items() if name != "num_tokens"}
+
+
+class Sft(RecordTask):
+    """Learn to answer."""
+
+    metric = "loss"
+    lower_is_better = frozenset({"loss", "perplexity"})
+    generates = True
+    shows_by_predict = True
+
+    def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:
+        super().__init__(config, tokenizer)
+        self.settings = config.sft
+        self.row_length = config.sft.row_length or self.max_length
+        if self.settings.packing:
+            self.max_length = min(self.max_length, self.row_length)
+        self.format = ChatFormat(config, tokenizer, self.max_length)
+        self.require_length(self.format.min_length)
+
+    @property
+    def length_setting(self) -> str:
+        """The setting that `max_length` comes from."""
+        is_of_row = self.settings.packing and self.settings.row_length == self.max_length
+        return "sft.row_length" if is_of_row else super().length_setting
+
+    @classmethod
+    def resolve(cls, config: FinetuneConfig, tokenizer: Tokenizer, records: Sequence[Record]) -> FinetuneConfig:
+        """The format of chats, and the head of tokens.
+
+        Raises:
+            ConfigError: no decoder, or a format that the tokenizer does not have.
+        """
+        return super().resolve(resolve_chat_format(config, tokenizer), tokenizer, records)
+
+    @property
+    def text_field(self) -> str | None:
+        """What is answered."""
+        return self.fields.prompt
+
+    def encode(self, record: Record, *, for_training: bool = True) -> ChatExample:
+        """The ids of a chat, or of a prompt and its response."""
+        prompt, answer = self._divide(record, for_training)
+        is_chat = record.value(self.fields.messages) is not None
+        field = self.fields.messages if is_chat else self.fields.response
+        answers = [] if answer is None else [self.format.answer(field, answer)]
+        chat = self.format.fit(self.format.parts(prompt, learn=self.settings.answers == "all"), answers)
+        answer_ids = chat.answers[0] if chat.answers else []
+        return ChatExample(
+            np.array(chat.prompt + answer_ids, np.int32),
+            np.array(chat.is_learned + [True] * len(answer_ids)) if answer_ids else np.zeros(len(chat.prompt), bool),
+            len(chat.prompt),
+            chat.num_cut,
+            chat.lost_start,
+        )
+
+    def _divide(self, record: Record, for_training: bool) -> tuple[Any, str | None]:
+        """What is read before the last answer, and that answer."""
+        fields = self.fields
+        messages = record.value(fields.messages)
+        if messages is None:
+            prompt = self.format.prompt(record, fields.prompt)
+            given = for_training or record.has_text(fields.response)
+            return prompt, record.text(fields.response, setting="data.fields.response") if given else None
+        if not for_training:
+            messages = without_empty_answer(messages)
+        messages = self.format.check(messages, fields.messages)
+        answered = [place for place, message in enumerate(messages) if message["role"] == ASSISTANT]
+        if not answered and for_training:
+            raise BadRecordError(f"{fields.messages}: no message of the role {ASSISTANT}, so there is nothing to learn")
+        if not for_training and messages[-1]["role"] != ASSISTANT:
+            return messages, None
+        return messages[: answered[-1]], messages[answered[-1]]["content"]
+
+    def review(self, splits: Mapping[str, Examples]) -> list[str]:
+        """What of the chats is not learned."""
+        return review_chats(splits, [self.fields.messages, self.fields.prompt])
+
+    def pack(self, examples: Sequence[ChatExample]) -> list[Any]:
+        """Chats put together into rows, with `sft.packing`."""
+        if not self.settings.packing:
+            return list(examples)
+        # Neighbours in a file are often alike; which of them share a row is drawn.
+        order = np.random.Generator(np.random.Philox(key=[self.config.seed, 0])).permutation(len(examples))
+        lengths = np.array([examples[place].length for place in order])
+        return [
+            PackedRow(tuple(examples[order[place]] for place in places))
+            for places in best_fit(lengths, self.row_length)
+        ]
+
+    def collate(self, examples: Sequence[Any], numbers: Sequence[int] | None = None) -> ChatBatch:
+        """Chats below each other, or packed rows of one length."""
+        is_packed = isinstance(examples[0], PackedRow)
+        rows = [example.chats if is_packed else (example,) for example in examples]
+        multiple = self.row_length if is_packed else LENGTH_MULTIPLE
+        tokens = [np.concatenate([chat.ids[:-1] for chat in row]) for row in rows]
+        labels = [np.concatenate([_labels(chat) for chat in row]) for row in rows]
+        positions = segment_ids = None
+        if is_packed:
+            places = [np.concatenate([np.arange(chat.length) for chat in row]) for row in rows]
+            positions = padded(places, 0, multiple=multiple)
+            numbers_of_chats = [np.repeat(np.arange(len(row)), [chat.length for chat in row]) for row in rows]
+            segment_ids = padded(numbers_of_chats, max(map(len, rows)), multiple=multiple)
+        return ChatBatch(
+            tokens=padded(tokens, self.tokenizer.pad_id, multiple=multiple),
+            labels=padded(labels, IGNORED, multiple=multiple),
+            positions=positions,
+            segment_ids=segment_ids,
+            num_tokens=sum(map(len, tokens)),
+            sequence_ids=ids_of(numbers),
+            text_lengths=pinned(np.array([len(row) for row in tokens])),
+        )
+
+    def loss(self, model: Model, batch: ChatBatch) -> TaskLoss:
+        """Cross-entropy of the answers in nats."""
+        return TaskLoss.of(model(**batch.inputs()))
+
+    @torch.no_grad()
+    def predict(self, model: Model, examples: Sequence[ChatExample], device: torch.device) -> list[Prediction]:
+        """The answer that the model writes, and how likely a known one is."""
+        prompts = [example.ids[: example.prompt_length].tolist() for example in examples]
+        written = write_answers(model, self.config, self.tokenizer, prompts, device)
+        known: list[Prediction] = [{} for _ in examples]
+        places = [place for place, example in enumerate(examples) if example.has_answer]
+        if places:
+            scores = self.predict_in_run(model, [examples[place] for place in places], device)
+            for place, score in zip(places, scores, strict=True):
+                answer = self.tokenizer.decode(examples[place].ids[examples[place].prompt_length :].tolist())
+                known[place] = score | {"_is_exact": written[place].strip() == answer.strip()}
+        return [{"response": text} | score for text, score in zip(written, known, strict=True)]
+
+    @property
+    def generates_in_run(self) -> bool:
+        """It does not."""
+        return False
+
+    @torch.no_grad()
+    def predict_in_run(self, model: Model, examples: Sequence[ChatExample], device: torch.device) -> list[Prediction]:
+        """How likely the known answers are, by one pass."""
+        batch = self.collate(examples).to(device)
+        scores = model(**batch.inputs(), score_tokens=True)
+        sums = torch.stack([-scores.log_probs.double().sum(dim=1), scores.is_likeliest.double().sum(dim=1)]).cpu()
+        counts = (batch.labels != IGNORED).sum(dim=1).tolist()
+        return [
+            {"_loss_sum": loss_sum, "_num_right": num_right, "_num_tokens": count}
+            for loss_sum, num_right, count in zip(*sums.tolist(), counts, strict=True)
+        ]
+
+    def metrics(self, predictions: Sequence[Prediction]) -> dict[str, float]:
+        """Per token of the answers: cross-entropy in nats, its exponential, and the share that was likeliest; where the
+        model wrote answers itself, also the share of those that are the known ones, letter by letter."""
+        total = max(1, sum(prediction["_num_tokens"] for prediction in predictions))
+        loss = sum(prediction["_loss_sum"] for prediction in predictions) / total
+        found = {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "token_accuracy": sum(prediction["_num_right"] for prediction in predictions) / total,
+        }
+        exact = [prediction["_is_exact"] for prediction in predictions if "_is_exact" in prediction]
+        return found | ({"exact_match": sum(exact) / len(exact)} if exact else {})
+
+    def shown(self, record: Record) -> str:
+        """The prompt, or the chat before its last answer."""
+        prompt, _ = self._divide(record, for_training=False)
+        return shown_prompt(prompt)
+
+    def answer(self, record: Record) -> str:
+        """The known answer."""
+        return self._divide(record, for_training=False)[1] or ""
+
+    def lengths(self, examples: Sequence[Any]) -> Lengths:
+        """Of rows as training reads them."""
+        mean = float(np.mean([example.length for example in examples]))
+        return Lengths(0, mean, mean)
+
+
+def shown_prompt(prompt: Any) -> str:
+    """A prompt or a chat in one text."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def _labels(chat: ChatExample) -> np.ndarray:
+    """The successor of each token where it is part of an answer."""
+    return np.where(chat.is_answer[1:], chat.ids[1:], IGNORED)
+
+
+def best_fit(lengths: np.ndarray, size: int) -> list[list[int]]:
+    """Put items into as few bins as the best-fit-decreasing rule finds: the longest first, each into the fullest bin
+    that has room for it.
+
+    Args:
+        lengths: int [N], none above `size`.
+
+    Returns:
+        The places of the items in each bin; a pure function of the arguments.
+    """
+    bins: list[list[int]] = []
+    with_room: dict[int, list[int]] = {}  # Room left -> bins that have it, the newest last.
+    rooms: list[int] = []  # The keys of `with_room`, sorted.
+    for place in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[place])
+        assert length <= size
+        found = bisect_left(rooms, length)
+        if found == len(rooms):
+            number, room = len(bins), size
+            bins.append([])
+        else:
+            room = rooms[found]
+            number = with_room[room].pop()
+            if not with_room[room]:
+                del with_room[room], rooms[found]
+        bins[number].append(place)
+        left = room - length
+        if left not in with_room:
+            with_room[left] = []
+            insort(rooms, left)
+        with_room[left].append(number)
+    return bins

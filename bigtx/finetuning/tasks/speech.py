@@ -1,0 +1,215 @@
+"""Recordings as examples and batches: what `transcribe` hears.
+
+Record ──header──▶ SpeechExample ──decode, log-mel, augment──▶ SpeechBatch
+                                          ▲ what was made ready before, as far as memory goes
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bigtx.config.schema import FinetuneConfig
+from bigtx.config.shape import frames_per_column
+from bigtx.data.audio.augment import changes_waveform, generator, masked, perturbed
+from bigtx.data.audio.decode import AudioPlace, decode, num_resampled, read_header
+from bigtx.data.audio.features import LogMel
+from bigtx.data.audio.look import Found
+from bigtx.data.audio.riff import BadAudioError
+from bigtx.data.records.record import BadRecordError, Record
+from bigtx.finetuning.tasks.task import LENGTH_MULTIPLE, on_device
+from bigtx.model.loss import IGNORED
+from bigtx.utils.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class SpeechExample:
+    """A recording, and what is said in it.
+
+    Attributes:
+        place: where its samples are.
+        where: its record, for errors.
+        length: columns that the encoder reads.
+        text: "" where it is not known.
+        ids: int32, of the text.
+        num_cut: columns and ids that were too many.
+    """
+
+    place: AudioPlace
+    where: str
+    length: int
+    text: str
+    ids: np.ndarray
+    num_cut: int
+
+
+@dataclass(frozen=True)
+class SpeechBatch:
+    """B recordings of up to F frames and M mel bins.
+
+    Attributes:
+        features: fp32 [B, F, M]; padding is zeros.
+        feature_lengths: int64 [B], frames.
+        target_tokens: int64 [B, T], what a decoder reads; None without one.
+        labels: int64 [B, T], what it writes, or what an encoder says (CTC); padding is IGNORED.
+        num_tokens: columns of the encoder, padding left out.
+        sequence_ids: int64 [B], numbers of the records in the run; None where nothing is drawn.
+    """
+
+    features: Tensor
+    feature_lengths: Tensor
+    target_tokens: Tensor | None
+    labels: Tensor
+    num_tokens: int
+    sequence_ids: Tensor | None = None
+
+    @property
+    def num_labels(self) -> int:
+        """Tokens that are to be said."""
+        return int((self.labels != IGNORED).sum())
+
+    def to(self, device: torch.device) -> SpeechBatch:
+        """The batch on a device."""
+        return on_device(self, device)
+
+    def heard(self) -> dict[str, Tensor]:
+        """What the model is called with, its text left out."""
+        return {"features": self.features, "feature_lengths": self.feature_lengths}
+
+
+@dataclass
+class Cache:
+    """Tensors that were used last, up to a number of bytes; used by several threads."""
+
+    max_bytes: int
+    held: OrderedDict[Any, Tensor] = field(default_factory=OrderedDict)
+    num_bytes: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def get(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        """What is held under a key, or what is made for it."""
+        with self.lock:
+            if key in self.held:
+                self.held.move_to_end(key)
+                return self.held[key]
+        value = make()
+        if value.nbytes <= self.max_bytes:
+            with self.lock:
+                self.num_bytes += value.nbytes - (self.held.pop(key).nbytes if key in self.held else 0)
+                self.held[key] = value
+                while self.num_bytes > self.max_bytes:
+                    self.num_bytes -= self.held.popitem(last=False)[1].nbytes
+        return value
+
+
+class Hearing:
+    """From recordings to features, as the config has them."""
+
+    def __init__(self, config: FinetuneConfig) -> None:
+        self.settings, self.seed = config.transcribe, config.seed
+        self.too_long = config.data.too_long
+        self.rate = config.model.audio.sample_rate
+        self.frames_per_column = frames_per_column(config.model)
+        self.max_samples = max(1, math.floor(self.settings.max_seconds * self.rate))
+        self.log_mel = LogMel(config.model.audio)
+        self.changes_waveform = changes_waveform(self.settings)
+        self.cache = Cache(config.transcribe.cache_size)
+        self.known: Mapping[AudioPlace, Found] = {}
+
+    def place(self, record: Record, name: str) -> AudioPlace:
+        """Where the recording that a record names is: with the record, or in a file beside the one it stands in.
+
+        Raises:
+            BadRecordError: it names none, or there is no such file.
+        """
+        value = record.value(name)
+        if isinstance(value, AudioPlace):
+            return value
+        path = Path(record.file).parent / record.text(name, setting="data.fields.audio")
+        try:
+            return AudioPlace(str(value), str(path), 0, path.stat().st_size)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise BadRecordError(f"the recording {path} cannot be read: {reason}") from None
+
+    def num_samples(self, place: AudioPlace) -> tuple[int, int]:
+        """Samples that are heard, at the model's rate, and those that are too many: as was found when the recording was
+        decoded (`known`), or by its header.
+
+        Raises:
+            BadRecordError: it is empty or no recording, or too long where data.too_long=refuse.
+        """
+        try:
+            found = self.known.get(place) or read_header(place)
+            if isinstance(found, str):
+                raise BadAudioError(found)
+            total, rate = found
+        except BadAudioError as error:
+            raise BadRecordError(f"{place.name}: {error}") from None
+        samples = num_resampled(total, rate, self.rate)
+        if samples > self.max_samples and self.too_long == "refuse":
+            raise BadRecordError(
+                f"{place.name}: {samples / self.rate:.1f} s, and transcribe.max_seconds={self.settings.max_seconds:g} "
+                "are allowed; data.too_long=truncate cuts the rest off"
+            )
+        return min(samples, self.max_samples), max(0, samples - self.max_samples)
+
+    def num_columns(self, num_samples: int) -> int:
+        """Columns that the encoder reads of so many samples."""
+        return -(-self.log_mel.num_frames(num_samples) // self.frames_per_column)
+
+    def features(self, example: SpeechExample, number: int | None) -> Tensor:
+        """Features fp32 [F, M].
+
+        Args:
+            number: of the record in the run, from which follows how it is changed; None: not at all.
+
+        Raises:
+            DataError: it cannot be decoded.
+        """
+        if not self.changes_waveform:
+            features = self.cache.get(example.place, lambda: self.log_mel(self._wave(example)))
+            return features if number is None else masked(features, self.settings, generator(self.seed, number))
+        wave = self.cache.get(example.place, lambda: torch.from_numpy(self._wave(example))).numpy()
+        if number is None:
+            return self.log_mel(wave)
+        draw = generator(self.seed, number)
+        return masked(self.log_mel(perturbed(wave, self.settings, draw)), self.settings, draw)
+
+    def check(self, example: SpeechExample) -> None:
+        """Decode a recording whose features are wanted next.
+
+        Raises:
+            BadRecordError: it cannot be decoded.
+        """
+        try:
+            self.features(example, None)
+        except DataError as error:
+            raise BadRecordError(str(error).removeprefix(f"{example.where}: ")) from None
+
+    def _wave(self, example: SpeechExample) -> np.ndarray:
+        try:
+            return decode(example.place, self.rate, self.max_samples)
+        except BadAudioError as error:
+            raise DataError(f"{example.where}: the recording {example.place.name} cannot be used: {error}") from None
+
+    def together(self, examples: Sequence[SpeechExample], numbers: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+        """Features fp32 [B, F, M] side by side, and the frames of each, int64 [B]."""
+        drawn: Sequence[int | None] = [None] * len(examples) if numbers is None else numbers
+        parts = [self.features(example, number) for example, number in zip(examples, drawn, strict=True)]
+        multiple = LENGTH_MULTIPLE * self.frames_per_column
+        frames = -(-max(len(part) for part in parts) // multiple) * multiple
+        features = torch.zeros(len(parts), frames, parts[0].shape[1])
+        for row, part in zip(features, parts, strict=True):
+            row[: len(part)] = part
+        lengths = torch.tensor([len(part) for part in parts])
+        return (features.pin_memory(), lengths.pin_memory()) if torch.cuda.is_available() else (features, lengths)

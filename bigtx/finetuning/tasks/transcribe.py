@@ -1,0 +1,282 @@
+"""Speech to text.
+
+seq2seq    features ─▶ encoder ─▶ decoder ─▶ text </s>     Whisper's shape (arXiv:2212.04356)
+ctc        features ─▶ encoder ─▶ a token or the blank in each column, repeats and blanks left out
+                                  (A. Graves et al., Connectionist Temporal Classification, ICML 2006)
+
+The blank of CTC is the padding id, which no text has; so is the start id of the decoder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bigtx.config import shape
+from bigtx.config.schema import FinetuneConfig
+from bigtx.data.audio.decode import AudioPlace, require_speech
+from bigtx.data.records.record import BadRecordError, Record
+from bigtx.engine.task import TaskLoss
+from bigtx.finetuning.tasks.speech import Hearing, SpeechBatch, SpeechExample
+from bigtx.finetuning.tasks.task import Lengths, Look, Model, Prediction, RecordTask, ids_of, padded, some_ids
+from bigtx.model.beam import Beam, beam_search
+from bigtx.model.cache import KeyValueCache, Text
+from bigtx.model.loss import IGNORED
+from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.utils.errors import ConfigError
+
+APOSTROPHES = "'’"
+
+
+class Transcribe(RecordTask):
+    """Write down what is said."""
+
+    metric = "wer"
+    lower_is_better = frozenset({"loss", "wer", "cer"})
+
+    def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:
+        super().__init__(config, tokenizer)
+        self.settings = config.transcribe
+        self.is_ctc = config.transcribe.method == "ctc"
+        self.generates = not self.is_ctc  # type: ignore[misc]
+        self.require_length(1 if self.is_ctc else 2)
+        self.hearing = Hearing(config)
+        self.beam = Beam(size=self.settings.num_beams, length_penalty=self.settings.length_penalty)
+
+    @classmethod
+    def resolve(cls, config: FinetuneConfig, tokenizer: Tokenizer, records: Sequence[Record]) -> FinetuneConfig:
+        """Nothing follows from the records.
+
+        Raises:
+            LaunchError: the extra `speech` is not installed.
+            ConfigError: the longest recording has more columns than the model has positions.
+        """
+        require_speech()
+        hearing = Hearing(config)
+        most, positions = hearing.num_columns(hearing.max_samples), config.model.max_sequence_length
+        if config.model.positions == "learned" and most > positions:
+            raise ConfigError(
+                f"transcribe.max_seconds={config.transcribe.max_seconds:g} are {most:,} columns of the encoder, and "
+                f"the learned positions are model.max_sequence_length={positions}; lower the one or raise the other"
+            )
+        return super().resolve(config, tokenizer, records)
+
+    @property
+    def limit(self) -> str:
+        """Of a recording and of its text."""
+        return f"{self.settings.max_seconds:g} s (transcribe.max_seconds) or {super().limit}"
+
+    def look_ahead(self, records: Iterable[Record], look: Look) -> None:
+        """Decode all recordings."""
+
+        def places() -> Iterator[AudioPlace]:
+            for record in records:
+                with contextlib.suppress(BadRecordError):  # `encode` says what is wrong.
+                    yield self.hearing.place(record, self.fields.audio)
+
+        self.hearing.known = look(places())
+
+    def encode(self, record: Record, *, for_training: bool = True) -> SpeechExample:
+        """The length of the recording, and the ids of the text."""
+        place = self.hearing.place(record, self.fields.audio)
+        samples, num_cut = self.hearing.num_samples(place)
+        text = self._text(record, is_needed=for_training)
+        ids = some_ids(self.tokenizer, self.fields.text, text) if text else []
+        kept = self.cut(ids, self.max_length if self.is_ctc else self.max_length - 1)
+        if for_training:
+            self._check_room(kept, samples)
+        length = self.hearing.num_columns(samples)
+        num_cut = self.hearing.num_columns(num_cut) + len(ids) - len(kept)
+        example = SpeechExample(place, record.where, length, text, np.array(kept, np.int32), num_cut)
+        if not for_training:
+            self.hearing.check(example)  # One bad recording is not to end the predictions for others.
+        return example
+
+    def _text(self, record: Record, *, is_needed: bool) -> str:
+        if not is_needed and not record.has_text(self.fields.text):
+            return ""
+        if record.value(self.fields.text) is None and isinstance(record.value(self.fields.audio), AudioPlace):
+            raise BadRecordError("a recording without a text: there is no .txt of the same name beside it")
+        text = record.text(self.fields.text, setting="data.fields.text")
+        normalized = normalize(text, self.settings.normalize)
+        if not normalized and is_needed:
+            raise BadRecordError(f"nothing is left of the text by transcribe.normalize={self.settings.normalize}")
+        return normalized
+
+    def _check_room(self, ids: Sequence[int], num_samples: int) -> None:
+        """CTC says at most one token a column, and a blank between two equal ones."""
+        if not self.is_ctc:
+            return
+        needed = len(ids) + sum(first == second for first, second in itertools.pairwise(ids))
+        columns = self.hearing.num_columns(int(num_samples / (1.0 + self.settings.speed_change)))
+        if needed > columns:
+            raise BadRecordError(
+                f"its text takes {needed} columns and the recording has {columns}, so that CTC cannot say it (is it "
+                "the right text? smaller model.audio.strides give more columns)"
+            )
+
+    def collate(self, examples: Sequence[SpeechExample], numbers: Sequence[int] | None = None) -> SpeechBatch:
+        """Recordings side by side."""
+        features, lengths = self.hearing.together(examples, numbers)
+        texts = [example.ids.tolist() for example in examples]
+        target_tokens = None
+        if not self.is_ctc:
+            # The decoder reads what it has to write, one step late.
+            target_tokens = padded([[self.tokenizer.pad_id, *ids] for ids in texts], self.tokenizer.pad_id)
+            texts = [[*ids, self.tokenizer.end_id] for ids in texts]
+        labels = padded(texts, IGNORED)
+        num_tokens = sum(example.length for example in examples)
+        return SpeechBatch(features, lengths, target_tokens, labels, num_tokens, ids_of(numbers))
+
+    def loss(self, model: Model, batch: SpeechBatch) -> TaskLoss:
+        """Of all tokens of the texts, in nats: cross-entropy, or the negative log-likelihood by CTC."""
+        if self.is_ctc:
+            losses = self._ctc_losses(model(**batch.heard(), sequence_ids=batch.sequence_ids), batch)
+            return TaskLoss(losses.sum(), losses.detach().sum())
+        result = model(
+            **batch.heard(),
+            sequence_ids=batch.sequence_ids,
+            target_tokens=batch.target_tokens,
+            labels=batch.labels,
+            label_smoothing=self.settings.label_smoothing,
+        )
+        return TaskLoss.of(result)
+
+    def _ctc_losses(self, logits: Tensor, batch: SpeechBatch) -> Tensor:
+        """fp32 [B], on the logits' device."""
+        log_probabilities = logits.log_softmax(dim=-1).transpose(0, 1)  # S B V
+        if torch.are_deterministic_algorithms_enabled():
+            log_probabilities = log_probabilities.cpu()  # On GPUs its gradient is not the same each time.
+        device = log_probabilities.device
+        return F.ctc_loss(
+            log_probabilities,
+            batch.labels.clamp(min=0).to(device),
+            self._num_columns(batch).to(device),
+            (batch.labels != IGNORED).sum(dim=1).to(device),
+            blank=self.tokenizer.pad_id,
+            reduction="none",
+        ).to(logits.device)
+
+    def _num_columns(self, batch: SpeechBatch) -> Tensor:
+        """int64 [B], of the encoder."""
+        return -(-batch.feature_lengths // shape.frames_per_column(self.config.model))
+
+    @torch.no_grad()
+    def predict(self, model: Model, examples: Sequence[SpeechExample], device: torch.device) -> list[Prediction]:
+        """The text, and for the metrics the right one and its loss."""
+        batch = self.collate(examples).to(device)
+        texts, losses = self._say(model, batch) if self.is_ctc else self._write(model, examples, batch)
+        found = []
+        for example, ids, loss in zip(examples, texts, losses.tolist(), strict=True):
+            prediction: Prediction = {"text": self.tokenizer.decode(ids)}
+            if example.text:
+                num_labels = len(example.ids) + (not self.is_ctc)
+                prediction |= {"_text": example.text, "_loss": loss, "_num_labels": num_labels}
+            found.append(prediction)
+        return found
+
+    def _say(self, model: Model, batch: SpeechBatch) -> tuple[list[list[int]], Tensor]:
+        """The likeliest token of each column, repeats and blanks left out; and the losses of the right texts."""
+        logits = model(**batch.heard())
+        rows = zip(logits.argmax(dim=-1).tolist(), self._num_columns(batch).tolist(), strict=True)
+        return [collapse(row[:length], self.tokenizer.pad_id) for row, length in rows], self._ctc_losses(logits, batch)
+
+    def _write(
+        self, model: Model, examples: Sequence[SpeechExample], batch: SpeechBatch
+    ) -> tuple[list[list[int]], Tensor]:
+        """The best texts of the beam search; and the losses of the right ones."""
+        config, heard = self.config.model, list[Text]()
+
+        def forward(tokens: Tensor | None, **others: Any) -> Tensor:
+            """The search thinks of sources as tokens, which it hands over once."""
+            if tokens is None:
+                said: Tensor = model(**others)
+                return said
+            logits: Tensor = model(**batch.heard(), **{key: others[key] for key in others if key != "segment_ids"})
+            heard.append(others["cache"].source)
+            return logits
+
+        # A text has no more tokens than its recording has columns, of 20 ms as a rule: that is faster than anybody
+        # speaks, and ends what a model that has not learned to end would write.
+        limit = [min(self.max_length - 1, example.length + 1) for example in examples]
+        found = beam_search(
+            forward,
+            config,
+            [[self.tokenizer.pad_id]] * len(examples),
+            max_new_tokens=limit,
+            beam=self.beam,
+            end_ids=self.tokenizer.end_ids,
+            num_ids=self.tokenizer.vocab_size,
+            start_id=self.tokenizer.pad_id,
+            device=batch.features.device,
+        )
+        cache = KeyValueCache(shape.num_decoder_layers(config))
+        cache.source = heard[0]
+        target = batch.target_tokens
+        assert target is not None
+        positions = torch.arange(target.shape[1], device=target.device).expand_as(target)
+        logits = model(target_tokens=target, target_positions=positions, cache=cache)  # B T V
+        losses = F.cross_entropy(logits.transpose(1, 2), batch.labels, ignore_index=IGNORED, reduction="none")
+        return [text.ids for text in found], losses.sum(dim=1)
+
+    def metrics(self, predictions: Sequence[Prediction]) -> dict[str, float]:
+        """Word and character error rate, and the mean loss of a token in nats."""
+        import jiwer
+
+        right = [prediction["_text"] for prediction in predictions]
+        written = [normalize(prediction["text"], self.settings.normalize) for prediction in predictions]
+        return {
+            "wer": float(jiwer.wer(right, written)),
+            "cer": float(jiwer.cer(right, written)),
+            "loss": sum(prediction["_loss"] for prediction in predictions)
+            / sum(prediction["_num_labels"] for prediction in predictions),
+        }
+
+    def shown(self, record: Record) -> str:
+        """The name of the recording."""
+        value = record.value(self.fields.audio)
+        return value.name if isinstance(value, AudioPlace) else str(value)
+
+    def answer(self, record: Record) -> str:
+        """The text as it is compared."""
+        value = record.value(self.fields.text)
+        return normalize(value, self.settings.normalize) if isinstance(value, str) else ""
+
+    def lengths(self, examples: Sequence[SpeechExample]) -> Lengths:
+        """Columns of the encoder, and tokens of the text with its end."""
+        columns = float(np.mean([example.length for example in examples]))
+        if self.is_ctc:
+            return Lengths(columns, 0, columns)
+        tokens = 1 + float(np.mean([len(example.ids) for example in examples]))
+        return Lengths(columns, tokens, tokens)
+
+
+def collapse(ids: Sequence[int], blank: int) -> list[int]:
+    """What a path through the columns says: one of each run of equal ids, without blanks (Graves 2006, section 3.1)."""
+    return [own for own, before in zip(ids, [blank, *ids], strict=False) if own != before and own != blank]
+
+
+def normalize(text: str, how: str) -> str:
+    """A text with single spaces between its words; `lower`, or `words`: see TranscribeConfig.normalize."""
+    if how != "none":
+        text = text.lower()
+    if how == "words":
+        text = "".join(_kept(text, place) for place in range(len(text)))
+    return " ".join(text.split())
+
+
+def _kept(text: str, place: int) -> str:
+    """A letter, its marks, a number, or an apostrophe within a word; a space for everything else."""
+    sign = text[place]
+    if unicodedata.category(sign)[0] in "LMN":
+        return sign
+    is_inside = 0 < place < len(text) - 1 and text[place - 1].isalnum() and text[place + 1].isalnum()
+    return "'" if sign in APOSTROPHES and is_inside else " "

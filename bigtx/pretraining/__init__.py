@@ -1,0 +1,1 @@
+"""Pretraining: what it reads, its objectives, and the run."""

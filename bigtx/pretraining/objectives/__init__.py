@@ -1,0 +1,54 @@
+"""What a row of text is turned into: what the model reads, and what it is asked for.
+
+    row of T tokens ─▶ causal            the next token, everywhere
+                       fill_in_middle    the same, of documents whose middle was moved to their end
+                       masked            M tokens that are hidden; the encoder reads the rest both ways
+                       span_corruption   spans that were cut out; the decoder writes them down
+                       prefix            what follows the first part, which is read both ways
+
+An objective makes batches of batches, in the loader's thread, and all that it draws follows from (seed, number of the
+sequence): there is no state to save, and neither ranks nor micro batches change anything.
+"""
+
+from __future__ import annotations
+
+from bigtx.config.schema import PretrainConfig
+from bigtx.pretraining.objectives.objective import Lengths, Objective
+from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.utils.errors import ConfigError
+
+
+def make_objective(config: PretrainConfig, tokenizer: Tokenizer, *, purpose: str) -> Objective:
+    """The objective of a run.
+
+    Args:
+        purpose: train, or validation, which asks the same of every run.
+
+    Raises:
+        ConfigError: the tokenizer lacks ids that the objective needs, or what it makes of rows is too long.
+    """
+    from bigtx.pretraining.objectives.causal import Causal
+    from bigtx.pretraining.objectives.fill_in_middle import FillInMiddle
+    from bigtx.pretraining.objectives.masked import Masked
+    from bigtx.pretraining.objectives.prefix import DecoderPrefix, SourcePrefix
+    from bigtx.pretraining.objectives.span_corruption import SpanCorruption
+
+    kinds: dict[str, type[Objective]] = {
+        "causal": Causal,
+        "fill_in_middle": FillInMiddle,
+        "masked": Masked,
+        "span_corruption": SpanCorruption,
+        "prefix": DecoderPrefix if config.model.shape == "decoder" else SourcePrefix,
+    }
+    objective = kinds[config.objective.name](config, tokenizer, purpose)
+    longest, most = max(objective.lengths.source, objective.lengths.target), config.model.max_sequence_length
+    if config.model.positions == "learned" and longest > most:
+        raise ConfigError(
+            f"objective.name={config.objective.name} makes {longest} tokens for one side of a row of "
+            f"train.sequence_length={config.train.sequence_length}, and the learned positions end at "
+            f"model.max_sequence_length={most}; lower train.sequence_length"
+        )
+    return objective
+
+
+__all__ = ["Lengths", "Objective", "make_objective"]

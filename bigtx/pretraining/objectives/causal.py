@@ -1,0 +1,25 @@
+"""The next token: maximum likelihood, as GPT has it."""
+
+from __future__ import annotations
+
+from bigtx.data.stream.rows import Batch
+from bigtx.pretraining.objectives.objective import Lengths, Objective
+
+
+class Causal(Objective):
+    """Predict each next token."""
+
+    bits_per_byte = True
+
+    def prepare(self, batch: Batch) -> Batch:
+        """The batch as it is."""
+        return batch
+
+    @property
+    def lengths(self) -> Lengths:
+        """All of a row, in the decoder."""
+        return Lengths(0, self.length, self.length)
+
+    def describe(self) -> str:
+        """In a few words."""
+        return "every next token"

@@ -1,0 +1,88 @@
+"""Masked tokens (BERT, arXiv:1810.04805): an encoder tells what stood where tokens are hidden.
+
+Of the tokens to predict, 80 % are replaced by the mask, 10 % by a random token, and 10 % stay. As many are predicted in
+every row, so that the head reads these columns alone and shapes never change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from bigtx.config.schema import PretrainConfig
+from bigtx.data.stream.rows import IGNORED_LABEL, Batch
+from bigtx.pretraining.objectives.objective import Lengths, Objective, filled, tensor
+from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.tokenizer.word_marks import begins_word
+from bigtx.utils.errors import ConfigError
+
+SHARE_MASKED, SHARE_RANDOM = 0.8, 0.1
+
+
+class Masked(Objective):
+    """Hide some tokens, whole words of them if asked, and predict them."""
+
+    def __init__(self, config: PretrainConfig, tokenizer: Tokenizer, purpose: str) -> None:
+        """Raises:
+        ConfigError: the tokenizer has no mask.
+        """
+        super().__init__(config, tokenizer, purpose)
+        if tokenizer.mask_id is None:
+            raise ConfigError(
+                "objective.name=masked needs a tokenizer with a mask id, and this one has none; "
+                "`bigtx tokenizer train` makes one"
+            )
+        self.mask_id = tokenizer.mask_id
+        self.is_special = np.zeros(tokenizer.vocab_size, bool)
+        self.is_special[list(tokenizer.special.all())] = True
+        self.ordinary_ids = np.flatnonzero(~self.is_special)
+        self.begins_word, self.is_space = begins_word(tokenizer)
+        self.count = max(1, round(self.settings.mask_rate * self.length))
+
+    @property
+    def lengths(self) -> Lengths:
+        """All of a row in the encoder; the tokens to predict."""
+        return Lengths(self.length, 0, self.count)
+
+    def describe(self) -> str:
+        """In a few words."""
+        words = ", whole words" if self.settings.whole_words else ""
+        return f"{self.count} masked tokens of every {self.length}{words}"
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Tokens with some of them hidden; columns and labels of those."""
+        tokens = batch.tokens.numpy().copy()
+        columns, labels = filled(batch, self.count, 0), filled(batch, self.count, IGNORED_LABEL)
+        for row, text, generator in self.rows(batch):
+            chosen = self._choose(text, generator)
+            columns[row, : len(chosen)], labels[row, : len(chosen)] = chosen, text[chosen]
+            tokens[row, chosen] = self._hide(text[chosen], generator)
+        return replace(
+            batch,
+            tokens=tensor(tokens, batch),
+            labels=tensor(labels, batch),
+            columns=tensor(columns, batch),
+            segment_ids=self.padding_apart(batch),
+        )
+
+    def _choose(self, text: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """Columns to predict, in order: in a full row exactly `count`, if it has as many ordinary tokens."""
+        special = self.is_special[text]
+        candidates = np.flatnonzero(~special)
+        count = self.count if len(text) == self.length else max(1, round(self.settings.mask_rate * len(text)))
+        if not self.settings.whole_words:
+            return np.sort(generator.permutation(candidates)[:count])
+        begins = self.begins_word[text]
+        begins[:1] = True
+        begins[1:] |= special[:-1] | self.is_space[text[:-1]]
+        word = np.cumsum(begins)[candidates]
+        rank = generator.permutation(len(text) + 1)
+        # Word by word in random order; the last word that is begun may be cut short, so that the count is right.
+        return np.sort(candidates[np.argsort(rank[word], kind="stable")[:count]])
+
+    def _hide(self, tokens: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        draw = generator.random(len(tokens))
+        other = self.ordinary_ids[generator.integers(len(self.ordinary_ids), size=len(tokens))]
+        hidden = np.where(draw < SHARE_MASKED + SHARE_RANDOM, other, tokens)
+        return np.where(draw < SHARE_MASKED, self.mask_id, hidden)

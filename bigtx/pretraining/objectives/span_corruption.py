@@ -1,0 +1,109 @@
+"""Span corruption (T5, arXiv:1910.10683): spans of a text are cut out, and an encoder-decoder writes them down.
+
+    a row       Thank you for inviting me to your party last week
+    source      Thank you <0> me to your party <1> week </s>
+    target      <0> for inviting <1> last </s>
+
+How much is cut out and in how many spans is the same for every row, so that both sides of a full row have lengths that
+are known beforehand, and nothing of it is padding.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bigtx.config.schema import PretrainConfig
+from bigtx.pretraining.objectives.objective import Lengths
+from bigtx.pretraining.objectives.sides import Sides, TwoSided
+from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.utils.errors import ConfigError
+
+
+def noise_counts(length: int, density: float, mean_span_length: float) -> tuple[int, int]:
+    """How many of a text's tokens are cut out, and in how many spans.
+
+    Between two spans, and before the first, stands at least one token.
+    """
+    num_noise = min(max(round(length * density), 1), length - 1)
+    num_spans = min(max(round(num_noise / mean_span_length), 1), num_noise, length - num_noise)
+    return num_noise, num_spans
+
+
+class SpanCorruption(TwoSided):
+    """Cut spans out of the source; they are the target."""
+
+    def __init__(self, config: PretrainConfig, tokenizer: Tokenizer, purpose: str) -> None:
+        """Raises:
+        ConfigError: a row has more spans than the tokenizer has sentinels.
+        """
+        super().__init__(config, tokenizer, purpose)
+        self.num_noise, self.num_spans = self._counts(self.length)
+        if self.num_spans > len(tokenizer.sentinel_ids):
+            raise ConfigError(
+                f"objective.name=span_corruption cuts {self.num_spans} spans out of a row of {self.length} tokens, and "
+                f"the tokenizer has {len(tokenizer.sentinel_ids)} sentinels to name them; lower train.sequence_length "
+                "or objective.noise_density, or raise objective.mean_span_length"
+            )
+        self.sentinels = np.array(tokenizer.sentinel_ids)
+
+    def _counts(self, length: int) -> tuple[int, int]:
+        return noise_counts(length, self.settings.noise_density, self.settings.mean_span_length)
+
+    @property
+    def lengths(self) -> Lengths:
+        """What is left, a sentinel for each span and the end; each span after its sentinel, and the end."""
+        target = self.num_noise + self.num_spans + 1
+        return Lengths(self.length - self.num_noise + self.num_spans + 1, target, target)
+
+    def describe(self) -> str:
+        """In a few words."""
+        source, target, _ = self.lengths
+        return (
+            f"{self.num_spans} spans of {self.num_noise} tokens in all are cut out of every {self.length}; the encoder "
+            f"reads {source} tokens, the decoder {target}"
+        )
+
+    def put(
+        self, sides: Sides, row: int, text: np.ndarray, documents: np.ndarray, generator: np.random.Generator
+    ) -> None:
+        """Cut the spans out."""
+        if len(text) == 1:
+            return  # Of a single token nothing can be cut out.
+        num_noise, num_spans = self._counts(len(text))
+        kept = _random_parts(len(text) - num_noise, num_spans, generator)
+        cut = _random_parts(num_noise, num_spans, generator)
+        begins = np.cumsum(kept + cut) - cut
+        is_noise = np.repeat(np.tile([False, True], num_spans), np.stack((kept, cut), axis=1).ravel())
+        spans = np.arange(num_spans)
+        source_marks, target_marks = np.cumsum(kept) + spans, np.cumsum(cut) - cut + spans
+        from_source = _with_marks(np.flatnonzero(~is_noise), begins, source_marks, end=len(text) - 1)
+        from_target = _with_marks(np.flatnonzero(is_noise), begins, target_marks, end=len(text) - 1)
+        source, target = text[from_source], text[from_target]
+        source[source_marks] = target[target_marks] = self.sentinels[:num_spans]
+        source[-1] = target[-1] = self.tokenizer.end_id
+        sides.put(row, source, documents[from_source], target, documents[from_target])
+        # What of a span lies beyond the end of its document cannot be known from there.
+        begun = np.repeat(documents[begins], cut + 1)
+        sides.ignore(row, np.flatnonzero(documents[from_target[:-1]] != begun))
+
+
+def _with_marks(columns: np.ndarray, begins: np.ndarray, marks: np.ndarray, *, end: int) -> np.ndarray:
+    """For each token of a side, the column of the row whose document it belongs to.
+
+    Args:
+        columns: of the tokens that the side takes over.
+        begins: where the spans begin, to which its sentinels belong.
+        marks: where its sentinels stand.
+        end: the column for its last token.
+    """
+    result = np.empty(len(columns) + len(marks) + 1, np.int64)
+    taken_over = np.ones(len(result), bool)
+    taken_over[marks] = taken_over[-1] = False
+    result[taken_over], result[marks], result[-1] = columns, begins, end
+    return result
+
+
+def _random_parts(total: int, count: int, generator: np.random.Generator) -> np.ndarray:
+    """`count` positive integers that sum to `total`, every such choice as likely."""
+    cuts = np.sort(generator.permutation(total - 1)[: count - 1]) + 1
+    return np.diff(np.concatenate(([0], cuts, [total])))

@@ -1,0 +1,120 @@
+"""Validation inside a run: loss on held-out text, and samples. All ranks in lockstep."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from bigtx.config.schema import PretrainConfig
+from bigtx.data.stream.loader import ValidationBatches, validation_batches
+from bigtx.engine.task import Task
+from bigtx.model.decode import Sampling
+from bigtx.model.write import plain_prompts, write
+from bigtx.pretraining.corpora import place_of, refuse_other_tokenizer, validation_sources
+from bigtx.pretraining.objectives import make_objective
+from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.track.tracker import Tracker
+from bigtx.train.state import RunState
+from bigtx.utils.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from bigtx.engine.engine import Engine
+    from bigtx.engine.ranks import Ranks
+    from bigtx.train.alone import Alone
+
+
+class Validation:
+    """The held-out sources of a run, opened once."""
+
+    def __init__(
+        self, config: PretrainConfig, engine: Engine | Alone, ranks: Ranks | Alone, task: Task, tokenizer: Tokenizer
+    ) -> None:
+        """Raises:
+        ConfigError: a source named for validation has no validation split, or another tokenizer's.
+        """
+        self.config, self.engine, self.ranks, self.task, self.tokenizer = config, engine, ranks, task, tokenizer
+        self.objective = make_objective(config, tokenizer, purpose="validation")
+        self.sources = {
+            name: validation_batches(
+                place_of(config, source),
+                sequence_length=config.train.sequence_length,
+                micro_batch_size=config.train.micro_batch_size,
+                max_sequences=config.validation.max_sequences,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+                document_mask=config.data.document_mask,
+                pad_id=tokenizer.pad_id,
+                prepare=self.objective.prepare,
+            )
+            for name, source in validation_sources(config).items()
+        }
+        for name, batches in self.sources.items():
+            refuse_other_tokenizer(name, batches.manifest, tokenizer.fingerprint)
+
+    def report(self, tracker: Tracker, state: RunState) -> bool:
+        """Measure, sample, and hand both to the tracker. Every rank must call it.
+
+        Returns:
+            False: pretraining keeps the newest checkpoints.
+        """
+        metrics = self.measure()
+        if metrics:
+            tracker.log(state.step, state.tokens, metrics)
+            shown = (
+                f"{name} loss {metrics[f'validation/{name}/loss']:.4f}{self._bits(name, metrics)}"
+                for name in self.sources
+            )
+            tracker.message(f"validation at step {state.step}: {', '.join(shown)}")
+        prompts = list(self.config.validation.sample_prompts)
+        if prompts:
+            completions = self._sample(prompts, state.step)
+            tracker.samples(
+                state.step,
+                state.tokens,
+                [
+                    {"prompt": prompt, "completion": completion}
+                    for prompt, completion in zip(prompts, completions, strict=True)
+                ],
+            )
+        return False
+
+    def measure(self) -> dict[str, float]:
+        """Loss, perplexity and bits per byte of each source, by name. Every rank must call it."""
+        metrics: dict[str, float] = {}
+        for name, batches in self.sources.items():
+            metrics |= self._measure(name, batches)
+        return metrics
+
+    def _measure(self, name: str, batches: ValidationBatches) -> dict[str, float]:
+        loss_sum, num_labels = self.engine.evaluate(batches, self.task)
+        loss = loss_sum / max(1, num_labels)
+        metrics = {
+            f"validation/{name}/loss": loss,
+            f"validation/{name}/perplexity": math.exp(min(loss, 700.0)),
+        }
+        if self.objective.bits_per_byte:
+            metrics[f"validation/{name}/bits_per_byte"] = loss / math.log(2) / batches.manifest.bytes_per_token
+        return metrics
+
+    def _bits(self, name: str, metrics: dict[str, float]) -> str:
+        bits = metrics.get(f"validation/{name}/bits_per_byte")
+        return "" if bits is None else f" ({bits:.3f} bits per byte)"
+
+    @torch.no_grad()
+    def _sample(self, prompts: list[str], step: int) -> list[str]:
+        """Every rank takes rank 0's draws, so that ZeRO-3's gathering of weights stays in lockstep."""
+        settings = self.config.validation
+        self.engine.module.eval()
+        written = write(
+            self.engine.module,
+            self.tokenizer,
+            plain_prompts(self.config.model, self.tokenizer, prompts),
+            max_new_tokens=settings.sample_tokens,
+            sampling=Sampling(
+                temperature=settings.sample_temperature, seed=derive_seed("sample", self.config.seed, step)
+            ),
+            agree=self.ranks.from_first,
+        )
+        return [one.text for one in written]

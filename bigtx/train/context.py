@@ -1,0 +1,200 @@
+"""What every run has from its first log line to its last, whatever it trains.
+
+A run may be started many times; each start finds in the run folder where the previous one ended.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Generic, Literal, NoReturn, Self, TypeVar
+
+from bigtx.config.schema import RunConfig
+from bigtx.train.run_folder import check_folder
+from bigtx.train.stop import STOP_FILE, EarlyStop, StopRequest
+from bigtx.utils import log, processes
+from bigtx.utils.errors import EXIT_FAILED, BigtxError, LaunchError, say_from_any_rank
+from bigtx.utils.units import parse_duration
+
+if TYPE_CHECKING:
+    from bigtx.engine.ranks import Ranks
+    from bigtx.track.tracker import Tracker
+    from bigtx.train.state import RunState
+
+Config = TypeVar("Config", bound=RunConfig)
+
+LOST_RANK = re.compile(r"Connection (closed|reset) by peer|Broken pipe|NCCL (communicator was aborted|error)")
+"""What torch.distributed's backends report when another process is gone."""
+SILENT_RANK = re.compile(r"Timed out waiting|wait timeout after|collective operation timeout")
+"""What they report when another process has not answered in time."""
+
+
+class RunContext(Generic[Config]):
+    """The log, the run folder, the other ranks, the tracker and requests to stop; and one place for errors.
+
+    Attributes:
+        config: checked, as the user gave it; for a dry run with a temporary folder and without W&B.
+        files: the files that the config was read from.
+        folder: the run folder.
+        dry_run: whether to make one step and keep nothing.
+        ranks: all processes of the run, once `join_ranks` was called.
+        stop: the user's or the scheduler's request to stop.
+        state: the progress of the run, once it is known.
+        status: how this start of the run ended; written to events.jsonl and to W&B.
+        resources: closed on exit, last opened first.
+        damaged: why checkpoints were refused.
+    """
+
+    ranks: Ranks
+    stop: StopRequest
+
+    def __init__(self, config: Config, *, dry_run: bool = False, files: Iterable[Path] = ()) -> None:
+        self.config, self.dry_run, self.files = config, dry_run, list(files)
+        self.folder = Path(config.run_dir)
+        self.state: RunState | None = None
+        self.status: Literal["finished", "stopped", "failed"] = "failed"
+        self.resources = ExitStack()
+        self.damaged: list[str] = []
+        self._has_ranks = False
+        self._training_tracker: Tracker | None = None
+
+    def __enter__(self) -> Self:
+        """Start the log, and listen to requests to stop.
+
+        Raises:
+            LaunchError: the run folder cannot be written.
+            BigtxError: see `check_folder`.
+        """
+        if self.dry_run:
+            self.folder = Path(tempfile.mkdtemp(prefix="bigtx-dry-run-"))
+            track = dataclasses.replace(self.config.track, wandb="off")
+            self.config = dataclasses.replace(self.config, run_dir=str(self.folder), track=track)
+        try:
+            if not self.dry_run and not processes.is_supervised():
+                check_folder(self.config, self.files)
+            log.setup(self.folder, processes.rank())
+        except OSError as error:
+            raise LaunchError(
+                f"run_dir={self.config.run_dir!r} cannot be written: {error}; name another folder"
+            ) from error
+        launcher, nodes = processes.launcher_name(), processes.num_nodes()
+        where = f" on {nodes} machines" if nodes > 1 else ""
+        started = f", started by {launcher}" if launcher else ""
+        log.say(f"bigtx: {num_ranks(processes.world_size())}{where}{started}; run folder {self.folder}")
+        self.stop = StopRequest(self._answer_request)
+        return self
+
+    def join_ranks(self) -> Ranks:
+        """Meet the other ranks.
+
+        Raises:
+            LaunchError: see `Ranks`.
+        """
+        from bigtx.engine.ranks import Ranks
+
+        self.ranks = Ranks(timeout_seconds=parse_duration(self.config.engine.timeout).value)
+        self._has_ranks = True
+        for note in self.ranks.notes_on_devices():
+            log.say(note)
+        return self.ranks
+
+    def as_given(self, config: Config) -> Config:
+        """Return a completed config with the size of micro batches that the user gave: another number of ranks may use
+        it."""
+        return dataclasses.replace(config, train=self.config.train)
+
+    def note_damaged(self, text: str) -> None:
+        """Report a checkpoint that is refused, now and in the run's events."""
+        log.say(f"warning: {text}")
+        self.damaged.append(text)
+
+    @contextmanager
+    def training(self, tracker: Tracker) -> Iterator[None]:
+        """Answer requests to stop with a checkpoint, which the tracker announces."""
+        self.stop.defer()
+        if self.ranks.rank == 0:
+            self.stop.watch(self.folder / STOP_FILE)
+        self._training_tracker = tracker
+        yield
+        self._training_tracker = None
+
+    def _answer_request(self, came_early: bool) -> None:
+        """Answer a request to stop at once: the current step may take long."""
+        if came_early:
+            log.report(stopped=True)
+            log.say_stopped("stopped before the first step; nothing to save")
+        elif self._training_tracker:
+            self._training_tracker.message("stopping: a checkpoint is saved after this step")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close what was opened. The first rank that meets an error of the user prints it."""
+        self.stop.defer()
+        if self.stop.came_early:
+            self.status = "stopped"
+        self.resources.close()
+        if error is not None:
+            self._explain(error)
+        elif self._has_ranks:
+            self.ranks.barrier()  # Leaving first would look like a failure to the others.
+            self.ranks.close()
+        # The log explains other errors.
+        if self.dry_run and (error is None or isinstance(error, BigtxError | EarlyStop)):
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _explain(self, error: BaseException) -> None:
+        """Print why this start of the run ends, once for all ranks; other errors keep their traceback."""
+        if self.state is not None:
+            log.report(step=self.state.step)
+        if self.stop.came_early:
+            if not isinstance(error, EarlyStop):  # This rank noticed another rank's end before its own request.
+                raise EarlyStop(self.stop.exit_status) from error
+        elif self._has_ranks and isinstance(error, RuntimeError) and SILENT_RANK.search(str(error)):
+            self._explain_silence(error)
+        elif self._has_ranks and isinstance(error, RuntimeError) and LOST_RANK.search(str(error)):
+            lost = LaunchError(
+                "lost the connection to another rank, which has ended; its last words are above or in "
+                f"{self.folder / 'logs'}. The same command resumes from the last checkpoint"
+            )
+            lost.exit_status = EXIT_FAILED
+            if log.report(lost=True, error=str(lost)):
+                lost.reported = True  # The supervisor knows which rank ended, and prints it.
+            else:
+                self._print_once(lost)
+            raise lost from error
+        elif isinstance(error, BigtxError) and self._has_ranks:
+            self._print_once(error)
+
+    def _explain_silence(self, error: RuntimeError) -> NoReturn:
+        """Name the ranks that did not answer in time; each of the others leaves its stack in its log."""
+        logging.getLogger(__name__).error("this rank waited for another until engine.timeout", exc_info=error)
+        silent = self.ranks.silent()
+        who = f"rank {', '.join(map(str, silent))}" if silent else "a rank, or the network,"
+        lost = LaunchError(
+            f"{who} did not answer within engine.timeout={self.config.engine.timeout}: it is stopped, hangs or is too "
+            f"slow; {self.folder / 'logs'} shows where each of the others waited for it. The same command resumes "
+            "from the last checkpoint"
+        )
+        lost.exit_status = EXIT_FAILED
+        if silent is not None:
+            say_from_any_rank(lost)
+        lost.reported = True
+        raise lost from error
+
+    def _print_once(self, error: BigtxError) -> None:
+        if self.ranks.is_first_to_fail():
+            say_from_any_rank(error)
+        error.reported = True
+
+
+def num_ranks(count: int) -> str:
+    """Return a number of ranks in words."""
+    return f"{count} rank" + "s" * (count != 1)

@@ -1,0 +1,264 @@
+"""Where a run starts: its folder and its checkpoint, the engine, and the weights before the first step."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from bigtx.config.batches import micro_batch_size_of
+from bigtx.config.schema import RunConfig
+from bigtx.engine import checkpoint
+from bigtx.engine.checkpoint import Checkpoint
+from bigtx.engine.engine import Engine, ReadRange
+from bigtx.engine.merged import MergedCheckpoint
+from bigtx.engine.ranks import Ranks
+from bigtx.engine.saving import save_frozen
+from bigtx.engine.trainable import frozen_parameters
+from bigtx.interop.target import export_note
+from bigtx.model.initial import initial_value
+from bigtx.model.transformer import Transformer
+from bigtx.plan.parameters import count_parameters, flops_per_row, parameter_shapes
+from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.train.context import Config, RunContext
+from bigtx.train.run_folder import open_run_folder
+from bigtx.train.state import HARMLESS_SKIPS, RunState
+from bigtx.train.teacher import Teacher
+from bigtx.utils import hardware, log, shell
+from bigtx.utils.errors import CheckpointError
+from bigtx.utils.units import format_count
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run's folder holds when the run is started.
+
+    Attributes:
+        environment: versions, commit and hardware.
+        checkpoint: the one to resume from; None where no step was saved.
+        changed: settings that differ from the run so far, each allowed by name.
+    """
+
+    environment: dict[str, Any]
+    checkpoint: Checkpoint | None
+    changed: list[dict[str, Any]]
+
+
+def open_folder(context: RunContext[Config], config: Config, facts: dict[str, Any]) -> Start:
+    """Take the run folder, and find the checkpoint to resume from.
+
+    Args:
+        config: complete.
+        facts: what the run reads: `tokenizer`, `data` and `teacher`, as each checkpoint's manifest records them.
+
+    Raises:
+        LaunchError, ConfigError: see `open_run_folder`.
+        CheckpointError: see `checkpoint.choose`; or the run was trained on something else.
+    """
+    ranks, environment = context.ranks, hardware.describe()
+    given = context.as_given(config)
+    opened = ranks.on_first(lambda: open_run_folder(given, files=context.files, environment=environment))
+    if opened:
+        context.resources.callback(opened.lock.release)
+        if opened.aside:
+            log.say(
+                f"starts again at step 0, because its checkpoints are gone; what it wrote before is in {opened.aside}"
+            )
+    changed = ranks.from_first(opened.changed if opened else None)
+    found = checkpoint.choose(context.folder, ranks, context.note_damaged)
+    if found:
+        _refuse_other_inputs(found, facts, config)
+    return Start(environment, found, changed)
+
+
+def _refuse_other_inputs(found: Checkpoint, facts: dict[str, Any], config: RunConfig) -> None:
+    for key, what, own in (
+        ("tokenizer", "with another tokenizer", "data"),
+        ("data", "on other data (or in another state)", "data"),
+        ("teacher", "under another teacher", "teacher (distill.teacher may name a checkpoint)"),
+    ):
+        before, now = found.manifest.get(key), facts.get(key)
+        if before != now:
+            raise CheckpointError(
+                f"{found.path} was trained {what} than it now names: it had {before}, here is {now}; "
+                f"give it its own {own} back, or begin another run_dir with {config.begins_with}=THIS_RUN"
+            )
+
+
+def open_teacher(config: RunConfig, ranks: Ranks) -> Teacher | None:
+    """Find the teacher, if there is one.
+
+    Raises:
+        BigtxError: there is none at `distill.teacher`.
+    """
+    name = config.distill.teacher
+    # One choice for all ranks: the teacher may still be training.
+    return Teacher(ranks.once(lambda: checkpoint.preferred(name))) if name else None
+
+
+def complete(config: Config, ranks: Ranks, teacher: Teacher | None) -> Config:
+    """Return the config with what follows from the ranks and from the teacher: the size of micro batches, and what the
+    student takes over where its config does not say."""
+    train = config.train
+    size = micro_batch_size_of(train, ranks.world_size)
+    if size != train.micro_batch_size:
+        share = train.global_batch_size // ranks.world_size
+        log.say(f"micro batches of {size}: train.micro_batch_size={train.micro_batch_size} does not divide {share}")
+        config = dataclasses.replace(config, train=dataclasses.replace(train, micro_batch_size=size))
+    return teacher.complete(config) if teacher else config
+
+
+def check_teacher_fits(
+    teacher: Teacher | None, config: RunConfig, tokenizer: Tokenizer, longest: int
+) -> dict[str, str]:
+    """Return what the checkpoints' manifests record of the teacher; nothing if there is none.
+
+    Args:
+        longest: columns of the longest row.
+
+    Raises:
+        ConfigError: the teacher does not fit the student.
+    """
+    if teacher is None:
+        return {}
+    teacher.check(config, tokenizer, longest)
+    settings = config.distill
+    log.say(
+        f"teacher: {teacher.describe()}; its share in the loss {settings.weight:g}, at temperature "
+        f"{settings.temperature:g}"
+    )
+    return {"teacher": teacher.manifest_sha256}
+
+
+def flops_of(config: RunConfig, teacher: Teacher | None, *, source: int, target: int, predicted: int) -> float:
+    """Return the floating-point operations of a training step per row, the teacher's part included.
+
+    Args:
+        source, target, predicted: as for `flops_per_row`.
+    """
+    lengths = {"source": source, "target": target, "predicted": predicted}
+    own = flops_per_row(config.model, **lengths)
+    return own + teacher.flops_per_row(**lengths) if teacher else own
+
+
+def build_engine(config: RunConfig, tokenizer: Tokenizer) -> Engine:
+    """Build the model under DeepSpeed; its weights are not set yet.
+
+    Raises:
+        ConfigError: optimizer.freeze or train_also match nothing, or leave nothing to train.
+    """
+    shapes = parameter_shapes(config.model)
+    frozen = set(frozen_parameters(config, shapes))  # Globs that match nothing are refused before the model is built.
+    count = count_parameters(config.model)
+    log.say(
+        f"model: {format_count(count.total)} parameters; engine: ZeRO {config.engine.zero_stage}, "
+        f"{config.engine.precision}, {config.optimizer.name}"
+    )
+    if note := export_note(config, tokenizer):
+        log.say(note)
+    if frozen:
+        num_trained = sum(math.prod(shape) for name, shape in shapes.items() if name not in frozen)
+        rank = config.model.lora.rank
+        what = f"adapters of rank {rank} and all else that is trained have" if rank else "of them are trained"
+        log.say(
+            f"{what} {format_count(num_trained)} parameters ({num_trained / count.total:.2%}); "
+            f"{len(frozen)} of {len(shapes)} tensors stay as they are"
+        )
+    return Engine(config, lambda: Transformer(config.model))
+
+
+def first_state(config: RunConfig) -> RunState:
+    """Return the state of a run that has made no step."""
+    return RunState(harmless_skips=HARMLESS_SKIPS.get(config.engine.precision, 0))
+
+
+def saved_state(config: RunConfig, start: Start) -> RunState:
+    """Return the state that the checkpoint holds."""
+    assert start.checkpoint
+    harmless = HARMLESS_SKIPS.get(config.engine.precision, 0)
+    state = RunState.from_dict(start.checkpoint.manifest["state"] | {"harmless_skips": harmless})
+    if start.changed:
+        state.skipped_in_a_row = 0  # Other settings may be the cure, and have all of max_skipped_steps.
+    return state
+
+
+def load_checkpoint(engine: Engine, start: Start, state: RunState) -> None:
+    """Set the weights and the optimizer's states from the checkpoint, and close it."""
+    assert start.checkpoint
+    manifest = start.checkpoint.manifest
+    engine.fill(start.checkpoint.read, states=True)
+    engine.optimizer.num_updates = manifest["num_updates"]
+    engine.set_loss_scale(manifest["loss_scale"])
+    engine.set_expert_counts(manifest.get("expert_counts"))
+    start.checkpoint.close()
+    log.say(f"resumed from {start.checkpoint.path} ({format_count(state.tokens)} tokens)")
+
+
+def initial_weights(engine: Engine, config: RunConfig, teacher: Teacher | None) -> ReadRange:
+    """Return the weights that the seed gives, or the teacher's layers, as `Engine.fill` reads them.
+
+    Raises:
+        ConfigError: the teacher's layers do not fit.
+    """
+    shapes = engine.shapes()
+
+    def of_seed(name: str, kind: str, start: int, stop: int) -> Tensor:
+        return initial_value(name, shapes[name], config.model, config.seed, start, stop)
+
+    return teacher.layers(shapes, of_seed) if teacher and config.distill.copy_layers else of_seed
+
+
+def set_first_weights(
+    context: RunContext[Config], engine: Engine, read: ReadRange, *, keep_frozen: bool = True
+) -> None:
+    """Set the weights as before the first step.
+
+    Args:
+        keep_frozen: whether to keep those that the run does not train in its folder, so that no checkpoint has to hold
+            them.
+
+    Raises:
+        CheckpointError: they could not be written.
+    """
+    engine.fill(read, states=False)
+    if engine.frozen and keep_frozen and not context.dry_run:
+        save_frozen(engine, context.ranks, context.folder, read)
+
+
+def open_other_run(context: RunContext[Config], folder: str) -> MergedCheckpoint:
+    """Open the newest whole checkpoint of another run, or the one that is named; its adapters are merged into its
+    weights.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    # One choice for all ranks: the other run may save meanwhile.
+    path = context.ranks.once(lambda: checkpoint.preferred(folder))
+    source = checkpoint.choose(path, context.ranks, context.note_damaged)
+    assert source is not None
+    return MergedCheckpoint(source.path)
+
+
+def facts_of(source: Checkpoint) -> dict[str, Any]:
+    """Return what is kept of a checkpoint of another run that this one begins with."""
+    return {
+        "checkpoint": str(source.path.absolute()),
+        "manifest_sha256": source.manifest_sha256,
+        "step": source.manifest["step"],
+        "wandb_run_id": source.manifest.get("wandb_run_id", ""),
+    }
+
+
+def say_finished(step: int, settings: Sequence[str], results: str = "") -> None:
+    """Print that nothing is left to do.
+
+    Args:
+        settings: those that ended the run.
+        results: where the results are, as a part of the sentence.
+    """
+    longer = shell.settings({name: "N" for name in settings} | {"allow_changes": settings})
+    log.say(f"the run is finished: {step:,} steps{results}. To train on: {longer}; to start over, name another run_dir")
