@@ -25,7 +25,7 @@ def check_inputs(config: FinetuneConfig, num_ranks: int) -> None:
     """Look for the base, its tokenizer and the first of the records, before any rank is started. Imports no torch.
 
     Raises:
-        BigtxError: what the ranks would refuse, as far as it can be seen without the model.
+        BigtxError: what the ranks would refuse, if it can be seen without the model.
     """
     run_dir = Path(config.run_dir)
     check_teacher(config)

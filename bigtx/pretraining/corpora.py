@@ -52,7 +52,7 @@ class RunData:
     is_foreign: bool = False
 
     def loader_type(self) -> type[TrainLoader] | type[ForeignLoader]:
-        """What makes batches of it."""
+        """Return the class that makes batches of the data."""
         if self.is_foreign:
             from bigtx.data.stream.foreign_loader import ForeignLoader
 
@@ -86,7 +86,7 @@ def _open_sources(config: PretrainConfig, total_steps: int) -> RunData:
     return RunData(
         tokenizer=load_tokenizer(place, sources[0].manifest.tokenizer_fingerprint),
         tokenizer_place=str(place / TOKENIZER),
-        # A block table holds every block's checksum, so its hash stands for all the tokens and their order.
+        # A block table holds every block's checksum, so its hash identifies all the tokens and their order.
         identity={source.name: source.manifest.blocks_sha256 for source in sources},
         description="; ".join(parts),
     )
@@ -109,7 +109,7 @@ def _open_foreign(config: PretrainConfig, num_ranks: int, once: Once) -> RunData
 
 
 def validation_sources(config: PretrainConfig) -> dict[str, SourceConfig]:
-    """The corpora to validate on: those named, or those of the training data that hold some documents out.
+    """Return the corpora to validate on: those named, or those of the training data that hold some documents out.
 
     Raises:
         ConfigError: a corpus that was named holds none out.
@@ -162,7 +162,7 @@ def refuse_other_tokenizer(name: str, manifest: Manifest, fingerprint: str) -> N
 
 
 def place_of(config: PretrainConfig, source: SourceConfig) -> Place:
-    """Where a corpus is, read through the cache if it is remote."""
+    """Return where a corpus is; a remote one is read through the cache."""
     return as_place(source.path, Cache(config.data.cache_dir, config.data.cache_size))
 
 
@@ -170,7 +170,7 @@ def check_inputs(config: PretrainConfig, num_ranks: int) -> None:
     """Open the data as the ranks will, and look for the runs that it begins with, before any rank is started.
 
     Raises:
-        BigtxError: what the ranks would refuse, as far as it can be seen without the model.
+        BigtxError: what the ranks would refuse, if it can be seen without the model.
     """
     check_teacher(config)
     if config.init_from and not has_steps(Path(config.run_dir)):

@@ -16,5 +16,5 @@ class LikelihoodTask:
         self.z_loss = z_loss
 
     def loss(self, model: Callable[..., Any], batch: Batch) -> TaskLoss:
-        """The differentiable loss, and the plain cross-entropy, in nats."""
+        """Return the differentiable loss, and the plain cross-entropy, in nats."""
         return TaskLoss.of(model(**batch.inputs(), z_loss=self.z_loss))

@@ -194,7 +194,7 @@ def _announce_rereading(state: RunState, ranks: Ranks, before: int) -> None:
         else ""
     )
     log.say(
-        f"data: reading {state.sequences:,} rows again to come to where the run was{other}; exact and quick resume "
+        f"data: reading {state.sequences:,} rows again to reach the place of the run{other}; exact and quick resume "
         "needs prepared shards: bigtx data prepare"
     )
 

@@ -31,8 +31,10 @@ class Validation:
     def __init__(
         self, config: PretrainConfig, engine: Engine | Alone, ranks: Ranks | Alone, task: Task, tokenizer: Tokenizer
     ) -> None:
-        """Raises:
-        ConfigError: a source named for validation has no validation split, or another tokenizer's.
+        """Open the sources.
+
+        Raises:
+            ConfigError: a source named for validation has no validation split, or another tokenizer's.
         """
         self.config, self.engine, self.ranks, self.task, self.tokenizer = config, engine, ranks, task, tokenizer
         self.objective = make_objective(config, tokenizer, purpose="validation")
@@ -81,7 +83,7 @@ class Validation:
         return False
 
     def measure(self) -> dict[str, float]:
-        """Loss, perplexity and bits per byte of each source, by name. Every rank must call it."""
+        """Return loss, perplexity and bits per byte of each source, by name. Every rank must call it."""
         metrics: dict[str, float] = {}
         for name, batches in self.sources.items():
             metrics |= self._measure(name, batches)
@@ -104,7 +106,7 @@ class Validation:
 
     @torch.no_grad()
     def _sample(self, prompts: list[str], step: int) -> list[str]:
-        """Every rank takes rank 0's draws, so that ZeRO-3's gathering of weights stays in lockstep."""
+        """Continue the prompts. Every rank uses rank 0's draws, so that all gather the weights of ZeRO-3 together."""
         settings = self.config.validation
         self.engine.module.eval()
         written = write(

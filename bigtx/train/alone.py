@@ -1,4 +1,4 @@
-"""A model on one device, where a part of the training expects an engine and its ranks: for `bigtx evaluate`."""
+"""A model on one device with the interface of an engine and its ranks, for `bigtx evaluate`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bigtx.model.transformer import Transformer
 
 
 class Alone:
-    """One process that knows of no others.
+    """The only process of a measurement.
 
     Attributes:
         rank, world_size: its place among all ranks.
@@ -26,7 +26,7 @@ class Alone:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Any], task: Task) -> tuple[float, int]:
-        """As `Engine.evaluate`: the reported loss summed over all labels, and their number."""
+        """Return the reported loss summed over all labels, and their number, as `Engine.evaluate` does."""
         device = next(self.module.parameters()).device
         loss_sum, num_labels = torch.zeros((), dtype=torch.float64, device=device), 0
         for batch in batches:
@@ -35,5 +35,5 @@ class Alone:
         return float(loss_sum), num_labels
 
     def from_first(self, value: Any) -> Any:
-        """Rank 0 is this one."""
+        """Return the value: this process is rank 0."""
         return value

@@ -1,4 +1,4 @@
-"""What every run has from its first log line to its last, whatever it trains.
+"""What both kinds of runs have from the first log line to the last.
 
 A run may be started many times; each start finds in the run folder where the previous one ended.
 """

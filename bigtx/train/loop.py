@@ -1,4 +1,4 @@
-"""The loop."""
+"""The training loop."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Validation(Protocol):
     """Measures a model within a run."""
 
     def report(self, tracker: Tracker, state: RunState) -> bool:
-        """Measure and tell; returns whether the model is the best so far, so that its checkpoint is to be kept. Every
-        rank must call it."""
+        """Measure and report. Returns whether the model is the best so far, so that its checkpoint is kept. Every rank
+        must call it."""
         ...
 
 
@@ -59,7 +59,7 @@ class Run:
     """What every checkpoint's manifest records besides the progress."""
     validate_every: str
     patience: int | None = None
-    """End after so many measurements without a better one."""
+    """End after this many measurements without a better one."""
 
 
 def train(run: Run, stop: StopRequest) -> bool:
@@ -85,7 +85,7 @@ def train(run: Run, stop: StopRequest) -> bool:
         measure(run)
     run.meter.start()
 
-    while state.step < run.schedule.total_steps and not stopped and not is_hopeless(run):
+    while state.step < run.schedule.total_steps and not stopped and not is_out_of_patience(run):
         micro_batches = next(batches)
         num_labels, num_tokens, stop_votes, elapsed = run.ranks.sum(
             [
@@ -102,21 +102,21 @@ def train(run: Run, stop: StopRequest) -> bool:
         if log.due(state, elapsed) or last:
             report(run, result)
         run.meter.pause()
-        # Each is asked once after every step, whatever the others say.
+        # Each `due` is called exactly once after every step.
         to_validate, to_save = validate.due(state, elapsed) or last, save.due(state, elapsed) or last
         if stopped and not last:
-            # First of all: whoever asked may not wait long. The next life measures.
+            # Save at once: the sender of the request may not wait long. The resumed run measures.
             state.owes_validation = to_validate
             save_checkpoint(run)
         else:
             is_best = to_validate and measure(run)
-            if to_save or is_best or is_hopeless(run):
+            if to_save or is_best or is_out_of_patience(run):
                 save_checkpoint(run)
-        run.meter.go_on()
-    if is_hopeless(run) and state.step < run.schedule.total_steps:
-        run.tracker.message(f"nothing better in {state.measured_since_best} validations: the run ends here")
+        run.meter.resume()
+    if is_out_of_patience(run) and state.step < run.schedule.total_steps:
+        run.tracker.message(f"no better measurement in {state.measured_since_best} validations: the run ends here")
         run.tracker.event(state.step, "early_stop", best_step=state.best_step, best_value=state.best_value)
-    finished = state.step >= run.schedule.total_steps or is_hopeless(run)
+    finished = state.step >= run.schedule.total_steps or is_out_of_patience(run)
     if finished and state.is_suspect:
         raise BigtxError(
             f"the run is not finished: its last {state.skipped_in_a_row} steps (up to step {state.step}) were skipped, "
@@ -134,13 +134,13 @@ def measure(run: Run) -> bool:
     return is_best
 
 
-def is_hopeless(run: Run) -> bool:
-    """Whether patience has run out."""
+def is_out_of_patience(run: Run) -> bool:
+    """Return whether too many measurements in a row were not the best."""
     return run.patience is not None and run.state.measured_since_best >= run.patience
 
 
 def train_step(run: Run, micro_batches: list[Any], num_labels: int, num_tokens: int) -> StepResult:
-    """One optimizer step, and the books about it; labels and tokens are those of all ranks."""
+    """Make one optimizer step and record it; the numbers of labels and tokens are those of all ranks."""
     config, state = run.config, run.state
     step, first_sequence = state.step + 1, state.sequences
     with profiled(run.run_dir, enabled=step == config.track.profile_step, rank=run.ranks.rank):

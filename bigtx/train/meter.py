@@ -25,14 +25,14 @@ class RoutingMeter:
         self.counts = torch.zeros((1, 1), dtype=torch.float64)
 
     def add(self, routing: Routing) -> None:
-        """One step's."""
+        """Add the routing of one step."""
         means = torch.stack([routing.balance, routing.z])
         self.steps += 1
         self.means = self.means.to(means.device) + means
         self.counts = self.counts.to(means.device) + routing.counts
 
     def metrics(self) -> dict[str, float]:
-        """Balance and z, and the largest and the smallest share of an expert in any layer, where 1 is an even one."""
+        """Return balance and z, and the largest and smallest share of an expert in any layer; 1 is an even share."""
         if not self.steps:
             return {}
         balance, z = (self.means / self.steps).tolist()
@@ -45,11 +45,11 @@ class RoutingMeter:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """The open window; JSON keeps the numbers exactly."""
+        """Return the open window; JSON keeps the numbers exactly."""
         return {"steps": self.steps, "means": self.means.tolist(), "counts": self.counts.tolist()}
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Go on with a window that `to_dict` gave."""
+        """Continue a window that `to_dict` gave."""
         self.steps = saved["steps"]
         self.means = torch.tensor(saved["means"], dtype=torch.float64)
         self.counts = torch.tensor(saved["counts"], dtype=torch.float64)
@@ -58,8 +58,8 @@ class RoutingMeter:
 class Meter:
     """Sums over the steps since the last log line.
 
-    The sums of the loss and of the routing travel with the checkpoint (`to_dict`), so that a resumed run logs what it
-    would have logged. Time spent outside of steps (validation, checkpoints) is taken out by `pause` and `go_on`.
+    The sums of the loss and of the routing travel with the checkpoint (`to_dict`), so that a resumed run logs what an
+    uninterrupted one logs. Time spent outside of steps (validation, checkpoints) is taken out by `pause` and `resume`.
     """
 
     def __init__(self, *, flops_per_token: float, peak_flops: float | None) -> None:
@@ -81,7 +81,7 @@ class Meter:
         self._since: float | None = time.monotonic()
 
     def add(self, result: StepResult, *, num_labels: int, num_tokens: int, wait_seconds: float) -> None:
-        """One step; labels and tokens of all ranks, `wait_seconds` is the loader's total so far."""
+        """Add one step; labels and tokens of all ranks, `wait_seconds` is the loader's total so far."""
         self.loss_sum = self.loss_sum.to(result.loss_sum.device)
         if not result.skipped:
             self.loss_sum += result.loss_sum
@@ -98,12 +98,12 @@ class Meter:
         self.seconds += time.monotonic() - self._since
         self._since = None
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """Start the clock again."""
         self._since = time.monotonic()
 
     def metrics(self) -> dict[str, float]:
-        """Metrics of the window, which ends here."""
+        """Return the metrics of the window, and begin the next one."""
         self.pause()
         seconds = max(self.seconds, 1e-9)
         tokens_per_second = self.tokens / seconds
@@ -124,12 +124,12 @@ class Meter:
         return metrics
 
     def to_dict(self) -> dict[str, Any]:
-        """The open window's sums."""
+        """Return the sums of the open window."""
         routing = {"routing": self.routing.to_dict()} if self.routing.steps else {}
         return {"labels": self.labels, "loss_sum": float(self.loss_sum).hex()} | routing
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Go on with a window that `to_dict` gave."""
+        """Continue a window that `to_dict` gave."""
         self.labels = saved["labels"]
         self.loss_sum = torch.tensor(float.fromhex(saved["loss_sum"]), dtype=torch.float64)
         if "routing" in saved:
@@ -137,7 +137,7 @@ class Meter:
 
 
 def memory_gib() -> float:
-    """Peak memory of this process: allocated on the accelerator, or resident without one."""
+    """Return the peak memory of this process: allocated on the accelerator, or resident without one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

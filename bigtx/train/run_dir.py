@@ -1,7 +1,7 @@
 """Which folder may be a run's. Looked at before anything is written there, and imports nothing heavy.
 
 A new run takes an empty folder, or one whose files are none that it would write over: notes and logs of a scheduler are
-left alone. A folder with a run goes on, unless its checkpoints are gone: then it begins again only on purpose.
+left alone. A run in the folder is resumed, unless its checkpoints are gone: then it begins again only on request.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ HISTORY = (METRICS, "samples.jsonl", "predictions.jsonl", "events.jsonl", "resul
 """What says how the run went, besides its config."""
 FOLDERS = ("tokenizer", "frozen", "frozen.partial")
 WRITTEN = (CONFIG, GIVEN_CONFIG, ENVIRONMENT, "deepspeed.json", "reference.safetensors", *HISTORY, *FOLDERS)
-"""What a run writes over. Into other folders (logs, wandb, profile, evaluations) it puts files beside what is there;
+"""What a run overwrites. To other folders (logs, wandb, profile, evaluations) it adds files;
 `checkpoints` may be made before the run, on another disk."""
 MARK = "README.bigtx"
 """In `checkpoints`, from the run's beginning on: where it is gone, so are the checkpoints that may have been there."""
@@ -68,7 +68,7 @@ def _check_place(run_dir: Path) -> None:
 
 
 def saved_values(run_dir: Path) -> dict[str, Any] | None:
-    """The config of the run so far as plain values; None where no step has been saved, and any config may come.
+    """Return the config of the run so far as plain values; None where no step was saved, so that any config may follow.
 
     Raises:
         CheckpointError: it is missing or damaged.
@@ -83,7 +83,7 @@ def saved_values(run_dir: Path) -> dict[str, Any] | None:
 
 
 def are_checkpoints_gone(run_dir: Path) -> bool:
-    """Whether a run has made steps, may have saved them, and has no checkpoint (any more)."""
+    """Return whether a run has made steps, may have saved them, and has no checkpoint now."""
     metrics = run_dir / METRICS
     has_history = metrics.is_file() and metrics.stat().st_size > 0
     return has_history and not has_steps(run_dir) and not (run_dir / CHECKPOINTS / MARK).is_file()
@@ -121,7 +121,7 @@ def _refuse_other_files(run_dir: Path, *, is_given: bool) -> None:
 
 
 def _other_kind(folder: Path) -> str | None:
-    """What else of bigtx's or its friends' a folder is."""
+    """Return what a folder is, if it is something of bigtx or of another library, but not a run."""
     kind = kind_of(str(folder), os.listdir(folder))
     if kind not in (None, RUN):
         return kind

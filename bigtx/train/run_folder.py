@@ -1,9 +1,9 @@
-"""The run folder: opened by one run at a time, it says all about the run.
+"""The run folder: one run at a time opens it, and it holds all about the run.
 
 config.yaml        the resolved config            tokenizer/       copied from the data
 deepspeed.json     as given to DeepSpeed          environment.json versions, commit, hardware
 config.given.yaml  the user's, if it was in the way of config.yaml
-metrics.jsonl, samples.jsonl, events.jsonl, wandb/, logs/ and checkpoints/ grow as the run goes on
+metrics.jsonl, samples.jsonl, events.jsonl, wandb/, logs/ and checkpoints/ grow during the run
 frozen/            the weights that the run does not train, where there are any; every checkpoint is read with them
 """
 
@@ -40,8 +40,8 @@ from bigtx.utils.secrets import scrub
 if TYPE_CHECKING:
     from bigtx.tokenizer.tokenizer import Tokenizer
 
-UNTOLD = ("run_dir", "allow_changes")
-"""Settings whose change says nothing about the training."""
+NOT_COMPARED = ("run_dir", "allow_changes")
+"""Settings that have no effect on the training."""
 COMPLETED = (
     "model.vocab_size",
     "model.num_classes",
@@ -55,8 +55,8 @@ BASE_FACTS = ("checkpoint", "manifest_sha256", "step", "wandb_run_id")
 """What links a run to the one whose weights it began with."""
 README = """The checkpoints of a run of bigtx; the run is the folder that this one, or a link to it, lies in.
 
-This file is here from the run's beginning on: a run that has made steps and finds neither it nor a checkpoint refuses
-to begin again at step 0, since its checkpoints must have been moved or deleted.
+bigtx writes this file when the run begins. A run that has made steps and finds neither this file nor a checkpoint
+does not begin again at step 0, since its checkpoints must have been moved or deleted.
 """
 
 
@@ -76,8 +76,8 @@ class Opened:
 
 
 def open_run_folder(config: RunConfig, *, files: Iterable[Path], environment: dict[str, Any]) -> Opened:
-    """Make the folder or come back to it, and compare settings where the run has made steps. Only rank 0 calls this,
-    once `check_run_dir` has found nothing.
+    """Make or reopen the folder, and compare settings where the run has made steps. Only rank 0 calls this, after
+    `check_run_dir`.
 
     Args:
         files: the config files of the command.
@@ -99,7 +99,7 @@ def open_run_folder(config: RunConfig, *, files: Iterable[Path], environment: di
         if not is_run(run_dir):
             if gives_config(run_dir, files):
                 write_atomic(run_dir / GIVEN_CONFIG, (run_dir / CONFIG).read_bytes())
-            # From here on the folder is a run's, whatever becomes of this life.
+            # After this line the folder is a run's, even if this start fails.
             write_json(run_dir / ENVIRONMENT, scrub(environment))
         begins_again = CHECKPOINTS in config.allow_changes and are_checkpoints_gone(run_dir)
         return Opened(lock, changed, _set_history_aside(run_dir) if begins_again else None)
@@ -112,14 +112,14 @@ def open_run_folder(config: RunConfig, *, files: Iterable[Path], environment: di
 
 
 def _set_history_aside(run_dir: Path) -> Path:
-    """Keep what a run wrote before its checkpoints went, in a new folder beside."""
+    """Move what a run wrote before its checkpoints were lost into a new folder in the run folder."""
     number = 1
     while (aside := run_dir / f"history-{number}").exists():
         number += 1
     aside.mkdir()
     if (run_dir / CONFIG).is_file():
         shutil.copy2(run_dir / CONFIG, aside / CONFIG)
-    # The metrics come last: while they are there, the next life would do this again.
+    # The metrics come last: as long as they are there, the next start does this again.
     for name in sorted(HISTORY, key=METRICS.__eq__):
         if (run_dir / name).is_file():
             (run_dir / name).rename(aside / name)
@@ -162,7 +162,7 @@ def check_settings(config: RunConfig) -> None:
 
 
 def _changed_settings(run_dir: Path, config: RunConfig, but: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """What differs from the run so far, all of it allowed; nothing where no step has been saved.
+    """Return what differs from the run so far, all of it allowed; nothing where no step was saved.
 
     Args:
         but: settings that are not compared.
@@ -175,13 +175,15 @@ def _changed_settings(run_dir: Path, config: RunConfig, but: Sequence[str] = ())
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{run_dir / CONFIG} is damaged; restore it from a copy") from error
     changes.refuse(found, config)
-    return [{"key": change.key, "old": change.old, "new": change.new} for change in found if change.key not in UNTOLD]
+    return [
+        {"key": change.key, "old": change.old, "new": change.new} for change in found if change.key not in NOT_COMPARED
+    ]
 
 
 def describe_run(
     config: RunConfig, *, tokenizer: Tokenizer, deepspeed: dict[str, Any], environment: dict[str, Any]
 ) -> None:
-    """Write what is known once the engine stands. Rank 0 only.
+    """Write what is known once the engine is built. Only rank 0 calls this.
 
     Raises:
         LaunchError: the folder cannot be written.
@@ -199,5 +201,5 @@ def describe_run(
 
 
 def dump(config: RunConfig) -> dict[str, Any]:
-    """The resolved config as JSON-ready data."""
+    """Return the resolved config as JSON-ready data."""
     return json.loads(json.dumps(to_dict(config)))

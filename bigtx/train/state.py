@@ -1,4 +1,4 @@
-"""Where a run is: a few integers, saved with each checkpoint."""
+"""The progress of a run: a few integers, saved with each checkpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bigtx.utils.errors import ConfigError
 from bigtx.utils.units import parse_duration
 
 HARMLESS_SKIPS = {"fp16": 2}
-"""By precision: skipped steps in a row that say nothing against the weights. fp16's loss scale skips so many whenever
+"""By precision: skipped steps in a row that are no sign of broken weights. fp16's loss scale skips so many whenever
 it has risen too far; elsewhere each is a fault."""
 
 
@@ -44,7 +44,7 @@ class RunState:
     owes_validation: bool = False
 
     def advance(self, *, sequences: int, tokens: int, skipped: bool) -> None:
-        """One optimizer step.
+        """Count one optimizer step.
 
         Args:
             sequences: the position in the data after it.
@@ -58,12 +58,12 @@ class RunState:
 
     @property
     def is_suspect(self) -> bool:
-        """Whether the latest steps were all skipped, so that the weights may be of no use."""
+        """Return whether the latest steps were all skipped, so that the weights may be broken."""
         return self.skipped_in_a_row > self.harmless_skips
 
     def judge(self, value: float, *, lower: bool) -> bool:
-        """Take on a measurement of this step; returns whether it is the best so far. One that is no number never is,
-        nor is one of suspect weights.
+        """Record a measurement of this step. Returns whether it is the best so far: NaN and a measurement of suspect
+        weights never are.
 
         Args:
             lower: whether less is better.
@@ -78,7 +78,7 @@ class RunState:
         return is_best
 
     def forget_best(self) -> None:
-        """Begin to judge anew."""
+        """Forget the best measurement and the streak without a better one."""
         self.best_step = self.best_value = None
         self.measured_since_best = 0
 
@@ -91,26 +91,26 @@ class RunState:
         before, now = (SkippedWindows(each).before(self.sequences) for each in (self.skipped_sequences, ranges))
         if before != now:
             raise ConfigError(
-                f"data.skip=[{', '.join(ranges)}]: the run stands at sequence {self.sequences:,} and has passed over "
+                f"data.skip=[{', '.join(ranges)}]: the run is at sequence {self.sequences:,} and has passed over "
                 f"[{', '.join(f'{start}-{end}' for start, end in before)}] until there; what was read cannot be "
                 "skipped any more, nor the other way. Change only what comes later, or go back to an earlier checkpoint"
             )
         self.skipped_sequences = ranges
 
     def to_dict(self) -> dict[str, Any]:
-        """As saved in a checkpoint's manifest."""
+        """Return the state as a checkpoint's manifest holds it."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> RunState:
-        """As `to_dict` gave it."""
+        """Return the state that `to_dict` gave."""
         return cls(**saved)
 
 
 class Cadence:
     """Something that happens every so often, by steps, tokens or time.
 
-    Every rank must be told the same numbers: the time is rank 0's.
+    Every rank must pass the same numbers: the time is rank 0's.
     """
 
     def __init__(self, every: str, *, tokens: int = 0) -> None:
@@ -124,7 +124,7 @@ class Cadence:
         self._previous_tokens, self._previous_seconds = tokens, 0.0
 
     def due(self, state: RunState, elapsed_seconds: float) -> bool:
-        """Whether the step just done reached another multiple; to be asked once after every step."""
+        """Return whether the latest step reached another multiple. To be called once after every step."""
         if self.unit == "steps":
             return state.step % max(1, round(self.every)) == 0
         if self.unit == "tokens":

@@ -33,14 +33,16 @@ class StopRequest:
         came_early: whether it came before `defer`.
     """
 
-    def __init__(self, tell: Callable[[bool], None]) -> None:
-        """Args:
-        tell: called at once when the first request comes, with whether it came early: whoever sent the signal may not
-            wait for the end.
+    def __init__(self, announce: Callable[[bool], None]) -> None:
+        """Listen to signals.
+
+        Args:
+            announce: called at once when the first request comes, with whether it came early: the sender of the signal
+                may not wait for the end.
         """
         self.signal: signal.Signals | None = None
         self.came_early = False
-        self._tell = tell
+        self._announce = announce
         self._is_deferred = False
         self._file: Path | None = None
         self._next_look = 0.0
@@ -49,7 +51,7 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """Whether any request came."""
+        """Return whether any request came."""
         if self._file and self.signal is None and time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + SECONDS_BETWEEN_LOOKS
             if self._file.exists():
@@ -58,11 +60,11 @@ class StopRequest:
 
     @property
     def exit_status(self) -> int:
-        """130 after Ctrl-C, else the status that asks for a requeue."""
+        """Return 130 after Ctrl-C, else the status that asks for a requeue."""
         return EXIT_INTERRUPTED if self.signal == signal.SIGINT else EXIT_REQUEUE
 
     def defer(self) -> None:
-        """From now on signals only set the flag."""
+        """Let later signals only set the flag."""
         self._is_deferred = True
 
     def watch(self, file: Path) -> None:
@@ -79,6 +81,6 @@ class StopRequest:
         if self.signal is None:
             self.signal = signal.Signals(number)
             self.came_early = not self._is_deferred
-            self._tell(self.came_early)
+            self._announce(self.came_early)
             if self.came_early:
                 raise EarlyStop(self.exit_status)

@@ -1,4 +1,4 @@
-"""A teacher beside the student (Hinton et al., arXiv:1503.02531), whatever the task.
+"""Distillation for every task: a teacher next to the student (Hinton et al., arXiv:1503.02531).
 
     batch ──▶ task.loss(model, batch) ──▶ model(tokens, labels, ...)
                                             ├──▶ teacher, without gradients ──▶ soft targets ─┐
@@ -38,7 +38,7 @@ Config = TypeVar("Config", bound=RunConfig)
 Shape = tuple[int, ...]
 
 OF_LOSS_ALONE = ("z_loss", "label_smoothing")
-"""Arguments of a model that say nothing about its logits."""
+"""Arguments of a model that have no effect on its logits."""
 
 
 class Teacher:
@@ -55,15 +55,15 @@ class Teacher:
         """Args: checkpoint: its folder, in the run that it is of.
 
         Raises:
-            BigtxError: what is there is no run's checkpoint that this bigtx can read.
+            BigtxError: the folder is not a checkpoint of a run that this bigtx can read.
         """
         self.checkpoint, self.config, self.tokenizer = find_with_tokenizer(checkpoint)
         self.model = self.config.model
         self.manifest_sha256 = Checkpoint(checkpoint).manifest_sha256
 
     def complete(self, config: Config) -> Config:
-        """The student's config with what it takes from its teacher where it does not say: the size of the vocabulary,
-        the classes, and what is read to tell them."""
+        """Return the student's config with what it takes from its teacher where it does not say: the size of the
+        vocabulary, the classes, and the pooling."""
         if config.model.vocab_size is None:
             model = dataclasses.replace(config.model, vocab_size=self.model.vocab_size)
             config = dataclasses.replace(config, model=model)
@@ -119,15 +119,15 @@ class Teacher:
                 yield f"its classify.{field} is {_text(other)}, and the student's {_text(mine)}"
 
     def describe(self) -> str:
-        """For the log."""
+        """Return a description for the log."""
         return f"{self.checkpoint}, {format_count(count_parameters(self.model).total)} parameters"
 
     def flops_per_row(self, **lengths: int) -> float:
-        """Of being asked: the forward pass alone."""
+        """Return the floating-point operations of the forward pass."""
         return flops_per_row(self.model, **lengths) / 3
 
     def teach(self, task: Task, settings: DistillConfig, device: torch.device, precision: str) -> Distilled:
-        """The task with this teacher, whose weights are read now.
+        """Return the task with this teacher, and read the teacher's weights.
 
         Raises:
             CheckpointError: they are damaged.
@@ -137,7 +137,8 @@ class Teacher:
         return Distilled(task, model.requires_grad_(False), settings)
 
     def layers(self, shapes: Mapping[str, Shape], initial: ReadRange) -> ReadRange:
-        """The student's first weights: the teacher's, of evenly spaced blocks, as in DistilBERT (arXiv:1910.01108).
+        """Return the student's first weights: those of evenly spaced blocks of the teacher, as in DistilBERT
+        (arXiv:1910.01108).
 
         Args:
             shapes: of the student's parameters.
@@ -165,7 +166,7 @@ class Teacher:
         return read
 
     def _origin(self, name: str, shapes: Mapping[str, Shape]) -> str:
-        """The teacher's parameter that a student's begins with."""
+        """Return the teacher's parameter with which a student's begins."""
         stack, dot, rest = name.partition(".blocks.")
         if not dot:
             return name
@@ -175,7 +176,7 @@ class Teacher:
 
 
 class Distilled:
-    """A task whose labels have a teacher beside them."""
+    """A task whose loss includes the divergence from a teacher."""
 
     def __init__(self, task: Task, teacher: Transformer, settings: DistillConfig) -> None:
         """Args:
@@ -185,8 +186,8 @@ class Distilled:
         self.task, self.teacher, self.settings = task, teacher, settings
 
     def loss(self, model: Callable[..., Any], batch: Any) -> TaskLoss:
-        """(1 - w) times the task's own loss, and w T^2 times the divergence of the student from the teacher; what is
-        reported is the task's own."""
+        """Return (1 - w) times the task's own loss plus w T^2 times the divergence of the student from the teacher; the
+        reported loss is the task's own."""
         taught = TaughtModel(model, self.teacher, self.settings)
         loss = self.task.loss(taught, batch)
         if taught.divergence is None:
@@ -209,7 +210,7 @@ class TaughtModel:
         self.divergence: Tensor | None = None
 
     def __call__(self, *, labels: Tensor | None = None, **inputs: Any) -> Any:
-        """As the student's `forward`, by names."""
+        """Call the student's `forward` with keyword arguments."""
         settings = self.settings
         question = {name: value for name, value in inputs.items() if name not in OF_LOSS_ALONE}
         with torch.no_grad():

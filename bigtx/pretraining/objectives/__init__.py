@@ -7,7 +7,7 @@
                        prefix            what follows the first part, which is read both ways
 
 An objective makes batches of batches, in the loader's thread, and all that it draws follows from (seed, number of the
-sequence): there is no state to save, and neither ranks nor micro batches change anything.
+sequence): there is no state to save, and the numbers of ranks and of micro batches have no effect.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bigtx.utils.errors import ConfigError
 
 
 def make_objective(config: PretrainConfig, tokenizer: Tokenizer, *, purpose: str) -> Objective:
-    """The objective of a run.
+    """Return the objective of a run.
 
     Args:
         purpose: train, or validation, which asks the same of every run.

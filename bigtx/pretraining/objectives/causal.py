@@ -12,14 +12,14 @@ class Causal(Objective):
     bits_per_byte = True
 
     def prepare(self, batch: Batch) -> Batch:
-        """The batch as it is."""
+        """Return the batch unchanged."""
         return batch
 
     @property
     def lengths(self) -> Lengths:
-        """All of a row, in the decoder."""
+        """Return the whole row, in the decoder."""
         return Lengths(0, self.length, self.length)
 
     def describe(self) -> str:
-        """In a few words."""
+        """Return a few words."""
         return "every next token"

@@ -1,4 +1,4 @@
-"""Fill in the middle (arXiv:2207.14255): a decoder learns to write what stands between two texts.
+"""Fill in the middle (arXiv:2207.14255): a decoder learns to write what is between two texts.
 
     a document              prefix middle suffix
     prefix, suffix first    <prefix> prefix <suffix> suffix <middle> middle
@@ -42,15 +42,15 @@ class FillInMiddle(Objective):
 
     @property
     def lengths(self) -> Lengths:
-        """All of a row, in the decoder."""
+        """Return the whole row, in the decoder."""
         return Lengths(0, self.length, self.length)
 
     def describe(self) -> str:
-        """In a few words."""
+        """Return a few words."""
         return f"every next token, {self.settings.fill_in_middle_rate:.0%} of the documents rearranged"
 
     def prepare(self, batch: Batch) -> Batch:
-        """Rearranged documents; labels, positions and segments are made anew."""
+        """Return rearranged documents, with new labels, positions and segments."""
         tokens, labels = filled(batch, self.length, self.tokenizer.pad_id), filled(batch, self.length, IGNORED_LABEL)
         segments, positions = filled(batch, self.length, -1), filled(batch, self.length, 0)
         lengths = np.zeros(len(tokens), np.int64)
@@ -77,7 +77,7 @@ class FillInMiddle(Objective):
         return replace(changed, segment_ids=tensor(segments, batch), positions=tensor(positions, batch))
 
     def _documents(self, text: np.ndarray) -> list[np.ndarray]:
-        """The documents of a row, or what of them stands in it; each but the last ends with the end id."""
+        """Return the documents of a row, or the parts of them that it holds; each but the last ends with the end id."""
         ends = np.flatnonzero(text == self.tokenizer.end_id) + 1
         return [piece for piece in np.split(text, ends) if len(piece)]
 

@@ -1,4 +1,4 @@
-"""Masked tokens (BERT, arXiv:1810.04805): an encoder tells what stood where tokens are hidden.
+"""Masked tokens (BERT, arXiv:1810.04805): an encoder predicts the tokens that are hidden.
 
 Of the tokens to predict, 80 % are replaced by the mask, 10 % by a random token, and 10 % stay. As many are predicted in
 every row, so that the head reads these columns alone and shapes never change.
@@ -42,11 +42,11 @@ class Masked(Objective):
 
     @property
     def lengths(self) -> Lengths:
-        """All of a row in the encoder; the tokens to predict."""
+        """Return the whole row in the encoder, and the number of tokens to predict."""
         return Lengths(self.length, 0, self.count)
 
     def describe(self) -> str:
-        """In a few words."""
+        """Return a few words."""
         words = ", whole words" if self.settings.whole_words else ""
         return f"{self.count} masked tokens of every {self.length}{words}"
 
@@ -67,7 +67,7 @@ class Masked(Objective):
         )
 
     def _choose(self, text: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        """Columns to predict, in order: in a full row exactly `count`, if it has as many ordinary tokens."""
+        """Return the columns to predict, ascending: in a full row exactly `count`, if it has as many ordinary tokens."""
         special = self.is_special[text]
         candidates = np.flatnonzero(~special)
         count = self.count if len(text) == self.length else max(1, round(self.settings.mask_rate * len(text)))

@@ -43,19 +43,19 @@ class Objective(ABC):
 
     @abstractmethod
     def prepare(self, batch: Batch) -> Batch:
-        """The batch that the model is called with, of one from the stream."""
+        """Return the batch that the model is called with, made of one from the stream."""
 
     @property
     @abstractmethod
     def lengths(self) -> Lengths:
-        """Of every row."""
+        """Return the lengths of every row."""
 
     @abstractmethod
     def describe(self) -> str:
-        """In a few words, for the log."""
+        """Return a few words for the log."""
 
     def generator(self, sequence_id: int) -> np.random.Generator:
-        """All that a row draws."""
+        """Return the generator of all that a row draws."""
         return np.random.Generator(np.random.Philox(key=[self._key, sequence_id]))
 
     def rows(self, batch: Batch) -> Iterator[tuple[int, np.ndarray, np.random.Generator]]:
@@ -74,20 +74,20 @@ class Objective(ABC):
 
 
 def documents_of(batch: Batch, row: int, length: int) -> np.ndarray:
-    """The document of each token of a row's text, int64 [length]; zeros where documents are not kept apart."""
+    """Return the document of each token of a row's text, int64 [length]; zeros where documents are not kept apart."""
     if batch.segment_ids is None:
         return np.zeros(length, np.int64)
     return batch.segment_ids.numpy()[row, :length]
 
 
 def tensor(array: np.ndarray, batch: Batch) -> torch.Tensor:
-    """The array in memory of the batch's kind, so that it reaches the device as fast."""
+    """Return the array in memory of the batch's kind, so that it reaches the device as fast."""
     result = torch.from_numpy(array)
     return result.pin_memory() if batch.tokens.is_pinned() else result
 
 
 def filled(batch: Batch, length: int, value: int) -> np.ndarray:
-    """int64 [B, length] of one value."""
+    """Return int64 [B, length] of one value."""
     return np.full((len(batch.tokens), length), value, np.int64)
 
 

@@ -16,11 +16,11 @@ class DecoderPrefix(Objective):
 
     @property
     def lengths(self) -> Lengths:
-        """All of a row, in the decoder."""
+        """Return the whole row, in the decoder."""
         return Lengths(0, self.length, self.length)
 
     def describe(self) -> str:
-        """In a few words."""
+        """Return a few words."""
         return "every next token after a prefix of random length"
 
     def prepare(self, batch: Batch) -> Batch:
@@ -48,7 +48,7 @@ class SourcePrefix(TwoSided):
         return Lengths(half + 1, self.length - half, self.length - half)
 
     def describe(self) -> str:
-        """In a few words."""
+        """Return a few words."""
         source, target, _ = self.lengths
         return f"the second half of every {self.length} tokens; the encoder reads {source} tokens, the decoder {target}"
 

@@ -88,7 +88,7 @@ class Sides:
         self.labels[row, columns] = IGNORED_LABEL
 
     def batch_of_both(self) -> Batch:
-        """What the model is called with; without documents to keep apart and without padding, no segments."""
+        """Return what the model is called with; without documents to keep apart and without padding, no segments."""
         apart = self.document_mask or bool((self.segments == PADDING_SEGMENT).any())
         return replace(
             self.batch,

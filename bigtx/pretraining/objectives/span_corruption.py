@@ -20,9 +20,9 @@ from bigtx.utils.errors import ConfigError
 
 
 def noise_counts(length: int, density: float, mean_span_length: float) -> tuple[int, int]:
-    """How many of a text's tokens are cut out, and in how many spans.
+    """Return how many of a text's tokens are cut out, and in how many spans.
 
-    Between two spans, and before the first, stands at least one token.
+    There is at least one token between two spans, and before the first.
     """
     num_noise = min(max(round(length * density), 1), length - 1)
     num_spans = min(max(round(num_noise / mean_span_length), 1), num_noise, length - num_noise)
@@ -51,12 +51,12 @@ class SpanCorruption(TwoSided):
 
     @property
     def lengths(self) -> Lengths:
-        """What is left, a sentinel for each span and the end; each span after its sentinel, and the end."""
+        """Return what is left, a sentinel for each span and the end; each span after its sentinel, and the end."""
         target = self.num_noise + self.num_spans + 1
         return Lengths(self.length - self.num_noise + self.num_spans + 1, target, target)
 
     def describe(self) -> str:
-        """In a few words."""
+        """Return a few words."""
         source, target, _ = self.lengths
         return (
             f"{self.num_spans} spans of {self.num_noise} tokens in all are cut out of every {self.length}; the encoder "
@@ -88,12 +88,12 @@ class SpanCorruption(TwoSided):
 
 
 def _with_marks(columns: np.ndarray, begins: np.ndarray, marks: np.ndarray, *, end: int) -> np.ndarray:
-    """For each token of a side, the column of the row whose document it belongs to.
+    """Return for each token of a side the column of the row whose document it belongs to.
 
     Args:
         columns: of the tokens that the side takes over.
         begins: where the spans begin, to which its sentinels belong.
-        marks: where its sentinels stand.
+        marks: the places of its sentinels.
         end: the column for its last token.
     """
     result = np.empty(len(columns) + len(marks) + 1, np.int64)
@@ -104,6 +104,6 @@ def _with_marks(columns: np.ndarray, begins: np.ndarray, marks: np.ndarray, *, e
 
 
 def _random_parts(total: int, count: int, generator: np.random.Generator) -> np.ndarray:
-    """`count` positive integers that sum to `total`, every such choice as likely."""
+    """Return `count` positive integers that sum to `total`, every such choice equally likely."""
     cuts = np.sort(generator.permutation(total - 1)[: count - 1]) + 1
     return np.diff(np.concatenate(([0], cuts, [total])))
