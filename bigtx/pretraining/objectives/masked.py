@@ -67,7 +67,7 @@ class Masked(Objective):
         )
 
     def _choose(self, text: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        """Return the columns to predict, ascending: in a full row exactly `count`, if it has as many ordinary tokens."""
+        """Return the columns to predict, ascending: exactly `count` in a full row, if it has enough ordinary tokens."""
         special = self.is_special[text]
         candidates = np.flatnonzero(~special)
         count = self.count if len(text) == self.length else max(1, round(self.settings.mask_rate * len(text)))
