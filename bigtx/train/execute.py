@@ -120,9 +120,9 @@ def execute(
         return _try_one_step(context, run)
     with context.training(run.tracker):
         is_finished = loop.train(run, context.stop)
+    context.stop.forget_file()  # The end of the run answers a request, too: the next start must not stop because of it.
     if not is_finished:
         _close_tracker(context, run, "stopped")
-        context.stop.forget_file()
         log.report(stopped=True)
         log.say(f"stopped at step {run.state.step:,} with a checkpoint; the same command resumes from it")
         return context.stop.exit_status
