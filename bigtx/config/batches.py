@@ -9,7 +9,7 @@ from bigtx.config.schema.training import RhythmConfig
 
 
 def batch_problems(train: RhythmConfig, num_ranks: int) -> Iterator[Problem]:
-    """What keeps so many ranks from sharing the global batch evenly."""
+    """Yield what keeps so many ranks from sharing the global batch evenly."""
     total = train.global_batch_size
     if total % num_ranks:
         below, above = total // num_ranks * num_ranks, -(-total // num_ranks) * num_ranks

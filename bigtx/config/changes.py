@@ -35,7 +35,7 @@ class Change:
 
 
 def compare(old: dict[str, Any], new: Any) -> list[Change]:
-    """The differences, in the schema's order.
+    """Return the differences, in the schema's order.
 
     Args:
         old: a saved config (`to_dict`). A setting that it lacks, because the schema has grown since, had its default.
@@ -114,7 +114,7 @@ def _same(setting: Setting, old: Any, new: Any) -> bool:
 
 
 def _place(path: str) -> str:
-    """Where a path leads, however it is written; a pattern of names stays one."""
+    """Return where a path leads, however it is written; a pattern of names stays one."""
     return path.rstrip("/") if is_url(path) or not path else os.path.realpath(path)
 
 

@@ -39,7 +39,7 @@ class Converter:
         self.origins: dict[str, str] = {}
 
     def convert(self, tree: Node) -> dict[str, Any]:
-        """The tree's values; what has a problem is left out."""
+        """Return the tree's values; what has a problem is left out."""
         return self._section(self.schema, tree, "")
 
     def _section(self, schema: type, node: Node, prefix: str) -> dict[str, Any]:
@@ -158,7 +158,7 @@ class Converter:
         return self._raw(key, node)
 
     def _raw(self, key: str, node: Node) -> Any:
-        """A value that no schema describes, by YAML 1.2's plain rules."""
+        """Return a value that no schema describes, by YAML 1.2's plain rules."""
         if isinstance(node.content, dict):
             return {
                 name: self._raw(f"{key}.{name}", member)
@@ -285,8 +285,9 @@ def _check_bounds(setting: Setting, value: float) -> None:
 
 
 def needs_quotes(text: str) -> bool:
-    """Whether a text without quotes would be refused, or read as a number, where any type may stand, though YAML takes
-    it for a text (`0E0`)."""
+    """Return whether a text without quotes would be refused, or read as a number, where any type may stand, though YAML
+    takes it for a text (`0E0`).
+    """
     return text.lower() in YAML_BOOLEANS or any(kind.fullmatch(text) for kind in (INTEGER, FLOAT, NOT_FINITE))
 
 

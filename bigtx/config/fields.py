@@ -25,7 +25,7 @@ def field(
     maximum: float | None = None,
     factory: Any = dataclasses.MISSING,
 ) -> Any:
-    """A schema field with what the type alone cannot say.
+    """Return a schema field with what the type alone cannot say.
 
     Args:
         kind: "count" (`10B`, `64k` into an int), "size" (`512 MiB` into bytes), "duration" (`500 steps`,
@@ -43,5 +43,5 @@ def field(
 
 
 def section(factory: Any, *, change: Change) -> Any:
-    """A nested section; `change` is the default for the fields inside."""
+    """Return a nested section; `change` is the default for the fields inside."""
     return field(factory=factory, change=change)

@@ -43,7 +43,7 @@ LOCAL_RANK = ("--local_rank", "--local-rank")
 
 
 def load(schema: type[T], args: Sequence[str], *, check: bool = True) -> T:
-    """The configuration that a command line asks for.
+    """Return the configuration that a command line asks for.
 
     Args:
         schema: a dataclass of `schema.py`.
@@ -76,7 +76,7 @@ def _load(schema: type[T], args: Sequence[str], *, check: bool) -> tuple[T, list
 
 
 def from_dict(schema: type[T], values: dict[str, Any], *, where: str = "") -> T:
-    """A configuration from plain values, e.g. of a saved config.
+    """Return a configuration from plain values, e.g. of a saved config.
 
     Raises:
         ConfigError: lists every value that the schema does not allow.
@@ -88,7 +88,7 @@ def from_dict(schema: type[T], values: dict[str, Any], *, where: str = "") -> T:
 
 
 def load_run_config(folder: Path | str) -> RunConfig:
-    """The config of a run of any kind, or of the run of a checkpoint.
+    """Return the config of a run of any kind, or of the run of a checkpoint.
 
     Raises:
         CheckpointError: it is no run.
@@ -100,7 +100,7 @@ def load_run_config(folder: Path | str) -> RunConfig:
 
 
 def with_settings(config: T, arguments: Sequence[str], *, sections: Sequence[str], also: Sequence[str] = ()) -> T:
-    """A run's configuration with settings that may change freely, as KEY=VALUE of a command.
+    """Return a run's configuration with settings that may change freely, as KEY=VALUE of a command.
 
     Args:
         sections: those that the command reads.
@@ -139,23 +139,23 @@ def _dotted(sections: Sequence[str]) -> tuple[str, ...]:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as nested dicts and lists of plain values, every setting included."""
+    """Return a configuration as nested dicts and lists of plain values, every setting included."""
     return dataclasses.asdict(config)
 
 
 def to_yaml(config: Any) -> str:
-    """A configuration as a YAML file that `load` reads back as the same."""
+    """Return a configuration as a YAML file that `load` reads back as the same."""
     return yaml_of(to_dict(config))
 
 
 def yaml_of(values: dict[str, Any]) -> str:
-    """The values of a configuration (`to_dict`) as a YAML file that `load` reads back as the same."""
+    """Return the values of a configuration (`to_dict`) as a YAML file that `load` reads back as the same."""
     # All but ASCII is escaped: YAML takes some characters (U+0085, U+2028) for line ends and would give back a space.
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=120)
 
 
 def resolved_files(path: Path) -> str:
-    """What a file and the files that it builds on set, as the YAML of one file; defaults are left out.
+    """Return what a file and the files that it builds on set, as the YAML of one file; defaults are left out.
 
     Raises:
         ConfigError: one of them cannot be read.
@@ -174,7 +174,7 @@ _Dumper.add_representer(
 
 
 def _represent(dumper: yaml.SafeDumper, node: Node) -> yaml.Node:
-    """A piece as it was written: a scalar without quotes stays without."""
+    """Return a piece as it was written: a scalar without quotes stays without."""
     if isinstance(node.content, dict):
         return dumper.represent_mapping("tag:yaml.org,2002:map", node.content)
     if isinstance(node.content, list):
@@ -201,7 +201,7 @@ def raise_problems(problems: Sequence[Problem]) -> None:
 
 
 def base_files(path: Path) -> list[Path]:
-    """A file and all files that `base:` lines lead to from it, resolved.
+    """Return a file and all files that `base:` lines lead to from it, resolved.
 
     Raises:
         ConfigError: one of them cannot be read.
@@ -226,12 +226,12 @@ class Parsed(Generic[T]):
 
     @property
     def dry_run(self) -> bool:
-        """Whether one step is to be done, and nothing kept."""
+        """Return whether one step is to be done, and nothing kept."""
         return "--dry-run" in self.flags
 
     @property
     def json(self) -> bool:
-        """Whether the result is to be printed as JSON."""
+        """Return whether the result is to be printed as JSON."""
         return "--json" in self.flags
 
 
@@ -284,7 +284,9 @@ def parse_command_line(
 
 
 def _keys_by_name(schema: type, arguments: Sequence[str]) -> list[str]:
-    """The settings of KEY=VALUE arguments that may change if they are named; behind a run's own config they are."""
+    """Return the settings of KEY=VALUE arguments that may change if they are named; behind a run's own config they
+    are.
+    """
     keys = (argument.partition("=")[0] for argument in arguments)
     return [key for key in keys if (setting := find(schema, key)) and setting.change == "by_name"]
 
@@ -296,8 +298,9 @@ def _num_ranks(text: str) -> int:
 
 
 def _merged_tree(schema: type, args: Sequence[str]) -> tuple[Node, list[Path], list[Problem], bool]:
-    """What was written, the files that were read, the problems of reading, and whether all files could be read and no
-    option stands for a setting: otherwise nobody can say what is missing."""
+    """Return what was written, the files that were read, the problems of reading, and whether all files could be read
+    and no option stands for a setting: otherwise nobody can say what is missing.
+    """
     args, problems = undivided(args)
     files: list[Path] = []
     whole = not problems
@@ -327,8 +330,9 @@ def _merged_tree(schema: type, args: Sequence[str]) -> tuple[Node, list[Path], l
 
 
 def _of_run(schema: type, tree: Node, path: Path) -> Node:
-    """A file's tree; the config.yaml of a run means the folder that it lies in, wherever the run was before, and no
-    change that was allowed before."""
+    """Return a file's tree; the config.yaml of a run means the folder that it lies in, wherever the run was before, and
+    no change that was allowed before.
+    """
     assert isinstance(tree.content, dict)
     folder, saved = path.parent, tree.content.get("run_dir")
     if path.name != CONFIG or saved is None or not isinstance(saved.content, str) or not is_run(folder):
@@ -341,8 +345,9 @@ def _of_run(schema: type, tree: Node, path: Path) -> Node:
 
 
 def _over_base_model(tree: Node, problems: list[Problem]) -> Node:
-    """A fine-tuning's tree laid over what it has from its base: the model, and the pooling of a classifier. Of a base
-    that is gone the run itself knows them."""
+    """Return a fine-tuning's tree laid over what it has from its base: the model, and the pooling of a classifier. Of a
+    base that is gone the run itself knows them.
+    """
     assert isinstance(tree.content, dict)
     base, run_dir = tree.content.get("base"), tree.content.get("run_dir")
     if base is None or base.is_null or not isinstance(base.content, str):
@@ -368,7 +373,7 @@ def _over_base_model(tree: Node, problems: list[Problem]) -> Node:
 
 
 def _find(schema: type, name: str) -> Path:
-    """The YAML file that an argument means; a run's folder means its config.yaml."""
+    """Return the YAML file that an argument means; a run's folder means its config.yaml."""
     path = find_config(name)
     if path is None and issubclass(schema, RunConfig) and is_run(Path(name)) and (Path(name) / CONFIG).is_file():
         return _config_of_run(schema, Path(name))
@@ -401,7 +406,7 @@ def _config_of_run(schema: type, folder: Path) -> Path:
 
 
 def _read_sound(path: Path) -> tuple[Node, list[Path]]:
-    """A file laid over the files that it builds on, and all of them.
+    """Return a file laid over the files that it builds on, and all of them.
 
     Raises:
         ConfigError: lists what is wrong with them.
@@ -418,7 +423,7 @@ def _read_sound(path: Path) -> tuple[Node, list[Path]]:
 
 
 def _read_file(path: Path, problems: list[Problem], above: tuple[Path, ...], visited: list[Path]) -> Node:
-    """A file laid over the files that its `base:` names.
+    """Return a file laid over the files that its `base:` names.
 
     Args:
         above: the files whose `base:` led here.
@@ -448,8 +453,9 @@ def _read_file(path: Path, problems: list[Problem], above: tuple[Path, ...], vis
 
 
 def _is_run(base: Node, path: Path) -> bool:
-    """Whether a file's `base:` names not files to build on but a fine-tuning's run to start from, which a run's own
-    config.yaml always does: that run may be gone."""
+    """Return whether a file's `base:` names not files to build on but a fine-tuning's run to start from, which a run's
+    own config.yaml always does: that run may be gone.
+    """
     if base.is_null or (path.name == CONFIG and is_run(path.parent)):
         return True
     name = base.content

@@ -30,7 +30,7 @@ def useless_targets(config: ModelConfig) -> dict[str, list[str]]:
 
 
 def _matrices(config: ModelConfig) -> Iterator[str]:
-    """All matrices that can be adapted, by module.
+    """Yield all matrices that can be adapted, by module.
 
     The matrices of a mixture's experts cannot: all experts of a block are one parameter, and a product of their own.
     Nor can the router and the gate of the shared expert, whose few rows are scores.
@@ -49,10 +49,10 @@ def _matrices(config: ModelConfig) -> Iterator[str]:
 
 
 def _matches(name: str, glob: str) -> bool:
-    """Whether a glob is of a module, called by its name in the model or in its block."""
+    """Return whether a glob is of a module, called by its name in the model or in its block."""
     return fnmatchcase(name, glob) or fnmatchcase(in_block(name), glob)
 
 
 def in_block(name: str) -> str:
-    """A module's name within its block, of its name in the model."""
+    """Return a module's name within its block, of its name in the model."""
     return name.split(".", 3)[3]

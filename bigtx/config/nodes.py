@@ -50,7 +50,7 @@ class Problem:
 
 
 def idle(key: str, value: Any, default: Any, why: str) -> Problem:
-    """A setting that does nothing.
+    """Return a setting that does nothing.
 
     Args:
         default: what takes a line of a file back that cannot be left out, one of a recipe.
@@ -83,17 +83,17 @@ class Node:
 
     @property
     def is_null(self) -> bool:
-        """Whether it is YAML's null."""
+        """Return whether it is YAML's null."""
         return self.plain and isinstance(self.content, str) and self.content in NULLS
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was written after the key."""
+        """Return whether nothing was written after the key."""
         return self.plain and self.content == ""
 
     @property
     def text(self) -> str:
-        """The value for a message, on one line and not too long, without secrets."""
+        """Return the value for a message, on one line and not too long, without secrets."""
         if isinstance(self.content, dict):
             members = {key: HIDDEN if is_secret_key(key) else node.text for key, node in self.content.items()}
             text = "{" + ", ".join(f"{key}: {member}" for key, member in members.items()) + "}"
@@ -120,7 +120,7 @@ def merge(below: Node, above: Node) -> Node:
 
 
 def read_yaml(path: Path, problems: list[Problem]) -> Node:
-    """A YAML file as a tree; a mapping at the top.
+    """Return a YAML file as a tree; a mapping at the top.
 
     Args:
         problems: grows by the keys that stand twice.

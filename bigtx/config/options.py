@@ -23,7 +23,8 @@ _CLOSING = {"[": "]", "{": "}"}
 
 
 def with_values(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    """Each word, and beside an option its value: of `--steps=5`, and of `--steps 5`, whose second word is left out.
+    """Yield each word, and beside an option its value: of `--steps=5`, and of `--steps 5`, whose second word is left
+    out.
 
     No option takes a value, so both are refused, and what they hold may be a secret: `--api-key X`.
     """
@@ -40,7 +41,7 @@ def with_values(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
 
 
 def undivided(words: Sequence[str]) -> tuple[list[str], list[Problem]]:
-    """The words without the lists that a shell has divided at their spaces, and a problem for each of those."""
+    """Return the words without the lists that a shell has divided at their spaces, and a problem for each of those."""
     rest, whole, problems = list(words), list[str](), list[Problem]()
     while rest:
         word = rest.pop(0)

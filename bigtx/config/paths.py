@@ -12,13 +12,13 @@ from bigtx.utils.urls import is_url
 
 
 def with_absolute_paths(schema: type, values: dict[str, Any]) -> dict[str, Any]:
-    """A config's values with every path absolute; URLs stay as they are."""
+    """Return a config's values with every path absolute; URLs stay as they are."""
     return _mapped(schema, values, os.path.abspath)
 
 
 def with_moved_paths(schema: type, values: dict[str, Any], old: Path, new: Path) -> dict[str, Any]:
-    """The values of a run that was moved. A path that is missing is looked for where it lay relative to the run: a
-    project may have been moved as a whole.
+    """Return the values of a run that was moved. A path that is missing is looked for where it lay relative to the run:
+    a project may have been moved as a whole.
 
     Args:
         old, new: the run's folder before and now.

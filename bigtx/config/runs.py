@@ -22,7 +22,7 @@ CHECKPOINTS = "checkpoints"
 
 
 def run_dir_of(folder: Path | str) -> Path:
-    """The run of a folder that is the run or one of its checkpoints.
+    """Return the run of a folder that is the run or one of its checkpoints.
 
     `checkpoints` in the run may be a link to another disk, and the folder a link to a checkpoint or a run.
     """
@@ -36,24 +36,26 @@ def run_dir_of(folder: Path | str) -> Path:
 
 
 def has_steps(run_dir: Path) -> bool:
-    """Whether a run's folder holds anything with the name of a checkpoint."""
+    """Return whether a run's folder holds anything with the name of a checkpoint."""
     return any((run_dir / CHECKPOINTS).glob("step-*[0-9]"))
 
 
 def is_run(folder: Path) -> bool:
-    """Whether bigtx made a folder as a run: it has checkpoints, or the description that every life begins with."""
+    """Return whether bigtx made a folder as a run: it has checkpoints, or the description that every life begins
+    with.
+    """
     packages = read_object(folder / ENVIRONMENT).get("packages")
     return has_steps(folder) or (isinstance(packages, dict) and "bigtx" in packages)
 
 
 def gives_config(run_dir: Path, files: Iterable[Path]) -> bool:
-    """Whether a command names the file that lies where the run's config will."""
+    """Return whether a command names the file that lies where the run's config will."""
     own = run_dir / CONFIG
     return own.is_file() and any(own.samefile(file) for file in files)
 
 
 def read_values(folder: Path | str) -> dict[str, Any]:
-    """The config of a run, or of the run of a checkpoint.
+    """Return the config of a run, or of the run of a checkpoint.
 
     Raises:
         CheckpointError: no such folder, it is no run, or its config is damaged.
@@ -77,7 +79,9 @@ def read_values(folder: Path | str) -> dict[str, Any]:
 
 
 def why_no_run(folder: str) -> str | None:
-    """Why a folder is neither a run nor one of its checkpoints, as the end of a sentence about it; None: it is one."""
+    """Return why a folder is neither a run nor one of its checkpoints, as the end of a sentence about it; None: it is
+    one.
+    """
     if not Path(folder).is_dir():
         return "no such folder; name a run or one of its checkpoints"
     try:

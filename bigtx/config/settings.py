@@ -84,12 +84,12 @@ class Setting:
 
     @property
     def section(self) -> type | None:
-        """The dataclass of a nested section."""
+        """Return the dataclass of a nested section."""
         return self.type if dataclasses.is_dataclass(self.type) else None
 
     @property
     def named_section(self) -> type | None:
-        """The dataclass of the entries, where users name the entries: dict[str, Section]."""
+        """Return the dataclass of the entries, where users name the entries: dict[str, Section]."""
         arguments = typing.get_args(self.type)
         if typing.get_origin(self.type) is dict and dataclasses.is_dataclass(arguments[1]):
             return typing.cast(type, arguments[1])
@@ -102,12 +102,12 @@ class Setting:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The values of a Literal; empty for other types."""
+        """Return the values of a Literal; empty for other types."""
         return typing.get_args(self.type) if typing.get_origin(self.type) is Literal else ()
 
 
 def members(schema: type, prefix: str = "", change: Change = "never") -> dict[str, Setting]:
-    """The direct fields of a dataclass, by name.
+    """Return the direct fields of a dataclass, by name.
 
     Args:
         prefix: of their keys, with its dot.
@@ -134,7 +134,7 @@ def members(schema: type, prefix: str = "", change: Change = "never") -> dict[st
 
 
 def leaves(schema: type, prefix: str = "", change: Change = "never") -> Iterator[Setting]:
-    """Every setting of a schema in its order; entries with names of the user's own have `NAME` in their keys."""
+    """Yield every setting of a schema in its order; entries with names of the user's own have `NAME` in their keys."""
     for setting in members(schema, prefix, change).values():
         if setting.section:
             yield from leaves(setting.section, setting.key + ".", setting.change)
@@ -145,7 +145,7 @@ def leaves(schema: type, prefix: str = "", change: Change = "never") -> Iterator
 
 
 def find(schema: type, key: str) -> Setting | None:
-    """The setting of a key as a user writes it (`data.sources.wiki.path`), a section's included."""
+    """Return the setting of a key as a user writes it (`data.sources.wiki.path`), a section's included."""
     current: type | None = schema
     setting: Setting | None = None
     names = key.split(".")
@@ -195,13 +195,13 @@ def same_name_keys(schema: type, key: str, *, limit: int = 3) -> list[str]:
 
 
 def _known_keys(schema: type) -> list[str]:
-    """Every setting, and every section."""
+    """Return every setting, and every section."""
     known = [setting.key for setting in leaves(schema)]
     return known + list({prefix: None for name in known for prefix in _parents(name)})
 
 
 def describe_type(setting: Setting) -> str:
-    """What may be written for a setting, in words."""
+    """Return what may be written for a setting, in words."""
     if setting.section:
         return "a section"
     if setting.named_section:
@@ -229,13 +229,13 @@ def describe_type(setting: Setting) -> str:
 
 
 def show_number(number: float) -> str:
-    """A number for a message: a whole one in all its digits."""
+    """Return a number for a message: a whole one in all its digits."""
     return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 @functools.cache
 def documentation(schema: type) -> dict[str, str]:
-    """The docstring line under each field of a dataclass, by field name, those that it inherits included."""
+    """Return the docstring line under each field of a dataclass, by field name, those that it inherits included."""
     inherited = [documentation(parent) for parent in schema.__bases__ if dataclasses.is_dataclass(parent)]
     docs = {name: doc for parent in inherited for name, doc in parent.items()}
     module = sys.modules[schema.__module__]

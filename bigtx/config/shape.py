@@ -62,12 +62,12 @@ def num_encoder_layers(config: ModelConfig) -> int:
 
 
 def class_head(config: ModelConfig) -> Literal["transform", "pooler", "score"]:
-    """The form of the head of classes."""
+    """Return the form of the head of classes."""
     return config.class_head or "transform"
 
 
 def has_transform(config: ModelConfig) -> bool:
-    """Whether the head, of tokens or of classes, has a transform before its matrix."""
+    """Return whether the head, of tokens or of classes, has a transform before its matrix."""
     return config.head_transform and (config.num_classes is None or class_head(config) == "transform")
 
 
@@ -77,7 +77,7 @@ def attention_dropout(config: ModelConfig) -> float:
 
 
 def has_window(config: ModelConfig, layer: int) -> bool:
-    """Whether block `layer` of a stack sees no farther than attention_window."""
+    """Return whether block `layer` of a stack sees no farther than attention_window."""
     every = config.global_attention_every
     return config.attention_window is not None and not (every is not None and layer % every == 0)
 
@@ -88,7 +88,7 @@ def frames_per_column(config: ModelConfig) -> int:
 
 
 def has_embedding(config: ModelConfig) -> bool:
-    """Whether there is a table of tokens: what an encoder hears alone are no tokens."""
+    """Return whether there is a table of tokens: what an encoder hears alone are no tokens."""
     return not (config.shape == "encoder" and config.audio.num_mel_bins)
 
 
@@ -104,5 +104,5 @@ def padded_vocab_size(config: ModelConfig) -> int:
 
 
 def learning_rate_for(config: ModelConfig) -> float:
-    """The peak rate of AdamW where none is given: it falls with the width, as the rates of larger models do."""
+    """Return the peak rate of AdamW where none is given: it falls with the width, as the rates of larger models do."""
     return float(f"{RATE_BY_WIDTH / config.hidden_size:.2g}")

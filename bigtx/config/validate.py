@@ -42,7 +42,7 @@ LEAST_TIMEOUT_SECONDS, LARGEST_TIMEOUT_SECONDS = 1, 30 * 86_400
 
 
 def validate(config: Any) -> Iterator[Problem]:
-    """Every problem between the settings of a configuration; none for a schema without such rules."""
+    """Yield every problem between the settings of a configuration; none for a schema without such rules."""
     if isinstance(config, PretrainConfig):
         yield from _pretrain(config)
     elif isinstance(config, FinetuneConfig):
@@ -58,7 +58,7 @@ def validate(config: Any) -> Iterator[Problem]:
 
 
 def _every_run(config: RunConfig) -> Iterator[Problem]:
-    """What holds for every kind of run."""
+    """Yield what holds for every kind of run."""
     if not config.run_dir:
         yield Problem("run_dir", "", "is not given; name the folder of the run, e.g. run_dir=runs/first")
     for key in config.allow_changes:
@@ -93,7 +93,7 @@ def _finetune(config: FinetuneConfig) -> Iterator[Problem]:
 
 
 def _run_length(lengths: Mapping[str, float | None], example: str) -> Iterator[Problem]:
-    """A run has one length.
+    """Yield a run has one length.
 
     Args:
         lengths: by the two settings that may give it.
@@ -260,7 +260,7 @@ def _sources(sources: dict[str, SourceConfig], key: str, split: str) -> Iterator
 
 
 def _no_corpus(folder: Path, key: str, split: str) -> str:
-    """What a folder is that should be a prepared corpus, and what to write."""
+    """Return what a folder is that should be a prepared corpus, and what to write."""
     if (folder / MANIFEST).is_file():
         return f"is one split of a prepared corpus; write {setting(key, folder.parent)}"
     if any((folder / other / MANIFEST).is_file() for other in SPLITS):
@@ -322,7 +322,7 @@ def _schedule(schedule: ScheduleConfig, num_steps: int | None, tokens_per_step: 
 
 
 def _share_of_run(duration: Duration, num_steps: int | None, tokens_per_step: int | None) -> float | None:
-    """A duration in steps, tokens or shares as a share of the run; None when the run's length is not known."""
+    """Return a duration in steps, tokens or shares as a share of the run; None when the run's length is not known."""
     if duration.unit == "fraction":
         return duration.value
     if not num_steps:

@@ -11,7 +11,7 @@ from bigtx.config.schema import DistillConfig, FinetuneConfig, RunConfig
 
 
 def distill_problems(config: RunConfig) -> Iterator[Problem]:
-    """A teacher that is not there, for what none can teach, or settings without one."""
+    """Yield a teacher that is not there, for what none can teach, or settings without one."""
     settings = config.distill
     if settings.teacher is None:
         if isinstance(config, FinetuneConfig) and config.task == "distill":

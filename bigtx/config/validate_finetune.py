@@ -58,7 +58,7 @@ def _classes(classes: list[str]) -> Iterator[Problem]:
 
 
 def _speech(config: FinetuneConfig) -> Iterator[Problem]:
-    """What hears must be asked what was said, and the other way round."""
+    """Yield what hears must be asked what was said, and the other way round."""
     model, settings = config.model, config.transcribe
     bins = model.audio.num_mel_bins
     if (config.task == "transcribe") != bool(bins):

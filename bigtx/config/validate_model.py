@@ -84,7 +84,7 @@ def model_problems(model: ModelConfig) -> Iterator[Problem]:
 
 
 def _experts(model: ModelConfig) -> Iterator[Problem]:
-    """A mixture of experts must fit the model, and say nothing where there is none."""
+    """Yield a mixture of experts must fit the model, and say nothing where there is none."""
     experts = model.experts
     if not experts.num_experts:
         for field in dataclasses.fields(experts):
@@ -130,7 +130,7 @@ def _lora(model: ModelConfig) -> Iterator[Problem]:
 
 
 def training_problems(config: RunConfig) -> Iterator[Problem]:
-    """What is trained must be possible."""
+    """Yield what is trained must be possible."""
     lora, optimizer, begins_with = config.model.lora, config.optimizer, config.begins_with
     if lora.rank and getattr(config, begins_with) is None:
         yield Problem(
@@ -149,7 +149,7 @@ def training_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def _audio(model: ModelConfig) -> Iterator[Problem]:
-    """An encoder that hears needs convolutions, and settings say nothing where none does."""
+    """Yield an encoder that hears needs convolutions, and settings say nothing where none does."""
     audio = model.audio
     bins = str(audio.num_mel_bins)
     if not audio.num_mel_bins:
@@ -190,7 +190,7 @@ def _idle_model_fields(model: ModelConfig) -> Iterator[Problem]:
 
 
 def objective_problems(config: PretrainConfig) -> Iterator[Problem]:
-    """An objective that is not for the model's shape, and settings of another one."""
+    """Yield an objective that is not for the model's shape, and settings of another one."""
     name, shape = config.objective.name, config.model.shape
     if bins := config.model.audio.num_mel_bins:
         yield Problem(

@@ -8,7 +8,7 @@ import numpy as np
 
 
 def splitmix64(value: np.ndarray) -> np.ndarray:
-    """The finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014): a bijection of the 64-bit integers."""
+    """Return the finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014): a bijection of the 64-bit integers."""
     value = value + np.uint64(0x9E3779B97F4A7C15)
     value ^= value >> np.uint64(30)
     value *= np.uint64(0xBF58476D1CE4E5B9)

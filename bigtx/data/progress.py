@@ -46,7 +46,7 @@ def _bar(share: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """A time as people read it: 0:07, 12:34, 3:25:45."""
+    """Return a time as people read it: 0:07, 12:34, 3:25:45."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -99,7 +99,7 @@ class Workers:
             self._pool.shutdown(cancel_futures=True)
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """The function's results, in the order of the items.
+        """Yield the function's results, in the order of the items.
 
         Raises:
             DataError: a process was killed.

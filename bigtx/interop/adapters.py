@@ -147,7 +147,7 @@ def _export_of_all(checkpoint: Path) -> str:
 
 
 def _converted(link: Link, opened: Checkpoint, config: ModelConfig, kind: str) -> ForeignAdapter | None:
-    """The adapter of a link's foreign tensor, if any of its parameters has one."""
+    """Return the adapter of a link's foreign tensor, if any of its parameters has one."""
     adapted = {f"{name}.weight" for name in adapted_matrices(config)} & set(link.names)
     if not adapted:
         return None
@@ -180,7 +180,9 @@ def _converted(link: Link, opened: Checkpoint, config: ModelConfig, kind: str) -
 
 
 def _is_transposed(link: Link, num_rows: Sequence[int]) -> bool:
-    """Whether the foreign matrix is [inputs, outputs], found by the way in which a width goes that no output has."""
+    """Return whether the foreign matrix is [inputs, outputs], found by the way in which a width goes that no output
+    has.
+    """
     width = sum(num_rows) + 1
     (probe,) = link.to_foreign([torch.empty(rows, width, device="meta") for rows in num_rows])
     return probe.shape[0] == width
@@ -226,7 +228,7 @@ def _whole(number: float) -> float:
 
 
 def _short_names(adapted: Sequence[str], modules: Iterable[str]) -> Mapping[str, str]:
-    """Names for modules by which PEFT finds them: the end after the block's number, as people write it
+    """Return names for modules by which PEFT finds them: the end after the block's number, as people write it
     (self_attn.q_proj), where every module of the model that ends so is adapted; else the whole name."""
     modules, wanted, short = list(modules), set(adapted), {}
     for name in adapted:

@@ -114,7 +114,7 @@ def _summary(facts: ModelFacts, config: RunConfig, manifest: Mapping[str, Any]) 
 
 
 def _aim(config: RunConfig) -> str:
-    """What the training was for."""
+    """Return what the training was for."""
     if isinstance(config, FinetuneConfig):
         rank = config.model.lora.rank
         return f"fine-tuned to {config.task}" + (f", by adapters of rank {rank} that were merged" if rank else "")
@@ -147,7 +147,7 @@ def _model_rows(model: ModelConfig, facts: ModelFacts) -> dict[str, Any]:
 
 
 def _class_rows(config: RunConfig) -> dict[str, Any]:
-    """What a classifier sorts into, and what it reads."""
+    """Return what a classifier sorts into, and what it reads."""
     if not isinstance(config, FinetuneConfig) or config.model.num_classes is None:
         return {}
     names = config.classify.classes
@@ -194,7 +194,7 @@ def _training(config: RunConfig, manifest: Mapping[str, Any]) -> str:
 
 
 def _losses(metrics: Path, manifest: Mapping[str, Any]) -> str:
-    """The last validation losses up to the checkpoint's step."""
+    """Return the last validation losses up to the checkpoint's step."""
     last: dict[str, dict[str, Any]] = {}
     for record in _records(metrics):
         if step_of(record) > manifest["step"]:

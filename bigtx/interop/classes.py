@@ -50,19 +50,19 @@ def decoder_classifier(architecture: str) -> Classifier:
 
 
 def pooling_of(run: RunConfig) -> str | None:
-    """How a run's classifier sums up a text; None where it is none."""
+    """Return how a run's classifier sums up a text; None where it is none."""
     if isinstance(run, FinetuneConfig) and run.model.num_classes is not None:
         return run.classify.pooling
     return None
 
 
 def auto_class(family: Family, config: ModelConfig) -> str:
-    """The class of transformers that loads a model of a family."""
+    """Return the class of transformers that loads a model of a family."""
     return family.auto_class if config.num_classes is None else AUTO_CLASS
 
 
 def architecture(family: Family, config: ModelConfig) -> str:
-    """The class of transformers that a model of a family is."""
+    """Return the class of transformers that a model of a family is."""
     if config.num_classes is None:
         return family.architecture
     assert family.classifier is not None
@@ -70,7 +70,7 @@ def architecture(family: Family, config: ModelConfig) -> str:
 
 
 def class_problems(family: Family, config: ModelConfig, pooling: str | None) -> list[str]:
-    """What of a classifier its family does not express, each as "KEY=VALUE: why"; nothing for other models.
+    """Return what of a classifier its family does not express, each as "KEY=VALUE: why"; nothing for other models.
 
     Args:
         pooling: classify.pooling, resolved.
@@ -89,7 +89,7 @@ def class_problems(family: Family, config: ModelConfig, pooling: str | None) -> 
 
 
 def write_classes(family: Family, run: RunConfig) -> dict[str, Any]:
-    """The fields that config.json has for a classifier; nothing for other models."""
+    """Return the fields that config.json has for a classifier; nothing for other models."""
     if not isinstance(run, FinetuneConfig) or run.model.num_classes is None:
         return {}
     assert family.classifier is not None
@@ -104,12 +104,12 @@ def write_classes(family: Family, run: RunConfig) -> dict[str, Any]:
 
 
 def is_classifier(values: Mapping[str, Any]) -> bool:
-    """Whether a config.json names a class that sorts texts."""
+    """Return whether a config.json names a class that sorts texts."""
     return _architecture(values).endswith(ENDING)
 
 
 def read_classes(family: Family, values: Mapping[str, Any]) -> ClassifyConfig | None:
-    """The classes that a config.json names and how its model sums up a text; None where it sorts no texts.
+    """Return the classes that a config.json names and how its model sums up a text; None where it sorts no texts.
 
     Raises:
         ConfigError: a head that bigtx does not have.
@@ -150,7 +150,7 @@ def _architecture(values: Mapping[str, Any]) -> str:
 
 
 def _names(values: Mapping[str, Any]) -> list[str]:
-    """The names of the classes in the order of their numbers; those of transformers where there are none."""
+    """Return the names of the classes in the order of their numbers; those of transformers where there are none."""
     given = values.get("id2label")
     if not isinstance(given, Mapping):
         number = values.get("num_labels", 2)

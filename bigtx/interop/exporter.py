@@ -126,7 +126,7 @@ def export_model(
 
 
 def without_adapters(config: ModelConfig) -> ModelConfig:
-    """The model that an export writes: its adapters are merged."""
+    """Return the model that an export writes: its adapters are merged."""
     return dataclasses.replace(config, lora=LoraConfig())
 
 
@@ -161,7 +161,7 @@ class _Source:
 
 
 def _generation_config(values: Mapping[str, Any], auto_class: str) -> dict[str, Any]:
-    """The ids that generation needs; nothing for a model that does not generate."""
+    """Return the ids that generation needs; nothing for a model that does not generate."""
     if auto_class in ("AutoModelForMaskedLM", AUTO_CLASS):
         return {}
     names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")

@@ -17,7 +17,7 @@ class SaidByConfig:
     """Of families whose config.json says all."""
 
     def settled(self, config: ModelConfig, keys: Collection[str]) -> ModelConfig:
-        """The config as it is."""
+        """Return the config as it is."""
         return config
 
 
@@ -30,22 +30,22 @@ class Family(Protocol):
 
     @property
     def model_type(self) -> str:
-        """The family's name in config.json."""
+        """Return the family's name in config.json."""
         ...
 
     @property
     def architecture(self) -> str:
-        """The class that config.json's `architectures` names."""
+        """Return the class that config.json's `architectures` names."""
         ...
 
     @property
     def auto_class(self) -> str:
-        """The class of transformers that loads it: AutoModelForCausalLM, ..MaskedLM or ..Seq2SeqLM."""
+        """Return the class of transformers that loads it: AutoModelForCausalLM, ..MaskedLM or ..Seq2SeqLM."""
         ...
 
     @property
     def classifier(self) -> Classifier | None:
-        """Its class that sorts texts; None: transformers has none, or bigtx does not write it."""
+        """Return its class that sorts texts; None: transformers has none, or bigtx does not write it."""
         ...
 
     def read_config(self, values: dict[str, Any]) -> ModelConfig:
@@ -57,7 +57,7 @@ class Family(Protocol):
         ...
 
     def settled(self, config: ModelConfig, keys: Collection[str]) -> ModelConfig:
-        """The config once it is known which tensors there are, where config.json does not say all of it."""
+        """Return the config once it is known which tensors there are, where config.json does not say all of it."""
         ...
 
     def problems(self, config: ModelConfig) -> list[str]:
@@ -65,16 +65,19 @@ class Family(Protocol):
         ...
 
     def write_config(self, config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-        """A config.json of a config without problems, model_type and architectures included; `read_config` inverts
-        it. Every field that matters is written out, so that another release's defaults change nothing."""
+        """Return a config.json of a config without problems, model_type and architectures included; `read_config`
+        inverts it. Every field that matters is written out, so that another release's defaults change nothing.
+        """
         ...
 
     def links(self, config: ModelConfig) -> list[Link]:
-        """Every parameter of bigtx in exactly one link, in the order in which a checkpoint is best written."""
+        """Return every parameter of bigtx in exactly one link, in the order in which a checkpoint is best written."""
         ...
 
     def rename(self, key: str) -> str:
-        """An older spelling of a foreign key (another prefix, gamma for weight) as `links` spells it; else the key."""
+        """Return an older spelling of a foreign key (another prefix, gamma for weight) as `links` spells it; else the
+        key.
+        """
         ...
 
     def unused(self, config: ModelConfig) -> Sequence[str]:

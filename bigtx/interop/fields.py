@@ -26,7 +26,7 @@ class Fields:
         self.problems: list[str] = []
 
     def size(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
-        """A whole number of at least `minimum`."""
+        """Return a whole number of at least `minimum`."""
         value = self._given(key, default)
         if isinstance(value, int) and not isinstance(value, bool) and value >= minimum:
             return value
@@ -51,7 +51,7 @@ class Fields:
         return value is True
 
     def choice(self, key: str, meanings: Mapping[str, T], default: str) -> T:
-        """What a name stands for."""
+        """Return what a name stands for."""
         value = self._given(key, default)
         if isinstance(value, str) and value in meanings:
             return meanings[value]
@@ -87,7 +87,7 @@ class Fields:
 
 
 def differing(config: Any, allowed: Mapping[str, Sequence[Any]], why: Mapping[str, str]) -> list[str]:
-    """The fields of a bigtx config whose values are not among those that a family expresses.
+    """Return the fields of a bigtx config whose values are not among those that a family expresses.
 
     Args:
         config: a ModelConfig.

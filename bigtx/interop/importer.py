@@ -124,7 +124,7 @@ def import_model(
 
 
 def _with_classes(family: Family, config: ModelConfig, classify: ClassifyConfig | None) -> ModelConfig:
-    """The model with the head of a classifier, if it is one."""
+    """Return the model with the head of a classifier, if it is one."""
     if classify is None:
         return config
     assert family.classifier is not None
@@ -132,7 +132,7 @@ def _with_classes(family: Family, config: ModelConfig, classify: ClassifyConfig 
 
 
 def _run_config(run_dir: Path, model: ModelConfig, classify: ClassifyConfig | None) -> PretrainConfig | FinetuneConfig:
-    """A config that trains the model on, once it has data."""
+    """Return a config that trains the model on, once it has data."""
     if classify is not None:
         return FinetuneConfig(run_dir=str(run_dir), task="classify", model=model, classify=classify)
     run = PretrainConfig(run_dir=str(run_dir), model=model)
@@ -142,7 +142,7 @@ def _run_config(run_dir: Path, model: ModelConfig, classify: ClassifyConfig | No
 
 
 def _tokenizer_of(folder: Path, source: Path, values: dict[str, Any], config: ModelConfig) -> Tokenizer:
-    """The tokenizer in a folder, with the ends that the model's files name.
+    """Return the tokenizer in a folder, with the ends that the model's files name.
 
     Raises:
         DataError: there is none, or it has ids that the model has no rows for.
@@ -175,14 +175,14 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _with_ends(tokenizer: Tokenizer, named: list[int]) -> Tokenizer:
-    """The tokenizer with all ids that end a text: those that the model's files name, and its own."""
+    """Return the tokenizer with all ids that end a text: those that the model's files name, and its own."""
     ends = [i for i in named if 0 <= i < tokenizer.vocab_size]
     ends = ends if tokenizer.end_id in ends else [tokenizer.end_id, *ends]
     return tokenizer.changed(ends=ends) if len(ends) > 1 else tokenizer
 
 
 def _spellings(family: Family, weights: ForeignWeights) -> dict[str, str]:
-    """The files' spelling of each key."""
+    """Return the files' spelling of each key."""
     spelled: dict[str, str] = {}
     for key in weights.shapes:
         name = family.rename(key)
@@ -256,7 +256,7 @@ def _refuse_another_head(family: Family, config: ModelConfig, weights: ForeignWe
 def _converted(
     links: list[Link], keys: dict[str, str], weights: ForeignWeights, config: ModelConfig
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of bigtx, link by link; those that no file has are new."""
+    """Yield every parameter of bigtx, link by link; those that no file has are new."""
     shapes = parameter_shapes(config)
     for link in links:
         if not keys.keys() & link.keys:

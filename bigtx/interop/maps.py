@@ -39,7 +39,7 @@ def same(name: str, key: str) -> Link:
 
 
 def transposed(name: str, key: str) -> Link:
-    """A matrix that the other side holds as [inputs, outputs]."""
+    """Return a matrix that the other side holds as [inputs, outputs]."""
     return Link((name,), (key,), _transpose, _transpose)
 
 
@@ -94,7 +94,7 @@ def swapped_halves(name: str, key: str, width: int) -> Link:
 
 
 def spelled(name: str, outer: Mapping[str, str], block: Mapping[str, str], layers: str) -> str:
-    """The key of a parameter where modules are only called otherwise.
+    """Return the key of a parameter where modules are only called otherwise.
 
     Args:
         name: of bigtx's parameter, e.g. decoder.blocks.3.attention.query.weight.

@@ -36,7 +36,7 @@ _SHOWN = 8
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a folder, as far as bigtx can read such a model at all.
+    """Return the config.json of a folder, as far as bigtx can read such a model at all.
 
     Raises:
         ConfigError: no such folder or file, adapters, a quantized model, or one that comes with its own code.
@@ -64,7 +64,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _adapters(folder: Path) -> ConfigError:
-    """What to do with a folder of adapters; transformers would load the base that it names and put them on it."""
+    """Return what to do with a folder of adapters; transformers would load the base that it names and put them on
+    it.
+    """
     values = _read_json(folder / ADAPTER_CONFIG)
     kind, base = str(values.get("peft_type")), str(values.get("base_model_name_or_path") or "BASE")
     problem = f"{folder} holds adapters for another model in PEFT's format ({kind[:40]}), not a model"
@@ -81,7 +83,7 @@ def _adapters(folder: Path) -> ConfigError:
 
 
 def read_end_ids(folder: Path, values: dict[str, Any]) -> list[int]:
-    """The ids that end a text in generation, by generation_config.json and config.json: one each, or several.
+    """Return the ids that end a text in generation, by generation_config.json and config.json: one each, or several.
 
     Args:
         values: of config.json.
@@ -154,7 +156,7 @@ class ForeignWeights:
             )
 
     def read(self, key: str) -> Tensor:
-        """A tensor, whole, in fp32.
+        """Return a tensor, whole, in fp32.
 
         Raises:
             CheckpointError: its file cannot be read any more.

@@ -13,7 +13,7 @@ _METHODS = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "
 
 
 def read_rope(fields: Fields, default_theta: float = 10_000.0) -> tuple[float, RopeScalingConfig]:
-    """The base of the frequencies and how they are stretched, where all blocks have the same.
+    """Return the base of the frequencies and how they are stretched, where all blocks have the same.
 
     Args:
         default_theta: of the family, where the file names none.
@@ -74,7 +74,7 @@ def _factor(rope: Fields, default: float | None) -> float:
 
 
 def _yarn_magnitude(rope: Fields, factor: float) -> float:
-    """The factor that transformers puts on cos and sin (DeepSeek's mscale included)."""
+    """Return the factor that transformers puts on cos and sin (DeepSeek's mscale included)."""
     if "attention_factor" in rope.values:
         return rope.number("attention_factor")
     if rope.values.get("mscale") and rope.values.get("mscale_all_dim"):
@@ -84,7 +84,7 @@ def _yarn_magnitude(rope: Fields, factor: float) -> float:
 
 
 def write_rope(config: ModelConfig) -> dict[str, Any]:
-    """The fields for `config.rope_theta` and `config.rope_scaling`, in both spellings.
+    """Return the fields for `config.rope_theta` and `config.rope_scaling`, in both spellings.
 
     transformers 4 does not know `rope_parameters`, and would take its default base without a word.
     """

@@ -23,7 +23,7 @@ _NEVER = -1e9
 
 
 def to_tokenizer_json(model: SentencePieceModel, template: Template) -> dict[str, Any]:
-    """What the library tokenizers reads: the model's pieces, merges and treatment of spaces.
+    """Return what the library tokenizers reads: the model's pieces, merges and treatment of spaces.
 
     Args:
         template: the special ids that are put around texts by default.
@@ -56,13 +56,15 @@ def to_tokenizer_json(model: SentencePieceModel, template: Template) -> dict[str
 
 
 def _spelled(piece: Any) -> str:
-    """A piece's name in tokenizer.json."""
+    """Return a piece's name in tokenizer.json."""
     is_text = piece.type in (piece.NORMAL, piece.USER_DEFINED)
     return str(piece.piece).replace(SPACE_MARK, " ") if is_text else str(piece.piece)
 
 
 def _added_tokens(proto: Any) -> list[dict[str, Any]]:
-    """The pieces that are cut out of the text before anything else: special ones, and those that the user defined."""
+    """Return the pieces that are cut out of the text before anything else: special ones, and those that the user
+    defined.
+    """
     settings = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return [
         {"id": i, "content": _spelled(piece), **settings, "special": piece.type != piece.USER_DEFINED}
@@ -120,7 +122,7 @@ def _normalizer(settings: Any, *, writes_mark: bool) -> dict[str, Any] | None:
 
 
 def _pre_tokenizer(proto: Any, data: bytes) -> dict[str, Any] | None:
-    """Where text may be cut without changing its ids."""
+    """Return where text may be cut without changing its ids."""
     if exact_borders(data):
         # Only for speed: the library remembers words as well.
         pattern = WORDS.pattern

@@ -13,7 +13,7 @@ from bigtx.utils.errors import ConfigError
 
 
 def family_of(run: RunConfig, name: str | None = None) -> Family:
-    """The family of a run's model, by its config alone.
+    """Return the family of a run's model, by its config alone.
 
     Args:
         name: model_type that is wanted; None takes the first that expresses the model.
@@ -29,7 +29,7 @@ def family_of(run: RunConfig, name: str | None = None) -> Family:
 
 
 def describe(run: RunConfig, tokenizer: Tokenizer, name: str | None = None) -> tuple[Family, dict[str, Any]]:
-    """The family of a run's model, and the config.json of its export.
+    """Return the family of a run's model, and the config.json of its export.
 
     Args:
         run: model.vocab_size set.
@@ -44,7 +44,7 @@ def describe(run: RunConfig, tokenizer: Tokenizer, name: str | None = None) -> t
 
 
 def export_note(run: RunConfig, tokenizer: Tokenizer) -> str | None:
-    """What users should know before a training whose model cannot be exported; None where it can."""
+    """Return what users should know before a training whose model cannot be exported; None where it can."""
     try:
         describe(run, tokenizer)
     except ConfigError as error:

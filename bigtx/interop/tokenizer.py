@@ -160,7 +160,7 @@ def export_classifier_tokenizer(tokenizer: Tokenizer, folder: Path, run: Finetun
 
 
 def template_of_export(tokenizer: Tokenizer, model_type: str) -> Template:
-    """The special ids that transformers puts around texts by default, once the tokenizer is exported.
+    """Return the special ids that transformers puts around texts by default, once the tokenizer is exported.
 
     They are the tokenizer's own if it came with a model. Otherwise the end id follows a text for an encoder or a T5,
     which read texts so in training, and a decoder gets none.
@@ -200,7 +200,7 @@ def import_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _default_differences(tokenizer: Tokenizer, folder: Path) -> list[str]:
-    """Where transformers, if it can load a folder's tokenizer at all, puts other special ids around texts."""
+    """Return where transformers, if it can load a folder's tokenizer at all, puts other special ids around texts."""
     try:
         theirs = _load(folder)
     except DataError:
@@ -220,7 +220,7 @@ def _refuse_differences(folder: Path, name: str, differences: Sequence[str]) -> 
 
 
 def compare_tokenizers(tokenizer: Tokenizer, folder: Path) -> list[str]:
-    """What AutoTokenizer, loading a folder, does otherwise than a tokenizer of bigtx.
+    """Return what AutoTokenizer, loading a folder, does otherwise than a tokenizer of bigtx.
 
     Special ids, the vocabulary's size, the ids of `HARD_TEXTS` and of a chat are compared, and what stands around texts
     and pairs by default; the network is not used, and no code in the folder runs.
@@ -242,7 +242,7 @@ def compare_tokenizers(tokenizer: Tokenizer, folder: Path) -> list[str]:
 
 
 def _special_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Names for the special ids, as tokenizer_config.json has them."""
+    """Return names for the special ids, as tokenizer_config.json has them."""
     own = tokenizer.special
     named = {
         "pad_token": own.pad,
@@ -259,7 +259,7 @@ def _special_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _tokenizer_class(model_type: str) -> str:
-    """The class that has transformers 5 read tokenizer.json as it is.
+    """Return the class that has transformers 5 read tokenizer.json as it is.
 
     For most types it is the general one. Where transformers distrusts what such folders name, it puts the type's own
     class in its place, which builds another tokenizer; a class without a name is the only one that it leaves alone.
@@ -315,7 +315,7 @@ def _text_differences(tokenizer: Tokenizer, theirs: Any, texts: Sequence[str]) -
 
 
 def _template_differences(tokenizer: Tokenizer, theirs: Any, template: Template | None) -> Iterator[str]:
-    """What transformers puts otherwise around one text and around two; nothing is compared without a template."""
+    """Yield what transformers puts otherwise around one text and around two; nothing is compared without a template."""
     if template is None:
         return
     for what, texts in (("one text", _PAIR[:1]), ("two texts", _PAIR)):

@@ -121,7 +121,7 @@ def verify_adapters(
     tokenizer: Tokenizer,
     weights: Literal["master", "ema"],
 ) -> Verdict:
-    """The same for adapters that PEFT puts on a base in transformers' format.
+    """Return the same for adapters that PEFT puts on a base in transformers' format.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
@@ -177,7 +177,7 @@ def _random_inputs(run: RunConfig, tokenizer: Tokenizer) -> Inputs:
 
 
 def _text_inputs(run: FinetuneConfig, tokenizer: Tokenizer, folder: Path) -> list[Inputs]:
-    """A padded batch of texts and one of pairs: as bigtx makes them, and as the export's own tokenizer does."""
+    """Return a padded batch of texts and one of pairs: as bigtx makes them, and as the export's own tokenizer does."""
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)

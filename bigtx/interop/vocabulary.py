@@ -35,11 +35,11 @@ def foreign_shapes(links: Sequence[Link], config: ModelConfig) -> dict[str, tupl
 
 
 def cut(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
-    """A parameter without the rows that pad the vocabulary."""
+    """Return a parameter without the rows that pad the vocabulary."""
     return tensor[: config.vocab_size] if name in PADDED else tensor
 
 
 def padded(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """A parameter with rows of zeros up to its shape."""
+    """Return a parameter with rows of zeros up to its shape."""
     missing = shape[0] - tensor.shape[0]
     return torch.cat((tensor, tensor.new_zeros(missing, *tensor.shape[1:]))) if missing else tensor

@@ -58,7 +58,7 @@ def read_rhythm(fields: Fields, types: list[str]) -> int | None:
 
 
 def layer_types(config: ModelConfig) -> list[str]:
-    """Which blocks have a window."""
+    """Return which blocks have a window."""
     return [SLIDING if shape.has_window(config, layer) else FULL for layer in range(config.num_layers)]
 
 
@@ -82,7 +82,7 @@ def write_layer_windows(config: ModelConfig) -> dict[str, Any]:
 
 
 def window_problems(config: ModelConfig, *, allowed: bool, by_layer: bool = False) -> list[str]:
-    """What stands against a family in a config's windows.
+    """Return what stands against a family in a config's windows.
 
     Args:
         allowed: the family has windows.

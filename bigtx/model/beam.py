@@ -41,7 +41,7 @@ class Beam:
         assert self.length_penalty >= 0.0, "with a negative penalty a longer text could not be ruled out"
 
     def score(self, log_probability: float, num_tokens: int) -> float:
-        """What texts are compared by; `num_tokens` counts the end."""
+        """Return what texts are compared by; `num_tokens` counts the end."""
         return log_probability / ((5 + num_tokens) / 6) ** self.length_penalty
 
 
@@ -77,7 +77,7 @@ class _Search:
             self.best = Found(ids, log_probability, score)
 
     def is_done(self, best_open: float, beam: Beam) -> bool:
-        """Whether nothing that is still open can be better.
+        """Return whether nothing that is still open can be better.
 
         Args:
             best_open: the best log-probability of an open text: it only falls, and a length does no more for a score
@@ -99,7 +99,8 @@ def beam_search(
     start_id: int | None = None,
     device: torch.device | str = "cpu",
 ) -> list[Found]:
-    """The best text after each prompt; an encoder-decoder reads the prompt as the source and begins a text of its own.
+    """Return the best text after each prompt; an encoder-decoder reads the prompt as the source and begins a text of
+    its own.
 
     All ranks find the same where weights are sharded over them: nothing is drawn, and they compute alike.
 

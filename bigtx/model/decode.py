@@ -69,7 +69,7 @@ class Sampling:
         return ids.gather(1, torch.stack(places)).flatten().tolist()
 
     def generator(self, index: int) -> torch.Generator:
-        """The source of randomness of one prompt."""
+        """Return the source of randomness of one prompt."""
         key = hashlib.sha256(f"{self.seed}/{index}".encode()).digest()
         # torch's CPU generator uses 32 bits of its seed.
         return torch.Generator().manual_seed(int.from_bytes(key[:4], "little"))
@@ -95,7 +95,7 @@ class _Row:
     new_ids: list[int] = field(default_factory=list)
 
     def window(self) -> list[int]:
-        """The tokens that the model reads: those from `start` on."""
+        """Return the tokens that the model reads: those from `start` on."""
         return self.ids[self.start :]
 
     def take(self, token: int, max_new_tokens: int, on_token: OnToken | None) -> bool:

@@ -27,7 +27,7 @@ def fold(seeds: Tensor, number: int | Tensor) -> Tensor:
 
 
 def dropout_mask(shape: Sequence[int], rate: float, seeds: Tensor, dtype: torch.dtype) -> Tensor:
-    """What dropout multiplies with: 0, or 1 / (1 - rate).
+    """Return what dropout multiplies with: 0, or 1 / (1 - rate).
 
     Args:
         shape: [B, ..., N]. An element depends on its own row's seed and its own indices within the row, not on the
@@ -62,7 +62,7 @@ class Dropout:
         return x if mask is None else x * mask
 
     def mask(self, shape: Sequence[int], seeds: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """What an x of this shape is multiplied with, or None if nothing is dropped."""
+        """Return what an x of this shape is multiplied with, or None if nothing is dropped."""
         if seeds is None or not self.rate:
             return None
         return dropout_mask(shape, self.rate, fold(seeds, self._place), dtype)

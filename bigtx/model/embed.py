@@ -44,8 +44,8 @@ class Embedder(nn.Module):
         cache: KeyValueCache | None = None,
         seeds: Tensor | None = None,
     ) -> list[Text]:
-        """What was heard, if anything, and tokens, positions and segment ids of each text to what a stack reads. With
-        a cache the last text is the decoder's; by int64 seeds [B] embeddings are dropped.
+        """Return what was heard, if anything, and tokens, positions and segment ids of each text to what a stack reads.
+        With a cache the last text is the decoder's; by int64 seeds [B] embeddings are dropped.
 
         Source and target go through the tables together: DeepSpeed's ZeRO-2 has added up wrong gradients where a
         module ran twice in a step.

@@ -41,7 +41,7 @@ class Routing(NamedTuple):
         return Routing(*(own + others for own, others in zip(self, other, strict=True)))
 
     def detach(self) -> Routing:
-        """The numbers without a gradient."""
+        """Return the numbers without a gradient."""
         return Routing(*(part.detach() for part in self))
 
     @property
@@ -56,12 +56,12 @@ class Routing(NamedTuple):
 
     @property
     def _num_tokens(self) -> Tensor:
-        """The probabilities of a token sum up to 1."""
+        """Return the probabilities of a token sum up to 1."""
         return self.probabilities.detach().sum(dim=-1).mean()
 
 
 def shares_of(counts: Tensor) -> Tensor:
-    """The part of the tokens that each expert had, fp32 like their counts [..., E]."""
+    """Return the part of the tokens that each expert had, fp32 like their counts [..., E]."""
     return counts / counts.sum(dim=-1, keepdim=True)
 
 
@@ -78,7 +78,7 @@ def imbalance(probabilities: Tensor, shares: Tensor | None) -> Tensor:
 
 
 def routing_loss(routing: Routing, shares: Tensor | None, settings: ExpertsConfig) -> Tensor:
-    """What the routing of a batch adds to the loss, summed over its tokens.
+    """Return what the routing of a batch adds to the loss, summed over its tokens.
 
     Args:
         shares: as for `imbalance`. With those of the batch itself, the loss of a global batch would depend on how it is
@@ -133,12 +133,14 @@ class Experts(nn.Module):
         return result.view_as(x), Routing(counts, probabilities.sum(dim=0), squares.sum(dim=0))
 
     def _scores(self, tokens: Tensor) -> Tensor:
-        """What the router gives each expert, fp32 [N, E]: in 16 bits, close experts would change places by rounding."""
+        """Return what the router gives each expert, fp32 [N, E]: in 16 bits, close experts would change places by
+        rounding.
+        """
         with torch.autocast(tokens.device.type, enabled=False):
             return F.linear(tokens.float(), self.router.weight.float())
 
     def _chosen(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """The weighted sum of what each token's experts make of it.
+        """Return the weighted sum of what each token's experts make of it.
 
         Args:
             tokens: [N, D].
@@ -159,7 +161,7 @@ class Experts(nn.Module):
         return result.to(tokens.dtype), ends.diff(prepend=ends.new_zeros(1)).float()
 
     def _by_expert(self, x: Tensor, ends: Tensor) -> Tensor:
-        """Each expert's feed-forward of its own rows of x [M, D]; those of expert e end before row ends[e]."""
+        """Return each expert's feed-forward of its own rows of x [M, D]; those of expert e end before row ends[e]."""
         activation = ACTIVATIONS[self.kind]
         up = expert_products(x, self.up, ends)
         hidden = activation(up) if self.gate is None else activation(expert_products(x, self.gate, ends)) * up
@@ -186,8 +188,9 @@ def expert_products(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 
 
 def _has_kernel(weights: Tensor) -> bool:
-    """Whether torch multiplies all experts at once: in bf16 on CUDA from compute capability 8 on, with rows of whole
-    16 bytes. Elsewhere it would loop too, and torch.compile refuses it."""
+    """Return whether torch multiplies all experts at once: in bf16 on CUDA from compute capability 8 on, with rows of
+    whole 16 bytes. Elsewhere it would loop too, and torch.compile refuses it.
+    """
     return (
         weights.is_cuda
         and weights.dtype == torch.bfloat16
@@ -211,7 +214,9 @@ def _loop(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 
 @operator("bigtx::expert_outer_products")
 def _loop_backward(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
-    """The gradient [E, outputs, inputs] of the weights, from that of the products [M, outputs] and x [M, inputs]."""
+    """Return the gradient [E, outputs, inputs] of the weights, from that of the products [M, outputs] and x [M,
+    inputs].
+    """
     result = x.new_empty(ends.shape[0], grad.shape[1], x.shape[1])
     for expert, (start, end) in enumerate(itertools.pairwise([0, *ends.tolist()])):
         torch.mm(grad[start:end].t(), x[start:end], out=result[expert])

@@ -26,7 +26,7 @@ PROJECTIONS = ("attention.output.weight", "mlp.down.weight", "mlp.down", "mlp.sh
 def initial_value(
     name: str, shape: tuple[int, ...], config: ModelConfig, seed: int, start: int = 0, stop: int | None = None
 ) -> Tensor:
-    """The initial value of one parameter, or of a piece of it.
+    """Return the initial value of one parameter, or of a piece of it.
 
     Args:
         name: as in `named_parameters()`.

@@ -95,7 +95,7 @@ class Norm(nn.Module):
 
     @classmethod
     def of(cls, config: ModelConfig) -> Norm:
-        """A norm of the residual stream."""
+        """Return a norm of the residual stream."""
         return cls(config.norm, config.hidden_size, eps=config.norm_eps, scale=config.norm_scale, bias=config.norm_bias)
 
 

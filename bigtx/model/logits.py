@@ -33,7 +33,7 @@ class LogitsOnDemand:
     soft_cap: float | None
 
     def __getitem__(self, chunk: slice) -> Tensor:
-        """The logits of some tokens, fp32 [n, V]."""
+        """Return the logits of some tokens, fp32 [n, V]."""
         return soft_capped(F.linear(self.hidden[chunk], self.weight, self.bias).float(), self.soft_cap)
 
 
@@ -71,7 +71,7 @@ def divergence(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 def divergence_and_gradient(
     logits: Tensor, teacher: Tensor, predicted: Tensor, soft_cap: float | None, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """The sum of `divergence` over a chunk of tokens, and its gradient in closed form, both in fp32.
+    """Return the sum of `divergence` over a chunk of tokens, and its gradient in closed form, both in fp32.
 
     Args:
         logits: [n, P] before the soft cap; left as they are.

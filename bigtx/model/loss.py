@@ -159,11 +159,11 @@ class Head(nn.Module):
         return Loss(loss, cross_entropy)
 
     def on_demand(self, hidden: Tensor) -> LogitsOnDemand:
-        """The logits of hidden [B, T, D], of B T tokens in a row, made when they are asked for."""
+        """Return the logits of hidden [B, T, D], of B T tokens in a row, made when they are asked for."""
         return LogitsOnDemand(self._transformed(hidden).flatten(0, 1), *self._of_vocabulary(), self.soft_cap)
 
     def _transformed(self, hidden: Tensor) -> Tensor:
-        """What the matrix is multiplied with."""
+        """Return what the matrix is multiplied with."""
         if self.transform is not None and self.norm is not None:
             hidden = self.norm(F.gelu(self.transform(hidden)))
         return hidden if self.scale == 1.0 else hidden * self.scale
@@ -309,7 +309,7 @@ class ChunkedLogProbs(torch.autograd.Function):
 
 
 def _arithmetic(hidden: Tensor) -> torch.dtype:
-    """The type of the products. Autocast would cast the weight again for each chunk."""
+    """Return the type of the products. Autocast would cast the weight again for each chunk."""
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
@@ -376,7 +376,7 @@ def chunk_loss_and_gradient(
 
 
 def loss_in_pieces(logits: Tensor, labels: Tensor, per_piece: ChunkLoss) -> tuple[Tensor, Tensor, Tensor]:
-    """A `ChunkLoss` by one that is given few rows at a time; the gradients take the place of the logits."""
+    """Return a `ChunkLoss` by one that is given few rows at a time; the gradients take the place of the logits."""
     size = max(1, PIECE_LOGITS // logits.shape[1])
     sums = torch.zeros(2, dtype=torch.float32, device=logits.device)
     for own_logits, own_labels in zip(logits.split(size), labels.split(size), strict=True):

@@ -50,7 +50,7 @@ def make_mask(
     in_order: bool = True,
     sparse: bool = False,
 ) -> Mask:
-    """What `queries` may see of `keys`.
+    """Return what `queries` may see of `keys`.
 
     Args:
         causal: whether a token sees nothing that stands after it.
@@ -86,7 +86,7 @@ def dense_mask(queries: Side, keys: Side, *, causal: bool, window: int | None, p
 
 
 def block_mask(queries: Side, keys: Side, *, causal: bool, window: int | None, prefix: Tensor | None) -> BlockMask:
-    """The same for FlexAttention, where both sides stand at columns 0, 1, 2, ..."""
+    """Return the same for FlexAttention, where both sides stand at columns 0, 1, 2, ..."""
     rules: list[Visible] = []
     query_segments, key_segments = queries.segment_ids, keys.segment_ids
     if causal and prefix is not None:

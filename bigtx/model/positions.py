@@ -21,7 +21,7 @@ Rotation = tuple[Tensor, Tensor]
 
 
 def rotation(config: ModelConfig, positions: Tensor, *, local: bool = False) -> Rotation:
-    """The rotary angles (arXiv:2104.09864) of positions [B, T], in blocks with a window (`local`) or without."""
+    """Return the rotary angles (arXiv:2104.09864) of positions [B, T], in blocks with a window (`local`) or without."""
     theta = (config.local_rope_theta if local else None) or config.rope_theta
     frequencies, magnitude = rotary_frequencies(config, theta, positions.device)
     angles = positions[:, None, :, None].float() * frequencies  # B 1 T C/2
@@ -64,7 +64,9 @@ def rotary_frequencies(config: ModelConfig, theta: float, device: torch.device |
 
 
 def _yarn_dimension(config: ModelConfig, theta: float, width: int, turns: float) -> float:
-    """The pair of dimensions that makes this many turns within the original length (arXiv:2309.00071, section 3.2)."""
+    """Return the pair of dimensions that makes this many turns within the original length (arXiv:2309.00071, section
+    3.2).
+    """
     per_radian = config.rope_scaling.original_length / (turns * 2 * math.pi)
     return width * math.log(per_radian) / (2 * math.log(theta))
 
@@ -89,7 +91,7 @@ class RelativeBias(nn.Module):
         self.table = Embedding(config.relative_num_buckets, config.num_heads)
 
     def forward(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
-        """The bias [B, H, T, S] for query positions [B, T] and key positions [B, S]."""
+        """Return the bias [B, H, T, S] for query positions [B, T] and key positions [B, S]."""
         behind = query_positions[:, :, None] - key_positions[:, None, :]  # B T S
         return self.table(self.bucket(behind)).permute(0, 3, 1, 2)
 

@@ -20,7 +20,7 @@ with 512 (two AMX cores)."""
 
 
 def products_are_faster(queries: Tensor, keys: Tensor) -> bool:
-    """Whether torch's kernel would take longer, with the backward pass that is to come."""
+    """Return whether torch's kernel would take longer, with the backward pass that is to come."""
     recorded = torch.is_grad_enabled() and queries.dtype == torch.bfloat16 and queries.device.type == "cpu"
     return recorded and queries.shape[2] * keys.shape[2] <= MAX_SCORES
 
@@ -61,7 +61,7 @@ def attend(
 def _attend(
     queries: Tensor, keys: Tensor, values: Tensor, added: Tensor | None, kept: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """What is attended to [B, H, T, C], and the weights [B, H, T, S] before `kept` multiplied them."""
+    """Return what is attended to [B, H, T, C], and the weights [B, H, T, S] before `kept` multiplied them."""
     scores = (queries * scale) @ keys.transpose(-2, -1)
     if added is not None:
         scores += added
@@ -91,7 +91,7 @@ def _attend_backward(
     weights: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of queries, keys, values and scores [B, H, T, S]."""
+    """Return the gradients of queries, keys, values and scores [B, H, T, S]."""
     of_values = _dropped(weights, kept).transpose(-2, -1) @ grad
     of_weights = _dropped(grad @ values.transpose(-2, -1), kept)
     of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)

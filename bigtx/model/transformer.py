@@ -134,11 +134,11 @@ class Block(nn.Module):
         return self.mlp(x, is_text, seeds) if isinstance(self.mlp, Experts) else (self.mlp(x, seeds), None)
 
     def _before(self, norm: Norm | None, x: Tensor) -> Tensor:
-        """What a sublayer reads."""
+        """Return what a sublayer reads."""
         return norm(x) if self.norm_first and norm is not None else x
 
     def _after(self, norm: Norm | None, x: Tensor, change: Tensor) -> Tensor:
-        """The residual sum of a sublayer."""
+        """Return the residual sum of a sublayer."""
         x = x + change
         return x if self.norm_first or norm is None else norm(x)
 
@@ -165,7 +165,7 @@ class Stack(nn.Module):
         seeds: Tensor | None = None,
         text_lengths: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
-        """The hidden states [B, T, D] of a text, and where its tokens went if there are experts."""
+        """Return the hidden states [B, T, D] of a text, and where its tokens went if there are experts."""
         around = self._surroundings(text, source, prefix_mask, cache)
         if text_lengths is not None and self.config.experts.num_experts:
             columns = torch.arange(text.x.shape[1], device=text.x.device)
@@ -215,7 +215,7 @@ def _side(text: Text) -> Side:
 
 
 def _source_mask(text: Text, source: Text, *, sparse: bool) -> Mask:
-    """What the decoder sees of the source: its own segment; where one of the two has none, that is segment 0."""
+    """Return what the decoder sees of the source: its own segment; where one of the two has none, that is segment 0."""
     if (text.segment_ids is None) != (source.segment_ids is None):
         text, source = (
             side if side.segment_ids is not None else side._replace(segment_ids=torch.zeros_like(side.positions))
@@ -244,7 +244,7 @@ class Transformer(Embedder):
 
     @property
     def blocks(self) -> list[Block]:
-        """The blocks of all stacks."""
+        """Return the blocks of all stacks."""
         return [module for module in self.modules() if isinstance(module, Block)]
 
     @torch.no_grad()

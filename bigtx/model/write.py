@@ -32,7 +32,7 @@ class Codec(Protocol):
         ...
 
     def stream(self, after: Sequence[int] = ()) -> StreamDecoder:
-        """A decoder for ids that come one by one, after others."""
+        """Return a decoder for ids that come one by one, after others."""
         ...
 
 

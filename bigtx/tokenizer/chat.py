@@ -54,7 +54,7 @@ def check_messages(messages: Sequence[Mapping[str, Any]], roles: Collection[str]
 
 
 def chat_template(roles: Collection[str], end: str, begin: str = "") -> str:
-    """The format of `Tokenizer.encode_chat` as Hugging Face tokenizers read it from chat_template.jinja.
+    """Return the format of `Tokenizer.encode_chat` as Hugging Face tokenizers read it from chat_template.jinja.
 
     Args:
         end: the piece that ends a message.

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 
 def cut(text: str, limit: int) -> Iterator[str]:
-    """The text in pieces of at most `limit` characters; together they are the text.
+    """Yield the text in pieces of at most `limit` characters; together they are the text.
 
     A piece ends with a line's end where there is one, otherwise before a space, otherwise at the limit.
     """

@@ -55,11 +55,11 @@ class HuggingFaceModel:
         self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text."""
+        """Return the ids of each text."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int], keep_special: bool, after: Sequence[int] = ()) -> str:
-        """The text of ids; bytes that are no UTF-8 become U+FFFD.
+        """Return the text of ids; bytes that are no UTF-8 become U+FFFD.
 
         Args:
             after: ids that stand before them, whose text is left out.
@@ -71,19 +71,19 @@ class HuggingFaceModel:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=not keep_special))
 
     def stream(self, after: Sequence[int] = ()) -> WindowStream:
-        """A decoder for ids that come one by one, after others."""
+        """Return a decoder for ids that come one by one, after others."""
         return WindowStream(self, after)
 
     def piece(self, i: int) -> str:
-        """The piece as the model writes it; empty in a gap between the ids."""
+        """Return the piece as the model writes it; empty in a gap between the ids."""
         return self._tokenizer.id_to_token(i) or ""
 
     def is_byte(self, i: int) -> bool:
-        """Whether the piece is a byte that alone is no character."""
+        """Return whether the piece is a byte that alone is no character."""
         return self.decode([i], keep_special=False) == "\ufffd"
 
     def template(self) -> Template:
-        """The special ids that tokenizer.json puts around texts.
+        """Return the special ids that tokenizer.json puts around texts.
 
         As in transformers 5, `add_bos_token` and `add_eos_token` in tokenizer_config.json change nothing beside it.
 
@@ -93,7 +93,7 @@ class HuggingFaceModel:
         return observed(self._tokenizer.encode)
 
     def special_ids(self, settings: dict[str, Any]) -> SpecialIds:
-        """The special ids, by what the files beside tokenizer.json say of them.
+        """Return the special ids, by what the files beside tokenizer.json say of them.
 
         Args:
             settings: `bos_token` and the like, as in special_tokens_map.json.
@@ -143,7 +143,7 @@ class WindowStream:
         self._waiting: list[int] = []
 
     def push(self, i: int) -> str:
-        """The text that id `i` completes, often empty."""
+        """Return the text that id `i` completes, often empty."""
         self._waiting.append(i)
         text = self._new_text()
         if not text or text.endswith("\ufffd"):
@@ -152,7 +152,7 @@ class WindowStream:
         return text
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for a character that was cut short."""
+        """Return what is left at the end: U+FFFD for a character that was cut short."""
         text = self._new_text()
         self._shown, self._waiting = [], []
         return text
@@ -162,7 +162,7 @@ class WindowStream:
 
 
 def read_settings_files(folder: Path) -> dict[str, bytes]:
-    """The contents of those `SETTINGS_FILES` that a folder has, by name.
+    """Return the contents of those `SETTINGS_FILES` that a folder has, by name.
 
     Raises:
         DataError: one cannot be read, or should be a JSON object and is none.
@@ -184,7 +184,7 @@ def read_settings_files(folder: Path) -> dict[str, bytes]:
 
 
 def settings_of(files: Mapping[str, bytes]) -> dict[str, Any]:
-    """What tokenizer_config.json and special_tokens_map.json say; the second has the last word.
+    """Return what tokenizer_config.json and special_tokens_map.json say; the second has the last word.
 
     Args:
         files: as from `read_settings_files`; any may be missing.

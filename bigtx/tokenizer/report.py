@@ -62,7 +62,7 @@ class Measures:
         return self.num_bytes / max(1, self.num_tokens)
 
     def facts(self) -> dict[str, Any]:
-        """The figures as plain data."""
+        """Return the figures as plain data."""
         return {
             "texts": self.num_texts,
             "bytes": self.num_bytes,
@@ -74,7 +74,7 @@ class Measures:
 
 
 def facts(tokenizer: Tokenizer, folder: Path | str) -> dict[str, Any]:
-    """What a tokenizer is, as plain data."""
+    """Return what a tokenizer is, as plain data."""
     return {
         "tokenizer": str(folder),
         "kind": tokenizer.kind,
@@ -86,7 +86,7 @@ def facts(tokenizer: Tokenizer, folder: Path | str) -> dict[str, Any]:
 
 
 def text_facts(tokenizer: Tokenizer, text: str) -> dict[str, Any]:
-    """What becomes of a text, as plain data."""
+    """Return what becomes of a text, as plain data."""
     ids = tokenizer.encode(text)
     pieces = [tokenizer.id_to_piece(i) for i in ids]
     return {"text": text, "ids": ids, "pieces": pieces, "unchanged": tokenizer.decode(ids) == text}
@@ -112,7 +112,7 @@ def measure(tokenizer: Tokenizer, texts: Sequence[str]) -> Measures:
 
 
 def kind_of(tokenizer: Tokenizer, i: int) -> str:
-    """What an id stands for: a special id, a single byte, or the kind of characters in its piece."""
+    """Return what an id stands for: a special id, a single byte, or the kind of characters in its piece."""
     if i in tokenizer.special.all():
         return "special"
     if tokenizer.is_byte(i):
@@ -128,7 +128,7 @@ _KINDS = {"L": "letters", "M": "letters", "N": "digits"}
 
 
 def figures(tokenizer: Tokenizer, measures: Measures) -> str:
-    """A paragraph and a table: bytes per token, losses, and the kinds of pieces."""
+    """Return a paragraph and a table: bytes per token, losses, and the kinds of pieces."""
     vocabulary = Counter(kind_of(tokenizer, i) for i in range(tokenizer.vocab_size))
     used: Counter[str] = Counter()
     num_used = 0
@@ -152,7 +152,7 @@ def figures(tokenizer: Tokenizer, measures: Measures) -> str:
 
 
 def remark_on_size(tokenizer: Tokenizer, measures: Measures, num_bytes: int) -> str:
-    """What to say of a vocabulary that is too large for its text; empty if it is not.
+    """Return what to say of a vocabulary that is too large for its text; empty if it is not.
 
     A model learns an id from the places where it stands: with some hundred places for each id there are enough, with
     some dozen most ids have next to none.
@@ -173,13 +173,13 @@ def remark_on_size(tokenizer: Tokenizer, measures: Measures, num_bytes: int) -> 
 
 
 def pieces_line(tokenizer: Tokenizer, measures: Measures) -> str:
-    """The pieces that carry most of the text, longest share first."""
+    """Return the pieces that carry most of the text, longest share first."""
     share = Counter({i: count * len(tokenizer.decode([i])) for i, count in measures.tokens.items()})
     return "  ".join(_shown_piece(tokenizer, i) for i, _ in share.most_common(24))
 
 
 def example(tokenizer: Tokenizer, text: str) -> str:
-    """A text's pieces with bars between them, how many they are, and whether the text came back changed."""
+    """Return a text's pieces with bars between them, how many they are, and whether the text came back changed."""
     ids = tokenizer.encode(text)
     pieces: list[str] = []
     for is_byte, run in itertools.groupby(ids, tokenizer.is_byte):
@@ -194,13 +194,13 @@ def example(tokenizer: Tokenizer, text: str) -> str:
 
 
 def examples(tokenizer: Tokenizer) -> str:
-    """What becomes of texts that tokenizers are known to stumble over."""
+    """Return what becomes of texts that tokenizers are known to stumble over."""
     width = max(map(len, HARD_TEXTS)) + 2
     return "\n".join(f"  {name:<{width}}{example(tokenizer, text)}" for name, text in HARD_TEXTS.items())
 
 
 def special_line(tokenizer: Tokenizer) -> str:
-    """The special ids, runs of them shortened."""
+    """Return the special ids, runs of them shortened."""
     ids = tokenizer.special
     named = {"padding": ids.pad, "unknown": ids.unknown, "begin": ids.begin, "end": ids.end, "mask": ids.mask}
     parts = [f"{name} {i}" if i is not None else f"no {name}" for name, i in named.items()]
@@ -211,7 +211,7 @@ def special_line(tokenizer: Tokenizer) -> str:
 
 
 def template_line(tokenizer: Tokenizer) -> str:
-    """What stands around one text and around two."""
+    """Return what stands around one text and around two."""
     if tokenizer.template is None:
         return f"as bigtx has it: the end id {tokenizer.end_id} after each document"
     shown = []

@@ -80,7 +80,7 @@ class SentencePieceModel:
         return WordEncoder(self.encode_batch, self.vocab_size, borders) if borders else None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text."""
+        """Return the ids of each text."""
         apart = self._apart
         if not any(piece in text for piece in apart for text in texts):
             return self._encode(list(texts))
@@ -94,11 +94,11 @@ class SentencePieceModel:
         ]
 
     def bytes_of(self, ids: Sequence[int], keep_special: bool) -> bytes:
-        """The UTF-8 bytes of ids, a space that the model put at the front included."""
+        """Return the UTF-8 bytes of ids, a space that the model put at the front included."""
         return b"".join(map((self._bytes_with_special if keep_special else self._bytes).__getitem__, ids))
 
     def decode(self, ids: Sequence[int], keep_special: bool, after: Sequence[int] = ()) -> str:
-        """The text of ids; bytes that are no UTF-8 become U+FFFD.
+        """Return the text of ids; bytes that are no UTF-8 become U+FFFD.
 
         Args:
             after: ids that stand before them, whose text is left out.
@@ -107,19 +107,19 @@ class SentencePieceModel:
         return text.removeprefix(" ") if self._begins_with_added_space(after) else text
 
     def stream(self, after: Sequence[int] = ()) -> Utf8Stream:
-        """A decoder for ids that come one by one, after others."""
+        """Return a decoder for ids that come one by one, after others."""
         return Utf8Stream(self._bytes, skips_space=self._begins_with_added_space(after))
 
     def _begins_with_added_space(self, after: Sequence[int]) -> bool:
-        """Whether a space that comes after these ids is the one that the model puts before a text."""
+        """Return whether a space that comes after these ids is the one that the model puts before a text."""
         return self._adds_space and not self.bytes_of(after, keep_special=False)
 
     def piece(self, i: int) -> str:
-        """The piece as the model writes it."""
+        """Return the piece as the model writes it."""
         return str(self._processor.id_to_piece(i))
 
     def is_byte(self, i: int) -> bool:
-        """Whether the piece is a single byte that stands in for a character without a piece."""
+        """Return whether the piece is a single byte that stands in for a character without a piece."""
         return bool(self._processor.is_byte(i))
 
     def special_ids(self, roles: Sequence[str]) -> SpecialIds:
@@ -185,7 +185,7 @@ class Utf8Stream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, i: int) -> str:
-        """The text that id `i` completes, often empty."""
+        """Return the text that id `i` completes, often empty."""
         content = self._bytes_of[i]
         if self._skips_space and content:
             self._skips_space = False
@@ -193,12 +193,12 @@ class Utf8Stream:
         return self._decoder.decode(content)
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for a character that was cut short."""
+        """Return what is left at the end: U+FFFD for a character that was cut short."""
         return self._decoder.decode(b"", final=True)
 
 
 def _unigram_symbols(data: bytes) -> dict[str, list[int]]:
-    """The symbols that the user of a unigram model defined, with their ids."""
+    """Return the symbols that the user of a unigram model defined, with their ids."""
     from sentencepiece import sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto.FromString(data)

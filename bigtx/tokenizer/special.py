@@ -21,17 +21,17 @@ SPACE_MARK = "\u2581"
 
 
 def sentinel(number: int) -> str:
-    """The piece that stands for masked span `number`, as T5 calls it (arXiv:1910.10683)."""
+    """Return the piece that stands for masked span `number`, as T5 calls it (arXiv:1910.10683)."""
     return f"<extra_id_{number}>"
 
 
 def role(name: str) -> str:
-    """The piece that opens a chat message of this role."""
+    """Return the piece that opens a chat message of this role."""
     return f"<|{name}|>"
 
 
 def control_pieces(roles: Sequence[str]) -> list[str]:
-    """The special pieces after padding, unknown, begin and end, in the order of their ids."""
+    """Return the special pieces after padding, unknown, begin and end, in the order of their ids."""
     return [MASK, *(sentinel(number) for number in range(NUM_SENTINELS)), *(role(name) for name in roles)]
 
 
@@ -57,7 +57,7 @@ class SpecialIds:
     ends: list[int] = field(default_factory=list)
 
     def all(self) -> set[int]:
-        """Every special id."""
+        """Return every special id."""
         single = {self.pad, self.unknown, self.begin, self.end, self.mask} - {None}
         return {i for i in single if i is not None} | set(self.sentinels) | set(self.roles.values()) | set(self.ends)
 

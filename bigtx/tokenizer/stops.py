@@ -10,11 +10,11 @@ class StreamDecoder(Protocol):
     """Turns ids that come one by one into text, complete characters only; special ids say nothing."""
 
     def push(self, i: int) -> str:
-        """The text that id `i` completes, often empty."""
+        """Return the text that id `i` completes, often empty."""
         ...
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for a character that was cut short."""
+        """Return what is left at the end: U+FFFD for a character that was cut short."""
         ...
 
 
@@ -36,11 +36,11 @@ class StopStream:
         self.has_stopped = False
 
     def push(self, i: int) -> str:
-        """The text that id `i` completes, often empty."""
+        """Return the text that id `i` completes, often empty."""
         return self._take(self._decoder.push(i))
 
     def flush(self) -> str:
-        """What is left at the end."""
+        """Return what is left at the end."""
         text = self._take(self._decoder.flush()) + self._held
         self._held = ""
         return text
@@ -60,6 +60,6 @@ class StopStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that `stop` begins with, all of it left out."""
+    """Return the length of the longest end of `text` that `stop` begins with, all of it left out."""
     longest = min(len(text), len(stop) - 1)
     return next((length for length in range(longest, 0, -1) if text.endswith(stop[:length])), 0)

@@ -36,12 +36,12 @@ class Template:
 
     @property
     def before(self) -> list[int]:
-        """The special ids before a single text."""
+        """Return the special ids before a single text."""
         return [part.id for part in self.single[: self._place] if part.id is not None]
 
     @property
     def after(self) -> list[int]:
-        """The special ids after a single text."""
+        """Return the special ids after a single text."""
         return [part.id for part in self.single[self._place :] if part.id is not None]
 
     @property
@@ -49,7 +49,7 @@ class Template:
         return [part.id for part in self.single].index(None)
 
     def fill(self, texts: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
-        """The ids of one text, or of two, with the special ids; and the token type of each.
+        """Return the ids of one text, or of two, with the special ids; and the token type of each.
 
         Args:
             texts: the ids of each.
@@ -64,7 +64,7 @@ class Template:
         return ids, types
 
     def num_special(self, num_texts: int) -> int:
-        """How many special ids one text, or two, get."""
+        """Return how many special ids one text, or two, get."""
         return len(self._parts(num_texts)) - num_texts
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class Template:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Template:
-        """The inverse of `to_dict`.
+        """Return the inverse of `to_dict`.
 
         Raises:
             ValueError: they are no template.
@@ -89,7 +89,9 @@ class Template:
 
 
 def around(begin: int | None, end: int | None) -> Template:
-    """Each text between a begin id and an end id, either of which may be missing; the second text is of type 1."""
+    """Return each text between a begin id and an end id, either of which may be missing; the second text is of type
+    1.
+    """
 
     def parts(type_id: int) -> tuple[Part, ...]:
         first = () if begin is None else (Part(begin, type_id),)
@@ -100,7 +102,7 @@ def around(begin: int | None, end: int | None) -> Template:
 
 
 def observed(encode: Callable[..., Any]) -> Template:
-    """The template of a tokenizer of the library `tokenizers`, seen in what it makes of short texts.
+    """Return the template of a tokenizer of the library `tokenizers`, seen in what it makes of short texts.
 
     Args:
         encode: gives the library's `Encoding` of one text or of two, special ids included.
@@ -116,7 +118,7 @@ def observed(encode: Callable[..., Any]) -> Template:
 
 
 def _parts(encoding: Any) -> tuple[Part, ...]:
-    """The special ids of an encoding, and its texts in one part each."""
+    """Return the special ids of an encoding, and its texts in one part each."""
     parts: list[Part] = []
     last: int | None = None
     for i, type_id, text in zip(encoding.ids, encoding.type_ids, encoding.sequence_ids, strict=True):

@@ -140,7 +140,7 @@ class Tokenizer:
             raise DataError(f"Cannot use {path}: {error}.") from None
 
     def changed(self, *, ends: Sequence[int] | None = None, template: Template | None = None) -> Tokenizer:
-        """The same tokenizer with other ends of texts or another template; None keeps them."""
+        """Return the same tokenizer with other ends of texts or another template; None keeps them."""
         special = self.special if ends is None else dataclasses.replace(self.special, ends=list(ends))
         return Tokenizer(self._model, special, self.origin, self.settings_files, template or self.template)
 
@@ -171,12 +171,12 @@ class Tokenizer:
 
     @property
     def model(self) -> SentencePieceModel | HuggingFaceModel:
-        """What encodes; for those who write it in another format."""
+        """Return what encodes; for those who write it in another format."""
         return self._model
 
     @property
     def chat_template(self) -> str | None:
-        """The format of `encode_chat` for Hugging Face tokenizers; None without chat roles."""
+        """Return the format of `encode_chat` for Hugging Face tokenizers; None without chat roles."""
         if not self.role_ids:
             return None
         begin = "".join(map(self.id_to_piece, self.begin_ids))
@@ -184,7 +184,7 @@ class Tokenizer:
 
     @property
     def has_own_chat_template(self) -> bool:
-        """Whether it came with another chat template, a program that bigtx does not run."""
+        """Return whether it came with another chat template, a program that bigtx does not run."""
         if content := self.settings_files.get(CHAT_TEMPLATE):
             return content.decode(errors="replace") != self.chat_template
         return "chat_template" in settings_of(self.settings_files)
@@ -195,11 +195,11 @@ class Tokenizer:
         return self._model.memory_per_byte
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text; no special ids are added, and none can come from the text."""
+        """Return the ids of a text; no special ids are added, and none can come from the text."""
         return self.encode_batch([text])[0]
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of texts that a decoder goes on with: begin ids as in the template, and no end.
+        """Return the ids of texts that a decoder goes on with: begin ids as in the template, and no end.
 
         Documents follow the end of another in training, so that an empty text is the end id where there is no begin id.
 
@@ -209,7 +209,7 @@ class Tokenizer:
         return [[*self.begin_ids, *ids] or [self.end_id] for ids in self.encode_batch(texts)]
 
     def join(self, *texts: Sequence[int]) -> tuple[list[int], list[int]]:
-        """The ids of one text, or of two, that a model reads whole, and the token type of each.
+        """Return the ids of one text, or of two, that a model reads whole, and the token type of each.
 
         The special ids are those of `whole_text`.
 
@@ -220,26 +220,28 @@ class Tokenizer:
 
     @property
     def whole_text(self) -> Template:
-        """The special ids around one text, or around two, that a model reads whole: those of the template. Without one,
-        the end id stands before the first text and after each."""
+        """Return the special ids around one text, or around two, that a model reads whole: those of the template.
+        Without one, the end id stands before the first text and after each.
+        """
         if self.template:
             return self.template
         plain, first = around(None, self.end_id), Part(self.end_id, 0)
         return Template((first, *plain.single), (first, *plain.pair))
 
     def num_special(self, num_texts: int) -> int:
-        """How many special ids `join` puts around one text, or two."""
+        """Return how many special ids `join` puts around one text, or two."""
         return self.whole_text.num_special(num_texts)
 
     @property
     def source_ids(self) -> tuple[list[int], list[int]]:
-        """The special ids before and after a text that the encoder of an encoder-decoder reads: the template's, and the
-        end id, with which sources end in training."""
+        """Return the special ids before and after a text that the encoder of an encoder-decoder reads: the template's,
+        and the end id, with which sources end in training.
+        """
         after = self.template.after if self.template else []
         return self.begin_ids, after if self.end_id in after else [*after, self.end_id]
 
     def encode_sources(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of texts that the encoder of an encoder-decoder reads, an end id after each.
+        """Return the ids of texts that the encoder of an encoder-decoder reads, an end id after each.
 
         Raises:
             DataError: as `encode_batch`.
@@ -248,7 +250,7 @@ class Tokenizer:
         return [[*before, *ids, *after] for ids in self.encode_batch(texts)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text; as `encode`, faster.
+        """Return the ids of each text; as `encode`, faster.
 
         They are those of the whole text, however long it is: see `memory_for`.
 
@@ -275,7 +277,7 @@ class Tokenizer:
         return self.memory_per_byte * max(map(utf8_length, parts))
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False) -> list[int]:
-        """The ids of a chat: for each message the id of its role, those of its content, and the end id.
+        """Return the ids of a chat: for each message the id of its role, those of its content, and the end id.
 
             <|user|>What is a token?</s><|assistant|>A piece of text.</s>
 
@@ -301,7 +303,7 @@ class Tokenizer:
         return [*ids, self.role_ids[ASSISTANT]]
 
     def encode_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[list[int]]:
-        """The ids of each message of a chat, of which `encode_chat` makes one list, after the begin ids.
+        """Return the ids of each message of a chat, of which `encode_chat` makes one list, after the begin ids.
 
         Raises:
             DataError: the tokenizer has no chat roles or a chat template of its own, or a message is none.
@@ -323,7 +325,7 @@ class Tokenizer:
         ]
 
     def encode_documents(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of texts as arrays, each text as in the template and followed by the end id.
+        """Return the ids of texts as arrays, each text as in the template and followed by the end id.
 
         The end id stands nowhere else, since documents are told apart by it: a begin id that is the end id is left out,
         where the end of the document before stands.
@@ -347,13 +349,13 @@ class Tokenizer:
             raise
 
     def _around_document(self) -> tuple[list[int], list[int]]:
-        """The special ids before and after each document of a corpus."""
+        """Return the special ids before and after each document of a corpus."""
         after = self.template.after if self.template else []
         before, after = ([i for i in ids if i != self.end_id] for ids in (self.begin_ids, after))
         return before, [*after, self.end_id]
 
     def decode(self, ids: Sequence[int], keep_special: bool = False, *, after: Sequence[int] = ()) -> str:
-        """The text of ids.
+        """Return the text of ids.
 
         Args:
             keep_special: write special ids as their pieces; otherwise they say nothing.
@@ -369,16 +371,17 @@ class Tokenizer:
         return self._model.decode(ids, keep_special, after)
 
     def stream(self, after: Sequence[int] = ()) -> StreamDecoder:
-        """A decoder for ids that come one by one, as in generation; together they say what `decode` does, but for bytes
-        that are no UTF-8: a character before them has been said already."""
+        """Return a decoder for ids that come one by one, as in generation; together they say what `decode` does, but
+        for bytes that are no UTF-8: a character before them has been said already.
+        """
         return self._model.stream(after)
 
     def id_to_piece(self, i: int) -> str:
-        """The piece of an id as its model writes it."""
+        """Return the piece of an id as its model writes it."""
         return self._model.piece(i)
 
     def is_byte(self, i: int) -> bool:
-        """Whether an id is a byte that stands in for a character, or part of one, without a piece of its own."""
+        """Return whether an id is a byte that stands in for a character, or part of one, without a piece of its own."""
         return self._model.is_byte(i)
 
 
@@ -407,7 +410,7 @@ def _read(path: Path) -> bytes:
 
 
 def _what_instead(folder: Path) -> str:
-    """What a folder without a tokenizer is, and what to do."""
+    """Return what a folder without a tokenizer is, and what to do."""
     inside = folder / "tokenizer"
     kind = kind_of_folder(folder)
     if kind and (inside / DESCRIPTION).exists():

@@ -172,7 +172,7 @@ def _trainer_texts(sample: Sample) -> Iterator[bytes]:
 
 
 def _explain(message: str, config: TokenizerTrainConfig, sample: Sample) -> Exception:
-    """What a failure of sentencepiece means."""
+    """Return what a failure of sentencepiece means."""
     text = f"{sample.training_bytes:,} bytes of text"
     if found := re.search(r"Vocabulary size too high \(\d+\)\. Please set it to a value <= (\d+)", message):
         most, setting = int(found[1]), find(TokenizerTrainConfig, "vocab_size")
@@ -194,7 +194,7 @@ def _explain(message: str, config: TokenizerTrainConfig, sample: Sample) -> Exce
 
 
 def _too_small(needed: int, config: TokenizerTrainConfig, sample: Sample) -> ConfigError:
-    """What to set where the characters alone are more than the vocabulary."""
+    """Return what to set where the characters alone are more than the vocabulary."""
     problem = (
         f"vocab_size={config.vocab_size} is too small: the characters of the text, the reserved ids and the 256 "
         f"bytes alone are {needed:,}. Set vocab_size={needed} or more"
@@ -209,7 +209,9 @@ def _too_small(needed: int, config: TokenizerTrainConfig, sample: Sample) -> Con
 
 
 def _coverage_for(most: int, config: TokenizerTrainConfig, sample: Sample) -> float | None:
-    """The largest coverage that gives pieces to no more than so many characters; None if none that is allowed does."""
+    """Return the largest coverage that gives pieces to no more than so many characters; None if none that is allowed
+    does.
+    """
     setting = find(TokenizerTrainConfig, "character_coverage")
     assert setting is not None and setting.minimum is not None
     counts: Counter[str] = Counter()

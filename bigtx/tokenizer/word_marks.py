@@ -17,7 +17,7 @@ _CONTINUATION_MARK = "##"
 
 @functools.lru_cache(maxsize=1)  # Training and validation ask for the same.
 def begins_word(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """What pieces say of the words around them.
+    """Return what pieces say of the words around them.
 
     Where a script has no spaces, each piece is a word: or a sentence would be one.
 

@@ -50,14 +50,14 @@ class Borders:
         self._symbols = symbol_pattern(spelled) if any(map(_is_space_behind, in_symbols)) else None
 
     def words(self, text: str) -> list[str]:
-        """The text's words; a symbol with a space inside is one of them."""
+        """Return the text's words; a symbol with a space inside is one of them."""
         if self._symbols is None:
             return WORDS.findall(text)
         parts = self._symbols.split(text)
         return [word for i, part in enumerate(parts) for word in ([part] if i % 2 else WORDS.findall(part))]
 
     def cut(self, text: str) -> Iterator[str]:
-        """The text in parts of at most PART_CHARACTERS; one is longer where it has no border inside."""
+        """Yield the text in parts of at most PART_CHARACTERS; one is longer where it has no border inside."""
         begin = 0
         while len(text) - begin > PART_CHARACTERS:
             end = begin + PART_CHARACTERS
@@ -69,7 +69,7 @@ class Borders:
         yield text[begin:]
 
     def _last(self, text: str, begin: int, end: int) -> int | None:
-        """The last border behind `begin`, and at `end` at the latest."""
+        """Return the last border behind `begin`, and at `end` at the latest."""
         for last in range(end, begin, -_WINDOW):
             first = max(begin, last - _WINDOW)
             found = self._between(text[first : last + 1])
@@ -78,7 +78,7 @@ class Borders:
         return None
 
     def _first(self, text: str, begin: int) -> int:
-        """The first border behind `begin`; the text's end if there is none."""
+        """Return the first border behind `begin`; the text's end if there is none."""
         for first in range(begin, len(text), _WINDOW):
             found = self._between(text[first : first + _WINDOW + 1])
             if len(found):
@@ -86,7 +86,7 @@ class Borders:
         return len(text)
 
     def _between(self, text: str) -> np.ndarray:
-        """The borders inside a short text: int64 [n] places, from 1, before which it may be cut."""
+        """Return the borders inside a short text: int64 [n] places, from 1, before which it may be cut."""
         pairs = _pairs(text)
         found = np.minimum(np.searchsorted(self._joined, pairs), len(self._joined) - 1)
         return np.flatnonzero(self._joined[found] != pairs) + 1
@@ -106,7 +106,7 @@ def _is_space_behind(pair: str) -> bool:
 
 
 def _pairs(text: str) -> np.ndarray:
-    """A number for each two characters side by side: uint64 [characters - 1]."""
+    """Return a number for each two characters side by side: uint64 [characters - 1]."""
     codes = np.frombuffer(text.replace(" ", SPACE_MARK).encode("utf-32-le", "surrogatepass"), "<u4").astype(np.uint64)
     return codes[:-1] << np.uint64(32) | codes[1:]
 
@@ -128,7 +128,7 @@ class WordEncoder:
         self._table: dict[str, bytes] = {}
 
     def encode(self, texts: Sequence[str], end: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of texts, each followed by those of `end`; beside them little memory is used.
+        """Return the ids of texts, each followed by those of `end`; beside them little memory is used.
 
         Returns:
             ids: [sum of lengths] in `dtype`, of all texts one after the other.
@@ -147,7 +147,7 @@ class WordEncoder:
         return np.frombuffer(contents, self.dtype), np.diff(ends) // self.dtype.itemsize
 
     def _look_up(self, texts: list[str]) -> list[bytes]:
-        """The ids of each text, as the bytes of an array in `dtype`."""
+        """Return the ids of each text, as the bytes of an array in `dtype`."""
         words = [self.borders.words(text) for text in texts]
         new = set().union(*words).difference(self._table)
         if new and len(self._table) + len(new) > _MAX_WORDS:
@@ -167,7 +167,7 @@ class WordEncoder:
 
 
 def exact_borders(data: bytes) -> Borders | None:
-    """Where texts may be cut for a sentencepiece model; None if nowhere.
+    """Return where texts may be cut for a sentencepiece model; None if nowhere.
 
     The model has to be a BPE (a unigram model compares sums of scores over the whole text, whose last bits may differ),
     leave text as it is before it splits it, have bytes for what it does not know (unknown characters would merge), and

@@ -49,12 +49,12 @@ _KNOWN_ELSEWHERE = {
 
 
 def is_option(word: str) -> bool:
-    """Whether a word begins with a dash. A dash alone is the name of standard input."""
+    """Return whether a word begins with a dash. A dash alone is the name of standard input."""
     return word.startswith("-") and word != "-"
 
 
 def may_be_value(word: str) -> bool:
-    """Whether a word after an unknown option may be that option's value.
+    """Return whether a word after an unknown option may be that option's value.
 
     It may be a secret (`--api-key X`): no message repeats it.
     """
@@ -62,7 +62,7 @@ def may_be_value(word: str) -> bool:
 
 
 def take(words: Iterable[str], name: str) -> tuple[str | None, list[str]]:
-    """The value of one name among the words of a command that has a config.
+    """Return the value of one name among the words of a command that has a config.
 
     Returns:
         The last value that was given ("" where nothing follows the name, None without the name), and the other words.
@@ -82,7 +82,7 @@ def take(words: Iterable[str], name: str) -> tuple[str | None, list[str]]:
 
 
 def wrapped(text: str, indent: str = "", first: str | None = None) -> str:
-    """A text in lines of at most 80 columns.
+    """Return a text in lines of at most 80 columns.
 
     Args:
         first: what the first line begins with, in place of the indent.
@@ -94,7 +94,7 @@ def wrapped(text: str, indent: str = "", first: str | None = None) -> str:
 
 
 def columns(rows: Iterable[tuple[str, str]]) -> list[str]:
-    """Lines of names and their meanings, within 80 columns where words allow it."""
+    """Return lines of names and their meanings, within 80 columns where words allow it."""
     rows = list(rows)
     margin = min(_MARGIN, max((len(name) for name, _ in rows), default=0) + 4)
     lines = []
@@ -154,15 +154,15 @@ class Arguments(argparse.ArgumentParser):
         return [group._group_actions for group in self._mutually_exclusive_groups]
 
     def words(self) -> list[argparse.Action]:
-        """What is given without a name, in its order."""
+        """Return what is given without a name, in its order."""
         return [action for action in self._actions if not action.option_strings]
 
     def options(self) -> list[argparse.Action]:
-        """What is given with a name."""
+        """Return what is given with a name."""
         return [action for action in self._actions if action.option_strings]
 
     def form(self) -> str:
-        """The command with all that it needs."""
+        """Return the command with all that it needs."""
         either = [action for group in self.alternatives() for action in group]
         free = [option for option in self.options() if not option.required and option not in either]
         parts = [self.prog]
@@ -174,11 +174,11 @@ class Arguments(argparse.ArgumentParser):
         return " ".join(parts)
 
     def format_usage(self) -> str:
-        """The command with all that it needs, as the first line of the help."""
+        """Return the command with all that it needs, as the first line of the help."""
         return wrapped(f"usage: {self.form()}", " " * 7, "") + "\n"
 
     def format_help(self) -> str:
-        """The command, what it does, each name with its meaning within 80 columns, and the epilog as it is."""
+        """Return the command, what it does, each name with its meaning within 80 columns, and the epilog as it is."""
         rows = []
         for action in sorted(self._actions, key=lambda action: action.dest == "help"):
             short = [option for option in action.option_strings if not option.startswith("--")]
@@ -193,7 +193,7 @@ class Arguments(argparse.ArgumentParser):
 
 
 def shown(action: argparse.Action) -> str:
-    """An argument as a user writes it: RUN, output=FOLDER, --json."""
+    """Return an argument as a user writes it: RUN, output=FOLDER, --json."""
     if action.nargs == 0:
         return _long(action)
     return f"{_name(_long(action))}={_metavar(action)}" if action.option_strings else _metavar(action)
@@ -354,7 +354,7 @@ class _Reader:
             self.problems.append(f"{' and '.join(missing)} {verb} missing; write {self.parser.form()}")
 
     def _meant(self, written: str) -> str:
-        """The end of a sentence about an unknown name: the one that was meant, or where all are."""
+        """Return the end of a sentence about an unknown name: the one that was meant, or where all are."""
         similar = self._similar(written)
         group, _, name = self.parser.prog.partition(" ")
         return f"; did you mean {' or '.join(similar)}?" if similar else f"; `{group} help {name}` shows all"
@@ -383,7 +383,7 @@ class _Reader:
 
 
 def _members(value: str) -> list[str]:
-    """The members of a list as a config writes it, `[a, b]`; any other text is one value."""
+    """Return the members of a list as a config writes it, `[a, b]`; any other text is one value."""
     if not (value.startswith("[") and value.endswith("]")) or Path(value).exists():
         return [value]
     import yaml  # Few command lines hold a list.
@@ -396,7 +396,7 @@ def _members(value: str) -> list[str]:
 
 
 def _misfit(action: argparse.Action, value: str) -> str:
-    """Why a value does not suit an argument; empty if it does."""
+    """Return why a value does not suit an argument; empty if it does."""
     kind: Any = action.type or str
     try:
         converted = kind(value)

@@ -87,7 +87,9 @@ def exit_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
 
 
 def _status_of(main: Callable[[], int | None]) -> int:
-    """What a command returns, with errors of the user's said; also of one that answered `--help` by SystemExit."""
+    """Return what a command returns, with errors of the user's said; also of one that answered `--help` by
+    SystemExit.
+    """
     try:
         return main() or 0
     except BigtxError as error:

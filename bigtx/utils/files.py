@@ -18,7 +18,7 @@ NOT_A_FILE = "not a file; write what it gives into a file first"
 
 
 def no_file(path: Path | str) -> str | None:
-    """What is at a path where neither a file nor a folder is, in words; None where one is, or nothing."""
+    """Return what is at a path where neither a file nor a folder is, in words; None where one is, or nothing."""
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):
@@ -73,7 +73,9 @@ def write_json(path: Path | str, value: Any) -> None:
 
 
 def read_object(path: Path | str) -> dict[str, Any]:
-    """The object that a JSON file holds; an empty one where the file is missing, damaged or holds something else."""
+    """Return the object that a JSON file holds; an empty one where the file is missing, damaged or holds something
+    else.
+    """
     try:
         value = json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -82,13 +84,13 @@ def read_object(path: Path | str) -> dict[str, Any]:
 
 
 def sha256_file(path: Path | str) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def json_hash(value: Any) -> str:
-    """The SHA-256, in hexadecimal, of a value's canonical JSON: sorted keys, no white space, ASCII alone."""
+    """Return the SHA-256, in hexadecimal, of a value's canonical JSON: sorted keys, no white space, ASCII alone."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -99,7 +101,7 @@ def write_sealed(path: Path | str, content: dict[str, Any]) -> None:
 
 
 def unsealed(content: dict[str, Any]) -> dict[str, Any] | None:
-    """What `write_sealed` was given; None where the hash is not that of the content, or there is none."""
+    """Return what `write_sealed` was given; None where the hash is not that of the content, or there is none."""
     rest = {key: value for key, value in content.items() if key != SEAL}
     return rest if content.get(SEAL) == json_hash(rest) else None
 

@@ -18,7 +18,7 @@ MARKS = (
 
 
 def kind_of_folder(folder: Path | str) -> str | None:
-    """A folder's kind in words; None where its names tell nothing."""
+    """Return a folder's kind in words; None where its names tell nothing."""
     for kind, names in MARKS:
         if all((Path(folder) / name).is_file() for name in names):
             return kind

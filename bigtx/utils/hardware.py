@@ -124,7 +124,9 @@ def _count_by_driver() -> int:
 
 
 def node_of_core(core: int) -> int:
-    """The group of cores with memory of its own (NUMA node) that a core belongs to; 0 where there is one group."""
+    """Return the group of cores with memory of its own (NUMA node) that a core belongs to; 0 where there is one
+    group.
+    """
     for path in Path(f"/sys/devices/system/cpu/cpu{core}").glob("node[0-9]*"):
         return int(path.name.removeprefix("node"))
     return 0
@@ -146,14 +148,17 @@ def memory_bytes() -> int:
 
 
 def packages() -> dict[str, str]:
-    """The versions of bigtx and of the packages that it stands on, where they are installed. Imports none of them."""
+    """Return the versions of bigtx and of the packages that it stands on, where they are installed. Imports none of
+    them.
+    """
     # A clone need not be installed to run.
     return {"bigtx": __version__} | {name: found for name in PACKAGES if (found := _version(name))}
 
 
 def describe() -> dict[str, Any]:
-    """The environment of a run as JSON-ready data, by a fixed list of harmless facts: no environment variables, no
-    command line, no remote addresses, so that no secret can be among them."""
+    """Return the environment of a run as JSON-ready data, by a fixed list of harmless facts: no environment variables,
+    no command line, no remote addresses, so that no secret can be among them.
+    """
     return {
         "packages": packages(),
         "python": platform.python_version(),
@@ -170,7 +175,9 @@ def describe() -> dict[str, Any]:
 
 @functools.cache
 def git_state() -> dict[str, Any] | None:
-    """The commit of the clone that bigtx runs from and whether files differ from it; None for an installed copy."""
+    """Return the commit of the clone that bigtx runs from and whether files differ from it; None for an installed
+    copy.
+    """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

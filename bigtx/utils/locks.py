@@ -165,7 +165,7 @@ def alone(descriptor: int) -> Iterator[None]:
 
 
 def _open(path: Path) -> tuple[int, bool]:
-    """The file, and whether it was made now. Making it is exclusive also where there are no locks."""
+    """Return the file, and whether it was made now. Making it is exclusive also where there are no locks."""
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644), True
     except FileExistsError:
@@ -208,7 +208,7 @@ def _who(holder: dict[str, Any]) -> str:
 
 
 def _read(descriptor: int) -> dict[str, Any]:
-    """The record of the holder; empty where there is none that names a process."""
+    """Return the record of the holder; empty where there is none that names a process."""
     try:
         holder = json.loads(os.pread(descriptor, 65536, 0))
     except (OSError, ValueError, RecursionError):
@@ -217,14 +217,14 @@ def _read(descriptor: int) -> dict[str, Any]:
 
 
 def _lives_here(holder: dict[str, Any]) -> bool:
-    """Whether a process of this host and this process' own view of process ids is the holder."""
+    """Return whether a process of this host and this process' own view of process ids is the holder."""
     if not holder or holder.get("host") != socket.gethostname():
         return False
     return holder.get("pid_namespace") == _pid_namespace() and start_of(holder["pid"]) == holder.get("process_start")
 
 
 def _boot(holder: dict[str, Any]) -> str | None:
-    """The kernel's boot that a holder belongs to, if that is known."""
+    """Return the kernel's boot that a holder belongs to, if that is known."""
     start = holder.get("process_start")
     return start.partition("/")[0] if isinstance(start, str) else None
 
@@ -237,7 +237,7 @@ def _pid_namespace() -> str | None:
 
 
 def _is_seen_by_all_hosts(path: Path) -> bool:
-    """Whether a lock on a file excludes all hosts that see the file; False where that is not known."""
+    """Return whether a lock on a file excludes all hosts that see the file; False where that is not known."""
     kind, options = _mount_of(path)
     if kind in ("nfs", "nfs4"):
         return "nolock" not in options and not {"local_lock=all", "local_lock=flock"} & options

@@ -140,7 +140,7 @@ def restore() -> None:
 
 
 def console() -> TextIO:
-    """The true standard output, for what needs a terminal: `console().isatty()`."""
+    """Return the true standard output, for what needs a terminal: `console().isatty()`."""
     return _active.screen if _active else sys.stdout
 
 

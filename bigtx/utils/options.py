@@ -64,7 +64,7 @@ def check_options(given: Mapping[str, Any]) -> None:
 
 
 def writing_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """How a text is written: `SAMPLING` and the stop texts, with defaults where nothing is given.
+    """Return how a text is written: `SAMPLING` and the stop texts, with defaults where nothing is given.
 
     Args:
         given: options by name; `stop` is a text or a list of them.
@@ -108,7 +108,7 @@ def add_writing_options(parser: argparse.ArgumentParser) -> None:
 
 
 def given_writing_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options of `add_writing_options` that a command was given.
+    """Return the options of `add_writing_options` that a command was given.
 
     Raises:
         ConfigError: as `writing_options`.

@@ -19,8 +19,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
-    """Those of `STOP_SIGNALS` that this process listens to: a SIGHUP that is ignored at the start, as `nohup` and
-    `disown -h` have it, stays ignored."""
+    """Return those of `STOP_SIGNALS` that this process listens to: a SIGHUP that is ignored at the start, as `nohup`
+    and `disown -h` have it, stays ignored.
+    """
     ignores_hangup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return tuple(number for number in STOP_SIGNALS if number != signal.SIGHUP or not ignores_hangup)
 
@@ -33,7 +34,7 @@ MEETING = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def is_launched() -> bool:
-    """Whether a launcher gave this process a place among others."""
+    """Return whether a launcher gave this process a place among others."""
     return all(os.environ.get(name, "").isdecimal() for name in LAUNCHED)
 
 
@@ -43,7 +44,7 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """Number of processes in the run; 1 without a launcher."""
+    """Return number of processes in the run; 1 without a launcher."""
     return int(os.environ["WORLD_SIZE"]) if is_launched() else 1
 
 
@@ -54,14 +55,15 @@ def local_rank() -> int:
 
 
 def num_nodes() -> int:
-    """Number of machines, as far as the launcher says how many ranks each has; else 1."""
+    """Return number of machines, as far as the launcher says how many ranks each has; else 1."""
     local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or ""
     return -(-world_size() // int(local)) if is_launched() and local.isdecimal() and int(local) else 1
 
 
 def launcher_problem() -> str | None:
-    """Why the environment is neither that of a launcher nor that of a process started alone, as a sentence; None if it
-    is one of the two."""
+    """Return why the environment is neither that of a launcher nor that of a process started alone, as a sentence; None
+    if it is one of the two.
+    """
     given = [name for name in LAUNCHED if name in os.environ]
     if not given or (given == ["WORLD_SIZE"] and os.environ["WORLD_SIZE"] == "1"):
         return None
@@ -93,7 +95,7 @@ def set_supervised(launcher: str | None = None) -> None:
 
 
 def is_supervised() -> bool:
-    """Whether `bigtx` itself started this rank, and watches over it."""
+    """Return whether `bigtx` itself started this rank, and watches over it."""
     return _is_supervised
 
 
@@ -114,7 +116,7 @@ def share_cores() -> None:
 
 
 def launcher_name() -> str | None:
-    """The program that started the run, for people; None for `bigtx` itself, or plain Python."""
+    """Return the program that started the run, for people; None for `bigtx` itself, or plain Python."""
     if _is_supervised or not is_launched():
         return _launcher
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -130,7 +132,7 @@ def launcher_name() -> str | None:
 
 
 def start_of(pid: int) -> str | None:
-    """When a process of this host started: the boot's id and clock ticks since then; None if it is gone.
+    """Return when a process of this host started: the boot's id and clock ticks since then; None if it is gone.
 
     With it an id names a process for good: ids are used again.
     """
@@ -143,7 +145,7 @@ def start_of(pid: int) -> str | None:
 
 
 def parent_of(pid: int) -> int:
-    """The id of a process's parent; 0 if the process is gone, or has none."""
+    """Return the id of a process's parent; 0 if the process is gone, or has none."""
     try:
         return int(_stat(pid)[1])
     except OSError:
@@ -156,7 +158,7 @@ def _stat(pid: int) -> list[str]:
 
 
 def hold_free_port() -> socket.socket:
-    """A socket on a free port of this machine, which nobody else is given while the socket is open.
+    """Return a socket on a free port of this machine, which nobody else is given while the socket is open.
 
     It does not listen, so that rank 0 can take the port.
     """

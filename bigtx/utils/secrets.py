@@ -38,12 +38,12 @@ _SHORTEST_SECRET = 8
 
 
 def is_secret_key(key: str) -> bool:
-    """Whether a setting or variable of this name is taken to hold a secret."""
+    """Return whether a setting or variable of this name is taken to hold a secret."""
     return bool(_SECRET_KEY.search(key)) and not _SPECIAL_TOKEN_KEY.search(key)
 
 
 def scrub(value: Any) -> Any:
-    """A copy of nested dicts, lists and texts in which every secret is replaced by `<hidden>`.
+    """Return a copy of nested dicts, lists and texts in which every secret is replaced by `<hidden>`.
 
     Numbers, booleans and None are returned as they are, whatever their key.
     """

@@ -13,7 +13,7 @@ _PLAIN = re.compile(r"[\w./-]+", re.ASCII)
 
 
 def command(*words: str | Path) -> str:
-    """Words as a command line. What the user is to fill in stands in capitals (FILE), which need no quotes."""
+    """Return words as a command line. What the user is to fill in stands in capitals (FILE), which need no quotes."""
     return " ".join(shlex.quote(str(word)) for word in words)
 
 
@@ -28,7 +28,7 @@ def settings(values: Mapping[str, Any]) -> str:
 
 
 def written(value: Any) -> str:
-    """A setting's value as it is written in a config."""
+    """Return a setting's value as it is written in a config."""
     if value is None:
         return "null"
     if isinstance(value, bool):

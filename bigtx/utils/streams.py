@@ -50,13 +50,13 @@ def prepare() -> None:
 
 
 def lost() -> OSError | None:
-    """Why something that was written to standard output is lost, if it is."""
+    """Return why something that was written to standard output is lost, if it is."""
     raw = _raw(sys.stdout)
     return raw.error if raw else None
 
 
 def is_closed(stream: TextIO) -> bool:
-    """Whether it is a standard stream that was closed from the start."""
+    """Return whether it is a standard stream that was closed from the start."""
     raw = _raw(stream)
     return raw is not None and raw.is_closed
 
@@ -81,7 +81,7 @@ def _nowhere(descriptor: int) -> int:
 
 
 def _watched(stream: io.TextIOWrapper) -> io.TextIOWrapper:
-    """The same standard output as a stream that remembers what it could not take."""
+    """Return the same standard output as a stream that remembers what it could not take."""
     stream.flush()
     raw = Output(stream.fileno(), is_closed=False)
     # With PYTHONUNBUFFERED there is no buffer.

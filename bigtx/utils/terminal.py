@@ -11,7 +11,7 @@ ERASE_LINE = "\r\x1b[K"
 
 
 def visible(text: str, *, keep: str = "") -> str:
-    """The text with escapes for what is no visible character, such as the codes that move a cursor.
+    """Return the text with escapes for what is no visible character, such as the codes that move a cursor.
 
     Args:
         keep: characters that stay as they are.
@@ -25,7 +25,7 @@ def width(text: str) -> int:
 
 
 def fitted(text: str, columns: int) -> str:
-    """The text, or its beginning and an ellipsis, filled up with spaces to exactly so many columns."""
+    """Return the text, or its beginning and an ellipsis, filled up with spaces to exactly so many columns."""
     if width(text) > columns:
         while text and width(text) > columns - 1:
             text = text[:-1]
@@ -34,5 +34,5 @@ def fitted(text: str, columns: int) -> str:
 
 
 def obeys(stream: TextIO) -> bool:
-    """Whether a stream is a terminal that does what control characters ask for."""
+    """Return whether a stream is a terminal that does what control characters ask for."""
     return stream.isatty() and os.environ.get("TERM") != "dumb"

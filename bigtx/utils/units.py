@@ -107,7 +107,7 @@ def parse_range(text: str) -> tuple[int, int]:
 
 
 def format_count(value: float) -> str:
-    """A count in at most three significant digits: 10B, 1.23M, 512; `parse_count` reads whole ones back."""
+    """Return a count in at most three significant digits: 10B, 1.23M, 512; `parse_count` reads whole ones back."""
     return _short(value, (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)))
 
 
@@ -118,7 +118,7 @@ def format_size(num_bytes: float) -> str:
 
 
 def format_duration(duration: Duration) -> str:
-    """The text that `parse_duration` reads back as the same duration."""
+    """Return the text that `parse_duration` reads back as the same duration."""
     if duration.unit == "fraction":
         return f"{_plain(Decimal(repr(duration.value)) * 100)} %"
     if duration.unit == "seconds":

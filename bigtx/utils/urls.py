@@ -12,12 +12,12 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(//|:)|pipe:")
 
 
 def is_url(place: str) -> bool:
-    """Whether a place is meant as a URL, one that bigtx reads or not; all else are paths."""
+    """Return whether a place is meant as a URL, one that bigtx reads or not; all else are paths."""
     return _URL.match(place) is not None
 
 
 def url_problem(url: str) -> str | None:
-    """Why bigtx does not read a URL, as a phrase; None if it does."""
+    """Return why bigtx does not read a URL, as a phrase; None if it does."""
     protocol, _, rest = url.partition(":")
     if protocol == "file":
         return "is a file of this machine; write its plain path"

@@ -19,17 +19,17 @@ _STREAM = 7 << 56
 
 
 def generator(seed: int, number: int) -> np.random.Generator:
-    """All that is drawn for the record with this number in the run."""
+    """Return all that is drawn for the record with this number in the run."""
     return np.random.Generator(np.random.Philox(key=[seed, _STREAM | number]))
 
 
 def changes_waveform(config: TranscribeConfig) -> bool:
-    """Whether recordings are changed before the spectrogram, so that it must be made anew each time."""
+    """Return whether recordings are changed before the spectrogram, so that it must be made anew each time."""
     return config.speed_change > 0.0 or config.noise_db is not None
 
 
 def perturbed(wave: np.ndarray, config: TranscribeConfig, draw: np.random.Generator) -> np.ndarray:
-    """A waveform fp32 [L], faster or slower, and with noise, as far as the config says."""
+    """Return a waveform fp32 [L], faster or slower, and with noise, as far as the config says."""
     if config.speed_change > 0.0:
         speed = 1.0 + config.speed_change * (int(draw.integers(3)) - 1)
         wave = resampled(wave, speed, 1.0)
@@ -60,7 +60,9 @@ def masked(features: Tensor, config: TranscribeConfig, draw: np.random.Generator
 
 
 def _band(length: int, share: float, draw: np.random.Generator) -> tuple[int, int]:
-    """A band of up to `share` of a length, its width and then its place drawn uniformly (section 2 of the article)."""
+    """Return a band of up to `share` of a length, its width and then its place drawn uniformly (section 2 of the
+    article).
+    """
     width = int(draw.integers(int(share * length) + 1))
     start = int(draw.integers(length - width + 1))
     return start, start + width

@@ -41,11 +41,11 @@ class AudioPlace:
     content: bytes | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
-        """What a digest of the record sees."""
+        """Return what a digest of the record sees."""
         return f"{self.name} ({self.size} bytes)"
 
     def read(self) -> bytes:
-        """Its bytes.
+        """Return its bytes.
 
         Raises:
             OSError: they cannot be read.
@@ -119,7 +119,7 @@ def num_resampled(num_samples: int, rate: int, wanted_rate: int) -> int:
 
 
 def decode(place: AudioPlace, wanted_rate: int, max_samples: int | None = None) -> np.ndarray:
-    """The waveform, the mean of its channels, at a rate.
+    """Return the waveform, the mean of its channels, at a rate.
 
     Args:
         max_samples: of the result; what follows is left out.
@@ -138,7 +138,7 @@ def decode(place: AudioPlace, wanted_rate: int, max_samples: int | None = None) 
 
 
 def _blocks(file: Any, wanted: int | None) -> Iterator[np.ndarray]:
-    """The mean of the channels, fp32 [samples] for each piece of a recording.
+    """Yield the mean of the channels, fp32 [samples] for each piece of a recording.
 
     Args:
         wanted: samples to read; None: all.
@@ -161,7 +161,7 @@ def _blocks(file: Any, wanted: int | None) -> Iterator[np.ndarray]:
 
 
 def resampled(wave: np.ndarray, rate: float, wanted_rate: float) -> np.ndarray:
-    """A waveform fp32 [samples] at another rate, of exactly as many samples as the ratio gives, rounded."""
+    """Return a waveform fp32 [samples] at another rate, of exactly as many samples as the ratio gives, rounded."""
     if rate == wanted_rate:
         return wave
     import soxr

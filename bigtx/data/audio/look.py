@@ -61,7 +61,7 @@ def look_at(
 
 
 def _examine(places: Sequence[AudioPlace], *, is_shown: bool) -> list[Found]:
-    """What is found of each place. libsndfile decodes without Python's lock, so threads are enough."""
+    """Return what is found of each place. libsndfile decodes without Python's lock, so threads are enough."""
     begin, line, found = time.monotonic(), ProgressLine(), list[Found]()
     with ThreadPoolExecutor(num_cores()) as pool:
         for result in pool.map(_of_one, places):
@@ -82,7 +82,7 @@ def _of_one(place: AudioPlace) -> Found:
 
 
 def _key(place: AudioPlace) -> Key | None:
-    """What changes when the bytes do; None where the file cannot be asked."""
+    """Return what changes when the bytes do; None where the file cannot be asked."""
     if place.content is not None:
         return (xxhash.xxh3_128_hexdigest(place.content), place.size)
     try:
@@ -93,7 +93,7 @@ def _key(place: AudioPlace) -> Key | None:
 
 
 def _read(path: Path) -> dict[Key | None, Found]:
-    """The good recordings that a file names; lines that are damaged are decoded again."""
+    """Return the good recordings that a file names; lines that are damaged are decoded again."""
     known: dict[Key | None, Found] = {}
     with contextlib.suppress(OSError, ValueError):
         for line in path.read_text(encoding="utf-8", errors="surrogateescape").splitlines():

@@ -17,9 +17,9 @@ class BadAudioError(Exception):
 
 
 def with_length(content: bytes) -> bytes:
-    """The bytes of a recording whose header says how long it is, also where the program that recorded it wrote to a
-    pipe and so could not: then sox and others leave a size of about 2 GiB, ffmpeg 0xFFFFFFFF, some 0. libsndfile reads
-    these to the end of the file, but for 0, in whose place the true size is set here.
+    """Return the bytes of a recording whose header says how long it is, also where the program that recorded it wrote
+    to a pipe and so could not: then sox and others leave a size of about 2 GiB, ffmpeg 0xFFFFFFFF, some 0. libsndfile
+    reads these to the end of the file, but for 0, in whose place the true size is set here.
 
     Raises:
         BadAudioError: the header says that there are more bytes than there are.
@@ -49,7 +49,7 @@ def _is_open(size: int) -> bool:
 
 
 def _are_chunks(content: bytes, at: int, order: str) -> bool:
-    """Whether other chunks, and nothing else, fill the rest of a file."""
+    """Return whether other chunks, and nothing else, fill the rest of a file."""
     while at + _CHUNK_HEAD <= len(content):
         at += _CHUNK_HEAD + struct.unpack_from(f"{order}I", content, at + 4)[0]
         at += at % 2

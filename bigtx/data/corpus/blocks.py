@@ -45,7 +45,7 @@ class BlockReader:
         """Fetch nothing more."""
 
     def _read_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens and the document starts of a block.
+        """Return the tokens and the document starts of a block.
 
         Returns:
             tokens: [n] read-only view of the shard, in the manifest's dtype.
@@ -145,17 +145,19 @@ class RemoteBlockReader(BlockReader):
 
 
 def open_reader(manifest: Manifest) -> BlockReader:
-    """The reader for where the split lies."""
+    """Return the reader for where the split lies."""
     return RemoteBlockReader(manifest) if isinstance(manifest.folder, RemotePath) else BlockReader(manifest)
 
 
 def is_block(manifest: Manifest, block: int, content: Content | memoryview) -> bool:
-    """Whether the bytes are those that the block table has the checksum of."""
+    """Return whether the bytes are those that the block table has the checksum of."""
     return xxhash.xxh3_64_intdigest(content) == int(manifest.blocks[block]["checksum"])
 
 
 def block_views(manifest: Manifest, block: int, content: Content, offset: int) -> tuple[np.ndarray, np.ndarray]:
-    """A block's tokens and document starts, as views of the bytes in which its token payload begins at `offset`."""
+    """Return a block's tokens and document starts, as views of the bytes in which its token payload begins at
+    `offset`.
+    """
     record = manifest.blocks[block]
     tokens = np.frombuffer(content, manifest.dtype, int(record["tokens"]), offset)
     starts = np.frombuffer(content, DOCS_DTYPE, int(record["documents"]), offset + int(record["docs_offset"]))
@@ -163,7 +165,7 @@ def block_views(manifest: Manifest, block: int, content: Content, offset: int) -
 
 
 def damaged_block(manifest: Manifest, block: int, advice: str) -> DataError:
-    """The error that names a block whose bytes are not those that were written."""
+    """Return the error that names a block whose bytes are not those that were written."""
     begin, end = manifest.block_range(block)
     path = manifest.shard_path(int(manifest.blocks[block]["shard"]))
     return DataError(

@@ -23,7 +23,7 @@ _SAMPLE_CHARACTERS = 600
 
 
 def describe(place: Place, *, split: str, num_samples: int, seed: int) -> Iterator[str]:
-    """Lines that describe a corpus: its splits and shards, lengths of documents, decoded samples of one split.
+    """Yield lines that describe a corpus: its splits and shards, lengths of documents, decoded samples of one split.
 
     Raises:
         DataError: it is no whole corpus.
@@ -44,7 +44,7 @@ def describe(place: Place, *, split: str, num_samples: int, seed: int) -> Iterat
 
 
 def facts(place: Place, *, split: str, num_samples: int, seed: int) -> dict[str, Any]:
-    """The same as plain data; samples are whole.
+    """Return the same as plain data; samples are whole.
 
     Raises:
         DataError: it is no whole corpus.
@@ -69,7 +69,7 @@ def facts(place: Place, *, split: str, num_samples: int, seed: int) -> dict[str,
 
 
 def counts(manifest: Manifest) -> dict[str, Any]:
-    """What a split's manifest counts, as plain data."""
+    """Return what a split's manifest counts, as plain data."""
     return {
         "split": manifest.split,
         "documents": manifest.num_documents,
@@ -97,7 +97,7 @@ def _draw(sample: Sample, num_samples: int, seed: int) -> list[int]:
 
 
 def describe_splits(manifests: list[Manifest]) -> Iterator[str]:
-    """A table of splits."""
+    """Yield a table of splits."""
     heads = ("", "documents", "tokens", "text", "bytes/token", "blocks", "shards", "on disk")
     yield _row(heads)
     for manifest in manifests:
@@ -145,12 +145,12 @@ class Sample:
         return np.diff(self.bounds)
 
     def document(self, number: int) -> np.ndarray:
-        """The tokens of a document, without its end."""
+        """Return the tokens of a document, without its end."""
         return self.tokens[self.bounds[number] : self.bounds[number + 1] - 1]
 
 
 def read_sample(manifest: Manifest) -> Sample:
-    """The first blocks of a split: quick, whatever the corpus."""
+    """Return the first blocks of a split: quick, whatever the corpus."""
     reader = open_reader(manifest)
     numbers = range(min(_BLOCKS_READ, len(manifest.blocks)))
     reader.expect(numbers)

@@ -186,7 +186,7 @@ class Manifest:
 
 
 def has_split(corpus: str | Place, split: str) -> bool:
-    """Whether a prepared corpus has this split at all (small ones may have no validation split)."""
+    """Return whether a prepared corpus has this split at all (small ones may have no validation split)."""
     place = as_place(corpus) / split
     return (place / MANIFEST_NAME).is_file() if isinstance(place, RemotePath) else place.is_dir()
 
@@ -293,7 +293,7 @@ def _fetch_blocks(path: RemotePath, sha256: str) -> np.ndarray:
 
 
 def shard_problem(manifest: Manifest, shard: int) -> str | None:
-    """What is wrong with a shard by its size, as a phrase that names it; None if nothing is."""
+    """Return what is wrong with a shard by its size, as a phrase that names it; None if nothing is."""
     path, expected = manifest.shard_path(shard), manifest.shards[shard].size
     try:
         size = path.size() if isinstance(path, RemotePath) else path.stat().st_size

@@ -18,12 +18,12 @@ from bigtx.data.corpus.manifest import BLOCK_DTYPE, DOCS_DTYPE, MEMBER_HEADER_BY
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The narrowest dtype on disk that holds every id: `<u2` up to 65,536 ids, else `<u4`."""
+    """Return the narrowest dtype on disk that holds every id: `<u2` up to 65,536 ids, else `<u4`."""
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
 def member_bytes(name: str, array: np.ndarray) -> bytes:
-    """A tar member holding one 1-D npy array: the same bytes for the same array, on every machine."""
+    """Return a tar member holding one 1-D npy array: the same bytes for the same array, on every machine."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
     payload = array.tobytes()
@@ -35,7 +35,7 @@ def member_bytes(name: str, array: np.ndarray) -> bytes:
 
 
 def blocks_of_a_shard(shard_size: int, block_tokens: int, dtype: np.dtype[Any]) -> int:
-    """How many blocks make a shard of at least `shard_size` bytes, the documents' starts not counted."""
+    """Return how many blocks make a shard of at least `shard_size` bytes, the documents' starts not counted."""
     block = 2 * TAR_UNIT + padded_size(MEMBER_HEADER_BYTES - TAR_UNIT + block_tokens * dtype.itemsize) + TAR_UNIT
     return max(1, -(-shard_size // block))
 

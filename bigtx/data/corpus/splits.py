@@ -21,7 +21,7 @@ TOKENIZER = "tokenizer"
 
 
 def open_splits(place: Place, *, check_shards: bool = True) -> list[Manifest]:
-    """The splits that a corpus has.
+    """Return the splits that a corpus has.
 
     Raises:
         DataError: it has none, or one that is not whole.
@@ -37,7 +37,7 @@ def open_splits(place: Place, *, check_shards: bool = True) -> list[Manifest]:
 
 
 def load_tokenizer(place: Place, fingerprint: str) -> Tokenizer:
-    """The tokenizer of a corpus; a remote one is fetched once and kept on this machine.
+    """Return the tokenizer of a corpus; a remote one is fetched once and kept on this machine.
 
     Args:
         fingerprint: of the tokenizer, as the corpus's manifests have it.
@@ -91,7 +91,7 @@ def _fetch_tokenizer(place: RemotePath, fingerprint: str) -> Tokenizer:
 
 
 def _download(place: RemotePath, folder: Path) -> Tokenizer:
-    """A remote tokenizer's two files, in a new folder."""
+    """Return a remote tokenizer's two files, in a new folder."""
     folder.mkdir()
     try:
         description = (place / DESCRIPTION).read_bytes()

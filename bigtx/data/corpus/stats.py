@@ -17,7 +17,7 @@ _QUANTILES = (0, 25, 50, 75, 100)
 
 
 def statistics(place: Place) -> dict[str, Any]:
-    """The figures of a corpus as plain data.
+    """Return the figures of a corpus as plain data.
 
     Returns:
         Per split: counts, tokens and documents by source and language where they are known, and the lengths of the
@@ -30,7 +30,7 @@ def statistics(place: Place) -> dict[str, Any]:
 
 
 def describe_statistics(place: Place) -> Iterator[str]:
-    """The same as lines.
+    """Yield the same as lines.
 
     Raises:
         DataError: it is no whole corpus.
@@ -63,7 +63,7 @@ def _of_split(manifest: Manifest) -> dict[str, Any]:
 
 
 def _describe_groups(manifest: Manifest) -> Iterator[str]:
-    """A table of sources and languages, the largest first."""
+    """Yield a table of sources and languages, the largest first."""
     rows = sorted(manifest.groups, key=lambda group: -int(group.get("tokens", 0)))
     names = [(_name(group.get("source")), _name(group.get("language"))) for group in rows]
     widths = [max(len(head), *(len(name[column]) for name in names)) for column, head in enumerate(_HEADS)]

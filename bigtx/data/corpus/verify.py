@@ -106,7 +106,7 @@ def verify(place: Place, num_processes: int = 0) -> Verified:
 
 
 def _open(place: Place, result: Verified) -> list[Manifest]:
-    """The splits whose manifests and tables are whole, and what is wrong with the others and the tokenizer."""
+    """Return the splits whose manifests and tables are whole, and what is wrong with the others and the tokenizer."""
     names = [name for name in SPLITS if has_split(place, name)]
     if not names:
         open_splits(place)
@@ -160,7 +160,7 @@ def _check_shard(task: _ShardTask) -> _ShardResult:
 
 
 def _read_shard(manifest: Manifest, shard: int, stream: BinaryIO, result: _ShardResult) -> Iterator[str]:
-    """What is wrong with a shard, problem by problem."""
+    """Yield what is wrong with a shard, problem by problem."""
     digest, position = hashlib.sha256(), 0
     first, last = np.searchsorted(manifest.blocks["shard"], (shard, shard + 1)).tolist()
     for block in range(first, last):
@@ -191,7 +191,7 @@ def _read_shard(manifest: Manifest, shard: int, stream: BinaryIO, result: _Shard
 
 
 def _check_members(manifest: Manifest, block: int, content: bytes) -> Iterator[str]:
-    """Whether the headers say what the table says, as other readers of tar and npy will read them."""
+    """Yield whether the headers say what the table says, as other readers of tar and npy will read them."""
     record = manifest.blocks[block]
     for name, dtype, count, begin in (
         (f"{block:06d}.tokens.npy", manifest.dtype, int(record["tokens"]), 0),
@@ -216,7 +216,7 @@ def _check_members(manifest: Manifest, block: int, content: bytes) -> Iterator[s
 def _check_tokens(
     manifest: Manifest, block: int, content: bytes, result: _ShardResult, *, is_first: bool
 ) -> Iterator[str]:
-    """Whether all ids are of the vocabulary, and documents start after ends and nowhere else."""
+    """Yield whether all ids are of the vocabulary, and documents start after ends and nowhere else."""
     tokens, starts = block_views(manifest, block, content, MEMBER_HEADER_BYTES)
     if len(tokens) == 0:
         yield f"block {block} has no tokens"
@@ -236,7 +236,7 @@ def _check_tokens(
 
 
 def _check_edges(manifest: Manifest, shards: list[_ShardResult]) -> Iterator[str]:
-    """Whether the shards of a split follow each other at documents' borders, or within a document."""
+    """Yield whether the shards of a split follow each other at documents' borders, or within a document."""
     before: bool | None = True
     for shard, result in enumerate(shards):
         if None not in (before, result.begins) and before != result.begins:
@@ -250,7 +250,7 @@ def _check_edges(manifest: Manifest, shards: list[_ShardResult]) -> Iterator[str
 
 
 def describe(place: Place, result: Verified) -> str:
-    """The outcome, for the terminal.
+    """Return the outcome, for the terminal.
 
     Raises:
         DataError: names all problems.

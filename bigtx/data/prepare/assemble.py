@@ -83,7 +83,7 @@ def _sums(records: np.ndarray) -> list[int]:
 
 
 def add_up(counts: list[Count]) -> Count:
-    """The whole corpus."""
+    """Return the whole corpus."""
     total = Count({}, 2**64 - 1, 0, [0, 0], [0, 0], [0, 0], {})
     for count in counts:
         for rule, number in count.removed.items():
@@ -127,7 +127,7 @@ class Task:
 
 
 def make_tasks(plan: Plan, num_ranges: int) -> list[Task]:
-    """All shards, in runs that hold about a range each, so that little is read twice."""
+    """Return all shards, in runs that hold about a range each, so that little is read twice."""
     tasks = []
     for split in range(len(SPLITS)):
         num_shards = plan.num_shards(split)
@@ -169,7 +169,7 @@ def write_shards(work: Path, corpus: Path, task: Task) -> None:
 
 
 def _of_split(chunks: Chunks, plan: Plan, split: int, number: int) -> Documents:
-    """The kept documents of a range that belong to a split."""
+    """Return the kept documents of a range that belong to a split."""
     records, places, _ = chunks.records(number)
     held_out = records["text_hash"] < np.uint64(plan.held_out_below)
     chosen = held_out if split else ~held_out
@@ -177,7 +177,9 @@ def _of_split(chunks: Chunks, plan: Plan, split: int, number: int) -> Documents:
 
 
 def entry_path(work: Path, split: str, shard: int) -> Path:
-    """Where a finished shard's entry of the manifest lies; its rows of the block table lie beside it, as .npy."""
+    """Return where a finished shard's entry of the manifest lies; its rows of the block table lie beside it, as
+    .npy.
+    """
     return work / f"{split}-{shard:06d}.shard"
 
 
@@ -328,7 +330,7 @@ class Assembly:
 
 
 def _held_out_below(fraction: float, smallest: int, largest: int) -> int:
-    """The hash below which texts are held out: at least one text, if there are two; never all."""
+    """Return the hash below which texts are held out: at least one text, if there are two; never all."""
     if fraction == 0 or smallest >= largest:
         return 0
     return min(max(int(fraction * 2**64), smallest + 1), largest)

@@ -87,7 +87,9 @@ class Chunk:
         return dataclasses.replace(chunk, checksum=digest.intdigest())
 
     def is_whole(self, dtype: np.dtype[Any]) -> bool:
-        """Whether both files hold what was written: they were not forced to the disk, so a crash may have lost it."""
+        """Return whether both files hold what was written: they were not forced to the disk, so a crash may have lost
+        it.
+        """
         try:
             tokens, records = np.fromfile(self._file("tokens"), dtype), np.fromfile(self._file("index"), RECORD_DTYPE)
         except OSError:
@@ -95,7 +97,7 @@ class Chunk:
         return _checksum(tokens, records) == self.checksum
 
     def records(self, first_key: int, last_key: int) -> np.ndarray:
-        """The records with keys from the first to the last, both included."""
+        """Return the records with keys from the first to the last, both included."""
         whole = np.memmap(self._file("index"), RECORD_DTYPE, "r")
         places = range(len(whole))
         begin = bisect.bisect_left(places, first_key, key=lambda place: int(whole[place]["key"]))
@@ -103,7 +105,7 @@ class Chunk:
         return np.array(whole[begin:end])
 
     def tokens(self, records: np.ndarray, dtype: np.dtype[Any]) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens of some of the records, in any order.
+        """Return the tokens of some of the records, in any order.
 
         Returns:
             tokens: all of theirs, and perhaps some between them.
@@ -123,7 +125,7 @@ class Chunk:
 
 
 def take(records: np.ndarray, tokens: np.ndarray, order: np.ndarray) -> Documents:
-    """The documents that `order` names, in that order.
+    """Return the documents that `order` names, in that order.
 
     Args:
         records: [documents] whose `start` counts from the first of `tokens`.
@@ -137,12 +139,12 @@ def take(records: np.ndarray, tokens: np.ndarray, order: np.ndarray) -> Document
 
 
 def key_range(number: int, num_ranges: int) -> tuple[int, int]:
-    """The first and the last key of one of `num_ranges` equal ranges of all keys."""
+    """Return the first and the last key of one of `num_ranges` equal ranges of all keys."""
     return (number << 64) // num_ranges, ((number + 1) << 64) // num_ranges - 1
 
 
 def _split(tokens: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
-    """The tokens of each of several documents, one after the other."""
+    """Return the tokens of each of several documents, one after the other."""
     ends = np.cumsum(lengths, dtype=np.int64)
     return [tokens[begin:end] for begin, end in zip((ends - lengths).tolist(), ends.tolist(), strict=True)]
 

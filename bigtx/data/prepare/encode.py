@@ -58,7 +58,7 @@ class Unit:
         return sum(file.size for _, file in self.files)
 
     def key(self, settings_digest: str) -> str:
-        """A digest of all that the unit's result follows from."""
+        """Return a digest of all that the unit's result follows from."""
         digest = hashlib.sha256(settings_digest.encode())
         for place, file in self.files:
             digest.update(json.dumps([place, *file.identity]).encode())
@@ -147,7 +147,7 @@ class UnitResult:
 
     @staticmethod
     def load(work: Path, number: int) -> UnitResult | None:
-        """A unit's result; None if it has none that can be read."""
+        """Return a unit's result; None if it has none that can be read."""
         try:
             content = json.loads(result_path(work, number).read_bytes())
             content["chunks"] = [tuple(chunk) for chunk in content["chunks"]]
@@ -160,7 +160,7 @@ class UnitResult:
             return None
 
     def is_usable(self, work: Path, key: str, dtype: np.dtype[Any]) -> bool:
-        """Whether the result is that of this key, and all its files are as they were written."""
+        """Return whether the result is that of this key, and all its files are as they were written."""
         return (
             self.key == key
             and all(self.chunk(work, index).is_whole(dtype) for index in range(len(self.chunks)))
@@ -169,23 +169,23 @@ class UnitResult:
 
 
 def load_whole(work: Path, dtype: np.dtype[Any], number: int) -> UnitResult | None:
-    """A unit's result if all its files are as they were written, else None."""
+    """Return a unit's result if all its files are as they were written, else None."""
     result = UnitResult.load(work, number)
     return result if result and result.is_usable(work, result.key, dtype) else None
 
 
 def result_path(work: Path, number: int) -> Path:
-    """Where a unit's result lies."""
+    """Return where a unit's result lies."""
     return work / f"{number:06d}.json"
 
 
 def chunk_path(work: Path, number: int, index: int) -> Path:
-    """Where a unit's chunk lies, without its suffixes."""
+    """Return where a unit's chunk lies, without its suffixes."""
     return work / f"{number:06d}-{index:04d}"
 
 
 def signatures_path(work: Path, number: int) -> Path:
-    """Where the signatures of a unit's documents lie, in reading order."""
+    """Return where the signatures of a unit's documents lie, in reading order."""
     return work / f"{number:06d}.signatures"
 
 
@@ -254,7 +254,7 @@ class Encoder:
         return result
 
     def _documents(self, unit: Unit, rejects: Rejects, result: UnitResult) -> Iterator[tuple[int, Document]]:
-        """The documents that the rules keep, cleaned."""
+        """Yield the documents that the rules keep, cleaned."""
         for place, file in unit.files:
             for document in read_file(file, self._job.config.input, rejects):
                 outcome = self._texts.apply(document, result.needs)
@@ -269,7 +269,7 @@ class Encoder:
     def _encode_batch(
         self, batch: list[tuple[int, Document]], result: UnitResult, groups: dict[tuple[str | None, str | None], int]
     ) -> Documents:
-        """The documents' ids, each with the end id, and their records."""
+        """Return the documents' ids, each with the end id, and their records."""
         records = np.empty(len(batch), RECORD_DTYPE)
         hashes, sizes = zip(*(_hash_and_size(document.text) for _, document in batch), strict=True)
         records["text_hash_high"], records["text_hash"] = np.array(hashes, np.uint64).T

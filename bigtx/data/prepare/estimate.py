@@ -61,11 +61,11 @@ class Estimate:
 
     @property
     def factor(self) -> float:
-        """How much more than the sample there is."""
+        """Return how much more than the sample there is."""
         return self.stored_bytes / self.sampled_bytes
 
     def lines(self) -> Iterator[str]:
-        """The estimate as text."""
+        """Yield the estimate as text."""
         tokens = self.tokens * self.factor
         disk = tokens * self.token_bytes
         work = disk + self.documents * self.factor * _WORK_BYTES_PER_DOCUMENT
@@ -86,7 +86,7 @@ class Estimate:
         yield f"  disk       about {format_size(round(disk))}, and {format_size(round(work))} more while it is made"
 
     def facts(self) -> dict[str, Any]:
-        """The sample as plain data, and the estimate: documents, tokens, seconds and bytes of the whole."""
+        """Return the sample as plain data, and the estimate: documents, tokens, seconds and bytes of the whole."""
         tokens = self.tokens * self.factor
         whole = {
             "documents": round(self.documents * self.factor),

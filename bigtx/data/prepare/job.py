@@ -106,7 +106,7 @@ class Report:
 
     @property
     def splits(self) -> list[Manifest]:
-        """The splits that exist."""
+        """Return the splits that exist."""
         return [self.train] if self.validation is None else [self.train, self.validation]
 
 
@@ -160,7 +160,7 @@ def prepare(config: PrepareConfig, part: tuple[int, int] = (1, 1)) -> Report | P
 def _recipe(
     config: PrepareConfig, tokenizer: Tokenizer, files: list[InputFile], folder: Path
 ) -> tuple[dict[str, Any], Path | None]:
-    """The recipe of a corpus, and the index of the evaluation sets' n-grams, made in the folder."""
+    """Return the recipe of a corpus, and the index of the evaluation sets' n-grams, made in the folder."""
     index = build_contamination_index(config.decontaminate, folder) if config.decontaminate.paths else None
     recipe = make_recipe(config, tokenizer, files, contamination_digest(index) if index else None)
     return recipe | {"inputs": describe_inputs(files)}, index
@@ -239,7 +239,7 @@ class _Job:
         return num_units, results
 
     def load(self, num_units: int) -> list[UnitResult | None]:
-        """What the parts left of all units; None where something is missing or damaged."""
+        """Return what the parts left of all units; None where something is missing or damaged."""
         dtype = token_dtype(Tokenizer.load(self.tokenizer).vocab_size)
         return list(self._get_workers().map(functools.partial(load_whole, self.work, dtype), range(num_units)))
 
@@ -341,7 +341,7 @@ class _Job:
         return rejects
 
     def _near_duplicates(self, results: list[UnitResult]) -> Path | None:
-        """The file that says of each document whether it is a near duplicate, if they are to be removed."""
+        """Return the file that says of each document whether it is a near duplicate, if they are to be removed."""
         if not self._config.near_duplicates.enabled:
             return None
         self._line.show("looking for near duplicates")

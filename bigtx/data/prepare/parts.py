@@ -80,7 +80,7 @@ def part_folder(output: Path, part: tuple[int, int]) -> Iterator[Path]:
 
 
 def partial_folder(output: Path) -> Path:
-    """Where a corpus is made."""
+    """Return where a corpus is made."""
     return output.with_name(f"{output.name}.partial")
 
 
@@ -89,7 +89,7 @@ def _folder(output: Path, part: tuple[int, int]) -> Path:
 
 
 def is_done(output: Path, part: tuple[int, int]) -> bool:
-    """Whether a part has tokenized all its units."""
+    """Return whether a part has tokenized all its units."""
     return (_folder(output, part) / RECIPE_NAME).exists()
 
 
@@ -109,7 +109,7 @@ def count_parts(output: Path) -> int:
 
 
 def common_recipe(output: Path, num_parts: int) -> tuple[dict[str, Any], PrepareConfig]:
-    """The recipe (with `num_units`) and the configuration by which all parts were made.
+    """Return the recipe (with `num_units`) and the configuration by which all parts were made.
 
     Raises:
         DataError: a part is not done, or was made otherwise than the first.

@@ -49,7 +49,7 @@ class Chunks:
 
     @staticmethod
     def load(work: Path) -> Chunks:
-        """What `save_chunks` wrote."""
+        """Return what `save_chunks` wrote."""
         content = json.loads((work / CHUNKS_NAME).read_bytes())
         rows = content["chunks"]
         return Chunks(
@@ -72,7 +72,7 @@ class Chunks:
         )
 
     def records(self, number: int) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
-        """What is kept of a range of keys.
+        """Return what is kept of a range of keys.
 
         Returns:
             records: [documents] in their final order; `group` counts in `groups`.
@@ -109,7 +109,7 @@ class Chunks:
         return Documents(records, texts)
 
     def _kept(self, records: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
-        """Which of sorted records stay: the first of each text, and what is near no other."""
+        """Return which of sorted records stay: the first of each text, and what is near no other."""
         copies = np.zeros(len(records), bool)
         if self.exact and len(records):
             same = np.ones(len(records) - 1, bool)

@@ -26,7 +26,7 @@ _OF_THE_WHOLE = ("validation_fraction", "block_tokens", "shard_size")
 def make_recipe(
     config: PrepareConfig, tokenizer: Tokenizer, files: list[InputFile], contamination: str | None
 ) -> dict[str, Any]:
-    """What goes into each manifest: the settings, the tokenizer and the extent of the input.
+    """Return what goes into each manifest: the settings, the tokenizer and the extent of the input.
 
     Args:
         contamination: digest of the evaluation sets' n-grams, if there are any.
@@ -46,7 +46,7 @@ def make_recipe(
 
 
 def unit_settings_digest(recipe: dict[str, Any]) -> str:
-    """A digest of what a document's tokens follow from, beside the document and where it stands."""
+    """Return a digest of what a document's tokens follow from, beside the document and where it stands."""
     without = (*_OF_THE_WHOLE, "num_files", "input_bytes", "inputs")
     settings = {name: value for name, value in recipe.items() if name not in without}
     settings["input"] = {name: value for name, value in settings["input"].items() if name not in ("paths", "exclude")}
@@ -54,7 +54,7 @@ def unit_settings_digest(recipe: dict[str, Any]) -> str:
 
 
 def describe_inputs(files: list[InputFile]) -> str:
-    """A digest of the input files' paths, sizes and versions: another one means another input."""
+    """Return a digest of the input files' paths, sizes and versions: another one means another input."""
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{json.dumps(file.identity)}\n".encode())
@@ -79,7 +79,7 @@ def check_existing(output: Path, recipe: dict[str, Any]) -> None:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What differs between two recipes, in words."""
+    """Return what differs between two recipes, in words."""
     changes = [
         f"{name} was {old.get(name)!r} and is now {new.get(name)!r}"
         for name in dict.fromkeys([*new, *old])

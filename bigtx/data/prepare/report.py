@@ -17,7 +17,7 @@ FEW_DOCUMENTS, FEW_TOKENS = 20, 100_000
 
 
 def facts(report: Report | PartReport) -> dict[str, Any]:
-    """What was done, as plain data."""
+    """Return what was done, as plain data."""
     if isinstance(report, PartReport):
         return dataclasses.asdict(report) | {"output": str(report.output)}
     return {
@@ -37,7 +37,7 @@ def facts(report: Report | PartReport) -> dict[str, Any]:
 
 
 def describe_report(report: Report) -> Iterator[str]:
-    """The end report of `bigtx data prepare`, line by line."""
+    """Yield the end report of `bigtx data prepare`, line by line."""
     if report.reused:
         yield f"{report.output} is prepared already, with these settings and this input; nothing to do."
     else:
@@ -62,7 +62,7 @@ def describe_report(report: Report) -> Iterator[str]:
 
 
 def _describe_removed(report: Report) -> Iterator[str]:
-    """What rules and the search for duplicates left out, with an example of each where there is one."""
+    """Yield what rules and the search for duplicates left out, with an example of each where there is one."""
     if not report.removed:
         return
     total = sum(removed.documents for removed in report.removed.values())
@@ -96,7 +96,7 @@ def _describe_held_out(report: Report) -> Iterator[str]:
 
 
 def describe_part(report: PartReport) -> Iterator[str]:
-    """What a part did, and what is left to do."""
+    """Yield what a part did, and what is left to do."""
     number, count = report.part
     yield (
         f"Part {number} of {count}: {report.num_own_units:,} of {report.num_units:,} units tokenized, "

@@ -42,19 +42,19 @@ class Needs:
             self.rejected = min(other.rejected, self.rejected or other.rejected)
 
     def allows(self, memory: int) -> bool:
-        """Whether the same documents are kept with another `memory`."""
+        """Return whether the same documents are kept with another `memory`."""
         most = most_for_a_text(memory)
         return self.kept <= most and (self.rejected is None or self.rejected > most)
 
     def memory_mib(self) -> int:
-        """The least `memory`, in MiB, with which the same documents are kept."""
+        """Return the least `memory`, in MiB, with which the same documents are kept."""
         setting = find(PrepareConfig, "memory")
         assert setting is not None and setting.minimum is not None
         return max(-(-2 * self.kept >> 20), int(setting.minimum) >> 20)
 
     @property
     def agree(self) -> bool:
-        """Whether there is any `memory` with which these documents are kept and rejected."""
+        """Return whether there is any `memory` with which these documents are kept and rejected."""
         return self.rejected is None or self.rejected > self.kept
 
 
@@ -82,7 +82,7 @@ class TextPreparation:
         return alone() if any(len(text) > self._large for text in texts) else nullcontext()
 
     def apply(self, document: Document, needs: Needs) -> str | Dropped | Reject:
-        """The text as it is tokenized, or why there is none.
+        """Return the text as it is tokenized, or why there is none.
 
         Args:
             needs: counts what the document needs.

@@ -91,7 +91,7 @@ class _Header:
 
 
 def read_members(archive: BinaryIO, file: str, rejects: Rejects) -> Iterator[Member]:
-    """What an archive has but folders, in its order; also what must not be read, with the reason.
+    """Yield what an archive has but folders, in its order; also what must not be read, with the reason.
 
     Args:
         file: what rejects name the archive.
@@ -127,7 +127,7 @@ def _read_members(archive: BinaryIO, file: str, rejects: Rejects) -> Iterator[Me
 
 
 def _next_header(archive: BinaryIO, offset: int, common: dict[str, str]) -> tuple[_Header, int] | None:
-    """The next member's header, and its length with all extended headers; None at the end-of-archive marker."""
+    """Return the next member's header, and its length with all extended headers; None at the end-of-archive marker."""
     own: dict[str, str] = {}
     begin = offset
     while True:
@@ -167,7 +167,7 @@ def _next_header(archive: BinaryIO, offset: int, common: dict[str, str]) -> tupl
 
 
 def _refusal(header: _Header) -> str:
-    """Why a member is not read; "" if nothing speaks against it."""
+    """Return why a member is not read; "" if nothing speaks against it."""
     if not header.name.strip("/") or _LEADS_OUT.match(header.name):
         return "a path that leads out of the archive"
     if header.type in _LINKS:
@@ -182,7 +182,7 @@ def _refusal(header: _Header) -> str:
 
 
 def _extended(archive: BinaryIO, info: tarfile.TarInfo) -> bytes:
-    """The content of an extended header, padded as it stands in the archive."""
+    """Return the content of an extended header, padded as it stands in the archive."""
     if info.size > _MAX_HEADER_BYTES:
         raise DamagedArchiveError(f"an extended header of {info.size:,} bytes; nothing behind is read")
     padded = info.size + -info.size % _UNIT
@@ -193,7 +193,7 @@ def _extended(archive: BinaryIO, info: tarfile.TarInfo) -> bytes:
 
 
 def _pax_records(content: bytes, offset: int) -> dict[str, str]:
-    """The records `<length> <key>=<value>\\n` of a pax header."""
+    """Return the records `<length> <key>=<value>\\n` of a pax header."""
     records = {}
     while content.rstrip(b"\0"):
         length = content.partition(b" ")[0]

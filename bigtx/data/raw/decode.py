@@ -28,7 +28,7 @@ class BadRowError(Exception):
 
 
 def decode(raw: bytes) -> str:
-    """The text in UTF-8 bytes; a byte order mark is a character like others here.
+    """Return the text in UTF-8 bytes; a byte order mark is a character like others here.
 
     Raises:
         BadRowError: they are not UTF-8, or no text.
@@ -42,7 +42,7 @@ def decode(raw: bytes) -> str:
 
 
 def parse_json(raw: bytes) -> dict[str, Any]:
-    """The JSON object in some bytes.
+    """Return the JSON object in some bytes.
 
     Raises:
         BadRowError: they are not UTF-8, no JSON object, or an object in them has a key twice.
@@ -111,12 +111,12 @@ def check_texts(value: Any) -> None:
 
 
 def without_signature(raw: bytes) -> bytes:
-    """The bytes without UTF-8's byte order mark at their start (Unicode 16.0, 23.8)."""
+    """Return the bytes without UTF-8's byte order mark at their start (Unicode 16.0, 23.8)."""
     return raw.removeprefix(codecs.BOM_UTF8)
 
 
 def unreadable(error: Exception) -> str:
-    """Why a stream could not be read on."""
+    """Return why a stream could not be read on."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return f"cannot be read: {reason}"
 
@@ -139,13 +139,13 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
 
 
 def other_encoding(raw: bytes) -> str:
-    """A reason that names the encoding, other than UTF-8, which bytes look like; "" if they look like none."""
+    """Return a reason that names the encoding, other than UTF-8, which bytes look like; "" if they look like none."""
     name = next((name for signature, name in _SIGNATURES if raw.startswith(signature)), None)
     return f"{name} text; {_convert(name)}" if name else _encoding_by_nuls(raw[:_SAMPLE])
 
 
 def _encoding_by_nuls(raw: bytes) -> str:
-    """The same, by where NULs are: UTF-16 and UTF-32 have them at fixed places of the usual characters."""
+    """Return the same, by where NULs are: UTF-16 and UTF-32 have them at fixed places of the usual characters."""
     if raw.count(0) < max(_MIN_NULS_OF_ENCODING, _NUL_SHARE * len(raw)):
         return ""
     if not raw.strip(b"\0"):

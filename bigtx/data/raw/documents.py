@@ -42,7 +42,7 @@ class Document(NamedTuple):
     number: int = 0
 
     def with_text(self, text: str) -> Document:
-        """The same document after its text was changed."""
+        """Return the same document after its text was changed."""
         return self._replace(text=text)
 
 
@@ -83,7 +83,7 @@ class Rejects:
     passed_over: Counter[str] = field(default_factory=Counter)
 
     def __bool__(self) -> bool:
-        """Whether anything could not be read."""
+        """Return whether anything could not be read."""
         return bool(self.count or self.num_cut)
 
     def add(self, reject: Reject) -> None:
@@ -99,14 +99,14 @@ class Rejects:
             self.sink(reject)
 
     def first(self) -> str:
-        """The first few as text for the terminal, each in a line of its own that begins with a line break."""
+        """Return the first few as text for the terminal, each in a line of its own that begins with a line break."""
         return "".join(
             f"\n  {visible(r.file)}{f', line {r.line}' if r.line else ''}: {visible(r.reason)}{_swallowed(r)}"
             for r in self.examples
         )
 
     def describe(self) -> str:
-        """How much could not be read, in words."""
+        """Return how much could not be read, in words."""
         parts = [f"{self.count:,} that cannot be read"] if self.count or not self.num_cut else []
         if self.num_cut:
             parts.append(f"an unknown number in {self._unfinished()}")
@@ -150,7 +150,7 @@ class Rejects:
 
 
 def in_batches(items: Iterable[Item], length: Callable[[Item], int], characters: int) -> Iterator[list[Item]]:
-    """The items in lists that end where their texts have at least so many characters together.
+    """Yield the items in lists that end where their texts have at least so many characters together.
 
     An item may be hundreds of megabytes, so none is held here while the next one is read.
 

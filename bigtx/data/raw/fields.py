@@ -44,7 +44,7 @@ class Fields:
         )
 
     def documents(self, rows: Iterable[Row], rejects: Rejects) -> Iterator[Document]:
-        """The documents of rows; those that hold none are rejected. None is held while the next one is read."""
+        """Yield the documents of rows; those that hold none are rejected. None is held while the next one is read."""
         for row in rows:
             try:
                 document = self._document(row)
@@ -76,7 +76,7 @@ class Fields:
 
 
 def value_of(fields: Mapping[str, Any], name: str) -> Any:
-    """The value of a field; None where there is none."""
+    """Return the value of a field; None where there is none."""
     if name in fields or "." not in name:
         return fields.get(name)
     value: Any = fields
@@ -88,7 +88,7 @@ def value_of(fields: Mapping[str, Any], name: str) -> Any:
 
 
 def _label(fields: Mapping[str, Any], name: str) -> str | None:
-    """A field of the metadata as text."""
+    """Return a field of the metadata as text."""
     value = value_of(fields, name) if name else None
     if value is None:
         return None
@@ -102,7 +102,7 @@ def _label(fields: Mapping[str, Any], name: str) -> str | None:
 
 
 def _text_in(value: Any) -> str | None:
-    """A value as text; None where it is none. Many writers of parquet call texts in UTF-8 binary.
+    """Return a value as text; None where it is none. Many writers of parquet call texts in UTF-8 binary.
 
     Raises:
         BadRowError: bytes that are not UTF-8.
@@ -111,6 +111,6 @@ def _text_in(value: Any) -> str | None:
 
 
 def _kind_of(value: Any) -> str:
-    """What a value is, as its format calls it."""
+    """Return what a value is, as its format calls it."""
     kinds = dict.fromkeys(_NUMBERS, "a number") | {bool: "true or false", list: "a list", dict: "an object"}
     return kinds.get(type(value), f"of the type {type(value).__name__}")

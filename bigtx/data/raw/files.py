@@ -50,17 +50,17 @@ class _Input:
 
     @property
     def paths(self) -> str:
-        """The setting that names what is read."""
+        """Return the setting that names what is read."""
         return f"{self.section}.paths"
 
     @property
     def has_suffixes(self) -> bool:
-        """Whether the section says which suffixes texts have, and what is left out of folders."""
+        """Return whether the section says which suffixes texts have, and what is left out of folders."""
         return self.section == "input"
 
 
 def list_files(config: InputConfig, passed_over: Counter[str] | None = None, section: str = "input") -> list[InputFile]:
-    """The files that `config.paths` names, each once.
+    """Return the files that `config.paths` names, each once.
 
     `passed_over`, if given, counts by suffix the files of folders and globs that are not read. `section` is where the
     paths stand in the configuration, for messages.
@@ -101,7 +101,7 @@ def list_files(config: InputConfig, passed_over: Counter[str] | None = None, sec
 
 
 def describe_passed_over(counts: Counter[str]) -> Iterator[str]:
-    """What was not read, as lines for people."""
+    """Yield what was not read, as lines for people."""
     others = Counter({suffix: number for suffix, number in counts.items() if suffix != own.MADE})
     if others:
         yield f"Passed over, by their suffix: {counts_by_suffix(others)}; see input.text_suffixes."
@@ -138,13 +138,13 @@ def split_file(file: InputFile, config: InputConfig, part_bytes: int) -> list[In
 
 
 def is_left_out(relative: str, exclude: Sequence[str]) -> bool:
-    """Whether a path within a folder or archive is not to be read: hidden names, and what `exclude` says."""
+    """Return whether a path within a folder or archive is not to be read: hidden names, and what `exclude` says."""
     hidden = any(name.startswith(".") and name != ".." for name in relative.split("/"))
     return hidden or _is_excluded(relative, exclude)
 
 
 def expand_braces(path: str) -> Iterator[str]:
-    """The paths that `{000..010}` and `{a,b}` in a path stand for, in a shell's order, one after the other."""
+    """Yield the paths that `{000..010}` and `{a,b}` in a path stand for, in a shell's order, one after the other."""
     match = _BRACES.search(path)
     if not match:
         yield path
@@ -164,7 +164,7 @@ def expand_braces(path: str) -> Iterator[str]:
 
 
 def _expanded(path: str, inputs: _Input) -> list[str]:
-    """The paths that braces stand for, as a shell would have them."""
+    """Return the paths that braces stand for, as a shell would have them."""
     check_scheme(path)
     if "{" not in path or (not is_remote(path) and os.path.lexists(path)):
         return [path]
@@ -177,7 +177,7 @@ def _expanded(path: str, inputs: _Input) -> list[str]:
 
 
 def _files_of(path: str, inputs: _Input, passed_over: Counter[str]) -> list[InputFile]:
-    """The files that a path stands for, with their sizes and versions."""
+    """Return the files that a path stands for, with their sizes and versions."""
     try:
         if not is_remote(path):
             return _local_files(path, inputs, passed_over)
@@ -236,7 +236,7 @@ def _local(path: str, name: str) -> InputFile:
 
 
 def _stat_named(url: str, inputs: _Input) -> InputFile:
-    """A file of a web server."""
+    """Return a file of a web server."""
     if "*" in name_of(url):
         raise DataError(
             f"{shown(url)} in {inputs.paths}: a web server does not tell which files there are. Name them, e.g. with "
@@ -255,7 +255,7 @@ def _unreachable(path: str, inputs: _Input, error: OSError) -> DataError:
 
 
 def _known(path: str, candidates: list[str], inputs: _Input, passed_over: Counter[str]) -> list[str]:
-    """Those of a folder's or glob's files that are read, sorted; the others are counted."""
+    """Return those of a folder's or glob's files that are read, sorted; the others are counted."""
     files = sorted({found for found in candidates if format_of(found, inputs.config.text_suffixes)})
     others = Counter(suffix_of(found) for found in set(candidates).difference(files))
     passed_over.update(others)
@@ -293,7 +293,9 @@ def _refuse_unknown(path: str, inputs: _Input) -> None:
 
 
 def _walk(folder: str, inputs: _Input, passed_over: Counter[str]) -> Iterator[str]:
-    """All files below a folder that are not excluded, nor made by bigtx; links to folders are followed, each once."""
+    """Yield all files below a folder that are not excluded, nor made by bigtx; links to folders are followed, each
+    once.
+    """
     visited: set[str] = set()
     pending = [folder]
     while pending:
@@ -335,7 +337,7 @@ def _is_excluded(relative: str, exclude: Sequence[str]) -> bool:
 
 
 def _fixed_part(pattern: str) -> str:
-    """The folder before the first wildcard of a glob."""
+    """Return the folder before the first wildcard of a glob."""
     parts = pattern.split("/")
     fixed = "/".join(itertools.takewhile(lambda part: not glob.has_magic(part), parts[:-1]))
     return fixed or ("/" if pattern.startswith("/") else ".")

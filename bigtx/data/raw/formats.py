@@ -68,7 +68,7 @@ _NO_TEXT = {
 
 
 def format_of(path: str, text_suffixes: Sequence[str]) -> Format | None:
-    """What the file holds, by its suffix (that of a compression taken off first); None: nothing that is read."""
+    """Return what the file holds, by its suffix (that of a compression taken off first); None: nothing that is read."""
     suffix = suffix_inside(path)
     if suffix in _SUFFIXES:
         # Parquet is compressed inside, and is read from its end.
@@ -77,7 +77,7 @@ def format_of(path: str, text_suffixes: Sequence[str]) -> Format | None:
 
 
 def why_unknown(path: str, text_suffixes: Sequence[str] | None = None) -> str:
-    """What to do with a file whose suffix no reader takes.
+    """Return what to do with a file whose suffix no reader takes.
 
     Args:
         text_suffixes: what `input.text_suffixes` holds; None where there is no such setting.
@@ -95,17 +95,17 @@ def why_unknown(path: str, text_suffixes: Sequence[str] | None = None) -> str:
 
 
 def is_compressed(path: str) -> bool:
-    """Whether the file is compressed as a whole, by its name."""
+    """Return whether the file is compressed as a whole, by its name."""
     return _full(path).endswith(COMPRESSION_SUFFIXES)
 
 
 def suffix_inside(path: str) -> str:
-    """The suffix in lower case, that of a compression taken off first."""
+    """Return the suffix in lower case, that of a compression taken off first."""
     return posixpath.splitext(without_compression(path).lower())[1]
 
 
 def without_compression(path: str) -> str:
-    """The path without the suffix of a compression."""
+    """Return the path without the suffix of a compression."""
     full = _full(path)
     ending = next((suffix for suffix in COMPRESSION_SUFFIXES if full.endswith(suffix)), "")
     if posixpath.splitext(path.lower())[1] in _SHORT_FOR:
@@ -114,12 +114,12 @@ def without_compression(path: str) -> str:
 
 
 def suffix_of(path: str) -> str:
-    """The suffix under which a file that is not read is counted."""
+    """Return the suffix under which a file that is not read is counted."""
     return posixpath.splitext(path)[1] or NO_SUFFIX
 
 
 def decompressed(raw: BinaryIO, path: str) -> BinaryIO:
-    """The content of a file's bytes, by its name; `raw` itself if it is not compressed.
+    """Return the content of a file's bytes, by its name; `raw` itself if it is not compressed.
 
     Reading from the result raises what `READ_ERRORS` names, also when the compressed bytes end too early.
     """
@@ -131,7 +131,7 @@ def decompressed(raw: BinaryIO, path: str) -> BinaryIO:
 
 
 def _full(path: str) -> str:
-    """The path in lower case, with short suffixes such as .tgz written out."""
+    """Return the path in lower case, with short suffixes such as .tgz written out."""
     stem, suffix = posixpath.splitext(path.lower())
     return stem + _SHORT_FOR.get(suffix, suffix)
 
@@ -145,7 +145,7 @@ def _xz() -> Any:
 
 
 def read_up_to(stream: BinaryIO, num_bytes: int) -> bytes:
-    """The next `num_bytes`, or what there is; memory is taken as bytes come, not for what could come."""
+    """Return the next `num_bytes`, or what there is; memory is taken as bytes come, not for what could come."""
     parts: list[bytes] = []
     while num_bytes > 0 and (part := stream.read(min(num_bytes, CHUNK_BYTES))):
         parts.append(part)

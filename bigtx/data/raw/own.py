@@ -29,7 +29,7 @@ _LOOKED_AT = 4096
 
 
 def without_own(folder: str, names: Sequence[str]) -> list[str]:
-    """The names of what bigtx did not make.
+    """Return the names of what bigtx did not make.
 
     Args:
         names: of all that is in the folder.
@@ -50,7 +50,7 @@ def _kind_of_listed(folder: str) -> str | None:
 
 
 def kind_of(folder: str, names: Collection[str]) -> str | None:
-    """What bigtx made a folder as, e.g. "a tokenizer"; None if it did not make it.
+    """Return what bigtx made a folder as, e.g. "a tokenizer"; None if it did not make it.
 
     Args:
         names: of what is in it.
@@ -70,7 +70,7 @@ def kind_of(folder: str, names: Collection[str]) -> str | None:
 
 
 def own_of(path: str, base: str, known: dict[str, bool]) -> str | None:
-    """The first of the folders between a base and a path, or the path itself, that bigtx made.
+    """Return the first of the folders between a base and a path, or the path itself, that bigtx made.
 
     Args:
         known: what was found of folders before; it is added to.
@@ -100,8 +100,8 @@ def refuse_own(path: str, setting: str = "") -> None:
 
 
 def is_own_file(path: str, beside: Collection[str]) -> bool:
-    """Whether a file is a list of rejects, the card of an export, or predictions of `bigtx predict` or what is said
-    about them beside.
+    """Return whether a file is a list of rejects, the card of an export, or predictions of `bigtx predict` or what is
+    said about them beside.
 
     Args:
         beside: names of what is in its folder.

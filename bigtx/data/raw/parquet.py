@@ -58,7 +58,7 @@ def row_group_ranges(file: InputFile, part_bytes: int) -> list[InputFile]:
 
 
 def read_parquet(file: InputFile, origin: Origin, options: Options, rejects: Rejects) -> Iterator[Row]:
-    """A row of the wanted columns for each row of a file or range of row groups.
+    """Yield a row of the wanted columns for each row of a file or range of row groups.
 
     A damaged row group is one reject, and the next one is read.
     """
@@ -93,7 +93,7 @@ def read_parquet(file: InputFile, origin: Origin, options: Options, rejects: Rej
 
 
 def _kind_of(schema: Any, name: str) -> Any:
-    """The type of a column, or of a field in nested records; None where there is none."""
+    """Return the type of a column, or of a field in nested records; None where there is none."""
     if name in schema.names:
         return schema.field(name).type
     top, *inner = name.split(".")
@@ -107,7 +107,7 @@ def _kind_of(schema: Any, name: str) -> Any:
 
 
 def _is_text(kind: Any) -> bool:
-    """Whether values of a type are texts, or bytes that may be some; what is not there is told row by row."""
+    """Return whether values of a type are texts, or bytes that may be some; what is not there is told row by row."""
     types = _types()
     if kind is not None and types.is_dictionary(kind):
         kind = kind.value_type
@@ -164,5 +164,5 @@ def _opened(file: InputFile) -> Iterator[Any]:
 
 
 def _damaged(error: Exception) -> str:
-    """Why pyarrow could not read on; its errors are of many classes, and long."""
+    """Return why pyarrow could not read on; its errors are of many classes, and long."""
     return f"cannot be read: {(str(error) or type(error).__name__).splitlines()[0][:200]}"

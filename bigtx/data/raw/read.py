@@ -51,7 +51,7 @@ __all__ = [
 
 
 def read_documents(config: InputConfig, rejects: Rejects) -> Iterator[Document]:
-    """All documents of the input, in the order of `list_files`.
+    """Yield all documents of the input, in the order of `list_files`.
 
     What cannot be read goes to `rejects`; the caller ends with `rejects.check`.
 
@@ -62,18 +62,18 @@ def read_documents(config: InputConfig, rejects: Rejects) -> Iterator[Document]:
 
 
 def documents_of(files: Iterable[InputFile], fields: Fields, rejects: Rejects) -> Iterator[Document]:
-    """The documents of files; raises nothing that the input could cause."""
+    """Yield the documents of files; raises nothing that the input could cause."""
     for file in files:
         yield from fields.documents(read_rows(file, fields.options, rejects), rejects)
 
 
 def read_file(file: InputFile, config: InputConfig, rejects: Rejects) -> Iterator[Document]:
-    """The documents of one file or range; raises nothing that the input could cause."""
+    """Yield the documents of one file or range; raises nothing that the input could cause."""
     yield from documents_of([file], Fields(config), rejects)
 
 
 def read_rows(file: InputFile, options: Options, rejects: Rejects) -> Iterator[Row]:
-    """The rows of one file or range; raises nothing that the input could cause."""
+    """Yield the rows of one file or range; raises nothing that the input could cause."""
     path = name_of(file.path)
     kind = format_of(path, options.text_suffixes)
     if kind is Format.JSON and file.end is not None:

@@ -80,20 +80,20 @@ class Options:
 
     @property
     def has_metadata(self) -> bool:
-        """Whether a field beside the text is used."""
+        """Return whether a field beside the text is used."""
         return self.columns is None or any(name != self.text_field for name in self.columns)
 
     def see(self, name: str, value: str = "", before: str = "; see ") -> str:
-        """The end of a message that names a setting, where there is one."""
+        """Return the end of a message that names a setting, where there is one."""
         return f"{before}{self.settings[name]}{value}" if name in self.settings else ""
 
     @property
     def is_joined(self) -> bool:
-        """Whether all members of a sample make one row."""
+        """Return whether all members of a sample make one row."""
         return bool(self.members)
 
     def describe(self) -> str:
-        """The suffixes of members that are read."""
+        """Return the suffixes of members that are read."""
         return f".{self.only}" if self.only else ", ".join([".json", *self.text_suffixes, *self.members])
 
 
@@ -119,7 +119,7 @@ Reader = Callable[[BinaryIO, Origin, Options, Rejects], Iterator[Row]]
 
 
 def read_text(stream: BinaryIO, origin: Origin, options: Options, rejects: Rejects) -> Iterator[Row]:
-    """A text file: one row, or one a line with `document_per_line`."""
+    """Yield a text file: one row, or one a line with `document_per_line`."""
     if options.document_per_line:
         yield from _read_text_lines(stream, origin, options, rejects)
         return
@@ -130,12 +130,12 @@ def read_text(stream: BinaryIO, origin: Origin, options: Options, rejects: Rejec
 
 
 def read_json_lines(stream: BinaryIO, origin: Origin, options: Options, rejects: Rejects) -> Iterator[Row]:
-    """A JSON object in each line that is not blank."""
+    """Yield a JSON object in each line that is not blank."""
     yield from _json_rows(lines(stream, origin, rejects), origin, rejects)
 
 
 def read_json(stream: BinaryIO, origin: Origin, options: Options, rejects: Rejects) -> Iterator[Row]:
-    """A file whose name says JSON: by its content JSON lines, or one object."""
+    """Yield a file whose name says JSON: by its content JSON lines, or one object."""
     numbered = lines(stream, origin, rejects)
     blank: list[bytes] = []
     for line, raw in numbered:
@@ -159,13 +159,13 @@ def read_json(stream: BinaryIO, origin: Origin, options: Options, rejects: Rejec
 
 
 def is_json_lines(head: bytes) -> bool:
-    """Whether a JSON file that begins so has an object in each line."""
+    """Return whether a JSON file that begins so has an object in each line."""
     first = next((line for line in without_signature(head).split(b"\n") if line.strip(_BLANK)), b"")
     return _is_json_line(first)
 
 
 def lines(stream: BinaryIO, origin: Origin, rejects: Rejects) -> Iterator[tuple[int, bytes]]:
-    """The lines with their numbers and ends; those that are too long are rejected and skipped.
+    """Yield the lines with their numbers and ends; those that are too long are rejected and skipped.
 
     A line may be hundreds of megabytes, so neither this nor its callers hold one while the next one is read.
     """
@@ -191,7 +191,7 @@ def lines(stream: BinaryIO, origin: Origin, rejects: Rejects) -> Iterator[tuple[
 def read_whole(
     stream: BinaryIO, origin: Origin, rejects: Rejects, advice: str = "", *, lost: int | None = 1
 ) -> bytes | None:
-    """All bytes of a stream; None if they are rejected.
+    """Return all bytes of a stream; None if they are rejected.
 
     Args:
         advice: what to do where they are too many.
@@ -209,7 +209,7 @@ def read_whole(
 
 
 def text_row(raw: bytes, origin: Origin, line: int, options: Options, rejects: Rejects, name: str) -> Iterator[Row]:
-    """The row of a plain text, unless it is rejected."""
+    """Yield the row of a plain text, unless it is rejected."""
     try:
         text = decode(raw)
     except BadRowError as error:
@@ -222,7 +222,7 @@ def text_row(raw: bytes, origin: Origin, line: int, options: Options, rejects: R
 
 
 def json_row(raw: bytes, origin: Origin, line: int, rejects: Rejects) -> Iterator[Row]:
-    """The row of a JSON object, unless it is rejected."""
+    """Yield the row of a JSON object, unless it is rejected."""
     try:
         record = parse_json(raw)
     except BadRowError as error:
@@ -232,7 +232,7 @@ def json_row(raw: bytes, origin: Origin, line: int, rejects: Rejects) -> Iterato
 
 
 def too_long() -> str:
-    """Why a row is rejected that does not fit into memory."""
+    """Return why a row is rejected that does not fit into memory."""
     return f"longer than {documents.MAX_DOCUMENT_BYTES >> 20} MiB"
 
 

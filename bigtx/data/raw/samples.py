@@ -33,7 +33,7 @@ _APART = "it is apart from the other members of its sample; write the members of
 
 
 def read_archive(archive: BinaryIO, origin: Origin, options: Options, rejects: Rejects) -> Iterator[Row]:
-    """The rows of an archive."""
+    """Yield the rows of an archive."""
     yield from _Archive(origin, options, rejects).read(archive)
 
 
@@ -89,7 +89,7 @@ class _Archive:
         self._lone_records: set[int] = set()
 
     def read(self, archive: BinaryIO) -> Iterator[Row]:
-        """The rows, run by run."""
+        """Yield the rows, run by run."""
         is_whole = True
         try:
             for member in read_members(archive, self._origin.file, self._rejects):
@@ -145,7 +145,7 @@ class _Archive:
             self._rejects.add(Reject(self._origin.file, 0, EMPTY))
 
     def _kind(self, name: str) -> Format | None:
-        """What a member holds, if it is read."""
+        """Return what a member holds, if it is read."""
         only = self._options.only
         if only is None:
             kind = format_of(name, self._options.text_suffixes)
@@ -202,7 +202,7 @@ class _Archive:
             run.broken.add(stem)
 
     def _finish_run(self, is_whole: bool) -> Iterator[Row]:
-        """The rows that were held back.
+        """Yield the rows that were held back.
 
         Args:
             is_whole: the archive was not cut: what is missing of a sample does not follow.
@@ -235,7 +235,7 @@ class _Archive:
         yield from self._joined(found) if self._options.is_joined else self._texts(found)
 
     def _texts(self, found: dict[str, dict[str, Any] | None]) -> Iterator[Row]:
-        """A row for each text, with the fields of its record."""
+        """Yield a row for each text, with the fields of its record."""
         for part in self._run.parts:
             metadata = _nearest(found, part.stem, self._run.key)
             if metadata is not None:
@@ -252,7 +252,7 @@ class _Archive:
             self._rejects.add(Reject(origin.file, 1, str(error)))
 
     def _joined(self, found: dict[str, dict[str, Any] | None]) -> Iterator[Row]:
-        """A row for each stem, of all its parts."""
+        """Yield a row for each stem, of all its parts."""
         by_stem: dict[str, list[_Part]] = {}
         for part in self._run.parts:
             by_stem.setdefault(part.stem, []).append(part)
@@ -273,12 +273,14 @@ class _Archive:
 
 
 def _nearest(found: dict[str, dict[str, Any] | None], stem: str, key: str) -> dict[str, Any] | None:
-    """The record of a stem, or of the longest one that it continues; empty if there is none, None if it is broken."""
+    """Return the record of a stem, or of the longest one that it continues; empty if there is none, None if it is
+    broken.
+    """
     return next((found[owner] for owner in _owners(stem, key) if owner in found), {})
 
 
 def _owners(stem: str, key: str) -> Iterator[str]:
-    """The stems whose record is about what has this stem: itself, and those that it continues behind a dot."""
+    """Yield the stems whose record is about what has this stem: itself, and those that it continues behind a dot."""
     yield stem
     while len(stem) > len(key):
         stem = stem.rpartition(".")[0]

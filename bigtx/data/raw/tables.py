@@ -19,12 +19,12 @@ MAX_FIELD_CHARACTERS = 1 << 26
 
 
 def read_csv(stream: BinaryIO, origin: Origin, options: Options, rejects: Rejects) -> Iterator[Row]:
-    """A row in each record, the columns separated by commas."""
+    """Yield a row in each record, the columns separated by commas."""
     return _read_table(stream, origin, options, rejects, ",")
 
 
 def read_tsv(stream: BinaryIO, origin: Origin, options: Options, rejects: Rejects) -> Iterator[Row]:
-    """A row in each record, the columns separated by tabs."""
+    """Yield a row in each record, the columns separated by tabs."""
     return _read_table(stream, origin, options, rejects, "\t")
 
 
@@ -50,7 +50,7 @@ def _read_table(stream: BinaryIO, origin: Origin, options: Options, rejects: Rej
 
 
 def _header_problem(header: list[str], wanted: list[str], options: Options) -> str:
-    """Why no row can be read by this first line; "" if nothing is wrong with it."""
+    """Return why no row can be read by this first line; "" if nothing is wrong with it."""
     try:
         check_texts(header)
     except BadRowError as error:
@@ -66,7 +66,7 @@ def _header_problem(header: list[str], wanted: list[str], options: Options) -> s
 def _records(
     stream: BinaryIO, origin: Origin, options: Options, rejects: Rejects, delimiter: str
 ) -> Iterator[tuple[int, list[str], int]]:
-    """The records: the line where each begins, its fields, its number of lines.
+    """Yield the records: the line where each begins, its fields, its number of lines.
 
     Broken ones are rejected with all lines that they swallowed, and reading goes on with the next line.
     """

@@ -25,7 +25,7 @@ class RecordOrder:
         self._epoch = (-1, np.empty(0, np.int64))
 
     def batch(self, number: int) -> np.ndarray:
-        """The records of a global batch, int64 [global_batch_size]; batch 0 is the first."""
+        """Return the records of a global batch, int64 [global_batch_size]; batch 0 is the first."""
         window, place = divmod(number, WINDOW_BATCHES)
         if self._window[0] != window:
             self._window = (window, self._draw_window(window))

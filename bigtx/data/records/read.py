@@ -52,7 +52,7 @@ PAIR = re.compile(r"\{([^{},/]+),([^{},/]+)\}")
 
 
 def read_records(paths: Sequence[str], broken: Broken, exclude: Sequence[str] = ()) -> Iterator[Record]:
-    """All records of files, folders and globs, in the order given; folders and globs in the order of names.
+    """Yield all records of files, folders and globs, in the order given; folders and globs in the order of names.
 
     What cannot be read goes to `broken`.
 
@@ -68,12 +68,12 @@ def read_records(paths: Sequence[str], broken: Broken, exclude: Sequence[str] = 
 
 
 def natural(text: str) -> list[Any]:
-    """A sorting key in which numbers count as numbers: 9_7 comes before 10_1."""
+    """Return a sorting key in which numbers count as numbers: 9_7 comes before 10_1."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
 
 
 def expand_path(path: str) -> list[str]:
-    """The files and folders that a path or a glob stands for; two files side by side stay one path.
+    """Return the files and folders that a path or a glob stands for; two files side by side stay one path.
 
     Raises:
         DataError: there is none.
@@ -89,7 +89,7 @@ def expand_path(path: str) -> list[str]:
 
 
 def read_jsonl(stream: BinaryIO, path: str, broken: Broken) -> Iterator[Record]:
-    """A record in each line that is not blank.
+    """Yield a record in each line that is not blank.
 
     Args:
         path: what errors name the stream.
@@ -158,7 +158,7 @@ def _is_recording(name: str) -> bool:
 
 
 def _recording(path: Path, broken: Broken) -> Iterator[Record]:
-    """A file of sound as a record, with the text beside it if there is one."""
+    """Yield a file of sound as a record, with the text beside it if there is one."""
     try:
         fields = {"audio": AudioPlace(path.name, str(path), 0, path.stat().st_size)}
     except OSError as error:
@@ -172,7 +172,7 @@ def _recording(path: Path, broken: Broken) -> Iterator[Record]:
 
 
 def _text_record(path: Path, others: dict[str, Any], broken: Broken) -> Iterator[Record]:
-    """A text file as a record, beside other fields."""
+    """Yield a text file as a record, beside other fields."""
     for record in _records(_rows(str(path), Options(text_suffixes=TEXT_SUFFIXES), broken), broken):
         yield Record({**record.fields, **others}, record.file, WHOLE_FILE)
 
@@ -230,7 +230,7 @@ class _Recordings:
 
 
 def _bytes_of(stream: BinaryIO) -> bytes:
-    """All bytes of a member.
+    """Return all bytes of a member.
 
     Raises:
         BadRowError: they are too many, or cannot be read.
@@ -245,7 +245,7 @@ def _bytes_of(stream: BinaryIO) -> bytes:
 
 
 def _read_side_by_side(path: str, broken: Broken) -> Iterator[Record]:
-    """The lines of two files, as `source` and `target`."""
+    """Yield the lines of two files, as `source` and `target`."""
     match = PAIR.search(path)
     assert match is not None
     files = [path[: match.start()] + side + path[match.end() :] for side in match.groups()]

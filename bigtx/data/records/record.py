@@ -45,11 +45,11 @@ class Record:
         return f"{self.file}, line {self.line}" if self.line else self.file
 
     def value(self, name: str) -> Any:
-        """The value of a field; None where there is none."""
+        """Return the value of a field; None where there is none."""
         return value_of(self.fields, name)
 
     def text(self, name: str, *, setting: str) -> str:
-        """A field that is a text with something in it.
+        """Return a field that is a text with something in it.
 
         Args:
             setting: the config key that names the field, for the error.
@@ -67,12 +67,12 @@ class Record:
         raise BadRecordError(f"the field {name!r} is a {type(value).__name__}, not a text; see {setting}")
 
     def has_text(self, name: str) -> bool:
-        """Whether a field is a text with something in it."""
+        """Return whether a field is a text with something in it."""
         value = self.value(name)
         return isinstance(value, str) and bool(value.strip())
 
     def missing(self, name: str, *, setting: str) -> BadRecordError:
-        """The error for a field that has no value: what fields there are, and what may be wrong with them.
+        """Return the error for a field that has no value: what fields there are, and what may be wrong with them.
 
         Args:
             setting: the config key that names the field.
@@ -97,7 +97,7 @@ class Record:
 
 
 def _shortened(name: str) -> str:
-    """The name of a field, quoted where its ends would not be seen."""
+    """Return the name of a field, quoted where its ends would not be seen."""
     name = name if len(name) <= MAX_NAME else name[:MAX_NAME] + "..."
     return name if name.replace("_", "").replace(".", "").isalnum() else repr(name)
 
@@ -162,7 +162,7 @@ class Broken:
             self.count = before + (reject.lost or 1)
 
     def rejects(self) -> Rejects:
-        """What the reader of rows gives to this."""
+        """Return what the reader of rows gives to this."""
         return Rejects(1.0, self.reject)
 
     def check(self, advice: str = "") -> None:
@@ -178,12 +178,12 @@ class Broken:
             raise DataError(f"{self.describe()}; repair or remove them:{self.listed()}" + (advice and f"\n{advice}"))
 
     def describe(self) -> str:
-        """How many there are."""
+        """Return how many there are."""
         more = f", the first {MAX_TOLD} of them" if self.count > MAX_TOLD else ""
         return f"{self.count:,} record{'s' * (self.count > 1)} cannot be used{more}"
 
     def listed(self) -> str:
-        """The first of them, a line each; a reason is not repeated."""
+        """Return the first of them, a line each; a reason is not repeated."""
         before = ["", *(reason for _, reason in self.first)]
         return "".join(
             f"\n  {visible(where)}: {'the same' if reason == previous else visible(reason)}"

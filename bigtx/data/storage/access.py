@@ -41,18 +41,18 @@ class InputFile:
 
     @property
     def shown(self) -> str:
-        """The path without credentials."""
+        """Return the path without credentials."""
         return shown(self.path)
 
     @property
     def identity(self) -> tuple[str | int | None, ...]:
-        """All that says which bytes these are, without credentials; of local files with the absolute path."""
+        """Return all that says which bytes these are, without credentials; of local files with the absolute path."""
         path = self.shown if is_remote(self.path) else os.path.abspath(self.path)
         return path, self.size, self.start, self.end, self.first_line, self.version
 
 
 def is_remote(path: str) -> bool:
-    """Whether the path is a URL."""
+    """Return whether the path is a URL."""
     return bool(scheme_of(path))
 
 
@@ -70,7 +70,7 @@ def stat(path: str) -> tuple[int, str]:
 
 
 def read_range(url: str, start: int | None = None, end: int | None = None) -> bytes:
-    """A remote file's bytes, or those from start to end, end not included, in one request.
+    """Return a remote file's bytes, or those from start to end, end not included, in one request.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -82,7 +82,7 @@ def read_range(url: str, start: int | None = None, end: int | None = None) -> by
 
 
 def open_binary(file: InputFile, *, seeks: bool = False) -> BinaryIO:
-    """A stream of a file's stored bytes from its start; remote files are always whole ones.
+    """Return a stream of a file's stored bytes from its start; remote files are always whole ones.
 
     Args:
         seeks: the reader goes to and fro in the file.

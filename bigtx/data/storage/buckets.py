@@ -58,7 +58,7 @@ def glob(pattern: str) -> dict[str, tuple[int, str]]:
 
 
 def read_range(url: str, start: int | None = None, end: int | None = None) -> bytes:
-    """An object's bytes, or those from start to end, end not included, in one request.
+    """Return an object's bytes, or those from start to end, end not included, in one request.
 
     Raises:
         FileNotFoundError: there is no such object.
@@ -115,7 +115,7 @@ def _asked(url: str, call: Callable[[], Result]) -> Result:
 
 
 def _answer(url: str, call: Callable[[], Result]) -> Result:
-    """What a call of the library returns; whatever it raises becomes an OSError without secrets."""
+    """Return what a call of the library returns; whatever it raises becomes an OSError without secrets."""
     try:
         return call()
     except FileNotFoundError:

@@ -55,7 +55,7 @@ class Cache:
         self._warned = False
 
     def get(self, name: str, fetch: Callable[[], bytes], is_good: Callable[[Content], bool]) -> Content:
-        """A piece, verified.
+        """Return a piece, verified.
 
         Args:
             name: its path in the folder; what it names never changes.
@@ -88,7 +88,7 @@ class Cache:
         return self._find(path, is_good) or fetched
 
     def _find(self, path: Path, is_good: Callable[[Content], bool]) -> Content | None:
-        """A file's content; one that is damaged is removed."""
+        """Return a file's content; one that is damaged is removed."""
         try:
             with open(path, "rb") as file:
                 content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

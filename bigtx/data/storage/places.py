@@ -67,7 +67,7 @@ class RemotePath:
         tries: int = TRIES_AT_START,
         given_up: threading.Event | None = None,
     ) -> bytes:
-        """The file's bytes, or those from start to end, end not included.
+        """Return the file's bytes, or those from start to end, end not included.
 
         Args:
             tries: attempts, with pauses between them that double, as long as the failure is one that may pass.
@@ -98,7 +98,7 @@ class RemotePath:
         raise AssertionError("the loop has no other end")
 
     def size(self) -> int:
-        """The file's size in bytes.
+        """Return the file's size in bytes.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -112,7 +112,7 @@ class RemotePath:
             raise DataError(f"{self.url} cannot be read: {error}.") from error
 
     def is_file(self) -> bool:
-        """Whether there is such a file."""
+        """Return whether there is such a file."""
         try:
             self.size()
         except FileNotFoundError:
@@ -125,7 +125,7 @@ Place = Path | RemotePath
 
 
 def as_place(place: str | Path | RemotePath, cache: Cache | None = None) -> Place:
-    """A path or URL as an object that `/` and `str` work on.
+    """Return a path or URL as an object that `/` and `str` work on.
 
     Raises:
         DataError: a URL that bigtx does not read.
@@ -136,7 +136,7 @@ def as_place(place: str | Path | RemotePath, cache: Cache | None = None) -> Plac
 
 
 def open_stream(place: Place) -> BinaryIO:
-    """A file, read from its beginning to its end.
+    """Return a file, read from its beginning to its end.
 
     Raises:
         OSError: it cannot be read; reading raises it too.

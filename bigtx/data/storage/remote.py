@@ -34,7 +34,7 @@ class TransientError(OSError):
 
 
 def scheme_of(path: str) -> str:
-    """The scheme of a URL, in lower case; "" for a local path."""
+    """Return the scheme of a URL, in lower case; "" for a local path."""
     match = _SCHEME.match(path)
     return match[1].lower() if match else ""
 
@@ -51,7 +51,7 @@ def check_scheme(path: str) -> None:
 
 
 def shown(path: str) -> str:
-    """A path as it may be written down: a URL without user, password and the values of its query."""
+    """Return a path as it may be written down: a URL without user, password and the values of its query."""
     scheme = scheme_of(path)
     if not scheme:
         return path
@@ -61,12 +61,12 @@ def shown(path: str) -> str:
 
 
 def name_of(path: str) -> str:
-    """The path inside the place, by which a file's suffix is known: a URL without its query."""
+    """Return the path inside the place, by which a file's suffix is known: a URL without its query."""
     return path.partition("#")[0].partition("?")[0] if scheme_of(path) in ("http", "https") else path
 
 
 def without_secrets(said: str, path: str) -> str:
-    """What a library said about a remote file, fit to be written down."""
+    """Return what a library said about a remote file, fit to be written down."""
     return scrub_text(said.replace(path, shown(path)))
 
 
@@ -96,7 +96,7 @@ def told_if_silent(path: str, num_tries: int) -> Iterator[None]:
 
 
 def retried(call: Callable[[], Result], path: str) -> Result:
-    """What the call returns, after as many waits as BACK_OFF_SECONDS has.
+    """Return what the call returns, after as many waits as BACK_OFF_SECONDS has.
 
     Args:
         path: what is asked for.
@@ -171,7 +171,7 @@ class RemoteFile(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        """The position in bytes."""
+        """Return the position in bytes."""
         return self.position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:

@@ -45,7 +45,7 @@ def stat(url: str) -> tuple[int, str]:
 
 
 def read_range(url: str, start: int | None = None, end: int | None = None) -> bytes:
-    """A file's bytes, or those from start to end, end not included, in one request.
+    """Return a file's bytes, or those from start to end, end not included, in one request.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -167,7 +167,7 @@ def _opener() -> urllib.request.OpenerDirector:
 
 
 def _open(url: str, byte_range: str | None) -> Any:
-    """The answer of a server, 416 (of an empty file) included; an `http.client.HTTPResponse` or the like."""
+    """Return the answer of a server, 416 (of an empty file) included; an `http.client.HTTPResponse` or the like."""
     try:
         request = _request(url)
         if byte_range:
@@ -217,7 +217,7 @@ def _login_from_netrc(host: str) -> str:
 
 
 def _sorted_out(error: Exception, url: str) -> OSError:
-    """The error as one that may pass or as one that stays, without secrets."""
+    """Return the error as one that may pass or as one that stays, without secrets."""
     if isinstance(error, (TransientError, RefusedError, FileNotFoundError)):
         return error
     if isinstance(error, urllib.error.HTTPError):

@@ -15,7 +15,7 @@ _STEPS_AHEAD, _TOKENS_AHEAD = 8, 1 << 22
 
 
 def rows_ahead(rows_of_step: int, world_size: int, sequence_length: int) -> int:
-    """How many rows of its own a rank looks ahead for remote blocks, by its rows of a step."""
+    """Return how many rows of its own a rank looks ahead for remote blocks, by its rows of a step."""
     return max(_STEPS_AHEAD * rows_of_step, -(-_TOKENS_AHEAD // (sequence_length * world_size)))
 
 

@@ -47,7 +47,7 @@ _CHECKS_AT_ONCE = 32
 
 
 def expand(paths: list[str]) -> list[str]:
-    """The shards that `data.foreign.paths` names, braces expanded.
+    """Return the shards that `data.foreign.paths` names, braces expanded.
 
     Raises:
         DataError: unbalanced braces, or a shard that is named twice.
@@ -91,7 +91,7 @@ def check_shards(config: ForeignConfig, world_size: int) -> str:
 
 
 def _check_shard(shard: str) -> tuple[int, str | None]:
-    """A shard's size, and what is wrong with it."""
+    """Return a shard's size, and what is wrong with it."""
     try:
         place = as_place(shard)
         size, end = _size_and_end(place)
@@ -121,7 +121,7 @@ def _size_and_end(place: Place) -> tuple[int, bytes]:
 
 
 def read_texts(shard: str, config: ForeignConfig) -> Iterator[str]:
-    """The text of each sample of a shard, by the reader of `bigtx data prepare`; empty texts are left out.
+    """Yield the text of each sample of a shard, by the reader of `bigtx data prepare`; empty texts are left out.
 
     Raises:
         DataError: the shard cannot be read or is damaged, holds code, its keys come twice or are interleaved, or a
@@ -206,7 +206,7 @@ class RowStream:
             epoch += 1
 
     def _texts(self, epoch: int) -> Iterator[str]:
-        """The texts of this worker's shards in one epoch."""
+        """Yield the texts of this worker's shards in one epoch."""
         # Late: it brings torch along.
         from webdataset import filters
         from webdataset.shardlists import SimpleShardList, split_by_node, split_by_worker
@@ -228,5 +228,5 @@ def num_workers(config: ForeignConfig, world_size: int) -> int:
 
 
 def load_tokenizer(config: ForeignConfig) -> Tokenizer:
-    """The tokenizer of `data.foreign.tokenizer`."""
+    """Return the tokenizer of `data.foreign.tokenizer`."""
     return Tokenizer.load(Path(config.tokenizer))

@@ -149,7 +149,7 @@ class _Workers:
         atexit.register(self.close)
 
     def rows(self) -> Iterator[Row]:
-        """The rows of all workers, in turn.
+        """Yield the rows of all workers, in turn.
 
         Raises:
             DataError: a shard is refused, or a process was killed.

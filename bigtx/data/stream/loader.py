@@ -85,7 +85,7 @@ class StepLoader(ABC):
 
     @abstractmethod
     def _sequence_after_step(self) -> int:
-        """The next sequence once a step's are handed out."""
+        """Return the next sequence once a step's are handed out."""
 
     def close(self) -> None:
         """End the reading thread."""
@@ -278,7 +278,7 @@ class ValidationBatches(Sequence[Batch]):
         return self._prepare(read_rows([self._reader], places, numbers, self._micro_batch_size, self._form))
 
     def _locate(self, index: int) -> tuple[np.ndarray, Places]:
-        """The numbers of a batch's rows among all that are read, and their places."""
+        """Return the numbers of a batch's rows among all that are read, and their places."""
         first = (index * self._world_size + self._rank) * self._micro_batch_size
         numbers = np.arange(first, min(first + self._micro_batch_size, self.num_sequences))
         rows = numbers * int(self._ends[-1]) // self.num_sequences

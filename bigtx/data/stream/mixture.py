@@ -47,7 +47,7 @@ SHARE_UNIT = 1 << 44
 
 
 def runs(ascending: np.ndarray) -> Iterator[tuple[int, slice]]:
-    """The runs of equal values in an ascending array: (value, where)."""
+    """Yield the runs of equal values in an ascending array: (value, where)."""
     if len(ascending):
         bounds = np.flatnonzero(ascending[1:] != ascending[:-1]) + 1
         for begin, end in itertools.pairwise([0, *bounds.tolist(), len(ascending)]):
@@ -98,7 +98,7 @@ class Mixture:
         self._root = trees[errors.index(min(errors))]
 
     def counts(self, num_sequences: int) -> list[int]:
-        """How many of the first `num_sequences` sequences each source gives."""
+        """Return how many of the first `num_sequences` sequences each source gives."""
         counts = [0] * self._num_sources
 
         def descend(node: _Split | int, arrived: int) -> None:
@@ -113,7 +113,7 @@ class Mixture:
         return counts
 
     def assign(self, sequences: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
-        """Where sequences come from.
+        """Return where sequences come from.
 
         Args:
             sequences: int64, ascending, of the run; from the first to the last less than MAX_SPAN.
@@ -161,7 +161,7 @@ class _Split:
         self._firsts = np.array([math.ceil(piece.begin) for piece in pieces], np.int64)
 
     def sent_left(self, arrivals: np.ndarray) -> np.ndarray:
-        """How many of the first so many arrivals (int64, ascending) went left; int64."""
+        """Return how many of the first so many arrivals (int64, ascending) went left; int64."""
         sent = np.empty_like(arrivals)
         for number, part in runs(np.searchsorted(self._firsts, arrivals, side="right") - 1):
             piece, first, offsets = self.pieces[number], int(arrivals[part.start]), arrivals[part]
@@ -202,7 +202,7 @@ def _huffman_in_groups(weights: list[int], patterns: list[tuple[bool, ...]]) -> 
 
 
 def _split(shape: _Shape, starts: list[int], shares: list[list[int]]) -> _Split | int:
-    """The tree of a shape, with the pieces of its nodes."""
+    """Return the tree of a shape, with the pieces of its nodes."""
     if isinstance(shape, int):
         return shape
     left, right = (_shares_of(child, shares) for child in shape)
@@ -219,14 +219,14 @@ def _split(shape: _Shape, starts: list[int], shares: list[list[int]]) -> _Split 
 
 
 def _shares_of(shape: _Shape, shares: list[list[int]]) -> list[int]:
-    """The share of a subtree in each phase."""
+    """Return the share of a subtree in each phase."""
     if isinstance(shape, int):
         return [of_phase[shape] for of_phase in shares]
     return [sum(pair) for pair in zip(*(_shares_of(child, shares) for child in shape), strict=True)]
 
 
 def _largest_error(node: _Split | int, error: Fraction) -> Fraction:
-    """The bound of the module's docstring, for the leaves below a node that is off by at most `error`."""
+    """Return the bound of the module's docstring, for the leaves below a node that is off by at most `error`."""
     if isinstance(node, int):
         return error
     # Rounded up to a short fraction: the exact ones grow with every level.

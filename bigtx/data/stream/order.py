@@ -35,7 +35,7 @@ class Places(NamedTuple):
 
 
 def permutation(count: int, *key: int) -> np.ndarray:
-    """A permutation of range(count) that depends on the key alone; int64."""
+    """Return a permutation of range(count) that depends on the key alone; int64."""
     hashes = np.empty(count, np.uint64)
     for begin in range(0, count, 1 << 16):  # In pieces that stay in the processor's cache.
         end = min(begin + (1 << 16), count)
@@ -98,7 +98,7 @@ class EpochOrder:
         return blocks, rows
 
     def _permute_window(self, window: int) -> tuple[int, np.ndarray, np.ndarray]:
-        """The first place of a window, and the block and row at each of its places."""
+        """Return the first place of a window, and the block and row at each of its places."""
         blocks = self._blocks[window * WINDOW_BLOCKS : (window + 1) * WINDOW_BLOCKS]
         ends = np.cumsum(self._block_rows[blocks], dtype=np.int64)
         shuffled = permutation(int(ends[-1]), *self._key, window)
@@ -131,7 +131,7 @@ class Order:
         return source, epoch, block, row
 
     def places(self, sequences: np.ndarray) -> Places:
-        """Where sequences of the run (int64, ascending) lie."""
+        """Return where sequences of the run (int64, ascending) lie."""
         places = Places(*(np.empty(len(sequences), np.int64) for _ in Places._fields))
         for _, part in runs(sequences // MAX_SPAN):
             for source, slots, index in self.mixture.assign(sequences[part]):

@@ -52,11 +52,11 @@ class Batch:
         return int((self.labels != IGNORED_LABEL).sum())
 
     def inputs(self) -> dict[str, torch.Tensor]:
-        """What a Transformer is called with."""
+        """Return what a Transformer is called with."""
         return {name: part for name, part in vars(self).items() if part is not None and name != "text_lengths"}
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device, copied without waiting where its memory is pinned."""
+        """Return the batch on a device, copied without waiting where its memory is pinned."""
         moved = {name: part.to(device, non_blocking=True) for name, part in vars(self).items() if part is not None}
         return replace(self, **moved)
 

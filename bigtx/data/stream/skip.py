@@ -35,16 +35,16 @@ class SkippedWindows:
         self._reads = np.array([start for start, _ in self.windows], np.int64) - self._passed[:-1]
 
     def before(self, position: int) -> list[tuple[int, int]]:
-        """The windows, or their parts, before a position."""
+        """Return the windows, or their parts, before a position."""
         return [(start, min(end, position)) for start, end in self.windows if start < position]
 
     def read_from(self, position: int, count: int) -> np.ndarray:
-        """The first `count` sequences from a position on that are not passed over; int64."""
+        """Return the first `count` sequences from a position on that are not passed over; int64."""
         reads = self._reads_before(position) + np.arange(count)
         return reads + self._passed[np.searchsorted(self._reads, reads, side="right")]
 
     def after(self, position: int, count: int) -> int:
-        """The position after reading `count` sequences, at least one, from a position on."""
+        """Return the position after reading `count` sequences, at least one, from a position on."""
         last = self._reads_before(position) + count - 1
         return last + int(self._passed[np.searchsorted(self._reads, last, side="right")]) + 1
 

@@ -53,7 +53,7 @@ def open_sources(data: DataConfig) -> list[Source]:
 
 
 def make_order(data: DataConfig, sources: list[Source], *, sequence_length: int, seed: int) -> Order:
-    """The global order of a run over opened sources.
+    """Return the global order of a run over opened sources.
 
     Raises:
         DataError: the phases cannot be mixed exactly.
@@ -69,7 +69,7 @@ def make_order(data: DataConfig, sources: list[Source], *, sequence_length: int,
 
 
 def rows_read(data: DataConfig, order: Order, num_sequences: int) -> list[int]:
-    """How many rows of each source a run of `num_sequences` sequences reads, those of data.skip not counted."""
+    """Return how many rows of each source a run of `num_sequences` sequences reads, those of data.skip not counted."""
     if num_sequences == 0:
         return [0] * len(order.sources)
     skipped = SkippedWindows(data.skip)
@@ -80,7 +80,7 @@ def rows_read(data: DataConfig, order: Order, num_sequences: int) -> list[int]:
 
 
 def epochs(data: DataConfig, sources: list[Source], *, sequence_length: int, num_sequences: int) -> list[float]:
-    """How often a run of `num_sequences` sequences reads each of the sources."""
+    """Return how often a run of `num_sequences` sequences reads each of the sources."""
     order = make_order(data, sources, sequence_length=sequence_length, seed=0)
     read = rows_read(data, order, num_sequences)
     return [count / part.num_rows for part, count in zip(order.sources, read, strict=True)]

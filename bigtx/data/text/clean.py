@@ -59,14 +59,14 @@ class Cleaner:
         self.is_empty = not self._steps
 
     def clean(self, text: str) -> str:
-        """The text after all steps."""
+        """Return the text after all steps."""
         for step in self._steps:
             text = step(text)
         return text
 
 
 def unicode_repair() -> Callable[[str], str]:
-    """A function that mends text which was decoded wrongly, by ftfy (Speer 2019, doi:10.5281/zenodo.2591652).
+    """Return a function that mends text which was decoded wrongly, by ftfy (Speer 2019, doi:10.5281/zenodo.2591652).
 
     HTML entities are resolved in texts without tags, and terminal escapes, control characters and surrogates are taken
     out; the text comes in the normal form NFC. Quotation marks, ligatures, wide forms and line ends stay as they are:
@@ -87,12 +87,14 @@ def unicode_repair() -> Callable[[str], str]:
 
 
 def replace_emails(text: str) -> str:
-    """The text with mail addresses replaced by EMAIL."""
+    """Return the text with mail addresses replaced by EMAIL."""
     return _EMAIL.sub(EMAIL, text) if "@" in text else text
 
 
 def replace_ip_addresses(text: str) -> str:
-    """The text with public IP addresses replaced by IPV4 and IPV6; private and reserved ones name nobody and stay."""
+    """Return the text with public IP addresses replaced by IPV4 and IPV6; private and reserved ones name nobody and
+    stay.
+    """
     if _LIKE_IPV4.search(text):
         text = _IPV4.sub(_public_ipv4, text)
     return _IPV6.sub(_public_ipv6, text) if ":" in text else text

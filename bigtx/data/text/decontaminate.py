@@ -87,7 +87,7 @@ def build_contamination_index(config: DecontaminateConfig, folder: Path) -> Path
 
 
 def contamination_digest(index: Path) -> str:
-    """A digest of an index: equal for equal n-grams, in whatever files and order they were."""
+    """Return a digest of an index: equal for equal n-grams, in whatever files and order they were."""
     return str(_describe(index)["digest"])
 
 
@@ -101,7 +101,7 @@ class _Set:
     """[a power of two] bool: whether any hash begins with these bits. Most that are in no set end here."""
 
     def find(self, words: np.ndarray) -> int | None:
-        """The place of the first n-gram that is in the set."""
+        """Return the place of the first n-gram that is in the set."""
         for begin in range(0, len(words) - self.n + 1, _BLOCK):
             ngrams = hash_ngrams(words[begin : begin + _BLOCK + self.n - 1], self.n)
             places = np.flatnonzero(self.screen[_first_bits(ngrams, len(self.screen))])
@@ -129,7 +129,7 @@ class Contamination:
             self._sets.append(_Set(n, hashes, screen))
 
     def find(self, text: str) -> str:
-        """The first n-gram of the text that is in an evaluation set, as words; empty if there is none."""
+        """Return the first n-gram of the text that is in an evaluation set, as words; empty if there is none."""
         found: dict[int, int] = {}
         for first, words in hash_words_in_parts(text, max(ngrams.n for ngrams in self._sets) - 1):
             for ngrams in self._sets:
@@ -146,7 +146,7 @@ def _first_bits(hashes: np.ndarray, size: int) -> np.ndarray:
 
 
 def _batches(config: DecontaminateConfig) -> Iterator[list[str]]:
-    """The evaluation texts, some at a time."""
+    """Yield the evaluation texts, some at a time."""
     rejects = Rejects(max_share=1.0)
     settings = InputConfig(paths=config.paths, text_field=config.text_field, document_per_line=config.document_per_line)
     fields = Fields(settings, "decontaminate", ("text_field", "document_per_line"))

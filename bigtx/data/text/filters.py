@@ -58,17 +58,17 @@ class Page:
 
     @functools.cached_property
     def lines(self) -> list[str]:
-        """Lines that are not blank, without the white space around them."""
+        """Return lines that are not blank, without the white space around them."""
         return [line for line in map(str.strip, self.text.split("\n")) if line]
 
     @functools.cached_property
     def paragraphs(self) -> list[str]:
-        """What blank lines separate."""
+        """Return what blank lines separate."""
         return [part for part in map(str.strip, _PARAGRAPH_BREAK.split(self.text)) if part]
 
     @functools.cached_property
     def vocabulary(self) -> dict[str, int]:
-        """The different words, numbered as they appear."""
+        """Return the different words, numbered as they appear."""
         return {word: number for number, word in enumerate(dict.fromkeys(self.words))}
 
     @functools.cached_property
@@ -92,7 +92,7 @@ class Page:
 
     @functools.cached_property
     def repeats_five(self) -> bool:
-        """Whether any five words stand twice; if not, no longer run does."""
+        """Return whether any five words stand twice; if not, no longer run does."""
         ngrams = np.sort(self.ngrams(5))
         return bool((ngrams[1:] == ngrams[:-1]).any())
 
@@ -131,7 +131,7 @@ def alphabetic_words(page: Page) -> float:
 
 
 def stop_words(page: Page) -> float:
-    """How many of Gopher's eight English words are in the text."""
+    """Return how many of Gopher's eight English words are in the text."""
     return len({_STOP_WORDS[word] for word in _STOP_WORDS.keys() & page.vocabulary.keys()})
 
 
@@ -141,7 +141,7 @@ def duplicate_lines(page: Page) -> float:
 
 
 def duplicate_line_characters(page: Page) -> float:
-    """The same by characters."""
+    """Return the same by characters."""
     return _repeated_characters(page.lines)
 
 
@@ -151,7 +151,7 @@ def duplicate_paragraphs(page: Page) -> float:
 
 
 def duplicate_paragraph_characters(page: Page) -> float:
-    """The same by characters."""
+    """Return the same by characters."""
     return _repeated_characters(page.paragraphs)
 
 
@@ -238,7 +238,7 @@ class Limits:
         self.is_empty = not self._single and not any(limits for *_, limits in self._lists)
 
     def first_broken(self, text: str) -> tuple[str, str] | None:
-        """The first limit that a text does not keep: its name, and what was measured; None if it keeps all."""
+        """Return the first limit that a text does not keep: its name, and what was measured; None if it keeps all."""
         page = Page(text)
         for name, limit in self._single.items():
             measured = MEASURES[name](page)

@@ -21,11 +21,11 @@ class LanguageFilter:
 
     @property
     def labels(self) -> list[str]:
-        """The languages that can be detected, as ISO 639 codes."""
+        """Return the languages that can be detected, as ISO 639 codes."""
         return sorted(self._identifier.labels)
 
     def refusal(self, text: str, language: str | None) -> str:
-        """Why a text is not kept; empty if it is.
+        """Return why a text is not kept; empty if it is.
 
         Args:
             language: the text's, by its metadata; only without one is it detected.

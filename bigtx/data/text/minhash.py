@@ -34,7 +34,7 @@ class Signer:
         self._factors = (hash64(config.seed, np.arange(self.num_hashes)) >> np.uint64(32)).astype(np.uint32) | 1
 
     def sign(self, texts: list[str]) -> np.ndarray:
-        """The signatures of texts.
+        """Return the signatures of texts.
 
         Returns:
             [texts, num_hashes] of SIGNATURE_DTYPE.
@@ -47,7 +47,7 @@ class Signer:
         return signatures
 
     def _sign_long(self, text: str) -> np.ndarray:
-        """The signature of one text, [num_hashes], in memory that does not grow with it."""
+        """Return the signature of one text, [num_hashes], in memory that does not grow with it."""
         smallest, words = np.full((self.num_hashes, 1), 0xFFFFFFFF, np.uint32), np.zeros(0, np.uint64)
         is_short = True
         for _, words in hash_words_in_parts(text, self._n - 1):
@@ -57,7 +57,7 @@ class Signer:
         return self._signatures(_one_text(words))[0] if is_short else _shortened(smallest)[0]
 
     def _signatures(self, words: Words) -> np.ndarray:
-        """The signatures of texts by their words: [texts, num_hashes]."""
+        """Return the signatures of texts by their words: [texts, num_hashes]."""
         signatures = np.full((len(words.counts), self.num_hashes), NOTHING, SIGNATURE_DTYPE)
         speaking = np.flatnonzero(words.counts)
         if len(speaking):
@@ -66,7 +66,7 @@ class Signer:
         return signatures
 
     def _smallest(self, ngrams: np.ndarray, starts: np.ndarray) -> np.ndarray:
-        """The smallest hashes of documents whose n-grams begin at `starts`: [num_hashes, documents] uint32."""
+        """Return the smallest hashes of documents whose n-grams begin at `starts`: [num_hashes, documents] uint32."""
         smallest = np.full((self.num_hashes, len(starts)), 0xFFFFFFFF, np.uint32)
         buffer = np.empty(min(_BLOCK, len(ngrams)), np.uint32)
         for begin in range(0, len(ngrams), _BLOCK):
@@ -92,7 +92,7 @@ def _shortened(smallest: np.ndarray) -> np.ndarray:
 
 
 def _ngrams(words: Words, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """The n-grams of texts that have words: [n-grams] uint32, and where each text's begin."""
+    """Return the n-grams of texts that have words: [n-grams] uint32, and where each text's begin."""
     hashes, counts = words
     if counts.min() < n:
         # Short texts are filled up with a word that does not exist.

@@ -150,7 +150,7 @@ class _Partitions:
                     records[begin:end].tofile(file)
 
     def path(self, number: int) -> Path:
-        """The file of a number; there is none if nothing was put into it."""
+        """Return the file of a number; there is none if nothing was put into it."""
         return self._folder / f"{number:06d}"
 
     def paths(self) -> Iterator[tuple[int, Path]]:
@@ -184,7 +184,7 @@ class _Signatures:
                 )
 
     def read(self, num_documents: int) -> Iterator[tuple[int, np.ndarray]]:
-        """All in order, so many at a time: number of the first, and [documents, num_hashes]."""
+        """Yield all in order, so many at a time: number of the first, and [documents, num_hashes]."""
         for first, part in zip(self._firsts.tolist(), self._parts, strict=False):
             with open(part.path, "rb") as file:
                 for begin in range(0, part.num_documents, num_documents):
@@ -310,7 +310,7 @@ class _GroupFinder:
             rest.replace(path)
 
     def _compare(self, documents: np.ndarray, leaders: np.ndarray) -> np.ndarray:
-        """Which documents are duplicates of their leaders; those are written down."""
+        """Return which documents are duplicates of their leaders; those are written down."""
         gathered = self._signatures.gather(leaders)
         equal = np.count_nonzero(self._signatures.gather(documents) == gathered, axis=1)
         agree = equal >= self._needed
@@ -323,7 +323,7 @@ class _GroupFinder:
 
 
 def _with_company(entries: _Group) -> _Group:
-    """The entries whose group has another one."""
+    """Return the entries whose group has another one."""
     same = np.diff(entries.groups) == 0
     kept = np.zeros(len(entries.groups), bool)
     kept[1:] |= same

@@ -61,7 +61,7 @@ class TextRules:
         return 0 if self._lines.is_empty and self._limits.is_empty else _MEMORY_PER_BYTE * utf8_length(text)
 
     def apply(self, text: str, language: str | None = None) -> str | Dropped:
-        """The text as it is kept, or the first rule that leaves it out.
+        """Return the text as it is kept, or the first rule that leaves it out.
 
         Args:
             text: not empty.

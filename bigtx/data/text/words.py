@@ -41,7 +41,7 @@ class Words(NamedTuple):
 
 
 def hash_words(texts: list[str]) -> Words:
-    """The hashes of all words; a text's are the same in any company and on every machine."""
+    """Return the hashes of all words; a text's are the same in any company and on every machine."""
     hashes: list[np.ndarray] = []
     counts = np.zeros(len(texts), np.int64)
     for first, last, piece in _pieces(texts):
@@ -56,7 +56,7 @@ def hash_words(texts: list[str]) -> Words:
 
 
 def hash_words_in_parts(text: str, overlap: int) -> Iterator[tuple[int, np.ndarray]]:
-    """The hashes of a text's words, some at a time: little memory for a text of any length.
+    """Yield the hashes of a text's words, some at a time: little memory for a text of any length.
 
     Args:
         overlap: so many words of each part are the last ones of the part before, if there are so many.
@@ -73,7 +73,7 @@ def hash_words_in_parts(text: str, overlap: int) -> Iterator[tuple[int, np.ndarr
 
 
 def hash_ngrams(words: np.ndarray, n: int) -> np.ndarray:
-    """The hash of each run of n words.
+    """Return the hash of each run of n words.
 
     Args:
         words: [words] uint64, at least n.
@@ -90,7 +90,7 @@ def hash_ngrams(words: np.ndarray, n: int) -> np.ndarray:
 
 
 def split_words(text: Iterable[str]) -> Iterator[str]:
-    """The words that `hash_words` hashes, as texts: slower, to show them."""
+    """Yield the words that `hash_words` hashes, as texts: slower, to show them."""
     kinds = _tables()[0]
     word = ""
     for character in text:
@@ -108,7 +108,7 @@ def split_words(text: Iterable[str]) -> Iterator[str]:
 
 
 def words_at(text: str, place: int, count: int) -> list[str]:
-    """The words from number `place` on, so many of them, without splitting what is before them."""
+    """Return the words from number `place` on, so many of them, without splitting what is before them."""
     offset = 0
     for _, _, piece in _pieces([text]):
         starts = _hash_piece(piece)[1]
@@ -138,7 +138,7 @@ def _pieces(texts: list[str]) -> Iterator[tuple[int, int, str]]:
 
 
 def _parts(text: str) -> Iterator[str]:
-    """A long text cut at white space; where a part has none, anywhere."""
+    """Yield a long text cut at white space; where a part has none, anywhere."""
     begin = 0
     while begin < len(text):
         end = begin + PIECE_CHARACTERS
@@ -183,14 +183,14 @@ def _tables() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _lower(character: str) -> str:
-    """The character in lower case where that is one character, too."""
+    """Return the character in lower case where that is one character, too."""
     lower = character.lower()
     return lower if len(lower) == 1 else character
 
 
 @functools.cache
 def _powers() -> tuple[np.ndarray, np.ndarray]:
-    """The base's powers modulo 2^64, and their inverses, as many as a piece has characters."""
+    """Return the base's powers modulo 2^64, and their inverses, as many as a piece has characters."""
 
     def powers(base: int) -> np.ndarray:
         factors = np.full(PIECE_CHARACTERS, base, np.uint64)

@@ -19,7 +19,7 @@ MODULES = ("llama", "gpt2", "nanochat", "experts", "bert", "modernbert", "t5")
 
 @cache
 def families() -> dict[str, Family]:
-    """Every family by its model_type."""
+    """Return every family by its model_type."""
     found: dict[str, Family] = {}
     for name in MODULES:
         for family in importlib.import_module(f"{__name__}.{name}").FAMILIES:
@@ -29,7 +29,7 @@ def families() -> dict[str, Family]:
 
 
 def by_model_type(model_type: str) -> Family:
-    """The family of a name.
+    """Return the family of a name.
 
     Raises:
         ConfigError: bigtx has none of that name.
@@ -41,7 +41,7 @@ def by_model_type(model_type: str) -> Family:
 
 
 def choose(config: ModelConfig, name: str | None = None, *, pooling: str | None = None) -> Family:
-    """The family to write a model as: the first that expresses it, or the one named.
+    """Return the family to write a model as: the first that expresses it, or the one named.
 
     Args:
         pooling: classify.pooling of a classifier.

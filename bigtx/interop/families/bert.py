@@ -144,7 +144,7 @@ class Bert(SaidByConfig):
         return problems
 
     def write_config(self, config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-        """A config.json of a config without problems.
+        """Return a config.json of a config without problems.
 
         Raises:
             ConfigError: positions are counted from the id of the padding token, and the tokenizer has another.
@@ -178,7 +178,7 @@ class Bert(SaidByConfig):
         }
 
     def links(self, config: ModelConfig) -> list[Link]:
-        """Every parameter of bigtx in exactly one link."""
+        """Return every parameter of bigtx in exactly one link."""
         embeddings = f"{self.model_type}.embeddings"
         outer = {
             "embedding": f"{embeddings}.word_embeddings",
@@ -209,7 +209,7 @@ class Bert(SaidByConfig):
         return f"{self.model_type}.{key}" if key.startswith(("embeddings.", "encoder.", "pooler.")) else key
 
     def unused(self, config: ModelConfig) -> Sequence[str]:
-        """The pooler, the prediction of the next sentence, position numbers, and copies of what is tied."""
+        """Return the pooler, the prediction of the next sentence, position numbers, and copies of what is tied."""
         body, head = self.model_type, re.escape(self.head_key)
         beside = (rf"{body}\.pooler\..*", r"cls\.seq_relationship\..*", rf"{body}\.embeddings\.position_ids")
         return (*beside, rf"{head}\.decoder\.(weight|bias)") if config.tie_embeddings else beside

@@ -39,12 +39,12 @@ PLAIN = {
 
 
 def activation(mlp: str) -> str:
-    """The name of a feed-forward's activation."""
+    """Return the name of a feed-forward's activation."""
     return next(name for names in (PLAIN, GATED) for name, kind in names.items() if kind == mlp)
 
 
 def write_sizes(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What Llama, its kin and NanoChat have under the same names in config.json."""
+    """Return what Llama, its kin and NanoChat have under the same names in config.json."""
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,

@@ -33,7 +33,7 @@ class Mixtral(LlamaKin):
         return replace(super().read(fields), experts=self.read_experts(fields))
 
     def read_experts(self, fields: Fields) -> ExpertsConfig:
-        """The mixture; its experts have the width of the feed-forward."""
+        """Return the mixture; its experts have the width of the feed-forward."""
         num_active = fields.size("num_experts_per_tok", 2)
         return ExpertsConfig(
             num_experts=self.num_experts(fields, 8),
@@ -43,7 +43,9 @@ class Mixtral(LlamaKin):
         )
 
     def balance_loss(self, fields: Fields, num_active: int) -> float:
-        """The weight of the same loss: transformers adds up what bigtx takes the mean of, over a token's experts."""
+        """Return the weight of the same loss: transformers adds up what bigtx takes the mean of, over a token's
+        experts.
+        """
         return fields.number("router_aux_loss_coef", 0.001) * num_active
 
     def num_experts(self, fields: Fields, default: int) -> int:
@@ -60,12 +62,12 @@ class Mixtral(LlamaKin):
         return {"experts.normalize_weights": (True,), "experts.shared_size": (0,)}
 
     def write_config(self, config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-        """A config.json of a config without problems."""
+        """Return a config.json of a config without problems."""
         values = super().write_config(config, tokenizer) | self.write_experts(config)
         return values | {"router_aux_loss_coef": config.experts.balance_loss / config.experts.num_active}
 
     def write_experts(self, config: ModelConfig) -> dict[str, Any]:
-        """The fields of the mixture."""
+        """Return the fields of the mixture."""
         return {
             "num_local_experts": config.experts.num_experts,
             "num_experts_per_tok": config.experts.num_active,
@@ -73,7 +75,7 @@ class Mixtral(LlamaKin):
         }
 
     def links(self, config: ModelConfig) -> list[Link]:
-        """Every parameter, renamed; a block's experts are cut apart."""
+        """Return every parameter, renamed; a block's experts are cut apart."""
         keys = BLOCK | {
             "mlp.router": f"{self.mlp_key}.gate",
             "mlp.shared_gate": f"{self.mlp_key}.shared_expert_gate",
@@ -103,7 +105,7 @@ class QwenExperts(Mixtral):
     expert_keys = ("gate_proj", "up_proj", "down_proj")
 
     def read_experts(self, fields: Fields) -> ExpertsConfig:
-        """The mixture, which must be in every block."""
+        """Return the mixture, which must be in every block."""
         fields.expect("decoder_sparse_step", 1, "leaves blocks without experts")
         fields.expect("mlp_only_layers", [], "leaves blocks without experts")
         num_active = fields.size("num_experts_per_tok", 4 if self.shared else 8)
@@ -118,7 +120,9 @@ class QwenExperts(Mixtral):
         )
 
     def layer_types(self, fields: Fields, num_layers: int) -> list[str]:
-        """Which blocks have a window where `layer_types` is missing: every second one before `max_window_layers`."""
+        """Return which blocks have a window where `layer_types` is missing: every second one before
+        `max_window_layers`.
+        """
         used, last = fields.flag("use_sliding_window", False), fields.size("max_window_layers", 28, minimum=0)
         return [
             "sliding_attention" if used and layer % 2 == 0 and layer < last else "full_attention"
@@ -132,7 +136,7 @@ class QwenExperts(Mixtral):
         return {"experts.shared_size": (config.experts.shared_size or "some",), "experts.shared_gate": (True,)}
 
     def write_experts(self, config: ModelConfig) -> dict[str, Any]:
-        """The fields of the mixture."""
+        """Return the fields of the mixture."""
         experts = config.experts
         return {
             "num_experts": experts.num_experts,

@@ -101,7 +101,7 @@ class GPT2(SaidByConfig):
         return differing(config, allowed | plain_heads(config), {})
 
     def write_config(self, config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-        """A config.json of a config without problems."""
+        """Return a config.json of a config without problems."""
         return {
             "model_type": self.model_type,
             "architectures": [self.architecture],

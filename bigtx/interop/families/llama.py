@@ -87,7 +87,7 @@ class LlamaKin(SaidByConfig):
         return config
 
     def read(self, fields: Fields) -> ModelConfig:
-        """The same, with problems noted in `fields`."""
+        """Return the same, with problems noted in `fields`."""
         hidden_size, num_heads = fields.size("hidden_size"), fields.size("num_attention_heads")
         num_layers = fields.size("num_hidden_layers")
         theta, scaling = read_rope(fields, self.rope_theta)
@@ -127,7 +127,7 @@ class LlamaKin(SaidByConfig):
         return None, None
 
     def layer_types(self, fields: Fields, num_layers: int) -> list[str]:
-        """Which blocks have a window where `layer_types` is missing: those from `max_window_layers` on."""
+        """Return which blocks have a window where `layer_types` is missing: those from `max_window_layers` on."""
         if not fields.flag("use_sliding_window", False):
             return ["full_attention"] * num_layers
         first = fields.size("max_window_layers", 28, minimum=0)
@@ -169,7 +169,7 @@ class LlamaKin(SaidByConfig):
         }
 
     def write_config(self, config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-        """A config.json of a config without problems."""
+        """Return a config.json of a config without problems."""
         values = {
             "model_type": self.model_type,
             "architectures": [self.architecture],
@@ -188,7 +188,7 @@ class LlamaKin(SaidByConfig):
         return values
 
     def links(self, config: ModelConfig) -> list[Link]:
-        """Every parameter, renamed."""
+        """Return every parameter, renamed."""
         return [same(name, spelled(name, OUTER, BLOCK, "model.layers")) for name in parameter_shapes(config)]
 
     def rename(self, key: str) -> str:

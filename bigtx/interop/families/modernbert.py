@@ -133,7 +133,7 @@ class ModernBert(SaidByConfig):
         return differing(config, FIXED | allowed, {"attention_output_bias": "the family has it as attention_bias"})
 
     def write_config(self, config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-        """A config.json of a config without problems."""
+        """Return a config.json of a config without problems."""
         window, every = config.attention_window, config.global_attention_every
         local_theta = config.local_rope_theta or config.rope_theta
         values = {
@@ -178,7 +178,7 @@ class ModernBert(SaidByConfig):
         return values
 
     def links(self, config: ModelConfig) -> list[Link]:
-        """Every parameter of bigtx in exactly one link."""
+        """Return every parameter of bigtx in exactly one link."""
         return [link for name in parameter_shapes(config) if (link := _link(name))]
 
     def rename(self, key: str) -> str:
@@ -186,7 +186,7 @@ class ModernBert(SaidByConfig):
         return f"model.{key}" if key.startswith(("embeddings.", "layers.", "final_norm.")) else key
 
     def unused(self, config: ModelConfig) -> Sequence[str]:
-        """The copy of a tied table."""
+        """Return the copy of a tied table."""
         return (r"decoder\.weight",) if config.tie_embeddings else ()
 
 
@@ -201,7 +201,7 @@ def _link(name: str) -> Link | None:
 
 
 def _windows(fields: Fields, num_layers: int) -> tuple[bool, int | None]:
-    """Whether any layer has a window, and of which every n-th, from the first on, has none."""
+    """Return whether any layer has a window, and of which every n-th, from the first on, has none."""
     kinds = fields.values.get("layer_types")
     if kinds is None:
         # transformers before 5 wrote the rule, and writes out the layers since.
@@ -214,7 +214,7 @@ def _windows(fields: Fields, num_layers: int) -> tuple[bool, int | None]:
 
 
 def _rope(fields: Fields) -> tuple[float, float]:
-    """The bases of the frequencies of layers that see all, and of those with a window."""
+    """Return the bases of the frequencies of layers that see all, and of those with a window."""
     theta = fields.number("global_rope_theta", 160_000.0)
     # Absent it has its own default; null it was the other's in transformers before 5.
     local_theta = fields.number("local_rope_theta", theta if "local_rope_theta" in fields.values else 10_000.0)

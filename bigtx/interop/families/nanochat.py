@@ -97,7 +97,7 @@ class NanoChat(SaidByConfig):
         return differing(config, allowed, {"attention_output_bias": "the family has it where it has attention_bias"})
 
     def write_config(self, config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-        """A config.json of a config without problems."""
+        """Return a config.json of a config without problems."""
         return {
             "model_type": self.model_type,
             "architectures": [self.architecture],
@@ -107,7 +107,7 @@ class NanoChat(SaidByConfig):
         }
 
     def links(self, config: ModelConfig) -> list[Link]:
-        """Every parameter, renamed; queries and keys with the halves of their heads swapped."""
+        """Return every parameter, renamed; queries and keys with the halves of their heads swapped."""
         width = shape.head_width(config)
         links = []
         for name in parameter_shapes(config):

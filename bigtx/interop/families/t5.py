@@ -127,7 +127,7 @@ class T5:
         return problems
 
     def write_config(self, config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-        """A config.json of a config without problems."""
+        """Return a config.json of a config without problems."""
         return {
             "architectures": [self.architecture],
             "model_type": self.model_type,
@@ -155,7 +155,7 @@ class T5:
         }
 
     def links(self, config: ModelConfig) -> list[Link]:
-        """Every parameter of bigtx in exactly one link."""
+        """Return every parameter of bigtx in exactly one link."""
         gated = config.mlp in shape.GATED
         blocks = {stack: _block(across=stack == "decoder", gated=gated) for stack in ("encoder", "decoder")}
         links = []
@@ -176,12 +176,12 @@ class T5:
 
 
 def _is_scaled(config: ModelConfig) -> bool:
-    """Whether the head reads hidden states times 1 / sqrt(hidden_size)."""
+    """Return whether the head reads hidden states times 1 / sqrt(hidden_size)."""
     return math.isclose(config.logit_scale, config.hidden_size**-0.5, rel_tol=1e-6)
 
 
 def _block(*, across: bool, gated: bool) -> dict[str, str]:
-    """The modules of a block, which are numbered by sublayers."""
+    """Return the modules of a block, which are numbered by sublayers."""
     letters = {"query": "q", "key": "k", "value": "v", "output": "o"}
     modules = {"attention_norm": "layer.0.layer_norm"}
     modules |= {f"attention.{name}": f"layer.0.SelfAttention.{letter}" for name, letter in letters.items()}
