@@ -22,6 +22,8 @@ def batch_problems(train: RhythmConfig, num_ranks: int) -> Iterator[Problem]:
 
 
 def micro_batch_size_of(train: RhythmConfig, num_ranks: int) -> int:
-    """Sequences of a micro batch: the most that divide a rank's share and are not more than the config allows."""
+    """Return the sequences of a micro batch: the most that divide a rank's share and are not more than the config
+    allows.
+    """
     share = train.global_batch_size // num_ranks
     return next(size for size in range(min(train.micro_batch_size, share), 0, -1) if share % size == 0)

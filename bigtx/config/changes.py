@@ -84,7 +84,7 @@ def refuse(changes: Sequence[Change], config: RunConfig) -> None:
 
 
 def _flatten(schema: type, values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by dotted key; settings that the schema does not know (any more) are left out."""
+    """Return the values by dotted key; settings that the schema does not know (any more) are left out."""
     flat: dict[str, Any] = {}
     for name, setting in members(schema, prefix).items():
         value = values.get(name, setting.default)

@@ -203,7 +203,7 @@ class Converter:
 
 
 def _refuse_filling_in(text: str) -> None:
-    """OmegaConf, which builds the config in the end, would act on these."""
+    """Refuse texts that OmegaConf, which builds the config in the end, would interpret."""
     if "${" in text:
         raise ValueError("holds ${...}, which bigtx never fills in, from the environment or elsewhere; write the value")
     if text == "???":

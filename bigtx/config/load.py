@@ -57,7 +57,7 @@ def load(schema: type[T], args: Sequence[str], *, check: bool = True) -> T:
 
 
 def _load(schema: type[T], args: Sequence[str], *, check: bool) -> tuple[T, list[Path]]:
-    """As `load`, with the files that were read."""
+    """Load a config as `load` does, and return it with the files that were read."""
     tree, files, problems, whole = _merged_tree(schema, args)
     converter = Converter(schema)
     values = converter.convert(tree)

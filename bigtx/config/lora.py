@@ -11,7 +11,7 @@ from bigtx.config.schema import ModelConfig
 
 
 def adapted_matrices(config: ModelConfig) -> list[str]:
-    """Modules with an adapter, e.g. decoder.blocks.3.attention.query; none without a rank."""
+    """Return the modules with an adapter, e.g. decoder.blocks.3.attention.query; none without a rank."""
     if not config.lora.rank:
         return []
     globs = config.lora.targets or ["*"]
@@ -19,7 +19,7 @@ def adapted_matrices(config: ModelConfig) -> list[str]:
 
 
 def useless_targets(config: ModelConfig) -> dict[str, list[str]]:
-    """Globs that match no matrix, and matrices of a block whose names are near."""
+    """Return the globs that match no matrix, and matrices of a block whose names are near."""
     names = list(_matrices(config))
     of_block = list(dict.fromkeys(map(in_block, names)))
     return {

@@ -106,7 +106,7 @@ class Node:
 
 
 def merge(below: Node, above: Node) -> Node:
-    """`above` laid over `below`: mappings key by key, anything else as a whole; an empty section changes nothing."""
+    """Merge `above` over `below`: mappings key by key, anything else as a whole; an empty section changes nothing."""
     if not isinstance(below.content, dict):
         return above
     if above.is_empty:
@@ -150,7 +150,8 @@ def read_yaml(path: Path, problems: list[Problem]) -> Node:
 
 
 def read_argument(argument: str) -> Node:
-    """`train.max_steps=100` as a tree. Lists, mappings and quotes are read as in YAML; anything else is plain text.
+    """Read `train.max_steps=100` as a tree. Lists, mappings and quotes are read as in YAML; anything else is plain
+    text.
 
     Raises:
         ProblemError: it has no such form.
@@ -178,7 +179,7 @@ def read_argument(argument: str) -> Node:
 
 
 def from_values(value: Any, where: str) -> Node:
-    """Python values (a saved config) as a tree.
+    """Convert Python values (a saved config) to a tree.
 
     Args:
         value: nested dicts, lists, texts, numbers, booleans and None.
@@ -213,7 +214,7 @@ class _Converter:
         self.seen: set[int] = set()
 
     def convert(self, node: yaml.Node, key: str, place: str = "") -> Node:
-        """One node and all below it; what bigtx does not read is reported and left out.
+        """Read one node and all below it; what bigtx does not read is reported and left out.
 
         Args:
             place: where the node is used, if that is not where it stands.

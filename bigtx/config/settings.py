@@ -166,7 +166,9 @@ def find(schema: type, key: str) -> Setting | None:
 
 
 def similar_keys(schema: type, key: str, *, limit: int = 3) -> list[str]:
-    """Keys that the user may have meant: the same name elsewhere, another framework's name, a few other letters."""
+    """Return the keys that the user may have meant: the same name elsewhere, another framework's name, a few other
+    letters.
+    """
     known = _known_keys(schema)
     section, _, name = key.rpartition(".")
     found = same_name_keys(schema, key, limit=len(known))
@@ -184,7 +186,7 @@ def similar_keys(schema: type, key: str, *, limit: int = 3) -> list[str]:
 
 
 def same_name_keys(schema: type, key: str, *, limit: int = 3) -> list[str]:
-    """Keys of the same name in other sections, or of the name that another framework has for it."""
+    """Return the keys of the same name in other sections, or of the name that another framework has for it."""
     name = key.rpartition(".")[2]
     known = _known_keys(schema)
     found = [candidate for candidate in known if candidate.rpartition(".")[2] == name and candidate != key]

@@ -21,7 +21,7 @@ GATED = ("swiglu", "geglu", "geglu_tanh")
 
 
 def head_width(config: ModelConfig) -> int:
-    """Width C of one attention head."""
+    """Return the width C of one attention head."""
     if config.head_width is not None:
         return config.head_width
     assert config.hidden_size % config.num_heads == 0, "num_heads does not divide hidden_size"
@@ -29,14 +29,16 @@ def head_width(config: ModelConfig) -> int:
 
 
 def num_kv_heads(config: ModelConfig) -> int:
-    """Key and value heads K."""
+    """Return the key and value heads K."""
     heads = config.num_heads if config.num_kv_heads is None else config.num_kv_heads
     assert config.num_heads % heads == 0, "num_kv_heads does not divide num_heads"
     return heads
 
 
 def mlp_size(config: ModelConfig) -> int:
-    """Inner width of the feed-forward; a gated one pays for its third matrix by a width of 8/3 D (arXiv:2002.05202)."""
+    """Return the inner width of the feed-forward; a gated one pays for its third matrix by a width of 8/3 D
+    (arXiv:2002.05202).
+    """
     if config.mlp_size is not None:
         return config.mlp_size
     if config.mlp in GATED:
@@ -45,19 +47,19 @@ def mlp_size(config: ModelConfig) -> int:
 
 
 def expert_size(config: ModelConfig) -> int:
-    """Inner width of one expert."""
+    """Return the inner width of one expert."""
     return config.experts.expert_size or mlp_size(config)
 
 
 def num_decoder_layers(config: ModelConfig) -> int:
-    """Blocks of the decoder; 0 in an encoder."""
+    """Return the blocks of the decoder; 0 in an encoder."""
     if config.shape == "encoder_decoder":
         return config.num_decoder_layers or config.num_layers
     return config.num_layers if config.shape == "decoder" else 0
 
 
 def num_encoder_layers(config: ModelConfig) -> int:
-    """Blocks of the encoder; 0 in a decoder."""
+    """Return the blocks of the encoder; 0 in a decoder."""
     return 0 if config.shape == "decoder" else config.num_layers
 
 
@@ -72,7 +74,7 @@ def has_transform(config: ModelConfig) -> bool:
 
 
 def attention_dropout(config: ModelConfig) -> float:
-    """Probability of dropping an attention weight."""
+    """Return the probability of dropping an attention weight."""
     return config.dropout if config.attention_dropout is None else config.attention_dropout
 
 
@@ -83,7 +85,7 @@ def has_window(config: ModelConfig, layer: int) -> bool:
 
 
 def frames_per_column(config: ModelConfig) -> int:
-    """Frames of the spectrogram for each column of an encoder that hears."""
+    """Return the frames of the spectrogram for each column of an encoder that hears."""
     return math.prod(config.audio.strides)
 
 
@@ -93,12 +95,12 @@ def has_embedding(config: ModelConfig) -> bool:
 
 
 def bigram_size(config: ModelConfig) -> int:
-    """Width of the table of token pairs."""
+    """Return the width of the table of token pairs."""
     return config.bigram_size or config.hidden_size
 
 
 def padded_vocab_size(config: ModelConfig) -> int:
-    """Rows of the embedding table and of the head: vocab_size rounded up to a multiple of 128."""
+    """Return the rows of the embedding table and of the head: vocab_size rounded up to a multiple of 128."""
     assert config.vocab_size is not None, "vocab_size comes from the tokenizer before a model is built"
     return -(-config.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 

@@ -301,7 +301,7 @@ def _rhythms(every: dict[str, str], timeout: str, *, shares: bool = False) -> It
 
 
 def _schedule(schedule: ScheduleConfig, num_steps: int | None, tokens_per_step: int | None) -> Iterator[Problem]:
-    """Warm-up and decay must be lengths of the run and fit into it, as far as its length is known."""
+    """Check that warm-up and decay are lengths of the run and fit into it, as far as its length is known."""
     parts = {"schedule.warmup": schedule.warmup}
     if schedule.name == "warmup_stable_decay":
         parts["schedule.decay"] = schedule.decay

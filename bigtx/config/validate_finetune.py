@@ -22,7 +22,7 @@ TASK_SECTIONS = {
 
 
 def task_problems(config: FinetuneConfig) -> Iterator[Problem]:
-    """Settings of another task, and those that do not fit each other."""
+    """Yield a problem for settings of another task, and for those that do not fit each other."""
     for name, tasks in TASK_SECTIONS.items():
         if config.task in tasks:
             continue
@@ -43,7 +43,9 @@ def task_problems(config: FinetuneConfig) -> Iterator[Problem]:
 
 
 def _classes(classes: list[str]) -> Iterator[Problem]:
-    """Labels are read without the spaces around them, so a class with them would have no records."""
+    """Yield a problem for names of classes with spaces around them. Labels are read without such spaces, so a class
+    with them would have no records.
+    """
     key = "classify.classes"
     if any(not name.strip() for name in classes):
         yield Problem(key, str(classes), "names an empty class; leave it out")

@@ -31,7 +31,7 @@ OBJECTIVES_OF_FIELDS = {
 
 
 def model_problems(model: ModelConfig) -> Iterator[Problem]:
-    """Fields of a model that do not fit each other, or that would do nothing."""
+    """Yield a problem for fields of a model that do not fit each other, or that would do nothing."""
     width, heads = model.hidden_size, model.num_heads
     if model.head_width is None and width % heads:
         yield Problem(
@@ -114,7 +114,7 @@ def _experts(model: ModelConfig) -> Iterator[Problem]:
 
 
 def _lora(model: ModelConfig) -> Iterator[Problem]:
-    """Adapters must find their matrices, and say nothing where there are none."""
+    """Check that adapters find their matrices, and that no setting of adapters is given where there are none."""
     lora = model.lora
     if not lora.rank:
         for field in dataclasses.fields(lora):
@@ -174,7 +174,7 @@ def _audio(model: ModelConfig) -> Iterator[Problem]:
 
 
 def _idle_model_fields(model: ModelConfig) -> Iterator[Problem]:
-    """Fields that would do nothing."""
+    """Yield a problem for each field that would have no effect."""
     window = model.attention_window is not None
     conditions: tuple[tuple[str, Any, bool, str], ...] = (
         ("num_decoder_layers", model.num_decoder_layers, model.shape == "encoder_decoder", "shape=encoder_decoder"),

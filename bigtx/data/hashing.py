@@ -19,7 +19,7 @@ def splitmix64(value: np.ndarray) -> np.ndarray:
 
 
 def hash64(*parts: Any) -> np.ndarray:
-    """Our own hash of a tuple of unsigned integers, broadcast over arrays: uint64, at least 1-D.
+    """Compute bigtx's own hash of a tuple of unsigned integers, broadcast over arrays: uint64, at least 1-D.
 
     For fixed earlier parts it is a bijection of the last part: hashes of distinct numbers have no ties, so any sorting
     algorithm gives the same permutation, on every machine and in every version of numpy.

@@ -196,7 +196,7 @@ def _read(opened: Checkpoint, name: str, kind: str) -> Tensor:
 def _config(
     adapters: Sequence[ForeignAdapter], modules: Iterable[str], config: ModelConfig, base: str, task_type: str | None
 ) -> dict[str, Any]:
-    """adapter_config.json; what it leaves out has PEFT's defaults for plain LoRA."""
+    """Return adapter_config.json as a dictionary; what it leaves out has PEFT's defaults for plain LoRA."""
     lora = config.lora
     short = _short_names([adapter.module for adapter in adapters], modules)
     wider = {

@@ -45,7 +45,7 @@ class Classifier:
 
 
 def decoder_classifier(architecture: str) -> Classifier:
-    """That of a decoder, which reads the last token that is no padding."""
+    """Return the classifier of a decoder, which reads the last token that is not padding."""
     return Classifier(architecture, "score", {"last": {}})
 
 

@@ -149,7 +149,7 @@ class _Source:
             )
 
     def read(self, name: str) -> Tensor:
-        """One parameter, fp32."""
+        """Return one parameter, fp32."""
         shape = self.checkpoint.shapes[name]
         flat = self.checkpoint.read(name, self.kind, 0, math.prod(shape))
         self.num_read += flat.nbytes

@@ -49,7 +49,7 @@ class Family(Protocol):
         ...
 
     def read_config(self, values: dict[str, Any]) -> ModelConfig:
-        """bigtx's config of a config.json; vocab_size is set.
+        """Return bigtx's config of a config.json; vocab_size is set.
 
         Raises:
             ConfigError: it names every field whose value bigtx does not express.
@@ -61,7 +61,7 @@ class Family(Protocol):
         ...
 
     def problems(self, config: ModelConfig) -> list[str]:
-        """Fields that the family does not express, each as "model.FIELD=VALUE: why"."""
+        """Return the fields that the family does not express, each as "model.FIELD=VALUE: why"."""
         ...
 
     def write_config(self, config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class Fields:
         return minimum
 
     def number(self, key: str, default: float | None = None) -> float:
-        """Any number."""
+        """Return a field that is a number."""
         value = self._given(key, default)
         if isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
@@ -44,7 +44,7 @@ class Fields:
         return 1.0
 
     def flag(self, key: str, default: bool) -> bool:
-        """true or false."""
+        """Return a field that is true or false."""
         value = self._given(key, default)
         if not isinstance(value, bool):
             self.problem(key, "is neither true nor false")
@@ -109,7 +109,7 @@ def differing(config: Any, allowed: Mapping[str, Sequence[Any]], why: Mapping[st
 
 
 def _idle_fields(config: Any) -> Sequence[str]:
-    """Fields of the head of tokens, which say nothing in a classifier."""
+    """Return the fields of the head of tokens, which have no effect in a classifier."""
     if config.num_classes is None:
         return ()
     idle = ("head_bias", "logit_scale", "logit_soft_cap")

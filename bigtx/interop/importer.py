@@ -203,7 +203,7 @@ class _Match(NamedTuple):
 
     @property
     def untrained(self) -> list[str]:
-        """Keys that no file has."""
+        """Return the keys that no file has."""
         return [key for link in self.links if not self.keys.keys() & link.keys for key in link.keys]
 
 

@@ -34,7 +34,7 @@ class Link:
 
 
 def same(name: str, key: str) -> Link:
-    """One parameter that both sides hold alike."""
+    """Link one parameter that both sides hold alike."""
     return Link((name,), (key,), list, list)
 
 
@@ -44,7 +44,7 @@ def transposed(name: str, key: str) -> Link:
 
 
 def split_rows(names: Sequence[str], key: str, sizes: Sequence[int] | None = None, *, transpose: bool = False) -> Link:
-    """Parameters that the other side holds as one tensor, one below the other.
+    """Link parameters that the other side holds as one tensor, one below the other.
 
     Args:
         sizes: rows of each; equal ones if left out.
@@ -64,7 +64,7 @@ def split_rows(names: Sequence[str], key: str, sizes: Sequence[int] | None = Non
 
 
 def stacked(name: str, keys: Sequence[str]) -> Link:
-    """One parameter [E, ...] that the other side holds as E tensors [...]."""
+    """Link one parameter [E, ...] that the other side holds as E tensors [...]."""
 
     def to_bigtx(tensors: list[Tensor]) -> list[Tensor]:
         return [torch.stack(tensors)]
@@ -76,7 +76,7 @@ def stacked(name: str, keys: Sequence[str]) -> Link:
 
 
 def swapped_halves(name: str, key: str, width: int) -> Link:
-    """Rows of a query or key projection whose heads the other side turns the other way.
+    """Link the rows of a query or key projection whose heads the other side rotates in another order.
 
     Rotary positions turn the plane of dimensions (i, i + C/2) by an angle; with the two halves of a head swapped, the
     same formula turns it by the opposite angle. Products of queries and keys see only the difference of positions,

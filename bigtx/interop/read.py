@@ -139,7 +139,7 @@ class ForeignWeights:
 
     @property
     def num_files(self) -> int:
-        """Safetensors files that hold the tensors."""
+        """Return the number of safetensors files that hold the tensors."""
         return len(set(self._files.values()))
 
     def check_kinds(self, keys: Iterable[str]) -> None:
@@ -178,7 +178,7 @@ class ForeignWeights:
         self._open = None
 
     def _read_index(self) -> dict[str, str]:
-        """File by key, or nothing where one file holds all."""
+        """Return the file of each key, or nothing where one file holds all."""
         if (self.folder / SINGLE).is_file():
             return {}
         if not (self.folder / INDEX).is_file():

@@ -140,7 +140,7 @@ def _pre_tokenizer(proto: Any, data: bytes) -> dict[str, Any] | None:
 
 
 def _character_class(characters: Iterable[str]) -> str:
-    """Characters as ranges inside the brackets of a regular expression."""
+    """Write characters as ranges inside the brackets of a regular expression."""
     codes = sorted(map(ord, characters))
     ranges = [[code for _, code in group] for _, group in groupby(enumerate(codes), lambda pair: pair[1] - pair[0])]
     ends = [
@@ -151,7 +151,7 @@ def _character_class(characters: Iterable[str]) -> str:
 
 
 def _post_processor(template: Template, piece: Callable[[int], str]) -> dict[str, Any]:
-    """Said even where nothing is added, so that no reader puts its own in the place."""
+    """Return the entry, even where nothing is added, so that no reader uses its own default."""
 
     def written(parts: Iterable[Part]) -> list[dict[str, Any]]:
         names = iter("AB")

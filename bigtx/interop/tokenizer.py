@@ -130,8 +130,8 @@ def export_tokenizer(
 
 
 def export_classifier_tokenizer(tokenizer: Tokenizer, folder: Path, run: FinetuneConfig, *, model_type: str) -> None:
-    """As `export_tokenizer`, for a classifier: texts and pairs have the special ids and the lengths that they have in
-    `bigtx predict`, and padding comes after them.
+    """Export a tokenizer as `export_tokenizer` does, for a classifier: texts and pairs have the special ids and the
+    lengths that they have in `bigtx predict`, and padding comes after them.
 
     Args:
         run: the classifier's.

@@ -156,7 +156,7 @@ def _compared(own: list[Tensor], compute: Callable[[], list[Tensor]], problems: 
 
 
 def _random_inputs(run: RunConfig, tokenizer: Tokenizer) -> Inputs:
-    """Tokens of a seeded generator.
+    """Return tokens of a seeded generator.
 
     Padding is not among them: RoBERTa does not count it as a position.
     """
@@ -253,7 +253,7 @@ def _with_adapters(model: Any, folder: Path) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars and warnings of transformers: what it finds wrong is reported in full."""
+    """Hide the progress bars and warnings of transformers: what it finds wrong is reported in full."""
     from transformers.utils import logging
 
     shows_progress, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()

@@ -24,7 +24,7 @@ def check_links(links: Sequence[Link], config: ModelConfig) -> None:
 
 
 def foreign_shapes(links: Sequence[Link], config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every foreign tensor, in the order of the links."""
+    """Return the shape of every foreign tensor, in the order of the links."""
     shapes: dict[str, tuple[int, ...]] = {}
     sizes = parameter_shapes(config)
     for link in links:

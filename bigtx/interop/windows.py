@@ -16,7 +16,7 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 def read_window(fields: Fields, default: int | None) -> Window:
-    """`sliding_window` where it holds for all blocks; null is none.
+    """Return `sliding_window` where it holds for all blocks; null means no window.
 
     Args:
         default: where the key is missing.
@@ -27,7 +27,7 @@ def read_window(fields: Fields, default: int | None) -> Window:
 
 
 def read_layer_windows(fields: Fields, layer_types: list[str]) -> Window:
-    """`sliding_window` where `use_sliding_window` allows it and `layer_types` says which blocks have it.
+    """Return `sliding_window` where `use_sliding_window` allows it and `layer_types` says which blocks have it.
 
     Args:
         layer_types: of the family, where the file names none.
@@ -46,7 +46,7 @@ def read_layer_windows(fields: Fields, layer_types: list[str]) -> Window:
 
 
 def read_rhythm(fields: Fields, types: list[str]) -> int | None:
-    """Of which every n-th block sees all, from the first on: global_attention_every. None: no block does."""
+    """Return global_attention_every: every n-th block sees all tokens, from the first block on. None: no block does."""
     full = [layer for layer, kind in enumerate(types) if kind == FULL]
     if not full:
         return None
@@ -63,13 +63,13 @@ def layer_types(config: ModelConfig) -> list[str]:
 
 
 def write_window(config: ModelConfig) -> dict[str, Any]:
-    """`sliding_window` for all blocks, or null."""
+    """Return `sliding_window` for all blocks, or null."""
     window = config.attention_window
     return {"sliding_window": None if window is None else window + 1}
 
 
 def write_layer_windows(config: ModelConfig) -> dict[str, Any]:
-    """`sliding_window` and the blocks that have it."""
+    """Return `sliding_window` and the blocks that have it."""
     types = layer_types(config)
     has_window = SLIDING in types
     return {

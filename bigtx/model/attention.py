@@ -127,7 +127,7 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=scores, scale=self.scale)
 
     def _repeated(self, x: Tensor) -> Tensor:
-        """Keys or values [B, K, S, C] for each of the query heads [B, H, S, C]."""
+        """Repeat keys or values [B, K, S, C] for each of the query heads [B, H, S, C]."""
         repeats = self.num_heads // self.num_kv_heads
         return x if repeats == 1 else x.repeat_interleave(repeats, dim=1)
 

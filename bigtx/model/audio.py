@@ -38,13 +38,13 @@ class FrontEnd(nn.Module):
 
 
 def neighbours(x: Tensor, stride: int) -> Tensor:
-    """x [B, F, C] with the frames before and after beside each one of every `stride`: [B, ceil(F / stride), 3 C]."""
+    """Join the frames before and after to one of every `stride` frames of x [B, F, C]: [B, ceil(F / stride), 3 C]."""
     x = F.pad(x, (0, 0, 1, 1))
     frames = x.shape[1] - 2
     return torch.cat([x[:, start : start + frames : stride] for start in range(shape.CONVOLUTION_WIDTH)], dim=-1)
 
 
 def _silenced(x: Tensor, lengths: Tensor) -> Tensor:
-    """x [B, F, C] without what lies behind the ends."""
+    """Return x [B, F, C] with zeros after the ends of recordings."""
     inside = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
     return x * inside[..., None].to(x.dtype)

@@ -70,7 +70,7 @@ class _Search:
     best: Found = field(default_factory=lambda: Found([], float("-inf"), float("-inf")))
 
     def end(self, ids: list[int], log_probability: float, beam: Beam) -> None:
-        """A text has ended."""
+        """Note that a text has ended."""
         self.num_ended += 1
         score = beam.score(log_probability, len(ids) + 1)
         if score > self.best.score:

@@ -50,7 +50,7 @@ class Sampling:
         assert self.top_p is None or 0.0 < self.top_p <= 1.0, "top_p must be above 0 and at most 1"
 
     def draw(self, logits: Tensor, generators: Sequence[torch.Generator]) -> list[int]:
-        """One token id for each row of logits [B, V], by that row's generator."""
+        """Draw one token id for each row of logits [B, V], by that row's generator."""
         logits = logits.float().cpu()
         if self.temperature == 0.0:
             return logits.argmax(dim=-1).tolist()
@@ -234,7 +234,9 @@ def read_texts(
 
 
 def padded_ids(rows: Sequence[list[int]], device: torch.device | str, fill: int = 0) -> Tensor:
-    """int64 [B, T]. Any token pads: its column is written anew by the row's own token before that row may see it."""
+    """Return int64 [B, T]. Any token pads: its column is written anew by the row's own token before that row may see
+    it.
+    """
     longest = max(map(len, rows))
     return torch.tensor([row + [fill] * (longest - len(row)) for row in rows], device=device)
 

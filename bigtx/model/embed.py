@@ -71,8 +71,8 @@ class Embedder(nn.Module):
         return [part._replace(x=own) for part, own in zip(parts, dropped, strict=True)]
 
     def hear(self, features: Tensor | None, lengths: Tensor | None) -> Text | None:
-        """Spectrograms [B, F, M] of `lengths` [B] frames as columns; those behind the end of a recording are of a
-        segment that nobody looks at.
+        """Return spectrograms [B, F, M] of `lengths` [B] frames as columns; those behind the end of a recording are of
+        a segment that nobody looks at.
         """
         if features is None:
             return None
@@ -82,7 +82,7 @@ class Embedder(nn.Module):
         return Text(x, positions, (positions >= num_columns[:, None]).long())
 
     def _placed(self, x: Tensor, positions: Tensor, token_types: Tensor | None) -> Tensor:
-        """Embeddings with what tells where they stand."""
+        """Return embeddings with their positions added."""
         config = self.config
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions + config.position_offset)
@@ -97,11 +97,11 @@ class Embedder(nn.Module):
 
 
 def _before(tokens: Tensor, positions: Tensor, cache: KeyValueCache | None) -> Tensor:
-    """int64 [B, T]: the token before each; -1 where its text or, without a cache, its row begins."""
+    """Return int64 [B, T]: the token before each; -1 where its text or, without a cache, its row begins."""
     before = F.pad(tokens, (1, -1), value=-1) if cache is None else cache.tokens_before(tokens, positions)
     return before.masked_fill(positions == 0, -1)
 
 
 def _counted(columns: Tensor) -> Tensor:
-    """int64 [B, T]: 0, 1, ... in every row of what is [B, T]."""
+    """Return int64 [B, T]: 0, 1, ... in every row of what is [B, T]."""
     return torch.arange(columns.shape[1], device=columns.device).expand_as(columns)

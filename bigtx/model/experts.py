@@ -33,11 +33,11 @@ class Routing(NamedTuple):
 
     @classmethod
     def of_stack(cls, layers: Sequence[Routing]) -> Routing:
-        """Of all layers."""
+        """Merge the routing of all layers."""
         return cls(*(torch.stack(parts) for parts in zip(*layers, strict=True)))
 
     def __add__(self, other: Routing) -> Routing:  # type: ignore[override]
-        """Of the tokens of both."""
+        """Merge the routing of the tokens of both."""
         return Routing(*(own + others for own, others in zip(self, other, strict=True)))
 
     def detach(self) -> Routing:
@@ -46,12 +46,12 @@ class Routing(NamedTuple):
 
     @property
     def balance(self) -> Tensor:
-        """fp32 scalar: 1 where the load is even (arXiv:2101.03961, equation 4), the mean over layers."""
+        """Return fp32 scalar: 1 where the load is even (arXiv:2101.03961, equation 4), the mean over layers."""
         return imbalance(self.probabilities, shares_of(self.counts)) / self._num_tokens
 
     @property
     def z(self) -> Tensor:
-        """fp32 scalar: mean squared log-partition of the router (arXiv:2202.08906)."""
+        """Return fp32 scalar: mean squared log-partition of the router (arXiv:2202.08906)."""
         return self.squares.mean() / self._num_tokens
 
     @property
@@ -205,7 +205,7 @@ def _has_kernel(weights: Tensor) -> bool:
 
 @operator("bigtx::expert_products")
 def _loop(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """As `expert_products`, one expert after another."""
+    """Multiply as `expert_products` does, one expert after another."""
     result = x.new_empty(x.shape[0], weights.shape[1])
     for expert, (start, end) in enumerate(itertools.pairwise([0, *ends.tolist()])):
         torch.mm(x[start:end], weights[expert].t(), out=result[start:end])

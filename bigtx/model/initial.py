@@ -68,7 +68,7 @@ def _deviation(name: str, config: ModelConfig) -> float:
 
 
 def _normal(name: str, seed: int, start: int, stop: int) -> np.ndarray:
-    """Standard normal values start:stop of the endless sequence that (seed, name) names."""
+    """Return the standard normal values start:stop of the endless sequence that (seed, name) names."""
     values = np.empty(stop - start, dtype=np.float32)
     for run in range(start // RUN, -(-stop // RUN)):
         key = hashlib.sha256(f"{seed}/{name}/{run}".encode()).digest()

@@ -63,13 +63,15 @@ class Bigrams(nn.Module):
         self.widen = None if size == config.hidden_size else Linear(size, config.hidden_size, bias=False)
 
     def forward(self, tokens: Tensor, before: Tensor) -> Tensor:
-        """[B, T, D] of int64 tokens [B, T] and those before them, -1 where a text begins."""
+        """Return the embeddings [B, T, D] of int64 tokens [B, T] and the previous tokens, -1 where a text begins."""
         x = self.table(hashed_pairs(before, tokens, self.table.num_embeddings))
         return x if self.widen is None else self.widen(x)
 
 
 def hashed_pairs(before: Tensor, tokens: Tensor, num_rows: int) -> Tensor:
-    """Rows of pairs of ids, each at least -1 and below 2**24: multiplicative hashing (Knuth, TAOCP 3, section 6.4)."""
+    """Hash pairs of ids to rows. Each id is at least -1 and below 2**24: multiplicative hashing (Knuth, TAOCP 3,
+    section 6.4).
+    """
     mixed = (before + 1) * 0x9E3779B1 + tokens * 0x85EBCA77
     return (mixed & 0xFFFFFFFF) * num_rows >> 32
 
@@ -103,7 +105,7 @@ _tanh_gelu = functools.partial(F.gelu, approximate="tanh")
 
 
 def squared_relu(x: Tensor) -> Tensor:
-    """max(x, 0) ** 2 (arXiv:2109.08668)."""
+    """Return max(x, 0) ** 2 (arXiv:2109.08668)."""
     return F.relu(x).square()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def soft_capped(logits: Tensor, cap: float | None) -> Tensor:
-    """cap * tanh(logits / cap) (arXiv:2408.00118), or the logits themselves."""
+    """Return cap * tanh(logits / cap) (arXiv:2408.00118), or the logits themselves."""
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
@@ -53,7 +53,7 @@ class SoftTargets:
 
 
 def divergence(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(teacher || student) in nats, of each row, where the softmax of both has the temperature T.
+    """Return T^2 KL(teacher || student) in nats, of each row, where the softmax of both has the temperature T.
 
     The factor keeps the gradient as large at any temperature (arXiv:1503.02531, section 2).
 

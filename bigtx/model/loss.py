@@ -89,7 +89,7 @@ class ClassifierHead(nn.Module):
         self.classes = Linear(size, config.num_classes, bias=form != "score")
 
     def forward(self, summary: Tensor, seeds: Tensor | None = None) -> Tensor:
-        """Logits, fp32 [B, classes], of summaries [B, D], of which int64 seeds [B] say what is dropped."""
+        """Return logits, fp32 [B, classes], of summaries [B, D], of which int64 seeds [B] say what is dropped."""
         if self.transform is not None and self.norm is not None:
             summary = self.norm(F.gelu(self.transform(summary)))
         elif self.pooler is not None:
@@ -128,8 +128,9 @@ class Head(nn.Module):
         score_tokens: bool = False,
         soft_targets: SoftTargets | None = None,
     ) -> Tensor | Loss | TokenScores:
-        """Logits [B, T, V], fp32, of hidden [B, T, D]; or, given labels [B, T] (-100 is ignored), the loss, in which
-        soft targets may have a share, or each label's own score."""
+        """Return logits [B, T, V], fp32, of hidden [B, T, D]; or, given labels [B, T] (-100 is ignored), the loss, in
+        which soft targets may have a share, or each label's own score.
+        """
         hidden = self._transformed(hidden)
         if labels is None:
             return soft_capped(F.linear(hidden, *self._of_vocabulary()).float(), self.soft_cap)
@@ -175,7 +176,7 @@ class Head(nn.Module):
     def _taught_chunk_loss(
         self, logits: Tensor, targets: tuple[Tensor, Tensor], of_labels: ChunkLoss, taught_by: SoftTargets
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(1 - w) times the loss of the labels and w times the divergence from the teacher: a `ChunkLoss`."""
+        """Return (1 - w) times the loss of the labels and w times the divergence from the teacher: a `ChunkLoss`."""
         labels, teacher = targets
         weight, predicted = taught_by.weight, (labels != IGNORED).float()
         # First the teacher's part: the other may overwrite the logits.
@@ -315,14 +316,14 @@ def _arithmetic(hidden: Tensor) -> torch.dtype:
 
 
 def _chunks(hidden: Tensor, weight: Tensor, num_copies: int = 1) -> Iterator[slice]:
-    """Tokens of hidden [N, D] whose logits under weight [P, D] are made at once, in so many copies."""
+    """Yield the slices of hidden [N, D] whose logits under weight [P, D] are computed at once, in so many copies."""
     limit = CHUNK_LOGITS.get(hidden.device.type, CHUNK_LOGITS["cuda"]) // num_copies
     size = max(MIN_CHUNK_TOKENS, limit // weight.shape[0])
     return (slice(start, start + size) for start in range(0, hidden.shape[0], size))
 
 
 def _scores(logits: Tensor, vocab_size: int, soft_cap: float | None) -> tuple[Tensor, Tensor | None]:
-    """Logits [n, P] as the loss takes them, in fp32, and the soft cap's slope there if there is one."""
+    """Return logits [n, P] as the loss takes them, in fp32, and the soft cap's slope there if there is one."""
     scores = soft_capped(logits.float(), soft_cap)
     slope = None if soft_cap is None else 1.0 - (scores / soft_cap).square()
     scores[:, vocab_size:] = float("-inf")
@@ -337,7 +338,7 @@ def chunk_loss_and_gradient(
     z_loss: float,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy plus z_loss * logsumexp^2 (PaLM, arXiv:2204.02311), in fp32.
+    """Compute cross-entropy plus z_loss * logsumexp^2 (PaLM, arXiv:2204.02311), in fp32.
 
     With smoothing e the label is expected with probability 1 - e, and every id of the vocabulary, itself among them,
     with e / V more (arXiv:1512.00567, section 7).

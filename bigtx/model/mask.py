@@ -73,7 +73,7 @@ def make_mask(
 
 
 def dense_mask(queries: Side, keys: Side, *, causal: bool, window: int | None, prefix: Tensor | None) -> Tensor:
-    """bool [B, T, S]: True may be seen."""
+    """Return bool [B, T, S]: True may be seen."""
     behind = queries.columns[:, :, None] - keys.columns[:, None, :]  # B T S
     visible = behind >= 0 if causal else torch.ones_like(behind, dtype=torch.bool)
     if prefix is not None:

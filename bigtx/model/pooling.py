@@ -6,7 +6,7 @@ import numpy as np
 
 
 def pooling_weights(pooling: str, lengths: np.ndarray, num_columns: int) -> np.ndarray:
-    """fp32 [B, T]: 1 for the first token or for the last, or the same for all of them; padding counts nothing.
+    """Return fp32 [B, T]: 1 for the first token or for the last, or the same for all of them; padding counts nothing.
 
     Args:
         pooling: first, last or mean.

@@ -40,7 +40,9 @@ def rotate(x: Tensor, by: Rotation) -> Tensor:
 
 
 def rotary_frequencies(config: ModelConfig, theta: float, device: torch.device | str) -> tuple[Tensor, float]:
-    """Radians per position of each pair of dimensions, fp32 [C/2], and the factor that YaRN puts on cos and sin."""
+    """Return the radians per position of each pair of dimensions, fp32 [C/2], and the factor that YaRN puts on cos and
+    sin.
+    """
     width, scaling = shape.head_width(config), config.rope_scaling
     assert width % 2 == 0, "rotary positions turn pairs of dimensions: the head width must be even"
     exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
@@ -72,7 +74,7 @@ def _yarn_dimension(config: ModelConfig, theta: float, width: int, turns: float)
 
 
 def sinusoids(positions: Tensor, size: int) -> Tensor:
-    """Fixed waves (arXiv:1706.03762), fp32 [B, T, size], of positions [B, T]: sines, then cosines."""
+    """Return fixed waves (arXiv:1706.03762), fp32 [B, T, size], of positions [B, T]: sines, then cosines."""
     half = (size + 1) // 2
     exponents = torch.arange(half, dtype=torch.float32, device=positions.device) / half
     angles = positions[..., None].float() * 10_000.0**-exponents  # B T D/2

@@ -35,7 +35,7 @@ def attend(
     scale: float,
     kept: Tensor | None = None,
 ) -> Tensor:
-    """Attention [B, H, T, C].
+    """Return attention [B, H, T, C].
 
     Args:
         queries: [B, H, T, C].

@@ -352,7 +352,7 @@ class Transformer(Embedder):
         return result if isinstance(result, Tensor) else result._replace(routing=routing)
 
     def _row_seeds(self, sequence_ids: Tensor | None, read: Tensor | None) -> Tensor | None:
-        """int64 [B], by which the rows of what is read drop; None where nothing is dropped."""
+        """Return int64 [B], by which the rows of what is read drop; None where nothing is dropped."""
         rates = (self.config.dropout, shape.attention_dropout(self.config), self.config.lora.dropout)
         if not self.training or not any(rates):
             return None

@@ -24,11 +24,11 @@ class Codec(Protocol):
     pad_id: int
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of texts to continue, special ones included; at least one each."""
+        """Return the ids of texts to continue, special ones included; at least one each."""
         ...
 
     def encode_sources(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of texts that an encoder reads, special ones included; at least one each."""
+        """Return the ids of texts that an encoder reads, special ones included; at least one each."""
         ...
 
     def stream(self, after: Sequence[int] = ()) -> StreamDecoder:
@@ -124,7 +124,7 @@ def write(
 
 
 def plain_prompts(config: ModelConfig, tokenizer: Codec, texts: Sequence[str]) -> list[Prompt]:
-    """Texts to continue, of which an empty one starts a new document; of an encoder-decoder its sources."""
+    """Return the texts to continue, of which an empty one starts a new document; of an encoder-decoder its sources."""
     if config.shape == "encoder_decoder":
         return [Prompt(ids, goes_on=False) for ids in tokenizer.encode_sources(texts)]
     return [Prompt(ids, goes_on=True) for ids in tokenizer.encode_prompts(texts)]

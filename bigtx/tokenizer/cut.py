@@ -25,5 +25,5 @@ def cut(text: str, limit: int) -> Iterator[str]:
 
 
 def utf8_length(text: str) -> int:
-    """Bytes of a text in UTF-8."""
+    """Return the bytes of a text in UTF-8."""
     return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))

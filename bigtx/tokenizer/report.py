@@ -58,7 +58,7 @@ class Measures:
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text for one token."""
+        """Return the UTF-8 bytes of text per token."""
         return self.num_bytes / max(1, self.num_tokens)
 
     def facts(self) -> dict[str, Any]:
@@ -226,7 +226,7 @@ def _shown_piece(tokenizer: Tokenizer, i: int) -> str:
 
 
 def visible(text: str) -> str:
-    """Text on one line, with signs for what is not seen."""
+    """Write a text on one line, with signs for what is not visible."""
     text = re.sub("[\n\r\t\x00\ufeff ]", lambda match: _UNSHOWN[match[0]], text)
     return "".join(
         character if character.isprintable() or character == "\u200d" else f"[U+{ord(character):04X}]"

@@ -39,7 +39,7 @@ class Sample:
 
     @property
     def training_bytes(self) -> int:
-        """Bytes of `training`."""
+        """Return the bytes of `training`."""
         return sum(map(len, self.training))
 
 

@@ -70,12 +70,14 @@ class SentencePieceModel:
 
     @functools.cached_property
     def _apart(self) -> dict[str, list[int]]:
-        """Ids of what is cut out of texts before the model sees them."""
+        """Return the ids of what is cut out of texts before the model sees them."""
         return {SPACE_MARK: self._mark_ids} | _unigram_symbols(self.data) if self.writes_mark else {}
 
     @functools.cached_property
     def words(self) -> WordEncoder | None:
-        """Encodes whole texts as the model does, only faster; None if the model does not work word by word."""
+        """Return an encoder of whole texts that is faster than the model and equal to it; None if the model does not
+        work word by word.
+        """
         borders = exact_borders(self.data)
         return WordEncoder(self.encode_batch, self.vocab_size, borders) if borders else None
 

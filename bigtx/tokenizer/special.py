@@ -62,6 +62,6 @@ class SpecialIds:
         return {i for i in single if i is not None} | set(self.sentinels) | set(self.roles.values()) | set(self.ends)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it; `ends` only where there are some."""
+        """Convert it to what JSON can hold; `ends` only where there are some."""
         values = asdict(self)
         return values if self.ends else {name: value for name, value in values.items() if name != "ends"}

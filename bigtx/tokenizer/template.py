@@ -68,7 +68,7 @@ class Template:
         return len(self._parts(num_texts)) - num_texts
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """Convert it to what JSON can hold."""
         return {"single": [list(part) for part in self.single], "pair": [list(part) for part in self.pair]}
 
     @classmethod

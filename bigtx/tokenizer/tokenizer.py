@@ -114,7 +114,7 @@ class Tokenizer:
     def from_sentencepiece_bytes(
         cls, data: bytes, roles: Sequence[str] = CHAT_ROLES, origin: dict[str, Any] | None = None
     ) -> Tokenizer:
-        """As `from_sentencepiece`, from a serialized model."""
+        """Build a tokenizer as `from_sentencepiece` does, from a serialized model."""
         model = SentencePieceModel(data)
         model.check_decoding()
         return cls(model, model.special_ids(roles), origin)
@@ -166,7 +166,7 @@ class Tokenizer:
 
     @property
     def kind(self) -> str:
-        """`sentencepiece` or `huggingface`."""
+        """Return `sentencepiece` or `huggingface`."""
         return self._model.kind
 
     @property
@@ -191,7 +191,9 @@ class Tokenizer:
 
     @property
     def memory_per_byte(self) -> int:
-        """Bytes of memory that encoding takes at most for each byte of UTF-8 that the model has to see at once."""
+        """Return the bytes of memory that encoding takes at most for each byte of UTF-8 that the model has to see at
+        once.
+        """
         return self._model.memory_per_byte
 
     def encode(self, text: str) -> list[int]:
@@ -267,7 +269,7 @@ class Tokenizer:
         return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] if len(texts) else []
 
     def memory_for(self, text: str) -> int:
-        """Bytes of memory that encoding a text takes at most, beside the ids.
+        """Return the bytes of memory that encoding a text takes at most, beside the ids.
 
         The BPE models that bigtx trains encode a long text in parts, cut between characters that stand side by side in
         no piece, which changes no id; the longest part counts. All other models see the whole text.

@@ -76,7 +76,7 @@ def check(config: TokenizerTrainConfig) -> None:
 
 
 def _num_given(config: TokenizerTrainConfig) -> int:
-    """Ids that are there before anything is learned."""
+    """Return the ids that are there before anything is learned."""
     return len(_reserved(config)) + len(config.user_defined_symbols) + 256
 
 
@@ -107,7 +107,7 @@ def _check_symbols(config: TokenizerTrainConfig) -> None:
 
 
 def train_on_sample(config: TokenizerTrainConfig, sample: Sample) -> Tokenizer:
-    """`train`, with a sample that has been drawn.
+    """Train as `train` does, with a sample that has been drawn.
 
     Raises:
         ConfigError, DataError: as `train`.

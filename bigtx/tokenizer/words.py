@@ -93,7 +93,9 @@ class Borders:
 
 
 def symbol_pattern(symbols: Iterable[str]) -> re.Pattern[str]:
-    """Finds symbols as sentencepiece does: from the left, and the longest of those that begin at one place."""
+    """Compile a pattern that finds symbols as sentencepiece does: from the left, and the longest of those that begin at
+    one place.
+    """
     return re.compile(f"({'|'.join(map(re.escape, sorted(symbols, key=len, reverse=True)))})")
 
 

@@ -146,11 +146,11 @@ class Arguments(argparse.ArgumentParser):
         self.add_argument("--json", action="store_true", help=meaning)
 
     def alternatives(self) -> list[list[argparse.Action]]:
-        """Groups of options of which exactly one is given."""
+        """Return the groups of options of which exactly one is given."""
         return [group._group_actions for group in self._mutually_exclusive_groups if group.required]
 
     def exclusive(self) -> list[list[argparse.Action]]:
-        """Groups of options of which at most one is given."""
+        """Return the groups of options of which at most one is given."""
         return [group._group_actions for group in self._mutually_exclusive_groups]
 
     def words(self) -> list[argparse.Action]:
@@ -210,7 +210,7 @@ def _long(action: argparse.Action) -> str:
 
 
 def _name(option: str) -> str:
-    """`--max-new-tokens` and `max-new-tokens` as max_new_tokens; a short option keeps its dash."""
+    """Convert `--max-new-tokens` and `max-new-tokens` to max_new_tokens; a short option keeps its dash."""
     return option if re.fullmatch("-[^-]", option) else option.removeprefix("--").replace("-", "_")
 
 

@@ -68,7 +68,7 @@ def write_atomic(path: Path | str, data: bytes | str) -> None:
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    """`write_atomic` of readable JSON; a NaN is an error, because other readers refuse it."""
+    """Write readable JSON as `write_atomic` does; a NaN is an error, because other readers refuse it."""
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -95,7 +95,7 @@ def json_hash(value: Any) -> str:
 
 
 def write_sealed(path: Path | str, content: dict[str, Any]) -> None:
-    """`write_json` of an object, with the hash of itself under the key `sha256`, whatever was there before."""
+    """Write an object as `write_json` does, with its own hash under the key `sha256`, which replaces an earlier one."""
     rest = {key: value for key, value in content.items() if key != SEAL}
     write_json(path, rest | {SEAL: json_hash(rest)})
 

@@ -76,7 +76,7 @@ PACKAGES = (
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """Peak dense FLOP/s of an accelerator, the denominator of MFU.
+    """Return the peak dense FLOP/s of an accelerator, the denominator of MFU.
 
     Args:
         device_name: as the driver names it, e.g. "NVIDIA H100 80GB HBM3".
@@ -92,12 +92,12 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 
 
 def num_cores() -> int:
-    """Cores that this process may use: its affinity, which a container or a scheduler narrows."""
+    """Return the number of cores that this process may use: its affinity, which a container or a scheduler narrows."""
     return len(os.sched_getaffinity(0))
 
 
 def num_gpus() -> int:
-    """GPUs that CUDA shows to this process, if torch can use them. Imports no torch.
+    """Return the number of GPUs that CUDA shows to this process, if torch can use them. Imports no torch.
 
     The driver is asked in a process of its own: ranks that are forked cannot use CUDA once their parent has.
     """
@@ -118,7 +118,7 @@ def num_gpus() -> int:
 
 
 def _count_by_driver() -> int:
-    """Devices by the CUDA driver's own interface, which heeds CUDA_VISIBLE_DEVICES; 0 without a driver."""
+    """Count devices by the CUDA driver's own interface, which heeds CUDA_VISIBLE_DEVICES; 0 without a driver."""
     cuda, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(0)
     return count.value if cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
 
@@ -133,12 +133,12 @@ def node_of_core(core: int) -> int:
 
 
 def num_core_groups() -> int:
-    """Groups of cores with memory of their own of which this process may use some."""
+    """Return the number of groups of cores with memory of their own of which this process may use some."""
     return len({node_of_core(core) for core in os.sched_getaffinity(0)})
 
 
 def memory_bytes() -> int:
-    """Memory that this process may use: the machine's, or its container's limit if that is less."""
+    """Return the bytes of memory that this process may use: the machine's, or its container's limit if that is less."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()

@@ -184,7 +184,9 @@ def _lock(descriptor: int, kind: int) -> bool | None:
 
 
 def _let_go_of_folders() -> None:
-    """A forked child shares its parent's lock, and would hold it when the parent has been killed."""
+    """Close the locks in a forked child, which shares them with its parent and would hold them after the parent was
+    killed.
+    """
     for descriptor in _held:
         os.close(descriptor)
     _held.clear()
@@ -247,7 +249,7 @@ def _is_seen_by_all_hosts(path: Path) -> bool:
 
 
 def _mount_of(path: Path) -> tuple[str, set[str]]:
-    """Type and options of the file system that holds a path; ("", set()) if that is not known."""
+    """Return the type and options of the file system that holds a path; ("", set()) if that is not known."""
     place, longest, found = os.path.realpath(path), 0, ("", set[str]())
     with contextlib.suppress(OSError):
         for line in MOUNTS.read_text().splitlines():

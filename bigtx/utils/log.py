@@ -45,7 +45,7 @@ class Stream(io.TextIOWrapper):
         return len(text)
 
     def flush(self) -> None:
-        """Nothing is held back, so nothing can fail here."""
+        """Do nothing: no text is buffered, so nothing can fail here."""
         with contextlib.suppress(OSError):
             super().flush()
 
@@ -153,7 +153,7 @@ def say(text: str = "") -> None:
 
 
 def say_stopped(text: str) -> None:
-    """As `say`, in the place of the ^C that a terminal has echoed."""
+    """Show a line as `say` does, in the place of the ^C that a terminal has echoed."""
     if rank() == 0 and terminal.obeys(console()):
         print(terminal.ERASE_LINE, end="", file=console())
     say(text)
@@ -188,7 +188,9 @@ def _stream(descriptor: int, encoding: str = "utf-8") -> Stream:
 
 
 def _route_loggers(handler: logging.Handler) -> None:
-    """One handler at the root. Handlers that libraries install themselves end in the log as well, by their streams."""
+    """Install one handler at the root. Handlers that libraries install themselves write to the log as well, by their
+    streams.
+    """
     logging.captureWarnings(True)
     root = logging.getLogger()
     root.addHandler(handler)

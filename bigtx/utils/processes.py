@@ -39,7 +39,7 @@ def is_launched() -> bool:
 
 
 def rank() -> int:
-    """This process's rank over all nodes; 0 without a launcher."""
+    """Return this process's rank over all nodes; 0 without a launcher."""
     return int(os.environ["RANK"]) if is_launched() else 0
 
 
@@ -49,7 +49,7 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    """This process's rank on its own node; 0 without a launcher."""
+    """Return this process's rank on its own node; 0 without a launcher."""
     local = os.environ.get("LOCAL_RANK", "")
     return int(local) if is_launched() and local.isdecimal() else 0
 
@@ -100,7 +100,9 @@ def is_supervised() -> bool:
 
 
 def slurm_place() -> dict[str, str | None]:
-    """This process's SLURM job, and how often it was requeued: `slurm_job` (None outside SLURM), `slurm_restart`."""
+    """Return this process's SLURM job, and how often it was requeued: `slurm_job` (None outside SLURM),
+    `slurm_restart`.
+    """
     job = os.environ.get("SLURM_JOB_ID")
     return {"slurm_job": job, "slurm_restart": os.environ.get("SLURM_RESTART_COUNT", "0")}
 
@@ -153,7 +155,7 @@ def parent_of(pid: int) -> int:
 
 
 def _stat(pid: int) -> list[str]:
-    """Fields 3 (state) and on of proc(5): the name before them, in parentheses, may hold anything."""
+    """Return fields 3 (state) and following of proc(5): the name before them, in parentheses, may hold anything."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 

@@ -51,7 +51,7 @@ def scrub(value: Any) -> Any:
 
 
 def scrub_text(text: str) -> str:
-    """`scrub` for one text, e.g. a line of a log or a command line."""
+    """Replace secrets as `scrub` does, in one text, e.g. a line of a log or a command line."""
     return _scrub_text(text, _environment_secrets())
 
 

@@ -18,12 +18,12 @@ def command(*words: str | Path) -> str:
 
 
 def setting(key: str, value: Any) -> str:
-    """`key=value` as one word: brackets are patterns for a shell, so lists are quoted."""
+    """Write `key=value` as one word: brackets are patterns for a shell, so lists are quoted."""
     return shlex.quote(f"{key}={written(value)}")
 
 
 def settings(values: Mapping[str, Any]) -> str:
-    """Several settings, as words."""
+    """Write several settings as words."""
     return " ".join(setting(key, value) for key, value in values.items())
 
 

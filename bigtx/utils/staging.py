@@ -24,7 +24,8 @@ def refuse_filled(folder: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, beside the one that it becomes at the end; after an error or a kill, no such folder is there.
+    """Yield a folder to fill, next to the final one, which it becomes at the end; after an error or a kill there is no
+    final folder.
 
     What an earlier attempt left behind is removed.
 

@@ -20,7 +20,9 @@ def visible(text: str, *, keep: str = "") -> str:
 
 
 def width(text: str) -> int:
-    """Columns that a printable text takes: Chinese characters and the like take two, combining marks none."""
+    """Return the number of columns that a printable text takes: Chinese characters and the like take two, combining
+    marks none.
+    """
     return sum(0 if unicodedata.combining(sign) else 1 + (unicodedata.east_asian_width(sign) in "WF") for sign in text)
 
 

@@ -49,7 +49,7 @@ class Duration:
 
 
 def parse_count(text: str) -> int:
-    """`500`, `64k`, `1.5M`, `10B`, `2T` (powers of 1000) or `64Ki`, `1Mi` (powers of 1024) as a whole number.
+    """Read `500`, `64k`, `1.5M`, `10B`, `2T` (powers of 1000) or `64Ki`, `1Mi` (powers of 1024) as a whole number.
 
     Raises:
         ValueError: anything else, a negative or a fractional count included.
@@ -58,7 +58,7 @@ def parse_count(text: str) -> int:
 
 
 def parse_size(text: str) -> int:
-    """`512 MiB`, `1.5 GB` or a plain number as bytes.
+    """Read `512 MiB`, `1.5 GB` or a plain number as bytes.
 
     Raises:
         ValueError: anything else.
@@ -67,7 +67,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_duration(text: str) -> Duration:
-    """`500 steps`, `2B tokens`, `30 min`, `1.5 h`, `5 %` as a Duration.
+    """Read `500 steps`, `2B tokens`, `30 min`, `1.5 h`, `5 %` as a Duration.
 
     Raises:
         ValueError: anything else: a bare number, an unknown unit, more than 100 %.
@@ -92,7 +92,7 @@ def parse_duration(text: str) -> Duration:
 
 
 def parse_range(text: str) -> tuple[int, int]:
-    """`1000-2000`, `1.5M-1.6M` as two counts, the first and the one after the last.
+    """Read `1000-2000`, `1.5M-1.6M` as two counts, the first and the one after the last.
 
     Raises:
         ValueError: anything else, an empty range included.
@@ -112,7 +112,7 @@ def format_count(value: float) -> str:
 
 
 def format_size(num_bytes: float) -> str:
-    """Bytes in at most three significant digits: 512 MiB, 1.5 GiB, 17 B; `parse_size` reads whole ones back."""
+    """Write bytes in at most three significant digits: 512 MiB, 1.5 GiB, 17 B; `parse_size` reads whole ones back."""
     text = _short(num_bytes, ((" TiB", 2**40), (" GiB", 2**30), (" MiB", 2**20), (" KiB", 2**10)))
     return text if text.endswith("iB") else f"{text} B"
 
@@ -162,6 +162,6 @@ def _three_digits(value: float) -> str:
 
 
 def _plain(value: Decimal) -> str:
-    """Without an exponent and without trailing zeros."""
+    """Write a number without an exponent and without trailing zeros."""
     text = f"{value:f}"
     return text.rstrip("0").rstrip(".") if "." in text else text

@@ -45,7 +45,7 @@ NOISE_RANGE_DB = 30.0
 
 
 def masked(features: Tensor, config: TranscribeConfig, draw: np.random.Generator) -> Tensor:
-    """Features fp32 [F, M] with bands of time and frequency hidden: set to 0, which is their mean."""
+    """Return features fp32 [F, M] with bands of time and frequency hidden: set to 0, which is their mean."""
     frames, bins = features.shape
     if not config.num_time_masks and not config.num_frequency_masks:
         return features

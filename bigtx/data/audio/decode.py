@@ -79,7 +79,7 @@ def require_speech() -> None:
 
 
 def read_header(place: AudioPlace) -> tuple[int, int]:
-    """Samples a channel, and samples a second, without decoding.
+    """Return the samples per channel and the samples per second, without decoding.
 
     Raises:
         BadAudioError: it is empty or no recording.
@@ -114,7 +114,7 @@ def _samples_by_header(file: Any) -> int:
 
 
 def num_resampled(num_samples: int, rate: int, wanted_rate: int) -> int:
-    """Samples that `decode` gives for a recording."""
+    """Return the samples that `decode` gives for a recording."""
     return max(1, round(num_samples * wanted_rate / rate))
 
 

@@ -43,11 +43,13 @@ class LogMel:
         self.filters = torch.from_numpy(mel_filters(config.num_mel_bins, rate, self.fft)).float()
 
     def num_frames(self, num_samples: int) -> int:
-        """Frames of so many samples: one begins with every hop."""
+        """Return the number of frames of so many samples: one begins with every hop."""
         return -(-num_samples // self.hop)
 
     def __call__(self, wave: np.ndarray) -> Tensor:
-        """Features fp32 [F, M] of a waveform fp32 [L]; frame f is centred on sample f * hop, zeros being outside."""
+        """Return features fp32 [F, M] of a waveform fp32 [L]; frame f is centred on sample f * hop, zeros being
+        outside.
+        """
         spectrum = torch.stft(
             torch.from_numpy(wave),
             self.fft,
@@ -65,7 +67,7 @@ class LogMel:
 
 
 def mel_filters(num_bins: int, rate: int, fft: int) -> np.ndarray:
-    """fp64 [num_bins, fft / 2 + 1]: triangles of area one, evenly spaced in mel from 0 Hz to half the rate."""
+    """Return fp64 [num_bins, fft / 2 + 1]: triangles of area one, evenly spaced in mel from 0 Hz to half the rate."""
     corners = _hertz(np.linspace(0.0, _mel(rate / 2), num_bins + 2))
     frequencies = np.linspace(0.0, rate / 2, fft // 2 + 1)
     low, middle, high = corners[:-2, None], corners[1:-1, None], corners[2:, None]

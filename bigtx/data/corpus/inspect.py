@@ -141,7 +141,7 @@ class Sample:
 
     @property
     def lengths(self) -> np.ndarray:
-        """[documents] tokens of each, its end included."""
+        """Return [documents] tokens of each, its end included."""
         return np.diff(self.bounds)
 
     def document(self, number: int) -> np.ndarray:
@@ -164,7 +164,7 @@ def read_sample(manifest: Manifest) -> Sample:
 
 
 def length_bins(lengths: np.ndarray) -> Iterator[tuple[int, int, int]]:
-    """Counts of lengths between powers of two: (from, to, documents)."""
+    """Yield the counts of lengths between powers of two: (from, to, documents)."""
     bins = np.floor(np.log2(lengths)).astype(int)
     for exponent, count in enumerate(np.bincount(bins).tolist()):
         if exponent >= bins.min():

@@ -63,7 +63,7 @@ _ASKED_AT_ONCE = 32
 
 
 def padded_size(num_bytes: int) -> int:
-    """Bytes that a file of so many bytes takes in a tar, its tar header not counted."""
+    """Return how many bytes a file of so many bytes takes in a tar, its tar header not counted."""
     return (num_bytes + TAR_UNIT - 1) // TAR_UNIT * TAR_UNIT
 
 
@@ -113,15 +113,15 @@ class Manifest:
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text per token, the ends of documents counted as tokens."""
+        """Return the UTF-8 bytes of text per token, the ends of documents counted as tokens."""
         return self.num_bytes / max(1, self.num_tokens)
 
     def shard_path(self, shard: int) -> Place:
-        """Path or URL of a shard by its index."""
+        """Return the path or URL of a shard by its index."""
         return self.folder / self.shards[shard].name
 
     def block_range(self, block: int) -> tuple[int, int]:
-        """First and one past the last byte of a block in its shard: what its checksum covers."""
+        """Return the first and one past the last byte of a block in its shard: what its checksum covers."""
         record = self.blocks[block]
         docs = int(record["offset"]) + int(record["docs_offset"])
         docs_file = NPY_HEADER_BYTES + int(record["documents"]) * DOCS_DTYPE.itemsize

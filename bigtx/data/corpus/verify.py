@@ -131,7 +131,7 @@ def _open(place: Place, result: Verified) -> list[Manifest]:
 
 
 def _nothing() -> None:
-    """Nothing has to be set up in a process."""
+    """Do nothing: a process needs no set-up."""
 
 
 @functools.lru_cache(maxsize=2)

@@ -78,7 +78,7 @@ def count_range(work: Path, held_out_below: int, number: int) -> Count:
 
 
 def _sums(records: np.ndarray) -> list[int]:
-    """Documents, tokens and bytes."""
+    """Return the documents, tokens and bytes."""
     return [len(records), int(records["tokens"].sum(dtype=np.int64)), int(records["bytes"].sum(dtype=np.int64))]
 
 
@@ -113,7 +113,7 @@ class Plan:
     shard_blocks: int
 
     def num_shards(self, split: int) -> int:
-        """Shards of a split."""
+        """Return the shards of a split."""
         return -(-self.tokens_before[split][-1] // (self.block_tokens * self.shard_blocks))
 
 

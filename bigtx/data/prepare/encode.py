@@ -54,7 +54,7 @@ class Unit:
 
     @property
     def size(self) -> int:
-        """Bytes as stored."""
+        """Return the bytes as stored."""
         return sum(file.size for _, file in self.files)
 
     def key(self, settings_digest: str) -> str:
@@ -130,11 +130,11 @@ class UnitResult:
 
     @property
     def num_read(self) -> int:
-        """Documents that were read well, kept or not."""
+        """Return the documents that were read well, kept or not."""
         return self.num_documents + sum(removed.documents for removed in self.removed.values())
 
     def chunk(self, work: Path, index: int) -> Chunk:
-        """One of the unit's chunks."""
+        """Return one of the unit's chunks."""
         return Chunk(chunk_path(work, self.number, index), *self.chunks[index])
 
     def save(self, work: Path) -> None:
@@ -305,7 +305,7 @@ class Encoder:
 
 
 def _checksum_file(path: Path) -> int | None:
-    """xxh3_64 of a file; None if there is none."""
+    """Return the xxh3_64 of a file; None if there is none."""
     try:
         with open(path, "rb") as file:
             digest = xxhash.xxh3_64()
@@ -317,7 +317,7 @@ def _checksum_file(path: Path) -> int | None:
 
 
 def _hash_and_size(text: str) -> tuple[tuple[int, int], int]:
-    """xxh3_128 of a text in two halves, the high one first, and its size, both in UTF-8."""
+    """Return the xxh3_128 of a text in two halves, the high one first, and its size, both in UTF-8."""
     content = text.encode()
     return divmod(xxhash.xxh3_128_intdigest(content), 1 << 64), len(content)
 

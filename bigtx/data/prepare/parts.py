@@ -46,7 +46,7 @@ def working(output: Path) -> Iterator[None]:
 
 @contextmanager
 def part_folder(output: Path, part: tuple[int, int]) -> Iterator[Path]:
-    """The folder of a part (part 0 merges), held against a second job that works on the same.
+    """Lock and yield the folder of a part (part 0 merges), so that a second job cannot work on the same part.
 
     Raises:
         DataError: another job holds it, or the corpus was begun in another number of parts.
@@ -94,7 +94,7 @@ def is_done(output: Path, part: tuple[int, int]) -> bool:
 
 
 def count_parts(output: Path) -> int:
-    """In how many parts a corpus was begun.
+    """Return in how many parts the preparation of a corpus was started.
 
     Raises:
         DataError: there are none to merge.

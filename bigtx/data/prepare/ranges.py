@@ -95,7 +95,7 @@ class Chunks:
         return records[chosen], np.concatenate(places)[chosen], removed
 
     def documents(self, records: np.ndarray, places: np.ndarray) -> Documents:
-        """Documents with their tokens, in the order of `records`, which lie in the chunks `places`."""
+        """Return the documents with their tokens, in the order of `records`, which lie in the chunks `places`."""
         by_chunk = np.argsort(places, kind="stable")
         bounds = np.flatnonzero(np.diff(places[by_chunk], prepend=-1, append=-1))
         ends = np.cumsum(records["tokens"], dtype=np.int64)

@@ -59,7 +59,7 @@ class Needs:
 
 
 def most_for_a_text(memory: int) -> int:
-    """Bytes that one text may take of all `memory`."""
+    """Return the bytes that one text may take of all `memory`."""
     return memory // 2
 
 

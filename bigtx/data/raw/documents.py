@@ -116,7 +116,7 @@ class Rejects:
         return f"{self.num_cut:,} file{'s' * (self.num_cut > 1)} that cannot be read to the end"
 
     def lost(self, num_documents: int, num_files: int) -> int:
-        """About how many documents are missing: behind each cut, as many as a file has on average.
+        """Estimate how many documents are missing: after each cut, as many as a file has on average.
 
         Args:
             num_documents: that were read well.

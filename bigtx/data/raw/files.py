@@ -110,7 +110,7 @@ def describe_passed_over(counts: Counter[str]) -> Iterator[str]:
 
 
 def counts_by_suffix(counts: Counter[str]) -> str:
-    """Numbers of files by suffix as text, the most frequent first."""
+    """Return the numbers of files by suffix as text, the most frequent first."""
     parts = [f"{number:,} {suffix}" for suffix, number in counts.most_common(4)]
     rest = sum(counts.values()) - sum(number for _, number in counts.most_common(4))
     return ", ".join(parts + [f"{rest:,} others"] * (rest > 0))

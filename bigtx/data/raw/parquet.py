@@ -153,7 +153,7 @@ def _fields(batch: Any, index: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _opened(file: InputFile) -> Iterator[Any]:
-    """The file in pyarrow's hands, with one thread and a buffer instead of whole columns in memory."""
+    """Open the file with pyarrow, with one thread and a buffer instead of whole columns in memory."""
     from pyarrow.parquet import ParquetFile
 
     with (

@@ -237,7 +237,7 @@ def too_long() -> str:
 
 
 def rows_of_bytes(raw: bytes, origin: Origin, options: Options, rejects: Rejects) -> Iterator[Row]:
-    """`read_json` of bytes in memory."""
+    """Read bytes in memory as `read_json` reads a file."""
     yield from read_json(io.BytesIO(raw), origin, options, rejects)
 
 

@@ -135,7 +135,7 @@ class _Archive:
             self._run = _Run(self._run.key, is_empty=False)
 
     def _reject_as_empty(self) -> None:
-        """An archive of which nothing is read; in a strict one each sample has been rejected."""
+        """Refuse an archive of which nothing is read; in a strict one each sample has been rejected."""
         if self._passed_over and not self._options.strict:
             inside = f"no member of it is read; it has {counts_by_suffix(self._passed_over)}"
             self._rejects.add(Reject(self._origin.file, 0, inside, lost=None))

@@ -48,7 +48,7 @@ class RecordLoader(StepLoader):
         )
 
     def num_tokens(self, micro_batches: list[Any]) -> int:
-        """Tokens of records; padding does not count."""
+        """Return the tokens of records; padding does not count."""
         return sum(batch.num_tokens for batch in micro_batches)
 
     def _sequence_after_step(self) -> int:

@@ -202,7 +202,7 @@ def _rows(path: str, options: Options, broken: Broken) -> Iterator[Row]:
 
 
 def _records(rows: Iterator[Row], broken: Broken) -> Iterator[Record]:
-    """Rows as records; those with a text in them that is none are told."""
+    """Yield rows as records; report those with a text that is not valid text."""
     for row in rows:
         # A file or sample as a whole has a name, and lines have numbers.
         line = row.line if row.id is None else WHOLE_FILE

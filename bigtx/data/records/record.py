@@ -41,7 +41,7 @@ class Record:
 
     @property
     def where(self) -> str:
-        """For error messages."""
+        """Return the name of the record for error messages."""
         return f"{self.file}, line {self.line}" if self.line else self.file
 
     def value(self, name: str) -> Any:
@@ -146,7 +146,7 @@ class Broken:
         self._left_out = left_out or LeftOut()
 
     def add(self, file: str, line: int, reason: str) -> None:
-        """One more; line 0 is the file as a whole."""
+        """Count one more; line 0 is the file as a whole."""
         where = Record({}, file, line).where
         if where in self._left_out:
             return
@@ -155,7 +155,7 @@ class Broken:
             self.first.append((where, reason))
 
     def reject(self, reject: Reject) -> None:
-        """What the reader of rows gives: one more, or as many as were lost with it."""
+        """Count what the reader of rows reports: one more, or as many as were lost with it."""
         before = self.count
         self.add(reject.file, reject.line, reject.reason)
         if self.count > before:

@@ -47,7 +47,9 @@ def split_records(
 
 
 def _lowest(records: Sequence[Record], places: Sequence[int], count: int, name: str) -> list[int]:
-    """At most so many places, of the contents with the lowest hashes; all places of a content or none, and not all."""
+    """Return at most so many places, of the contents with the lowest hashes; all places of a content or none, and not
+    all.
+    """
     if count < 1:
         return []
     equal: dict[int, list[int]] = {}

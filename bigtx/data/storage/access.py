@@ -57,7 +57,7 @@ def is_remote(path: str) -> bool:
 
 
 def stat(path: str) -> tuple[int, str]:
-    """Size in bytes (-1 of a remote folder) and version: what changes when the content does.
+    """Return the size in bytes (-1 of a remote folder) and version: what changes when the content does.
 
     Raises:
         OSError: it is not there, or cannot be reached.

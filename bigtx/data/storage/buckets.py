@@ -20,7 +20,7 @@ _VERSION_KEYS = ("ETag", "etag", "generation", "LastModified", "updated", "mtime
 
 @functools.cache
 def file_system(scheme: str) -> Any:
-    """fsspec's file system of `s3` or `gs`, which finds its keys as the provider's own tools do.
+    """Return fsspec's file system of `s3` or `gs`, which finds its keys as the provider's own tools do.
 
     Raises:
         DataError: its package is missing.
@@ -39,7 +39,7 @@ def file_system(scheme: str) -> Any:
 
 
 def stat(url: str) -> tuple[int, str]:
-    """Size in bytes and version of an object; size -1 of a folder.
+    """Return the size in bytes and version of an object; size -1 of a folder.
 
     Raises:
         OSError: it is not there, or cannot be reached.
@@ -48,12 +48,12 @@ def stat(url: str) -> tuple[int, str]:
 
 
 def find(folder: str) -> dict[str, tuple[int, str]]:
-    """Size and version of all objects below a folder, by their URLs."""
+    """Return the size and version of all objects below a folder, by their URLs."""
     return _objects(folder, lambda: file_system(scheme_of(folder)).find(folder, detail=True))
 
 
 def glob(pattern: str) -> dict[str, tuple[int, str]]:
-    """Size (-1 of a folder) and version of what matches, by their URLs."""
+    """Return the size (-1 of a folder) and version of what matches, by their URLs."""
     return _objects(pattern, lambda: file_system(scheme_of(pattern)).glob(pattern, detail=True))
 
 

@@ -163,11 +163,11 @@ class RemoteFile(io.RawIOBase):
         return count
 
     def readable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def tell(self) -> int:

@@ -30,7 +30,7 @@ _ENCODINGS = {"gzip": (".gz", ".tgz"), "x-gzip": (".gz", ".tgz"), "zstd": (".zst
 
 
 def stat(url: str) -> tuple[int, str]:
-    """Size in bytes and version (ETag, else the time of change) of a file.
+    """Return the size in bytes and version (ETag, else the time of change) of a file.
 
     The first byte is asked for, since a signed URL often allows no HEAD request.
 
@@ -208,7 +208,7 @@ def _request(url: str) -> urllib.request.Request:
 
 
 def _login_from_netrc(host: str) -> str:
-    """`name:password` of a host in ~/.netrc; "" if it has none."""
+    """Return `name:password` of a host in ~/.netrc; "" if it has none."""
     try:
         found = netrc.netrc().authenticators(host)
     except (OSError, netrc.NetrcParseError):
@@ -239,7 +239,7 @@ def _sorted_out(error: Exception, url: str) -> OSError:
 
 
 def _total_size(response: Any) -> int | None:
-    """Bytes of the whole file, if the answer tells."""
+    """Return the bytes of the whole file, if the response says so."""
     if response.status in (http.HTTPStatus.PARTIAL_CONTENT, http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE):
         told = response.headers.get("Content-Range", "").rpartition("/")[2]
     else:

@@ -170,7 +170,7 @@ class RowStream:
         os.environ |= {"WORKER": str(self.worker), "NUM_WORKERS": str(self.num_workers)}
 
     def rows(self) -> Iterator[Row]:
-        """Rows of sequence_length inputs with their labels; each begins with the last label of the one before.
+        """Yield rows of sequence_length inputs with their labels; each begins with the last label of the previous row.
 
         Raises:
             DataError: a shard is refused, or there is no text at all.
@@ -189,7 +189,7 @@ class RowStream:
             tokens, starts = tokens[used:].copy(), starts[np.searchsorted(starts, used) :] - used
 
     def _batches(self) -> Iterator[list[str]]:
-        """Texts that the tokenizer gets together, epoch after epoch."""
+        """Yield lists of texts that are tokenized together, epoch after epoch."""
         batch: list[str] = []
         size = epoch = 0
         while True:
@@ -223,7 +223,7 @@ class RowStream:
 
 
 def num_workers(config: ForeignConfig, world_size: int) -> int:
-    """Workers of each rank: no more than it has shards."""
+    """Return the number of workers of each rank: no more than it has shards."""
     return max(1, min(config.num_workers, len(expand(config.paths)) // world_size))
 
 

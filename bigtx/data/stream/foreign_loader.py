@@ -81,7 +81,7 @@ class ForeignLoader(StepLoader):
         )
 
     def num_tokens(self, micro_batches: list[Batch]) -> int:
-        """Whole rows."""
+        """Return the number of whole rows."""
         return len(micro_batches) * self._micro_batch_size * self._form.sequence_length
 
     def _sequence_after_step(self) -> int:

@@ -81,7 +81,7 @@ class StepLoader(ABC):
 
     @abstractmethod
     def num_tokens(self, micro_batches: list[Batch]) -> int:
-        """Input tokens of a step on this rank."""
+        """Return the input tokens of a step on this rank."""
 
     @abstractmethod
     def _sequence_after_step(self) -> int:
@@ -150,7 +150,7 @@ class TrainLoader(StepLoader):
         )
 
     def num_tokens(self, micro_batches: list[Batch]) -> int:
-        """Whole rows."""
+        """Return the number of whole rows."""
         return len(micro_batches) * self._micro_batch_size * self._form.sequence_length
 
     def _sequence_after_step(self) -> int:
@@ -163,7 +163,7 @@ class TrainLoader(StepLoader):
         super().close()
 
     def _micro_batches(self, start_sequence: int) -> Iterator[Batch]:
-        """This rank's micro batches of all steps from start_sequence on."""
+        """Yield this rank's micro batches of all steps from start_sequence on."""
         size = self._micro_batch_size
         located = ((sequences, self._order.places(sequences)) for sequences in self._slices(start_sequence))
         ahead = rows_ahead(self._num_micro_batches * size, self._world_size, self._form.sequence_length)
@@ -174,7 +174,7 @@ class TrainLoader(StepLoader):
                 yield self._prepare(read_rows(self._readers, of_batch, sequences[part], size, self._form))
 
     def _slices(self, position: int) -> Iterator[np.ndarray]:
-        """This rank's sequences, of as many steps at a time as are quicker to locate together."""
+        """Yield this rank's sequences, of as many steps at a time as is quick to locate together."""
         own = self._num_micro_batches * self._micro_batch_size
         num_steps = max(1, min(LOCATED_ROWS // own, MAX_SPAN // self._global_batch_size))
         while True:
@@ -299,7 +299,7 @@ def validation_batches(
     pad_id: int,
     prepare: Prepare = as_they_are,
 ) -> ValidationBatches:
-    """This rank's share of `max_sequences` rows of a prepared corpus's validation split.
+    """Return this rank's share of `max_sequences` rows of a prepared corpus's validation split.
 
     Args:
         path: folder or URL of the corpus, as in `data.sources.NAME.path`.

@@ -193,7 +193,9 @@ def _huffman(shares: list[int], shapes: list[_Shape] | None = None) -> _Shape:
 
 
 def _huffman_in_groups(weights: list[int], patterns: list[tuple[bool, ...]]) -> _Shape:
-    """Sources that are read in the same phases together: then no rounding is spent on which of them are not."""
+    """Group the sources that are read in the same phases, so that rounding does not depend on the sources outside a
+    phase.
+    """
     groups: dict[tuple[bool, ...], list[int]] = {}
     for source, pattern in enumerate(patterns):
         groups.setdefault(pattern, []).append(source)

@@ -44,7 +44,7 @@ def permutation(count: int, *key: int) -> np.ndarray:
 
 
 def rows_of_blocks(tokens: np.ndarray, sequence_length: int) -> np.ndarray:
-    """Rows of blocks with so many tokens: every token but a block's first is a label exactly once; int64."""
+    """Return the rows of blocks with so many tokens: every token but a block's first is a label exactly once; int64."""
     rows = np.array(tokens, np.int64)
     rows += sequence_length - 2
     rows //= sequence_length
@@ -69,7 +69,9 @@ class SourceOrder:
         self._epoch = functools.lru_cache(maxsize=2)(lambda seed, epoch: EpochOrder(self, seed, epoch))
 
     def locate(self, index: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Epoch, block and row of the source's sequences `index` (int64, ascending, counted from the run's start)."""
+        """Return the epoch, block and row of the source's sequences `index` (int64, ascending, counted from the run's
+        start).
+        """
         epochs, places = np.divmod(index, self.num_rows)
         blocks, rows = np.empty_like(index), np.empty_like(index)
         for epoch, part in runs(epochs):
@@ -89,7 +91,7 @@ class EpochOrder:
         self._window_rows = functools.lru_cache(maxsize=2)(self._permute_window)
 
     def locate(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Block and row at the places (int64, ascending) of the epoch."""
+        """Return the block and row at the places (int64, ascending) of the epoch."""
         blocks, rows = np.empty_like(places), np.empty_like(places)
         for window, part in runs(np.searchsorted(self._window_ends, places, side="right")):
             begin, window_blocks, window_rows = self._window_rows(window)
@@ -126,7 +128,7 @@ class Order:
         self.mixture = Mixture(phases)
 
     def place(self, sequence: int) -> tuple[int, int, int, int]:
-        """Source index, epoch, block and row of one sequence of the run."""
+        """Return the source index, epoch, block and row of one sequence of the run."""
         source, epoch, block, row = (int(array[0]) for array in self.places(np.array([sequence])))
         return source, epoch, block, row
 

@@ -48,7 +48,7 @@ class Batch:
 
     @property
     def num_labels(self) -> int:
-        """Positions that are predicted. Ask before `to`, or the answer waits for the device."""
+        """Return the positions that are predicted. Ask before `to`, or the answer waits for the device."""
         return int((self.labels != IGNORED_LABEL).sum())
 
     def inputs(self) -> dict[str, torch.Tensor]:
@@ -66,7 +66,7 @@ Prepare = Callable[[Batch], Batch]
 
 
 def as_they_are(batch: Batch) -> Batch:
-    """Rows for the next token."""
+    """Cut rows for the prediction of the next token."""
     return batch
 
 
@@ -130,7 +130,7 @@ def _empty(num_rows: int, form: RowFormat) -> torch.Tensor:
 
 
 def _positions_and_segments(begins: np.ndarray, form: RowFormat) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions since the last beginning, and the number of beginnings after a row's first position."""
+    """Return the positions since the last beginning, and the number of beginnings after a row's first position."""
     num_rows, length = len(begins), form.sequence_length
     positions, segment_ids = _empty(num_rows, form), _empty(num_rows, form)
     # A row opens a segment of its own, whether a document begins there or goes on.

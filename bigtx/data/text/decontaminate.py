@@ -141,7 +141,7 @@ class Contamination:
 
 
 def _first_bits(hashes: np.ndarray, size: int) -> np.ndarray:
-    """Indices into a table of a power of two."""
+    """Return the indices into a table of a power of two."""
     return (hashes >> np.uint64(65 - size.bit_length())).astype(np.int64)
 
 

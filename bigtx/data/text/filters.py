@@ -73,18 +73,20 @@ class Page:
 
     @functools.cached_property
     def ends(self) -> np.ndarray:
-        """[words + 1] characters of the words before each one, white space left out."""
+        """Return [words + 1] characters of the words before each one, white space left out."""
         lengths = np.fromiter(map(len, self.words), np.int64, len(self.words))
         return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
 
     @functools.cached_property
     def _ngrams(self) -> list[np.ndarray]:
-        """Numbers that are equal for equal n-grams: at place n - 1 those of n words; grows as it is asked for."""
+        """Return numbers that are equal for equal n-grams: at index n - 1 those of n words; the list grows on
+        demand.
+        """
         numbers = np.fromiter(map(self.vocabulary.__getitem__, self.words), np.uint64, len(self.words))
         return [splitmix64(numbers)]
 
     def ngrams(self, n: int) -> np.ndarray:
-        """[words - n + 1] uint64, equal for equal n-grams; empty if there are fewer words."""
+        """Return [words - n + 1] uint64, equal for equal n-grams; empty if there are fewer words."""
         known = self._ngrams
         while len(known) < n:
             known.append(known[-1][:-1] * _NGRAM_BASE + known[0][len(known) :])
@@ -98,12 +100,12 @@ class Page:
 
 
 def num_words(page: Page) -> float:
-    """Words."""
+    """Return the number of words."""
     return len(page.words)
 
 
 def mean_word_length(page: Page) -> float:
-    """Characters of a word, on average."""
+    """Return the mean number of characters of a word."""
     return int(page.ends[-1]) / max(1, len(page.words))
 
 
@@ -114,17 +116,17 @@ def symbol_ratio(page: Page) -> float:
 
 
 def bullet_lines(page: Page) -> float:
-    """Share of lines that begin with a bullet."""
+    """Return the share of lines that begin with a bullet."""
     return sum(line.startswith(_BULLETS) for line in page.lines) / max(1, len(page.lines))
 
 
 def ellipsis_lines(page: Page) -> float:
-    """Share of lines that end with an ellipsis."""
+    """Return the share of lines that end with an ellipsis."""
     return sum(line.endswith(_ELLIPSES) for line in page.lines) / max(1, len(page.lines))
 
 
 def alphabetic_words(page: Page) -> float:
-    """Share of words with at least one letter."""
+    """Return the share of words with at least one letter."""
     doubtful = [word for word in page.words if not word.isalpha()]
     without = sum(_HAS_LETTER.search(word) is None for word in doubtful)
     return (len(page.words) - without) / max(1, len(page.words))
@@ -136,7 +138,7 @@ def stop_words(page: Page) -> float:
 
 
 def duplicate_lines(page: Page) -> float:
-    """Share of lines that are equal to an earlier one."""
+    """Return the share of lines that are equal to an earlier one."""
     return _repeated(page.lines)
 
 
@@ -146,7 +148,7 @@ def duplicate_line_characters(page: Page) -> float:
 
 
 def duplicate_paragraphs(page: Page) -> float:
-    """Share of paragraphs that are equal to an earlier one."""
+    """Return the share of paragraphs that are equal to an earlier one."""
     return _repeated(page.paragraphs)
 
 
@@ -156,12 +158,14 @@ def duplicate_paragraph_characters(page: Page) -> float:
 
 
 def sentences(page: Page) -> float:
-    """Ends of sentences: marks that white space, or a closing quotation mark or bracket and then that, follows."""
+    """Return the number of ends of sentences: marks that white space, or a closing quotation mark or bracket and then
+    that, follows.
+    """
     return sum(1 for _ in _SENTENCE_END.finditer(page.text))
 
 
 def top_ngram(page: Page, n: int) -> float:
-    """Share of the words' characters in the most frequent n-gram, if it stands at least twice.
+    """Return the share of the words' characters in the most frequent n-gram, if it stands at least twice.
 
     Of n-grams that are equally frequent the one with most characters counts; what lies in two of its copies counts
     once.
@@ -181,7 +185,9 @@ def top_ngram(page: Page, n: int) -> float:
 
 
 def duplicate_ngrams(page: Page, n: int) -> float:
-    """Share of the words' characters in n-grams that stand earlier already; what lies in several counts once."""
+    """Return the share of the words' characters in n-grams that stand earlier already; what lies in several counts
+    once.
+    """
     if n >= 5 and not page.repeats_five:
         return 0.0
     ngrams = page.ngrams(n)

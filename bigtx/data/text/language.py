@@ -41,5 +41,5 @@ class LanguageFilter:
 
 
 def primary_language(code: str) -> str:
-    """`en` of en, EN-us or en_US."""
+    """Return `en` for en, EN-us or en_US."""
     return code.strip().lower().replace("_", "-").partition("-")[0]

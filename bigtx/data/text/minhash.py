@@ -87,7 +87,7 @@ def _one_text(words: np.ndarray) -> Words:
 
 
 def _shortened(smallest: np.ndarray) -> np.ndarray:
-    """[num_hashes, texts] uint32 -> signatures, [texts, num_hashes]."""
+    """Return [num_hashes, texts] uint32 -> signatures, [texts, num_hashes]."""
     return (smallest ^ (smallest >> np.uint32(16))).T.astype(SIGNATURE_DTYPE)
 
 

@@ -68,11 +68,11 @@ class NearDuplicates:
     num_removed: int
 
     def rows(self) -> np.ndarray:
-        """[num_removed] ROW_DTYPE, mapped into memory."""
+        """Return [num_removed] ROW_DTYPE, mapped into memory."""
         return _map(self.folder / "rows", ROW_DTYPE)
 
     def removed(self) -> np.ndarray:
-        """[num_documents] bool, mapped into memory."""
+        """Return [num_documents] bool, mapped into memory."""
         return _map(self.folder / "removed", np.dtype(bool))
 
 
@@ -154,7 +154,7 @@ class _Partitions:
         return self._folder / f"{number:06d}"
 
     def paths(self) -> Iterator[tuple[int, Path]]:
-        """Numbers and files that exist, in the order of the numbers."""
+        """Return the numbers and files that exist, in the order of the numbers."""
         return ((number, self.path(number)) for number in range(self.count) if self.path(number).exists())
 
     def __enter__(self) -> _Partitions:
@@ -193,7 +193,7 @@ class _Signatures:
                     yield first + begin, read.reshape(count, self.num_hashes)
 
     def gather(self, documents: np.ndarray) -> np.ndarray:
-        """[documents, num_hashes] of any documents."""
+        """Return [documents, num_hashes] of any documents."""
         rows = np.empty((len(documents), self.num_hashes), SIGNATURE_DTYPE)
         order = np.argsort(documents, kind="stable")
         ascending = documents[order].astype(np.int64)
@@ -280,7 +280,7 @@ class _GroupFinder:
             left = _with_company(_Group(left.groups[~agreeing], left.documents[~agreeing]))
 
     def _search_large(self, path: Path) -> None:
-        """A file of too many entries: single keys that fill it are searched from it, one pass each round."""
+        """Search a file of too many entries: single keys that fill it are searched in it, one pass each round."""
         chunk = max(1, self._memory // _SORT_FACTOR // _ENTRY_DTYPE.itemsize)
         # A key that is in the way stands often in the file, and so among its first entries.
         keys, counts = np.unique(np.fromfile(path, _ENTRY_DTYPE, chunk)["key"], return_counts=True)
@@ -296,7 +296,7 @@ class _GroupFinder:
         others.unlink()
 
     def _search_file(self, path: Path, chunk: int) -> None:
-        """One group that lies in a file."""
+        """Search one group that is in a file."""
         rest = path.with_name(f"{path.name}.rest")
         for _ in range(MAX_ROUNDS):
             if path.stat().st_size <= _ENTRY_DTYPE.itemsize:
@@ -360,7 +360,7 @@ def _write_result(partial: Path, found: _Partitions, num_documents: int) -> int:
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file; 0 if there is none."""
+    """Return the bytes of a file; 0 if there is none."""
     return path.stat().st_size if path.exists() else 0
 
 

@@ -54,7 +54,7 @@ class TextRules:
         )
 
     def memory_for(self, text: str) -> int:
-        """Bytes of memory that the rules take for a text at most, a few copies of it not counted.
+        """Return the bytes of memory that the rules take for a text at most, a few copies of it not counted.
 
         The filters make lists of its words and lines; all other rules take it in parts.
         """

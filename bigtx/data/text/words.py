@@ -121,7 +121,9 @@ def words_at(text: str, place: int, count: int) -> list[str]:
 
 
 def _pieces(texts: list[str]) -> Iterator[tuple[int, int, str]]:
-    """Short texts together and long ones in parts: number of the first text, of the last one, and the characters."""
+    """Yield short texts together and long ones in parts: the number of the first text, of the last one, and the
+    characters.
+    """
     first, size = 0, 0
     for number, text in enumerate(texts):
         if size and size + len(text) > PIECE_CHARACTERS:
@@ -150,7 +152,9 @@ def _parts(text: str) -> Iterator[str]:
 
 
 def _hash_piece(piece: str) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes and places of the words in a piece: a polynomial over the characters, taken from running sums."""
+    """Return the hashes and places of the words in a piece: a polynomial over the characters, taken from running
+    sums.
+    """
     kinds, values = _tables()
     codes = np.frombuffer(piece.encode("utf-32-le", "surrogatepass"), np.uint32)
     if piece.isascii():
@@ -174,7 +178,7 @@ def _hash_piece(piece: str) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.cache
 def _tables() -> tuple[np.ndarray, np.ndarray]:
-    """Kind and value of each code point of the table: uint8, and uint64 that is 0 between words."""
+    """Return the kind and value of each code point of the table: uint8, and uint64 that is 0 between words."""
     kinds = np.array([unicodedata.category(chr(code))[0] in "LMN" for code in range(IDEOGRAPHS)], np.uint8)
     for first, last in UNSPACED:
         kinds[first : last + 1] *= _WORD

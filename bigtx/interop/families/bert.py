@@ -83,11 +83,11 @@ class Bert(SaidByConfig):
 
     @property
     def classifier(self) -> Classifier:
-        """It reads the first token."""
+        """Return the form of the classifier: it reads the first token."""
         return Classifier(self.architecture.replace("ForMaskedLM", ENDING), "pooler", {"first": {}})
 
     def read_config(self, values: dict[str, Any]) -> ModelConfig:
-        """bigtx's config of a config.json.
+        """Return bigtx's config of a config.json.
 
         Raises:
             ConfigError: it names every field whose value bigtx does not express.
@@ -128,7 +128,7 @@ class Bert(SaidByConfig):
         return config
 
     def problems(self, config: ModelConfig) -> list[str]:
-        """Fields that the family does not express, each as "model.FIELD=VALUE: why"."""
+        """Return the fields that the family does not express, each as "model.FIELD=VALUE: why"."""
         allowed = {
             **plain_heads(config),
             "attention_scale": usual_scale(config),
@@ -202,7 +202,7 @@ class Bert(SaidByConfig):
         ]
 
     def rename(self, key: str) -> str:
-        """Keys of the first BERT releases, and of a model that was saved without its head."""
+        """Return the keys of the first BERT releases, and of a model that was saved without its head."""
         for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
             if key.endswith(old):
                 key = key.removesuffix(old) + new

@@ -29,7 +29,7 @@ class Mixtral(LlamaKin):
     expert_keys = ("w1", "w3", "w2")
 
     def read(self, fields: Fields) -> ModelConfig:
-        """As of a Llama, with experts."""
+        """Return the config of a Llama with experts."""
         return replace(super().read(fields), experts=self.read_experts(fields))
 
     def read_experts(self, fields: Fields) -> ExpertsConfig:
@@ -49,16 +49,16 @@ class Mixtral(LlamaKin):
         return fields.number("router_aux_loss_coef", 0.001) * num_active
 
     def num_experts(self, fields: Fields, default: int) -> int:
-        """Experts of each block, of which the field has two names."""
+        """Return the number of experts of each block; the field has two names."""
         return fields.size("num_experts" if "num_experts" in fields.values else "num_local_experts", default)
 
     def allowed(self, config: ModelConfig) -> dict[str, Sequence[Any]]:
-        """As of a Llama, but for the experts."""
+        """Return the values of a Llama, except those of the experts."""
         number = config.experts.num_experts
         return super().allowed(config) | {"experts.num_experts": (number or "some",)} | self.allowed_experts(config)
 
     def allowed_experts(self, config: ModelConfig) -> dict[str, Sequence[Any]]:
-        """Values of the experts' fields."""
+        """Return the values of the experts' fields."""
         return {"experts.normalize_weights": (True,), "experts.shared_size": (0,)}
 
     def write_config(self, config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -130,7 +130,7 @@ class QwenExperts(Mixtral):
         ]
 
     def allowed_experts(self, config: ModelConfig) -> dict[str, Sequence[Any]]:
-        """Values of the experts' fields."""
+        """Return the values of the experts' fields."""
         if not self.shared:
             return {"experts.shared_size": (0,)}
         return {"experts.shared_size": (config.experts.shared_size or "some",), "experts.shared_gate": (True,)}

@@ -57,7 +57,7 @@ class GPT2(SaidByConfig):
     classifier = decoder_classifier("GPT2ForSequenceClassification")
 
     def read_config(self, values: dict[str, Any]) -> ModelConfig:
-        """bigtx's config of a config.json.
+        """Return bigtx's config of a config.json.
 
         Raises:
             ConfigError: it names every field whose value bigtx does not express.
@@ -93,7 +93,7 @@ class GPT2(SaidByConfig):
         return config
 
     def problems(self, config: ModelConfig) -> list[str]:
-        """Fields that the family does not express."""
+        """Return the fields that the family does not express."""
         allowed = FIXED | {
             "mlp": tuple(decoder.PLAIN.values()),
             "attention_scale": (*usual_scale(config), 1.0),
@@ -127,7 +127,7 @@ class GPT2(SaidByConfig):
         return config.attention_scale == 1.0 and shape.head_width(config) != 1
 
     def links(self, config: ModelConfig) -> list[Link]:
-        """Queries, keys and values are one tensor there."""
+        """Link the queries, keys and values to the one tensor that holds them there."""
         return [link for name in parameter_shapes(config) if (link := self._link(name))]
 
     def _link(self, name: str) -> Link | None:
@@ -141,11 +141,11 @@ class GPT2(SaidByConfig):
         return transposed(name, key) if is_matrix else same(name, key)
 
     def rename(self, key: str) -> str:
-        """Keys of a model that was saved without its head, as OpenAI's weights were."""
+        """Return the keys of a model that was saved without its head, as OpenAI's weights were."""
         return f"transformer.{key}" if key.startswith(("wte.", "wpe.", "h.", "ln_f.")) else key
 
     def unused(self, config: ModelConfig) -> Sequence[str]:
-        """Causal masks that old releases saved, and copies of what is tied."""
+        """Return the causal masks that old releases saved, and copies of what is tied."""
         masks = r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"
         return (masks, r"lm_head\.weight") if config.tie_embeddings else (masks,)
 

@@ -72,11 +72,11 @@ class LlamaKin(SaidByConfig):
 
     @property
     def classifier(self) -> Classifier:
-        """It reads the last token."""
+        """Return the form of the classifier: it reads the last token."""
         return decoder_classifier(self.architecture.replace("ForCausalLM", ENDING))
 
     def read_config(self, values: dict[str, Any]) -> ModelConfig:
-        """bigtx's config of a config.json.
+        """Return bigtx's config of a config.json.
 
         Raises:
             ConfigError: it names every field whose value bigtx does not express.
@@ -134,7 +134,7 @@ class LlamaKin(SaidByConfig):
         return ["sliding_attention" if layer >= first else "full_attention" for layer in range(num_layers)]
 
     def _read_biases(self, fields: Fields) -> tuple[bool, bool]:
-        """Of queries, keys and values, and of the output projection."""
+        """Return whether queries, keys and values have a bias, and whether the output projection has one."""
         if self.biases == "attention_bias":
             both = fields.flag("attention_bias", False)
             return both, both
@@ -143,7 +143,7 @@ class LlamaKin(SaidByConfig):
         return self.biases == "inputs", False
 
     def problems(self, config: ModelConfig) -> list[str]:
-        """Fields that the family does not express."""
+        """Return the fields that the family does not express."""
         found = differing(config, self.allowed(config), {"attention_output_bias": "the family has it otherwise"})
         # transformers refuses such a LlamaConfig even if it has a head_dim.
         if self.model_type == "llama" and config.hidden_size % config.num_heads:
@@ -151,7 +151,7 @@ class LlamaKin(SaidByConfig):
         return found + window_problems(config, allowed=self.windows != "none", by_layer=self.windows == "layers")
 
     def allowed(self, config: ModelConfig) -> dict[str, Sequence[Any]]:
-        """Values of the fields that the family does not leave open."""
+        """Return the values of the fields that the family does not leave open."""
         inputs: dict[str, tuple[bool, ...]] = {"none": (False,), "inputs": (True,)}
         return decoder.FIXED | {
             "experts.num_experts": (0,),
@@ -192,11 +192,11 @@ class LlamaKin(SaidByConfig):
         return [same(name, spelled(name, OUTER, BLOCK, "model.layers")) for name in parameter_shapes(config)]
 
     def rename(self, key: str) -> str:
-        """Keys of a model that was saved without its head."""
+        """Return the keys of a model that was saved without its head."""
         return f"model.{key}" if key.startswith(("embed_tokens.", "layers.", "norm.")) else key
 
     def unused(self, config: ModelConfig) -> Sequence[str]:
-        """Frequencies that old releases saved, and copies of what is tied."""
+        """Return the frequencies that old releases saved, and copies of what is tied."""
         frequencies = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
         return (frequencies, r"lm_head\.weight") if config.tie_embeddings else (frequencies,)
 

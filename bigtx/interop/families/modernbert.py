@@ -75,7 +75,7 @@ class ModernBert(SaidByConfig):
     )
 
     def read_config(self, values: dict[str, Any]) -> ModelConfig:
-        """bigtx's config of a config.json.
+        """Return bigtx's config of a config.json.
 
         Raises:
             ConfigError: it names every field whose value bigtx does not express.
@@ -123,7 +123,7 @@ class ModernBert(SaidByConfig):
         return config
 
     def problems(self, config: ModelConfig) -> list[str]:
-        """Fields that the family does not express, each as "model.FIELD=VALUE: why"."""
+        """Return the fields that the family does not express, each as "model.FIELD=VALUE: why"."""
         allowed = {
             **plain_heads(config),
             "attention_scale": usual_scale(config),
@@ -182,7 +182,7 @@ class ModernBert(SaidByConfig):
         return [link for name in parameter_shapes(config) if (link := _link(name))]
 
     def rename(self, key: str) -> str:
-        """Keys of a model that was saved without its head."""
+        """Return the keys of a model that was saved without its head."""
         return f"model.{key}" if key.startswith(("embeddings.", "layers.", "final_norm.")) else key
 
     def unused(self, config: ModelConfig) -> Sequence[str]:

@@ -52,7 +52,7 @@ class NanoChat(SaidByConfig):
     classifier = None
 
     def read_config(self, values: dict[str, Any]) -> ModelConfig:
-        """bigtx's config of a config.json.
+        """Return bigtx's config of a config.json.
 
         Raises:
             ConfigError: it names every field whose value bigtx does not express.
@@ -88,7 +88,7 @@ class NanoChat(SaidByConfig):
         return config
 
     def problems(self, config: ModelConfig) -> list[str]:
-        """Fields that the family does not express."""
+        """Return the fields that the family does not express."""
         allowed = FIXED | {
             "mlp": tuple(decoder.PLAIN.values()),
             "attention_output_bias": (config.attention_bias,),
@@ -117,11 +117,11 @@ class NanoChat(SaidByConfig):
         return links
 
     def rename(self, key: str) -> str:
-        """Keys of a model that was saved without its head."""
+        """Return the keys of a model that was saved without its head."""
         return f"model.{key}" if key.startswith(("embed_tokens.", "layers.")) else key
 
     def unused(self, config: ModelConfig) -> Sequence[str]:
-        """Copies of what is tied."""
+        """Return the copies of what is tied."""
         return (r"lm_head\.weight",) if config.tie_embeddings else ()
 
 

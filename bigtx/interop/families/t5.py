@@ -76,7 +76,7 @@ class T5:
     classifier = None
 
     def read_config(self, values: dict[str, Any]) -> ModelConfig:
-        """bigtx's config of a config.json.
+        """Return bigtx's config of a config.json.
 
         Raises:
             ConfigError: it names every field whose value bigtx does not express.
@@ -112,12 +112,12 @@ class T5:
         return config
 
     def settled(self, config: ModelConfig, keys: Collection[str]) -> ModelConfig:
-        """Without a head in the files it is tied: release 5 of transformers ties every T5 that it makes anew, and
+        """Tie the head where the files have none: release 5 of transformers ties every new T5, and
         then does not scale what the head of a 1.1 reads."""
         return config if HEAD in keys else replace(config, tie_embeddings=True)
 
     def problems(self, config: ModelConfig) -> list[str]:
-        """Fields that the family does not express, each as "model.FIELD=VALUE: why"."""
+        """Return the fields that the family does not express, each as "model.FIELD=VALUE: why"."""
         allowed = {"num_kv_heads": (None, config.num_heads), "mlp": tuple(ACTIVATIONS.values())}
         problems = differing(config, FIXED | allowed, {})
         if config.logit_scale != 1.0 and not (config.tie_embeddings and _is_scaled(config)):
@@ -165,11 +165,13 @@ class T5:
         return links
 
     def rename(self, key: str) -> str:
-        """T5 has had no other spelling."""
+        """Return the key as it is: T5 has had no other spelling."""
         return key
 
     def unused(self, config: ModelConfig) -> Sequence[str]:
-        """Copies of the shared table, and a bias of the cross attention that the first release held and never read."""
+        """Return the copies of the shared table, and a bias of the cross attention that the first release held and
+        never read.
+        """
         tied = r"(encoder|decoder)\.embed_tokens\.weight"
         unread = r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
         return (tied, unread, re.escape(HEAD)) if config.tie_embeddings else (tied, unread)
