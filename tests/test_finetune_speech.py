@@ -81,11 +81,11 @@ def test_settings_that_do_not_fit_are_told_at_once(tokenizer: Path, tmp_path: Pa
     data = write_manifest(tmp_path / "data", 2)
     for method, change, reason in (
         ("ctc", "model.shape=encoder_decoder", "is for model.shape=encoder, and it is encoder_decoder"),
-        ("seq2seq", "model.audio.num_mel_bins=0", "task=transcribe wants an encoder that hears"),
-        ("seq2seq", "task=classify", "the encoder hears, which task=classify does not"),
+        ("seq2seq", "model.audio.num_mel_bins=0", "task=transcribe needs an audio encoder"),
+        ("seq2seq", "task=classify", "an audio encoder, which task=classify cannot use"),
         ("ctc", "transcribe.num_beams=4", "says nothing with transcribe.method=ctc"),
         ("ctc", "model.tie_embeddings=true", "has no table of tokens"),
-        ("ctc", "model.audio.strides=[]", "there must be a convolution"),
+        ("ctc", "model.audio.strides=[]", "at least one convolution"),
     ):
         done = finetune(*run_of(method, tokenizer, data, tmp_path / "run", change))
         assert done.returncode == 2 and reason in done.stderr and "Traceback" not in done.stderr, done.stderr

@@ -110,7 +110,7 @@ def test_what_does_not_fit_is_said_before_anything_starts(corpus: Path, tmp_path
         (["objective.name=masked"], "is not for model.shape=decoder; write causal or fill_in_middle"),
         (["model.shape=encoder"], "is not for model.shape=encoder; write masked"),
         (["model.prefix_attention=true"], "write prefix"),
-        ([*MODELS["masked"], "validation.sample_prompts=[a]"], "an encoder (model.shape) writes no text"),
+        ([*MODELS["masked"], "validation.sample_prompts=[a]"], "an encoder (model.shape) generates no text"),
         (["model.num_decoder_layers=2"], "says nothing without model.shape=encoder_decoder"),
     ):
         done = pretrain(source, run_dir, steps, *changes)

@@ -10,7 +10,7 @@ LISTED = "; `bigtx configs list` shows the recipes"
 
 
 def shipped_folder() -> Path:
-    """Return where the recipes are."""
+    """Return the folder of the recipes."""
     package = Path(__file__).resolve().parents[1]
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
@@ -24,7 +24,7 @@ def shipped_configs() -> list[str]:
 
 def similar_configs(name: str) -> list[str]:
     """Return the recipes that a user may have meant, most likely first: those of the same file name or a similar one,
-    in any folder and with or without `.yaml`; without any, those whose names begin so.
+    in any folder and with or without `.yaml`; if there are none, those whose names begin with the name.
     """
     folder, stem = Path(name).parent.name, Path(name).name.removesuffix(".yaml").removesuffix(".yml")
     stems = {recipe: Path(recipe).stem for recipe in shipped_configs()}
@@ -35,7 +35,7 @@ def similar_configs(name: str) -> list[str]:
 
 
 def find_config(name: str) -> Path | None:
-    """Return the file that a user means: a path of their own, or a recipe by name, with or without `configs/` in
+    """Return the file that a user means: an own path, or a recipe by name, with or without `configs/` in
     front.
     """
     path = Path(name)

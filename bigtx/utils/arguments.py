@@ -4,7 +4,7 @@
     bigtx data stats CORPUS --json
 
 `--name value`, `--name=value` and `-o value` mean the same as `name=value`; hyphens and underscores in a name are the
-same. A word with `=` whose first part is no name of the command is a path, if that exists; `./a=b` is always one.
+same. A word with `=` whose first part is not a name of the command is a path, if that exists; `./a=b` is always one.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _KNOWN_ELSEWHERE = {
     "temp": "temperature",
     "text": "prompt",
 }
-"""What other programs call it; too far from our names for a comparison of letters."""
+"""Names that other programs use for an option; too far from our names for a comparison of letters."""
 
 
 def is_option(word: str) -> bool:
@@ -85,7 +85,7 @@ def wrapped(text: str, indent: str = "", first: str | None = None) -> str:
     """Return a text in lines of at most 80 columns.
 
     Args:
-        first: what the first line begins with, in place of the indent.
+        first: the beginning of the first line, in place of the indent.
     """
     first = indent if first is None else first
     return textwrap.fill(
@@ -123,7 +123,7 @@ class Arguments(argparse.ArgumentParser):
         """Read a command line; `--help` is answered here.
 
         Raises:
-            ConfigError: names all that is wrong.
+            ConfigError: something is wrong; the message names everything.
             SystemExit: after `--help`.
         """
         words = sys.argv[1:] if args is None else args
@@ -232,7 +232,7 @@ class _Reader:
         """Read all words.
 
         Raises:
-            ConfigError: names all that is wrong.
+            ConfigError: something is wrong; the message names everything.
         """
         rest = deque(words)
         while rest:
@@ -325,11 +325,11 @@ class _Reader:
     def _one_too_many(self, word: str) -> str:
         option = self.options.get(_name(word))
         if option is not None:
-            return f"{word} stands alone; write {shown(option)}" + ", without spaces" * (option.nargs != 0)
+            return f"{word} has no value; write {shown(option)}" + ", without spaces" * (option.nargs != 0)
         needed = [*self._missing_options(), *(option for option in self.parser.options() if option.nargs != 0)]
         example = f", e.g. {shown(needed[0])}" if needed else ""
         word = scrub_text(word) if len(word) <= 40 else scrub_text(word)[:37] + "..."
-        return f"{word!r} is one word too many; what has a name is written NAME=VALUE{example}"
+        return f"{word!r} is one word too many; an option is written NAME=VALUE{example}"
 
     def _missing_options(self) -> list[argparse.Action]:
         either = [group[0] for group in self.parser.alternatives() if not any(one in self.given for one in group)]
@@ -403,5 +403,5 @@ def _misfit(action: argparse.Action, value: str) -> str:
     except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
         return f"is not {_KINDS[kind]}" if kind in _KINDS else str(error)
     if action.choices is not None and converted not in action.choices:
-        return f"is none of {', '.join(map(str, action.choices))}"
+        return f"is not one of {', '.join(map(str, action.choices))}"
     return ""

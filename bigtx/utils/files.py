@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and their hashes."""
+"""Files that are complete or missing, and their hashes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ NOT_A_FILE = "not a file; write what it gives into a file first"
 
 
 def no_file(path: Path | str) -> str | None:
-    """Return what is at a path where neither a file nor a folder is, in words; None where one is, or nothing."""
+    """Return what is at a path where neither a file nor a folder is, in words; None where one of them is, or where
+    nothing is.
+    """
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):
@@ -36,7 +38,7 @@ def open_file(path: Path | str, buffering: int = -1) -> BinaryIO:
     """Open a file to read its bytes. A pipe is refused: it may wait for a writer forever, and gives its bytes once.
 
     Raises:
-        OSError: it cannot be opened, or is no file.
+        OSError: it cannot be opened, or is not a file.
     """
     if kind := no_file(path):
         raise OSError(errno.EINVAL, f"it is {kind}, {NOT_A_FILE}", str(path))
@@ -44,13 +46,14 @@ def open_file(path: Path | str, buffering: int = -1) -> BinaryIO:
 
 
 def write_atomic(path: Path | str, data: bytes | str) -> None:
-    """Write a file so that a reader, also after a crash or a full disk, sees the old content or the new, never a part.
+    """Write a file so that a reader, also after a crash or a full disk, sees the old content or the new content, never
+    a part.
 
     Args:
         data: text is written as UTF-8.
 
     Raises:
-        OSError: the content could not be made durable; `path` has the old one, or already the new.
+        OSError: the content could not be made durable; `path` has the old content, or already the new content.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
@@ -116,7 +119,7 @@ def fsync_dir(path: Path | str) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network filesystems refuse to, in words of their own; their renames are durable by themselves.
+        # Some network filesystems refuse to, with errors of their own; their renames are durable by themselves.
         if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
             raise
     finally:

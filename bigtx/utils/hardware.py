@@ -1,4 +1,4 @@
-"""What this machine is: the arithmetic peak of its device, and a description for the run's record."""
+"""The hardware of this machine: the arithmetic peak of its device, and a description for the run's record."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from bigtx.utils.version import __version__
 
 PEAK_FLOPS: tuple[tuple[str, dict[str, float]], ...] = (
     # Dense FLOP/s without sparsity, fp32 without TF32, as others quote the maker's page or data sheet that is named
-    # above each; what no quotation was found of is left out. The first name that stands as words in the device's name
-    # counts, so the narrower names stand first.
+    # above each; a figure without a quotation is left out. The first name that occurs as words in the device's name
+    # counts, so the narrower names come first.
     # NVIDIA's Blackwell data sheet, by https://glennklockwood.com/garden/processors/B200: 1,200 W and 1,000 W.
     ("GB200", {"bf16": 2500e12, "fp16": 2500e12, "fp32": 90e12}),
     ("B200", {"bf16": 2250e12, "fp16": 2250e12, "fp32": 80e12}),
@@ -55,7 +55,7 @@ PEAK_FLOPS: tuple[tuple[str, dict[str, float]], ...] = (
     # https://www.amd.com/en/products/accelerators/instinct/mi300/mi300x.html (and mi325x.html)
     ("MI325X", {"bf16": 1307e12, "fp16": 1307e12}),
     ("MI300X", {"bf16": 1307e12, "fp16": 1307e12}),
-    # https://www.amd.com/en/products/accelerators/instinct/mi200/mi250x.html: one of its two dies, which is what the
+    # https://www.amd.com/en/products/accelerators/instinct/mi200/mi250x.html: one of its two dies, which is what
     # software sees as a device.
     ("MI250X", {"bf16": 191.5e12, "fp16": 191.5e12}),
 )
@@ -99,7 +99,7 @@ def num_cores() -> int:
 def num_gpus() -> int:
     """Return the number of GPUs that CUDA shows to this process, if torch can use them. Imports no torch.
 
-    The driver is asked in a process of its own: ranks that are forked cannot use CUDA once their parent has.
+    A separate process asks the driver: forked ranks cannot use CUDA after their parent has used it.
     """
     torch = importlib.util.find_spec("torch")
     if torch is None or torch.origin is None or not (Path(torch.origin).parent / "lib" / "libtorch_cuda.so").exists():
@@ -118,7 +118,7 @@ def num_gpus() -> int:
 
 
 def _count_by_driver() -> int:
-    """Count devices by the CUDA driver's own interface, which heeds CUDA_VISIBLE_DEVICES; 0 without a driver."""
+    """Count devices by the CUDA driver's own interface, which respects CUDA_VISIBLE_DEVICES; 0 without a driver."""
     cuda, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(0)
     return count.value if cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
 
@@ -148,7 +148,7 @@ def memory_bytes() -> int:
 
 
 def packages() -> dict[str, str]:
-    """Return the versions of bigtx and of the packages that it stands on, where they are installed. Imports none of
+    """Return the versions of bigtx and of the packages that it depends on, where they are installed. Imports none of
     them.
     """
     # A clone need not be installed to run.

@@ -1,7 +1,7 @@
 """This process's place among those of a run, as the launcher wrote it into the environment. Imports no torch.
 
-A launcher names the rank and the number of ranks together. One without the other was left behind by something else, and
-says nothing: see `launcher_problem`.
+A launcher sets the rank and the number of ranks together. One without the other is a leftover of another program, and
+has no meaning: see `launcher_problem`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-"""What asks a run to stop; SIGHUP is the end of its terminal or of the connection to it."""
+"""The signals that ask a run to stop; SIGHUP means that its terminal or the connection to it has closed."""
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
@@ -30,7 +30,7 @@ LAUNCHED = ("RANK", "WORLD_SIZE")
 """Variables that every launcher sets."""
 NUMBERS = (*LAUNCHED, "LOCAL_RANK", "MASTER_PORT")
 MEETING = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""Variables that the ranks need besides, to meet."""
+"""Variables that the ranks need in addition, to connect."""
 
 
 def is_launched() -> bool:
@@ -71,10 +71,10 @@ def launcher_problem() -> str | None:
     start = "start the ranks by deepspeed or torchrun, or unset " + " ".join(given) + " and let bigtx start them"
     missing = [name for name in (*LAUNCHED, *MEETING) if name not in os.environ]
     if missing:
-        return f"the environment holds {here}, as of a launcher, but not {', '.join(missing)}; {start}"
+        return f"the environment holds {here}, which a launcher sets, but not {', '.join(missing)}; {start}"
     for name in NUMBERS:
         if not os.environ[name].isdecimal():
-            return f"the environment holds {name}={os.environ[name]}, which is no number; {start}"
+            return f"the environment holds {name}={os.environ[name]}, which is not a number; {start}"
     if rank() >= world_size():
         return f"the environment holds {here}: ranks go from 0 to {world_size() - 1}; {start}"
     return None
@@ -88,14 +88,14 @@ def set_supervised(launcher: str | None = None) -> None:
     """Note that this process is a rank that `bigtx` itself started.
 
     Args:
-        launcher: what started `bigtx` on each machine, for people.
+        launcher: the program that started `bigtx` on each machine, in words.
     """
     global _is_supervised, _launcher
     _is_supervised, _launcher = True, launcher
 
 
 def is_supervised() -> bool:
-    """Return whether `bigtx` itself started this rank, and watches over it."""
+    """Return whether `bigtx` itself started this rank, and supervises it."""
     return _is_supervised
 
 
@@ -108,10 +108,10 @@ def slurm_place() -> dict[str, str | None]:
 
 
 def share_cores() -> None:
-    """Let OpenMP's threads sleep soon when they wait; call it before torch is imported.
+    """Make OpenMP's threads sleep soon when they wait; call this before torch is imported.
 
     By default they spin for milliseconds, and where other programs want the same cores, that takes most of the time:
-    on two busy cores, passes of a small network were 4 to 14 times slower. What the environment says goes first.
+    on two busy cores, passes of a small network were 4 to 14 times slower. A value in the environment has precedence.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # About 20 microseconds.
@@ -136,7 +136,7 @@ def launcher_name() -> str | None:
 def start_of(pid: int) -> str | None:
     """Return when a process of this host started: the boot's id and clock ticks since then; None if it is gone.
 
-    With it an id names a process for good: ids are used again.
+    With it an id names a process permanently: ids are reused.
     """
     try:
         fields = _stat(pid)
@@ -160,7 +160,7 @@ def _stat(pid: int) -> list[str]:
 
 
 def hold_free_port() -> socket.socket:
-    """Return a socket on a free port of this machine, which nobody else is given while the socket is open.
+    """Return a socket on a free port of this machine, which no other program gets while the socket is open.
 
     It does not listen, so that rank 0 can take the port.
     """
@@ -172,7 +172,7 @@ def hold_free_port() -> socket.socket:
 
 @contextlib.contextmanager
 def stopped_at_once() -> Iterator[None]:
-    """Let requests to stop end the process on the spot, for C++ code that waits and hears of no Python handler."""
+    """Make requests to stop end the process at once, for C++ code that waits and runs no Python handler."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

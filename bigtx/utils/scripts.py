@@ -20,6 +20,6 @@ IDEOGRAPHS = 0x20000
 
 
 def is_unspaced(character: str) -> bool:
-    """Return whether a character is of such a script."""
+    """Return whether a character belongs to such a script."""
     code = ord(character)
     return code >= IDEOGRAPHS or any(first <= code <= last for first, last in UNSPACED)

@@ -1,4 +1,4 @@
-"""Seeds derived from the run's seed and a purpose: there is no generator state to save or lose."""
+"""Seeds derived from the run's seed and a purpose: no state of a generator needs to be saved."""
 
 from __future__ import annotations
 

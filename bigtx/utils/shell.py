@@ -1,4 +1,4 @@
-"""Commands and settings as a message shows them: bash and zsh read each back as it is meant."""
+"""Commands and settings as a message shows them: bash and zsh read each of them unchanged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PLAIN = re.compile(r"[\w./-]+", re.ASCII)
 
 
 def command(*words: str | Path) -> str:
-    """Return words as a command line. What the user is to fill in stands in capitals (FILE), which need no quotes."""
+    """Return words as a command line. A placeholder is in capitals (FILE), which need no quotes."""
     return " ".join(shlex.quote(str(word)) for word in words)
 
 

@@ -27,7 +27,7 @@ SECONDS = {
 COUNT_EXAMPLE = "a whole number such as 500, 64k, 1.5M or 10B"
 SIZE_EXAMPLE = "a size such as 512 MiB, 1.5 GB or a number of bytes"
 LARGEST = 2**63 - 1
-"""Of any quantity: what 64 bits hold."""
+"""The largest quantity: what 64 bits hold."""
 DURATION_EXAMPLE = "a duration such as 500 steps, 2B tokens, 30 min or 5 %"
 RANGE_EXAMPLE = "a range START-END such as 120k-121k"
 
@@ -52,7 +52,7 @@ def parse_count(text: str) -> int:
     """Read `500`, `64k`, `1.5M`, `10B`, `2T` (powers of 1000) or `64Ki`, `1Mi` (powers of 1024) as a whole number.
 
     Raises:
-        ValueError: anything else, a negative or a fractional count included.
+        ValueError: the text is not a count, or the count is negative or fractional.
     """
     return _whole(text, COUNT_SUFFIXES, COUNT_EXAMPLE)
 
@@ -61,7 +61,7 @@ def parse_size(text: str) -> int:
     """Read `512 MiB`, `1.5 GB` or a plain number as bytes.
 
     Raises:
-        ValueError: anything else.
+        ValueError: the text is not a size.
     """
     return _whole(text, SIZE_SUFFIXES, SIZE_EXAMPLE)
 
@@ -70,13 +70,13 @@ def parse_duration(text: str) -> Duration:
     """Read `500 steps`, `2B tokens`, `30 min`, `1.5 h`, `5 %` as a Duration.
 
     Raises:
-        ValueError: anything else: a bare number, an unknown unit, more than 100 %.
+        ValueError: the text is not a duration, has no known unit, or is more than 100 %.
     """
     words = text.strip()
     if words.endswith("%"):
         percent = _quantity(words[:-1].strip(), {"": 1}, DURATION_EXAMPLE)
         if percent > 100:
-            raise ValueError(f"is more than the whole run; write at most 100 %, or {DURATION_EXAMPLE}")
+            raise ValueError(f"is more than the run; write at most 100 %, or {DURATION_EXAMPLE}")
         return Duration(float(percent / 100), "fraction")
     match = re.fullmatch(r"(.*?)\s*([A-Za-z]+)", words, re.DOTALL)
     if match is None:
@@ -95,7 +95,7 @@ def parse_range(text: str) -> tuple[int, int]:
     """Read `1000-2000`, `1.5M-1.6M` as two counts, the first and the one after the last.
 
     Raises:
-        ValueError: anything else, an empty range included.
+        ValueError: the text is not a range, or the range is empty.
     """
     parts = text.split("-")
     if len(parts) != 2:
@@ -135,7 +135,7 @@ def _quantity(text: str, suffixes: dict[str, int], example: str) -> Decimal:
         raise ValueError(f"is not {example}")
     factor = suffixes.get(match["suffix"].lower())
     if factor is None:
-        raise ValueError(f"ends in {match['suffix']!r}, which is no unit here; write {example}")
+        raise ValueError(f"ends in {match['suffix']!r}, which is not a unit here; write {example}")
     quantity = Decimal(match["number"].replace("_", "")) * factor
     if quantity > LARGEST:
         raise ValueError(f"is too large; write {example}")

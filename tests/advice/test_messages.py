@@ -23,7 +23,7 @@ NO_ADVICE = "names a command or a setting, and advises nothing that could be cop
 NEEDS_A_MACHINE = "needs a machine or a program that tests do not have"
 FOLLOWED_ON_A_CLUSTER = "followed by tests/slurm and tests/test_slurm_command.py"
 EXCEPTIONS: Mapping[str, str] = {
-    "`bigtx configs list`. `bigtx configs explain KEY` says": "the usage of commands with settings",
+    "`bigtx configs list`. `bigtx configs explain KEY` explains": "the usage of commands with settings",
     "`bigtx help COMMAND` says what a command takes": "the usage of bigtx",
     "usage: bigtx help [COMMAND]": "the usage of bigtx",
     "pretrain pretrain/gpt-125m.yaml data.sources.mine.path=corpus": "the usage of bigtx slurm",

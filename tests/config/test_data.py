@@ -53,10 +53,10 @@ def test_phases_and_windows_are_read_from_files_and_the_command_line(good: list[
         ),
         (["data.phases.late.start=8B", "data.phases.late.weights.web=-1"], r"weights\.web=-1.*too small"),
         (["data.phases.late.start=8B", "data.phases.late.weights.web=much"], r"weights\.web=much.*is not a number"),
-        (["data.phases.late.start=8B", "data.phases.late.weights=3"], "holds numbers by name"),
+        (["data.phases.late.start=8B", "data.phases.late.weights=3"], "has numbers by name"),
         (
             ["data.phases.a.start=1_000_000", "data.phases.b.start=1_000_100"],
-            r"data\.phases\.b\.start=1000100.*begins with sequence 977, as data\.phases\.a does",
+            r"data\.phases\.b\.start=1000100.*starts at sequence 977, as does data\.phases\.a",
         ),
         (["data.skip=[100]"], r"data\.skip=100.*is not a range START-END"),
         (["data.skip=[1-2-3]"], "is not a range"),

@@ -432,8 +432,8 @@ def test_other_ranks_and_a_damaged_foreign_shard(tmp_path: Path, corpus: Path) -
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["data.sources.a.path={corpus}"], "belongs to prepared corpora"),
-        (["data.foreign.paths=[pipe:touch canary]"], "is no URL that bigtx reads"),
+        (["data.sources.a.path={corpus}"], "is for prepared corpora"),
+        (["data.foreign.paths=[pipe:touch canary]"], "is not a URL that bigtx reads"),
         (["data.foreign.paths=[file:///etc/passwd]"], "write its plain path"),
         (["data.foreign.paths=[nowhere.tar]"], "no such file"),
         (["data.foreign.tokenizer="], "is not given; name a folder"),
