@@ -1,4 +1,4 @@
-"""Hashes of whole numbers that never change: what is shuffled, sampled or compared by them stays as it is."""
+"""Hashes of whole numbers that never change, so that shuffles, samples and comparisons by them do not change either."""
 
 from __future__ import annotations
 

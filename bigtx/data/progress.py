@@ -1,4 +1,4 @@
-"""One line that says how far a long job is: redrawn on a terminal, printed now and then elsewhere."""
+"""One line for the progress of a long job: redrawn on a terminal, printed at intervals elsewhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BAR_WIDTH = 20
 
 
 class ProgressLine:
-    """Shows texts that replace each other."""
+    """A line of text that is replaced by the next one."""
 
     def __init__(self) -> None:
         self._is_terminal = obeys(console())
@@ -21,7 +21,7 @@ class ProgressLine:
         self._width = 0
 
     def show(self, text: str, share: float | None = None) -> None:
-        """Show the text if the last one is old enough; on a terminal with a bar for the share that is done."""
+        """Show the text if the last one is old enough; on a terminal with a bar for the completed share."""
         now = time.monotonic()
         if now - self._shown_at < (_SECONDS_BETWEEN_DRAWINGS if self._is_terminal else _SECONDS_BETWEEN_LINES):
             return
@@ -34,7 +34,7 @@ class ProgressLine:
         self._width = len(text)
 
     def clear(self) -> None:
-        """Leave the terminal's line empty for what comes next."""
+        """Clear the terminal's line for the next output."""
         if self._width:
             print(f"\r{'':<{self._width}}\r", end="", file=console(), flush=True)
             self._width = 0

@@ -1,4 +1,4 @@
-"""What a prepared corpus holds, as text for the terminal."""
+"""A description of a prepared corpus, as text for the terminal."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def describe(place: Place, *, split: str, num_samples: int, seed: int) -> Iterat
     """Yield lines that describe a corpus: its splits and shards, lengths of documents, decoded samples of one split.
 
     Raises:
-        DataError: it is no whole corpus.
+        DataError: it is not a complete corpus.
     """
     manifests = open_splits(place)
     chosen = _choose(place, manifests, split)
@@ -44,10 +44,10 @@ def describe(place: Place, *, split: str, num_samples: int, seed: int) -> Iterat
 
 
 def facts(place: Place, *, split: str, num_samples: int, seed: int) -> dict[str, Any]:
-    """Return the same as plain data; samples are whole.
+    """Return the description as plain data; samples are not shortened.
 
     Raises:
-        DataError: it is no whole corpus.
+        DataError: it is not a complete corpus.
     """
     manifests = open_splits(place)
     chosen = _choose(place, manifests, split)
@@ -69,7 +69,7 @@ def facts(place: Place, *, split: str, num_samples: int, seed: int) -> dict[str,
 
 
 def counts(manifest: Manifest) -> dict[str, Any]:
-    """Return what a split's manifest counts, as plain data."""
+    """Return the counts of a split's manifest, as plain data."""
     return {
         "split": manifest.split,
         "documents": manifest.num_documents,
@@ -129,11 +129,11 @@ def _describe_shards(manifest: Manifest) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Sample:
-    """Documents that lie whole in the first blocks of a split.
+    """The documents that are complete in the first blocks of a split.
 
     Attributes:
-        tokens: of the blocks.
-        bounds: [documents + 1] where in them each document starts, and where the last one ends; int64.
+        tokens: the tokens of the blocks.
+        bounds: int64 [documents + 1], where in them each document starts, and where the last one ends.
     """
 
     tokens: np.ndarray
@@ -141,7 +141,7 @@ class Sample:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Return [documents] tokens of each, its end included."""
+        """Return the number of tokens of each document, its end included: [documents]."""
         return np.diff(self.bounds)
 
     def document(self, number: int) -> np.ndarray:
@@ -150,7 +150,7 @@ class Sample:
 
 
 def read_sample(manifest: Manifest) -> Sample:
-    """Return the first blocks of a split: quick, whatever the corpus."""
+    """Return the first blocks of a split; this is quick for a corpus of any size."""
     reader = open_reader(manifest)
     numbers = range(min(_BLOCKS_READ, len(manifest.blocks)))
     reader.expect(numbers)
@@ -172,10 +172,10 @@ def length_bins(lengths: np.ndarray) -> Iterator[tuple[int, int, int]]:
 
 
 def describe_lengths(manifest: Manifest, lengths: np.ndarray) -> Iterator[str]:
-    """Mean, quartiles and a histogram of documents' tokens."""
+    """Yield the mean, the quartiles and a histogram of documents' tokens."""
     part = "" if len(lengths) == manifest.num_documents else f" (of {len(lengths):,} documents)"
     if len(lengths) == 0:
-        yield "No document lies whole in the blocks that were read."
+        yield "No document is complete in the blocks that were read."
         return
     quartiles = "  ".join(
         f"{name} {value:,.0f}"

@@ -1,4 +1,4 @@
-"""Figures of a prepared corpus: for the terminal, and as data."""
+"""Statistics of a prepared corpus: for the terminal, and as data."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ def statistics(place: Place) -> dict[str, Any]:
     """Return the figures of a corpus as plain data.
 
     Returns:
-        Per split: counts, tokens and documents by source and language where they are known, and the lengths of the
+        Per split: counts, tokens and documents by source and language if they are known, and the lengths of the
         documents in its first blocks, which are a random part of it.
 
     Raises:
-        DataError: it is no whole corpus.
+        DataError: it is not a complete corpus.
     """
     return {"corpus": str(place), "splits": [_of_split(manifest) for manifest in open_splits(place)]}
 
 
 def describe_statistics(place: Place) -> Iterator[str]:
-    """Yield the same as lines.
+    """Yield the statistics as lines.
 
     Raises:
-        DataError: it is no whole corpus.
+        DataError: it is not a complete corpus.
     """
     manifests = open_splits(place)
     yield from describe_splits(manifests)

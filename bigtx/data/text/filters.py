@@ -1,7 +1,7 @@
-"""Filters: what is measured in a text, and the limits within which it is kept.
+"""Filters: the measures of a text, and the limits within which it is kept.
 
-Each measure is a function of a Page; the limit of the same name in FilterConfig says `min_` or `max_`. Gopher's are
-those of arXiv:2112.11446 (A.1 and table A1), C4's those of arXiv:1910.10683 (2.2) and its published code.
+Each measure is a function of a Page; the limit of the same name in FilterConfig starts with `min_` or `max_`. Gopher's
+are those of arXiv:2112.11446 (A.1 and table A1), C4's those of arXiv:1910.10683 (2.2) and its published code.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _NGRAM_BASE = np.uint64(0xD6E8FEB86659FD93)
 
 
 class Page:
-    """A text with what several filters need of it, each computed once. Words are separated by white space."""
+    """A text with the quantities that several filters need, each computed once. Words are separated by white space."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -63,7 +63,7 @@ class Page:
 
     @functools.cached_property
     def paragraphs(self) -> list[str]:
-        """Return what blank lines separate."""
+        """Return the parts that blank lines separate."""
         return [part for part in map(str.strip, _PARAGRAPH_BREAK.split(self.text)) if part]
 
     @functools.cached_property
@@ -73,7 +73,7 @@ class Page:
 
     @functools.cached_property
     def ends(self) -> np.ndarray:
-        """Return [words + 1] characters of the words before each one, white space left out."""
+        """Return the characters of the words before each one, without white space: [words + 1]."""
         lengths = np.fromiter(map(len, self.words), np.int64, len(self.words))
         return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
 
@@ -86,7 +86,7 @@ class Page:
         return [splitmix64(numbers)]
 
     def ngrams(self, n: int) -> np.ndarray:
-        """Return [words - n + 1] uint64, equal for equal n-grams; empty if there are fewer words."""
+        """Return uint64 [words - n + 1], equal for equal n-grams; empty if there are fewer words."""
         known = self._ngrams
         while len(known) < n:
             known.append(known[-1][:-1] * _NGRAM_BASE + known[0][len(known) :])
@@ -94,7 +94,7 @@ class Page:
 
     @functools.cached_property
     def repeats_five(self) -> bool:
-        """Return whether any five words stand twice; if not, no longer run does."""
+        """Return whether any five words in a row occur twice; if not, no longer run does."""
         ngrams = np.sort(self.ngrams(5))
         return bool((ngrams[1:] == ngrams[:-1]).any())
 
@@ -110,7 +110,7 @@ def mean_word_length(page: Page) -> float:
 
 
 def symbol_ratio(page: Page) -> float:
-    """Hash signs a word or ellipses a word, whichever are more."""
+    """Return the hash signs per word or the ellipses per word, whichever are more."""
     ellipses = sum(page.text.count(ellipsis) for ellipsis in _ELLIPSES)
     return max(page.text.count("#"), ellipses) / max(1, len(page.words))
 
@@ -143,7 +143,7 @@ def duplicate_lines(page: Page) -> float:
 
 
 def duplicate_line_characters(page: Page) -> float:
-    """Return the same by characters."""
+    """Return the share by characters."""
     return _repeated_characters(page.lines)
 
 
@@ -153,7 +153,7 @@ def duplicate_paragraphs(page: Page) -> float:
 
 
 def duplicate_paragraph_characters(page: Page) -> float:
-    """Return the same by characters."""
+    """Return the share by characters."""
     return _repeated_characters(page.paragraphs)
 
 
@@ -165,9 +165,9 @@ def sentences(page: Page) -> float:
 
 
 def top_ngram(page: Page, n: int) -> float:
-    """Return the share of the words' characters in the most frequent n-gram, if it stands at least twice.
+    """Return the share of the words' characters in the most frequent n-gram, if it occurs at least twice.
 
-    Of n-grams that are equally frequent the one with most characters counts; what lies in two of its copies counts
+    Of equally frequent n-grams the one with most characters counts; a character in two of its copies counts
     once.
     """
     ngrams = page.ngrams(n)
@@ -185,7 +185,7 @@ def top_ngram(page: Page, n: int) -> float:
 
 
 def duplicate_ngrams(page: Page, n: int) -> float:
-    """Return the share of the words' characters in n-grams that stand earlier already; what lies in several counts
+    """Return the share of the words' characters in n-grams that occur earlier; a character in several of them counts
     once.
     """
     if n >= 5 and not page.repeats_five:
@@ -217,7 +217,7 @@ MEASURES: dict[str, Callable[[Page], float]] = {
     "max_duplicate_paragraph_characters": duplicate_paragraph_characters,
     "min_sentences": sentences,
 }
-"""What the limit of each name is for; quick ones first."""
+"""The measure of each limit; quick ones first."""
 
 
 class Limits:
@@ -244,7 +244,7 @@ class Limits:
         self.is_empty = not self._single and not any(limits for *_, limits in self._lists)
 
     def first_broken(self, text: str) -> tuple[str, str] | None:
-        """Return the first limit that a text does not keep: its name, and what was measured; None if it keeps all."""
+        """Return the first limit that a text violates: its name and the measured value; None if there is none."""
         page = Page(text)
         for name, limit in self._single.items():
             measured = MEASURES[name](page)

@@ -1,8 +1,8 @@
-"""Words and n-grams of words as 64-bit numbers, whole batches of texts at a time.
+"""Words and n-grams of words as 64-bit numbers, for batches of texts.
 
-A word is a run of letters, marks and digits, compared in lower case; all else separates words. In scripts that are
-written without spaces (Han, kana, Thai, Lao, Khmer, Myanmar) every character is a word. Near duplicates and evaluation
-texts are found by these words, so neither punctuation nor white space nor case hides them.
+A word is a run of letters, marks and digits, compared in lower case; everything else separates words. In scripts that
+are written without spaces (Han, kana, Thai, Lao, Khmer, Myanmar) every character is a word. Near duplicates and
+evaluation texts are found by these words, so punctuation, white space and case do not matter.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ _OTHER, _LETTER, _WORD = 0, 1, 2
 """Kinds of characters: between words, part of a word, a word by itself."""
 
 PIECE_CHARACTERS = 1 << 18
-"""Characters that are taken at once: memory stays bounded, and the arrays near the processor."""
+"""The number of characters that are processed at once: memory stays bounded, and the arrays fit into the cache."""
 _CHARACTER_BASE = 0x9E3779B97F4A7C15
 _WORD_BASE = 0xD6E8FEB86659FD93
-"""Odd numbers, so that powers modulo 2^64 can be undone."""
+"""Odd numbers, so that powers modulo 2^64 can be inverted."""
 
 
 class Words(NamedTuple):
     """The words of several texts, one text after the other.
 
     Attributes:
-        hashes: [words] uint64.
-        counts: [texts] int64, words of each text.
+        hashes: uint64 [words].
+        counts: int64 [texts], the words of each text.
     """
 
     hashes: np.ndarray
@@ -41,7 +41,7 @@ class Words(NamedTuple):
 
 
 def hash_words(texts: list[str]) -> Words:
-    """Return the hashes of all words; a text's are the same in any company and on every machine."""
+    """Return the hashes of all words; those of a text do not depend on the other texts or the machine."""
     hashes: list[np.ndarray] = []
     counts = np.zeros(len(texts), np.int64)
     for first, last, piece in _pieces(texts):
@@ -56,13 +56,13 @@ def hash_words(texts: list[str]) -> Words:
 
 
 def hash_words_in_parts(text: str, overlap: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield the hashes of a text's words, some at a time: little memory for a text of any length.
+    """Yield the hashes of a text's words, some at a time, in little memory for a text of any length.
 
     Args:
-        overlap: so many words of each part are the last ones of the part before, if there are so many.
+        overlap: the number of words of each part that are the last ones of the previous part, if it has so many.
 
     Returns:
-        The number of each part's first word, and its words: [words] uint64.
+        The number of each part's first word, and its words: uint64 [words].
     """
     first, before = 0, np.zeros(0, np.uint64)
     for _, _, piece in _pieces([text]):
@@ -76,10 +76,10 @@ def hash_ngrams(words: np.ndarray, n: int) -> np.ndarray:
     """Return the hash of each run of n words.
 
     Args:
-        words: [words] uint64, at least n.
+        words: uint64 [words], at least n.
 
     Returns:
-        [words - n + 1] uint64; the order of the words counts.
+        uint64 [words - n + 1]; the order of the words matters.
     """
     count = len(words) - n + 1
     state = words[:count].copy()
@@ -108,7 +108,7 @@ def split_words(text: Iterable[str]) -> Iterator[str]:
 
 
 def words_at(text: str, place: int, count: int) -> list[str]:
-    """Return the words from number `place` on, so many of them, without splitting what is before them."""
+    """Return `count` words from number `place` on, without splitting the text before them."""
     offset = 0
     for _, _, piece in _pieces([text]):
         starts = _hash_piece(piece)[1]
@@ -140,7 +140,7 @@ def _pieces(texts: list[str]) -> Iterator[tuple[int, int, str]]:
 
 
 def _parts(text: str) -> Iterator[str]:
-    """Yield a long text cut at white space; where a part has none, anywhere."""
+    """Yield a long text in parts that are cut at white space, or anywhere if a part has none."""
     begin = 0
     while begin < len(text):
         end = begin + PIECE_CHARACTERS
@@ -165,7 +165,7 @@ def _hash_piece(piece: str) -> tuple[np.ndarray, np.ndarray]:
         kind, value = kinds[inside], values[inside]
         kind[beyond] = _WORD
         value[beyond] = splitmix64(codes[beyond].astype(np.uint64))
-    inner = np.zeros(len(codes) + 1, bool)  # Letters that go on with the word before them.
+    inner = np.zeros(len(codes) + 1, bool)  # Letters that continue the previous word.
     np.logical_and(kind[1:] == _LETTER, kind[:-1] == _LETTER, out=inner[1:-1])
     within = kind > _OTHER
     starts = np.flatnonzero(within & ~inner[:-1])
@@ -187,7 +187,7 @@ def _tables() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _lower(character: str) -> str:
-    """Return the character in lower case where that is one character, too."""
+    """Return the character in lower case if that is one character too."""
     lower = character.lower()
     return lower if len(lower) == 1 else character
 
