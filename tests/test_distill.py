@@ -263,7 +263,7 @@ def test_what_does_not_fit_is_refused(teacher: Path, corpus: Path, texts: Path, 
         ([f"distill.teacher={teacher}", "distill.temperature=0"], "the least is 0.01"),
         ([f"distill.teacher={teacher}", "distill.copy_layers=true", f"base={teacher}"], "the weights come from"),
         ([f"distill.teacher={teacher}", "task=preference"], "does not work with task=preference"),
-        (["task=sft", f"base={teacher}", "distill.weight=0.1"], "says nothing without distill.teacher"),
+        (["task=sft", f"base={teacher}", "distill.weight=0.1"], "has no effect without distill.teacher"),
         ([f"distill.teacher={empty}"], "is not a run: it has no config.yaml"),
     ):
         done = finetune(*source, *changes)

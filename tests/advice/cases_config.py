@@ -193,7 +193,7 @@ def a_source_that_is_not_finished(desk: Desk) -> Attempt:
 
 
 @CASES.case(
-    "so it is no prepared corpus; `bigtx data prepare ",
+    "so it is not a prepared corpus; `bigtx data prepare ",
     r"`(bigtx data prepare .*?)`",
     fill={"TOKENIZER": "tokenizer", "CORPUS": "made num_processes=1"},
 )
@@ -234,6 +234,6 @@ def a_gate_of_nothing(desk: Desk) -> Attempt:
     return config(desk, PretrainConfig, *PRETRAIN, "model.experts.num_experts=4", "model.experts.shared_gate=true")
 
 
-@CASES.case("is not for ", r"write (\w+)", sources=["is not for {what}; write"])
+@CASES.case("is not possible for ", r"write (\w+)", sources=["is not possible for {what}; write"])
 def an_objective_of_another_shape(desk: Desk) -> Attempt:
     return config(desk, PretrainConfig, *PRETRAIN, "objective.name=masked", key="objective.name")

@@ -100,7 +100,7 @@ def an_output_of_another_checkpoint(desk: Desk) -> Attempt:
     return attempt
 
 
-@CASES.case("(or, for `bigtx predict`, give it by", r"`(input=-)`")
+@CASES.case("(or, for `bigtx predict`, pass it by", r"`(input=-)`")
 def a_pipe_as_input(desk: Desk) -> Attempt:
     desk.take("classifier")
     os.mkfifo("pipe")

@@ -147,7 +147,7 @@ def test_passed_over_files_are_counted(tmp_path: Path, capsys: pytest.CaptureFix
     train_command([f"input.paths={tmp_path}", f"output={tmp_path / 'new'}", "vocab_size=512", "input.max_rejects=0"])
     shown = capsys.readouterr().out
     assert "Reading 1 file," in shown
-    assert "Passed over, by their suffix: 2 .rst, 1 without a suffix" in shown
+    assert "Skipped, by their suffix: 2 .rst, 1 without a suffix" in shown
 
 
 def test_an_empty_corpus_is_an_error(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ WHOLE = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.
         ),
         ({"WORLD_SIZE": "4"}, "holds WORLD_SIZE=4, which a launcher sets, but not RANK"),
         ({"RANK": "0", "WORLD_SIZE": "1"}, "but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
-        (WHOLE | {"RANK": "two"}, "RANK=two, which is no number"),
+        (WHOLE | {"RANK": "two"}, "RANK=two, which is not a number"),
         (WHOLE | {"RANK": "2"}, "ranks go from 0 to 1"),
     ],
 )

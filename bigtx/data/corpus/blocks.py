@@ -1,4 +1,4 @@
-"""The readers of the blocks of a split (for the format see manifest.py): mapped from local shards, or fetched by range."""
+"""Readers of the blocks of a split (format: see manifest.py): mapped from local shards, or fetched by range."""
 
 from __future__ import annotations
 

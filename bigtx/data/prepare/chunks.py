@@ -5,8 +5,8 @@
     ...                                                     ┘
 
 A document's key is a hash, so the sorted order is a shuffle of the whole corpus. It depends only on the
-documents: not on the division of the input into chunks or the number of processes. If copies are to be removed the key is a
-bijection of the text's hash, so that copies are next to each other in one range.
+documents: not on the division of the input into chunks or the number of processes. If copies are to be removed, the
+key is a bijection of the text's hash, so that copies are next to each other in one range.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ class Chunks:
         return Documents(records, texts)
 
     def _kept(self, records: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
-        """Return which of the sorted records are kept: the first of each text, and those that are not near duplicates."""
+        """Return which of the sorted records are kept: the first of each text, without near duplicates."""
         copies = np.zeros(len(records), bool)
         if self.exact and len(records):
             same = np.ones(len(records) - 1, bool)

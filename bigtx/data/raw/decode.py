@@ -145,7 +145,7 @@ def other_encoding(raw: bytes) -> str:
 
 
 def _encoding_by_nuls(raw: bytes) -> str:
-    """Return such a reason by the places of NULs: UTF-16 and UTF-32 have them at fixed places of the usual characters."""
+    """Return such a reason by the places of NULs: UTF-16 and UTF-32 have them at fixed places of usual characters."""
     if raw.count(0) < max(_MIN_NULS_OF_ENCODING, _NUL_SHARE * len(raw)):
         return ""
     if not raw.strip(b"\0"):

@@ -104,7 +104,7 @@ class Cache:
         return content
 
     def _store(self, path: Path, content: bytes) -> None:
-        """Keep a piece if there is space for it; report a cache that cannot be written once, and continue without it."""
+        """Keep a piece if there is space for it; report once that a cache cannot be written."""
         if len(content) > self.max_bytes:
             return
         partial = self.folder / "partial" / f"{os.getpid()}-{secrets.token_hex(4)}"

@@ -72,7 +72,7 @@ def as_they_are(batch: Batch) -> Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class RowFormat:
-    """How rows are cut and padded: T, the id of padding, whether documents are separated, and whether memory is pinned."""
+    """How rows are cut and padded: T, the id of padding, whether documents are separated and memory is pinned."""
 
     sequence_length: int
     pad_id: int

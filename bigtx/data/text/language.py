@@ -38,7 +38,7 @@ class LanguageFilter:
         found, probability = self._identifier.classify(text[begin : begin + _CHARACTERS])
         if found in self._allowed and probability >= self._least:
             return ""
-        return f"in {found} with probability {probability:.2f}, less than {self._least:.2f}"
+        return f"in {found} with probability {probability:.2f}, at least {self._least:.2f}"
 
 
 def primary_language(code: str) -> str:
