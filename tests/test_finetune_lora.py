@@ -158,4 +158,4 @@ def test_classes_are_exported_with_adapters_merged(
     assert main(["export", str(tuned), "--to", "hf", "-o", str(tmp_path / "hf")]) == 0
     assert "as LlamaForSequenceClassification: " in capsys.readouterr().out
     assert main(["export", str(tuned), "--to", "peft", "-o", str(tmp_path / "out"), "--base", "x"]) == 2
-    assert "beside the adapters head.classes.weight" in capsys.readouterr().err
+    assert "besides the adapters, head.classes.weight" in capsys.readouterr().err

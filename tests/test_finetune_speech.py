@@ -72,7 +72,14 @@ def test_records_that_cannot_be_used_are_told_by_file_and_line(tokenizer: Path, 
     done = finetune(*run_of("seq2seq", tokenizer, manifest, tmp_path / "run"))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     for line, reason in enumerate(
-        ["an empty file", "not a recording that can be read", "without samples", "no field 'text'", "gone.wav cannot be"], 9
+        [
+            "an empty file",
+            "not a recording that can be read",
+            "without samples",
+            "no field 'text'",
+            "gone.wav cannot be",
+        ],
+        9,
     ):
         assert f"{manifest}, line {line}: " in done.stderr and reason in done.stderr, done.stderr
 

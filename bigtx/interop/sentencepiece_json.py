@@ -1,7 +1,7 @@
 """A sentencepiece model as the content of a Hugging Face `tokenizer.json`, with the same ids.
 
-Pieces are written with a plain space where sentencepiece writes U+2581. So text needs no rewriting before it is split,
-and a U+2581 in the text is what bigtx takes it for: a character without a piece, written as its three bytes.
+Pieces are written with a plain space where sentencepiece writes U+2581. So text need not be rewritten before it is
+split, and a U+2581 in the text is the same as in bigtx: a character without a piece, encoded as its three bytes.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _NEVER = -1e9
 
 
 def to_tokenizer_json(model: SentencePieceModel, template: Template) -> dict[str, Any]:
-    """Return what the library tokenizers reads: the model's pieces, merges and treatment of spaces.
+    """Return the content for the library tokenizers: the model's pieces, merges and treatment of spaces.
 
     Args:
-        template: the special ids that are put around texts by default.
+        template: the special ids that are added to texts by default.
 
     Raises:
         DataError: the model splits text in a way that has no counterpart (words or characters as pieces, a space mark
@@ -40,7 +40,7 @@ def to_tokenizer_json(model: SentencePieceModel, template: Template) -> dict[str
     if trained.model_type not in kinds or trained.treat_whitespace_as_suffix:
         raise DataError(
             "This sentencepiece model cannot be written as a tokenizer.json: only BPE and unigram models whose space "
-            "marks precede the words can. Give the readers of the export the sentencepiece model itself."
+            "marks precede the words can. Distribute the sentencepiece model itself with the export."
         )
     return {
         "version": "1.0",
@@ -62,7 +62,7 @@ def _spelled(piece: Any) -> str:
 
 
 def _added_tokens(proto: Any) -> list[dict[str, Any]]:
-    """Return the pieces that are cut out of the text before anything else: special ones, and those that the user
+    """Return the pieces that are found in the text before anything else: special ones, and those that the user
     defined.
     """
     settings = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -76,7 +76,7 @@ def _added_tokens(proto: Any) -> list[dict[str, Any]]:
 def _bpe(proto: Any) -> dict[str, Any]:
     ids = {_spelled(piece): i for i, piece in enumerate(proto.pieces)}
     normal = {_spelled(piece): piece.score for piece in proto.pieces if piece.type == piece.NORMAL}
-    # Sentencepiece joins the pair whose joint piece scores best, the leftmost of equals.
+    # Sentencepiece joins the pair whose joint piece has the best score, and the leftmost of equal ones.
     merges = [
         (-score, ids[piece], at, piece)
         for piece, score in normal.items()
@@ -124,11 +124,11 @@ def _normalizer(settings: Any, *, writes_mark: bool) -> dict[str, Any] | None:
 def _pre_tokenizer(proto: Any, data: bytes) -> dict[str, Any] | None:
     """Return where text may be cut without changing its ids."""
     if exact_borders(data):
-        # Only for speed: the library remembers words as well.
+        # Only for speed: the library caches words too.
         pattern = WORDS.pattern
     elif proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM:
-        # The library would take the text "<0x41>" for the byte 0x41, where no other way to spell it is better. With
-        # the characters that have no piece out of the way, all others together always spell it better. Without bytes,
+        # The library would read the text "<0x41>" as the byte 0x41 if no other spelling is better. Without
+        # the characters that have no piece, all others together always spell it better. Without bytes,
         # a run of them is one unknown piece.
         known = {_spelled(piece) for piece in proto.pieces if piece.type == piece.NORMAL}
         pattern = f"[^{_character_class(character for character in known if len(character) == 1)}]"

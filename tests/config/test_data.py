@@ -92,7 +92,9 @@ def test_phases_never_change_within_a_run_and_windows_may(good: list[str]) -> No
 def test_a_folder_that_is_no_corpus_is_named_with_what_makes_one(good: list[str], tmp_path: Path) -> None:
     (tmp_path / "my texts").mkdir()
     (tmp_path / "my texts" / "a.txt").write_text("a")
-    with pytest.raises(ConfigError, match=r"so it is not a prepared corpus; `bigtx data prepare 'input\.paths=my texts"):
+    with pytest.raises(
+        ConfigError, match=r"so it is not a prepared corpus; `bigtx data prepare 'input\.paths=my texts"
+    ):
         load(PretrainConfig, [*good, "data.sources.web.path=my texts"])
     with pytest.raises(ConfigError, match=r"data\.sources\.web\.path=web/train.*web"):
         load(PretrainConfig, [*good, "data.sources.web.path=web/train"])

@@ -118,7 +118,7 @@ def test_values(argument: str, key: str, value: Any) -> None:
         ("model.norm=LAYER", "did you mean layer"),
         ("engine.compile=yes", "write true"),
         ("engine.compile=off", "write false"),
-        ("engine.compile=1", "neither true nor false"),
+        ("engine.compile=1", "not true or false"),
         ("track.project=null", "write '' for an empty text"),
         ("track.tags={a: b}", r"write track\.tags=TEXT, or 'track\.tags=\[TEXT,TEXT\]'"),
         ("track.tags=null", r"write track\.tags=TEXT, or 'track\.tags=\[TEXT,TEXT\]'"),

@@ -95,7 +95,10 @@ def test_an_empty_config_lists_what_is_missing(corpus: Path) -> None:
             ["schedule.name=warmup_stable_decay", "schedule.warmup=30 %", "schedule.decay=71 steps"],
             "longer than the whole run|more than the run",
         ),
-        (["train.max_steps=null", "train.max_tokens=1M", "schedule.warmup=2M tokens"], "longer than the whole run|more than the run"),
+        (
+            ["train.max_steps=null", "train.max_tokens=1M", "schedule.warmup=2M tokens"],
+            "longer than the whole run|more than the run",
+        ),
     ],
 )
 def test_refused(corpus: Path, args: list[str], words: str) -> None:

@@ -369,7 +369,7 @@ def test_otherwise_the_way_out_is_told_and_works(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"holds no tokenizer: neither tokenizer.json nor"):
+    with pytest.raises(DataError, match=r"has no tokenizer: no tokenizer.json and no"):
         import_tokenizer(tmp_path)
 
 

@@ -1,6 +1,6 @@
-"""Mixtures of experts on Llama's frame: Mixtral (arXiv:2401.04088), Qwen2-MoE and Qwen3-MoE.
+"""Mixtures of experts in Llama's architecture: Mixtral (arXiv:2401.04088), Qwen2-MoE and Qwen3-MoE.
 
-transformers holds the experts of a block in one tensor, and saves them one by one.
+transformers keeps the experts of a block in one tensor, and saves them one by one.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Mixtral(LlamaKin):
         )
 
     def balance_loss(self, fields: Fields, num_active: int) -> float:
-        """Return the weight of the same loss: transformers adds up what bigtx takes the mean of, over a token's
-        experts.
+        """Return the weight of the same loss: transformers sums over a token's experts, and bigtx takes the mean over
+        them.
         """
         return fields.number("router_aux_loss_coef", 0.001) * num_active
 
@@ -62,7 +62,7 @@ class Mixtral(LlamaKin):
         return {"experts.normalize_weights": (True,), "experts.shared_size": (0,)}
 
     def write_config(self, config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-        """Return a config.json of a config without problems."""
+        """Return the config.json of a config without problems."""
         values = super().write_config(config, tokenizer) | self.write_experts(config)
         return values | {"router_aux_loss_coef": config.experts.balance_loss / config.experts.num_active}
 
@@ -75,7 +75,7 @@ class Mixtral(LlamaKin):
         }
 
     def links(self, config: ModelConfig) -> list[Link]:
-        """Return every parameter, renamed; a block's experts are cut apart."""
+        """Link every parameter to its foreign name; a block's experts are separated."""
         keys = BLOCK | {
             "mlp.router": f"{self.mlp_key}.gate",
             "mlp.shared_gate": f"{self.mlp_key}.shared_expert_gate",
@@ -97,7 +97,7 @@ class Mixtral(LlamaKin):
 
 @dataclass(frozen=True)
 class QwenExperts(Mixtral):
-    """Experts narrower than a feed-forward would be, beside a gated one that all tokens meet if `shared`."""
+    """Qwen's mixtures, with narrower experts than a feed-forward, and a gated expert for all tokens if `shared`."""
 
     shared: bool = False
 

@@ -1,8 +1,8 @@
 """T5 (arXiv:1910.10683): the first release, and 1.1 with a gated feed-forward (arXiv:2002.05202) and a head of its own.
 
 A tied head reads hidden states times 1 / sqrt(hidden_size), an untied one reads them as they are. Releases of
-transformers before 5 told the two by `tie_word_embeddings`; release 5 writes true there always, and
-`scale_decoder_outputs` beside it.
+transformers before 5 distinguished the two by `tie_word_embeddings`; release 5 always writes true there, and
+`scale_decoder_outputs` in addition.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "relu2": "relu2",
-    # The tanh approximation in spite of the name, as the published models were trained.
+    # The tanh approximation despite the name, as the published models were trained.
     "gated-gelu": "geglu_tanh",
     "gated-gelu_new": "geglu_tanh",
     "gated-silu": "swiglu",
 }
-"""The feed-forward by the name of its projection; of two names for one, the first is written."""
+"""The feed-forwards by the names of their projections; of two names for one, the first is written."""
 
 HEAD = "lm_head.weight"
 _TABLE = "block.0.layer.0.SelfAttention.relative_attention_bias"
@@ -79,12 +79,12 @@ class T5:
         """Return bigtx's config of a config.json.
 
         Raises:
-            ConfigError: it names every field whose value bigtx does not express.
+            ConfigError: bigtx cannot express a value; the message names every such field.
         """
         fields = Fields(values)
-        fields.expect("is_encoder_decoder", True, "is a part of the model alone")
+        fields.expect("is_encoder_decoder", True, "makes it only a part of the model")
         begin = values.get("pad_token_id", 0)
-        fields.expect("decoder_start_token_id", begin, f"is not pad_token_id={begin}, with which generation begins")
+        fields.expect("decoder_start_token_id", begin, f"is not pad_token_id={begin}, with which generation starts")
         tied = fields.flag("scale_decoder_outputs", fields.flag("tie_word_embeddings", True))
         hidden_size, num_layers = fields.size("d_model", 512), fields.size("num_layers", 6)
         config = ModelConfig(
@@ -102,7 +102,7 @@ class T5:
             positions="relative",
             relative_num_buckets=fields.size("relative_attention_num_buckets", 32),
             relative_max_distance=fields.size("relative_attention_max_distance", 128),
-            # The length of the published models' training; the architecture has no longest text.
+            # The length of the published models' training; the architecture has no limit.
             max_sequence_length=fields.size("n_positions", 512),
             tie_embeddings=tied,
             logit_scale=hidden_size**-0.5 if tied else 1.0,
@@ -113,11 +113,11 @@ class T5:
 
     def settled(self, config: ModelConfig, keys: Collection[str]) -> ModelConfig:
         """Tie the head where the files have none: release 5 of transformers ties every new T5, and
-        then does not scale what the head of a 1.1 reads."""
+        then does not scale the input of the head of a 1.1."""
         return config if HEAD in keys else replace(config, tie_embeddings=True)
 
     def problems(self, config: ModelConfig) -> list[str]:
-        """Return the fields that the family does not express, each as "model.FIELD=VALUE: why"."""
+        """Return the fields that the family cannot express, each as "model.FIELD=VALUE: why"."""
         allowed = {"num_kv_heads": (None, config.num_heads), "mlp": tuple(ACTIVATIONS.values())}
         problems = differing(config, FIXED | allowed, {})
         if config.logit_scale != 1.0 and not (config.tie_embeddings and _is_scaled(config)):
@@ -127,7 +127,7 @@ class T5:
         return problems
 
     def write_config(self, config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-        """Return a config.json of a config without problems."""
+        """Return the config.json of a config without problems."""
         return {
             "architectures": [self.architecture],
             "model_type": self.model_type,
@@ -146,7 +146,7 @@ class T5:
             "feed_forward_proj": next(name for name, kind in ACTIVATIONS.items() if kind == config.mlp),
             "n_positions": config.max_sequence_length,
             "is_encoder_decoder": True,
-            # What transformers scales by; whether the head is tied it sees by the files.
+            # transformers decides the scale by this; it finds out whether the head is tied by the files.
             "tie_word_embeddings": _is_scaled(config),
             "scale_decoder_outputs": _is_scaled(config),
             "use_cache": True,
@@ -169,7 +169,7 @@ class T5:
         return key
 
     def unused(self, config: ModelConfig) -> Sequence[str]:
-        """Return the copies of the shared table, and a bias of the cross attention that the first release held and
+        """Return the copies of the shared table, and a bias of the cross attention that the first release stored and
         never read.
         """
         tied = r"(encoder|decoder)\.embed_tokens\.weight"

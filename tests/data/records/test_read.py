@@ -180,7 +180,11 @@ def test_members_with_other_suffixes_are_never_decoded(tmp_path: Path) -> None:
 def test_what_names_no_records_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(b"")
     (tmp_path / "empty").mkdir()
-    for path, expected in (("nowhere", "no file or folder"), ("a.bin", "does not end in one of"), ("empty", "no records")):
+    for path, expected in (
+        ("nowhere", "no file or folder"),
+        ("a.bin", "does not end in one of"),
+        ("empty", "no records"),
+    ):
         with pytest.raises(DataError, match=expected):
             read(tmp_path / path)
     with pytest.raises(DataError, match=r"no file .*x\.de"):

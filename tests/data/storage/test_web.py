@@ -55,7 +55,9 @@ def test_files_of_all_kinds_are_streamed(server: Web) -> None:
 def test_braces_stand_for_several_files(server: Web) -> None:
     server.files = {f"/{number:03d}.txt": str(number).encode() for number in range(12)}
     assert texts_of(f"{server.url}/{{000..011}}.txt") == [str(number) for number in range(12)]
-    with pytest.raises(DataError, match=r"/012\.txt \(named in input\.paths\) cannot be read: its server responds with 404"):
+    with pytest.raises(
+        DataError, match=r"/012\.txt \(named in input\.paths\) cannot be read: its server responds with 404"
+    ):
         texts_of(f"{server.url}/{{000..012}}.txt")
     with pytest.raises(DataError, match="does not list its files"):
         texts_of(f"{server.url}/*.txt")
