@@ -1,6 +1,6 @@
-"""From a log-mel spectrogram to the columns that an encoder reads: convolutions over frames (arXiv:2212.04356).
+"""The front end from a log-mel spectrogram to the columns of an encoder: convolutions over frames (arXiv:2212.04356).
 
-A convolution is written as a matrix product with neighbouring frames side by side: the same arithmetic, in the form
+A convolution is computed as a matrix product of concatenated neighbouring frames: the same arithmetic, in a form
 that is fast in bf16 on every device. Shape letters: B batch, F frames, M mel bins, S columns, D hidden size.
 """
 
@@ -16,7 +16,7 @@ from bigtx.model.layers import Linear
 
 
 class FrontEnd(nn.Module):
-    """Convolutions of width 3, each followed by GELU; frames behind the end of a recording are zeros to all of them."""
+    """Convolutions of width 3, each followed by GELU; all of them read zeros after the end of a recording."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

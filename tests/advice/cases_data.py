@@ -319,7 +319,7 @@ def texts(desk: Desk) -> None:
     desk.write("texts/a.txt", TEXTS[0] * 20)
 
 
-@CASES.case(" allow: there are no more than ", r"set (vocab_size=\d+) or less")
+@CASES.case(" allow: they have at most ", r"set (vocab_size=\d+) or less")
 def too_many_pieces(desk: Desk) -> Attempt:
     texts(desk)
     return desk.command(TRAIN.replace("=400", "=9000"))
@@ -338,7 +338,7 @@ def too_small_a_vocabulary(desk: Desk) -> Attempt:
     return desk.command(TRAIN.replace("=400", "=700"))
 
 
-@CASES.case(" would suit it.", r"(vocab_size=\S+) would")
+@CASES.case(" would fit.", r"(vocab_size=\S+) would")
 def too_large_a_vocabulary(desk: Desk) -> Attempt:
     def remark(words: Sequence[str]) -> Outcome:
         size = load(TokenizerTrainConfig, ["vocab_size=128k", *words], check=False).vocab_size

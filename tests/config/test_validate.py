@@ -90,14 +90,14 @@ def test_an_empty_config_lists_what_is_missing(corpus: Path) -> None:
         (["engine.timeout=30 steps"], "is not a time"),
         (["train.log_every=0 steps"], "is not an interval"),
         (["schedule.warmup=30 min"], "is a time; write steps"),
-        (["schedule.warmup=101 steps"], "longer than the whole run|more than the run"),
+        (["schedule.warmup=101 steps"], "longer than the whole run"),
         (
             ["schedule.name=warmup_stable_decay", "schedule.warmup=30 %", "schedule.decay=71 steps"],
-            "longer than the whole run|more than the run",
+            "longer than the whole run",
         ),
         (
             ["train.max_steps=null", "train.max_tokens=1M", "schedule.warmup=2M tokens"],
-            "longer than the whole run|more than the run",
+            "longer than the whole run",
         ),
     ],
 )

