@@ -114,7 +114,7 @@ def _same(setting: Setting, old: Any, new: Any) -> bool:
 
 
 def _place(path: str) -> str:
-    """Return the resolved path, however it is written; a pattern of names remains a pattern."""
+    """Return the resolved path of any spelling; a pattern of names remains a pattern."""
     return path.rstrip("/") if is_url(path) or not path else os.path.realpath(path)
 
 

@@ -188,7 +188,7 @@ class Converter:
 
     def _is_secret(self, key: str, node: Node) -> bool:
         text = node.content if isinstance(node.content, str) else ""
-        # A key of the schema never holds a secret, whatever its name.
+        # A key of the schema never holds a secret, even if its name looks so.
         if (is_secret_key(key.rpartition(".")[2]) and not find(self.schema, key)) or scrub_text(text) != text:
             what = (
                 "looks like a secret, and a run writes its config into its folder; pass it as an environment variable"

@@ -17,7 +17,7 @@ def with_absolute_paths(schema: type, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_moved_paths(schema: type, values: dict[str, Any], old: Path, new: Path) -> dict[str, Any]:
-    """Return the values of a run that was moved. For a missing path, look at the same place relative to the run:
+    """Return the values of a run that was moved. For a missing path, try the same place relative to the run:
     the whole project may have been moved.
 
     Args:

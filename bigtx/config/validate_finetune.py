@@ -34,7 +34,7 @@ def task_problems(config: FinetuneConfig) -> Iterator[Problem]:
     for name in ("train", "validation", "test"):
         for path in getattr(config.data, name):
             if config.run_dir and os.path.realpath(path) == os.path.realpath(config.run_dir):
-                what = f"is the folder that data.{name} reads; name another one (it may lie inside)"
+                what = f"is the folder that data.{name} reads; name another one (it may be inside)"
                 yield Problem("run_dir", config.run_dir, what, related=(f"data.{name}",))
     yield from _classes(config.classify.classes)
     yield from _speech(config)

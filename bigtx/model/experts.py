@@ -93,7 +93,7 @@ def routing_loss(routing: Routing, shares: Tensor | None, settings: ExpertsConfi
 
 
 class Experts(nn.Module):
-    """A mixture of experts: each token is sent to `num_active` of them, and to the shared one if any; none is dropped."""
+    """A mixture of experts: each token is sent to `num_active` of them, and to the shared one; none is dropped."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

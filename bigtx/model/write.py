@@ -124,7 +124,7 @@ def write(
 
 
 def plain_prompts(config: ModelConfig, tokenizer: Codec, texts: Sequence[str]) -> list[Prompt]:
-    """Return prompts of texts to continue, where an empty one starts a new document; for an encoder-decoder, sources."""
+    """Return prompts of texts to continue, where an empty one is a new document, or of sources."""
     if config.shape == "encoder_decoder":
         return [Prompt(ids, goes_on=False) for ids in tokenizer.encode_sources(texts)]
     return [Prompt(ids, goes_on=True) for ids in tokenizer.encode_prompts(texts)]

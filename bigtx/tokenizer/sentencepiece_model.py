@@ -100,7 +100,7 @@ class SentencePieceModel:
         return b"".join(map((self._bytes_with_special if keep_special else self._bytes).__getitem__, ids))
 
     def decode(self, ids: Sequence[int], keep_special: bool, after: Sequence[int] = ()) -> str:
-        """Return the text of ids; bytes that are no UTF-8 become U+FFFD.
+        """Return the text of ids; bytes that are not UTF-8 become U+FFFD.
 
         Args:
             after: the ids before them, whose text is left out.

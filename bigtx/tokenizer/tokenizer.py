@@ -439,7 +439,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path} is damaged; copy the tokenizer again from its source.") from None
     if not known:
         raise DataError(
-            f"{path} has format {description['format']!r} and kind {description['kind']!r}, which this version of bigtx "
+            f"{path} has format {description['format']!r} and kind {description['kind']!r}, which this bigtx "
             f"does not know; update bigtx."
         )
     return dict(description)

@@ -274,7 +274,7 @@ class _Reader:
             self.problems.append(f"{written} has no value; write {shown(option)}")
 
     def _values_after(self, option: argparse.Action, rest: deque[str]) -> list[str]:
-        """Take the words that belong to an option which was written with a space behind it."""
+        """Take the words that belong to an option which is followed by a space."""
         values: list[str] = []
         while rest and (not values or option.nargs in ("+", "*")):
             match = ASSIGNMENT.fullmatch(rest[0])

@@ -2,7 +2,7 @@
 
 A `FolderLock` is two things in one file, `run.lock`: an operating system's lock (flock) on the open file, held for the
 duration of the run, and a record that says which process holds it. The kernel frees the lock when the process ends,
-however it ends, and all containers of a machine share the kernel. So the lock decides, and the record is for messages.
+for any reason, and all containers of a machine share the kernel. So the lock decides, and the record is for messages.
 The record decides only where the file system has no locks, or has locks that no other host sees.
 """
 
@@ -35,7 +35,7 @@ class FolderLock:
     """A lock that keeps a second run out of a folder, until this process ends or calls `release`.
 
     The file remains after a process is killed, and the next process takes it over. On a network file system whose locks
-    other hosts do not see, the file of another host is taken over only where SLURM has restarted the same job since.
+    other hosts do not see, the file of another host is used again only if SLURM has restarted the same job since then.
     """
 
     def __init__(self, folder: Path | str) -> None:

@@ -55,7 +55,7 @@ def local_rank() -> int:
 
 
 def num_nodes() -> int:
-    """Return number of machines, as far as the launcher says how many ranks each has; else 1."""
+    """Return number of machines, if the launcher says how many ranks each has; else 1."""
     local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or ""
     return -(-world_size() // int(local)) if is_launched() and local.isdecimal() and int(local) else 1
 

@@ -16,7 +16,7 @@ UNSPACED = (
 )
 """Their code points, first and last, below `IDEOGRAPHS`."""
 IDEOGRAPHS = 0x20000
-"""Code points from here on are nearly all ideographs."""
+"""From this code point on, almost all are ideographs."""
 
 
 def is_unspaced(character: str) -> bool:

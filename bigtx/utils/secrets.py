@@ -45,7 +45,7 @@ def is_secret_key(key: str) -> bool:
 def scrub(value: Any) -> Any:
     """Return a copy of nested dicts, lists and texts in which every secret is replaced by `<hidden>`.
 
-    Numbers, booleans and None are returned as they are, whatever their key.
+    Numbers, booleans and None are returned as they are, with any key.
     """
     return _scrub(value, _environment_secrets())
 

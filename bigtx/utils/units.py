@@ -31,7 +31,7 @@ LARGEST = 2**63 - 1
 DURATION_EXAMPLE = "a duration such as 500 steps, 2B tokens, 30 min or 5 %"
 RANGE_EXAMPLE = "a range START-END such as 120k-121k"
 
-# A number, then whatever is left as the suffix. Underscores group digits; some read a leading zero as octal.
+# A number, then the rest as the suffix. Underscores group digits; some read a leading zero as octal.
 NUMBER = r"(?P<number>(?:0|[1-9][0-9]*(?:_[0-9]+)*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,2})?)"
 QUANTITY = re.compile(rf"{NUMBER}\s*(?P<suffix>.*)", re.DOTALL)
 

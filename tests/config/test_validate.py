@@ -83,7 +83,7 @@ def test_an_empty_config_lists_what_is_missing(corpus: Path) -> None:
         (["objective.mask_rate=0.3"], r"mask_rate=0\.3 .*has no effect without objective\.name=masked"),
         (
             ["model.shape=encoder", "objective.name=masked", "validation.sample_prompts=[a]"],
-            "an encoder .* writes no text",
+            "an encoder .* generates no text",
         ),
         (["engine.offload_optimizer=cpu", "engine.zero_stage=0"], "needs engine.zero_stage 1, 2 or 3"),
         (["engine.offload_parameters=cpu"], "needs engine.zero_stage=3; it is 1"),

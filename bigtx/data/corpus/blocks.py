@@ -175,6 +175,6 @@ def damaged_block(manifest: Manifest, block: int, advice: str) -> DataError:
 
 
 def _allow_open_files() -> None:
-    """Raise this process's limit of open files as far as allowed: every mapped shard holds one, and 1024 is usual."""
+    """Raise this process's limit of open files as much as allowed: every mapped shard holds one, and 1024 is usual."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

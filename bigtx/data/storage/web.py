@@ -22,7 +22,7 @@ _TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504}
 _SKIP_BYTES = 1 << 20
 _ASKED_FOR_VERSION = 4
 _MIRRORS = (
-    "its server sends different versions of it in turn (ETag), as several mirrors behind one name do, so bigtx "
+    "its server sends different versions of it in turn (ETag), as several mirrors with one name do, so bigtx "
     "cannot check whether its parts belong together; name one of the mirrors, or copy it and read the copy"
 )
 _ENCODINGS = {"gzip": (".gz", ".tgz"), "x-gzip": (".gz", ".tgz"), "zstd": (".zst", ".zstd", ".tzst"), "br": (".br",)}

@@ -18,7 +18,7 @@ Errors do not accumulate from phase to phase. With one phase, G(q + e) - G(q) is
 at most 1/2 (1 + w/w1 + w/w2 + ...), where w is its weight and w1, w2, ... its ancestors' weights below the root. In a
 Huffman tree a node's uncle weighs at least as much as the node, hence the weights on the way up grow at least like
 Fibonacci's numbers, and the sum is below 1/2 (1 + 1 + 1/2 + 1/3 + 1/5 + ...) = 1.68: at no prefix is any source off by
-two sequences, whatever the weights. With several phases, one tree is used for all of them: the Huffman trees of each
+two sequences, for any weights. With several phases, one tree is used for all of them: the Huffman trees of each
 phase's weights, of their means, of their maxima and of equal weights are tried, some of them also with the sources that
 are read in the same phases kept together, and the one with the least bound is used. As G(q + e) - G(q) is never more
 than e, a leaf of depth d is off by at most d/2: up to 16 sources stay within two in any phases. With more, phases for

@@ -110,7 +110,7 @@ def mean_word_length(page: Page) -> float:
 
 
 def symbol_ratio(page: Page) -> float:
-    """Return the hash signs per word or the ellipses per word, whichever are more."""
+    """Return the hash signs per word or the ellipses per word, the larger of the two."""
     ellipses = sum(page.text.count(ellipsis) for ellipsis in _ELLIPSES)
     return max(page.text.count("#"), ellipses) / max(1, len(page.words))
 
