@@ -173,8 +173,8 @@ def test_mistakes_are_explained(args: list[str], words: str, capsys: pytest.Capt
         ),
         (["train.max_steps=abc"], r"train\.max_steps=abc \(command line\): is not a whole number"),
         (["absent.yaml"], r"no file 'absent\.yaml'"),
-        (["--ranks=none"], "--ranks none: name how many ranks to start"),
-        (["run_dir=${oc.env:HOME}"], "never fills in"),
+        (["--ranks=none"], "--ranks none: write how many ranks to start"),
+        (["run_dir=${oc.env:HOME}"], "never replaces"),
     ],
 )
 def test_config_errors_answer_at_once(args: list[str], words: str) -> None:

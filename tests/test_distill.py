@@ -262,8 +262,8 @@ def test_what_does_not_fit_is_refused(teacher: Path, corpus: Path, texts: Path, 
         (["distill.teacher=nowhere"], "no such folder; name a run or one of its checkpoints"),
         ([f"distill.teacher={teacher}", "distill.temperature=0"], "the least is 0.01"),
         ([f"distill.teacher={teacher}", "distill.copy_layers=true", f"base={teacher}"], "the weights come from"),
-        ([f"distill.teacher={teacher}", "task=preference"], "cannot teach task=preference"),
-        (["task=sft", f"base={teacher}", "distill.weight=0.1"], "says nothing without distill.teacher"),
+        ([f"distill.teacher={teacher}", "task=preference"], "does not work with task=preference"),
+        (["task=sft", f"base={teacher}", "distill.weight=0.1"], "has no effect without distill.teacher"),
         ([f"distill.teacher={empty}"], "is not a run: it has no config.yaml"),
     ):
         done = finetune(*source, *changes)

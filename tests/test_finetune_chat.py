@@ -149,8 +149,8 @@ def test_broken_chats_are_named_by_file_and_line(base: Path, files: Path, tmp_pa
     done = finetune(*dpo(base, files, tmp_path / "run", f"data.train=[{path}]", "data.max_length=16"))
     assert done.returncode == 2 and "are the same answer twice" in done.stderr and "max_equal" in done.stderr
     done = finetune(*sft(base, files, tmp_path / "run", "sft.row_length=40", "preference.beta=1"))
-    assert done.returncode == 2 and "says nothing without sft.packing=true" in done.stderr
-    assert "says nothing without task=preference" in done.stderr
+    assert done.returncode == 2 and "has no effect without sft.packing=true" in done.stderr
+    assert "has no effect without task=preference" in done.stderr
 
 
 @pytest.mark.slow

@@ -261,7 +261,7 @@ def test_what_cannot_be_used_is_refused_with_its_place(
     done = bigtx("tokenizer", "train", f"input.paths=[{corpus.parent}/0*.txt]", f"output={other}", "vocab_size=400")
     assert done.returncode == 0, done.stderr
     for changes, expected in (
-        ([f"base={hugging_face}"], "`bigtx import` makes a run of it"),
+        ([f"base={hugging_face}"], "`bigtx import` converts it to a run"),
         ([f"tokenizer={other}"], "the tokenizer comes with the base"),
         ([f"data.train=[{one_class}]", "data.validation_fraction=0"], "have one class, 'joy'"),
         (["classify.pooling=first"], "classify.pooling=first"),

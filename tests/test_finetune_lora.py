@@ -140,8 +140,8 @@ def test_damaged_frozen_weights_are_found(base: Path, records: Path, tuned: Path
 def test_what_cannot_be_trained_is_said(base: Path, records: Path, tmp_path: Path) -> None:
     for changes, expected in (
         (["model.lora.rank=4", "model.lora.targets=[atention.query]"], "attention.query"),
-        (["model.lora.alpha=4"], "says nothing without model.lora.rank=N"),
-        (["optimizer.train_also=['*norm*']"], "says nothing without model.lora.rank=N"),
+        (["model.lora.alpha=4"], "has no effect without model.lora.rank=N"),
+        (["optimizer.train_also=['*norm*']"], "has no effect without model.lora.rank=N"),
         (["optimizer.freeze=[decoder.block.0.*]"], "matches no parameter of the model; did you mean decoder.blocks.0."),
         (["optimizer.freeze=['*']"], "matches every parameter that would be trained"),
         (["optimizer.freeze=['head.*']"], "begin from the seed, but they would not be trained; leave them out"),
@@ -158,4 +158,4 @@ def test_classes_are_exported_with_adapters_merged(
     assert main(["export", str(tuned), "--to", "hf", "-o", str(tmp_path / "hf")]) == 0
     assert "as LlamaForSequenceClassification: " in capsys.readouterr().out
     assert main(["export", str(tuned), "--to", "peft", "-o", str(tmp_path / "out"), "--base", "x"]) == 2
-    assert "beside the adapters head.classes.weight" in capsys.readouterr().err
+    assert "besides the adapters, head.classes.weight" in capsys.readouterr().err

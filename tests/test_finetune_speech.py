@@ -72,7 +72,14 @@ def test_records_that_cannot_be_used_are_told_by_file_and_line(tokenizer: Path, 
     done = finetune(*run_of("seq2seq", tokenizer, manifest, tmp_path / "run"))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     for line, reason in enumerate(
-        ["an empty file", "no recording that can be read", "of no samples", "no field 'text'", "gone.wav cannot be"], 9
+        [
+            "an empty file",
+            "not a recording that can be read",
+            "without samples",
+            "no field 'text'",
+            "gone.wav cannot be",
+        ],
+        9,
     ):
         assert f"{manifest}, line {line}: " in done.stderr and reason in done.stderr, done.stderr
 
@@ -81,11 +88,11 @@ def test_settings_that_do_not_fit_are_told_at_once(tokenizer: Path, tmp_path: Pa
     data = write_manifest(tmp_path / "data", 2)
     for method, change, reason in (
         ("ctc", "model.shape=encoder_decoder", "is for model.shape=encoder, and it is encoder_decoder"),
-        ("seq2seq", "model.audio.num_mel_bins=0", "task=transcribe wants an encoder that hears"),
-        ("seq2seq", "task=classify", "the encoder hears, which task=classify does not"),
-        ("ctc", "transcribe.num_beams=4", "says nothing with transcribe.method=ctc"),
+        ("seq2seq", "model.audio.num_mel_bins=0", "task=transcribe needs an audio encoder"),
+        ("seq2seq", "task=classify", "an audio encoder, which task=classify cannot use"),
+        ("ctc", "transcribe.num_beams=4", "has no effect with transcribe.method=ctc"),
         ("ctc", "model.tie_embeddings=true", "has no table of tokens"),
-        ("ctc", "model.audio.strides=[]", "there must be a convolution"),
+        ("ctc", "model.audio.strides=[]", "at least one convolution"),
     ):
         done = finetune(*run_of(method, tokenizer, data, tmp_path / "run", change))
         assert done.returncode == 2 and reason in done.stderr and "Traceback" not in done.stderr, done.stderr
@@ -207,7 +214,7 @@ def test_what_is_broken_inside_is_met_before_the_first_step(tokenizer: Path, tmp
     arguments = run_of("ctc", tokenizer, manifest, run_dir, "data.split=tail")
     done = finetune(*arguments, ranks=2)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert f"{manifest}, line 25: cut.flac: no recording that can be read" in done.stderr
+    assert f"{manifest}, line 25: cut.flac: not a recording that can be read" in done.stderr
     assert not (run_dir / "checkpoints").exists() and len((run_dir / "recordings.jsonl").read_text().splitlines()) == 24
 
 

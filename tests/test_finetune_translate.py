@@ -127,7 +127,7 @@ def test_broken_pairs_are_refused_with_file_and_line(corpus: Path, tmp_path: Pat
     done = finetune(*run_of(corpus, sides, tmp_path / "run", f"data.train=['{sides}','{uneven}/a.{{xx,yy}}']"))
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert f"{tmp_path}/pairs.yy.gz, line 4: not UTF-8" in done.stderr
-    assert f"{uneven}/a.{{xx,yy}}: the two files must have as many lines: {uneven}/a.xx has 3" in done.stderr
+    assert f"{uneven}/a.{{xx,yy}}: the two files must have the same number of lines: {uneven}/a.xx has 3" in done.stderr
     lines[0], lines[3] = b"", b"ba"
     (tmp_path / "pairs.yy.gz").write_bytes(gzip.compress(b"\n".join(lines)))
     done = finetune(*run_of(corpus, sides, tmp_path / "run", "data.too_long=refuse", "data.max_length=6"))

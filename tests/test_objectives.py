@@ -107,11 +107,11 @@ def test_what_does_not_fit_is_said_before_anything_starts(corpus: Path, tmp_path
     source, run_dir = f"data.sources.a.path={corpus}", f"run_dir={tmp_path / 'run'}"
     steps = "train.max_steps=2"
     for changes, expected in (
-        (["objective.name=masked"], "is not for model.shape=decoder; write causal or fill_in_middle"),
-        (["model.shape=encoder"], "is not for model.shape=encoder; write masked"),
+        (["objective.name=masked"], "is not possible for model.shape=decoder; write causal or fill_in_middle"),
+        (["model.shape=encoder"], "is not possible for model.shape=encoder; write masked"),
         (["model.prefix_attention=true"], "write prefix"),
-        ([*MODELS["masked"], "validation.sample_prompts=[a]"], "an encoder (model.shape) writes no text"),
-        (["model.num_decoder_layers=2"], "says nothing without model.shape=encoder_decoder"),
+        ([*MODELS["masked"], "validation.sample_prompts=[a]"], "an encoder (model.shape) generates no text"),
+        (["model.num_decoder_layers=2"], "has no effect without model.shape=encoder_decoder"),
     ):
         done = pretrain(source, run_dir, steps, *changes)
         assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr, done.stderr

@@ -1,1 +1,1 @@
-"""Typed configuration: the schema, and the one loader of it."""
+"""Typed configuration: the schema and its loader."""

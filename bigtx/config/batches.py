@@ -1,4 +1,4 @@
-"""How ranks share a global batch."""
+"""The division of a global batch over the ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bigtx.config.schema.training import RhythmConfig
 
 
 def batch_problems(train: RhythmConfig, num_ranks: int) -> Iterator[Problem]:
-    """What keeps so many ranks from sharing the global batch evenly."""
+    """Yield a problem where so many ranks cannot share the global batch evenly."""
     total = train.global_batch_size
     if total % num_ranks:
         below, above = total // num_ranks * num_ranks, -(-total // num_ranks) * num_ranks
@@ -17,11 +17,13 @@ def batch_problems(train: RhythmConfig, num_ranks: int) -> Iterator[Problem]:
         yield Problem(
             "train.global_batch_size",
             str(total),
-            f"does not divide over {num_ranks} ranks; {fitting} would, or another number of ranks",
+            f"cannot be divided over {num_ranks} ranks; write {fitting}, or use another number of ranks",
         )
 
 
 def micro_batch_size_of(train: RhythmConfig, num_ranks: int) -> int:
-    """Sequences of a micro batch: the most that divide a rank's share and are not more than the config allows."""
+    """Return the number of sequences of a micro batch: the largest that divides a rank's share and is not above what
+    the config allows.
+    """
     share = train.global_batch_size // num_ranks
     return next(size for size in range(min(train.micro_batch_size, share), 0, -1) if share % size == 0)

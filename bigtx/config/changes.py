@@ -1,4 +1,4 @@
-"""What differs between a run's saved config and the one it is resumed with, and whether that may be."""
+"""Differences between a run's saved config and the config that it is resumed with, and whether they are allowed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Change:
     """One setting whose value differs.
 
     Attributes:
-        old, new: values; `(absent)` for an entry that one of the configs does not have.
+        old, new: the values; `(absent)` for an entry that one of the configs does not have.
         rule: "free", "by_name" or "never", as the schema marks the setting.
     """
 
@@ -35,10 +35,10 @@ class Change:
 
 
 def compare(old: dict[str, Any], new: Any) -> list[Change]:
-    """The differences, in the schema's order.
+    """Return the differences, in the schema's order.
 
     Args:
-        old: a saved config (`to_dict`). A setting that it lacks, because the schema has grown since, had its default.
+        old: a saved config (`to_dict`). A setting that it lacks, because the schema has a new one, had its default.
         new: the config to resume with.
     """
     schema = type(new)
@@ -58,10 +58,10 @@ def refuse(changes: Sequence[Change], config: RunConfig) -> None:
     """Accept changes that are free or allowed by name.
 
     Args:
-        config: the one to resume with; its `allow_changes` name what is allowed.
+        config: the config to resume with; its `allow_changes` names what is allowed.
 
     Raises:
-        ConfigError: shows the others as a diff, and the `allow_changes` that would let them through.
+        ConfigError: other settings differ; the message shows them as a diff, with the `allow_changes` that allows them.
     """
     allowed, begins_with = config.allow_changes, config.begins_with
     never = [change for change in changes if change.rule == "never"]
@@ -71,7 +71,7 @@ def refuse(changes: Sequence[Change], config: RunConfig) -> None:
     lines = ["the run was started with other settings."]
     if by_name:
         names = dict.fromkeys([*allowed, *(change.key for change in by_name)])
-        lines.append("These may change if that is meant:")
+        lines.append("These may change if you name them:")
         lines += [_diff_line(change) for change in by_name]
         lines.append(f"  To change them, add: {shell.setting('allow_changes', list(names))}")
     if never:
@@ -84,7 +84,7 @@ def refuse(changes: Sequence[Change], config: RunConfig) -> None:
 
 
 def _flatten(schema: type, values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by dotted key; settings that the schema does not know (any more) are left out."""
+    """Return the values by dotted key; settings that the schema does not know (any more) are left out."""
     flat: dict[str, Any] = {}
     for name, setting in members(schema, prefix).items():
         value = values.get(name, setting.default)
@@ -114,7 +114,7 @@ def _same(setting: Setting, old: Any, new: Any) -> bool:
 
 
 def _place(path: str) -> str:
-    """Where a path leads, however it is written; a pattern of names stays one."""
+    """Return the resolved path of any spelling; a pattern of names remains a pattern."""
     return path.rstrip("/") if is_url(path) or not path else os.path.realpath(path)
 
 

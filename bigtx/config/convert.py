@@ -1,4 +1,4 @@
-"""From a tree of text to typed values, by the schema, collecting every problem on the way."""
+"""Conversion of a tree of text to typed values by the schema, with every problem collected."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Converter:
 
     Attributes:
         problems: everything found wrong, in the order of the tree.
-        origins: where each key that was given stands.
+        origins: the file and line of each key that was given.
     """
 
     def __init__(self, schema: type) -> None:
@@ -39,7 +39,7 @@ class Converter:
         self.origins: dict[str, str] = {}
 
     def convert(self, tree: Node) -> dict[str, Any]:
-        """The tree's values; what has a problem is left out."""
+        """Return the tree's values; values with a problem are left out."""
         return self._section(self.schema, tree, "")
 
     def _section(self, schema: type, node: Node, prefix: str) -> dict[str, Any]:
@@ -89,13 +89,13 @@ class Converter:
         if node.is_null:
             return {}
         if not isinstance(node.content, dict):
-            raise ValueError(f"holds entries by name; write e.g. {setting.key}.mine.{next(iter(members(schema)))}=...")
+            raise ValueError(f"has entries by name; write e.g. {setting.key}.mine.{next(iter(members(schema)))}=...")
         entries = {}
         for name, member in node.content.items():
             key = f"{setting.key}.{name}"
             if not ENTRY_NAME.fullmatch(name):
                 self._report(key, member, f"{name!r} cannot be a name; use letters, digits, - and _")
-            # null takes an entry of a file below out again.
+            # null removes an entry of an earlier file.
             elif member.is_empty or not member.is_null:
                 self.origins[key] = member.where
                 entries[name] = self._section(schema, member, f"{key}.")
@@ -104,7 +104,7 @@ class Converter:
     def _texts(self, setting: Setting, node: Node) -> list[str]:
         if isinstance(node.content, dict) or node.is_null:
             raise ValueError(f"is a list; write {setting.key}=TEXT, or {shell.setting(setting.key, ['TEXT', 'TEXT'])}")
-        # One text is a list of one: brackets are a pattern for some shells and would have to be quoted.
+        # One text is a list of one: brackets are a pattern for some shells and would need quotes.
         members = node.content if isinstance(node.content, list) else [node]
         texts = []
         for index, member in enumerate(members):
@@ -135,7 +135,7 @@ class Converter:
         if node.is_null:
             return {}
         if not isinstance(node.content, dict):
-            raise ValueError(f"holds numbers by name; write e.g. {setting.key}.mine=1")
+            raise ValueError(f"has numbers by name; write e.g. {setting.key}.mine=1")
         numbers = {}
         for name, member in node.content.items():
             key = f"{setting.key}.{name}"
@@ -143,7 +143,7 @@ class Converter:
                 continue
             self.origins[key] = member.where
             try:
-                # null takes a number of a file below out again.
+                # null removes a number of an earlier file.
                 if not member.is_null:
                     numbers[name] = _scalar(dataclasses.replace(setting, key=key, type=float), member)
             except ValueError as error:
@@ -154,11 +154,11 @@ class Converter:
         if node.is_null:
             return {}
         if not isinstance(node.content, dict):
-            raise ValueError(f"holds keys and values; write e.g. {key}.NAME=VALUE")
+            raise ValueError(f"has keys and values; write e.g. {key}.NAME=VALUE")
         return self._raw(key, node)
 
     def _raw(self, key: str, node: Node) -> Any:
-        """A value that no schema describes, by YAML 1.2's plain rules."""
+        """Return a value that no schema describes, by YAML 1.2's plain rules."""
         if isinstance(node.content, dict):
             return {
                 name: self._raw(f"{key}.{name}", member)
@@ -177,7 +177,7 @@ class Converter:
         what = "no such setting"
         if "." in key.rpartition(".")[2] or ("." in key and find(self.schema, key)):
             parent, _, name = key.rpartition(".")
-            what += f"; in a file, {name} stands on a line of its own below {parent}:"
+            what += f"; in a file, {name} is on a line of its own below {parent}:"
         else:
             similar = similar_keys(self.schema, key)
             if similar:
@@ -188,10 +188,10 @@ class Converter:
 
     def _is_secret(self, key: str, node: Node) -> bool:
         text = node.content if isinstance(node.content, str) else ""
-        # A key of the schema is none of a secret, whatever its name.
+        # A key of the schema never holds a secret, even if its name looks so.
         if (is_secret_key(key.rpartition(".")[2]) and not find(self.schema, key)) or scrub_text(text) != text:
             what = (
-                "looks like a secret, and a run writes its config into its folder; give it by an environment variable"
+                "looks like a secret, and a run writes its config into its folder; pass it as an environment variable"
             )
             self.problems.append(Problem(key, HIDDEN, what, node.where))
             return True
@@ -203,11 +203,11 @@ class Converter:
 
 
 def _refuse_filling_in(text: str) -> None:
-    """OmegaConf, which builds the config in the end, would act on these."""
+    """Refuse texts that OmegaConf, which builds the config in the end, would interpret."""
     if "${" in text:
-        raise ValueError("holds ${...}, which bigtx never fills in, from the environment or elsewhere; write the value")
+        raise ValueError("contains ${...}, which bigtx never replaces by another value; write the value itself")
     if text == "???":
-        raise ValueError("stands for a missing value; write the value")
+        raise ValueError("means a missing value; write the value")
 
 
 def _scalar(setting: Setting, node: Node) -> Any:
@@ -234,7 +234,7 @@ def _choice(text: str, choices: tuple[str, ...]) -> str:
         return text
     similar = difflib.get_close_matches(text.lower(), choices, 1)
     hint = f"; did you mean {similar[0]}?" if similar else ""
-    raise ValueError(f"is none of {', '.join(choices)}{hint}")
+    raise ValueError(f"is not one of {', '.join(choices)}{hint}")
 
 
 def _text(setting: Setting, node: Node) -> str:
@@ -251,7 +251,7 @@ def _boolean(text: str) -> bool:
         return BOOLEANS[text]
     if text.lower() in YAML_BOOLEANS:
         raise ValueError(f"is read in different ways by different programs; write {YAML_BOOLEANS[text.lower()]}")
-    raise ValueError("is neither true nor false")
+    raise ValueError("is not true or false")
 
 
 def _integer(text: str) -> int:
@@ -285,8 +285,9 @@ def _check_bounds(setting: Setting, value: float) -> None:
 
 
 def needs_quotes(text: str) -> bool:
-    """Whether a text without quotes would be refused, or read as a number, where any type may stand, though YAML takes
-    it for a text (`0E0`)."""
+    """Return whether a text without quotes would be refused, or read as a number, where any type is allowed, though
+    YAML reads it as a text (`0E0`).
+    """
     return text.lower() in YAML_BOOLEANS or any(kind.fullmatch(text) for kind in (INTEGER, FLOAT, NOT_FINITE))
 
 

@@ -1,7 +1,7 @@
-"""How the schema marks a field whose text form people write: counts, sizes, durations, fractions of a run.
+"""Marks of the schema's fields that people write as text: counts, sizes, durations, fractions of a run.
 
-A marked field keeps one plain type in the dataclass (int or str), so OmegaConf can hold it; the mark tells the
-loader how to read what was written, and resume how far the value may change within one run.
+A marked field keeps one plain type in the dataclass (int or str), so OmegaConf can hold it; the mark says how the
+loader reads the text, and how far the value may change on resume.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import dataclasses
 from typing import Any, Literal
 
 Change = Literal["free", "by_name", "never"]
-"""What resume allows: any change; a change named in `allow_changes`; no change at all."""
+"""The changes that resume allows: any change; a change named in `allow_changes`; no change at all."""
 
 LARGEST = {int: 2**63 - 1, float: 1e38}
-"""The largest number of each type where a field names no smaller one: about what int64 and fp32 hold."""
+"""The largest number of each type where a field has no smaller maximum: about what int64 and fp32 hold."""
 
 
 def field(
@@ -25,12 +25,12 @@ def field(
     maximum: float | None = None,
     factory: Any = dataclasses.MISSING,
 ) -> Any:
-    """A schema field with what the type alone cannot say.
+    """Return a schema field with properties that the type cannot express.
 
     Args:
         kind: "count" (`10B`, `64k` into an int), "size" (`512 MiB` into bytes), "duration" (`500 steps`,
-            `2B tokens`, `30 min`, kept as text), "path" (a file or folder, or a list of them: other words for the same
-            place are no change), or "" for the plain type.
+            `2B tokens`, `30 min`, kept as text), "path" (a file or folder, or a list of them: another spelling of the
+            same place is not a change), or "" for the plain type.
         change: how far resume lets the value change; "" means as its section says.
         minimum, maximum: inclusive bounds of a number, or of each number in a list or mapping. Every number has a
             minimum; where it has no maximum, `LARGEST` holds.
@@ -43,5 +43,5 @@ def field(
 
 
 def section(factory: Any, *, change: Change) -> Any:
-    """A nested section; `change` is the default for the fields inside."""
+    """Return a nested section; `change` is the default for the fields inside."""
     return field(factory=factory, change=change)

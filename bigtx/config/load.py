@@ -1,4 +1,4 @@
-"""The one loader: schema defaults <- YAML files in the order given <- key=value arguments. Nothing else."""
+"""The one loader: schema defaults <- YAML files in the order given <- key=value arguments."""
 
 from __future__ import annotations
 
@@ -39,32 +39,32 @@ T = TypeVar("T")
 
 BASE = "base"
 LOCAL_RANK = ("--local_rank", "--local-rank")
-"""What launchers add to every rank's command line; the environment says the same."""
+"""Options that launchers add to every rank's command line; the environment holds the same."""
 
 
 def load(schema: type[T], args: Sequence[str], *, check: bool = True) -> T:
-    """The configuration that a command line asks for.
+    """Return the configuration that a command line asks for.
 
     Args:
         schema: a dataclass of `schema.py`.
         args: YAML paths (a user's own or a recipe's name) and key=value items, mixed.
-        check: whether settings must fit each other and the files that they name must exist.
+        check: whether to check that settings fit each other and that the files that they name exist.
 
     Raises:
-        ConfigError: lists every problem.
+        ConfigError: there are problems; the message lists all of them.
     """
     return _load(schema, args, check=check)[0]
 
 
 def _load(schema: type[T], args: Sequence[str], *, check: bool) -> tuple[T, list[Path]]:
-    """As `load`, with the files that were read."""
+    """Load a config as `load` does, and return it with the files that were read."""
     tree, files, problems, whole = _merged_tree(schema, args)
     converter = Converter(schema)
     values = converter.convert(tree)
     problems += converter.problems
     config = _construct(schema, values)
     if check and whole:
-        # A section with a problem would give followers: its missing values are defaults here.
+        # A section with a problem would cause further problems: its missing values are defaults here.
         broken = {problem.key.partition(".")[0] for problem in problems}
         for problem in validate(config):
             if not broken & {key.partition(".")[0] for key in (problem.key, *problem.related)}:
@@ -76,10 +76,10 @@ def _load(schema: type[T], args: Sequence[str], *, check: bool) -> tuple[T, list
 
 
 def from_dict(schema: type[T], values: dict[str, Any], *, where: str = "") -> T:
-    """A configuration from plain values, e.g. of a saved config.
+    """Return a configuration from plain values, e.g. of a saved config.
 
     Raises:
-        ConfigError: lists every value that the schema does not allow.
+        ConfigError: the schema does not allow a value; the message lists all such values.
     """
     converter = Converter(schema)
     config = _construct(schema, converter.convert(from_values(values, where)))
@@ -88,11 +88,11 @@ def from_dict(schema: type[T], values: dict[str, Any], *, where: str = "") -> T:
 
 
 def load_run_config(folder: Path | str) -> RunConfig:
-    """The config of a run of any kind, or of the run of a checkpoint.
+    """Return the config of a run of any kind, or of the run of a checkpoint.
 
     Raises:
-        CheckpointError: it is no run.
-        ConfigError: the config holds what this bigtx does not know.
+        CheckpointError: it is not a run.
+        ConfigError: the config has entries that this version of bigtx does not know.
     """
     values = read_values(folder)
     schema = FinetuneConfig if "task" in values else PretrainConfig
@@ -100,14 +100,14 @@ def load_run_config(folder: Path | str) -> RunConfig:
 
 
 def with_settings(config: T, arguments: Sequence[str], *, sections: Sequence[str], also: Sequence[str] = ()) -> T:
-    """A run's configuration with settings that may change freely, as KEY=VALUE of a command.
+    """Return a run's configuration with settings that may change freely, as KEY=VALUE of a command.
 
     Args:
-        sections: those that the command reads.
+        sections: the sections that the command reads.
         also: settings, or sections of them, that may change for the command, though not within the run.
 
     Raises:
-        ConfigError: lists every problem.
+        ConfigError: there are problems; the message lists all of them.
     """
     schema, problems = type(config), list[Problem]()
     tree = from_values(to_dict(config), "")
@@ -121,7 +121,7 @@ def with_settings(config: T, arguments: Sequence[str], *, sections: Sequence[str
     for argument in arguments:
         key = argument.partition("=")[0]
         if key not in free:
-            what = f"cannot be set here; what can is {', '.join(free) or 'nothing'}"
+            what = f"cannot be set here; the settings that can are {', '.join(free) or 'none'}"
             problems.append(Problem(key, "", what, COMMAND_LINE))
             continue
         try:
@@ -139,23 +139,23 @@ def _dotted(sections: Sequence[str]) -> tuple[str, ...]:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as nested dicts and lists of plain values, every setting included."""
+    """Return a configuration as nested dicts and lists of plain values, every setting included."""
     return dataclasses.asdict(config)
 
 
 def to_yaml(config: Any) -> str:
-    """A configuration as a YAML file that `load` reads back as the same."""
+    """Return a configuration as a YAML file that `load` reads back as the same."""
     return yaml_of(to_dict(config))
 
 
 def yaml_of(values: dict[str, Any]) -> str:
-    """The values of a configuration (`to_dict`) as a YAML file that `load` reads back as the same."""
-    # All but ASCII is escaped: YAML takes some characters (U+0085, U+2028) for line ends and would give back a space.
+    """Return the values of a configuration (`to_dict`) as a YAML file that `load` reads back as the same."""
+    # Non-ASCII text is escaped: YAML reads some characters (U+0085, U+2028) as line ends and would return a space.
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=120)
 
 
 def resolved_files(path: Path) -> str:
-    """What a file and the files that it builds on set, as the YAML of one file; defaults are left out.
+    """Return the settings of a file and the files that it builds on, as the YAML of one file, without defaults.
 
     Raises:
         ConfigError: one of them cannot be read.
@@ -164,7 +164,7 @@ def resolved_files(path: Path) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts texts into quotes that `load` would refuse without them."""
+    """A YAML writer that quotes the texts that `load` would refuse without quotes."""
 
 
 _Dumper.add_representer(
@@ -174,7 +174,7 @@ _Dumper.add_representer(
 
 
 def _represent(dumper: yaml.SafeDumper, node: Node) -> yaml.Node:
-    """A piece as it was written: a scalar without quotes stays without."""
+    """Return a piece as it was written: a scalar without quotes gets none."""
     if isinstance(node.content, dict):
         return dumper.represent_mapping("tag:yaml.org,2002:map", node.content)
     if isinstance(node.content, list):
@@ -188,10 +188,10 @@ _Dumper.add_representer(Node, _represent)
 
 
 def raise_problems(problems: Sequence[Problem]) -> None:
-    """Do nothing without problems.
+    """Raise an error if there are problems.
 
     Raises:
-        ConfigError: lists them.
+        ConfigError: there are problems; the message lists them.
     """
     lines = list(dict.fromkeys(str(problem) for problem in problems))
     if len(lines) == 1:
@@ -201,7 +201,7 @@ def raise_problems(problems: Sequence[Problem]) -> None:
 
 
 def base_files(path: Path) -> list[Path]:
-    """A file and all files that `base:` lines lead to from it, resolved.
+    """Return a file and all files that it builds on by `base:` lines, as resolved paths.
 
     Raises:
         ConfigError: one of them cannot be read.
@@ -211,12 +211,12 @@ def base_files(path: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Parsed(Generic[T]):
-    """A command line that was understood.
+    """A command line that was read.
 
     Attributes:
         flags: the switches that were given.
-        files: those that were named, and those that they build on.
-        num_ranks: that are asked for; None for the default.
+        files: the files that were named, and the files that they build on.
+        num_ranks: the number of ranks to start; None for the default.
     """
 
     config: T
@@ -226,12 +226,12 @@ class Parsed(Generic[T]):
 
     @property
     def dry_run(self) -> bool:
-        """Whether one step is to be done, and nothing kept."""
+        """Return whether to do one step only and keep nothing."""
         return "--dry-run" in self.flags
 
     @property
     def json(self) -> bool:
-        """Whether the result is to be printed as JSON."""
+        """Return whether to print the result as JSON."""
         return "--json" in self.flags
 
 
@@ -245,18 +245,18 @@ def parse_command_line(
     example: str = "",
     check: bool = True,
 ) -> Parsed[T]:
-    """Read the command line of an entry point; `--help` and `--print-config` are answered here, by rank 0 alone.
+    """Read the command line of an entry point; `--help` and `--print-config` are handled here, by rank 0 only.
 
     Args:
-        argv: without the program's name.
+        argv: the words after the program's name.
         program: the command as a user writes it, for the help.
-        flags: the switches that the program knows, explained.
-        others: what the program takes out of its command line itself, for the help.
-        example: settings of a typical command, for the help.
+        flags: the switches that the program knows, with explanations.
+        others: the options that the program reads from its command line itself, for the help.
+        example: the settings of a typical command, for the help.
         check: as for `load`.
 
     Raises:
-        ConfigError: lists every problem.
+        ConfigError: there are problems; the message lists all of them.
         SystemExit: after `--help` and `--print-config`.
     """
     arguments: list[str] = []
@@ -284,20 +284,23 @@ def parse_command_line(
 
 
 def _keys_by_name(schema: type, arguments: Sequence[str]) -> list[str]:
-    """The settings of KEY=VALUE arguments that may change if they are named; behind a run's own config they are."""
+    """Return the settings of KEY=VALUE arguments that may change if they are named; after a run's own config they
+    are.
+    """
     keys = (argument.partition("=")[0] for argument in arguments)
     return [key for key in keys if (setting := find(schema, key)) and setting.change == "by_name"]
 
 
 def _num_ranks(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(f"{RANKS} {text}: name how many ranks to start on this machine, e.g. {RANKS} 2")
+        raise ConfigError(f"{RANKS} {text}: write how many ranks to start on this machine, e.g. {RANKS} 2")
     return int(text)
 
 
 def _merged_tree(schema: type, args: Sequence[str]) -> tuple[Node, list[Path], list[Problem], bool]:
-    """What was written, the files that were read, the problems of reading, and whether all files could be read and no
-    option stands for a setting: otherwise nobody can say what is missing."""
+    """Return the merged tree, the files that were read, the problems of reading, and whether all files could be read
+    and no option was written in place of a setting: otherwise missing settings cannot be reported.
+    """
     args, problems = undivided(args)
     files: list[Path] = []
     whole = not problems
@@ -327,8 +330,9 @@ def _merged_tree(schema: type, args: Sequence[str]) -> tuple[Node, list[Path], l
 
 
 def _of_run(schema: type, tree: Node, path: Path) -> Node:
-    """A file's tree; the config.yaml of a run means the folder that it lies in, wherever the run was before, and no
-    change that was allowed before."""
+    """Return a file's tree; the config.yaml of a run means the folder that it is in, even if the run was moved, and
+    drops the changes that were allowed before.
+    """
     assert isinstance(tree.content, dict)
     folder, saved = path.parent, tree.content.get("run_dir")
     if path.name != CONFIG or saved is None or not isinstance(saved.content, str) or not is_run(folder):
@@ -341,8 +345,9 @@ def _of_run(schema: type, tree: Node, path: Path) -> Node:
 
 
 def _over_base_model(tree: Node, problems: list[Problem]) -> Node:
-    """A fine-tuning's tree laid over what it has from its base: the model, and the pooling of a classifier. Of a base
-    that is gone the run itself knows them."""
+    """Return a fine-tuning's tree merged over the entries from its base: the model, and the pooling of a classifier. If
+    the base is missing, the run's own config has them.
+    """
     assert isinstance(tree.content, dict)
     base, run_dir = tree.content.get("base"), tree.content.get("run_dir")
     if base is None or base.is_null or not isinstance(base.content, str):
@@ -359,7 +364,7 @@ def _over_base_model(tree: Node, problems: list[Problem]) -> Node:
         problems.append(Problem("base", base.content, str(error), base.where))
         return tree
     model = dict(values.get("model", {}))
-    model.pop("lora", None)  # Adapters are a training's own: those of the base are merged into its weights.
+    model.pop("lora", None)  # Adapters belong to one training: those of the base are merged into its weights.
     known: dict[str, Any] = {"model": model}
     task = tree.content.get("task")
     if values.get("task") == "classify" and (task is None or task.content == "classify"):
@@ -368,7 +373,7 @@ def _over_base_model(tree: Node, problems: list[Problem]) -> Node:
 
 
 def _find(schema: type, name: str) -> Path:
-    """The YAML file that an argument means; a run's folder means its config.yaml."""
+    """Return the YAML file that an argument means; a run's folder means its config.yaml."""
     path = find_config(name)
     if path is None and issubclass(schema, RunConfig) and is_run(Path(name)) and (Path(name) / CONFIG).is_file():
         return _config_of_run(schema, Path(name))
@@ -401,10 +406,10 @@ def _config_of_run(schema: type, folder: Path) -> Path:
 
 
 def _read_sound(path: Path) -> tuple[Node, list[Path]]:
-    """A file laid over the files that it builds on, and all of them.
+    """Return a file's tree merged over the files that it builds on, and all of these files.
 
     Raises:
-        ConfigError: lists what is wrong with them.
+        ConfigError: there are problems; the message lists them.
     """
     problems: list[Problem] = []
     visited: list[Path] = []
@@ -418,15 +423,15 @@ def _read_sound(path: Path) -> tuple[Node, list[Path]]:
 
 
 def _read_file(path: Path, problems: list[Problem], above: tuple[Path, ...], visited: list[Path]) -> Node:
-    """A file laid over the files that its `base:` names.
+    """Return a file's tree merged over the files that its `base:` names.
 
     Args:
-        above: the files whose `base:` led here.
-        visited: grows by every file that is read.
+        above: the files whose `base:` lines led to this one.
+        visited: every file that is read is appended.
     """
     if path.resolve() in [file.resolve() for file in above]:
         circle = " -> ".join(str(file) for file in (*above, path))
-        raise ProblemError(Problem(BASE, "", f"goes in a circle: {circle}", str(above[-1])))
+        raise ProblemError(Problem(BASE, "", f"is circular: {circle}", str(above[-1])))
     visited.append(path)
     tree = read_yaml(path, problems)
     assert isinstance(tree.content, dict)
@@ -440,7 +445,7 @@ def _read_file(path: Path, problems: list[Problem], above: tuple[Path, ...], vis
         file = path.parent / node.content
         if not file.is_file():
             problems.append(
-                Problem(BASE, node.content, f"no file {file}; base: is relative to the file it stands in", node.where)
+                Problem(BASE, node.content, f"no file {file}; base: is relative to its own file", node.where)
             )
             continue
         below = merge(below, _read_file(file, problems, (*above, path), visited))
@@ -448,8 +453,9 @@ def _read_file(path: Path, problems: list[Problem], above: tuple[Path, ...], vis
 
 
 def _is_run(base: Node, path: Path) -> bool:
-    """Whether a file's `base:` names not files to build on but a fine-tuning's run to start from, which a run's own
-    config.yaml always does: that run may be gone."""
+    """Return whether a file's `base:` names a run to start a fine-tuning from, not files to build on. In a run's
+    own config.yaml it always does, and that run may be missing.
+    """
     if base.is_null or (path.name == CONFIG and is_run(path.parent)):
         return True
     name = base.content
@@ -467,7 +473,7 @@ def _base_names(base: Node | None) -> list[Node]:
 
 
 def _construct(schema: type[T], values: dict[str, Any]) -> T:
-    # Slow to import, and used by nothing before.
+    # OmegaConf is slow to import, and nothing needs it earlier.
     from omegaconf import OmegaConf
 
     config = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(values))
@@ -479,7 +485,7 @@ def _construct(schema: type[T], values: dict[str, Any]) -> T:
 def _help(schema: type, program: str, flags: Mapping[str, str], others: Mapping[str, str], example: str) -> str:
     about = (
         "Files build on the defaults in the order given, KEY=VALUE on the files. A file may be a recipe of "
-        "`bigtx configs list`. `bigtx configs explain KEY` says what a setting means."
+        "`bigtx configs list`. `bigtx configs explain KEY` explains a setting."
     )
     settings = [(setting.key, _summary(setting.section, setting.doc)) for setting in members(schema).values()]
     switches = " ".join(f"[{flag}]" for flag in flags)

@@ -1,4 +1,4 @@
-"""Which matrices have adapters: by the globs of a ModelConfig, for the checks, the model and the plan alike."""
+"""The matrices that have adapters, by the globs of a ModelConfig: for the checks, the model and the plan."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bigtx.config.schema import ModelConfig
 
 
 def adapted_matrices(config: ModelConfig) -> list[str]:
-    """Modules with an adapter, e.g. decoder.blocks.3.attention.query; none without a rank."""
+    """Return the modules with an adapter, e.g. decoder.blocks.3.attention.query; none without a rank."""
     if not config.lora.rank:
         return []
     globs = config.lora.targets or ["*"]
@@ -19,7 +19,7 @@ def adapted_matrices(config: ModelConfig) -> list[str]:
 
 
 def useless_targets(config: ModelConfig) -> dict[str, list[str]]:
-    """Globs that match no matrix, and matrices of a block whose names are near."""
+    """Return the globs that match no matrix, each with matrices of a block that have similar names."""
     names = list(_matrices(config))
     of_block = list(dict.fromkeys(map(in_block, names)))
     return {
@@ -30,10 +30,10 @@ def useless_targets(config: ModelConfig) -> dict[str, list[str]]:
 
 
 def _matrices(config: ModelConfig) -> Iterator[str]:
-    """All matrices that can be adapted, by module.
+    """Yield all matrices that can be adapted, by module.
 
-    The matrices of a mixture's experts cannot: all experts of a block are one parameter, and a product of their own.
-    Nor can the router and the gate of the shared expert, whose few rows are scores.
+    The matrices of a mixture's experts cannot: all experts of a block are one parameter with a product of its own.
+    The router and the gate of the shared expert cannot either: their few rows are scores.
     """
     stacks = {"encoder": shape.num_encoder_layers(config), "decoder": shape.num_decoder_layers(config)}
     for stack, num_layers in stacks.items():
@@ -49,10 +49,10 @@ def _matrices(config: ModelConfig) -> Iterator[str]:
 
 
 def _matches(name: str, glob: str) -> bool:
-    """Whether a glob is of a module, called by its name in the model or in its block."""
+    """Return whether a glob matches a module, by its name in the model or in its block."""
     return fnmatchcase(name, glob) or fnmatchcase(in_block(name), glob)
 
 
 def in_block(name: str) -> str:
-    """A module's name within its block, of its name in the model."""
+    """Return a module's name within its block, given its name in the model."""
     return name.split(".", 3)[3]

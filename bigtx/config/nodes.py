@@ -1,7 +1,7 @@
-"""Configuration as it was written: trees of text that remember where each piece stands.
+"""Configuration as it was written: trees of text in which each node has its file and line.
 
-YAML's own guesses about types (12:30 is 750, 010 is 8, on is true) are never made: a scalar stays the text that was
-written, and the schema says later how to read it.
+YAML's own guesses about types (12:30 is 750, 010 is 8, on is true) are never made: a scalar remains the text that was
+written, and the schema decides later how to read it.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ PLAIN_TAGS = {
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong in a configuration.
+    """A problem in a configuration.
 
     Attributes:
         key: dotted key, or "" for a whole file.
         value: as written; "" if the value does not matter.
-        what: what is wrong and what to write instead.
-        where: file and line, or the command line; "" where a default is meant.
-        related: other keys that the judgement rests on.
+        what: the fault, and what to write instead.
+        where: file and line, or the command line; "" for a default.
+        related: other keys that cause the problem.
     """
 
     key: str
@@ -50,17 +50,17 @@ class Problem:
 
 
 def idle(key: str, value: Any, default: Any, why: str) -> Problem:
-    """A setting that does nothing.
+    """Return the problem of a setting that has no effect.
 
     Args:
-        default: what takes a line of a file back that cannot be left out, one of a recipe.
-        why: e.g. "without model.lora.rank=N".
+        default: the value to write where the line cannot be left out because it is in a recipe.
+        why: the end of the sentence, e.g. "without model.lora.rank=N".
     """
-    return Problem(key, str(value), f"says nothing {why}; leave it out, or write {setting(key, default)}")
+    return Problem(key, str(value), f"has no effect {why}; leave it out, or write {setting(key, default)}")
 
 
 class ProblemError(Exception):
-    """A problem after which the file or argument cannot be read on."""
+    """A problem that ends the reading of a file or argument."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(str(problem))
@@ -83,17 +83,17 @@ class Node:
 
     @property
     def is_null(self) -> bool:
-        """Whether it is YAML's null."""
+        """Return whether the value is YAML's null."""
         return self.plain and isinstance(self.content, str) and self.content in NULLS
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was written after the key."""
+        """Return whether nothing was written after the key."""
         return self.plain and self.content == ""
 
     @property
     def text(self) -> str:
-        """The value for a message, on one line and not too long, without secrets."""
+        """Return the value for a message, on one line and not too long, without secrets."""
         if isinstance(self.content, dict):
             members = {key: HIDDEN if is_secret_key(key) else node.text for key, node in self.content.items()}
             text = "{" + ", ".join(f"{key}: {member}" for key, member in members.items()) + "}"
@@ -106,7 +106,7 @@ class Node:
 
 
 def merge(below: Node, above: Node) -> Node:
-    """`above` laid over `below`: mappings key by key, anything else as a whole; an empty section changes nothing."""
+    """Merge `above` over `below`: mappings key by key, anything else as a whole; an empty section changes nothing."""
     if not isinstance(below.content, dict):
         return above
     if above.is_empty:
@@ -120,13 +120,13 @@ def merge(below: Node, above: Node) -> Node:
 
 
 def read_yaml(path: Path, problems: list[Problem]) -> Node:
-    """A YAML file as a tree; a mapping at the top.
+    """Return a YAML file as a tree; a mapping at the top.
 
     Args:
-        problems: grows by the keys that stand twice.
+        problems: a problem is appended for each duplicate key.
 
     Raises:
-        ProblemError: the file cannot be read at all.
+        ProblemError: the file cannot be read.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -142,7 +142,7 @@ def read_yaml(path: Path, problems: list[Problem]) -> Node:
             Problem(
                 "",
                 "",
-                "holds no keys at the top; write lines such as train.max_steps as\n    train:\n      max_steps: 1000",
+                "has no keys at the top; write lines such as train.max_steps as\n    train:\n      max_steps: 1000",
                 str(path),
             )
         )
@@ -150,14 +150,15 @@ def read_yaml(path: Path, problems: list[Problem]) -> Node:
 
 
 def read_argument(argument: str) -> Node:
-    """`train.max_steps=100` as a tree. Lists, mappings and quotes are read as in YAML; anything else is plain text.
+    """Read `train.max_steps=100` as a tree. Lists, mappings and quotes are read as in YAML; anything else is plain
+    text.
 
     Raises:
-        ProblemError: it has no such form.
+        ProblemError: it does not have this form.
     """
     match = ASSIGNMENT.fullmatch(argument)
     if match is None:
-        raise ProblemError(Problem("", "", f"{argument!r} is neither a YAML file nor key=value", COMMAND_LINE))
+        raise ProblemError(Problem("", "", f"{argument!r} is not a YAML file and not key=value", COMMAND_LINE))
     key, text = match["key"], match["value"]
     names = key.split(".")
     if not all(names):
@@ -178,7 +179,7 @@ def read_argument(argument: str) -> Node:
 
 
 def from_values(value: Any, where: str) -> Node:
-    """Python values (a saved config) as a tree.
+    """Convert Python values (a saved config) to a tree.
 
     Args:
         value: nested dicts, lists, texts, numbers, booleans and None.
@@ -205,7 +206,7 @@ def _compose(text: str, where: str, shown: str = "") -> yaml.Node | None:
 
 
 class _Converter:
-    """From PyYAML's nodes, whose types are guesses, to ours."""
+    """The conversion of PyYAML's nodes, whose types are guesses, to `Node`."""
 
     def __init__(self, source: str, problems: list[Problem]) -> None:
         self.source = source
@@ -213,10 +214,10 @@ class _Converter:
         self.seen: set[int] = set()
 
     def convert(self, node: yaml.Node, key: str, place: str = "") -> Node:
-        """One node and all below it; what bigtx does not read is reported and left out.
+        """Read one node and all below it; report and leave out what bigtx does not read.
 
         Args:
-            place: where the node is used, if that is not where it stands.
+            place: where the node is used, if that differs from where it is written.
         """
         where = self._where(node)
         # An alias gives the same object again, and may even contain itself.
@@ -242,18 +243,18 @@ class _Converter:
         for name_node, value_node in node.value:
             place = self._where(name_node)
             if not isinstance(name_node, yaml.ScalarNode):
-                self._report(key, "has a key that is no plain name", place)
+                self._report(key, "has a key that is not a plain name", place)
                 continue
             name = name_node.value
             full = f"{key}.{name}" if key else name
             if name == "<<" and name_node.style is None:
                 self._report(full, "is a YAML merge, which bigtx does not read; build on a file with base:", place)
             elif name in content:
-                self._report(full, f"stands twice; the first is at {content[name].where}. Keep one", place)
+                self._report(full, f"is a duplicate; the first is at {content[name].where}. Keep one", place)
             else:
                 reported = len(self.problems)
                 value = self.convert(value_node, full, place)
-                # A value that was left out would be reported again for being empty.
+                # A value that was left out would be reported again as empty.
                 if len(self.problems) == reported or not value.is_empty:
                     content[name] = value
         return content

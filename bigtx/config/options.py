@@ -1,4 +1,4 @@
-"""Options in a command line of settings: the few switches that there are, and advice for every other."""
+"""Options in a command line of settings: the few switches that exist, and advice for any other option."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from bigtx.utils.arguments import ASSIGNMENT, JSON_HELP, is_option, may_be_value
 from bigtx.utils.secrets import is_secret_key, scrub_text
 from bigtx.utils.shell import setting
 
-PRINT_CONFIG = {"--print-config": "print the resolved configuration and end"}
+PRINT_CONFIG = {"--print-config": "print the resolved configuration and exit"}
 RANKS = "--ranks"
 FLAGS = PRINT_CONFIG | {
-    "--dry-run": "build everything, do one step and end",
+    "--dry-run": "build everything, do one step and exit",
     RANKS: "how many ranks to start (one for each GPU), e.g. --ranks 2",
 }
 JSON = {"--json": JSON_HELP}
@@ -23,9 +23,10 @@ _CLOSING = {"[": "]", "{": "}"}
 
 
 def with_values(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    """Each word, and beside an option its value: of `--steps=5`, and of `--steps 5`, whose second word is left out.
+    """Yield each word, and with an option its value: that of `--steps=5`, or that of `--steps 5`, whose second word is
+    left out.
 
-    No option takes a value, so both are refused, and what they hold may be a secret: `--api-key X`.
+    No option takes a value, so both are refused, and the value may be a secret: `--api-key X`.
     """
     rest = list(words)
     while rest:
@@ -40,7 +41,7 @@ def with_values(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
 
 
 def undivided(words: Sequence[str]) -> tuple[list[str], list[Problem]]:
-    """The words without the lists that a shell has divided at their spaces, and a problem for each of those."""
+    """Return the words without the lists that a shell has divided at their spaces, and a problem for each of those."""
     rest, whole, problems = list(words), list[str](), list[Problem]()
     while rest:
         word = rest.pop(0)
@@ -58,11 +59,11 @@ def undivided(words: Sequence[str]) -> tuple[list[str], list[Problem]]:
 
 
 def refusal(schema: type, option: str, value: str | None) -> Problem:
-    """Say what to write in place of an option: a setting, with the value if it is certain which setting is meant.
+    """Return what to write in place of an option: a setting, with the value if it is certain which setting is meant.
 
     Args:
-        option: with its dashes.
-        value: as in `with_values`.
+        option: the option with its dashes.
+        value: its value, as in `with_values`.
     """
     name = option.lstrip("-").replace("-", "_")
     name = _SHORT.get(name, name)

@@ -1,4 +1,4 @@
-"""The paths among a config's settings, so that a run finds its data wherever its command is called."""
+"""The paths among a config's settings, so that a run finds its data from any working folder."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from bigtx.utils.urls import is_url
 
 
 def with_absolute_paths(schema: type, values: dict[str, Any]) -> dict[str, Any]:
-    """A config's values with every path absolute; URLs stay as they are."""
+    """Return a config's values with every path absolute; URLs stay as they are."""
     return _mapped(schema, values, os.path.abspath)
 
 
 def with_moved_paths(schema: type, values: dict[str, Any], old: Path, new: Path) -> dict[str, Any]:
-    """The values of a run that was moved. A path that is missing is looked for where it lay relative to the run: a
-    project may have been moved as a whole.
+    """Return the values of a run that was moved. For a missing path, try the same place relative to the run:
+    the whole project may have been moved.
 
     Args:
-        old, new: the run's folder before and now.
+        old, new: the run's folder before the move and now.
     """
 
     def moved(place: str) -> str:

@@ -1,6 +1,6 @@
-"""What a run's folder says about itself: its config.yaml as plain values, and whether it is a run at all.
+"""The facts in a run's folder: its config.yaml as plain values, and whether it is a run.
 
-Reads nothing large, and imports nothing heavy.
+Reads no large file, and imports no slow package.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ CHECKPOINTS = "checkpoints"
 
 
 def run_dir_of(folder: Path | str) -> Path:
-    """The run of a folder that is the run or one of its checkpoints.
+    """Return the run of a folder that is the run or one of its checkpoints.
 
     `checkpoints` in the run may be a link to another disk, and the folder a link to a checkpoint or a run.
     """
     folder = Path(folder).absolute()
     while folder.parent.name != CHECKPOINTS and folder.is_symlink() and folder.exists():
-        # One link after the other: what all of them lead to may lie outside the run.
+        # Follow one link at a time: the final target may be outside the run.
         folder = folder.parent / os.readlink(folder)
     if folder.parent.name != CHECKPOINTS:
         folder = folder.resolve()
@@ -36,27 +36,29 @@ def run_dir_of(folder: Path | str) -> Path:
 
 
 def has_steps(run_dir: Path) -> bool:
-    """Whether a run's folder holds anything with the name of a checkpoint."""
+    """Return whether a run's folder has an entry with the name of a checkpoint."""
     return any((run_dir / CHECKPOINTS).glob("step-*[0-9]"))
 
 
 def is_run(folder: Path) -> bool:
-    """Whether bigtx made a folder as a run: it has checkpoints, or the description that every life begins with."""
+    """Return whether bigtx made a folder as a run: it has checkpoints, or the description that every start writes
+    with.
+    """
     packages = read_object(folder / ENVIRONMENT).get("packages")
     return has_steps(folder) or (isinstance(packages, dict) and "bigtx" in packages)
 
 
 def gives_config(run_dir: Path, files: Iterable[Path]) -> bool:
-    """Whether a command names the file that lies where the run's config will."""
+    """Return whether a command names the file that is at the path of the run's config."""
     own = run_dir / CONFIG
     return own.is_file() and any(own.samefile(file) for file in files)
 
 
 def read_values(folder: Path | str) -> dict[str, Any]:
-    """The config of a run, or of the run of a checkpoint.
+    """Return the config of a run, or of the run of a checkpoint.
 
     Raises:
-        CheckpointError: no such folder, it is no run, or its config is damaged.
+        CheckpointError: the folder does not exist, is not a run, or has a damaged config.
     """
     if not Path(folder).is_dir():
         raise CheckpointError(f"{folder} is not a folder; name a run's folder (its run_dir) or one of its checkpoints")
@@ -65,7 +67,7 @@ def read_values(folder: Path | str) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         kind = kind_of_folder(folder)
-        advice = "`bigtx import` makes a run of it" if kind == MODEL else "name the run_dir of a training"
+        advice = "`bigtx import` converts it to a run" if kind == MODEL else "name the run_dir of a training"
         what = f"it is {kind}" if kind else f"it has no {CONFIG}"
         raise CheckpointError(f"{folder} is not a run: {what}; {advice}") from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
@@ -77,7 +79,9 @@ def read_values(folder: Path | str) -> dict[str, Any]:
 
 
 def why_no_run(folder: str) -> str | None:
-    """Why a folder is neither a run nor one of its checkpoints, as the end of a sentence about it; None: it is one."""
+    """Return why a folder is neither a run nor one of its checkpoints, as the end of a sentence about it; None if it
+    is a run or a checkpoint.
+    """
     if not Path(folder).is_dir():
         return "no such folder; name a run or one of its checkpoints"
     try:

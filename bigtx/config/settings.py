@@ -1,4 +1,4 @@
-"""What the schema says about each key: type, default, bounds, documentation, and what resume allows."""
+"""Properties of each key of the schema: type, default, bounds, documentation, and the changes that resume allows."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from typing import Any, Literal
 from bigtx.config.fields import LARGEST, Change
 
 NAME = "NAME"
-"""Stands in a key for the name that a user chooses: `data.sources.NAME.path`."""
+"""The placeholder in a key for a name that the user chooses: `data.sources.NAME.path`."""
 
-# What other frameworks call it; too far from our names for a comparison of letters.
+# Names in other frameworks, which are too different from ours for a comparison of letters.
 KNOWN_ELSEWHERE = {
     "lr": "learning_rate",
     "batch_size": "global_batch_size",
@@ -65,11 +65,11 @@ class Setting:
     Attributes:
         key: dotted, from the top.
         type: the annotation without Optional.
-        optional: whether null is a value.
+        optional: whether null is a valid value.
         kind, minimum: as in `fields.field`.
-        maximum: the same, or of its type.
-        change: what resume allows, inherited from the section where the field does not say.
-        doc: the line under the field in the schema.
+        maximum: as in `fields.field`, or the maximum of the type.
+        change: the changes that resume allows, inherited from the section if the field has none.
+        doc: the docstring below the field in the schema.
     """
 
     key: str
@@ -84,12 +84,12 @@ class Setting:
 
     @property
     def section(self) -> type | None:
-        """The dataclass of a nested section."""
+        """Return the dataclass of a nested section."""
         return self.type if dataclasses.is_dataclass(self.type) else None
 
     @property
     def named_section(self) -> type | None:
-        """The dataclass of the entries, where users name the entries: dict[str, Section]."""
+        """Return the dataclass of the entries, where users name the entries: dict[str, Section]."""
         arguments = typing.get_args(self.type)
         if typing.get_origin(self.type) is dict and dataclasses.is_dataclass(arguments[1]):
             return typing.cast(type, arguments[1])
@@ -97,21 +97,21 @@ class Setting:
 
     @property
     def number(self) -> type | None:
-        """int or float, for a number, and for a list or mapping of numbers; None for other types."""
+        """Return int or float for a number and for a list or mapping of numbers; None for other types."""
         return _number_in(self.type)
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The values of a Literal; empty for other types."""
+        """Return the values of a Literal; empty for other types."""
         return typing.get_args(self.type) if typing.get_origin(self.type) is Literal else ()
 
 
 def members(schema: type, prefix: str = "", change: Change = "never") -> dict[str, Setting]:
-    """The direct fields of a dataclass, by name.
+    """Return the direct fields of a dataclass, by name.
 
     Args:
-        prefix: of their keys, with its dot.
-        change: the mark that the section bears.
+        prefix: the prefix of their keys, with its dot.
+        change: the mark of the section.
     """
     hints = _hints(schema)
     docs = documentation(schema)
@@ -134,7 +134,7 @@ def members(schema: type, prefix: str = "", change: Change = "never") -> dict[st
 
 
 def leaves(schema: type, prefix: str = "", change: Change = "never") -> Iterator[Setting]:
-    """Every setting of a schema in its order; entries with names of the user's own have `NAME` in their keys."""
+    """Yield every setting of a schema in its order; entries that the user names have `NAME` in their keys."""
     for setting in members(schema, prefix, change).values():
         if setting.section:
             yield from leaves(setting.section, setting.key + ".", setting.change)
@@ -145,7 +145,7 @@ def leaves(schema: type, prefix: str = "", change: Change = "never") -> Iterator
 
 
 def find(schema: type, key: str) -> Setting | None:
-    """The setting of a key as a user writes it (`data.sources.wiki.path`), a section's included."""
+    """Return the setting of a key as a user writes it (`data.sources.wiki.path`), or the setting of a section."""
     current: type | None = schema
     setting: Setting | None = None
     names = key.split(".")
@@ -166,7 +166,9 @@ def find(schema: type, key: str) -> Setting | None:
 
 
 def similar_keys(schema: type, key: str, *, limit: int = 3) -> list[str]:
-    """Keys that the user may have meant: the same name elsewhere, another framework's name, a few other letters."""
+    """Return the keys that the user may have meant: the same name elsewhere, another framework's name, a few other
+    letters.
+    """
     known = _known_keys(schema)
     section, _, name = key.rpartition(".")
     found = same_name_keys(schema, key, limit=len(known))
@@ -184,7 +186,7 @@ def similar_keys(schema: type, key: str, *, limit: int = 3) -> list[str]:
 
 
 def same_name_keys(schema: type, key: str, *, limit: int = 3) -> list[str]:
-    """Keys of the same name in other sections, or of the name that another framework has for it."""
+    """Return the keys of the same name in other sections, or of the name that another framework has for it."""
     name = key.rpartition(".")[2]
     known = _known_keys(schema)
     found = [candidate for candidate in known if candidate.rpartition(".")[2] == name and candidate != key]
@@ -195,13 +197,13 @@ def same_name_keys(schema: type, key: str, *, limit: int = 3) -> list[str]:
 
 
 def _known_keys(schema: type) -> list[str]:
-    """Every setting, and every section."""
+    """Return every setting, and every section."""
     known = [setting.key for setting in leaves(schema)]
     return known + list({prefix: None for name in known for prefix in _parents(name)})
 
 
 def describe_type(setting: Setting) -> str:
-    """What may be written for a setting, in words."""
+    """Return a description of the values that a setting accepts."""
     if setting.section:
         return "a section"
     if setting.named_section:
@@ -229,13 +231,13 @@ def describe_type(setting: Setting) -> str:
 
 
 def show_number(number: float) -> str:
-    """A number for a message: a whole one in all its digits."""
+    """Return a number for a message: a whole one in all its digits."""
     return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 @functools.cache
 def documentation(schema: type) -> dict[str, str]:
-    """The docstring line under each field of a dataclass, by field name, those that it inherits included."""
+    """Return the docstring below each field of a dataclass, by field name, including inherited fields."""
     inherited = [documentation(parent) for parent in schema.__bases__ if dataclasses.is_dataclass(parent)]
     docs = {name: doc for parent in inherited for name, doc in parent.items()}
     module = sys.modules[schema.__module__]

@@ -1,4 +1,4 @@
-"""The sizes that follow from a ModelConfig: what an empty field means, for the model and for the plan alike."""
+"""The sizes that follow from a ModelConfig: the meaning of its empty fields, for the model and for the plan."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ VOCABULARY_MULTIPLE = 128
 """Rows of the embedding and of the head are a multiple of this, so that their matrix products fill whole tiles."""
 
 CONVOLUTION_WIDTH = 3
-"""Frames under each convolution of an audio front end."""
+"""The width in frames of each convolution of an audio encoder."""
 
 RATE_BY_WIDTH = 0.15
-"""Learning rate times width: 2e-4 for 768, 3.7e-5 for 4,096, about what fine-tunings of models of those widths take."""
+"""Learning rate times width: 2e-4 for 768, 3.7e-5 for 4,096, about the rates of fine-tunings of models of those widths.
+"""
 
 GATED = ("swiglu", "geglu", "geglu_tanh")
 """The feed-forwards with a gate: three matrices instead of two."""
 
 
 def head_width(config: ModelConfig) -> int:
-    """Width C of one attention head."""
+    """Return the width C of one attention head."""
     if config.head_width is not None:
         return config.head_width
     assert config.hidden_size % config.num_heads == 0, "num_heads does not divide hidden_size"
@@ -29,14 +30,16 @@ def head_width(config: ModelConfig) -> int:
 
 
 def num_kv_heads(config: ModelConfig) -> int:
-    """Key and value heads K."""
+    """Return the number K of key and value heads."""
     heads = config.num_heads if config.num_kv_heads is None else config.num_kv_heads
     assert config.num_heads % heads == 0, "num_kv_heads does not divide num_heads"
     return heads
 
 
 def mlp_size(config: ModelConfig) -> int:
-    """Inner width of the feed-forward; a gated one pays for its third matrix by a width of 8/3 D (arXiv:2002.05202)."""
+    """Return the inner width of the feed-forward; a gated one has 8/3 D, because of its third matrix
+    (arXiv:2002.05202).
+    """
     if config.mlp_size is not None:
         return config.mlp_size
     if config.mlp in GATED:
@@ -45,64 +48,64 @@ def mlp_size(config: ModelConfig) -> int:
 
 
 def expert_size(config: ModelConfig) -> int:
-    """Inner width of one expert."""
+    """Return the inner width of one expert."""
     return config.experts.expert_size or mlp_size(config)
 
 
 def num_decoder_layers(config: ModelConfig) -> int:
-    """Blocks of the decoder; 0 in an encoder."""
+    """Return the number of blocks of the decoder; 0 in an encoder."""
     if config.shape == "encoder_decoder":
         return config.num_decoder_layers or config.num_layers
     return config.num_layers if config.shape == "decoder" else 0
 
 
 def num_encoder_layers(config: ModelConfig) -> int:
-    """Blocks of the encoder; 0 in a decoder."""
+    """Return the number of blocks of the encoder; 0 in a decoder."""
     return 0 if config.shape == "decoder" else config.num_layers
 
 
 def class_head(config: ModelConfig) -> Literal["transform", "pooler", "score"]:
-    """The form of the head of classes."""
+    """Return the form of the head of classes."""
     return config.class_head or "transform"
 
 
 def has_transform(config: ModelConfig) -> bool:
-    """Whether the head, of tokens or of classes, has a transform before its matrix."""
+    """Return whether the head, of tokens or of classes, has a transform before its matrix."""
     return config.head_transform and (config.num_classes is None or class_head(config) == "transform")
 
 
 def attention_dropout(config: ModelConfig) -> float:
-    """Probability of dropping an attention weight."""
+    """Return the probability of dropping an attention weight."""
     return config.dropout if config.attention_dropout is None else config.attention_dropout
 
 
 def has_window(config: ModelConfig, layer: int) -> bool:
-    """Whether block `layer` of a stack sees no farther than attention_window."""
+    """Return whether block `layer` of a stack attends within attention_window only."""
     every = config.global_attention_every
     return config.attention_window is not None and not (every is not None and layer % every == 0)
 
 
 def frames_per_column(config: ModelConfig) -> int:
-    """Frames of the spectrogram for each column of an encoder that hears."""
+    """Return the number of frames of the spectrogram for each column of an audio encoder."""
     return math.prod(config.audio.strides)
 
 
 def has_embedding(config: ModelConfig) -> bool:
-    """Whether there is a table of tokens: what an encoder hears alone are no tokens."""
+    """Return whether there is a table of tokens: an audio encoder without a decoder has none."""
     return not (config.shape == "encoder" and config.audio.num_mel_bins)
 
 
 def bigram_size(config: ModelConfig) -> int:
-    """Width of the table of token pairs."""
+    """Return the width of the table of token pairs."""
     return config.bigram_size or config.hidden_size
 
 
 def padded_vocab_size(config: ModelConfig) -> int:
-    """Rows of the embedding table and of the head: vocab_size rounded up to a multiple of 128."""
+    """Return the number of rows of the embedding table and of the head: vocab_size rounded up to a multiple of 128."""
     assert config.vocab_size is not None, "vocab_size comes from the tokenizer before a model is built"
     return -(-config.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 def learning_rate_for(config: ModelConfig) -> float:
-    """The peak rate of AdamW where none is given: it falls with the width, as the rates of larger models do."""
+    """Return the default peak rate of AdamW: it decreases with the width, as is usual for larger models."""
     return float(f"{RATE_BY_WIDTH / config.hidden_size:.2g}")

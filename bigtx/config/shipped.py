@@ -10,21 +10,22 @@ LISTED = "; `bigtx configs list` shows the recipes"
 
 
 def shipped_folder() -> Path:
-    """Where the recipes are."""
+    """Return the folder of the recipes."""
     package = Path(__file__).resolve().parents[1]
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
 
 
 def shipped_configs() -> list[str]:
-    """The recipes' names, relative to their folder: `pretrain/python-stdlib.yaml`."""
+    """Return the recipes' names, relative to their folder: `pretrain/python-stdlib.yaml`."""
     folder = shipped_folder()
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.yaml"))
 
 
 def similar_configs(name: str) -> list[str]:
-    """The recipes that a user may have meant, most likely first: those of the same file name or a similar one, in any
-    folder and with or without `.yaml`; without any, those whose names begin so."""
+    """Return the recipes that a user may have meant, most likely first: those of the same file name or a similar one,
+    in any folder and with or without `.yaml`; if there are none, those whose names begin with the name.
+    """
     folder, stem = Path(name).parent.name, Path(name).name.removesuffix(".yaml").removesuffix(".yml")
     stems = {recipe: Path(recipe).stem for recipe in shipped_configs()}
     close = [stem, *difflib.get_close_matches(stem, sorted(set(stems.values())), 3, 0.75)]
@@ -34,7 +35,9 @@ def similar_configs(name: str) -> list[str]:
 
 
 def find_config(name: str) -> Path | None:
-    """The file that a user means: a path of their own, or a recipe by name, with or without `configs/` in front."""
+    """Return the file that a user means: an own path, or a recipe by name, with or without `configs/` in
+    front.
+    """
     path = Path(name)
     if path.is_file():
         return path

@@ -1,4 +1,4 @@
-"""What a type cannot say: settings that must fit each other, and files that must exist."""
+"""Checks beyond types: settings that must fit each other, and files that must exist."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ LEAST_TIMEOUT_SECONDS, LARGEST_TIMEOUT_SECONDS = 1, 30 * 86_400
 
 
 def validate(config: Any) -> Iterator[Problem]:
-    """Every problem between the settings of a configuration; none for a schema without such rules."""
+    """Yield every problem between the settings of a configuration; yield none for a schema without such rules."""
     if isinstance(config, PretrainConfig):
         yield from _pretrain(config)
     elif isinstance(config, FinetuneConfig):
@@ -58,7 +58,7 @@ def validate(config: Any) -> Iterator[Problem]:
 
 
 def _every_run(config: RunConfig) -> Iterator[Problem]:
-    """What holds for every kind of run."""
+    """Yield the problems that any kind of run can have."""
     if not config.run_dir:
         yield Problem("run_dir", "", "is not given; name the folder of the run, e.g. run_dir=runs/first")
     for key in config.allow_changes:
@@ -93,19 +93,19 @@ def _finetune(config: FinetuneConfig) -> Iterator[Problem]:
 
 
 def _run_length(lengths: Mapping[str, float | None], example: str) -> Iterator[Problem]:
-    """A run has one length.
+    """Check that a run has exactly one length.
 
     Args:
-        lengths: by the two settings that may give it.
-        example: one of them with a value.
+        lengths: the values of the two settings that may give the length.
+        example: one of the settings with a value.
     """
     first, second = lengths
     related = tuple(lengths)
     if None not in lengths.values():
-        what = f"both are given, this and {second}; take one back by {first}=null or {second}=null"
+        what = f"{second} is given too; write only one of them, or unset one by {first}=null or {second}=null"
         yield Problem(first, "", what, related=related)
     elif set(lengths.values()) == {None}:
-        yield Problem(first, "", f"is not given, nor {second}; write the run's length, e.g. {example}", related=related)
+        yield Problem(first, "", f"is not given, nor is {second}; write one, e.g. {example}", related=related)
     for key, length in lengths.items():
         if length == 0:
             yield Problem(key, "0", "trains nothing; write a number above 0")
@@ -120,7 +120,7 @@ def _records(data: RecordsConfig) -> Iterator[Problem]:
 
 def _pretrain(config: PretrainConfig) -> Iterator[Problem]:
     yield from _every_run(config)
-    started = has_steps(Path(config.run_dir))  # Then the weights have been taken already.
+    started = has_steps(Path(config.run_dir))  # The weights have been loaded already in this case.
     if config.init_from is not None and not started and (problem := why_no_run(config.init_from)):
         yield Problem("init_from", config.init_from, problem)
     yield from training_problems(config)
@@ -140,14 +140,14 @@ def _pretrain(config: PretrainConfig) -> Iterator[Problem]:
         config.engine.timeout,
     )
     tokens_per_step = train.global_batch_size * train.sequence_length
-    # Rounded up to whole steps, as the run is.
+    # Rounded up to whole steps, like the length of the run.
     num_steps = -(-train.max_tokens // tokens_per_step) if train.max_tokens else train.max_steps
     yield from _schedule(config.schedule, num_steps, tokens_per_step)
 
 
 def _allowed_change(schema: type[RunConfig], key: str) -> Iterator[Problem]:
     if key == CHECKPOINTS:
-        return  # Allows to begin again without them.
+        return  # Allows the run to start again without them.
     setting = find(schema, key)
     if setting is None or setting.section:
         similar = similar_keys(schema, key)
@@ -169,7 +169,7 @@ def _data(data: DataConfig) -> Iterator[Problem]:
             "data.sources",
             "",
             "is empty; name a prepared corpus, e.g. data.sources.mine.path=runs/corpus "
-            "(`bigtx data prepare` makes one)",
+            "(`bigtx data prepare` writes one)",
         )
         return
     yield from _sources(data.sources, "data.sources", "train")
@@ -184,7 +184,7 @@ def _foreign(data: DataConfig) -> Iterator[Problem]:
             names: dict[str, Any] = {f"{key}.{name}": None for name in value} if isinstance(value, dict) else {key: []}
             own = settings({f"data.{name}": empty for name, empty in names.items()})
             foreign_paths = settings({"data.foreign.paths": [], "data.foreign.tokenizer": "''"})
-            what = f"belongs to prepared corpora, and data.foreign.paths is given; write {own}, or {foreign_paths}"
+            what = f"is for prepared corpora, but data.foreign.paths is given; write {own}, or {foreign_paths}"
             yield Problem(f"data.{key}", "", what, related=("data.foreign.paths",))
     for path in foreign.paths:
         if is_url(path) and (problem := url_problem(path)):
@@ -214,15 +214,15 @@ def _phases(data: DataConfig, sequence_length: int) -> Iterator[Problem]:
                 yield Problem(
                     f"{key}.start",
                     str(phase.start),
-                    f"begins with sequence {sequence:,}, as data.phases.{other} does; leave one of them out, e.g. by "
+                    f"starts at sequence {sequence:,}, as does data.phases.{other}; leave one of them out, e.g. by "
                     f"{setting(f'data.phases.{name}', None)}",
                     related=("train.sequence_length",),
                 )
         for source in phase.weights:
             if source not in data.sources:
                 similar = difflib.get_close_matches(source, data.sources, 3, 0.6)
-                hint = f"did you mean {' or '.join(similar)}?" if similar else f"there are {', '.join(data.sources)}"
-                yield Problem(f"{key}.weights.{source}", "", f"is no source in data.sources; {hint}")
+                hint = f"did you mean {' or '.join(similar)}?" if similar else f"sources are {', '.join(data.sources)}"
+                yield Problem(f"{key}.weights.{source}", "", f"is not a source in data.sources; {hint}")
         if data.sources and not any(phase.weights.get(name, source.weight) for name, source in data.sources.items()):
             yield Problem(f"{key}.weights", "", "every weight is 0; give one source a weight above it")
 
@@ -260,22 +260,22 @@ def _sources(sources: dict[str, SourceConfig], key: str, split: str) -> Iterator
 
 
 def _no_corpus(folder: Path, key: str, split: str) -> str:
-    """What a folder is that should be a prepared corpus, and what to write."""
+    """Return why a folder is not a prepared corpus with the split, and what to write."""
     if (folder / MANIFEST).is_file():
         return f"is one split of a prepared corpus; write {setting(key, folder.parent)}"
     if any((folder / other / MANIFEST).is_file() for other in SPLITS):
-        return f"holds no {split}/{MANIFEST}: the corpus has no {split} split; name another one"
+        return f"has no {split}/{MANIFEST}: the corpus has no {split} split; name another one"
     if kind := "empty" if not any(folder.iterdir()) else kind_of_folder(folder):
-        return f"is {kind}, and no prepared corpus; name a folder written by `bigtx data prepare`"
+        return f"is {kind}, not a prepared corpus; name a folder written by `bigtx data prepare`"
     texts = settings({"input.paths": folder, "tokenizer": "TOKENIZER", "output": "CORPUS"})
-    return f"holds no {split}/{MANIFEST}, so it is no prepared corpus; `bigtx data prepare {texts}` makes one of texts"
+    return f"has no {split}/{MANIFEST}, so it is not a prepared corpus; `bigtx data prepare {texts}` writes one"
 
 
 def _lengths(config: PretrainConfig) -> Iterator[Problem]:
     train, model = config.train, config.model
     lengths = {"train.max_steps": train.max_steps, "train.max_tokens": train.max_tokens}
     yield from _run_length(lengths, "train.max_steps=1000")
-    # An encoder-decoder reads a row in two parts, whose lengths the objective knows.
+    # An encoder-decoder reads a row in two parts, whose lengths the objective defines.
     whole = model.shape != "encoder_decoder"
     if whole and model.positions == "learned" and train.sequence_length > model.max_sequence_length:
         yield Problem(
@@ -290,18 +290,18 @@ def _rhythms(every: dict[str, str], timeout: str, *, shares: bool = False) -> It
     for key, text in every.items():
         duration = _duration(text)
         if duration and duration.value == 0:
-            yield Problem(key, text, "is no rhythm; write a duration above 0, such as 100 steps")
+            yield Problem(key, text, "is not an interval; write a duration above 0, such as 100 steps")
         elif duration and duration.unit == "fraction" and not shares:
             yield Problem(key, text, "is a share of the run; write steps, tokens or a time, such as 100 steps")
     waits = _duration(timeout)
     if waits and waits.unit != "seconds":
-        yield Problem("engine.timeout", timeout, "is no time; write one such as 30 min")
+        yield Problem("engine.timeout", timeout, "is not a time; write one such as 30 min")
     elif waits and not LEAST_TIMEOUT_SECONDS <= waits.value <= LARGEST_TIMEOUT_SECONDS:
         yield Problem("engine.timeout", timeout, "is not between 1 s and 30 days; write a time such as 30 min")
 
 
 def _schedule(schedule: ScheduleConfig, num_steps: int | None, tokens_per_step: int | None) -> Iterator[Problem]:
-    """Warm-up and decay must be lengths of the run and fit into it, as far as its length is known."""
+    """Check that warm-up and decay are durations of the run and, if its length is known, fit into it."""
     parts = {"schedule.warmup": schedule.warmup}
     if schedule.name == "warmup_stable_decay":
         parts["schedule.decay"] = schedule.decay
@@ -317,12 +317,12 @@ def _schedule(schedule: ScheduleConfig, num_steps: int | None, tokens_per_step: 
         key = max(shares, key=lambda name: shares[name])
         whole = " and ".join(f"{name}={parts[name]}" for name in shares)
         yield Problem(
-            key, parts[key], f"{whole} take more than the whole run; shorten them", related=("train.max_steps", *parts)
+            key, parts[key], f"{whole} are longer than the whole run; shorten them", related=("train.max_steps", *parts)
         )
 
 
 def _share_of_run(duration: Duration, num_steps: int | None, tokens_per_step: int | None) -> float | None:
-    """A duration in steps, tokens or shares as a share of the run; None when the run's length is not known."""
+    """Convert a duration in steps, tokens or shares to a share of the run; None if the run's length is not known."""
     if duration.unit == "fraction":
         return duration.value
     if not num_steps:
@@ -379,7 +379,7 @@ def _input(config: InputConfig) -> Iterator[Problem]:
 def _paths(key: str, paths: list[str]) -> Iterator[Problem]:
     for path in paths:
         if is_url(path) or "{" in path:
-            continue  # What they stand for is found out when they are read.
+            continue  # URLs and patterns of braces are expanded when they are read.
         if not glob.has_magic(path) and not Path(path).exists():
             yield Problem(key, path, "no such file or folder")
         elif glob.has_magic(path) and not Path(path).exists() and not any(glob.iglob(path, recursive=True)):
@@ -390,5 +390,5 @@ def _duration(text: str) -> Duration | None:
     try:
         return parse_duration(text)
     except ValueError:
-        # Reported where it was read.
+        # The converter has reported it.
         return None

@@ -11,7 +11,7 @@ from bigtx.config.schema import DistillConfig, FinetuneConfig, RunConfig
 
 
 def distill_problems(config: RunConfig) -> Iterator[Problem]:
-    """A teacher that is not there, for what none can teach, or settings without one."""
+    """Yield a problem for a missing teacher, for a task that cannot have one, and for settings without a teacher."""
     settings = config.distill
     if settings.teacher is None:
         if isinstance(config, FinetuneConfig) and config.task == "distill":
@@ -26,9 +26,11 @@ def distill_problems(config: RunConfig) -> Iterator[Problem]:
     deaf = isinstance(config, FinetuneConfig) and config.task == "transcribe" and config.transcribe.method == "ctc"
     if deaf or (isinstance(config, FinetuneConfig) and config.task == "preference"):
         what = "transcribe with transcribe.method=ctc" if deaf else "preference"
-        yield Problem("distill.teacher", settings.teacher, f"cannot teach task={what}; write distill.teacher=null")
+        yield Problem(
+            "distill.teacher", settings.teacher, f"does not work with task={what}; write distill.teacher=null"
+        )
     started_from = getattr(config, config.begins_with)
     if settings.copy_layers and started_from is not None:
         begins_with = config.begins_with
-        what = f"the weights come from {begins_with}={started_from} already; write false, or {begins_with}=null"
+        what = f"the weights already come from {begins_with}={started_from}; write false, or {begins_with}=null"
         yield Problem("distill.copy_layers", "true", what, related=(begins_with,))

@@ -18,11 +18,11 @@ TASK_SECTIONS = {
     "preference": ("preference",),
     "translate": ("translate",),
 }
-"""Sections that some tasks alone read."""
+"""Sections that only some tasks read."""
 
 
 def task_problems(config: FinetuneConfig) -> Iterator[Problem]:
-    """Settings of another task, and those that do not fit each other."""
+    """Yield a problem for settings of another task, and for those that do not fit each other."""
     for name, tasks in TASK_SECTIONS.items():
         if config.task in tasks:
             continue
@@ -34,7 +34,7 @@ def task_problems(config: FinetuneConfig) -> Iterator[Problem]:
     for name in ("train", "validation", "test"):
         for path in getattr(config.data, name):
             if config.run_dir and os.path.realpath(path) == os.path.realpath(config.run_dir):
-                what = f"is the folder that data.{name} reads; name another one (it may lie inside)"
+                what = f"is the folder that data.{name} reads; name another one (it may be inside)"
                 yield Problem("run_dir", config.run_dir, what, related=(f"data.{name}",))
     yield from _classes(config.classify.classes)
     yield from _speech(config)
@@ -43,29 +43,33 @@ def task_problems(config: FinetuneConfig) -> Iterator[Problem]:
 
 
 def _classes(classes: list[str]) -> Iterator[Problem]:
-    """Labels are read without the spaces around them, so a class with them would have no records."""
+    """Yield a problem for names of classes with spaces around them. Labels are read without such spaces, so a class
+    with them would have no records.
+    """
     key = "classify.classes"
     if any(not name.strip() for name in classes):
         yield Problem(key, str(classes), "names an empty class; leave it out")
     elif any(name != name.strip() for name in classes):
         yield Problem(
-            key, str(classes), "has a name with spaces around it; labels are read without them: leave them out"
+            key,
+            str(classes),
+            "has a name with spaces around it; labels are read without spaces, so leave them out",
         )
     elif len(set(classes)) < len(classes):
         yield Problem(key, str(classes), "names a class twice; keep one")
     elif len(classes) == 1:
-        yield Problem(key, str(classes), "names one class, and there have to be two or more; name the others too")
+        yield Problem(key, str(classes), "names one class, but two or more are needed; name the others too")
 
 
 def _speech(config: FinetuneConfig) -> Iterator[Problem]:
-    """What hears must be asked what was said, and the other way round."""
+    """Check that only task=transcribe has an audio encoder."""
     model, settings = config.model, config.transcribe
     bins = model.audio.num_mel_bins
     if (config.task == "transcribe") != bool(bins):
         what = (
-            "task=transcribe wants an encoder that hears; write its mel bins, e.g. 80"
+            "task=transcribe needs an audio encoder; write its mel bins, e.g. 80"
             if not bins
-            else f"the encoder hears, which task={config.task} does not; write task=transcribe, or 0"
+            else f"gives the model an audio encoder, which task={config.task} cannot use; write task=transcribe, or 0"
         )
         yield Problem("model.audio.num_mel_bins", str(bins), what, related=("task",))
     if config.task != "transcribe":

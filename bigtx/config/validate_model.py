@@ -1,4 +1,4 @@
-"""What the fields of a model and of an objective must be to each other."""
+"""Checks that the fields of a model and of an objective fit each other."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ OBJECTIVES_OF_FIELDS = {
     "noise_density": "span_corruption",
     "mean_span_length": "span_corruption",
 }
-"""The settings of the section `objective` that one objective alone reads."""
+"""The settings of the section `objective` that only one objective reads."""
 
 
 def model_problems(model: ModelConfig) -> Iterator[Problem]:
-    """Fields of a model that do not fit each other, or that would do nothing."""
+    """Yield a problem for fields of a model that do not fit each other, or that would have no effect."""
     width, heads = model.hidden_size, model.num_heads
     if model.head_width is None and width % heads:
         yield Problem(
@@ -84,7 +84,7 @@ def model_problems(model: ModelConfig) -> Iterator[Problem]:
 
 
 def _experts(model: ModelConfig) -> Iterator[Problem]:
-    """A mixture of experts must fit the model, and say nothing where there is none."""
+    """Check that a mixture of experts fits the model, and that no setting of experts is given without one."""
     experts = model.experts
     if not experts.num_experts:
         for field in dataclasses.fields(experts):
@@ -114,7 +114,7 @@ def _experts(model: ModelConfig) -> Iterator[Problem]:
 
 
 def _lora(model: ModelConfig) -> Iterator[Problem]:
-    """Adapters must find their matrices, and say nothing where there are none."""
+    """Check that adapters find their matrices, and that no setting of adapters is given where there are none."""
     lora = model.lora
     if not lora.rank:
         for field in dataclasses.fields(lora):
@@ -123,33 +123,33 @@ def _lora(model: ModelConfig) -> Iterator[Problem]:
                 yield idle(f"model.lora.{field.name}", value, default, "without model.lora.rank=N")
         return
     for glob, near in useless_targets(model).items():
-        what = f"matches no matrix of a block; there are {', '.join(near)}"
+        what = f"matches no matrix of a block; the names are {', '.join(near)}"
         if model.experts.num_experts and "mlp".startswith(glob.rpartition(".")[0]):
             what += " (the matrices of a mixture's experts, and its router, have no adapters)"
         yield Problem("model.lora.targets", glob, what)
 
 
 def training_problems(config: RunConfig) -> Iterator[Problem]:
-    """What is trained must be possible."""
+    """Check that the selection of trained parameters is possible."""
     lora, optimizer, begins_with = config.model.lora, config.optimizer, config.begins_with
     if lora.rank and getattr(config, begins_with) is None:
         yield Problem(
             "model.lora.rank",
             str(lora.rank),
-            f"adapters stand beside trained weights; name a run that has them, e.g. {begins_with}=runs/mine",
+            f"adapters need trained weights; name a run that has them, e.g. {begins_with}=runs/mine",
             related=(begins_with,),
         )
     if optimizer.train_also and not lora.rank:
         yield Problem(
             "optimizer.train_also",
             str(optimizer.train_also),
-            "says nothing without model.lora.rank=N, where all parameters are trained; write "
+            "has no effect without model.lora.rank=N, because all parameters are trained; write "
             f"{setting('optimizer.train_also', [])}, and see optimizer.freeze",
         )
 
 
 def _audio(model: ModelConfig) -> Iterator[Problem]:
-    """An encoder that hears needs convolutions, and settings say nothing where none does."""
+    """Check that an audio encoder has convolutions, and that no setting of audio is given without one."""
     audio = model.audio
     bins = str(audio.num_mel_bins)
     if not audio.num_mel_bins:
@@ -162,19 +162,19 @@ def _audio(model: ModelConfig) -> Iterator[Problem]:
         yield Problem(
             "model.audio.num_mel_bins",
             bins,
-            "an encoder hears, but model.shape=decoder; write 0, or model.shape=encoder_decoder or encoder",
+            "audio needs an encoder, but model.shape=decoder; write 0, or model.shape=encoder_decoder or encoder",
             related=("model.shape",),
         )
     if not audio.strides:
-        yield Problem("model.audio.strides", "[]", "there must be a convolution at least; write its stride, e.g. [2]")
+        yield Problem("model.audio.strides", "[]", "at least one convolution is needed; write its stride, e.g. [2]")
     if model.shape == "encoder" and model.tie_embeddings:
-        yield Problem("model.tie_embeddings", "true", "an encoder that hears has no table of tokens; write false")
+        yield Problem("model.tie_embeddings", "true", "an audio encoder has no table of tokens; write false")
     if model.shape == "encoder" and model.bigram_rows:
-        yield Problem("model.bigram_rows", str(model.bigram_rows), "an encoder that hears reads no tokens; write 0")
+        yield Problem("model.bigram_rows", str(model.bigram_rows), "an audio encoder reads no tokens; write 0")
 
 
 def _idle_model_fields(model: ModelConfig) -> Iterator[Problem]:
-    """Fields that would do nothing."""
+    """Yield a problem for each field that would have no effect."""
     window = model.attention_window is not None
     conditions: tuple[tuple[str, Any, bool, str], ...] = (
         ("num_decoder_layers", model.num_decoder_layers, model.shape == "encoder_decoder", "shape=encoder_decoder"),
@@ -190,11 +190,11 @@ def _idle_model_fields(model: ModelConfig) -> Iterator[Problem]:
 
 
 def objective_problems(config: PretrainConfig) -> Iterator[Problem]:
-    """An objective that is not for the model's shape, and settings of another one."""
+    """Yield a problem for an objective that the model's shape does not allow, and for settings of another one."""
     name, shape = config.objective.name, config.model.shape
     if bins := config.model.audio.num_mel_bins:
         yield Problem(
-            "model.audio.num_mel_bins", str(bins), "only `bigtx finetune` with task=transcribe hears; write 0 here"
+            "model.audio.num_mel_bins", str(bins), "only `bigtx finetune` with task=transcribe reads audio; write 0"
         )
     fitting = {
         "decoder": ("prefix",) if config.model.prefix_attention else ("causal", "fill_in_middle"),
@@ -203,7 +203,7 @@ def objective_problems(config: PretrainConfig) -> Iterator[Problem]:
     }[shape]
     if name not in fitting:
         what = "a decoder with model.prefix_attention" if config.model.prefix_attention else f"model.shape={shape}"
-        yield Problem("objective.name", name, f"is not for {what}; write {' or '.join(fitting)}")
+        yield Problem("objective.name", name, f"is not possible for {what}; write {' or '.join(fitting)}")
     defaults = ObjectiveConfig()
     for field, owner in OBJECTIVES_OF_FIELDS.items():
         value, default = getattr(config.objective, field), getattr(defaults, field)
@@ -213,7 +213,7 @@ def objective_problems(config: PretrainConfig) -> Iterator[Problem]:
         yield Problem(
             "validation.sample_prompts",
             str(config.validation.sample_prompts),
-            f"an encoder (model.shape) writes no text; write {setting('validation.sample_prompts', [])}",
+            f"an encoder (model.shape) generates no text; write {setting('validation.sample_prompts', [])}",
         )
 
 

@@ -1,4 +1,4 @@
-"""One line that says how far a long job is: redrawn on a terminal, printed now and then elsewhere."""
+"""One line for the progress of a long job: redrawn on a terminal, printed at intervals elsewhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BAR_WIDTH = 20
 
 
 class ProgressLine:
-    """Shows texts that replace each other."""
+    """A line of text that is replaced by the next one."""
 
     def __init__(self) -> None:
         self._is_terminal = obeys(console())
@@ -21,7 +21,7 @@ class ProgressLine:
         self._width = 0
 
     def show(self, text: str, share: float | None = None) -> None:
-        """Show the text if the last one is old enough; on a terminal with a bar for the share that is done."""
+        """Show the text if the last one is old enough; on a terminal with a bar for the completed share."""
         now = time.monotonic()
         if now - self._shown_at < (_SECONDS_BETWEEN_DRAWINGS if self._is_terminal else _SECONDS_BETWEEN_LINES):
             return
@@ -34,7 +34,7 @@ class ProgressLine:
         self._width = len(text)
 
     def clear(self) -> None:
-        """Leave the terminal's line empty for what comes next."""
+        """Clear the terminal's line for the next output."""
         if self._width:
             print(f"\r{'':<{self._width}}\r", end="", file=console(), flush=True)
             self._width = 0
@@ -46,7 +46,7 @@ def _bar(share: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """A time as people read it: 0:07, 12:34, 3:25:45."""
+    """Return a time as people read it: 0:07, 12:34, 3:25:45."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -21,15 +21,15 @@ Result = TypeVar("Result")
 
 _POLL_SECONDS = 0.2
 _ITEMS_AHEAD = 512
-"""Items handed out ahead of the slowest one."""
+"""The number of items that are submitted ahead of the slowest one."""
 
 
 class StoppedError(Exception):
-    """Raised inside a worker whose results nobody waits for any more."""
+    """Raised inside a worker whose results are not needed any more."""
 
 
 class _Here:
-    """How far this process is: two counts that it alone writes, and whether it shall end early."""
+    """The progress of this process: two counts that only it writes, and whether it is to end early."""
 
     def __init__(self) -> None:
         self.counters: Any = [0, 0]
@@ -42,10 +42,10 @@ _here = _Here()
 
 
 def advance(text_bytes: int, tokens: int) -> None:
-    """Count what this process has done, for the progress line.
+    """Count the finished work of this process, for the progress line.
 
     Raises:
-        StoppedError: the job ends early, so the work at hand is in vain.
+        StoppedError: the job ends early, so the current work is not needed.
     """
     _here.counters[_here.slot] += text_bytes
     _here.counters[_here.slot + 1] += tokens
@@ -54,17 +54,17 @@ def advance(text_bytes: int, tokens: int) -> None:
 
 
 def alone() -> AbstractContextManager[Any]:
-    """Wait until none of the processes is at what only one of them may do at a time; leaving it lets the next one."""
+    """Wait for the lock of work that only one process may do at a time; leaving the context releases it."""
     return _here.turn
 
 
 class Workers:
-    """Runs functions over items.
+    """Worker processes that run functions over items.
 
     Args:
-        num_processes: 1 runs them in this process.
+        num_processes: the number of processes; 1 runs the functions in this process.
         set_up: called once in each process before its first item.
-        watch: called now and then, while results are awaited, with the sums of what `advance` counted.
+        watch: called at intervals while results are awaited, with the sums of the counts of `advance`.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Workers:
             self._pool.shutdown(cancel_futures=True)
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """The function's results, in the order of the items.
+        """Yield the function's results, in the order of the items.
 
         Raises:
             DataError: a process was killed.
@@ -116,8 +116,8 @@ class Workers:
                 yield self._first()
         except BrokenProcessPool as error:
             raise DataError(
-                "A process was killed, most often because memory ran out. Run the same command again, it goes on from "
-                f"here, with fewer processes, e.g. num_processes={max(1, self.num_processes // 2)}."
+                "A process was killed, most often because memory ran out. Run the same command again; it "
+                f"continues from here, with fewer processes, e.g. num_processes={max(1, self.num_processes // 2)}."
             ) from error
 
     def _submit(self, function: Callable[[Item], Any], item: Item) -> None:
@@ -141,7 +141,7 @@ class Workers:
 
 
 def end_with_parent() -> None:
-    """Make sure that this process, one of multiprocessing's, never outlives its parent."""
+    """Make this process, one of multiprocessing's, end with its parent."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -153,7 +153,7 @@ def end_with_parent() -> None:
 
 
 def _start(set_up: Callable[[], None], counters: Any, slots: Any, stopping: Any, turn: Any) -> None:
-    """Set up a process, which never outlives its parent."""
+    """Set up a process, which ends with its parent."""
     end_with_parent()
     _here.counters, _here.slot, _here.is_stopping = counters, slots.get(), stopping.is_set
     _here.turn = turn

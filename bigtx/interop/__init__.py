@@ -1,1 +1,3 @@
-"""To and from Hugging Face: tokenizers, configurations, weights and model cards, without running anyone's code."""
+"""Conversion to and from Hugging Face: tokenizers, configurations, weights and model cards, without running foreign
+code.
+"""

@@ -1,9 +1,9 @@
-"""From a run with LoRA to a folder for PEFT: adapter_config.json and adapter_model.safetensors, to stand beside a model
-of transformers.
+"""Export of a run with LoRA to a folder for PEFT: adapter_config.json and adapter_model.safetensors, for use with a
+model of transformers.
 
-PEFT has the same arithmetic, W x + alpha / r * B A x, and keeps A as [r, inputs] and B as [outputs, r] whichever way
-the other side holds W. Where that side holds several matrices as one (GPT-2's c_attn, ModernBERT's Wqkv), their
-adapters become one of as many times the rank: the A's one below the other, the B's along a diagonal.
+PEFT has the same arithmetic, W x + alpha / r * B A x, and stores A as [r, inputs] and B as [outputs, r] in any layout
+of W on the other side. Where that side stores several matrices as one (GPT-2's c_attn, ModernBERT's Wqkv), their
+adapters become one with the sum of the ranks: the A's one below the other, the B's along a diagonal.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class ForeignAdapter:
         module: its name there.
         a: fp32 [r, inputs].
         b: fp32 [outputs, r].
-        transposed: the module holds its matrix as [inputs, outputs].
+        transposed: whether the module stores its matrix as [inputs, outputs].
     """
 
     module: str
@@ -60,13 +60,13 @@ class ForeignAdapter:
 
 @dataclass(frozen=True)
 class ExportedAdapters:
-    """What came of an export.
+    """The result of an export.
 
     Attributes:
-        folder: where it is.
-        family: of the model that the adapters belong to.
-        num_modules: that have one.
-        num_parameters: of all of them.
+        folder: the folder of the export.
+        family: the family of the model that the adapters belong to.
+        num_modules: the number of modules with an adapter.
+        num_parameters: the number of parameters of all adapters.
     """
 
     folder: Path
@@ -87,13 +87,13 @@ def export_adapters(
     """Write a checkpoint's adapters in PEFT's format; the folder has its name once it is complete.
 
     Args:
-        run: its config, model.vocab_size set.
-        base: folder or name of the model in transformers' format that PEFT is to put them on.
-        family_name: the base's model_type; None takes the first that expresses the model.
+        run: the run's config, with model.vocab_size set.
+        base: folder or name of the model in transformers' format to which PEFT is to add them.
+        family_name: the base's model_type; None uses the first that can express the model.
 
     Raises:
-        ConfigError: no adapters, or more than adapters was trained, or no family expresses the model or its adapters.
-        CheckpointError: a damaged checkpoint, or no such weights.
+        ConfigError: there are no adapters, other parameters were trained too, or no family can express the model.
+        CheckpointError: the checkpoint is damaged, or does not have these weights.
         LaunchError: the folder cannot be written.
     """
     opened = _open(checkpoint, run.model, weights)
@@ -133,12 +133,12 @@ def _open(checkpoint: Path, config: ModelConfig, kind: str) -> Checkpoint:
     if others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise ConfigError(
-            f"{checkpoint}: beside the adapters {', '.join(others[:3])}{more} were trained, which the PEFT format "
+            f"{checkpoint}: besides the adapters, {', '.join(others[:3])}{more} were trained, which the PEFT format "
             f"leaves out; `{_export_of_all(checkpoint)}` writes the whole model, adapters merged"
         )
     kinds = opened.kinds(next(iter(opened.manifest["parameters"])))
     if kind not in kinds:
-        raise CheckpointError(f"{checkpoint} holds no {kind} weights (it has {', '.join(kinds)})")
+        raise CheckpointError(f"{checkpoint} has no {kind} weights (it has {', '.join(kinds)})")
     return opened
 
 
@@ -147,7 +147,7 @@ def _export_of_all(checkpoint: Path) -> str:
 
 
 def _converted(link: Link, opened: Checkpoint, config: ModelConfig, kind: str) -> ForeignAdapter | None:
-    """The adapter of a link's foreign tensor, if any of its parameters has one."""
+    """Return the adapter of a link's foreign tensor, if any of its parameters has one."""
     adapted = {f"{name}.weight" for name in adapted_matrices(config)} & set(link.names)
     if not adapted:
         return None
@@ -173,14 +173,16 @@ def _converted(link: Link, opened: Checkpoint, config: ModelConfig, kind: str) -
     b, expected = (b.T, expected.T) if transposed else (b, expected)
     if b.shape[0] != expected.shape[0] or not torch.allclose(b @ a, expected, rtol=1e-4, atol=1e-6):
         raise ConfigError(
-            f"{key} is held in another form than PEFT's adapters can have; `{_export_of_all(opened.path)}` writes the "
+            f"{key} has a form that PEFT's adapters cannot have; `{_export_of_all(opened.path)}` writes the "
             "whole model, adapters merged"
         )
     return ForeignAdapter(key.removesuffix(".weight"), a, b, transposed)
 
 
 def _is_transposed(link: Link, num_rows: Sequence[int]) -> bool:
-    """Whether the foreign matrix is [inputs, outputs], found by the way in which a width goes that no output has."""
+    """Return whether the foreign matrix is [inputs, outputs], found by the position of a width that no output
+    has.
+    """
     width = sum(num_rows) + 1
     (probe,) = link.to_foreign([torch.empty(rows, width, device="meta") for rows in num_rows])
     return probe.shape[0] == width
@@ -194,7 +196,7 @@ def _read(opened: Checkpoint, name: str, kind: str) -> Tensor:
 def _config(
     adapters: Sequence[ForeignAdapter], modules: Iterable[str], config: ModelConfig, base: str, task_type: str | None
 ) -> dict[str, Any]:
-    """adapter_config.json; what it leaves out has PEFT's defaults for plain LoRA."""
+    """Return adapter_config.json as a dictionary; what it leaves out has PEFT's defaults for plain LoRA."""
     lora = config.lora
     short = _short_names([adapter.module for adapter in adapters], modules)
     wider = {
@@ -226,8 +228,8 @@ def _whole(number: float) -> float:
 
 
 def _short_names(adapted: Sequence[str], modules: Iterable[str]) -> Mapping[str, str]:
-    """Names for modules by which PEFT finds them: the end after the block's number, as people write it
-    (self_attn.q_proj), where every module of the model that ends so is adapted; else the whole name."""
+    """Return names for modules by which PEFT finds them: the part after the block's number, as people write it
+    (self_attn.q_proj), if every module of the model with this ending is adapted; else the whole name."""
     modules, wanted, short = list(modules), set(adapted), {}
     for name in adapted:
         _, found, end = name.partition(match[0]) if (match := re.search(r"\.\d+\.", name)) else (name, "", "")

@@ -1,4 +1,4 @@
-"""The README.md of an exported model: what it is and how it came to be, as far as its run recorded it."""
+"""The README.md of an exported model: its description and its training, as recorded by its run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from bigtx.utils.files import write_atomic
 from bigtx.utils.version import __version__
 
 UNKNOWN_LICENSE = "unknown"
-"""How the hub writes that nobody has said."""
+"""The hub's identifier of an unknown license."""
 
 _PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
@@ -37,14 +37,14 @@ _VALIDATION_LOSS = re.compile(r"validation/(.+)/(loss|bits_per_byte)")
 
 @dataclasses.dataclass(frozen=True)
 class ModelFacts:
-    """What the export itself knows.
+    """The facts that the export itself knows.
 
     Attributes:
-        name: of the model, a title.
-        model_type, architecture, auto_class: as transformers calls the family, its class, and the class that loads it.
-        num_parameters: in the files, a tied table once.
-        dtype: of the files.
-        license: the hub's identifier of one, such as apache-2.0; None: nobody has said.
+        name: the title of the model.
+        model_type, architecture, auto_class: transformers' names of the family, its class, and the class that loads it.
+        num_parameters: the parameters in the files; a tied table counts once.
+        dtype: the dtype of the files.
+        license: the hub's identifier, such as apache-2.0; None: not known.
     """
 
     name: str
@@ -59,11 +59,11 @@ class ModelFacts:
 def write_card(folder: Path, facts: ModelFacts, *, checkpoint: Path, config: RunConfig, tokenizer: Tokenizer) -> str:
     """Write README.md into an export.
 
-    The names of the data's sources are in it, and no paths.
+    It contains the names of the data's sources, but no paths.
 
     Args:
-        checkpoint: the one that was exported, in its run's folder, whose metrics.jsonl holds the losses.
-        config: of the run, model.vocab_size set.
+        checkpoint: the exported checkpoint, in its run's folder, whose metrics.jsonl has the losses.
+        config: the run's config, with model.vocab_size set.
 
     Returns:
         The card's text.
@@ -102,11 +102,11 @@ def _summary(facts: ModelFacts, config: RunConfig, manifest: Mapping[str, Any]) 
     origin = f"Trained with bigtx ({_aim(config)}) and exported by bigtx {__version__}."
     if imported := manifest.get("imported"):
         origin = (
-            f"Its weights came to bigtx from a Hugging Face model, `{imported['from']}`, and were exported again by "
+            f"Its weights were imported from a Hugging Face model, `{imported['from']}`, and were exported again by "
             f"bigtx {__version__}, without training in between."
         )
     elif base := config.base if isinstance(config, FinetuneConfig) else getattr(config, "init_from", None):
-        origin += f" The training began with the weights of `{Path(base).name}`."
+        origin += f" The training started from the weights of `{Path(base).name}`."
     return (
         f"A Transformer, {kind[config.model.shape]}, of {facts.num_parameters:,} parameters, in the form of "
         f"transformers' `{facts.architecture}`. {origin}"
@@ -114,7 +114,7 @@ def _summary(facts: ModelFacts, config: RunConfig, manifest: Mapping[str, Any]) 
 
 
 def _aim(config: RunConfig) -> str:
-    """What the training was for."""
+    """Return the purpose of the training."""
     if isinstance(config, FinetuneConfig):
         rank = config.model.lora.rank
         return f"fine-tuned to {config.task}" + (f", by adapters of rank {rank} that were merged" if rank else "")
@@ -147,7 +147,7 @@ def _model_rows(model: ModelConfig, facts: ModelFacts) -> dict[str, Any]:
 
 
 def _class_rows(config: RunConfig) -> dict[str, Any]:
-    """What a classifier sorts into, and what it reads."""
+    """Return the classes of a classifier, and its input."""
     if not isinstance(config, FinetuneConfig) or config.model.num_classes is None:
         return {}
     names = config.classify.classes
@@ -176,7 +176,7 @@ def _data(config: RunConfig, manifest: Mapping[str, Any]) -> str:
 
 def _training(config: RunConfig, manifest: Mapping[str, Any]) -> str:
     if "imported" in manifest:
-        return f"Before the weights came to bigtx: {_NOT_RECORDED}."
+        return f"Before the import into bigtx: {_NOT_RECORDED}."
     optimizer, train = config.optimizer, config.train
     length = getattr(train, "sequence_length", None)
     return _table(
@@ -194,7 +194,7 @@ def _training(config: RunConfig, manifest: Mapping[str, Any]) -> str:
 
 
 def _losses(metrics: Path, manifest: Mapping[str, Any]) -> str:
-    """The last validation losses up to the checkpoint's step."""
+    """Return the last validation losses up to the checkpoint's step."""
     last: dict[str, dict[str, Any]] = {}
     for record in _records(metrics):
         if step_of(record) > manifest["step"]:
@@ -202,7 +202,7 @@ def _losses(metrics: Path, manifest: Mapping[str, Any]) -> str:
         now: dict[str, dict[str, Any]] = {}
         for key, value in record.items():
             if found := _VALIDATION_LOSS.fullmatch(key):
-                # float also reads "NaN" and "Infinity", as metrics.jsonl writes them.
+                # float also reads "NaN" and "Infinity", which metrics.jsonl may contain.
                 with contextlib.suppress(TypeError, ValueError):  # A damaged line.
                     now.setdefault(found[1], {"step": record["step"]})[found[2]] = float(value)
         last |= now
@@ -239,7 +239,7 @@ def _tokenizer_rows(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _usage(facts: ModelFacts) -> str:
     return f"""\
-With transformers; FOLDER is where this file lies:
+With transformers; FOLDER is the folder of this file:
 
 ```python
 from transformers import AutoTokenizer, {facts.auto_class}

@@ -1,6 +1,6 @@
-"""Classifiers of transformers: `...ForSequenceClassification`, and what each family of them reads and computes.
+"""Classifiers of transformers: `...ForSequenceClassification`, with the input and the head of each family.
 
-A family's class sums up a text in its own way (the last token, the first, the mean), and has its own head. Both are
+A family's class summarizes a text in its own way (the last token, the first, the mean), and has its own head. Both are
 settings of bigtx (`classify.pooling`, `model.class_head`), so a classifier that has those of its family is written and
 read back tensor by tensor.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 AUTO_CLASS = "AutoModelForSequenceClassification"
 ENDING = "ForSequenceClassification"
-"""Of the names of the classes."""
+"""The prefix of default names of classes."""
 PROBLEM_TYPE = "single_label_classification"
 OTHER_HEADS = ("ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice", "ForNextSentencePrediction")
 
@@ -30,13 +30,13 @@ Pooling = Literal["first", "mean", "last"]
 
 @dataclass(frozen=True)
 class Classifier:
-    """A family's class that sorts texts.
+    """A family's class that classifies texts.
 
     Attributes:
-        architecture: its name.
+        architecture: the name of the class.
         head: its model.class_head.
-        poolings: the values of classify.pooling that it has, and what config.json says for each; a config.json that
-            says nothing means the first.
+        poolings: the values of classify.pooling that it has, with the entries of config.json for each; a config.json
+            without them means the first.
     """
 
     architecture: str
@@ -45,24 +45,24 @@ class Classifier:
 
 
 def decoder_classifier(architecture: str) -> Classifier:
-    """That of a decoder, which reads the last token that is no padding."""
+    """Return the classifier of a decoder, which reads the last token that is not padding."""
     return Classifier(architecture, "score", {"last": {}})
 
 
 def pooling_of(run: RunConfig) -> str | None:
-    """How a run's classifier sums up a text; None where it is none."""
+    """Return how a run's classifier summarizes a text; None if the run has no classifier."""
     if isinstance(run, FinetuneConfig) and run.model.num_classes is not None:
         return run.classify.pooling
     return None
 
 
 def auto_class(family: Family, config: ModelConfig) -> str:
-    """The class of transformers that loads a model of a family."""
+    """Return the class of transformers that loads a model of a family."""
     return family.auto_class if config.num_classes is None else AUTO_CLASS
 
 
 def architecture(family: Family, config: ModelConfig) -> str:
-    """The class of transformers that a model of a family is."""
+    """Return the class of transformers for a model of a family."""
     if config.num_classes is None:
         return family.architecture
     assert family.classifier is not None
@@ -70,16 +70,17 @@ def architecture(family: Family, config: ModelConfig) -> str:
 
 
 def class_problems(family: Family, config: ModelConfig, pooling: str | None) -> list[str]:
-    """What of a classifier its family does not express, each as "KEY=VALUE: why"; nothing for other models.
+    """Return the settings of a classifier that its family cannot express, each as "KEY=VALUE: why"; none for other
+    models.
 
     Args:
-        pooling: classify.pooling, resolved.
+        pooling: the resolved classify.pooling.
     """
     if config.num_classes is None:
         return []
     own, head = family.classifier, shape.class_head(config)
     if own is None:
-        return [f"model.num_classes={config.num_classes}: transformers has no {family.model_type} that sorts texts"]
+        return [f"model.num_classes={config.num_classes}: transformers has no classifier for it"]
     problems = []
     if head != own.head:
         problems.append(f"model.class_head={head}: the family has {own.head}")
@@ -89,7 +90,7 @@ def class_problems(family: Family, config: ModelConfig, pooling: str | None) -> 
 
 
 def write_classes(family: Family, run: RunConfig) -> dict[str, Any]:
-    """The fields that config.json has for a classifier; nothing for other models."""
+    """Return the fields of config.json for a classifier; none for other models."""
     if not isinstance(run, FinetuneConfig) or run.model.num_classes is None:
         return {}
     assert family.classifier is not None
@@ -104,44 +105,44 @@ def write_classes(family: Family, run: RunConfig) -> dict[str, Any]:
 
 
 def is_classifier(values: Mapping[str, Any]) -> bool:
-    """Whether a config.json names a class that sorts texts."""
+    """Return whether a config.json names a class that classifies texts."""
     return _architecture(values).endswith(ENDING)
 
 
 def read_classes(family: Family, values: Mapping[str, Any]) -> ClassifyConfig | None:
-    """The classes that a config.json names and how its model sums up a text; None where it sorts no texts.
+    """Return the classes of a config.json and how its model summarizes a text; None if it is not a classifier.
 
     Raises:
-        ConfigError: a head that bigtx does not have.
+        ConfigError: bigtx does not have the head.
     """
     name = _architecture(values)
     if name.endswith(OTHER_HEADS):
         raise ConfigError(
-            f"it is a {name}, and bigtx has no such head. Of an encoder the body can be imported, to be fine-tuned: "
-            "transformers.AutoModel.from_pretrained(FOLDER).save_pretrained(BODY) writes it; of a decoder import the "
+            f"it is a {name}, and bigtx has no such head. The body of an encoder can be imported and fine-tuned: "
+            "transformers.AutoModel.from_pretrained(FOLDER).save_pretrained(BODY) writes it; for a decoder, import the "
             "model that predicts tokens"
         )
     if not is_classifier(values):
         return None
     if family.classifier is None or family.classifier.architecture != name:
         raise ConfigError(
-            f"it is a {name}, and bigtx reads no classifiers of model_type {family.model_type!r}; import the model "
+            f"it is a {name}, but bigtx cannot read classifiers of model_type {family.model_type!r}; import the model "
             "that predicts tokens and fine-tune it with task=classify"
         )
     kind, names = values.get("problem_type"), _names(values)
     if kind not in (None, PROBLEM_TYPE) or len(names) < 2:
-        what = f"problem_type={kind!r}" if len(names) > 1 else "one class, so it gives a number"
+        what = f"problem_type={kind!r}" if len(names) > 1 else "one class, so it predicts a number"
         raise ConfigError(
-            f"the {name} has {what}, and a classifier of bigtx gives each text one of two or more classes; use it with "
-            "transformers, or import the model that it was made of"
+            f"the {name} has {what}, but a classifier of bigtx assigns each text one of two or more classes; use "
+            "it with transformers, or import the model that it was trained from"
         )
     if len(set(names)) < len(names) or not all(names):
-        raise ConfigError("id2label has two classes of one name, or one without a name; give each a name of its own")
+        raise ConfigError("id2label has two classes with the same name, or one without a name; name each once")
     for pooling, fields in family.classifier.poolings.items():
         if all(values.get(key, value) == value for key, value in fields.items()):
             return ClassifyConfig(classes=names, pooling=pooling)
     found = {key: values.get(key) for fields in family.classifier.poolings.values() for key in fields}
-    raise ConfigError(f"{found} is not one of those that bigtx has: {list(family.classifier.poolings.values())}")
+    raise ConfigError(f"{found} is not one of the values that bigtx has: {list(family.classifier.poolings.values())}")
 
 
 def _architecture(values: Mapping[str, Any]) -> str:
@@ -150,7 +151,7 @@ def _architecture(values: Mapping[str, Any]) -> str:
 
 
 def _names(values: Mapping[str, Any]) -> list[str]:
-    """The names of the classes in the order of their numbers; those of transformers where there are none."""
+    """Return the names of the classes in the order of their numbers; transformers' default names if there are none."""
     given = values.get("id2label")
     if not isinstance(given, Mapping):
         number = values.get("num_labels", 2)
@@ -163,23 +164,23 @@ def _names(values: Mapping[str, Any]) -> list[str]:
 
 
 def refuse_ambiguous_end(pooling: str | None, tokenizer: Tokenizer, pad_id: int | None) -> None:
-    """Refuse a decoder's classifier that would sum up a text by another token on each side.
+    """Refuse a decoder's classifier that would summarize a text by different tokens in transformers and in bigtx.
 
-    transformers takes the last token that is no padding, bigtx the last one: these differ where the padding id ends a
+    transformers reads the last token that is not padding, bigtx the last one: these differ if the padding id ends a
     text too.
 
     Args:
-        pooling: classify.pooling.
-        pad_id: pad_token_id of config.json.
+        pooling: the run's classify.pooling.
+        pad_id: the pad_token_id of config.json.
 
     Raises:
-        ConfigError: they do.
+        ConfigError: the tokens differ.
     """
     template = tokenizer.whole_text
     last = {parts[-1].id for parts in (template.single, template.pair)} & {pad_id} - {None}
     if pooling == "last" and last:
         raise ConfigError(
             f"the id {pad_id} ends each text and is the padding too: transformers would "
-            "sum up a text by the token before it, and bigtx by itself; a tokenizer with a padding token of its own is "
-            "needed"
+            "summarize a text by the token before it, but bigtx by this token; use a tokenizer with a separate "
+            "padding token"
         )

@@ -1,6 +1,6 @@
-"""From a run to a Hugging Face folder: config.json, safetensors, tokenizer, and a card.
+"""Export of a run to a Hugging Face folder: config.json, safetensors, tokenizer, and a card.
 
-The shapes of all tensors are known from the config, so that shards are planned first and then written one link at a
+The shapes of all tensors are known from the config, so shards are planned first and then written one link at a
 time: memory holds one link, not a shard.
 """
 
@@ -35,21 +35,21 @@ from bigtx.utils.staging import new_folder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-"""As config.json calls them."""
+"""The dtypes by their names in config.json."""
 
 SHARD_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSettings:
-    """What an export may choose.
+    """The options of an export.
 
     Attributes:
-        dtype: of the tensors.
-        weights: master, or ema for the averaged copy that runs with optimizer.ema_decay keep.
-        family: model_type to write; None takes the first that expresses the model.
+        dtype: the dtype of the tensors.
+        weights: master, or ema for the averaged copy of runs with optimizer.ema_decay.
+        family: the model_type to write; None uses the first that can express the model.
         shard_bytes: most bytes of a file, unless one tensor is larger.
-        license: what the card says of it, by the hub's identifier.
+        license: the license in the card, by the hub's identifier.
     """
 
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -61,13 +61,13 @@ class ExportSettings:
 
 @dataclass(frozen=True)
 class Exported:
-    """What came of an export.
+    """The result of an export.
 
     Attributes:
-        folder: where it is.
-        family: as which it was written.
+        folder: the folder of the export.
+        family: the family in whose format it was written.
         architecture, auto_class: its class in transformers, and the class that loads it.
-        num_tensors, num_parameters: in its files, a tied table once.
+        num_tensors, num_parameters: the counts in its files; a tied table counts once.
         files: safetensors files and their sizes in bytes.
     """
 
@@ -83,16 +83,16 @@ class Exported:
 def export_model(
     checkpoint: Path, run: RunConfig, tokenizer: Tokenizer, folder: Path, settings: ExportSettings
 ) -> Exported:
-    """Write a checkpoint as a Hugging Face folder, adapters merged; it has its name once it is complete.
+    """Write a checkpoint as a Hugging Face folder, with adapters merged; it has its name once it is complete.
 
     Args:
-        checkpoint: of any run, whatever its ZeRO stage and number of ranks.
-        run: its config, model.vocab_size set.
+        checkpoint: a checkpoint of any run, of any ZeRO stage and number of ranks.
+        run: the run's config, with model.vocab_size set.
 
     Raises:
-        ConfigError: no family expresses the model, or the folder is in use.
-        CheckpointError: a damaged checkpoint, no such weights, or numbers that the dtype does not hold.
-        DataError: the tokenizer has no counterpart.
+        ConfigError: no family can express the model, or the folder is in use.
+        CheckpointError: the checkpoint is damaged, lacks these weights, or has numbers outside the range of the dtype.
+        DataError: the tokenizer cannot be converted.
         LaunchError: the folder cannot be written.
     """
     config = without_adapters(run.model)
@@ -126,7 +126,7 @@ def export_model(
 
 
 def without_adapters(config: ModelConfig) -> ModelConfig:
-    """The model that an export writes: its adapters are merged."""
+    """Return the config of the exported model, whose adapters are merged."""
     return dataclasses.replace(config, lora=LoraConfig())
 
 
@@ -134,7 +134,7 @@ class _Source:
     """The parameters of a checkpoint, one at a time, without padding, and with adapters merged."""
 
     def __init__(self, path: Path, config: ModelConfig, kind: str, mapped_bytes: int) -> None:
-        """Args: mapped_bytes: about how much is read of the files before they are opened anew."""
+        """Args: mapped_bytes: about how much is read of the files before they are opened again."""
         self.checkpoint, self.config, self.kind = MergedCheckpoint(path), config, kind
         self.mapped_bytes, self.num_read = mapped_bytes, 0
         if problems := self.checkpoint.verify():
@@ -144,24 +144,24 @@ class _Source:
         kinds = self.checkpoint.kinds(next(iter(self.checkpoint.shapes)))
         if kind not in kinds:
             raise CheckpointError(
-                f"{path} holds no {kind} weights (it has {', '.join(kinds)}); an average of the weights is kept by "
+                f"{path} has no {kind} weights (it has {', '.join(kinds)}); an average of the weights is kept by "
                 "runs with optimizer.ema_decay"
             )
 
     def read(self, name: str) -> Tensor:
-        """One parameter, fp32."""
+        """Return one parameter, fp32."""
         shape = self.checkpoint.shapes[name]
         flat = self.checkpoint.read(name, self.kind, 0, math.prod(shape))
         self.num_read += flat.nbytes
         if self.num_read > self.mapped_bytes:
-            # What was read of a mapped file counts as memory until it is closed.
+            # The pages that were read of a mapped file count as memory until it is closed.
             self.checkpoint.close()
             self.num_read = 0
         return cut(name, flat.view(shape), self.config)
 
 
 def _generation_config(values: Mapping[str, Any], auto_class: str) -> dict[str, Any]:
-    """The ids that generation needs; nothing for a model that does not generate."""
+    """Return the ids that generation needs; nothing for a model that does not generate."""
     if auto_class in ("AutoModelForMaskedLM", AUTO_CLASS):
         return {}
     names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
@@ -176,7 +176,7 @@ def _write_shards(
     dtype: torch.dtype,
     shard_bytes: int,
 ) -> dict[str, int]:
-    """Write the tensors in the order of the links; returns the files with their sizes."""
+    """Write the tensors in the order of the links; return the files with their sizes."""
     sizes = {key: dtype.itemsize * math.prod(shape) for key, shape in shapes.items()}
     shards = list(groups(sizes, shard_bytes))
     tensors = _converted(source, links, dtype)
@@ -185,7 +185,7 @@ def _write_shards(
     for number, keys in enumerate(shards, start=1):
         name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         entries = [(key, shapes[key], dtype) for key in keys]
-        # transformers opens no file that does not say which library wrote it.
+        # transformers refuses a file without the name of the library that wrote it.
         with SafetensorsWriter(folder / name, entries, {"format": "pt"}) as writer:
             for key in keys:
                 came, tensor = next(tensors)
@@ -208,6 +208,6 @@ def _as_dtype(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     result = tensor.to(dtype)
     if not torch.isfinite(result).all():
         if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{key} holds values that are not finite: the training has failed")
-        raise ConfigError(f"{key} holds values beyond fp16's largest, 65,504; write dtype=bf16 or dtype=fp32")
+            raise CheckpointError(f"{key} has values that are not finite: the training has failed")
+        raise ConfigError(f"{key} has values above fp16's largest, 65,504; write dtype=bf16 or dtype=fp32")
     return result

@@ -1,4 +1,4 @@
-"""What a family of Hugging Face models must say of itself to be read and written."""
+"""The interface of a family of Hugging Face models that can be read and written."""
 
 from __future__ import annotations
 
@@ -14,70 +14,73 @@ if TYPE_CHECKING:
 
 
 class SaidByConfig:
-    """Of families whose config.json says all."""
+    """The base of families whose config.json is sufficient."""
 
     def settled(self, config: ModelConfig, keys: Collection[str]) -> ModelConfig:
-        """The config as it is."""
+        """Return the config as it is."""
         return config
 
 
 class Family(Protocol):
-    """A kind of model that transformers knows, and how bigtx's fields and parameters express it.
+    """A kind of model of transformers, and its expression by bigtx's fields and parameters.
 
-    The vocabulary's padding is none of a family's business: links speak of embedding.weight, head.weight and head.bias,
+    Families do not handle the vocabulary's padding: links name embedding.weight, head.weight and head.bias,
     whose foreign tensors have vocab_size rows.
     """
 
     @property
     def model_type(self) -> str:
-        """The family's name in config.json."""
+        """Return the family's name in config.json."""
         ...
 
     @property
     def architecture(self) -> str:
-        """The class that config.json's `architectures` names."""
+        """Return the class that config.json's `architectures` names."""
         ...
 
     @property
     def auto_class(self) -> str:
-        """The class of transformers that loads it: AutoModelForCausalLM, ..MaskedLM or ..Seq2SeqLM."""
+        """Return the class of transformers that loads it: AutoModelForCausalLM, ..MaskedLM or ..Seq2SeqLM."""
         ...
 
     @property
     def classifier(self) -> Classifier | None:
-        """Its class that sorts texts; None: transformers has none, or bigtx does not write it."""
+        """Return its class that classifies texts; None: transformers has none, or bigtx does not write it."""
         ...
 
     def read_config(self, values: dict[str, Any]) -> ModelConfig:
-        """bigtx's config of a config.json; vocab_size is set.
+        """Return bigtx's config of a config.json; vocab_size is set.
 
         Raises:
-            ConfigError: it names every field whose value bigtx does not express.
+            ConfigError: bigtx cannot express a value; the message names every such field.
         """
         ...
 
     def settled(self, config: ModelConfig, keys: Collection[str]) -> ModelConfig:
-        """The config once it is known which tensors there are, where config.json does not say all of it."""
+        """Return the config after the names of the tensors are known, for what config.json does not contain."""
         ...
 
     def problems(self, config: ModelConfig) -> list[str]:
-        """Fields that the family does not express, each as "model.FIELD=VALUE: why"."""
+        """Return the fields that the family cannot express, each as "model.FIELD=VALUE: why"."""
         ...
 
     def write_config(self, config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-        """A config.json of a config without problems, model_type and architectures included; `read_config` inverts
-        it. Every field that matters is written out, so that another release's defaults change nothing."""
+        """Return the config.json of a config without problems, model_type and architectures included; `read_config`
+        inverts it. Every relevant field is written, so that another release's defaults have no effect.
+        """
         ...
 
     def links(self, config: ModelConfig) -> list[Link]:
-        """Every parameter of bigtx in exactly one link, in the order in which a checkpoint is best written."""
+        """Return links with every parameter of bigtx exactly once, in the best order for writing a checkpoint."""
         ...
 
     def rename(self, key: str) -> str:
-        """An older spelling of a foreign key (another prefix, gamma for weight) as `links` spells it; else the key."""
+        """Return an older spelling of a foreign key (another prefix, gamma for weight) as `links` spells it; else the
+        key.
+        """
         ...
 
     def unused(self, config: ModelConfig) -> Sequence[str]:
-        """Regular expressions of whole foreign keys that may be there and are not needed: buffers, tied copies,
+        """Return regular expressions of whole foreign keys that may exist and are not needed: buffers, tied copies,
         poolers. Import reports them as dropped."""
         ...

@@ -1,4 +1,4 @@
-"""Reading a config.json field by field: every problem is gathered, and told at once."""
+"""The reader of a config.json, field by field: all problems are collected and reported together."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ T = TypeVar("T")
 
 
 class Fields:
-    """The values of a config.json, and what bigtx cannot express of them.
+    """The values of a config.json, and the problems of those that bigtx cannot express.
 
-    A field that is missing or null has its default; without a default that is a problem too. Fields that nobody asks
-    for are left alone, as transformers does.
+    A field that is missing or null has its default; without a default that is a problem too. Fields that are not
+    read are ignored, as in transformers.
     """
 
     def __init__(self, values: Mapping[str, Any], prefix: str = "") -> None:
-        """Args: prefix: goes before the keys in problems, e.g. `rope_parameters.`."""
+        """Args: prefix: the prefix of the keys in problems, e.g. `rope_parameters.`."""
         self.values = values
         self.prefix = prefix
         self.problems: list[str] = []
 
     def size(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
-        """A whole number of at least `minimum`."""
+        """Return a whole number of at least `minimum`."""
         value = self._given(key, default)
         if isinstance(value, int) and not isinstance(value, bool) and value >= minimum:
             return value
@@ -35,7 +35,7 @@ class Fields:
         return minimum
 
     def number(self, key: str, default: float | None = None) -> float:
-        """Any number."""
+        """Return a field that is a number."""
         value = self._given(key, default)
         if isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
@@ -44,38 +44,40 @@ class Fields:
         return 1.0
 
     def flag(self, key: str, default: bool) -> bool:
-        """true or false."""
+        """Return a field that is true or false."""
         value = self._given(key, default)
         if not isinstance(value, bool):
-            self.problem(key, "is neither true nor false")
+            self.problem(key, "is not true or false")
         return value is True
 
     def choice(self, key: str, meanings: Mapping[str, T], default: str) -> T:
-        """What a name stands for."""
+        """Return the meaning of a name."""
         value = self._given(key, default)
         if isinstance(value, str) and value in meanings:
             return meanings[value]
-        self.problem(key, f"is not one of those that bigtx has: {', '.join(meanings)}")
+        self.problem(key, f"is not one of the values that bigtx has: {', '.join(meanings)}")
         return next(iter(meanings.values()))
 
     def expect(self, key: str, allowed: Any, why: str) -> None:
-        """Note a problem where a field is given, is not null, and differs from the one value that bigtx has."""
+        """Add a problem if a field is given, is not null, and differs from the only value that bigtx has."""
         value = self.values.get(key)
         if value is not None and value != allowed:
             self.problem(key, why)
 
     def problem(self, key: str, why: str) -> None:
-        """Note a field whose value cannot be used."""
+        """Add the problem of a field whose value cannot be used."""
         self.problems.append(f"{self.prefix}{key}={self.values.get(key)!r} {why}")
 
     def finish(self) -> None:
-        """Do nothing without problems.
+        """Raise an error if there are problems.
 
         Raises:
-            ConfigError: it names them all.
+            ConfigError: there are problems; the message names all of them.
         """
         if self.problems:
-            raise ConfigError(f"config.json has what bigtx does not express: {'; '.join(dict.fromkeys(self.problems))}")
+            raise ConfigError(
+                f"config.json has fields that bigtx cannot express: {'; '.join(dict.fromkeys(self.problems))}"
+            )
 
     def _given(self, key: str, default: Any) -> Any:
         value = self.values.get(key)
@@ -87,12 +89,12 @@ class Fields:
 
 
 def differing(config: Any, allowed: Mapping[str, Sequence[Any]], why: Mapping[str, str]) -> list[str]:
-    """The fields of a bigtx config whose values are not among those that a family expresses.
+    """Return the fields of a bigtx config whose values a family cannot express.
 
     Args:
         config: a ModelConfig.
-        allowed: values by field, `experts.num_experts` of a field in a section.
-        why: by field, what to say; else what the family has.
+        allowed: the values by field, e.g. `experts.num_experts` for a field in a section.
+        why: the reason by field; the default is the family's value.
 
     Returns:
         "model.FIELD=VALUE: why" for each.
@@ -109,7 +111,7 @@ def differing(config: Any, allowed: Mapping[str, Sequence[Any]], why: Mapping[st
 
 
 def _idle_fields(config: Any) -> Sequence[str]:
-    """Fields of the head of tokens, which say nothing in a classifier."""
+    """Return the fields of the head of tokens, which have no effect in a classifier."""
     if config.num_classes is None:
         return ()
     idle = ("head_bias", "logit_scale", "logit_soft_cap")

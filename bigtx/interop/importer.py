@@ -1,4 +1,6 @@
-"""From a Hugging Face folder to a run folder, which generation, fine-tuning and `init_from` open like any other run."""
+"""Import of a Hugging Face folder as a run folder, which generation, fine-tuning and `init_from` open like any other
+run.
+"""
 
 from __future__ import annotations
 
@@ -34,22 +36,22 @@ OBJECTIVES: dict[str, Literal["causal", "masked", "span_corruption"]] = {
     "encoder": "masked",
     "encoder_decoder": "span_corruption",
 }
-"""What a model of each shape is usually trained for."""
+"""The usual objective of a model of each shape."""
 
 
 @dataclass(frozen=True)
 class Imported:
-    """What came of an import.
+    """The result of an import.
 
     Attributes:
         model_type: the family.
-        config: of the model.
-        tokenizer: as it stands in the run.
-        num_tensors: foreign tensors that were taken over.
-        num_files: safetensors files that held them.
-        dropped: foreign tensors that were there and are not needed.
-        untrained: foreign tensors of the head, which the folder lacks; the run has a new one.
-        checkpoint: its folder.
+        config: the config of the model.
+        tokenizer: the tokenizer of the run.
+        num_tensors: foreign tensors that were imported.
+        num_files: safetensors files that contain them.
+        dropped: foreign tensors that are not needed.
+        untrained: foreign tensors of the head that the folder lacks; the run has a new head.
+        checkpoint: the folder of the checkpoint.
     """
 
     model_type: str
@@ -67,18 +69,18 @@ def import_model(
 ) -> Imported:
     """Read a Hugging Face model and write it as a run with one checkpoint, at step 0.
 
-    Weights pass through memory one link at a time.
+    Weights are in memory one link at a time.
 
     Args:
         source: a local folder with config.json, safetensors and a tokenizer.
-        run_dir: the folder to make.
-        tokenizer_folder: where the tokenizer is, if it is not in `source`.
-        part_bytes: about how large the files of the checkpoint become.
+        run_dir: the folder to create.
+        tokenizer_folder: the folder of the tokenizer, if it is not in `source`.
+        part_bytes: the approximate size of the files of the checkpoint.
 
     Raises:
-        ConfigError: a model or a head that bigtx does not express, or a run_dir that is in use.
-        CheckpointError: weights that are incomplete or do not fit config.json.
-        DataError: no tokenizer, or one that does not fit.
+        ConfigError: bigtx cannot express the model or its head, or run_dir is in use.
+        CheckpointError: the weights are incomplete or do not fit config.json.
+        DataError: there is no tokenizer, or it does not fit.
         LaunchError: run_dir cannot be written.
     """
     refuse_filled(run_dir)
@@ -124,7 +126,7 @@ def import_model(
 
 
 def _with_classes(family: Family, config: ModelConfig, classify: ClassifyConfig | None) -> ModelConfig:
-    """The model with the head of a classifier, if it is one."""
+    """Return the model with the head of a classifier, if it is one."""
     if classify is None:
         return config
     assert family.classifier is not None
@@ -132,7 +134,7 @@ def _with_classes(family: Family, config: ModelConfig, classify: ClassifyConfig 
 
 
 def _run_config(run_dir: Path, model: ModelConfig, classify: ClassifyConfig | None) -> PretrainConfig | FinetuneConfig:
-    """A config that trains the model on, once it has data."""
+    """Return a config that continues the training of the model, once it has data."""
     if classify is not None:
         return FinetuneConfig(run_dir=str(run_dir), task="classify", model=model, classify=classify)
     run = PretrainConfig(run_dir=str(run_dir), model=model)
@@ -142,23 +144,23 @@ def _run_config(run_dir: Path, model: ModelConfig, classify: ClassifyConfig | No
 
 
 def _tokenizer_of(folder: Path, source: Path, values: dict[str, Any], config: ModelConfig) -> Tokenizer:
-    """The tokenizer in a folder, with the ends that the model's files name.
+    """Return the tokenizer in a folder, with the end ids of the model's files.
 
     Raises:
-        DataError: there is none, or it has ids that the model has no rows for.
+        DataError: there is none, or it has ids without rows in the model.
     """
     tokenizer = _read_tokenizer(folder)
     assert config.vocab_size is not None
     if tokenizer.vocab_size > config.vocab_size:
         raise DataError(
             f"the tokenizer in {folder} has {tokenizer.vocab_size:,} ids, more than the {config.vocab_size:,} rows "
-            f"that {source / CONFIG} gives the model; name the model's own: tokenizer=FOLDER"
+            f"of the model by {source / CONFIG}; name the model's own: tokenizer=FOLDER"
         )
     return _with_ends(tokenizer, read_end_ids(source, values))
 
 
 def _check(run: RunConfig, source: Path) -> None:
-    """Hold the model to the rules that every config is held to."""
+    """Check the model by the rules of every config."""
     if problems := [str(problem) for problem in validate(run) if problem.key.startswith("model.")]:
         raise ConfigError(f"{source / CONFIG} describes a model that bigtx cannot build: {'; '.join(problems)}")
 
@@ -170,40 +172,42 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
         return import_tokenizer(folder)
     except DataError as error:
         raise DataError(
-            f"{error} A run needs its tokenizer; if it is elsewhere, name that folder: tokenizer=FOLDER"
+            f"{error} A run needs its tokenizer; if it is in another folder, name it: tokenizer=FOLDER"
         ) from None
 
 
 def _with_ends(tokenizer: Tokenizer, named: list[int]) -> Tokenizer:
-    """The tokenizer with all ids that end a text: those that the model's files name, and its own."""
+    """Return the tokenizer with all ids that end a text: those of the model's files, and its own."""
     ends = [i for i in named if 0 <= i < tokenizer.vocab_size]
     ends = ends if tokenizer.end_id in ends else [tokenizer.end_id, *ends]
     return tokenizer.changed(ends=ends) if len(ends) > 1 else tokenizer
 
 
 def _spellings(family: Family, weights: ForeignWeights) -> dict[str, str]:
-    """The files' spelling of each key."""
+    """Return the files' spelling of each key."""
     spelled: dict[str, str] = {}
     for key in weights.shapes:
         name = family.rename(key)
         if name in spelled:
-            raise CheckpointError(f"{weights.folder} holds one tensor twice, as {spelled[name]} and as {key}")
+            raise CheckpointError(f"{weights.folder} has one tensor twice, as {spelled[name]} and as {key}")
         spelled[name] = key
     return spelled
 
 
 class _Match(NamedTuple):
-    """What becomes of the tensors of a folder."""
+    """The use of the tensors of a folder."""
 
     links: list[Link]
     keys: dict[str, str]
-    """The files' spelling of each key that is read; those of an encoder's head are missing if it was saved without."""
+    """The files' spelling of each key that is read; those of an encoder's head are missing if it was saved without a
+    head.
+    """
     dropped: list[str]
     """Tensors that are not needed."""
 
     @property
     def untrained(self) -> list[str]:
-        """Keys that no file has."""
+        """Return the keys that no file has."""
         return [key for link in self.links if not self.keys.keys() & link.keys for key in link.keys]
 
 
@@ -211,7 +215,7 @@ def _match(family: Family, config: ModelConfig, weights: ForeignWeights, spelled
     """Find the tensor of every key.
 
     Raises:
-        CheckpointError: some are missing, unknown or of another shape.
+        CheckpointError: some tensors are missing, unknown or of another shape.
     """
     links = family.links(config)
     check_links(links, config)
@@ -229,7 +233,7 @@ def _match(family: Family, config: ModelConfig, weights: ForeignWeights, spelled
             expected = {name: shape for name, shape in expected.items() if name not in head}
         elif expected.keys() - head == found.keys():
             raise CheckpointError(
-                f"{weights.folder} holds a {family.model_type} without its head, which predicts tokens "
+                f"{weights.folder} has a {family.model_type} without its head, which predicts tokens "
                 f"({', '.join(head)} missing): import the whole model, as {family.architecture} saves it"
             )
     refuse_differences(weights.folder, expected, found)
@@ -240,7 +244,7 @@ def _match(family: Family, config: ModelConfig, weights: ForeignWeights, spelled
 
 
 def _refuse_another_head(family: Family, config: ModelConfig, weights: ForeignWeights, spelled: dict[str, str]) -> None:
-    """Refuse a head that config.json calls tied and that is not the embedding: transformers would use it."""
+    """Refuse a head that differs from the embedding although config.json ties them: transformers would use it."""
     untied = family.links(replace(config, tie_embeddings=False))
     embedding, head = (
         spelled.get(next(link.keys[0] for link in untied if name in link.names))
@@ -248,15 +252,15 @@ def _refuse_another_head(family: Family, config: ModelConfig, weights: ForeignWe
     )
     if embedding and head and not torch.equal(weights.read(embedding), weights.read(head)):
         raise CheckpointError(
-            f"{weights.folder}: {CONFIG} ties the head to the embedding (tie_word_embeddings), but {head} holds other "
-            f"numbers than {embedding}; if the head is the model's own, write false there"
+            f"{weights.folder}: {CONFIG} ties the head to the embedding (tie_word_embeddings), but {head} has other "
+            f"numbers than {embedding}; if the model has a separate head, write false there"
         )
 
 
 def _converted(
     links: list[Link], keys: dict[str, str], weights: ForeignWeights, config: ModelConfig
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of bigtx, link by link; those that no file has are new."""
+    """Yield every parameter of bigtx, link by link; missing ones are new."""
     shapes = parameter_shapes(config)
     for link in links:
         if not keys.keys() & link.keys:
@@ -266,6 +270,6 @@ def _converted(
         tensors = [weights.read(keys[key]) for key in link.keys]
         for tensor in tensors:
             if not torch.isfinite(tensor).all():
-                raise CheckpointError(f"{weights.folder}: {', '.join(link.keys)} holds values that are not finite")
+                raise CheckpointError(f"{weights.folder}: {', '.join(link.keys)} has values that are not finite")
         for name, tensor in zip(link.names, link.to_bigtx(tensors), strict=True):
             yield name, padded(tensor, shapes[name])

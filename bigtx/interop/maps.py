@@ -1,7 +1,7 @@
-"""How parameters of bigtx and tensors of a foreign checkpoint become each other, one link at a time.
+"""Conversion between parameters of bigtx and tensors of a foreign checkpoint, one link at a time.
 
 A link's two functions only cut, join, transpose and reorder, so they lose nothing, and they run on meta tensors too:
-that is how the shapes of what a checkpoint must hold are known before a byte of it is read.
+so the shapes of the tensors of a checkpoint are known before any byte of it is read.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ Convert = Callable[[list[Tensor]], list[Tensor]]
 
 @dataclass(frozen=True)
 class Link:
-    """Some parameters of bigtx and the foreign tensors that hold the same numbers.
+    """Some parameters of bigtx and the foreign tensors with the same numbers.
 
     Attributes:
-        names: of bigtx's parameters.
-        keys: of the foreign tensors.
-        to_bigtx: from tensors in the order of `keys` to tensors in the order of `names`.
+        names: the names of bigtx's parameters.
+        keys: the keys of the foreign tensors.
+        to_bigtx: converts tensors in the order of `keys` to tensors in the order of `names`.
         to_foreign: its inverse.
     """
 
@@ -34,21 +34,21 @@ class Link:
 
 
 def same(name: str, key: str) -> Link:
-    """One parameter that both sides hold alike."""
+    """Link one parameter that both sides store in the same form."""
     return Link((name,), (key,), list, list)
 
 
 def transposed(name: str, key: str) -> Link:
-    """A matrix that the other side holds as [inputs, outputs]."""
+    """Link a matrix that the other side stores as [inputs, outputs]."""
     return Link((name,), (key,), _transpose, _transpose)
 
 
 def split_rows(names: Sequence[str], key: str, sizes: Sequence[int] | None = None, *, transpose: bool = False) -> Link:
-    """Parameters that the other side holds as one tensor, one below the other.
+    """Link parameters that the other side stores as one tensor, one below the other.
 
     Args:
-        sizes: rows of each; equal ones if left out.
-        transpose: the fused matrix is [inputs, outputs], as GPT-2's Conv1D holds it.
+        sizes: the rows of each; equal if left out.
+        transpose: the fused matrix is [inputs, outputs], as in GPT-2's Conv1D.
     """
 
     def to_bigtx(tensors: list[Tensor]) -> list[Tensor]:
@@ -64,7 +64,7 @@ def split_rows(names: Sequence[str], key: str, sizes: Sequence[int] | None = Non
 
 
 def stacked(name: str, keys: Sequence[str]) -> Link:
-    """One parameter [E, ...] that the other side holds as E tensors [...]."""
+    """Link one parameter [E, ...] that the other side stores as E tensors [...]."""
 
     def to_bigtx(tensors: list[Tensor]) -> list[Tensor]:
         return [torch.stack(tensors)]
@@ -76,14 +76,14 @@ def stacked(name: str, keys: Sequence[str]) -> Link:
 
 
 def swapped_halves(name: str, key: str, width: int) -> Link:
-    """Rows of a query or key projection whose heads the other side turns the other way.
+    """Link the rows of a query or key projection whose heads the other side rotates in another order.
 
-    Rotary positions turn the plane of dimensions (i, i + C/2) by an angle; with the two halves of a head swapped, the
-    same formula turns it by the opposite angle. Products of queries and keys see only the difference of positions,
-    and a swap on both sides leaves them alone otherwise.
+    Rotary positions rotate the plane of dimensions (i, i + C/2) by an angle; with the two halves of a head swapped, the
+    same formula rotates it by the opposite angle. Products of queries and keys depend only on the difference of
+    positions, and a swap on both sides has no other effect.
 
     Args:
-        width: C of one head; the tensor has [heads * C, ...] rows.
+        width: the width C of one head; the tensor has [heads * C, ...] rows.
     """
 
     def swap(tensors: list[Tensor]) -> list[Tensor]:
@@ -94,13 +94,13 @@ def swapped_halves(name: str, key: str, width: int) -> Link:
 
 
 def spelled(name: str, outer: Mapping[str, str], block: Mapping[str, str], layers: str) -> str:
-    """The key of a parameter where modules are only called otherwise.
+    """Return the key of a parameter whose modules only have other names.
 
     Args:
-        name: of bigtx's parameter, e.g. decoder.blocks.3.attention.query.weight.
-        outer: foreign names of the modules outside of blocks.
-        block: foreign names of the modules of a block.
-        layers: foreign name of the list of blocks, e.g. model.layers.
+        name: the name of bigtx's parameter, e.g. decoder.blocks.3.attention.query.weight.
+        outer: the foreign names of the modules outside of blocks.
+        block: the foreign names of the modules of a block.
+        layers: the foreign name of the list of blocks, e.g. model.layers.
     """
     module, _, part = name.rpartition(".")
     found = re.fullmatch(r"(?:encoder|decoder)\.blocks\.(\d+)\.(.+)", module)

@@ -1,6 +1,6 @@
-"""A folder as Hugging Face lays it out: config.json and safetensors, in one file or in shards with an index.
+"""A folder in Hugging Face's layout: config.json and safetensors, in one file or in shards with an index.
 
-Nothing in it is executed: no pickle is opened and no code imported, whatever config.json says.
+Nothing in it is executed: no pickle is opened and no code is imported, even if config.json names some.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
 AUTO_CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM", "SEQ_CLS": AUTO_CLASS}
-"""Classes of transformers by the name that PEFT has for their models; it has none for masked language models."""
+"""Classes of transformers by PEFT's name for their models; PEFT has none for masked language models."""
 _BESIDE_WEIGHTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT")
-"""Kinds of PEFT's adapters that are no change of weights, so that they cannot be merged into them."""
+"""Kinds of PEFT's adapters that do not change weights, so that they cannot be merged into them."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _FLOATS = ("F64", "F32", "BF16", "F16")
 MAPPED_BYTES = 64 * 2**20
-"""Read of a file before it is opened anew."""
+"""The number of bytes that are read of a file before it is opened again."""
 _SHOWN = 8
-"""Keys of a kind that an error names."""
+"""The number of keys of a kind that an error lists."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a folder, as far as bigtx can read such a model at all.
+    """Return the config.json of a folder, if bigtx can read such a model.
 
     Raises:
-        ConfigError: no such folder or file, adapters, a quantized model, or one that comes with its own code.
+        ConfigError: the folder or file is missing, or has adapters, a quantized model or a model with its own code.
     """
     if not folder.is_dir():
         raise ConfigError(
@@ -51,7 +51,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     values = _read_json(folder / CONFIG)
     if "auto_map" in values:
         raise ConfigError(
-            f"{folder / CONFIG} names code of its own (auto_map: {', '.join(map(str, values['auto_map']))}), which "
+            f"{folder / CONFIG} names its own code (auto_map: {', '.join(map(str, values['auto_map']))}), which "
             "bigtx never runs; only models of transformers' own classes can be imported"
         )
     if values.get("quantization_config"):
@@ -64,12 +64,14 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _adapters(folder: Path) -> ConfigError:
-    """What to do with a folder of adapters; transformers would load the base that it names and put them on it."""
+    """Return the error with advice for a folder of adapters; transformers would load its base and add the adapters to
+    it.
+    """
     values = _read_json(folder / ADAPTER_CONFIG)
     kind, base = str(values.get("peft_type")), str(values.get("base_model_name_or_path") or "BASE")
-    problem = f"{folder} holds adapters for another model in PEFT's format ({kind[:40]}), not a model"
+    problem = f"{folder} has adapters for another model in PEFT's format ({kind[:40]}), not a model"
     if kind in _BESIDE_WEIGHTS:
-        return ConfigError(f"{problem}, and adapters of this kind cannot be merged into one; import the base {base!r}")
+        return ConfigError(f"{problem}; adapters of this kind cannot be merged into a model; import the base {base!r}")
     auto_class = AUTO_CLASSES.get(str(values.get("task_type")), "AutoModelForMaskedLM")
     return ConfigError(
         f"{problem}; merge them into their base {base!r} and import the result. In Python: "
@@ -81,10 +83,10 @@ def _adapters(folder: Path) -> ConfigError:
 
 
 def read_end_ids(folder: Path, values: dict[str, Any]) -> list[int]:
-    """The ids that end a text in generation, by generation_config.json and config.json: one each, or several.
+    """Return the ids that end a text in generation, by generation_config.json and config.json: one each, or several.
 
     Args:
-        values: of config.json.
+        values: the content of config.json.
 
     Raises:
         ConfigError: generation_config.json cannot be read.
@@ -105,20 +107,20 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} is not a JSON object; copy it again from where it came")
+        raise ConfigError(f"{path} is not a JSON object; copy it again from its source")
     return values
 
 
 class ForeignWeights:
-    """The tensors of a folder; their headers are read and checked, their content not yet.
+    """The tensors of a folder; their headers have been read and checked, but not their content.
 
     Attributes:
-        shapes: of every tensor.
+        shapes: the shape of every tensor.
     """
 
     def __init__(self, folder: Path) -> None:
         """Raises:
-        CheckpointError: no safetensors, a missing or damaged file, or an index that does not fit the files.
+        CheckpointError: there are no safetensors, a file is missing or damaged, or the index does not fit the files.
         """
         self.folder = folder
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -137,31 +139,31 @@ class ForeignWeights:
 
     @property
     def num_files(self) -> int:
-        """Safetensors files that hold the tensors."""
+        """Return the number of safetensors files that hold the tensors."""
         return len(set(self._files.values()))
 
     def check_kinds(self, keys: Iterable[str]) -> None:
-        """Make sure that tensors are floating-point numbers.
+        """Check that tensors are floating-point numbers.
 
         Raises:
-            CheckpointError: some are integers or of 8 bits, so the checkpoint is quantized.
+            CheckpointError: some are integers or have 8 bits, so the checkpoint is quantized.
         """
         wrong = [f"{key} ({self._dtypes[key]})" for key in keys if self._dtypes[key] not in _FLOATS]
         if wrong:
             raise CheckpointError(
-                f"{self.folder} holds tensors that are not fp64, fp32, bf16 or fp16: {_listed(wrong)}; is it "
+                f"{self.folder} has tensors that are not fp64, fp32, bf16 or fp16: {_listed(wrong)}; is it "
                 "quantized? import the original weights"
             )
 
     def read(self, key: str) -> Tensor:
-        """A tensor, whole, in fp32.
+        """Return a whole tensor in fp32.
 
         Raises:
-            CheckpointError: its file cannot be read any more.
+            CheckpointError: its file cannot be read.
         """
         file = self._files[key]
         try:
-            # What was read of a mapped file counts as memory until it is closed.
+            # The pages that were read of a mapped file count as memory until it is closed.
             if self._open is None or self._open[0] != file or self._num_read > MAPPED_BYTES:
                 self._open, self._num_read = None, 0
                 self._open = file, safe_open(self.folder / file, framework="pt")
@@ -172,18 +174,18 @@ class ForeignWeights:
         return tensor.to(torch.float32, copy=True)
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         self._open = None
 
     def _read_index(self) -> dict[str, str]:
-        """File by key, or nothing where one file holds all."""
+        """Return the file of each key, or nothing if one file has all."""
         if (self.folder / SINGLE).is_file():
             return {}
         if not (self.folder / INDEX).is_file():
             raise _no_weights(self.folder)
         index = _read_json(self.folder / INDEX).get("weight_map")
         if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()) or not index:
-            raise CheckpointError(f"{self.folder / INDEX} has no weight_map; copy it again from where it came")
+            raise CheckpointError(f"{self.folder / INDEX} has no weight_map; copy it again from its source")
         if outside := sorted({name for name in index.values() if Path(name).name != name}):
             raise CheckpointError(f"{self.folder / INDEX} names files outside of its folder: {_listed(outside)}")
         if missing := sorted({name for name in index.values() if not (self.folder / name).is_file()}):
@@ -202,7 +204,7 @@ class ForeignWeights:
                     self._files[key] = name
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                f"{self.folder / name} is not a whole safetensors file ({error}); fetch it again"
+                f"{self.folder / name} is not a complete safetensors file ({error}); fetch it again"
             ) from error
 
 
@@ -210,19 +212,19 @@ def _no_weights(folder: Path) -> CheckpointError:
     names = sorted(path.name for path in folder.iterdir())
     if pickles := [name for name in names if name.endswith(_PICKLES)]:
         return CheckpointError(
-            f"{folder} holds its weights as pickle only ({_listed(pickles)}), which can run any code once opened; "
-            f"bigtx never opens one: look for a {SINGLE} of the same model, or have whoever trusts it convert it"
+            f"{folder} has its weights as pickle only ({_listed(pickles)}), which can run any code when it is opened; "
+            f"bigtx never opens one: look for a {SINGLE} of the same model, or convert it where you trust it"
         )
     others = [name for name in names if name.endswith(".safetensors")]
-    found = f"; it has {_listed(others)}, which is no whole model by its name" if others else ""
-    return CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}{found}")
+    found = f"; it has {_listed(others)}, which is not a complete model by its name" if others else ""
+    return CheckpointError(f"{folder} has no {SINGLE} and no {INDEX}{found}")
 
 
 def refuse_differences(folder: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
-    """Compare the tensors that a model needs with those that are there.
+    """Compare the tensors that a model needs with those of the folder.
 
     Raises:
-        CheckpointError: it names those that are missing, unknown or of another shape.
+        CheckpointError: some are missing, unknown or of another shape; the message names them.
     """
     missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     wrong = [
@@ -234,13 +236,13 @@ def refuse_differences(folder: Path, expected: dict[str, tuple[int, ...]], found
         f"{len(keys)} {what}: {_listed(keys)}"
         for what, keys in (
             ("missing", missing),
-            ("unknown, so the model does more than bigtx would", unknown),
+            ("unknown, so the model computes more than bigtx would", unknown),
             ("of another shape", wrong),
         )
         if keys
     ]
     if parts:
-        raise CheckpointError(f"{folder} does not hold the tensors that its {CONFIG} calls for: {'; '.join(parts)}")
+        raise CheckpointError(f"{folder} does not have the tensors that its {CONFIG} requires: {'; '.join(parts)}")
 
 
 def _listed(names: list[str]) -> str:

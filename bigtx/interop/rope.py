@@ -13,22 +13,22 @@ _METHODS = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "
 
 
 def read_rope(fields: Fields, default_theta: float = 10_000.0) -> tuple[float, RopeScalingConfig]:
-    """The base of the frequencies and how they are stretched, where all blocks have the same.
+    """Return the base of the frequencies and their scaling, if all blocks have the same.
 
     Args:
-        default_theta: of the family, where the file names none.
+        default_theta: the default of the family, if the file has none.
     """
     written = "rope_scaling" if fields.values.get("rope_scaling") else "rope_parameters"
     values = fields.values.get(written) or {}
     if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
-        fields.problem(written, "does not give one set of rotary frequencies for all blocks")
+        fields.problem(written, "does not have the same rotary frequencies for all blocks")
         return default_theta, RopeScalingConfig()
     theta = {"rope_theta": fields.number("rope_theta", default_theta)}
     rope = Fields(theta | {key: value for key, value in values.items() if value is not None}, f"{written}.")
     if "rope_type" not in values and "type" in values:
         rope.values = {**rope.values, "rope_type": values["type"]}
     for where in (rope, fields):
-        where.expect("partial_rotary_factor", 1.0, "turns a part of each head, and bigtx turns all of it")
+        where.expect("partial_rotary_factor", 1.0, "rotates a part of each head, but bigtx rotates all of it")
     method = rope.choice("rope_type", _METHODS, "default")
     scaling = _read_scaling(rope, method, fields)
     fields.problems += rope.problems
@@ -41,7 +41,7 @@ def _read_scaling(rope: Fields, method: str, fields: Fields) -> RopeScalingConfi
     if method == "linear":
         return RopeScalingConfig(method="linear", factor=_factor(rope, None))
     longest = fields.size("max_position_embeddings")
-    # One beside the rotary fields comes first, as in transformers.
+    # A value next to the rotary fields has precedence, as in transformers.
     where = fields if "original_max_position_embeddings" in fields.values else rope
     length = where.size("original_max_position_embeddings", longest)
     if method == "llama3":
@@ -53,10 +53,10 @@ def _read_scaling(rope: Fields, method: str, fields: Fields) -> RopeScalingConfi
             high_frequency_factor=rope.number("high_freq_factor"),
         )
     factor = _factor(rope, longest / length)
-    rope.expect("truncate", True, "leaves the range of YaRN unrounded, and bigtx rounds it")
+    rope.expect("truncate", True, "does not round the range of YaRN, but bigtx does")
     magnitude = _yarn_magnitude(rope, factor)
     if not math.isclose(magnitude, 0.1 * math.log(factor) + 1.0, rel_tol=1e-6):
-        rope.problem("attention_factor", f"(or mscale) scales attention by {magnitude:.4f}; bigtx has the paper's rule")
+        rope.problem("attention_factor", f"(or mscale) is {magnitude:.4f}, but bigtx has only the paper's rule")
     return RopeScalingConfig(
         method="yarn",
         factor=factor,
@@ -69,12 +69,12 @@ def _read_scaling(rope: Fields, method: str, fields: Fields) -> RopeScalingConfi
 def _factor(rope: Fields, default: float | None) -> float:
     factor = rope.number("factor", default)
     if factor < 1.0:
-        rope.problem("factor", "shortens the reach")
+        rope.problem("factor", "is below 1")
     return max(factor, 1.0)
 
 
 def _yarn_magnitude(rope: Fields, factor: float) -> float:
-    """The factor that transformers puts on cos and sin (DeepSeek's mscale included)."""
+    """Return the factor by which transformers multiplies cos and sin (DeepSeek's mscale included)."""
     if "attention_factor" in rope.values:
         return rope.number("attention_factor")
     if rope.values.get("mscale") and rope.values.get("mscale_all_dim"):
@@ -84,9 +84,9 @@ def _yarn_magnitude(rope: Fields, factor: float) -> float:
 
 
 def write_rope(config: ModelConfig) -> dict[str, Any]:
-    """The fields for `config.rope_theta` and `config.rope_scaling`, in both spellings.
+    """Return the fields for `config.rope_theta` and `config.rope_scaling`, in both spellings.
 
-    transformers 4 does not know `rope_parameters`, and would take its default base without a word.
+    transformers 4 does not know `rope_parameters`, and would silently use its default base.
     """
     scaling = config.rope_scaling
     names = {

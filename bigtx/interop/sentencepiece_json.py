@@ -1,7 +1,7 @@
 """A sentencepiece model as the content of a Hugging Face `tokenizer.json`, with the same ids.
 
-Pieces are written with a plain space where sentencepiece writes U+2581. So text needs no rewriting before it is split,
-and a U+2581 in the text is what bigtx takes it for: a character without a piece, written as its three bytes.
+Pieces are written with a plain space where sentencepiece writes U+2581. So text need not be rewritten before it is
+split, and a U+2581 in the text is the same as in bigtx: a character without a piece, encoded as its three bytes.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _NEVER = -1e9
 
 
 def to_tokenizer_json(model: SentencePieceModel, template: Template) -> dict[str, Any]:
-    """What the library tokenizers reads: the model's pieces, merges and treatment of spaces.
+    """Return the content for the library tokenizers: the model's pieces, merges and treatment of spaces.
 
     Args:
-        template: the special ids that are put around texts by default.
+        template: the special ids that are added to texts by default.
 
     Raises:
         DataError: the model splits text in a way that has no counterpart (words or characters as pieces, a space mark
@@ -40,7 +40,7 @@ def to_tokenizer_json(model: SentencePieceModel, template: Template) -> dict[str
     if trained.model_type not in kinds or trained.treat_whitespace_as_suffix:
         raise DataError(
             "This sentencepiece model cannot be written as a tokenizer.json: only BPE and unigram models whose space "
-            "marks precede the words can. Give the readers of the export the sentencepiece model itself."
+            "marks precede the words can. Distribute the sentencepiece model itself with the export."
         )
     return {
         "version": "1.0",
@@ -56,13 +56,15 @@ def to_tokenizer_json(model: SentencePieceModel, template: Template) -> dict[str
 
 
 def _spelled(piece: Any) -> str:
-    """A piece's name in tokenizer.json."""
+    """Return a piece's name in tokenizer.json."""
     is_text = piece.type in (piece.NORMAL, piece.USER_DEFINED)
     return str(piece.piece).replace(SPACE_MARK, " ") if is_text else str(piece.piece)
 
 
 def _added_tokens(proto: Any) -> list[dict[str, Any]]:
-    """The pieces that are cut out of the text before anything else: special ones, and those that the user defined."""
+    """Return the pieces that are found in the text before anything else: special ones, and those that the user
+    defined.
+    """
     settings = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return [
         {"id": i, "content": _spelled(piece), **settings, "special": piece.type != piece.USER_DEFINED}
@@ -74,7 +76,7 @@ def _added_tokens(proto: Any) -> list[dict[str, Any]]:
 def _bpe(proto: Any) -> dict[str, Any]:
     ids = {_spelled(piece): i for i, piece in enumerate(proto.pieces)}
     normal = {_spelled(piece): piece.score for piece in proto.pieces if piece.type == piece.NORMAL}
-    # Sentencepiece joins the pair whose joint piece scores best, the leftmost of equals.
+    # Sentencepiece joins the pair whose joint piece has the best score, and the leftmost of equal ones.
     merges = [
         (-score, ids[piece], at, piece)
         for piece, score in normal.items()
@@ -120,13 +122,13 @@ def _normalizer(settings: Any, *, writes_mark: bool) -> dict[str, Any] | None:
 
 
 def _pre_tokenizer(proto: Any, data: bytes) -> dict[str, Any] | None:
-    """Where text may be cut without changing its ids."""
+    """Return where text may be cut without changing its ids."""
     if exact_borders(data):
-        # Only for speed: the library remembers words as well.
+        # Only for speed: the library caches words too.
         pattern = WORDS.pattern
     elif proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM:
-        # The library would take the text "<0x41>" for the byte 0x41, where no other way to spell it is better. With
-        # the characters that have no piece out of the way, all others together always spell it better. Without bytes,
+        # The library would read the text "<0x41>" as the byte 0x41 if no other spelling is better. Without
+        # the characters that have no piece, all others together always spell it better. Without bytes,
         # a run of them is one unknown piece.
         known = {_spelled(piece) for piece in proto.pieces if piece.type == piece.NORMAL}
         pattern = f"[^{_character_class(character for character in known if len(character) == 1)}]"
@@ -138,7 +140,7 @@ def _pre_tokenizer(proto: Any, data: bytes) -> dict[str, Any] | None:
 
 
 def _character_class(characters: Iterable[str]) -> str:
-    """Characters as ranges inside the brackets of a regular expression."""
+    """Write characters as ranges inside the brackets of a regular expression."""
     codes = sorted(map(ord, characters))
     ranges = [[code for _, code in group] for _, group in groupby(enumerate(codes), lambda pair: pair[1] - pair[0])]
     ends = [
@@ -149,7 +151,7 @@ def _character_class(characters: Iterable[str]) -> str:
 
 
 def _post_processor(template: Template, piece: Callable[[int], str]) -> dict[str, Any]:
-    """Said even where nothing is added, so that no reader puts its own in the place."""
+    """Return the entry, even where nothing is added, so that no reader uses its own default."""
 
     def written(parts: Iterable[Part]) -> list[dict[str, Any]]:
         names = iter("AB")

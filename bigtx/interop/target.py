@@ -1,4 +1,4 @@
-"""As what transformers a run's model leaves, known from its config and tokenizer before it is trained."""
+"""The export format of a run's model, which is known from its config and tokenizer before training."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from bigtx.utils.errors import ConfigError
 
 
 def family_of(run: RunConfig, name: str | None = None) -> Family:
-    """The family of a run's model, by its config alone.
+    """Return the family of a run's model, by its config only.
 
     Args:
-        name: model_type that is wanted; None takes the first that expresses the model.
+        name: the model_type to use; None uses the first that can express the model.
 
     Raises:
-        ConfigError: the model does not read tokens, or no family expresses it.
+        ConfigError: the model does not read tokens, or no family can express it.
     """
     if run.model.audio.num_mel_bins:
         raise ConfigError(
-            "the model hears (model.audio), and bigtx exports only models that read tokens; use it by `bigtx predict`"
+            "the model reads audio (model.audio), but only models of tokens can be exported; use it by `bigtx predict`"
         )
     return choose(run.model, name, pooling=pooling_of(run))
 
 
 def describe(run: RunConfig, tokenizer: Tokenizer, name: str | None = None) -> tuple[Family, dict[str, Any]]:
-    """The family of a run's model, and the config.json of its export.
+    """Return the family of a run's model, and the config.json of its export.
 
     Args:
-        run: model.vocab_size set.
-        name: as for `family_of`.
+        run: the run's config, with model.vocab_size set.
+        name: as in `family_of`.
 
     Raises:
-        ConfigError: there is no such export.
+        ConfigError: the model cannot be exported.
     """
     family = family_of(run, name)
     refuse_ambiguous_end(pooling_of(run), tokenizer, tokenizer.pad_id)
@@ -44,7 +44,7 @@ def describe(run: RunConfig, tokenizer: Tokenizer, name: str | None = None) -> t
 
 
 def export_note(run: RunConfig, tokenizer: Tokenizer) -> str | None:
-    """What users should know before a training whose model cannot be exported; None where it can."""
+    """Return a note for users before a training whose model cannot be exported; None if it can."""
     try:
         describe(run, tokenizer)
     except ConfigError as error:

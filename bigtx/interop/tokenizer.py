@@ -1,15 +1,15 @@
-"""The tokenizer's way to and from Hugging Face.
+"""Import and export of Hugging Face tokenizers.
 
-An export loads with transformers' AutoTokenizer and gives bigtx's ids, without custom code:
+An export loads with transformers' AutoTokenizer and returns bigtx's ids, without custom code:
 
-- `tokenizer.json` holds the tokenizer itself: that of a tokenizer which came from Hugging Face is written as it came, a
+- `tokenizer.json` has the tokenizer itself: one that was imported from Hugging Face is written unchanged, a
   sentencepiece model is converted (`bigtx.interop.sentencepiece_json`).
-- `tokenizer_config.json` names the special tokens and has transformers read tokenizer.json as it is, instead of
-  building the tokenizer that other models of this type have.
+- `tokenizer_config.json` names the special tokens and makes transformers read tokenizer.json unchanged, instead of
+  building the tokenizer of other models of this type.
 - `chat_template.jinja` writes chats as `Tokenizer.encode_chat` does.
 
-There is one difference by intent: where the text spells a special token, as chat templates do, transformers gives its
-id, and bigtx the ids of its characters. With `split_special_tokens=True` transformers does as bigtx.
+There is one intended difference: where the text spells a special token, as chat templates do, transformers returns its
+id, and bigtx the ids of its characters. With `split_special_tokens=True` transformers behaves as bigtx.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ HARD_TEXTS = (
     "[CLS] [SEP] [MASK] [PAD] [UNK] <|endoftext|> <|im_start|>user",
     "a\u2581b \u2581 \u2581\u2581",
 )
-"""Texts that tokenizers take differently, U+2581 (sentencepiece's mark of a space) and special names included."""
+"""Texts that tokenizers treat differently, U+2581 (sentencepiece's mark of a space) and special names included."""
 
 _CHAT = (("system", "Be brief.\n"), ("user", " What is  2+2?"), ("assistant", "4"), ("tool", '{"a": 1}'))
 _PAIR = ("The first text.", "And 2 more words")
@@ -92,17 +92,17 @@ def export_tokenizer(
 ) -> None:
     """Write the files from which AutoTokenizer makes this tokenizer.
 
-    By default AutoTokenizer then puts the special ids around texts that `template_of_export` gives.
+    By default AutoTokenizer then adds the special ids of `template_of_export` to texts.
 
     Args:
-        folder: the export; its config.json has to stand there before transformers reads the tokenizer.
-        model_type: as in that config.json.
-        max_length: tokens that the model takes at most.
+        folder: the folder of the export; it needs its config.json before transformers reads the tokenizer.
+        model_type: the value in that config.json.
+        max_length: the most tokens of a text of the model.
         template: in place of `template_of_export`, for a tokenizer that bigtx trained.
-        settings: of tokenizer_config.json, in place of others.
+        settings: settings of tokenizer_config.json, in place of others.
 
     Raises:
-        DataError: the tokenizer has no counterpart.
+        DataError: the tokenizer cannot be converted.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config: dict[str, Any] = json.loads(tokenizer.settings_files.get(TOKENIZER_CONFIG, b"{}"))
@@ -120,7 +120,7 @@ def export_tokenizer(
             "clean_up_tokenization_spaces": False,
             "padding_side": "right" if model_type in READ_WITH_END else "left",
         }
-    # Code from elsewhere has no place in an export.
+    # An export has no foreign code.
     config.pop("auto_map", None)
     config |= {"tokenizer_class": _tokenizer_class(model_type), "model_max_length": max_length}
     config |= settings or {}
@@ -130,14 +130,14 @@ def export_tokenizer(
 
 
 def export_classifier_tokenizer(tokenizer: Tokenizer, folder: Path, run: FinetuneConfig, *, model_type: str) -> None:
-    """As `export_tokenizer`, for a classifier: texts and pairs have the special ids and the lengths that they have in
-    `bigtx predict`, and padding comes after them.
+    """Export a tokenizer as `export_tokenizer` does, for a classifier: texts and pairs have the special ids and the
+    lengths that they have in `bigtx predict`, and padding comes after them.
 
     Args:
-        run: the classifier's.
+        run: the config of the classifier.
 
     Raises:
-        DataError: the tokenizer has no counterpart.
+        DataError: the tokenizer cannot be converted.
     """
     names = ["input_ids", "token_type_ids", "attention_mask"]
     if run.model.num_token_types < 2:
@@ -160,23 +160,23 @@ def export_classifier_tokenizer(tokenizer: Tokenizer, folder: Path, run: Finetun
 
 
 def template_of_export(tokenizer: Tokenizer, model_type: str) -> Template:
-    """The special ids that transformers puts around texts by default, once the tokenizer is exported.
+    """Return the special ids that transformers adds to texts by default, once the tokenizer is exported.
 
-    They are the tokenizer's own if it came with a model. Otherwise the end id follows a text for an encoder or a T5,
-    which read texts so in training, and a decoder gets none.
+    They are the tokenizer's own if it was imported. Otherwise the end id follows a text for an encoder or a T5,
+    which read texts in this form in training, and a decoder gets none.
     """
     return tokenizer.template or around(None, tokenizer.end_id if model_type in READ_WITH_END else None)
 
 
 def import_tokenizer(folder: Path) -> Tokenizer:
-    """Take over the tokenizer of a Hugging Face folder, its ids as they are.
+    """Import the tokenizer of a Hugging Face folder, with its ids unchanged.
 
-    A tokenizer.json is taken as it is, if transformers, where it is installed, puts the special ids around texts that
-    the files say. A sentencepiece model alone is taken if transformers makes the same ids of it: what it makes depends
-    on the model's type and the settings beside it.
+    A tokenizer.json is imported unchanged, if transformers (where installed) adds the special ids to texts that
+    the files define. A sentencepiece model alone is imported if transformers returns the same ids: these depend
+    on the model's type and the settings next to it.
 
     Raises:
-        DataError: there is none, or transformers does something else with it.
+        DataError: there is none, or transformers uses it in another way.
     """
     if (folder / HuggingFaceModel.file_name).is_file():
         tokenizer = Tokenizer.from_huggingface(folder)
@@ -185,22 +185,22 @@ def import_tokenizer(folder: Path) -> Tokenizer:
     names = [name for name in SENTENCEPIECE_NAMES if (folder / name).is_file()]
     if not names:
         raise DataError(
-            f"{folder} holds no tokenizer: neither {HuggingFaceModel.file_name} nor a sentencepiece model "
+            f"{folder} has no tokenizer: no {HuggingFaceModel.file_name} and no sentencepiece model "
             f"({', '.join(SENTENCEPIECE_NAMES)})."
         )
     tokenizer = Tokenizer.from_sentencepiece(folder / names[0])
     theirs = _load(folder)
     if theirs.is_fast:
-        # What the library of another backend puts around texts cannot be seen; then the comparison tells.
+        # The special ids of another backend's library cannot be read; then the comparison decides.
         tokenizer = tokenizer.changed(template=observed(lambda *texts: theirs(*texts).encodings[0]))
-    # Bigtx keeps U+2581 where sentencepiece, and transformers with it, makes it a space.
+    # bigtx keeps U+2581, but sentencepiece and transformers convert it to a space.
     texts = [text for text in HARD_TEXTS if SPACE_MARK not in text]
     _refuse_differences(folder, names[0], _differences(tokenizer, theirs, texts, tokenizer.template))
     return tokenizer
 
 
 def _default_differences(tokenizer: Tokenizer, folder: Path) -> list[str]:
-    """Where transformers, if it can load a folder's tokenizer at all, puts other special ids around texts."""
+    """Return where transformers, if it can load a folder's tokenizer, adds other special ids to texts."""
     try:
         theirs = _load(folder)
     except DataError:
@@ -210,23 +210,23 @@ def _default_differences(tokenizer: Tokenizer, folder: Path) -> list[str]:
 
 def _refuse_differences(folder: Path, name: str, differences: Sequence[str]) -> None:
     if differences:
-        place = json.dumps(str(folder), ensure_ascii=False)  # Whose quotation marks stand between those of the shell.
+        place = json.dumps(str(folder), ensure_ascii=False)  # Its quotation marks are inside those of the shell.
         script = f"from transformers import AutoTokenizer as A; A.from_pretrained({place}).save_pretrained({place})"
         raise DataError(
-            f"Transformers does not read {folder / name} as it stands: {differences[0]}"
-            f"{f' (and {len(differences) - 1} more differences)' if differences[1:] else ''}. Have transformers write "
-            f"what it reads as a {HuggingFaceModel.file_name}, and try again: {command('python', '-c', script)}"
+            f"Transformers does not use {folder / name} unchanged: {differences[0]}"
+            f"{f' (and {len(differences) - 1} more differences)' if differences[1:] else ''}. Let transformers write "
+            f"its own version as a {HuggingFaceModel.file_name}, and try again: {command('python', '-c', script)}"
         )
 
 
 def compare_tokenizers(tokenizer: Tokenizer, folder: Path) -> list[str]:
-    """What AutoTokenizer, loading a folder, does otherwise than a tokenizer of bigtx.
+    """Return the differences between a folder's AutoTokenizer and a tokenizer of bigtx.
 
-    Special ids, the vocabulary's size, the ids of `HARD_TEXTS` and of a chat are compared, and what stands around texts
-    and pairs by default; the network is not used, and no code in the folder runs.
+    Special ids, the vocabulary's size, the ids of `HARD_TEXTS` and of a chat are compared, and the special ids around
+    texts and pairs by default; the network is not used, and no code in the folder runs.
 
     Returns:
-        One line for each difference; none if all is the same.
+        One line for each difference; none if there is no difference.
 
     Raises:
         DataError: transformers is not installed, or cannot load the folder.
@@ -236,13 +236,13 @@ def compare_tokenizers(tokenizer: Tokenizer, folder: Path) -> list[str]:
     if is_classifier(config):
         return _differences(tokenizer, theirs, HARD_TEXTS, tokenizer.whole_text)
     template = template_of_export(tokenizer, config["model_type"])
-    # A tokenizer that an earlier release took from Hugging Face leaves as it came, whatever it puts around texts.
+    # A tokenizer that an earlier release imported is exported unchanged, with any special ids around texts.
     is_unknown = tokenizer.template is None and isinstance(tokenizer.model, HuggingFaceModel)
     return _differences(tokenizer, theirs, HARD_TEXTS, None if is_unknown else template)
 
 
 def _special_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Names for the special ids, as tokenizer_config.json has them."""
+    """Return names for the special ids, as in tokenizer_config.json."""
     own = tokenizer.special
     named = {
         "pad_token": own.pad,
@@ -259,10 +259,10 @@ def _special_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _tokenizer_class(model_type: str) -> str:
-    """The class that has transformers 5 read tokenizer.json as it is.
+    """Return the class with which transformers 5 reads tokenizer.json unchanged.
 
-    For most types it is the general one. Where transformers distrusts what such folders name, it puts the type's own
-    class in its place, which builds another tokenizer; a class without a name is the only one that it leaves alone.
+    For most types it is the general one. Where transformers does not trust the class in such folders, it uses the
+    type's own class instead, which builds another tokenizer; it does not replace a class without a name.
     """
     return "" if model_type == "qwen2" else "PreTrainedTokenizerFast"
 
@@ -272,12 +272,11 @@ def _load(folder: Path) -> Any:
         from transformers import AutoTokenizer
     except ImportError:
         raise DataError(
-            "What transformers makes of a tokenizer can only be seen with it, and it is not installed: "
-            "pip install 'bigtx[huggingface]'"
+            "The check of a tokenizer needs transformers, which is not installed: pip install 'bigtx[huggingface]'"
         ) from None
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # The libraries below raise bare Exception too.
+    except Exception as error:  # The underlying libraries raise bare Exception too.
         raise DataError(f"Transformers cannot load the tokenizer in {folder}: {error}") from None
 
 
@@ -311,15 +310,17 @@ def _text_differences(tokenizer: Tokenizer, theirs: Any, texts: Sequence[str]) -
         elif not any(name in text for name in names):
             usual = theirs(text, add_special_tokens=False)["input_ids"]
             if usual != ids:
-                yield f"{text!a:.60}, special tokens looked for: {_first_difference(ids, usual)}"
+                yield f"{text!a:.60}, with special tokens parsed: {_first_difference(ids, usual)}"
 
 
 def _template_differences(tokenizer: Tokenizer, theirs: Any, template: Template | None) -> Iterator[str]:
-    """What transformers puts otherwise around one text and around two; nothing is compared without a template."""
+    """Yield differences in transformers' special ids around one text and around two; nothing is compared without a
+    template.
+    """
     if template is None:
         return
     for what, texts in (("one text", _PAIR[:1]), ("two texts", _PAIR)):
-        # Special ids stand around the ids that transformers gives the texts themselves.
+        # Special ids are around the ids that transformers returns for the texts themselves.
         plain = [theirs(text, add_special_tokens=False)["input_ids"] for text in texts]
         ids, types = template.fill(plain)
         found = theirs(*texts)
@@ -345,4 +346,4 @@ def _chat_difference(tokenizer: Tokenizer, theirs: Any) -> Iterator[str]:
 def _first_difference(mine: list[int], theirs: list[int]) -> str:
     pairs = zip_longest(mine, theirs)
     at = next(number for number, (one, other) in enumerate(pairs) if one != other)
-    return f"from token {at} on, bigtx gives {mine[at : at + 5]} and transformers {theirs[at : at + 5]}"
+    return f"from token {at} on, bigtx has {mine[at : at + 5]} and transformers {theirs[at : at + 5]}"

@@ -1,4 +1,4 @@
-"""Whether transformers makes of an export what bigtx makes of the run: the same ids of texts, the same logits."""
+"""The check that transformers computes the same from an export as bigtx from the run: ids of texts, and logits."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import CheckpointError, LaunchError
 
 TOLERANCE = 1e-4
-"""Of the largest difference, relative to the largest logit. fp32's rounding gives about 1e-6; a wrong mask, scale or
-order gives 1e-2 and more."""
+"""The limit of the largest difference, relative to the largest logit. fp32's rounding gives about 1e-6; a wrong mask,
+scale or order gives 1e-2 and more."""
 
 _ROWS = 2
 _TOKENS = 96
 _LONGEST_TEXT = 512
-"""Tokens of a pair of texts."""
+"""The number of tokens of a pair of texts."""
 _SEED = 1
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the comparison gave.
+    """The result of the comparison.
 
     Attributes:
-        problems: one sentence for each difference; none if all is the same.
-        difference: the largest of any logit, relative to the largest logit; None where the model did not load.
-        num_logits: that were compared.
-        inputs: what they are logits of, in words.
+        problems: one sentence for each difference; none if there is no difference.
+        difference: the largest of any logit, relative to the largest logit; None if the model could not be loaded.
+        num_logits: the number of logits that were compared.
+        inputs: the inputs of these logits, in words.
     """
 
     problems: list[str]
@@ -56,26 +56,26 @@ class Verdict:
 
 
 class Inputs(NamedTuple):
-    """A batch, as bigtx's model is called with it and as that of transformers is."""
+    """A batch, in the form of bigtx's model and in that of transformers."""
 
     own: dict[str, Tensor]
     theirs: dict[str, Tensor]
 
 
 def require_transformers() -> None:
-    """Do nothing where transformers is installed.
+    """Check that transformers is installed.
 
     Raises:
-        LaunchError: it is not.
+        LaunchError: it is not installed.
     """
     _require("transformers", "huggingface")
 
 
 def require_peft() -> None:
-    """Do nothing where PEFT is installed.
+    """Check that PEFT is installed.
 
     Raises:
-        LaunchError: it is not.
+        LaunchError: it is not installed.
     """
     _require("peft", "peft")
 
@@ -91,12 +91,12 @@ def _require(package: str, extra: str) -> None:
 def verify(
     folder: Path, family: Family, checkpoint: Path, run: RunConfig, tokenizer: Tokenizer, settings: ExportSettings
 ) -> Verdict:
-    """Load an export as its users will, and compare it with bigtx on random tokens; a classifier also on padded batches
+    """Load an export as its users do, and compare it with bigtx on random tokens; a classifier also on padded batches
     of texts and of pairs, as its own tokenizer makes them.
 
     Both models compute in fp32 on the CPU, one after the other, so that memory holds one of them. bigtx's weights are
-    rounded as the export's are, so that only the arithmetic is compared; adapters stay beside their matrices unless
-    the sums were rounded.
+    rounded as the export's are, so that only the arithmetic is compared; adapters stay separate from their matrices
+    unless the sums were rounded.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
@@ -121,7 +121,7 @@ def verify_adapters(
     tokenizer: Tokenizer,
     weights: Literal["master", "ema"],
 ) -> Verdict:
-    """The same for adapters that PEFT puts on a base in transformers' format.
+    """Compare adapters that PEFT adds to a base in transformers' format.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
@@ -133,11 +133,11 @@ def verify_adapters(
 
 
 def _compared(own: list[Tensor], compute: Callable[[], list[Tensor]], problems: list[str]) -> Verdict:
-    """Compare logits with those of the other side, beside problems that were found already."""
+    """Compare logits with those of the other side, and add the problems that were found already."""
     try:
         theirs = compute()
     except Exception as error:
-        # Whatever transformers finds wrong is a defect of the export, not of this comparison.
+        # An error of transformers is a defect of the export, not of this comparison.
         return Verdict([*problems, f"transformers cannot load or run it: {type(error).__name__}: {error}"], None, 0)
     for mine, other in zip(own, theirs, strict=True):
         if mine.shape != other.shape:
@@ -150,13 +150,13 @@ def _compared(own: list[Tensor], compute: Callable[[], list[Tensor]], problems: 
     difference = max(apart, key=lambda one: (not math.isfinite(one), one))
     if not math.isfinite(difference) or difference > TOLERANCE:
         problems.append(
-            f"logits differ by {difference:.1e} of the largest logit, and rounding explains at most {TOLERANCE:.0e}"
+            f"logits differ by {difference:.1e} of the largest logit, but rounding explains at most {TOLERANCE:.0e}"
         )
     return Verdict(problems, difference, sum(logits.numel() for logits in own))
 
 
 def _random_inputs(run: RunConfig, tokenizer: Tokenizer) -> Inputs:
-    """Tokens of a seeded generator.
+    """Return tokens of a seeded generator.
 
     Padding is not among them: RoBERTa does not count it as a position.
     """
@@ -177,7 +177,7 @@ def _random_inputs(run: RunConfig, tokenizer: Tokenizer) -> Inputs:
 
 
 def _text_inputs(run: FinetuneConfig, tokenizer: Tokenizer, folder: Path) -> list[Inputs]:
-    """A padded batch of texts and one of pairs: as bigtx makes them, and as the export's own tokenizer does."""
+    """Return a padded batch of texts and one of pairs: as made by bigtx, and as made by the export's own tokenizer."""
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
@@ -233,7 +233,7 @@ def _their_logits(folder: Path, loader: str, inputs: Sequence[Inputs], *, adapte
             str(folder), local_files_only=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
         )
     if unmatched := {kind: sorted(keys) for kind, keys in report.items() if keys}:
-        raise CheckpointError(f"its tensors are not those that the class has: {unmatched}")
+        raise CheckpointError(f"its tensors are not those of the class: {unmatched}")
     if adapters is not None:
         model = _with_adapters(model, adapters)
     with torch.no_grad():
@@ -246,14 +246,14 @@ def _with_adapters(model: Any, folder: Path) -> Any:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # PEFT would go on without them.
+        # PEFT would continue without them.
         warnings.filterwarnings("error", message=".*missing adapter keys")
         return peft.PeftModel.from_pretrained(model, str(folder), local_files_only=True)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars and warnings of transformers: what it finds wrong is reported in full."""
+    """Hide the progress bars and warnings of transformers: its errors are reported in full."""
     from transformers.utils import logging
 
     shows_progress, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()

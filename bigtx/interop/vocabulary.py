@@ -24,7 +24,7 @@ def check_links(links: Sequence[Link], config: ModelConfig) -> None:
 
 
 def foreign_shapes(links: Sequence[Link], config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every foreign tensor, in the order of the links."""
+    """Return the shape of every foreign tensor, in the order of the links."""
     shapes: dict[str, tuple[int, ...]] = {}
     sizes = parameter_shapes(config)
     for link in links:
@@ -35,11 +35,11 @@ def foreign_shapes(links: Sequence[Link], config: ModelConfig) -> dict[str, tupl
 
 
 def cut(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
-    """A parameter without the rows that pad the vocabulary."""
+    """Return a parameter without the rows that pad the vocabulary."""
     return tensor[: config.vocab_size] if name in PADDED else tensor
 
 
 def padded(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """A parameter with rows of zeros up to its shape."""
+    """Return a parameter with rows of zeros up to its shape."""
     missing = shape[0] - tensor.shape[0]
     return torch.cat((tensor, tensor.new_zeros(missing, *tensor.shape[1:]))) if missing else tensor

@@ -1,10 +1,10 @@
 """Grouped-query attention over torch's scaled_dot_product_attention, or FlexAttention where a mask is sparse.
 
-Queries, keys and values are three matrices and three products: Muon orthogonalizes a matrix as a whole, and Hugging
-Face keeps them apart, so a fused one would have to be cut for both. One fused product took as long as the three (one
-CPU core, bf16, 256 wide: 4.1 ms and 3.9 ms). Where weights are dropped, attention is plain products (products.py):
-torch's kernels draw by the place in the batch, and would drop others in another micro batch. Shape letters: B batch,
-T query tokens, S key tokens, D hidden size, H heads, K key heads, C head width.
+Queries, keys and values have three matrices and three products: Muon orthogonalizes a matrix as a whole, and Hugging
+Face stores them separately, so a fused one would have to be split for both. One fused product took as long as the three
+(one CPU core, bf16, 256 wide: 4.1 ms and 3.9 ms). With dropout of weights, attention uses plain products (products.py):
+torch's kernels draw by the place in the batch, and would drop other weights in another micro batch. Shape letters: B
+batch, T query tokens, S key tokens, D hidden size, H heads, K key heads, C head width.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from bigtx.model.products import attend, products_are_faster
 
 
 class Attention(nn.Module):
-    """Attention to the own text or to a source; K key and value heads serve H query heads (arXiv:2305.13245)."""
+    """Attention to the own text or to a source; H query heads share K key and value heads (arXiv:2305.13245)."""
 
     def __init__(self, config: ModelConfig, name: str = "attention") -> None:
         """Args: name: of the module within its block."""
@@ -60,10 +60,10 @@ class Attention(nn.Module):
 
         Args:
             x: [B, T, D].
-            mask: what each token sees.
+            mask: which tokens each token attends to.
             rotation: the rotary angles, or None for other kinds of positions.
             cache: keys and values of earlier tokens.
-            seeds: int64 [B], by which is dropped; None: nothing is.
+            seeds: int64 [B], the seeds of dropout; None: no dropout.
 
         Returns:
             [B, T, D].
@@ -78,7 +78,7 @@ class Attention(nn.Module):
     def across(
         self, x: Tensor, source: Tensor, mask: Mask, cache: LayerCache | None = None, seeds: Tensor | None = None
     ) -> Tensor:
-        """Attend from x [B, T, D] to the source [B, S, D]; returns [B, T, D]."""
+        """Attend from x [B, T, D] to the source [B, S, D]; return [B, T, D]."""
         queries = self._queries(x, seeds)
         if cache is None:
             return self._attend(queries, *self._keys_and_values(source, seeds), mask, seeds)
@@ -122,17 +122,17 @@ class Attention(nn.Module):
                 enable_gqa=grouped,
             )
         scores = mask.scores.to(queries.dtype) if mask.scores.is_floating_point() else mask.scores
-        # No CUDA kernel takes a mask and grouped heads at once, and the fallback holds all scores in memory.
+        # No CUDA kernel supports a mask and grouped heads together, and the fallback keeps all scores in memory.
         keys, values = self._repeated(keys), self._repeated(values)
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=scores, scale=self.scale)
 
     def _repeated(self, x: Tensor) -> Tensor:
-        """Keys or values [B, K, S, C] for each of the query heads [B, H, S, C]."""
+        """Repeat keys or values [B, K, S, C] for each of the query heads [B, H, S, C]."""
         repeats = self.num_heads // self.num_kv_heads
         return x if repeats == 1 else x.repeat_interleave(repeats, dim=1)
 
 
 @functools.cache
 def _compiled_flex_attention() -> Any:
-    """Compiled even where the blocks are not: as it is written it holds all scores in memory."""
+    """Compile FlexAttention, even if the blocks are not compiled: without it, all scores are in memory."""
     return torch.compile(flex_attention, dynamic=False)

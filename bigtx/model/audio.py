@@ -1,6 +1,6 @@
-"""From a log-mel spectrogram to the columns that an encoder reads: convolutions over frames (arXiv:2212.04356).
+"""The front end from a log-mel spectrogram to the columns of an encoder: convolutions over frames (arXiv:2212.04356).
 
-A convolution is written as a matrix product with neighbouring frames side by side: the same arithmetic, in the form
+A convolution is computed as a matrix product of concatenated neighbouring frames: the same arithmetic, in a form
 that is fast in bf16 on every device. Shape letters: B batch, F frames, M mel bins, S columns, D hidden size.
 """
 
@@ -16,7 +16,7 @@ from bigtx.model.layers import Linear
 
 
 class FrontEnd(nn.Module):
-    """Convolutions of width 3, each followed by GELU; frames behind the end of a recording are zeros to all of them."""
+    """Convolutions of width 3, each followed by GELU; all of them read zeros after the end of a recording."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -38,13 +38,13 @@ class FrontEnd(nn.Module):
 
 
 def neighbours(x: Tensor, stride: int) -> Tensor:
-    """x [B, F, C] with the frames before and after beside each one of every `stride`: [B, ceil(F / stride), 3 C]."""
+    """Join the frames before and after to one of every `stride` frames of x [B, F, C]: [B, ceil(F / stride), 3 C]."""
     x = F.pad(x, (0, 0, 1, 1))
     frames = x.shape[1] - 2
     return torch.cat([x[:, start : start + frames : stride] for start in range(shape.CONVOLUTION_WIDTH)], dim=-1)
 
 
 def _silenced(x: Tensor, lengths: Tensor) -> Tensor:
-    """x [B, F, C] without what lies behind the ends."""
+    """Return x [B, F, C] with zeros after the ends of recordings."""
     inside = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
     return x * inside[..., None].to(x.dtype)

@@ -1,10 +1,10 @@
-"""Beam search: the likeliest text rather than a drawn one, over many prompts at once.
+"""Beam search: the most likely text instead of a sample, for many prompts at once.
 
-    prompts ──read once──▶ cache ──a row for each of K texts──▶ logits ─▶ the best 2 K ways to go on ─┬─▶ those that end
+    prompts ──read once──▶ cache ──a row for each of K texts──▶ logits ─▶ the best 2 K next tokens ───┬─▶ those that end
                              ▲                                                                        │
                              └────────── rows follow the texts that they belong to ◀── the best K others
 
-A prompt is done when K of its texts have ended, or as soon as none that is still being written can become better than
+A prompt is done when K of its texts have ended, or as soon as no unfinished text can become better than
 the best that has ended. Prompts that are done leave the batch. Shape letters: B prompts that are not done, K texts of
 each (the beam), V vocabulary.
 """
@@ -25,12 +25,13 @@ from bigtx.model.decode import read_next, read_texts
 
 @dataclass(frozen=True, kw_only=True)
 class Beam:
-    """How texts are searched.
+    """The settings of the search.
 
     Attributes:
-        size: texts of a prompt that are written side by side; 1 takes the likeliest token each time.
+        size: the number of texts of a prompt that are extended in parallel; 1 takes the most likely token each time.
         length_penalty: exponent a of the length in a text's score, its log-probability divided by
-            ((5 + tokens) / 6)^a (arXiv:1609.08144, equation 14); 0 favours short texts, which have more of it.
+            ((5 + tokens) / 6)^a (arXiv:1609.08144, equation 14); 0 favours short texts, whose log-probability is
+            higher.
     """
 
     size: int = 5
@@ -38,10 +39,10 @@ class Beam:
 
     def __post_init__(self) -> None:
         assert self.size >= 1, "a beam holds at least one text"
-        assert self.length_penalty >= 0.0, "with a negative penalty a longer text could not be ruled out"
+        assert self.length_penalty >= 0.0, "with a negative penalty a longer text could always be better"
 
     def score(self, log_probability: float, num_tokens: int) -> float:
-        """What texts are compared by; `num_tokens` counts the end."""
+        """Return the score by which texts are compared; `num_tokens` includes the end."""
         return log_probability / ((5 + num_tokens) / 6) ** self.length_penalty
 
 
@@ -50,9 +51,9 @@ class Found:
     """The best text for a prompt.
 
     Attributes:
-        ids: without the token that ends it.
-        log_probability: in nats, that of the end included.
-        score: see `Beam.score`.
+        ids: the ids without the token that ends it.
+        log_probability: in nats, including that of the end.
+        score: the value of `Beam.score`.
     """
 
     ids: list[int]
@@ -62,7 +63,7 @@ class Found:
 
 @dataclass
 class _Search:
-    """One prompt's."""
+    """The search of one prompt."""
 
     index: int
     max_new_tokens: int
@@ -70,18 +71,18 @@ class _Search:
     best: Found = field(default_factory=lambda: Found([], float("-inf"), float("-inf")))
 
     def end(self, ids: list[int], log_probability: float, beam: Beam) -> None:
-        """A text has ended."""
+        """Note that a text has ended."""
         self.num_ended += 1
         score = beam.score(log_probability, len(ids) + 1)
         if score > self.best.score:
             self.best = Found(ids, log_probability, score)
 
     def is_done(self, best_open: float, beam: Beam) -> bool:
-        """Whether nothing that is still open can be better.
+        """Return whether no unfinished text can become better.
 
         Args:
-            best_open: the best log-probability of an open text: it only falls, and a length does no more for a score
-                than the longest one.
+            best_open: the best log-probability of an unfinished text: it only decreases, and no length raises a score
+                more than the longest one.
         """
         return self.num_ended >= beam.size or self.best.score >= beam.score(best_open, self.max_new_tokens + 1)
 
@@ -99,21 +100,22 @@ def beam_search(
     start_id: int | None = None,
     device: torch.device | str = "cpu",
 ) -> list[Found]:
-    """The best text after each prompt; an encoder-decoder reads the prompt as the source and begins a text of its own.
+    """Return the best text after each prompt; an encoder-decoder reads the prompt as the source and starts a text of
+    its own.
 
-    All ranks find the same where weights are sharded over them: nothing is drawn, and they compute alike.
+    All ranks find the same texts if weights are sharded over them: nothing is drawn, and their arithmetic is the same.
 
     Args:
         forward: a Transformer's forward, in evaluation mode.
         prompt_ids: at least one token each; the prompt (or the start id) and the new tokens must fit the model's
             positions.
-        max_new_tokens: of each prompt; after so many only the end may follow.
+        max_new_tokens: the most tokens of each prompt; after them only the end may follow.
         end_ids: the tokens that end a text.
-        num_ids: only ids below it may be written.
-        start_id: the token that the decoder of an encoder-decoder begins with.
+        num_ids: only ids below it may be generated.
+        start_id: the first token of the decoder of an encoder-decoder.
 
     Returns:
-        The best one of each prompt, in their order.
+        The best text of each prompt, in the order of the prompts.
     """
     assert all(prompt_ids), "a prompt needs at least one token"
     searches = [_Search(index, limit) for index, limit in enumerate(max_new_tokens)]
@@ -121,14 +123,14 @@ def beam_search(
     if not searches:
         return found
     size, writes_anew = beam.size, config.shape == "encoder_decoder"
-    assert not writes_anew or start_id is not None, "an encoder-decoder's text begins with a start id"
+    assert not writes_anew or start_id is not None, "an encoder-decoder's text starts with a start id"
     cache = KeyValueCache(shape.num_decoder_layers(config))
     prompts = [list(ids) for ids in prompt_ids]
     begun = [[start_id]] * len(prompts) if writes_anew and start_id is not None else prompts
     lengths = [len(ids) for ids in begun]
     logits = read_texts(forward, begun, cache, config, device, sources=prompts, prefix_lengths=lengths)  # B V
     positions = torch.tensor(lengths, device=device).repeat_interleave(size)[:, None]  # BK 1
-    # One text so far: the other rows of its beam stand for nothing yet.
+    # There is only one text so far: the other rows of its beam are not used yet.
     scores = torch.full((len(searches), size), float("-inf"), device=device)
     scores[:, 0] = 0.0
     texts = torch.empty(len(searches), size, 0, dtype=torch.long, device=device)
@@ -159,16 +161,16 @@ def beam_search(
 def _go_on(
     logits: Tensor, scores: Tensor, texts: Tensor, searches: list[_Search], beam: Beam, end_ids: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Take the best ways to go on; texts that end are handed to their search.
+    """Choose the best next tokens; pass texts that end to their search.
 
     Args:
         logits: [BK, V].
-        scores: log-probabilities of the texts, fp32 [B, K], the best first.
+        scores: fp32 [B, K], log-probabilities of the texts, the best first.
         texts: int64 [B, K, tokens so far].
 
     Returns:
-        For each open text, the best first: the text that it goes on from [B, K], its new token [B, K], and its
-        log-probability [B, K]; minus infinity where there are not so many.
+        For each unfinished text, the best first: the text that it continues [B, K], its new token [B, K], and its
+        log-probability [B, K]; minus infinity if there are fewer than K.
     """
     num_prompts, size = scores.shape
     total = scores[:, :, None] + logits.float().log_softmax(dim=-1).view(num_prompts, size, -1)  # B K V
@@ -179,12 +181,12 @@ def _go_on(
             at_end = total[place][:, ends_text].clone()
             total[place] = float("-inf")
             total[place][:, ends_text] = at_end
-    # Of E ends at most E K are among them, E from each text, so K others are too.
+    # At most E K of them are ends, E from each text, so K others are included too.
     count = (len(ends_text) + 1) * size
     best, choices = total.flatten(1).topk(min(count, total[0].numel()), dim=-1)  # B (E + 1)K
     parents, tokens = choices // total.shape[2], choices % total.shape[2]
     ends = torch.isin(tokens, ends_text)
-    # An end that is not among the K best ways is none: the beam would not have held it.
+    # An end that is not among the K best is not used: the beam would not have kept it.
     for place, rank in (ends[:, :size] & best[:, :size].isfinite()).nonzero().tolist():
         ids = texts[place, parents[place, rank]].tolist()
         searches[place].end(ids, float(best[place, rank]), beam)

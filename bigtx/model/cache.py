@@ -1,6 +1,6 @@
-"""What was read before: the keys and values of every layer, and of models that look at pairs of tokens, the tokens.
+"""The cache of earlier tokens: the keys and values of every layer and, for models of pairs of tokens, the tokens.
 
-Columns of a cache are positions of the text: the token at position p of row b lies in column p of row b. Shape letters:
+Columns of a cache are positions of the text: the token at position p of row b is in column p of row b. Shape letters:
 B rows, T tokens being read, S columns in use, K key heads, C head width, D hidden size.
 """
 
@@ -14,39 +14,39 @@ from torch import Tensor
 
 
 class Text(NamedTuple):
-    """Tokens on their way through a stack."""
+    """The hidden states of tokens in a stack, with their positions and segments."""
 
     x: Tensor
-    """[B, T, D]."""
+    """The hidden states [B, T, D]."""
     positions: Tensor
-    """int64 [B or 1, T], of each token in its text."""
+    """int64 [B or 1, T], the position of each token in its text."""
     segment_ids: Tensor | None = None
-    """int64 [B, T]: the text of a row that a token belongs to; it sees only that one."""
+    """int64 [B, T]: the text of a row that a token belongs to; it attends only to that text."""
 
 
 class KeyValueCache:
-    """The keys and values of the tokens that were read before.
+    """The keys and values of earlier tokens.
 
     Attributes:
-        layers: one for each block of the decoder.
-        source: of an encoder-decoder: what the encoder made of the rows' sources, once it has read them.
+        layers: the cache of each block of the decoder.
+        source: in an encoder-decoder, the encoder's states of the rows' sources, once it has read them.
     """
 
     def __init__(self, num_layers: int) -> None:
         self.source: Text | None = None
         self.layers = [LayerCache(self) for _ in range(num_layers)]
-        self.tokens = torch.empty(0, 0, dtype=torch.long)  # B columns, of models that look at pairs of tokens
-        self.positions = torch.empty(0, 0, dtype=torch.long)  # B T, where the tokens being read go
+        self.tokens = torch.empty(0, 0, dtype=torch.long)  # B columns, for models of pairs of tokens
+        self.positions = torch.empty(0, 0, dtype=torch.long)  # B T, the columns of the tokens being read
         self.num_columns = 0
 
     def place(self, positions: Tensor) -> Tensor:
-        """Say where the next tokens go, int64 [B, T]; returns the positions [S] of all columns in use."""
+        """Set the positions of the next tokens, int64 [B, T]; return the positions [S] of all columns in use."""
         self.positions = positions
         self.num_columns = max(self.num_columns, int(positions.max()) + 1)
         return torch.arange(self.num_columns, device=positions.device)
 
     def tokens_before(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Remember tokens [B, T]; returns those one position before them, anything where there is none."""
+        """Store tokens [B, T]; return those one position before them, any value where there is none."""
         missing = int(positions.max()) + 1 - self.tokens.shape[-1]
         if not len(self.tokens):
             self.tokens = tokens.new_zeros(len(tokens), missing)
@@ -56,7 +56,7 @@ class KeyValueCache:
         return self.tokens.gather(1, (positions - 1).clamp(min=0))
 
     def keep(self, rows: Tensor) -> None:
-        """Forget all rows but these, int64 [rows]."""
+        """Remove all rows except these, int64 [rows]."""
         if self.source is not None:
             self.source = Text(*(None if part is None else part[rows] for part in self.source))  # type: ignore[arg-type]
         if len(self.tokens):
@@ -67,7 +67,7 @@ class KeyValueCache:
                 layer.source = layer.source[0][rows], layer.source[1][rows]
 
     def exchange(self, rows: Tensor) -> None:
-        """Let row b go on from row rows[b], int64 [B], which has the same source."""
+        """Make row b continue row rows[b], int64 [B], which has the same source."""
         used = self.num_columns
         if len(self.tokens):
             self.tokens = self.tokens[rows]
@@ -80,11 +80,11 @@ class LayerCache:
     """One layer's keys and values [B, K, columns, C]; columns grow in steps, so that most tokens copy nothing.
 
     Attributes:
-        source: of an encoder-decoder: the keys and values [B, K, S, C] of the source, once they are made.
+        source: in an encoder-decoder, the keys and values [B, K, S, C] of the source, once they are computed.
     """
 
     GROWTH = 32
-    """Least columns of a step: short texts are not to carry many empty ones along."""
+    """The least number of columns of a step, small so that short texts have few unused ones."""
 
     def __init__(self, cache: KeyValueCache) -> None:
         self.cache = cache
@@ -92,7 +92,7 @@ class LayerCache:
         self.source: tuple[Tensor, Tensor] | None = None
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write keys and values [B, K, T, C] to their columns; returns those of all columns in use [B, K, S, C]."""
+        """Write keys and values [B, K, T, C] to their columns; return those of all columns in use [B, K, S, C]."""
         columns, used = self.cache.positions, self.cache.num_columns
         self.keys, self.values = self._with_room(self.keys, keys, used), self._with_room(self.values, values, used)
         rows = torch.arange(keys.shape[0], device=keys.device)[:, None]  # B 1

@@ -1,7 +1,7 @@
-"""Generation: sampling one token at a time, with the keys and values of all tokens before it kept.
+"""Generation: sampling of one token at a time, with the keys and values of all earlier tokens in a cache.
 
-A batch of prompts of different lengths gives each prompt what it would give alone: rows are padded on the right, where
-causal attention never looks, each row goes on at its own position, and each row draws from its own generator.
+A batch of prompts of different lengths gives each prompt the same result as alone: rows are padded on the right, where
+causal attention does not read, each row continues at its own position, and each row draws from its own generator.
 Shape letters: B rows, T new tokens, S columns of the cache, K key heads, C head width, V vocabulary.
 """
 
@@ -24,19 +24,19 @@ from bigtx.model.cache import KeyValueCache
 OnToken = Callable[[int, int], bool | None]
 """Called with (index of the prompt, token id) as soon as a token is drawn; True ends the text with it."""
 Agree = Callable[[list[int]], list[int]]
-"""What every rank's draws become before they are used: rank 0's. Ranks that differed would stop at different steps, and
-wait for each other for ever."""
+"""Replaces every rank's draws by those of rank 0. Ranks with different draws would stop at different steps, and
+wait for each other forever."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How a token is drawn from the logits.
+    """The rule by which a token is drawn from the logits.
 
     Attributes:
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_k: only this many likeliest tokens may be drawn; None: all.
-        top_p: only the likeliest tokens that together reach this probability (arXiv:1904.09751); None or 1: all.
-        seed: with the index of a prompt it determines what that prompt draws, whatever else is in the batch.
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: only this many most likely tokens may be drawn; None: all.
+        top_p: only the most likely tokens that together reach this probability (arXiv:1904.09751); None or 1: all.
+        seed: with the index of a prompt it determines the prompt's draws, independent of the rest of the batch.
     """
 
     temperature: float = 0.8
@@ -50,11 +50,11 @@ class Sampling:
         assert self.top_p is None or 0.0 < self.top_p <= 1.0, "top_p must be above 0 and at most 1"
 
     def draw(self, logits: Tensor, generators: Sequence[torch.Generator]) -> list[int]:
-        """One token id for each row of logits [B, V], by that row's generator."""
+        """Draw one token id for each row of logits [B, V], by that row's generator."""
         logits = logits.float().cpu()
         if self.temperature == 0.0:
             return logits.argmax(dim=-1).tolist()
-        # From the largest on, since a quotient by a tiny temperature may pass what fp32 holds: it becomes 0 or -inf.
+        # Relative to the largest, since a quotient by a tiny temperature may exceed fp32: it becomes 0 or -inf.
         logits = logits - logits.max(dim=-1, keepdim=True).values
         temperature = max(self.temperature, torch.finfo(torch.float32).tiny)
         ordered, ids = (logits / temperature).sort(dim=-1, descending=True, stable=True)
@@ -62,14 +62,14 @@ class Sampling:
             ordered[:, self.top_k :] = float("-inf")
         probabilities = ordered.softmax(dim=-1)
         if self.top_p is not None:
-            # A token stays if those before it do not reach top_p: the likeliest always does.
+            # A token stays if the previous ones do not reach top_p: the most likely always stays.
             before = probabilities.cumsum(dim=-1) - probabilities
             probabilities = probabilities.masked_fill(before >= self.top_p, 0.0)
         places = [torch.multinomial(row, 1, generator=own) for row, own in zip(probabilities, generators, strict=True)]
         return ids.gather(1, torch.stack(places)).flatten().tolist()
 
     def generator(self, index: int) -> torch.Generator:
-        """The source of randomness of one prompt."""
+        """Return the random generator of one prompt."""
         key = hashlib.sha256(f"{self.seed}/{index}".encode()).digest()
         # torch's CPU generator uses 32 bits of its seed.
         return torch.Generator().manual_seed(int.from_bytes(key[:4], "little"))
@@ -80,10 +80,10 @@ class _Row:
     """A text that is being continued.
 
     Attributes:
-        ids: the prompt and what was drawn; of an encoder-decoder, its start id and what was drawn.
-        prompt_length: how many of them were given.
-        start: the first of them that the model still reads.
-        source: of an encoder-decoder: the prompt.
+        ids: the prompt and the drawn tokens; in an encoder-decoder, the start id and the drawn tokens.
+        prompt_length: how many of the ids were given.
+        start: the index of the first id that the model still reads.
+        source: the prompt of an encoder-decoder.
     """
 
     index: int
@@ -95,11 +95,11 @@ class _Row:
     new_ids: list[int] = field(default_factory=list)
 
     def window(self) -> list[int]:
-        """The tokens that the model reads: those from `start` on."""
+        """Return the tokens that the model reads, from `start` on."""
         return self.ids[self.start :]
 
     def take(self, token: int, max_new_tokens: int, on_token: OnToken | None) -> bool:
-        """Add a token; returns whether the text goes on."""
+        """Add a token; return whether the text continues."""
         self.ids.append(token)
         self.new_ids.append(token)
         has_ended = on_token is not None and on_token(self.index, token)
@@ -122,19 +122,19 @@ def decode_tokens(
     on_token: OnToken | None = None,
     agree: Agree | None = None,
 ) -> list[list[int]]:
-    """Continue each prompt; an encoder-decoder reads it as the source and begins a text of its own.
+    """Continue each prompt; an encoder-decoder reads it as the source and starts a text of its own.
 
-    A text that reaches `config.max_sequence_length` goes on from its newer half, read again from position 0.
+    A text that reaches `config.max_sequence_length` continues from its newer half, read again from position 0.
 
     Args:
         forward: a Transformer's forward, in evaluation mode.
         prompt_ids: at least one token each.
         end_ids: each of these tokens ends a text and is not part of the result; there may be none.
         num_ids: only ids below it may be drawn; the tokenizer of a model may have fewer than its vocab_size.
-        start_id: the token that the decoder of an encoder-decoder begins with.
-        first_index: index of the first prompt, where these are a part of more prompts.
+        start_id: the first token of the decoder of an encoder-decoder.
+        first_index: the index of the first prompt, if these are a part of more prompts.
         on_token: see `OnToken`.
-        agree: see `Agree`; needed where the weights are sharded over ranks.
+        agree: see `Agree`; needed if the weights are sharded over ranks.
 
     Returns:
         The new tokens of each prompt, at most `max_new_tokens`.
@@ -170,9 +170,9 @@ def decode_tokens(
 def _new_row(index: int, ids: list[int], start_id: int | None, config: ModelConfig, sampling: Sampling) -> _Row:
     limit, generator = config.max_sequence_length, sampling.generator(index)
     if config.shape == "encoder_decoder":
-        assert start_id is not None, "an encoder-decoder's text begins with a start id"
+        assert start_id is not None, "an encoder-decoder's text starts with a start id"
         return _Row(index, [start_id], 1, 0, ids[-limit:], generator)
-    assert config.shape == "decoder", "an encoder continues nothing"
+    assert config.shape == "decoder", "an encoder cannot continue a text"
     return _Row(index, ids, len(ids), max(0, len(ids) - limit), [], generator)
 
 
@@ -183,7 +183,7 @@ def _read_windows(
     config: ModelConfig,
     device: torch.device | str,
 ) -> Tensor:
-    """Read every row's window, and its source if there is one, into an empty cache; logits [B, V] of what follows."""
+    """Read every row's window, and its source if there is one, into an empty cache; return the next logits [B, V]."""
     return read_texts(
         forward,
         [row.window() for row in rows],
@@ -205,17 +205,17 @@ def read_texts(
     sources: Sequence[list[int]],
     prefix_lengths: Sequence[int],
 ) -> Tensor:
-    """Read texts of at least one token into an empty cache; logits [B, V] of what follows each.
+    """Read texts of at least one token into an empty cache; return the next logits [B, V] of each.
 
     Args:
-        sources: of an encoder-decoder: what the encoder reads; else unused.
-        prefix_lengths: of a model with prefix attention: how many tokens of each text see each other both ways.
+        sources: the input of the encoder of an encoder-decoder; otherwise unused.
+        prefix_lengths: for a model with prefix attention, the length of the prefix of each text, in tokens.
     """
     tokens = padded_ids(texts, device)
     positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
     columns = torch.tensor([[len(text) - 1] for text in texts], device=device)
     if config.shape == "encoder_decoder":
-        # All decoder tokens are of segment 0; padding of the source is of another, that nobody reads.
+        # All decoder tokens are in segment 0; padding of the source is in another, which no token attends to.
         segment_ids = padded_ids([[0] * len(source) for source in sources], device, fill=1)
         with _uncompiled():
             return forward(
@@ -234,7 +234,9 @@ def read_texts(
 
 
 def padded_ids(rows: Sequence[list[int]], device: torch.device | str, fill: int = 0) -> Tensor:
-    """int64 [B, T]. Any token pads: its column is written anew by the row's own token before that row may see it."""
+    """Return int64 [B, T]. Any token can be padding: its column is overwritten by the row's own token before that row
+    reads it.
+    """
     longest = max(map(len, rows))
     return torch.tensor([row + [fill] * (longest - len(row)) for row in rows], device=device)
 
@@ -246,7 +248,7 @@ def _read_last(
     config: ModelConfig,
     device: torch.device | str,
 ) -> Tensor:
-    """Read every row's newest token; logits [B, V] of what follows."""
+    """Read every row's newest token; return the next logits [B, V]."""
     tokens = torch.tensor([[row.ids[-1]] for row in rows], device=device)
     positions = torch.tensor([[len(row.window()) - 1] for row in rows], device=device)
     return read_next(forward, tokens, positions, cache, config)
@@ -255,7 +257,7 @@ def _read_last(
 def read_next(
     forward: Callable[..., Tensor], tokens: Tensor, positions: Tensor, cache: KeyValueCache, config: ModelConfig
 ) -> Tensor:
-    """Read one more token of each text, [B, 1], at its position, [B, 1]; logits [B, V] of what follows."""
+    """Read one more token of each text, [B, 1], at its position, [B, 1]; return the next logits [B, V]."""
     with _uncompiled():
         if config.shape == "encoder_decoder":
             return forward(None, target_tokens=tokens, target_positions=positions, cache=cache)[:, 0]
@@ -263,8 +265,8 @@ def read_next(
 
 
 def _uncompiled() -> contextlib.AbstractContextManager[None]:
-    """Compiled blocks run as they were written: every length would be compiled anew."""
-    # Asking takes seconds where nothing has been compiled yet, and is then of no use.
+    """Run compiled blocks uncompiled: every length would be compiled again."""
+    # The query takes seconds if nothing has been compiled yet, and is not needed then.
     if "torch._dynamo" not in sys.modules:
         return contextlib.nullcontext()
     return torch.compiler.set_stance("force_eager")

@@ -1,4 +1,4 @@
-"""What a stack takes in: tokens embedded, or spectrograms heard, with what tells where they stand.
+"""The input of a stack: embedded tokens or spectrograms, with their positions.
 
 Shape letters: B batch, T tokens of a text, D hidden size, F frames of a recording, M mel bins.
 """
@@ -21,7 +21,9 @@ from bigtx.model.positions import sinusoids
 
 
 class Embedder(nn.Module):
-    """The tables of a Transformer and its front end. A Transformer is one, so that their names have no prefix."""
+    """The tables of a Transformer and its front end. A Transformer inherits from it, so that their names have no
+    prefix.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -44,15 +46,15 @@ class Embedder(nn.Module):
         cache: KeyValueCache | None = None,
         seeds: Tensor | None = None,
     ) -> list[Text]:
-        """What was heard, if anything, and tokens, positions and segment ids of each text to what a stack reads. With
-        a cache the last text is the decoder's; by int64 seeds [B] embeddings are dropped.
+        """Embed the audio, if any, and the tokens, positions and segment ids of each text as the inputs of stacks.
+        With a cache the last text is the decoder's; int64 seeds [B] are the seeds of dropout.
 
-        Source and target go through the tables together: DeepSpeed's ZeRO-2 has added up wrong gradients where a
+        Source and target use the tables together: DeepSpeed's ZeRO-2 has summed wrong gradients if a
         module ran twice in a step.
         """
         parts = [] if heard is None else [heard]
         if texts:
-            assert self.embedding is not None, "an encoder that hears reads no tokens"
+            assert self.embedding is not None, "an audio encoder reads no tokens"
             read = [tokens for tokens, _, _ in texts]
             placed = [_counted(tokens) if positions is None else positions for tokens, positions, _ in texts]
             together = torch.cat(read, dim=1)
@@ -66,30 +68,30 @@ class Embedder(nn.Module):
         x = torch.cat([part.x for part in parts], dim=1)
         x = self._placed(x, torch.cat([part.positions for part in parts], dim=1), token_types)
         lengths = [part.positions.shape[1] for part in parts]
-        # Each by itself: where the target stands beside the source depends on how far that is padded.
+        # Each by itself: the place of the target next to the source depends on the padding of the source.
         dropped = (drop(own, seeds) for drop, own in zip(self.dropouts, x.split(lengths, dim=1), strict=False))
         return [part._replace(x=own) for part, own in zip(parts, dropped, strict=True)]
 
     def hear(self, features: Tensor | None, lengths: Tensor | None) -> Text | None:
-        """Spectrograms [B, F, M] of `lengths` [B] frames as columns; those behind the end of a recording are of a
-        segment that nobody looks at.
+        """Return spectrograms [B, F, M] of `lengths` [B] frames as columns; those after the end of a recording are in
+        a segment that no token attends to.
         """
         if features is None:
             return None
-        assert self.audio is not None and lengths is not None, "only a model with an audio front end hears"
+        assert self.audio is not None and lengths is not None, "only a model with an audio front end reads audio"
         x, num_columns = self.audio(features, lengths)
         positions = _counted(x[..., 0])
         return Text(x, positions, (positions >= num_columns[:, None]).long())
 
     def _placed(self, x: Tensor, positions: Tensor, token_types: Tensor | None) -> Tensor:
-        """Embeddings with what tells where they stand."""
+        """Return embeddings with their positions added."""
         config = self.config
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions + config.position_offset)
         if self.type_embedding is not None:
             x = x + self.type_embedding(torch.zeros_like(positions) if token_types is None else token_types)
         if config.positions == "sinusoidal":
-            # Scaled, so that waves of amplitude one do not drown the embeddings (arXiv:1706.03762, section 3.4).
+            # Scaled, so that waves of amplitude one do not dominate the embeddings (arXiv:1706.03762, section 3.4).
             x = x * math.sqrt(config.hidden_size) + sinusoids(positions, config.hidden_size).to(x.dtype)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
@@ -97,11 +99,11 @@ class Embedder(nn.Module):
 
 
 def _before(tokens: Tensor, positions: Tensor, cache: KeyValueCache | None) -> Tensor:
-    """int64 [B, T]: the token before each; -1 where its text or, without a cache, its row begins."""
+    """Return int64 [B, T]: the previous token of each; -1 where its text or, without a cache, its row starts."""
     before = F.pad(tokens, (1, -1), value=-1) if cache is None else cache.tokens_before(tokens, positions)
     return before.masked_fill(positions == 0, -1)
 
 
 def _counted(columns: Tensor) -> Tensor:
-    """int64 [B, T]: 0, 1, ... in every row of what is [B, T]."""
+    """Return int64 [B, T]: 0, 1, ... in every row of columns [B, T]."""
     return torch.arange(columns.shape[1], device=columns.device).expand_as(columns)

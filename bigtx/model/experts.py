@@ -1,6 +1,6 @@
 """A mixture of experts in place of a block's feed-forward.
 
-Nothing waits for the device where torch has a kernel for all experts at once; elsewhere a loop over the experts does.
+If torch has a kernel for all experts at once, nothing waits for the device; otherwise a loop over the experts waits.
 Shape letters: B batch, T tokens, N tokens of all rows, D hidden size, E experts, k of them active, F inner width of
 one, M = N k rows that are sorted by expert.
 """
@@ -22,55 +22,55 @@ from bigtx.model.operator import operator
 
 
 class Routing(NamedTuple):
-    """Where the tokens of a batch went: sums over tokens, so that those of several batches add up."""
+    """The routing of the tokens of a batch: sums over tokens, so that those of several batches can be added."""
 
     counts: Tensor
     """fp32 [E], or [layers, E] of a stack: tokens sent to each expert."""
     probabilities: Tensor
-    """fp32 like `counts`, with a gradient: what the router gave each expert."""
+    """fp32 like `counts`, with a gradient: the sum of the router's probabilities of each expert."""
     squares: Tensor
     """fp32 [1], or [layers, 1], with a gradient: squared log-partitions of the router."""
 
     @classmethod
     def of_stack(cls, layers: Sequence[Routing]) -> Routing:
-        """Of all layers."""
+        """Stack the routing of all layers."""
         return cls(*(torch.stack(parts) for parts in zip(*layers, strict=True)))
 
     def __add__(self, other: Routing) -> Routing:  # type: ignore[override]
-        """Of the tokens of both."""
+        """Add the routing of the tokens of both."""
         return Routing(*(own + others for own, others in zip(self, other, strict=True)))
 
     def detach(self) -> Routing:
-        """The numbers without a gradient."""
+        """Return the numbers without a gradient."""
         return Routing(*(part.detach() for part in self))
 
     @property
     def balance(self) -> Tensor:
-        """fp32 scalar: 1 where the load is even (arXiv:2101.03961, equation 4), the mean over layers."""
+        """Return an fp32 scalar: 1 where the load is even (arXiv:2101.03961, equation 4), the mean over layers."""
         return imbalance(self.probabilities, shares_of(self.counts)) / self._num_tokens
 
     @property
     def z(self) -> Tensor:
-        """fp32 scalar: mean squared log-partition of the router (arXiv:2202.08906)."""
+        """Return an fp32 scalar: mean squared log-partition of the router (arXiv:2202.08906)."""
         return self.squares.mean() / self._num_tokens
 
     @property
     def _num_tokens(self) -> Tensor:
-        """The probabilities of a token sum up to 1."""
+        """Return the number of tokens: the probabilities of a token sum to 1."""
         return self.probabilities.detach().sum(dim=-1).mean()
 
 
 def shares_of(counts: Tensor) -> Tensor:
-    """The part of the tokens that each expert had, fp32 like their counts [..., E]."""
+    """Return the share of the tokens that each expert had, fp32 like their counts [..., E]."""
     return counts / counts.sum(dim=-1, keepdim=True)
 
 
 def imbalance(probabilities: Tensor, shares: Tensor | None) -> Tensor:
-    """Of tokens' probabilities [..., E] summed up, so many times as there are tokens what the balance is; the mean over
+    """Return the balance times the number of tokens, from the summed probabilities [..., E] of tokens; the mean over
     layers.
 
     Args:
-        shares: like them, the part of the tokens that each expert has; None: an even one.
+        shares: of the same shape, the share of the tokens of each expert; None: an even share.
     """
     if shares is None:
         return probabilities.sum(dim=-1).mean()
@@ -78,11 +78,11 @@ def imbalance(probabilities: Tensor, shares: Tensor | None) -> Tensor:
 
 
 def routing_loss(routing: Routing, shares: Tensor | None, settings: ExpertsConfig) -> Tensor:
-    """What the routing of a batch adds to the loss, summed over its tokens.
+    """Return the loss of the routing of a batch, summed over its tokens.
 
     Args:
-        shares: as for `imbalance`. With those of the batch itself, the loss of a global batch would depend on how it is
-            cut: a balance is no sum over tokens.
+        shares: as in `imbalance`. With those of the batch itself, the loss of a global batch would depend on how it is
+            cut: a balance is not a sum over tokens.
         settings: the weights of both losses.
 
     Returns:
@@ -93,7 +93,7 @@ def routing_loss(routing: Routing, shares: Tensor | None, settings: ExpertsConfi
 
 
 class Experts(nn.Module):
-    """Each token goes to `num_active` of the experts, none is dropped; all go to the shared expert, if there is one."""
+    """A mixture of experts: each token is sent to `num_active` of them, and to the shared one; none is dropped."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -111,8 +111,8 @@ class Experts(nn.Module):
         """Map x [B, T, D] to [B, T, D].
 
         Args:
-            is_text: bool [B, T], the tokens that the routing counts; None: all.
-            seeds: as for `Linear`.
+            is_text: bool [B, T], the tokens that are counted in the routing; None: all.
+            seeds: as in `Linear`.
         """
         tokens = x.flatten(0, 1)  # N D
         scores = self._scores(tokens)  # N E
@@ -133,12 +133,14 @@ class Experts(nn.Module):
         return result.view_as(x), Routing(counts, probabilities.sum(dim=0), squares.sum(dim=0))
 
     def _scores(self, tokens: Tensor) -> Tensor:
-        """What the router gives each expert, fp32 [N, E]: in 16 bits, close experts would change places by rounding."""
+        """Return the router's scores of experts, fp32 [N, E]: in 16 bits, the order of close experts would change by
+        rounding.
+        """
         with torch.autocast(tokens.device.type, enabled=False):
             return F.linear(tokens.float(), self.router.weight.float())
 
     def _chosen(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """The weighted sum of what each token's experts make of it.
+        """Return the weighted sum of the outputs of each token's experts.
 
         Args:
             tokens: [N, D].
@@ -151,7 +153,7 @@ class Experts(nn.Module):
         count = self.settings.num_experts
         experts, order = chosen.flatten().sort(stable=True)  # N k, tokens of one expert together
         rows = order // self.settings.num_active
-        # Not by bincount, which waits for the device to learn the size of its own result.
+        # Not by bincount, which waits for the device to know the size of its own result.
         ends = torch.searchsorted(experts, torch.arange(count, device=experts.device), right=True)
         made = self._by_expert(tokens.index_select(0, rows), ends).float() * weights.flatten()[order, None]
         # fp32, so that a sum of many experts is rounded once.
@@ -159,7 +161,7 @@ class Experts(nn.Module):
         return result.to(tokens.dtype), ends.diff(prepend=ends.new_zeros(1)).float()
 
     def _by_expert(self, x: Tensor, ends: Tensor) -> Tensor:
-        """Each expert's feed-forward of its own rows of x [M, D]; those of expert e end before row ends[e]."""
+        """Return each expert's feed-forward of its own rows of x [M, D]; those of expert e end before row ends[e]."""
         activation = ACTIVATIONS[self.kind]
         up = expert_products(x, self.up, ends)
         hidden = activation(up) if self.gate is None else activation(expert_products(x, self.gate, ends)) * up
@@ -167,7 +169,7 @@ class Experts(nn.Module):
 
 
 def expert_products(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """Multiply rows by the matrix of the expert that they belong to, in the type that autocast asks for.
+    """Multiply rows by the matrix of the expert that they belong to, in the type of autocast.
 
     Args:
         x: [M, inputs], sorted by expert.
@@ -186,8 +188,9 @@ def expert_products(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 
 
 def _has_kernel(weights: Tensor) -> bool:
-    """Whether torch multiplies all experts at once: in bf16 on CUDA from compute capability 8 on, with rows of whole
-    16 bytes. Elsewhere it would loop too, and torch.compile refuses it."""
+    """Return whether torch multiplies all experts at once: in bf16 on CUDA from compute capability 8 on, with rows of
+    whole 16 bytes. Otherwise torch would loop too, and torch.compile refuses it.
+    """
     return (
         weights.is_cuda
         and weights.dtype == torch.bfloat16
@@ -202,7 +205,7 @@ def _has_kernel(weights: Tensor) -> bool:
 
 @operator("bigtx::expert_products")
 def _loop(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """As `expert_products`, one expert after another."""
+    """Multiply as `expert_products` does, one expert after another."""
     result = x.new_empty(x.shape[0], weights.shape[1])
     for expert, (start, end) in enumerate(itertools.pairwise([0, *ends.tolist()])):
         torch.mm(x[start:end], weights[expert].t(), out=result[start:end])
@@ -211,7 +214,9 @@ def _loop(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 
 @operator("bigtx::expert_outer_products")
 def _loop_backward(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
-    """The gradient [E, outputs, inputs] of the weights, from that of the products [M, outputs] and x [M, inputs]."""
+    """Return the gradient [E, outputs, inputs] of the weights, from that of the products [M, outputs] and x [M,
+    inputs].
+    """
     result = x.new_empty(ends.shape[0], grad.shape[1], x.shape[1])
     for expert, (start, end) in enumerate(itertools.pairwise([0, *ends.tolist()])):
         torch.mm(grad[start:end].t(), x[start:end], out=result[expert])

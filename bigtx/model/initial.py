@@ -1,7 +1,7 @@
-"""The initial weights, each parameter's from the seed and its own name.
+"""The initial weights of each parameter, from the seed and the parameter's name.
 
-So a model starts with the same weights however many ranks hold it, in whatever order they fill it, and any rank can
-make just the piece that it owns: values are drawn in runs of a fixed length, each from its own generator.
+So the initial weights do not depend on the number of ranks or the order of initialization, and any rank can
+compute only the piece that it owns: values are drawn in runs of a fixed length, each from its own generator.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bigtx.config import shape as shapes
 from bigtx.config.schema import ModelConfig
 
 RUN = 2**20
-"""Values drawn from one generator; part of what (seed, name) means, so it never changes."""
+"""The number of values from one generator; it is part of the meaning of (seed, name), so it never changes."""
 
 PROJECTIONS = ("attention.output.weight", "mlp.down.weight", "mlp.down", "mlp.shared.down.weight")
 """The matrices that write into the residual stream; those of experts too, all in one parameter."""
@@ -26,12 +26,12 @@ PROJECTIONS = ("attention.output.weight", "mlp.down.weight", "mlp.down", "mlp.sh
 def initial_value(
     name: str, shape: tuple[int, ...], config: ModelConfig, seed: int, start: int = 0, stop: int | None = None
 ) -> Tensor:
-    """The initial value of one parameter, or of a piece of it.
+    """Return the initial value of one parameter, or of a piece of it.
 
     Args:
-        name: as in `named_parameters()`.
-        shape: of the whole parameter.
-        start, stop: the piece, as a range of the flattened parameter; the default is all of it.
+        name: the name in `named_parameters()`.
+        shape: the shape of the whole parameter.
+        start, stop: the piece, as a range of the flattened parameter; the default is the whole parameter.
 
     Returns:
         fp32 on the CPU: of `shape` without a range, else flat [stop - start].
@@ -52,11 +52,11 @@ def initial_value(
 
 def _deviation(name: str, config: ModelConfig) -> float:
     if name == "bigrams.table.weight":
-        return 0.0  # So that a model that gets a table begins as it was.
+        return 0.0  # So that a new table does not change a model's output at first.
     if name == "bigrams.widen.weight":
         return 1 / math.sqrt(shapes.bigram_size(config))
     if name.endswith("attention.query.weight") and config.attention_scale:
-        # So that the scores start as large as under the usual scale.
+        # So that the initial scores are as large as with the usual scale.
         return config.init_std / (config.attention_scale * math.sqrt(shapes.head_width(config)))
     if not name.endswith(PROJECTIONS) or config.init == "normal":
         return config.init_std
@@ -68,7 +68,7 @@ def _deviation(name: str, config: ModelConfig) -> float:
 
 
 def _normal(name: str, seed: int, start: int, stop: int) -> np.ndarray:
-    """Standard normal values start:stop of the endless sequence that (seed, name) names."""
+    """Return the standard normal values start:stop of the endless sequence of (seed, name)."""
     values = np.empty(stop - start, dtype=np.float32)
     for run in range(start // RUN, -(-stop // RUN)):
         key = hashlib.sha256(f"{seed}/{name}/{run}".encode()).digest()

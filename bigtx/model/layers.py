@@ -1,7 +1,7 @@
-"""The parts of a block that know nothing of attention: linear maps, embeddings, norms and the feed-forward.
+"""The parts of a block besides attention: linear maps, embeddings, norms and the feed-forward.
 
-No module here draws its own weights: construction leaves memory unwritten (or on the meta device, or sharded), and
-initial.py fills each parameter from its name. Shape letters: B batch, T tokens, D hidden size.
+No module here initializes its own weights: construction leaves memory unwritten (or on the meta device, or sharded),
+and initial.py fills each parameter from its name. Shape letters: B batch, T tokens, D hidden size.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Linear(nn.Linear):
     """torch's linear map without its own initial values.
 
     Attributes:
-        adapter: what is added to its product, if anything (see lora.py).
+        adapter: the adapter that adds to its product, if any (see lora.py).
     """
 
     def __init__(self, num_inputs: int, num_outputs: int, *, bias: bool = True) -> None:
@@ -35,7 +35,7 @@ class Linear(nn.Linear):
         """Map x [..., inputs] to [..., outputs].
 
         Args:
-            seeds: int64 [B] of the rows of x, by which an adapter drops; None: nothing is dropped.
+            seeds: int64 [B] of the rows of x, the seeds of an adapter's dropout; None: no dropout.
         """
         product = super().forward(x)
         return product if self.adapter is None else product + self.adapter(x, seeds)
@@ -49,11 +49,11 @@ class Embedding(nn.Embedding):
 
 
 class Bigrams(nn.Module):
-    """What a token and the one before it say together (over-encoding, arXiv:2501.16975).
+    """Embeddings of pairs of adjacent tokens (over-encoding, arXiv:2501.16975).
 
     Attributes:
-        table: a row for many pairs, those that have its hash.
-        widen: from the rows to the width of the embeddings, where they are narrower.
+        table: rows that are shared by all pairs with the same hash.
+        widen: the map from the rows to the width of the embeddings, if they are narrower.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -63,19 +63,21 @@ class Bigrams(nn.Module):
         self.widen = None if size == config.hidden_size else Linear(size, config.hidden_size, bias=False)
 
     def forward(self, tokens: Tensor, before: Tensor) -> Tensor:
-        """[B, T, D] of int64 tokens [B, T] and those before them, -1 where a text begins."""
+        """Return the embeddings [B, T, D] of int64 tokens [B, T] and the previous tokens, -1 where a text begins."""
         x = self.table(hashed_pairs(before, tokens, self.table.num_embeddings))
         return x if self.widen is None else self.widen(x)
 
 
 def hashed_pairs(before: Tensor, tokens: Tensor, num_rows: int) -> Tensor:
-    """Rows of pairs of ids, each at least -1 and below 2**24: multiplicative hashing (Knuth, TAOCP 3, section 6.4)."""
+    """Hash pairs of ids to rows. Each id is at least -1 and below 2**24: multiplicative hashing (Knuth, TAOCP 3,
+    section 6.4).
+    """
     mixed = (before + 1) * 0x9E3779B1 + tokens * 0x85EBCA77
     return (mixed & 0xFFFFFFFF) * num_rows >> 32
 
 
 class Norm(nn.Module):
-    """RMSNorm (arXiv:1910.07467) or LayerNorm over the last dimension, computed in fp32 whatever the input's type."""
+    """RMSNorm (arXiv:1910.07467) or LayerNorm over the last dimension, computed in fp32 for any type of input."""
 
     def __init__(self, kind: str, size: int, *, eps: float, scale: bool, bias: bool = False) -> None:
         super().__init__()
@@ -95,7 +97,7 @@ class Norm(nn.Module):
 
     @classmethod
     def of(cls, config: ModelConfig) -> Norm:
-        """A norm of the residual stream."""
+        """Return a norm of the residual stream."""
         return cls(config.norm, config.hidden_size, eps=config.norm_eps, scale=config.norm_scale, bias=config.norm_bias)
 
 
@@ -103,7 +105,7 @@ _tanh_gelu = functools.partial(F.gelu, approximate="tanh")
 
 
 def squared_relu(x: Tensor) -> Tensor:
-    """max(x, 0) ** 2 (arXiv:2109.08668)."""
+    """Return max(x, 0) ** 2 (arXiv:2109.08668)."""
     return F.relu(x).square()
 
 
@@ -116,14 +118,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "relu2": squared_relu,
 }
-"""What stands between the matrices of each kind of feed-forward; of a gated one it is applied to the gate."""
+"""The activation of each kind of feed-forward; in a gated one it is applied to the gate."""
 
 
 class MLP(nn.Module):
     """The feed-forward: down(act(gate x) * up x) for the gated kinds, down(act(up x)) for the others."""
 
     def __init__(self, config: ModelConfig, size: int | None = None) -> None:
-        """Args: size: the inner width, if not that of the config."""
+        """Args: size: the inner width, if it differs from that of the config."""
         super().__init__()
         self.kind = config.mlp
         inner, outer, bias = size or shape.mlp_size(config), config.hidden_size, config.mlp_bias
@@ -132,7 +134,7 @@ class MLP(nn.Module):
         self.down = Linear(inner, outer, bias=bias)
 
     def forward(self, x: Tensor, seeds: Tensor | None = None) -> Tensor:
-        """Map x [B, T, D] to [B, T, D]; `seeds` as for `Linear`."""
+        """Map x [B, T, D] to [B, T, D]; `seeds` as in `Linear`."""
         activation = ACTIVATIONS[self.kind]
         if self.gate is None:
             return self.down(activation(self.up(x, seeds)), seeds)

@@ -1,4 +1,4 @@
-"""Logits: their soft cap, logits that are made only when they are asked for, and how far a student's are from a
+"""Logits: their soft cap, their computation on demand, and the divergence of a student's logits from a
 teacher's. Shape letters: N tokens, n of them in a chunk, D hidden size, V vocabulary, P the vocabulary padded.
 """
 
@@ -12,19 +12,19 @@ from torch import Tensor
 
 
 def soft_capped(logits: Tensor, cap: float | None) -> Tensor:
-    """cap * tanh(logits / cap) (arXiv:2408.00118), or the logits themselves."""
+    """Return cap * tanh(logits / cap) (arXiv:2408.00118), or the logits themselves."""
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 @dataclass(frozen=True)
 class LogitsOnDemand:
-    """The logits of N tokens, of which a chunk is made when it is asked for: those of a whole batch never exist.
+    """The logits of N tokens, computed in chunks on demand: those of a whole batch are never in memory.
 
     Attributes:
-        hidden: [N, D], what the head's matrix is multiplied with.
+        hidden: [N, D], the input of the head's matrix.
         weight: [V, D].
         bias: [V], or None.
-        soft_cap: of the logits, or None.
+        soft_cap: the soft cap of the logits, or None.
     """
 
     hidden: Tensor
@@ -33,18 +33,18 @@ class LogitsOnDemand:
     soft_cap: float | None
 
     def __getitem__(self, chunk: slice) -> Tensor:
-        """The logits of some tokens, fp32 [n, V]."""
+        """Return the logits of some tokens, fp32 [n, V]."""
         return soft_capped(F.linear(self.hidden[chunk], self.weight, self.bias).float(), self.soft_cap)
 
 
 @dataclass(frozen=True)
 class SoftTargets:
-    """What a teacher finds likely for each of N tokens (Hinton et al., arXiv:1503.02531).
+    """A teacher's predictions for each of N tokens (Hinton et al., arXiv:1503.02531).
 
     Attributes:
-        logits: the teacher's.
-        weight: share of the teacher in the loss, from 0 to 1; the rest is the labels' own.
-        temperature: by which the logits of both are divided before they are compared.
+        logits: the teacher's logits.
+        weight: the share of the teacher in the loss, from 0 to 1; the rest is the loss on the labels.
+        temperature: the divisor of both logits before they are compared.
     """
 
     logits: LogitsOnDemand
@@ -53,9 +53,9 @@ class SoftTargets:
 
 
 def divergence(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(teacher || student) in nats, of each row, where the softmax of both has the temperature T.
+    """Return T^2 KL(teacher || student) in nats, of each row, with both softmaxes at the temperature T.
 
-    The factor keeps the gradient as large at any temperature (arXiv:1503.02531, section 2).
+    The factor keeps the size of the gradient at any temperature (arXiv:1503.02531, section 2).
 
     Args:
         logits, teacher: [..., V].
@@ -71,12 +71,12 @@ def divergence(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 def divergence_and_gradient(
     logits: Tensor, teacher: Tensor, predicted: Tensor, soft_cap: float | None, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """The sum of `divergence` over a chunk of tokens, and its gradient in closed form, both in fp32.
+    """Return the sum of `divergence` over a chunk of tokens, and its gradient in closed form, both in fp32.
 
     Args:
-        logits: [n, P] before the soft cap; left as they are.
+        logits: [n, P] before the soft cap; they are not changed.
         teacher: fp32 [n, V], after its soft cap; may be overwritten.
-        predicted: fp32 [n], 1 where a token counts and 0 where not.
+        predicted: fp32 [n], 1 for a token that counts, else 0.
 
     Returns:
         The sum, a scalar, and the gradient with regard to the logits, [n, V].

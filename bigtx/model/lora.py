@@ -1,7 +1,7 @@
-"""Low-rank adapters (arXiv:2106.09685): y = W x + alpha / rank * B A x, where A and B are trained and W stays.
+"""Low-rank adapters (arXiv:2106.09685): y = W x + alpha / rank * B A x, where A and B are trained and W is fixed.
 
-B begins as zeros, so that a model with new adapters computes what it did without. Which matrices have one is said by
-the config alone (see bigtx.config.lora), so an adapted model is built, saved and opened as any other. The adapter of
+B is initialized with zeros, so new adapters do not change the output of a model. Which matrices have one depends on
+the config only (see bigtx.config.lora), so an adapted model is built, saved and opened like any other. The adapter of
 decoder.blocks.3.attention.query has the parameters ...query.adapter.a and ...query.adapter.b.
 """
 
@@ -18,22 +18,22 @@ from bigtx.model.layers import Linear
 
 
 class Adapter(nn.Module):
-    """What is added to a matrix's product: alpha / rank * B A x."""
+    """The term that is added to a matrix's product: alpha / rank * B A x."""
 
     def __init__(self, config: LoraConfig, num_inputs: int, num_outputs: int, name: str) -> None:
-        """Args: name: of the matrix, within its block."""
+        """Args: name: the name of the matrix within its block."""
         super().__init__()
         self.scale, self.dropout = config.alpha / config.rank, Dropout(config.dropout, f"adapter of {name}")
         self.a = nn.Parameter(torch.empty(config.rank, num_inputs))
         self.b = nn.Parameter(torch.empty(num_outputs, config.rank))
 
     def forward(self, x: Tensor, seeds: Tensor | None = None) -> Tensor:
-        """Map x [..., inputs] to [..., outputs]; `seeds` as for `Linear`."""
+        """Map x [..., inputs] to [..., outputs]; `seeds` as in `Linear`."""
         return F.linear(F.linear(self.dropout(x, seeds), self.a), self.b) * self.scale
 
 
 def add_adapters(model: nn.Module, config: ModelConfig) -> None:
-    """Give the matrices that the config names their adapters."""
+    """Add adapters to the matrices that the config names."""
     for name in adapted_matrices(config):
         matrix = model.get_submodule(name)
         assert isinstance(matrix, Linear), name

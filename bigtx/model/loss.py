@@ -1,10 +1,10 @@
-"""The head and the loss, fused so that the logits of a whole batch never exist.
+"""The head and the loss, fused so that the logits of a whole batch are never in memory.
 
-Logits are made for one chunk of tokens at a time, and with them the chunk's gradients at once: the loss is a sum over
-tokens, so the gradient that comes down later is one number to multiply by. Against recomputing each chunk in the
-backward pass this saves one of four matrix products; against plain cross-entropy it saves holding B T V logits.
-Where the score of each label is asked for instead, the backward pass makes the logits of each chunk again.
-(torch 2.13's linear_cross_entropy is as fast, but rounds the loss to bf16 and knows neither soft cap nor z-loss.)
+Logits are computed for one chunk of tokens at a time, together with the chunk's gradients: the loss is a sum over
+tokens, so the upstream gradient is one number to multiply by. Compared with recomputing each chunk in the
+backward pass this saves one of four matrix products; compared with plain cross-entropy it saves memory for B T V
+logits. If the score of each label is requested instead, the backward pass computes the logits of each chunk again.
+(torch 2.13's linear_cross_entropy is as fast, but rounds the loss to bf16 and has no soft cap and no z-loss.)
 Shape letters: N tokens, D hidden size, V vocabulary, P the vocabulary padded.
 """
 
@@ -29,18 +29,20 @@ IGNORED = -100
 """The label of a position that is not predicted."""
 
 CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**27}
-"""Logits made at once, where large products run faster: 16 MiB in bf16 on a CPU, 512 MiB in fp32 on a GPU."""
+"""The number of logits of a chunk, for which large products run faster: 16 MiB in bf16 on a CPU, 512 MiB in fp32 on a
+GPU.
+"""
 
 PIECE_LOGITS = 2**18
-"""Logits that a CPU turns into gradients at once: in fp32 they fit the cache of a core for a dozen passes."""
+"""The number of logits that a CPU converts to gradients at once: in fp32 they fit into a core's cache."""
 
 MIN_CHUNK_TOKENS = 128
-"""With a large vocabulary, smaller chunks spend their time on adding to the weight's gradient."""
+"""The least tokens of a chunk: with a large vocabulary, smaller ones mostly add to the weight's gradient."""
 TAUGHT_COPIES = 4
-"""Where a teacher's logits are compared too, as many tensors of a chunk's size are in memory as otherwise one."""
+"""The number of tensors of a chunk's size in memory if a teacher's logits are compared, in place of one."""
 
 ChunkLoss = Callable[[Tensor, Any], tuple[Tensor, Tensor, Tensor]]
-"""Logits [n, P] and what they are compared with, labels [n] as a rule, to the summed loss, the summed cross-entropy,
+"""A function of logits [n, P] and their targets, usually labels [n], to the summed loss, the summed cross-entropy,
 and the loss's gradient [n, P]."""
 
 
@@ -48,33 +50,33 @@ class Loss(NamedTuple):
     """What the model returns for labels."""
 
     loss_sum: Tensor
-    """fp32 scalar with a gradient: cross-entropy in nats, smoothed and with z-loss if asked for, summed over predicted
+    """fp32 scalar with a gradient: cross-entropy in nats, smoothed and with z-loss if set, summed over predicted
     tokens."""
     cross_entropy_sum: Tensor
-    """fp32 scalar without a gradient: the plain cross-entropy alone."""
+    """fp32 scalar without a gradient: the plain cross-entropy."""
     routing: Routing | None = None
-    """Where the tokens went, if there are experts."""
+    """The routing of the tokens, if there are experts."""
 
 
 class TokenScores(NamedTuple):
-    """What the model returns for labels that are to be judged one by one."""
+    """What the model returns for labels that are scored one by one."""
 
     log_probs: Tensor
     """fp32 [B, T] with a gradient: the log-probability of each label in nats; 0 where there is none."""
     is_likeliest: Tensor
-    """bool [B, T]: whether no id is likelier than the label; False where there is none."""
+    """bool [B, T]: whether no id is more likely than the label; False where there is none."""
     routing: Routing | None = None
-    """Where the tokens went, if there are experts."""
+    """The routing of the tokens, if there are experts."""
 
 
 class ClassifierHead(nn.Module):
-    """From a summary of a text to the logits of its classes, in one of the forms that families of models have.
+    """The head from a summary of a text to the logits of its classes, in one of the forms of families of models.
 
     transform   classes(norm(gelu(transform x)))   ModernBERT (arXiv:2412.13663)
     pooler      classes(tanh(pooler x))            BERT, RoBERTa
     score       classes(x), without a bias         decoders
 
-    The transform is that of the head of tokens, so what it learned in pretraining serves here too; a model without one
+    The transform is that of the head of tokens, so its pretrained weights are used here too; a model without one
     has none here.
     """
 
@@ -89,7 +91,7 @@ class ClassifierHead(nn.Module):
         self.classes = Linear(size, config.num_classes, bias=form != "score")
 
     def forward(self, summary: Tensor, seeds: Tensor | None = None) -> Tensor:
-        """Logits, fp32 [B, classes], of summaries [B, D], of which int64 seeds [B] say what is dropped."""
+        """Return logits, fp32 [B, classes], of summaries [B, D], with int64 seeds [B] of dropout."""
         if self.transform is not None and self.norm is not None:
             summary = self.norm(F.gelu(self.transform(summary)))
         elif self.pooler is not None:
@@ -98,7 +100,7 @@ class ClassifierHead(nn.Module):
 
 
 class Head(nn.Module):
-    """From the last hidden states to logits or to the loss. A tied head holds the embedding's own parameter."""
+    """The head from the last hidden states to logits or to the loss. A tied head has the embedding's own parameter."""
 
     def __init__(self, config: ModelConfig, tied_to: Tensor | None = None) -> None:
         super().__init__()
@@ -115,7 +117,7 @@ class Head(nn.Module):
         self.bias = nn.Parameter(torch.empty(rows)) if config.head_bias else None
 
     def compile_loss(self) -> None:
-        """Let torch.compile fuse the passes over a chunk of logits, which on a GPU are bound by its memory."""
+        """Compile the passes over a chunk of logits, which are limited by memory bandwidth on a GPU."""
         self.chunk_loss = torch.compile(chunk_loss_and_gradient, dynamic=False)
         self.divergence = torch.compile(divergence_and_gradient, dynamic=False)
 
@@ -128,8 +130,9 @@ class Head(nn.Module):
         score_tokens: bool = False,
         soft_targets: SoftTargets | None = None,
     ) -> Tensor | Loss | TokenScores:
-        """Logits [B, T, V], fp32, of hidden [B, T, D]; or, given labels [B, T] (-100 is ignored), the loss, in which
-        soft targets may have a share, or each label's own score."""
+        """Return logits [B, T, V], fp32, of hidden [B, T, D]; or, given labels [B, T] (-100 is ignored), the loss, in
+        which may include soft targets, or the score of each label.
+        """
         hidden = self._transformed(hidden)
         if labels is None:
             return soft_capped(F.linear(hidden, *self._of_vocabulary()).float(), self.soft_cap)
@@ -153,32 +156,32 @@ class Head(nn.Module):
             per_chunk = functools.partial(self._taught_chunk_loss, of_labels=per_chunk, taught_by=soft_targets)
         inputs: tuple[Tensor, Tensor, Tensor | None] = hidden.flatten(0, 1), self.weight, self.bias
         if not torch.is_grad_enabled():
-            # Inside the function torch says of all that they want a gradient, also where none is recorded.
+            # Inside the function torch reports that all tensors need a gradient, even if none is recorded.
             inputs = inputs[0].detach(), inputs[1].detach(), None if self.bias is None else self.bias.detach()
         loss, cross_entropy = ChunkedLoss.apply(*inputs, targets, per_chunk)
         return Loss(loss, cross_entropy)
 
     def on_demand(self, hidden: Tensor) -> LogitsOnDemand:
-        """The logits of hidden [B, T, D], of B T tokens in a row, made when they are asked for."""
+        """Return the logits of hidden [B, T, D], of B T tokens in a row, which are computed on demand."""
         return LogitsOnDemand(self._transformed(hidden).flatten(0, 1), *self._of_vocabulary(), self.soft_cap)
 
     def _transformed(self, hidden: Tensor) -> Tensor:
-        """What the matrix is multiplied with."""
+        """Return the input of the matrix."""
         if self.transform is not None and self.norm is not None:
             hidden = self.norm(F.gelu(self.transform(hidden)))
         return hidden if self.scale == 1.0 else hidden * self.scale
 
     def _of_vocabulary(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias without the rows of padding."""
+        """Return weight and bias without the rows of padding."""
         return self.weight[: self.vocab_size], None if self.bias is None else self.bias[: self.vocab_size]
 
     def _taught_chunk_loss(
         self, logits: Tensor, targets: tuple[Tensor, Tensor], of_labels: ChunkLoss, taught_by: SoftTargets
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(1 - w) times the loss of the labels and w times the divergence from the teacher: a `ChunkLoss`."""
+        """Return (1 - w) times the loss of the labels and w times the divergence from the teacher: a `ChunkLoss`."""
         labels, teacher = targets
         weight, predicted = taught_by.weight, (labels != IGNORED).float()
-        # First the teacher's part: the other may overwrite the logits.
+        # The teacher's part is first: the other may overwrite the logits.
         distance, pull = self.divergence(logits, teacher, predicted, self.soft_cap, taught_by.temperature)
         loss, cross_entropy, grad = of_labels(logits, labels)
         grad = grad * (1.0 - weight)
@@ -187,7 +190,7 @@ class Head(nn.Module):
 
 
 class _LabelsAndLogits:
-    """Labels [N] and a teacher's logits of the same tokens, to be cut into chunks together."""
+    """Labels [N] and a teacher's logits of the same tokens, which are cut into chunks together."""
 
     def __init__(self, labels: Tensor, logits: LogitsOnDemand) -> None:
         self.labels, self.logits = labels, logits
@@ -197,7 +200,7 @@ class _LabelsAndLogits:
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """The sum of a loss on logits, a chunk of tokens at a time, with the gradients made on the way."""
+    """The sum of a loss on logits, a chunk of tokens at a time, with the gradients computed at the same time."""
 
     @staticmethod
     def forward(
@@ -245,8 +248,8 @@ class ChunkedLoss(torch.autograd.Function):
 class ChunkedLogProbs(torch.autograd.Function):
     """The log-probability of each label, a chunk of tokens at a time.
 
-    What a label's share in the loss is may depend on all labels, as where answers are compared as wholes, and is known
-    in the backward pass alone. The logits are made again there: four matrix products instead of the loss's three.
+    The weight of a label in the loss may depend on all labels, e.g. if answers are compared as wholes, and is known
+    only in the backward pass. The logits are computed again there: four matrix products instead of the loss's three.
     """
 
     @staticmethod
@@ -262,7 +265,7 @@ class ChunkedLogProbs(torch.autograd.Function):
         """Score labels [N] by hidden [N, D] under weight [P, D] and bias [P].
 
         Returns:
-            Log-probabilities, fp32 [N], and whether each label is the likeliest, bool [N].
+            Log-probabilities, fp32 [N], and whether each label is the most likely, bool [N].
         """
         arithmetic = _arithmetic(hidden)
         matrix, offsets = weight.to(arithmetic), None if bias is None else bias.to(arithmetic)
@@ -282,7 +285,7 @@ class ChunkedLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """Make each chunk's logits again, and from them its gradients."""
+        """Compute each chunk's logits again, and from them its gradients."""
         hidden, weight, bias, labels, log_partition = ctx.saved_tensors
         arithmetic, vocab_size, soft_cap = ctx.settings
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
@@ -294,7 +297,7 @@ class ChunkedLogProbs(torch.autograd.Function):
         for chunk in _chunks(hidden, weight):
             inputs, factor = hidden[chunk].to(arithmetic), factors[chunk]
             scores, slope = _scores(F.linear(inputs, matrix, offsets), vocab_size, soft_cap)
-            # d log p(label) = one at the label less the softmax.
+            # d log p(label) = one at the label minus the softmax.
             grad = scores.sub_(log_partition[chunk][:, None]).exp_().mul_(-factor)
             grad = grad.scatter_add_(1, labels[chunk].clamp(min=0)[:, None], factor)
             grad = (grad if slope is None else grad.mul_(slope)).to(arithmetic)
@@ -309,20 +312,20 @@ class ChunkedLogProbs(torch.autograd.Function):
 
 
 def _arithmetic(hidden: Tensor) -> torch.dtype:
-    """The type of the products. Autocast would cast the weight again for each chunk."""
+    """Return the type of the products. Autocast would cast the weight again for each chunk."""
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 def _chunks(hidden: Tensor, weight: Tensor, num_copies: int = 1) -> Iterator[slice]:
-    """Tokens of hidden [N, D] whose logits under weight [P, D] are made at once, in so many copies."""
+    """Yield the slices of hidden [N, D] whose logits under weight [P, D] are computed at once, in so many copies."""
     limit = CHUNK_LOGITS.get(hidden.device.type, CHUNK_LOGITS["cuda"]) // num_copies
     size = max(MIN_CHUNK_TOKENS, limit // weight.shape[0])
     return (slice(start, start + size) for start in range(0, hidden.shape[0], size))
 
 
 def _scores(logits: Tensor, vocab_size: int, soft_cap: float | None) -> tuple[Tensor, Tensor | None]:
-    """Logits [n, P] as the loss takes them, in fp32, and the soft cap's slope there if there is one."""
+    """Return logits [n, P] for the loss, in fp32 and soft-capped, and the slope of the soft cap if there is one."""
     scores = soft_capped(logits.float(), soft_cap)
     slope = None if soft_cap is None else 1.0 - (scores / soft_cap).square()
     scores[:, vocab_size:] = float("-inf")
@@ -337,12 +340,12 @@ def chunk_loss_and_gradient(
     z_loss: float,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy plus z_loss * logsumexp^2 (PaLM, arXiv:2204.02311), in fp32.
+    """Compute cross-entropy plus z_loss * logsumexp^2 (PaLM, arXiv:2204.02311), in fp32.
 
-    With smoothing e the label is expected with probability 1 - e, and every id of the vocabulary, itself among them,
-    with e / V more (arXiv:1512.00567, section 7).
+    With smoothing e the label is expected with probability 1 - e, and every id of the vocabulary, the label included,
+    with an additional e / V (arXiv:1512.00567, section 7).
 
-    It works in place on one fp32 copy of the logits: this is all memory traffic.
+    It works in place on one fp32 copy of the logits: the time is all memory traffic.
 
     Args:
         logits: [n, P] before the soft cap, the product of a matrix multiplication; may be overwritten.
@@ -362,7 +365,7 @@ def chunk_loss_and_gradient(
     total = weights.sum(dim=-1, keepdim=True)
     log_partition = (total.log() + top).squeeze(1)
     cross_entropy = (log_partition - of_target) * predicted
-    # Smoothing moves a share of the score that is wanted high from the label to the mean of all.
+    # Smoothing moves a share of the target score from the label to the mean of all.
     loss = cross_entropy + label_smoothing * (of_target - mean_score) * predicted
     loss = loss + z_loss * log_partition.square() * predicted
     # d logsumexp = softmax, and the z-loss adds 2 z logsumexp of it; the label's own logit is subtracted.
@@ -376,7 +379,7 @@ def chunk_loss_and_gradient(
 
 
 def loss_in_pieces(logits: Tensor, labels: Tensor, per_piece: ChunkLoss) -> tuple[Tensor, Tensor, Tensor]:
-    """A `ChunkLoss` by one that is given few rows at a time; the gradients take the place of the logits."""
+    """Compute a `ChunkLoss` by one that gets few rows at a time; the gradients overwrite the logits."""
     size = max(1, PIECE_LOGITS // logits.shape[1])
     sums = torch.zeros(2, dtype=torch.float32, device=logits.device)
     for own_logits, own_labels in zip(logits.split(size), labels.split(size), strict=True):

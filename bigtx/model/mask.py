@@ -1,8 +1,8 @@
-"""Who sees whom: causal or both ways, within a document, within a window, and a prefix that all may see.
+"""Attention masks: causal or in both directions, within a document, within a window, and with a visible prefix.
 
-A mask is made once for a stack, from the places of its tokens, and shared by its blocks. What it becomes depends on
-what the kernels can do: nothing at all where plain attention will do; on CUDA the sparse blocks of FlexAttention, which
-skip what is hidden; elsewhere a tensor over all pairs. Shape letters: B batch (1 where all rows agree), T query tokens,
+A mask is made once for a stack, from the places of its tokens, and shared by its blocks. Its form depends on
+the kernels: no mask if plain attention is enough; on CUDA the sparse blocks of FlexAttention, which
+skip hidden pairs; otherwise a tensor over all pairs. Shape letters: B batch (1 if all rows agree), T query tokens,
 S key tokens, H heads.
 """
 
@@ -16,27 +16,27 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 Visible = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(row, head, query, key) -> bool, as FlexAttention asks."""
+"""(row, head, query, key) -> bool, as for FlexAttention."""
 
 
 class Mask(NamedTuple):
-    """What attention is told; at most one of the tensors is there."""
+    """The mask of attention; at most one of the tensors is set."""
 
     causal: bool
-    """Without a tensor: whether a token sees only itself and those before it, or all."""
+    """Without a tensor: whether a token attends only to itself and earlier tokens, or to all."""
     scores: Tensor | None = None
-    """bool [B, 1, T, S], True may be seen; or what is added to the scores [B, H, T, S]."""
+    """bool [B, 1, T, S], True is visible; or a bias that is added to the scores [B, H, T, S]."""
     blocks: BlockMask | None = None
-    """The same for FlexAttention."""
+    """The mask for FlexAttention."""
 
 
 class Side(NamedTuple):
     """The queries or the keys of attention."""
 
     columns: Tensor
-    """int64 [B, T]: the order in which tokens stand; their distance counts for windows."""
+    """int64 [B, T]: the order of tokens; windows are measured by their distance."""
     segment_ids: Tensor | None = None
-    """int64 [B, T]: a token sees only tokens of its own segment."""
+    """int64 [B, T]: a token attends only to tokens of its own segment."""
 
 
 def make_mask(
@@ -50,17 +50,17 @@ def make_mask(
     in_order: bool = True,
     sparse: bool = False,
 ) -> Mask:
-    """What `queries` may see of `keys`.
+    """Return the mask of `keys` that `queries` may attend to.
 
     Args:
-        causal: whether a token sees nothing that stands after it.
-        window: most columns between a token and what it sees.
-        prefix: bool [B, S], keys that the whole segment sees in spite of `causal`.
-        bias: added to the scores, [B, H, T, S].
-        in_order: whether both sides stand at columns 0, 1, 2, ...; not so where keys come from a cache.
-        sparse: whether FlexAttention shall serve; it knows no dropout, and bigtx gives it no bias.
+        causal: whether a token does not attend to later ones.
+        window: the most columns between a token and those that it attends to.
+        prefix: bool [B, S], keys that the whole segment attends to despite `causal`.
+        bias: the bias of the scores, [B, H, T, S].
+        in_order: whether both sides have the columns 0, 1, 2, ...; they do not if keys come from a cache.
+        sparse: whether to use FlexAttention, which has no dropout and gets no bias from bigtx.
     """
-    assert (queries.segment_ids is None) == (keys.segment_ids is None), "segments are of both sides"
+    assert (queries.segment_ids is None) == (keys.segment_ids is None), "both sides have segments, or neither"
     plain = queries.segment_ids is None and window is None and prefix is None and in_order
     if plain and bias is None:
         return Mask(causal)
@@ -73,7 +73,7 @@ def make_mask(
 
 
 def dense_mask(queries: Side, keys: Side, *, causal: bool, window: int | None, prefix: Tensor | None) -> Tensor:
-    """bool [B, T, S]: True may be seen."""
+    """Return bool [B, T, S]: True is visible."""
     behind = queries.columns[:, :, None] - keys.columns[:, None, :]  # B T S
     visible = behind >= 0 if causal else torch.ones_like(behind, dtype=torch.bool)
     if prefix is not None:
@@ -86,7 +86,7 @@ def dense_mask(queries: Side, keys: Side, *, causal: bool, window: int | None, p
 
 
 def block_mask(queries: Side, keys: Side, *, causal: bool, window: int | None, prefix: Tensor | None) -> BlockMask:
-    """The same for FlexAttention, where both sides stand at columns 0, 1, 2, ..."""
+    """Return the mask for FlexAttention, if both sides have the columns 0, 1, 2, ..."""
     rules: list[Visible] = []
     query_segments, key_segments = queries.segment_ids, keys.segment_ids
     if causal and prefix is not None:

@@ -1,4 +1,4 @@
-"""Operators of our own, each of which torch.compile and selective checkpointing see as one."""
+"""Custom operators, each of which is one operation for torch.compile and selective checkpointing."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
     """Decorate a function that becomes an operator of torch, on every device.
 
     `torch.library.custom_op` does the same, but imports torch's compiler at the first call: more than a second at the
-    start of every run. What this returns needs it only where something is compiled.
+    start of every run. What this function returns needs it only where something is compiled.
 
     Args:
-        name: as `torch.ops` is to have it, e.g. bigtx::expert_products.
+        name: the name in `torch.ops`, e.g. bigtx::expert_products.
 
     Returns:
-        Makes an operator of a function that changes none of its arguments and names their types and its result's; see
-        `torch.library.register_fake` and `register_autograd` for what an operator needs besides.
+        A decorator for a function that changes none of its arguments and has annotated types; see
+        `torch.library.register_fake` and `register_autograd` for what an operator needs in addition.
     """
 
     def register(function: Callable[..., Any]) -> Any:

@@ -1,4 +1,4 @@
-"""How much each token of a text counts in its summary, which a head of classes reads."""
+"""The weight of each token of a text in its summary, which a head of classes reads."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import numpy as np
 
 
 def pooling_weights(pooling: str, lengths: np.ndarray, num_columns: int) -> np.ndarray:
-    """fp32 [B, T]: 1 for the first token or for the last, or the same for all of them; padding counts nothing.
+    """Return fp32 [B, T]: 1 for the first token or for the last, or equal weights for all of them; padding has weight
+    0.
 
     Args:
         pooling: first, last or mean.
-        lengths: int [B], tokens of each row, which begins with them.
-        num_columns: T.
+        lengths: int [B], the tokens at the start of each row.
+        num_columns: the number of columns T.
     """
     columns, lengths = np.arange(num_columns), lengths[:, None]
     weights = {"first": columns == 0, "last": columns == lengths - 1, "mean": (columns < lengths) / lengths}[pooling]

@@ -1,8 +1,8 @@
-"""How a token knows where it stands: rotations, sinusoids, and T5's relative buckets.
+"""Positions of tokens: rotations, sinusoids, and T5's relative buckets.
 
-Everything is computed in fp32 from the positions, once in a forward pass, and shared by all blocks. There are no
-tables held as buffers: DeepSpeed would cast those to bf16, in which position 257 and position 258 are one number.
-Shape letters: B batch (1 where all rows agree), T query tokens, S key tokens, C head width, H heads.
+Everything is computed in fp32 from the positions, once per forward pass, and shared by all blocks. There are no
+tables in buffers: DeepSpeed would cast them to bf16, in which position 257 and position 258 are the same number.
+Shape letters: B batch (1 if all rows agree), T query tokens, S key tokens, C head width, H heads.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Rotation = tuple[Tensor, Tensor]
 
 
 def rotation(config: ModelConfig, positions: Tensor, *, local: bool = False) -> Rotation:
-    """The rotary angles (arXiv:2104.09864) of positions [B, T], in blocks with a window (`local`) or without."""
+    """Return the rotary angles (arXiv:2104.09864) of positions [B, T], in blocks with a window (`local`) or without."""
     theta = (config.local_rope_theta if local else None) or config.rope_theta
     frequencies, magnitude = rotary_frequencies(config, theta, positions.device)
     angles = positions[:, None, :, None].float() * frequencies  # B 1 T C/2
@@ -29,7 +29,7 @@ def rotation(config: ModelConfig, positions: Tensor, *, local: bool = False) -> 
 
 
 def rotate(x: Tensor, by: Rotation) -> Tensor:
-    """Rotate x [B, heads, T, C] in fp32: dimension i turns with i + C/2, the layout of Llama's published weights.
+    """Rotate x [B, heads, T, C] in fp32: dimension i rotates with i + C/2, the layout of Llama's published weights.
 
     Returns:
         The rotated x, of x's type.
@@ -40,9 +40,11 @@ def rotate(x: Tensor, by: Rotation) -> Tensor:
 
 
 def rotary_frequencies(config: ModelConfig, theta: float, device: torch.device | str) -> tuple[Tensor, float]:
-    """Radians per position of each pair of dimensions, fp32 [C/2], and the factor that YaRN puts on cos and sin."""
+    """Return the radians per position of each pair of dimensions, fp32 [C/2], and YaRN's factor on cos and
+    sin.
+    """
     width, scaling = shape.head_width(config), config.rope_scaling
-    assert width % 2 == 0, "rotary positions turn pairs of dimensions: the head width must be even"
+    assert width % 2 == 0, "rotary positions rotate pairs of dimensions: the head width must be even"
     exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
     frequencies = theta**-exponents
     if scaling.method == "none":
@@ -51,7 +53,7 @@ def rotary_frequencies(config: ModelConfig, theta: float, device: torch.device |
     if scaling.method == "linear":
         return stretched, 1.0
     if scaling.method == "llama3":
-        # The share of each frequency that stays as it was, by how often it turns within the original length.
+        # The share of each frequency that is not changed, by its rotations within the original length.
         turns = scaling.original_length * frequencies / (2 * math.pi)
         low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
         kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
@@ -64,13 +66,15 @@ def rotary_frequencies(config: ModelConfig, theta: float, device: torch.device |
 
 
 def _yarn_dimension(config: ModelConfig, theta: float, width: int, turns: float) -> float:
-    """The pair of dimensions that makes this many turns within the original length (arXiv:2309.00071, section 3.2)."""
+    """Return the pair of dimensions with this many rotations within the original length (arXiv:2309.00071, section
+    3.2).
+    """
     per_radian = config.rope_scaling.original_length / (turns * 2 * math.pi)
     return width * math.log(per_radian) / (2 * math.log(theta))
 
 
 def sinusoids(positions: Tensor, size: int) -> Tensor:
-    """Fixed waves (arXiv:1706.03762), fp32 [B, T, size], of positions [B, T]: sines, then cosines."""
+    """Return fixed waves (arXiv:1706.03762), fp32 [B, T, size], of positions [B, T]: sines, then cosines."""
     half = (size + 1) // 2
     exponents = torch.arange(half, dtype=torch.float32, device=positions.device) / half
     angles = positions[..., None].float() * 10_000.0**-exponents  # B T D/2
@@ -81,7 +85,7 @@ class RelativeBias(nn.Module):
     """T5's bias on attention scores by bucketed distance (arXiv:1910.10683), one table for all blocks of a stack."""
 
     def __init__(self, config: ModelConfig, *, both_ways: bool) -> None:
-        """Args: both_ways: whether tokens see what follows them; half of the buckets are for that."""
+        """Args: both_ways: whether tokens attend to later ones; half of the buckets are for these."""
         super().__init__()
         self.num_buckets = config.relative_num_buckets
         self.max_distance = config.relative_max_distance
@@ -89,12 +93,12 @@ class RelativeBias(nn.Module):
         self.table = Embedding(config.relative_num_buckets, config.num_heads)
 
     def forward(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
-        """The bias [B, H, T, S] for query positions [B, T] and key positions [B, S]."""
+        """Return the bias [B, H, T, S] for query positions [B, T] and key positions [B, S]."""
         behind = query_positions[:, :, None] - key_positions[:, None, :]  # B T S
         return self.table(self.bucket(behind)).permute(0, 3, 1, 2)
 
     def bucket(self, behind: Tensor) -> Tensor:
-        """Bucket of each distance back (of keys ahead: negative): exact for small ones, then by its logarithm."""
+        """Return the bucket of each distance back (negative for keys ahead): exact if small, else by its logarithm."""
         num_buckets = self.num_buckets // 2 if self.both_ways else self.num_buckets
         exact = num_buckets // 2
         distance = behind.abs() if self.both_ways else behind.clamp(min=0)

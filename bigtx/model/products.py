@@ -1,7 +1,7 @@
-"""Attention as it is written down (arXiv:1706.03762, equation 1), with all its weights in memory: for a CPU.
+"""Attention by its formula (arXiv:1706.03762, equation 1), with all weights in memory: for a CPU.
 
-torch's bf16 kernel takes several times longer backward than these products do, up to some hundred tokens. They are an
-operator of their own, so that torch.compile leaves them as they are (what it made of them gave NaN with torch 2.13) and
+torch's bf16 kernel takes several times longer in the backward pass than these products, up to some hundred tokens. They
+are an operator of their own, so that torch.compile does not change them (its version gave NaN with torch 2.13) and
 selective checkpointing keeps them. Shape letters: B batch, T query tokens, S key tokens, H heads, C head width.
 """
 
@@ -15,12 +15,12 @@ from torch import Tensor
 from bigtx.model.operator import operator
 
 MAX_SCORES = 512**2
-"""Scores of a head up to which products win, forward and backward: three times as fast with 128 tokens, and as fast
+"""The number of scores of a head up to which products are faster: three times as fast with 128 tokens, and as fast
 with 512 (two AMX cores)."""
 
 
 def products_are_faster(queries: Tensor, keys: Tensor) -> bool:
-    """Whether torch's kernel would take longer, with the backward pass that is to come."""
+    """Return whether torch's kernel would take longer, including the backward pass."""
     recorded = torch.is_grad_enabled() and queries.dtype == torch.bfloat16 and queries.device.type == "cpu"
     return recorded and queries.shape[2] * keys.shape[2] <= MAX_SCORES
 
@@ -35,16 +35,16 @@ def attend(
     scale: float,
     kept: Tensor | None = None,
 ) -> Tensor:
-    """Attention [B, H, T, C].
+    """Return attention [B, H, T, C].
 
     Args:
         queries: [B, H, T, C].
         keys, values: [B, H, S, C].
-        scores: what is added to the scores, [1 or B, 1 or H, T, S], or a mask of that shape, True may be seen.
-        causal: without `scores`, whether a token sees only itself and those before it.
-        kept: [B, H, T, S], what the weights are multiplied with, as dropout makes it.
+        scores: a bias of the scores, [1 or B, 1 or H, T, S], or a mask of that shape, where True is visible.
+        causal: without `scores`, whether a token attends only to itself and earlier ones.
+        kept: [B, H, T, S], the factors of dropout on the weights.
     """
-    # Not minus infinity, also with a score added: a token that sees nothing, as only padding does, must not become NaN.
+    # Not minus infinity, even with a bias added: a token that attends to nothing (only padding) must not become NaN.
     least = torch.finfo(queries.dtype).min / 2
     if scores is None and causal:
         scores = torch.ones(queries.shape[2], keys.shape[2], dtype=torch.bool, device=queries.device).tril()[None, None]
@@ -61,7 +61,7 @@ def attend(
 def _attend(
     queries: Tensor, keys: Tensor, values: Tensor, added: Tensor | None, kept: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """What is attended to [B, H, T, C], and the weights [B, H, T, S] before `kept` multiplied them."""
+    """Return the attention [B, H, T, C], and the weights [B, H, T, S] before the multiplication by `kept`."""
     scores = (queries * scale) @ keys.transpose(-2, -1)
     if added is not None:
         scores += added
@@ -91,7 +91,7 @@ def _attend_backward(
     weights: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of queries, keys, values and scores [B, H, T, S]."""
+    """Return the gradients of queries, keys, values and scores [B, H, T, S]."""
     of_values = _dropped(weights, kept).transpose(-2, -1) @ grad
     of_weights = _dropped(grad @ values.transpose(-2, -1), kept)
     of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
@@ -124,7 +124,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _gradients(ctx: Any, grad: Tensor, of_weights: Tensor | None) -> tuple[Tensor | None, ...]:
-    assert of_weights is None, "nobody outside reads the weights"
+    assert of_weights is None, "the weights are not used outside"
     of_queries, of_keys, of_values, of_scores = _attend_backward(grad, *ctx.saved_tensors, ctx.scale)
     of_added = of_scores.sum_to_size(ctx.added) if ctx.needs_input_grad[3] else None
     return of_queries, of_keys, of_values, of_added, None, None

@@ -6,13 +6,13 @@
     decoder             tokens ─ embed ─▶ stack, causal ─▶ head ─▶ logits or loss
     encoder             tokens ─ embed ─▶ stack, both ways ─▶ head
     encoder_decoder     tokens ─ embed ─▶ stack, both ways ─▶ source
-                        target tokens ─ embed ─▶ stack, causal, attending to source ─▶ head
+                        target tokens ─ embed ─▶ stack, causal, with attention to source ─▶ head
 
-An encoder may hear in place of reading: features ─ convolutions ─▶ what the embedded tokens would be (audio.py).
+An audio encoder reads features in place of tokens: features ─ convolutions ─▶ columns as of embedded tokens (audio.py).
 
 Every parameter is used inside the forward of the module that owns it, because ZeRO-3 gathers a module's parameters
-around its forward and nowhere else. Shape letters: B batch, T tokens (of the target, where there is a source), S source
-tokens, D hidden size, H heads, K key heads, C head width, V vocabulary, M columns whose logits are wanted.
+around its forward only. Shape letters: B batch, T tokens (of the target, if there is a source), S source
+tokens, D hidden size, H heads, K key heads, C head width, V vocabulary, M columns whose logits are requested.
 """
 
 from __future__ import annotations
@@ -43,26 +43,26 @@ Recompute = Literal["none", "selective", "full"]
 
 
 class View(NamedTuple):
-    """What tokens see of their text."""
+    """The mask and the positions of the tokens of a text."""
 
     mask: Mask
     rotation: Rotation | None
 
 
 class Surroundings(NamedTuple):
-    """What the blocks of a stack share."""
+    """The values that the blocks of a stack share."""
 
     everything: View | None
-    """For blocks that see all, if there are any."""
+    """The view of blocks without a window, if there are any."""
     window: View | None
-    """For blocks with a window."""
+    """The view of blocks with a window."""
     source_mask: Mask | None
     is_text: Tensor | None = None
-    """bool [B, T]: tokens that are no padding, where that is to be known."""
+    """bool [B, T]: tokens that are not padding, if this is needed."""
 
 
 class Block(nn.Module):
-    """Attention, in the decoder of an encoder-decoder also attention to the source, and a feed-forward."""
+    """A block: attention, in the decoder of an encoder-decoder also attention to the source, and a feed-forward."""
 
     def __init__(self, config: ModelConfig, *, layer: int, across: bool) -> None:
         """Args:
@@ -72,8 +72,8 @@ class Block(nn.Module):
         super().__init__()
         self.norm_first = config.norm_placement == "pre"
         self.has_window = shape.has_window(config, layer)
-        # Embeddings that were just normalized need no other scale (ModernBERT, arXiv:2412.13663). A norm without any
-        # is not left out: small embeddings come nearer to length one by it (NanoChat has both).
+        # Normalized embeddings need no other scale (ModernBERT, arXiv:2412.13663). A norm without a scale
+        # is not left out: it brings small embeddings nearer to length one (NanoChat has both).
         learned = config.norm_scale or config.norm_bias
         normalized = self.norm_first and config.embedding_norm and layer == 0 and learned
         self.attention_norm = None if normalized else Norm.of(config)
@@ -98,17 +98,17 @@ class Block(nn.Module):
         """Map x [B, T, D] to [B, T, D].
 
         Args:
-            recompute: what the backward pass makes again instead of keeping.
-            seeds: int64 [B] of this block, by which is dropped; None: nothing is.
+            recompute: what the backward pass recomputes.
+            seeds: int64 [B], the seeds of this block's dropout; None: no dropout.
 
         Returns:
-            The new x, and where the tokens went if there are experts.
+            The new x, and the routing of the tokens if there are experts.
         """
         inputs = x, around, source, cache, seeds
-        # Decided inside the block, so that torch.compile of the block sees it and plans for it.
+        # Decided inside the block, so that torch.compile of the block includes it.
         if recompute == "none" or not torch.is_grad_enabled():
             return self._compute(*inputs)
-        # What is dropped follows from the seeds, so there is no generator whose state would have to be kept.
+        # Dropout depends on the seeds, so no state of a generator must be kept.
         if recompute == "full":
             return checkpoint(self._compute, *inputs, use_reentrant=False, preserve_rng_state=False)
         contexts = functools.partial(create_selective_checkpoint_contexts, _keep_or_recompute)
@@ -134,11 +134,11 @@ class Block(nn.Module):
         return self.mlp(x, is_text, seeds) if isinstance(self.mlp, Experts) else (self.mlp(x, seeds), None)
 
     def _before(self, norm: Norm | None, x: Tensor) -> Tensor:
-        """What a sublayer reads."""
+        """Return the input of a sublayer."""
         return norm(x) if self.norm_first and norm is not None else x
 
     def _after(self, norm: Norm | None, x: Tensor, change: Tensor) -> Tensor:
-        """The residual sum of a sublayer."""
+        """Return the residual sum of a sublayer."""
         x = x + change
         return x if self.norm_first or norm is None else norm(x)
 
@@ -165,7 +165,7 @@ class Stack(nn.Module):
         seeds: Tensor | None = None,
         text_lengths: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
-        """The hidden states [B, T, D] of a text, and where its tokens went if there are experts."""
+        """Return the hidden states [B, T, D] of a text, and the routing of its tokens if there are experts."""
         around = self._surroundings(text, source, prefix_mask, cache)
         if text_lengths is not None and self.config.experts.num_experts:
             columns = torch.arange(text.x.shape[1], device=text.x.device)
@@ -188,7 +188,7 @@ class Stack(nn.Module):
             key_positions = positions
             queries = keys = _side(text)
         else:
-            assert text.segment_ids is None, "a cache holds one text per row"
+            assert text.segment_ids is None, "a cache has one text per row"
             key_positions = cache.place(positions)[None]  # 1 S
             queries, keys = Side(positions), Side(key_positions)
         sparse = text.x.is_cuda and not (self.training and shape.attention_dropout(config))
@@ -215,7 +215,7 @@ def _side(text: Text) -> Side:
 
 
 def _source_mask(text: Text, source: Text, *, sparse: bool) -> Mask:
-    """What the decoder sees of the source: its own segment; where one of the two has none, that is segment 0."""
+    """Return the mask of the source for the decoder: its own segment; a side without segments has segment 0."""
     if (text.segment_ids is None) != (source.segment_ids is None):
         text, source = (
             side if side.segment_ids is not None else side._replace(segment_ids=torch.zeros_like(side.positions))
@@ -228,7 +228,7 @@ class Transformer(Embedder):
     """A decoder, an encoder, or both.
 
     Its weights are unwritten memory until `init_weights` or a checkpoint fills them; it may be built on the meta
-    device. `activation_checkpointing` and `dropout_seed` are set by whoever trains it.
+    device. The trainer sets `activation_checkpointing` and `dropout_seed`.
     """
 
     activation_checkpointing: Recompute = "none"
@@ -244,12 +244,12 @@ class Transformer(Embedder):
 
     @property
     def blocks(self) -> list[Block]:
-        """The blocks of all stacks."""
+        """Return the blocks of all stacks."""
         return [module for module in self.modules() if isinstance(module, Block)]
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Fill every parameter with the value that (seed, name) gives it."""
+        """Fill every parameter with the values of (seed, name)."""
         for name, parameter in self.named_parameters():
             parameter.copy_(initial_value(name, tuple(parameter.shape), self.config, seed))
 
@@ -281,29 +281,29 @@ class Transformer(Embedder):
         """Predict: each token's successor, or in an encoder the token itself.
 
         Args:
-            tokens: int64 [B, T]; of an encoder-decoder the source [B, S], or None once the cache holds what it became.
-            labels: int64 [B, T] or [B, M], what is to be predicted at each column: for a decoder already shifted, so
+            tokens: int64 [B, T]; in an encoder-decoder the source [B, S], or None once the cache has its states.
+            labels: int64 [B, T] or [B, M], the target of each column: for a decoder already shifted, so
                 that labels[b, t] is the successor of tokens[b, t]; -100 is ignored.
-            features, feature_lengths: fp32 [B, F, M] and int64 [B], of an encoder that hears, in place of its tokens:
-                spectrograms, and the frames that each row really has.
+            features, feature_lengths: fp32 [B, F, M] and int64 [B], the input of an audio encoder in place of tokens:
+                spectrograms, and the number of frames of each row.
             positions: int64 [B, T] within each text; by default 0, 1, ... in every row. Needed with a cache.
-            segment_ids: int64 [B, T]; a token sees only tokens of its own segment.
+            segment_ids: int64 [B, T]; a token attends only to tokens of its own segment.
             token_types: int64 [B, T]; by default 0.
-            prefix_mask: bool [B, T]: tokens that all tokens of their segment see, those before them too.
-            sequence_ids: int64 [B], each row's number in the run: with `dropout_seed` it says what dropout drops in
-                training. Without them torch's generator says it.
-            text_lengths: int64 [B], of a decoder: tokens of each row, after which comes padding that no expert is to be
-                counted for.
-            target_tokens, target_positions, target_segment_ids: the same [B, T], for what the decoder of an
-                encoder-decoder reads; it sees the source tokens of its own segment, which is 0 by default.
-            columns: int64 [B, M], the only columns of each row whose logits are wanted.
-            pool: fp32 [B, T], of a model with classes: how much each column counts in the summary of its row.
+            prefix_mask: bool [B, T]: tokens that all tokens of their segment attend to, earlier ones too.
+            sequence_ids: int64 [B], each row's number in the run: with `dropout_seed` it determines dropout in
+                training. Without them torch's generator does.
+            text_lengths: int64 [B], for a decoder: the tokens of each row; the padding after them is not counted for
+                experts.
+            target_tokens, target_positions, target_segment_ids: the same [B, T], for the input of the decoder of an
+                encoder-decoder; a token attends to the source tokens of its own segment, which is 0 by default.
+            columns: int64 [B, M], the only columns of each row whose logits are requested.
+            pool: fp32 [B, T], for a model with classes: the weight of each column in the summary of its row.
             cache: keys and values of earlier tokens of the decoder, extended by this call.
-            z_loss: weight of the squared log-partition (PaLM, arXiv:2204.02311).
-            label_smoothing: share of each label that is spread over the vocabulary (arXiv:1512.00567).
-            score_tokens: whether each label's own log-probability is wanted instead of the loss.
-            soft_targets: of a teacher, beside the labels and in their order: they take a share in the loss.
-            on_demand: whether logits are wanted that are made a chunk at a time, when they are asked for.
+            z_loss: the weight of the squared log-partition (PaLM, arXiv:2204.02311).
+            label_smoothing: the share of each label that is spread over the vocabulary (arXiv:1512.00567).
+            score_tokens: whether to return each label's own log-probability instead of the loss.
+            soft_targets: the soft targets of a teacher, in the order of the labels: they are a share of the loss.
+            on_demand: whether to return logits that are computed on demand, a chunk at a time.
 
         Returns:
             With labels, a `Loss` or `TokenScores`; else logits, fp32 [B, T, V], or [B, M, V] with `columns`, or
@@ -344,7 +344,7 @@ class Transformer(Embedder):
         if columns is not None:
             x = x[torch.arange(x.shape[0], device=x.device)[:, None], columns]  # B M D
         if isinstance(self.head, ClassifierHead):
-            assert pool is not None, "a model with classes needs to know what summarizes a row"
+            assert pool is not None, "a model with classes needs `pool`"
             return self.head((pool.to(x.dtype)[:, None] @ x).squeeze(1), seeds)
         if on_demand:
             return self.head.on_demand(x)
@@ -352,7 +352,7 @@ class Transformer(Embedder):
         return result if isinstance(result, Tensor) else result._replace(routing=routing)
 
     def _row_seeds(self, sequence_ids: Tensor | None, read: Tensor | None) -> Tensor | None:
-        """int64 [B], by which the rows of what is read drop; None where nothing is dropped."""
+        """Return int64 [B], the seeds of dropout of the rows; None without dropout."""
         rates = (self.config.dropout, shape.attention_dropout(self.config), self.config.lora.dropout)
         if not self.training or not any(rates):
             return None
@@ -373,7 +373,7 @@ _KEPT_OPERATIONS = {
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 }
-"""Matrix products and attention: nearly all the arithmetic of a block in a fraction of its activations."""
+"""Matrix products and attention: almost all arithmetic of a block, with a fraction of its activations."""
 
 
 def _keep_or_recompute(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -1,4 +1,4 @@
-"""Texts written by a model: tokens drawn, decoded as they come, up to their end."""
+"""Generation of texts: tokens are drawn and decoded one by one, up to the end of a text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bigtx.model.decode import Agree, Sampling, decode_tokens
 from bigtx.tokenizer.stops import StopStream, StreamDecoder
 
 OnText = Callable[[int, str], None]
-"""Called with (index of the prompt, text) whenever more of a text is known; the pieces together are the text."""
+"""Called with (index of the prompt, text) whenever more of a text is complete; the pieces together are the text."""
 
 
 class Codec(Protocol):
@@ -24,25 +24,25 @@ class Codec(Protocol):
     pad_id: int
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of texts to continue, special ones included; at least one each."""
+        """Return the ids of texts to continue, special ones included; at least one each."""
         ...
 
     def encode_sources(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of texts that an encoder reads, special ones included; at least one each."""
+        """Return the ids of texts that an encoder reads, special ones included; at least one each."""
         ...
 
     def stream(self, after: Sequence[int] = ()) -> StreamDecoder:
-        """A decoder for ids that come one by one, after others."""
+        """Return a decoder for ids that come one by one, after others."""
         ...
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model reads before it writes.
+    """The input of a model before it generates.
 
     Attributes:
-        ids: at least one.
-        goes_on: whether the new text continues theirs, so that a space at its beginning belongs to it; otherwise it
+        ids: at least one id.
+        goes_on: whether the new text continues the prompt's, so that a space at its start belongs to it; otherwise it
             is a text of its own, such as an answer.
     """
 
@@ -52,10 +52,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Written:
-    """A text that a model has written.
+    """A text that a model has generated.
 
     Attributes:
-        num_tokens: that were drawn for it, its end left out.
+        num_tokens: the number of drawn tokens, without the end.
         ended_by: the model itself (end), a stop text (stop), or max_new_tokens (length).
     """
 
@@ -76,15 +76,15 @@ def write(
     on_text: OnText | None = None,
     agree: Agree | None = None,
 ) -> list[Written]:
-    """Write a text for each prompt with a Transformer that is in evaluation mode.
+    """Generate a text for each prompt with a Transformer that is in evaluation mode.
 
     Args:
-        stop: texts that end one, and are not part of it.
+        stop: texts that end a generated text, and are not part of it.
         first_index, agree: see `decode_tokens`.
         on_text: see `OnText`.
 
     Returns:
-        The new texts, the prompts left out.
+        The new texts, without the prompts.
     """
     config: ModelConfig = model.config  # type: ignore[assignment]
     streams = [StopStream(tokenizer.stream(after=prompt.ids if prompt.goes_on else ()), stop) for prompt in prompts]
@@ -124,7 +124,7 @@ def write(
 
 
 def plain_prompts(config: ModelConfig, tokenizer: Codec, texts: Sequence[str]) -> list[Prompt]:
-    """Texts to continue, of which an empty one starts a new document; of an encoder-decoder its sources."""
+    """Return prompts of texts to continue, where an empty one is a new document, or of sources."""
     if config.shape == "encoder_decoder":
         return [Prompt(ids, goes_on=False) for ids in tokenizer.encode_sources(texts)]
     return [Prompt(ids, goes_on=True) for ids in tokenizer.encode_prompts(texts)]

@@ -1,13 +1,13 @@
-"""Text <-> token ids, without loss.
+"""Conversion between text and token ids, without loss.
 
     documents ──sample──▶ train ──▶ tokenizer.model ──┐
                                                       ├──▶ Tokenizer: encode, decode, stream, fingerprint
-    a model of one's own (sentencepiece, Hugging Face)┘
+    an own model (sentencepiece, Hugging Face) ───────┘
 
-A tokenizer is a folder: `tokenizer.model` (sentencepiece) or `tokenizer.json` (Hugging Face), and beside it
-`bigtx_tokenizer.json` with its kind, its special ids and the fingerprint by which corpora and runs know that they mean
+A tokenizer is a folder: `tokenizer.model` (sentencepiece) or `tokenizer.json` (Hugging Face), and next to it
+`bigtx_tokenizer.json` with its kind, its special ids and the fingerprint by which corpora and runs check that they use
 the same ids. `bigtx tokenizer train` adds `recipe.json`: the settings and the input that it was made from. The settings
-that came with a Hugging Face tokenizer (`tokenizer_config.json` and the like) are kept as they were.
+of a Hugging Face tokenizer (`tokenizer_config.json` and similar files) are kept unchanged.
 """
 
 from bigtx.tokenizer.stops import StreamDecoder

@@ -1,4 +1,4 @@
-"""What a chat may consist of, and its format as a Jinja template for programs that know nothing of bigtx."""
+"""The content of a chat, and its format as a Jinja template for other programs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from bigtx.utils.errors import DataError
 
 ASSISTANT = "assistant"
-"""The role that a model speaks in."""
+"""The role of a model's answers."""
 
 _FORMAT = """\
 {%- for message in messages %}
@@ -28,10 +28,10 @@ _FORMAT = """\
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]], roles: Collection[str]) -> None:
-    """Refuse what is no chat.
+    """Refuse messages that are not a valid chat.
 
     Args:
-        roles: that the tokenizer has a piece for.
+        roles: the roles for which the tokenizer has a piece.
 
     Raises:
         DataError: there is no message, or one lacks a known role or a text.
@@ -43,24 +43,22 @@ def check_messages(messages: Sequence[Mapping[str, Any]], roles: Collection[str]
         )
     for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping):
-            raise DataError(f"Message {number} of a chat is {message!r:.80}; it has to have a role and a content.")
+            raise DataError(f"Message {number} of a chat is {message!r:.80}; it needs a role and a content.")
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str) or role not in roles:
             raise DataError(f"Message {number} of a chat has the role {role!r:.80}; this tokenizer knows {known}.")
         if not isinstance(content, str):
-            raise DataError(
-                f"Message {number} of a chat ({role}) has the content {content!r:.80}; it has to be a text."
-            )
+            raise DataError(f"Message {number} of a chat ({role}) has the content {content!r:.80}; it must be a text.")
 
 
 def chat_template(roles: Collection[str], end: str, begin: str = "") -> str:
-    """The format of `Tokenizer.encode_chat` as Hugging Face tokenizers read it from chat_template.jinja.
+    """Return the format of `Tokenizer.encode_chat` as a chat_template.jinja of Hugging Face tokenizers.
 
     Args:
         end: the piece that ends a message.
-        begin: the pieces that a chat begins with.
+        begin: the first pieces of a chat.
     """
-    # JSON's strings and lists are Jinja's too.
+    # JSON's strings and lists are valid in Jinja too.
     names, quoted = json.dumps(list(roles)), json.dumps(end, ensure_ascii=False)
     first = f"{{{{- {json.dumps(begin, ensure_ascii=False)} }}}}\n" if begin else ""
     return f"{{%- set roles = {names} %}}\n{{%- set end = {quoted} %}}\n{first}{_FORMAT}"

@@ -1,4 +1,4 @@
-"""Long texts in pieces of bounded length, cut where words and lines end, for what need not see them whole."""
+"""Long texts in pieces of bounded length, cut at the ends of words and lines."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 
 def cut(text: str, limit: int) -> Iterator[str]:
-    """The text in pieces of at most `limit` characters; together they are the text.
+    """Yield the text in pieces of at most `limit` characters; together they are the text.
 
-    A piece ends with a line's end where there is one, otherwise before a space, otherwise at the limit.
+    A piece ends with a line's end if there is one, otherwise before a space, otherwise at the limit.
     """
     start = 0
     while len(text) - start > limit:
@@ -25,5 +25,5 @@ def cut(text: str, limit: int) -> Iterator[str]:
 
 
 def utf8_length(text: str) -> int:
-    """Bytes of a text in UTF-8."""
+    """Return the number of bytes of a text in UTF-8."""
     return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))

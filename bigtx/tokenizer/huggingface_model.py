@@ -1,4 +1,4 @@
-"""A Hugging Face `tokenizer.json` behind a `Tokenizer`, through the `tokenizers` library (an extra)."""
+"""The model of a `Tokenizer` from a Hugging Face `tokenizer.json`, by the `tokenizers` library (an extra)."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from bigtx.utils.errors import DataError
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 SENTENCEPIECE_NAMES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")
-"""Files of a Hugging Face folder that hold a sentencepiece model; settings beside it say what is put around texts."""
+"""Names of a sentencepiece model in a Hugging Face folder; settings next to it define the special ids around texts."""
 SETTINGS_FILES = (TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE)
-"""What lies beside tokenizer.json and says how others use it; bigtx reads the special ids from it and keeps it."""
+"""Files next to tokenizer.json with settings of other programs; bigtx reads the special ids from them and keeps them.
+"""
 
 
 class HuggingFaceModel:
-    """Encodes and decodes with a `tokenizer.json`, adding no special ids and reading none from the text."""
+    """A `tokenizer.json` that encodes and decodes without adding special ids or reading them from the text."""
 
     kind = "huggingface"
     file_name = "tokenizer.json"
     memory_per_byte = 256
-    """Memory that encoding takes for each byte of UTF-8, at most: 57 to 222 were measured (docs/log.md)."""
+    """The most memory that encoding needs for each byte of UTF-8: 57 to 222 were measured (docs/log.md)."""
     words = None
-    """Such a tokenizer may do anything to white space, so there is no encoding word by word."""
+    """Such a tokenizer may change white space in any way, so it cannot encode word by word."""
 
     def __init__(self, data: bytes) -> None:
         """Args: data: the content of tokenizer.json.
 
         Raises:
-            DataError: the library is missing, or the content is no tokenizer.
+            DataError: the library is missing, or the content is not a tokenizer.
         """
         try:
             import tokenizers
@@ -55,14 +56,14 @@ class HuggingFaceModel:
         self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text."""
+        """Return the ids of each text."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int], keep_special: bool, after: Sequence[int] = ()) -> str:
-        """The text of ids; bytes that are no UTF-8 become U+FFFD.
+        """Return the text of ids; bytes that are not UTF-8 become U+FFFD.
 
         Args:
-            after: ids that stand before them, whose text is left out.
+            after: the ids before them, whose text is left out.
         """
         before = self._decode(after, keep_special) if len(after) else ""
         return self._decode([*after, *ids], keep_special)[len(before) :]
@@ -71,21 +72,21 @@ class HuggingFaceModel:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=not keep_special))
 
     def stream(self, after: Sequence[int] = ()) -> WindowStream:
-        """A decoder for ids that come one by one, after others."""
+        """Return a decoder for ids that come one by one, after others."""
         return WindowStream(self, after)
 
     def piece(self, i: int) -> str:
-        """The piece as the model writes it; empty in a gap between the ids."""
+        """Return the piece as in the model; empty in a gap between the ids."""
         return self._tokenizer.id_to_token(i) or ""
 
     def is_byte(self, i: int) -> bool:
-        """Whether the piece is a byte that alone is no character."""
+        """Return whether the piece is a byte that is not a character by itself."""
         return self.decode([i], keep_special=False) == "\ufffd"
 
     def template(self) -> Template:
-        """The special ids that tokenizer.json puts around texts.
+        """Return the special ids that tokenizer.json adds to texts.
 
-        As in transformers 5, `add_bos_token` and `add_eos_token` in tokenizer_config.json change nothing beside it.
+        As in transformers 5, `add_bos_token` and `add_eos_token` in tokenizer_config.json have no effect then.
 
         Raises:
             DataError: see `observed`.
@@ -93,10 +94,10 @@ class HuggingFaceModel:
         return observed(self._tokenizer.encode)
 
     def special_ids(self, settings: dict[str, Any]) -> SpecialIds:
-        """The special ids, by what the files beside tokenizer.json say of them.
+        """Return the special ids, by the files next to tokenizer.json.
 
         Args:
-            settings: `bos_token` and the like, as in special_tokens_map.json.
+            settings: `bos_token` and similar entries, as in special_tokens_map.json.
 
         Raises:
             DataError: there is no id that ends a text.
@@ -133,8 +134,8 @@ class HuggingFaceModel:
 class WindowStream:
     """Text from ids one by one, through a decoder that only knows whole sequences.
 
-    A few ids before the new ones are decoded along, since what an id says may depend on its neighbors; what they say
-    alone is taken off again. Text that ends in U+FFFD may be half a character, and waits.
+    A few earlier ids are decoded together with the new ones, since the text of an id may depend on its neighbours;
+    their own text is removed again. Text that ends in U+FFFD may be half a character, and is held back.
     """
 
     def __init__(self, model: HuggingFaceModel, after: Sequence[int] = ()) -> None:
@@ -143,7 +144,7 @@ class WindowStream:
         self._waiting: list[int] = []
 
     def push(self, i: int) -> str:
-        """The text that id `i` completes, often empty."""
+        """Return the text that id `i` completes, often empty."""
         self._waiting.append(i)
         text = self._new_text()
         if not text or text.endswith("\ufffd"):
@@ -152,7 +153,7 @@ class WindowStream:
         return text
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for a character that was cut short."""
+        """Return the rest at the end: U+FFFD for an incomplete character."""
         text = self._new_text()
         self._shown, self._waiting = [], []
         return text
@@ -162,10 +163,10 @@ class WindowStream:
 
 
 def read_settings_files(folder: Path) -> dict[str, bytes]:
-    """The contents of those `SETTINGS_FILES` that a folder has, by name.
+    """Return the contents of the `SETTINGS_FILES` in a folder, by name.
 
     Raises:
-        DataError: one cannot be read, or should be a JSON object and is none.
+        DataError: a file cannot be read, or is not a JSON object.
     """
     files = {}
     for path in (folder / name for name in SETTINGS_FILES):
@@ -184,10 +185,10 @@ def read_settings_files(folder: Path) -> dict[str, bytes]:
 
 
 def settings_of(files: Mapping[str, bytes]) -> dict[str, Any]:
-    """What tokenizer_config.json and special_tokens_map.json say; the second has the last word.
+    """Return the entries of tokenizer_config.json and special_tokens_map.json; the second has precedence.
 
     Args:
-        files: as from `read_settings_files`; any may be missing.
+        files: the result of `read_settings_files`; any may be missing.
     """
     settings: dict[str, Any] = {}
     for name in (TOKENIZER_CONFIG, "special_tokens_map.json"):

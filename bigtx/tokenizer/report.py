@@ -1,4 +1,4 @@
-"""What a tokenizer does with text, in figures and examples."""
+"""The report of a tokenizer: figures and examples."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ class Measures:
     """Figures over some texts.
 
     Attributes:
-        num_bytes, num_tokens: of all texts (UTF-8).
-        num_lossless: texts that came back as they were.
+        num_bytes, num_tokens: the counts of all texts (UTF-8).
+        num_lossless: texts that are unchanged after encoding and decoding.
         tokens: how often each id was used.
-        seconds: that encoding took, on one core.
+        seconds: the time of encoding, on one core.
     """
 
     num_texts: int
@@ -58,11 +58,11 @@ class Measures:
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text for one token."""
+        """Return the UTF-8 bytes of text per token."""
         return self.num_bytes / max(1, self.num_tokens)
 
     def facts(self) -> dict[str, Any]:
-        """The figures as plain data."""
+        """Return the figures as plain data."""
         return {
             "texts": self.num_texts,
             "bytes": self.num_bytes,
@@ -74,7 +74,7 @@ class Measures:
 
 
 def facts(tokenizer: Tokenizer, folder: Path | str) -> dict[str, Any]:
-    """What a tokenizer is, as plain data."""
+    """Return the facts of a tokenizer, as plain data."""
     return {
         "tokenizer": str(folder),
         "kind": tokenizer.kind,
@@ -86,14 +86,14 @@ def facts(tokenizer: Tokenizer, folder: Path | str) -> dict[str, Any]:
 
 
 def text_facts(tokenizer: Tokenizer, text: str) -> dict[str, Any]:
-    """What becomes of a text, as plain data."""
+    """Return the tokens of a text, as plain data."""
     ids = tokenizer.encode(text)
     pieces = [tokenizer.id_to_piece(i) for i in ids]
     return {"text": text, "ids": ids, "pieces": pieces, "unchanged": tokenizer.decode(ids) == text}
 
 
 def measure(tokenizer: Tokenizer, texts: Sequence[str]) -> Measures:
-    """Encode and decode the texts; long ones in parts of lines, so that memory stays bounded."""
+    """Encode and decode the texts, long ones in parts of lines, so that memory stays bounded."""
     measures = Measures(len(texts), 0, 0, 0, Counter(), 0.0)
     parts = ((number, part) for number, text in enumerate(texts) for part in cut(text, _PART_CHARACTERS))
     changed = set()
@@ -112,7 +112,7 @@ def measure(tokenizer: Tokenizer, texts: Sequence[str]) -> Measures:
 
 
 def kind_of(tokenizer: Tokenizer, i: int) -> str:
-    """What an id stands for: a special id, a single byte, or the kind of characters in its piece."""
+    """Return the kind of an id: a special id, a single byte, or the kind of characters in its piece."""
     if i in tokenizer.special.all():
         return "special"
     if tokenizer.is_byte(i):
@@ -128,7 +128,7 @@ _KINDS = {"L": "letters", "M": "letters", "N": "digits"}
 
 
 def figures(tokenizer: Tokenizer, measures: Measures) -> str:
-    """A paragraph and a table: bytes per token, losses, and the kinds of pieces."""
+    """Return a paragraph and a table: bytes per token, losses, and the kinds of pieces."""
     vocabulary = Counter(kind_of(tokenizer, i) for i in range(tokenizer.vocab_size))
     used: Counter[str] = Counter()
     num_used = 0
@@ -141,7 +141,7 @@ def figures(tokenizer: Tokenizer, measures: Measures) -> str:
         f"({measures.num_bytes:,} bytes, {measures.num_tokens:,} tokens, {measures.num_texts:,} texts); "
         f"{num_used / tokenizer.vocab_size:.0%} of the vocabulary is used",
         f"{used['single bytes'] / max(1, measures.num_tokens):.3%} of the tokens are single bytes; "
-        + ("every text comes back as it was" if not lossy else f"{lossy:,} texts come back changed"),
+        + ("every text is restored exactly" if not lossy else f"{lossy:,} texts are not restored exactly"),
         f"encodes {measures.num_bytes / 1e6 / max(measures.seconds, 1e-9):.1f} MB/s on one core",
         "",
         f"  {'kind':<24}{'pieces':>10}{'of tokens':>12}",
@@ -152,13 +152,13 @@ def figures(tokenizer: Tokenizer, measures: Measures) -> str:
 
 
 def remark_on_size(tokenizer: Tokenizer, measures: Measures, num_bytes: int) -> str:
-    """What to say of a vocabulary that is too large for its text; empty if it is not.
+    """Return a remark on a vocabulary that is too large for its text; empty if it is not.
 
-    A model learns an id from the places where it stands: with some hundred places for each id there are enough, with
-    some dozen most ids have next to none.
+    A model learns an id from its occurrences: with some hundred occurrences of each id there are enough, with
+    some dozen most ids have almost none.
 
     Args:
-        num_bytes: of the whole text (UTF-8).
+        num_bytes: the bytes of the whole text (UTF-8).
     """
     num_tokens = int(num_bytes / measures.bytes_per_token)
     thousands = max(1, num_tokens // _TOKENS_PER_ID // 1000)
@@ -167,19 +167,19 @@ def remark_on_size(tokenizer: Tokenizer, measures: Measures, num_bytes: int) -> 
         return ""
     return (
         f"{tokenizer.vocab_size:,} ids are many for this text: it has about {format_count(num_tokens)} tokens, "
-        f"{num_tokens // tokenizer.vocab_size:,} for each id, so a model would learn most of them badly and pay for "
-        f"them all. vocab_size={suited}k would suit it."
+        f"{num_tokens // tokenizer.vocab_size:,} for each id, so a model would learn most of them badly at the cost of "
+        f"all of them. vocab_size={suited}k would fit."
     )
 
 
 def pieces_line(tokenizer: Tokenizer, measures: Measures) -> str:
-    """The pieces that carry most of the text, longest share first."""
+    """Return the pieces with the largest shares of the text, the largest first."""
     share = Counter({i: count * len(tokenizer.decode([i])) for i, count in measures.tokens.items()})
     return "  ".join(_shown_piece(tokenizer, i) for i, _ in share.most_common(24))
 
 
 def example(tokenizer: Tokenizer, text: str) -> str:
-    """A text's pieces with bars between them, how many they are, and whether the text came back changed."""
+    """Return a text's pieces with bars between them, their number, and whether decoding changes the text."""
     ids = tokenizer.encode(text)
     pieces: list[str] = []
     for is_byte, run in itertools.groupby(ids, tokenizer.is_byte):
@@ -194,13 +194,13 @@ def example(tokenizer: Tokenizer, text: str) -> str:
 
 
 def examples(tokenizer: Tokenizer) -> str:
-    """What becomes of texts that tokenizers are known to stumble over."""
+    """Return the tokens of texts that are difficult for tokenizers."""
     width = max(map(len, HARD_TEXTS)) + 2
     return "\n".join(f"  {name:<{width}}{example(tokenizer, text)}" for name, text in HARD_TEXTS.items())
 
 
 def special_line(tokenizer: Tokenizer) -> str:
-    """The special ids, runs of them shortened."""
+    """Return the special ids, with runs of them shortened."""
     ids = tokenizer.special
     named = {"padding": ids.pad, "unknown": ids.unknown, "begin": ids.begin, "end": ids.end, "mask": ids.mask}
     parts = [f"{name} {i}" if i is not None else f"no {name}" for name, i in named.items()]
@@ -211,9 +211,9 @@ def special_line(tokenizer: Tokenizer) -> str:
 
 
 def template_line(tokenizer: Tokenizer) -> str:
-    """What stands around one text and around two."""
+    """Return the special ids around one text and around two."""
     if tokenizer.template is None:
-        return f"as bigtx has it: the end id {tokenizer.end_id} after each document"
+        return f"bigtx's rule: the end id {tokenizer.end_id} after each document"
     shown = []
     for parts in (tokenizer.template.single, tokenizer.template.pair):
         names = iter(("TEXT", "PAIR"))
@@ -226,7 +226,7 @@ def _shown_piece(tokenizer: Tokenizer, i: int) -> str:
 
 
 def visible(text: str) -> str:
-    """Text on one line, with signs for what is not seen."""
+    """Write a text on one line, with signs for what is not visible."""
     text = re.sub("[\n\r\t\x00\ufeff ]", lambda match: _UNSHOWN[match[0]], text)
     return "".join(
         character if character.isprintable() or character == "\u200d" else f"[U+{ord(character):04X}]"

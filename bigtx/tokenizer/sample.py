@@ -1,7 +1,7 @@
-"""A seeded sample of the input to learn from, drawn in one pass with memory bounded by the sample itself.
+"""A seeded sample of the input for training, drawn in one pass with memory bounded by the sample itself.
 
 Each piece of text gets a hash; those with the smallest hashes are kept, as many as fit. So the sample depends on
-the text and the seed alone, not on the order of the files or on how they are compressed.
+the text and the seed only, not on the order of the files or their compression.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import xxhash
 from bigtx.tokenizer.cut import cut
 
 HELD_OUT_BYTES = 1_000_000
-"""Text kept aside to measure on."""
+"""The bytes of text that are held out for measurements."""
 
 _PIECE_CHARACTERS = 16_384
-# One document in so many is not learned from.
+# One document in so many is held out.
 _HELD_OUT_EVERY = 64
 
 
 @dataclass
 class Sample:
-    """What was drawn.
+    """The drawn sample.
 
     Attributes:
-        num_documents, num_bytes: all that was seen (UTF-8).
+        num_documents, num_bytes: the counts of the whole input (UTF-8).
         training: pieces of documents as UTF-8, in the order of their hashes.
         held_out: documents that are not in `training`; empty if there were few.
     """
@@ -39,12 +39,12 @@ class Sample:
 
     @property
     def training_bytes(self) -> int:
-        """Bytes of `training`."""
+        """Return the number of bytes of `training`."""
         return sum(map(len, self.training))
 
 
 def draw_sample(documents: Iterable[str], max_bytes: int, seed: int) -> Sample:
-    """Draw about `max_bytes` of UTF-8 text for training, and up to 1 MB of other documents to measure on.
+    """Draw about `max_bytes` of UTF-8 text for training, and up to 1 MB of other documents for measurements.
 
     Args:
         documents: any number of texts of any length; long ones are sampled in pieces of lines.
@@ -63,7 +63,7 @@ def draw_sample(documents: Iterable[str], max_bytes: int, seed: int) -> Sample:
                 training.add(xxhash.xxh3_64_intdigest(piece, seed), piece)
     sample.training = training.in_order()
     if not sample.training:
-        # So few documents that all would be held out.
+        # There are so few documents that all would be held out.
         sample.training, held_out = held_out.in_order(), _Smallest(0)
     # A document that was cut at its size may end inside a character.
     sample.held_out = [data.decode(errors="ignore") for data in held_out.in_order()]

@@ -1,4 +1,4 @@
-"""A sentencepiece model behind a `Tokenizer`: encoding by the library, decoding by a table of each id's bytes."""
+"""The sentencepiece model of a `Tokenizer`: encoding by the library, decoding by a table of each id's bytes."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from bigtx.tokenizer.special import SPACE_MARK, SpecialIds
 from bigtx.tokenizer.words import WordEncoder, exact_borders, symbol_pattern
 from bigtx.utils.errors import DataError
 
-# Texts that show what a model does with white space.
+# Texts that show how a model treats white space.
 _PROBES = ("a b", " a  b \n c ", "")
 
 
 class SentencePieceModel:
-    """Encodes and decodes with a sentencepiece model.
+    """A sentencepiece model that encodes and decodes.
 
-    Sentencepiece turns the character U+2581 into a space. Where the model has the 256 bytes as pieces and leaves
-    white space as it is, U+2581 is written as its three UTF-8 bytes instead, so that text comes back as it was.
+    Sentencepiece converts the character U+2581 to a space. If the model has the 256 bytes as pieces and does not change
+    white space, U+2581 is encoded as its three UTF-8 bytes instead, so that text is restored exactly.
 
-    A symbol that the user defined is never split. A BPE model sees to that itself. A unigram model only makes its
-    symbols likely, so they are cut out of the text here.
+    A symbol that the user defined is never split. A BPE model ensures this itself. A unigram model only makes its
+    symbols likely, so they are separated from the text here.
 
     Attributes:
-        writes_mark: whether U+2581 is written so.
+        writes_mark: whether U+2581 is encoded in this way.
     """
 
     kind = "sentencepiece"
@@ -40,7 +40,7 @@ class SentencePieceModel:
         """Args: data: a serialized ModelProto.
 
         Raises:
-            DataError: it is no sentencepiece model.
+            DataError: it is not a sentencepiece model.
         """
         import sentencepiece
 
@@ -53,7 +53,7 @@ class SentencePieceModel:
         if not loaded:
             raise DataError("not a sentencepiece model, or a damaged one")
         self.vocab_size: int = self._processor.vocab_size()
-        # The probes look at few pieces; the table of all is made when a text is decoded.
+        # The probes need few pieces; the table of all is made when a text is decoded.
         self._adds_space = b"".join(map(self._bytes_of, self._encode("a"))).startswith(b" ")
         mark_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         keeps_space = all(b"".join(map(self._bytes_of, self._encode(text))) == text.encode() for text in _PROBES)
@@ -70,22 +70,24 @@ class SentencePieceModel:
 
     @functools.cached_property
     def _apart(self) -> dict[str, list[int]]:
-        """Ids of what is cut out of texts before the model sees them."""
+        """Return the ids of the symbols that are separated from texts before the model encodes them."""
         return {SPACE_MARK: self._mark_ids} | _unigram_symbols(self.data) if self.writes_mark else {}
 
     @functools.cached_property
     def words(self) -> WordEncoder | None:
-        """Encodes whole texts as the model does, only faster; None if the model does not work word by word."""
+        """Return an encoder of whole texts that is faster than the model and equal to it; None if the model does not
+        work word by word.
+        """
         borders = exact_borders(self.data)
         return WordEncoder(self.encode_batch, self.vocab_size, borders) if borders else None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text."""
+        """Return the ids of each text."""
         apart = self._apart
         if not any(piece in text for piece in apart for text in texts):
             return self._encode(list(texts))
         pattern = symbol_pattern(apart)
-        # Every second part is one that the pattern found.
+        # Every second part is a symbol that the pattern found.
         parts = [pattern.split(text) for text in texts]
         encoded = iter(self._encode([part for own in parts for part in own[::2]]))
         return [
@@ -94,32 +96,32 @@ class SentencePieceModel:
         ]
 
     def bytes_of(self, ids: Sequence[int], keep_special: bool) -> bytes:
-        """The UTF-8 bytes of ids, a space that the model put at the front included."""
+        """Return the UTF-8 bytes of ids, including a space that the model added at the start."""
         return b"".join(map((self._bytes_with_special if keep_special else self._bytes).__getitem__, ids))
 
     def decode(self, ids: Sequence[int], keep_special: bool, after: Sequence[int] = ()) -> str:
-        """The text of ids; bytes that are no UTF-8 become U+FFFD.
+        """Return the text of ids; bytes that are not UTF-8 become U+FFFD.
 
         Args:
-            after: ids that stand before them, whose text is left out.
+            after: the ids before them, whose text is left out.
         """
         text = self.bytes_of(ids, keep_special).decode(errors="replace")
         return text.removeprefix(" ") if self._begins_with_added_space(after) else text
 
     def stream(self, after: Sequence[int] = ()) -> Utf8Stream:
-        """A decoder for ids that come one by one, after others."""
+        """Return a decoder for ids that come one by one, after others."""
         return Utf8Stream(self._bytes, skips_space=self._begins_with_added_space(after))
 
     def _begins_with_added_space(self, after: Sequence[int]) -> bool:
-        """Whether a space that comes after these ids is the one that the model puts before a text."""
+        """Return whether a space after these ids is the one that the model adds before a text."""
         return self._adds_space and not self.bytes_of(after, keep_special=False)
 
     def piece(self, i: int) -> str:
-        """The piece as the model writes it."""
+        """Return the piece as in the model."""
         return str(self._processor.id_to_piece(i))
 
     def is_byte(self, i: int) -> bool:
-        """Whether the piece is a single byte that stands in for a character without a piece."""
+        """Return whether the piece is a single byte of a character without a piece."""
         return bool(self._processor.is_byte(i))
 
     def special_ids(self, roles: Sequence[str]) -> SpecialIds:
@@ -150,7 +152,7 @@ class SentencePieceModel:
         )
 
     def check_decoding(self) -> None:
-        """Compare our decoding with the library's.
+        """Compare bigtx's decoding with the library's.
 
         Raises:
             DataError: they differ, e.g. because the model rewrites text in decoding.
@@ -158,10 +160,10 @@ class SentencePieceModel:
         for text in _PROBES:
             ids = self._encode(text)
             if self.decode(ids, keep_special=False) != self._processor.decode(ids):
-                raise DataError("its pieces do not spell what it decodes to, which bigtx relies on")
+                raise DataError("the text of its pieces differs from its decoding, which bigtx does not support")
 
     def _encode(self, texts: Any) -> Any:
-        # The library's own threads make lists no faster; processes do.
+        # The library's own threads do not make lists faster; processes do.
         return self._processor.encode(texts, num_threads=1)
 
     def _bytes_of(self, i: int) -> bytes:
@@ -176,7 +178,7 @@ class SentencePieceModel:
 
 
 class Utf8Stream:
-    """Text from ids one by one: a character comes out when the last of its bytes is in."""
+    """Text from ids one by one: a character is returned when its last byte is complete."""
 
     def __init__(self, bytes_of: Sequence[bytes], *, skips_space: bool = False) -> None:
         """Args: skips_space: whether a space before the first character is left out."""
@@ -185,7 +187,7 @@ class Utf8Stream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, i: int) -> str:
-        """The text that id `i` completes, often empty."""
+        """Return the text that id `i` completes, often empty."""
         content = self._bytes_of[i]
         if self._skips_space and content:
             self._skips_space = False
@@ -193,12 +195,12 @@ class Utf8Stream:
         return self._decoder.decode(content)
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for a character that was cut short."""
+        """Return what is left at the end: U+FFFD for a character that was cut short."""
         return self._decoder.decode(b"", final=True)
 
 
 def _unigram_symbols(data: bytes) -> dict[str, list[int]]:
-    """The symbols that the user of a unigram model defined, with their ids."""
+    """Return the symbols that the user of a unigram model defined, with their ids."""
     from sentencepiece import sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto.FromString(data)

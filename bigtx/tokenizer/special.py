@@ -1,4 +1,4 @@
-"""The ids that stand for no text: what they are called and what they are for.
+"""The special ids, which have no text: their names and their purposes.
 
 Text can never produce them: `<mask>` in a document is five characters, not the mask.
 """
@@ -17,21 +17,21 @@ MASK = "<mask>"
 NUM_SENTINELS = 100
 CHAT_ROLES = ("system", "user", "assistant", "tool")
 SPACE_MARK = "\u2581"
-"""What sentencepiece writes for a space inside its pieces."""
+"""Sentencepiece's mark for a space inside its pieces."""
 
 
 def sentinel(number: int) -> str:
-    """The piece that stands for masked span `number`, as T5 calls it (arXiv:1910.10683)."""
+    """Return the piece for masked span `number`, as in T5 (arXiv:1910.10683)."""
     return f"<extra_id_{number}>"
 
 
 def role(name: str) -> str:
-    """The piece that opens a chat message of this role."""
+    """Return the piece at the start of a chat message of this role."""
     return f"<|{name}|>"
 
 
 def control_pieces(roles: Sequence[str]) -> list[str]:
-    """The special pieces after padding, unknown, begin and end, in the order of their ids."""
+    """Return the special pieces after padding, unknown, begin and end, in the order of their ids."""
     return [MASK, *(sentinel(number) for number in range(NUM_SENTINELS)), *(role(name) for name in roles)]
 
 
@@ -39,12 +39,12 @@ def control_pieces(roles: Sequence[str]) -> list[str]:
 class SpecialIds:
     """Special ids of a tokenizer.
 
-    A tokenizer that was brought may lack some: then `unknown` and `mask` are None, `sentinels` and `roles` empty, and
+    An imported tokenizer may lack some: then `unknown` and `mask` are None, `sentinels` and `roles` empty, and
     `pad` and `begin` are the end id, as in GPT-2.
 
     Attributes:
-        end: the id that bigtx writes after a text.
-        ends: every id that ends a text in generation, as the files of an imported model name them; empty: `end` alone.
+        end: the id that bigtx adds after a text.
+        ends: every id that ends a text in generation, by the files of an imported model; empty: `end` only.
     """
 
     pad: int
@@ -57,11 +57,11 @@ class SpecialIds:
     ends: list[int] = field(default_factory=list)
 
     def all(self) -> set[int]:
-        """Every special id."""
+        """Return every special id."""
         single = {self.pad, self.unknown, self.begin, self.end, self.mask} - {None}
         return {i for i in single if i is not None} | set(self.sentinels) | set(self.roles.values()) | set(self.ends)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it; `ends` only where there are some."""
+        """Return the fields as JSON-ready data, with `ends` only if there are some."""
         values = asdict(self)
         return values if self.ends else {name: value for name, value in values.items() if name != "ends"}

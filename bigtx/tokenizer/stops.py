@@ -1,4 +1,4 @@
-"""Text from ids one by one, up to a text that ends it."""
+"""Text from ids one by one, up to a stop text."""
 
 from __future__ import annotations
 
@@ -7,40 +7,40 @@ from typing import Protocol
 
 
 class StreamDecoder(Protocol):
-    """Turns ids that come one by one into text, complete characters only; special ids say nothing."""
+    """A converter of successive ids to text, complete characters only; special ids have no text."""
 
     def push(self, i: int) -> str:
-        """The text that id `i` completes, often empty."""
+        """Return the text that id `i` completes, often empty."""
         ...
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for a character that was cut short."""
+        """Return what is left at the end: U+FFFD for a character that was cut short."""
         ...
 
 
 class StopStream:
-    """A stream decoder that ends before the first of some texts.
+    """A stream decoder that ends before the first of some stop texts.
 
-    What may be the beginning of such a text is held back until it is known, so nothing of it ever comes out, wherever
-    the borders of the tokens are.
+    Text that may be the start of a stop text is held back until this is known, so no part of a stop text is returned,
+    independent of the borders of the tokens.
 
     Attributes:
-        has_stopped: whether one of the texts has come; from then on nothing comes out any more.
+        has_stopped: whether a stop text was found; after that, no text is returned.
     """
 
     def __init__(self, decoder: StreamDecoder, stops: Sequence[str] = ()) -> None:
-        """Args: stops: not empty, each of them."""
+        """Args: stops: the stop texts, none of them empty."""
         assert all(stops)
         self._decoder, self._stops = decoder, tuple(stops)
         self._held = ""
         self.has_stopped = False
 
     def push(self, i: int) -> str:
-        """The text that id `i` completes, often empty."""
+        """Return the text that id `i` completes, often empty."""
         return self._take(self._decoder.push(i))
 
     def flush(self) -> str:
-        """What is left at the end."""
+        """Return the rest at the end."""
         text = self._take(self._decoder.flush()) + self._held
         self._held = ""
         return text
@@ -49,7 +49,7 @@ class StopStream:
         if self.has_stopped:
             return ""
         text = self._held + text
-        # The text that is complete first ends it, whether its characters came together or one by one.
+        # The stop text that is complete first ends it, whether its characters arrive together or one by one.
         found = [(begin + len(stop), begin) for stop in self._stops if (begin := text.find(stop)) >= 0]
         if found:
             self.has_stopped, self._held = True, ""
@@ -60,6 +60,6 @@ class StopStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that `stop` begins with, all of it left out."""
+    """Return the length of the longest end of `text` that `stop` starts with, except all of `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((length for length in range(longest, 0, -1) if text.endswith(stop[:length])), 0)

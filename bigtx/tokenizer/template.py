@@ -1,4 +1,4 @@
-"""The special ids that a tokenizer puts around a text, or around two, as transformers does by default."""
+"""The special ids that a tokenizer adds to a text, or to two, as transformers does by default."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from bigtx.utils.errors import DataError
 
 _PROBES = ("a", "0", ".", "\u4e00", "the")
-"""Short texts; a tokenizer makes ids of one of them at least."""
+"""Short texts; a tokenizer has ids for at least one of them."""
 
 
 class Part(NamedTuple):
@@ -23,7 +23,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Template:
-    """What stands where around one text and around two.
+    """The special ids around one text and around two.
 
     BERT         [CLS] text [SEP]      [CLS] text [SEP] pair [SEP]
     RoBERTa      <s> text </s>         <s> text </s> </s> pair </s>
@@ -36,12 +36,12 @@ class Template:
 
     @property
     def before(self) -> list[int]:
-        """The special ids before a single text."""
+        """Return the special ids before a single text."""
         return [part.id for part in self.single[: self._place] if part.id is not None]
 
     @property
     def after(self) -> list[int]:
-        """The special ids after a single text."""
+        """Return the special ids after a single text."""
         return [part.id for part in self.single[self._place :] if part.id is not None]
 
     @property
@@ -49,10 +49,10 @@ class Template:
         return [part.id for part in self.single].index(None)
 
     def fill(self, texts: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
-        """The ids of one text, or of two, with the special ids; and the token type of each.
+        """Return the ids of one text, or of two, with the special ids; and the token type of each.
 
         Args:
-            texts: the ids of each.
+            texts: the ids of each text.
         """
         ids: list[int] = []
         types: list[int] = []
@@ -64,32 +64,34 @@ class Template:
         return ids, types
 
     def num_special(self, num_texts: int) -> int:
-        """How many special ids one text, or two, get."""
+        """Return how many special ids are added to one text, or to two."""
         return len(self._parts(num_texts)) - num_texts
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """Return the template as JSON-ready data."""
         return {"single": [list(part) for part in self.single], "pair": [list(part) for part in self.pair]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Template:
-        """The inverse of `to_dict`.
+        """Return the inverse of `to_dict`.
 
         Raises:
-            ValueError: they are no template.
+            ValueError: they are not a template.
         """
         single, pair = (tuple(Part(*part) for part in values[name]) for name in ("single", "pair"))
         if [sum(part.id is None for part in parts) for parts in (single, pair)] != [1, 2]:
-            raise ValueError("a template holds each text once")
+            raise ValueError("a template has each text once")
         return cls(single, pair)
 
     def _parts(self, num_texts: int) -> tuple[Part, ...]:
-        assert num_texts in (1, 2), "a template is of one text or of two"
+        assert num_texts in (1, 2), "a template is for one text or for two"
         return self.single if num_texts == 1 else self.pair
 
 
 def around(begin: int | None, end: int | None) -> Template:
-    """Each text between a begin id and an end id, either of which may be missing; the second text is of type 1."""
+    """Return each text between a begin id and an end id, either of which may be missing; the second text is of type
+    1.
+    """
 
     def parts(type_id: int) -> tuple[Part, ...]:
         first = () if begin is None else (Part(begin, type_id),)
@@ -100,23 +102,23 @@ def around(begin: int | None, end: int | None) -> Template:
 
 
 def observed(encode: Callable[..., Any]) -> Template:
-    """The template of a tokenizer of the library `tokenizers`, seen in what it makes of short texts.
+    """Return the template of a tokenizer of the library `tokenizers`, found by encoding short texts.
 
     Args:
-        encode: gives the library's `Encoding` of one text or of two, special ids included.
+        encode: a function that returns the library's `Encoding` of one text or of two, special ids included.
 
     Raises:
-        DataError: it makes no ids of short texts, or changes their order.
+        DataError: it returns no ids for short texts, or changes their order.
     """
     for probe in _PROBES:
         single, pair = (_parts(encode(*texts)) for texts in ((probe,), (probe, probe)))
         if [sum(part.id is None for part in parts) for parts in (single, pair)] == [1, 2]:
             return Template(single, pair)
-    raise DataError("it is not clear which special ids the tokenizer puts around a text")
+    raise DataError("it is not clear which special ids the tokenizer adds to a text")
 
 
 def _parts(encoding: Any) -> tuple[Part, ...]:
-    """The special ids of an encoding, and its texts in one part each."""
+    """Return the special ids of an encoding, and its texts as one part each."""
     parts: list[Part] = []
     last: int | None = None
     for i, type_id, text in zip(encoding.ids, encoding.type_ids, encoding.sequence_ids, strict=True):

@@ -1,4 +1,4 @@
-"""`Tokenizer`: the one face of every tokenizer, and its folder."""
+"""`Tokenizer`, the common interface of all tokenizers, and its folder."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ DESCRIPTION = "bigtx_tokenizer.json"
 
 _FORMAT = 2
 _PLAIN_FORMAT = 1
-"""Of tokenizers without a template and with one end id; earlier releases read it."""
+"""The format of tokenizers without a template and with one end id; earlier releases read it."""
 
 _Model = SentencePieceModel | HuggingFaceModel
 
 
 class Tokenizer:
-    """Text to ids and back.
+    """A tokenizer, which converts text to ids and back.
 
     Attributes:
-        vocab_size: ids are 0 .. vocab_size - 1.
+        vocab_size: the number of ids, 0 .. vocab_size - 1.
         fingerprint: SHA-256 over the kind, the model's bytes, the special ids and the template; equal ones give the
-            same ids.
+            x
         special: the special ids, also as `pad_id`, `unk_id` and so on.
-        end_ids: every id that ends a text in generation; `end_id` is the one that bigtx writes.
-        template: the special ids that the tokenizer of an imported model puts around texts; None: bigtx's own rules,
+        end_ids: every id that ends a text in generation; `end_id` is the one that bigtx adds.
+        template: the special ids that the tokenizer of an imported model adds to texts; None: bigtx's own rules,
             see `encode_prompts`, `encode_documents` and `join`.
-        begin_ids: those of the template before a text.
-        origin: how the tokenizer came to be; not part of the fingerprint.
-        settings_files: what lay beside a Hugging Face tokenizer.json, by file name, as it came; bigtx only keeps it.
+        begin_ids: the ids of the template before a text.
+        origin: how the tokenizer was made; not part of the fingerprint.
+        settings_files: the unchanged files next to a Hugging Face tokenizer.json, by name; bigtx only keeps them.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Tokenizer:
         settings_files: Mapping[str, bytes] | None = None,
         template: Template | None = None,
     ) -> None:
-        """Use `train`, `load` or one of the `from_` functions instead."""
+        """Build a tokenizer from its parts; use `train`, `load` or one of the `from_` functions instead."""
         self._model = model
         self.special = special
         self.origin = origin or {}
@@ -76,7 +76,7 @@ class Tokenizer:
         """Read a tokenizer's folder.
 
         Raises:
-            DataError: it is no tokenizer of bigtx, or its files do not belong together.
+            DataError: it is not a tokenizer of bigtx, or its files do not belong together.
         """
         folder = Path(folder)
         description = _read_description(folder)
@@ -91,19 +91,19 @@ class Tokenizer:
             raise DataError(
                 f"The tokenizer in {folder} is damaged or was edited: {path.name} and {DESCRIPTION} do not belong "
                 f"together (fingerprint {tokenizer.fingerprint[:12]}, expected {description['fingerprint'][:12]}). "
-                f"Copy it again from where it came."
+                f"Copy it again from its source."
             )
         return tokenizer
 
     @classmethod
     def from_sentencepiece(cls, path: Path | str, roles: Sequence[str] = CHAT_ROLES) -> Tokenizer:
-        """Take over a sentencepiece `.model` file, its ids as they are.
+        """Import a sentencepiece `.model` file, with its ids unchanged.
 
         Args:
-            roles: names of chat roles whose control pieces (`<|user|>`) to look for.
+            roles: the names of chat roles whose control pieces (`<|user|>`) to search for.
 
         Raises:
-            DataError: it cannot be read, or is no such model, or has no end-of-text piece.
+            DataError: it cannot be read, is not such a model, or has no end-of-text piece.
         """
         try:
             return cls.from_sentencepiece_bytes(_read(Path(path)), roles, {"imported": Path(path).name})
@@ -114,17 +114,17 @@ class Tokenizer:
     def from_sentencepiece_bytes(
         cls, data: bytes, roles: Sequence[str] = CHAT_ROLES, origin: dict[str, Any] | None = None
     ) -> Tokenizer:
-        """As `from_sentencepiece`, from a serialized model."""
+        """Build a tokenizer as `from_sentencepiece` does, from a serialized model."""
         model = SentencePieceModel(data)
         model.check_decoding()
         return cls(model, model.special_ids(roles), origin)
 
     @classmethod
     def from_huggingface(cls, path: Path | str) -> Tokenizer:
-        """Take over a Hugging Face tokenizer: a folder with tokenizer.json, or that file.
+        """Import a Hugging Face tokenizer: a folder with tokenizer.json, or that file.
 
-        The special ids are those that tokenizer_config.json and special_tokens_map.json beside it name, and stand
-        around texts where transformers puts them by default.
+        The special ids are those in tokenizer_config.json and special_tokens_map.json next to it, and are
+        around texts where transformers adds them by default.
 
         Raises:
             DataError: it cannot be read, names no end-of-text token, or the extra `huggingface` is not installed.
@@ -140,12 +140,12 @@ class Tokenizer:
             raise DataError(f"Cannot use {path}: {error}.") from None
 
     def changed(self, *, ends: Sequence[int] | None = None, template: Template | None = None) -> Tokenizer:
-        """The same tokenizer with other ends of texts or another template; None keeps them."""
+        """Return the tokenizer with other end ids or another template; None keeps them."""
         special = self.special if ends is None else dataclasses.replace(self.special, ends=list(ends))
         return Tokenizer(self._model, special, self.origin, self.settings_files, template or self.template)
 
     def save(self, folder: Path | str) -> None:
-        """Write the tokenizer's files; the folder is made if need be."""
+        """Write the tokenizer's files; create the folder if needed."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / self._model.file_name, self._model.data)
@@ -166,17 +166,17 @@ class Tokenizer:
 
     @property
     def kind(self) -> str:
-        """`sentencepiece` or `huggingface`."""
+        """Return `sentencepiece` or `huggingface`."""
         return self._model.kind
 
     @property
     def model(self) -> SentencePieceModel | HuggingFaceModel:
-        """What encodes; for those who write it in another format."""
+        """Return the model that encodes, for conversion to another format."""
         return self._model
 
     @property
     def chat_template(self) -> str | None:
-        """The format of `encode_chat` for Hugging Face tokenizers; None without chat roles."""
+        """Return the format of `encode_chat` for Hugging Face tokenizers; None without chat roles."""
         if not self.role_ids:
             return None
         begin = "".join(map(self.id_to_piece, self.begin_ids))
@@ -184,76 +184,80 @@ class Tokenizer:
 
     @property
     def has_own_chat_template(self) -> bool:
-        """Whether it came with another chat template, a program that bigtx does not run."""
+        """Return whether it was imported with a chat template, a program that bigtx does not run."""
         if content := self.settings_files.get(CHAT_TEMPLATE):
             return content.decode(errors="replace") != self.chat_template
         return "chat_template" in settings_of(self.settings_files)
 
     @property
     def memory_per_byte(self) -> int:
-        """Bytes of memory that encoding takes at most for each byte of UTF-8 that the model has to see at once."""
+        """Return the most bytes of memory that encoding needs for each byte of UTF-8 that the model has to read at
+        once.
+        """
         return self._model.memory_per_byte
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text; no special ids are added, and none can come from the text."""
+        """Return the ids of a text; no special ids are added, and the text cannot produce any."""
         return self.encode_batch([text])[0]
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of texts that a decoder goes on with: begin ids as in the template, and no end.
+        """Return the ids of texts that a decoder continues: begin ids as in the template, and no end.
 
-        Documents follow the end of another in training, so that an empty text is the end id where there is no begin id.
+        Documents follow the end of another in training, so an empty text becomes the end id if there is no begin id.
 
         Raises:
-            DataError: as `encode_batch`.
+            DataError: as in `encode_batch`.
         """
         return [[*self.begin_ids, *ids] or [self.end_id] for ids in self.encode_batch(texts)]
 
     def join(self, *texts: Sequence[int]) -> tuple[list[int], list[int]]:
-        """The ids of one text, or of two, that a model reads whole, and the token type of each.
+        """Return the ids of one complete text, or of two, and the token type of each.
 
         The special ids are those of `whole_text`.
 
         Args:
-            texts: the ids of each.
+            texts: the ids of each text.
         """
         return self.whole_text.fill(texts)
 
     @property
     def whole_text(self) -> Template:
-        """The special ids around one text, or around two, that a model reads whole: those of the template. Without one,
-        the end id stands before the first text and after each."""
+        """Return the special ids around one complete text, or around two: those of the template.
+        Without one, the end id is before the first text and after each.
+        """
         if self.template:
             return self.template
         plain, first = around(None, self.end_id), Part(self.end_id, 0)
         return Template((first, *plain.single), (first, *plain.pair))
 
     def num_special(self, num_texts: int) -> int:
-        """How many special ids `join` puts around one text, or two."""
+        """Return how many special ids `join` adds to one text, or to two."""
         return self.whole_text.num_special(num_texts)
 
     @property
     def source_ids(self) -> tuple[list[int], list[int]]:
-        """The special ids before and after a text that the encoder of an encoder-decoder reads: the template's, and the
-        end id, with which sources end in training."""
+        """Return the special ids before and after a text that the encoder of an encoder-decoder reads: the template's,
+        and the end id, which ends sources in training.
+        """
         after = self.template.after if self.template else []
         return self.begin_ids, after if self.end_id in after else [*after, self.end_id]
 
     def encode_sources(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of texts that the encoder of an encoder-decoder reads, an end id after each.
+        """Return the ids of texts that the encoder of an encoder-decoder reads, an end id after each.
 
         Raises:
-            DataError: as `encode_batch`.
+            DataError: as in `encode_batch`.
         """
         before, after = self.source_ids
         return [[*before, *ids, *after] for ids in self.encode_batch(texts)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text; as `encode`, faster.
+        """Return the ids of each text; as `encode`, faster.
 
-        They are those of the whole text, however long it is: see `memory_for`.
+        They are those of the whole text, of any length: see `memory_for`.
 
         Raises:
-            DataError: a text holds half a surrogate pair, which is no character.
+            DataError: a text has half a surrogate pair, which is not a character.
         """
         try:
             if self._model.words is None:
@@ -265,51 +269,51 @@ class Tokenizer:
         return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] if len(texts) else []
 
     def memory_for(self, text: str) -> int:
-        """Bytes of memory that encoding a text takes at most, beside the ids.
+        """Return the most bytes of memory that encoding a text needs, besides the ids.
 
-        The BPE models that bigtx trains encode a long text in parts, cut between characters that stand side by side in
-        no piece, which changes no id; the longest part counts. All other models see the whole text.
+        The BPE models that bigtx trains encode a long text in parts, cut between characters that are adjacent in
+        no piece, which changes no id; the longest part counts. All other models read the whole text.
         """
         words = self._model.words
         parts = words.borders.cut(text) if words else [text]
         return self.memory_per_byte * max(map(utf8_length, parts))
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False) -> list[int]:
-        """The ids of a chat: for each message the id of its role, those of its content, and the end id.
+        """Return the ids of a chat: for each message the id of its role, those of its content, and the end id.
 
             <|user|>What is a token?</s><|assistant|>A piece of text.</s>
 
-        A chat begins with the begin ids of the template, as every text does; tokenizers that bigtx trains have none. A
+        A chat starts with the begin ids of the template, like every text; tokenizers that bigtx trains have none. A
         content cannot produce special ids: `</s>` in it is four characters. Transformers' `apply_chat_template`, with
-        the template that an export holds, gives the same ids, except that a special token's name in a content becomes
+        the template of an export, returns the same ids, except that a special token's name in a content becomes
         that token there.
 
         Args:
             messages: each with a `role`, one of `role_ids`, and a `content`, a text; other keys are not read.
-            add_generation_prompt: end with the assistant's id, so that a model goes on with its answer.
+            add_generation_prompt: end with the assistant's id, so that a model continues with its answer.
 
         Raises:
-            DataError: as `encode_messages`, or there is no role to answer in.
+            DataError: as in `encode_messages`, or there is no role for the answer.
         """
         ids = [*self.begin_ids, *chain.from_iterable(self.encode_messages(messages))]
         if not add_generation_prompt:
             return ids
         if ASSISTANT not in self.role_ids:
             raise DataError(
-                f"There is no role {ASSISTANT} to answer in; this tokenizer knows {', '.join(self.role_ids)}."
+                f"There is no role {ASSISTANT} for the answer; this tokenizer knows {', '.join(self.role_ids)}."
             )
         return [*ids, self.role_ids[ASSISTANT]]
 
     def encode_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[list[int]]:
-        """The ids of each message of a chat, of which `encode_chat` makes one list, after the begin ids.
+        """Return the ids of each message of a chat, which `encode_chat` joins after the begin ids.
 
         Raises:
-            DataError: the tokenizer has no chat roles or a chat template of its own, or a message is none.
+            DataError: the tokenizer has no chat roles or an imported chat template, or a message is not valid.
         """
         if self.has_own_chat_template:
             raise DataError(
-                "This tokenizer came with a chat template of its own, a program that bigtx does not run; let "
-                "transformers' apply_chat_template make the ids of its chats."
+                "This tokenizer was imported with its own chat template, a program that bigtx does not run; let "
+                "transformers' apply_chat_template encode its chats."
             )
         if not self.role_ids:
             raise DataError(
@@ -323,17 +327,17 @@ class Tokenizer:
         ]
 
     def encode_documents(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of texts as arrays, each text as in the template and followed by the end id.
+        """Return the ids of texts as arrays, each text as in the template and followed by the end id.
 
-        The end id stands nowhere else, since documents are told apart by it: a begin id that is the end id is left out,
-        where the end of the document before stands.
+        The end id is nowhere else, since it separates documents: a begin id that is the end id is left out
+        after the end of the previous document.
 
         Returns:
             ids: [sum of lengths] unsigned, of all texts one after the other.
             lengths: int64 [texts] ids of each, special ones included.
 
         Raises:
-            DataError: as `encode_batch`.
+            DataError: as in `encode_batch`.
         """
         before, after = self._around_document()
         if self._model.words is None or before:
@@ -347,43 +351,44 @@ class Tokenizer:
             raise
 
     def _around_document(self) -> tuple[list[int], list[int]]:
-        """The special ids before and after each document of a corpus."""
+        """Return the special ids before and after each document of a corpus."""
         after = self.template.after if self.template else []
         before, after = ([i for i in ids if i != self.end_id] for ids in (self.begin_ids, after))
         return before, [*after, self.end_id]
 
     def decode(self, ids: Sequence[int], keep_special: bool = False, *, after: Sequence[int] = ()) -> str:
-        """The text of ids.
+        """Return the text of ids.
 
         Args:
-            keep_special: write special ids as their pieces; otherwise they say nothing.
-            after: ids that stand before them, such as those of the prompt, whose text is left out. Some tokenizers put
-                a space before every text; after other text a space at the front is part of it.
+            keep_special: write special ids as their pieces; otherwise they have no text.
+            after: the ids before them, such as those of the prompt, whose text is left out. Some tokenizers add
+                a space before every text; after other text a space at the start is part of it.
 
         Raises:
             ValueError: an id below 0, such as the -100 of ignored labels.
             IndexError: an id beyond the vocabulary.
         """
         if len(ids) and min(ids) < 0:
-            raise ValueError(f"{min(ids)} is no token id")
+            raise ValueError(f"{min(ids)} is not a token id")
         return self._model.decode(ids, keep_special, after)
 
     def stream(self, after: Sequence[int] = ()) -> StreamDecoder:
-        """A decoder for ids that come one by one, as in generation; together they say what `decode` does, but for bytes
-        that are no UTF-8: a character before them has been said already."""
+        """Return a decoder for ids that come one by one, as in generation; together they return the text of `decode`,
+        except for bytes that are not UTF-8: a character before them has been returned already.
+        """
         return self._model.stream(after)
 
     def id_to_piece(self, i: int) -> str:
-        """The piece of an id as its model writes it."""
+        """Return the piece of an id as in its model."""
         return self._model.piece(i)
 
     def is_byte(self, i: int) -> bool:
-        """Whether an id is a byte that stands in for a character, or part of one, without a piece of its own."""
+        """Return whether an id is a byte of a character that has no piece of its own."""
         return self._model.is_byte(i)
 
 
 def _fingerprint(model: _Model, special: SpecialIds, template: Template | None) -> str:
-    # Which ids end a text in generation changes no text's ids.
+    # The ids that end a text in generation do not change the ids of texts.
     values = dataclasses.replace(special, ends=[]).to_dict() | ({"template": template.to_dict()} if template else {})
     digest = hashlib.sha256(f"{model.kind}\n{json.dumps(values, sort_keys=True)}\n".encode())
     digest.update(model.data)
@@ -395,7 +400,7 @@ def _refuse_surrogates(texts: Sequence[str]) -> None:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise DataError(f"A text holds half a surrogate pair, at character {error.start + 1}.") from None
+            raise DataError(f"A text has half a surrogate pair, at character {error.start + 1}.") from None
 
 
 def _read(path: Path) -> bytes:
@@ -407,13 +412,13 @@ def _read(path: Path) -> bytes:
 
 
 def _what_instead(folder: Path) -> str:
-    """What a folder without a tokenizer is, and what to do."""
+    """Return the kind of a folder without a tokenizer, and what to do."""
     inside = folder / "tokenizer"
     kind = kind_of_folder(folder)
     if kind and (inside / DESCRIPTION).exists():
         return f"it is {kind}, whose tokenizer is {inside}; name that."
     return (
-        f"it has no {DESCRIPTION}. Train one with `bigtx tokenizer train`, or take over a sentencepiece or Hugging "
+        f"it has no {DESCRIPTION}. Train one with `bigtx tokenizer train`, or import a sentencepiece or Hugging "
         "Face tokenizer with `bigtx tokenizer import PATH output=FOLDER`."
     )
 
@@ -431,10 +436,10 @@ def _read_description(folder: Path) -> dict[str, Any]:
             Template.from_dict(description["template"])
         str(description["fingerprint"])
     except (ValueError, TypeError, KeyError, RecursionError):
-        raise DataError(f"{path} is damaged; copy the tokenizer again from where it came.") from None
+        raise DataError(f"{path} is damaged; copy the tokenizer again from its source.") from None
     if not known:
         raise DataError(
-            f"{path} has format {description['format']!r} and kind {description['kind']!r}, which this bigtx does not "
-            f"know; update bigtx."
+            f"{path} has format {description['format']!r} and kind {description['kind']!r}, which this bigtx "
+            f"does not know; update bigtx."
         )
     return dict(description)

@@ -1,7 +1,7 @@
-"""Train a sentencepiece tokenizer that loses nothing.
+"""Training of a lossless sentencepiece tokenizer.
 
-Any text comes back as it went in: no normalization, no space added or taken away, and characters without a piece are
-written as their UTF-8 bytes. Special ids are control pieces, which text cannot produce.
+Any text is restored exactly: no normalization, no space added or removed, and characters without a piece are
+encoded as their UTF-8 bytes. Special ids are control pieces, which text cannot produce.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.tokenizer.words import symbol_pattern
 from bigtx.utils.errors import ConfigError, DataError
 
-# A unigram model depends on how its sums are split over threads, and either model's file says how many there were; with
-# one number for every machine, the same text and seed give the same file.
+# A unigram model depends on how its sums are split over threads, and both models' files contain the number of threads;
+# with one number for every machine, the same text and seed give the same file.
 _NUM_THREADS = 16
-# Beyond any piece of a sample: the trainer drops longer ones silently.
+# Above any piece of a sample: the trainer drops longer ones silently.
 _MAX_PIECE_BYTES = 1 << 20
-# The trainer drops a text that holds its own mark of an unknown character, and takes its mark of a space for a space:
+# The trainer drops a text with its own mark of an unknown character, and reads its mark of a space as a space:
 # U+2585 and U+2581, here in UTF-8.
 _TRAINER_MARKS = re.compile(b"\xe2\x96[\x81\x85]")
 _IN_NO_SYMBOL = re.compile("[\0\u2581\u2585\ud800-\udfff]")
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
-# Sums of such scores are exact in float32 up to 262,144, some ten thousand pieces, in whatever order they are added. So
+# Sums of such scores are exact in float32 up to 262,144, some ten thousand pieces, in any order of addition. So
 # ways to spell a text that are equally good are equally good for every program that reads the model.
 _SCORE_STEPS = 64
 
@@ -39,13 +39,13 @@ _SCORE_STEPS = 64
 def train(config: TokenizerTrainConfig, documents: Iterable[str]) -> Tokenizer:
     """Train a tokenizer on a seeded sample of the documents.
 
-    The same documents, whatever their order, and the same settings give the same tokenizer, byte for byte.
+    The same documents, in any order, and the same settings give the same tokenizer, byte for byte.
 
     Args:
-        documents: texts of any number and length; memory grows with config.max_bytes alone.
+        documents: texts of any number and length; memory grows with config.max_bytes only.
 
     Raises:
-        ConfigError: the vocabulary is too large or too small for the text, or a role's name or a symbol is unfit.
+        ConfigError: the vocabulary is too large or too small for the text, or a role's name or a symbol is not valid.
         DataError: there is no text.
     """
     check(config)
@@ -53,10 +53,10 @@ def train(config: TokenizerTrainConfig, documents: Iterable[str]) -> Tokenizer:
 
 
 def check(config: TokenizerTrainConfig) -> None:
-    """Find what would only go wrong after the input has been read.
+    """Find mistakes that would otherwise be noticed only after the input is read.
 
     Raises:
-        ConfigError: as `train`.
+        ConfigError: as in `train`.
     """
     for name in config.chat_roles:
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
@@ -64,19 +64,19 @@ def check(config: TokenizerTrainConfig) -> None:
                 f"chat_roles: {name!r} cannot name a role; use lower-case letters, digits and _, e.g. assistant."
             )
     if len(set(config.chat_roles)) < len(config.chat_roles):
-        raise ConfigError(f"chat_roles: a name stands there twice: {', '.join(config.chat_roles)}.")
+        raise ConfigError(f"chat_roles: a name is a duplicate: {', '.join(config.chat_roles)}.")
     _check_symbols(config)
     needed = _num_given(config)
     if config.vocab_size <= needed:
         symbols = ", the user-defined symbols" if config.user_defined_symbols else ""
         raise ConfigError(
             f"vocab_size={config.vocab_size} is too small: the reserved ids{symbols} and the 256 bytes alone are "
-            f"{needed:,}. Useful sizes begin at about 2,000; 16,384 to 131,072 are usual."
+            f"{needed:,}. Useful sizes start at about 2,000; 16,384 to 131,072 are usual."
         )
 
 
 def _num_given(config: TokenizerTrainConfig) -> int:
-    """Ids that are there before anything is learned."""
+    """Return the number of ids that exist before training."""
     return len(_reserved(config)) + len(config.user_defined_symbols) + 256
 
 
@@ -85,32 +85,32 @@ def _reserved(config: TokenizerTrainConfig) -> list[str]:
 
 
 def _check_symbols(config: TokenizerTrainConfig) -> None:
-    """Refuse symbols that the trainer cannot take.
+    """Refuse symbols that the trainer cannot use.
 
     Raises:
-        ConfigError: it names the symbol.
+        ConfigError: a symbol is refused; the message names it.
     """
     symbols = config.user_defined_symbols
     for symbol in symbols:
         named = f"user_defined_symbols: {symbol[:80]!r}"
         if not symbol:
-            raise ConfigError("user_defined_symbols: an empty text is no symbol; leave it out.")
+            raise ConfigError("user_defined_symbols: an empty text is not a symbol; leave it out.")
         if symbol in _reserved(config) or _BYTE_PIECE.fullmatch(symbol):
             raise ConfigError(f"{named} is the name of a reserved id, which no text can produce; choose another text.")
         if _IN_NO_SYMBOL.search(symbol):
             raise ConfigError(
-                f"{named} holds NUL, U+2581, U+2585 or half a surrogate pair, which no symbol can hold; leave it out."
+                f"{named} has NUL, U+2581, U+2585 or half a surrogate pair, which no symbol can have; leave it out."
             )
     if len(set(symbols)) < len(symbols):
         twice = next(symbol for symbol in symbols if symbols.count(symbol) > 1)
-        raise ConfigError(f"user_defined_symbols: {twice[:80]!r} is there twice; name it once.")
+        raise ConfigError(f"user_defined_symbols: {twice[:80]!r} is a duplicate; name it once.")
 
 
 def train_on_sample(config: TokenizerTrainConfig, sample: Sample) -> Tokenizer:
-    """`train`, with a sample that has been drawn.
+    """Train as `train` does, with a sample that has been drawn.
 
     Raises:
-        ConfigError, DataError: as `train`.
+        ConfigError, DataError: as in `train`.
     """
     import sentencepiece
 
@@ -172,29 +172,29 @@ def _trainer_texts(sample: Sample) -> Iterator[bytes]:
 
 
 def _explain(message: str, config: TokenizerTrainConfig, sample: Sample) -> Exception:
-    """What a failure of sentencepiece means."""
+    """Return the error for a failure of sentencepiece."""
     text = f"{sample.training_bytes:,} bytes of text"
     if found := re.search(r"Vocabulary size too high \(\d+\)\. Please set it to a value <= (\d+)", message):
         most, setting = int(found[1]), find(TokenizerTrainConfig, "vocab_size")
         assert setting is not None and setting.minimum is not None
         if most < setting.minimum:
             return DataError(
-                f"{text} are too few for a tokenizer: there are no more than {most:,} different pieces in them, and "
-                f"the smallest vocabulary has {setting.minimum:g}. Give more text."
+                f"{text} are too few for a tokenizer: they have at most {most:,} different pieces, but "
+                f"the smallest vocabulary has {setting.minimum:g}. Add more text."
             )
         return ConfigError(
-            f"vocab_size={config.vocab_size} is larger than {text} allow: there are no more than {most:,} "
-            f"different pieces. Give more text, or set vocab_size={most} or less."
+            f"vocab_size={config.vocab_size} is larger than {text} allow: they have at most {most:,} "
+            f"different pieces. Add more text, or set vocab_size={most} or less."
         )
     if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return _too_small(int(found[1]), config, sample)
     if "sentences_.empty()" in message or "all_chars_count" in message:
-        return DataError(f"There is nothing to learn from in {sample.num_documents:,} documents ({text}).")
+        return DataError(f"There is no text for training in {sample.num_documents:,} documents ({text}).")
     return RuntimeError(f"sentencepiece could not train: {message}")
 
 
 def _too_small(needed: int, config: TokenizerTrainConfig, sample: Sample) -> ConfigError:
-    """What to set where the characters alone are more than the vocabulary."""
+    """Return the error, with advice, if the characters alone are more than the vocabulary."""
     problem = (
         f"vocab_size={config.vocab_size} is too small: the characters of the text, the reserved ids and the 256 "
         f"bytes alone are {needed:,}. Set vocab_size={needed} or more"
@@ -203,13 +203,15 @@ def _too_small(needed: int, config: TokenizerTrainConfig, sample: Sample) -> Con
     if coverage is None:
         return ConfigError(f"{problem}.")
     return ConfigError(
-        f"{problem}, or character_coverage={coverage:g}: the rarest characters are then written as bytes, and half of "
+        f"{problem}, or character_coverage={coverage:g}: the rarest characters are then encoded as bytes, and half of "
         f"this vocabulary is left for longer pieces."
     )
 
 
 def _coverage_for(most: int, config: TokenizerTrainConfig, sample: Sample) -> float | None:
-    """The largest coverage that gives pieces to no more than so many characters; None if none that is allowed does."""
+    """Return the largest coverage that gives pieces to at most so many characters; None if no allowed coverage
+    does.
+    """
     setting = find(TokenizerTrainConfig, "character_coverage")
     assert setting is not None and setting.minimum is not None
     counts: Counter[str] = Counter()
@@ -218,7 +220,7 @@ def _coverage_for(most: int, config: TokenizerTrainConfig, sample: Sample) -> fl
         text = data.decode()
         for part in symbols.split(text)[::2] if symbols else [text]:
             counts.update(part)
-    # As the trainer counts: the most frequent characters, until their share of the text is reached.
+    # As in the trainer: the most frequent characters, until their share of the text is reached.
     share = sum(count for _, count in counts.most_common(most)) / max(1, counts.total())
     coverage = math.floor(share * 10_000) / 10_000
     return coverage if coverage >= setting.minimum else None

@@ -1,4 +1,4 @@
-"""Which pieces begin a word, by the marks that tokenizers leave on them and by what they say."""
+"""The pieces that begin a word, by the marks of tokenizers and by their texts."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.scripts import is_unspaced
 
 _BEGIN_MARKS = ("\u2581", "\u0120", " ")
-"""Spaces as sentencepiece, byte-level BPE and the exports of bigtx write them."""
+"""The marks of spaces in sentencepiece, byte-level BPE and the exports of bigtx."""
 _CONTINUATION_MARK = "##"
-"""Of WordPiece."""
+"""The mark of WordPiece."""
 
 
-@functools.lru_cache(maxsize=1)  # Training and validation ask for the same.
+@functools.lru_cache(maxsize=1)  # Training and validation need the same.
 def begins_word(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """What pieces say of the words around them.
+    """Return which pieces are at borders of words.
 
-    Where a script has no spaces, each piece is a word: or a sentence would be one.
+    In a script without spaces, each piece is a word: otherwise a sentence would be one.
 
     Returns:
-        bool [vocab_size] twice: pieces that begin a word, and pieces of white space alone, after which one begins.
+        bool [vocab_size] twice: pieces that begin a word, and pieces of only white space, after which one begins.
     """
     pieces = [tokenizer.id_to_piece(i) for i in range(tokenizer.vocab_size)]
-    # Bytes, too, say what they are only when they are decoded.
+    # Bytes, too, have a text only when they are decoded.
     texts = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
     spaces = np.array([text.isspace() or piece in _BEGIN_MARKS for text, piece in zip(texts, pieces, strict=True)])
     alone = np.array([any(map(is_unspaced, text)) for text in texts])

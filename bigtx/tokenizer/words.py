@@ -1,14 +1,14 @@
-"""Encoding in parts: where no piece of a BPE reaches from one part into the next, each part is encoded by itself.
+"""Encoding in parts: if no piece of a BPE crosses the border of two parts, each part can be encoded by itself.
 
-BPE joins two neighbouring symbols only if what they spell is a piece. So between two characters that stand side by side
-in no piece nothing is ever joined: a text's ids are those of what is before this border and of what is behind it,
-exactly. Two uses are made of it:
+BPE joins two neighbouring symbols only if their text is a piece. So between two characters that are adjacent
+in no piece nothing is ever joined: a text's ids are those of the text before this border and those of the text after
+it, exactly. There are two uses:
 
-- A word, here a run of spaces and what follows it up to the next space, is encoded once and looked up from then on.
+- A word, here a run of spaces and the text after it up to the next space, is encoded once and then looked up.
   Words repeat (Zipf's law), and looking one up takes a small part of the time that sentencepiece takes for it. This
-  needs pieces that have no space after another character. Symbols that the user defined may have one: they are cut
-  out of the text first, as the model does, and are words of their own.
-- A long text is taken in parts of bounded length, with or without spaces (Chinese, digits, base64).
+  needs pieces that have no space after another character. Symbols that the user defined may have one: they are
+  separated from the text first, as in the model, and are words of their own.
+- A long text is encoded in parts of bounded length, with or without spaces (Chinese, digits, base64).
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ WORDS = re.compile(" *[^ ]+| +")
 """A word, with the spaces before it."""
 
 PART_CHARACTERS = 1 << 17
-"""Characters that are taken at once, unless there is no border among them: some 10 MiB of memory."""
+"""The number of characters that are encoded at once, unless they have no border: some 10 MiB of memory."""
 _MAX_WORDS = 1 << 18
-"""Words remembered, about 40 MiB; then all are forgotten."""
+"""The number of cached words, about 40 MiB; then the cache is cleared."""
 _MAX_CHARACTERS = 64
-"""A longer word will hardly come again, and is forgotten at once."""
+"""The longest word that is cached; longer ones are rarely repeated."""
 _WINDOW = 1 << 12
-"""Characters among which a border is looked for at once."""
+"""The number of characters in which a border is searched at once."""
 
 
 class Borders:
-    """Where texts may be cut so that the ids of the parts are those of the whole.
+    """The borders at which texts may be cut so that the ids of the parts are those of the whole.
 
     Args:
-        pieces: all pieces that text can become, bytes left out.
-        symbols: further ones, which are cut out of the text before anything is joined.
+        pieces: all pieces that text can become, without bytes.
+        symbols: further ones, which are separated from the text before anything is joined.
     """
 
     def __init__(self, pieces: Iterable[str], symbols: Sequence[str] = ()) -> None:
@@ -50,14 +50,14 @@ class Borders:
         self._symbols = symbol_pattern(spelled) if any(map(_is_space_behind, in_symbols)) else None
 
     def words(self, text: str) -> list[str]:
-        """The text's words; a symbol with a space inside is one of them."""
+        """Return the text's words; a symbol with a space inside is one of them."""
         if self._symbols is None:
             return WORDS.findall(text)
         parts = self._symbols.split(text)
         return [word for i, part in enumerate(parts) for word in ([part] if i % 2 else WORDS.findall(part))]
 
     def cut(self, text: str) -> Iterator[str]:
-        """The text in parts of at most PART_CHARACTERS; one is longer where it has no border inside."""
+        """Yield the text in parts of at most PART_CHARACTERS; a part without a border inside is longer."""
         begin = 0
         while len(text) - begin > PART_CHARACTERS:
             end = begin + PART_CHARACTERS
@@ -69,7 +69,7 @@ class Borders:
         yield text[begin:]
 
     def _last(self, text: str, begin: int, end: int) -> int | None:
-        """The last border behind `begin`, and at `end` at the latest."""
+        """Return the last border after `begin`, at most at `end`."""
         for last in range(end, begin, -_WINDOW):
             first = max(begin, last - _WINDOW)
             found = self._between(text[first : last + 1])
@@ -78,7 +78,7 @@ class Borders:
         return None
 
     def _first(self, text: str, begin: int) -> int:
-        """The first border behind `begin`; the text's end if there is none."""
+        """Return the first border after `begin`; the text's end if there is none."""
         for first in range(begin, len(text), _WINDOW):
             found = self._between(text[first : first + _WINDOW + 1])
             if len(found):
@@ -86,14 +86,16 @@ class Borders:
         return len(text)
 
     def _between(self, text: str) -> np.ndarray:
-        """The borders inside a short text: int64 [n] places, from 1, before which it may be cut."""
+        """Return the borders inside a short text: int64 [n] places, from 1, before which it may be cut."""
         pairs = _pairs(text)
         found = np.minimum(np.searchsorted(self._joined, pairs), len(self._joined) - 1)
         return np.flatnonzero(self._joined[found] != pairs) + 1
 
 
 def symbol_pattern(symbols: Iterable[str]) -> re.Pattern[str]:
-    """Finds symbols as sentencepiece does: from the left, and the longest of those that begin at one place."""
+    """Compile a pattern that finds symbols as sentencepiece does: from the left, and the longest of those that begin at
+    one place.
+    """
     return re.compile(f"({'|'.join(map(re.escape, sorted(symbols, key=len, reverse=True)))})")
 
 
@@ -106,18 +108,18 @@ def _is_space_behind(pair: str) -> bool:
 
 
 def _pairs(text: str) -> np.ndarray:
-    """A number for each two characters side by side: uint64 [characters - 1]."""
+    """Return a number for each two adjacent characters: uint64 [characters - 1]."""
     codes = np.frombuffer(text.replace(" ", SPACE_MARK).encode("utf-32-le", "surrogatepass"), "<u4").astype(np.uint64)
     return codes[:-1] << np.uint64(32) | codes[1:]
 
 
 class WordEncoder:
-    """Encodes texts by a table of words.
+    """An encoder of texts by a table of words.
 
     Args:
-        encode: the ids of each of several texts, by the model itself.
-        vocab_size: of the model.
-        borders: of the model's pieces; they are at all spaces.
+        encode: a function that returns the ids of each of several texts, by the model itself.
+        vocab_size: the size of the model's vocabulary.
+        borders: the borders of the model's pieces; all spaces are borders.
     """
 
     def __init__(self, encode: Callable[[list[str]], list[list[int]]], vocab_size: int, borders: Borders) -> None:
@@ -128,11 +130,11 @@ class WordEncoder:
         self._table: dict[str, bytes] = {}
 
     def encode(self, texts: Sequence[str], end: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of texts, each followed by those of `end`; beside them little memory is used.
+        """Return the ids of texts, each followed by those of `end`, with little additional memory.
 
         Returns:
-            ids: [sum of lengths] in `dtype`, of all texts one after the other.
-            lengths: int64 [texts] ids of each.
+            ids: in `dtype` [sum of lengths], the ids of all texts one after the other.
+            lengths: int64 [texts], the number of ids of each.
         """
         contents, ends, end_bytes = bytearray(), [0], self._bytes(end)
         short = iter(self._look_up([text for text in texts if len(text) <= PART_CHARACTERS]))
@@ -147,13 +149,13 @@ class WordEncoder:
         return np.frombuffer(contents, self.dtype), np.diff(ends) // self.dtype.itemsize
 
     def _look_up(self, texts: list[str]) -> list[bytes]:
-        """The ids of each text, as the bytes of an array in `dtype`."""
+        """Return the ids of each text, as the bytes of an array in `dtype`."""
         words = [self.borders.words(text) for text in texts]
         new = set().union(*words).difference(self._table)
         if new and len(self._table) + len(new) > _MAX_WORDS:
             self._table.clear()
             new = set().union(*words)
-        # A call of the model is dear, so all words go into one.
+        # A call of the model is expensive, so there is one call for all words.
         if new:
             self._table.update(zip(new, map(self._bytes, self._encode(list(new))), strict=True))
         contents = [b"".join(map(self._table.__getitem__, own)) for own in words]
@@ -167,10 +169,10 @@ class WordEncoder:
 
 
 def exact_borders(data: bytes) -> Borders | None:
-    """Where texts may be cut for a sentencepiece model; None if nowhere.
+    """Return the borders at which texts may be cut for a sentencepiece model; None if there are none.
 
     The model has to be a BPE (a unigram model compares sums of scores over the whole text, whose last bits may differ),
-    leave text as it is before it splits it, have bytes for what it does not know (unknown characters would merge), and
+    not change text before it splits it, have bytes for unknown characters (which would merge otherwise), and
     have no piece with a space after another character.
 
     Args:
@@ -189,7 +191,7 @@ def exact_borders(data: bytes) -> Borders | None:
     )
     if not (trained.model_type == sentencepiece_model_pb2.TrainerSpec.BPE and trained.byte_fallback and is_plain):
         return None
-    # Bytes and control pieces are spelled in characters that text cannot produce them from.
+    # Bytes and control pieces have spellings from which text cannot produce them.
     kind = sentencepiece_model_pb2.ModelProto.SentencePiece
     borders = Borders(
         (piece.piece for piece in model.pieces if piece.type in (kind.NORMAL, kind.UNUSED)),

@@ -1,1 +1,1 @@
-"""What every other part may use: errors, files, units, processes, hardware. Imports nothing of bigtx outside itself."""
+"""Helpers for every other part: errors, files, units, processes, hardware. Imports nothing of bigtx outside itself."""

@@ -4,7 +4,7 @@
     bigtx data stats CORPUS --json
 
 `--name value`, `--name=value` and `-o value` mean the same as `name=value`; hyphens and underscores in a name are the
-same. A word with `=` whose first part is no name of the command is a path, if that exists; `./a=b` is always one.
+same. A word with `=` whose first part is not a name of the command is a path, if that exists; `./a=b` is always one.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ _KNOWN_ELSEWHERE = {
     "temp": "temperature",
     "text": "prompt",
 }
-"""What other programs call it; too far from our names for a comparison of letters."""
+"""Names that other programs use for an option; too far from our names for a comparison of letters."""
 
 
 def is_option(word: str) -> bool:
-    """Whether a word begins with a dash. A dash alone is the name of standard input."""
+    """Return whether a word begins with a dash. A dash alone is the name of standard input."""
     return word.startswith("-") and word != "-"
 
 
 def may_be_value(word: str) -> bool:
-    """Whether a word after an unknown option may be that option's value.
+    """Return whether a word after an unknown option may be that option's value.
 
     It may be a secret (`--api-key X`): no message repeats it.
     """
@@ -62,7 +62,7 @@ def may_be_value(word: str) -> bool:
 
 
 def take(words: Iterable[str], name: str) -> tuple[str | None, list[str]]:
-    """The value of one name among the words of a command that has a config.
+    """Return the value of one name among the words of a command that has a config.
 
     Returns:
         The last value that was given ("" where nothing follows the name, None without the name), and the other words.
@@ -82,10 +82,10 @@ def take(words: Iterable[str], name: str) -> tuple[str | None, list[str]]:
 
 
 def wrapped(text: str, indent: str = "", first: str | None = None) -> str:
-    """A text in lines of at most 80 columns.
+    """Return a text in lines of at most 80 columns.
 
     Args:
-        first: what the first line begins with, in place of the indent.
+        first: the beginning of the first line, in place of the indent.
     """
     first = indent if first is None else first
     return textwrap.fill(
@@ -94,7 +94,7 @@ def wrapped(text: str, indent: str = "", first: str | None = None) -> str:
 
 
 def columns(rows: Iterable[tuple[str, str]]) -> list[str]:
-    """Lines of names and their meanings, within 80 columns where words allow it."""
+    """Return lines of names and their meanings, within 80 columns where words allow it."""
     rows = list(rows)
     margin = min(_MARGIN, max((len(name) for name, _ in rows), default=0) + 4)
     lines = []
@@ -123,7 +123,7 @@ class Arguments(argparse.ArgumentParser):
         """Read a command line; `--help` is answered here.
 
         Raises:
-            ConfigError: names all that is wrong.
+            ConfigError: something is wrong; the message names everything.
             SystemExit: after `--help`.
         """
         words = sys.argv[1:] if args is None else args
@@ -146,23 +146,23 @@ class Arguments(argparse.ArgumentParser):
         self.add_argument("--json", action="store_true", help=meaning)
 
     def alternatives(self) -> list[list[argparse.Action]]:
-        """Groups of options of which exactly one is given."""
+        """Return the groups of options of which exactly one is given."""
         return [group._group_actions for group in self._mutually_exclusive_groups if group.required]
 
     def exclusive(self) -> list[list[argparse.Action]]:
-        """Groups of options of which at most one is given."""
+        """Return the groups of options of which at most one is given."""
         return [group._group_actions for group in self._mutually_exclusive_groups]
 
     def words(self) -> list[argparse.Action]:
-        """What is given without a name, in its order."""
+        """Return what is given without a name, in its order."""
         return [action for action in self._actions if not action.option_strings]
 
     def options(self) -> list[argparse.Action]:
-        """What is given with a name."""
+        """Return what is given with a name."""
         return [action for action in self._actions if action.option_strings]
 
     def form(self) -> str:
-        """The command with all that it needs."""
+        """Return the command with all that it needs."""
         either = [action for group in self.alternatives() for action in group]
         free = [option for option in self.options() if not option.required and option not in either]
         parts = [self.prog]
@@ -174,11 +174,11 @@ class Arguments(argparse.ArgumentParser):
         return " ".join(parts)
 
     def format_usage(self) -> str:
-        """The command with all that it needs, as the first line of the help."""
+        """Return the command with all that it needs, as the first line of the help."""
         return wrapped(f"usage: {self.form()}", " " * 7, "") + "\n"
 
     def format_help(self) -> str:
-        """The command, what it does, each name with its meaning within 80 columns, and the epilog as it is."""
+        """Return the command, what it does, each name with its meaning within 80 columns, and the epilog as it is."""
         rows = []
         for action in sorted(self._actions, key=lambda action: action.dest == "help"):
             short = [option for option in action.option_strings if not option.startswith("--")]
@@ -193,7 +193,7 @@ class Arguments(argparse.ArgumentParser):
 
 
 def shown(action: argparse.Action) -> str:
-    """An argument as a user writes it: RUN, output=FOLDER, --json."""
+    """Return an argument as a user writes it: RUN, output=FOLDER, --json."""
     if action.nargs == 0:
         return _long(action)
     return f"{_name(_long(action))}={_metavar(action)}" if action.option_strings else _metavar(action)
@@ -210,7 +210,7 @@ def _long(action: argparse.Action) -> str:
 
 
 def _name(option: str) -> str:
-    """`--max-new-tokens` and `max-new-tokens` as max_new_tokens; a short option keeps its dash."""
+    """Convert `--max-new-tokens` and `max-new-tokens` to max_new_tokens; a short option keeps its dash."""
     return option if re.fullmatch("-[^-]", option) else option.removeprefix("--").replace("-", "_")
 
 
@@ -232,7 +232,7 @@ class _Reader:
         """Read all words.
 
         Raises:
-            ConfigError: names all that is wrong.
+            ConfigError: something is wrong; the message names everything.
         """
         rest = deque(words)
         while rest:
@@ -274,7 +274,7 @@ class _Reader:
             self.problems.append(f"{written} has no value; write {shown(option)}")
 
     def _values_after(self, option: argparse.Action, rest: deque[str]) -> list[str]:
-        """Take the words that belong to an option which was written with a space behind it."""
+        """Take the words that belong to an option which is followed by a space."""
         values: list[str] = []
         while rest and (not values or option.nargs in ("+", "*")):
             match = ASSIGNMENT.fullmatch(rest[0])
@@ -325,11 +325,11 @@ class _Reader:
     def _one_too_many(self, word: str) -> str:
         option = self.options.get(_name(word))
         if option is not None:
-            return f"{word} stands alone; write {shown(option)}" + ", without spaces" * (option.nargs != 0)
+            return f"{word} has no value; write {shown(option)}" + ", without spaces" * (option.nargs != 0)
         needed = [*self._missing_options(), *(option for option in self.parser.options() if option.nargs != 0)]
         example = f", e.g. {shown(needed[0])}" if needed else ""
         word = scrub_text(word) if len(word) <= 40 else scrub_text(word)[:37] + "..."
-        return f"{word!r} is one word too many; what has a name is written NAME=VALUE{example}"
+        return f"{word!r} is one word too many; an option is written NAME=VALUE{example}"
 
     def _missing_options(self) -> list[argparse.Action]:
         either = [group[0] for group in self.parser.alternatives() if not any(one in self.given for one in group)]
@@ -354,7 +354,7 @@ class _Reader:
             self.problems.append(f"{' and '.join(missing)} {verb} missing; write {self.parser.form()}")
 
     def _meant(self, written: str) -> str:
-        """The end of a sentence about an unknown name: the one that was meant, or where all are."""
+        """Return the end of a sentence about an unknown name: the one that was meant, or where all are."""
         similar = self._similar(written)
         group, _, name = self.parser.prog.partition(" ")
         return f"; did you mean {' or '.join(similar)}?" if similar else f"; `{group} help {name}` shows all"
@@ -383,7 +383,7 @@ class _Reader:
 
 
 def _members(value: str) -> list[str]:
-    """The members of a list as a config writes it, `[a, b]`; any other text is one value."""
+    """Return the members of a list as a config writes it, `[a, b]`; any other text is one value."""
     if not (value.startswith("[") and value.endswith("]")) or Path(value).exists():
         return [value]
     import yaml  # Few command lines hold a list.
@@ -396,12 +396,12 @@ def _members(value: str) -> list[str]:
 
 
 def _misfit(action: argparse.Action, value: str) -> str:
-    """Why a value does not suit an argument; empty if it does."""
+    """Return why a value does not suit an argument; empty if it does."""
     kind: Any = action.type or str
     try:
         converted = kind(value)
     except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
         return f"is not {_KINDS[kind]}" if kind in _KINDS else str(error)
     if action.choices is not None and converted not in action.choices:
-        return f"is none of {', '.join(map(str, action.choices))}"
+        return f"is not one of {', '.join(map(str, action.choices))}"
     return ""

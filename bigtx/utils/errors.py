@@ -1,7 +1,7 @@
 """The errors that a user can cause, and how they end a command.
 
-Each is one paragraph that says what is wrong, where, and what to do. A command that meets one prints it
-once (rank 0 alone speaks) and ends with status 2 and no traceback. What only bigtx itself can cause is an
+Each is one paragraph that says what is wrong, where, and what to do. A command that raises one prints it
+once (rank 0 only) and ends with status 2 and no traceback. What only bigtx itself can cause is an
 assertion.
 """
 
@@ -16,19 +16,19 @@ from bigtx.utils import log, streams
 
 EXIT_OUTPUT_LOST = 1
 EXIT_FAILED = 1
-"""Of a run that lost a rank: no mistake of the user, and the same command resumes."""
+"""The exit status of a run that lost a rank: the user made no mistake, and the same command resumes."""
 EXIT_USER_ERROR = 2
 EXIT_REQUEUE = 75
-"""Of a run that was asked to stop and saved: run the same command again (sysexits' EX_TEMPFAIL)."""
+"""The exit status of a run that saved and stopped on request: run the same command again (sysexits' EX_TEMPFAIL)."""
 EXIT_INTERRUPTED = 130
 
 
 class BigtxError(Exception):
-    """Something that the user can mend; the message says what, where and how.
+    """A fault that the user can fix; the message says what is wrong, where, and what to do.
 
     Attributes:
         reported: it has been printed already, by this rank or another.
-        exit_status: of the command that it ends.
+        exit_status: the exit status of the command that it ends.
     """
 
     reported = False
@@ -52,7 +52,7 @@ class LaunchError(BigtxError):
 
 
 def say_from_any_rank(error: BigtxError) -> None:
-    """Print an error, whatever rank this process has or takes itself for, and note that it is printed."""
+    """Print an error, on any rank, and note that it is printed."""
     log.say_error(f"{type(error).__name__}: {error}", any_rank=True)
     error.reported = True
 
@@ -75,7 +75,7 @@ def exit_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
             lost = _flush_output()
             return status or lost
         except BrokenPipeError:
-            # The reader of our output went away (`bigtx ... | head`): not an error.
+            # The reader of our output has closed it (`bigtx ... | head`): this is not an error.
             _drop_output()
             return status
         except OSError as error:
@@ -87,7 +87,9 @@ def exit_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
 
 
 def _status_of(main: Callable[[], int | None]) -> int:
-    """What a command returns, with errors of the user's said; also of one that answered `--help` by SystemExit."""
+    """Return what a command returns, and print the user's errors; also of one that answered `--help` by
+    SystemExit.
+    """
     try:
         return main() or 0
     except BigtxError as error:
@@ -103,7 +105,7 @@ def _status_of(main: Callable[[], int | None]) -> int:
 
 
 def _flush_output() -> int:
-    """Write what is still held back. Returns the exit status."""
+    """Write what is still buffered. Return the exit status."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -121,5 +123,5 @@ def _say_lost(error: OSError) -> int:
 
 
 def _drop_output() -> None:
-    """Lead standard output nowhere: Python writes to it once more at its end."""
+    """Redirect standard output to the null device: Python writes to it again at its end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

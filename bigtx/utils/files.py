@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and their hashes."""
+"""Files that are complete or missing, and their hashes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ NOT_A_FILE = "not a file; write what it gives into a file first"
 
 
 def no_file(path: Path | str) -> str | None:
-    """What is at a path where neither a file nor a folder is, in words; None where one is, or nothing."""
+    """Return what is at a path where neither a file nor a folder is, in words; None where one of them is, or where
+    nothing is.
+    """
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):
@@ -36,7 +38,7 @@ def open_file(path: Path | str, buffering: int = -1) -> BinaryIO:
     """Open a file to read its bytes. A pipe is refused: it may wait for a writer forever, and gives its bytes once.
 
     Raises:
-        OSError: it cannot be opened, or is no file.
+        OSError: it cannot be opened, or is not a file.
     """
     if kind := no_file(path):
         raise OSError(errno.EINVAL, f"it is {kind}, {NOT_A_FILE}", str(path))
@@ -44,13 +46,14 @@ def open_file(path: Path | str, buffering: int = -1) -> BinaryIO:
 
 
 def write_atomic(path: Path | str, data: bytes | str) -> None:
-    """Write a file so that a reader, also after a crash or a full disk, sees the old content or the new, never a part.
+    """Write a file so that a reader, also after a crash or a full disk, sees the old content or the new content, never
+    a part.
 
     Args:
         data: text is written as UTF-8.
 
     Raises:
-        OSError: the content could not be made durable; `path` has the old one, or already the new.
+        OSError: the content could not be made durable; `path` has the old content, or already the new content.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
@@ -68,12 +71,14 @@ def write_atomic(path: Path | str, data: bytes | str) -> None:
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    """`write_atomic` of readable JSON; a NaN is an error, because other readers refuse it."""
+    """Write readable JSON as `write_atomic` does; a NaN is an error, because other readers refuse it."""
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_object(path: Path | str) -> dict[str, Any]:
-    """The object that a JSON file holds; an empty one where the file is missing, damaged or holds something else."""
+    """Return the object that a JSON file holds; an empty one where the file is missing, damaged or holds something
+    else.
+    """
     try:
         value = json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -82,24 +87,24 @@ def read_object(path: Path | str) -> dict[str, Any]:
 
 
 def sha256_file(path: Path | str) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def json_hash(value: Any) -> str:
-    """The SHA-256, in hexadecimal, of a value's canonical JSON: sorted keys, no white space, ASCII alone."""
+    """Return the SHA-256, in hexadecimal, of a value's canonical JSON: sorted keys, no white space, ASCII alone."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def write_sealed(path: Path | str, content: dict[str, Any]) -> None:
-    """`write_json` of an object, with the hash of itself under the key `sha256`, whatever was there before."""
+    """Write an object as `write_json` does, with its own hash under the key `sha256`, which replaces an earlier one."""
     rest = {key: value for key, value in content.items() if key != SEAL}
     write_json(path, rest | {SEAL: json_hash(rest)})
 
 
 def unsealed(content: dict[str, Any]) -> dict[str, Any] | None:
-    """What `write_sealed` was given; None where the hash is not that of the content, or there is none."""
+    """Return what `write_sealed` was given; None where the hash is not that of the content, or there is none."""
     rest = {key: value for key, value in content.items() if key != SEAL}
     return rest if content.get(SEAL) == json_hash(rest) else None
 
@@ -114,7 +119,7 @@ def fsync_dir(path: Path | str) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network filesystems refuse to, in words of their own; their renames are durable by themselves.
+        # Some network filesystems refuse to, with errors of their own; their renames are durable by themselves.
         if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
             raise
     finally:

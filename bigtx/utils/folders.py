@@ -1,4 +1,4 @@
-"""What a folder holds, told by the names in it, for messages about a folder that is not what a command needs."""
+"""The kind of a folder by the names in it, for messages about a folder that is not what a command needs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ MARKS = (
     (MODEL, ("config.json",)),
     ("a checkpoint or a split of a corpus", ("manifest.json",)),
 )
-"""Kinds of folders, the surer ones first, and the files by which each is known."""
+"""Kinds of folders, the more certain ones first, and the files by which each is known."""
 
 
 def kind_of_folder(folder: Path | str) -> str | None:
-    """A folder's kind in words; None where its names tell nothing."""
+    """Return a folder's kind in words; None where its names do not show it."""
     for kind, names in MARKS:
         if all((Path(folder) / name).is_file() for name in names):
             return kind

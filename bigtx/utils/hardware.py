@@ -1,4 +1,4 @@
-"""What this machine is: the arithmetic peak of its device, and a description for the run's record."""
+"""The hardware of this machine: the arithmetic peak of its device, and a description for the run's record."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from bigtx.utils.version import __version__
 
 PEAK_FLOPS: tuple[tuple[str, dict[str, float]], ...] = (
     # Dense FLOP/s without sparsity, fp32 without TF32, as others quote the maker's page or data sheet that is named
-    # above each; what no quotation was found of is left out. The first name that stands as words in the device's name
-    # counts, so the narrower names stand first.
+    # above each; a figure without a quotation is left out. The first name that occurs as words in the device's name
+    # counts, so the narrower names come first.
     # NVIDIA's Blackwell data sheet, by https://glennklockwood.com/garden/processors/B200: 1,200 W and 1,000 W.
     ("GB200", {"bf16": 2500e12, "fp16": 2500e12, "fp32": 90e12}),
     ("B200", {"bf16": 2250e12, "fp16": 2250e12, "fp32": 80e12}),
@@ -55,7 +55,7 @@ PEAK_FLOPS: tuple[tuple[str, dict[str, float]], ...] = (
     # https://www.amd.com/en/products/accelerators/instinct/mi300/mi300x.html (and mi325x.html)
     ("MI325X", {"bf16": 1307e12, "fp16": 1307e12}),
     ("MI300X", {"bf16": 1307e12, "fp16": 1307e12}),
-    # https://www.amd.com/en/products/accelerators/instinct/mi200/mi250x.html: one of its two dies, which is what the
+    # https://www.amd.com/en/products/accelerators/instinct/mi200/mi250x.html: one of its two dies, which is what
     # software sees as a device.
     ("MI250X", {"bf16": 191.5e12, "fp16": 191.5e12}),
 )
@@ -76,7 +76,7 @@ PACKAGES = (
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """Peak dense FLOP/s of an accelerator, the denominator of MFU.
+    """Return the peak dense FLOP/s of an accelerator, the denominator of MFU.
 
     Args:
         device_name: as the driver names it, e.g. "NVIDIA H100 80GB HBM3".
@@ -92,14 +92,14 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 
 
 def num_cores() -> int:
-    """Cores that this process may use: its affinity, which a container or a scheduler narrows."""
+    """Return the number of cores that this process may use: its affinity, which a container or a scheduler narrows."""
     return len(os.sched_getaffinity(0))
 
 
 def num_gpus() -> int:
-    """GPUs that CUDA shows to this process, if torch can use them. Imports no torch.
+    """Return the number of GPUs that CUDA shows to this process, if torch can use them. Imports no torch.
 
-    The driver is asked in a process of its own: ranks that are forked cannot use CUDA once their parent has.
+    A separate process asks the driver: forked ranks cannot use CUDA after their parent has used it.
     """
     torch = importlib.util.find_spec("torch")
     if torch is None or torch.origin is None or not (Path(torch.origin).parent / "lib" / "libtorch_cuda.so").exists():
@@ -118,25 +118,27 @@ def num_gpus() -> int:
 
 
 def _count_by_driver() -> int:
-    """Devices by the CUDA driver's own interface, which heeds CUDA_VISIBLE_DEVICES; 0 without a driver."""
+    """Count devices by the CUDA driver's own interface, which respects CUDA_VISIBLE_DEVICES; 0 without a driver."""
     cuda, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(0)
     return count.value if cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
 
 
 def node_of_core(core: int) -> int:
-    """The group of cores with memory of its own (NUMA node) that a core belongs to; 0 where there is one group."""
+    """Return the group of cores with memory of its own (NUMA node) that a core belongs to; 0 where there is one
+    group.
+    """
     for path in Path(f"/sys/devices/system/cpu/cpu{core}").glob("node[0-9]*"):
         return int(path.name.removeprefix("node"))
     return 0
 
 
 def num_core_groups() -> int:
-    """Groups of cores with memory of their own of which this process may use some."""
+    """Return the number of groups of cores with memory of their own of which this process may use some."""
     return len({node_of_core(core) for core in os.sched_getaffinity(0)})
 
 
 def memory_bytes() -> int:
-    """Memory that this process may use: the machine's, or its container's limit if that is less."""
+    """Return the bytes of memory that this process may use: the machine's, or its container's limit if that is less."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
@@ -146,14 +148,17 @@ def memory_bytes() -> int:
 
 
 def packages() -> dict[str, str]:
-    """The versions of bigtx and of the packages that it stands on, where they are installed. Imports none of them."""
+    """Return the versions of bigtx and of the packages that it depends on, where they are installed. Imports none of
+    them.
+    """
     # A clone need not be installed to run.
     return {"bigtx": __version__} | {name: found for name in PACKAGES if (found := _version(name))}
 
 
 def describe() -> dict[str, Any]:
-    """The environment of a run as JSON-ready data, by a fixed list of harmless facts: no environment variables, no
-    command line, no remote addresses, so that no secret can be among them."""
+    """Return the environment of a run as JSON-ready data, by a fixed list of harmless facts: no environment variables,
+    no command line, no remote addresses, so that no secret can be among them.
+    """
     return {
         "packages": packages(),
         "python": platform.python_version(),
@@ -170,7 +175,9 @@ def describe() -> dict[str, Any]:
 
 @functools.cache
 def git_state() -> dict[str, Any] | None:
-    """The commit of the clone that bigtx runs from and whether files differ from it; None for an installed copy."""
+    """Return the commit of the clone that bigtx runs from and whether files differ from it; None for an installed
+    copy.
+    """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

@@ -1,9 +1,9 @@
-"""The locks that keep two processes out of one folder or one file.
+"""Locks that keep two processes from using one folder or one file at a time.
 
 A `FolderLock` is two things in one file, `run.lock`: an operating system's lock (flock) on the open file, held for the
-life of the run, and a record that says who holds it. The kernel frees the lock when the process ends, however it ends,
-and all containers of a machine share the kernel. So the lock decides, and the record is for messages. The record
-decides only where the file system has no locks, or has locks that no other host sees.
+duration of the run, and a record that says which process holds it. The kernel frees the lock when the process ends,
+for any reason, and all containers of a machine share the kernel. So the lock decides, and the record is for messages.
+The record decides only where the file system has no locks, or has locks that no other host sees.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ LOCK_NAME = "run.lock"
 LOCK_PATIENCE_SECONDS = 2.0
 MOUNTS = Path("/proc/self/mountinfo")
 LOCAL_FILE_SYSTEMS = ("bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "ramfs", "tmpfs", "xfs", "zfs")
-"""Disks of one machine: whoever could hold a lock there shares its kernel."""
+"""File systems of one machine: every process that can hold a lock there shares its kernel."""
 _held: set[int] = set()
 """Descriptors of the folders that this process holds."""
 
 
 class FolderLock:
-    """Keeps a second run out of a folder, for as long as this process lives or until `release`.
+    """A lock that keeps a second run out of a folder, until this process ends or calls `release`.
 
-    The file outlives a killed process, and is taken over. On a network file system whose locks other hosts do not see,
-    the file of another host is taken over only where SLURM has restarted the same job since.
+    The file remains after a process is killed, and the next process takes it over. On a network file system whose locks
+    other hosts do not see, the file of another host is used again only if SLURM has restarted the same job since then.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -50,13 +50,13 @@ class FolderLock:
         self._descriptor = -1
         deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
         while (refusal := self._take()) is not None:
-            # Somebody may only be looking at the lock, be about to write into the file, or be leaving.
+            # Another process may only be checking the lock, may be about to write the file, or may be releasing it.
             if time.monotonic() > deadline:
                 raise refusal
             time.sleep(0.05)
 
     def release(self) -> None:
-        """Give the lock back; a file that is no longer ours, or that somebody deleted, is left alone."""
+        """Give the lock back; a file that is no longer ours, or that was deleted, is left alone."""
         if self._descriptor < 0:
             return
         if _read(self._descriptor) == self._owner and self._is_in_place(self._descriptor):
@@ -75,7 +75,7 @@ class FolderLock:
         self.release()
 
     def _take(self) -> LaunchError | None:
-        """Become the holder; returns why that is not possible yet.
+        """Become the holder; return why that is not possible yet.
 
         Raises:
             LaunchError: waiting would not help.
@@ -85,11 +85,11 @@ class FolderLock:
         except FileNotFoundError:
             if not self.path.parent.is_dir():
                 raise
-            return _nameless(self.path)  # Its holder has just left.
+            return _nameless(self.path)  # Its holder has just released it.
         try:
             is_free, holder = _lock(descriptor, fcntl.LOCK_EX), _read(descriptor)
             if not self._is_in_place(descriptor):
-                return _nameless(self.path)  # Its holder has just left.
+                return _nameless(self.path)  # Its holder has just released it.
             if is_free is False:
                 if _lives_here(holder):
                     raise _in_use(self.path.parent, holder)
@@ -113,7 +113,7 @@ class FolderLock:
             return False
 
     def _refuse_if_alive(self, holder: dict[str, Any], *, has_lock: bool) -> None:
-        """Judge whoever the file names, with the lock in hand or on a file system without locks."""
+        """Check the holder that the file names, with the lock held or on a file system without locks."""
         same_job = holder.get("slurm_job") is not None and holder.get("slurm_job") == self._owner["slurm_job"]
         if same_job and holder.get("slurm_restart") != self._owner["slurm_restart"]:
             return
@@ -124,19 +124,19 @@ class FolderLock:
         if not same_kernel and not same_host:
             raise LaunchError(
                 f"{self.path.parent} is in use by {_who(holder)}. Other hosts do not see the locks of its file system, "
-                f"so from this host nobody can tell whether it still runs; if it does not, delete {self.path}"
+                f"so from this host bigtx cannot check whether it still runs; if it does not, delete {self.path}"
             )
         if same_kernel and holder.get("pid_namespace") != self._owner["pid_namespace"]:
             raise LaunchError(
                 f"{self.path.parent} is in use by {_who(holder)}, of another container. Its file system has no locks, "
-                f"so from here nobody can tell whether it still runs; if it does not, delete {self.path}"
+                f"so from here bigtx cannot check whether it still runs; if it does not, delete {self.path}"
             )
         if _lives_here(holder):
             raise _in_use(self.path.parent, holder)
 
 
 def refuse_if_held(folder: Path | str) -> None:
-    """Look at a folder's lock without taking it, to refuse early what `FolderLock` would refuse later.
+    """Check a folder's lock without taking it, to refuse early what `FolderLock` would refuse later.
 
     Raises:
         LaunchError: a live process holds it. Only `FolderLock` judges holders that cannot be seen from here.
@@ -155,7 +155,7 @@ def refuse_if_held(folder: Path | str) -> None:
 
 @contextlib.contextmanager
 def alone(descriptor: int) -> Iterator[None]:
-    """Hold an open file alone among this host's processes, where there are locks, and close it at the end."""
+    """Lock an open file against this host's other processes, where there are locks, and close it at the end."""
     try:
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -165,7 +165,7 @@ def alone(descriptor: int) -> Iterator[None]:
 
 
 def _open(path: Path) -> tuple[int, bool]:
-    """The file, and whether it was made now. Making it is exclusive also where there are no locks."""
+    """Return the file, and whether it was created now. Its creation is exclusive even where there are no locks."""
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644), True
     except FileExistsError:
@@ -173,7 +173,7 @@ def _open(path: Path) -> tuple[int, bool]:
 
 
 def _lock(descriptor: int, kind: int) -> bool | None:
-    """Take an open file's lock; False if somebody has it, None where the file system has no locks."""
+    """Take an open file's lock; False if another process has it, None where the file system has no locks."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -184,7 +184,9 @@ def _lock(descriptor: int, kind: int) -> bool | None:
 
 
 def _let_go_of_folders() -> None:
-    """A forked child shares its parent's lock, and would hold it when the parent has been killed."""
+    """Close the locks in a forked child, which shares them with its parent and would hold them after the parent was
+    killed.
+    """
     for descriptor in _held:
         os.close(descriptor)
     _held.clear()
@@ -208,7 +210,7 @@ def _who(holder: dict[str, Any]) -> str:
 
 
 def _read(descriptor: int) -> dict[str, Any]:
-    """The record of the holder; empty where there is none that names a process."""
+    """Return the record of the holder; empty where there is none that names a process."""
     try:
         holder = json.loads(os.pread(descriptor, 65536, 0))
     except (OSError, ValueError, RecursionError):
@@ -217,14 +219,14 @@ def _read(descriptor: int) -> dict[str, Any]:
 
 
 def _lives_here(holder: dict[str, Any]) -> bool:
-    """Whether a process of this host and this process' own view of process ids is the holder."""
+    """Return whether a process of this host and this process' own view of process ids is the holder."""
     if not holder or holder.get("host") != socket.gethostname():
         return False
     return holder.get("pid_namespace") == _pid_namespace() and start_of(holder["pid"]) == holder.get("process_start")
 
 
 def _boot(holder: dict[str, Any]) -> str | None:
-    """The kernel's boot that a holder belongs to, if that is known."""
+    """Return the kernel's boot that a holder belongs to, if that is known."""
     start = holder.get("process_start")
     return start.partition("/")[0] if isinstance(start, str) else None
 
@@ -237,7 +239,7 @@ def _pid_namespace() -> str | None:
 
 
 def _is_seen_by_all_hosts(path: Path) -> bool:
-    """Whether a lock on a file excludes all hosts that see the file; False where that is not known."""
+    """Return whether a lock on a file excludes all hosts that see the file; False where that is not known."""
     kind, options = _mount_of(path)
     if kind in ("nfs", "nfs4"):
         return "nolock" not in options and not {"local_lock=all", "local_lock=flock"} & options
@@ -247,7 +249,7 @@ def _is_seen_by_all_hosts(path: Path) -> bool:
 
 
 def _mount_of(path: Path) -> tuple[str, set[str]]:
-    """Type and options of the file system that holds a path; ("", set()) if that is not known."""
+    """Return the type and options of the file system that holds a path; ("", set()) if that is not known."""
     place, longest, found = os.path.realpath(path), 0, ("", set[str]())
     with contextlib.suppress(OSError):
         for line in MOUNTS.read_text().splitlines():

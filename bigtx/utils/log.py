@@ -1,4 +1,5 @@
-"""Two places for what a run says: the screen, which is ours alone, and the rank's log file, which takes everything.
+"""Two places for the output of a run: the screen, for bigtx's own messages only, and the rank's log file, for
+everything.
 
     say(), console()  ──────────────▶ the screen (and the log)
     deepspeed, torch, wandb, warnings,
@@ -7,8 +8,8 @@
 
 Before `setup` nothing is redirected and `say` is a print.
 
-A rank that has a supervisor reports its failure, and leaves the screen to the supervisor: of all ranks that fail
-because one did, one is to be shown.
+A rank that has a supervisor reports its failure, and leaves the screen to the supervisor: where all ranks fail
+because one did, only one is shown.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ NOISY = ("DeepSpeed", "torch", "wandb", "py.warnings")
 
 
 class Stream(io.TextIOWrapper):
-    """A text stream whose reader or disk may vanish: what cannot be written is dropped, so that training goes on."""
+    """A text stream whose reader or disk may disappear: text that cannot be written is dropped."""
 
     def write(self, text: str, /) -> int:
         """Write through at once, or drop the text."""
@@ -45,14 +46,14 @@ class Stream(io.TextIOWrapper):
         return len(text)
 
     def flush(self) -> None:
-        """Nothing is held back, so nothing can fail here."""
+        """Do nothing: no text is buffered, so nothing can fail here."""
         with contextlib.suppress(OSError):
             super().flush()
 
 
 @dataclass
 class _Redirection:
-    """What `setup` changed, to be changed back."""
+    """The changes of `setup`, for `restore`."""
 
     screen: Stream
     errors: Stream
@@ -68,13 +69,13 @@ _supervisor: int | None = None
 
 
 def report_to(descriptor: int) -> None:
-    """Report failures to a supervisor from now on."""
+    """Report failures to a supervisor after this call."""
     global _supervisor
     _supervisor = descriptor
 
 
 def report(**facts: Any) -> bool:
-    """Tell the supervisor something about this rank's end; returns whether there is a supervisor.
+    """Report facts about this rank's end to the supervisor; return whether there is a supervisor.
 
     Args:
         facts: `error`, the error in words; `said`, that the user has seen it; `lost`, that another rank's end is the
@@ -91,7 +92,7 @@ def report(**facts: Any) -> bool:
 def setup(run_dir: Path | str, rank: int) -> Path:
     """Send everything but our own words from the screen to this rank's log file, appending to it.
 
-    Done once per process, before anything chatty is imported; child processes inherit it.
+    Done once per process, before any library that prints is imported; child processes inherit it.
 
     Returns:
         The log file's path.
@@ -116,14 +117,14 @@ def setup(run_dir: Path | str, rank: int) -> Path:
     _route_loggers(handler)
     sys.excepthook = _report_exception
     threading.excepthook = _report_thread_exception
-    # A crash in C code: its Python stack goes to the screen, or where a supervisor finds it, since nothing may run then
-    # that could copy it.
+    # A crash in C code: its Python stack goes to the screen, or to a file that a supervisor reads: no code that
+    # copies it can run then.
     faulthandler.enable((log if report(log=str(path.absolute())) else errors).fileno())
     return path
 
 
 def restore() -> None:
-    """Undo `setup`, for a process that goes on after its run."""
+    """Undo `setup`, for a process that continues after its run."""
     global _active
     if _active is None:
         return
@@ -140,12 +141,12 @@ def restore() -> None:
 
 
 def console() -> TextIO:
-    """The true standard output, for what needs a terminal: `console().isatty()`."""
+    """Return the true standard output, for what needs a terminal: `console().isatty()`."""
     return _active.screen if _active else sys.stdout
 
 
 def say(text: str = "") -> None:
-    """Show a line on the screen (rank 0 alone) unless that is closed, and keep it in the log."""
+    """Show a line on the screen (rank 0 only) unless that is closed, and keep it in the log."""
     if rank() == 0 and not streams.is_closed(console()):
         print(text, file=console(), flush=True)
     if _active:
@@ -153,26 +154,26 @@ def say(text: str = "") -> None:
 
 
 def say_stopped(text: str) -> None:
-    """As `say`, in the place of the ^C that a terminal has echoed."""
+    """Show a line as `say` does, in the place of the ^C that a terminal has echoed."""
     if rank() == 0 and terminal.obeys(console()):
         print(terminal.ERASE_LINE, end="", file=console())
     say(text)
 
 
 def say_json(value: Any) -> None:
-    """Show a result as JSON, in ASCII, so that it is valid in every encoding (rank 0 alone)."""
+    """Show a result as JSON, in ASCII, so that it is valid in every encoding (rank 0 only)."""
     say(json.dumps(value, indent=2))
 
 
 @contextlib.contextmanager
 def said_aside(aside: bool) -> Iterator[None]:
-    """Send what is said meanwhile to standard error, if asked, so that JSON stands alone on standard output."""
+    """Send what is said meanwhile to standard error, if asked, so that standard output has only the JSON."""
     with contextlib.redirect_stdout(sys.stderr) if aside else contextlib.nullcontext():
         yield
 
 
 def say_error(text: str, *, any_rank: bool = False) -> None:
-    """Show why this process ends: on the true standard error (rank 0 alone, or any), and in the log."""
+    """Show why this process ends: on the true standard error (rank 0 only, or any rank), and in the log."""
     if any_rank or rank() == 0:
         print(text, file=_active.errors if _active else sys.stderr, flush=True)
         report(said=True)
@@ -188,7 +189,9 @@ def _stream(descriptor: int, encoding: str = "utf-8") -> Stream:
 
 
 def _route_loggers(handler: logging.Handler) -> None:
-    """One handler at the root. Handlers that libraries install themselves end in the log as well, by their streams."""
+    """Install one handler at the root. Handlers that libraries install themselves write to the log as well, by their
+    streams.
+    """
     logging.captureWarnings(True)
     root = logging.getLogger()
     root.addHandler(handler)

@@ -1,4 +1,4 @@
-"""What the C library does with memory that was given back."""
+"""The C library's use of freed memory."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what tensors give back for the tensors to come; without glibc, do nothing.
+    """Make glibc keep freed memory for the next tensors; without glibc, do nothing.
 
-    By default it hands large pieces back to the system at once and takes them again, zeroed page by page: a step of a
+    By default it returns large pieces to the system at once and requests them again, zeroed page by page: a step of a
     small model on a CPU had 50,000 page faults, a tenth of its time.
     """
     try:

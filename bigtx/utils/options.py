@@ -1,4 +1,4 @@
-"""Options that a user gives to a command or to its counterpart in Python, and what they may be."""
+"""Options that a user gives to a command or to its counterpart in Python, and their allowed values."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from bigtx.utils.errors import ConfigError
 
 
 class Option(NamedTuple):
-    """What a number may be that a user gives.
+    """The rule for a number that a user gives.
 
     Attributes:
-        rule: in words.
+        rule: the rule in words.
         optional: whether None is a value.
-        default: where the user says nothing.
+        default: the value where the user gives none.
     """
 
     kind: type
@@ -44,10 +44,10 @@ def check_options(given: Mapping[str, Any]) -> None:
     """Refuse numbers that are out of range, from Python or the command line.
 
     Args:
-        given: by the names of `OPTIONS`.
+        given: values by the names of `OPTIONS`.
 
     Raises:
-        ConfigError: names them all.
+        ConfigError: a number is out of range; the message names all of them.
     """
     problems = []
     for name, option in OPTIONS.items():
@@ -64,7 +64,7 @@ def check_options(given: Mapping[str, Any]) -> None:
 
 
 def writing_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """How a text is written: `SAMPLING` and the stop texts, with defaults where nothing is given.
+    """Return how a text is written: `SAMPLING` and the stop texts, with defaults where nothing is given.
 
     Args:
         given: options by name; `stop` is a text or a list of them.
@@ -79,8 +79,8 @@ def writing_options(given: Mapping[str, Any]) -> dict[str, Any]:
     for name in given:
         if name not in known:
             similar = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {similar[0]}?" if similar else f"there are {', '.join(known)}"
-            raise ConfigError(f"{name} is no option of writing; {hint}")
+            hint = f"did you mean {similar[0]}?" if similar else f"the options are {', '.join(known)}"
+            raise ConfigError(f"{name} is not an option of writing; {hint}")
     options = {name: option.default for name, option in SAMPLING.items()} | dict(given)
     check_options(options)
     stop = options.get("stop", [])
@@ -91,7 +91,7 @@ def writing_options(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def add_writing_options(parser: argparse.ArgumentParser) -> None:
-    """Let a command take what `writing_options` reads."""
+    """Add the options that `writing_options` reads to a command."""
     for name, kind, metavar, meaning in (
         ("max-new-tokens", int, "N", "most tokens of a text"),
         ("temperature", float, "X", "0: the likeliest token"),
@@ -108,7 +108,7 @@ def add_writing_options(parser: argparse.ArgumentParser) -> None:
 
 
 def given_writing_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options of `add_writing_options` that a command was given.
+    """Return the options of `add_writing_options` that a command was given.
 
     Raises:
         ConfigError: as `writing_options`.
@@ -117,7 +117,7 @@ def given_writing_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_loading_options(parser: argparse.ArgumentParser) -> None:
-    """Let a command say which weights of a run it takes, and onto which device."""
+    """Add the options for the weights of a run and for the device to a command."""
     parser.add_argument(
         "--weights", choices=["master", "ema"], default="master", help="ema: the averaged copy (master)"
     )
@@ -125,8 +125,8 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_predicting_options(parser: argparse.ArgumentParser) -> None:
-    """Let a command say how a task predicts."""
+    """Add the options of prediction to a command."""
     parser.add_argument(
         "--set", metavar="KEY=VALUE", nargs="+", default=[], help="how a task predicts, e.g. translate.num_beams=1"
     )
-    parser.add_argument("--batch-size", metavar="N", type=int, help="records side by side (32)")
+    parser.add_argument("--batch-size", metavar="N", type=int, help="records in a batch (32)")

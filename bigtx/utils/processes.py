@@ -1,7 +1,7 @@
 """This process's place among those of a run, as the launcher wrote it into the environment. Imports no torch.
 
-A launcher names the rank and the number of ranks together. One without the other was left behind by something else, and
-says nothing: see `launcher_problem`.
+A launcher sets the rank and the number of ranks together. One without the other is a leftover of another program, and
+has no meaning: see `launcher_problem`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-"""What asks a run to stop; SIGHUP is the end of its terminal or of the connection to it."""
+"""The signals that ask a run to stop; SIGHUP means that its terminal or the connection to it has closed."""
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
-    """Those of `STOP_SIGNALS` that this process listens to: a SIGHUP that is ignored at the start, as `nohup` and
-    `disown -h` have it, stays ignored."""
+    """Return those of `STOP_SIGNALS` that this process listens to: a SIGHUP that is ignored at the start, as `nohup`
+    and `disown -h` have it, stays ignored.
+    """
     ignores_hangup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return tuple(number for number in STOP_SIGNALS if number != signal.SIGHUP or not ignores_hangup)
 
@@ -29,39 +30,40 @@ LAUNCHED = ("RANK", "WORLD_SIZE")
 """Variables that every launcher sets."""
 NUMBERS = (*LAUNCHED, "LOCAL_RANK", "MASTER_PORT")
 MEETING = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""Variables that the ranks need besides, to meet."""
+"""Variables that the ranks need in addition, to connect."""
 
 
 def is_launched() -> bool:
-    """Whether a launcher gave this process a place among others."""
+    """Return whether a launcher gave this process a place among others."""
     return all(os.environ.get(name, "").isdecimal() for name in LAUNCHED)
 
 
 def rank() -> int:
-    """This process's rank over all nodes; 0 without a launcher."""
+    """Return this process's rank over all nodes; 0 without a launcher."""
     return int(os.environ["RANK"]) if is_launched() else 0
 
 
 def world_size() -> int:
-    """Number of processes in the run; 1 without a launcher."""
+    """Return number of processes in the run; 1 without a launcher."""
     return int(os.environ["WORLD_SIZE"]) if is_launched() else 1
 
 
 def local_rank() -> int:
-    """This process's rank on its own node; 0 without a launcher."""
+    """Return this process's rank on its own node; 0 without a launcher."""
     local = os.environ.get("LOCAL_RANK", "")
     return int(local) if is_launched() and local.isdecimal() else 0
 
 
 def num_nodes() -> int:
-    """Number of machines, as far as the launcher says how many ranks each has; else 1."""
+    """Return number of machines, if the launcher says how many ranks each has; else 1."""
     local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or ""
     return -(-world_size() // int(local)) if is_launched() and local.isdecimal() and int(local) else 1
 
 
 def launcher_problem() -> str | None:
-    """Why the environment is neither that of a launcher nor that of a process started alone, as a sentence; None if it
-    is one of the two."""
+    """Return why the environment is neither that of a launcher nor that of a process started alone, as a sentence; None
+    if it is one of the two.
+    """
     given = [name for name in LAUNCHED if name in os.environ]
     if not given or (given == ["WORLD_SIZE"] and os.environ["WORLD_SIZE"] == "1"):
         return None
@@ -69,10 +71,10 @@ def launcher_problem() -> str | None:
     start = "start the ranks by deepspeed or torchrun, or unset " + " ".join(given) + " and let bigtx start them"
     missing = [name for name in (*LAUNCHED, *MEETING) if name not in os.environ]
     if missing:
-        return f"the environment holds {here}, as of a launcher, but not {', '.join(missing)}; {start}"
+        return f"the environment holds {here}, which a launcher sets, but not {', '.join(missing)}; {start}"
     for name in NUMBERS:
         if not os.environ[name].isdecimal():
-            return f"the environment holds {name}={os.environ[name]}, which is no number; {start}"
+            return f"the environment holds {name}={os.environ[name]}, which is not a number; {start}"
     if rank() >= world_size():
         return f"the environment holds {here}: ranks go from 0 to {world_size() - 1}; {start}"
     return None
@@ -86,35 +88,37 @@ def set_supervised(launcher: str | None = None) -> None:
     """Note that this process is a rank that `bigtx` itself started.
 
     Args:
-        launcher: what started `bigtx` on each machine, for people.
+        launcher: the program that started `bigtx` on each machine, in words.
     """
     global _is_supervised, _launcher
     _is_supervised, _launcher = True, launcher
 
 
 def is_supervised() -> bool:
-    """Whether `bigtx` itself started this rank, and watches over it."""
+    """Return whether `bigtx` itself started this rank, and supervises it."""
     return _is_supervised
 
 
 def slurm_place() -> dict[str, str | None]:
-    """This process's SLURM job, and how often it was requeued: `slurm_job` (None outside SLURM), `slurm_restart`."""
+    """Return this process's SLURM job, and how often it was requeued: `slurm_job` (None outside SLURM),
+    `slurm_restart`.
+    """
     job = os.environ.get("SLURM_JOB_ID")
     return {"slurm_job": job, "slurm_restart": os.environ.get("SLURM_RESTART_COUNT", "0")}
 
 
 def share_cores() -> None:
-    """Let OpenMP's threads sleep soon when they wait; call it before torch is imported.
+    """Make OpenMP's threads sleep soon when they wait; call this before torch is imported.
 
     By default they spin for milliseconds, and where other programs want the same cores, that takes most of the time:
-    on two busy cores, passes of a small network were 4 to 14 times slower. What the environment says goes first.
+    on two busy cores, passes of a small network were 4 to 14 times slower. A value in the environment has precedence.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # About 20 microseconds.
 
 
 def launcher_name() -> str | None:
-    """The program that started the run, for people; None for `bigtx` itself, or plain Python."""
+    """Return the program that started the run, for people; None for `bigtx` itself, or plain Python."""
     if _is_supervised or not is_launched():
         return _launcher
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -130,9 +134,9 @@ def launcher_name() -> str | None:
 
 
 def start_of(pid: int) -> str | None:
-    """When a process of this host started: the boot's id and clock ticks since then; None if it is gone.
+    """Return when a process of this host started: the boot's id and clock ticks since then; None if it is gone.
 
-    With it an id names a process for good: ids are used again.
+    With it an id names a process permanently: ids are reused.
     """
     try:
         fields = _stat(pid)
@@ -143,7 +147,7 @@ def start_of(pid: int) -> str | None:
 
 
 def parent_of(pid: int) -> int:
-    """The id of a process's parent; 0 if the process is gone, or has none."""
+    """Return the id of a process's parent; 0 if the process is gone, or has none."""
     try:
         return int(_stat(pid)[1])
     except OSError:
@@ -151,12 +155,12 @@ def parent_of(pid: int) -> int:
 
 
 def _stat(pid: int) -> list[str]:
-    """Fields 3 (state) and on of proc(5): the name before them, in parentheses, may hold anything."""
+    """Return fields 3 (state) and following of proc(5): the name before them, in parentheses, may hold anything."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def hold_free_port() -> socket.socket:
-    """A socket on a free port of this machine, which nobody else is given while the socket is open.
+    """Return a socket on a free port of this machine, which no other program gets while the socket is open.
 
     It does not listen, so that rank 0 can take the port.
     """
@@ -168,7 +172,7 @@ def hold_free_port() -> socket.socket:
 
 @contextlib.contextmanager
 def stopped_at_once() -> Iterator[None]:
-    """Let requests to stop end the process on the spot, for C++ code that waits and hears of no Python handler."""
+    """Make requests to stop end the process at once, for C++ code that waits and runs no Python handler."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

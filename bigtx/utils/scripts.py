@@ -16,10 +16,10 @@ UNSPACED = (
 )
 """Their code points, first and last, below `IDEOGRAPHS`."""
 IDEOGRAPHS = 0x20000
-"""Code points from here on are nearly all ideographs."""
+"""From this code point on, almost all are ideographs."""
 
 
 def is_unspaced(character: str) -> bool:
-    """Whether a character is of such a script."""
+    """Return whether a character belongs to such a script."""
     code = ord(character)
     return code >= IDEOGRAPHS or any(first <= code <= last for first, last in UNSPACED)

@@ -1,4 +1,4 @@
-"""Keeping secrets out of everything that a run writes.
+"""Removal of secrets from everything that a run writes.
 
 A secret is known by its key (`api_key`, `HF_TOKEN`, `password`), by its shape (an AWS key id, a private key, a
 password inside a URL), or because the environment holds it under such a key (the value of WANDB_API_KEY, say).
@@ -13,7 +13,7 @@ from typing import Any
 
 HIDDEN = "<hidden>"
 
-# A count of tokens is no secret: `max_tokens`, `tokenizer` and `pad_token_id` must not match, `HF_TOKEN` must.
+# A count of tokens is not a secret: `max_tokens`, `tokenizer` and `pad_token_id` must not match, `HF_TOKEN` must.
 _SECRET_KEY = re.compile(
     r"(api|access|secret|private|signing|encryption|account)[-_]?key(?!s?_?(path|file))|secret|passw(or)?d|passphrase"
     r"|credential|(^|[-_./])(auth|bearer|access|refresh|id|session|security)?[-_]?token$|(^|[-_./])(pw|pwd|jwt|sas)$",
@@ -31,27 +31,27 @@ _SECRET_SHAPE = re.compile(
     r"|(?<=[?&])(X-Amz-(Signature|Credential|Security-Token)|sig|token|access_token|api_key)=[^&\s]+",
     re.DOTALL | re.IGNORECASE,
 )
-# Options as they stand in a command line: --api-key=VALUE, password: VALUE.
+# Options as they are in a command line: --api-key=VALUE, password: VALUE.
 _SECRET_OPTION = re.compile(r"(?P<key>[\w.-]*[A-Za-z_])(?P<sign>\s*[=:]\s*|\s+)(?P<value>[^\s,;'\"]{8,})")
 
 _SHORTEST_SECRET = 8
 
 
 def is_secret_key(key: str) -> bool:
-    """Whether a setting or variable of this name is taken to hold a secret."""
+    """Return whether a setting or variable of this name is taken to hold a secret."""
     return bool(_SECRET_KEY.search(key)) and not _SPECIAL_TOKEN_KEY.search(key)
 
 
 def scrub(value: Any) -> Any:
-    """A copy of nested dicts, lists and texts in which every secret is replaced by `<hidden>`.
+    """Return a copy of nested dicts, lists and texts in which every secret is replaced by `<hidden>`.
 
-    Numbers, booleans and None are returned as they are, whatever their key.
+    Numbers, booleans and None are returned as they are, with any key.
     """
     return _scrub(value, _environment_secrets())
 
 
 def scrub_text(text: str) -> str:
-    """`scrub` for one text, e.g. a line of a log or a command line."""
+    """Replace secrets as `scrub` does, in one text, e.g. a line of a log or a command line."""
     return _scrub_text(text, _environment_secrets())
 
 
@@ -67,7 +67,7 @@ def _scrub(value: Any, secrets: list[str]) -> Any:
     if isinstance(value, Mapping):
         return {_scrub(key, secrets): _scrub_member(key, member, secrets) for key, member in value.items()}
     if isinstance(value, (list, tuple)):
-        # In a command line, ["--password", "..."], the option before tells what the value is.
+        # In a command line, ["--password", "..."], the previous option says what the value is.
         options = ["", *(member if str(member).startswith("--") else "" for member in value)]
         return [_scrub_member(option, member, secrets) for option, member in zip(options, value, strict=False)]
     return _scrub_text(value, secrets) if isinstance(value, str) else value
@@ -88,7 +88,7 @@ def _scrub_text(text: str, secrets: list[str]) -> str:
 
 
 def _hide_option(match: re.Match[str]) -> str:
-    # Prose has a word after a word ("the password was"): without a sign, only what looks like an option counts.
+    # Prose has a word after a word ("the password was"): without `=` or `:`, only what looks like an option counts.
     is_option = match["sign"].strip() or match["key"].startswith("--")
     if is_option and is_secret_key(match["key"].lstrip("-")):
         return f"{match['key']}{match['sign']}{HIDDEN}"

@@ -1,4 +1,4 @@
-"""Commands and settings as a message shows them: bash and zsh read each back as it is meant."""
+"""Commands and settings as a message shows them: bash and zsh read each of them unchanged."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ _PLAIN = re.compile(r"[\w./-]+", re.ASCII)
 
 
 def command(*words: str | Path) -> str:
-    """Words as a command line. What the user is to fill in stands in capitals (FILE), which need no quotes."""
+    """Return words as a command line. A placeholder is in capitals (FILE), which need no quotes."""
     return " ".join(shlex.quote(str(word)) for word in words)
 
 
 def setting(key: str, value: Any) -> str:
-    """`key=value` as one word: brackets are patterns for a shell, so lists are quoted."""
+    """Write `key=value` as one word: brackets are patterns for a shell, so lists are quoted."""
     return shlex.quote(f"{key}={written(value)}")
 
 
 def settings(values: Mapping[str, Any]) -> str:
-    """Several settings, as words."""
+    """Write several settings as words."""
     return " ".join(setting(key, value) for key, value in values.items())
 
 
 def written(value: Any) -> str:
-    """A setting's value as it is written in a config."""
+    """Return a setting's value as it is written in a config."""
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""A new folder that is whole or absent."""
+"""A new folder that is complete or missing."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from bigtx.utils.files import fsync_dir
 
 
 def refuse_filled(folder: Path) -> None:
-    """Look before the work begins.
+    """Refuse a folder that is not empty, before the work starts.
 
     Raises:
-        ConfigError: something is there already.
+        ConfigError: the folder has content, or is a file.
     """
     if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
-        raise ConfigError(f"{folder} is there already and is not an empty folder; name another one")
+        raise ConfigError(f"{folder} exists already and is not an empty folder; name another one")
 
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, beside the one that it becomes at the end; after an error or a kill, no such folder is there.
+    """Yield a folder to fill, next to the final one, which it becomes at the end; after an error or a kill there is no
+    final folder.
 
     What an earlier attempt left behind is removed.
 
     Raises:
-        ConfigError: something has the name already.
+        ConfigError: the name is in use already.
         LaunchError: it cannot be written.
     """
     refuse_filled(folder)

@@ -1,4 +1,4 @@
-"""Standard output and error of a command: they take every text, and what is lost is known."""
+"""Standard output and error of a command: they accept every text, and lost output is noticed."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any, TextIO
 
 
 class Output(io.FileIO):
-    """The bytes of a standard stream, which remembers what it could not take.
+    """The bytes of a standard stream, which records whether output was lost.
 
-    One that was closed takes everything and loses it, so that no report ends a command before its work is done.
+    One that was closed accepts everything and drops it, so that no message ends a command before its work is done.
 
     Attributes:
         error: why something that was written is lost, if it is.
@@ -26,7 +26,7 @@ class Output(io.FileIO):
         self.is_closed = is_closed
 
     def write(self, data: Any, /) -> int:
-        """Write, or raise and remember why not."""
+        """Write, or raise the error and record it."""
         if self.is_closed:
             self.error = OSError(errno.EBADF, "it is closed")
         try:
@@ -37,10 +37,10 @@ class Output(io.FileIO):
 
 
 def prepare() -> None:
-    """Let standard output and error take every text: characters that their encoding does not have become escapes."""
+    """Make standard output and error accept every text: characters that their encoding does not have become escapes."""
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
-        if stream is None:  # Python found the descriptor closed. Files that are opened must not get its number.
+        if stream is None:  # Python found the descriptor closed. Files that are opened later must not get its number.
             raw = Output(_nowhere(descriptor), is_closed=True)
             setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), errors="backslashreplace"))
         elif isinstance(stream, io.TextIOWrapper):
@@ -50,13 +50,13 @@ def prepare() -> None:
 
 
 def lost() -> OSError | None:
-    """Why something that was written to standard output is lost, if it is."""
+    """Return why something that was written to standard output is lost, if it is."""
     raw = _raw(sys.stdout)
     return raw.error if raw else None
 
 
 def is_closed(stream: TextIO) -> bool:
-    """Whether it is a standard stream that was closed from the start."""
+    """Return whether it is a standard stream that was closed from the start."""
     raw = _raw(stream)
     return raw is not None and raw.is_closed
 
@@ -68,7 +68,7 @@ def _raw(stream: TextIO) -> Output | None:
 
 
 def _nowhere(descriptor: int) -> int:
-    """Open a closed descriptor, leading nowhere; returns it, or another one if something else has it by now."""
+    """Open a closed descriptor on the null device; return it, or another one if it is in use by now."""
     opened = os.open(os.devnull, os.O_WRONLY)
     if opened == descriptor:
         return opened
@@ -81,7 +81,7 @@ def _nowhere(descriptor: int) -> int:
 
 
 def _watched(stream: io.TextIOWrapper) -> io.TextIOWrapper:
-    """The same standard output as a stream that remembers what it could not take."""
+    """Return the same standard output as a stream that records whether output was lost."""
     stream.flush()
     raw = Output(stream.fileno(), is_closed=False)
     # With PYTHONUNBUFFERED there is no buffer.

@@ -1,4 +1,4 @@
-"""Texts of anybody's for a terminal: nothing in them steers it, and they fit."""
+"""Untrusted texts for a terminal: they cannot control it, and they fit into its width."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ERASE_LINE = "\r\x1b[K"
 
 
 def visible(text: str, *, keep: str = "") -> str:
-    """The text with escapes for what is no visible character, such as the codes that move a cursor.
+    """Return the text with escapes for characters that are not visible, such as the codes that move a cursor.
 
     Args:
         keep: characters that stay as they are.
@@ -20,12 +20,14 @@ def visible(text: str, *, keep: str = "") -> str:
 
 
 def width(text: str) -> int:
-    """Columns that a printable text takes: Chinese characters and the like take two, combining marks none."""
+    """Return the number of columns that a printable text takes: Chinese characters and the like take two, combining
+    marks none.
+    """
     return sum(0 if unicodedata.combining(sign) else 1 + (unicodedata.east_asian_width(sign) in "WF") for sign in text)
 
 
 def fitted(text: str, columns: int) -> str:
-    """The text, or its beginning and an ellipsis, filled up with spaces to exactly so many columns."""
+    """Return the text, or its beginning and an ellipsis, padded with spaces to exactly so many columns."""
     if width(text) > columns:
         while text and width(text) > columns - 1:
             text = text[:-1]
@@ -34,5 +36,5 @@ def fitted(text: str, columns: int) -> str:
 
 
 def obeys(stream: TextIO) -> bool:
-    """Whether a stream is a terminal that does what control characters ask for."""
+    """Return whether a stream is a terminal that interprets control characters."""
     return stream.isatty() and os.environ.get("TERM") != "dumb"

@@ -27,11 +27,11 @@ SECONDS = {
 COUNT_EXAMPLE = "a whole number such as 500, 64k, 1.5M or 10B"
 SIZE_EXAMPLE = "a size such as 512 MiB, 1.5 GB or a number of bytes"
 LARGEST = 2**63 - 1
-"""Of any quantity: what 64 bits hold."""
+"""The largest quantity: what 64 bits hold."""
 DURATION_EXAMPLE = "a duration such as 500 steps, 2B tokens, 30 min or 5 %"
 RANGE_EXAMPLE = "a range START-END such as 120k-121k"
 
-# A number, then whatever is left as the suffix. Underscores group digits; some read a leading zero as octal.
+# A number, then the rest as the suffix. Underscores group digits; some read a leading zero as octal.
 NUMBER = r"(?P<number>(?:0|[1-9][0-9]*(?:_[0-9]+)*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,2})?)"
 QUANTITY = re.compile(rf"{NUMBER}\s*(?P<suffix>.*)", re.DOTALL)
 
@@ -49,34 +49,34 @@ class Duration:
 
 
 def parse_count(text: str) -> int:
-    """`500`, `64k`, `1.5M`, `10B`, `2T` (powers of 1000) or `64Ki`, `1Mi` (powers of 1024) as a whole number.
+    """Read `500`, `64k`, `1.5M`, `10B`, `2T` (powers of 1000) or `64Ki`, `1Mi` (powers of 1024) as a whole number.
 
     Raises:
-        ValueError: anything else, a negative or a fractional count included.
+        ValueError: the text is not a count, or the count is negative or fractional.
     """
     return _whole(text, COUNT_SUFFIXES, COUNT_EXAMPLE)
 
 
 def parse_size(text: str) -> int:
-    """`512 MiB`, `1.5 GB` or a plain number as bytes.
+    """Read `512 MiB`, `1.5 GB` or a plain number as bytes.
 
     Raises:
-        ValueError: anything else.
+        ValueError: the text is not a size.
     """
     return _whole(text, SIZE_SUFFIXES, SIZE_EXAMPLE)
 
 
 def parse_duration(text: str) -> Duration:
-    """`500 steps`, `2B tokens`, `30 min`, `1.5 h`, `5 %` as a Duration.
+    """Read `500 steps`, `2B tokens`, `30 min`, `1.5 h`, `5 %` as a Duration.
 
     Raises:
-        ValueError: anything else: a bare number, an unknown unit, more than 100 %.
+        ValueError: the text is not a duration, has no known unit, or is more than 100 %.
     """
     words = text.strip()
     if words.endswith("%"):
         percent = _quantity(words[:-1].strip(), {"": 1}, DURATION_EXAMPLE)
         if percent > 100:
-            raise ValueError(f"is more than the whole run; write at most 100 %, or {DURATION_EXAMPLE}")
+            raise ValueError(f"is more than the run; write at most 100 %, or {DURATION_EXAMPLE}")
         return Duration(float(percent / 100), "fraction")
     match = re.fullmatch(r"(.*?)\s*([A-Za-z]+)", words, re.DOTALL)
     if match is None:
@@ -92,10 +92,10 @@ def parse_duration(text: str) -> Duration:
 
 
 def parse_range(text: str) -> tuple[int, int]:
-    """`1000-2000`, `1.5M-1.6M` as two counts, the first and the one after the last.
+    """Read `1000-2000`, `1.5M-1.6M` as two counts, the first and the one after the last.
 
     Raises:
-        ValueError: anything else, an empty range included.
+        ValueError: the text is not a range, or the range is empty.
     """
     parts = text.split("-")
     if len(parts) != 2:
@@ -107,18 +107,18 @@ def parse_range(text: str) -> tuple[int, int]:
 
 
 def format_count(value: float) -> str:
-    """A count in at most three significant digits: 10B, 1.23M, 512; `parse_count` reads whole ones back."""
+    """Return a count in at most three significant digits: 10B, 1.23M, 512; `parse_count` reads whole ones back."""
     return _short(value, (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)))
 
 
 def format_size(num_bytes: float) -> str:
-    """Bytes in at most three significant digits: 512 MiB, 1.5 GiB, 17 B; `parse_size` reads whole ones back."""
+    """Write bytes in at most three significant digits: 512 MiB, 1.5 GiB, 17 B; `parse_size` reads whole ones back."""
     text = _short(num_bytes, ((" TiB", 2**40), (" GiB", 2**30), (" MiB", 2**20), (" KiB", 2**10)))
     return text if text.endswith("iB") else f"{text} B"
 
 
 def format_duration(duration: Duration) -> str:
-    """The text that `parse_duration` reads back as the same duration."""
+    """Return the text that `parse_duration` reads back as the same duration."""
     if duration.unit == "fraction":
         return f"{_plain(Decimal(repr(duration.value)) * 100)} %"
     if duration.unit == "seconds":
@@ -135,7 +135,7 @@ def _quantity(text: str, suffixes: dict[str, int], example: str) -> Decimal:
         raise ValueError(f"is not {example}")
     factor = suffixes.get(match["suffix"].lower())
     if factor is None:
-        raise ValueError(f"ends in {match['suffix']!r}, which is no unit here; write {example}")
+        raise ValueError(f"ends in {match['suffix']!r}, which is not a unit here; write {example}")
     quantity = Decimal(match["number"].replace("_", "")) * factor
     if quantity > LARGEST:
         raise ValueError(f"is too large; write {example}")
@@ -162,6 +162,6 @@ def _three_digits(value: float) -> str:
 
 
 def _plain(value: Decimal) -> str:
-    """Without an exponent and without trailing zeros."""
+    """Write a number without an exponent and without trailing zeros."""
     text = f"{value:f}"
     return text.rstrip("0").rstrip(".") if "." in text else text

@@ -1,4 +1,4 @@
-"""Places written as URLs: which of them bigtx reads. Imports nothing, so that a config can be checked with it."""
+"""URLs, and which of them bigtx reads. Imports nothing, so that a config can be checked with it."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(//|:)|pipe:")
 
 
 def is_url(place: str) -> bool:
-    """Whether a place is meant as a URL, one that bigtx reads or not; all else are paths."""
+    """Return whether a place is meant as a URL, whether bigtx reads it or not; all others are paths."""
     return _URL.match(place) is not None
 
 
 def url_problem(url: str) -> str | None:
-    """Why bigtx does not read a URL, as a phrase; None if it does."""
+    """Return why bigtx does not read a URL, as a phrase; None if it does."""
     protocol, _, rest = url.partition(":")
     if protocol == "file":
         return "is a file of this machine; write its plain path"
     if "::" in url or protocol not in PROTOCOLS or not rest.startswith("//"):
-        return f"is no URL that bigtx reads; write one that begins with {', '.join(f'{name}://' for name in PROTOCOLS)}"
+        protocols = ", ".join(f"{name}://" for name in PROTOCOLS)
+        return f"is not a URL that bigtx reads; write one that begins with {protocols}"
     parts = urlsplit(url)
     if not parts.netloc:
         return "names no host or bucket"
     if "@" in parts.netloc:
-        return "holds a name or password, which configs and logs would show; put them into ~/.netrc"
+        return "contains a name or password, which configs and logs would show; put them into ~/.netrc"
     return None

@@ -1,3 +1,3 @@
-"""The version of bigtx, where every layer can see it; a test holds it against pyproject.toml."""
+"""The version of bigtx, where every layer can import it; a test compares it with pyproject.toml."""
 
 __version__ = "0.1.0"

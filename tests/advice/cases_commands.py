@@ -28,7 +28,7 @@ def an_option_without_a_value(desk: Desk) -> Attempt:
     return line("bigtx data inspect corpus", "--samples", desk)
 
 
-@CASES.case(" stands alone; write ", r"write (samples=N),", fill={"N": "1"})
+@CASES.case(" has no value; write ", r"write (samples=N),", fill={"N": "1"})
 def an_option_as_a_word(desk: Desk) -> Attempt:
     return line("bigtx data inspect corpus", "samples", desk)
 

@@ -105,7 +105,7 @@ def an_unknown_option(desk: Desk) -> Attempt:
     "it is a Hugging Face model; `bigtx import`",
     r"`(bigtx import)`",
     value="foreign output=made",
-    sources=["`bigtx import` makes a run of it"],
+    sources=["`bigtx import` converts it to a run"],
 )
 def a_model_that_is_no_run(desk: Desk) -> Attempt:
     desk.without("transformers")
@@ -125,7 +125,7 @@ def a_pretrained_run_to_fine_tune(desk: Desk) -> Attempt:
     return lambda words: attempt(words) if words else Outcome(False, refused.text)
 
 
-@CASES.case("with task=transcribe hears; write 0 here", r"write (0) here")
+@CASES.case("with task=transcribe reads audio; write 0", r"write (0)$")
 def a_pretraining_that_hears(desk: Desk) -> Attempt:
     key = "model.audio.num_mel_bins"
     attempt = config(desk, PretrainConfig, *PRETRAIN, "model.shape=encoder_decoder", "objective.name=span_corruption")
@@ -137,7 +137,7 @@ def no_base(desk: Desk) -> Attempt:
     return config(desk, FinetuneConfig, *FINETUNE[1:])
 
 
-@CASES.case("stand beside trained weights; name a run", r"e\.g\. (\S+=\S+)$", fill={"runs/mine": "decoder"})
+@CASES.case("need trained weights; name a run", r"e\.g\. (\S+=\S+)$", fill={"runs/mine": "decoder"})
 def adapters_of_nothing(desk: Desk) -> Attempt:
     return config(desk, PretrainConfig, *PRETRAIN, "model.lora.rank=4")
 
@@ -193,7 +193,7 @@ def a_source_that_is_not_finished(desk: Desk) -> Attempt:
 
 
 @CASES.case(
-    "so it is no prepared corpus; `bigtx data prepare ",
+    "so it is not a prepared corpus; `bigtx data prepare ",
     r"`(bigtx data prepare .*?)`",
     fill={"TOKENIZER": "tokenizer", "CORPUS": "made num_processes=1"},
 )
@@ -207,13 +207,13 @@ def rows_without_packing(desk: Desk) -> Attempt:
     return config(desk, FinetuneConfig, *FINETUNE, "task=sft", "sft.row_length=64")
 
 
-@CASES.case("the encoder hears, which task=", r"write (task=\w+),")
+@CASES.case("gives the model an audio encoder, which task=", r"write (task=\w+),")
 def another_task_than_hearing(desk: Desk) -> Attempt:
     given = ["task=translate", "model.shape=encoder_decoder", "model.audio.num_mel_bins=80"]
     return config(desk, FinetuneConfig, *FINETUNE, *given)
 
 
-@CASES.case("an encoder hears, but model.shape=decoder; write 0, or ", r"or (model\.shape=\w+)")
+@CASES.case("audio needs an encoder, but model.shape=decoder; write 0, or ", r"or (model\.shape=\w+)")
 def a_decoder_that_hears(desk: Desk) -> Attempt:
     return config(desk, FinetuneConfig, *FINETUNE, *SPEECH)
 
@@ -234,6 +234,6 @@ def a_gate_of_nothing(desk: Desk) -> Attempt:
     return config(desk, PretrainConfig, *PRETRAIN, "model.experts.num_experts=4", "model.experts.shared_gate=true")
 
 
-@CASES.case("is not for ", r"write (\w+)", sources=["is not for {what}; write"])
+@CASES.case("is not possible for ", r"write (\w+)", sources=["is not possible for {what}; write"])
 def an_objective_of_another_shape(desk: Desk) -> Attempt:
     return config(desk, PretrainConfig, *PRETRAIN, "objective.name=masked", key="objective.name")

@@ -42,12 +42,12 @@ def too_many_rejects(desk: Desk) -> Attempt:
     return prepare(desk, b_jsonl='{"text": "the tree"}\n' * 7 + "no json\n" * 3)
 
 
-@CASES.case("if it is plain text, say so: ", r"say so: (\S+)\.$")
+@CASES.case("if it is plain text, add its suffix: ", r"add its suffix: (\S+)\.$")
 def an_unknown_suffix(desk: Desk) -> Attempt:
     return prepare(desk, PREPARE.replace("=texts", "=[texts/a.txt,texts/b.log]"), b_log=TEXTS[0])
 
 
-@CASES.case(" needs pyarrow, which is not there", r"(pip install \S+)\.", r"globs: (.*)\.$")
+@CASES.case(" needs pyarrow, which is not installed", r"(pip install \S+)\.", r"globs: (.*)\.$")
 def parquet_without_pyarrow(desk: Desk) -> Attempt:
     import pyarrow
     from pyarrow.parquet import write_table
@@ -111,7 +111,7 @@ def a_long_document(desk: Desk) -> Attempt:
 
 
 @CASES.case(
-    " holds no parts to merge; `bigtx data prepare",
+    " has no parts to merge; `bigtx data prepare",
     r"`(bigtx data prepare .*?)`",
     fill={"...": "input.paths=texts tokenizer=tokenizer num_processes=1", "1/N": "1/2"},
 )
@@ -172,7 +172,7 @@ def a_damaged_part(desk: Desk) -> Attempt:
     return merge
 
 
-@CASES.case(" was made otherwise than part 1: ", r"Run (part=\S+) again")
+@CASES.case(" was made with other settings than part 1: ", r"Run (part=\S+) again")
 def a_part_made_otherwise(desk: Desk) -> Attempt:
     merge = two_parts(desk)
     path = desk.folder / "new.partial/part-2-of-2/recipe.json"
@@ -208,7 +208,7 @@ def the_last_part(desk: Desk) -> Attempt:
     return lambda words: attempt(["part=2/2"])
 
 
-@CASES.case("That is little to measure on; ", r"(validation_fraction=\S+) would")
+@CASES.case("That is too little for a stable loss; ", r"(validation_fraction=\S+) would")
 def little_held_out_text(desk: Desk) -> Attempt:
     prepare(desk)
     desk.lines("texts/b.jsonl", *({"text": f"{number} the tree"} for number in range(400)))
@@ -219,7 +219,7 @@ def little_held_out_text(desk: Desk) -> Attempt:
     return work
 
 
-@CASES.case(", with which it stays as it is", r"Set (memory=\w+),")
+@CASES.case(", which leaves it unchanged", r"Set (memory=\w+),")
 def another_memory(desk: Desk) -> Attempt:
     attempt = prepare(desk)
     assert not attempt([]).refused
@@ -233,7 +233,7 @@ def another_memory(desk: Desk) -> Attempt:
 MADE = {"bigtx data prepare": PREPARE}
 
 
-@CASES.case(" is no prepared corpus: it ", r"`(bigtx data prepare)`", fill=MADE)
+@CASES.case(" is not a prepared corpus: it ", r"`(bigtx data prepare)`", fill=MADE)
 def no_corpus(desk: Desk) -> Attempt:
     prepare(desk)
     return desk.command("bigtx data inspect new")
@@ -246,10 +246,10 @@ def no_split(desk: Desk) -> Attempt:
 
 
 @CASES.case(
-    "that file is lost. Name a folder",
+    "or lost that file. Name a folder",
     r"(bigtx data prepare)`",
     fill=MADE,
-    sources=["it is no prepared split, or"],
+    sources=["it is not a prepared split, or"],
 )
 def no_manifest(desk: Desk) -> Attempt:
     prepare(desk)
@@ -305,7 +305,7 @@ def no_py3langid(desk: Desk) -> Attempt:
     return lambda words: call(check_rules, config)
 
 
-@CASES.case(", which is not there (", r"(pip install \S+)\.$")
+@CASES.case(", which is missing (", r"(pip install \S+)\.$")
 def no_s3fs(desk: Desk) -> Attempt:
     desk.without("s3fs")
     file_system.cache_clear()
@@ -319,7 +319,7 @@ def texts(desk: Desk) -> None:
     desk.write("texts/a.txt", TEXTS[0] * 20)
 
 
-@CASES.case(" allow: there are no more than ", r"set (vocab_size=\d+) or less")
+@CASES.case(" allow: they have at most ", r"set (vocab_size=\d+) or less")
 def too_many_pieces(desk: Desk) -> Attempt:
     texts(desk)
     return desk.command(TRAIN.replace("=400", "=9000"))
@@ -338,7 +338,7 @@ def too_small_a_vocabulary(desk: Desk) -> Attempt:
     return desk.command(TRAIN.replace("=400", "=700"))
 
 
-@CASES.case(" would suit it.", r"(vocab_size=\S+) would")
+@CASES.case(" would fit.", r"(vocab_size=\S+) would")
 def too_large_a_vocabulary(desk: Desk) -> Attempt:
     def remark(words: Sequence[str]) -> Outcome:
         size = load(TokenizerTrainConfig, ["vocab_size=128k", *words], check=False).vocab_size

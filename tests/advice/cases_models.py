@@ -100,7 +100,7 @@ def an_output_of_another_checkpoint(desk: Desk) -> Attempt:
     return attempt
 
 
-@CASES.case("(or, for `bigtx predict`, give it by", r"`(input=-)`")
+@CASES.case("(or, for `bigtx predict`, pass it by", r"`(input=-)`")
 def a_pipe_as_input(desk: Desk) -> Attempt:
     desk.take("classifier")
     os.mkfifo("pipe")
@@ -308,13 +308,13 @@ def weights_beyond_fp16(desk: Desk) -> Attempt:
     return desk.command("bigtx export loud output=new --no-verify dtype=fp16")
 
 
-@CASES.case("can only be seen with it, and it is not installed", r"(pip install \S+)$")
+@CASES.case("needs transformers, which is not installed", r"(pip install \S+)$")
 def no_transformers_for_a_tokenizer(desk: Desk) -> Attempt:
     desk.without("transformers")
     return lambda words: call(_load, Path("x")) if "transformers" in desk.hidden else Outcome(False, "")
 
 
-@CASES.case("Have transformers write what it reads", r"(python -c .*?\)\S)( A run|$)", slow=True)
+@CASES.case("Let transformers write its own version", r"(python -c .*?\)\S)( A run|$)", slow=True)
 def a_tokenizer_that_transformers_reads_otherwise(desk: Desk) -> Attempt:
     desk.take("tokenizer")
     desk.write("tokenizer/config.json", '{"model_type": "llama"}')

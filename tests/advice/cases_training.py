@@ -216,7 +216,7 @@ for shown, parse, text in (
     ("has no unit; write ", parse_duration, "5"),
     ("has no unit that bigtx knows; write ", parse_duration, "5 apples"),
     ("ends before it begins; write ", parse_range, "5-3"),
-    (", which is no unit here; write ", parse_count, "5 apples"),
+    (", which is not a unit here; write ", parse_count, "5 apples"),
     ("is too large; write ", parse_count, "9" * 30),
     ("is not a whole number; write ", parse_count, "0.5"),
 ):

@@ -23,7 +23,7 @@ NO_ADVICE = "names a command or a setting, and advises nothing that could be cop
 NEEDS_A_MACHINE = "needs a machine or a program that tests do not have"
 FOLLOWED_ON_A_CLUSTER = "followed by tests/slurm and tests/test_slurm_command.py"
 EXCEPTIONS: Mapping[str, str] = {
-    "`bigtx configs list`. `bigtx configs explain KEY` says": "the usage of commands with settings",
+    "`bigtx configs list`. `bigtx configs explain KEY` explains": "the usage of commands with settings",
     "`bigtx help COMMAND` says what a command takes": "the usage of bigtx",
     "usage: bigtx help [COMMAND]": "the usage of bigtx",
     "pretrain pretrain/gpt-125m.yaml data.sources.mine.path=corpus": "the usage of bigtx slurm",
@@ -38,7 +38,7 @@ EXCEPTIONS: Mapping[str, str] = {
     "; it was not compared with transformers (--no-verify)": NO_ADVICE,
     " is not a manifest of `bigtx data prepare`": NO_ADVICE,
     "Another `bigtx data` command is writing": NO_ADVICE,
-    " exists and is no corpus of `bigtx data prepare`": NO_ADVICE,
+    " exists and is not a corpus of `bigtx data prepare`": NO_ADVICE,
     "is neither a mapping nor a text; write {": NO_ADVICE,
     "nothing is left of the text by transcribe.normalize": NO_ADVICE,
     "objective.name=span_corruption cuts": NO_ADVICE,
@@ -47,7 +47,7 @@ EXCEPTIONS: Mapping[str, str] = {
     "none of the corpora holds text out; `bigtx data prepare`": NO_ADVICE,
     "write it again, e.g. ffmpeg": NEEDS_A_MACHINE,
     "raise it (ulimit -Hn)": NEEDS_A_MACHINE,
-    "It was fetched twice; look at the shard": NEEDS_A_MACHINE,
+    "It was fetched twice; check the shard": NEEDS_A_MACHINE,
     "is not supported by this machine's": NEEDS_A_MACHINE,
     "next: {command('bigtx', 'slurm', 'status'": FOLLOWED_ON_A_CLUSTER,
     "to stop it with a checkpoint and have it go on later": FOLLOWED_ON_A_CLUSTER,
@@ -66,7 +66,7 @@ EXCEPTIONS: Mapping[str, str] = {
     "another launcher has started the ranks already": "tests/launch/test_world.py",
     " is full of evaluations called ": "needs 10,000 files",
     "the run hears recordings and reads no prompts": "as of a model that sorts texts",
-    "the model hears (model.audio), and bigtx exports only": "as of a model that sorts texts",
+    "the model reads audio (model.audio), but only models of tokens": "as of a model that sorts texts",
 }
 """What no case follows, by words of it, and why."""
 

@@ -72,7 +72,7 @@ def test_a_classifier_of_the_other_small_decoder_can_be_exported() -> None:
         made = over(load(FinetuneConfig, ["finetune/classify.yaml"], check=False), base)
         made.model.vocab_size = 1000
         if base == "pretrain/small.yaml":
-            with pytest.raises(ConfigError, match="no nanochat that sorts texts"):
+            with pytest.raises(ConfigError, match="no classifier for it"):
                 family_of(made)
         else:
             assert family_of(made).model_type == "qwen3"

@@ -44,19 +44,19 @@ def test_phases_and_windows_are_read_from_files_and_the_command_line(good: list[
         (["data.phases.late.start=8 steps"], r"data\.phases\.late\.start=8 steps.*whole number such as"),
         (
             ["data.phases.late.start=8B", "data.phases.late.weights.coed=1"],
-            r"data\.phases\.late\.weights\.coed \(command line\): is no source in data\.sources; did you mean code\?",
+            r"phases\.late\.weights\.coed \(command line\): is not a source in data\.sources; did you mean code\?",
         ),
-        (["data.phases.late.start=8B", "data.phases.late.weights.xyz=1"], "there are web, code"),
+        (["data.phases.late.start=8B", "data.phases.late.weights.xyz=1"], "sources are web, code"),
         (
             ["data.phases.late.start=8B", "data.phases.late.weights={web: 0, code: 0}"],
             r"data\.phases\.late\.weights \(command line\): every weight is 0",
         ),
         (["data.phases.late.start=8B", "data.phases.late.weights.web=-1"], r"weights\.web=-1.*too small"),
         (["data.phases.late.start=8B", "data.phases.late.weights.web=much"], r"weights\.web=much.*is not a number"),
-        (["data.phases.late.start=8B", "data.phases.late.weights=3"], "holds numbers by name"),
+        (["data.phases.late.start=8B", "data.phases.late.weights=3"], "has numbers by name"),
         (
             ["data.phases.a.start=1_000_000", "data.phases.b.start=1_000_100"],
-            r"data\.phases\.b\.start=1000100.*begins with sequence 977, as data\.phases\.a does",
+            r"data\.phases\.b\.start=1000100.*starts at sequence 977, as does data\.phases\.a",
         ),
         (["data.skip=[100]"], r"data\.skip=100.*is not a range START-END"),
         (["data.skip=[1-2-3]"], "is not a range"),
@@ -92,7 +92,7 @@ def test_phases_never_change_within_a_run_and_windows_may(good: list[str]) -> No
 def test_a_folder_that_is_no_corpus_is_named_with_what_makes_one(good: list[str], tmp_path: Path) -> None:
     (tmp_path / "my texts").mkdir()
     (tmp_path / "my texts" / "a.txt").write_text("a")
-    with pytest.raises(ConfigError, match=r"so it is no prepared corpus; `bigtx data prepare 'input\.paths=my texts"):
+    with pytest.raises(ConfigError, match=r"it is not a prepared corpus; `bigtx data prepare 'input\.paths=my texts"):
         load(PretrainConfig, [*good, "data.sources.web.path=my texts"])
     with pytest.raises(ConfigError, match=r"data\.sources\.web\.path=web/train.*web"):
         load(PretrainConfig, [*good, "data.sources.web.path=web/train"])

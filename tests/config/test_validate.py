@@ -50,7 +50,10 @@ def test_an_empty_config_lists_what_is_missing(corpus: Path) -> None:
         (["data.sources.mine.weight=0"], "every weight is 0"),
         (["data.sources.other.weight=1"], r"data\.sources\.other\.path: is not given"),
         (["validation.sources.v.path=nowhere"], r"validation\.sources\.v\.path=nowhere"),
-        (["train.max_tokens=1B"], "both are given, this and train.max_tokens; take one back by train.max_steps=null"),
+        (
+            ["train.max_tokens=1B"],
+            "train.max_tokens is given too; write only one of them, or unset one by train.max_steps=null",
+        ),
         (["init_from=nowhere"], "init_from=nowhere .*no such folder"),
         (["allow_changes=[train.max_stepz]"], "no such setting; did you mean train.max_steps"),
         (["allow_changes=[train]"], "is a section"),
@@ -73,26 +76,29 @@ def test_an_empty_config_lists_what_is_missing(corpus: Path) -> None:
         (["model.positions=relative", "model.relative_max_distance=16"], "exact distances"),
         (["model.positions=learned", "model.rope_scaling.method=linear"], "stretches rotary"),
         (["model.positions=learned", "train.sequence_length=4k"], "longer than the learned positions"),
-        (["objective.name=masked"], "is not for model.shape=decoder; write causal or fill_in_middle"),
-        (["model.shape=encoder"], "objective.name=causal: is not for model.shape=encoder; write masked"),
+        (["objective.name=masked"], "is not possible for model.shape=decoder; write causal or fill_in_middle"),
+        (["model.shape=encoder"], "objective.name=causal: is not possible for model.shape=encoder; write masked"),
         (["model.shape=encoder_decoder"], "write span_corruption or prefix"),
-        (["model.prefix_attention=true"], "is not for a decoder with model.prefix_attention; write prefix"),
-        (["objective.mask_rate=0.3"], r"mask_rate=0\.3 .*says nothing without objective\.name=masked"),
+        (["model.prefix_attention=true"], "is not possible for a decoder with model.prefix_attention; write prefix"),
+        (["objective.mask_rate=0.3"], r"mask_rate=0\.3 .*has no effect without objective\.name=masked"),
         (
             ["model.shape=encoder", "objective.name=masked", "validation.sample_prompts=[a]"],
-            "an encoder .* writes no text",
+            "an encoder .* generates no text",
         ),
         (["engine.offload_optimizer=cpu", "engine.zero_stage=0"], "needs engine.zero_stage 1, 2 or 3"),
         (["engine.offload_parameters=cpu"], "needs engine.zero_stage=3; it is 1"),
-        (["engine.timeout=30 steps"], "is no time"),
-        (["train.log_every=0 steps"], "is no rhythm"),
+        (["engine.timeout=30 steps"], "is not a time"),
+        (["train.log_every=0 steps"], "is not an interval"),
         (["schedule.warmup=30 min"], "is a time; write steps"),
-        (["schedule.warmup=101 steps"], "more than the whole run"),
+        (["schedule.warmup=101 steps"], "longer than the whole run"),
         (
             ["schedule.name=warmup_stable_decay", "schedule.warmup=30 %", "schedule.decay=71 steps"],
-            "more than the whole run",
+            "longer than the whole run",
         ),
-        (["train.max_steps=null", "train.max_tokens=1M", "schedule.warmup=2M tokens"], "more than the whole run"),
+        (
+            ["train.max_steps=null", "train.max_tokens=1M", "schedule.warmup=2M tokens"],
+            "longer than the whole run",
+        ),
     ],
 )
 def test_refused(corpus: Path, args: list[str], words: str) -> None:
@@ -112,7 +118,7 @@ def test_a_schedule_that_fills_the_run_is_good(corpus: Path) -> None:
 def test_the_ranks_count(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert "does not divide over 3 ranks; 30 or 33 would" in refusal(PretrainConfig, *GOOD)
+    assert "cannot be divided over 3 ranks; write 30 or 33," in refusal(PretrainConfig, *GOOD)
     load(PretrainConfig, [*GOOD, "train.global_batch_size=36"])
     monkeypatch.setenv("WORLD_SIZE", "64")
     assert "64 would" in refusal(PretrainConfig, *GOOD)

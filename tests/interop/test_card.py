@@ -86,7 +86,7 @@ def test_a_trained_model_tells_what_its_run_recorded(tmp_path: Path, tokenizer: 
         'model = AutoModelForCausalLM.from_pretrained("FOLDER")',
     ):
         assert line in text.splitlines(), line
-    assert "began with the weights of `first`" in text
+    assert "started from the weights of `first`" in text
     assert "somebody" not in text
 
 
@@ -96,7 +96,7 @@ def test_an_imported_model_claims_no_training(tmp_path: Path, tokenizer: Tokeniz
     assert front_matter(text)["license"] == "unknown"
     assert front_matter(text)["pipeline_tag"] == "text2text-generation"
     assert "from a Hugging Face model, `gpt-tiny`" in text and "without training in between" in text
-    assert "Before the weights came to bigtx: not recorded." in text
+    assert "Before the import into bigtx: not recorded." in text
     assert "Sources: not recorded. Tokens read in training: not recorded." in text
     assert "Validation losses: not recorded." in text
     assert "Optimizer" not in text and "Seed" not in text

@@ -237,16 +237,16 @@ def test_an_imported_classifier_is_trained_on_and_leaves_again(foreign_bert: Pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"problem_type": "multi_label_classification"}, "problem_type='multi_label_classification', and a classifier"),
-        ({"id2label": {"0": "x"}}, "one class, so it gives a number"),
-        ({"id2label": {"0": "x", "1": "x", "2": "y"}}, "two classes of one name"),
+        ({"problem_type": "multi_label_classification"}, "problem_type='multi_label_classification', but a classifier"),
+        ({"id2label": {"0": "x"}}, "one class, so it predicts a number"),
+        ({"id2label": {"0": "x", "1": "x", "2": "y"}}, "two classes with the same name"),
         ({"id2label": {"0": "x", "2": "y"}}, "id2label numbers its classes 0, 2"),
         ({"id2label": {"0": "x", "1": "y"}}, "classifier.bias [3] instead of [2]"),
         (
             {"architectures": ["BertForTokenClassification"]},
             "it is a BertForTokenClassification, and bigtx has no such",
         ),
-        ({"architectures": ["RobertaForSequenceClassification"]}, "bigtx reads no classifiers of model_type 'bert'"),
+        ({"architectures": ["RobertaForSequenceClassification"]}, "bigtx cannot read classifiers of model_type 'bert'"),
     ],
 )
 def test_heads_that_are_not_read(
@@ -286,7 +286,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "nanochat": (
         {"norm_scale": False, "qk_norm": True, "embedding_norm": True, "mlp": "relu2"},
         {},
-        "nanochat: model.num_classes=3: transformers has no nanochat that sorts texts",
+        "nanochat: model.num_classes=3: transformers has no classifier for it",
     ),
     "no transform": (MODERN | {"head_transform": False}, {}, "modernbert: model.head_transform=false: the family has"),
     "mean of a BERT": (BERT | {"num_token_types": 2}, {"pooling": "mean"}, "bert: classify.pooling=mean: the family"),

@@ -141,7 +141,7 @@ def test_roberta_counts_positions_from_the_padding(tokenizer: Tokenizer) -> None
     assert (config.position_offset, config.max_sequence_length) == (2, 512)
     assert family.problems(config) == []
     assert tokenizer.pad_id == 0
-    with pytest.raises(ConfigError, match=r"model.position_offset=2 calls for 1, and the tokenizer's padding.* is 0"):
+    with pytest.raises(ConfigError, match=r"model.position_offset=2 needs the id 1, but .* padding.* is 0"):
         family.write_config(config, tokenizer)
 
 

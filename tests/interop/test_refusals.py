@@ -110,13 +110,13 @@ def test_a_shard_cut_short(sharded: Path, tmp_path: Path, capsys: pytest.Capture
     victim = sorted(folder.glob("*.safetensors"))[1]
     victim.write_bytes(victim.read_bytes()[:-100])
     message = import_refused(capsys, folder)
-    assert victim.name in message and "is not a whole safetensors file" in message
+    assert victim.name in message and "is not a complete safetensors file" in message
 
 
 def test_no_safetensors_at_all(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = copied(whole, tmp_path)
     (folder / "model.safetensors").write_bytes(b"")
-    assert "is not a whole safetensors file" in import_refused(capsys, folder)
+    assert "is not a complete safetensors file" in import_refused(capsys, folder)
     (folder / "model.safetensors").unlink()
     assert f"neither model.safetensors nor {INDEX}" in import_refused(capsys, folder)
 
@@ -177,7 +177,7 @@ def test_code_of_a_model_is_not_run(whole: Path, tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "mamba"}, ["'mamba'", "those are", "llama"]),
+        ({"model_type": "mamba"}, ["'mamba'", "which are", "llama"]),
         ({"model_type": None}, ["names no model_type"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["quantized"]),
         ({"num_key_value_heads": 3}, ["num_kv_heads", "does not divide"]),
@@ -220,7 +220,7 @@ def test_fields_that_other_families_refuse() -> None:
         ),
     ):
         values = make_config(model_type).to_dict() | {"moe_intermediate_size": 24, **changes}
-        with pytest.raises(ConfigError, match=r"config\.json has what bigtx does not express") as caught:
+        with pytest.raises(ConfigError, match=r"config\.json has fields that bigtx cannot express") as caught:
             by_model_type(model_type).read_config(values)
         assert word in str(caught.value)
 
@@ -232,13 +232,13 @@ def test_tensors_that_are_no_numbers(whole: Path, tmp_path: Path, capsys: pytest
     assert f"{key} (I8)" in import_refused(capsys, folder)
     # Found only when nearly all has been written: nothing of it stays.
     change_tensors(folder, **{"lm_head.weight": torch.full((100, 32), torch.nan), key: torch.zeros(48, 32)})
-    assert "lm_head.weight holds values that are not finite" in import_refused(capsys, folder)
+    assert "lm_head.weight has values that are not finite" in import_refused(capsys, folder)
 
 
 def test_a_head_of_its_own_that_is_called_tied(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = copied(whole, tmp_path)
     change_config(folder, tie_word_embeddings=True)
-    assert "lm_head.weight holds other numbers than model.embed_tokens.weight" in import_refused(capsys, folder)
+    assert "lm_head.weight has other numbers than model.embed_tokens.weight" in import_refused(capsys, folder)
     embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
     change_tensors(folder, **{"lm_head.weight": embedding.clone()})
     assert main(["import", str(folder), "-o", str(tmp_path / "run")]) == 0
@@ -298,7 +298,7 @@ def test_exports_that_are_refused(run: Path, tmp_path: Path, capsys: pytest.Capt
     new = tmp_path / "new"
     assert "holds no ema weights (it has master)" in refused(capsys, "export", run, "-o", new, "--weights", "ema")
     message = refused(capsys, "export", run, "-o", new, "--family", "gpt2")
-    assert "the family gpt2 does not express this model: model.norm=rms: " in message
+    assert "the family gpt2 cannot express this model: model.norm=rms: " in message
     assert "'gtp2'" in refused(capsys, "export", run, "-o", new, "--family", "gtp2")
     assert "max_shard_size=5 apples" in refused(capsys, "export", run, "-o", new, "--max-shard-size", "5 apples")
 
@@ -424,7 +424,7 @@ def test_fp16_that_does_not_hold_the_weights(whole: Path, tmp_path: Path, capsys
     change_tensors(folder, **{"model.norm.weight": torch.full((32,), 1e6)})
     assert main(["import", str(folder), "-o", str(tmp_path / "run")]) == 0
     message = refused(capsys, "export", tmp_path / "run", "-o", tmp_path / "out", "--dtype", "fp16")
-    assert "model.norm.weight holds values beyond fp16's largest" in message
+    assert "model.norm.weight has values above fp16's largest" in message
 
 
 def test_a_damaged_checkpoint_is_not_exported(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

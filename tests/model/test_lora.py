@@ -96,7 +96,7 @@ def test_targets_that_find_nothing() -> None:
         (problem,) = model_problems(config)
         assert problem.key == "model.lora.targets" and expected in str(problem), problem
     (problem,) = model_problems(dataclasses.replace(MODEL, lora=LoraConfig(targets=["mlp.*"])))
-    assert "says nothing without model.lora.rank" in str(problem)
+    assert "has no effect without model.lora.rank" in str(problem)
 
 
 def test_initial_values() -> None:

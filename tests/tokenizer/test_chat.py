@@ -48,7 +48,7 @@ def test_what_is_no_chat_is_refused(bpe: Tokenizer, messages: Any, message: str)
 
 def test_roles_that_are_missing_are_told(texts: list[str]) -> None:
     pilots = train(TokenizerTrainConfig(vocab_size=500, chat_roles=["pilot"]), texts[:1])
-    with pytest.raises(DataError, match="no role assistant to answer in; this tokenizer knows pilot"):
+    with pytest.raises(DataError, match="no role assistant for the answer; this tokenizer knows pilot"):
         pilots.encode_chat([{"role": "pilot", "content": ""}], add_generation_prompt=True)
     nobody = train(TokenizerTrainConfig(vocab_size=500, chat_roles=[]), texts[:1])
     with pytest.raises(DataError, match="has no chat roles"):

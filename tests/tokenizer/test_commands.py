@@ -37,7 +37,7 @@ def test_train_inspect_and_import_as_a_user_calls_them(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "bytes per token" in done.stdout
-    assert "comes back as it was" in done.stdout
+    assert "is restored exactly" in done.stdout
     assert "CHANGED" not in done.stdout
     assert "Next: bigtx data prepare 'input.paths=[" in done.stdout
     tokenizer = Tokenizer.load(tmp_path / "mine")
@@ -51,7 +51,7 @@ def test_train_inspect_and_import_as_a_user_calls_them(tmp_path: Path) -> None:
     assert "100 sentinels 5..104" in shown.stdout
     assert "[▁: 3 bytes]" in shown.stdout
     assert str(tokenizer.encode("import os▁")) in shown.stdout
-    assert "every text comes back as it was" in shown.stdout
+    assert "every text is restored exactly" in shown.stdout
 
     brought = bigtx("tokenizer", "import", "mine/tokenizer.model", "-o", "other", cwd=tmp_path)
     assert brought.returncode == 0, brought.stderr
@@ -147,7 +147,7 @@ def test_passed_over_files_are_counted(tmp_path: Path, capsys: pytest.CaptureFix
     train_command([f"input.paths={tmp_path}", f"output={tmp_path / 'new'}", "vocab_size=512", "input.max_rejects=0"])
     shown = capsys.readouterr().out
     assert "Reading 1 file," in shown
-    assert "Passed over, by their suffix: 2 .rst, 1 without a suffix" in shown
+    assert "Skipped, by their suffix: 2 .rst, 1 without a suffix" in shown
 
 
 def test_an_empty_corpus_is_an_error(tmp_path: Path) -> None:

@@ -71,14 +71,14 @@ def test_a_symbol_with_a_space_leaves_long_texts_in_parts(texts: list[str]) -> N
 @pytest.mark.parametrize(
     ("symbols", "message"),
     [
-        ([""], "an empty text is no symbol"),
+        ([""], "an empty text is not a symbol"),
         (["<mask>"], "'<mask>' is the name of a reserved id"),
         (["<|user|>"], "'<|user|>' is the name of a reserved id"),
         (["<0x41>"], "'<0x41>' is the name of a reserved id"),
-        (["a\u2581b"], "no symbol can hold"),
-        (["\0"], "no symbol can hold"),
-        (["\ud800"], "no symbol can hold"),
-        (["ab", "cd", "ab"], "'ab' is there twice"),
+        (["a\u2581b"], "no symbol can have"),
+        (["\0"], "no symbol can have"),
+        (["\ud800"], "no symbol can have"),
+        (["ab", "cd", "ab"], "'ab' is a duplicate"),
     ],
 )
 def test_unfit_symbols_are_refused(symbols: list[str], message: str) -> None:

@@ -62,7 +62,7 @@ def test_special_ids_say_nothing_unless_asked(bpe: Tokenizer) -> None:
 
 
 def test_ids_outside_the_vocabulary_are_refused(bpe: Tokenizer) -> None:
-    with pytest.raises(ValueError, match="-100 is no token id"):
+    with pytest.raises(ValueError, match="-100 is not a token id"):
         bpe.decode([5, -100])
     with pytest.raises(IndexError):
         bpe.decode([bpe.vocab_size])

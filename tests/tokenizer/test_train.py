@@ -68,7 +68,7 @@ def test_a_vocabulary_beyond_the_text_names_the_largest_that_works(method) -> No
 
 def test_text_too_short_for_any_vocabulary_says_only_that() -> None:
     few = ["ab " * 5]
-    with pytest.raises(DataError, match=r"smallest vocabulary has 384\. Give more text\.$") as error:
+    with pytest.raises(DataError, match=r"smallest vocabulary has 384\. Add more text\.$") as error:
         train(TokenizerTrainConfig(vocab_size=64_000), few)
     assert "set vocab_size" not in str(error.value)
 
@@ -109,7 +109,7 @@ def test_a_coverage_that_is_no_help_is_not_offered() -> None:
 
 @pytest.mark.parametrize("documents", [[], ["\x00"], ["\u2581\u2585"]])
 def test_nothing_to_learn_from_is_an_error(documents: list[str]) -> None:
-    with pytest.raises(DataError, match="nothing to learn from"):
+    with pytest.raises(DataError, match="no text for training"):
         train(TokenizerTrainConfig(vocab_size=512), documents)
 
 
@@ -123,7 +123,7 @@ def test_a_vocabulary_too_large_for_its_text_is_remarked_on(bpe: Tokenizer, text
     measures = measure(bpe, texts)
     large = train(TokenizerTrainConfig(vocab_size=12_000), texts)
     remark = remark_on_size(large, measure(large, texts), num_bytes=measures.num_bytes)
-    assert "12,000 ids are many" in remark and "vocab_size=2k would suit it" in remark
+    assert "12,000 ids are many" in remark and "vocab_size=2k would fit" in remark
     assert remark_on_size(bpe, measures, num_bytes=measures.num_bytes) == ""
     assert remark_on_size(large, measures, num_bytes=10_000_000) == ""
 

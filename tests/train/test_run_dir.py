@@ -65,7 +65,7 @@ def test_a_corpus_that_is_being_made_and_a_part_of_one_are_no_run_dir(folder: Pa
         check_run_dir(PretrainConfig(run_dir=str(folder)))
     partial = tmp_path / "corpus.partial"
     (partial / "work").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="a corpus that is being made"):
+    with pytest.raises(ConfigError, match="a corpus in preparation"):
         check_run_dir(PretrainConfig(run_dir=str(partial)))
     (partial / "work").rmdir()
     check_run_dir(PretrainConfig(run_dir=str(partial)))

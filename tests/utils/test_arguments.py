@@ -111,10 +111,10 @@ def test_a_path_may_hold_the_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (["r", "prompt=x", "input=y"], "prompt=TEXT and input=FILE cannot be given together"),
         (["r", "prompt=x", "json=true"], "json is a switch and takes no value; write --json"),
         (["r", "prompt=x", "--json=1"], "--json takes no value; write --json"),
-        (["r", "prompt=x", "json"], "json stands alone; write --json"),
-        (["r", "prompt", "x"], "prompt stands alone; write prompt=TEXT, without spaces"),
+        (["r", "prompt=x", "json"], "json has no value; write --json"),
+        (["r", "prompt", "x"], "prompt has no value; write prompt=TEXT, without spaces"),
         (["r", "--prompt", "--json"], "--prompt has no value; write prompt=TEXT"),
-        (["r", "Once", "upon"], "'Once' is one word too many; what has a name is written NAME=VALUE, e.g. prompt=TEXT"),
+        (["r", "Once", "upon"], "'Once' is one word too many; an option is written NAME=VALUE, e.g. prompt=TEXT"),
     ],
 )
 def test_mistakes(words: list[str], expected: str) -> None:

@@ -52,10 +52,13 @@ WHOLE = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.
         ({}, None),
         (WHOLE, None),
         ({"WORLD_SIZE": "1"}, None),
-        ({"RANK": "3"}, "holds RANK=3, as of a launcher, but not WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
-        ({"WORLD_SIZE": "4"}, "holds WORLD_SIZE=4, as of a launcher, but not RANK"),
+        (
+            {"RANK": "3"},
+            "holds RANK=3, which a launcher sets, but not WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT",
+        ),
+        ({"WORLD_SIZE": "4"}, "holds WORLD_SIZE=4, which a launcher sets, but not RANK"),
         ({"RANK": "0", "WORLD_SIZE": "1"}, "but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
-        (WHOLE | {"RANK": "two"}, "RANK=two, which is no number"),
+        (WHOLE | {"RANK": "two"}, "RANK=two, which is not a number"),
         (WHOLE | {"RANK": "2"}, "ranks go from 0 to 1"),
     ],
 )

@@ -1,8 +1,8 @@
 """Every setting of a run, with its type, meaning, unit and default.
 
 A field's docstring line is its documentation: `bigtx configs explain KEY` prints it, and so do config errors.
-Resume compares configs field by field; `change` says what it allows (see fields.py). OmegaConf reads the annotations at
-run time and knows Optional, not `X | None`.
+Resume compares configs field by field; `change` says which changes it allows (see fields.py). OmegaConf reads the
+annotations at run time and knows Optional, not `X | None`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A fine-tuning run: what it starts from, its task, and its records."""
+"""A fine-tuning run: its base, its task, and its records."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from bigtx.config.fields import field, section
 from bigtx.config.schema.training import RhythmConfig, RunConfig
 
 ANSWERING = ("sft", "preference")
-"""Tasks that teach a decoder to answer prompts and chats."""
+"""Tasks that train a decoder to answer prompts and chats."""
 
 
 @dataclass(kw_only=True)
 class FieldsConfig:
-    """What the fields (JSON keys, table columns) of a record are called; a name with dots leads inside."""
+    """Names of the fields (JSON keys, table columns) of a record; a name with dots leads into nested objects."""
 
     text: str = "text"
-    """classify and distill: the text; transcribe: what is said."""
+    """classify and distill: the text; transcribe: the spoken text."""
     pair: str = ""
-    """classify: a second text that is judged with the first. Empty: none."""
+    """classify: a second text that is classified with the first. Empty: none."""
     label: str = "label"
     """classify: the class."""
     messages: str = "messages"
     """sft: the chat, a list of {role, content}."""
     prompt: str = "prompt"
-    """sft and preference: what is answered, where there is no chat: a text or a chat."""
+    """sft and preference: the prompt, where there is no chat: a text or a chat."""
     response: str = "response"
     """sft: the answer to the prompt."""
     chosen: str = "chosen"
@@ -33,11 +33,11 @@ class FieldsConfig:
     rejected: str = "rejected"
     """preference: the worse answer."""
     source: str = "source"
-    """translate: what is read."""
+    """translate: the source text."""
     target: str = "target"
-    """translate: what is written."""
+    """translate: the target text."""
     audio: str = "audio"
-    """transcribe: path of the recording, relative to the file that names it."""
+    """transcribe: path of the recording, relative to the file that contains it."""
 
 
 @dataclass(kw_only=True)
@@ -47,69 +47,75 @@ class RecordsConfig:
     train: list[str] = field(factory=list, kind="path")
     """Folders, globs, .jsonl, .csv, .tsv or .tar (webdataset) files, also .gz, .zst; texts in pairs: 'x.{de,en}'."""
     validation: list[str] = field(factory=list, kind="path")
-    """Records that choices are made on. Empty: validation_fraction of the others."""
+    """Records of the validation, by which choices are made. Empty: validation_fraction of the others."""
     test: list[str] = field(factory=list, kind="path")
-    """Records that are looked at once, when the run has ended. Empty: test_fraction of the others, if above 0."""
+    """Records of the test, which are read once, at the end of the run. Empty: test_fraction of the others, if above 0.
+    """
     exclude: list[str] = field(factory=list)
     """Names of files and folders to leave out of folders, e.g. [unsup] or ['*.bak']."""
     leave_out: list[str] = field(factory=list, change="by_name")
-    """Records to do without, as messages name them: 'a.jsonl, line 7', 'rec/7.flac'; a file or folder as a whole."""
+    """Records to leave out, as messages name them: 'a.jsonl, line 7', 'rec/7.flac'; a file or folder as a whole."""
     validation_fraction: float = field(0.1, minimum=0.0, maximum=0.9)
-    """Share of the training records (without those of the test) that is held out, where `validation` names none."""
+    """Share of the training records (without those of the test) that is held out for validation, if `validation` is
+    empty.
+    """
     test_fraction: float = field(0.0, minimum=0.0, maximum=0.9)
-    """Share of the training records that is held out first, where `test` names none."""
+    """Share of the training records that is held out for the test, before validation, if `test` is empty."""
     min_held_out: int = field(0, minimum=0)
-    """Fewest records that a fraction holds out; where it would be fewer, none are: they could decide nothing."""
+    """Fewest records that a fraction holds out; if it would be fewer, none are held out: they could not decide
+    anything.
+    """
     split: Literal["hash", "tail"] = "hash"
-    """Which are held out, of each class its share: by a hash of the record, or the last ones in reading order."""
+    """Which records are held out, in proportion for each class: by a hash of the record, or the last in reading order.
+    """
     fields: FieldsConfig = field(factory=FieldsConfig)
     max_length: Optional[int] = field(None, kind="count", minimum=2)
     """Most tokens of a record (of each side, where it has two). Empty: the model's max_sequence_length."""
     too_long: Literal["truncate", "refuse"] = "truncate"
-    """What happens to longer ones: cut, and counted; or the run does not start."""
+    """What happens to longer records: they are cut and counted, or the run does not start."""
     prefetch_batches: int = field(4, minimum=0, maximum=65_536, change="free")
-    """Micro batches made ahead in a thread; 0 makes them in the loop."""
+    """Micro batches prepared ahead in a thread; 0 prepares them in the training loop."""
 
 
 @dataclass(kw_only=True)
 class ClassifyConfig:
-    """Texts, or pairs of them, into classes."""
+    """Classification of texts, or of pairs of texts."""
 
     classes: list[str] = field(factory=list)
-    """Names of the classes, in the order of their logits. Empty: those of the training records, sorted."""
+    """Names of the classes, in the order of their logits. Empty: the classes of the training records, sorted."""
     pooling: Literal["auto", "first", "mean", "last"] = "auto"
-    """What the head reads: the first token, the mean of all, the last. auto: last in a decoder, in an encoder the mean,
-    or the first where model.class_head is pooler."""
+    """What the head reads: the first token, the mean of all, or the last. auto: last in a decoder, mean in an encoder,
+    or first where model.class_head is pooler."""
     truncate: Literal["end", "start", "middle"] = "end"
-    """Where a text that is too long loses tokens."""
+    """The end at which a text that is too long is cut."""
     balance: bool = False
-    """Whether each class weighs the same in the loss, whatever its number of records."""
+    """Whether each class has the same weight in the loss, independent of its number of records."""
     label_smoothing: float = field(0.0, minimum=0.0, maximum=0.5)
     """Share of the target that is spread over all classes (arXiv:1512.00567)."""
 
 
 @dataclass(kw_only=True)
 class ChatConfig:
-    """sft and preference: how prompts, chats and answers become tokens, and how answers are written."""
+    """sft and preference: how prompts, chats and answers are tokenized, and how answers are generated."""
 
     format: Literal["auto", "chat", "plain"] = "auto"
     """chat: the roles and ends of the tokenizer; plain: prompt, separator, answer, end. auto: chat if it has roles."""
     separator: str = "\n\n"
     """Text between prompt and answer in the plain format."""
     max_new_tokens: int = field(256, kind="count", minimum=1, change="free")
-    """Most tokens of an answer that the model writes."""
+    """Most tokens of a generated answer."""
     temperature: float = field(0.0, minimum=0.0, maximum=1e3, change="free")
-    """Of the draws when it writes; 0 takes the likeliest token each time."""
+    """Temperature of generation; 0 takes the most likely token each time."""
 
 
 @dataclass(kw_only=True)
 class SftConfig:
-    """Answers to prompts and in chats, learned from examples; the loss is on the answers alone."""
+    """Answers to prompts and in chats, learned from examples; the loss is computed on the answers only."""
 
     answers: Literal["all", "last"] = "all"
-    """Which turns of the assistant are learned."""
+    """Which turns of the assistant have a loss."""
     packing: bool = False
-    """Put several chats in a row, none of which sees another. train.global_batch_size then counts rows, not records."""
+    """Pack several chats into a row; none sees another. train.global_batch_size then counts rows, not records."""
     row_length: Optional[int] = field(None, kind="count", minimum=2)
     """Tokens of a packed row. Empty: as many as one record may have."""
 
@@ -119,12 +125,12 @@ class PreferenceConfig:
     """The better of two answers, learned by direct preference optimization (DPO, arXiv:2305.18290)."""
 
     beta: float = field(0.1, minimum=1e-4, maximum=1e3)
-    """How strongly the model is held to its base: the reward is beta times the log-ratio to it."""
+    """How strongly the model is kept near its base: the reward is beta times the log-ratio to it."""
     max_equal: float = field(0.05, minimum=0.0, maximum=1.0)
-    """Largest share of pairs whose answers may be the same once they are cut to data.max_length; above it the run does
+    """Largest share of pairs whose answers are the same after they are cut to data.max_length; above it the run does
     not start. Such a pair teaches nothing."""
     label_smoothing: float = field(0.0, minimum=0.0, maximum=0.49)
-    """Probability that a pair is the wrong way round (conservative DPO)."""
+    """Probability that the answers of a pair are swapped (conservative DPO)."""
 
 
 @dataclass(kw_only=True)
@@ -132,78 +138,81 @@ class TranscribeConfig:
     """Speech to text."""
 
     method: Literal["seq2seq", "ctc"] = "seq2seq"
-    """seq2seq: a decoder writes what the encoder heard; ctc: an encoder alone says it column by column."""
+    """seq2seq: a decoder writes the text; ctc: an encoder alone predicts it column by column."""
     normalize: Literal["none", "lower", "words"] = "none"
-    """What is made of the texts first: nothing, lower case, or lower case without punctuation, apostrophes kept."""
+    """Normalization of the texts: none, lower case, or lower case without punctuation, with apostrophes kept."""
     max_seconds: float = field(30.0, minimum=0.1, maximum=1e6)
-    """Longest recording; data.too_long says what happens to longer ones."""
+    """Longest recording; data.too_long decides what happens to longer ones."""
     num_frequency_masks: int = field(2, minimum=0, maximum=1000)
-    """Bands of frequency that are hidden in training (SpecAugment, arXiv:1904.08779)."""
+    """Frequency bands that are masked in training (SpecAugment, arXiv:1904.08779)."""
     max_frequency_mask: float = field(0.25, minimum=0.0, maximum=1.0)
-    """Widest of them, as a share of the mel bins."""
+    """Largest width of a frequency band, as a share of the mel bins."""
     num_time_masks: int = field(2, minimum=0, maximum=1000)
-    """Bands of time that are hidden in training."""
+    """Time bands that are masked in training."""
     max_time_mask: float = field(0.1, minimum=0.0, maximum=1.0)
-    """Longest of them, as a share of the recording."""
+    """Largest length of a time band, as a share of the recording."""
     speed_change: float = field(0.0, minimum=0.0, maximum=0.5)
-    """In training play a third of the recordings faster by this share, and a third slower; 0.1 is usual. 0: none."""
+    """In training, speed up a third of the recordings by this share, and slow down a third; 0.1 is usual. 0: none."""
     noise_db: Optional[float] = field(None, minimum=-20.0, maximum=100.0)
-    """In training add white noise, so many dB below the recording, or up to 30 dB less of it. Empty: none."""
+    """In training, add white noise at this many dB below the recording, or up to 30 dB lower. Empty: none."""
     label_smoothing: float = field(0.0, minimum=0.0, maximum=0.5)
     """seq2seq: share of each label that is spread over the vocabulary (arXiv:1512.00567)."""
     num_beams: int = field(1, minimum=1, maximum=1000, change="free")
-    """seq2seq: texts that are followed side by side in prediction; 1 takes the likeliest token each time."""
+    """seq2seq: beams in prediction; 1 takes the most likely token each time."""
     length_penalty: float = field(0.6, minimum=0.0, maximum=100.0, change="free")
-    """seq2seq: exponent of the length by which the score of a text in the beam is divided (arXiv:1609.08144)."""
+    """seq2seq: exponent of the length penalty: a beam's score is divided by a power of its length (arXiv:1609.08144).
+    """
     cache_size: int = field(268_435_456, kind="size", minimum=0, change="free")
-    """Most bytes of recordings that each rank keeps ready in memory; others are decoded again each time."""
+    """Most bytes of decoded recordings that each rank keeps in memory; others are decoded again each time."""
 
 
 @dataclass(kw_only=True)
 class TranslateConfig:
-    """One text into another: any sequence to sequence."""
+    """Translation of one text into another: any sequence-to-sequence task."""
 
     prefix: str = ""
-    """Text before each source, e.g. 'German to English: ', where one model does several jobs (arXiv:1910.10683)."""
+    """Text before each source, e.g. 'German to English: ', where one model does several tasks (arXiv:1910.10683)."""
     label_smoothing: float = field(0.1, minimum=0.0, maximum=0.5)
     """Share of each label that is spread over the vocabulary (arXiv:1512.00567)."""
     num_beams: int = field(5, minimum=1, maximum=1000, change="free")
-    """Texts that are followed side by side in prediction; 1 takes the likeliest token each time. Validation within a
+    """Beams in prediction; 1 takes the most likely token each time. Validation within a
     run always does that."""
     length_penalty: float = field(0.6, minimum=0.0, maximum=100.0, change="free")
-    """Exponent of the length by which the score of a text in the beam is divided (arXiv:1609.08144, equation 14)."""
+    """Exponent of the length penalty: a beam's score is divided by a power of its length (arXiv:1609.08144, equation
+    14).
+    """
     max_ratio: float = field(2.0, minimum=0.0, maximum=1e3, change="free")
-    """Most tokens that are written: so many times those of the source, and max_added."""
+    """Most generated tokens: this times the tokens of the source, plus max_added."""
     max_added: int = field(10, minimum=0, maximum=2**24, change="free")
     """See max_ratio."""
 
 
 @dataclass(kw_only=True)
 class FinetuneTrainConfig(RhythmConfig):
-    """The length and rhythm of a run: give epochs or max_steps."""
+    """The length and intervals of a run: give epochs or max_steps."""
 
     epochs: Optional[float] = field(None, minimum=0.0, maximum=1e6, change="by_name")
     """Passes over the training records; rounded up to whole steps."""
     min_steps: int = field(0, kind="count", minimum=0, change="by_name")
-    """Fewest steps of a run whose length is train.epochs: few records are read more often."""
+    """Fewest steps of a run whose length is train.epochs: fewer records are read more often."""
 
 
 @dataclass(kw_only=True)
 class SelectionConfig:
-    """Measuring on the validation records, and keeping the best checkpoint."""
+    """Measurements on the validation records, and the choice of the best checkpoint."""
 
     every: str = field("10 %", kind="duration")
-    """How often, beside once at the end: steps, tokens, a time, or a share of the run."""
+    """How often, in addition to once at the end: steps, tokens, a time, or a share of the run."""
     at_start: bool = False
-    """Whether also before the first step; that measurement is told, and is never the best."""
+    """Whether to measure before the first step too; that measurement is reported, and is never the best."""
     metric: str = ""
-    """What the best checkpoint is best in, such as accuracy or loss. Empty: the task's own."""
+    """The metric of the best checkpoint, such as accuracy or loss. Empty: the task's own."""
     patience: Optional[int] = field(None, minimum=1)
-    """End the run after so many measurements without a better one. Empty: never."""
+    """End the run after this many measurements without an improvement. Empty: never."""
     max_records: Optional[int] = field(None, kind="count", minimum=1)
-    """Most records measured each time, the same ones. Empty: all."""
+    """Most records of a measurement, the same each time. Empty: all."""
     test: bool = True
-    """Whether the test records are looked at when the run ends; false where runs are to be compared before one is."""
+    """Whether the test records are read at the end of the run; write false to compare runs before one is tested."""
     num_examples: int = field(16, minimum=0)
     """Predictions written to predictions.jsonl and to the W&B table each time."""
 
@@ -214,11 +223,11 @@ class FinetuneConfig(RunConfig):
 
     begins_with = "base"
     task: Literal["classify", "sft", "preference", "transcribe", "translate", "distill"] = "classify"
-    """What the model learns to do."""
+    """The task that the model learns."""
     base: Optional[str] = field(None, kind="path", change="never")
-    """Run or checkpoint folder to start from, imported ones included; its model and tokenizer come along."""
+    """Folder of the run or checkpoint to start from, an imported one included; its model and tokenizer are used."""
     tokenizer: Optional[str] = field(None, kind="path", change="never")
-    """Folder of a tokenizer, where there is no base: then the section `model` says what begins from the seed."""
+    """Folder of a tokenizer, if there is no base: then `model` describes a model with random weights from the seed."""
     data: RecordsConfig = section(RecordsConfig, change="never")
     classify: ClassifyConfig = section(ClassifyConfig, change="never")
     chat: ChatConfig = section(ChatConfig, change="never")

@@ -10,27 +10,27 @@ from bigtx.config.fields import field, section
 
 @dataclass(kw_only=True)
 class RopeScalingConfig:
-    """How rotary positions reach beyond the length they were trained on."""
+    """How rotary positions are extended beyond the length that they were trained on."""
 
     method: Literal["none", "linear", "llama3", "yarn"] = "none"
     """none; linear (interpolation, arXiv:2306.15595); llama3 (by frequency, Llama 3.1); yarn (arXiv:2309.00071)."""
     factor: float = field(1.0, minimum=1.0, maximum=1e6)
-    """How many times longer than `original_length` the reach becomes."""
+    """Factor by which the positions are extended beyond `original_length`."""
     original_length: int = field(8192, kind="count", minimum=1)
     """Positions of the original training, for llama3 and yarn."""
     low_frequency_factor: float = field(1.0, minimum=1e-3, maximum=1e6)
     """llama3: wave lengths above original_length / this are scaled fully."""
     high_frequency_factor: float = field(4.0, minimum=1e-3, maximum=1e6)
-    """llama3: wave lengths below original_length / this are left alone."""
+    """llama3: wave lengths below original_length / this are not changed."""
     beta_fast: float = field(32.0, minimum=1e-3, maximum=1e6)
-    """yarn: rotations over original_length above which a frequency is left alone."""
+    """yarn: rotations over original_length above which a frequency is not changed."""
     beta_slow: float = field(1.0, minimum=1e-3, maximum=1e6)
     """yarn: rotations over original_length below which a frequency is scaled fully."""
 
 
 @dataclass(kw_only=True)
 class ExpertsConfig:
-    """A mixture of experts in place of each block's feed-forward (arXiv:1701.06538); a decoder alone has one."""
+    """A mixture of experts in place of each block's feed-forward (arXiv:1701.06538); for decoders only."""
 
     num_experts: int = field(0, minimum=0, maximum=65_536)
     """Experts of each block; 0 is the plain feed-forward."""
@@ -39,11 +39,11 @@ class ExpertsConfig:
     expert_size: Optional[int] = field(None, minimum=1, maximum=2**24)
     """Inner width of one expert. Empty: the feed-forward's own width."""
     shared_size: int = field(0, minimum=0, maximum=2**24)
-    """Inner width of an expert that every token meets as well (arXiv:2401.06066); 0: none."""
+    """Inner width of an expert that every token is sent to in addition (arXiv:2401.06066); 0: none."""
     shared_gate: bool = False
     """Whether a sigmoid of each token weights the shared expert (Qwen2-MoE)."""
     normalize_weights: bool = True
-    """Whether the weights of a token's experts are made to sum to one, as in Mixtral."""
+    """Whether the weights of a token's experts are normalized to the sum one, as in Mixtral."""
     balance_loss: float = field(0.01, minimum=0.0, change="by_name")
     """Weight of the loss that spreads tokens over the experts (arXiv:2101.03961, equation 4)."""
     router_z_loss: float = field(0.0, minimum=0.0, change="by_name")
@@ -52,31 +52,31 @@ class ExpertsConfig:
 
 @dataclass(kw_only=True)
 class AudioConfig:
-    """What an encoder hears: a log-mel spectrogram through convolutions, in place of tokens (arXiv:2212.04356)."""
+    """The input of an audio encoder: a log-mel spectrogram through convolutions (arXiv:2212.04356)."""
 
     num_mel_bins: int = field(0, minimum=0, maximum=4096)
-    """Bands of the spectrogram, 80 as a rule; 0: the encoder reads tokens."""
+    """Bands of the spectrogram, usually 80; 0: the encoder reads tokens."""
     sample_rate: int = field(16_000, kind="count", minimum=1000, maximum=1_000_000)
-    """Samples a second; recordings of another rate are resampled."""
+    """Samples per second; recordings of another rate are resampled."""
     window_ms: float = field(25.0, minimum=1.0, maximum=10_000.0)
-    """Milliseconds under one window of the spectrogram."""
+    """Milliseconds of one window of the spectrogram."""
     hop_ms: float = field(10.0, minimum=1.0, maximum=10_000.0)
     """Milliseconds from one frame to the next."""
     strides: list[int] = field(factory=lambda: [1, 2], minimum=1, maximum=64)
-    """Strides of the convolutions over frames, of width 3; their product of frames makes a column of the encoder."""
+    """Strides of the convolutions over frames, of width 3; as many frames as their product become one column."""
 
 
 @dataclass(kw_only=True)
 class LoraConfig:
-    """Low-rank adapters beside matrices of the blocks (arXiv:2106.09685): W x + alpha / rank * B A x. Where there are
-    any, the model's own weights stay as they are; see also optimizer.train_also."""
+    """Low-rank adapters for matrices of the blocks (arXiv:2106.09685): W x + alpha / rank * B A x. If there are
+    any, the model's own weights do not change; see also optimizer.train_also."""
 
     rank: int = field(0, minimum=0, maximum=65_536)
     """Rows of A and columns of B; 0: no adapters."""
     alpha: float = field(16.0, minimum=1e-6)
-    """What the adapters add is multiplied by alpha / rank."""
+    """The output of the adapters is multiplied by alpha / rank."""
     dropout: float = field(0.0, minimum=0.0, maximum=0.9)
-    """Probability of dropping what an adapter reads."""
+    """Probability of dropping an input of an adapter."""
     targets: list[str] = field(factory=list)
     """Globs of matrices in a block (attention.query, mlp.*) or in the model (decoder.blocks.3.*). Empty: all."""
 
@@ -88,11 +88,11 @@ class ModelConfig:
     shape: Literal["decoder", "encoder", "encoder_decoder"] = "decoder"
     """decoder (predicts what follows), encoder (reads both ways), or both, joined by cross attention."""
     vocab_size: Optional[int] = field(None, kind="count", minimum=2, maximum=2**31 - 1)
-    """Token ids of the tokenizer; empty takes it from the tokenizer. Padded to a multiple of 128 inside."""
+    """Token ids of the tokenizer; empty takes it from the tokenizer. Padded to a multiple of 128 internally."""
     hidden_size: int = field(512, minimum=8, maximum=2**20)
     """Width D of the residual stream."""
     num_layers: int = field(8, minimum=1, maximum=10_000)
-    """Blocks in the stack; of an encoder-decoder, in the encoder."""
+    """Blocks in the stack; in an encoder-decoder, the blocks in the encoder."""
     num_decoder_layers: Optional[int] = field(None, minimum=1, maximum=10_000)
     """Blocks in the decoder of an encoder-decoder. Empty: num_layers."""
     num_heads: int = field(8, minimum=1, maximum=65_536)
@@ -106,22 +106,24 @@ class ModelConfig:
     mlp_size: Optional[int] = field(None, minimum=1, maximum=2**24)
     """Inner width. Empty: 4 D, or for the gated ones 8/3 D rounded up to a multiple of 64."""
     experts: ExpertsConfig = section(ExpertsConfig, change="never")
-    """Several feed-forwards in each block, of which a token meets a few."""
+    """Several feed-forwards in each block, of which each token uses a few."""
     audio: AudioConfig = section(AudioConfig, change="never")
-    """What an encoder hears in place of reading tokens."""
+    """The audio input of an encoder, in place of tokens."""
     norm: Literal["rms", "layer"] = "rms"
     """RMSNorm (arXiv:1910.07467) or LayerNorm."""
     norm_placement: Literal["pre", "post"] = "pre"
-    """pre: before each sublayer, and one at the end; post: after each residual sum, as in the 2017 Transformer."""
+    """pre: a norm before each sublayer, and one at the end; post: after each residual sum, as in the 2017 Transformer.
+    """
     embedding_norm: bool = False
-    """A norm of the embeddings; the first block of a pre-norm stack then has none with a scale before its attention."""
+    """A norm of the embeddings; the first block of a pre-norm stack then has no norm with a scale before its attention.
+    """
     bigram_rows: int = field(0, minimum=0, maximum=2**31 - 1)
-    """Rows of a table of pairs of tokens, each with the one before it, added to the embeddings; pairs share rows by a
-    hash (arXiv:2501.16975). It costs memory and next to no arithmetic. 0: none."""
+    """Rows of a table of pairs of adjacent tokens, which is added to the embeddings; pairs share rows by a
+    hash (arXiv:2501.16975). It costs memory and almost no arithmetic. 0: none."""
     bigram_size: Optional[int] = field(None, minimum=1, maximum=2**20)
-    """Width of the rows; narrower ones are widened by a matrix. Empty: hidden_size."""
+    """Width of the rows; a matrix projects narrower ones to hidden_size. Empty: hidden_size."""
     norm_eps: float = field(1e-5, minimum=1e-15, maximum=1.0)
-    """Added to the variance."""
+    """The constant that norms add to the variance."""
     norm_scale: bool = True
     """Whether norms have a learned scale."""
     norm_bias: bool = False
@@ -131,19 +133,21 @@ class ModelConfig:
     attention_scale: Optional[float] = field(None, minimum=1e-6)
     """Factor on the products of queries and keys; T5 has 1. Empty: 1 / sqrt(head_width)."""
     attention_window: Optional[int] = field(None, kind="count", minimum=1)
-    """Most positions between a token and what it sees, in each direction. Empty: no limit."""
+    """Most positions between a token and the tokens that it attends to, in each direction. Empty: no limit."""
     global_attention_every: Optional[int] = field(None, minimum=1)
-    """Blocks 0, n, 2 n ... see all in spite of attention_window. Empty: none of them."""
+    """Blocks 0, n, 2 n ... attend to all tokens despite attention_window. Empty: none of them."""
     prefix_attention: bool = False
-    """A decoder's tokens of a prefix see each other both ways (prefix language model, arXiv:1910.10683)."""
+    """In a decoder, the tokens of a prefix attend to each other in both directions (prefix language model,
+    arXiv:1910.10683).
+    """
     positions: Literal["rope", "learned", "sinusoidal", "relative"] = "rope"
     """Rotary (arXiv:2104.09864), a learned table, fixed sinusoids, or T5's bucketed bias (arXiv:1910.10683)."""
     position_offset: int = field(0, minimum=0, maximum=65_536)
-    """Rows of a learned table before that of the first position; RoBERTa has 2."""
+    """Rows of a learned table before the row of the first position; RoBERTa has 2."""
     rope_theta: float = field(10000.0, minimum=2.0)
     """Base of the rotary frequencies."""
     local_rope_theta: Optional[float] = field(None, minimum=2.0)
-    """The same in blocks with an attention_window. Empty: rope_theta."""
+    """Base of the rotary frequencies in blocks with an attention_window. Empty: rope_theta."""
     rope_scaling: RopeScalingConfig = section(RopeScalingConfig, change="never")
     """How rotary positions are stretched."""
     relative_num_buckets: int = field(32, minimum=4, maximum=65_536)
@@ -151,9 +155,9 @@ class ModelConfig:
     relative_max_distance: int = field(128, minimum=2)
     """Distance from which all positions share the last bucket."""
     max_sequence_length: int = field(2048, kind="count", minimum=1)
-    """Positions of a learned table, and the longest text that generation keeps."""
+    """Positions of a learned table, and the longest context of generation."""
     num_token_types: int = field(0, minimum=0, maximum=65_536)
-    """Rows of a learned table of token types, which tell the texts of a pair apart (BERT: 2); 0: none."""
+    """Rows of a learned table of token types, which distinguish the texts of a pair (BERT: 2); 0: none."""
     attention_bias: bool = False
     """Biases on the query, key and value projections."""
     attention_output_bias: bool = False
@@ -161,28 +165,30 @@ class ModelConfig:
     mlp_bias: bool = False
     """Biases in the feed-forward."""
     tie_embeddings: bool = False
-    """Whether the head is the embedding table."""
+    """Whether the head and the embedding table are the same matrix."""
     head_bias: bool = False
     """A bias on the logits."""
     head_transform: bool = False
     """A linear map, GELU and a norm before the head, as in BERT."""
     num_classes: Optional[int] = field(None, minimum=2, maximum=2**24)
-    """Classes that a text is sorted into, by a head of its own instead of that of tokens. Empty: the head of tokens."""
+    """Number of classes of a classifier, whose head replaces that of tokens. Empty: the head of tokens."""
     class_head: Optional[Literal["transform", "pooler", "score"]] = None
-    """How that head makes logits of a summary. transform: through head_transform, if the model has it, and a matrix
+    """How that head computes logits of a summary. transform: through head_transform, if the model has it, and a matrix
     with a bias (ModernBERT); pooler: a linear map, tanh, and a matrix with a bias (BERT); score: a matrix alone
     (Llama). Empty: transform; task=classify takes score in a decoder, pooler in an encoder with norm_placement=post."""
     dropout: float = field(0.0, minimum=0.0, maximum=0.9)
     """Probability of dropping embeddings, attention weights and sublayer outputs."""
     attention_dropout: Optional[float] = field(None, minimum=0.0, maximum=0.9)
-    """Of attention weights alone. Empty: as dropout. With 0 the fastest kernels serve, which know no dropout."""
+    """Probability of dropping attention weights. Empty: as dropout. 0 allows the fastest kernels, which have no
+    dropout.
+    """
     lora: LoraConfig = section(LoraConfig, change="never")
-    """Adapters that are trained in place of the weights. Not taken over from a base, whose own are merged."""
+    """Adapters that are trained in place of the weights. Not inherited from a base, whose own adapters are merged."""
     logit_scale: float = field(1.0, minimum=1e-6)
-    """Factor on what the head reads; T5 with a tied head has 1 / sqrt(hidden_size)."""
+    """Factor on the input of the head; T5 with a tied head has 1 / sqrt(hidden_size)."""
     logit_soft_cap: Optional[float] = field(None, minimum=1e-3)
     """cap * tanh(logits / cap), as in Gemma 2 (arXiv:2408.00118). Empty: none."""
     init_std: float = field(0.02, minimum=1e-9, maximum=1e3)
     """Standard deviation of the initial weights."""
     init: Literal["normal", "scaled", "zero_projections"] = "scaled"
-    """Output projections of the sublayers start as the others do, divided by sqrt(2 num_layers) (GPT-2), or at zero."""
+    """Initial output projections of the sublayers: as the others, divided by sqrt(2 num_layers) (GPT-2), or zero."""

@@ -1,4 +1,4 @@
-"""From raw text to a tokenizer and to shards."""
+"""Preparation: from raw text to a tokenizer and to shards."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ from bigtx.config.fields import field
 
 @dataclass(kw_only=True)
 class InputConfig:
-    """Raw text: which files, and where in them the text is."""
+    """Raw text: the files, and the place of the text in them."""
 
     paths: list[str] = field(factory=list)
     """Files, folders, globs, {000..010}: text, .jsonl, .csv, .tsv, .parquet, .tar; also https://, s3://, gs://."""
     text_field: str = "text"
     """Key or column of the text; a name with dots leads through nested records: article.body."""
     id_field: str = ""
-    """Key or column of a document's own id. Empty: none; text files have their path within the folder."""
+    """Key or column of a document's own id. Empty: none; text files have their path within the folder as id."""
     source_field: str = ""
     """Key or column that says where a document is from. Empty: none."""
     language_field: str = ""
     """Key or column of a document's language. Empty: none."""
     quoted_fields: bool = True
-    """Whether fields of .csv and .tsv may stand in quotation marks (RFC 4180); false takes the marks as text."""
+    """Whether fields of .csv and .tsv may be in quotation marks (RFC 4180); false reads the marks as text."""
     text_suffixes: list[str] = field(factory=lambda: [".txt", ".md"])
-    """Suffixes of files that are one document each; other files of a folder are passed over, and counted."""
+    """Suffixes of files that are one document each; other files of a folder are skipped and counted."""
     exclude: list[str] = field(factory=list)
-    """What to leave out of folders and globs: names at any depth (test, '*.min.md') or paths ('api/*.txt')."""
+    """Files and folders to leave out of folders and globs: names at any depth (test, '*.min.md') or paths
+    ('api/*.txt').
+    """
     document_per_line: bool = False
     """Whether each line of a text file is a document of its own."""
     max_rejects: float = field(0.001, minimum=0.0, maximum=1.0)
@@ -36,17 +38,17 @@ class InputConfig:
 
 @dataclass(kw_only=True)
 class TokenizerTrainConfig:
-    """Learn a sentencepiece tokenizer from text files."""
+    """Training of a sentencepiece tokenizer on text files."""
 
     input: InputConfig = field(factory=InputConfig)
     output: str = ""
     """Folder of the new tokenizer."""
     vocab_size: int = field(16_384, kind="count", minimum=384, maximum=2**31 - 1)
-    """Ids, the reserved ones (105 and the chat roles) and the 256 bytes included."""
+    """Number of ids, including the reserved ones (105 and the chat roles) and the 256 bytes."""
     method: Literal["bpe", "unigram"] = "bpe"
     """Byte-pair encoding (arXiv:1508.07909) or a unigram language model (arXiv:1804.10959)."""
     max_bytes: int = field(100_000_000, kind="size", minimum=1)
-    """Text to learn from; of a larger input a seeded sample of this size is drawn, by the hashes of its parts."""
+    """Text to train on; of a larger input a seeded sample of this size is drawn, by the hashes of its parts."""
     split_digits: bool = True
     """Whether each digit is a piece of its own."""
     whitespace_pieces: bool = True
@@ -56,7 +58,7 @@ class TokenizerTrainConfig:
     user_defined_symbols: list[str] = field(factory=list)
     """Texts that are always one piece each, never split or joined with others, e.g. ['<code>', '</code>']."""
     character_coverage: float = field(0.9995, minimum=0.98, maximum=1.0)
-    """Share of the text whose characters get pieces; the rarest others are written as bytes. A small vocabulary needs
+    """Share of the text whose characters get pieces; the rarest others are encoded as bytes. A small vocabulary needs
     a smaller share for scripts with thousands of characters, such as Chinese."""
     seed: int = field(1, minimum=0, maximum=2**63 - 1)
     """Seed of the sample."""
@@ -64,22 +66,22 @@ class TokenizerTrainConfig:
 
 @dataclass(kw_only=True)
 class CleanConfig:
-    """What is changed in each text before anything else. Nothing by default."""
+    """Changes of each text before anything else. None by default."""
 
     repair_unicode: bool = False
-    """Mend wrongly decoded text, stray HTML entities and control characters, by ftfy; the extra `clean`."""
+    """Repair wrongly decoded text, stray HTML entities and control characters, by ftfy; the extra `clean`."""
     replace_emails: bool = False
-    """Put email@example.com in place of mail addresses."""
+    """Replace mail addresses by email@example.com."""
     replace_ip_addresses: bool = False
-    """Put 192.0.2.1 or 2001:db8::1 in place of public IP addresses (also of version numbers that look like one)."""
+    """Replace public IP addresses by 192.0.2.1 or 2001:db8::1 (also version numbers that look like one)."""
 
 
 @dataclass(kw_only=True)
 class FilterConfig:
-    """Which documents are left out. Nothing by default; a group switches on its paper's limits.
+    """Filters that leave documents out. None by default; a group switches on the limits of its paper.
 
-    A limit that is given counts instead of its group's, and on its own where the group is off; one that cannot bind,
-    such as min_words=0 or max_bullet_lines=1, takes a rule out of its group. Words are separated by white space.
+    A limit that is given replaces the limit of its group, and holds alone if the group is off; a limit without effect,
+    such as min_words=0 or max_bullet_lines=1, removes a rule from its group. Words are separated by white space.
     """
 
     gopher_quality: bool = False
@@ -87,9 +89,13 @@ class FilterConfig:
     gopher_repetition: bool = False
     """Gopher's rules of repetition (arXiv:2112.11446, table A1): max_duplicate_lines to max_duplicate_ngrams below."""
     c4: bool = False
-    """C4's rules (arXiv:1910.10683, 2.2), without its word list: unfit lines are cut out, unfit pages left out."""
+    """C4's rules (arXiv:1910.10683, 2.2), without its word list: unsuitable lines are removed, unsuitable pages left
+    out.
+    """
     languages: list[str] = field(factory=list)
-    """Languages to keep, e.g. [en, de], as the document's own language says, else detected (the extra `language`)."""
+    """Languages to keep, e.g. [en, de], by the document's own language if it has one, else detected (the extra
+    `language`).
+    """
     min_language_probability: float = field(0.65, minimum=0.0, maximum=1.0)
     """Least probability of a detected language (FineWeb's, arXiv:2406.17557)."""
 
@@ -102,7 +108,7 @@ class FilterConfig:
     max_mean_word_length: Optional[float] = field(None, minimum=0.0)
     """Largest mean of characters in a word; Gopher: 10."""
     max_symbol_ratio: Optional[float] = field(None, minimum=0.0)
-    """Most hash signs a word, and most ellipses a word; Gopher: 0.1."""
+    """Most hash signs per word, and most ellipses per word; Gopher: 0.1."""
     max_bullet_lines: Optional[float] = field(None, minimum=0.0, maximum=1.0)
     """Largest share of lines that begin with a bullet; Gopher: 0.9."""
     max_ellipsis_lines: Optional[float] = field(None, minimum=0.0, maximum=1.0)
@@ -110,39 +116,40 @@ class FilterConfig:
     min_alphabetic_words: Optional[float] = field(None, minimum=0.0, maximum=1.0)
     """Least share of words with a letter in them; Gopher: 0.8."""
     min_stop_words: Optional[int] = field(None, minimum=0, maximum=8)
-    """How many of `the be to of and that have with` must be in the text; Gopher: 2. For English alone."""
+    """How many of `the be to of and that have with` must be in the text; Gopher: 2. For English only."""
 
     max_duplicate_lines: Optional[float] = field(None, minimum=0.0, maximum=1.0)
-    """Largest share of lines that stand earlier in the document already; Gopher: 0.3."""
+    """Largest share of lines that occur earlier in the document; Gopher: 0.3."""
     max_duplicate_line_characters: Optional[float] = field(None, minimum=0.0, maximum=1.0)
-    """The same by characters; Gopher: 0.2."""
+    """The same share, by characters; Gopher: 0.2."""
     max_duplicate_paragraphs: Optional[float] = field(None, minimum=0.0, maximum=1.0)
-    """Largest share of paragraphs that stand earlier in the document already; Gopher: 0.3."""
+    """Largest share of paragraphs that occur earlier in the document; Gopher: 0.3."""
     max_duplicate_paragraph_characters: Optional[float] = field(None, minimum=0.0, maximum=1.0)
-    """The same by characters; Gopher: 0.2."""
+    """The same share, by characters; Gopher: 0.2."""
     max_top_ngrams: list[float] = field(factory=list, minimum=0.0, maximum=1.0)
-    """Largest share of characters in the most frequent 2-, 3- ... gram of words; Gopher: [0.2, 0.18, 0.16]."""
+    """Largest share of characters in the most frequent 2-, 3-, ... gram of words; Gopher: [0.2, 0.18, 0.16]."""
     max_duplicate_ngrams: list[float] = field(factory=list, minimum=0.0, maximum=1.0)
-    """Largest share of characters in repeated 5-, 6- ... grams; Gopher: [0.15, 0.14, 0.13, 0.12, 0.11, 0.1]."""
+    """Largest share of characters in repeated 5-, 6-, ... grams; Gopher: [0.15, 0.14, 0.13, 0.12, 0.11, 0.1]."""
 
     terminal_punctuation: Optional[bool] = None
-    """Cut out lines that end without a terminal punctuation mark; C4: true (FineWeb uses C4's rules without it)."""
+    """Remove lines that end without a terminal punctuation mark; C4: true (FineWeb uses C4's rules without it)."""
     min_line_words: Optional[int] = field(None, minimum=0)
-    """Cut out lines of fewer words; C4: 5."""
+    """Remove lines of fewer words; C4: 5."""
     min_sentences: Optional[int] = field(None, minimum=0)
-    """Fewest sentences of what the lines leave; C4: 3."""
+    """Fewest sentences of the lines that remain; C4: 3."""
 
 
 @dataclass(kw_only=True)
 class NearDuplicateConfig:
-    """Leave out documents that are almost equal to an earlier one: MinHash (Broder 1997) with locality-sensitive bands.
+    """Filter that leaves out documents that are almost equal to an earlier one: MinHash (Broder 1997) with
+    locality-sensitive bands.
 
     Two documents with the Jaccard similarity s of their n-grams are compared with the probability
     1 - (1 - s^rows_per_band)^num_bands, and the later one is left out if their signatures agree by `threshold`.
     """
 
     enabled: bool = False
-    """Whether near duplicates are looked for."""
+    """Whether to search for near duplicates."""
     threshold: float = field(0.8, minimum=0.0, maximum=1.0)
     """Similarity from which a document counts as a near duplicate."""
     ngram: int = field(5, minimum=1, maximum=1000)
@@ -150,14 +157,14 @@ class NearDuplicateConfig:
     num_bands: int = field(14, minimum=1, maximum=10_000)
     """Bands of a signature (FineWeb: 14 of 8 rows, arXiv:2406.17557); documents that share one are compared."""
     rows_per_band: int = field(8, minimum=1, maximum=10_000)
-    """Hashes of a band; num_bands times as many are a signature, 2 bytes each."""
+    """Hashes of a band; num_bands times this number are a signature, 2 bytes each."""
     seed: int = field(1, minimum=0, maximum=2**63 - 1)
     """Seed of the hash functions."""
 
 
 @dataclass(kw_only=True)
 class DecontaminateConfig:
-    """Leave out documents that share an n-gram of words with evaluation sets. Nothing by default."""
+    """Filter that leaves out documents that share an n-gram of words with evaluation sets. None by default."""
 
     paths: list[str] = field(factory=list)
     """Evaluation sets: files, folders or globs, in the formats of input.paths."""
@@ -168,12 +175,12 @@ class DecontaminateConfig:
     ngram: int = field(13, minimum=2, maximum=1000)
     """Words in a row that must be equal, in lower case and without punctuation (GPT-3, arXiv:2005.14165: 13)."""
     min_words: int = field(8, minimum=2, maximum=1000)
-    """Evaluation texts shorter than an n-gram count as a whole if they have so many words (GPT-3: 8), else not."""
+    """Evaluation texts shorter than an n-gram are compared as a whole if they have this many words (GPT-3: 8)."""
 
 
 @dataclass(kw_only=True)
 class PrepareConfig:
-    """Turn text files into tokenized shards."""
+    """Preparation of text files as tokenized shards."""
 
     input: InputConfig = field(factory=InputConfig)
     output: str = ""
@@ -189,13 +196,13 @@ class PrepareConfig:
     block_tokens: int = field(262_144, kind="count", minimum=16, maximum=2**31 - 1)
     """Tokens of a block, the unit of reading and shuffling."""
     shard_size: int = field(67_108_864, kind="size", minimum=1)
-    """Least bytes of a shard, but the last; whole blocks. A shard is written by one process."""
+    """Least bytes of a shard, except the last; whole blocks. Each shard is written by one process."""
     seed: int = field(1, minimum=0, maximum=2**63 - 1)
     """Seed of the document shuffle."""
     exact_duplicates: Literal["remove", "keep"] = "remove"
     """Whether each text is kept once, the first in reading order."""
     memory: int = field(2_147_483_648, kind="size", minimum=1 << 26)
-    """Bytes that all processes together may hold in buffers, beside some 100 MiB for each process itself. One text may
-    take half of it for the filters and a tokenizer that has to see it whole; a longer one is a reject."""
+    """Bytes that all processes together may hold in buffers, besides about 100 MiB for each process itself. One text
+    may take half of it for the filters and a tokenizer that has to read it as a whole; a longer one is rejected."""
     num_processes: int = field(0, minimum=0, maximum=1024)
     """Tokenizing processes; 0 uses every core."""

@@ -23,12 +23,12 @@ class SourceConfig:
 
 @dataclass(kw_only=True)
 class PhaseConfig:
-    """Other weights from some point of the run on."""
+    """Other weights, starting at some point of the run."""
 
     start: Optional[int] = field(None, kind="count", minimum=1)
-    """Tokens of the global order before the phase, e.g. 8B, those of data.skip included; up to a whole sequence."""
+    """Tokens of the global order before the phase, e.g. 8B, including those of data.skip; rounded up to a sequence."""
     weights: dict[str, float] = field(factory=dict, minimum=0.0, maximum=1e9)
-    """Weights by source; 0 reads none of it. Sources that are not named have their own weight."""
+    """Weights by source; 0 reads none of it. Sources that are not named keep their own weight."""
 
 
 @dataclass(kw_only=True)
@@ -44,35 +44,36 @@ class ForeignConfig:
     text_field: str = "text"
     """Key of the text in a JSON member."""
     shuffle_buffer: int = field(1000, kind="count", minimum=0)
-    """Samples of each worker among which the next one is drawn; 0 keeps the shards' order."""
+    """Samples of each worker from which the next one is drawn; 0 keeps the shards' order."""
     num_workers: int = field(1, minimum=1, maximum=1024)
     """Tokenizing processes of each rank, at most as many as it has shards."""
 
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """What the model reads."""
+    """The training data."""
 
     sources: dict[str, SourceConfig] = field(factory=dict)
     """Prepared corpora by name."""
     phases: dict[str, PhaseConfig] = field(factory=dict)
-    """Later weights of the sources, by a name of each phase; before the first of them, their own weights hold."""
+    """Later weights of the sources, by the name of each phase; before the first phase, their own weights apply."""
     skip: list[str] = field(factory=list, change="by_name")
-    """Sequences of the run to pass over, e.g. after a loss spike: ranges START-END, where END is read again."""
+    """Sequences of the run to skip, e.g. after a loss spike: ranges START-END, where END is the first one that is read.
+    """
     document_mask: bool = False
-    """Keep attention and positions inside each document of a packed row, and never predict across a boundary."""
+    """Restrict attention and positions to each document of a packed row, and never predict across a boundary."""
     prefetch_batches: int = field(4, minimum=0, maximum=65_536, change="free")
-    """Micro batches read ahead in a thread; 0 reads in the loop."""
+    """Micro batches read ahead in a thread; 0 reads in the training loop."""
     cache_dir: str = field("~/.cache/bigtx", change="free")
     """Folder on this machine for blocks of remote corpora; all runs may share it."""
     cache_size: int = field(21_474_836_480, kind="size", minimum=0, change="free")
-    """Most bytes in cache_dir; blocks that were not used for longest make room."""
+    """Most bytes in cache_dir; the least recently used blocks are deleted first."""
     foreign: ForeignConfig = field(factory=ForeignConfig)
 
 
 @dataclass(kw_only=True)
 class ObjectiveConfig:
-    """What a row of text is turned into: what the model reads, and what it is asked for."""
+    """The objective: what the model reads of a row of text, and what it predicts."""
 
     name: Literal["causal", "fill_in_middle", "masked", "span_corruption", "prefix"] = "causal"
     """causal and fill_in_middle for a decoder, masked for an encoder, span_corruption for an encoder-decoder, prefix
@@ -80,30 +81,30 @@ class ObjectiveConfig:
     fill_in_middle_rate: float = field(0.5, minimum=0.0, maximum=1.0)
     """fill_in_middle: share of the documents that are rearranged (arXiv:2207.14255); the others stay causal."""
     suffix_first_rate: float = field(0.5, minimum=0.0, maximum=1.0)
-    """fill_in_middle: share of the rearranged ones whose suffix stands first (SPM); the others have it second (PSM)."""
+    """fill_in_middle: share of the rearranged ones whose suffix is first (SPM); in the others it is second (PSM)."""
     mask_rate: float = field(0.15, minimum=0.001, maximum=0.9)
     """masked: share of the tokens that are predicted (BERT: 0.15, arXiv:1810.04805; ModernBERT: 0.3)."""
     whole_words: bool = True
     """masked: whether all tokens of a word are chosen together."""
     noise_density: float = field(0.15, minimum=0.001, maximum=0.9)
-    """span_corruption: share of the tokens that are cut out (arXiv:1910.10683)."""
+    """span_corruption: share of the tokens that are removed (arXiv:1910.10683)."""
     mean_span_length: float = field(3.0, minimum=1.0, maximum=1e6)
-    """span_corruption: mean tokens of a span that is cut out."""
+    """span_corruption: mean number of tokens of a removed span."""
 
 
 @dataclass(kw_only=True)
 class RhythmConfig:
-    """The steps of a run, and what happens every so many of them."""
+    """The steps of a run, and the intervals of what happens repeatedly."""
 
     max_steps: Optional[int] = field(None, kind="count", minimum=0, change="by_name")
     """Optimizer steps of the run."""
     global_batch_size: int = field(32, kind="count", minimum=1, maximum=2**24)
-    """Sequences (in fine-tuning: records) of one optimizer step over all ranks: the invariant of a run."""
+    """Sequences (in fine-tuning: records) of one optimizer step over all ranks; constant within a run."""
     micro_batch_size: int = field(4, minimum=1, maximum=2**24, change="free")
-    """Most sequences of one forward pass on one rank. The largest number up to it that divides a rank's share of
-    global_batch_size is taken, and as many passes make a step."""
+    """Most sequences of one forward pass on one rank. The largest number up to this that divides a rank's share of
+    global_batch_size is used, with as many passes as a step needs."""
     gradient_clipping: float = field(1.0, minimum=0.0, change="by_name")
-    """Largest global norm of the gradient; 0 clips nothing."""
+    """Largest global norm of the gradient; 0 disables clipping."""
     log_every: str = field("10 steps", kind="duration", change="free")
     """How often metrics are written and shown."""
     checkpoint_every: str = field("500 steps", kind="duration", change="free")
@@ -116,14 +117,14 @@ class RhythmConfig:
 
 @dataclass(kw_only=True)
 class TrainConfig(RhythmConfig):
-    """The length and rhythm of a run: give max_steps or max_tokens."""
+    """The length and intervals of a run: give max_steps or max_tokens."""
 
     max_tokens: Optional[int] = field(None, kind="count", minimum=1, change="by_name")
     """Input tokens of the run, e.g. 10B; rounded up to whole steps."""
     sequence_length: int = field(1024, kind="count", minimum=2, maximum=2**31 - 1)
-    """Tokens of a row of text; an objective that cuts it in two says how long its parts become."""
+    """Tokens of a row of text; an objective that cuts it in two defines the lengths of the parts."""
     z_loss: float = field(0.0, minimum=0.0, change="by_name")
-    """Weight of the squared log-partition that keeps logits small (PaLM, arXiv:2204.02311: 1e-4)."""
+    """Weight of the loss of the squared log-partition, which keeps logits small (PaLM, arXiv:2204.02311: 1e-4)."""
 
 
 @dataclass(kw_only=True)
@@ -131,19 +132,19 @@ class ValidationConfig:
     """Loss on held-out text, and samples, inside a run."""
 
     every: str = field("500 steps", kind="duration")
-    """How often, beside once at the end."""
+    """How often, in addition to once at the end."""
     at_start: bool = False
-    """Whether also before the first step."""
+    """Whether to measure before the first step too."""
     sources: dict[str, SourceConfig] = field(factory=dict)
     """Corpora whose validation split is read. Empty: those of data.sources that have one."""
     max_sequences: int = field(256, kind="count", minimum=0)
-    """Sequences read of each source, the same each time; 0 validates nothing."""
+    """Sequences of each source, the same each time; 0 disables validation."""
     sample_prompts: list[str] = field(factory=list)
     """Texts that the model continues at each validation; shown, written to samples.jsonl and to the W&B table."""
     sample_tokens: int = field(48, minimum=1, maximum=2**24)
     """New tokens of each sample."""
     sample_temperature: float = field(0.8, minimum=0.0, maximum=1e3)
-    """0 takes the likeliest token."""
+    """Temperature of the samples; 0 takes the most likely token."""
 
 
 @dataclass(kw_only=True)
@@ -161,7 +162,7 @@ class OptimizerConfig:
     eps: float = field(1e-8, minimum=1e-20, maximum=1.0)
     """AdamW's addition to the denominator."""
     weight_decay: float = field(0.1, minimum=0.0)
-    """Decoupled decay of matrices; norms and biases are spared."""
+    """Decoupled decay of matrices; norms and biases have none."""
     decay_embeddings: bool = True
     """Whether the embedding table and the head decay too."""
     embedding_learning_rate_scale: float = field(1.0, minimum=0.0)
@@ -175,13 +176,15 @@ class OptimizerConfig:
     muon_weight_decay: float = field(0.0, minimum=0.0)
     """Decoupled decay of Muon's matrices."""
     freeze: list[str] = field(factory=list, change="never")
-    """Globs of parameters that stay as they are, e.g. [embedding.*, 'decoder.blocks.[0-5].*']."""
+    """Globs of parameters that are not trained, e.g. [embedding.*, 'decoder.blocks.[0-5].*']."""
     train_also: list[str] = field(factory=list, change="never")
-    """With model.lora: globs of parameters trained beside the adapters and the head of classes, e.g. ['*norm*']."""
+    """With model.lora: globs of parameters trained in addition to the adapters and the head of classes, e.g.
+    ['*norm*'].
+    """
     layer_decay: float = field(1.0, minimum=0.1, maximum=1.0)
     """Factor on the rate from each block to the one below it (arXiv:1801.06146); embeddings have one more; 1: none."""
     ema_decay: Optional[float] = field(None, minimum=0.0, maximum=0.9999999, change="never")
-    """Keep an exponential average of the weights with this decay per step, beside the weights. Empty: none."""
+    """Decay per step of an exponential average of the weights, which is kept in addition. Empty: none."""
 
 
 @dataclass(kw_only=True)
@@ -193,31 +196,31 @@ class ScheduleConfig:
     warmup: str = field("1 %", kind="duration")
     """Linear rise from 0, as steps, tokens or % of the run."""
     decay: str = field("20 %", kind="duration")
-    """warmup_stable_decay: length of the last part, in which the rate falls linearly to minimum_factor."""
+    """warmup_stable_decay: length of the last part, in which the rate decreases linearly to minimum_factor."""
     minimum_factor: float = field(0.1, minimum=0.0, maximum=1.0)
     """The rate at the end, as a factor on the peak."""
 
 
 @dataclass(kw_only=True)
 class EngineConfig:
-    """How DeepSpeed runs the model. Everything here may change at resume."""
+    """How DeepSpeed runs the model. All of these settings may change on resume."""
 
     zero_stage: int = field(1, minimum=0, maximum=3)
-    """What is sharded over ranks: 0 nothing, 1 optimizer states, 2 and gradients, 3 and parameters."""
+    """What is sharded over ranks. 0: nothing; 1: optimizer states; 2: gradients too; 3: parameters too."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Arithmetic of the model; master weights, optimizer states and gradient accumulation are always fp32."""
     offload_optimizer: Literal["none", "cpu"] = "none"
-    """Where the optimizer's states live and its step runs (stages 1 to 3)."""
+    """Where the optimizer's states are kept and its step runs (stages 1 to 3)."""
     offload_parameters: Literal["none", "cpu"] = "none"
-    """Where idle parameters live (stage 3)."""
+    """Where parameters that are not in use are kept (stage 3)."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """Recompute in the backward pass: nothing, all but matrix products and attention, or each whole block."""
+    """What the backward pass recomputes: nothing, all except matrix products and attention, or each whole block."""
     compile: bool = False
     """torch.compile of each block: slower to start, faster steps."""
     deterministic: bool = False
-    """Kernels that give the same bits each time also on GPUs, so that a resumed run equals an unbroken one; slower."""
+    """Use deterministic kernels on GPUs too, so that a resumed run equals an uninterrupted one; slower."""
     overlap_communication: bool = True
-    """Reduce gradients while the backward pass goes on (CUDA)."""
+    """Reduce gradients during the backward pass (CUDA)."""
     bucket_size: int = field(50_000_000, kind="count", minimum=1)
     """Elements in one reduction or gathering."""
     timeout: str = field("30 min", kind="duration")
@@ -226,10 +229,10 @@ class EngineConfig:
 
 @dataclass(kw_only=True)
 class TrackConfig:
-    """Where a run's numbers go; metrics.jsonl is always written."""
+    """Where a run's metrics are sent; metrics.jsonl is always written."""
 
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
-    """auto: online with a key and a host that answers, else offline."""
+    """auto: online if there is a key and the host responds, else offline."""
     project: str = "bigtx"
     """W&B project."""
     entity: Optional[str] = None
@@ -244,31 +247,32 @@ class TrackConfig:
 
 @dataclass(kw_only=True)
 class DistillConfig:
-    """A trained run as the teacher: the student learns how likely it finds each answer too (arXiv:1503.02531)."""
+    """Distillation: the student also learns the probabilities that a trained run predicts (arXiv:1503.02531)."""
 
     teacher: Optional[str] = field(None, kind="path", change="by_name")
-    """Run or checkpoint folder of the teacher, of the same tokenizer; every rank holds it whole. Empty: none."""
+    """Run or checkpoint folder of the teacher, with the same tokenizer; every rank holds a full copy. Empty: none."""
     weight: float = field(0.5, minimum=0.0, maximum=1.0)
-    """Share of the teacher in the loss; the rest is the data's own."""
+    """Share of the teacher's loss; the rest is the loss on the labels."""
     temperature: float = field(1.0, minimum=0.01, maximum=1e3)
-    """Divides the logits of both before they are compared; above 1 unlikely answers say more."""
+    """Temperature that divides the logits of both before they are compared; above 1 unlikely answers weigh more."""
     copy_layers: bool = field(False, change="never")
-    """Begin with the teacher's embeddings, head and evenly spaced blocks (arXiv:1910.01108) instead of the seed's."""
+    """Start with the teacher's embeddings, head and evenly spaced blocks (arXiv:1910.01108), not with random weights.
+    """
 
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """What every training has."""
+    """The settings of every training."""
 
     begins_with: ClassVar[str]
-    """The setting that names the run whose weights this one begins with."""
+    """The setting that names the run whose weights this run starts with."""
     run_dir: str = field("", kind="path", change="free")
-    """Folder of the run; the same command on the same folder goes on where it was."""
+    """Folder of the run; the same command with the same folder resumes the run."""
     seed: int = field(1, minimum=0, maximum=2**63 - 1, change="never")
     """Seed of the initial weights, the data order, dropout and samples."""
     allow_changes: list[str] = field(factory=list, change="free")
     """Keys that may differ from the run being resumed, e.g. [optimizer.learning_rate, train.max_steps]; recorded.
-    `checkpoints`: a run whose checkpoints are gone may begin again at step 0, and what it wrote before is kept."""
+    `checkpoints`: a run whose checkpoints are missing may start again at step 0; its earlier output is kept."""
     model: ModelConfig = section(ModelConfig, change="never")
     train: RhythmConfig = section(RhythmConfig, change="never")
     optimizer: OptimizerConfig = section(OptimizerConfig, change="by_name")
@@ -277,7 +281,7 @@ class RunConfig:
     engine: EngineConfig = section(EngineConfig, change="free")
     track: TrackConfig = section(TrackConfig, change="free")
     deepspeed: dict[str, Any] = field(factory=dict, change="free")
-    """Raw DeepSpeed keys for experts; one that contradicts a typed field is an error."""
+    """Raw DeepSpeed keys for experienced users; one that contradicts a typed field is an error."""
 
 
 @dataclass(kw_only=True)

@@ -1,9 +1,10 @@
-"""Recordings made different each time they are heard, by what (seed, number of the record) draws.
+"""Augmentation: recordings are changed each time that they are read, as drawn from (seed, number of the record).
 
-SpecAugment (arXiv:1904.08779) hides bands of time and of frequency; its time warp is left out, which the article finds
-the least important of the three and the most expensive. Before the spectrogram is made a recording may be played faster
-or slower (T. Ko et al., Audio Augmentation for Speech Recognition, Interspeech 2015) and noise may be added. Loudness
-is not changed: the features do not know it.
+SpecAugment (arXiv:1904.08779) hides bands of time and of frequency; its time warp is left out, which according to the
+article is the least important of the three and the most expensive. Before the spectrogram is computed, a recording may
+be played
+faster or slower (T. Ko et al., Audio Augmentation for Speech Recognition, Interspeech 2015) and noise may be added.
+Loudness is not changed: the features do not depend on it.
 """
 
 from __future__ import annotations
@@ -15,21 +16,21 @@ from bigtx.config.schema import TranscribeConfig
 from bigtx.data.audio.decode import resampled
 
 _STREAM = 7 << 56
-"""Beside the streams of numbers that the order of records draws from the same seed."""
+"""A label that separates these draws from those of the order of records, which have the same seed."""
 
 
 def generator(seed: int, number: int) -> np.random.Generator:
-    """All that is drawn for the record with this number in the run."""
+    """Return the generator of the record with this number in the run."""
     return np.random.Generator(np.random.Philox(key=[seed, _STREAM | number]))
 
 
 def changes_waveform(config: TranscribeConfig) -> bool:
-    """Whether recordings are changed before the spectrogram, so that it must be made anew each time."""
+    """Return whether recordings are changed before the spectrogram, so that it must be computed each time."""
     return config.speed_change > 0.0 or config.noise_db is not None
 
 
 def perturbed(wave: np.ndarray, config: TranscribeConfig, draw: np.random.Generator) -> np.ndarray:
-    """A waveform fp32 [L], faster or slower, and with noise, as far as the config says."""
+    """Return a waveform fp32 [L], changed in speed and with noise, as the config says."""
     if config.speed_change > 0.0:
         speed = 1.0 + config.speed_change * (int(draw.integers(3)) - 1)
         wave = resampled(wave, speed, 1.0)
@@ -41,11 +42,11 @@ def perturbed(wave: np.ndarray, config: TranscribeConfig, draw: np.random.Genera
 
 
 NOISE_RANGE_DB = 30.0
-"""From the loudest noise to the faintest that is drawn."""
+"""The range of the drawn noise, from the loudest to the faintest, in dB."""
 
 
 def masked(features: Tensor, config: TranscribeConfig, draw: np.random.Generator) -> Tensor:
-    """Features fp32 [F, M] with bands of time and frequency hidden: set to 0, which is their mean."""
+    """Return features fp32 [F, M] with bands of time and frequency hidden: set to 0, which is their mean."""
     frames, bins = features.shape
     if not config.num_time_masks and not config.num_frequency_masks:
         return features
@@ -60,7 +61,9 @@ def masked(features: Tensor, config: TranscribeConfig, draw: np.random.Generator
 
 
 def _band(length: int, share: float, draw: np.random.Generator) -> tuple[int, int]:
-    """A band of up to `share` of a length, its width and then its place drawn uniformly (section 2 of the article)."""
+    """Return a band of up to `share` of a length, its width and then its place drawn uniformly (section 2 of the
+    article).
+    """
     width = int(draw.integers(int(share * length) + 1))
     start = int(draw.integers(length - width + 1))
     return start, start + width

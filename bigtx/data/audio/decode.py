@@ -1,7 +1,7 @@
-"""Recordings: where they lie, what their headers say, and their samples.
+"""Recordings: their places, their headers, and their samples.
 
 They are decoded by libsndfile through soundfile, and resampled by soxr; both come with the extra `speech`. libsndfile
-takes a wav that was cut for a shorter one, so `riff.with_length` compares its size with what its header says first.
+reads a truncated wav as a shorter one, so `riff.with_length` first compares its size with its header.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ AUDIO_SUFFIXES = (".wav", ".flac")
 
 @dataclass(frozen=True, slots=True)
 class AudioPlace:
-    """Where a recording lies: in a file of its own, within an archive, or in memory.
+    """The place of a recording: a file of its own, an archive, or memory.
 
     Attributes:
-        name: relative to the folder or archive that was named, so that it stays the same where these move.
-        path: of the file that holds it.
-        offset: of its first byte in that file.
-        size: bytes.
-        content: its bytes, where they cannot be read again from the file.
+        name: relative to the folder or archive that was named, so that it does not change if these are moved.
+        path: the file that holds it.
+        offset: the position of its first byte in that file.
+        size: in bytes.
+        content: its bytes, if they cannot be read again from the file.
     """
 
     name: str
@@ -41,11 +41,11 @@ class AudioPlace:
     content: bytes | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
-        """What a digest of the record sees."""
+        """Return the text that a digest of the record includes."""
         return f"{self.name} ({self.size} bytes)"
 
     def read(self) -> bytes:
-        """Its bytes.
+        """Return its bytes.
 
         Raises:
             OSError: they cannot be read.
@@ -60,16 +60,16 @@ class AudioPlace:
 BLOCK_SAMPLES = 1 << 20
 """Samples that are decoded at once."""
 OPEN_LENGTH = 1 << 60
-"""Samples that libsndfile names where the header leaves their number open."""
+"""The number of samples that libsndfile reports where the header does not define it."""
 SAMPLE_RATES = (1000, 1_000_000)
-"""Samples a second that are believed."""
+"""Sampling rates that are accepted, in samples per second."""
 
 
 def require_speech() -> None:
-    """Do nothing where all packages of the extra `speech` are installed.
+    """Check that all packages of the extra `speech` are installed.
 
     Raises:
-        LaunchError: one is not.
+        LaunchError: a package is missing.
     """
     missing = [name for name in ("soundfile", "soxr", "jiwer") if importlib.util.find_spec(name) is None]
     if missing:
@@ -79,23 +79,23 @@ def require_speech() -> None:
 
 
 def read_header(place: AudioPlace) -> tuple[int, int]:
-    """Samples a channel, and samples a second, without decoding.
+    """Return the samples per channel and the samples per second, without decoding.
 
     Raises:
-        BadAudioError: it is empty or no recording.
+        BadAudioError: it is empty or not a recording.
     """
     with _opened(place) as file:
         return _samples_by_header(file), int(file.samplerate)
 
 
 def examine(place: AudioPlace) -> tuple[int, int]:
-    """Decode a recording to its end, in little memory: what is wrong with it is found here, and not in training.
+    """Decode a recording to its end, in little memory, so that faults are found before training.
 
     Returns:
-        Samples a channel, and samples a second.
+        Samples per channel, and samples per second.
 
     Raises:
-        BadAudioError: it is empty or no recording, or `decode` could not decode it to its end.
+        BadAudioError: it is empty or not a recording, or `decode` could not decode it to its end.
     """
     with _opened(place) as file:
         return sum(map(len, _blocks(file, None))), int(file.samplerate)
@@ -104,25 +104,25 @@ def examine(place: AudioPlace) -> tuple[int, int]:
 def _samples_by_header(file: Any) -> int:
     num_samples = int(file.frames)
     if num_samples <= 0:
-        raise BadAudioError("a recording of no samples")
+        raise BadAudioError("a recording without samples")
     if num_samples >= OPEN_LENGTH:
         raise BadAudioError(
-            "its header does not say how many samples it has, as where it was written to a pipe; write it again, e.g. "
+            "its header does not say how many samples it has, as if it was written to a pipe; write it again, e.g. "
             "ffmpeg -i OLD.flac NEW.flac"
         )
     return num_samples
 
 
 def num_resampled(num_samples: int, rate: int, wanted_rate: int) -> int:
-    """Samples that `decode` gives for a recording."""
+    """Return the number of samples that `decode` returns for a recording."""
     return max(1, round(num_samples * wanted_rate / rate))
 
 
 def decode(place: AudioPlace, wanted_rate: int, max_samples: int | None = None) -> np.ndarray:
-    """The waveform, the mean of its channels, at a rate.
+    """Return the waveform, the mean of its channels, at a rate.
 
     Args:
-        max_samples: of the result; what follows is left out.
+        max_samples: the most samples of the result; the rest is left out.
 
     Returns:
         fp32 [samples], in -1 ... 1.
@@ -138,10 +138,10 @@ def decode(place: AudioPlace, wanted_rate: int, max_samples: int | None = None) 
 
 
 def _blocks(file: Any, wanted: int | None) -> Iterator[np.ndarray]:
-    """The mean of the channels, fp32 [samples] for each piece of a recording.
+    """Yield the mean of the channels, fp32 [samples] for each piece of a recording.
 
     Args:
-        wanted: samples to read; None: all.
+        wanted: the number of samples to read; None: all.
 
     Raises:
         BadAudioError: there are fewer than the header says, or some are not finite.
@@ -157,11 +157,11 @@ def _blocks(file: Any, wanted: int | None) -> Iterator[np.ndarray]:
         found += len(block)
         yield block
     if found < wanted:
-        raise BadAudioError(f"cut short: {found:,} samples of the {total:,} that its header names")
+        raise BadAudioError(f"cut short: {found:,} samples of the {total:,} in its header")
 
 
 def resampled(wave: np.ndarray, rate: float, wanted_rate: float) -> np.ndarray:
-    """A waveform fp32 [samples] at another rate, of exactly as many samples as the ratio gives, rounded."""
+    """Return a waveform fp32 [samples] at another rate, with the number of samples that the ratio gives, rounded."""
     if rate == wanted_rate:
         return wave
     import soxr
@@ -176,15 +176,15 @@ def _opened(place: AudioPlace) -> Iterator[Any]:
     import soundfile
 
     if place.size == 0:
-        raise BadAudioError("an empty file, without a single byte")
+        raise BadAudioError("an empty file")
     try:
         with soundfile.SoundFile(io.BytesIO(with_length(place.read()))) as file:
             least, most = SAMPLE_RATES
             if not least <= file.samplerate <= most:
-                raise BadAudioError(f"{file.samplerate:,} samples a second; from {least:,} to {most:,} can be used")
+                raise BadAudioError(f"{file.samplerate:,} samples per second; only {least:,} to {most:,} can be used")
             yield file
     except soundfile.LibsndfileError as error:
         reason = error.error_string.strip() or "its samples are damaged or cut short"
-        raise BadAudioError(f"no recording that can be read: {reason}") from None
+        raise BadAudioError(f"not a recording that can be read: {reason}") from None
     except OSError as error:
         raise BadAudioError(f"cannot be read: {error.strerror or error}") from None

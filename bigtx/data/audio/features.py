@@ -1,9 +1,9 @@
-"""A waveform as a log-mel spectrogram.
+"""The log-mel spectrogram of a waveform.
 
 The power spectrum under a Hann window, summed up by triangles on Slaney's mel scale (M. Slaney, Auditory Toolbox,
 Technical Report 1998-010, the one that librosa and Whisper use), as logarithms that end 80 dB below the loudest
 (arXiv:2212.04356, section 2.2, and its published code), shifted and scaled to mean 0 and deviation 1 over the whole
-recording, so that loudness does not matter. Shape letters: L samples, F frames, M mel bins.
+recording, so that loudness has no effect. Shape letters: L samples, F frames, M mel bins.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from torch import Tensor
 from bigtx.config.schema import AudioConfig
 
 MIN_FFT = 512
-"""So that the lowest of 80 triangles is wider than a bin of the spectrum at every usual rate."""
+"""The size of the transform: large enough that the lowest of 80 triangles is wider than a bin at all usual rates."""
 LEAST_POWER = 1e-10
 DYNAMIC_RANGE = 8.0
-"""Powers of ten below the loudest at which the spectrogram ends."""
+"""The range of the spectrogram, in powers of ten below the loudest value."""
 LEAST_DEVIATION = 1e-3
-"""Of silence, whose spectrogram is flat."""
+"""The deviation of silence, whose spectrogram is flat."""
 
 LINEAR_HERTZ = 200.0 / 3
 """Hertz of one mel below BREAK_HERTZ, where the scale is linear."""
 BREAK_HERTZ = 1000.0
 LOG_STEP = math.log(6.4) / 27.0
-"""Of the logarithm of the frequency, one mel above BREAK_HERTZ."""
+"""The logarithm of the ratio of frequencies of one mel above BREAK_HERTZ."""
 
 
 class LogMel:
-    """Makes the features of one kind of model."""
+    """The features of one kind of model."""
 
     def __init__(self, config: AudioConfig) -> None:
         rate = config.sample_rate
@@ -43,11 +43,13 @@ class LogMel:
         self.filters = torch.from_numpy(mel_filters(config.num_mel_bins, rate, self.fft)).float()
 
     def num_frames(self, num_samples: int) -> int:
-        """Frames of so many samples: one begins with every hop."""
+        """Return the number of frames of so many samples: one starts with every hop."""
         return -(-num_samples // self.hop)
 
     def __call__(self, wave: np.ndarray) -> Tensor:
-        """Features fp32 [F, M] of a waveform fp32 [L]; frame f is centred on sample f * hop, zeros being outside."""
+        """Return features fp32 [F, M] of a waveform fp32 [L]; frame f is centred on sample f * hop, with zeros
+        outside.
+        """
         spectrum = torch.stft(
             torch.from_numpy(wave),
             self.fft,
@@ -65,7 +67,7 @@ class LogMel:
 
 
 def mel_filters(num_bins: int, rate: int, fft: int) -> np.ndarray:
-    """fp64 [num_bins, fft / 2 + 1]: triangles of area one, evenly spaced in mel from 0 Hz to half the rate."""
+    """Return fp64 [num_bins, fft / 2 + 1]: triangles of area one, evenly spaced in mel from 0 Hz to half the rate."""
     corners = _hertz(np.linspace(0.0, _mel(rate / 2), num_bins + 2))
     frequencies = np.linspace(0.0, rate / 2, fft // 2 + 1)
     low, middle, high = corners[:-2, None], corners[1:-1, None], corners[2:, None]

@@ -1,6 +1,6 @@
-"""Decoding all recordings of a run once, before its first step, and remembering those that are good.
+"""The check that decodes all recordings of a run once, before its first step, and records which are good.
 
-places ──this rank's share, in threads──▶ (samples, rate) or what is wrong ──▶ all ranks
+places ──this rank's share, in threads──▶ (samples, rate) or the fault ──▶ all ranks
                    ▲ recordings.jsonl: those that were good before, by path, offset, size and time
 """
 
@@ -24,10 +24,10 @@ from bigtx.utils.files import write_atomic
 from bigtx.utils.hardware import num_cores
 
 FILE = "recordings.jsonl"
-"""In the run folder: the recordings that were decoded to their end."""
+"""The file in the run folder that lists the recordings that were decoded to their end."""
 
 Found = tuple[int, int] | str
-"""Samples a channel and samples a second of a recording; or what is wrong with it."""
+"""Samples per channel and samples per second of a recording; or its fault."""
 Key = tuple[str | int, ...]
 
 
@@ -38,12 +38,12 @@ def look_at(
     share: tuple[int, int] = (0, 1),
     gather: Callable[[Any], Sequence[Any]] = lambda own: [own],
 ) -> dict[AudioPlace, Found]:
-    """Decode recordings, each once, but for those that are known to be good and have not changed since.
+    """Decode recordings, each once, except those that are known to be good and have not changed since.
 
     Args:
-        memory: the file that remembers the good ones; None remembers nothing.
+        memory: the file that lists the good ones; None for no file.
         share: (i, n): this process decodes the i-th of n shares.
-        gather: gives what all n processes hand to it, in the order of their shares.
+        gather: returns what all n processes pass to it, in the order of their shares.
     """
     known = _read(memory) if memory else {}
     keys = {place: _key(place) for place in dict.fromkeys(places)}
@@ -61,7 +61,7 @@ def look_at(
 
 
 def _examine(places: Sequence[AudioPlace], *, is_shown: bool) -> list[Found]:
-    """What is found of each place. libsndfile decodes without Python's lock, so threads are enough."""
+    """Return the result for each place. libsndfile decodes without Python's lock, so threads are enough."""
     begin, line, found = time.monotonic(), ProgressLine(), list[Found]()
     with ThreadPoolExecutor(num_cores()) as pool:
         for result in pool.map(_of_one, places):
@@ -82,7 +82,7 @@ def _of_one(place: AudioPlace) -> Found:
 
 
 def _key(place: AudioPlace) -> Key | None:
-    """What changes when the bytes do; None where the file cannot be asked."""
+    """Return a key that changes with the bytes; None if the file cannot be inspected."""
     if place.content is not None:
         return (xxhash.xxh3_128_hexdigest(place.content), place.size)
     try:
@@ -93,7 +93,7 @@ def _key(place: AudioPlace) -> Key | None:
 
 
 def _read(path: Path) -> dict[Key | None, Found]:
-    """The good recordings that a file names; lines that are damaged are decoded again."""
+    """Return the good recordings in a file; the recordings of damaged lines are decoded again."""
     known: dict[Key | None, Found] = {}
     with contextlib.suppress(OSError, ValueError):
         for line in path.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
@@ -104,6 +104,6 @@ def _read(path: Path) -> dict[Key | None, Found]:
 
 def _write(path: Path, good: Mapping[Key, Found]) -> None:
     lines = "".join(json.dumps([*key, *found]) + "\n" for key, found in good.items())
-    # To remember saves time, and is nothing that a run needs.
+    # The file saves time, but a run does not need it.
     with contextlib.suppress(OSError):
         write_atomic(path, lines)

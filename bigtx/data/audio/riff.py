@@ -1,15 +1,15 @@
-"""How long the headers of wav (RIFF, RF64) and AIFF files say that they are."""
+"""The lengths in the headers of wav (RIFF, RF64) and AIFF files."""
 
 from __future__ import annotations
 
 import struct
 
 _KINDS = {b"RIFF": ("<", b"data"), b"RIFX": (">", b"data"), b"RF64": ("<", b"data"), b"FORM": (">", b"SSND")}
-"""By a file's first bytes: the order of bytes in numbers, and the name of the chunk that holds the samples."""
+"""The byte order of numbers and the name of the chunk with the samples, by a file's first bytes."""
 _HEAD, _CHUNK_HEAD = 12, 8
 _IN_DS64 = 0xFFFFFFFF
 _SIZE_IN_DS64 = 16
-"""Bytes from a ds64 chunk's begin to the size of the samples (EBU Tech 3306)."""
+"""Bytes from the start of a ds64 chunk to the size of the samples (EBU Tech 3306)."""
 
 
 class BadAudioError(Exception):
@@ -17,12 +17,12 @@ class BadAudioError(Exception):
 
 
 def with_length(content: bytes) -> bytes:
-    """The bytes of a recording whose header says how long it is, also where the program that recorded it wrote to a
-    pipe and so could not: then sox and others leave a size of about 2 GiB, ffmpeg 0xFFFFFFFF, some 0. libsndfile reads
-    these to the end of the file, but for 0, in whose place the true size is set here.
+    """Return the bytes of a recording with its length in the header, even if the program that recorded it wrote
+    to a pipe and could not fill it in: sox and others leave a size of about 2 GiB, ffmpeg 0xFFFFFFFF, some 0.
+    libsndfile reads these to the end of the file, except 0, which is replaced by the true size here.
 
     Raises:
-        BadAudioError: the header says that there are more bytes than there are.
+        BadAudioError: the header gives more bytes than the file has.
     """
     order, wanted = _KINDS.get(content[:4], ("", b""))
     at, in_ds64 = _HEAD, None
@@ -39,7 +39,7 @@ def with_length(content: bytes) -> bytes:
         if size == 0 and available and not _are_chunks(content, at + _CHUNK_HEAD, order):
             return content[: at + 4] + struct.pack(f"{order}I", min(available, _IN_DS64)) + content[at + 8 :]
         if size > available and not _is_open(size):
-            raise BadAudioError(f"cut short: {available:,} bytes of sound of the {size:,} that its header names")
+            raise BadAudioError(f"cut short: {available:,} bytes of sound of the {size:,} in its header")
         break
     return content
 
@@ -49,7 +49,7 @@ def _is_open(size: int) -> bool:
 
 
 def _are_chunks(content: bytes, at: int, order: str) -> bool:
-    """Whether other chunks, and nothing else, fill the rest of a file."""
+    """Return whether other chunks, and nothing else, fill the rest of a file."""
     while at + _CHUNK_HEAD <= len(content):
         at += _CHUNK_HEAD + struct.unpack_from(f"{order}I", content, at + 4)[0]
         at += at % 2

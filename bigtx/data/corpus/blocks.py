@@ -1,4 +1,4 @@
-"""Reading the blocks of a split (the format stands in manifest.py): mapped from local shards, or fetched by range."""
+"""Readers of the blocks of a split (format: see manifest.py): mapped from local shards, or fetched by range."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FETCHES_AT_ONCE = 16
 
 
 class BlockReader:
-    """Reads the blocks of a split from memory-mapped shards; verifies each block when it is first touched."""
+    """A reader of the blocks of a split from memory-mapped shards; each block is verified when it is first read."""
 
     def __init__(self, manifest: Manifest) -> None:
         _allow_open_files()
@@ -39,13 +39,13 @@ class BlockReader:
         self._verified = np.zeros(len(manifest.blocks), dtype=bool)
 
     def expect(self, blocks: Iterable[int]) -> None:
-        """Hear which blocks will be read soon. Mapped shards need no telling."""
+        """Accept the blocks that will be read soon. Mapped shards need no preparation."""
 
     def close(self) -> None:
-        """Fetch nothing more."""
+        """Stop fetching."""
 
     def _read_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens and the document starts of a block.
+        """Return the tokens and the document starts of a block.
 
         Returns:
             tokens: [n] read-only view of the shard, in the manifest's dtype.
@@ -86,10 +86,10 @@ class BlockReader:
 
 
 class RemoteBlockReader(BlockReader):
-    """Reads the blocks of a split by range from where its shards lie, through the cache of this machine.
+    """A reader of the blocks of a split by range from remote shards, through the cache of this machine.
 
-    What is expected is fetched by threads, so that reading it later waits for nothing. A block is verified whenever it
-    comes from the network or from the cache; one that is damaged is fetched once more.
+    Threads fetch the expected blocks, so that reading them later does not wait. A block is verified whenever it
+    comes from the network or from the cache; a damaged one is fetched again once.
     """
 
     def __init__(self, manifest: Manifest) -> None:
@@ -103,7 +103,7 @@ class RemoteBlockReader(BlockReader):
         self.block = self._read_block  # type: ignore[assignment]
 
     def expect(self, blocks: Iterable[int]) -> None:
-        """Begin to fetch blocks that are not here yet, in their order, CACHED_BLOCKS at most."""
+        """Start to fetch blocks that are not here yet, in their order, CACHED_BLOCKS at most."""
         for block in blocks:
             if block in self._read:
                 self._read.move_to_end(block)
@@ -111,7 +111,7 @@ class RemoteBlockReader(BlockReader):
                 self._coming[block] = self._pool.submit(self._fetch, block)
 
     def close(self) -> None:
-        """Fetch nothing more, and leave what is being fetched."""
+        """Stop fetching, and do not wait for transfers in progress."""
         self._given_up.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
@@ -131,31 +131,33 @@ class RemoteBlockReader(BlockReader):
         shard = self.manifest.shard_path(int(self.manifest.blocks[block]["shard"]))
         assert isinstance(shard, RemotePath)
         try:
-            # The table's hash stands for all of the split's bytes, so a corpus that is prepared anew shares nothing.
+            # The table's hash covers all of the split's bytes, so a corpus that is prepared again shares no pieces.
             return self._cache.get(
                 f"{self.manifest.blocks_sha256[:32]}/{block >> 12:x}/{block:x}",
                 lambda: shard.read_bytes(begin, end, tries=TRIES, given_up=self._given_up),
                 lambda content: is_block(self.manifest, block, content),
             )
         except DamagedError:
-            advice = "It was fetched twice; look at the shard where it lies, with `bigtx data verify`."
+            advice = "It was fetched twice; check the shard on its own machine, with `bigtx data verify`."
             raise damaged_block(self.manifest, block, advice) from None
         except FileNotFoundError:
             raise DataError(f"{shard} is missing; was the corpus moved or removed during the run?") from None
 
 
 def open_reader(manifest: Manifest) -> BlockReader:
-    """The reader for where the split lies."""
+    """Return the reader for the split's place."""
     return RemoteBlockReader(manifest) if isinstance(manifest.folder, RemotePath) else BlockReader(manifest)
 
 
 def is_block(manifest: Manifest, block: int, content: Content | memoryview) -> bool:
-    """Whether the bytes are those that the block table has the checksum of."""
+    """Return whether the bytes have the checksum of the block table."""
     return xxhash.xxh3_64_intdigest(content) == int(manifest.blocks[block]["checksum"])
 
 
 def block_views(manifest: Manifest, block: int, content: Content, offset: int) -> tuple[np.ndarray, np.ndarray]:
-    """A block's tokens and document starts, as views of the bytes in which its token payload begins at `offset`."""
+    """Return a block's tokens and document starts, as views of the bytes in which its token payload begins at
+    `offset`.
+    """
     record = manifest.blocks[block]
     tokens = np.frombuffer(content, manifest.dtype, int(record["tokens"]), offset)
     starts = np.frombuffer(content, DOCS_DTYPE, int(record["documents"]), offset + int(record["docs_offset"]))
@@ -163,7 +165,7 @@ def block_views(manifest: Manifest, block: int, content: Content, offset: int) -
 
 
 def damaged_block(manifest: Manifest, block: int, advice: str) -> DataError:
-    """The error that names a block whose bytes are not those that were written."""
+    """Return the error for a block whose bytes are not those that were written."""
     begin, end = manifest.block_range(block)
     path = manifest.shard_path(int(manifest.blocks[block]["shard"]))
     return DataError(
@@ -173,6 +175,6 @@ def damaged_block(manifest: Manifest, block: int, advice: str) -> DataError:
 
 
 def _allow_open_files() -> None:
-    """Lift this process's limit of open files as far as it may: every mapped shard holds one, and 1024 is usual."""
+    """Raise this process's limit of open files as much as allowed: every mapped shard holds one, and 1024 is usual."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

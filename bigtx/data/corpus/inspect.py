@@ -1,4 +1,4 @@
-"""What a prepared corpus holds, as text for the terminal."""
+"""A description of a prepared corpus, as text for the terminal."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _SAMPLE_CHARACTERS = 600
 
 
 def describe(place: Place, *, split: str, num_samples: int, seed: int) -> Iterator[str]:
-    """Lines that describe a corpus: its splits and shards, lengths of documents, decoded samples of one split.
+    """Yield lines that describe a corpus: its splits and shards, lengths of documents, decoded samples of one split.
 
     Raises:
-        DataError: it is no whole corpus.
+        DataError: it is not a complete corpus.
     """
     manifests = open_splits(place)
     chosen = _choose(place, manifests, split)
@@ -44,10 +44,10 @@ def describe(place: Place, *, split: str, num_samples: int, seed: int) -> Iterat
 
 
 def facts(place: Place, *, split: str, num_samples: int, seed: int) -> dict[str, Any]:
-    """The same as plain data; samples are whole.
+    """Return the description as plain data; samples are not shortened.
 
     Raises:
-        DataError: it is no whole corpus.
+        DataError: it is not a complete corpus.
     """
     manifests = open_splits(place)
     chosen = _choose(place, manifests, split)
@@ -69,7 +69,7 @@ def facts(place: Place, *, split: str, num_samples: int, seed: int) -> dict[str,
 
 
 def counts(manifest: Manifest) -> dict[str, Any]:
-    """What a split's manifest counts, as plain data."""
+    """Return the counts of a split's manifest, as plain data."""
     return {
         "split": manifest.split,
         "documents": manifest.num_documents,
@@ -97,7 +97,7 @@ def _draw(sample: Sample, num_samples: int, seed: int) -> list[int]:
 
 
 def describe_splits(manifests: list[Manifest]) -> Iterator[str]:
-    """A table of splits."""
+    """Yield a table of splits."""
     heads = ("", "documents", "tokens", "text", "bytes/token", "blocks", "shards", "on disk")
     yield _row(heads)
     for manifest in manifests:
@@ -129,11 +129,11 @@ def _describe_shards(manifest: Manifest) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Sample:
-    """Documents that lie whole in the first blocks of a split.
+    """The documents that are complete in the first blocks of a split.
 
     Attributes:
-        tokens: of the blocks.
-        bounds: [documents + 1] where in them each document starts, and where the last one ends; int64.
+        tokens: the tokens of the blocks.
+        bounds: int64 [documents + 1], where in them each document starts, and where the last one ends.
     """
 
     tokens: np.ndarray
@@ -141,16 +141,16 @@ class Sample:
 
     @property
     def lengths(self) -> np.ndarray:
-        """[documents] tokens of each, its end included."""
+        """Return the number of tokens of each document, its end included: [documents]."""
         return np.diff(self.bounds)
 
     def document(self, number: int) -> np.ndarray:
-        """The tokens of a document, without its end."""
+        """Return the tokens of a document, without its end."""
         return self.tokens[self.bounds[number] : self.bounds[number + 1] - 1]
 
 
 def read_sample(manifest: Manifest) -> Sample:
-    """The first blocks of a split: quick, whatever the corpus."""
+    """Return the first blocks of a split; this is quick for a corpus of any size."""
     reader = open_reader(manifest)
     numbers = range(min(_BLOCKS_READ, len(manifest.blocks)))
     reader.expect(numbers)
@@ -164,7 +164,7 @@ def read_sample(manifest: Manifest) -> Sample:
 
 
 def length_bins(lengths: np.ndarray) -> Iterator[tuple[int, int, int]]:
-    """Counts of lengths between powers of two: (from, to, documents)."""
+    """Yield the counts of lengths between powers of two: (from, to, documents)."""
     bins = np.floor(np.log2(lengths)).astype(int)
     for exponent, count in enumerate(np.bincount(bins).tolist()):
         if exponent >= bins.min():
@@ -172,10 +172,10 @@ def length_bins(lengths: np.ndarray) -> Iterator[tuple[int, int, int]]:
 
 
 def describe_lengths(manifest: Manifest, lengths: np.ndarray) -> Iterator[str]:
-    """Mean, quartiles and a histogram of documents' tokens."""
+    """Yield the mean, the quartiles and a histogram of documents' tokens."""
     part = "" if len(lengths) == manifest.num_documents else f" (of {len(lengths):,} documents)"
     if len(lengths) == 0:
-        yield "No document lies whole in the blocks that were read."
+        yield "No document is complete in the blocks that were read."
         return
     quartiles = "  ".join(
         f"{name} {value:,.0f}"

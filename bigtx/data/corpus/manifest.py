@@ -1,4 +1,4 @@
-"""The manifest of one prepared split: what is in it, where every block lies, and how it was made.
+"""The manifest of one prepared split: its content, the place of every block, and the settings that made it.
 
 A split is a folder:
 
@@ -37,7 +37,7 @@ SPLITS = ("train", "validation")
 MANIFEST_NAME = "manifest.json"
 BLOCKS_NAME = "blocks.npy"
 AGAIN = "remove the corpus's folder and prepare it again"
-"""What can be done about a damaged corpus; while its folder is there, `bigtx data prepare` leaves it as it is."""
+"""The advice for a damaged corpus; while its folder exists, `bigtx data prepare` does not change it."""
 TAR_UNIT = 512
 NPY_HEADER_BYTES = 128
 MEMBER_HEADER_BYTES = TAR_UNIT + NPY_HEADER_BYTES
@@ -57,13 +57,13 @@ DOCS_DTYPE = np.dtype("<u4")
 """Starts of documents within their block, in tokens."""
 
 _ASKED_SHARDS = 256
-"""Remote shards whose sizes are asked for when a split is opened, spread evenly; the others are met when they are read,
+"""Remote shards whose sizes are checked when a split is opened, evenly spaced; the others are checked when read,
 and `bigtx data verify` reads all of them."""
 _ASKED_AT_ONCE = 32
 
 
 def padded_size(num_bytes: int) -> int:
-    """Bytes that a file of so many bytes takes in a tar, its tar header not counted."""
+    """Return how many bytes a file of so many bytes takes in a tar, without its tar header."""
     return (num_bytes + TAR_UNIT - 1) // TAR_UNIT * TAR_UNIT
 
 
@@ -78,21 +78,21 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a split holds.
+    """The content of a split.
 
     Attributes:
-        folder: where the split lies; a URL is a RemotePath.
+        folder: the split's folder; a URL is a RemotePath.
         split: its name, `train` or `validation`.
-        dtype: of the tokens on disk, `<u2` or `<u4`.
-        vocab_size, end_id, tokenizer_fingerprint: of the tokenizer; every document ends with end_id.
-        block_tokens: tokens of every block but the last.
+        dtype: the dtype of the tokens on disk, `<u2` or `<u4`.
+        vocab_size, end_id, tokenizer_fingerprint: those of the tokenizer; every document ends with end_id.
+        block_tokens: tokens of every block except the last.
         num_tokens, num_documents: counts over all blocks; end_id counts as a token of its document.
         num_bytes: UTF-8 bytes of the documents' text, the denominator of bits per byte.
         shards: in order.
         blocks: BLOCK_DTYPE records, in order; memory-mapped after `load`.
         recipe: the settings that made the split.
-        groups: documents, tokens and bytes per `source` and `language`, where preparation knew them.
-        blocks_sha256: of the block table, and so of all the tokens and their order; "" before `save` and `load`.
+        groups: documents, tokens and bytes per `source` and `language`, if they are known.
+        blocks_sha256: the hash of the block table, and so of all tokens and their order; "" before `save` and `load`.
     """
 
     folder: Place
@@ -113,22 +113,22 @@ class Manifest:
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text per token, the ends of documents counted as tokens."""
+        """Return the UTF-8 bytes of text per token, the ends of documents counted as tokens."""
         return self.num_bytes / max(1, self.num_tokens)
 
     def shard_path(self, shard: int) -> Place:
-        """Path or URL of a shard by its index."""
+        """Return the path or URL of a shard by its index."""
         return self.folder / self.shards[shard].name
 
     def block_range(self, block: int) -> tuple[int, int]:
-        """First and one past the last byte of a block in its shard: what its checksum covers."""
+        """Return the first byte of a block in its shard and the byte after the last: the range of its checksum."""
         record = self.blocks[block]
         docs = int(record["offset"]) + int(record["docs_offset"])
         docs_file = NPY_HEADER_BYTES + int(record["documents"]) * DOCS_DTYPE.itemsize
         return int(record["offset"]) - MEMBER_HEADER_BYTES, docs - NPY_HEADER_BYTES + padded_size(docs_file)
 
     def save(self) -> None:
-        """Write the block table, then manifest.json: the split exists from here on."""
+        """Write the block table, then manifest.json: after that, the split exists."""
         assert isinstance(self.folder, Path)
         path = self.folder / BLOCKS_NAME
         np.save(path, self.blocks, allow_pickle=False)
@@ -155,11 +155,11 @@ class Manifest:
 
     @staticmethod
     def load(folder: str | Place, *, check_shards: bool = True) -> Manifest:
-        """Open a split and check all that can be checked without reading its shards.
+        """Open a split and check everything that can be checked without reading its shards.
 
         Args:
-            folder: a path, a URL, or what `as_place` made of one.
-            check_shards: whether the shards' sizes must be right; `verify` reports on them itself.
+            folder: a path, a URL, or the result of `as_place`.
+            check_shards: whether to check the shards' sizes; `verify` reports them itself.
 
         Raises:
             DataError: no manifest, another format, a manifest or a block table that was changed, a shard missing or of
@@ -186,7 +186,7 @@ class Manifest:
 
 
 def has_split(corpus: str | Place, split: str) -> bool:
-    """Whether a prepared corpus has this split at all (small ones may have no validation split)."""
+    """Return whether a prepared corpus has this split (small ones may have no validation split)."""
     place = as_place(corpus) / split
     return (place / MANIFEST_NAME).is_file() if isinstance(place, RemotePath) else place.is_dir()
 
@@ -199,7 +199,7 @@ def _read_content(folder: Place) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise DataError(
-            f"{folder} has no {MANIFEST_NAME}: it is no prepared split, or that file is lost. Name a folder written "
+            f"{folder} has no {MANIFEST_NAME}: it is not a prepared split, or lost that file. Name a folder written "
             f"by `bigtx data prepare`; or restore the file, or {AGAIN}."
         ) from None
     except OSError as error:
@@ -217,7 +217,7 @@ def _read_content(folder: Place) -> dict[str, Any]:
     found = unsealed(content)
     if found is None:
         what = (
-            f"does not have the hash that it names (`{SEAL}`): it was changed or damaged since it was written"
+            f"does not have the hash that it contains (`{SEAL}`): it was changed or damaged since it was written"
             if SEAL in content
             else f"has no hash of itself (`{SEAL}`): it was written by an earlier bigtx, or changed since"
         )
@@ -228,7 +228,7 @@ def _read_content(folder: Place) -> dict[str, Any]:
 def _from_content(folder: Place, content: dict[str, Any]) -> Manifest:
     shards = tuple(Shard(str(item["name"]), int(item["size"]), str(item["sha256"])) for item in content["shards"])
     for shard in shards:
-        # Names come from a file: they never lead out of the folder.
+        # Names come from a file: they must not lead out of the folder.
         if not re.fullmatch(r"\d{6,}\.tar", shard.name):
             raise ValueError(f"shard name {shard.name!r}")
     dtype = np.dtype(content["dtype"])
@@ -293,7 +293,7 @@ def _fetch_blocks(path: RemotePath, sha256: str) -> np.ndarray:
 
 
 def shard_problem(manifest: Manifest, shard: int) -> str | None:
-    """What is wrong with a shard by its size, as a phrase that names it; None if nothing is."""
+    """Return the fault of a shard by its size, as a phrase that names it; None if there is none."""
     path, expected = manifest.shard_path(shard), manifest.shards[shard].size
     try:
         size = path.size() if isinstance(path, RemotePath) else path.stat().st_size
@@ -305,8 +305,10 @@ def shard_problem(manifest: Manifest, shard: int) -> str | None:
 
 
 def check_sizes(manifest: Manifest) -> None:
-    """Raises:
-    DataError: shards are missing or have other sizes; of many remote ones, only some are asked about.
+    """Check the sizes of the shards.
+
+    Raises:
+        DataError: shards are missing or have other sizes; of many remote ones, only some are checked.
     """
     problem: Callable[[int], str | None] = functools.partial(shard_problem, manifest)
     if isinstance(manifest.folder, RemotePath):
@@ -328,15 +330,15 @@ def check_sizes(manifest: Manifest) -> None:
 def _check_blocks(manifest: Manifest) -> None:
     blocks = manifest.blocks
     if len(blocks) == 0 or blocks["shard"].max() >= len(manifest.shards):
-        raise DataError(f"{manifest.folder} holds no block that its shards have; {AGAIN}.")
+        raise DataError(f"{manifest.folder} lists no block that its shards have; {AGAIN}.")
     sizes = np.array([shard.size for shard in manifest.shards], dtype=np.uint64)
-    # In pieces: the arrays between would be larger than the table of a large corpus.
+    # In pieces: the temporary arrays would be larger than the table of a large corpus.
     pieces = (blocks[begin : begin + (1 << 16)] for begin in range(0, len(blocks), 1 << 16))
     if not all(_lies_within(piece, sizes, manifest.dtype) for piece in pieces):
-        raise DataError(f"{manifest.folder / BLOCKS_NAME} names places outside its shards; {AGAIN}.")
+        raise DataError(f"{manifest.folder / BLOCKS_NAME} points to places outside its shards; {AGAIN}.")
     counts = int(blocks["tokens"].sum(dtype=np.int64)), int(blocks["documents"].sum(dtype=np.int64))
     if counts != (manifest.num_tokens, manifest.num_documents):
-        raise DataError(f"{manifest.folder}: the block table and the manifest count differently; {AGAIN}.")
+        raise DataError(f"{manifest.folder}: the block table and the manifest have different counts; {AGAIN}.")
 
 
 def _lies_within(blocks: np.ndarray, sizes: np.ndarray, dtype: np.dtype[Any]) -> bool:

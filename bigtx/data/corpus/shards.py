@@ -1,4 +1,4 @@
-"""Writing shards (the format stands in manifest.py)."""
+"""The writer of shards (for the format see manifest.py)."""
 
 from __future__ import annotations
 
@@ -18,41 +18,41 @@ from bigtx.data.corpus.manifest import BLOCK_DTYPE, DOCS_DTYPE, MEMBER_HEADER_BY
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The narrowest dtype on disk that holds every id: `<u2` up to 65,536 ids, else `<u4`."""
+    """Return the narrowest dtype on disk that holds every id: `<u2` up to 65,536 ids, else `<u4`."""
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
 def member_bytes(name: str, array: np.ndarray) -> bytes:
-    """A tar member holding one 1-D npy array: the same bytes for the same array, on every machine."""
+    """Return a tar member holding one 1-D npy array: the same bytes for the same array, on every machine."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
     payload = array.tobytes()
     info = tarfile.TarInfo(name)
     info.size = header.tell() + len(payload)
     content = info.tobuf(tarfile.USTAR_FORMAT) + header.getvalue()
-    assert len(content) == MEMBER_HEADER_BYTES, "the block table counts on headers of one length"
+    assert len(content) == MEMBER_HEADER_BYTES, "the block table assumes headers of one length"
     return content + payload + bytes(padded_size(info.size) - info.size)
 
 
 def blocks_of_a_shard(shard_size: int, block_tokens: int, dtype: np.dtype[Any]) -> int:
-    """How many blocks make a shard of at least `shard_size` bytes, the documents' starts not counted."""
+    """Return how many blocks a shard of at least `shard_size` bytes has, without the documents' starts."""
     block = 2 * TAR_UNIT + padded_size(MEMBER_HEADER_BYTES - TAR_UNIT + block_tokens * dtype.itemsize) + TAR_UNIT
     return max(1, -(-shard_size // block))
 
 
 class ShardWriter:
-    """Cuts a stream of tokenized documents into blocks, and blocks into shards.
+    """A writer that cuts a stream of tokenized documents into blocks, and blocks into shards.
 
-    A shard gets its name when it is whole, so what bears the name of a shard is one.
+    A shard gets its name when it is complete, so no partial file has the name of a shard.
 
     Args:
-        folder: of the split.
-        dtype: of the tokens on disk.
+        folder: the folder of the split.
+        dtype: the dtype of the tokens on disk.
         block_tokens: tokens of a block; a document may be cut over blocks.
         shard_blocks: blocks of a shard.
-        first_shard: number of the shard that the stream begins with.
-        done: called with each shard when it is whole: its number, its entry of the manifest, and [blocks] BLOCK_DTYPE
-            records.
+        first_shard: number of the first shard of the stream.
+        done: called with each shard when it is complete: its number, its entry of the manifest, and [blocks]
+            BLOCK_DTYPE records.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class ShardWriter:
         """Append tokens.
 
         Args:
-            tokens: [n] ids; those before the first start go on with the last document.
+            tokens: [n] ids; those before the first start continue the last document.
             starts: [documents] where documents begin in them, ascending.
         """
         self._starts = np.concatenate([self._starts, starts + len(self._tokens)])
@@ -102,7 +102,7 @@ class ShardWriter:
         self._starts = self._starts[np.searchsorted(self._starts, whole) :] - whole
 
     def finish(self) -> None:
-        """Write what is left as a last, shorter block, and end its shard."""
+        """Write the remaining tokens as a last, shorter block, and end its shard."""
         if len(self._tokens):
             self._write_block(0, len(self._tokens))
         self._end_shard()

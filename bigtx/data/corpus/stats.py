@@ -1,4 +1,4 @@
-"""Figures of a prepared corpus: for the terminal, and as data."""
+"""Statistics of a prepared corpus: for the terminal, and as data."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ _QUANTILES = (0, 25, 50, 75, 100)
 
 
 def statistics(place: Place) -> dict[str, Any]:
-    """The figures of a corpus as plain data.
+    """Return the figures of a corpus as plain data.
 
     Returns:
-        Per split: counts, tokens and documents by source and language where they are known, and the lengths of the
+        Per split: counts, tokens and documents by source and language if they are known, and the lengths of the
         documents in its first blocks, which are a random part of it.
 
     Raises:
-        DataError: it is no whole corpus.
+        DataError: it is not a complete corpus.
     """
     return {"corpus": str(place), "splits": [_of_split(manifest) for manifest in open_splits(place)]}
 
 
 def describe_statistics(place: Place) -> Iterator[str]:
-    """The same as lines.
+    """Yield the statistics as lines.
 
     Raises:
-        DataError: it is no whole corpus.
+        DataError: it is not a complete corpus.
     """
     manifests = open_splits(place)
     yield from describe_splits(manifests)
@@ -63,7 +63,7 @@ def _of_split(manifest: Manifest) -> dict[str, Any]:
 
 
 def _describe_groups(manifest: Manifest) -> Iterator[str]:
-    """A table of sources and languages, the largest first."""
+    """Yield a table of sources and languages, the largest first."""
     rows = sorted(manifest.groups, key=lambda group: -int(group.get("tokens", 0)))
     names = [(_name(group.get("source")), _name(group.get("language"))) for group in rows]
     widths = [max(len(head), *(len(name[column]) for name in names)) for column, head in enumerate(_HEADS)]

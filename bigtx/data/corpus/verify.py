@@ -1,4 +1,4 @@
-"""Reading a whole corpus to see that it is what was written: every hash, every header, every token."""
+"""The check of a whole corpus against what was written: every hash, every header, every token."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from bigtx.utils.hardware import num_cores
 from bigtx.utils.units import format_size
 
 _PROBLEMS_SHOWN = 5
-"""Problems of one shard that are named; the others are counted."""
+"""The number of problems of one shard that are listed; the others are counted."""
 
 
 @dataclass
 class Verified:
-    """What `verify` read, and what is wrong with it."""
+    """The amount that `verify` read, and the problems."""
 
     num_shards: int = 0
     num_blocks: int = 0
@@ -58,7 +58,7 @@ class _ShardTask:
 
 @dataclass
 class _ShardResult:
-    """What a shard holds: its first and last edge, by which it must fit its neighbours, and its problems.
+    """The result of one shard: its first and last edge, which must fit its neighbours, and its problems.
 
     Attributes:
         begins: whether a document starts with its first token; None if that is not known.
@@ -74,7 +74,7 @@ def verify(place: Place, num_processes: int = 0) -> Verified:
     """Read all of a corpus and compare it with its manifests, its tables and its tokenizer.
 
     Args:
-        num_processes: 0 takes every core.
+        num_processes: 0 uses every core.
 
     Raises:
         DataError: there is no corpus.
@@ -106,7 +106,9 @@ def verify(place: Place, num_processes: int = 0) -> Verified:
 
 
 def _open(place: Place, result: Verified) -> list[Manifest]:
-    """The splits whose manifests and tables are whole, and what is wrong with the others and the tokenizer."""
+    """Return the splits with intact manifests and tables; add the problems of the others and of the tokenizer to
+    `result`.
+    """
     names = [name for name in SPLITS if has_split(place, name)]
     if not names:
         open_splits(place)
@@ -131,7 +133,7 @@ def _open(place: Place, result: Verified) -> list[Manifest]:
 
 
 def _nothing() -> None:
-    """Nothing has to be set up in a process."""
+    """Do nothing: a process needs no set-up."""
 
 
 @functools.lru_cache(maxsize=2)
@@ -160,7 +162,7 @@ def _check_shard(task: _ShardTask) -> _ShardResult:
 
 
 def _read_shard(manifest: Manifest, shard: int, stream: BinaryIO, result: _ShardResult) -> Iterator[str]:
-    """What is wrong with a shard, problem by problem."""
+    """Yield the problems of a shard, one at a time."""
     digest, position = hashlib.sha256(), 0
     first, last = np.searchsorted(manifest.blocks["shard"], (shard, shard + 1)).tolist()
     for block in range(first, last):
@@ -174,7 +176,7 @@ def _read_shard(manifest: Manifest, shard: int, stream: BinaryIO, result: _Shard
         advance(len(content), 0)
         position = end
         if len(content) < end - begin:
-            yield f"it is cut off within block {block}"
+            yield f"it is truncated within block {block}"
             break
         if not is_block(manifest, block, content):
             yield f"block {block} (bytes {begin:,} to {end:,}) is damaged"
@@ -191,7 +193,7 @@ def _read_shard(manifest: Manifest, shard: int, stream: BinaryIO, result: _Shard
 
 
 def _check_members(manifest: Manifest, block: int, content: bytes) -> Iterator[str]:
-    """Whether the headers say what the table says, as other readers of tar and npy will read them."""
+    """Yield a problem for headers that differ from the table, as other readers of tar and npy read them."""
     record = manifest.blocks[block]
     for name, dtype, count, begin in (
         (f"{block:06d}.tokens.npy", manifest.dtype, int(record["tokens"]), 0),
@@ -208,7 +210,7 @@ def _check_members(manifest: Manifest, block: int, content: bytes) -> Iterator[s
         size = NPY_HEADER_BYTES + count * dtype.itemsize
         if (info.name, info.size, info.isreg(), shape, found) != (name, size, True, (count,), dtype):
             yield (
-                f"block {block}: where the table has {name} of {size:,} bytes is the member {info.name!r} of "
+                f"block {block}: the table has {name} of {size:,} bytes, but the shard the member {info.name!r} of "
                 f"{info.size:,} bytes, an array {shape} of {found}"
             )
 
@@ -216,52 +218,50 @@ def _check_members(manifest: Manifest, block: int, content: bytes) -> Iterator[s
 def _check_tokens(
     manifest: Manifest, block: int, content: bytes, result: _ShardResult, *, is_first: bool
 ) -> Iterator[str]:
-    """Whether all ids are of the vocabulary, and documents start after ends and nowhere else."""
+    """Yield a problem for ids outside the vocabulary, and for documents that do not start exactly after ends."""
     tokens, starts = block_views(manifest, block, content, MEMBER_HEADER_BYTES)
     if len(tokens) == 0:
         yield f"block {block} has no tokens"
         return
     if int(tokens.max()) >= manifest.vocab_size:
-        yield f"block {block} holds the id {int(tokens.max())}, and the vocabulary has {manifest.vocab_size}"
+        yield f"block {block} has the id {int(tokens.max())}, but the vocabulary has {manifest.vocab_size}"
     begins = bool(len(starts)) and int(starts[0]) == 0
     ends = tokens == manifest.end_id
     expected = np.flatnonzero(ends[:-1]) + 1
     if not np.array_equal(expected, starts[1:] if begins else starts):
-        yield f"block {block}: its documents do not start where the ones before end"
+        yield f"block {block}: its documents do not start where the previous ones end"
     if is_first:
         result.begins = begins
     elif result.ends is not None and begins != result.ends:
-        yield f"block {block}: a document starts with it, or does not, against the end of the block before"
+        yield f"block {block}: a document starts there, or does not, unlike the end of the previous block"
     result.ends = bool(ends[-1])
 
 
 def _check_edges(manifest: Manifest, shards: list[_ShardResult]) -> Iterator[str]:
-    """Whether the shards of a split follow each other at documents' borders, or within a document."""
+    """Yield a problem where the shards of a split do not fit at documents' borders, or within a document."""
     before: bool | None = True
     for shard, result in enumerate(shards):
         if None not in (before, result.begins) and before != result.begins:
-            yield (
-                f"{manifest.shard_path(shard)}: a document starts with it, or does not, against the end of the shard "
-                "before"
-            )
+            path = manifest.shard_path(shard)
+            yield f"{path}: a document starts there, or does not, unlike the end of the previous shard"
         before = result.ends
     if before is False:
         yield f"{manifest.folder}: the last document has no end"
 
 
 def describe(place: Place, result: Verified) -> str:
-    """The outcome, for the terminal.
+    """Return the outcome, for the terminal.
 
     Raises:
-        DataError: names all problems.
+        DataError: there are problems; the message lists all of them.
     """
     size = f"{result.num_shards:,} shards, {result.num_blocks:,} blocks, {format_size(result.num_bytes)}"
     if result.problems:
         count = f"{len(result.problems)} problem{'s' * (len(result.problems) > 1)}"
         listed = "".join(f"\n  {problem}" for problem in result.problems)
         raise DataError(
-            f"{place} is not as it was written ({size} read): {count}.{listed}\n"
-            f"Copy what is damaged again from where it was prepared, or {AGAIN}."
+            f"{place} differs from what was written ({size} read): {count}.{listed}\n"
+            f"Copy the damaged files again from where they were prepared, or {AGAIN}."
         )
     speed = result.num_bytes / max(result.seconds, 1e-6) / 1e6
     return f"{place} is as it was written: {size} read in {result.seconds:.1f} s ({speed:,.0f} MB/s)."

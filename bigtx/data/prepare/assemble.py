@@ -1,11 +1,11 @@
-"""Tokenized chunks -> the shards of a corpus.
+"""The shards of a corpus, made from tokenized chunks.
 
-    chunks ──count──▶ for each range of keys: what is kept, in each split ──▶ plan: which tokens each shard holds
+    chunks ──count──▶ for each range of keys: kept documents, in each split ──▶ plan: which tokens each shard holds
     chunks ──write──▶ shards, each from the ranges that hold its tokens, in any order, in any process
 
-Which documents are kept and where each token goes follows from the records alone, so shards are independent of each
-other: a job that was killed writes those that are missing. A shard's rows of the block table and its entry of the
-manifest are written beside the chunks after the shard itself; where the entry is, the shard is done.
+The records alone determine which documents are kept and the place of each token, so shards are independent of each
+other: a job that was killed writes only the missing ones. A shard's rows of the block table and its entry of the
+manifest are written next to the chunks after the shard itself; if the entry exists, the shard is done.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ PLAN_NAME = "plan.json"
 
 @dataclass
 class Count:
-    """What one range of keys, or the whole corpus, holds.
+    """The counts of one range of keys, or of the whole corpus.
 
     Attributes:
-        removed: documents left out, by rule.
+        removed: the documents left out, by rule.
         smallest, largest: text hashes of the kept documents.
         documents, tokens, bytes: [2] of each split.
         groups: by index into `Chunks.groups`, [2 splits] of [documents, tokens, bytes].
@@ -78,12 +78,12 @@ def count_range(work: Path, held_out_below: int, number: int) -> Count:
 
 
 def _sums(records: np.ndarray) -> list[int]:
-    """Documents, tokens and bytes."""
+    """Return the numbers of documents, tokens and bytes."""
     return [len(records), int(records["tokens"].sum(dtype=np.int64)), int(records["bytes"].sum(dtype=np.int64))]
 
 
 def add_up(counts: list[Count]) -> Count:
-    """The whole corpus."""
+    """Return the counts of the whole corpus."""
     total = Count({}, 2**64 - 1, 0, [0, 0], [0, 0], [0, 0], {})
     for count in counts:
         for rule, number in count.removed.items():
@@ -99,7 +99,7 @@ def add_up(counts: list[Count]) -> Count:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where every kept token goes.
+    """The place of every kept token.
 
     Attributes:
         held_out_below: texts with a smaller hash are the validation split.
@@ -113,7 +113,7 @@ class Plan:
     shard_blocks: int
 
     def num_shards(self, split: int) -> int:
-        """Shards of a split."""
+        """Return the number of shards of a split."""
         return -(-self.tokens_before[split][-1] // (self.block_tokens * self.shard_blocks))
 
 
@@ -127,7 +127,7 @@ class Task:
 
 
 def make_tasks(plan: Plan, num_ranges: int) -> list[Task]:
-    """All shards, in runs that hold about a range each, so that little is read twice."""
+    """Return all shards, in runs of about a range each, so that little is read twice."""
     tasks = []
     for split in range(len(SPLITS)):
         num_shards = plan.num_shards(split)
@@ -137,7 +137,7 @@ def make_tasks(plan: Plan, num_ranges: int) -> list[Task]:
 
 
 def write_shards(work: Path, corpus: Path, task: Task) -> None:
-    """Write those shards of a task that are missing."""
+    """Write the missing shards of a task."""
     plan, chunks = _plan(work), _chunks(work)
     split = SPLITS[task.split]
     missing = [shard for shard in range(task.first, task.end) if not entry_path(work, split, shard).exists()]
@@ -169,7 +169,7 @@ def write_shards(work: Path, corpus: Path, task: Task) -> None:
 
 
 def _of_split(chunks: Chunks, plan: Plan, split: int, number: int) -> Documents:
-    """The kept documents of a range that belong to a split."""
+    """Return the kept documents of a range that belong to a split."""
     records, places, _ = chunks.records(number)
     held_out = records["text_hash"] < np.uint64(plan.held_out_below)
     chosen = held_out if split else ~held_out
@@ -177,7 +177,9 @@ def _of_split(chunks: Chunks, plan: Plan, split: int, number: int) -> Documents:
 
 
 def entry_path(work: Path, split: str, shard: int) -> Path:
-    """Where a finished shard's entry of the manifest lies; its rows of the block table lie beside it, as .npy."""
+    """Return the path of a finished shard's entry of the manifest; its rows of the block table are next to it, as
+    .npy.
+    """
     return work / f"{split}-{shard:06d}.shard"
 
 
@@ -198,12 +200,12 @@ def _plan(work: Path) -> Plan:
 
 
 class Assembly:
-    """Turns the chunks of a corpus into its splits.
+    """The step that turns the chunks of a corpus into its splits.
 
     Args:
         work: folder of the chunks.
         corpus: folder of the splits.
-        show: gets what is going on, for the progress line.
+        show: receives the state, for the progress line.
     """
 
     def __init__(
@@ -221,12 +223,12 @@ class Assembly:
         near: Path | None,
         range_bytes: int,
     ) -> Count:
-        """Count, plan and write; returns what the corpus holds."""
+        """Count, plan and write; return the counts of the corpus."""
         _chunks.cache_clear()
         _plan.cache_clear()
         self._forget_other_inputs(results)
         dtype = token_dtype(tokenizer.vocab_size)
-        # Ranges are fixed when they are first made: what follows counts in them, and may be done in part.
+        # Ranges are fixed when they are first made: later steps depend on them, and may be partly done.
         if (self._work / CHUNKS_NAME).exists():
             chunks = Chunks.load(self._work)
         else:
@@ -245,7 +247,7 @@ class Assembly:
         return total
 
     def _forget_other_inputs(self, results: list[UnitResult]) -> None:
-        """Remove what was planned and written from other units or for other shards than today's."""
+        """Remove plans and files that were made from other units or for other shards than those of this job."""
         settings = [self._config.validation_fraction, self._config.block_tokens, self._config.shard_size]
         content = json.dumps([settings, [(result.number, result.key) for result in results]])
         digest = hashlib.sha256(content.encode()).hexdigest()
@@ -262,7 +264,7 @@ class Assembly:
         write_atomic(marker, digest)
 
     def _count(self, chunks: Chunks) -> tuple[list[Count], int]:
-        """Count all ranges, with at least one text held out if a share is asked for, and never all."""
+        """Count all ranges, with at least one text held out if a share is set, and never all."""
         fraction = self._config.validation_fraction
         threshold = int(fraction * 2**64)
         while True:
@@ -292,7 +294,7 @@ class Assembly:
         tokenizer: Tokenizer,
         recipe: dict[str, Any],
     ) -> None:
-        """Write a split's block table and manifest; a split without documents is none."""
+        """Write a split's block table and manifest; a split without documents is not written."""
         folder = self._corpus / name
         if not total.documents[split]:
             folder.rmdir()
@@ -328,7 +330,7 @@ class Assembly:
 
 
 def _held_out_below(fraction: float, smallest: int, largest: int) -> int:
-    """The hash below which texts are held out: at least one text, if there are two; never all."""
+    """Return the hash below which texts are held out: at least one text, if there are two; never all."""
     if fraction == 0 or smallest >= largest:
         return 0
     return min(max(int(fraction * 2**64), smallest + 1), largest)

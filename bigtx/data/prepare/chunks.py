@@ -4,9 +4,9 @@
     tokenizing process ──▶ chunk                            ├──▶ ranges of keys, any of them at any time ──▶ shards
     ...                                                     ┘
 
-A document's key is a hash, so the sorted order is a shuffle of the whole corpus. It depends on the documents alone: not
-on how the input was cut into chunks, nor on the number of processes. Where copies are to be removed the key is a
-bijection of the text's hash, so that copies meet in one range, side by side.
+A document's key is a hash, so the sorted order is a shuffle of the whole corpus. It depends only on the
+documents: not on the division of the input into chunks or the number of processes. If copies are to be removed, the
+key is a bijection of the text's hash, so that copies are next to each other in one range.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ import xxhash
 
 RECORD_DTYPE = np.dtype(
     [
-        ("key", "<u8"),  # place in the shuffled order
+        ("key", "<u8"),  # position in the shuffled order
         ("text_hash", "<u8"),  # low half of the text's xxh3_128: decides the split
         ("text_hash_high", "<u8"),  # the other half: with it, two texts of one hash are one text
-        ("start", "<u8"),  # of its tokens in the chunk
+        ("start", "<u8"),  # first of its tokens in the chunk
         ("tokens", "<u4"),  # length in tokens
         ("bytes", "<u4"),  # length of the text in UTF-8
-        ("number", "<u4"),  # of the document in its unit, in reading order
+        ("number", "<u4"),  # number of the document in its unit, in reading order
         ("group", "<u4"),  # index into the unit's list of (source, language)
     ]
 )
 
 
 _SPARSE = 4
-"""Documents that are less than this part of what lies between the first and the last are read one by one."""
+"""Documents that are less than this share of the range from the first to the last are read one by one."""
 
 
 _BUFFER_BYTES = 1 << 18
@@ -53,8 +53,8 @@ class Chunk:
     """A sorted run of one unit's documents: records in `<path>.index`, their tokens in that order in `<path>.tokens`.
 
     Attributes:
-        path: without the suffix.
-        num_documents, num_tokens: in it.
+        path: the path without the suffix.
+        num_documents, num_tokens: its counts.
         checksum: xxh3_64 of the tokens' bytes, then the records'.
     """
 
@@ -68,7 +68,7 @@ class Chunk:
         """Sort documents by key (equal keys keep their order) and write them.
 
         Args:
-            parts: whose tokens stand in the order of their records; `start` is set here.
+            parts: documents whose tokens are in the order of their records; `start` is set here.
         """
         texts = [text for records, tokens in parts for text in _split(tokens, records["tokens"])]
         records = np.concatenate([part.records for part in parts])
@@ -87,7 +87,9 @@ class Chunk:
         return dataclasses.replace(chunk, checksum=digest.intdigest())
 
     def is_whole(self, dtype: np.dtype[Any]) -> bool:
-        """Whether both files hold what was written: they were not forced to the disk, so a crash may have lost it."""
+        """Return whether both files have the written content: they were not forced to the disk, so a crash may have
+        lost it.
+        """
         try:
             tokens, records = np.fromfile(self._file("tokens"), dtype), np.fromfile(self._file("index"), RECORD_DTYPE)
         except OSError:
@@ -95,7 +97,7 @@ class Chunk:
         return _checksum(tokens, records) == self.checksum
 
     def records(self, first_key: int, last_key: int) -> np.ndarray:
-        """The records with keys from the first to the last, both included."""
+        """Return the records with keys from the first to the last, both included."""
         whole = np.memmap(self._file("index"), RECORD_DTYPE, "r")
         places = range(len(whole))
         begin = bisect.bisect_left(places, first_key, key=lambda place: int(whole[place]["key"]))
@@ -103,11 +105,11 @@ class Chunk:
         return np.array(whole[begin:end])
 
     def tokens(self, records: np.ndarray, dtype: np.dtype[Any]) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens of some of the records, in any order.
+        """Return the tokens of some of the records, in any order.
 
         Returns:
-            tokens: all of theirs, and perhaps some between them.
-            starts: uint64 [records] where each one's begin.
+            tokens: all tokens of the records, and perhaps some between them.
+            starts: uint64 [records], where the tokens of each record start.
         """
         first = int(records["start"].min())
         end = int((records["start"] + records["tokens"]).max())
@@ -123,7 +125,7 @@ class Chunk:
 
 
 def take(records: np.ndarray, tokens: np.ndarray, order: np.ndarray) -> Documents:
-    """The documents that `order` names, in that order.
+    """Return the documents that `order` names, in that order.
 
     Args:
         records: [documents] whose `start` counts from the first of `tokens`.
@@ -137,12 +139,12 @@ def take(records: np.ndarray, tokens: np.ndarray, order: np.ndarray) -> Document
 
 
 def key_range(number: int, num_ranges: int) -> tuple[int, int]:
-    """The first and the last key of one of `num_ranges` equal ranges of all keys."""
+    """Return the first and the last key of one of `num_ranges` equal ranges of all keys."""
     return (number << 64) // num_ranges, ((number + 1) << 64) // num_ranges - 1
 
 
 def _split(tokens: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
-    """The tokens of each of several documents, one after the other."""
+    """Return the tokens of each of several documents, one after the other."""
     ends = np.cumsum(lengths, dtype=np.int64)
     return [tokens[begin:end] for begin, end in zip((ends - lengths).tolist(), ends.tolist(), strict=True)]
 

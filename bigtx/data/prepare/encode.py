@@ -1,11 +1,11 @@
-"""Tokenizing: units of the input -> sorted chunks of token ids on disk, and for each unit a file that says it is done.
+"""Tokenizing: units of the input -> sorted chunks of token ids on disk, and for each unit a file that marks it as done.
 
     files ──make_units──▶ units ──encode (processes)──▶ work/000012-0000.index .tokens   chunks
                                                         work/000012.signatures           for near duplicates
                                                         work/000012.json                 written last: UnitResult
 
-A unit whose UnitResult is there, made with the same key, is not done again: so a job that was killed goes on where it
-was, and one whose input or settings changed does again what they touch.
+A unit that has a UnitResult with the same key is not done again: so a job that was killed continues where it
+stopped, and one whose input or settings changed repeats only the affected units.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from bigtx.tokenizer.cut import utf8_length
 from bigtx.tokenizer.tokenizer import Tokenizer
 
 NUM_EXAMPLES = 3
-"""Documents shown of what each rule removed."""
+"""The number of documents that are shown for each rule that removed some."""
 
 _EXAMPLE_CHARACTERS = 200
 _BATCH_CHARACTERS = 1 << 17
-"""Characters of text that the tokenizer gets at once."""
+"""Characters of text that are tokenized at once."""
 _UNITS_OF_AN_INPUT = 256
 _UNIT_BYTES = (1 << 20, 64 << 20)
 """Smallest and largest unit of work."""
@@ -54,11 +54,11 @@ class Unit:
 
     @property
     def size(self) -> int:
-        """Bytes as stored."""
+        """Return the bytes as stored."""
         return sum(file.size for _, file in self.files)
 
     def key(self, settings_digest: str) -> str:
-        """A digest of all that the unit's result follows from."""
+        """Return a digest of everything that the unit's result depends on."""
         digest = hashlib.sha256(settings_digest.encode())
         for place, file in self.files:
             digest.update(json.dumps([place, *file.identity]).encode())
@@ -85,14 +85,14 @@ def make_units(files: list[InputFile], config: InputConfig) -> Iterator[Unit]:
 
 @dataclass
 class Removed:
-    """What one rule removed: documents, UTF-8 bytes, and the first few with the figure that condemned each."""
+    """What one rule removed: documents, UTF-8 bytes, and the first few with the measured value of each."""
 
     documents: int = 0
     bytes: int = 0
     examples: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, other: Removed) -> None:
-        """Count another's documents too."""
+        """Add another one's documents."""
         self.documents += other.documents
         self.bytes += other.bytes
         self.examples = (self.examples + other.examples)[:NUM_EXAMPLES]
@@ -100,19 +100,19 @@ class Removed:
 
 @dataclass
 class UnitResult:
-    """What became of a unit.
+    """The result of a unit.
 
     Attributes:
         key: see `Unit.key`.
-        size: of the unit, in bytes as stored.
-        num_documents, num_tokens: kept.
+        size: the size of the unit, in bytes as stored.
+        num_documents, num_tokens: the counts of kept documents.
         chunks: (documents, tokens, checksum) of each chunk.
-        signatures: checksum of the signatures, where there are any.
-        groups: the (source, language) pairs that the records' `group` counts; None where not known.
-        rejects: what could not be read, in order.
-        removed: by the name of the rule.
+        signatures: checksum of the signatures, if there are any.
+        groups: the (source, language) pairs to which the records' `group` points; None where not known.
+        rejects: the documents that could not be read, in order.
+        removed: the removed documents, by the name of the rule.
         passed_over: numbers of archive members that were not read because of their suffix, by suffix.
-        needs: memory of the documents.
+        needs: the memory that the documents need.
     """
 
     number: int
@@ -130,24 +130,24 @@ class UnitResult:
 
     @property
     def num_read(self) -> int:
-        """Documents that were read well, kept or not."""
+        """Return the number of documents that could be read, kept or not."""
         return self.num_documents + sum(removed.documents for removed in self.removed.values())
 
     def chunk(self, work: Path, index: int) -> Chunk:
-        """One of the unit's chunks."""
+        """Return one of the unit's chunks."""
         return Chunk(chunk_path(work, self.number, index), *self.chunks[index])
 
     def save(self, work: Path) -> None:
-        """Declare the unit done."""
+        """Write the result, which marks the unit as done."""
         path = result_path(work, self.number)
         partial = path.with_name(f".{path.name}")
-        # Not forced to the disk: a crash of the machine costs at most the units of its last seconds.
+        # Not forced to the disk: a crash of the machine loses at most the units of its last seconds.
         partial.write_text(json.dumps(asdict(self)))
         partial.replace(path)
 
     @staticmethod
     def load(work: Path, number: int) -> UnitResult | None:
-        """A unit's result; None if it has none that can be read."""
+        """Return a unit's result; None if it has none that can be read."""
         try:
             content = json.loads(result_path(work, number).read_bytes())
             content["chunks"] = [tuple(chunk) for chunk in content["chunks"]]
@@ -160,7 +160,7 @@ class UnitResult:
             return None
 
     def is_usable(self, work: Path, key: str, dtype: np.dtype[Any]) -> bool:
-        """Whether the result is that of this key, and all its files are as they were written."""
+        """Return whether the result has this key, and all its files are as they were written."""
         return (
             self.key == key
             and all(self.chunk(work, index).is_whole(dtype) for index in range(len(self.chunks)))
@@ -169,36 +169,36 @@ class UnitResult:
 
 
 def load_whole(work: Path, dtype: np.dtype[Any], number: int) -> UnitResult | None:
-    """A unit's result if all its files are as they were written, else None."""
+    """Return a unit's result if all its files are as they were written, else None."""
     result = UnitResult.load(work, number)
     return result if result and result.is_usable(work, result.key, dtype) else None
 
 
 def result_path(work: Path, number: int) -> Path:
-    """Where a unit's result lies."""
+    """Return the path of a unit's result."""
     return work / f"{number:06d}.json"
 
 
 def chunk_path(work: Path, number: int, index: int) -> Path:
-    """Where a unit's chunk lies, without its suffixes."""
+    """Return the path of a unit's chunk, without its suffixes."""
     return work / f"{number:06d}-{index:04d}"
 
 
 def signatures_path(work: Path, number: int) -> Path:
-    """Where the signatures of a unit's documents lie, in reading order."""
+    """Return the path of the signatures of a unit's documents, in reading order."""
     return work / f"{number:06d}.signatures"
 
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """What every process needs to tokenize units.
+    """The parameters that every process needs to tokenize units.
 
     Attributes:
-        num_processes: that share the memory.
+        num_processes: the number of processes that share the memory.
         work: folder of the results.
         tokenizer: folder of the tokenizer.
         contamination: index of the evaluation sets, if there are any.
-        settings_digest: of all settings that a unit's result follows from.
+        settings_digest: the digest of all settings that a unit's result depends on.
         chunk_bytes: token bytes gathered before they are sorted and written.
     """
 
@@ -212,7 +212,7 @@ class EncodeJob:
 
 
 class Encoder:
-    """Tokenizes units."""
+    """The tokenization of units."""
 
     def __init__(self, job: EncodeJob) -> None:
         self._job = job
@@ -254,7 +254,7 @@ class Encoder:
         return result
 
     def _documents(self, unit: Unit, rejects: Rejects, result: UnitResult) -> Iterator[tuple[int, Document]]:
-        """The documents that the rules keep, cleaned."""
+        """Yield the documents that the rules keep, cleaned."""
         for place, file in unit.files:
             for document in read_file(file, self._job.config.input, rejects):
                 outcome = self._texts.apply(document, result.needs)
@@ -269,7 +269,7 @@ class Encoder:
     def _encode_batch(
         self, batch: list[tuple[int, Document]], result: UnitResult, groups: dict[tuple[str | None, str | None], int]
     ) -> Documents:
-        """The documents' ids, each with the end id, and their records."""
+        """Return the documents' ids, each with the end id, and their records."""
         records = np.empty(len(batch), RECORD_DTYPE)
         hashes, sizes = zip(*(_hash_and_size(document.text) for _, document in batch), strict=True)
         records["text_hash_high"], records["text_hash"] = np.array(hashes, np.uint64).T
@@ -283,7 +283,7 @@ class Encoder:
         if self._job.config.exact_duplicates == "remove":
             records["key"] = hash64(self._job.config.seed, records["text_hash"])
         else:
-            # Copies that stay get keys of their own, or they would stand side by side.
+            # Copies that are kept get keys of their own; otherwise they would be next to each other.
             places = [place for place, _ in batch]
             numbers = [document.number for _, document in batch]
             records["key"] = hash64(self._job.config.seed, places, numbers, records["text_hash"])
@@ -293,7 +293,7 @@ class Encoder:
         return Documents(records, ids.astype(self._dtype, copy=False))
 
     def _write_chunk(self, result: UnitResult, gathered: list[Documents]) -> None:
-        """Write what has gathered as the unit's next chunk."""
+        """Write the gathered documents as the unit's next chunk."""
         chunk = Chunk.write(chunk_path(self._job.work, result.number, len(result.chunks)), gathered)
         result.chunks.append((chunk.num_documents, chunk.num_tokens, chunk.checksum))
 
@@ -305,7 +305,7 @@ class Encoder:
 
 
 def _checksum_file(path: Path) -> int | None:
-    """xxh3_64 of a file; None if there is none."""
+    """Return the xxh3_64 of a file; None if there is none."""
     try:
         with open(path, "rb") as file:
             digest = xxhash.xxh3_64()
@@ -317,7 +317,7 @@ def _checksum_file(path: Path) -> int | None:
 
 
 def _hash_and_size(text: str) -> tuple[tuple[int, int], int]:
-    """xxh3_128 of a text in two halves, the high one first, and its size, both in UTF-8."""
+    """Return the xxh3_128 of a text in two halves, the high one first, and its size, both in UTF-8."""
     content = text.encode()
     return divmod(xxhash.xxh3_128_intdigest(content), 1 << 64), len(content)
 
@@ -338,7 +338,7 @@ _encoder: Encoder | None = None
 
 
 def set_up(job: EncodeJob) -> None:
-    """Make this process ready for `encode_unit`."""
+    """Prepare this process for `encode_unit`."""
     global _job, _encoder
     _job, _encoder = job, None
 

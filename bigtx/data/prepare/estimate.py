@@ -1,4 +1,4 @@
-"""`bigtx data prepare --dry-run`: what a corpus will be, from a sample of its input. Nothing is written."""
+"""`bigtx data prepare --dry-run`: an estimate of a corpus from a sample of its input. Nothing is written."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ SAMPLE_BYTES = 32 << 20
 """Text of the sample, unless time runs out first."""
 _BATCH_CHARACTERS = 1 << 17
 _WORK_BYTES_PER_DOCUMENT = 48
-"""A record beside each document's tokens while they are shuffled."""
+"""The bytes of the record of each document while the documents are shuffled."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What was sampled, and what the whole input will come to by it.
+    """The counts of the sample, and the estimate of the whole input from it.
 
     Attributes:
-        stored_bytes: of all input files.
-        sampled_bytes: of them, as stored.
-        num_processes: that the time is for.
-        documents, text_bytes, tokens: kept of the sample.
+        stored_bytes: the bytes of all input files.
+        sampled_bytes: the sampled bytes of them, as stored.
+        num_processes: the number of processes that the time is estimated for.
+        documents, text_bytes, tokens: the counts of the kept documents of the sample.
         removed: documents of the sample that a rule left out.
-        rejects: of the sample, that could not be read.
-        seconds: for the sample, in one process.
-        token_bytes: on disk.
+        rejects: documents of the sample that could not be read.
+        seconds: the time for the sample, in one process.
+        token_bytes: the bytes of a token on disk.
     """
 
     stored_bytes: int
@@ -61,11 +61,11 @@ class Estimate:
 
     @property
     def factor(self) -> float:
-        """How much more than the sample there is."""
+        """Return the ratio of the whole input to the sample."""
         return self.stored_bytes / self.sampled_bytes
 
     def lines(self) -> Iterator[str]:
-        """The estimate as text."""
+        """Yield the estimate as text."""
         tokens = self.tokens * self.factor
         disk = tokens * self.token_bytes
         work = disk + self.documents * self.factor * _WORK_BYTES_PER_DOCUMENT
@@ -73,20 +73,20 @@ class Estimate:
         share = self.sampled_bytes / self.stored_bytes
         yield (
             f"Sampled {format_size(self.sampled_bytes)} of {format_size(self.stored_bytes)} ({share:.2%}): "
-            f"{self.documents:,} documents, {self.tokens:,} tokens, {self.text_bytes / self.tokens:.2f} bytes a token, "
+            f"{self.documents:,} documents, {self.tokens:,} tokens, {self.text_bytes / self.tokens:.2f} bytes/token, "
             f"{self.text_bytes / self.seconds / 1e6:.1f} MB/s in one process."
         )
         if self.removed or self.rejects:
             total = self.documents + self.removed + self.rejects
             yield f"Of {total:,} documents the rules leave out {self.removed:,}, and {self.rejects:,} cannot be read."
-        yield "The whole, by this sample (duplicates not looked for):"
+        yield "The whole input, estimated from this sample (without the search for duplicates):"
         yield f"  documents  about {format_count(self.documents * self.factor)}"
         yield f"  tokens     about {format_count(tokens)}"
         yield f"  time       about {_duration(seconds)} in {self.num_processes} processes"
-        yield f"  disk       about {format_size(round(disk))}, and {format_size(round(work))} more while it is made"
+        yield f"  disk       about {format_size(round(disk))}, and {format_size(round(work))} more for temporary files"
 
     def facts(self) -> dict[str, Any]:
-        """The sample as plain data, and the estimate: documents, tokens, seconds and bytes of the whole."""
+        """Return the sample as plain data, and the estimate: documents, tokens, seconds and bytes of the whole."""
         tokens = self.tokens * self.factor
         whole = {
             "documents": round(self.documents * self.factor),
@@ -101,7 +101,7 @@ def estimate(config: PrepareConfig) -> Estimate:
     """Tokenize a seeded sample of the input.
 
     Raises:
-        DataError: nothing to read.
+        DataError: there is nothing to read.
     """
     tokenizer = Tokenizer.load(config.tokenizer)
     check_rules(config)
@@ -139,7 +139,7 @@ def _sample(config: PrepareConfig, tokenizer: Tokenizer, texts: TextPreparation)
                 tokens += len(tokenizer.encode_documents(batch)[0])
                 batch = []
                 if is_enough():
-                    # Where in a compressed file that is nobody can tell: text shrinks to about a third.
+                    # The position in a compressed file is not known: text shrinks to about a third.
                     stored += min(file.size, (text_bytes - before) // (3 if is_compressed(file.path) else 1))
                     break
         else:

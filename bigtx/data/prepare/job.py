@@ -3,15 +3,15 @@
     files ──encode──▶ sorted chunks ──assemble──▶ documents in shuffled order ──▶ train/       shards and manifest
             (processes)                              by hash of the text      └──▶ validation/
 
-All is made in `<output>.partial`, and the corpus in it is renamed to `<output>` at the end: a folder that exists is
-whole. A job that ends early, for whatever reason, goes on from there when the same command is run again. The bytes
-depend on the input, the tokenizer and the settings alone: not on the number of processes, nor on where a job was
-killed, nor on the number of machines that share the work:
+Everything is made in `<output>.partial`, and the corpus in it is renamed to `<output>` at the end: an existing folder
+is complete. A job that ends early, for any reason, continues from there when the same command is run again. The bytes
+depend on the input, the tokenizer and the settings only: not on the number of processes, on where a job was
+killed, or on the number of machines that share the work:
 
     bigtx data prepare ... part=1/3      each tokenizes its share of the units
     bigtx data prepare ... part=2/3
     bigtx data prepare ... part=3/3
-    bigtx data merge OUTPUT                one makes the corpus of them
+    bigtx data merge OUTPUT                one machine makes the corpus from the parts
 """
 
 from __future__ import annotations
@@ -77,21 +77,21 @@ REJECTS_NAME = "rejects.jsonl"
 REPORT_NAME = "report.json"
 
 _BUFFERS_OF_A_PROCESS = 8
-"""Copies of its buffer that a process holds at its worst: gathered, joined, sorted, and the texts they came from."""
+"""Copies of its buffer that a process holds at most: gathered, joined, sorted, and the texts themselves."""
 _BUFFER_BYTES = (1 << 20, 48 << 20)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `prepare` or `merge` did.
+    """The result of `prepare` or `merge`.
 
     Attributes:
         validation: None if nothing is held out.
-        num_read: documents that were read well.
-        rejects: what was left out because it cannot be read, or is empty.
-        removed: documents left out by a rule or as duplicates, by its name.
+        num_read: documents that could be read.
+        rejects: documents that were left out because they cannot be read, or are empty.
+        removed: documents left out by a rule or as duplicates, by the name of the rule.
         passed_over: numbers of files and archive members that were not read because of their suffix, by suffix.
-        reused: the corpus was there already, made by the same recipe; the counts of this job are 0 then.
+        reused: the corpus existed already, made by the same recipe; the counts of this job are then 0.
     """
 
     output: Path
@@ -106,13 +106,13 @@ class Report:
 
     @property
     def splits(self) -> list[Manifest]:
-        """The splits that exist."""
+        """Return the splits that exist."""
         return [self.train] if self.validation is None else [self.train, self.validation]
 
 
 @dataclass(frozen=True)
 class PartReport:
-    """What `prepare` with a part did: units of the whole input and of this part, and the part's tokens."""
+    """The result of `prepare` with a part: units of the whole input and of this part, and the part's tokens."""
 
     output: Path
     part: tuple[int, int]
@@ -123,13 +123,14 @@ class PartReport:
 
 
 def prepare(config: PrepareConfig, part: tuple[int, int] = (1, 1)) -> Report | PartReport:
-    """Tokenize, shuffle and store a corpus; one that is there already, made by the same recipe, is left as it is.
+    """Tokenize, shuffle and store a corpus; an existing one with the same recipe is not changed.
 
     Args:
-        part: (i, n): only the i-th of n shares of the input is tokenized, and `merge` makes the corpus.
+        part: (i, n): tokenize only the i-th of n shares of the input; `merge` makes the corpus.
 
     Raises:
-        DataError: nothing to read, too many rejects, the output exists and is something else, or cannot be written.
+        DataError: there is nothing to read, there are too many rejects, or the output is something else or not
+            writable.
     """
     begin = time.monotonic()
     output = Path(os.path.abspath(config.output))
@@ -141,10 +142,10 @@ def prepare(config: PrepareConfig, part: tuple[int, int] = (1, 1)) -> Report | P
         with tempfile.TemporaryDirectory() as scratch:
             check_existing(output, _recipe(config, tokenizer, files, Path(scratch))[0])
         _check_memory(output, config.memory)
-        shutil.rmtree(partial_folder(output), ignore_errors=True)  # Killed between the two last steps.
+        shutil.rmtree(partial_folder(output), ignore_errors=True)  # The job was killed between the two last steps.
         return Report(output, *_open_splits(output), passed_over=passed_over, reused=True)
     with working(output), part_folder(output, part) as folder:
-        (folder / RECIPE_NAME).unlink(missing_ok=True)  # Written again when every unit is as it says.
+        (folder / RECIPE_NAME).unlink(missing_ok=True)  # It is written again when every unit matches it.
         recipe, contamination = _recipe(config, tokenizer, files, folder)
         with _Job(output, config, recipe, contamination) as job:
             tokenizer.save(job.tokenizer)
@@ -160,22 +161,22 @@ def prepare(config: PrepareConfig, part: tuple[int, int] = (1, 1)) -> Report | P
 def _recipe(
     config: PrepareConfig, tokenizer: Tokenizer, files: list[InputFile], folder: Path
 ) -> tuple[dict[str, Any], Path | None]:
-    """The recipe of a corpus, and the index of the evaluation sets' n-grams, made in the folder."""
+    """Return the recipe of a corpus, and the index of the evaluation sets' n-grams, written into the folder."""
     index = build_contamination_index(config.decontaminate, folder) if config.decontaminate.paths else None
     recipe = make_recipe(config, tokenizer, files, contamination_digest(index) if index else None)
     return recipe | {"inputs": describe_inputs(files)}, index
 
 
 def merge(output: str, num_processes: int = 0) -> Report:
-    """Make the corpus of all parts of a preparation.
+    """Make the corpus from all parts of a preparation.
 
     Raises:
-        DataError: a part is missing, or they were made from different inputs or settings.
+        DataError: a part is missing, or the parts were made from different inputs or settings.
     """
     begin = time.monotonic()
     target = Path(os.path.abspath(output))
     if target.exists() and not partial_folder(target).exists():
-        raise DataError(f"{target} is there already, and {partial_folder(target)} with parts to merge is not.")
+        raise DataError(f"{target} exists already, but {partial_folder(target)} with parts to merge does not.")
     num_parts = count_parts(target)
     recipe, config = common_recipe(target, num_parts)
     num_units = recipe.pop("num_units")
@@ -186,7 +187,7 @@ def merge(output: str, num_processes: int = 0) -> Report:
         if lost:
             parts = sorted({number % num_parts + 1 for number in lost})
             raise DataError(
-                f"{job.work} lacks {len(lost):,} of {num_units:,} units, or holds them damaged; "
+                f"{job.work} lacks {len(lost):,} of {num_units:,} units, or they are damaged; "
                 "run `bigtx data prepare` again with " + ", ".join(f"part={number}/{num_parts}" for number in parts)
             )
         report = job.assemble([result for result in results if result])
@@ -219,7 +220,7 @@ class _Job:
             self._workers.__exit__(*error)
 
     def encode(self, files: list[InputFile], part: tuple[int, int]) -> tuple[int, list[UnitResult]]:
-        """Tokenize a share of all units; returns the number of all units, and this share's results."""
+        """Tokenize a share of all units; return the number of all units, and this share's results."""
         self._tokenizing_since, self._stored = time.monotonic(), sum(file.size for file in files) // part[1]
         num_units = 0
 
@@ -239,12 +240,12 @@ class _Job:
         return num_units, results
 
     def load(self, num_units: int) -> list[UnitResult | None]:
-        """What the parts left of all units; None where something is missing or damaged."""
+        """Return the results of all units from the parts; None where one is missing or damaged."""
         dtype = token_dtype(Tokenizer.load(self.tokenizer).vocab_size)
         return list(self._get_workers().map(functools.partial(load_whole, self.work, dtype), range(num_units)))
 
     def assemble(self, results: list[UnitResult]) -> Report:
-        """Make the corpus of all units' results, and give it its name."""
+        """Make the corpus from all units' results, and rename it to the output."""
         removed: dict[str, Removed] = {}
         needs = Needs()
         for result in results:
@@ -253,8 +254,8 @@ class _Job:
                 removed.setdefault(rule, Removed()).add(what)
         if not needs.agree:
             raise DataError(
-                f"The parts of {self._output} were made with different `memory`: one keeps documents that are too long "
-                "for another. Run all of them again with the same memory=; what it does not touch is not done again."
+                f"The parts of {self._output} were made with different `memory`: one keeps documents that are too "
+                "long for another. Run all of them again with the same memory=; unaffected units are not done again."
             )
         corpus = self._partial / "corpus"
         corpus.mkdir(exist_ok=True)
@@ -321,7 +322,7 @@ class _Job:
         self._line.show(f"tokenizing: {left}{format_count(tokens)} tokens, {speed}", share)
 
     def _list_rejects(self, results: list[UnitResult], corpus: Path) -> Rejects:
-        """Judge the rejects; the list outlives a refusal, beside the output."""
+        """Check the rejects; if they are refused, keep the list next to the output."""
         path = corpus / REJECTS_NAME
         with open(path, "w", encoding="utf-8") as listed:
             rejects = Rejects(
@@ -341,27 +342,27 @@ class _Job:
         return rejects
 
     def _near_duplicates(self, results: list[UnitResult]) -> Path | None:
-        """The file that says of each document whether it is a near duplicate, if they are to be removed."""
+        """Return the file that marks the near duplicates among the documents, if they are to be removed."""
         if not self._config.near_duplicates.enabled:
             return None
-        self._line.show("looking for near duplicates")
+        self._line.show("searching for near duplicates")
         parts = [SignaturePart(signatures_path(self.work, result.number), result.num_documents) for result in results]
         found = find_near_duplicates(parts, self.work, self._config.near_duplicates, self._config.memory)
         return found.folder / "removed"
 
 
 def _check_memory(output: Path, memory: int) -> None:
-    """Accept a corpus of the same recipe if the same documents are too long for this `memory`.
+    """Accept a corpus of the same recipe if the same documents are too long with this `memory`.
 
     Raises:
-        DataError: others are.
+        DataError: other documents are too long.
     """
     needs = Needs(**json.loads((output / REPORT_NAME).read_bytes()).get("memory", {}))
     if not needs.allows(memory):
         kept = "fewer" if needs.kept > most_for_a_text(memory) else "more"
         raise DataError(
-            f"{output} is a corpus already, and with memory={format_size(memory)} {kept} of its long documents would "
-            f"be kept. Set memory={needs.memory_mib()}MiB, with which it stays as it is, choose another `output`, or "
+            f"{output} is a corpus already, but with memory={format_size(memory)} {kept} of its long documents would "
+            f"be kept. Set memory={needs.memory_mib()}MiB, which leaves it unchanged, choose another `output`, or "
             "remove the folder if it is not needed."
         )
 
@@ -369,7 +370,7 @@ def _check_memory(output: Path, memory: int) -> None:
 def _check_kept(total: Count, removed: dict[str, Removed]) -> None:
     if sum(total.documents) == 0:
         named = ", ".join(f"{what.documents:,} by {rule}" for rule, what in removed.items())
-        raise DataError(f"No document is left: {named} were removed. Loosen those rules, or give more text.")
+        raise DataError(f"No document is left: {named} were removed. Relax those rules, or add more text.")
 
 
 def _timed(report: Report, begin: float, passed_over: Counter[str]) -> Report:

@@ -20,20 +20,20 @@ CHUNKS_NAME = "chunks.json"
 MAX_RANGES = 1 << 16
 
 Group = tuple[str | None, str | None]
-"""A source and a language; None where the documents do not say."""
+"""A source and a language; None where the documents do not have one."""
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """All chunks of a corpus, in reading order, as every process needs them.
+    """All chunks of a corpus, in reading order, for use in any process.
 
     Attributes:
-        chunks: in the order of units.
-        first_numbers: of the whole input, of the first document of each chunk's unit.
+        chunks: the chunks, in the order of units.
+        first_numbers: the number in the whole input of the first document of each chunk's unit.
         groups: all (source, language) pairs.
         unit_groups: for each chunk, its unit's groups as indices into `groups`.
-        dtype: of the tokens.
-        num_ranges: of keys.
+        dtype: the dtype of the tokens.
+        num_ranges: the number of ranges of keys.
         exact: whether copies of a text are removed.
         near: file with one byte for each document of the input, 1 for near duplicates to remove; or None.
     """
@@ -49,7 +49,7 @@ class Chunks:
 
     @staticmethod
     def load(work: Path) -> Chunks:
-        """What `save_chunks` wrote."""
+        """Return the chunks that `save_chunks` wrote."""
         content = json.loads((work / CHUNKS_NAME).read_bytes())
         rows = content["chunks"]
         return Chunks(
@@ -72,11 +72,11 @@ class Chunks:
         )
 
     def records(self, number: int) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
-        """What is kept of a range of keys.
+        """Return the kept documents of a range of keys.
 
         Returns:
-            records: [documents] in their final order; `group` counts in `groups`.
-            places: int64 [documents] the chunk of each.
+            records: [documents] in their final order; `group` is an index into `groups`.
+            places: int64 [documents], the chunk of each.
             removed: documents left out, by the name of the rule.
         """
         first, last = key_range(number, self.num_ranges)
@@ -95,7 +95,7 @@ class Chunks:
         return records[chosen], np.concatenate(places)[chosen], removed
 
     def documents(self, records: np.ndarray, places: np.ndarray) -> Documents:
-        """Documents with their tokens, in the order of `records`, which lie in the chunks `places`."""
+        """Return the documents with their tokens, in the order of `records`, which are in the chunks `places`."""
         by_chunk = np.argsort(places, kind="stable")
         bounds = np.flatnonzero(np.diff(places[by_chunk], prepend=-1, append=-1))
         ends = np.cumsum(records["tokens"], dtype=np.int64)
@@ -109,7 +109,7 @@ class Chunks:
         return Documents(records, texts)
 
     def _kept(self, records: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
-        """Which of sorted records stay: the first of each text, and what is near no other."""
+        """Return which of the sorted records are kept: the first of each text, without near duplicates."""
         copies = np.zeros(len(records), bool)
         if self.exact and len(records):
             same = np.ones(len(records) - 1, bool)
@@ -132,7 +132,7 @@ def save_chunks(
     near: Path | None,
     range_bytes: int,
 ) -> Chunks:
-    """Write down all chunks for every process, and read them back."""
+    """Save all chunks for every process, and load them again."""
     groups: dict[Group, int] = {}
     rows, unit_groups = [], {}
     first_number = num_tokens = 0

@@ -1,4 +1,4 @@
-"""The recipe of a prepared corpus: all that its bytes follow from."""
+"""The recipe of a prepared corpus: everything that its bytes depend on."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from bigtx.utils.errors import DataError
 RECIPE_NAME = "recipe.json"
 
 _WITHOUT_EFFECT = ("output", "num_processes", "memory", "tokenizer")
-"""Settings that the bytes do not follow from (the tokenizer counts by its fingerprint)."""
+"""Settings that the bytes do not depend on (the tokenizer is included by its fingerprint)."""
 _OF_THE_WHOLE = ("validation_fraction", "block_tokens", "shard_size")
-"""Settings that no document's tokens follow from."""
+"""Settings that no document's tokens depend on."""
 
 
 def make_recipe(
     config: PrepareConfig, tokenizer: Tokenizer, files: list[InputFile], contamination: str | None
 ) -> dict[str, Any]:
-    """What goes into each manifest: the settings, the tokenizer and the extent of the input.
+    """Return the entries for each manifest: the settings, the tokenizer and the extent of the input.
 
     Args:
         contamination: digest of the evaluation sets' n-grams, if there are any.
     """
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _WITHOUT_EFFECT}
-    # How much may be rejected decides whether there is a corpus, not what is in it.
+    # The limit of rejects decides whether there is a corpus, not its content.
     del settings["input"]["max_rejects"]
     settings["input"]["paths"] = [shown(path) for path in config.input.paths]
     return {
@@ -46,7 +46,7 @@ def make_recipe(
 
 
 def unit_settings_digest(recipe: dict[str, Any]) -> str:
-    """A digest of what a document's tokens follow from, beside the document and where it stands."""
+    """Return a digest of what a document's tokens depend on, besides the document and its place."""
     without = (*_OF_THE_WHOLE, "num_files", "input_bytes", "inputs")
     settings = {name: value for name, value in recipe.items() if name not in without}
     settings["input"] = {name: value for name, value in settings["input"].items() if name not in ("paths", "exclude")}
@@ -54,7 +54,7 @@ def unit_settings_digest(recipe: dict[str, Any]) -> str:
 
 
 def describe_inputs(files: list[InputFile]) -> str:
-    """A digest of the input files' paths, sizes and versions: another one means another input."""
+    """Return a digest of the input files' paths, sizes and versions: a different digest means a different input."""
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{json.dumps(file.identity)}\n".encode())
@@ -62,29 +62,29 @@ def describe_inputs(files: list[InputFile]) -> str:
 
 
 def check_existing(output: Path, recipe: dict[str, Any]) -> None:
-    """Accept a folder that holds just what the recipe (with its `inputs`) would make.
+    """Accept a folder that has exactly the corpus of the recipe (with its `inputs`).
 
     Raises:
-        DataError: it holds something else, or what was made from other settings or another input.
+        DataError: it has other content, or a corpus of other settings or another input.
     """
     advice = "Choose another `output`, or remove the folder if it is not needed."
     try:
         found = json.loads((output / RECIPE_NAME).read_bytes())
         found["inputs"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise DataError(f"{output} exists and is no corpus of `bigtx data prepare`. {advice}") from None
+        raise DataError(f"{output} exists and is not a corpus of `bigtx data prepare`. {advice}") from None
     changes = differences(found, recipe)
     if changes:
-        raise DataError(f"{output} is a corpus already, made otherwise: {'; '.join(changes)}. {advice}")
+        raise DataError(f"{output} is a corpus already, made with other settings: {'; '.join(changes)}. {advice}")
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What differs between two recipes, in words."""
+    """Return the differences between two recipes, in words."""
     changes = [
         f"{name} was {old.get(name)!r} and is now {new.get(name)!r}"
         for name in dict.fromkeys([*new, *old])
         if name != "inputs" and old.get(name) != new.get(name)
     ]
     if not changes and old.get("inputs") != new.get("inputs"):
-        changes = ["the input files were changed, moved or touched since"]
+        changes = ["the input files were changed, moved or touched since then"]
     return changes

@@ -1,4 +1,4 @@
-"""What `bigtx data prepare` and `bigtx data merge` say at their end."""
+"""The final report of `bigtx data prepare` and `bigtx data merge`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from bigtx.utils.shell import command, settings
 from bigtx.utils.units import format_count, format_size
 
 FEW_DOCUMENTS, FEW_TOKENS = 20, 100_000
-"""Held-out text below both is too little for a steady validation loss."""
+"""Held-out text below both limits is too little for a stable validation loss."""
 
 
 def facts(report: Report | PartReport) -> dict[str, Any]:
-    """What was done, as plain data."""
+    """Return the report as plain data."""
     if isinstance(report, PartReport):
         return dataclasses.asdict(report) | {"output": str(report.output)}
     return {
@@ -37,9 +37,9 @@ def facts(report: Report | PartReport) -> dict[str, Any]:
 
 
 def describe_report(report: Report) -> Iterator[str]:
-    """The end report of `bigtx data prepare`, line by line."""
+    """Yield the end report of `bigtx data prepare`, line by line."""
     if report.reused:
-        yield f"{report.output} is prepared already, with these settings and this input; nothing to do."
+        yield f"{report.output} is prepared already, with these settings and this input; there is nothing to do."
     else:
         speed = sum(manifest.num_bytes for manifest in report.splits) / report.seconds / 1e6
         yield f"Prepared {report.output} in {report.seconds:.1f} s ({speed:.1f} MB of text per second)."
@@ -62,7 +62,7 @@ def describe_report(report: Report) -> Iterator[str]:
 
 
 def _describe_removed(report: Report) -> Iterator[str]:
-    """What rules and the search for duplicates left out, with an example of each where there is one."""
+    """Yield the counts that rules and the search for duplicates left out, with an example of each if there is one."""
     if not report.removed:
         return
     total = sum(removed.documents for removed in report.removed.values())
@@ -87,16 +87,16 @@ def _describe_held_out(report: Report) -> Iterator[str]:
         "by a hash of the text."
     )
     if held_out < FEW_DOCUMENTS and total >= 3 * FEW_DOCUMENTS and report.validation.num_tokens < FEW_TOKENS:
-        # A hash chooses them, so about as many as are enough could be too few again.
+        # A hash chooses them, so a fraction that is just enough could again be too small.
         fraction = float(f"{min(0.5, 2 * FEW_DOCUMENTS / total):.1g}")
         yield (
-            f"That is little to measure on; validation_fraction={fraction:g} would hold out about "
+            f"That is too little for a stable loss; validation_fraction={fraction:g} would hold out about "
             f"{round(fraction * total)}."
         )
 
 
 def describe_part(report: PartReport) -> Iterator[str]:
-    """What a part did, and what is left to do."""
+    """Yield the result of a part, and the remaining commands."""
     number, count = report.part
     yield (
         f"Part {number} of {count}: {report.num_own_units:,} of {report.num_units:,} units tokenized, "

@@ -1,8 +1,8 @@
-"""What happens to a document's text between reading and tokenizing, and which documents are too long for `memory`.
+"""The steps between reading and tokenizing of a document's text, and the documents that are too long for `memory`.
 
-Most of the work on a text takes it in parts. The filters, and a tokenizer that has to see it whole, take a multiple of
-its size. One text may have half of `memory` for this, and only one process at a time works on such a text. So which
-documents are too long follows from `memory` alone, not from the number of processes.
+Most steps process a text in parts. The filters, and a tokenizer that has to read it as a whole, need a multiple of
+its size. One text may use half of `memory` for this, and only one process at a time works on such a text. So which
+documents are too long depends on `memory` only, not on the number of processes.
 """
 
 from __future__ import annotations
@@ -20,55 +20,55 @@ from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.units import format_size
 
 _NEVER_LARGE = 1 << 18
-"""Characters that every process may hold beside its buffers."""
+"""Characters that every process may hold in addition to its buffers."""
 
 
 @dataclass
 class Needs:
-    """Bytes of memory that documents need: they say with which `memory` the same documents are kept.
+    """The bytes of memory that documents need: they determine with which `memory` the same documents are kept.
 
     Attributes:
-        kept: the most that a document needed which was not too long.
-        rejected: the least that a document would have needed which was; None if there is none.
+        kept: the most that a document that was kept needed.
+        rejected: the least that a rejected document would have needed; None if there is none.
     """
 
     kept: int = 0
     rejected: int | None = None
 
     def add(self, other: Needs) -> None:
-        """Count others' documents too."""
+        """Add the documents of others."""
         self.kept = max(self.kept, other.kept)
         if other.rejected is not None:
             self.rejected = min(other.rejected, self.rejected or other.rejected)
 
     def allows(self, memory: int) -> bool:
-        """Whether the same documents are kept with another `memory`."""
+        """Return whether the same documents are kept with another `memory`."""
         most = most_for_a_text(memory)
         return self.kept <= most and (self.rejected is None or self.rejected > most)
 
     def memory_mib(self) -> int:
-        """The least `memory`, in MiB, with which the same documents are kept."""
+        """Return the least `memory`, in MiB, with which the same documents are kept."""
         setting = find(PrepareConfig, "memory")
         assert setting is not None and setting.minimum is not None
         return max(-(-2 * self.kept >> 20), int(setting.minimum) >> 20)
 
     @property
     def agree(self) -> bool:
-        """Whether there is any `memory` with which these documents are kept and rejected."""
+        """Return whether there is any `memory` with which these documents are kept and rejected."""
         return self.rejected is None or self.rejected > self.kept
 
 
 def most_for_a_text(memory: int) -> int:
-    """Bytes that one text may take of all `memory`."""
+    """Return the bytes that one text may take of all `memory`."""
     return memory // 2
 
 
 class TextPreparation:
-    """Applies the rules, and finds texts that are too long for memory.
+    """The rules, and the search for texts that are too long for memory.
 
     Args:
-        rules: of the config.
-        num_processes: that share the memory.
+        rules: the rules of the config.
+        num_processes: the number of processes that share the memory.
     """
 
     def __init__(self, config: PrepareConfig, tokenizer: Tokenizer, rules: TextRules, num_processes: int) -> None:
@@ -82,7 +82,7 @@ class TextPreparation:
         return alone() if any(len(text) > self._large for text in texts) else nullcontext()
 
     def apply(self, document: Document, needs: Needs) -> str | Dropped | Reject:
-        """The text as it is tokenized, or why there is none.
+        """Return the text to tokenize, or why there is none.
 
         Args:
             needs: counts what the document needs.
@@ -104,7 +104,7 @@ class TextPreparation:
             return None
         needs.add(Needs(rejected=needed))
         reason = (
-            f"too long for memory={format_size(2 * self._most)}: {who} would take up to {format_size(needed)} for its "
+            f"too long for memory={format_size(2 * self._most)}: {who} would need up to {format_size(needed)} for its "
             f"{len(document.text):,} characters; memory={-(-2 * needed >> 20)}MiB is enough"
         )
         return Reject(document.file, document.line, reason)

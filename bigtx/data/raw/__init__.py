@@ -4,6 +4,6 @@
                                           └────── rows ──────────┴────────────────────┴──fields──▶ documents
                                                                                       └──────────▶ rejects
 
-Start at read.py: `list_files` names what there is in an order that never changes, `read_rows` streams the rows of a
-file or a part of it, and whatever cannot be read becomes a reject with its file, line and reason.
+Start at read.py: `list_files` lists the files in an order that never changes, `read_rows` streams the rows of a
+file or a part of it, and everything that cannot be read becomes a reject with its file, line and reason.
 """

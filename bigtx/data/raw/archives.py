@@ -1,7 +1,7 @@
 """Tar archives, member by member from a stream: members are bytes with a name, and nothing is ever extracted.
 
-The standard library's own reader takes an archive that is cut at a member's border, or whose header is damaged, for
-one that ends there, and holds whatever length of name a header claims; so only its parser of single headers is used.
+The standard library's own reader accepts an archive that is truncated at a member's border, or has a damaged header, as
+one that ends there, and reads a name of any length that a header gives; so only its parser of single headers is used.
 The format: POSIX.1-2001, pax; GNU tar's long names.
 """
 
@@ -34,15 +34,15 @@ _LEADS_OUT = re.compile(r"(.*[/\\])?\.\.([/\\].*)?\Z", re.DOTALL)
 
 @dataclass(frozen=True)
 class Member:
-    """What an archive has under a name, but folders.
+    """A named entry of an archive that is not a folder.
 
     Attributes:
-        name: its path within the archive; slashes at its front are taken off, because nothing is extracted.
-        refusal: why it must not be read, e.g. because it is a link; "" if nothing speaks against it.
-        offset: of its header in the archive, in bytes.
-        stream: its bytes, to be read before the next member is asked for.
-        content_offset: of its first byte in the archive.
-        size: its bytes' number, as the header has it.
+        name: its path within the archive; leading slashes are removed, because nothing is extracted.
+        refusal: why it must not be read, e.g. because it is a link; "" if it may be read.
+        offset: the position of its header in the archive, in bytes.
+        stream: its bytes, which must be read before the next member is requested.
+        content_offset: the position of its first byte in the archive.
+        size: its number of bytes, as in the header.
     """
 
     name: str
@@ -54,11 +54,11 @@ class Member:
 
 
 class DamagedArchiveError(Exception):
-    """The archive cannot be read on; the message is the reason. Reading a member raises it too."""
+    """The rest of the archive cannot be read; the message is the reason. Reading a member raises it too."""
 
 
 class _MemberBytes(io.RawIOBase):
-    """So many bytes of the archive's stream."""
+    """A limited number of bytes of the archive's stream."""
 
     def __init__(self, archive: BinaryIO, size: int, name: str) -> None:
         self._archive, self._name = archive, name
@@ -74,7 +74,7 @@ class _MemberBytes(io.RawIOBase):
         except READ_ERRORS as error:
             raise DamagedArchiveError(f"{unreadable(error)}, inside of {self._name}") from None
         if wanted and not content:
-            raise DamagedArchiveError(f"cut short inside of {self._name}")
+            raise DamagedArchiveError(f"truncated inside of {self._name}")
         buffer[: len(content)] = content
         self.left -= len(content)
         return len(content)
@@ -82,7 +82,7 @@ class _MemberBytes(io.RawIOBase):
 
 @dataclass
 class _Header:
-    """A member's header, with what the extended headers before it say."""
+    """A member's header, with the values of the extended headers before it."""
 
     name: str
     size: int
@@ -91,14 +91,14 @@ class _Header:
 
 
 def read_members(archive: BinaryIO, file: str, rejects: Rejects) -> Iterator[Member]:
-    """What an archive has but folders, in its order; also what must not be read, with the reason.
+    """Yield the members of an archive except folders, in its order; those that must not be read have the reason.
 
     Args:
-        file: what rejects name the archive.
+        file: the name of the archive in rejects.
 
     Raises:
         DamagedArchiveError: it is damaged or cut short, or lacks its end-of-archive marker, so that any number of
-            members may be missing. Those before were given.
+            members may be missing. The members before are yielded.
     """
     try:
         yield from _read_members(archive, file, rejects)
@@ -121,31 +121,31 @@ def _read_members(archive: BinaryIO, file: str, rejects: Rejects) -> Iterator[Me
         offset += length + size + -size % _UNIT
     while rest := archive.read(CHUNK_BYTES):
         if rest.strip(b"\0"):
-            reason = "bytes behind its end are not read; are there several archives in one file?"
+            reason = "bytes after its end are not read; are there several archives in one file?"
             rejects.add(Reject(file, 0, reason, lost=None))
             return
 
 
 def _next_header(archive: BinaryIO, offset: int, common: dict[str, str]) -> tuple[_Header, int] | None:
-    """The next member's header, and its length with all extended headers; None at the end-of-archive marker."""
+    """Return the next member's header, and its length with all extended headers; None at the end-of-archive marker."""
     own: dict[str, str] = {}
     begin = offset
     while True:
         block = read_up_to(archive, _UNIT)
         if not block:
-            raise DamagedArchiveError("cut short: it ends without an end-of-archive marker, members may be missing")
+            raise DamagedArchiveError("truncated: it ends without an end-of-archive marker, so members may be missing")
         if len(block) < _UNIT:
-            raise DamagedArchiveError("cut short inside a header" if offset else "no tar archive")
+            raise DamagedArchiveError("truncated inside a header" if offset else "not a tar archive")
         if block == _ZEROS:
             return None
         try:
             info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except tarfile.HeaderError as error:
             raise DamagedArchiveError(
-                f"damaged at byte {offset:,}: {error}; nothing behind is read" if offset else f"no tar archive: {error}"
+                f"damaged at byte {offset:,}: {error}; the rest is lost" if offset else f"not a tar archive: {error}"
             ) from None
         if info.size < 0:
-            raise DamagedArchiveError(f"damaged at byte {offset:,}: a size below 0; nothing behind is read")
+            raise DamagedArchiveError(f"damaged at byte {offset:,}: a size below 0; the rest is lost")
         offset += _UNIT
         if info.type in (*_PAX_HEADERS, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
             content = _extended(archive, info)
@@ -167,7 +167,7 @@ def _next_header(archive: BinaryIO, offset: int, common: dict[str, str]) -> tupl
 
 
 def _refusal(header: _Header) -> str:
-    """Why a member is not read; "" if nothing speaks against it."""
+    """Return why a member is not read; "" if it is read."""
     if not header.name.strip("/") or _LEADS_OUT.match(header.name):
         return "a path that leads out of the archive"
     if header.type in _LINKS:
@@ -182,18 +182,18 @@ def _refusal(header: _Header) -> str:
 
 
 def _extended(archive: BinaryIO, info: tarfile.TarInfo) -> bytes:
-    """The content of an extended header, padded as it stands in the archive."""
+    """Return the content of an extended header, padded as in the archive."""
     if info.size > _MAX_HEADER_BYTES:
-        raise DamagedArchiveError(f"an extended header of {info.size:,} bytes; nothing behind is read")
+        raise DamagedArchiveError(f"an extended header of {info.size:,} bytes; the rest is lost")
     padded = info.size + -info.size % _UNIT
     content = read_up_to(archive, padded)
     if len(content) < padded:
-        raise DamagedArchiveError("cut short inside a header")
+        raise DamagedArchiveError("truncated inside a header")
     return content
 
 
 def _pax_records(content: bytes, offset: int) -> dict[str, str]:
-    """The records `<length> <key>=<value>\\n` of a pax header."""
+    """Return the records `<length> <key>=<value>\\n` of a pax header."""
     records = {}
     while content.rstrip(b"\0"):
         length = content.partition(b" ")[0]
@@ -207,12 +207,12 @@ def _pax_records(content: bytes, offset: int) -> dict[str, str]:
 
 
 def _skip_sparse_map(archive: BinaryIO, header: bytes) -> int:
-    """Pass GNU tar's further blocks of holes; returns their bytes."""
+    """Skip GNU tar's further blocks of holes; return their bytes."""
     num_bytes, goes_on = 0, header[482]
     while goes_on:
         block = read_up_to(archive, _UNIT)
         if len(block) < _UNIT:
-            raise DamagedArchiveError("cut short inside a header")
+            raise DamagedArchiveError("truncated inside a header")
         num_bytes, goes_on = num_bytes + _UNIT, block[504]
     return num_bytes
 
@@ -221,5 +221,5 @@ def _skip(archive: BinaryIO, num_bytes: int, name: str) -> None:
     while num_bytes:
         skipped = len(archive.read(min(num_bytes, CHUNK_BYTES)))
         if not skipped:
-            raise DamagedArchiveError(f"cut short inside of {name}")
+            raise DamagedArchiveError(f"truncated inside of {name}")
         num_bytes -= skipped

@@ -1,4 +1,4 @@
-"""Bytes -> text and JSON, strictly: what is not text is named, with the encoding that it looks like."""
+"""Strict conversion of bytes to text and JSON: bytes that are not text are reported with their likely encoding."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 _MIN_NULS = 16
-"""A text with fewer NULs is one."""
+"""The largest share of NULs in a valid text."""
 _MIN_NULS_OF_ENCODING = 4
-"""Fewer NULs in what cannot be read say nothing about its encoding."""
+"""The least share of NULs that gives evidence of another encoding."""
 _NUL_SHARE = 0.25
-"""From this share of NULs on, characters are not text but the halves of something else."""
+"""The share of NULs from which bytes are halves of wider characters, not text."""
 _SAMPLE = 1 << 16
 
 _SIGNATURES = (
@@ -24,14 +24,14 @@ _SIGNATURES = (
 
 
 class BadRowError(Exception):
-    """A row that holds no text, or no record; the message is the reason."""
+    """A row without a valid text or record; the message is the reason."""
 
 
 def decode(raw: bytes) -> str:
-    """The text in UTF-8 bytes; a byte order mark is a character like others here.
+    """Return the text in UTF-8 bytes; a byte order mark is treated as a character here.
 
     Raises:
-        BadRowError: they are not UTF-8, or no text.
+        BadRowError: they are not UTF-8, or not text.
     """
     try:
         text = raw.decode()
@@ -42,10 +42,10 @@ def decode(raw: bytes) -> str:
 
 
 def parse_json(raw: bytes) -> dict[str, Any]:
-    """The JSON object in some bytes.
+    """Return the JSON object in some bytes.
 
     Raises:
-        BadRowError: they are not UTF-8, no JSON object, or an object in them has a key twice.
+        BadRowError: they are not UTF-8, not a JSON object, or an object in them has a duplicate key.
     """
     try:
         record = _DECODER.decode(raw.decode())
@@ -62,21 +62,21 @@ def parse_json(raw: bytes) -> dict[str, Any]:
 
 
 def refuse_nuls(text: str) -> None:
-    """Refuse a text with NULs throughout: another encoding was taken for UTF-8, or it is no text at all.
+    """Refuse a text with many NULs: it was read as UTF-8 but has another encoding, or it is not text.
 
     Raises:
-        BadRowError: it names the encoding that the text looks like.
+        BadRowError: the text has them; the message has the likely encoding.
     """
     if "\0" not in text:
         return
     num_nuls = text.count("\0")
     if num_nuls >= _MIN_NULS and num_nuls >= _NUL_SHARE * len(text):
         reason = _encoding_by_nuls(text.encode("utf-8", "surrogateescape")[:_SAMPLE])
-        raise BadRowError(reason or f"{num_nuls:,} of its {len(text):,} characters are NUL; it is no text")
+        raise BadRowError(reason or f"{num_nuls:,} of its {len(text):,} characters are NUL; it is not text")
 
 
 def refuse_surrogates(text: str) -> None:
-    """Refuse a text with half a surrogate pair, which is no character: JSON can escape one, and invalid bytes of a
+    """Refuse a text with half a surrogate pair, which is not a character: JSON can escape one, and invalid bytes of a
     table become one.
 
     Raises:
@@ -93,7 +93,7 @@ def refuse_surrogates(text: str) -> None:
 
 
 def check_texts(value: Any) -> None:
-    """Refuse a value of a record, however nested, with a text in it that is none.
+    """Refuse a value of a record that contains an invalid text at any depth.
 
     Raises:
         BadRowError: as `refuse_surrogates` and `refuse_nuls`.
@@ -111,12 +111,12 @@ def check_texts(value: Any) -> None:
 
 
 def without_signature(raw: bytes) -> bytes:
-    """The bytes without UTF-8's byte order mark at their start (Unicode 16.0, 23.8)."""
+    """Return the bytes without UTF-8's byte order mark at their start (Unicode 16.0, 23.8)."""
     return raw.removeprefix(codecs.BOM_UTF8)
 
 
 def unreadable(error: Exception) -> str:
-    """Why a stream could not be read on."""
+    """Return why reading a stream failed."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return f"cannot be read: {reason}"
 
@@ -126,11 +126,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(record) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise BadRowError(f"the key {twice[:80]!r} stands twice in an object")
+        raise BadRowError(f"the key {twice[:80]!r} is a duplicate in an object")
     return record
 
 
-# One for all: json.loads would make one for each call.
+# One decoder for all: json.loads would create one for each call.
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
@@ -139,17 +139,17 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
 
 
 def other_encoding(raw: bytes) -> str:
-    """A reason that names the encoding, other than UTF-8, which bytes look like; "" if they look like none."""
+    """Return a reason with the likely encoding of bytes that are not UTF-8; "" if there is no likely one."""
     name = next((name for signature, name in _SIGNATURES if raw.startswith(signature)), None)
     return f"{name} text; {_convert(name)}" if name else _encoding_by_nuls(raw[:_SAMPLE])
 
 
 def _encoding_by_nuls(raw: bytes) -> str:
-    """The same, by where NULs are: UTF-16 and UTF-32 have them at fixed places of the usual characters."""
+    """Return such a reason by the places of NULs: UTF-16 and UTF-32 have them at fixed places of usual characters."""
     if raw.count(0) < max(_MIN_NULS_OF_ENCODING, _NUL_SHARE * len(raw)):
         return ""
     if not raw.strip(b"\0"):
-        return "nothing but NULs, as a file has after a crash; it is no text"
+        return "only NULs, as in a file after a crash; it is not text"
     shares = [raw[place::4].count(0) / (len(raw) / 4) for place in range(4)]
     nuls = [share > 0.5 for share in shares]
     name = {

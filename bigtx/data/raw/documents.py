@@ -1,4 +1,4 @@
-"""What reading gives: documents, and rejects in place of those that cannot be read."""
+"""The results of reading: documents, and rejects in place of those that cannot be read."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from bigtx.utils.errors import DataError
 from bigtx.utils.terminal import visible
 
 MAX_DOCUMENT_BYTES = 256 << 20
-"""A longer document is rejected: it would have to be held in memory whole."""
+"""A longer document is rejected: it would have to fit into memory."""
 
 EMPTY = "empty"
-"""The reason that is counted apart: not every file has to say something."""
+"""The reason that is counted separately: a file may be empty."""
 
 _NUM_EXAMPLES = 5
 
@@ -22,15 +22,15 @@ Item = TypeVar("Item")
 
 
 class Document(NamedTuple):
-    """A text and where it comes from.
+    """A text and its origin.
 
     Attributes:
         file: path of its file, without credentials; a member of an archive is `<archive>/<member>`.
-        line: from 1, where it begins in the file or member; in parquet the row.
-        id: the text's own, by `input.id_field`; of plain files the path within the folder that was named.
-        source: where the text is from, by `input.source_field`.
-        language: by `input.language_field`.
-        number: increases from document to document of one input file, and is the same however the file is cut.
+        line: the line, from 1, at which it starts in the file or member; in parquet the row.
+        id: the text's id, by `input.id_field`; for plain files the path within the folder that was named.
+        source: the origin of the text, by `input.source_field`.
+        language: the language, by `input.language_field`.
+        number: increases from document to document of one input file, and does not depend on how the file is cut.
     """
 
     text: str
@@ -42,18 +42,18 @@ class Document(NamedTuple):
     number: int = 0
 
     def with_text(self, text: str) -> Document:
-        """The same document after its text was changed."""
+        """Return the document with another text."""
         return self._replace(text=text)
 
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """Something that could not be read.
+    """A document or file that could not be read.
 
     Attributes:
-        line: from 1; 0: the file as a whole.
-        lost: documents that are missing because of it: of a broken row of a table, the lines that it swallowed. None:
-            all that follows in the file, which nobody can count.
+        line: the line, from 1; 0: the file as a whole.
+        lost: documents that are missing because of it; for a broken row of a table, the lines that it includes. None:
+            the rest of the file, whose documents cannot be counted.
     """
 
     file: str
@@ -64,13 +64,13 @@ class Reject:
 
 @dataclass
 class Rejects:
-    """Counts what could not be read; `sink` gets each as it is found, and only the first few are kept here.
+    """The count of rejects; `sink` receives each as it is found, and only the first few are kept here.
 
-    Of a file that is cut short or damaged in the middle, the documents before that place are kept.
+    If a file is truncated or damaged, the documents before that place are kept.
 
     Attributes:
-        count: documents that could not be read, as far as they can be counted.
-        num_cut: places behind which nobody knows how many documents are missing.
+        count: documents that could not be read, if they can be counted.
+        num_cut: places after which an unknown number of documents is missing.
         passed_over: numbers of archive members that are not read, by suffix.
     """
 
@@ -83,7 +83,7 @@ class Rejects:
     passed_over: Counter[str] = field(default_factory=Counter)
 
     def __bool__(self) -> bool:
-        """Whether anything could not be read."""
+        """Return whether there are rejects."""
         return bool(self.count or self.num_cut)
 
     def add(self, reject: Reject) -> None:
@@ -99,14 +99,14 @@ class Rejects:
             self.sink(reject)
 
     def first(self) -> str:
-        """The first few as text for the terminal, each in a line of its own that begins with a line break."""
+        """Return the first few as text for the terminal, each on a line of its own that starts with a line break."""
         return "".join(
             f"\n  {visible(r.file)}{f', line {r.line}' if r.line else ''}: {visible(r.reason)}{_swallowed(r)}"
             for r in self.examples
         )
 
     def describe(self) -> str:
-        """How much could not be read, in words."""
+        """Return the counts in words."""
         parts = [f"{self.count:,} that cannot be read"] if self.count or not self.num_cut else []
         if self.num_cut:
             parts.append(f"an unknown number in {self._unfinished()}")
@@ -116,25 +116,25 @@ class Rejects:
         return f"{self.num_cut:,} file{'s' * (self.num_cut > 1)} that cannot be read to the end"
 
     def lost(self, num_documents: int, num_files: int) -> int:
-        """About how many documents are missing: behind each cut, as many as a file has on average.
+        """Estimate how many documents are missing: after each cut, as many as a file has on average.
 
         Args:
-            num_documents: that were read well.
-            num_files: of the input.
+            num_documents: the number of documents that could be read.
+            num_files: the number of files of the input.
         """
         return self.count + self.num_cut * max(1, -(-num_documents // max(1, num_files)))
 
     def check(self, num_documents: int, num_files: int) -> None:
-        """Judge the whole input; arguments as of `lost`.
+        """Check the whole input; the arguments are those of `lost`.
 
         Raises:
-            DataError: more than `max_share` was rejected, or there is no document at all.
+            DataError: more than `max_share` was rejected, or there is no document.
         """
         lost = self.lost(num_documents, num_files)
         share = lost / max(1, num_documents + lost)
         if lost and share > self.max_share:
             estimated = (
-                f" (of them {lost - self.count:,} is an estimate for {self._unfinished()}: as many as a file has on "
+                f" ({lost - self.count:,} of them is an estimate for {self._unfinished()}: as many as a file has on "
                 "average)"
                 if self.num_cut
                 else ""
@@ -145,17 +145,17 @@ class Rejects:
                 f"allow more with input.max_rejects={_round_up(share):g}. The first:{self.first()}"
             )
         if num_documents == 0:
-            empty = f" ({self.num_empty:,} without a single character)" if self.num_empty else ""
+            empty = f" ({self.num_empty:,} are empty)" if self.num_empty else ""
             raise DataError(f"The input has no documents{empty}; check input.paths.{self.first()}")
 
 
 def in_batches(items: Iterable[Item], length: Callable[[Item], int], characters: int) -> Iterator[list[Item]]:
-    """The items in lists that end where their texts have at least so many characters together.
+    """Yield the items in lists that end where their texts have at least so many characters together.
 
-    An item may be hundreds of megabytes, so none is held here while the next one is read.
+    An item may have hundreds of megabytes, so none is kept here while the next one is read.
 
     Args:
-        length: characters of an item's text.
+        length: the function that returns the characters of an item's text.
     """
     batch: list[Item] = []
     size = 0

@@ -16,9 +16,9 @@ _NUMBERS = (int, float, Decimal)
 
 
 class Fields:
-    """Where in a row the text is, and what is known about it.
+    """The place of the text and its metadata in a row.
 
-    A name with dots that is no field itself leads through nested records: `meta.language`.
+    A name with dots that is not a field itself leads through nested records: `meta.language`.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Fields:
         )
 
     def documents(self, rows: Iterable[Row], rejects: Rejects) -> Iterator[Document]:
-        """The documents of rows; those that hold none are rejected. None is held while the next one is read."""
+        """Yield the documents of rows; rows without one are rejected. None is kept while the next one is read."""
         for row in rows:
             try:
                 document = self._document(row)
@@ -76,7 +76,7 @@ class Fields:
 
 
 def value_of(fields: Mapping[str, Any], name: str) -> Any:
-    """The value of a field; None where there is none."""
+    """Return the value of a field; None if there is none."""
     if name in fields or "." not in name:
         return fields.get(name)
     value: Any = fields
@@ -88,7 +88,7 @@ def value_of(fields: Mapping[str, Any], name: str) -> Any:
 
 
 def _label(fields: Mapping[str, Any], name: str) -> str | None:
-    """A field of the metadata as text."""
+    """Return a field of the metadata as text."""
     value = value_of(fields, name) if name else None
     if value is None:
         return None
@@ -98,11 +98,11 @@ def _label(fields: Mapping[str, Any], name: str) -> str | None:
         return text
     if isinstance(value, _NUMBERS) and not isinstance(value, bool):
         return str(value)
-    raise BadRowError(f"the field {name!r} is {_kind_of(value)}, neither a text nor a number")
+    raise BadRowError(f"the field {name!r} is {_kind_of(value)}, not a text or a number")
 
 
 def _text_in(value: Any) -> str | None:
-    """A value as text; None where it is none. Many writers of parquet call texts in UTF-8 binary.
+    """Return a value as text; None if it is not text. Many writers of parquet mark texts in UTF-8 as binary.
 
     Raises:
         BadRowError: bytes that are not UTF-8.
@@ -111,6 +111,6 @@ def _text_in(value: Any) -> str | None:
 
 
 def _kind_of(value: Any) -> str:
-    """What a value is, as its format calls it."""
+    """Return the kind of a value, in the words of its format."""
     kinds = dict.fromkeys(_NUMBERS, "a number") | {bool: "true or false", list: "a list", dict: "an object"}
     return kinds.get(type(value), f"of the type {type(value).__name__}")

@@ -1,6 +1,6 @@
-"""Which files hold the raw text: folders, globs, URLs and single files -> an ordered list.
+"""The files of the raw text: folders, globs, URLs and single files -> an ordered list.
 
-The order depends on nothing but the configuration and the names, so every job that reads the same input sees the same
+The order depends only on the configuration and the names, so every job that reads the same input gets the same
 documents in the same order, on any machine.
 """
 
@@ -43,36 +43,37 @@ _REQUESTS_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class _Input:
-    """What is read, and the section of the configuration that names it, for messages."""
+    """The input, and the section of the configuration that names it, for messages."""
 
     config: InputConfig
     section: str
 
     @property
     def paths(self) -> str:
-        """The setting that names what is read."""
+        """Return the setting that names the input."""
         return f"{self.section}.paths"
 
     @property
     def has_suffixes(self) -> bool:
-        """Whether the section says which suffixes texts have, and what is left out of folders."""
+        """Return whether the section has settings for the suffixes of texts and for what is left out of folders."""
         return self.section == "input"
 
 
 def list_files(config: InputConfig, passed_over: Counter[str] | None = None, section: str = "input") -> list[InputFile]:
-    """The files that `config.paths` names, each once.
+    """Return the files that `config.paths` names, each once.
 
-    `passed_over`, if given, counts by suffix the files of folders and globs that are not read. `section` is where the
-    paths stand in the configuration, for messages.
+    `passed_over`, if given, counts by suffix the files of folders and globs that are not read. `section` is the section
+    of the paths in the configuration, for messages.
 
-    Paths keep the order in which they are written, `{000..010}` and `{a,b}` in them stand for several; the files of a
+    Paths keep the order in which they are written, `{000..010}` and `{a,b}` in them are expanded; the files of a
     folder or glob are sorted by their path in it. Folders are read recursively, links included; names that begin with a
-    dot are left out. In folders and globs, files with other suffixes are passed over; a file that is named itself must
+    dot are left out. In folders and globs, files with other suffixes are skipped; a file that is named itself must
     have a suffix that is known.
 
     Raises:
-        ConfigError: a suffix of text files that says something else.
-        DataError: no paths, one that names nothing readable, a protocol that is not read, or a missing package.
+        ConfigError: a suffix of text files that belongs to another format.
+        DataError: there are no paths, a path names nothing readable, a protocol is not supported, or a package is
+            missing.
     """
     if not config.paths:
         raise DataError(
@@ -84,7 +85,7 @@ def list_files(config: InputConfig, passed_over: Counter[str] | None = None, sec
     files: dict[str, InputFile] = {}
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
         paths = [expanded for path in config.paths for expanded in _expanded(path, inputs)]
-        # A web server is asked about each of its files, which may be many.
+        # Each file of a web server needs a request, and there may be many.
         asked = {path: pool.submit(_stat_named, path, inputs) for path in paths if scheme_of(path).startswith("http")}
         try:
             for path in paths:
@@ -101,16 +102,16 @@ def list_files(config: InputConfig, passed_over: Counter[str] | None = None, sec
 
 
 def describe_passed_over(counts: Counter[str]) -> Iterator[str]:
-    """What was not read, as lines for people."""
+    """Yield the counts of files that were not read, as lines of text."""
     others = Counter({suffix: number for suffix, number in counts.items() if suffix != own.MADE})
     if others:
-        yield f"Passed over, by their suffix: {counts_by_suffix(others)}; see input.text_suffixes."
+        yield f"Skipped, by their suffix: {counts_by_suffix(others)}; see input.text_suffixes."
     if counts[own.MADE]:
-        yield f"Passed over: {counts[own.MADE]:,} folders or files made by bigtx."
+        yield f"Skipped: {counts[own.MADE]:,} folders or files made by bigtx."
 
 
 def counts_by_suffix(counts: Counter[str]) -> str:
-    """Numbers of files by suffix as text, the most frequent first."""
+    """Return the numbers of files by suffix as text, the most frequent first."""
     parts = [f"{number:,} {suffix}" for suffix, number in counts.most_common(4)]
     rest = sum(counts.values()) - sum(number for _, number in counts.most_common(4))
     return ", ".join(parts + [f"{rest:,} others"] * (rest > 0))
@@ -120,7 +121,7 @@ def split_file(file: InputFile, config: InputConfig, part_bytes: int) -> list[In
     """Cut a large local file into ranges of about `part_bytes`, for several processes.
 
     Files whose documents are lines are cut between lines if they are not compressed, parquet between row groups. A file
-    of lines is read once for that, at the speed of the disk, to number them; so remote files come back as they are,
+    of lines is read once for that, at the speed of the disk, to number them; so remote files are returned as they are,
     like all others.
     """
     kind = format_of(file.path, config.text_suffixes)
@@ -138,20 +139,22 @@ def split_file(file: InputFile, config: InputConfig, part_bytes: int) -> list[In
 
 
 def is_left_out(relative: str, exclude: Sequence[str]) -> bool:
-    """Whether a path within a folder or archive is not to be read: hidden names, and what `exclude` says."""
+    """Return whether a path within a folder or archive is not to be read: hidden names, and names that `exclude`
+    matches.
+    """
     hidden = any(name.startswith(".") and name != ".." for name in relative.split("/"))
     return hidden or _is_excluded(relative, exclude)
 
 
 def expand_braces(path: str) -> Iterator[str]:
-    """The paths that `{000..010}` and `{a,b}` in a path stand for, in a shell's order, one after the other."""
+    """Yield the paths that `{000..010}` and `{a,b}` in a path mean, in a shell's order."""
     match = _BRACES.search(path)
     if not match:
         yield path
         return
     first, last, listed = match.groups()
     if listed is None:
-        # As in a shell, a zero in front gives all of them one width.
+        # As in a shell, a leading zero gives all of them the same width.
         has_width = any(len(end) > 1 and end.startswith("0") for end in (first, last))
         width = max(len(first), len(last)) if has_width else 0
         step = 1 if int(first) <= int(last) else -1
@@ -164,20 +167,20 @@ def expand_braces(path: str) -> Iterator[str]:
 
 
 def _expanded(path: str, inputs: _Input) -> list[str]:
-    """The paths that braces stand for, as a shell would have them."""
+    """Return the paths that braces mean in a shell."""
     check_scheme(path)
     if "{" not in path or (not is_remote(path) and os.path.lexists(path)):
         return [path]
     paths = list(itertools.islice(expand_braces(path), _MAX_EXPANDED + 1))
     if len(paths) > _MAX_EXPANDED:
-        raise DataError(f"{shown(path)} in {inputs.paths} stands for more than {_MAX_EXPANDED:,} paths; use fewer.")
+        raise DataError(f"{shown(path)} in {inputs.paths} expands to more than {_MAX_EXPANDED:,} paths; use fewer.")
     for expanded in paths:
         check_scheme(expanded)
     return paths
 
 
 def _files_of(path: str, inputs: _Input, passed_over: Counter[str]) -> list[InputFile]:
-    """The files that a path stands for, with their sizes and versions."""
+    """Return the files that a path means, with their sizes and versions."""
     try:
         if not is_remote(path):
             return _local_files(path, inputs, passed_over)
@@ -231,16 +234,15 @@ def _local(path: str, name: str) -> InputFile:
     try:
         size, version = stat(path)
     except OSError:
-        size, version = 0, ""  # A dangling link: the reader rejects it, by name.
+        size, version = 0, ""  # A broken link: the reader rejects it by name.
     return InputFile(path, size, version=version, name=name)
 
 
 def _stat_named(url: str, inputs: _Input) -> InputFile:
-    """A file of a web server."""
+    """Return a file of a web server."""
     if "*" in name_of(url):
         raise DataError(
-            f"{shown(url)} in {inputs.paths}: a web server does not tell which files there are. Name them, e.g. with "
-            "{000..010}."
+            f"{shown(url)} in {inputs.paths}: a web server does not list its files. Name them, e.g. with {{000..010}}."
         )
     _refuse_unknown(url, inputs)
     try:
@@ -255,7 +257,7 @@ def _unreachable(path: str, inputs: _Input, error: OSError) -> DataError:
 
 
 def _known(path: str, candidates: list[str], inputs: _Input, passed_over: Counter[str]) -> list[str]:
-    """Those of a folder's or glob's files that are read, sorted; the others are counted."""
+    """Return those of a folder's or glob's files that are read, sorted; the others are counted."""
     files = sorted({found for found in candidates if format_of(found, inputs.config.text_suffixes)})
     others = Counter(suffix_of(found) for found in set(candidates).difference(files))
     passed_over.update(others)
@@ -270,30 +272,33 @@ def _known(path: str, candidates: list[str], inputs: _Input, passed_over: Counte
 
 
 def _check_text_suffixes(suffixes: Sequence[str]) -> None:
-    """Refuse suffixes that cannot take effect, because their files are read otherwise."""
+    """Refuse suffixes that have no effect because their files are read in another way."""
     for suffix in suffixes:
         kind = format_of(f"a{suffix}", ())
         if kind or is_compressed(f"a{suffix}"):
-            what = f"{kind.value}, not as plain text" if kind else "what is inside of them"
+            what = f"{kind.value}, not as plain text" if kind else "archives or compressed files"
             raise ConfigError(f"input.text_suffixes: files that end in {suffix} are read as {what}; leave it out.")
 
 
 def _refuse_unknown(path: str, inputs: _Input) -> None:
-    """Refuse a file that is named itself and whose suffix says nothing."""
+    """Refuse a file that is named itself and has an unknown suffix."""
     name = name_of(path)
     if format_of(name, inputs.config.text_suffixes):
         return
     suffixes = inputs.config.text_suffixes
     named = f"input.text_suffixes ({_listed(suffixes)})" if inputs.has_suffixes else _listed(suffixes)
     raise DataError(
-        f"Cannot tell what {shown(path)} holds: it ends neither in one of {_listed(SUFFIXES)} nor in one of {named}, "
+        f"The format of {shown(path)} is not known: its name does not end in one of "
+        f"{_listed(SUFFIXES)}, or in one of {named}, "
         f"plain or with one of {_listed(COMPRESSION_SUFFIXES)}: "
         f"{why_unknown(name, suffixes if inputs.has_suffixes else None)}."
     )
 
 
 def _walk(folder: str, inputs: _Input, passed_over: Counter[str]) -> Iterator[str]:
-    """All files below a folder that are not excluded, nor made by bigtx; links to folders are followed, each once."""
+    """Yield all files below a folder that are not excluded and not made by bigtx; links to folders are followed, each
+    once.
+    """
     visited: set[str] = set()
     pending = [folder]
     while pending:
@@ -318,7 +323,7 @@ def _walk(folder: str, inputs: _Input, passed_over: Counter[str]) -> Iterator[st
             elif own.is_own_file(entry.path, names):
                 passed_over[own.MADE] += 1
             elif entry.is_file() or (entry.is_symlink() and not no_file(entry.path)):
-                # A dangling link is rejected by name when it is read; pipes and devices are no texts.
+                # A broken link is rejected by name when it is read; pipes and devices are not texts.
                 yield entry.path
 
 
@@ -328,14 +333,14 @@ def _is_excluded(relative: str, exclude: Sequence[str]) -> bool:
         if "/" not in pattern:
             if fnmatch.filter(names, pattern):
                 return True
-        # With a slash in front, */test/* means a folder test at the top as well.
+        # With a leading slash, */test/* matches a folder test at the top too.
         elif fnmatch.fnmatchcase(relative, pattern) or fnmatch.fnmatchcase(f"/{relative}", pattern):
             return True
     return False
 
 
 def _fixed_part(pattern: str) -> str:
-    """The folder before the first wildcard of a glob."""
+    """Return the folder before the first wildcard of a glob."""
     parts = pattern.split("/")
     fixed = "/".join(itertools.takewhile(lambda part: not glob.has_magic(part), parts[:-1]))
     return fixed or ("/" if pattern.startswith("/") else ".")
@@ -354,11 +359,11 @@ def _line_ranges(file: InputFile, part_bytes: int) -> list[InputFile]:
                 num_lines = _skip_lines(stream, min(part_bytes, file.size - start))
                 end = stream.tell()
                 if end == start:
-                    break  # It has become shorter; the reader says so.
+                    break  # The file has become shorter; the reader reports it.
                 parts.append(replace(file, size=end - start, start=start, end=end, first_line=first_line))
                 start, first_line = end, first_line + num_lines
     except OSError:
-        return [file]  # Reading it says what is wrong with it.
+        return [file]  # The reader reports what is wrong with it.
     return parts
 
 
@@ -367,11 +372,11 @@ def _holds_json_lines(file: InputFile) -> bool:
         with open(file.path, "rb") as stream:
             return is_json_lines(stream.read(CHUNK_BYTES))
     except OSError:
-        return False  # Reading it says what is wrong with it.
+        return False  # The reader reports what is wrong with it.
 
 
 def _skip_lines(stream: BinaryIO, num_bytes: int) -> int:
-    """Read at least `num_bytes` and on to the end of the line; returns how many lines that was."""
+    """Read at least `num_bytes` and up to the end of the line; return how many lines that was."""
     num_lines, last = 0, b"\n"
     while num_bytes > 0 and (chunk := stream.read(min(num_bytes, CHUNK_BYTES))):
         num_lines, num_bytes, last = num_lines + chunk.count(b"\n"), num_bytes - len(chunk), chunk

@@ -1,4 +1,4 @@
-"""What a file holds, by its name; and the way through its compression."""
+"""The format of a file by its name, and the decompression of its content."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ COMPRESSION_SUFFIXES = (".gz", ".zst", ".zstd", ".bz2", ".xz")
 NO_SUFFIX = "without a suffix"
 
 READ_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError, lzma.LZMAError)
-"""What a stream raises when its file is damaged, cut short or out of reach."""
+"""The errors of a stream whose file is damaged, truncated or not reachable."""
 
-# A compressed chunk of 16 KiB can unfold to 512 MiB at the very worst, so memory stays bounded whatever is fed to us.
+# A compressed chunk of 16 KiB can expand to 512 MiB at most, so memory stays bounded for any input.
 _CHUNK_BYTES = 16 << 10
-# What `zstd --long=31` writes, and more than `xz -9` asks for.
+# The window of `zstd --long=31`, which is more than `xz -9` needs.
 _MAX_WINDOW_BYTES = 1 << 31
 
 
 class Format(Enum):
-    """How documents lie in a file."""
+    """The arrangement of documents in a file."""
 
     TEXT = "text"
     JSON = "JSON"
@@ -51,7 +51,7 @@ _SUFFIXES = {
     ".tar": Format.TAR,
 }
 SUFFIXES = tuple(_SUFFIXES)
-"""Suffixes that are known beside those of text files."""
+"""Suffixes that are known besides those of text files."""
 
 _SHORT_FOR = {
     ".tgz": ".tar.gz",
@@ -68,7 +68,7 @@ _NO_TEXT = {
 
 
 def format_of(path: str, text_suffixes: Sequence[str]) -> Format | None:
-    """What the file holds, by its suffix (that of a compression taken off first); None: nothing that is read."""
+    """Return the format of the file by its suffix (without that of a compression); None: a format that is not read."""
     suffix = suffix_inside(path)
     if suffix in _SUFFIXES:
         # Parquet is compressed inside, and is read from its end.
@@ -77,10 +77,10 @@ def format_of(path: str, text_suffixes: Sequence[str]) -> Format | None:
 
 
 def why_unknown(path: str, text_suffixes: Sequence[str] | None = None) -> str:
-    """What to do with a file whose suffix no reader takes.
+    """Return the advice for a file whose suffix no reader accepts.
 
     Args:
-        text_suffixes: what `input.text_suffixes` holds; None where there is no such setting.
+        text_suffixes: the value of `input.text_suffixes`; None if there is no such setting.
     """
     suffix = suffix_inside(path)
     if suffix == ".parquet":
@@ -88,24 +88,24 @@ def why_unknown(path: str, text_suffixes: Sequence[str] | None = None) -> str:
     if suffix in _PACKED:
         return f"unpack it first; {', '.join(COMPRESSION_SUFFIXES)} are read as they are"
     if suffix in _NO_TEXT:
-        return "turn it into text or JSON lines first"
+        return "convert it to text or JSON lines first"
     if suffix and text_suffixes is not None:
-        return f"if it is plain text, say so: {setting('input.text_suffixes', [*text_suffixes, suffix])}"
+        return f"if it is plain text, add its suffix: {setting('input.text_suffixes', [*text_suffixes, suffix])}"
     return "if it is plain text, give it a name that ends in .txt"
 
 
 def is_compressed(path: str) -> bool:
-    """Whether the file is compressed as a whole, by its name."""
+    """Return whether the file is compressed as a whole, by its name."""
     return _full(path).endswith(COMPRESSION_SUFFIXES)
 
 
 def suffix_inside(path: str) -> str:
-    """The suffix in lower case, that of a compression taken off first."""
+    """Return the suffix in lower case, without that of a compression."""
     return posixpath.splitext(without_compression(path).lower())[1]
 
 
 def without_compression(path: str) -> str:
-    """The path without the suffix of a compression."""
+    """Return the path without the suffix of a compression."""
     full = _full(path)
     ending = next((suffix for suffix in COMPRESSION_SUFFIXES if full.endswith(suffix)), "")
     if posixpath.splitext(path.lower())[1] in _SHORT_FOR:
@@ -114,14 +114,14 @@ def without_compression(path: str) -> str:
 
 
 def suffix_of(path: str) -> str:
-    """The suffix under which a file that is not read is counted."""
+    """Return the suffix under which a file that is not read is counted."""
     return posixpath.splitext(path)[1] or NO_SUFFIX
 
 
 def decompressed(raw: BinaryIO, path: str) -> BinaryIO:
-    """The content of a file's bytes, by its name; `raw` itself if it is not compressed.
+    """Return the content of a file's bytes, by its name; `raw` itself if it is not compressed.
 
-    Reading from the result raises what `READ_ERRORS` names, also when the compressed bytes end too early.
+    Reading from the result raises the errors in `READ_ERRORS`, also when the compressed bytes end too early.
     """
     suffix = posixpath.splitext(_full(path))[1]
     if suffix == ".gz":
@@ -131,7 +131,7 @@ def decompressed(raw: BinaryIO, path: str) -> BinaryIO:
 
 
 def _full(path: str) -> str:
-    """The path in lower case, with short suffixes such as .tgz written out."""
+    """Return the path in lower case, with short suffixes such as .tgz written out."""
     stem, suffix = posixpath.splitext(path.lower())
     return stem + _SHORT_FOR.get(suffix, suffix)
 
@@ -145,7 +145,7 @@ def _xz() -> Any:
 
 
 def read_up_to(stream: BinaryIO, num_bytes: int) -> bytes:
-    """The next `num_bytes`, or what there is; memory is taken as bytes come, not for what could come."""
+    """Return the next `num_bytes`, or the rest; memory grows with the bytes that arrive, not with `num_bytes`."""
     parts: list[bytes] = []
     while num_bytes > 0 and (part := stream.read(min(num_bytes, CHUNK_BYTES))):
         parts.append(part)
@@ -154,7 +154,7 @@ def read_up_to(stream: BinaryIO, num_bytes: int) -> bytes:
 
 
 class _GzReader(io.RawIOBase):
-    """Gzip members one after another; gives what there is before it raises, unlike `GzipFile.read`."""
+    """A reader of successive gzip members; it returns all valid bytes before it raises, unlike `GzipFile.read`."""
 
     def __init__(self, source: BinaryIO) -> None:
         self._file = gzip.GzipFile(fileobj=source, mode="rb")
@@ -169,10 +169,11 @@ class _GzReader(io.RawIOBase):
 
 
 class _FramesReader(io.RawIOBase):
-    """Compressed frames one after another; unlike the libraries' own readers, it always notices a last one that is cut.
+    """A reader of successive compressed frames; unlike the libraries' own readers, it always detects a truncated last
+    one.
 
     Args:
-        make: a decompressor of one frame, as bz2, lzma and zstandard have them.
+        make: a function that creates a decompressor of one frame, as in bz2, lzma and zstandard.
     """
 
     def __init__(self, source: BinaryIO, make: Callable[[], Any]) -> None:

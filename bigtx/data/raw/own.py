@@ -1,7 +1,8 @@
-"""What bigtx itself writes, which is never its input: corpora, tokenizers, runs, exports, lists; whole or half made.
+"""The files that bigtx itself writes and never reads as input: corpora, tokenizers, runs, exports, lists, complete or
+not.
 
-An output may lie within the folder that is read (`input.paths=. output=corpus`). So folders and files are known by what
-is in them, at every moment of a job, and the input stays what it was when a command is run again.
+An output may be within the input folder (`input.paths=. output=corpus`). So folders and files are recognized by their
+content, at every moment of a job, and the input is the same when a command is run again.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from collections.abc import Collection, Sequence
 from bigtx.utils.errors import DataError
 
 MADE = "made by bigtx"
-"""How they are counted."""
+"""The name under which they are counted."""
 
 RUN = "a run"
 _SPLITS = ("train", "validation")
 _SPLIT = {"manifest.json", "blocks.npy"}
 _TOKENIZER = "bigtx_tokenizer.json"
 _RUN = ({"run.lock", "logs"}, {"config.yaml", "logs"}, {"config.yaml", "checkpoints"})
-"""Names that stand together in a run's folder: from its first moment on, and where it was copied without its logs."""
+"""Names that are together in a run's folder: from its start on, and if it was copied without its logs."""
 _PARTIAL = ".partial"
 _IN_PARTIAL = ("part-*-of-*", "tokenizer", "work", "corpus")
 _REJECTS = ".rejects.jsonl"
@@ -29,10 +30,10 @@ _LOOKED_AT = 4096
 
 
 def without_own(folder: str, names: Sequence[str]) -> list[str]:
-    """The names of what bigtx did not make.
+    """Return the names of files and folders that bigtx did not make.
 
     Args:
-        names: of all that is in the folder.
+        names: all names in the folder.
     """
     beside = set(names)
     return [name for name in names if not _is_own(os.path.join(folder, name), beside)]
@@ -46,14 +47,14 @@ def _kind_of_listed(folder: str) -> str | None:
     try:
         return kind_of(folder, os.listdir(folder))
     except OSError:
-        return None  # Reading it says what is wrong.
+        return None  # The reader reports what is wrong.
 
 
 def kind_of(folder: str, names: Collection[str]) -> str | None:
-    """What bigtx made a folder as, e.g. "a tokenizer"; None if it did not make it.
+    """Return the kind of a folder that bigtx made, e.g. "a tokenizer"; None if it did not make it.
 
     Args:
-        names: of what is in it.
+        names: the names in it.
     """
     found = set(names)
     if _TOKENIZER in found:
@@ -64,16 +65,16 @@ def kind_of(folder: str, names: Collection[str]) -> str | None:
         return "a part of a corpus"
     if any(split in found and _names_blocks(os.path.join(folder, split)) for split in _SPLITS):
         return "a prepared corpus"
-    # While a corpus is made, and what is left of it where the job was killed while it cleaned up.
+    # During a preparation, and the rest of one that was killed while it cleaned up.
     in_partial = found and all(any(fnmatch.fnmatch(name, own) for own in _IN_PARTIAL) for name in found)
-    return "a corpus that is being made" if folder.endswith(_PARTIAL) and in_partial else None
+    return "a corpus in preparation" if folder.endswith(_PARTIAL) and in_partial else None
 
 
 def own_of(path: str, base: str, known: dict[str, bool]) -> str | None:
-    """The first of the folders between a base and a path, or the path itself, that bigtx made.
+    """Return the first of the folders between a base and a path, or the path itself, that bigtx made.
 
     Args:
-        known: what was found of folders before; it is added to.
+        known: the results for earlier folders; new ones are added.
     """
     parts = os.path.relpath(path, base).split(os.sep)
     for count in range(1, len(parts) + 1):
@@ -87,24 +88,24 @@ def own_of(path: str, base: str, known: dict[str, bool]) -> str | None:
 
 
 def refuse_own(path: str, setting: str = "") -> None:
-    """Do nothing unless a folder that is to be read as a whole is one that bigtx made.
+    """Refuse a folder as input if bigtx made it.
 
     Raises:
-        DataError: it is.
+        DataError: bigtx made it.
     """
     kind = _kind_of_listed(path)
-    # Somebody may have put a tokenizer beside their texts.
+    # A user may have put a tokenizer next to the texts.
     if kind and not os.path.isfile(os.path.join(path, _TOKENIZER)):
         named = f" (named in {setting})" if setting else ""
-        raise DataError(f"{path}{named} is {kind}, which was made by bigtx; name the folder that is to be read.")
+        raise DataError(f"{path}{named} is {kind}, which was made by bigtx; name the folder to read.")
 
 
 def is_own_file(path: str, beside: Collection[str]) -> bool:
-    """Whether a file is a list of rejects, the card of an export, or predictions of `bigtx predict` or what is said
-    about them beside.
+    """Return whether a file is a list of rejects, the card of an export, or predictions of `bigtx predict` or their
+    description.
 
     Args:
-        beside: names of what is in its folder.
+        beside: the names in its folder.
     """
     if path.endswith(_REJECTS):
         begin = _begin(path)

@@ -18,10 +18,10 @@ _BATCH_ROWS = 128
 
 
 def check_package(path: str, exclude: Sequence[str] | None = None) -> None:
-    """Make sure that parquet can be read at all.
+    """Check that parquet can be read.
 
     Args:
-        exclude: what `input.exclude` holds; None where there is no such setting.
+        exclude: the value of `input.exclude`; None if there is no such setting.
 
     Raises:
         DataError: the package is missing.
@@ -29,13 +29,13 @@ def check_package(path: str, exclude: Sequence[str] | None = None) -> None:
     if importlib.util.find_spec("pyarrow") is None:
         without = "" if exclude is None else setting("input.exclude", [*exclude, "*.parquet"])
         raise DataError(
-            f"Reading {path} needs pyarrow, which is not there: pip install 'bigtx[parquet]'."
+            f"Reading {path} needs pyarrow, which is not installed: pip install 'bigtx[parquet]'."
             + (without and f" To leave such files out of folders and globs: {without}.")
         )
 
 
 def row_group_ranges(file: InputFile, part_bytes: int) -> list[InputFile]:
-    """Cut a file into ranges of row groups of about `part_bytes`; one that cannot be opened comes back as it is."""
+    """Cut a file into ranges of row groups of about `part_bytes`; one that cannot be opened is returned as it is."""
     try:
         with _opened(file) as parquet:
             groups = [parquet.metadata.row_group(number) for number in range(parquet.num_row_groups)]
@@ -58,7 +58,7 @@ def row_group_ranges(file: InputFile, part_bytes: int) -> list[InputFile]:
 
 
 def read_parquet(file: InputFile, origin: Origin, options: Options, rejects: Rejects) -> Iterator[Row]:
-    """A row of the wanted columns for each row of a file or range of row groups.
+    """Yield a row of the wanted columns for each row of a file or range of row groups.
 
     A damaged row group is one reject, and the next one is read.
     """
@@ -77,7 +77,7 @@ def read_parquet(file: InputFile, origin: Origin, options: Options, rejects: Rej
             rejects.add(Reject(origin.file, 0, reason, lost=None))
             return
         if twice := sorted(name for name in tops if names.count(name) > 1):
-            reason = f"it has columns of one name: {', '.join(map(repr, twice))}"
+            reason = f"it has columns of the same name: {', '.join(map(repr, twice))}"
             rejects.add(Reject(origin.file, 0, reason, lost=None))
             return
         groups = range(file.start, parquet.num_row_groups if file.end is None else file.end)
@@ -93,7 +93,7 @@ def read_parquet(file: InputFile, origin: Origin, options: Options, rejects: Rej
 
 
 def _kind_of(schema: Any, name: str) -> Any:
-    """The type of a column, or of a field in nested records; None where there is none."""
+    """Return the type of a column, or of a field in nested records; None if there is none."""
     if name in schema.names:
         return schema.field(name).type
     top, *inner = name.split(".")
@@ -107,7 +107,7 @@ def _kind_of(schema: Any, name: str) -> Any:
 
 
 def _is_text(kind: Any) -> bool:
-    """Whether values of a type are texts, or bytes that may be some; what is not there is told row by row."""
+    """Return whether values of a type are texts, or bytes that may be texts; missing values are reported by row."""
     types = _types()
     if kind is not None and types.is_dictionary(kind):
         kind = kind.value_type
@@ -153,7 +153,7 @@ def _fields(batch: Any, index: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _opened(file: InputFile) -> Iterator[Any]:
-    """The file in pyarrow's hands, with one thread and a buffer instead of whole columns in memory."""
+    """Open the file with pyarrow, with one thread and a buffer instead of whole columns in memory."""
     from pyarrow.parquet import ParquetFile
 
     with (
@@ -164,5 +164,5 @@ def _opened(file: InputFile) -> Iterator[Any]:
 
 
 def _damaged(error: Exception) -> str:
-    """Why pyarrow could not read on; its errors are of many classes, and long."""
+    """Return why pyarrow failed; its errors have many classes, and are long."""
     return f"cannot be read: {(str(error) or type(error).__name__).splitlines()[0][:200]}"

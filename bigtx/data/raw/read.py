@@ -3,17 +3,17 @@
     list_files(config) ──▶ files ──split_file──▶ parts ──read_rows──▶ rows ──▶ Document(text, file, line, id, ...)
                                                              └─────────┴─────▶ Rejects: what could not be read
 
-Text files are one document each, or one a line with `document_per_line`; JSON lines hold one document in each line,
-tables in each row, archives in their members. A document is taken whole and as it stands, or not at all:
+Text files are one document each, or one per line with `document_per_line`; JSON lines have one document in each line,
+tables in each row, archives in their members. A document is read completely and unchanged, or not at all:
 
-- Bytes that are no valid UTF-8 reject the document; nothing is replaced. So do NULs throughout.
+- Bytes that are not valid UTF-8 reject the document; nothing is replaced. Many NULs reject it too.
 - A byte order mark at the start of a file is the file's signature, not text, and is left out (Unicode 16.0, 23.8);
   anywhere else U+FEFF is kept.
 - Lines end at a line feed. A carriage return before it belongs to the line's end where lines are documents, and to the
   text everywhere else.
-- Documents without a single character are left out and counted, but are no fault of the input.
-- Of a file that is cut short or damaged, the documents before that place are kept. Where it is known how many are
-  missing they count one by one, else the place counts.
+- Empty documents are left out and counted, but are not a fault of the input.
+- If a file is truncated or damaged, the documents before that place are kept. If it is known how many are
+  missing, each is counted, otherwise the place is counted.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ __all__ = [
 
 
 def read_documents(config: InputConfig, rejects: Rejects) -> Iterator[Document]:
-    """All documents of the input, in the order of `list_files`.
+    """Yield all documents of the input, in the order of `list_files`.
 
-    What cannot be read goes to `rejects`; the caller ends with `rejects.check`.
+    What cannot be read is added to `rejects`; the caller ends with `rejects.check`.
 
     Raises:
         DataError: as `list_files` does.
@@ -62,25 +62,25 @@ def read_documents(config: InputConfig, rejects: Rejects) -> Iterator[Document]:
 
 
 def documents_of(files: Iterable[InputFile], fields: Fields, rejects: Rejects) -> Iterator[Document]:
-    """The documents of files; raises nothing that the input could cause."""
+    """Yield the documents of files; raises nothing that the input could cause."""
     for file in files:
         yield from fields.documents(read_rows(file, fields.options, rejects), rejects)
 
 
 def read_file(file: InputFile, config: InputConfig, rejects: Rejects) -> Iterator[Document]:
-    """The documents of one file or range; raises nothing that the input could cause."""
+    """Yield the documents of one file or range; raises nothing that the input could cause."""
     yield from documents_of([file], Fields(config), rejects)
 
 
 def read_rows(file: InputFile, options: Options, rejects: Rejects) -> Iterator[Row]:
-    """The rows of one file or range; raises nothing that the input could cause."""
+    """Yield the rows of one file or range; raises nothing that the input could cause."""
     path = name_of(file.path)
     kind = format_of(path, options.text_suffixes)
     if kind is Format.JSON and file.end is not None:
-        kind = Format.JSON_LINES  # Others are not cut into ranges.
+        kind = Format.JSON_LINES  # Other formats are not cut into ranges.
     num_bytes = None if file.end is None else file.size
     origin = Origin(file.shown, file.name or path.rpartition("/")[2], file.first_line, num_bytes)
-    # A text file is one document; how many are lost with another one nobody knows.
+    # A text file is one document; for other files the number of lost documents is not known.
     lost = 1 if kind is Format.TEXT and not options.document_per_line else None
     if kind is Format.PARQUET and file.size:
         yield from read_parquet(file, origin, options, rejects)
@@ -93,9 +93,7 @@ def read_rows(file: InputFile, options: Options, rejects: Rejects) -> Iterator[R
     with closing(stored):
         if file.size == 0:
             is_cut = is_compressed(path) or kind in (Format.PARQUET, Format.TAR)
-            reject = (
-                Reject(origin.file, 0, "cut short: no bytes at all", lost) if is_cut else Reject(origin.file, 0, EMPTY)
-            )
+            reject = Reject(origin.file, 0, "truncated: no bytes", lost) if is_cut else Reject(origin.file, 0, EMPTY)
             rejects.add(reject)
             return
         stored.seek(file.start)

@@ -1,4 +1,4 @@
-"""Which reader takes a stream of which format; files and members of archives are read alike."""
+"""The reader of each format; files and members of archives are read in the same way."""
 
 from __future__ import annotations
 
@@ -13,4 +13,4 @@ STREAM_READERS: dict[Format, Reader] = {
     Format.CSV: read_csv,
     Format.TSV: read_tsv,
 }
-"""Readers of what comes from beginning to end; parquet and archives need more (parquet.py, samples.py)."""
+"""Readers of streams from start to end; parquet and archives need more (parquet.py, samples.py)."""

@@ -1,4 +1,4 @@
-"""Rows: what JSON lines, tables, parquet and archives have in common, and the readers of text and JSON.
+"""Rows, the common form of JSON lines, tables, parquet and archives, and the readers of text and JSON.
 
     stream ──by format──▶ Row(fields, file, line, number) ──┬─▶ documents of `data prepare` (fields.py)
                    └────▶ Rejects                           ├─▶ records of fine-tuning (data/records/read.py)
@@ -27,13 +27,13 @@ _ARRAY = "a JSON array; write one object in each line: jq -c '.[]' FILE > FILE.j
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a stream of rows comes from.
+    """The origin of a stream of rows.
 
     Attributes:
-        file: what rows and rejects name it; a member of an archive is `<archive>/<member>`.
+        file: its name in rows and rejects; a member of an archive is `<archive>/<member>`.
         name: its path within the folder that was named.
-        first_line: number of the line at which the stream begins.
-        num_bytes: to be read of it; None: all.
+        first_line: number of the line at which the stream starts.
+        num_bytes: the number of bytes to read; None: all.
         number: added to the line to give a row's number.
     """
 
@@ -49,21 +49,22 @@ MakeValue = Callable[[Any, BinaryIO], Any]
 
 @dataclass(frozen=True)
 class Options:
-    """How files are read.
+    """The options of reading.
 
     Attributes:
         text_field: the field in which a plain text is put.
-        text_suffixes: of files that are plain text.
+        text_suffixes: the suffixes of files that are plain text.
         document_per_line: each line of a plain text is a row.
         quoted_fields: fields of tables may be in quotation marks.
-        columns: the fields that are used; None: all. Others may be left out of rows.
+        columns: the fields that are used; None: all. Rows may lack the others.
         exclude: members of archives to leave out, as `InputConfig.exclude`.
-        members: further members of archives by suffix: the field that each fills, and what makes its value of the
-            member and its decompressed stream (it raises BadRowError). All members of a sample then make one row.
+        members: further members of archives by suffix: the field that each fills, and the function that makes its value
+            from the member and its decompressed stream (it raises BadRowError). All members of a sample then form one
+            row.
         only: read the members of archives that end so, and no others: `txt`, `en.txt`, `json`.
         forbidden: suffixes of members for which an archive is refused.
-        settings: for messages, what names of these attributes are called in the configuration, if they are there.
-        strict: a sample without a member that is read is rejected, and so is one whose key was there before.
+        settings: for messages, the names of these attributes in the configuration, if they exist.
+        strict: a sample without a member that is read is rejected, and so is one with an earlier key.
     """
 
     text_field: str = "text"
@@ -80,32 +81,32 @@ class Options:
 
     @property
     def has_metadata(self) -> bool:
-        """Whether a field beside the text is used."""
+        """Return whether a field besides the text is used."""
         return self.columns is None or any(name != self.text_field for name in self.columns)
 
     def see(self, name: str, value: str = "", before: str = "; see ") -> str:
-        """The end of a message that names a setting, where there is one."""
+        """Return the end of a message that names a setting, if there is one."""
         return f"{before}{self.settings[name]}{value}" if name in self.settings else ""
 
     @property
     def is_joined(self) -> bool:
-        """Whether all members of a sample make one row."""
+        """Return whether all members of a sample form one row."""
         return bool(self.members)
 
     def describe(self) -> str:
-        """The suffixes of members that are read."""
+        """Return the suffixes of members that are read."""
         return f".{self.only}" if self.only else ", ".join([".json", *self.text_suffixes, *self.members])
 
 
 class Row(NamedTuple):
-    """Named values, and where they are.
+    """Named values, and their place.
 
     Attributes:
-        fields: values by name, as the format gives them: texts in tables, any JSON in JSON lines.
-        file: as `Origin.file`.
-        line: from 1, where it begins in the file or member; in parquet the row.
-        number: no two rows of an input file have one number, however the file is cut into parts.
-        id: of plain texts, their path within the folder that was named.
+        fields: the values by name, as in the format: texts in tables, any JSON in JSON lines.
+        file: as in `Origin.file`.
+        line: the line, from 1, at which it starts in the file or member; in parquet the row.
+        number: unique within an input file, and independent of how the file is cut into parts.
+        id: for plain texts, the path within the folder that was named.
     """
 
     fields: Mapping[str, Any]
@@ -119,7 +120,7 @@ Reader = Callable[[BinaryIO, Origin, Options, Rejects], Iterator[Row]]
 
 
 def read_text(stream: BinaryIO, origin: Origin, options: Options, rejects: Rejects) -> Iterator[Row]:
-    """A text file: one row, or one a line with `document_per_line`."""
+    """Yield the rows of a text file: one row, or one per line with `document_per_line`."""
     if options.document_per_line:
         yield from _read_text_lines(stream, origin, options, rejects)
         return
@@ -130,12 +131,12 @@ def read_text(stream: BinaryIO, origin: Origin, options: Options, rejects: Rejec
 
 
 def read_json_lines(stream: BinaryIO, origin: Origin, options: Options, rejects: Rejects) -> Iterator[Row]:
-    """A JSON object in each line that is not blank."""
+    """Yield the JSON object of each line that is not blank."""
     yield from _json_rows(lines(stream, origin, rejects), origin, rejects)
 
 
 def read_json(stream: BinaryIO, origin: Origin, options: Options, rejects: Rejects) -> Iterator[Row]:
-    """A file whose name says JSON: by its content JSON lines, or one object."""
+    """Yield the rows of a file with the suffix of JSON: by its content JSON lines, or one object."""
     numbered = lines(stream, origin, rejects)
     blank: list[bytes] = []
     for line, raw in numbered:
@@ -143,7 +144,7 @@ def read_json(stream: BinaryIO, origin: Origin, options: Options, rejects: Rejec
             blank.append(raw)
         elif _is_json_line(raw):
             whole = chain(iter([(line, raw)]), numbered)
-            del raw  # See `lines`.
+            del raw  # As in `lines`.
             yield from _json_rows(whole, origin, rejects)
             return
         elif raw.strip(_BLANK).startswith(b"["):
@@ -159,15 +160,15 @@ def read_json(stream: BinaryIO, origin: Origin, options: Options, rejects: Rejec
 
 
 def is_json_lines(head: bytes) -> bool:
-    """Whether a JSON file that begins so has an object in each line."""
+    """Return whether a JSON file with this beginning has an object in each line."""
     first = next((line for line in without_signature(head).split(b"\n") if line.strip(_BLANK)), b"")
     return _is_json_line(first)
 
 
 def lines(stream: BinaryIO, origin: Origin, rejects: Rejects) -> Iterator[tuple[int, bytes]]:
-    """The lines with their numbers and ends; those that are too long are rejected and skipped.
+    """Yield the lines with their numbers and ends; those that are too long are rejected and skipped.
 
-    A line may be hundreds of megabytes, so neither this nor its callers hold one while the next one is read.
+    A line may have hundreds of megabytes, so neither this function nor its callers keep one while reading the next.
     """
     limit = documents.MAX_DOCUMENT_BYTES
     line, position = origin.first_line - 1, 0
@@ -191,11 +192,11 @@ def lines(stream: BinaryIO, origin: Origin, rejects: Rejects) -> Iterator[tuple[
 def read_whole(
     stream: BinaryIO, origin: Origin, rejects: Rejects, advice: str = "", *, lost: int | None = 1
 ) -> bytes | None:
-    """All bytes of a stream; None if they are rejected.
+    """Return all bytes of a stream; None if they are rejected.
 
     Args:
-        advice: what to do where they are too many.
-        lost: see `Reject`, where they cannot be read to the end.
+        advice: what to do if there are too many.
+        lost: as in `Reject`, if they cannot be read to the end.
     """
     try:
         raw = read_up_to(stream, documents.MAX_DOCUMENT_BYTES + 1)
@@ -209,7 +210,7 @@ def read_whole(
 
 
 def text_row(raw: bytes, origin: Origin, line: int, options: Options, rejects: Rejects, name: str) -> Iterator[Row]:
-    """The row of a plain text, unless it is rejected."""
+    """Yield the row of a plain text, unless it is rejected."""
     try:
         text = decode(raw)
     except BadRowError as error:
@@ -222,7 +223,7 @@ def text_row(raw: bytes, origin: Origin, line: int, options: Options, rejects: R
 
 
 def json_row(raw: bytes, origin: Origin, line: int, rejects: Rejects) -> Iterator[Row]:
-    """The row of a JSON object, unless it is rejected."""
+    """Yield the row of a JSON object, unless it is rejected."""
     try:
         record = parse_json(raw)
     except BadRowError as error:
@@ -232,12 +233,12 @@ def json_row(raw: bytes, origin: Origin, line: int, rejects: Rejects) -> Iterato
 
 
 def too_long() -> str:
-    """Why a row is rejected that does not fit into memory."""
+    """Return the reason for the rejection of a row that is too long for memory."""
     return f"longer than {documents.MAX_DOCUMENT_BYTES >> 20} MiB"
 
 
 def rows_of_bytes(raw: bytes, origin: Origin, options: Options, rejects: Rejects) -> Iterator[Row]:
-    """`read_json` of bytes in memory."""
+    """Read bytes in memory as `read_json` reads a file."""
     yield from read_json(io.BytesIO(raw), origin, options, rejects)
 
 
@@ -249,7 +250,7 @@ def _json_rows(numbered: Iterator[tuple[int, bytes]], origin: Origin, rejects: R
 
 
 def _is_json_line(raw: bytes) -> bool:
-    # Also of a line that is broken inside: the next ones may be whole.
+    # This holds for a line that is broken inside too: the next ones may be valid.
     stripped = raw.strip(_BLANK)
     return stripped.startswith(b"{") and stripped.endswith(b"}")
 

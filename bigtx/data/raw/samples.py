@@ -1,13 +1,13 @@
 """Archives -> rows: members are read as files are, and neighbouring members of one name are one sample.
 
-    a/000.json  a/000.txt                      one row: the text, with the fields of the record beside it
+    a/000.json  a/000.txt                      one row: the text, with the fields of its record
     a/000.en.txt  a/000.de.txt  a/000.json     two rows, one for each text; the record is for both
-    2101.00001.json  2101.00002.json           two rows: a record alone is a row, whatever dots its name has
+    2101.00001.json  2101.00002.json           two rows: a record alone is a row, with any dots in its name
 
 A name has a *stem* (without its last suffix, and that of a compression) and a *key* (up to the first dot, as in
-webdataset). Neighbours of one key are a *run*. In it a record belongs to what has its stem, or a stem that continues
-its own behind a dot. Members with other suffixes (pickles among them) are passed over and counted, and their bytes are
-never looked at.
+webdataset). Neighbours of one key are a *run*. In it a record belongs to members with its stem, or with a stem that
+continues its own after a dot. Members with other suffixes (pickles among them) are skipped and counted, and their bytes
+are never read.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from bigtx.data.raw.formats import Format, decompressed, format_of, suffix_insid
 from bigtx.data.raw.readers import STREAM_READERS
 from bigtx.data.raw.rows import Options, Origin, Row, read_whole, rows_of_bytes
 
-_APART = "it is apart from the other members of its sample; write the members of a sample one after the other"
+_APART = "it is separate from the other members of its sample; write the members of a sample one after the other"
 
 
 def read_archive(archive: BinaryIO, origin: Origin, options: Options, rejects: Rejects) -> Iterator[Row]:
-    """The rows of an archive."""
+    """Yield the rows of an archive."""
     yield from _Archive(origin, options, rejects).read(archive)
 
 
 @dataclass
 class _Part:
-    """What a member gives to its sample: the value of a field.
+    """The part of a sample that comes from one member: the value of a field.
 
     Attributes:
         place: a row without fields.
@@ -53,15 +53,15 @@ class _Part:
 
 @dataclass
 class _Run:
-    """What was read of neighbouring members with one key.
+    """The content of neighbouring members with one key.
 
     Attributes:
-        stems: of members that are no records, so that records belong to them.
-        broken: those of them with a member that was rejected.
-        parts: held back until the records beside them are known.
+        stems: the stems of members that are not records, so that records belong to them.
+        broken: the stems with a member that was rejected.
+        parts: kept until the records of the sample are known.
         records: the stem, the place and the bytes of each `.json`.
-        held_bytes: of parts and records.
-        others: suffixes of members that are passed over.
+        held_bytes: the bytes of parts and records.
+        others: the suffixes of members that are skipped.
         is_empty: no member of it is read.
     """
 
@@ -76,7 +76,7 @@ class _Run:
 
 
 class _Archive:
-    """Reads one archive."""
+    """The reader of one archive."""
 
     def __init__(self, origin: Origin, options: Options, rejects: Rejects) -> None:
         self._origin, self._options, self._rejects = origin, options, rejects
@@ -89,7 +89,7 @@ class _Archive:
         self._lone_records: set[int] = set()
 
     def read(self, archive: BinaryIO) -> Iterator[Row]:
-        """The rows, run by run."""
+        """Yield the rows, run by run."""
         is_whole = True
         try:
             for member in read_members(archive, self._origin.file, self._rejects):
@@ -103,15 +103,15 @@ class _Archive:
             self._reject_as_empty()
 
     def _take(self, member: Member) -> Iterator[Row]:
-        """Read a member; the rows that can be given at once."""
+        """Read a member; yield the rows that are complete."""
         options, name = self._options, posixpath.normpath(member.name)
         if is_left_out(name, options.exclude):
             return
         last = posixpath.basename(name)
         if options.strict and ("." not in last or last.startswith("__")):
-            return  # No sample by webdataset's convention: without a suffix, or about the shard itself.
+            return  # Not a sample by webdataset's convention: without a suffix, or about the shard itself.
         if suffix_inside(name).removeprefix(".") in options.forbidden:
-            reason = "what may run when it is loaded is refused"
+            reason = "files that may run code when loaded are refused"
             self._rejects.add(Reject(f"{self._origin.file}/{name}", 0, reason))
             return
         if _key(name) != self._run.key:
@@ -135,17 +135,17 @@ class _Archive:
             self._run = _Run(self._run.key, is_empty=False)
 
     def _reject_as_empty(self) -> None:
-        """An archive of which nothing is read; in a strict one each sample has been rejected."""
+        """Refuse an archive of which nothing is read; in a strict one each sample has been rejected."""
         if self._passed_over and not self._options.strict:
-            inside = f"no member of it is read; it has {counts_by_suffix(self._passed_over)}"
+            inside = f"none of its members is read; it has {counts_by_suffix(self._passed_over)}"
             self._rejects.add(Reject(self._origin.file, 0, inside, lost=None))
         elif self._options.strict and not self._keys:
-            self._rejects.add(Reject(self._origin.file, 0, "no member at all"))
+            self._rejects.add(Reject(self._origin.file, 0, "no members"))
         elif not self._options.strict:
             self._rejects.add(Reject(self._origin.file, 0, EMPTY))
 
     def _kind(self, name: str) -> Format | None:
-        """What a member holds, if it is read."""
+        """Return the format of a member, if it is read."""
         only = self._options.only
         if only is None:
             kind = format_of(name, self._options.text_suffixes)
@@ -157,7 +157,7 @@ class _Archive:
     def _begin_run(self, name: str) -> None:
         self._run = _Run(_key(name))
         if not _add(self._keys, self._run.key) and self._options.strict:
-            reason = f"the key {self._run.key!r} comes again after others; {_APART}, with a key of its own"
+            reason = f"the key {self._run.key!r} appears again after others; {_APART}, with a key of its own"
             self._rejects.add(Reject(f"{self._origin.file}/{name}", 0, reason))
 
     def _read_member(self, member: Member, name: str, kind: Format | None) -> Iterator[Row]:
@@ -202,10 +202,10 @@ class _Archive:
             run.broken.add(stem)
 
     def _finish_run(self, is_whole: bool) -> Iterator[Row]:
-        """The rows that were held back.
+        """Yield the rows that were kept.
 
         Args:
-            is_whole: the archive was not cut: what is missing of a sample does not follow.
+            is_whole: whether the archive is complete, so that missing members of a sample do not follow.
         """
         run = self._run
         if not run.key:
@@ -228,21 +228,21 @@ class _Archive:
                     self._add_metadata(found, stem, origin, raw)
             elif stem in run.broken:
                 pass  # The member of its name was rejected.
-            elif is_whole:  # Else its text may lie behind the cut.
+            elif is_whole:  # Otherwise its text may be after the truncation.
                 self._lone_records.add(_hash(stem))
                 yield from rows_of_bytes(raw, origin, self._options, self._rejects)
         self._stems.update(map(_hash, (run.key, *run.stems) if run.stems else ()))
         yield from self._joined(found) if self._options.is_joined else self._texts(found)
 
     def _texts(self, found: dict[str, dict[str, Any] | None]) -> Iterator[Row]:
-        """A row for each text, with the fields of its record."""
+        """Yield a row for each text, with the fields of its record."""
         for part in self._run.parts:
             metadata = _nearest(found, part.stem, self._run.key)
             if metadata is not None:
                 yield part.place._replace(fields={**metadata, part.field: part.value})
 
     def _add_metadata(self, found: dict[str, dict[str, Any] | None], stem: str, origin: Origin, raw: bytes) -> None:
-        """Read the record of a stem; None is put down for a broken one."""
+        """Read the record of a stem; None is stored for a broken one."""
         try:
             if stem in found:
                 raise BadRowError(f"a second record of the sample {stem!r}")
@@ -252,7 +252,7 @@ class _Archive:
             self._rejects.add(Reject(origin.file, 1, str(error)))
 
     def _joined(self, found: dict[str, dict[str, Any] | None]) -> Iterator[Row]:
-        """A row for each stem, of all its parts."""
+        """Yield a row for each stem, from all its parts."""
         by_stem: dict[str, list[_Part]] = {}
         for part in self._run.parts:
             by_stem.setdefault(part.stem, []).append(part)
@@ -273,12 +273,14 @@ class _Archive:
 
 
 def _nearest(found: dict[str, dict[str, Any] | None], stem: str, key: str) -> dict[str, Any] | None:
-    """The record of a stem, or of the longest one that it continues; empty if there is none, None if it is broken."""
+    """Return the record of a stem, or of the longest one that it continues; empty if there is none, None if it is
+    broken.
+    """
     return next((found[owner] for owner in _owners(stem, key) if owner in found), {})
 
 
 def _owners(stem: str, key: str) -> Iterator[str]:
-    """The stems whose record is about what has this stem: itself, and those that it continues behind a dot."""
+    """Yield the stems whose record belongs to this stem: itself, and those that it continues after a dot."""
     yield stem
     while len(stem) > len(key):
         stem = stem.rpartition(".")[0]
@@ -299,7 +301,7 @@ def _hash(text: str) -> int:
 
 
 def _add(hashes: set[int], text: str) -> bool:
-    """Remember a text; returns whether it is new."""
+    """Store a text; return whether it is new."""
     size = len(hashes)
     hashes.add(_hash(text))
     return len(hashes) > size

@@ -15,16 +15,16 @@ from bigtx.data.raw.rows import Options, Origin, Row
 from bigtx.data.storage.access import CHUNK_BYTES
 
 MAX_FIELD_CHARACTERS = 1 << 26
-"""A longer field is rejected: while it is read it takes four bytes a character, more than once."""
+"""A longer field is rejected: reading it needs four bytes per character, more than once."""
 
 
 def read_csv(stream: BinaryIO, origin: Origin, options: Options, rejects: Rejects) -> Iterator[Row]:
-    """A row in each record, the columns separated by commas."""
+    """Yield a row for each record, with the columns separated by commas."""
     return _read_table(stream, origin, options, rejects, ",")
 
 
 def read_tsv(stream: BinaryIO, origin: Origin, options: Options, rejects: Rejects) -> Iterator[Row]:
-    """A row in each record, the columns separated by tabs."""
+    """Yield a row for each record, with the columns separated by tabs."""
     return _read_table(stream, origin, options, rejects, "\t")
 
 
@@ -50,7 +50,7 @@ def _read_table(stream: BinaryIO, origin: Origin, options: Options, rejects: Rej
 
 
 def _header_problem(header: list[str], wanted: list[str], options: Options) -> str:
-    """Why no row can be read by this first line; "" if nothing is wrong with it."""
+    """Return why no row can be read by this first line; "" if nothing is wrong with it."""
     try:
         check_texts(header)
     except BadRowError as error:
@@ -59,16 +59,16 @@ def _header_problem(header: list[str], wanted: list[str], options: Options) -> s
         return f"no column {options.text_field!r} (its columns: {', '.join(header[:8])}){options.see('text_field')}"
     twice = sorted({name for name in wanted if header.count(name) > 1})
     if twice:
-        return f"the first line names columns twice: {', '.join(map(repr, twice[:8]))}"
+        return f"the first line has duplicate columns: {', '.join(map(repr, twice[:8]))}"
     return ""
 
 
 def _records(
     stream: BinaryIO, origin: Origin, options: Options, rejects: Rejects, delimiter: str
 ) -> Iterator[tuple[int, list[str], int]]:
-    """The records: the line where each begins, its fields, its number of lines.
+    """Yield the records: the line where each begins, its fields, its number of lines.
 
-    Broken ones are rejected with all lines that they swallowed, and reading goes on with the next line.
+    Broken ones are rejected with all lines that they include, and reading continues with the next line.
     """
     csv.field_size_limit(MAX_FIELD_CHARACTERS)
     lines, is_quoted = _Lines(stream), options.quoted_fields
@@ -92,19 +92,19 @@ def _records(
             rejects.add(Reject(origin.file, lines.number + 1, unreadable(error), lost=None))
             return
         else:
-            if record:  # An empty line between records is none.
+            if record:  # An empty line between records is not a record.
                 yield line, record, lines.number - line + 1
             del record
 
 
 class _Lines:
-    """Lines of a stream as text, counted. Bytes that are no UTF-8 become surrogates, which no text may keep."""
+    """Lines of a stream as text, with a count. Bytes that are not UTF-8 become surrogates, which are refused later."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
         self.number = 0
         self.num_marks = 0
-        """Quotation marks since it was set to 0."""
+        """The number of quotation marks since it was set to 0."""
 
     def __iter__(self) -> _Lines:
         return self
@@ -127,8 +127,8 @@ class _Lines:
         return raw.decode(errors="surrogateescape")
 
     def leave_quotation(self) -> None:
-        """Go on to the end of a quotation that was given up, or the lines left of it would be taken for rows."""
-        # Where reading fails, the next line meets it again.
+        """Skip to the end of a quotation that was given up; otherwise the rest of its lines would be read as rows."""
+        # If reading fails, the next line fails again.
         with contextlib.suppress(*READ_ERRORS):
             while self.num_marks % 2 and (raw := self._stream.readline(CHUNK_BYTES)):
                 self.number += raw.endswith(b"\n")

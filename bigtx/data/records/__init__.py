@@ -1,4 +1,4 @@
-"""Records to fine-tune on: read whole, split, and handed out in an order that is one number.
+"""Records for fine-tuning: read completely, split, and delivered in an order whose state is one number.
 
 folders, jsonl, csv, tsv, webdataset ──read──▶ Record ──split──▶ train, validation, test
                                                  │ encoded by the task

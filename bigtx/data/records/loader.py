@@ -1,4 +1,6 @@
-"""The batches of a fine-tuning run: the order of records, cut among ranks and micro batches, made ahead in a thread."""
+"""The batches of a fine-tuning run: the order of records, divided over ranks and micro batches, prepared ahead in a
+thread.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ Collate = Callable[[Sequence[int], Sequence[int]], Any]
 
 
 class RecordLoader(StepLoader):
-    """Iterates over optimizer steps, without end."""
+    """An endless iterator over optimizer steps."""
 
     def __init__(
         self,
@@ -34,7 +36,7 @@ class RecordLoader(StepLoader):
         lengths: int [N], of each record.
 
         Raises:
-            ConfigError: the global batch does not divide into ranks and micro batches.
+            ConfigError: the global batch cannot be divided into ranks and micro batches.
         """
         check_division(global_batch_size, micro_batch_size, world_size)
         self._order = RecordOrder(lengths, global_batch_size=global_batch_size, seed=seed)
@@ -48,7 +50,7 @@ class RecordLoader(StepLoader):
         )
 
     def num_tokens(self, micro_batches: list[Any]) -> int:
-        """Tokens of records; padding does not count."""
+        """Return the number of tokens of records, without padding."""
         return sum(batch.num_tokens for batch in micro_batches)
 
     def _sequence_after_step(self) -> int:
@@ -57,7 +59,7 @@ class RecordLoader(StepLoader):
     def _micro_batches(self, start_sequence: int) -> Iterator[Any]:
         assert start_sequence % self._size == 0
         step = start_sequence // self._size
-        # Neighbours are of about equal length: dealt out in turns, every rank gets as much to do.
+        # Neighbours have about equal length: dealt in turns, they give every rank about the same work.
         places = np.arange(self._size)[self._rank :: self._world].reshape(-1, self._micro)
         while True:
             records = self._order.batch(step)

@@ -1,4 +1,4 @@
-"""The order of records in a run: a pure function of (lengths, seed, batch size), so a place in it is one number."""
+"""The order of records in a run: a pure function of (lengths, seed, batch size), so a position in it is one number."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ WINDOW_BATCHES = 32
 
 
 class RecordOrder:
-    """Record number i of a run, for every i.
+    """The record at each position i of a run.
 
-    Epoch after epoch, each a permutation of its own; a batch may lie across the border of two. Within a window of
+    Each epoch is a permutation of its own; a batch may cross the border of two. Within a window of
     batches the records are sorted by length, then cut into global batches, whose order is drawn.
     """
 
@@ -25,7 +25,7 @@ class RecordOrder:
         self._epoch = (-1, np.empty(0, np.int64))
 
     def batch(self, number: int) -> np.ndarray:
-        """The records of a global batch, int64 [global_batch_size]; batch 0 is the first."""
+        """Return the records of a global batch, int64 [global_batch_size]; batch 0 is the first."""
         window, place = divmod(number, WINDOW_BATCHES)
         if self._window[0] != window:
             self._window = (window, self._draw_window(window))

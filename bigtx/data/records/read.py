@@ -1,10 +1,10 @@
-"""Files -> records, in an order that depends on names alone; whatever cannot be read is told with file and line.
+"""Files -> records, in an order that depends on names only; what cannot be read is reported with file and line.
 
 folder of folders of texts    each text a record {text, label}, the folder's name being the label (as in the
                               Large Movie Review Dataset)
 folder of texts               each text a record {text}
-folder of recordings          each .wav or .flac a record {audio, text}, the text being that of the .txt beside it
-folder of files below         each file as if it had been named
+folder of recordings          each .wav or .flac a record {audio, text}, with the text of the .txt next to it
+folder of files below         each file as if it were named itself
 .wav, .flac                   a record {audio, text}, as in a folder
 .jsonl, .json                 an object in each line, or one object
 .csv, .tsv                    a row each; the first one names the fields
@@ -12,7 +12,7 @@ folder of files below         each file as if it had been named
                               .flac `audio`; files of the kinds above in it are read as they are
 x.{de,en}.gz                  the lines of two text files side by side, {source, target}
 
-All but the last are read by the reader of `bigtx data prepare`, as rows of all their fields.
+All except the last are read by the reader of `bigtx data prepare`, as rows of all their fields.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ from bigtx.utils.files import NOT_A_FILE, no_file, open_file
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".tar")
 TEXT_SUFFIXES = (".txt", ".md")
 PAIR = re.compile(r"\{([^{},/]+),([^{},/]+)\}")
-"""Two files side by side."""
+"""The pattern of two parallel files."""
 
 
 def read_records(paths: Sequence[str], broken: Broken, exclude: Sequence[str] = ()) -> Iterator[Record]:
-    """All records of files, folders and globs, in the order given; folders and globs in the order of names.
+    """Yield all records of files, folders and globs, in the order given; folders and globs in the order of names.
 
-    What cannot be read goes to `broken`.
+    What cannot be read is added to `broken`.
 
     Args:
-        exclude: names, or globs of them, of what is left out of folders.
+        exclude: names, or globs of names, to leave out of folders.
 
     Raises:
         DataError: a path that names nothing, or a file whose kind is not known.
@@ -68,18 +68,18 @@ def read_records(paths: Sequence[str], broken: Broken, exclude: Sequence[str] = 
 
 
 def natural(text: str) -> list[Any]:
-    """A sorting key in which numbers count as numbers: 9_7 comes before 10_1."""
+    """Return a sorting key in which numbers count as numbers: 9_7 comes before 10_1."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
 
 
 def expand_path(path: str) -> list[str]:
-    """The files and folders that a path or a glob stands for; two files side by side stay one path.
+    """Return the files and folders that a path or a glob means; two parallel files stay one path.
 
     Raises:
         DataError: there is none.
     """
     if kind := no_file(path):
-        raise DataError(f"{path} is {kind}, {NOT_A_FILE} (or, for `bigtx predict`, give it by `input=-`)")
+        raise DataError(f"{path} is {kind}, {NOT_A_FILE} (or, for `bigtx predict`, pass it by `input=-`)")
     if PAIR.search(path) or Path(path).exists():
         return [path]
     found = sorted((each for each in glob.glob(path, recursive=True) if not no_file(each)), key=natural)
@@ -89,10 +89,10 @@ def expand_path(path: str) -> list[str]:
 
 
 def read_jsonl(stream: BinaryIO, path: str, broken: Broken) -> Iterator[Record]:
-    """A record in each line that is not blank.
+    """Yield the record of each line that is not blank.
 
     Args:
-        path: what errors name the stream.
+        path: the name of the stream in errors.
     """
     yield from _records(read_json_lines(stream, Origin(path, path), Options(), broken.rejects()), broken)
 
@@ -129,14 +129,14 @@ def _read_folder(folder: Path, broken: Broken, exclude: Sequence[str]) -> Iterat
             if file in recordings:
                 yield from _recording(file, broken)
             elif _is_text(file) and file.stem not in stems:
-                broken.add(str(file), 0, f"a text without a recording beside it ({' or '.join(AUDIO_SUFFIXES)})")
+                broken.add(str(file), 0, f"a text without a recording next to it ({' or '.join(AUDIO_SUFFIXES)})")
         return
     classes = [entry for entry in entries if entry.is_dir() and any(map(_is_text, entry.iterdir()))]
     texts = [entry for entry in entries if _is_text(entry)]
     if not classes and not texts:
         raise DataError(
-            f"{folder} holds no records: neither {', '.join(RECORD_SUFFIXES + AUDIO_SUFFIXES)} files, nor a folder of "
-            "texts a class, nor texts"
+            f"{folder} has no records: no {', '.join(RECORD_SUFFIXES + AUDIO_SUFFIXES)} files, no folder of texts "
+            "for each class, and no texts"
         )
     for file in [] if classes else texts:
         yield from _text_record(file, {}, broken)
@@ -158,7 +158,7 @@ def _is_recording(name: str) -> bool:
 
 
 def _recording(path: Path, broken: Broken) -> Iterator[Record]:
-    """A file of sound as a record, with the text beside it if there is one."""
+    """Yield an audio file as a record, with the text next to it if there is one."""
     try:
         fields = {"audio": AudioPlace(path.name, str(path), 0, path.stat().st_size)}
     except OSError as error:
@@ -172,7 +172,7 @@ def _recording(path: Path, broken: Broken) -> Iterator[Record]:
 
 
 def _text_record(path: Path, others: dict[str, Any], broken: Broken) -> Iterator[Record]:
-    """A text file as a record, beside other fields."""
+    """Yield a text file as a record, with other fields."""
     for record in _records(_rows(str(path), Options(text_suffixes=TEXT_SUFFIXES), broken), broken):
         yield Record({**record.fields, **others}, record.file, WHOLE_FILE)
 
@@ -182,9 +182,9 @@ def _read_file(path: str, broken: Broken, exclude: Sequence[str]) -> Iterator[Re
         yield from _recording(Path(path), broken)
         return
     if suffix_inside(path) not in RECORD_SUFFIXES:
+        suffixes = ", ".join(RECORD_SUFFIXES + AUDIO_SUFFIXES)
         raise DataError(
-            f"cannot tell what records {path} holds: it ends in none of {', '.join(RECORD_SUFFIXES + AUDIO_SUFFIXES)}; "
-            f"{why_unknown(path)}"
+            f"the format of {path} is not known: its name does not end in one of {suffixes}; {why_unknown(path)}"
         )
     members: dict[str, Any] = {".cls": ("label", _label)}
     members |= dict.fromkeys(AUDIO_SUFFIXES, ("audio", _Recordings(path)))
@@ -202,7 +202,7 @@ def _rows(path: str, options: Options, broken: Broken) -> Iterator[Row]:
 
 
 def _records(rows: Iterator[Row], broken: Broken) -> Iterator[Record]:
-    """Rows as records; those with a text in them that is none are told."""
+    """Yield rows as records; report those with a text that is not valid text."""
     for row in rows:
         # A file or sample as a whole has a name, and lines have numbers.
         line = row.line if row.id is None else WHOLE_FILE
@@ -219,7 +219,7 @@ def _label(member: Member, stream: BinaryIO) -> str:
 
 
 class _Recordings:
-    """Where the recordings of an archive are; those of a compressed one are kept in memory."""
+    """The places of the recordings of an archive; those of a compressed one are kept in memory."""
 
     def __init__(self, archive: str) -> None:
         self._archive, self._is_packed = archive, is_compressed(archive)
@@ -230,10 +230,10 @@ class _Recordings:
 
 
 def _bytes_of(stream: BinaryIO) -> bytes:
-    """All bytes of a member.
+    """Return all bytes of a member.
 
     Raises:
-        BadRowError: they are too many, or cannot be read.
+        BadRowError: there are too many, or they cannot be read.
     """
     try:
         raw = read_up_to(stream, documents.MAX_DOCUMENT_BYTES + 1)
@@ -245,7 +245,7 @@ def _bytes_of(stream: BinaryIO) -> bytes:
 
 
 def _read_side_by_side(path: str, broken: Broken) -> Iterator[Record]:
-    """The lines of two files, as `source` and `target`."""
+    """Yield the lines of two files, as `source` and `target`."""
     match = PAIR.search(path)
     assert match is not None
     files = [path[: match.start()] + side + path[match.end() :] for side in match.groups()]
@@ -256,7 +256,7 @@ def _read_side_by_side(path: str, broken: Broken) -> Iterator[Record]:
             with open_file(file) as stored:
                 sides.append(list(lines(decompressed(stored, file), Origin(file, file), rejects)))
         except FileNotFoundError:
-            raise DataError(f"no file {file}, one of the two that {path!r} stands for") from None
+            raise DataError(f"no file {file}, which is one of the two files of {path!r}") from None
         except OSError as error:
             broken.add(file, 0, unreadable(error))
             return
@@ -264,7 +264,7 @@ def _read_side_by_side(path: str, broken: Broken) -> Iterator[Record]:
             return
     if len(sides[0]) != len(sides[1]):
         counts = " and ".join(f"{file} has {len(found):,}" for file, found in zip(files, sides, strict=True))
-        broken.add(path, 0, f"the two files must have as many lines: {counts}")
+        broken.add(path, 0, f"the two files must have the same number of lines: {counts}")
         return
     for (line, source), (_, target) in zip(*sides, strict=True):
         texts = []

@@ -1,4 +1,4 @@
-"""A record: named values, and where they stand."""
+"""A record: named values, and their place."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from bigtx.utils.errors import DataError
 from bigtx.utils.terminal import visible
 
 MAX_TOLD = 5
-"""Broken records that an error names."""
+"""The number of broken records that an error lists."""
 MAX_FIELDS = 8
-"""Fields of a record that an error names."""
+"""The number of fields of a record that an error lists."""
 MAX_NAME = 40
 """Characters of the name of a field that an error shows."""
 TABLES = (".csv", ".tsv")
 WHOLE_FILE = 0
-"""In place of a line: of a record that is a file, or members of an archive."""
+"""The line of a record that is a whole file, or members of an archive."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What was read of one record.
+    """The content of one record.
 
     Attributes:
-        fields: values by name; a name with dots that is no field itself leads through nested ones.
-        file: where it stands; a member of an archive is `<archive>/<member>`.
-        line: from 1, where it begins in the file; or WHOLE_FILE.
+        fields: values by name; a name with dots that is not a field itself leads through nested ones.
+        file: its file; a member of an archive is `<archive>/<member>`.
+        line: the line, from 1, at which it starts in the file; or WHOLE_FILE.
     """
 
     fields: Mapping[str, Any]
@@ -41,21 +41,21 @@ class Record:
 
     @property
     def where(self) -> str:
-        """For error messages."""
+        """Return the name of the record for error messages."""
         return f"{self.file}, line {self.line}" if self.line else self.file
 
     def value(self, name: str) -> Any:
-        """The value of a field; None where there is none."""
+        """Return the value of a field; None if there is none."""
         return value_of(self.fields, name)
 
     def text(self, name: str, *, setting: str) -> str:
-        """A field that is a text with something in it.
+        """Return a field that is a non-empty text.
 
         Args:
             setting: the config key that names the field, for the error.
 
         Raises:
-            BadRecordError: it is missing, empty, or no text.
+            BadRecordError: it is missing, empty, or not a text.
         """
         value = self.value(name)
         if isinstance(value, str) and self.has_text(name):
@@ -67,12 +67,12 @@ class Record:
         raise BadRecordError(f"the field {name!r} is a {type(value).__name__}, not a text; see {setting}")
 
     def has_text(self, name: str) -> bool:
-        """Whether a field is a text with something in it."""
+        """Return whether a field is a non-empty text."""
         value = self.value(name)
         return isinstance(value, str) and bool(value.strip())
 
     def missing(self, name: str, *, setting: str) -> BadRecordError:
-        """The error for a field that has no value: what fields there are, and what may be wrong with them.
+        """Return the error for a field without a value, with the existing fields and the likely mistake.
 
         Args:
             setting: the config key that names the field.
@@ -97,7 +97,7 @@ class Record:
 
 
 def _shortened(name: str) -> str:
-    """The name of a field, quoted where its ends would not be seen."""
+    """Return the name of a field, in quotation marks if its ends would not be visible."""
     name = name if len(name) <= MAX_NAME else name[:MAX_NAME] + "..."
     return name if name.replace("_", "").replace(".", "").isalnum() else repr(name)
 
@@ -107,11 +107,11 @@ class BadRecordError(Exception):
 
 
 class LeftOut:
-    """Records that are left out by name: that of a record (`Record.where`), or of a file, archive or folder with all
-    records in it.
+    """Records that are left out by name: the name of a record (`Record.where`), or of a file, archive or folder with
+    all records in it.
 
     Attributes:
-        met: names that stood for something so far.
+        met: the names that matched something so far.
     """
 
     def __init__(self, names: Sequence[str] = ()) -> None:
@@ -130,23 +130,23 @@ class LeftOut:
 
 
 class Broken:
-    """Collects the records that cannot be used, so that one error names several of them.
+    """The records that cannot be used, collected so that one error names several of them.
 
     Attributes:
-        count: of all.
-        first: place and reason of the first of them.
+        count: the number of all of them.
+        first: the place and the reason of the first of them.
     """
 
     def __init__(self, left_out: LeftOut | None = None) -> None:
         """Args:
-        left_out: those that nobody wants, and so do not count.
+        left_out: the records that the user leaves out, which are not counted.
         """
         self.count = 0
         self.first: list[tuple[str, str]] = []
         self._left_out = left_out or LeftOut()
 
     def add(self, file: str, line: int, reason: str) -> None:
-        """One more; line 0 is the file as a whole."""
+        """Count one more; line 0 is the file as a whole."""
         where = Record({}, file, line).where
         if where in self._left_out:
             return
@@ -155,35 +155,35 @@ class Broken:
             self.first.append((where, reason))
 
     def reject(self, reject: Reject) -> None:
-        """What the reader of rows gives: one more, or as many as were lost with it."""
+        """Count what the reader of rows reports: one more, or as many as were lost with it."""
         before = self.count
         self.add(reject.file, reject.line, reject.reason)
         if self.count > before:
             self.count = before + (reject.lost or 1)
 
     def rejects(self) -> Rejects:
-        """What the reader of rows gives to this."""
+        """Return the sink for the reader of rows."""
         return Rejects(1.0, self.reject)
 
     def check(self, advice: str = "") -> None:
-        """Do nothing if there are none.
+        """Raise an error if there are any.
 
         Args:
-            advice: what else to do about them.
+            advice: further advice.
 
         Raises:
-            DataError: names the first of them.
+            DataError: there are broken records; the message lists the first of them.
         """
         if self.count:
             raise DataError(f"{self.describe()}; repair or remove them:{self.listed()}" + (advice and f"\n{advice}"))
 
     def describe(self) -> str:
-        """How many there are."""
+        """Return the count in words."""
         more = f", the first {MAX_TOLD} of them" if self.count > MAX_TOLD else ""
         return f"{self.count:,} record{'s' * (self.count > 1)} cannot be used{more}"
 
     def listed(self) -> str:
-        """The first of them, a line each; a reason is not repeated."""
+        """Return the first of them, one per line; a reason is not repeated."""
         before = ["", *(reason for _, reason in self.first)]
         return "".join(
             f"\n  {visible(where)}: {'the same' if reason == previous else visible(reason)}"

@@ -1,4 +1,4 @@
-"""Which records are held out: by a rule that only looks at the records, so that it is the same on every machine."""
+"""The choice of records to hold out, by a rule that depends only on the records, so that all machines agree."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from bigtx.data.records.record import Record
 def split_records(
     records: Sequence[Record], groups: Sequence[Any], fraction: float, how: Literal["hash", "tail"], name: str
 ) -> tuple[list[int], list[int]]:
-    """Divide records in those that stay and those that are held out.
+    """Divide records into those that stay and those that are held out.
 
     Args:
-        groups: the class of each record, or anything else of which each shall be held out evenly.
-        fraction: share to hold out.
+        groups: the class of each record, or any other group that is to be held out evenly.
+        fraction: the share to hold out.
         how: "tail": the last ones of each group, in the order of `records`, rounded down; "hash": those of each group
             whose content has the lowest hashes. Equal records stay together, and some of each group stay. A group
-            that is too small for its share leaves the rest of it to the next one, so that of many small groups
+            that is too small for its share passes the rest of it to the next one, so that for many small groups
             together the share is right.
-        name: of the split: each has hashes of its own.
+        name: the name of the split: each has hashes of its own.
 
     Returns:
-        The places in `records` of both, in order.
+        The indices into `records` of both, in order.
     """
     assert len(records) == len(groups)
     places: dict[Any, list[int]] = {}
@@ -47,7 +47,9 @@ def split_records(
 
 
 def _lowest(records: Sequence[Record], places: Sequence[int], count: int, name: str) -> list[int]:
-    """At most so many places, of the contents with the lowest hashes; all places of a content or none, and not all."""
+    """Return at most so many places, of the contents with the lowest hashes; all places of a content or none, and not
+    all.
+    """
     if count < 1:
         return []
     equal: dict[int, list[int]] = {}

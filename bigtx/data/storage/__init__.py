@@ -1,7 +1,7 @@
-"""Bytes from anywhere: this machine, web servers, object stores.
+"""Access to bytes on this machine, web servers and object stores.
 
-    web, buckets ──remote: what they share──▶ access ──stat, open_binary──▶ streams of raw text
+    web, buckets ──remote: their common part──▶ access ──stat, open_binary──▶ streams of raw text
                                                 └──read_range──▶ places ◀──▶ cache: verified pieces of shards
 
-Nothing here knows what the bytes mean: whoever asked for them verifies or parses them. No password is written down.
+Nothing here interprets the bytes: the caller verifies or parses them. No password is stored.
 """

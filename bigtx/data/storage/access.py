@@ -1,4 +1,4 @@
-"""Where files lie: this machine, web servers (web.py), object stores (buckets.py). Everything is streamed."""
+"""Access to files on this machine, web servers (web.py) and object stores (buckets.py). Everything is streamed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from bigtx.data.storage.remote import RefusedError, scheme_of, shown
 from bigtx.utils.files import open_file
 
 CHUNK_BYTES = 1 << 20
-"""What is read at once."""
+"""The bytes of one read."""
 _BUCKET_CHUNK_BYTES = 8 << 20
-"""What is asked for at once of an object store, whose answers take their time."""
+"""The bytes of one request to an object store, whose responses are slow."""
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,12 @@ class InputFile:
     """A file of raw text, or a range of its lines or row groups.
 
     Attributes:
-        path: local, or a URL; its query may hold a signature, so what is written down is `shown`.
+        path: local, or a URL; its query may have a signature, so only `shown` is written anywhere.
         size: bytes as stored, of the range if it is one.
-        start, end: of the range: byte offsets at which lines begin, in parquet numbers of row groups; `end` None: to
+        start, end: the range: byte offsets at which lines start, in parquet numbers of row groups; `end` None: to
             the end of the file.
         first_line: number, counted from 1, of the line (in parquet: row) at `start`.
-        version: what changes when the file does: its time of change in nanoseconds, a server's ETag; "" if not known.
+        version: changes with the file: its modification time in nanoseconds, a server's ETag; "" if not known.
         name: its path within the folder or glob that was named.
     """
 
@@ -41,26 +41,26 @@ class InputFile:
 
     @property
     def shown(self) -> str:
-        """The path without credentials."""
+        """Return the path without credentials."""
         return shown(self.path)
 
     @property
     def identity(self) -> tuple[str | int | None, ...]:
-        """All that says which bytes these are, without credentials; of local files with the absolute path."""
+        """Return everything that identifies the bytes, without credentials; for local files with the absolute path."""
         path = self.shown if is_remote(self.path) else os.path.abspath(self.path)
         return path, self.size, self.start, self.end, self.first_line, self.version
 
 
 def is_remote(path: str) -> bool:
-    """Whether the path is a URL."""
+    """Return whether the path is a URL."""
     return bool(scheme_of(path))
 
 
 def stat(path: str) -> tuple[int, str]:
-    """Size in bytes (-1 of a remote folder) and version: what changes when the content does.
+    """Return the size in bytes (-1 for a remote folder) and the version, which changes with the content.
 
     Raises:
-        OSError: it is not there, or cannot be reached.
+        OSError: it does not exist, or cannot be reached.
     """
     scheme = scheme_of(path)
     if not scheme:
@@ -70,25 +70,26 @@ def stat(path: str) -> tuple[int, str]:
 
 
 def read_range(url: str, start: int | None = None, end: int | None = None) -> bytes:
-    """A remote file's bytes, or those from start to end, end not included, in one request.
+    """Return a remote file's bytes, or those from start to end (exclusive), in one request.
 
     Raises:
         FileNotFoundError: there is no such file.
-        TransientError: trying again may help.
-        OSError: it does not.
+        TransientError: a retry may help.
+        OSError: a retry does not help.
     """
     read = web.read_range if scheme_of(url) in ("http", "https") else buckets.read_range
     return read(url, start, end)
 
 
 def open_binary(file: InputFile, *, seeks: bool = False) -> BinaryIO:
-    """A stream of a file's stored bytes from its start; remote files are always whole ones.
+    """Return a stream of a file's stored bytes from its start; remote files are never ranges.
 
     Args:
-        seeks: the reader goes to and fro in the file.
+        seeks: whether the reader jumps in the file.
 
     Raises:
-        OSError: it cannot be opened, or was changed since it was listed. Reading raises it too, e.g. where it is cut.
+        OSError: it cannot be opened, or was changed since it was listed. Reading raises it too, e.g. if the file is
+            truncated.
     """
     scheme = scheme_of(file.path)
     if scheme in ("http", "https"):

@@ -1,4 +1,4 @@
-"""Files of object stores (S3 and what speaks like it, Google Cloud Storage), by fsspec's file systems."""
+"""Files of object stores (S3 and compatible ones, Google Cloud Storage), by fsspec's file systems."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from bigtx.utils.errors import DataError
 Result = TypeVar("Result")
 
 _PACKAGES = {"s3": ("s3fs", "S3FileSystem"), "gs": ("gcsfs", "GCSFileSystem")}
-# Requests are tried again here, and by the library not at all: its tries would multiply with these.
+# Requests are retried here only, not by the library: its retries would multiply with these.
 _SETTINGS: dict[str, dict[str, Any]] = {"s3": {"config_kwargs": {"retries": {"total_max_attempts": 1}}}, "gs": {}}
 _VERSION_KEYS = ("ETag", "etag", "generation", "LastModified", "updated", "mtime")
 
 
 @functools.cache
 def file_system(scheme: str) -> Any:
-    """fsspec's file system of `s3` or `gs`, which finds its keys as the provider's own tools do.
+    """Return fsspec's file system of `s3` or `gs`, with the keys that the provider's own tools find.
 
     Raises:
         DataError: its package is missing.
@@ -30,7 +30,7 @@ def file_system(scheme: str) -> Any:
         module = importlib.import_module(package)
     except ImportError as error:
         raise DataError(
-            f"Reading {scheme}:// needs {package}, which is not there ({error.name}): pip install 'bigtx[{scheme}]'."
+            f"Reading {scheme}:// needs {package}, which is missing ({error.name}): pip install 'bigtx[{scheme}]'."
         ) from None
     found = getattr(module, name)(use_listings_cache=False, skip_instance_cache=True, **_SETTINGS[scheme])
     if scheme == "s3":
@@ -39,35 +39,35 @@ def file_system(scheme: str) -> Any:
 
 
 def stat(url: str) -> tuple[int, str]:
-    """Size in bytes and version of an object; size -1 of a folder.
+    """Return the size in bytes and version of an object; size -1 for a folder.
 
     Raises:
-        OSError: it is not there, or cannot be reached.
+        OSError: it does not exist, or cannot be reached.
     """
     return _described(_asked(url, lambda: file_system(scheme_of(url)).info(url)))
 
 
 def find(folder: str) -> dict[str, tuple[int, str]]:
-    """Size and version of all objects below a folder, by their URLs."""
+    """Return the size and version of all objects below a folder, by their URLs."""
     return _objects(folder, lambda: file_system(scheme_of(folder)).find(folder, detail=True))
 
 
 def glob(pattern: str) -> dict[str, tuple[int, str]]:
-    """Size (-1 of a folder) and version of what matches, by their URLs."""
+    """Return the size (-1 for a folder) and version of all matches, by their URLs."""
     return _objects(pattern, lambda: file_system(scheme_of(pattern)).glob(pattern, detail=True))
 
 
 def read_range(url: str, start: int | None = None, end: int | None = None) -> bytes:
-    """An object's bytes, or those from start to end, end not included, in one request.
+    """Return an object's bytes, or those from start to end (exclusive), in one request.
 
     Raises:
         FileNotFoundError: there is no such object.
-        TransientError: trying again may help.
-        OSError: it does not.
+        TransientError: a retry may help.
+        OSError: a retry does not help.
     """
     content: bytes = _answer(url, lambda: file_system(scheme_of(url)).cat_file(url, start=start, end=end))
     if start is not None and end is not None and len(content) != end - start:
-        raise TransientError(f"{len(content):,} bytes came instead of {end - start:,}")
+        raise TransientError(f"{len(content):,} bytes arrived instead of {end - start:,}")
     return content
 
 
@@ -75,10 +75,10 @@ class BucketFile(RemoteFile):
     """An object.
 
     Args:
-        version: as `stat` gave it; "" takes any.
+        version: the version from `stat`; "" accepts any.
 
     Raises:
-        OSError: it cannot be opened, or is another than `stat` saw.
+        OSError: it cannot be opened, or differs from the one that `stat` found.
     """
 
     def __init__(self, url: str, size: int, version: str) -> None:
@@ -87,7 +87,7 @@ class BucketFile(RemoteFile):
             raise RefusedError("it was changed since it was listed")
 
     def fetch(self, buffer: memoryview) -> int:
-        """Ask for just the bytes that the buffer holds."""
+        """Request exactly the bytes that the buffer can hold."""
         begin, end = self.position, self.position + len(buffer)
         content = _answer(
             self.path, lambda: file_system(scheme_of(self.path)).cat_file(self.path, start=begin, end=end)
@@ -99,7 +99,7 @@ class BucketFile(RemoteFile):
 def _objects(url: str, call: Callable[[], dict[str, Any]]) -> dict[str, tuple[int, str]]:
     scheme = scheme_of(url)
     found = {f"{scheme}://{path}": _described(info) for path, info in _asked(url, call).items()}
-    # Some tools mark a folder by an object of no bytes.
+    # Some tools mark a folder by an empty object.
     return {path: about for path, about in found.items() if not path.endswith("/")}
 
 
@@ -115,7 +115,7 @@ def _asked(url: str, call: Callable[[], Result]) -> Result:
 
 
 def _answer(url: str, call: Callable[[], Result]) -> Result:
-    """What a call of the library returns; whatever it raises becomes an OSError without secrets."""
+    """Return the result of a call of the library; convert its errors to an OSError without secrets."""
     try:
         return call()
     except FileNotFoundError:
@@ -128,7 +128,7 @@ def _answer(url: str, call: Callable[[], Result]) -> Result:
         said = without_secrets(f"{type(error).__name__}: {error}", url)
         if "Credentials" in type(error).__name__:
             raise RefusedError(
-                f"no keys are known ({said}); set them up as for the provider's own tools, or for a public bucket "
+                f"no keys were found ({said}); set them up as for the provider's own tools, or for a public bucket "
                 f"FSSPEC_{scheme_of(url).upper()}_ANON=true"
             ) from None
         raise TransientError(said) from None

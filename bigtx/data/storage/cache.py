@@ -1,13 +1,13 @@
 """A bounded folder of verified pieces of remote files, shared by all processes of a machine.
 
     <folder>/blocks/<split>/<part>/<block>   whole files, renamed into place
-    <folder>/partial/                        what is being written
-    <folder>/locks/                          who fetches what, and who counts
-    <folder>/total                           bytes of all of these, those being written included
+    <folder>/partial/                        files that are being written
+    <folder>/locks/                          locks for fetching and for counting
+    <folder>/total                           bytes of all files, including those that are being written
     <folder>/tokenizers/                     small, and not bounded (corpus/splits.py)
 
-A file's time of change says when it was last used; those that were not used for longest make room. A file that a
-process has mapped stays readable there after it was removed.
+A file's modification time is the time of its last use; the least recently used files are removed first. A file that a
+process has mapped remains readable there after it was removed.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ Content = bytes | mmap.mmap
 DEFAULT_FOLDER, DEFAULT_SIZE = "~/.cache/bigtx", 20 << 30
 _NUM_LOCKS = 256
 _ROOM = 0.1
-"""Share of the cache that is cleared at once, so that it is counted seldom."""
+"""Share of the cache that is cleared at once, so that counts are rare."""
 _STALE_SECONDS = 3600.0
-"""Age at which a file that is being written belongs to a process that was killed."""
+"""Age from which a partial file is assumed to belong to a process that was killed."""
 
 
 class DamagedError(Exception):
-    """What was fetched is not what was written, twice."""
+    """A piece that was fetched twice, and was damaged each time."""
 
 
 class Cache:
-    """Gives pieces by name, from its folder or by fetching them.
+    """A cache that returns pieces by name, from its folder or by fetching them.
 
     Args:
-        folder: made when it is needed; a leading ~ is the home folder. It should be on a disk of this machine.
-        max_bytes: of all files together. Other processes may have other bounds on the same folder; each keeps its own.
+        folder: created when needed; a leading ~ is the home folder. It should be on a disk of this machine.
+        max_bytes: the limit for all files together. Other processes may use other limits for the same folder.
     """
 
     def __init__(self, folder: str | Path = DEFAULT_FOLDER, max_bytes: int = DEFAULT_SIZE) -> None:
@@ -55,25 +55,25 @@ class Cache:
         self._warned = False
 
     def get(self, name: str, fetch: Callable[[], bytes], is_good: Callable[[Content], bool]) -> Content:
-        """A piece, verified.
+        """Return a piece, verified.
 
         Args:
-            name: its path in the folder; what it names never changes.
-            fetch: brings it from where it is kept.
-            is_good: whether bytes are the piece's.
+            name: its path in the folder; the content of a name never changes.
+            fetch: the function that fetches it.
+            is_good: the function that checks whether bytes are the piece's.
 
         Returns:
-            The piece, mapped from the cache, or as bytes where the cache cannot keep it.
+            The piece, mapped from the cache, or as bytes if the cache cannot keep it.
 
         Raises:
-            DamagedError: it was fetched twice, and damaged each time.
+            DamagedError: it was fetched twice, and was damaged each time.
         """
         assert re.fullmatch(r"[\w-]+(/[\w.-]+)+", name) and ".." not in name
         path = self.folder / "blocks" / name
         content = self._find(path, is_good)
         if content is not None:
             return content
-        # One process fetches what all of this machine need.
+        # One process fetches for all processes of this machine.
         with self._lock(f"{xxhash.xxh3_64_intdigest(name.encode()) % _NUM_LOCKS:02x}"):
             content = self._find(path, is_good)
             if content is not None:
@@ -88,7 +88,7 @@ class Cache:
         return self._find(path, is_good) or fetched
 
     def _find(self, path: Path, is_good: Callable[[Content], bool]) -> Content | None:
-        """A file's content; one that is damaged is removed."""
+        """Return a file's content; remove a damaged one."""
         try:
             with open(path, "rb") as file:
                 content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -104,7 +104,7 @@ class Cache:
         return content
 
     def _store(self, path: Path, content: bytes) -> None:
-        """Keep a piece if there is room for it; a cache that cannot be written is told once, and done without."""
+        """Keep a piece if there is space for it; report once that a cache cannot be written."""
         if len(content) > self.max_bytes:
             return
         partial = self.folder / "partial" / f"{os.getpid()}-{secrets.token_hex(4)}"
@@ -120,12 +120,12 @@ class Cache:
             if not self._warned:
                 self._warned = True
                 say(
-                    f"warning: {self.folder} cannot keep remote data ({error.strerror}), which is fetched anew each "
-                    "time; give data.cache_dir another place or data.cache_size another bound"
+                    f"warning: {self.folder} cannot keep remote data ({error.strerror}), which is fetched again each "
+                    "time; set data.cache_dir to another folder or data.cache_size to another limit"
                 )
 
     def _make_room(self, num_bytes: int) -> None:
-        """Count so many bytes as used, and remove what was not used for longest if they are too many."""
+        """Count so many bytes as used, and remove the least recently used files if there are too many."""
         with self._lock("total"):
             record = self.folder / "total"
             try:
@@ -137,7 +137,7 @@ class Cache:
             record.write_text(str(total + num_bytes))
 
     def _sweep(self, max_bytes: int) -> int:
-        """Remove the oldest files until the others are within the bound; returns their bytes."""
+        """Remove the oldest files until the others are within the limit; return the remaining bytes."""
         now = time.time()
         files: list[tuple[float, int, str]] = []
         total = 0
@@ -164,7 +164,9 @@ class Cache:
 
     @contextlib.contextmanager
     def _lock(self, name: str) -> Iterator[None]:
-        """Hold one of the cache's locks; where there can be none, go on: files are whole or absent anyway."""
+        """Hold one of the cache's locks; continue without one if locks do not work: files are complete or missing in
+        any case.
+        """
         try:
             folder = self.folder / "locks"
             folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""Where corpora and shards lie: a path of this machine, or a URL of a server or bucket.
+"""The places of corpora and shards: a path of this machine, or a URL of a server or bucket.
 
-What comes from a URL is bytes, and whoever asked for them verifies them. Names and passwords come from ~/.netrc, the
+A URL delivers bytes, which the caller verifies. Names and passwords come from ~/.netrc, the
 environment or a provider's own files; never from a config or a manifest.
 """
 
@@ -20,21 +20,21 @@ from bigtx.utils.files import open_file
 from bigtx.utils.urls import is_url, url_problem
 
 TRIES_AT_START = 4
-"""Attempts at what a run opens first: about three seconds, so that a wrong name is told soon."""
+"""Attempts to open a file at the start of a run: about three seconds, so that a wrong name is reported soon."""
 TRIES = 9
-"""Attempts at what a run needs in its middle: about a minute and a half."""
+"""Attempts to read data during a run: about a minute and a half."""
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 30.0
 
 
 class RemotePath:
-    """A file or folder by its URL; `/` and `str` do what they do with a local `Path`.
+    """A file or folder by its URL; `/` and `str` work as for a local `Path`.
 
     Args:
-        url: of one of the protocols that bigtx reads.
-        cache: where parts of it are kept on this machine.
+        url: a URL with one of the protocols that bigtx reads.
+        cache: the cache for parts of it on this machine.
 
     Raises:
-        DataError: another protocol, or a URL that says too much.
+        DataError: the protocol is not supported, or the URL has credentials.
     """
 
     def __init__(self, url: str, cache: Cache | None = None) -> None:
@@ -67,11 +67,11 @@ class RemotePath:
         tries: int = TRIES_AT_START,
         given_up: threading.Event | None = None,
     ) -> bytes:
-        """The file's bytes, or those from start to end, end not included.
+        """Return the file's bytes, or those from start to end (exclusive).
 
         Args:
-            tries: attempts, with pauses between them that double, as long as the failure is one that may pass.
-            given_up: once set, no attempt follows.
+            tries: the number of attempts after temporary failures, with pauses between them that double.
+            given_up: no attempt follows after it is set.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -93,16 +93,16 @@ class RemotePath:
             except OSError as error:
                 raise DataError(f"{self.url} cannot be read: {error}.") from error
             longest = min(FIRST_WAIT_SECONDS * 2 ** (attempt - 1), LONGEST_WAIT_SECONDS)
-            # Many processes fail at the same moment, and should not come back at the same moment.
+            # Many processes fail at the same moment, and should not retry at the same moment.
             given_up.wait(random.uniform(0.5, 1.0) * longest)
-        raise AssertionError("the loop has no other end")
+        raise AssertionError("the loop ends by return or error only")
 
     def size(self) -> int:
-        """The file's size in bytes.
+        """Return the file's size in bytes.
 
         Raises:
             FileNotFoundError: there is no such file.
-            DataError: the server cannot be asked, or does not tell.
+            DataError: the server cannot be reached, or does not report the size.
         """
         try:
             return access.stat(self.url)[0]
@@ -112,7 +112,7 @@ class RemotePath:
             raise DataError(f"{self.url} cannot be read: {error}.") from error
 
     def is_file(self) -> bool:
-        """Whether there is such a file."""
+        """Return whether there is such a file."""
         try:
             self.size()
         except FileNotFoundError:
@@ -121,14 +121,14 @@ class RemotePath:
 
 
 Place = Path | RemotePath
-"""Where a corpus, a split or a file lies."""
+"""The place of a corpus, a split or a file."""
 
 
 def as_place(place: str | Path | RemotePath, cache: Cache | None = None) -> Place:
-    """A path or URL as an object that `/` and `str` work on.
+    """Return a path or URL as an object that `/` and `str` work on.
 
     Raises:
-        DataError: a URL that bigtx does not read.
+        DataError: bigtx does not read the URL.
     """
     if isinstance(place, RemotePath):
         return place
@@ -136,7 +136,7 @@ def as_place(place: str | Path | RemotePath, cache: Cache | None = None) -> Plac
 
 
 def open_stream(place: Place) -> BinaryIO:
-    """A file, read from its beginning to its end.
+    """Return a stream of a file, from its start to its end.
 
     Raises:
         OSError: it cannot be read; reading raises it too.

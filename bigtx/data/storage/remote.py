@@ -1,4 +1,4 @@
-"""Files on other machines: what their places have in common."""
+"""Files on other machines: the common part of all protocols."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from bigtx.utils.secrets import HIDDEN, scrub_text
 from bigtx.utils.urls import is_url, url_problem
 
 BACK_OFF_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0)
-"""Waits before a request is tried again; each byte that comes starts them anew."""
+"""The waits before a request is retried; each byte that arrives resets them."""
 LONGEST_SECONDS = 120.0
-"""After so long a request is not tried again."""
+"""The time after which a request is not retried."""
 SAY_AFTER_SECONDS = 5.0
-"""How long nothing is said about a place that does not answer."""
+"""The time after which a place that does not respond is reported."""
 
 _told: set[str] = set()
 
@@ -30,17 +30,17 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
 class TransientError(OSError):
-    """A request failed in a way that may pass: a lost connection, a busy server."""
+    """A temporary failure of a request: a lost connection, a busy server."""
 
 
 def scheme_of(path: str) -> str:
-    """The scheme of a URL, in lower case; "" for a local path."""
+    """Return the scheme of a URL, in lower case; "" for a local path."""
     match = _SCHEME.match(path)
     return match[1].lower() if match else ""
 
 
 def check_scheme(path: str) -> None:
-    """Refuse what is neither a local path nor a URL that is read: no command, no protocol inside another, no password.
+    """Refuse a place that is not a local path or a supported URL: a command, a protocol inside another, a password.
 
     Raises:
         DataError: it is something else.
@@ -51,7 +51,7 @@ def check_scheme(path: str) -> None:
 
 
 def shown(path: str) -> str:
-    """A path as it may be written down: a URL without user, password and the values of its query."""
+    """Return a path for logs and messages: a URL without user, password and the values of its query."""
     scheme = scheme_of(path)
     if not scheme:
         return path
@@ -61,28 +61,28 @@ def shown(path: str) -> str:
 
 
 def name_of(path: str) -> str:
-    """The path inside the place, by which a file's suffix is known: a URL without its query."""
+    """Return the path part, which has a file's suffix: a URL without its query."""
     return path.partition("#")[0].partition("?")[0] if scheme_of(path) in ("http", "https") else path
 
 
 def without_secrets(said: str, path: str) -> str:
-    """What a library said about a remote file, fit to be written down."""
+    """Return a library's message about a remote file, without secrets."""
     return scrub_text(said.replace(path, shown(path)))
 
 
 @contextlib.contextmanager
 def told_if_silent(path: str, num_tries: int) -> Iterator[None]:
-    """Say what is waited for where it takes long, once for each path.
+    """Report a path that is waited for if it takes long, once for each path.
 
     Args:
-        num_tries: after which it is given up.
+        num_tries: the number of attempts before it is given up.
     """
 
     def tell() -> None:
         if path not in _told:
             _told.add(path)
             say(
-                f"waiting for {scrub_text(shown(path))}, which has not answered for {SAY_AFTER_SECONDS:g} s; "
+                f"waiting for {scrub_text(shown(path))}, which has not responded for {SAY_AFTER_SECONDS:g} s; "
                 f"it is given up after {num_tries} tries"
             )
 
@@ -96,13 +96,13 @@ def told_if_silent(path: str, num_tries: int) -> Iterator[None]:
 
 
 def retried(call: Callable[[], Result], path: str) -> Result:
-    """What the call returns, after as many waits as BACK_OFF_SECONDS has.
+    """Return the result of the call, with a retry after each of BACK_OFF_SECONDS.
 
     Args:
-        path: what is asked for.
+        path: the requested path.
 
     Raises:
-        TransientError: the last one.
+        TransientError: the last attempt failed.
     """
     end = time.monotonic() + LONGEST_SECONDS
     with told_if_silent(path, len(BACK_OFF_SECONDS) + 1):
@@ -117,13 +117,13 @@ def retried(call: Callable[[], Result], path: str) -> Result:
 
 
 class RefusedError(OSError):
-    """A request failed in a way that trying again does not mend."""
+    """A failure of a request that a retry does not fix."""
 
 
 class RemoteFile(io.RawIOBase):
-    """A remote file of known size, read where its position is; wrapped into an `io.BufferedReader` for use.
+    """A remote file of known size, read at its position; it is wrapped into an `io.BufferedReader` for use.
 
-    A lost connection is taken up again where it broke.
+    After a lost connection, reading continues at the same byte.
     """
 
     def __init__(self, path: str, size: int) -> None:
@@ -135,11 +135,11 @@ class RemoteFile(io.RawIOBase):
         """Put the next bytes at `position` into the buffer, which ends within the file.
 
         Returns:
-            How many; 0 where the place has no more of the file.
+            The number of bytes; 0 if the file has no more.
 
         Raises:
-            TransientError: trying again may help.
-            OSError: it does not.
+            TransientError: a retry may help.
+            OSError: a retry does not help.
         """
         raise NotImplementedError
 
@@ -163,18 +163,18 @@ class RemoteFile(io.RawIOBase):
         return count
 
     def readable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def tell(self) -> int:
-        """The position in bytes."""
+        """Return the position in bytes."""
         return self.position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go to a position; nothing is fetched before it is read."""
+        """Set the position; bytes are fetched only when they are read."""
         self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
         return self.position

@@ -1,4 +1,4 @@
-"""Files of web servers, by the standard library: streamed, and taken up again where a connection broke."""
+"""Files of web servers, by the standard library: streamed, and continued after a lost connection."""
 
 from __future__ import annotations
 
@@ -16,54 +16,54 @@ from bigtx.data.storage.remote import RefusedError, RemoteFile, TransientError, 
 from bigtx.utils.version import __version__
 
 TIMEOUT_SECONDS = 60.0
-"""How long a server may be silent."""
+"""The time that a server may take to respond."""
 
 _TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504}
 _SKIP_BYTES = 1 << 20
 _ASKED_FOR_VERSION = 4
 _MIRRORS = (
-    "its server answers with different versions of it in turn (ETag), as several mirrors behind one name do, so nobody "
-    "can tell whether its parts belong together; name one of the mirrors, or copy it and read the copy"
+    "its server sends different versions of it in turn (ETag), as several mirrors with one name do, so bigtx "
+    "cannot check whether its parts belong together; name one of the mirrors, or copy it and read the copy"
 )
 _ENCODINGS = {"gzip": (".gz", ".tgz"), "x-gzip": (".gz", ".tgz"), "zstd": (".zst", ".zstd", ".tzst"), "br": (".br",)}
-"""What a server may call the encoding of a file that is kept so, by the suffixes of its name."""
+"""The content encodings that a server may report for a file that is stored compressed, by the suffix of its name."""
 
 
 def stat(url: str) -> tuple[int, str]:
-    """Size in bytes and version (ETag, else the time of change) of a file.
+    """Return the size in bytes and version (ETag, else the time of change) of a file.
 
-    The first byte is asked for, since a signed URL often allows no HEAD request.
+    The first byte is requested, since a signed URL often does not allow HEAD requests.
 
     Raises:
-        OSError: it cannot be reached, or its size is not told.
+        OSError: it cannot be reached, or the server does not report its size.
     """
     with retried(lambda: _open(url, "bytes=0-0"), url) as response:
         size = _total_size(response)
         if size is None:
-            raise RefusedError("its server does not say how long it is; copy it and read the copy")
+            raise RefusedError("its server does not report its size; copy it and read the copy")
         return size, _version(response)
 
 
 def read_range(url: str, start: int | None = None, end: int | None = None) -> bytes:
-    """A file's bytes, or those from start to end, end not included, in one request.
+    """Return a file's bytes, or those from start to end (exclusive), in one request.
 
     Raises:
         FileNotFoundError: there is no such file.
-        TransientError: trying again may help.
-        OSError: it does not, as where the file ends before `end`.
+        TransientError: a retry may help.
+        OSError: a retry does not help, e.g. because the file ends before `end`.
     """
     is_part = start is not None and end is not None
     try:
         with _open(url, f"bytes={start}-{end - 1}" if is_part else None) as response:  # type: ignore[operator]
             if is_part and response.status != http.HTTPStatus.PARTIAL_CONTENT:
-                raise RefusedError("its server sends no parts of files, or the file is shorter than it should be")
+                raise RefusedError("its server does not send parts of files, or the file is shorter than expected")
             if is_part and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-                raise RefusedError("its server sends another part of it than it was asked for")
+                raise RefusedError("its server sends a part of it that was not requested")
             content: bytes = response.read()
     except (OSError, http.client.HTTPException) as error:
         raise _sorted_out(error, url) from None
     if is_part and len(content) != end - start:  # type: ignore[operator]
-        raise TransientError(f"{len(content):,} bytes came instead of {end - start:,}")  # type: ignore[operator]
+        raise TransientError(f"{len(content):,} bytes arrived instead of {end - start:,}")  # type: ignore[operator]
     return content
 
 
@@ -71,11 +71,11 @@ class WebFile(RemoteFile):
     """A file of a web server.
 
     Args:
-        version: as `stat` gave it; "" takes any.
-        needs_ranges: refuse to skip bytes by reading them where the server knows no ranges.
+        version: the version from `stat`; "" accepts any.
+        needs_ranges: refuse to skip bytes by reading them if the server does not support ranges.
 
     Raises:
-        OSError: it cannot be opened, or is another file than `stat` saw.
+        OSError: it cannot be opened, or differs from the file that `stat` found.
     """
 
     def __init__(self, url: str, size: int, version: str, *, needs_ranges: bool = False) -> None:
@@ -86,7 +86,7 @@ class WebFile(RemoteFile):
         self._response_position = 0
 
     def fetch(self, buffer: memoryview) -> int:
-        """Read on from the open response, or from a new one at the position."""
+        """Read from the open response, or from a new one at the position."""
         try:
             if self._response is None or self._response_position != self.position:
                 self._connect()
@@ -100,7 +100,7 @@ class WebFile(RemoteFile):
         return count
 
     def close(self) -> None:
-        """Leave the connection."""
+        """Close the connection."""
         self._disconnect()
         super().close()
 
@@ -112,17 +112,21 @@ class WebFile(RemoteFile):
             self._disconnect()
             raise RefusedError(self._why_other_version())
         if _total_size(response) not in (None, self.size):
-            raise RefusedError(f"it has {_total_size(response):,} bytes and had {self.size:,} when it was listed")
+            raise RefusedError(f"it has {_total_size(response):,} bytes, but had {self.size:,} when it was listed")
         if response.status == http.HTTPStatus.PARTIAL_CONTENT:
             if not response.headers.get("Content-Range", "").startswith(f"bytes {self.position}-"):
-                raise RefusedError("its server sends another part of it than it was asked for")
+                raise RefusedError("its server sends a part of it that was not requested")
         elif self.position:
             if self._needs_ranges:
-                raise RefusedError("its server sends no parts of files, which parquet needs; copy it and read the copy")
+                raise RefusedError(
+                    "its server cannot send parts of files, which parquet needs; copy it and read the copy"
+                )
             self._skip(response)
 
     def _why_other_version(self) -> str:
-        """Ask some times more: a file that has its old version again was not changed, it is on several machines."""
+        """Request it a few more times: a file that has its old version again was not changed, but is on several
+        machines.
+        """
         for _ in range(_ASKED_FOR_VERSION):
             with _open(self.path, "bytes=0-0") as response:
                 if _version(response) == self._expected_version:
@@ -143,16 +147,16 @@ class WebFile(RemoteFile):
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows to other web servers and to nothing else."""
+    """A handler that follows redirects to web servers only."""
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         if urlsplit(newurl).scheme.lower() not in ("http", "https"):
-            raise RefusedError("its server leads to another protocol, which is not followed")
+            raise RefusedError("its server redirects to another protocol, which is not followed")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _opener() -> urllib.request.OpenerDirector:
-    # Put together here, because the usual one opens file:, ftp: and data: too.
+    # Built here, because the standard one opens file:, ftp: and data: too.
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler(),
@@ -167,7 +171,7 @@ def _opener() -> urllib.request.OpenerDirector:
 
 
 def _open(url: str, byte_range: str | None) -> Any:
-    """The answer of a server, 416 (of an empty file) included; an `http.client.HTTPResponse` or the like."""
+    """Return the response of a server, 416 (for an empty file) included; an `http.client.HTTPResponse` or similar."""
     try:
         request = _request(url)
         if byte_range:
@@ -182,14 +186,14 @@ def _open(url: str, byte_range: str | None) -> Any:
 
 
 def _unencoded(response: Any, url: str) -> Any:
-    """Refuse an answer whose bytes are not the file's."""
+    """Refuse a response whose bytes are not the file's."""
     encoding = (response.headers.get("Content-Encoding") or "identity").strip().lower()
     if encoding == "identity" or name_of(url).lower().endswith(_ENCODINGS.get(encoding, ())):
         return response
     response.close()
     raise RefusedError(
-        f"its server sends it compressed (Content-Encoding: {encoding[:40]}), though it was asked for the file as it "
-        "is; switch that off for this file, or copy it and read the copy"
+        f"its server sends it compressed (Content-Encoding: {encoding[:40]}), although the plain file was "
+        "requested; switch that off for this file, or copy it and read the copy"
     )
 
 
@@ -201,14 +205,14 @@ def _request(url: str) -> urllib.request.Request:
     request.add_header("Accept-Encoding", "identity")
     login = _login_from_netrc(parts.hostname or "")
     if login:
-        # Unredirected: another host has no business with it.
+        # Not for redirects: another host must not get it.
         coded = base64.b64encode(login.encode()).decode()
         request.add_unredirected_header("Authorization", f"Basic {coded}")
     return request
 
 
 def _login_from_netrc(host: str) -> str:
-    """`name:password` of a host in ~/.netrc; "" if it has none."""
+    """Return `name:password` of a host in ~/.netrc; "" if it has none."""
     try:
         found = netrc.netrc().authenticators(host)
     except (OSError, netrc.NetrcParseError):
@@ -217,12 +221,12 @@ def _login_from_netrc(host: str) -> str:
 
 
 def _sorted_out(error: Exception, url: str) -> OSError:
-    """The error as one that may pass or as one that stays, without secrets."""
+    """Return the error as a temporary or a permanent one, without secrets."""
     if isinstance(error, (TransientError, RefusedError, FileNotFoundError)):
         return error
     if isinstance(error, urllib.error.HTTPError):
-        # The server's own words may hold the address that it leads to, with its keys.
-        said = f"its server answers {error.code} {http.client.responses.get(error.code, '')}".rstrip()
+        # The server's message may contain the address of a redirect, with its keys.
+        said = f"its server responds with {error.code} {http.client.responses.get(error.code, '')}".rstrip()
         error.close()
         if error.code in (http.HTTPStatus.NOT_FOUND, http.HTTPStatus.GONE):
             return FileNotFoundError(said)
@@ -239,7 +243,7 @@ def _sorted_out(error: Exception, url: str) -> OSError:
 
 
 def _total_size(response: Any) -> int | None:
-    """Bytes of the whole file, if the answer tells."""
+    """Return the bytes of the whole file, if the response says so."""
     if response.status in (http.HTTPStatus.PARTIAL_CONTENT, http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE):
         told = response.headers.get("Content-Range", "").rpartition("/")[2]
     else:

@@ -1,4 +1,4 @@
-"""Telling the readers of remote blocks what comes, so that it is here before it is needed."""
+"""Prefetching: the readers of remote blocks get the next blocks early, so that these arrive before they are needed."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from bigtx.data.corpus.blocks import BlockReader, RemoteBlockReader
 from bigtx.data.stream.order import Places
 
 _STEPS_AHEAD, _TOKENS_AHEAD = 8, 1 << 22
-"""How far ahead of the batches remote blocks are fetched: the longer of the two, tokens counted over all ranks."""
+"""The distance at which remote blocks are prefetched: the larger of the two, with tokens counted over all ranks."""
 
 
 def rows_ahead(rows_of_step: int, world_size: int, sequence_length: int) -> int:
-    """How many rows of its own a rank looks ahead for remote blocks, by its rows of a step."""
+    """Return how many of its own rows a rank prefetches from remote blocks, by its rows of a step."""
     return max(_STEPS_AHEAD * rows_of_step, -(-_TOKENS_AHEAD // (sequence_length * world_size)))
 
 
 def tell_ahead(
     located: Iterator[tuple[np.ndarray, Places]], readers: Sequence[BlockReader], num_rows: int
 ) -> Iterator[tuple[np.ndarray, Places]]:
-    """Pass on sequences with their places, after the readers have heard of those up to `num_rows` rows further on."""
+    """Yield sequences with their places, after passing the readers those of up to `num_rows` rows further on."""
     if not any(isinstance(reader, RemoteBlockReader) for reader in readers):
         yield from located
         return

@@ -1,10 +1,10 @@
-"""Text shards from elsewhere: plain webdataset tars, streamed, tokenized and packed on the fly.
+"""Foreign text shards: plain webdataset tars, streamed, tokenized and packed on the fly.
 
-    shard list ──▶ this rank's ──▶ this worker's ──▶ samples ──▶ shuffle buffer ──▶ ids ──▶ rows      (each epoch anew)
+    shard list ──▶ this rank's ──▶ this worker's ──▶ samples ──▶ shuffle buffer ──▶ ids ──▶ rows      (in each epoch)
 
-The list, the splits and the buffer are webdataset's. Opening and unpacking are not: its opener runs commands (`pipe:`,
-curl), its decoders unpickle, and its tar reader takes a damaged shard for a short one. So shards are read by the reader
-of `bigtx data prepare`, strictly: whatever it would list as a reject refuses the shard.
+The list, the splits and the buffer are webdataset's. Opening and unpacking are bigtx's: webdataset's opener runs
+commands (`pipe:`, curl), its decoders unpickle, and its tar reader treats a damaged shard as a short one. So shards are
+read by the reader of `bigtx data prepare`, strictly: any reject refuses the shard.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ from bigtx.utils.files import open_file
 from bigtx.utils.terminal import visible
 
 Row = tuple[np.ndarray, np.ndarray]
-"""[T + 1] int32 tokens, and where in them documents start, int64 ascending."""
+"""int32 tokens [T + 1], and where in them documents start, int64 ascending."""
 
 EXECUTABLE_SUFFIXES = ("pickle", "pkl", "pt", "pth", "pyd")
 _BATCH_CHARACTERS = 1 << 17
-"""Characters of text that the tokenizer gets at once."""
+"""Characters of text that are tokenized at once."""
 _CHECKS_AT_ONCE = 32
 
 
 def expand(paths: list[str]) -> list[str]:
-    """The shards that `data.foreign.paths` names, braces expanded.
+    """Return the shards that `data.foreign.paths` names, braces expanded.
 
     Raises:
-        DataError: unbalanced braces, or a shard that is named twice.
+        DataError: braces are not balanced, or a shard is named twice.
     """
     shards: list[str] = []
     for path in paths:
@@ -65,19 +65,19 @@ def expand(paths: list[str]) -> list[str]:
 
 
 def check_shards(config: ForeignConfig, world_size: int) -> str:
-    """Refuse shards that are missing, empty or cut off, as far as their sizes and ends tell, or fewer than ranks.
+    """Refuse shards that are missing, empty or truncated (by their sizes and ends), or fewer than the ranks.
 
     Returns:
-        A digest of the shards' names and sizes and of how their text is found: another one means other data.
+        A digest of the shards' names and sizes and of the place of their text: a different digest means different data.
 
     Raises:
-        DataError: names all of them.
+        DataError: there are such shards; the message lists all of them.
     """
     shards = expand(config.paths)
     if len(shards) < world_size:
         raise DataError(
-            f"data.foreign.paths names {len(shards)} shards for {world_size} ranks, and each rank needs one of its "
-            f"own; start at most {len(shards)} ranks, or cut the text into more shards."
+            f"data.foreign.paths names {len(shards)} shards for {world_size} ranks, but each rank needs its own; "
+            f"start at most {len(shards)} ranks, or write the text to more shards."
         )
     with ThreadPoolExecutor(_CHECKS_AT_ONCE) as pool:
         found = list(pool.map(_check_shard, shards))
@@ -91,7 +91,7 @@ def check_shards(config: ForeignConfig, world_size: int) -> str:
 
 
 def _check_shard(shard: str) -> tuple[int, str | None]:
-    """A shard's size, and what is wrong with it."""
+    """Return a shard's size, and its fault."""
     try:
         place = as_place(shard)
         size, end = _size_and_end(place)
@@ -104,9 +104,9 @@ def _check_shard(shard: str) -> tuple[int, str | None]:
     if size == 0:
         return size, f"{shard} is empty"
     if is_compressed(name_of(shard)):
-        return size, None  # Reading it tells whether it is whole.
+        return size, None  # Only reading it shows whether it is complete.
     if size % TAR_UNIT or size < 2 * TAR_UNIT or any(end):
-        return size, f"{shard} is no whole tar: its {size:,} bytes do not end with an end-of-archive mark"
+        return size, f"{shard} is not a complete tar: its {size:,} bytes do not end with an end-of-archive mark"
     return size, None
 
 
@@ -121,11 +121,11 @@ def _size_and_end(place: Place) -> tuple[int, bytes]:
 
 
 def read_texts(shard: str, config: ForeignConfig) -> Iterator[str]:
-    """The text of each sample of a shard, by the reader of `bigtx data prepare`; empty texts are left out.
+    """Yield the text of each sample of a shard, by the reader of `bigtx data prepare`, without empty texts.
 
     Raises:
-        DataError: the shard cannot be read or is damaged, holds code, its keys come twice or are interleaved, or a
-            sample has no text; it names the shard and the sample.
+        DataError: the shard cannot be read or is damaged, has code, its keys are duplicate or interleaved, or a
+            sample has no text; the message names the shard and the sample.
     """
     fields = Fields(InputConfig(text_field=config.text_field), "data.foreign", ("text_field", "member"))
     options = dataclasses.replace(fields.options, only=config.member, forbidden=EXECUTABLE_SUFFIXES, strict=True)
@@ -149,11 +149,11 @@ def _refuse(reject: Reject) -> None:
 
 @dataclass(frozen=True)
 class RowStream:
-    """The rows of one worker of one rank, without end.
+    """The endless rows of one worker of one rank.
 
     Attributes:
-        seed: of the run.
-        worker, num_workers: which part of the rank's shards is read; `announce` tells webdataset's splits.
+        seed: the seed of the run.
+        worker, num_workers: the part of the rank's shards to read; `announce` passes it to webdataset's splits.
     """
 
     config: ForeignConfig
@@ -165,15 +165,15 @@ class RowStream:
     num_workers: int
 
     def announce(self) -> None:
-        """Say in this process's environment whose rows it makes: there webdataset's splits look."""
+        """Write the rank and the worker into this process's environment, where webdataset's splits read them."""
         os.environ |= {"RANK": str(self.rank), "WORLD_SIZE": str(self.world_size)}
         os.environ |= {"WORKER": str(self.worker), "NUM_WORKERS": str(self.num_workers)}
 
     def rows(self) -> Iterator[Row]:
-        """Rows of sequence_length inputs with their labels; each begins with the last label of the one before.
+        """Yield rows of sequence_length inputs with their labels; each begins with the last label of the previous row.
 
         Raises:
-            DataError: a shard is refused, or there is no text at all.
+            DataError: a shard is refused, or there is no text.
         """
         tokenizer = Tokenizer.load(self.config.tokenizer)
         length, tokens, starts = self.sequence_length, np.empty(0, np.int32), np.empty(0, np.int64)
@@ -189,7 +189,7 @@ class RowStream:
             tokens, starts = tokens[used:].copy(), starts[np.searchsorted(starts, used) :] - used
 
     def _batches(self) -> Iterator[list[str]]:
-        """Texts that the tokenizer gets together, epoch after epoch."""
+        """Yield lists of texts that are tokenized together, epoch after epoch."""
         batch: list[str] = []
         size = epoch = 0
         while True:
@@ -202,12 +202,12 @@ class RowStream:
                     yield batch
                     batch, size = [], 0
             if is_empty:
-                raise DataError("The shards of data.foreign.paths hold no text: every sample is empty.")
+                raise DataError("The shards of data.foreign.paths have no text: every sample is empty.")
             epoch += 1
 
     def _texts(self, epoch: int) -> Iterator[str]:
-        """The texts of this worker's shards in one epoch."""
-        # Late: it brings torch along.
+        """Yield the texts of this worker's shards in one epoch."""
+        # Imported late, because it imports torch.
         from webdataset import filters
         from webdataset.shardlists import SimpleShardList, split_by_node, split_by_worker
 
@@ -223,10 +223,10 @@ class RowStream:
 
 
 def num_workers(config: ForeignConfig, world_size: int) -> int:
-    """Workers of each rank: no more than it has shards."""
+    """Return the number of workers of each rank: no more than it has shards."""
     return max(1, min(config.num_workers, len(expand(config.paths)) // world_size))
 
 
 def load_tokenizer(config: ForeignConfig) -> Tokenizer:
-    """The tokenizer of `data.foreign.tokenizer`."""
+    """Return the tokenizer of `data.foreign.tokenizer`."""
     return Tokenizer.load(Path(config.tokenizer))

@@ -26,7 +26,7 @@ from bigtx.utils.errors import BigtxError, DataError
 from bigtx.utils.processes import STOP_SIGNALS
 
 _PARCEL_ROWS = 16
-"""Rows that a worker hands over at once."""
+"""Rows that a worker sends at once."""
 _PARCELS_AHEAD = 4
 _POLL_SECONDS = 1.0
 
@@ -34,15 +34,15 @@ _POLL_SECONDS = 1.0
 class ForeignLoader(StepLoader):
     """The steps of a run on foreign shards.
 
-    Its state is the number of sequences consumed too, but to come back there it reads all that came before again. With
-    another number of ranks or workers the shards are split otherwise, and the order is another.
+    Its state is the number of sequences consumed too, but to return to a position it reads everything before it again.
+    With another number of ranks or workers the shards are split differently, and the order changes.
 
     Args:
-        data: its section `foreign`, and how rows are cut.
-        Else as for `TrainLoader`.
+        data: the config, with its section `foreign` and how rows are cut.
+        The others are those of `TrainLoader`.
 
     Raises:
-        DataError: from `next`: a shard is refused.
+        DataError: a shard is refused; raised by `next`.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class ForeignLoader(StepLoader):
         )
 
     def num_tokens(self, micro_batches: list[Batch]) -> int:
-        """Whole rows."""
+        """Return the number of whole rows."""
         return len(micro_batches) * self._micro_batch_size * self._form.sequence_length
 
     def _sequence_after_step(self) -> int:
@@ -107,7 +107,7 @@ class ForeignLoader(StepLoader):
 
 @dataclasses.dataclass(frozen=True)
 class _RowReader:
-    """Rows in the place of blocks that hold one row each."""
+    """A reader whose blocks have one row each."""
 
     rows: list[Row]
 
@@ -116,14 +116,14 @@ class _RowReader:
 
 
 class _Workers:
-    """Processes that fill a queue each.
+    """Processes that each fill a queue.
 
-    Not torch's: those hand over by /dev/shm, which containers keep small, and one that ends by a signal raises an error
-    wherever the trainer happens to be.
+    Torch's workers are not used: they send data by /dev/shm, which is small in containers, and one that ends by a
+    signal raises an error at any point of the trainer.
 
     Args:
-        stream: of worker 0; the others differ by the number.
-        skip_rows: rows of this rank that were used before.
+        stream: the stream of worker 0; the others differ in the number.
+        skip_rows: the rows of this rank that were used already.
     """
 
     def __init__(self, stream: RowStream, *, skip_rows: int) -> None:
@@ -133,8 +133,8 @@ class _Workers:
         self._queues: list[Any] = [context.Queue(_PARCELS_AHEAD) for _ in range(count)]
         self._first = skip_rows % count
         self._processes = []
-        # The terminal, or SLURM, sends its signals to all processes of a job; they are for the trainer alone, which
-        # may still want rows for its last step.
+        # The terminal, or SLURM, sends its signals to all processes of a job; only the trainer handles them, which
+        # may still need rows for its last step.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             for number, parcels in enumerate(self._queues):
@@ -145,11 +145,11 @@ class _Workers:
                 self._processes.append(process)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        # Before multiprocessing's own end, which would wait for processes that hear no SIGTERM.
+        # Before multiprocessing's own exit handler, which would wait for processes that ignore SIGTERM.
         atexit.register(self.close)
 
     def rows(self) -> Iterator[Row]:
-        """The rows of all workers, in turn.
+        """Yield the rows of all workers, in turn.
 
         Raises:
             DataError: a shard is refused, or a process was killed.

@@ -1,8 +1,8 @@
-"""The batches of a run: the global order, cut among ranks and micro batches, read ahead by a thread.
+"""The batches of a run: the global order, divided over ranks and micro batches, read ahead by a thread.
 
-Each optimizer step takes the next `global_batch_size` sequences of the global order, but for those to skip. Rank r of R
-reads the r-th of R equal, contiguous slices, in micro batches. So the next sequence's number is all the state there is,
-and neither the number of ranks nor the micro batch changes which sequences a step is made of.
+Each optimizer step takes the next `global_batch_size` sequences of the global order, except those to skip. Rank r of R
+reads the r-th of R equal, contiguous slices, in micro batches. So the next sequence's number is the whole state,
+and the sequences of a step do not depend on the number of ranks or the micro batch.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from bigtx.data.stream.sources import check_sources, make_order
 from bigtx.utils.errors import ConfigError
 
 BATCHES_AHEAD = 16
-"""Batches of a validation whose blocks are told to the reader ahead of need."""
+"""Batches of a validation whose blocks are passed to the reader in advance."""
 LOCATED_ROWS = 1024
-"""Rows of one rank that are located at once, if a step has no more."""
+"""Rows of one rank that are located at once, unless a step has more."""
 
 
 def check_division(global_batch_size: int, micro_batch_size: int, world_size: int) -> None:
@@ -43,17 +43,17 @@ def check_division(global_batch_size: int, micro_batch_size: int, world_size: in
     """
     if global_batch_size % (world_size * micro_batch_size):
         raise ConfigError(
-            f"train.global_batch_size={global_batch_size} does not divide into {world_size} ranks with micro "
+            f"train.global_batch_size={global_batch_size} cannot be divided into {world_size} ranks with micro "
             f"batches of {micro_batch_size}: choose train.micro_batch_size so that their product divides it."
         )
 
 
 class StepLoader(ABC):
-    """Iterates over optimizer steps, without end: each item is the list of this rank's micro batches.
+    """An endless iterator over optimizer steps: each item is the list of this rank's micro batches.
 
     Attributes:
-        next_sequence: of the global order, after those handed out: the state to save.
-        wait_seconds: time that `next` waited for data so far.
+        next_sequence: the next sequence of the global order: the state to save.
+        wait_seconds: the time that `next` has waited for data.
     """
 
     def __init__(
@@ -81,11 +81,11 @@ class StepLoader(ABC):
 
     @abstractmethod
     def num_tokens(self, micro_batches: list[Batch]) -> int:
-        """Input tokens of a step on this rank."""
+        """Return the number of input tokens of a step on this rank."""
 
     @abstractmethod
     def _sequence_after_step(self) -> int:
-        """The next sequence once a step's are handed out."""
+        """Return the next sequence after those of a step."""
 
     def close(self) -> None:
         """End the reading thread."""
@@ -97,19 +97,19 @@ class TrainLoader(StepLoader):
     """The steps of a run on prepared corpora.
 
     Args:
-        data: the mixture.
+        data: the config of the mixture.
         sequence_length: tokens T of a row.
         global_batch_size: sequences of a step over all ranks.
         micro_batch_size: rows B of a batch.
-        seed: of the run.
-        rank, world_size: which slice of each global batch is read.
-        start_sequence: of the global order, where to begin.
+        seed: the seed of the run.
+        rank, world_size: the slice of each global batch to read.
+        start_sequence: the first sequence of the global order to read.
         pad_id: the id that fills short rows.
-        prepare: what is made of the rows.
+        prepare: the objective's function of the rows.
 
     Raises:
-        ConfigError: the global batch does not divide into ranks and micro batches.
-        DataError: from the constructor what `check_sources` refuses; from `next` a damaged block.
+        ConfigError: the global batch cannot be divided into ranks and micro batches.
+        DataError: `check_sources` refuses the sources; from `next`: a block is damaged.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class TrainLoader(StepLoader):
         )
 
     def num_tokens(self, micro_batches: list[Batch]) -> int:
-        """Whole rows."""
+        """Return the number of whole rows."""
         return len(micro_batches) * self._micro_batch_size * self._form.sequence_length
 
     def _sequence_after_step(self) -> int:
@@ -163,7 +163,7 @@ class TrainLoader(StepLoader):
         super().close()
 
     def _micro_batches(self, start_sequence: int) -> Iterator[Batch]:
-        """This rank's micro batches of all steps from start_sequence on."""
+        """Yield this rank's micro batches of all steps from start_sequence on."""
         size = self._micro_batch_size
         located = ((sequences, self._order.places(sequences)) for sequences in self._slices(start_sequence))
         ahead = rows_ahead(self._num_micro_batches * size, self._world_size, self._form.sequence_length)
@@ -174,7 +174,7 @@ class TrainLoader(StepLoader):
                 yield self._prepare(read_rows(self._readers, of_batch, sequences[part], size, self._form))
 
     def _slices(self, position: int) -> Iterator[np.ndarray]:
-        """This rank's sequences, of as many steps at a time as are quicker to locate together."""
+        """Yield this rank's sequences, of as many steps at a time as is quick to locate together."""
         own = self._num_micro_batches * self._micro_batch_size
         num_steps = max(1, min(LOCATED_ROWS // own, MAX_SPAN // self._global_batch_size))
         while True:
@@ -184,14 +184,14 @@ class TrainLoader(StepLoader):
 
 
 class Prefetcher:
-    """Runs an iterator in a thread, up to `depth` items ahead.
+    """An iterator that runs another one in a thread, up to `depth` items ahead.
 
-    What the iterator raises is raised by `next`, as it was, once the items before it are taken.
+    An error of the iterator is raised by `next` unchanged, after the items before it.
     """
 
     def __init__(self, items: Iterator[Batch], depth: int) -> None:
         self._items = items
-        # Two queues of the plainest kind, for items and for room, hand over in half the time of one bounded queue.
+        # Two simple queues, for items and for free slots, need half the time of one bounded queue.
         self._ready: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()
         self._room: queue.SimpleQueue[None] = queue.SimpleQueue()
         for _ in range(depth):
@@ -236,12 +236,13 @@ class Prefetcher:
 
 
 class ValidationBatches(Sequence[Batch]):
-    """This rank's batches of a validation split: rows at even distances over all of it, in order.
+    """This rank's batches of a validation split: rows at even distances over the whole split, in order.
 
-    Every rank has the same number of batches, so that collectives meet; rows beyond the end are padding without labels.
+    Every rank has the same number of batches, so that collectives match; rows beyond the end are padding without
+    labels.
 
     Attributes:
-        manifest: of the split; `bytes_per_token` turns a loss per token into one per byte.
+        manifest: the manifest of the split; `bytes_per_token` converts a loss per token to one per byte.
         num_sequences: rows over all ranks, padding not counted.
     """
 
@@ -278,7 +279,7 @@ class ValidationBatches(Sequence[Batch]):
         return self._prepare(read_rows([self._reader], places, numbers, self._micro_batch_size, self._form))
 
     def _locate(self, index: int) -> tuple[np.ndarray, Places]:
-        """The numbers of a batch's rows among all that are read, and their places."""
+        """Return the numbers of a batch's rows among all that are read, and their places."""
         first = (index * self._world_size + self._rank) * self._micro_batch_size
         numbers = np.arange(first, min(first + self._micro_batch_size, self.num_sequences))
         rows = numbers * int(self._ends[-1]) // self.num_sequences
@@ -299,14 +300,14 @@ def validation_batches(
     pad_id: int,
     prepare: Prepare = as_they_are,
 ) -> ValidationBatches:
-    """This rank's share of `max_sequences` rows of a prepared corpus's validation split.
+    """Return this rank's share of `max_sequences` rows of a prepared corpus's validation split.
 
     Args:
-        path: folder or URL of the corpus, as in `data.sources.NAME.path`.
-        prepare: what is made of the rows.
+        path: the folder or URL of the corpus, as in `data.sources.NAME.path`.
+        prepare: the objective's function of the rows.
 
     Raises:
-        DataError: the corpus has no whole validation split.
+        DataError: the corpus has no complete validation split.
     """
     form = RowFormat(
         sequence_length=sequence_length,

@@ -1,4 +1,4 @@
-"""Which source the i-th sequence of a run comes from: weights in phases, kept exactly, found by arithmetic.
+"""The source of the i-th sequence of a run: weights in phases, kept exactly, computed by arithmetic.
 
 The sources are the leaves of a binary tree. A phase gives every node v a share of the sequences, the sum of its leaves'
 shares, so that Q_v(t), the ideal number of the first t sequences that reach v, is a broken line with a bend at each
@@ -7,20 +7,21 @@ phase's start. A node's arrivals are its clock: of the first N sequences that re
     L_v(N) = round(G(N)),    G = Q_left o Q_v^-1
 
 to its left child and the others to its right one. G is a broken line too, and its slope, left's share of v, is from 0
-to 1; so neither count ever falls, and a place follows from i alone in one walk down the tree, in whole numbers.
+to 1; so neither count ever decreases, and a place follows from i alone by one walk down the tree, in whole numbers.
 
-The bound. A rounding is off by at most 1/2. A node that is off its ideal by e reads G at most e too early or late, so
+The bound. A rounding is off by at most 1/2. A node that is off its ideal by e evaluates G at most e too early or late,
+so
 
     e_left <= 1/2 + max over q of G(q + e_v) - G(q),    and the same for the right child; the root is off by 0.
 
-Nothing adds up from phase to phase. With one phase, G(q + e) - G(q) is e times the share, and a leaf is off by at most
-1/2 (1 + w/w1 + w/w2 + ...), where w is its weight and w1, w2, ... its ancestors' weights below the root. In a Huffman
-tree a node's uncle weighs at least as much as the node, hence the weights on the way up grow at least like Fibonacci's
-numbers, and the sum is below 1/2 (1 + 1 + 1/2 + 1/3 + 1/5 + ...) = 1.68: at no prefix is any source off by two
-sequences, whatever the weights. With several phases, one tree must serve them all: the Huffman trees of each phase's
-weights, of their means, of their maxima and of equal weights are tried, some of them also with the sources that are
-read in the same phases kept together, and the one with the least bound is taken. As G(q + e) - G(q) is never more than
-e, a leaf of depth d is off by at most d/2: up to 16 sources stay within two whatever the phases. With more, phases for
+Errors do not accumulate from phase to phase. With one phase, G(q + e) - G(q) is e times the share, and a leaf is off by
+at most 1/2 (1 + w/w1 + w/w2 + ...), where w is its weight and w1, w2, ... its ancestors' weights below the root. In a
+Huffman tree a node's uncle weighs at least as much as the node, hence the weights on the way up grow at least like
+Fibonacci's numbers, and the sum is below 1/2 (1 + 1 + 1/2 + 1/3 + 1/5 + ...) = 1.68: at no prefix is any source off by
+two sequences, for any weights. With several phases, one tree is used for all of them: the Huffman trees of each
+phase's weights, of their means, of their maxima and of equal weights are tried, some of them also with the sources that
+are read in the same phases kept together, and the one with the least bound is used. As G(q + e) - G(q) is never more
+than e, a leaf of depth d is off by at most d/2: up to 16 sources stay within two in any phases. With more, phases for
 which no tree is found that stays within two are refused.
 """
 
@@ -41,13 +42,13 @@ from bigtx.utils.errors import DataError
 MAX_SPAN = 1 << 17
 """Most sequences from the first to the last that one step of the arithmetic covers, to stay within 64 bits."""
 MAX_ERROR = 2
-"""Sequences that a source may be off its exact share, at any prefix."""
+"""The largest deviation of a source from its exact share, in sequences, at any prefix."""
 SHARE_UNIT = 1 << 44
 """Weights are rounded to this part of their sum: off by a tenth of a sequence after 10^12 sequences."""
 
 
 def runs(ascending: np.ndarray) -> Iterator[tuple[int, slice]]:
-    """The runs of equal values in an ascending array: (value, where)."""
+    """Yield the runs of equal values in an ascending array: (value, where)."""
     if len(ascending):
         bounds = np.flatnonzero(ascending[1:] != ascending[:-1]) + 1
         for begin, end in itertools.pairwise([0, *bounds.tolist(), len(ascending)]):
@@ -55,35 +56,35 @@ def runs(ascending: np.ndarray) -> Iterator[tuple[int, slice]]:
 
 
 class Phase(NamedTuple):
-    """A stretch of a run: the sequence with which it begins, and each source's weight from there on."""
+    """A phase of a run: its first sequence, and each source's weight from that sequence on."""
 
     start: int
     weights: list[float]
 
 
 class Mixture:
-    """Shares out the sequences of a run among weighted sources.
+    """The distribution of the sequences of a run over weighted sources.
 
-    A source may give a sequence or two after its weight has become 0 or before it is more: those that it is off by.
+    A source may give one or two sequences after its weight has become 0 or before it is above 0: its deviation.
 
     Args:
-        phases: by start, the first one at 0; in each some weight, and for each source some phase's, is above 0.
+        phases: by start, the first one at 0; each phase and each source has some weight above 0.
 
     Raises:
-        DataError: no tree was found that keeps so many sources within two sequences of their shares in these phases.
+        DataError: no tree keeps this many sources within two sequences of their shares in these phases.
     """
 
     def __init__(self, phases: list[Phase]) -> None:
         starts = [phase.start for phase in phases]
         assert starts[0] == 0 and all(a < b for a, b in itertools.pairwise(starts))
         shares = [_integer_shares(phase.weights) for phase in phases]
-        assert all(map(any, zip(*shares, strict=True))), "a source that is never read has no place in a mixture"
+        assert all(map(any, zip(*shares, strict=True))), "a mixture has no source that is never read"
         self._num_sources = len(shares[0])
         if len(phases) == 1:
             self._root = _split(_huffman(shares[0]), starts, shares)
             return
         sums, maxima = ([of(column) for column in zip(*shares, strict=True)] for of in (sum, max))
-        # Which trees are tried, and in which order, is part of the order of every run with phases.
+        # The trees and the order in which they are tried determine the order of every run with phases.
         patterns = [tuple(map(bool, column)) for column in zip(*shares, strict=True)]
         shapes = [_huffman(weights) for weights in (*shares, sums, maxima, [1] * self._num_sources)]
         shapes += [_huffman_in_groups(weights, patterns) for weights in (sums, maxima)]
@@ -92,13 +93,13 @@ class Mixture:
         if min(errors) > MAX_ERROR:
             raise DataError(
                 f"data.phases: {len(phases) - 1} phases of {self._num_sources} sources cannot be mixed exactly: a "
-                f"source could be off its share by {float(min(errors)):.2f} sequences, and {MAX_ERROR} are allowed. "
-                "Use fewer phases, or at most 16 sources, which always can."
+                f"source could be off its share by {float(min(errors)):.2f} sequences, but {MAX_ERROR} are allowed. "
+                "Use fewer phases, or at most 16 sources, which always work."
             )
         self._root = trees[errors.index(min(errors))]
 
     def counts(self, num_sequences: int) -> list[int]:
-        """How many of the first `num_sequences` sequences each source gives."""
+        """Return how many of the first `num_sequences` sequences each source gives."""
         counts = [0] * self._num_sources
 
         def descend(node: _Split | int, arrived: int) -> None:
@@ -113,13 +114,13 @@ class Mixture:
         return counts
 
     def assign(self, sequences: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
-        """Where sequences come from.
+        """Return the sources of sequences.
 
         Args:
-            sequences: int64, ascending, of the run; from the first to the last less than MAX_SPAN.
+            sequences: int64, ascending, sequences of the run; the last minus the first is less than MAX_SPAN.
 
         Returns:
-            (source, which of `sequences` it gives, their numbers within the source) for each source that gives any.
+            (source, indices into `sequences`, their numbers within the source) for each source that gives any.
         """
         found = []
 
@@ -140,7 +141,7 @@ class Mixture:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A straight piece of a node's G: of `total` arrivals, `left_share` go left.
+    """A linear piece of a node's G: of `total` arrivals, `left_share` go left.
 
     Attributes:
         begin: the node's ideal arrivals where the piece begins.
@@ -161,7 +162,7 @@ class _Split:
         self._firsts = np.array([math.ceil(piece.begin) for piece in pieces], np.int64)
 
     def sent_left(self, arrivals: np.ndarray) -> np.ndarray:
-        """How many of the first so many arrivals (int64, ascending) went left; int64."""
+        """Return how many of the first so many arrivals (int64, ascending) went left; int64."""
         sent = np.empty_like(arrivals)
         for number, part in runs(np.searchsorted(self._firsts, arrivals, side="right") - 1):
             piece, first, offsets = self.pieces[number], int(arrivals[part.start]), arrivals[part]
@@ -193,7 +194,9 @@ def _huffman(shares: list[int], shapes: list[_Shape] | None = None) -> _Shape:
 
 
 def _huffman_in_groups(weights: list[int], patterns: list[tuple[bool, ...]]) -> _Shape:
-    """Sources that are read in the same phases together: then no rounding is spent on which of them are not."""
+    """Group the sources that are read in the same phases, so that rounding does not depend on the sources outside a
+    phase.
+    """
     groups: dict[tuple[bool, ...], list[int]] = {}
     for source, pattern in enumerate(patterns):
         groups.setdefault(pattern, []).append(source)
@@ -202,7 +205,7 @@ def _huffman_in_groups(weights: list[int], patterns: list[tuple[bool, ...]]) -> 
 
 
 def _split(shape: _Shape, starts: list[int], shares: list[list[int]]) -> _Split | int:
-    """The tree of a shape, with the pieces of its nodes."""
+    """Return the tree of a shape, with the pieces of its nodes."""
     if isinstance(shape, int):
         return shape
     left, right = (_shares_of(child, shares) for child in shape)
@@ -210,7 +213,7 @@ def _split(shape: _Shape, starts: list[int], shares: list[list[int]]) -> _Split 
     lengths = [end - start for start, end in zip(starts, [*starts[1:], starts[-1]], strict=True)]
     for length, of_phase, left_share, right_share in zip(lengths, shares, left, right, strict=True):
         total = left_share + right_share
-        if total:  # A phase in which nothing reaches a node is no time at all by its clock.
+        if total:  # A phase in which nothing reaches a node has no length by its clock.
             offset = math.floor(Fraction(total, 2) + ideal_left * total - ideal * left_share)
             pieces.append(_Piece(ideal, left_share, total, offset))
         ideal += Fraction(length * total, sum(of_phase))
@@ -219,14 +222,14 @@ def _split(shape: _Shape, starts: list[int], shares: list[list[int]]) -> _Split 
 
 
 def _shares_of(shape: _Shape, shares: list[list[int]]) -> list[int]:
-    """The share of a subtree in each phase."""
+    """Return the share of a subtree in each phase."""
     if isinstance(shape, int):
         return [of_phase[shape] for of_phase in shares]
     return [sum(pair) for pair in zip(*(_shares_of(child, shares) for child in shape), strict=True)]
 
 
 def _largest_error(node: _Split | int, error: Fraction) -> Fraction:
-    """The bound of the module's docstring, for the leaves below a node that is off by at most `error`."""
+    """Return the bound of the module's docstring, for the leaves below a node that is off by at most `error`."""
     if isinstance(node, int):
         return error
     # Rounded up to a short fraction: the exact ones grow with every level.

@@ -1,15 +1,15 @@
 """The global order of training sequences: pure arithmetic, no state.
 
     sequence i of the run
-        -> source, and the how-manieth sequence of that source         (mixture.py: a tree of rounded splits)
-        -> epoch of the source, and the place within the epoch          (division)
-        -> block and row                                                (two keyed shuffles and a binary search)
+        -> source, and the number of the sequence in that source        (mixture.py: a tree of rounded splits)
+        -> epoch of the source, and the place within the epoch           (division)
+        -> block and row                                                 (two keyed shuffles and a binary search)
 
 A row is `sequence_length` inputs with their labels, cut from one block; a block of n tokens has ceil((n - 1) / T) rows.
 Each epoch permutes the blocks of a source, and then permutes the rows within each window of WINDOW_BLOCKS blocks, so
-that neighbouring rows of one long document do not meet in one batch, while reading stays local to a few megabytes.
-Everything follows from (seed, source names, phases with their weights, tokens of the blocks, sequence_length), whatever
-the number of ranks, and sequence 10^9 is as quick to find as sequence 0.
+that neighbouring rows of one long document are not in one batch, while reading stays local to a few megabytes.
+Everything depends on (seed, source names, phases with their weights, tokens of the blocks, sequence_length), not on
+the number of ranks, and sequence 10^9 is found as quickly as sequence 0.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bigtx.data.stream.mixture import MAX_SPAN, Mixture, Phase, runs
 
 
 class Places(NamedTuple):
-    """Where sequences lie; int64 arrays of one length."""
+    """The places of sequences; int64 arrays of one length."""
 
     source: np.ndarray
     epoch: np.ndarray
@@ -35,7 +35,7 @@ class Places(NamedTuple):
 
 
 def permutation(count: int, *key: int) -> np.ndarray:
-    """A permutation of range(count) that depends on the key alone; int64."""
+    """Return a permutation of range(count) that depends on the key only; int64."""
     hashes = np.empty(count, np.uint64)
     for begin in range(0, count, 1 << 16):  # In pieces that stay in the processor's cache.
         end = min(begin + (1 << 16), count)
@@ -44,7 +44,9 @@ def permutation(count: int, *key: int) -> np.ndarray:
 
 
 def rows_of_blocks(tokens: np.ndarray, sequence_length: int) -> np.ndarray:
-    """Rows of blocks with so many tokens: every token but a block's first is a label exactly once; int64."""
+    """Return the number of rows of blocks with so many tokens: every token but a block's first is a label exactly once;
+    int64.
+    """
     rows = np.array(tokens, np.int64)
     rows += sequence_length - 2
     rows //= sequence_length
@@ -55,7 +57,7 @@ class SourceOrder:
     """One source's part of the order.
 
     Args:
-        name: of the source; sources that are added, removed or reordered leave each other's order as it was.
+        name: the name of the source; the order of a source does not depend on the others.
         block_rows: [blocks] rows of each block.
     """
 
@@ -64,12 +66,14 @@ class SourceOrder:
         self.key = xxhash.xxh3_64_intdigest(name.encode())
         self.block_rows = np.asarray(block_rows, np.uint32)
         self.num_rows = int(self.block_rows.sum(dtype=np.int64))
-        assert self.num_rows > 0, "a source without rows is refused before"
-        # A batch may cross from one epoch to the next: two are needed at a time.
+        assert self.num_rows > 0, "a source without rows is refused earlier"
+        # A batch may cross the border of two epochs, so two are needed at a time.
         self._epoch = functools.lru_cache(maxsize=2)(lambda seed, epoch: EpochOrder(self, seed, epoch))
 
     def locate(self, index: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Epoch, block and row of the source's sequences `index` (int64, ascending, counted from the run's start)."""
+        """Return the epoch, block and row of the source's sequences `index` (int64, ascending, counted from the run's
+        start).
+        """
         epochs, places = np.divmod(index, self.num_rows)
         blocks, rows = np.empty_like(index), np.empty_like(index)
         for epoch, part in runs(epochs):
@@ -89,7 +93,7 @@ class EpochOrder:
         self._window_rows = functools.lru_cache(maxsize=2)(self._permute_window)
 
     def locate(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Block and row at the places (int64, ascending) of the epoch."""
+        """Return the block and row at the places (int64, ascending) of the epoch."""
         blocks, rows = np.empty_like(places), np.empty_like(places)
         for window, part in runs(np.searchsorted(self._window_ends, places, side="right")):
             begin, window_blocks, window_rows = self._window_rows(window)
@@ -98,7 +102,7 @@ class EpochOrder:
         return blocks, rows
 
     def _permute_window(self, window: int) -> tuple[int, np.ndarray, np.ndarray]:
-        """The first place of a window, and the block and row at each of its places."""
+        """Return the first place of a window, and the block and row at each of its places."""
         blocks = self._blocks[window * WINDOW_BLOCKS : (window + 1) * WINDOW_BLOCKS]
         ends = np.cumsum(self._block_rows[blocks], dtype=np.int64)
         shuffled = permutation(int(ends[-1]), *self._key, window)
@@ -111,12 +115,12 @@ class Order:
     """The order of a run over weighted sources.
 
     Args:
-        sources: in any order that is the same each time.
-        phases: the sources' weights, from the run's start on (see `Mixture`).
-        seed: of the run.
+        sources: the sources, in an order that is the same each time.
+        phases: the sources' weights, starting at the run's start (see `Mixture`).
+        seed: the seed of the run.
 
     Raises:
-        DataError: the phases cannot be kept exactly.
+        DataError: the phases cannot be mixed exactly.
     """
 
     def __init__(self, sources: list[SourceOrder], phases: list[Phase], seed: int) -> None:
@@ -126,12 +130,12 @@ class Order:
         self.mixture = Mixture(phases)
 
     def place(self, sequence: int) -> tuple[int, int, int, int]:
-        """Source index, epoch, block and row of one sequence of the run."""
+        """Return the source index, epoch, block and row of one sequence of the run."""
         source, epoch, block, row = (int(array[0]) for array in self.places(np.array([sequence])))
         return source, epoch, block, row
 
     def places(self, sequences: np.ndarray) -> Places:
-        """Where sequences of the run (int64, ascending) lie."""
+        """Return the places of sequences of the run (int64, ascending)."""
         places = Places(*(np.empty(len(sequences), np.int64) for _ in Places._fields))
         for _, part in runs(sequences // MAX_SPAN):
             for source, slots, index in self.mixture.assign(sequences[part]):

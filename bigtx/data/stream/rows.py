@@ -14,24 +14,24 @@ from bigtx.data.stream.order import Places
 IGNORED_LABEL = -100
 """Label of a position that is not predicted (torch's `ignore_index`)."""
 PADDING_SEQUENCE = -1
-"""Sequence id of a row that is padding alone."""
+"""Sequence id of a row that is only padding."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro batch: B rows of T positions as they come from the stream, or what an objective made of them.
+    """One micro batch: B rows of T positions from the stream, or as changed by an objective.
 
     Attributes:
         tokens: int64 [B, T].
-        labels: int64 [B, T], the next token, or IGNORED_LABEL. An objective may ask for less: [B, M] with `columns`.
+        labels: int64 [B, T], the next token, or IGNORED_LABEL. An objective may have fewer: [B, M] with `columns`.
         positions: int64 [B, T], restarting at each document; None unless the document mask is on.
         segment_ids: int64 [B, T], counting the documents of a row; None unless the document mask is on.
         sequence_ids: int64 [B], each row's number in the global order, or PADDING_SEQUENCE.
-        text_lengths: int64 [B], tokens of text in each row; what follows is padding.
-        columns: int64 [B, M], where labels belong; None: everywhere.
-        prefix_mask: bool [B, T], tokens that all of their segment see.
-        target_tokens, target_positions, target_segment_ids: int64 [B, U], what the decoder of an encoder-decoder
-            reads; the labels are then its own.
+        text_lengths: int64 [B], tokens of text in each row; the rest is padding.
+        columns: int64 [B, M], the positions of the labels; None: all.
+        prefix_mask: bool [B, T], tokens that all tokens of their segment see.
+        target_tokens, target_positions, target_segment_ids: int64 [B, U], the input of the decoder of an
+            encoder-decoder; the labels are then those of the decoder.
     """
 
     tokens: torch.Tensor
@@ -48,31 +48,31 @@ class Batch:
 
     @property
     def num_labels(self) -> int:
-        """Positions that are predicted. Ask before `to`, or the answer waits for the device."""
+        """Return the number of predicted positions. Call this before `to`; later it waits for the device."""
         return int((self.labels != IGNORED_LABEL).sum())
 
     def inputs(self) -> dict[str, torch.Tensor]:
-        """What a Transformer is called with."""
+        """Return the arguments of a Transformer."""
         return {name: part for name, part in vars(self).items() if part is not None and name != "text_lengths"}
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device, copied without waiting where its memory is pinned."""
+        """Return the batch on a device, copied without waiting if its memory is pinned."""
         moved = {name: part.to(device, non_blocking=True) for name, part in vars(self).items() if part is not None}
         return replace(self, **moved)
 
 
 Prepare = Callable[[Batch], Batch]
-"""What an objective makes of rows, on the CPU and ahead of time."""
+"""A function by which an objective changes rows, on the CPU and ahead of time."""
 
 
 def as_they_are(batch: Batch) -> Batch:
-    """Rows for the next token."""
+    """Return the rows unchanged, for the prediction of the next token."""
     return batch
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowFormat:
-    """How rows are cut and padded: T, the id of padding, whether documents are kept apart, pinned memory or not."""
+    """How rows are cut and padded: T, the id of padding, whether documents are separated and memory is pinned."""
 
     sequence_length: int
     pad_id: int
@@ -87,9 +87,9 @@ def read_rows(
 
     Args:
         readers: one for each source index in `places`.
-        places: of at most num_rows rows.
+        places: the places of at most num_rows rows.
         sequences: each row's number in the global order.
-        num_rows: B.
+        num_rows: the number of rows B.
     """
     length, count = form.sequence_length, len(places.block)
     tokens, labels = _empty(num_rows, form), _empty(num_rows, form)
@@ -119,7 +119,7 @@ def read_rows(
     if begins is not None:
         label_rows[begins[:, 1:]] = IGNORED_LABEL
         positions, segment_ids = _positions_and_segments(begins, form)
-    # Pinned like the others: a copy from pageable memory may wait for all that the device has still to do.
+    # Pinned like the others: a copy from pageable memory may wait for all work of the device.
     sequence_ids = torch.full((num_rows,), PADDING_SEQUENCE, dtype=torch.int64, pin_memory=form.pin_memory)
     sequence_ids[:count] = torch.from_numpy(sequences)
     return Batch(tokens, labels, positions, segment_ids, sequence_ids, text_lengths)
@@ -130,10 +130,10 @@ def _empty(num_rows: int, form: RowFormat) -> torch.Tensor:
 
 
 def _positions_and_segments(begins: np.ndarray, form: RowFormat) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions since the last beginning, and the number of beginnings after a row's first position."""
+    """Return the positions since the last beginning, and the number of beginnings after a row's first position."""
     num_rows, length = len(begins), form.sequence_length
     positions, segment_ids = _empty(num_rows, form), _empty(num_rows, form)
-    # A row opens a segment of its own, whether a document begins there or goes on.
+    # A row starts a segment of its own, whether a document starts there or continues.
     inner = begins[:, :length].copy()
     inner[:, 0] = False
     np.cumsum(inner, axis=1, out=segment_ids.numpy())

@@ -1,4 +1,4 @@
-"""Opening the corpora that a run names, and checking that they fit the run and each other."""
+"""The corpora of a run, opened, and the checks that they fit the run and each other."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Source:
 def open_sources(data: DataConfig) -> list[Source]:
     """Open the training split of each source with a weight in some phase, sorted by name.
 
-    So the order of a config file decides nothing.
+    So the order of a config file has no effect.
 
     Raises:
-        DataError: every source that is missing, unfinished or damaged, in one message.
+        DataError: a source is missing, unfinished or damaged; one message lists all of them.
     """
     cache = Cache(data.cache_dir, data.cache_size)
     opened, problems = [], []
@@ -45,7 +45,7 @@ def open_sources(data: DataConfig) -> list[Source]:
     if not opened and not problems:
         problems.append(
             "data.sources names no source with a weight above 0; give one as data.sources.NAME.path=FOLDER, "
-            "with the folder of a `bigtx data prepare`."
+            "with a folder written by `bigtx data prepare`."
         )
     if problems:
         raise DataError("\n".join(problems))
@@ -53,7 +53,7 @@ def open_sources(data: DataConfig) -> list[Source]:
 
 
 def make_order(data: DataConfig, sources: list[Source], *, sequence_length: int, seed: int) -> Order:
-    """The global order of a run over opened sources.
+    """Return the global order of a run over opened sources.
 
     Raises:
         DataError: the phases cannot be mixed exactly.
@@ -69,7 +69,7 @@ def make_order(data: DataConfig, sources: list[Source], *, sequence_length: int,
 
 
 def rows_read(data: DataConfig, order: Order, num_sequences: int) -> list[int]:
-    """How many rows of each source a run of `num_sequences` sequences reads, those of data.skip not counted."""
+    """Return how many rows of each source a run of `num_sequences` sequences reads, without those of data.skip."""
     if num_sequences == 0:
         return [0] * len(order.sources)
     skipped = SkippedWindows(data.skip)
@@ -80,7 +80,7 @@ def rows_read(data: DataConfig, order: Order, num_sequences: int) -> list[int]:
 
 
 def epochs(data: DataConfig, sources: list[Source], *, sequence_length: int, num_sequences: int) -> list[float]:
-    """How often a run of `num_sequences` sequences reads each of the sources."""
+    """Return how often a run of `num_sequences` sequences reads each of the sources."""
     order = make_order(data, sources, sequence_length=sequence_length, seed=0)
     read = rows_read(data, order, num_sequences)
     return [count / part.num_rows for part, count in zip(order.sources, read, strict=True)]
@@ -93,15 +93,15 @@ def check_sources(
     num_sequences: int | None = None,
     tokenizer_fingerprint: str | None = None,
 ) -> list[Source]:
-    """Open the training split of all sources and refuse what cannot be trained on.
+    """Open the training split of all sources and refuse those that cannot be used for training.
 
     Args:
         sequence_length: tokens T of a row.
-        num_sequences: sequences that the whole run reads, for `max_epochs`; None checks no repetition.
-        tokenizer_fingerprint: what the sources must have been tokenized with; None: only the same for all.
+        num_sequences: sequences that the run reads, for `max_epochs`; None disables the check of repetition.
+        tokenizer_fingerprint: the tokenizer that the sources must have; None: any, but the same for all.
 
     Raises:
-        DataError: a source is missing or damaged, has no row, was tokenized otherwise, or would repeat too often.
+        DataError: a source is missing or damaged, has no row, has another tokenizer, or would repeat too often.
     """
     sources = open_sources(data)
     problems = [_without_rows(source) for source in sources if _num_rows(source, sequence_length) == 0]
@@ -122,7 +122,7 @@ def _num_rows(source: Source, sequence_length: int) -> int:
 
 def _without_rows(source: Source) -> str:
     return (
-        f"data.sources.{source.name}: {source.manifest.folder} holds {source.manifest.num_tokens} tokens, "
+        f"data.sources.{source.name}: {source.manifest.folder} has {source.manifest.num_tokens} tokens, "
         "too few for one row. Prepare more text."
     )
 
@@ -143,7 +143,7 @@ def _too_many_epochs(data: DataConfig, sources: list[Source], sequence_length: i
         if limit is not None and count > limit * part.num_rows:
             problems.append(
                 f"data.sources.{source.name}: the run would read {count:,} rows of it, {count / part.num_rows:.2f} "
-                f"epochs of {part.num_rows:,} rows, and max_epochs allows {limit:g}. Train for fewer steps, lower its "
+                f"epochs of {part.num_rows:,} rows, but max_epochs allows {limit:g}. Train for fewer steps, lower its "
                 "weight, add data, or raise max_epochs."
             )
     return problems

@@ -1,4 +1,4 @@
-"""C4's rules for web pages (arXiv:1910.10683, 2.2, and its published code), which cut lines out of a text.
+"""C4's rules for web pages (arXiv:1910.10683, 2.2, and its published code), which remove lines from a text.
 
 Its list of bad words is left out (it removes much that is harmless), and so are its repeated spans of three sentences:
 near duplicates and repetition are found by other means here.
@@ -26,7 +26,7 @@ _CITATION = re.compile(r"\[\d*\]|\[edit\]|\[citation needed\]")
 
 
 class C4Lines:
-    """Cuts unfit lines out of texts, and says which texts are unfit as a whole."""
+    """C4's rules, which remove unsuitable lines from texts and refuse unsuitable texts."""
 
     def __init__(self, config: FilterConfig) -> None:
         self._c4 = config.c4
@@ -36,7 +36,7 @@ class C4Lines:
         self.is_empty = not (self._c4 or self._terminal_punctuation or self._min_words)
 
     def unfit(self, text: str) -> str:
-        """Why a text is no page of prose; empty if it may be one."""
+        """Return why a text is not a page of prose; empty if it may be one."""
         if self._c4 and "{" in text:
             return "a curly bracket"
         if self._c4 and "lorem ipsum" in text.lower():
@@ -44,7 +44,7 @@ class C4Lines:
         return ""
 
     def keep(self, text: str) -> str:
-        """The lines that are fit, without white space around them and without citation marks."""
+        """Return the suitable lines, without white space around them and without citation marks."""
         lines = (line.strip() for line in text.split("\n"))
         if self._c4 and "[" in text:
             lines = (_CITATION.sub("", line).rstrip() for line in lines)
@@ -53,7 +53,9 @@ class C4Lines:
         return "\n".join(line for line in lines if self._fits(line, unfit))
 
     def _fits(self, line: str, unfit: list[str]) -> bool:
-        """Whether a line stays; `unfit` are the phrases that a line must not have, of those that the text has."""
+        """Return whether a line stays; `unfit` are the phrases that a line must not have, of those that the text
+        has.
+        """
         if self._terminal_punctuation and (not line.endswith(_END_MARKS) or line.endswith(_ELLIPSIS)):
             return False
         words = line.split()

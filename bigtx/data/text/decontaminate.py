@@ -4,7 +4,7 @@
 
 An n-gram is `ngram` words, as in GPT-3 (arXiv:2005.14165, appendix C: 13 words, in lower case, without punctuation). An
 evaluation text of fewer words is one n-gram of its own length, if it has at least `min_words` (GPT-3: 8): shorter runs
-of words stand in many documents by chance, and would cost much of the corpus.
+of words occur in many documents by chance, and would remove much of the corpus.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from bigtx.utils.files import write_atomic, write_json
 
 INDEX_NAME = "contamination"
 _VERSION = 1
-"""Of the words and hashes: another one is another digest."""
+"""The version of the words and hashes: a new version changes the digest."""
 _BATCH_CHARACTERS = 1 << 17
 _MERGE_HASHES = 1 << 23
 _BLOCK = 1 << 16
-"""N-grams that are looked up at once."""
+"""The number of n-grams that are looked up at once."""
 _SCREEN_BITS = (10, 24)
 """Smallest and largest logarithm of the screen's size."""
 
@@ -44,11 +44,11 @@ def build_contamination_index(config: DecontaminateConfig, folder: Path) -> Path
     Memory grows with the n-grams of the evaluation sets, at about 40 bytes each.
 
     Args:
-        config: with `paths`.
-        folder: exists; gets a folder `contamination`.
+        config: a config with `paths`.
+        folder: an existing folder; a folder `contamination` is made in it.
 
     Returns:
-        That folder, for `Contamination` and `contamination_digest`.
+        The new folder, for `Contamination` and `contamination_digest`.
 
     Raises:
         DataError: a set cannot be read in full, or no text in them is long enough.
@@ -70,8 +70,8 @@ def build_contamination_index(config: DecontaminateConfig, folder: Path) -> Path
                 parts[:] = [np.unique(np.concatenate(parts))]
     if not hashes:
         raise DataError(
-            f"None of the {num_texts:,} texts in decontaminate.paths has {config.min_words} words, so nothing can be "
-            "found by them; name evaluation sets with longer texts, or lower decontaminate.min_words."
+            f"None of the {num_texts:,} texts in decontaminate.paths has {config.min_words} words, so no "
+            "n-gram can be compared; name evaluation sets with longer texts, or lower decontaminate.min_words."
         )
     index = folder / INDEX_NAME
     index.mkdir(exist_ok=True)
@@ -87,7 +87,7 @@ def build_contamination_index(config: DecontaminateConfig, folder: Path) -> Path
 
 
 def contamination_digest(index: Path) -> str:
-    """A digest of an index: equal for equal n-grams, in whatever files and order they were."""
+    """Return a digest of an index: equal for equal n-grams, in any files and any order."""
     return str(_describe(index)["digest"])
 
 
@@ -98,10 +98,10 @@ class _Set:
     n: int
     hashes: np.ndarray
     screen: np.ndarray
-    """[a power of two] bool: whether any hash begins with these bits. Most that are in no set end here."""
+    """bool [a power of two]: whether any hash begins with these bits. This excludes most n-grams that are in no set."""
 
     def find(self, words: np.ndarray) -> int | None:
-        """The place of the first n-gram that is in the set."""
+        """Return the place of the first n-gram that is in the set."""
         for begin in range(0, len(words) - self.n + 1, _BLOCK):
             ngrams = hash_ngrams(words[begin : begin + _BLOCK + self.n - 1], self.n)
             places = np.flatnonzero(self.screen[_first_bits(ngrams, len(self.screen))])
@@ -113,10 +113,10 @@ class _Set:
 
 
 class Contamination:
-    """Looks for the n-grams of an index in texts.
+    """The search for the n-grams of an index in texts.
 
     Args:
-        index: as `build_contamination_index` wrote it; its files are mapped, so processes share the memory.
+        index: the folder that `build_contamination_index` wrote; its files are mapped, so processes share the memory.
     """
 
     def __init__(self, index: Path) -> None:
@@ -129,7 +129,7 @@ class Contamination:
             self._sets.append(_Set(n, hashes, screen))
 
     def find(self, text: str) -> str:
-        """The first n-gram of the text that is in an evaluation set, as words; empty if there is none."""
+        """Return the first n-gram of the text that is in an evaluation set, as words; empty if there is none."""
         found: dict[int, int] = {}
         for first, words in hash_words_in_parts(text, max(ngrams.n for ngrams in self._sets) - 1):
             for ngrams in self._sets:
@@ -141,12 +141,12 @@ class Contamination:
 
 
 def _first_bits(hashes: np.ndarray, size: int) -> np.ndarray:
-    """Indices into a table of a power of two."""
+    """Return the indices into a table of a power of two."""
     return (hashes >> np.uint64(65 - size.bit_length())).astype(np.int64)
 
 
 def _batches(config: DecontaminateConfig) -> Iterator[list[str]]:
-    """The evaluation texts, some at a time."""
+    """Yield the evaluation texts, some at a time."""
     rejects = Rejects(max_share=1.0)
     settings = InputConfig(paths=config.paths, text_field=config.text_field, document_per_line=config.document_per_line)
     fields = Fields(settings, "decontaminate", ("text_field", "document_per_line"))
@@ -154,8 +154,8 @@ def _batches(config: DecontaminateConfig) -> Iterator[list[str]]:
     yield from in_batches((document.text for document in documents), len, _BATCH_CHARACTERS)
     if rejects:
         raise DataError(
-            f"Not all texts of decontaminate.paths can be read ({rejects.describe()}), so what they hold could not be "
-            f"kept out. Repair them, or name others. The first:"
+            f"Not all texts of decontaminate.paths can be read ({rejects.describe()}), so their n-grams could not be "
+            f"removed from the corpus. Repair them, or name others. The first:"
             f"{rejects.first()}"
         )
 

@@ -1,7 +1,7 @@
-"""Filters: what is measured in a text, and the limits within which it is kept.
+"""Filters: the measures of a text, and the limits within which it is kept.
 
-Each measure is a function of a Page; the limit of the same name in FilterConfig says `min_` or `max_`. Gopher's are
-those of arXiv:2112.11446 (A.1 and table A1), C4's those of arXiv:1910.10683 (2.2) and its published code.
+Each measure is a function of a Page; the limit of the same name in FilterConfig starts with `min_` or `max_`. Gopher's
+are those of arXiv:2112.11446 (A.1 and table A1), C4's those of arXiv:1910.10683 (2.2) and its published code.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _NGRAM_BASE = np.uint64(0xD6E8FEB86659FD93)
 
 
 class Page:
-    """A text with what several filters need of it, each computed once. Words are separated by white space."""
+    """A text with the quantities that several filters need, each computed once. Words are separated by white space."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -58,33 +58,35 @@ class Page:
 
     @functools.cached_property
     def lines(self) -> list[str]:
-        """Lines that are not blank, without the white space around them."""
+        """Return lines that are not blank, without the white space around them."""
         return [line for line in map(str.strip, self.text.split("\n")) if line]
 
     @functools.cached_property
     def paragraphs(self) -> list[str]:
-        """What blank lines separate."""
+        """Return the parts that blank lines separate."""
         return [part for part in map(str.strip, _PARAGRAPH_BREAK.split(self.text)) if part]
 
     @functools.cached_property
     def vocabulary(self) -> dict[str, int]:
-        """The different words, numbered as they appear."""
+        """Return the different words, numbered as they appear."""
         return {word: number for number, word in enumerate(dict.fromkeys(self.words))}
 
     @functools.cached_property
     def ends(self) -> np.ndarray:
-        """[words + 1] characters of the words before each one, white space left out."""
+        """Return the characters of the words before each one, without white space: [words + 1]."""
         lengths = np.fromiter(map(len, self.words), np.int64, len(self.words))
         return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
 
     @functools.cached_property
     def _ngrams(self) -> list[np.ndarray]:
-        """Numbers that are equal for equal n-grams: at place n - 1 those of n words; grows as it is asked for."""
+        """Return numbers that are equal for equal n-grams: at index n - 1 those of n words; the list grows on
+        demand.
+        """
         numbers = np.fromiter(map(self.vocabulary.__getitem__, self.words), np.uint64, len(self.words))
         return [splitmix64(numbers)]
 
     def ngrams(self, n: int) -> np.ndarray:
-        """[words - n + 1] uint64, equal for equal n-grams; empty if there are fewer words."""
+        """Return uint64 [words - n + 1], equal for equal n-grams; empty if there are fewer words."""
         known = self._ngrams
         while len(known) < n:
             known.append(known[-1][:-1] * _NGRAM_BASE + known[0][len(known) :])
@@ -92,78 +94,80 @@ class Page:
 
     @functools.cached_property
     def repeats_five(self) -> bool:
-        """Whether any five words stand twice; if not, no longer run does."""
+        """Return whether any five words in a row occur twice; if not, no longer run does."""
         ngrams = np.sort(self.ngrams(5))
         return bool((ngrams[1:] == ngrams[:-1]).any())
 
 
 def num_words(page: Page) -> float:
-    """Words."""
+    """Return the number of words."""
     return len(page.words)
 
 
 def mean_word_length(page: Page) -> float:
-    """Characters of a word, on average."""
+    """Return the mean number of characters of a word."""
     return int(page.ends[-1]) / max(1, len(page.words))
 
 
 def symbol_ratio(page: Page) -> float:
-    """Hash signs a word or ellipses a word, whichever are more."""
+    """Return the hash signs per word or the ellipses per word, the larger of the two."""
     ellipses = sum(page.text.count(ellipsis) for ellipsis in _ELLIPSES)
     return max(page.text.count("#"), ellipses) / max(1, len(page.words))
 
 
 def bullet_lines(page: Page) -> float:
-    """Share of lines that begin with a bullet."""
+    """Return the share of lines that begin with a bullet."""
     return sum(line.startswith(_BULLETS) for line in page.lines) / max(1, len(page.lines))
 
 
 def ellipsis_lines(page: Page) -> float:
-    """Share of lines that end with an ellipsis."""
+    """Return the share of lines that end with an ellipsis."""
     return sum(line.endswith(_ELLIPSES) for line in page.lines) / max(1, len(page.lines))
 
 
 def alphabetic_words(page: Page) -> float:
-    """Share of words with at least one letter."""
+    """Return the share of words with at least one letter."""
     doubtful = [word for word in page.words if not word.isalpha()]
     without = sum(_HAS_LETTER.search(word) is None for word in doubtful)
     return (len(page.words) - without) / max(1, len(page.words))
 
 
 def stop_words(page: Page) -> float:
-    """How many of Gopher's eight English words are in the text."""
+    """Return how many of Gopher's eight English words are in the text."""
     return len({_STOP_WORDS[word] for word in _STOP_WORDS.keys() & page.vocabulary.keys()})
 
 
 def duplicate_lines(page: Page) -> float:
-    """Share of lines that are equal to an earlier one."""
+    """Return the share of lines that are equal to an earlier one."""
     return _repeated(page.lines)
 
 
 def duplicate_line_characters(page: Page) -> float:
-    """The same by characters."""
+    """Return the share by characters."""
     return _repeated_characters(page.lines)
 
 
 def duplicate_paragraphs(page: Page) -> float:
-    """Share of paragraphs that are equal to an earlier one."""
+    """Return the share of paragraphs that are equal to an earlier one."""
     return _repeated(page.paragraphs)
 
 
 def duplicate_paragraph_characters(page: Page) -> float:
-    """The same by characters."""
+    """Return the share by characters."""
     return _repeated_characters(page.paragraphs)
 
 
 def sentences(page: Page) -> float:
-    """Ends of sentences: marks that white space, or a closing quotation mark or bracket and then that, follows."""
+    """Return the number of ends of sentences: marks that white space, or a closing quotation mark or bracket and then
+    that, follows.
+    """
     return sum(1 for _ in _SENTENCE_END.finditer(page.text))
 
 
 def top_ngram(page: Page, n: int) -> float:
-    """Share of the words' characters in the most frequent n-gram, if it stands at least twice.
+    """Return the share of the words' characters in the most frequent n-gram, if it occurs at least twice.
 
-    Of n-grams that are equally frequent the one with most characters counts; what lies in two of its copies counts
+    Of equally frequent n-grams the one with most characters counts; a character in two of its copies counts
     once.
     """
     ngrams = page.ngrams(n)
@@ -181,7 +185,9 @@ def top_ngram(page: Page, n: int) -> float:
 
 
 def duplicate_ngrams(page: Page, n: int) -> float:
-    """Share of the words' characters in n-grams that stand earlier already; what lies in several counts once."""
+    """Return the share of the words' characters in n-grams that occur earlier; a character in several of them counts
+    once.
+    """
     if n >= 5 and not page.repeats_five:
         return 0.0
     ngrams = page.ngrams(n)
@@ -211,7 +217,7 @@ MEASURES: dict[str, Callable[[Page], float]] = {
     "max_duplicate_paragraph_characters": duplicate_paragraph_characters,
     "min_sentences": sentences,
 }
-"""What the limit of each name is for; quick ones first."""
+"""The measure of each limit; quick ones first."""
 
 
 class Limits:
@@ -238,7 +244,7 @@ class Limits:
         self.is_empty = not self._single and not any(limits for *_, limits in self._lists)
 
     def first_broken(self, text: str) -> tuple[str, str] | None:
-        """The first limit that a text does not keep: its name, and what was measured; None if it keeps all."""
+        """Return the first limit that a text violates: its name and the measured value; None if there is none."""
         page = Page(text)
         for name, limit in self._single.items():
             measured = MEASURES[name](page)

@@ -1,18 +1,19 @@
-"""Which language a text is in: as its metadata says, else by py3langid (naive Bayes over byte n-grams, Lui 2012)."""
+"""The language of a text: by its metadata, else by py3langid (naive Bayes over byte n-grams, Lui 2012)."""
 
 from __future__ import annotations
 
 from bigtx.config.schema import FilterConfig
 
 _CHARACTERS = 512
-"""What is looked at, from the text's middle: pages begin and end with menus and notices in any language."""
+"""The number of characters that are examined, from the text's middle: pages begin and end with menus in any language.
+"""
 
 
 class LanguageFilter:
-    """Keeps the texts of some languages."""
+    """A filter that keeps the texts of some languages."""
 
     def __init__(self, config: FilterConfig) -> None:
-        """Raises ImportError without py3langid."""
+        """Set up the filter; raises ImportError if py3langid is missing."""
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
         self._allowed = {primary_language(language) for language in config.languages}
@@ -21,18 +22,18 @@ class LanguageFilter:
 
     @property
     def labels(self) -> list[str]:
-        """The languages that can be detected, as ISO 639 codes."""
+        """Return the languages that can be detected, as ISO 639 codes."""
         return sorted(self._identifier.labels)
 
     def refusal(self, text: str, language: str | None) -> str:
-        """Why a text is not kept; empty if it is.
+        """Return why a text is not kept; empty if it is.
 
         Args:
-            language: the text's, by its metadata; only without one is it detected.
+            language: the text's language by its metadata; it is detected only if there is none.
         """
         if language:
             known = primary_language(language)
-            return "" if known in self._allowed else f"in {known}, as its metadata says"
+            return "" if known in self._allowed else f"in {known}, by its metadata"
         begin = max(0, (len(text) - _CHARACTERS) // 2)
         found, probability = self._identifier.classify(text[begin : begin + _CHARACTERS])
         if found in self._allowed and probability >= self._least:
@@ -41,5 +42,5 @@ class LanguageFilter:
 
 
 def primary_language(code: str) -> str:
-    """`en` of en, EN-us or en_US."""
+    """Return `en` for en, EN-us or en_US."""
     return code.strip().lower().replace("_", "-").partition("-")[0]

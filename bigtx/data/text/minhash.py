@@ -13,16 +13,16 @@ from bigtx.data.hashing import hash64
 from bigtx.data.text.words import PIECE_CHARACTERS, Words, hash_ngrams, hash_words, hash_words_in_parts
 
 SIGNATURE_DTYPE = np.dtype("<u2")
-"""Of each hash 16 bits are kept (b-bit minwise hashing, arXiv:0910.3349): two of 65,536 agree by chance."""
+"""The kept part of each hash, 16 bits (b-bit minwise hashing, arXiv:0910.3349): two of 65,536 agree by chance."""
 NOTHING = 0xFFFF
-"""All entries of a document without a word, which is near to nothing."""
+"""The value of all entries of a document without words, which is not similar to any."""
 
 _BLOCK = 1 << 15
-"""N-grams that are hashed at once: they stay in the processor's cache."""
+"""The number of n-grams that are hashed at once: they fit into the processor's cache."""
 
 
 class Signer:
-    """Makes signatures; the same ones for equal settings, on every machine.
+    """The computation of signatures; they are equal for equal settings, on every machine.
 
     A document of fewer words than an n-gram counts as one n-gram of its own length.
     """
@@ -30,14 +30,14 @@ class Signer:
     def __init__(self, config: NearDuplicateConfig) -> None:
         self.num_hashes = config.num_bands * config.rows_per_band
         self._n = config.ngram
-        # Of well mixed numbers, odd multiples modulo 2^32 are as good as hashes: each order of them is as likely.
+        # For well mixed numbers, odd multiples modulo 2^32 are as good as hashes: all orders are equally likely.
         self._factors = (hash64(config.seed, np.arange(self.num_hashes)) >> np.uint64(32)).astype(np.uint32) | 1
 
     def sign(self, texts: list[str]) -> np.ndarray:
-        """The signatures of texts.
+        """Return the signatures of texts.
 
         Returns:
-            [texts, num_hashes] of SIGNATURE_DTYPE.
+            SIGNATURE_DTYPE [texts, num_hashes].
         """
         long = {number for number, text in enumerate(texts) if len(text) > PIECE_CHARACTERS}
         short = ["" if number in long else text for number, text in enumerate(texts)]
@@ -47,7 +47,7 @@ class Signer:
         return signatures
 
     def _sign_long(self, text: str) -> np.ndarray:
-        """The signature of one text, [num_hashes], in memory that does not grow with it."""
+        """Return the signature of one text, [num_hashes], in memory that does not grow with it."""
         smallest, words = np.full((self.num_hashes, 1), 0xFFFFFFFF, np.uint32), np.zeros(0, np.uint64)
         is_short = True
         for _, words in hash_words_in_parts(text, self._n - 1):
@@ -57,7 +57,7 @@ class Signer:
         return self._signatures(_one_text(words))[0] if is_short else _shortened(smallest)[0]
 
     def _signatures(self, words: Words) -> np.ndarray:
-        """The signatures of texts by their words: [texts, num_hashes]."""
+        """Return the signatures of texts by their words: [texts, num_hashes]."""
         signatures = np.full((len(words.counts), self.num_hashes), NOTHING, SIGNATURE_DTYPE)
         speaking = np.flatnonzero(words.counts)
         if len(speaking):
@@ -66,7 +66,7 @@ class Signer:
         return signatures
 
     def _smallest(self, ngrams: np.ndarray, starts: np.ndarray) -> np.ndarray:
-        """The smallest hashes of documents whose n-grams begin at `starts`: [num_hashes, documents] uint32."""
+        """Return the smallest hashes of documents whose n-grams begin at `starts`: [num_hashes, documents] uint32."""
         smallest = np.full((self.num_hashes, len(starts)), 0xFFFFFFFF, np.uint32)
         buffer = np.empty(min(_BLOCK, len(ngrams)), np.uint32)
         for begin in range(0, len(ngrams), _BLOCK):
@@ -87,15 +87,15 @@ def _one_text(words: np.ndarray) -> Words:
 
 
 def _shortened(smallest: np.ndarray) -> np.ndarray:
-    """[num_hashes, texts] uint32 -> signatures, [texts, num_hashes]."""
+    """Convert uint32 [num_hashes, texts] to signatures [texts, num_hashes]."""
     return (smallest ^ (smallest >> np.uint32(16))).T.astype(SIGNATURE_DTYPE)
 
 
 def _ngrams(words: Words, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """The n-grams of texts that have words: [n-grams] uint32, and where each text's begin."""
+    """Return the n-grams of texts that have words, uint32 [n-grams], and where those of each text start."""
     hashes, counts = words
     if counts.min() < n:
-        # Short texts are filled up with a word that does not exist.
+        # Short texts are padded with a word that does not exist.
         padded = np.maximum(counts, n)
         shifts = np.cumsum(padded) - padded - (np.cumsum(counts) - counts)
         filled = np.zeros(int(padded.sum()), np.uint64)
@@ -104,7 +104,7 @@ def _ngrams(words: Words, n: int) -> tuple[np.ndarray, np.ndarray]:
     ends = np.cumsum(counts)
     whole = np.ones(len(hashes), bool)
     for place in range(1, n):
-        whole[ends - place] = False  # Too near to the text's end to begin an n-gram.
+        whole[ends - place] = False  # Too close to the text's end for the start of an n-gram.
     ngrams = hash_ngrams(hashes, n) >> np.uint64(32)
     num_ngrams = counts - (n - 1)
     return ngrams[whole[: len(ngrams)]].astype(np.uint32), np.cumsum(num_ngrams) - num_ngrams

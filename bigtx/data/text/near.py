@@ -3,13 +3,13 @@
     signatures ──▶ (band key, document) in partitions by key ──▶ groups of equal keys ──▶ verified rows ──▶ sorted rows
                        written in reading order                  compared by signature     by document
 
-Documents that agree in one band stand in one group. The group's earliest document leads it: those whose signatures
+Documents that agree in one band form one group. The group's earliest document leads it: those whose signatures
 agree with the leader's by the threshold are its duplicates; the others form a group with its own leader, and so on, at
-most MAX_ROUNDS times. So a text that is copied 10^5 times costs 10^5 comparisons a band, not 10^10, and the first of
-near duplicates is always kept. A duplicate may lead others in another band: what is near to a removed document goes
-too.
+most MAX_ROUNDS times. So a text that is copied 10^5 times costs 10^5 comparisons per band, not 10^10, and the first of
+near duplicates is always kept. A duplicate may lead others in another band: documents that are near duplicates of a
+removed document are removed too.
 
-What comes out depends on the signatures and their order alone, not on the memory nor on how they lie in files.
+The result depends only on the signatures and their order, not on the memory or on their division into files.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from bigtx.utils.errors import DataError
 from bigtx.utils.files import fsync_dir
 
 MAX_ROUNDS = 64
-"""Leaders of one group; who agrees with none of them counts as no duplicate by this band."""
+"""The most leaders of one group; a document that agrees with none of them is not a duplicate by this band."""
 
 ROW_DTYPE = np.dtype([("duplicate", "<u8"), ("leader", "<u8"), ("similarity", "<f4")])
 _ENTRY_DTYPE = np.dtype([("key", "<u8"), ("document", "<u8")])
@@ -45,7 +45,7 @@ _OPEN_PARTS = 256
 
 @dataclass(frozen=True)
 class SignaturePart:
-    """Signatures of successive documents: a file of [num_documents, hashes] SIGNATURE_DTYPE, and nothing else.
+    """Signatures of successive documents: a file of SIGNATURE_DTYPE [num_documents, hashes] only.
 
     A part without documents needs no file.
     """
@@ -56,11 +56,11 @@ class SignaturePart:
 
 @dataclass(frozen=True)
 class NearDuplicates:
-    """What was found: two files in a folder.
+    """The result of the search: two files in a folder.
 
     Attributes:
-        folder: holds `rows`, ROW_DTYPE sorted by duplicate, one for each, with its nearest leader, the earliest of
-            them if several are as near; and `removed`, one byte for each document, 1 for duplicates.
+        folder: the folder with `rows`, ROW_DTYPE sorted by duplicate, one for each, with its nearest leader, the
+            earliest of them if several are as near; and `removed`, one byte for each document, 1 for duplicates.
     """
 
     folder: Path
@@ -68,11 +68,11 @@ class NearDuplicates:
     num_removed: int
 
     def rows(self) -> np.ndarray:
-        """[num_removed] ROW_DTYPE, mapped into memory."""
+        """Return ROW_DTYPE [num_removed], mapped into memory."""
         return _map(self.folder / "rows", ROW_DTYPE)
 
     def removed(self) -> np.ndarray:
-        """[num_documents] bool, mapped into memory."""
+        """Return bool [num_documents], mapped into memory."""
         return _map(self.folder / "removed", np.dtype(bool))
 
 
@@ -81,15 +81,15 @@ def find_near_duplicates(
 ) -> NearDuplicates:
     """Find the documents that are near duplicates of an earlier one.
 
-    What a killed call left is thrown away, and the folder `near` appears whole or not at all.
+    Files of a killed call are removed, and the folder `near` appears complete or not at all.
 
     Args:
-        parts: in reading order; documents are numbered from 0 through all of them.
-        folder: gets a folder `near` with the result; on the way, 16 bytes for each document and band.
-        memory_bytes: about how much memory to take, whatever the number of documents; at least 4 MiB are taken.
+        parts: the parts in reading order; documents are numbered from 0 through all of them.
+        folder: a folder `near` is made in it with the result; temporary files need 16 bytes for each document and band.
+        memory_bytes: about how much memory to use, for any number of documents; at least 4 MiB are used.
 
     Raises:
-        DataError: a part is not as long as it should be.
+        DataError: a part does not have its expected size.
         OSError: the folder cannot be written.
     """
     partial, final = folder / "near.partial", folder / "near"
@@ -117,7 +117,7 @@ def find_near_duplicates(
 
 
 class _Partitions:
-    """Records in many files, by number; gathered in memory and appended now and then, each file in order."""
+    """Records in many files, by number; they are gathered in memory and appended at intervals, each file in order."""
 
     def __init__(self, folder: Path, dtype: np.dtype, total_bytes: int, memory_bytes: int) -> None:
         folder.mkdir()
@@ -136,7 +136,7 @@ class _Partitions:
             self.flush()
 
     def flush(self) -> None:
-        """Write what has gathered."""
+        """Write the gathered records."""
         if not self._gathered:
             return
         numbers, records = (np.concatenate(arrays) for arrays in zip(*self._gathered, strict=True))
@@ -150,11 +150,11 @@ class _Partitions:
                     records[begin:end].tofile(file)
 
     def path(self, number: int) -> Path:
-        """The file of a number; there is none if nothing was put into it."""
+        """Return the file of a number; there is none if it has no records."""
         return self._folder / f"{number:06d}"
 
     def paths(self) -> Iterator[tuple[int, Path]]:
-        """Numbers and files that exist, in the order of the numbers."""
+        """Return the numbers and files that exist, in the order of the numbers."""
         return ((number, self.path(number)) for number in range(self.count) if self.path(number).exists())
 
     def __enter__(self) -> _Partitions:
@@ -166,7 +166,7 @@ class _Partitions:
 
 
 class _Signatures:
-    """The signatures of all documents, by their numbers; pages that were read are given back."""
+    """The signatures of all documents, by their numbers; pages that were read are released."""
 
     def __init__(self, parts: list[SignaturePart], num_hashes: int) -> None:
         self._parts = parts = [part for part in parts if part.num_documents]
@@ -179,12 +179,12 @@ class _Signatures:
             size, expected = _size(part.path), part.num_documents * self.row_bytes
             if size != expected:
                 raise DataError(
-                    f"{part.path} has {size:,} bytes, and its signatures need {expected:,}: it was changed since it "
-                    "was written. Remove the folder it lies in, and begin again."
+                    f"{part.path} has {size:,} bytes, but its signatures need {expected:,}: it was changed after it "
+                    "was written. Remove its folder, and start again."
                 )
 
     def read(self, num_documents: int) -> Iterator[tuple[int, np.ndarray]]:
-        """All in order, so many at a time: number of the first, and [documents, num_hashes]."""
+        """Yield all in order, so many at a time: the number of the first, and signatures [documents, num_hashes]."""
         for first, part in zip(self._firsts.tolist(), self._parts, strict=False):
             with open(part.path, "rb") as file:
                 for begin in range(0, part.num_documents, num_documents):
@@ -193,7 +193,7 @@ class _Signatures:
                     yield first + begin, read.reshape(count, self.num_hashes)
 
     def gather(self, documents: np.ndarray) -> np.ndarray:
-        """[documents, num_hashes] of any documents."""
+        """Return the signatures of any documents, [documents, num_hashes]."""
         rows = np.empty((len(documents), self.num_hashes), SIGNATURE_DTYPE)
         order = np.argsort(documents, kind="stable")
         ascending = documents[order].astype(np.int64)
@@ -221,7 +221,7 @@ class _Signatures:
 def _write_entries(
     signatures: _Signatures, folder: Path, config: NearDuplicateConfig, memory_bytes: int
 ) -> Iterator[Path]:
-    """Spread (key, document) of all bands over files by key, documents in order; gives the files."""
+    """Distribute (key, document) of all bands over files by key, with documents in order; return the files."""
     entries = signatures.num_documents * config.num_bands
     partitions = _Partitions(folder, _ENTRY_DTYPE, entries * _ENTRY_DTYPE.itemsize, memory_bytes)
     chunk = max(1, memory_bytes // 8 // (signatures.row_bytes + config.num_bands * 8 * _ENTRY_DTYPE.itemsize))
@@ -238,18 +238,18 @@ def _write_entries(
 
 
 class _Group(NamedTuple):
-    """Entries of one partition that still look for a leader, those of one group one after the other."""
+    """Entries of one partition that do not have a leader yet, with those of one group next to each other."""
 
     groups: np.ndarray
     documents: np.ndarray
 
 
 class _GroupFinder:
-    """Finds leaders and their duplicates in one partition."""
+    """The search for leaders and their duplicates in one partition."""
 
     def __init__(self, signatures: _Signatures, threshold: float, found: _Partitions, memory_bytes: int) -> None:
         self._signatures = signatures
-        # Counted in entries: a share would be at the mercy of its rounding.
+        # Counted in entries: a share would depend on its rounding.
         self._needed = int(np.ceil(threshold * signatures.num_hashes - 1e-9))
         self._found = found
         self._span = -(-signatures.num_documents // found.count)
@@ -257,7 +257,7 @@ class _GroupFinder:
         self._chunk = max(1, memory_bytes // 16 // (3 * signatures.row_bytes + 64))
 
     def search(self, path: Path) -> None:
-        """Search a file of entries; where it is larger than foreseen, its largest groups come from the file."""
+        """Search a file of entries; if it is larger than expected, its largest groups are searched in the file."""
         if path.stat().st_size * _SORT_FACTOR <= self._memory:
             self._search_entries(np.fromfile(path, _ENTRY_DTYPE))
         else:
@@ -280,9 +280,9 @@ class _GroupFinder:
             left = _with_company(_Group(left.groups[~agreeing], left.documents[~agreeing]))
 
     def _search_large(self, path: Path) -> None:
-        """A file of too many entries: single keys that fill it are searched from it, one pass each round."""
+        """Search a file of too many entries: single keys that fill it are searched in it, one pass each round."""
         chunk = max(1, self._memory // _SORT_FACTOR // _ENTRY_DTYPE.itemsize)
-        # A key that is in the way stands often in the file, and so among its first entries.
+        # A key with too many entries is frequent in the file, and so among its first entries.
         keys, counts = np.unique(np.fromfile(path, _ENTRY_DTYPE, chunk)["key"], return_counts=True)
         large = keys[np.argmax(counts)]
         group, others = path.with_name(f"{path.name}.group"), path.with_name(f"{path.name}.others")
@@ -296,7 +296,7 @@ class _GroupFinder:
         others.unlink()
 
     def _search_file(self, path: Path, chunk: int) -> None:
-        """One group that lies in a file."""
+        """Search one group that is in a file."""
         rest = path.with_name(f"{path.name}.rest")
         for _ in range(MAX_ROUNDS):
             if path.stat().st_size <= _ENTRY_DTYPE.itemsize:
@@ -310,7 +310,7 @@ class _GroupFinder:
             rest.replace(path)
 
     def _compare(self, documents: np.ndarray, leaders: np.ndarray) -> np.ndarray:
-        """Which documents are duplicates of their leaders; those are written down."""
+        """Return which documents are duplicates of their leaders; these are recorded."""
         gathered = self._signatures.gather(leaders)
         equal = np.count_nonzero(self._signatures.gather(documents) == gathered, axis=1)
         agree = equal >= self._needed
@@ -323,7 +323,7 @@ class _GroupFinder:
 
 
 def _with_company(entries: _Group) -> _Group:
-    """The entries whose group has another one."""
+    """Return the entries whose group has more than one."""
     same = np.diff(entries.groups) == 0
     kept = np.zeros(len(entries.groups), bool)
     kept[1:] |= same
@@ -338,7 +338,7 @@ def _read_entries(path: Path, count: int) -> Iterator[np.ndarray]:
 
 
 def _write_result(partial: Path, found: _Partitions, num_documents: int) -> int:
-    """Keep one row for each duplicate; gives how many."""
+    """Keep one row for each duplicate; return the number of duplicates."""
     num_removed = 0
     with open(partial / "rows", "wb") as file, open(partial / "removed", "wb") as marks:
         marks.truncate(num_documents)
@@ -360,7 +360,7 @@ def _write_result(partial: Path, found: _Partitions, num_documents: int) -> int:
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file; 0 if there is none."""
+    """Return the bytes of a file; 0 if there is none."""
     return path.stat().st_size if path.exists() else 0
 
 

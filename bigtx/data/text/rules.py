@@ -1,4 +1,4 @@
-"""All that may happen to a text between reading and tokenizing, in one place.
+"""All rules for a text between reading and tokenizing.
 
 text ──clean──▶ ──language──▶ ──C4's lines──▶ ──limits──▶ ──decontaminate──▶ text, or Dropped
 """
@@ -20,22 +20,22 @@ from bigtx.utils.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A text that is left out: the setting that says so, and what was found against what is allowed."""
+    """A text that is left out: the setting that removes it, and the measured value with the allowed one."""
 
     rule: str
     detail: str
 
 
 _MEMORY_PER_BYTE = 96
-"""Memory that the filters take for each byte of UTF-8, at most: 7 to 76 were measured (docs/log.md)."""
+"""The most memory that the filters need for each byte of UTF-8: 7 to 76 were measured (docs/log.md)."""
 
 
 class TextRules:
-    """Applies a config's rules to one text after the other; the same text always fares the same.
+    """A config's rules, applied to one text after the other; the result depends only on the text.
 
     Args:
-        config: checked by `check_rules`.
-        contamination: index of `build_contamination_index`; needed if the config has evaluation sets.
+        config: a config that `check_rules` has accepted.
+        contamination: the index of `build_contamination_index`; needed if the config has evaluation sets.
     """
 
     def __init__(self, config: PrepareConfig, contamination: Path | None = None) -> None:
@@ -54,22 +54,22 @@ class TextRules:
         )
 
     def memory_for(self, text: str) -> int:
-        """Bytes of memory that the rules take for a text at most, a few copies of it not counted.
+        """Return the most bytes of memory that the rules need for a text, besides a few copies of it.
 
-        The filters make lists of its words and lines; all other rules take it in parts.
+        The filters make lists of its words and lines; all other rules process it in parts.
         """
         return 0 if self._lines.is_empty and self._limits.is_empty else _MEMORY_PER_BYTE * utf8_length(text)
 
     def apply(self, text: str, language: str | None = None) -> str | Dropped:
-        """The text as it is kept, or the first rule that leaves it out.
+        """Return the text to keep, or the first rule that leaves it out.
 
         Args:
             text: not empty.
-            language: of the text by its metadata, if that says anything.
+            language: the language of the text by its metadata, if it has one.
         """
         text = self._cleaner.clean(text)
         if not text:
-            return Dropped("clean.repair_unicode", "nothing is left of it")
+            return Dropped("clean.repair_unicode", "no text is left")
         if self._language and (reason := self._language.refusal(text, language)):
             return Dropped("filters.languages", reason)
         if not self._lines.is_empty:
@@ -77,17 +77,17 @@ class TextRules:
                 return Dropped("filters.c4", reason)
             text = self._lines.keep(text)
             if not text:
-                return Dropped("filters.c4", "no line is left of it")
+                return Dropped("filters.c4", "no line is left")
         if not self._limits.is_empty and (broken := self._limits.first_broken(text)):
             name, reason = broken
             return Dropped(f"filters.{name}", reason)
         if self._contamination and (ngram := self._contamination.find(text)):
-            return Dropped("decontaminate", f"the evaluation sets have {ngram!r}, too")
+            return Dropped("decontaminate", f"the evaluation sets have {ngram!r} too")
         return text
 
 
 def check_rules(config: PrepareConfig) -> None:
-    """Make sure before the work starts that each process will be able to apply the rules.
+    """Check, before the work starts, that each process can apply the rules.
 
     Raises:
         ConfigError: a package is not installed, or a language cannot be detected.

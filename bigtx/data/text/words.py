@@ -1,8 +1,8 @@
-"""Words and n-grams of words as 64-bit numbers, whole batches of texts at a time.
+"""Words and n-grams of words as 64-bit numbers, for batches of texts.
 
-A word is a run of letters, marks and digits, compared in lower case; all else separates words. In scripts that are
-written without spaces (Han, kana, Thai, Lao, Khmer, Myanmar) every character is a word. Near duplicates and evaluation
-texts are found by these words, so neither punctuation nor white space nor case hides them.
+A word is a run of letters, marks and digits, compared in lower case; everything else separates words. In scripts that
+are written without spaces (Han, kana, Thai, Lao, Khmer, Myanmar) every character is a word. Near duplicates and
+evaluation texts are found by these words, so punctuation, white space and case do not matter.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ _OTHER, _LETTER, _WORD = 0, 1, 2
 """Kinds of characters: between words, part of a word, a word by itself."""
 
 PIECE_CHARACTERS = 1 << 18
-"""Characters that are taken at once: memory stays bounded, and the arrays near the processor."""
+"""The number of characters that are processed at once: memory stays bounded, and the arrays fit into the cache."""
 _CHARACTER_BASE = 0x9E3779B97F4A7C15
 _WORD_BASE = 0xD6E8FEB86659FD93
-"""Odd numbers, so that powers modulo 2^64 can be undone."""
+"""Odd numbers, so that powers modulo 2^64 can be inverted."""
 
 
 class Words(NamedTuple):
     """The words of several texts, one text after the other.
 
     Attributes:
-        hashes: [words] uint64.
-        counts: [texts] int64, words of each text.
+        hashes: uint64 [words].
+        counts: int64 [texts], the words of each text.
     """
 
     hashes: np.ndarray
@@ -41,7 +41,7 @@ class Words(NamedTuple):
 
 
 def hash_words(texts: list[str]) -> Words:
-    """The hashes of all words; a text's are the same in any company and on every machine."""
+    """Return the hashes of all words; those of a text do not depend on the other texts or the machine."""
     hashes: list[np.ndarray] = []
     counts = np.zeros(len(texts), np.int64)
     for first, last, piece in _pieces(texts):
@@ -56,13 +56,13 @@ def hash_words(texts: list[str]) -> Words:
 
 
 def hash_words_in_parts(text: str, overlap: int) -> Iterator[tuple[int, np.ndarray]]:
-    """The hashes of a text's words, some at a time: little memory for a text of any length.
+    """Yield the hashes of a text's words, some at a time, in little memory for a text of any length.
 
     Args:
-        overlap: so many words of each part are the last ones of the part before, if there are so many.
+        overlap: the number of words of each part that are the last ones of the previous part, if it has so many.
 
     Returns:
-        The number of each part's first word, and its words: [words] uint64.
+        The number of each part's first word, and its words: uint64 [words].
     """
     first, before = 0, np.zeros(0, np.uint64)
     for _, _, piece in _pieces([text]):
@@ -73,13 +73,13 @@ def hash_words_in_parts(text: str, overlap: int) -> Iterator[tuple[int, np.ndarr
 
 
 def hash_ngrams(words: np.ndarray, n: int) -> np.ndarray:
-    """The hash of each run of n words.
+    """Return the hash of each run of n words.
 
     Args:
-        words: [words] uint64, at least n.
+        words: uint64 [words], at least n.
 
     Returns:
-        [words - n + 1] uint64; the order of the words counts.
+        uint64 [words - n + 1]; the order of the words matters.
     """
     count = len(words) - n + 1
     state = words[:count].copy()
@@ -90,7 +90,7 @@ def hash_ngrams(words: np.ndarray, n: int) -> np.ndarray:
 
 
 def split_words(text: Iterable[str]) -> Iterator[str]:
-    """The words that `hash_words` hashes, as texts: slower, to show them."""
+    """Yield the words that `hash_words` hashes, as texts: slower, to show them."""
     kinds = _tables()[0]
     word = ""
     for character in text:
@@ -108,7 +108,7 @@ def split_words(text: Iterable[str]) -> Iterator[str]:
 
 
 def words_at(text: str, place: int, count: int) -> list[str]:
-    """The words from number `place` on, so many of them, without splitting what is before them."""
+    """Return `count` words from number `place` on, without splitting the text before them."""
     offset = 0
     for _, _, piece in _pieces([text]):
         starts = _hash_piece(piece)[1]
@@ -121,7 +121,9 @@ def words_at(text: str, place: int, count: int) -> list[str]:
 
 
 def _pieces(texts: list[str]) -> Iterator[tuple[int, int, str]]:
-    """Short texts together and long ones in parts: number of the first text, of the last one, and the characters."""
+    """Yield short texts together and long ones in parts: the number of the first text, of the last one, and the
+    characters.
+    """
     first, size = 0, 0
     for number, text in enumerate(texts):
         if size and size + len(text) > PIECE_CHARACTERS:
@@ -138,7 +140,7 @@ def _pieces(texts: list[str]) -> Iterator[tuple[int, int, str]]:
 
 
 def _parts(text: str) -> Iterator[str]:
-    """A long text cut at white space; where a part has none, anywhere."""
+    """Yield a long text in parts that are cut at white space, or anywhere if a part has none."""
     begin = 0
     while begin < len(text):
         end = begin + PIECE_CHARACTERS
@@ -150,7 +152,9 @@ def _parts(text: str) -> Iterator[str]:
 
 
 def _hash_piece(piece: str) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes and places of the words in a piece: a polynomial over the characters, taken from running sums."""
+    """Return the hashes and places of the words in a piece: a polynomial over the characters, taken from running
+    sums.
+    """
     kinds, values = _tables()
     codes = np.frombuffer(piece.encode("utf-32-le", "surrogatepass"), np.uint32)
     if piece.isascii():
@@ -161,7 +165,7 @@ def _hash_piece(piece: str) -> tuple[np.ndarray, np.ndarray]:
         kind, value = kinds[inside], values[inside]
         kind[beyond] = _WORD
         value[beyond] = splitmix64(codes[beyond].astype(np.uint64))
-    inner = np.zeros(len(codes) + 1, bool)  # Letters that go on with the word before them.
+    inner = np.zeros(len(codes) + 1, bool)  # Letters that continue the previous word.
     np.logical_and(kind[1:] == _LETTER, kind[:-1] == _LETTER, out=inner[1:-1])
     within = kind > _OTHER
     starts = np.flatnonzero(within & ~inner[:-1])
@@ -174,7 +178,7 @@ def _hash_piece(piece: str) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.cache
 def _tables() -> tuple[np.ndarray, np.ndarray]:
-    """Kind and value of each code point of the table: uint8, and uint64 that is 0 between words."""
+    """Return the kind and value of each code point of the table: uint8, and uint64 that is 0 between words."""
     kinds = np.array([unicodedata.category(chr(code))[0] in "LMN" for code in range(IDEOGRAPHS)], np.uint8)
     for first, last in UNSPACED:
         kinds[first : last + 1] *= _WORD
@@ -183,14 +187,14 @@ def _tables() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _lower(character: str) -> str:
-    """The character in lower case where that is one character, too."""
+    """Return the character in lower case if that is one character too."""
     lower = character.lower()
     return lower if len(lower) == 1 else character
 
 
 @functools.cache
 def _powers() -> tuple[np.ndarray, np.ndarray]:
-    """The base's powers modulo 2^64, and their inverses, as many as a piece has characters."""
+    """Return the base's powers modulo 2^64, and their inverses, as many as a piece has characters."""
 
     def powers(base: int) -> np.ndarray:
         factors = np.full(PIECE_CHARACTERS, base, np.uint64)

@@ -1,4 +1,4 @@
-"""The families of models that transformers knows and bigtx reads and writes, one module for each kin.
+"""The families of transformers models that bigtx reads and writes, one module for each group.
 
 A module here ends with `FAMILIES`, its families in the order in which an export tries them.
 """
@@ -14,12 +14,12 @@ from bigtx.interop.family import Family
 from bigtx.utils.errors import ConfigError
 
 MODULES = ("llama", "gpt2", "nanochat", "experts", "bert", "modernbert", "t5")
-"""In the order in which an export tries them: of two that express a config, the first."""
+"""The modules in the order in which an export tries them: the first that can express a config is used."""
 
 
 @cache
 def families() -> dict[str, Family]:
-    """Every family by its model_type."""
+    """Return every family by its model_type."""
     found: dict[str, Family] = {}
     for name in MODULES:
         for family in importlib.import_module(f"{__name__}.{name}").FAMILIES:
@@ -29,25 +29,25 @@ def families() -> dict[str, Family]:
 
 
 def by_model_type(model_type: str) -> Family:
-    """The family of a name.
+    """Return the family of a name.
 
     Raises:
-        ConfigError: bigtx has none of that name.
+        ConfigError: bigtx has no family of that name.
     """
     if model_type not in families():
         known = ", ".join(sorted(families()))
-        raise ConfigError(f"model_type {model_type!r} is not one that bigtx reads and writes; those are {known}")
+        raise ConfigError(f"model_type {model_type!r} is not one that bigtx reads and writes, which are {known}")
     return families()[model_type]
 
 
 def choose(config: ModelConfig, name: str | None = None, *, pooling: str | None = None) -> Family:
-    """The family to write a model as: the first that expresses it, or the one named.
+    """Return the family for the export of a model: the first that can express it, or the named one.
 
     Args:
-        pooling: classify.pooling of a classifier.
+        pooling: the classify.pooling of a classifier.
 
     Raises:
-        ConfigError: none expresses the model, or not the one named; it names the fields that stand in the way.
+        ConfigError: no family, or not the named one, can express the model; the message names the fields that differ.
     """
     candidates = [by_model_type(name)] if name else list(families().values())
     problems = [(family, [*family.problems(config), *class_problems(family, config, pooling)]) for family in candidates]
@@ -55,9 +55,9 @@ def choose(config: ModelConfig, name: str | None = None, *, pooling: str | None 
         if not found:
             return family
     if name:
-        raise ConfigError(f"the family {name} does not express this model: {', '.join(problems[0][1])}")
+        raise ConfigError(f"the family {name} cannot express this model: {', '.join(problems[0][1])}")
     fewest = min(len(found) for _, found in problems)
     nearest = [f"{family.model_type}: {', '.join(found)}" for family, found in problems if len(found) == fewest]
     raise ConfigError(
-        f"no family of Hugging Face models that bigtx writes expresses this model; nearest is {'; '.join(nearest)}"
+        f"no family of Hugging Face models that bigtx writes can express this model; nearest is {'; '.join(nearest)}"
     )

@@ -1,6 +1,6 @@
 """BERT (arXiv:1810.04805) and RoBERTa (arXiv:1907.11692) with the head of masked language modelling.
 
-They differ in how the head's tensors are called, in the rows of the position table before that of the first position,
+They differ in the names of the head's tensors, in the rows of the position table before that of the first position,
 and in the activation of the head, which in BERT is that of the feed-forwards and in RoBERTa always GELU.
 """
 
@@ -58,15 +58,16 @@ BLOCK = {
 
 @dataclass(kw_only=True)
 class Bert(SaidByConfig):
-    """A family of the kin.
+    """A family of this group.
 
     Attributes:
-        vocab_size: what transformers takes where a config.json has none.
-        activations: bigtx's feed-forward by the name of its activation; of two names for one, the first is written.
-        head_key: the module of the head, whose bias it is where the head is tied.
-        transform_key, norm_key: modules in it.
-        pooler_key, classes_key: modules of its classifier.
-        pad_id: the token id of padding where a config.json has none, if positions are counted from it.
+        vocab_size: transformers' default if a config.json has none.
+        activations: bigtx's feed-forwards by the names of their activations; of two names for one, the first is
+            written.
+        head_key: the module of the head, which holds only the bias if the head is tied.
+        transform_key, norm_key: modules in the head.
+        pooler_key, classes_key: modules of the classifier.
+        pad_id: the default token id of padding in a config.json, if positions are counted from it.
     """
 
     model_type: str
@@ -83,19 +84,19 @@ class Bert(SaidByConfig):
 
     @property
     def classifier(self) -> Classifier:
-        """It reads the first token."""
+        """Return the form of the classifier: it reads the first token."""
         return Classifier(self.architecture.replace("ForMaskedLM", ENDING), "pooler", {"first": {}})
 
     def read_config(self, values: dict[str, Any]) -> ModelConfig:
-        """bigtx's config of a config.json.
+        """Return bigtx's config of a config.json.
 
         Raises:
-            ConfigError: it names every field whose value bigtx does not express.
+            ConfigError: bigtx cannot express a value; the message names every such field.
         """
         fields = Fields(values)
-        fields.expect("position_embedding_type", "absolute", "are positions that bigtx does not have")
-        fields.expect("is_decoder", False, "makes a decoder of it, and bigtx has such models as encoders")
-        fields.expect("add_cross_attention", False, "is attention to another model")
+        fields.expect("position_embedding_type", "absolute", "is a kind of positions that bigtx does not have")
+        fields.expect("is_decoder", False, "makes it a decoder, but bigtx has such models as encoders only")
+        fields.expect("add_cross_attention", False, "needs attention to another model")
         offset = 0 if self.pad_id is None else fields.size("pad_token_id", self.pad_id, minimum=0) + 1
         config = ModelConfig(
             shape="encoder",
@@ -128,7 +129,7 @@ class Bert(SaidByConfig):
         return config
 
     def problems(self, config: ModelConfig) -> list[str]:
-        """Fields that the family does not express, each as "model.FIELD=VALUE: why"."""
+        """Return the fields that the family cannot express, each as "model.FIELD=VALUE: why"."""
         allowed = {
             **plain_heads(config),
             "attention_scale": usual_scale(config),
@@ -136,23 +137,23 @@ class Bert(SaidByConfig):
         }
         problems = differing(config, FIXED | allowed, {})
         if config.num_token_types == 0:
-            problems.append(f"model.num_token_types=0: {self.model_type} has at least one")
+            problems.append(f"model.num_token_types=0: {self.model_type} has at least one row")
         if self.pad_id is None and config.position_offset:
-            problems.append(f"model.position_offset={config.position_offset}: {self.model_type} has none")
+            problems.append(f"model.position_offset={config.position_offset}: {self.model_type} has no offset")
         elif self.pad_id is not None and not config.position_offset:
             problems.append(f"model.position_offset=0: {self.model_type} has the id of the padding token + 1")
         return problems
 
     def write_config(self, config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-        """A config.json of a config without problems.
+        """Return the config.json of a config without problems.
 
         Raises:
-            ConfigError: positions are counted from the id of the padding token, and the tokenizer has another.
+            ConfigError: positions are counted from the id of the padding token, and the tokenizer has a different id.
         """
         if self.pad_id is not None and tokenizer.pad_id != config.position_offset - 1:
             raise ConfigError(
                 f"a {self.model_type} counts its positions from the id of the padding token + 1: "
-                f"model.position_offset={config.position_offset} calls for {config.position_offset - 1}, and the "
+                f"model.position_offset={config.position_offset} needs the id {config.position_offset - 1}, but the "
                 f"tokenizer's padding token is {tokenizer.pad_id}"
             )
         return {
@@ -178,7 +179,7 @@ class Bert(SaidByConfig):
         }
 
     def links(self, config: ModelConfig) -> list[Link]:
-        """Every parameter of bigtx in exactly one link."""
+        """Return every parameter of bigtx in exactly one link."""
         embeddings = f"{self.model_type}.embeddings"
         outer = {
             "embedding": f"{embeddings}.word_embeddings",
@@ -194,7 +195,7 @@ class Bert(SaidByConfig):
         layers = f"{self.model_type}.encoder.layer"
         doubled = () if config.tie_embeddings or config.num_classes is not None else ("head.bias",)
         names = [name for name in parameter_shapes(config) if name not in doubled]
-        # transformers holds an untied head's bias twice, and reads that of the decoder.
+        # transformers stores an untied head's bias twice, and reads that of the decoder.
         keys = (f"{self.head_key}.decoder.bias", f"{self.head_key}.bias")
         return [
             *(same(name, spelled(name, outer, BLOCK, layers)) for name in names),
@@ -202,14 +203,14 @@ class Bert(SaidByConfig):
         ]
 
     def rename(self, key: str) -> str:
-        """Keys of the first BERT releases, and of a model that was saved without its head."""
+        """Return the keys of the first BERT releases, and of a model that was saved without its head."""
         for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
             if key.endswith(old):
                 key = key.removesuffix(old) + new
         return f"{self.model_type}.{key}" if key.startswith(("embeddings.", "encoder.", "pooler.")) else key
 
     def unused(self, config: ModelConfig) -> Sequence[str]:
-        """The pooler, the prediction of the next sentence, position numbers, and copies of what is tied."""
+        """Return the pooler, the prediction of the next sentence, position numbers, and copies of tied tensors."""
         body, head = self.model_type, re.escape(self.head_key)
         beside = (rf"{body}\.pooler\..*", r"cls\.seq_relationship\..*", rf"{body}\.embeddings\.position_ids")
         return (*beside, rf"{head}\.decoder\.(weight|bias)") if config.tie_embeddings else beside
@@ -220,7 +221,7 @@ FAMILIES: tuple[Family, ...] = (
         model_type="bert",
         architecture="BertForMaskedLM",
         vocab_size=30522,
-        # Its head has the activation of the feed-forwards, and bigtx's head has GELU.
+        # Its head has the activation of the feed-forwards, but bigtx's head has GELU.
         activations={"gelu": "gelu"},
         head_key="cls.predictions",
         transform_key="transform.dense",

@@ -1,4 +1,4 @@
-"""What the decoders that bigtx reads and writes have in common."""
+"""The common parts of the decoders that bigtx reads and writes."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ FIXED: dict[str, Sequence[Any]] = {
     "head_transform": (False,),
     "logit_scale": (1.0,),
 }
-"""Values of fields that none of these families leaves open."""
+"""The values of fields that are fixed in all of these families."""
 
 GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh", "gelu_new": "geglu_tanh"}
-"""Feed-forwards with a gate by the name of their activation; of two names for one, the first is written."""
+"""Feed-forwards with a gate by the names of their activations; of two names for one, the first is written."""
 
 PLAIN = {
     "gelu_new": "gelu_tanh",
@@ -35,16 +35,16 @@ PLAIN = {
     "relu": "relu",
     "relu2": "relu2",
 }
-"""Those without."""
+"""Feed-forwards without a gate."""
 
 
 def activation(mlp: str) -> str:
-    """The name of a feed-forward's activation."""
+    """Return the name of a feed-forward's activation."""
     return next(name for names in (PLAIN, GATED) for name, kind in names.items() if kind == mlp)
 
 
 def write_sizes(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What Llama, its kin and NanoChat have under the same names in config.json."""
+    """Return the sizes that Llama, its group and NanoChat have under the same names in config.json."""
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,

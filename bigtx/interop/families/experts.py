@@ -1,6 +1,6 @@
-"""Mixtures of experts on Llama's frame: Mixtral (arXiv:2401.04088), Qwen2-MoE and Qwen3-MoE.
+"""Mixtures of experts in Llama's architecture: Mixtral (arXiv:2401.04088), Qwen2-MoE and Qwen3-MoE.
 
-transformers holds the experts of a block in one tensor, and saves them one by one.
+transformers keeps the experts of a block in one tensor, and saves them one by one.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Mixtral(LlamaKin):
     expert_keys = ("w1", "w3", "w2")
 
     def read(self, fields: Fields) -> ModelConfig:
-        """As of a Llama, with experts."""
+        """Return the config of a Llama with experts."""
         return replace(super().read(fields), experts=self.read_experts(fields))
 
     def read_experts(self, fields: Fields) -> ExpertsConfig:
-        """The mixture; its experts have the width of the feed-forward."""
+        """Return the mixture; its experts have the width of the feed-forward."""
         num_active = fields.size("num_experts_per_tok", 2)
         return ExpertsConfig(
             num_experts=self.num_experts(fields, 8),
@@ -43,29 +43,31 @@ class Mixtral(LlamaKin):
         )
 
     def balance_loss(self, fields: Fields, num_active: int) -> float:
-        """The weight of the same loss: transformers adds up what bigtx takes the mean of, over a token's experts."""
+        """Return the weight of the same loss: transformers sums over a token's experts, and bigtx takes the mean over
+        them.
+        """
         return fields.number("router_aux_loss_coef", 0.001) * num_active
 
     def num_experts(self, fields: Fields, default: int) -> int:
-        """Experts of each block, of which the field has two names."""
+        """Return the number of experts of each block; the field has two names."""
         return fields.size("num_experts" if "num_experts" in fields.values else "num_local_experts", default)
 
     def allowed(self, config: ModelConfig) -> dict[str, Sequence[Any]]:
-        """As of a Llama, but for the experts."""
+        """Return the values of a Llama, except those of the experts."""
         number = config.experts.num_experts
         return super().allowed(config) | {"experts.num_experts": (number or "some",)} | self.allowed_experts(config)
 
     def allowed_experts(self, config: ModelConfig) -> dict[str, Sequence[Any]]:
-        """Values of the experts' fields."""
+        """Return the values of the experts' fields."""
         return {"experts.normalize_weights": (True,), "experts.shared_size": (0,)}
 
     def write_config(self, config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-        """A config.json of a config without problems."""
+        """Return the config.json of a config without problems."""
         values = super().write_config(config, tokenizer) | self.write_experts(config)
         return values | {"router_aux_loss_coef": config.experts.balance_loss / config.experts.num_active}
 
     def write_experts(self, config: ModelConfig) -> dict[str, Any]:
-        """The fields of the mixture."""
+        """Return the fields of the mixture."""
         return {
             "num_local_experts": config.experts.num_experts,
             "num_experts_per_tok": config.experts.num_active,
@@ -73,7 +75,7 @@ class Mixtral(LlamaKin):
         }
 
     def links(self, config: ModelConfig) -> list[Link]:
-        """Every parameter, renamed; a block's experts are cut apart."""
+        """Link every parameter to its foreign name; a block's experts are separated."""
         keys = BLOCK | {
             "mlp.router": f"{self.mlp_key}.gate",
             "mlp.shared_gate": f"{self.mlp_key}.shared_expert_gate",
@@ -95,7 +97,7 @@ class Mixtral(LlamaKin):
 
 @dataclass(frozen=True)
 class QwenExperts(Mixtral):
-    """Experts narrower than a feed-forward would be, beside a gated one that all tokens meet if `shared`."""
+    """Qwen's mixtures, with narrower experts than a feed-forward, and a gated expert for all tokens if `shared`."""
 
     shared: bool = False
 
@@ -103,7 +105,7 @@ class QwenExperts(Mixtral):
     expert_keys = ("gate_proj", "up_proj", "down_proj")
 
     def read_experts(self, fields: Fields) -> ExpertsConfig:
-        """The mixture, which must be in every block."""
+        """Return the mixture, which must be in every block."""
         fields.expect("decoder_sparse_step", 1, "leaves blocks without experts")
         fields.expect("mlp_only_layers", [], "leaves blocks without experts")
         num_active = fields.size("num_experts_per_tok", 4 if self.shared else 8)
@@ -118,7 +120,9 @@ class QwenExperts(Mixtral):
         )
 
     def layer_types(self, fields: Fields, num_layers: int) -> list[str]:
-        """Which blocks have a window where `layer_types` is missing: every second one before `max_window_layers`."""
+        """Return which blocks have a window where `layer_types` is missing: every second one before
+        `max_window_layers`.
+        """
         used, last = fields.flag("use_sliding_window", False), fields.size("max_window_layers", 28, minimum=0)
         return [
             "sliding_attention" if used and layer % 2 == 0 and layer < last else "full_attention"
@@ -126,13 +130,13 @@ class QwenExperts(Mixtral):
         ]
 
     def allowed_experts(self, config: ModelConfig) -> dict[str, Sequence[Any]]:
-        """Values of the experts' fields."""
+        """Return the values of the experts' fields."""
         if not self.shared:
             return {"experts.shared_size": (0,)}
         return {"experts.shared_size": (config.experts.shared_size or "some",), "experts.shared_gate": (True,)}
 
     def write_experts(self, config: ModelConfig) -> dict[str, Any]:
-        """The fields of the mixture."""
+        """Return the fields of the mixture."""
         experts = config.experts
         return {
             "num_experts": experts.num_experts,

@@ -1,4 +1,4 @@
-"""GPT-2: LayerNorm, learned positions, biases everywhere, and matrices that are held as [inputs, outputs]."""
+"""GPT-2: LayerNorm, learned positions, biases everywhere, and matrices that are stored as [inputs, outputs]."""
 
 from __future__ import annotations
 
@@ -57,15 +57,15 @@ class GPT2(SaidByConfig):
     classifier = decoder_classifier("GPT2ForSequenceClassification")
 
     def read_config(self, values: dict[str, Any]) -> ModelConfig:
-        """bigtx's config of a config.json.
+        """Return bigtx's config of a config.json.
 
         Raises:
-            ConfigError: it names every field whose value bigtx does not express.
+            ConfigError: bigtx cannot express a value; the message names every such field.
         """
         fields = Fields(values)
         hidden_size = fields.size("n_embd", 768)
-        fields.expect("scale_attn_by_inverse_layer_idx", False, "weakens attention from block to block")
-        fields.expect("add_cross_attention", False, "attends to a source")
+        fields.expect("scale_attn_by_inverse_layer_idx", False, "scales attention differently in each block")
+        fields.expect("add_cross_attention", False, "needs attention to a source")
         dropouts = {fields.number(key, 0.1) for key in ("resid_pdrop", "embd_pdrop")}
         config = ModelConfig(
             vocab_size=fields.size("vocab_size"),
@@ -93,7 +93,7 @@ class GPT2(SaidByConfig):
         return config
 
     def problems(self, config: ModelConfig) -> list[str]:
-        """Fields that the family does not express."""
+        """Return the fields that the family cannot express."""
         allowed = FIXED | {
             "mlp": tuple(decoder.PLAIN.values()),
             "attention_scale": (*usual_scale(config), 1.0),
@@ -101,7 +101,7 @@ class GPT2(SaidByConfig):
         return differing(config, allowed | plain_heads(config), {})
 
     def write_config(self, config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-        """A config.json of a config without problems."""
+        """Return the config.json of a config without problems."""
         return {
             "model_type": self.model_type,
             "architectures": [self.architecture],
@@ -127,12 +127,12 @@ class GPT2(SaidByConfig):
         return config.attention_scale == 1.0 and shape.head_width(config) != 1
 
     def links(self, config: ModelConfig) -> list[Link]:
-        """Queries, keys and values are one tensor there."""
+        """Link the queries, keys and values to the one tensor that holds them there."""
         return [link for name in parameter_shapes(config) if (link := self._link(name))]
 
     def _link(self, name: str) -> Link | None:
         if ".attention.key." in name or ".attention.value." in name:
-            return None  # In the link of the queries.
+            return None  # It is part of the link of the queries.
         key = spelled(name, OUTER, BLOCK, "transformer.h")
         is_matrix = name.endswith(".weight") and (".attention." in name or ".mlp." in name)
         if ".attention.query." in name:
@@ -141,11 +141,11 @@ class GPT2(SaidByConfig):
         return transposed(name, key) if is_matrix else same(name, key)
 
     def rename(self, key: str) -> str:
-        """Keys of a model that was saved without its head, as OpenAI's weights were."""
+        """Return the keys of a model that was saved without its head, as OpenAI's weights were."""
         return f"transformer.{key}" if key.startswith(("wte.", "wpe.", "h.", "ln_f.")) else key
 
     def unused(self, config: ModelConfig) -> Sequence[str]:
-        """Causal masks that old releases saved, and copies of what is tied."""
+        """Return the causal masks that old releases saved, and copies of tied tensors."""
         masks = r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"
         return (masks, r"lm_head\.weight") if config.tie_embeddings else (masks,)
 

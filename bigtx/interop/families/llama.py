@@ -1,4 +1,4 @@
-"""Llama (arXiv:2302.13971) and its kin: Mistral, Qwen2 and Qwen3. They differ in biases, windows and norms of heads."""
+"""Llama (arXiv:2302.13971) and its group: Mistral, Qwen2 and Qwen3. They differ in biases, windows and norms."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ class LlamaKin(SaidByConfig):
     """A pre-norm decoder with RMSNorm, rotary positions and a gated feed-forward.
 
     Attributes:
-        biases: of attention: none; for all four projections or none, as `attention_bias` says; always, or as
-            `qkv_bias` says, for queries, keys and values.
+        biases: the biases of attention: none; for all four projections, by `attention_bias`; always, or by
+            `qkv_bias`, for queries, keys and values.
         windows: none; for all blocks (`sliding_window`), or where `use_sliding_window` switches it on; by block
             (`layer_types`).
         qk_norm: whether queries and keys are normalized.
         mlp_bias: whether there is a field for biases of the feed-forward.
-        norm_eps, rope_theta, num_kv_heads, head_width, window: what a config.json means that does not name them; for
-            heads, None is what follows from the other fields.
+        norm_eps, rope_theta, num_kv_heads, head_width, window: the defaults if a config.json does not have them; for
+            heads, None means the value that follows from the other fields.
     """
 
     model_type: str
@@ -72,14 +72,14 @@ class LlamaKin(SaidByConfig):
 
     @property
     def classifier(self) -> Classifier:
-        """It reads the last token."""
+        """Return the form of the classifier: it reads the last token."""
         return decoder_classifier(self.architecture.replace("ForCausalLM", ENDING))
 
     def read_config(self, values: dict[str, Any]) -> ModelConfig:
-        """bigtx's config of a config.json.
+        """Return bigtx's config of a config.json.
 
         Raises:
-            ConfigError: it names every field whose value bigtx does not express.
+            ConfigError: bigtx cannot express a value; the message names every such field.
         """
         fields = Fields(values)
         config = self.read(fields)
@@ -87,7 +87,7 @@ class LlamaKin(SaidByConfig):
         return config
 
     def read(self, fields: Fields) -> ModelConfig:
-        """The same, with problems noted in `fields`."""
+        """Return bigtx's config, and add problems to `fields`."""
         hidden_size, num_heads = fields.size("hidden_size"), fields.size("num_attention_heads")
         num_layers = fields.size("num_hidden_layers")
         theta, scaling = read_rope(fields, self.rope_theta)
@@ -127,14 +127,14 @@ class LlamaKin(SaidByConfig):
         return None, None
 
     def layer_types(self, fields: Fields, num_layers: int) -> list[str]:
-        """Which blocks have a window where `layer_types` is missing: those from `max_window_layers` on."""
+        """Return which blocks have a window if `layer_types` is missing: those from `max_window_layers` on."""
         if not fields.flag("use_sliding_window", False):
             return ["full_attention"] * num_layers
         first = fields.size("max_window_layers", 28, minimum=0)
         return ["sliding_attention" if layer >= first else "full_attention" for layer in range(num_layers)]
 
     def _read_biases(self, fields: Fields) -> tuple[bool, bool]:
-        """Of queries, keys and values, and of the output projection."""
+        """Return whether queries, keys and values have a bias, and whether the output projection has one."""
         if self.biases == "attention_bias":
             both = fields.flag("attention_bias", False)
             return both, both
@@ -143,15 +143,15 @@ class LlamaKin(SaidByConfig):
         return self.biases == "inputs", False
 
     def problems(self, config: ModelConfig) -> list[str]:
-        """Fields that the family does not express."""
-        found = differing(config, self.allowed(config), {"attention_output_bias": "the family has it otherwise"})
+        """Return the fields that the family cannot express."""
+        found = differing(config, self.allowed(config), {"attention_output_bias": "the family has another rule"})
         # transformers refuses such a LlamaConfig even if it has a head_dim.
         if self.model_type == "llama" and config.hidden_size % config.num_heads:
-            found.append(f"model.num_heads={config.num_heads}: the family has a divisor of hidden_size")
+            found.append(f"model.num_heads={config.num_heads}: the family needs a divisor of hidden_size")
         return found + window_problems(config, allowed=self.windows != "none", by_layer=self.windows == "layers")
 
     def allowed(self, config: ModelConfig) -> dict[str, Sequence[Any]]:
-        """Values of the fields that the family does not leave open."""
+        """Return the values of the fields that are fixed in the family."""
         inputs: dict[str, tuple[bool, ...]] = {"none": (False,), "inputs": (True,)}
         return decoder.FIXED | {
             "experts.num_experts": (0,),
@@ -169,7 +169,7 @@ class LlamaKin(SaidByConfig):
         }
 
     def write_config(self, config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-        """A config.json of a config without problems."""
+        """Return the config.json of a config without problems."""
         values = {
             "model_type": self.model_type,
             "architectures": [self.architecture],
@@ -188,15 +188,15 @@ class LlamaKin(SaidByConfig):
         return values
 
     def links(self, config: ModelConfig) -> list[Link]:
-        """Every parameter, renamed."""
+        """Link every parameter to its foreign name."""
         return [same(name, spelled(name, OUTER, BLOCK, "model.layers")) for name in parameter_shapes(config)]
 
     def rename(self, key: str) -> str:
-        """Keys of a model that was saved without its head."""
+        """Return the keys of a model that was saved without its head."""
         return f"model.{key}" if key.startswith(("embed_tokens.", "layers.", "norm.")) else key
 
     def unused(self, config: ModelConfig) -> Sequence[str]:
-        """Frequencies that old releases saved, and copies of what is tied."""
+        """Return the frequencies that old releases saved, and copies of tied tensors."""
         frequencies = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
         return (frequencies, r"lm_head\.weight") if config.tie_embeddings else (frequencies,)
 

@@ -12,7 +12,7 @@ from bigtx.interop.families.common import plain_heads, special_ids, usual_scale
 from bigtx.interop.family import Family, SaidByConfig
 from bigtx.interop.fields import Fields, differing
 from bigtx.interop.maps import Link, same, spelled, split_rows
-from bigtx.interop.windows import FULL, SLIDING, layer_types, read_rhythm
+from bigtx.interop.windows import FULL, SLIDING, layer_types, read_interval
 from bigtx.plan.parameters import parameter_shapes
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils import log
@@ -35,7 +35,7 @@ FIXED: dict[str, Sequence[Any]] = {
 }
 
 ACTIVATIONS = {"gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh", "gelu_new": "geglu_tanh", "silu": "swiglu"}
-"""The feed-forward by the name of its activation; of two names for one, the first is written."""
+"""The feed-forwards by the names of their activations; of two names for one, the first is written."""
 
 OUTER = {
     "embedding": "model.embeddings.tok_embeddings",
@@ -59,7 +59,7 @@ FUSED = {
     # Its "input" goes through the activation, and its "gate" does not.
     "mlp.gate": ("mlp.gate", "mlp.up"),
 }
-"""Modules that are one there, under the first of their names."""
+"""Modules that are one module there, under the first of their names."""
 
 
 class ModernBert(SaidByConfig):
@@ -75,10 +75,10 @@ class ModernBert(SaidByConfig):
     )
 
     def read_config(self, values: dict[str, Any]) -> ModelConfig:
-        """bigtx's config of a config.json.
+        """Return bigtx's config of a config.json.
 
         Raises:
-            ConfigError: it names every field whose value bigtx does not express.
+            ConfigError: bigtx cannot express a value; the message names every such field.
         """
         fields = Fields(values)
         num_layers = fields.size("num_hidden_layers", 22)
@@ -86,7 +86,7 @@ class ModernBert(SaidByConfig):
         theta, local_theta = _rope(fields)
         mlp_bias = fields.flag("mlp_bias", False)
         if fields.flag("classifier_bias", False) != mlp_bias:
-            fields.problem("classifier_bias", "is not mlp_bias, and bigtx has one of both")
+            fields.problem("classifier_bias", "differs from mlp_bias, but bigtx has one setting for both")
         fields.choice("classifier_activation", {"gelu": True}, "gelu")
         attention_bias = fields.flag("attention_bias", False)
         dropouts = {name: fields.number(f"{name}_dropout", 0.0) for name in ("embedding", "attention", "mlp")}
@@ -119,11 +119,11 @@ class ModernBert(SaidByConfig):
         )
         fields.finish()
         if dropouts["mlp"] != config.dropout:
-            log.say(f"embedding_dropout={config.dropout} stands for mlp_dropout={dropouts['mlp']} too")
+            log.say(f"embedding_dropout={config.dropout} is used for mlp_dropout={dropouts['mlp']} too")
         return config
 
     def problems(self, config: ModelConfig) -> list[str]:
-        """Fields that the family does not express, each as "model.FIELD=VALUE: why"."""
+        """Return the fields that the family cannot express, each as "model.FIELD=VALUE: why"."""
         allowed = {
             **plain_heads(config),
             "attention_scale": usual_scale(config),
@@ -133,7 +133,7 @@ class ModernBert(SaidByConfig):
         return differing(config, FIXED | allowed, {"attention_output_bias": "the family has it as attention_bias"})
 
     def write_config(self, config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-        """A config.json of a config without problems."""
+        """Return the config.json of a config without problems."""
         window, every = config.attention_window, config.global_attention_every
         local_theta = config.local_rope_theta or config.rope_theta
         values = {
@@ -178,22 +178,22 @@ class ModernBert(SaidByConfig):
         return values
 
     def links(self, config: ModelConfig) -> list[Link]:
-        """Every parameter of bigtx in exactly one link."""
+        """Return every parameter of bigtx in exactly one link."""
         return [link for name in parameter_shapes(config) if (link := _link(name))]
 
     def rename(self, key: str) -> str:
-        """Keys of a model that was saved without its head."""
+        """Return the keys of a model that was saved without its head."""
         return f"model.{key}" if key.startswith(("embeddings.", "layers.", "final_norm.")) else key
 
     def unused(self, config: ModelConfig) -> Sequence[str]:
-        """The copy of a tied table."""
+        """Return the copy of a tied table."""
         return (r"decoder\.weight",) if config.tie_embeddings else ()
 
 
 def _link(name: str) -> Link | None:
     for first, modules in FUSED.items():
         if any(f".{module}." in name for module in modules[1:]):
-            return None  # In the link of the first.
+            return None  # It is part of the link of the first.
         if f".{first}." in name:
             names = [name.replace(first, module) for module in modules]
             return split_rows(names, spelled(name, OUTER, BLOCK, "model.layers"))
@@ -201,24 +201,24 @@ def _link(name: str) -> Link | None:
 
 
 def _windows(fields: Fields, num_layers: int) -> tuple[bool, int | None]:
-    """Whether any layer has a window, and of which every n-th, from the first on, has none."""
+    """Return whether any layer has a window, and n if every n-th layer, from the first on, has none."""
     kinds = fields.values.get("layer_types")
     if kinds is None:
-        # transformers before 5 wrote the rule, and writes out the layers since.
+        # transformers before 5 wrote the rule, and later releases list the layers.
         every = fields.size("global_attn_every_n_layers", 3)
         return every > 1 and num_layers > 1, every
-    rhythm = read_rhythm(fields, kinds)
+    interval = read_interval(fields, kinds)
     if len(kinds) != num_layers:
         fields.problem("layer_types", f"does not name each of the {num_layers} layers once")
-    return any(kind != FULL for kind in kinds), rhythm
+    return any(kind != FULL for kind in kinds), interval
 
 
 def _rope(fields: Fields) -> tuple[float, float]:
-    """The bases of the frequencies of layers that see all, and of those with a window."""
+    """Return the bases of the frequencies of layers without a window, and of those with one."""
     theta = fields.number("global_rope_theta", 160_000.0)
-    # Absent it has its own default; null it was the other's in transformers before 5.
+    # If missing it has its own default; if null it is the other one in transformers before 5.
     local_theta = fields.number("local_rope_theta", theta if "local_rope_theta" in fields.values else 10_000.0)
-    fields.expect("rope_scaling", {}, "stretches rotary positions, which bigtx does not do by kinds of layers")
+    fields.expect("rope_scaling", {}, "scales rotary positions, which bigtx cannot do by kinds of layers")
     thetas = []
     for name, default in ((FULL, theta), (SLIDING, local_theta)):
         rope = Fields((fields.values.get("rope_parameters") or {}).get(name) or {}, f"rope_parameters.{name}.")

@@ -1,6 +1,7 @@
-"""NanoChat: norms without a scale, also of the embeddings and of queries and keys, and rotations the other way round.
+"""NanoChat: norms without a scale, also of the embeddings and of queries and keys, and rotations in the opposite
+direction.
 
-It normalizes queries and keys after it has turned them, bigtx before: a rotation keeps lengths, so that without a scale
+It normalizes queries and keys after rotating them, bigtx before: a rotation keeps lengths, so that without a scale
 both are the same.
 """
 
@@ -40,7 +41,7 @@ BLOCK = {
     "mlp.down": "mlp.fc2",
 }
 SOFT_CAP = 15.0
-"""Where a config.json does not name one; null is none."""
+"""The default if a config.json has none; null means none."""
 
 
 class NanoChat(SaidByConfig):
@@ -52,10 +53,10 @@ class NanoChat(SaidByConfig):
     classifier = None
 
     def read_config(self, values: dict[str, Any]) -> ModelConfig:
-        """bigtx's config of a config.json.
+        """Return bigtx's config of a config.json.
 
         Raises:
-            ConfigError: it names every field whose value bigtx does not express.
+            ConfigError: bigtx cannot express a value; the message names every such field.
         """
         fields = Fields(values)
         hidden_size, num_heads = fields.size("hidden_size"), fields.size("num_attention_heads")
@@ -88,16 +89,16 @@ class NanoChat(SaidByConfig):
         return config
 
     def problems(self, config: ModelConfig) -> list[str]:
-        """Fields that the family does not express."""
+        """Return the fields that the family cannot express."""
         allowed = FIXED | {
             "mlp": tuple(decoder.PLAIN.values()),
             "attention_output_bias": (config.attention_bias,),
             "attention_scale": usual_scale(config),
         }
-        return differing(config, allowed, {"attention_output_bias": "the family has it where it has attention_bias"})
+        return differing(config, allowed, {"attention_output_bias": "the family has it as attention_bias"})
 
     def write_config(self, config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-        """A config.json of a config without problems."""
+        """Return the config.json of a config without problems."""
         return {
             "model_type": self.model_type,
             "architectures": [self.architecture],
@@ -107,7 +108,7 @@ class NanoChat(SaidByConfig):
         }
 
     def links(self, config: ModelConfig) -> list[Link]:
-        """Every parameter, renamed; queries and keys with the halves of their heads swapped."""
+        """Link every parameter to its foreign name; queries and keys with the halves of their heads swapped."""
         width = shape.head_width(config)
         links = []
         for name in parameter_shapes(config):
@@ -117,11 +118,11 @@ class NanoChat(SaidByConfig):
         return links
 
     def rename(self, key: str) -> str:
-        """Keys of a model that was saved without its head."""
+        """Return the keys of a model that was saved without its head."""
         return f"model.{key}" if key.startswith(("embed_tokens.", "layers.")) else key
 
     def unused(self, config: ModelConfig) -> Sequence[str]:
-        """Copies of what is tied."""
+        """Return the copies of tied tensors."""
         return (r"lm_head\.weight",) if config.tie_embeddings else ()
 
 

@@ -1,8 +1,8 @@
 """T5 (arXiv:1910.10683): the first release, and 1.1 with a gated feed-forward (arXiv:2002.05202) and a head of its own.
 
 A tied head reads hidden states times 1 / sqrt(hidden_size), an untied one reads them as they are. Releases of
-transformers before 5 told the two by `tie_word_embeddings`; release 5 writes true there always, and
-`scale_decoder_outputs` beside it.
+transformers before 5 distinguished the two by `tie_word_embeddings`; release 5 always writes true there, and
+`scale_decoder_outputs` in addition.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "relu2": "relu2",
-    # The tanh approximation in spite of the name, as the published models were trained.
+    # The tanh approximation despite the name, as the published models were trained.
     "gated-gelu": "geglu_tanh",
     "gated-gelu_new": "geglu_tanh",
     "gated-silu": "swiglu",
 }
-"""The feed-forward by the name of its projection; of two names for one, the first is written."""
+"""The feed-forwards by the names of their projections; of two names for one, the first is written."""
 
 HEAD = "lm_head.weight"
 _TABLE = "block.0.layer.0.SelfAttention.relative_attention_bias"
@@ -76,15 +76,15 @@ class T5:
     classifier = None
 
     def read_config(self, values: dict[str, Any]) -> ModelConfig:
-        """bigtx's config of a config.json.
+        """Return bigtx's config of a config.json.
 
         Raises:
-            ConfigError: it names every field whose value bigtx does not express.
+            ConfigError: bigtx cannot express a value; the message names every such field.
         """
         fields = Fields(values)
-        fields.expect("is_encoder_decoder", True, "is a part of the model alone")
+        fields.expect("is_encoder_decoder", True, "makes it only a part of the model")
         begin = values.get("pad_token_id", 0)
-        fields.expect("decoder_start_token_id", begin, f"is not pad_token_id={begin}, with which generation begins")
+        fields.expect("decoder_start_token_id", begin, f"is not pad_token_id={begin}, with which generation starts")
         tied = fields.flag("scale_decoder_outputs", fields.flag("tie_word_embeddings", True))
         hidden_size, num_layers = fields.size("d_model", 512), fields.size("num_layers", 6)
         config = ModelConfig(
@@ -102,7 +102,7 @@ class T5:
             positions="relative",
             relative_num_buckets=fields.size("relative_attention_num_buckets", 32),
             relative_max_distance=fields.size("relative_attention_max_distance", 128),
-            # The length of the published models' training; the architecture has no longest text.
+            # The length of the published models' training; the architecture has no limit.
             max_sequence_length=fields.size("n_positions", 512),
             tie_embeddings=tied,
             logit_scale=hidden_size**-0.5 if tied else 1.0,
@@ -112,12 +112,12 @@ class T5:
         return config
 
     def settled(self, config: ModelConfig, keys: Collection[str]) -> ModelConfig:
-        """Without a head in the files it is tied: release 5 of transformers ties every T5 that it makes anew, and
-        then does not scale what the head of a 1.1 reads."""
+        """Tie the head where the files have none: release 5 of transformers ties every new T5, and
+        then does not scale the input of the head of a 1.1."""
         return config if HEAD in keys else replace(config, tie_embeddings=True)
 
     def problems(self, config: ModelConfig) -> list[str]:
-        """Fields that the family does not express, each as "model.FIELD=VALUE: why"."""
+        """Return the fields that the family cannot express, each as "model.FIELD=VALUE: why"."""
         allowed = {"num_kv_heads": (None, config.num_heads), "mlp": tuple(ACTIVATIONS.values())}
         problems = differing(config, FIXED | allowed, {})
         if config.logit_scale != 1.0 and not (config.tie_embeddings and _is_scaled(config)):
@@ -127,7 +127,7 @@ class T5:
         return problems
 
     def write_config(self, config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-        """A config.json of a config without problems."""
+        """Return the config.json of a config without problems."""
         return {
             "architectures": [self.architecture],
             "model_type": self.model_type,
@@ -146,7 +146,7 @@ class T5:
             "feed_forward_proj": next(name for name, kind in ACTIVATIONS.items() if kind == config.mlp),
             "n_positions": config.max_sequence_length,
             "is_encoder_decoder": True,
-            # What transformers scales by; whether the head is tied it sees by the files.
+            # transformers decides the scale by this; it finds out whether the head is tied by the files.
             "tie_word_embeddings": _is_scaled(config),
             "scale_decoder_outputs": _is_scaled(config),
             "use_cache": True,
@@ -155,7 +155,7 @@ class T5:
         }
 
     def links(self, config: ModelConfig) -> list[Link]:
-        """Every parameter of bigtx in exactly one link."""
+        """Return every parameter of bigtx in exactly one link."""
         gated = config.mlp in shape.GATED
         blocks = {stack: _block(across=stack == "decoder", gated=gated) for stack in ("encoder", "decoder")}
         links = []
@@ -165,23 +165,25 @@ class T5:
         return links
 
     def rename(self, key: str) -> str:
-        """T5 has had no other spelling."""
+        """Return the key as it is: T5 has had no other spelling."""
         return key
 
     def unused(self, config: ModelConfig) -> Sequence[str]:
-        """Copies of the shared table, and a bias of the cross attention that the first release held and never read."""
+        """Return the copies of the shared table, and a bias of the cross attention that the first release stored and
+        never read.
+        """
         tied = r"(encoder|decoder)\.embed_tokens\.weight"
         unread = r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
         return (tied, unread, re.escape(HEAD)) if config.tie_embeddings else (tied, unread)
 
 
 def _is_scaled(config: ModelConfig) -> bool:
-    """Whether the head reads hidden states times 1 / sqrt(hidden_size)."""
+    """Return whether the head reads hidden states times 1 / sqrt(hidden_size)."""
     return math.isclose(config.logit_scale, config.hidden_size**-0.5, rel_tol=1e-6)
 
 
 def _block(*, across: bool, gated: bool) -> dict[str, str]:
-    """The modules of a block, which are numbered by sublayers."""
+    """Return the modules of a block, which are numbered by sublayers."""
     letters = {"query": "q", "key": "k", "value": "v", "output": "o"}
     modules = {"attention_norm": "layer.0.layer_norm"}
     modules |= {f"attention.{name}": f"layer.0.SelfAttention.{letter}" for name, letter in letters.items()}

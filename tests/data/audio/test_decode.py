@@ -62,8 +62,8 @@ def test_resampling_gives_the_length_that_is_asked_for(length: int, speed: float
 def test_what_is_no_recording_says_why(tmp_path: Path) -> None:
     for content, reason in (
         (b"", "an empty file"),
-        (b"these are words, and no sound at all", "no recording that can be read"),
-        (wav(np.zeros(0, np.float32)), "no samples"),
+        (b"these are words, and no sound at all", "not a recording that can be read"),
+        (wav(np.zeros(0, np.float32)), "without samples"),
         (flac(tone(500, 1.0), RATE)[:2000], "cut short|no recording"),
     ):
         with pytest.raises(BadAudioError, match=reason):
@@ -102,7 +102,7 @@ def test_a_wav_that_was_written_to_a_pipe_is_read_to_its_end(size: int) -> None:
 
 
 def test_an_empty_wav_with_notes_behind_it_has_no_samples() -> None:
-    with pytest.raises(BadAudioError, match="no samples"):
+    with pytest.raises(BadAudioError, match="without samples"):
         examine(in_memory(wav(np.zeros(0, np.float32)) + b"LIST\x04\0\0\0INFO"))
 
 
@@ -120,9 +120,9 @@ def test_damage_within_a_recording_and_rates_that_cannot_be_are_told() -> None:
     content = bytearray(flac(np.random.default_rng(1).standard_normal(40_000).astype(np.float32) / 8, RATE))
     content[len(content) // 2] ^= 16
     assert read_header(in_memory(bytes(content))) == (40_000, RATE), "the header does not know"
-    with pytest.raises(BadAudioError, match="no recording that can be read: "):
+    with pytest.raises(BadAudioError, match="not a recording that can be read: "):
         examine(in_memory(bytes(content)))
     raw = bytearray(wav(tone(500)))
     raw[24:28] = struct.pack("<I", 3)
-    with pytest.raises(BadAudioError, match="3 samples a second"):
+    with pytest.raises(BadAudioError, match="3 samples per second"):
         examine(in_memory(bytes(raw)))

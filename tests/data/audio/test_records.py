@@ -51,7 +51,7 @@ def test_a_folder_and_its_files_are_the_same_records(tmp_path: Path) -> None:
     records, problems = read(tmp_path)
     assert not problems and "text" not in records[3].fields, "for predictions it need not be there"
     (tmp_path / "4.wav").unlink()
-    assert f"{tmp_path / '4.txt'}: a text without a recording beside it" in read(tmp_path)[1]
+    assert f"{tmp_path / '4.txt'}: a text without a recording next to it" in read(tmp_path)[1]
 
 
 @pytest.mark.parametrize("name", ["shard.tar", "shard.tar.gz"])

@@ -169,11 +169,11 @@ def pickled(content: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("block", "change", "said"),
     [
-        (1, with_token(7, 9999), "holds the id 9999, and the vocabulary has 420"),
-        (1, with_token(7, 3), "do not start where the ones before end"),
-        (1, renamed, "is the member '../../000000.tokens.npy'"),
+        (1, with_token(7, 9999), "has the id 9999, but the vocabulary has 420"),
+        (1, with_token(7, 3), "do not start where the previous ones end"),
+        (1, renamed, "the member '../../000000.tokens.npy'"),
         (1, pickled, "an array .* of object"),
-        (0, with_token(511, 3), "against the end of the block before"),
+        (0, with_token(511, 3), "unlike the end of the previous block"),
     ],
 )
 def test_wrong_content_with_right_hashes_is_found(corpus_copy: Path, block: int, change, said: str) -> None:
@@ -242,7 +242,7 @@ def test_stats_in_words_and_as_json(corpus_copy: Path, capsys: pytest.CaptureFix
 
 def test_there_must_be_a_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("verify", "stats", "inspect"):
-        for path, said in ((tmp_path, "has neither of the splits"), (tmp_path / "none", "does not exist")):
+        for path, said in ((tmp_path, "has no split"), (tmp_path / "none", "does not exist")):
             assert run(command, str(path)) == 2
             assert said in capsys.readouterr().err
 

@@ -177,7 +177,7 @@ def test_parts_of_several_jobs_make_the_same_corpus(
     monkeypatch.setattr(encode, "_UNIT_BYTES", (2000, 4000))
     prepare(make_config(tmp_path, tokenizer, output=str(tmp_path / "one")))
     config = make_config(tmp_path, tokenizer)
-    with pytest.raises(DataError, match="holds no parts to merge"):
+    with pytest.raises(DataError, match="has no parts to merge"):
         merge(config.output)
     for number in (3, 1):
         report = prepare(config, (number, 3))
@@ -185,7 +185,7 @@ def test_parts_of_several_jobs_make_the_same_corpus(
         assert "part=2/3" in "\n".join(describe_part(report))
     with pytest.raises(DataError, match="part=2/3"):
         merge(config.output)
-    with pytest.raises(DataError, match="was begun in 3 parts"):
+    with pytest.raises(DataError, match="was started in 3 parts"):
         prepare(config)
     prepare(make_config(tmp_path, tokenizer, seed=2), (2, 3))
     with pytest.raises(DataError, match=r"Part 2 .* seed was 1 and is now 2"):
@@ -199,7 +199,7 @@ def test_parts_of_several_jobs_make_the_same_corpus(
     tokens = victim.with_name(f"{victim.stem}-0000.tokens")
     whole = tokens.read_bytes()
     tokens.write_bytes(bytes(len(whole)))
-    with pytest.raises(DataError, match="holds them damaged"):
+    with pytest.raises(DataError, match="or they are damaged"):
         merge(config.output)
     tokens.write_bytes(whole)
     shutil.rmtree(tmp_path / "input")
@@ -298,7 +298,7 @@ def test_little_held_out_text_is_told(tmp_path: Path, tokenizer: Path) -> None:
     (tmp_path / "input" / "100.rst").write_text("not read")
     shown = "\n".join(describe_report(prepare(make_config(tmp_path, tokenizer, validation_fraction=0.01))))
     assert "validation_fraction=0.4 would hold out about 40" in shown
-    assert "Passed over, by their suffix: 1 .rst" in shown
+    assert "Skipped, by their suffix: 1 .rst" in shown
 
 
 def test_an_existing_corpus_is_kept_or_refused(tmp_path: Path, tokenizer: Path, texts: list[str]) -> None:
@@ -379,7 +379,7 @@ def test_a_job_that_failed_goes_on_to_the_same_bytes(
     prepare(make_config(tmp_path, tokenizer, output=str(tmp_path / "one")))
     with monkeypatch.context() as patched:
         disk = Disk(patched, place, name, fails_at)
-        with pytest.raises(DataError, match=r"No space left on device.*goes on from"):
+        with pytest.raises(DataError, match=r"No space left on device.*continues from"):
             prepare(make_config(tmp_path, tokenizer))
         assert disk.calls == fails_at
     assert not (tmp_path / "corpus").exists()
@@ -575,7 +575,7 @@ def test_the_commands(tmp_path: Path, tokenizer: Path, texts: list[str], capsys:
     for wrong in ("3/2", "0/2", "1/1", "one"):
         with pytest.raises(ConfigError, match="I/N"):
             prepare_command([*parts, "--part", wrong])
-    with pytest.raises(DataError, match="neither of the splits"):
+    with pytest.raises(DataError, match="no split"):
         inspect_command([str(tmp_path)])
     with pytest.raises(DataError, match="does not exist"):
         inspect_command([str(tmp_path / "gone")])

@@ -94,7 +94,7 @@ def test_the_longest_document_follows_from_memory_alone(
     (reject,) = map(json.loads, (tmp_path / "corpus" / "rejects.jsonl").read_text().splitlines())
     assert (reject["file"], reject["line"]) == (str(tmp_path / "input" / "2.txt"), 1)
     assert reject["reason"] == (
-        "too long for memory=64 MiB: the tokenizer would take up to 40.3 MiB for its 660,000 characters; memory=81MiB "
+        "too long for memory=64 MiB: the tokenizer would need up to 40.3 MiB for its 660,000 characters; memory=81MiB "
         "is enough"
     )
     prepare(make_config(tmp_path, tokenizers["unigram"], output=str(tmp_path / "two"), num_processes=2))
@@ -139,4 +139,4 @@ def test_filters_reject_what_they_have_no_memory_for(tokenizers: dict[str, Path]
     report = prepare(make_config(tmp_path, tokenizers["bpe"], filters=FilterConfig(max_mean_word_length=9)))
     assert isinstance(report, Report) and (report.train.num_documents, report.rejects.count) == (1, 1)
     (reject,) = map(json.loads, (tmp_path / "corpus" / "rejects.jsonl").read_text().splitlines())
-    assert "the filters would take up to 43.9 MiB" in reject["reason"]
+    assert "the filters would need up to 43.9 MiB" in reject["reason"]

@@ -118,8 +118,8 @@ def test_dots_in_names_overwrite_nothing(tmp_path: Path) -> None:
         ([("a.txt", b"1"), ("./a.txt", b"3")], ["1"], {"./a.txt": "a second member"}),
         ([("a.json", b'{"text": "1"}'), ("a.json", b'{"text": "2"}')], ["1"], {"a.json": "a second member"}),
         ([("a.txt", b"1"), ("a.json", b"{}"), ("a.json.gz", gz(b"{}"))], ["1"], {"a.json.gz": "a second record"}),
-        ([("a.txt", b"1"), ("b.txt", b"2"), ("a.json", b'{"id": 1}')], ["1", "2"], {"a.json": "apart from"}),
-        ([("a.json", b'{"text": "1"}'), ("b.txt", b"2"), ("a.txt", b"3")], ["1", "2"], {"a.txt": "apart from"}),
+        ([("a.txt", b"1"), ("b.txt", b"2"), ("a.json", b'{"id": 1}')], ["1", "2"], {"a.json": "separate from"}),
+        ([("a.json", b'{"text": "1"}'), ("b.txt", b"2"), ("a.txt", b"3")], ["1", "2"], {"a.txt": "separate from"}),
         ([("a.txt", b"1"), ("a.b.json", b'{"id": 1}')], ["1"], {"a.b.json": "no field 'text'"}),
     ],
 )
@@ -290,7 +290,7 @@ def test_members_too_long_are_rejected_and_the_next_is_read(tmp_path: Path, monk
     many = [(f"doc.{number}.txt", b"x" * 300) for number in range(5)] + [("doc.json", b'{"lang": "en"}')]
     found, [reject] = read_all(write(tmp_path / "a.tar", tar(many)), language_field="lang")
     # The first four were given before the record came, so that it is for none.
-    assert [d.language for d in found] == [None] * 5 and "apart from" in reject.reason
+    assert [d.language for d in found] == [None] * 5 and "separate from" in reject.reason
 
 
 def test_archives_are_not_cut_into_parts(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def test_braces_stand_for_several_paths(tmp_path: Path) -> None:
     assert texts_of(f"{tmp_path}/b{{1,2}}.txt") == ["b{1,2}.txt"]
     with pytest.raises(DataError, match=r"no file or folder .*a-002\.txt"):
         texts_of(f"{tmp_path}/a-{{001..003}}.txt")
-    with pytest.raises(DataError, match="stands for more than 1,000,000 paths"):
+    with pytest.raises(DataError, match="expands to more than 1,000,000 paths"):
         texts_of(f"{tmp_path}/{{0..99999999}}.txt")
     with pytest.raises(DataError, match="no file or folder"):
         texts_of(f"{tmp_path}/a-{{000.txt")

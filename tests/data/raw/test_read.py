@@ -202,7 +202,7 @@ def test_short_suffixes_of_archives(tmp_path: Path) -> None:
         ("a.zip", "unpack it first"),
         ("a.jsonl.lz4", "unpack it first"),
         ("a.parquet.gz", "decompress it"),
-        ("a.pdf", "turn it into text or JSON lines first"),
+        ("a.pdf", "convert it to text or JSON lines first"),
         ("a.rst.gz", r"'input\.text_suffixes=\[\.txt,\.md,\.rst\]'"),
         ("a", r"ends in \.txt"),
     ],
@@ -210,7 +210,7 @@ def test_short_suffixes_of_archives(tmp_path: Path) -> None:
 def test_no_advice_makes_a_wrong_corpus(tmp_path: Path, name: str, advice: str) -> None:
     path = write(tmp_path / name, b"x")
     with pytest.raises(
-        DataError, match=rf"Cannot tell what .*: {'if it is plain text' if 'rst' in name else ''}.*{advice}"
+        DataError, match=rf"The format of .* is not known: {'if it is plain text' if 'rst' in name else ''}.*{advice}"
     ):
         list_files(InputConfig(paths=[str(path)]))
 
@@ -240,7 +240,7 @@ def test_nuls_throughout_are_no_text_and_a_few_are(tmp_path: Path) -> None:
     texts, rejects = read_all(InputConfig(paths=[str(tmp_path)]))
     assert texts == ["a few \0 in a text are text", "last"]
     assert [Path(reject.file).name for reject in rejects] == ["a.txt", "b.txt", "c.jsonl", "d.txt", "e.csv"]
-    assert "nothing but NULs" in rejects[0].reason and "NUL" in rejects[3].reason
+    assert "only NULs" in rejects[0].reason and "NUL" in rejects[3].reason
 
 
 def test_a_key_that_stands_twice_is_a_reject(tmp_path: Path) -> None:
@@ -249,8 +249,8 @@ def test_a_key_that_stands_twice_is_a_reject(tmp_path: Path) -> None:
     texts, rejects = read_all(InputConfig(paths=[str(tmp_path)]))
     assert texts == ["d"]
     assert [(r.line, r.reason) for r in rejects] == [
-        (1, "the key 'text' stands twice in an object"),
-        (2, "the key 'x' stands twice in an object"),
+        (1, "the key 'text' is a duplicate in an object"),
+        (2, "the key 'x' is a duplicate in an object"),
     ]
 
 
@@ -391,7 +391,7 @@ def test_metadata_is_found_by_the_fields_of_the_configuration(tmp_path: Path) ->
         ("d", "d4", "u4", None),
     ]
     assert [(reject.line, reject.reason) for reject in found] == [
-        (3, "the field 'lang' is a list, neither a text nor a number")
+        (3, "the field 'lang' is a list, not a text or a number")
     ]
 
 

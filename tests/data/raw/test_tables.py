@@ -78,7 +78,7 @@ def test_fields_too_long_are_rejected_and_the_next_is_read(tmp_path: Path, monke
 def test_columns_of_one_name(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b"text,text\na,b\n")
     _, [reject] = read_all(tmp_path / "a.csv")
-    assert reject.reason == "the first line names columns twice: 'text'" and reject.lost is None
+    assert reject.reason == "the first line has duplicate columns: 'text'" and reject.lost is None
     (tmp_path / "a.csv").write_bytes(b"text,,\na,b,c\n")
     assert texts_of(tmp_path / "a.csv") == ["a"]
 
@@ -167,7 +167,7 @@ def test_columns_that_are_no_text_are_named_with_their_type(tmp_path: Path, name
     if isinstance(values[0], (int, float, Decimal)) and name != "bool":
         assert [d.id for d in documents] == [str(value) for value in values]
     else:
-        assert documents == [] and all("neither a text nor a number" in reject.reason for reject in rejects)
+        assert documents == [] and all("not a text or a number" in reject.reason for reject in rejects)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_json_values_that_are_no_text_are_named_with_their_type(tmp_path: Path, 
     if kind == "a number":
         assert [d.id for d in documents] == [value]
     else:
-        assert [reject.reason for reject in rejects] == [f"the field 'id' is {kind}, neither a text nor a number"]
+        assert [reject.reason for reject in rejects] == [f"the field 'id' is {kind}, not a text or a number"]
 
 
 def test_damaged_parquet_is_not_cut(tmp_path: Path) -> None:

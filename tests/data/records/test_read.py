@@ -79,7 +79,7 @@ def test_two_files_side_by_side(tmp_path: Path) -> None:
     assert fields(tmp_path / "x.{de,en}") == [{"source": "eins", "target": "one"}, {"source": "zwei", "target": "two"}]
     (tmp_path / "x.en").write_text("one\n")
     records, broken = read(tmp_path / "x.{de,en}")
-    assert records == [] and "as many lines" in broken.all[0][2]
+    assert records == [] and "the same number of lines" in broken.all[0][2]
 
 
 def test_what_cannot_be_read_is_told_with_its_line(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_what_cannot_be_read_is_told_with_its_line(tmp_path: Path) -> None:
     assert [(record.fields["text"], record.line) for record in records] == [("two\nlines", 2), ("d", 7)]
     assert [line for _, line, _ in broken.all] == [4, 5, 6]
     table.write_text("text,text\na,b\n")
-    assert "columns twice" in read(table)[1].all[0][2]
+    assert "duplicate columns" in read(table)[1].all[0][2]
 
 
 def test_damaged_files_and_samples_are_told(tmp_path: Path) -> None:
@@ -138,9 +138,9 @@ def test_samples_with_dots_in_their_names(tmp_path: Path) -> None:
         ([("a.txt", b"1"), ("a.txt", b"2")], "a second member of this name"),
         ([("a.txt", b"1"), ("a.md", b"2")], "gives 'text' too"),
         ([("a.txt", b"1"), ("a.json", b'{"text": "2"}')], "gives 'text' too"),
-        ([("a.txt", b"1"), ("b.txt", b"2"), ("a.cls", b"joy")], "the key 'a' comes again after others"),
+        ([("a.txt", b"1"), ("b.txt", b"2"), ("a.cls", b"joy")], "the key 'a' appears again after others"),
         ([("a.jpg", b"1")], "the sample 'a' has no member .json"),
-        ([("a.json", b'{"text": "1", "text": "2"}')], "the key 'text' stands twice"),
+        ([("a.json", b'{"text": "1", "text": "2"}')], "the key 'text' is a duplicate"),
         ([("a.json", b'{"text": "\\ud83d"}')], "an unpaired surrogate"),
         ([("a.txt", "a text in another encoding".encode("utf-16le"))], "UTF-16 text"),
         ([("../a.txt", b"1")], "leads out of the archive"),
@@ -180,7 +180,11 @@ def test_members_with_other_suffixes_are_never_decoded(tmp_path: Path) -> None:
 def test_what_names_no_records_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(b"")
     (tmp_path / "empty").mkdir()
-    for path, expected in (("nowhere", "no file or folder"), ("a.bin", "ends in none of"), ("empty", "no records")):
+    for path, expected in (
+        ("nowhere", "no file or folder"),
+        ("a.bin", "not end in one of"),
+        ("empty", "no records"),
+    ):
         with pytest.raises(DataError, match=expected):
             read(tmp_path / path)
     with pytest.raises(DataError, match=r"no file .*x\.de"):

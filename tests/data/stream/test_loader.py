@@ -234,5 +234,5 @@ def test_too_many_epochs_are_refused_with_the_figures(tmp_path: Path, make_corpu
     data = DataConfig(sources={"web": source})
     rows = int(((Manifest.load(tmp_path / "train").blocks["tokens"].astype(int) + LENGTH - 2) // LENGTH).sum())
     check_sources(data, sequence_length=LENGTH, num_sequences=2 * rows)
-    with pytest.raises(DataError, match=rf"2\.\d+ epochs of {rows} rows, and max_epochs allows 2"):
+    with pytest.raises(DataError, match=rf"2\.\d+ epochs of {rows} rows, but max_epochs allows 2"):
         check_sources(data, sequence_length=LENGTH, num_sequences=2 * rows + 1)

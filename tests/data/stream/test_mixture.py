@@ -84,7 +84,7 @@ def test_phases_far_into_a_run_are_as_exact(phases: list[Phase], before: int) ->
 def test_phases_that_cannot_be_kept_exactly_are_refused_with_the_figure() -> None:
     generator = np.random.default_rng(1)
     weights = 10.0 ** generator.uniform(-5, 5, (4, 60))
-    with pytest.raises(DataError, match=r"3 phases of 60 sources.*off its share by \d\.\d\d sequences, and 2 are"):
+    with pytest.raises(DataError, match=r"3 phases of 60 sources.*off its share by \d\.\d\d sequences, but 2 are"):
         Mixture([Phase(100 * number, row.tolist()) for number, row in enumerate(weights)])
 
 

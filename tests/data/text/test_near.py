@@ -234,7 +234,7 @@ def test_no_documents_have_no_duplicates(tmp_path: Path) -> None:
 def test_signatures_that_were_cut_short_are_named(tmp_path: Path) -> None:
     parts = write_parts(tmp_path, draw_signatures(10, 6, seed=1))
     parts[0].path.write_bytes(parts[0].path.read_bytes()[:-1])
-    with pytest.raises(DataError, match=r"part-1-0 has 119 bytes, and its signatures need 120"):
+    with pytest.raises(DataError, match=r"part-1-0 has 119 bytes, but its signatures need 120"):
         find_near_duplicates(parts, tmp_path, SMALL, 1 << 20)
     parts[0].path.unlink()
     with pytest.raises(DataError, match="has 0 bytes"):

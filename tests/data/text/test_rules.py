@@ -51,7 +51,7 @@ def test_filters_judge_the_cleaned_text() -> None:
     assert rules.apply("A naÃ¯ve line. It stays!\nmenu\nWrite to a@b.org today.", None) == (
         "A naïve line. It stays!\nWrite to email@example.com today."
     )
-    assert rules.apply("menu\nhome", None) == Dropped("filters.c4", "no line is left of it")
+    assert rules.apply("menu\nhome", None) == Dropped("filters.c4", "no line is left")
     assert rules.apply("if (x) { y }", None) == Dropped("filters.c4", "a curly bracket")
     assert rules.apply("Only one sentence here.", None) == Dropped("filters.min_sentences", "1, at least 2")
     assert rules.apply("\x00\x01", None) == Dropped("clean.repair_unicode", "nothing is left of it")
@@ -64,7 +64,7 @@ def test_languages_are_those_of_the_metadata_or_detected() -> None:
     rules = TextRules(config)
     assert rules.apply(GERMAN, None) == GERMAN
     assert rules.apply(ENGLISH, "DE_at") == ENGLISH
-    assert rules.apply(GERMAN, "en-US") == Dropped("filters.languages", "in en, as its metadata says")
+    assert rules.apply(GERMAN, "en-US") == Dropped("filters.languages", "in en, by its metadata")
     dropped = rules.apply(ENGLISH, "")
     assert isinstance(dropped, Dropped) and dropped.detail.startswith("in en with probability ")
     # What stands around the middle of a long text does not count.

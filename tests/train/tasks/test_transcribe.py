@@ -161,8 +161,8 @@ def test_what_cannot_be_used_is_refused_with_the_reason(tokenizer: Tokenizer, tm
     task, sound = make(tokenizer, normalize="words"), wav(tone(400))
     cases = [
         (record(b""), "a.wav: an empty file"),
-        (record(b"no sound"), "no recording that can be read"),
-        (record(wav(np.zeros(0, np.float32))), "no samples"),
+        (record(b"no sound"), "not a recording that can be read"),
+        (record(wav(np.zeros(0, np.float32))), "without samples"),
         (record(sound, None), "without a text: there is no .txt"),
         (record(sound, "  "), "empty"),
         (record(sound, "?!"), "nothing is left of the text"),
