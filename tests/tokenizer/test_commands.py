@@ -137,7 +137,7 @@ def test_a_tokenizer_made_otherwise_is_not_written_over(
     assert (tmp_path / "new" / "bigtx_tokenizer.json").read_bytes() == before
 
     bpe.save(tmp_path / "imported")
-    with pytest.raises(ConfigError, match=r"imported holds a tokenizer already\. Corpora"):
+    with pytest.raises(ConfigError, match=r"imported has a tokenizer already\. Corpora"):
         train_command([*given, f"output={tmp_path / 'imported'}"])
 
 
