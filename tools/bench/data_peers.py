@@ -23,7 +23,7 @@ BATCH = 8
 
 
 def datatrove(scratch: Path, text: str, tokenizer: str) -> dict[str, float]:
-    """Run JsonlReader and DocumentTokenizer in two processes, with a byte-level BPE of the same number of pieces, because
+    """Run JsonlReader and DocumentTokenizer in two processes, with a byte-level BPE of as many pieces, because
     sentencepiece models are not supported; only the pipeline is timed."""
     from datatrove.executor import LocalPipelineExecutor
     from datatrove.pipeline.readers import JsonlReader
