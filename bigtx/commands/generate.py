@@ -181,7 +181,7 @@ def _json_record(line: str, where: str) -> dict[str, Any]:
 
 
 def write_line(value: Mapping[str, Any]) -> None:
-    """Write an object to standard output as a JSON line in UTF-8, whatever the encoding of the terminal."""
+    """Write an object to standard output as a JSON line in UTF-8, for any encoding of the terminal."""
     sys.stdout.flush()
     sys.stdout.buffer.write(as_line(value))
     sys.stdout.buffer.flush()

@@ -166,11 +166,11 @@ def count_parameters(config: ModelConfig) -> Counts:
     sizes = _of_stacks(config)
     blocks = sum(sizes.values())
     idle = sum(size for name, size in sizes.items() if name.endswith(_OF_EXPERTS)) * _idle_share(config)
-    hears = sum(math.prod(size) for size in _audio_shapes(config).values())
+    front_end = sum(math.prod(size) for size in _audio_shapes(config).values())
     return Counts(
         total=total,
-        embedding=total - blocks - hears,
-        non_embedding=blocks + hears,
+        embedding=total - blocks - front_end,
+        non_embedding=blocks + front_end,
         active=total - round(idle),
     )
 

@@ -63,7 +63,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeat", type=int, default=4, help="copies of the text (default: 4)")
     parser.add_argument("--peers", help="a Python with the packages of data-peers.txt")
-    parser.add_argument("--json", action="store_true", help="print JSON alone")
+    parser.add_argument("--json", action="store_true", help="print only JSON")
     parser.add_argument("--only", choices=("prepare", "memory", "long", "loader", "open"), help="one part")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -51,8 +51,8 @@ def prepare(paths: list[Path], tokenizer: Path, output: Path, num_bytes: int) ->
     """Prepare documents of `num_bytes` each in one process.
 
     Returns:
-        `status` of the command, its `seconds`, its `peak` memory in bytes, `share` of the bound that it takes beside
-        the text, and what it `said` in an error.
+        `status` of the command, its `seconds`, its `peak` memory in bytes, the `share` of the bound that it takes in
+        addition to the text, and what it `said` in an error.
     """
     short = output.with_name("short.jsonl")
     short.write_text(json.dumps({"text": "some words"}) + "\n", encoding="utf-8")

@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--vocab-size", type=int, default=131_072)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--way", choices=sorted(WAYS), help="measure this one alone, in this process")
+    parser.add_argument("--way", choices=sorted(WAYS), help="measure only this one, in this process")
     options = parser.parse_args()
     if options.way:
         print(json.dumps(measure(options.way, options)))
