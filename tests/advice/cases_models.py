@@ -338,7 +338,7 @@ def an_output_that_is_held(desk: Desk) -> Attempt:
     return predict(desk, SHORT, more="output=out.jsonl")
 
 
-@CASES.case("; to measure on them as they are, ", r"(data=FILE)$", fill={"FILE": "in.jsonl"})
+@CASES.case("; to measure on the present ones, ", r"(data=FILE)$", fill={"FILE": "in.jsonl"})
 def records_that_have_changed(desk: Desk) -> Attempt:
     attempt = evaluate(desk, "")
     path = desk.folder / "classifier/config.yaml"
