@@ -1,14 +1,14 @@
-# Each target sets up what it needs. A fresh machine needs Python 3.11 or newer and make; the tests, a C++ compiler too.
+# Each target installs what it needs. A fresh machine needs Python 3.11 or newer and make; the tests need a C++ compiler.
 #   make PYTHON=/path/to/python3 TARGET    chooses the Python
 
 VENV := .venv
-# Two stamps of one environment: what a trainer needs, and what the tests and linters need besides.
+# Two stamps for one environment: the packages of training, and in addition those of the tests and linters.
 READY_ENV := $(VENV)/ready-env
 READY := $(VENV)/ready
 # Relative, so that the clone's path may have spaces.
 BIN := $(VENV)/bin
 
-# The first Python that runs (a shim of a version manager may not), is new enough and can make environments.
+# The first Python that runs (a version manager's shim may not), is new enough and can make environments.
 FIND_PYTHON := for python in python3 python3.12 python3.13 python3.11 python3.14; do \
 	$$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& echo $$python && break; done; true
@@ -22,16 +22,16 @@ PYTEST := $(BIN)/python -m pytest
 
 .PHONY: help env demo test test-full test-slurm test-gpu lint format bench clean
 .DEFAULT_GOAL := help
-# One environment is not built by two targets at once.
+# Two targets must not build the environment at the same time.
 .NOTPARALLEL:
 
-help: ## this list
+help: ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{printf "make %-10s %s\n", $$1, $$2}'
 
 env: $(READY_ENV) ## make the environment, .venv, with what training needs
 	@echo "The environment is ready: . $(VENV)/bin/activate"
 
-demo: $(READY_ENV) ## train a small model on the standard library's source code, from nothing to samples
+demo: $(READY_ENV) ## train a small model on the standard library's source code, from scratch to samples
 	@$(BIN)/python tools/demo.py
 
 test: lint ## lint, the tests that fit a commit, and fuzzing of the readers (15 to 25 minutes on 2 cores)
@@ -46,29 +46,29 @@ test-slurm: $(READY) ## the tests on a real SLURM cluster on this machine; needs
 	@tests/slurm/cluster ready
 	@$(PYTEST) -m slurm tests/slurm
 
-test-gpu: ## the tests and the throughput figure on this machine's GPU; without one, says so and ends well
+test-gpu: ## the tests and the throughput benchmark on this machine's GPU; without a GPU it says so and succeeds
 	@python="$(FOUND_PYTHON)"; $${python:-python3} tools/test_gpu
 
-lint: $(READY) ## ruff, mypy and the layers of the design
+lint: $(READY) ## ruff, mypy and the import rules
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet . || { echo "Not formatted; run: make format" >&2; exit 1; }
 	@$(BIN)/mypy --no-error-summary
 	@$(BIN)/lint-imports > $(VENV)/lint-imports.log 2>&1 || { cat $(VENV)/lint-imports.log >&2; exit 1; }
 
-format: $(READY) ## mend what ruff can mend
+format: $(READY) ## fix what ruff can fix
 	@$(BIN)/ruff check --quiet --fix-only .
 	@$(BIN)/ruff format --quiet .
 
-bench: $(READY_ENV) ## tokens per second of a training step on this machine (on GPUs MFU too), and the memory of long documents
+bench: $(READY_ENV) ## tokens per second of training on this machine (on GPUs also MFU), and the memory of long documents
 	@$(BIN)/python tools/bench/throughput.py
 	@$(BIN)/python tools/bench/data.py --only long --json
 
-clean: ## remove the environment and all that was built; runs/ stays
+clean: ## remove the environment and everything that was built; runs/ is kept
 	@rm -rf $(VENV) build dist wheelhouse .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Installs the bigtx of this clone with extras. A terminal shows pip's own progress; else there is a line for each large
-# download, the rest is in setup.log, and pip's success is known by the stamp.
+# Install this clone's bigtx with extras. A terminal shows pip's own progress. Otherwise there is a line for each large
+# download and the rest is in setup.log; the stamp exists only if pip succeeded.
 define install
 	@test -n "$(FOUND_PYTHON)" || { \
 		echo "bigtx needs Python 3.11 or newer with venv; name one: make PYTHON=/path/to/python3" >&2; exit 1; }

@@ -17,7 +17,7 @@ __all__ = ["__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs torch when it is first asked for, so that the commands start at once."""
+    """Import names that need torch when they are first used, so that the commands start quickly."""
     if name == "load":
         from bigtx.loaded import load
 

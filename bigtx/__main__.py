@@ -1,4 +1,4 @@
-"""`python -m bigtx` and the installed command `bigtx`: `bigtx.cli`, imported where Ctrl-C is heard already."""
+"""`python -m bigtx` and the installed command `bigtx`: they import `bigtx.cli` where Ctrl-C is already handled."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> int:
-    """The command; returns its exit status."""
+    """Run the command; return its exit status."""
     try:
         from bigtx.cli import main as command
 

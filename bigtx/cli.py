@@ -1,4 +1,4 @@
-"""The `bigtx` command table. A command's module is imported only when the command is called."""
+"""The table of the `bigtx` commands. A command's module is imported only when the command is called."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from bigtx.utils.processes import share_cores
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "tokenizer train": ("bigtx.commands.tokenizer:train_command", "train a sentencepiece tokenizer on text files"),
-    "tokenizer import": ("bigtx.commands.tokenizer:import_command", "take over a tokenizer made elsewhere"),
-    "tokenizer inspect": ("bigtx.commands.tokenizer:inspect_command", "show what a tokenizer makes of texts"),
+    "tokenizer import": ("bigtx.commands.tokenizer:import_command", "import a tokenizer made elsewhere"),
+    "tokenizer inspect": ("bigtx.commands.tokenizer:inspect_command", "show how a tokenizer encodes texts"),
     "data prepare": ("bigtx.commands.data:prepare_command", "turn text files into tokenized shards"),
-    "data merge": ("bigtx.commands.data:merge_command", "make one corpus of the parts of a preparation"),
+    "data merge": ("bigtx.commands.data:merge_command", "merge the parts of a preparation into one corpus"),
     "data inspect": ("bigtx.commands.data:inspect_command", "show a corpus: shards, counts, decoded samples"),
-    "data stats": ("bigtx.commands.data:stats_command", "show a prepared corpus in figures"),
+    "data stats": ("bigtx.commands.data:stats_command", "show statistics of a prepared corpus"),
     "data verify": ("bigtx.commands.data:verify_command", "read all of a prepared corpus and check it"),
     "pretrain": ("bigtx.pretrain:main", "train a model on prepared corpora"),
-    "finetune": ("bigtx.finetune:main", "train a model on records, for one job"),
+    "finetune": ("bigtx.finetune:main", "train a model on records, for a task"),
     "slurm submit": ("bigtx.commands.slurm:submit_command", "submit a job to a SLURM cluster"),
     "slurm render": ("bigtx.commands.slurm:render_command", "print the batch script of a job"),
-    "slurm status": ("bigtx.commands.slurm:status_command", "say what became of a run's jobs"),
+    "slurm status": ("bigtx.commands.slurm:status_command", "show the starts and jobs of a run"),
     "generate": ("bigtx.commands.generate:command", "continue prompts with a trained model"),
-    "chat": ("bigtx.commands.chat:command", "talk with a model that was trained on chats"),
-    "predict": ("bigtx.commands.predict:command", "say what a fine-tuned model makes of records"),
+    "chat": ("bigtx.commands.chat:command", "chat with a model that was trained on chats"),
+    "predict": ("bigtx.commands.predict:command", "predict for records with a fine-tuned model"),
     "evaluate": ("bigtx.commands.evaluate:command", "measure a run on held-out data"),
-    "import": ("bigtx.commands.interop:import_command", "make a run of a Hugging Face model"),
+    "import": ("bigtx.commands.interop:import_command", "turn a Hugging Face model into a run"),
     "export": ("bigtx.commands.interop:export_command", "write a run as a Hugging Face model"),
     "configs list": ("bigtx.commands.configs:list_command", "list the recipes that come with bigtx"),
     "configs show": ("bigtx.commands.configs:show_command", "print a recipe"),
     "configs copy": ("bigtx.commands.configs:copy_command", "copy a recipe, to change it"),
-    "configs explain": ("bigtx.commands.configs:explain_command", "say what a setting means"),
-    "help": ("bigtx.cli:help_command", "say what a command does and takes"),
-    "version": ("bigtx.cli:version_command", "print the version (--json: also of its packages)"),
+    "configs explain": ("bigtx.commands.configs:explain_command", "explain a setting"),
+    "help": ("bigtx.cli:help_command", "explain a command and its options"),
+    "version": ("bigtx.cli:version_command", "print the version (--json: also of packages)"),
 }
 HEADINGS = {
     "From text to data": ("tokenizer", "data"),
@@ -44,7 +44,7 @@ HEADINGS = {
     "On a cluster": ("slurm",),
     "Using a model": ("generate", "chat", "predict", "evaluate", "import", "export"),
 }
-"""The first words of commands that belong together; all others are shown at the end, as `OTHER`."""
+"""Groups of commands, by their first words; all other commands are shown at the end, as `OTHER`."""
 OTHER = "Other"
 
 
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        argv: without the program's name; None takes the process's own.
+        argv: the arguments without the program's name; None takes those of the process.
 
     Returns:
         The exit status.
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def help_command(argv: Sequence[str]) -> int:
-    """Explain a command, a group of commands, or show all of them.
+    """Explain a command or a group of commands, or list all commands.
 
     Raises:
         ConfigError: there is no such command.
@@ -83,9 +83,9 @@ def help_command(argv: Sequence[str]) -> int:
     name = _command(words)
     if not words:
         print(f"usage: bigtx COMMAND [NAME=VALUE ...]\n\n{_all_commands()}\n")
-        print("`bigtx help COMMAND` says what a command takes.")
+        print("`bigtx help COMMAND` shows the options of a command.")
     elif name == "help":
-        print("usage: bigtx help [COMMAND]\n\nSay what a command does and takes, as `bigtx COMMAND --help` does.")
+        print("usage: bigtx help [COMMAND]\n\nExplain a command and its options, as `bigtx COMMAND --help` does.")
     elif name is not None:
         return _resolve(name)(["--help"])
     elif members := _members(" ".join(words)):
@@ -96,10 +96,10 @@ def help_command(argv: Sequence[str]) -> int:
 
 
 def version_command(argv: Sequence[str]) -> int:
-    """Print the version, or with `--json` those of Python and the packages that bigtx stands on, none imported."""
+    """Print the version; with `--json` also those of Python and packages, which are not imported."""
     from bigtx.utils.arguments import Arguments
 
-    parser = Arguments(prog="bigtx version", description="The version; as JSON, also those of Python and the packages.")
+    parser = Arguments(prog="bigtx version", description="Print the version; as JSON also those of packages.")
     parser.add_json()
     if not parser.parse_args(argv).json:
         print(f"bigtx {__version__}")
@@ -114,12 +114,12 @@ def version_command(argv: Sequence[str]) -> int:
 
 
 def _command(words: Sequence[str]) -> str | None:
-    """The command that a command line begins with."""
+    """Return the command that a command line begins with, if any."""
     return next((name for length in (1, 2) if (name := " ".join(words[:length])) in COMMANDS), None)
 
 
 def _members(group: str) -> list[str]:
-    """The commands of a group: those of two words, of which it is the first."""
+    """Return the commands of a group: those of two words whose first word it is."""
     return [name for name in COMMANDS if name.startswith(f"{group} ")]
 
 
@@ -130,7 +130,7 @@ def _resolve(name: str) -> Callable[[Sequence[str]], int]:
 
 
 def _refuse(words: Sequence[str]) -> NoReturn:
-    """Say which command was meant.
+    """Refuse a command line and say which command was probably meant.
 
     Raises:
         ConfigError: always.

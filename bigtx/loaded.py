@@ -1,4 +1,4 @@
-"""A trained run in Python: `bigtx.load(RUN)` gives its model with methods that write, answer, predict and score."""
+"""A trained run in Python: `bigtx.load(RUN)` returns its model, with methods that generate, chat, predict and score."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class LoadedModel:
     """A trained model with its tokenizer, ready to use.
 
     Attributes:
-        model: in evaluation mode; fp32 on a CPU, bf16 on a GPU.
-        config: of the run.
+        model: the model in evaluation mode; fp32 on a CPU, bf16 on a GPU.
+        config: the config of the run.
         checkpoint: the folder that the weights came from.
     """
 
@@ -50,37 +50,38 @@ class LoadedModel:
         """Continue a text, or answer it if the run was fine-tuned to answer.
 
         Args:
-            raw: continue it in any case.
+            raw: continue the text in any case.
             on_text: called with each piece of the new text as soon as it is known.
             options: max_new_tokens, temperature, top_k, top_p, seed (see `bigtx.model.decode.Sampling`), and stop: a
                 text, or a list of texts, before which the new text ends.
 
         Returns:
-            The new text, the prompt left out.
+            The new text, without the prompt.
 
         Raises:
-            ConfigError: the model writes nothing, or an option is unknown or out of range.
-            DataError: the prompt is no text.
+            ConfigError: the model cannot generate text, or an option is unknown or out of range.
+            DataError: the prompt is not a text.
         """
         if not isinstance(prompt, str):
-            raise DataError("the prompt is no text; write generate(TEXT), or generate_batch([TEXT, ...]) for several")
+            raise DataError("the prompt is not a text; write generate(TEXT), or generate_batch([TEXT, ...])")
         return self._write_one(self.read(prompt, raw=raw, options=options), on_text, options)
 
     def generate_batch(
         self, prompts: Sequence[str], *, raw: bool = False, first_index: int = 0, **options: Any
     ) -> list[str]:
-        """Continue or answer several texts side by side, each as it would be alone; options as for `generate`.
+        """Continue or answer several texts in one batch; each result is as without the others.
 
-        An encoder-decoder reads each as its source and writes a text of its own.
+        An encoder-decoder reads each prompt as its source and writes a new text.
 
         Args:
-            first_index: the number of the first one among all prompts, where these are a part of them.
+            first_index: the number of the first prompt among all prompts, if these are only a part of them.
+            raw, options: as for `generate`.
 
         Raises:
             ConfigError, DataError: as `generate`.
         """
         if not _is_list(prompts) or not all(isinstance(prompt, str) for prompt in prompts):
-            raise DataError("the prompts are no list of texts; write generate_batch([TEXT, ...]), or generate(TEXT)")
+            raise DataError("the prompts are not a list of texts; write generate_batch([TEXT, ...]), or generate(TEXT)")
         read = [self.read(prompt, raw=raw, options=options) for prompt in prompts]
         return [written.text for written in self.write(read, first_index=first_index, **options)]
 
@@ -91,7 +92,7 @@ class LoadedModel:
 
         Args:
             messages: `[{"role": "user", "content": "..."}, ...]`, as in the records of fine-tuning; the last one is not
-                the assistant's. Of a chat that is longer than the model's window the oldest turns are not read.
+                the assistant's. If the chat is longer than the model's window, the oldest turns are not read.
             on_text, options: as for `generate`.
 
         Returns:
@@ -99,10 +100,10 @@ class LoadedModel:
 
         Raises:
             ConfigError: the run was not trained on chats, or an option is unknown or out of range.
-            DataError: the messages are no chat to answer.
+            DataError: the messages are not a chat that can be answered.
         """
         if not isinstance(messages, list | tuple):
-            raise DataError('the messages are no list; write chat([{"role": "user", "content": TEXT}])')
+            raise DataError('the messages are not a list; write chat([{"role": "user", "content": TEXT}])')
         return self._write_one(self.read(messages, options=options), on_text, options)
 
     def _write_one(self, read: Read, on_text: Callable[[str], None] | None, options: Mapping[str, Any]) -> str:
@@ -113,10 +114,10 @@ class LoadedModel:
         return self.write([read], on_text=lambda index, text: on_text(text), **options)[0].text
 
     def read(self, prompt: str | Sequence[Mapping[str, Any]], *, raw: bool = False, options: Mapping[str, Any]) -> Read:
-        """What the model reads of a prompt or a chat before it writes; see `generate` and `chat`.
+        """Return what the model reads of a prompt or a chat before it writes; see `generate` and `chat`.
 
         Args:
-            options: as for `generate`; they say how much room a new text needs.
+            options: as for `generate`; they determine how many tokens are reserved for the new text.
 
         Raises:
             ConfigError, DataError: as `generate` and `chat`.
@@ -134,11 +135,11 @@ class LoadedModel:
     def write(
         self, prompts: Sequence[Read], *, first_index: int = 0, on_text: OnText | None = None, **options: Any
     ) -> list[Written]:
-        """Write a text for each of the prompts that `read` gave, side by side.
+        """Write a text for each of the prompts that `read` returned, in one batch.
 
         Args:
             first_index: as for `generate_batch`.
-            on_text: called with (number of the prompt, piece of its text) as soon as that is known.
+            on_text: called with (number of the prompt, piece of its text) as soon as the piece is known.
             options: as for `generate`.
         """
         from bigtx.model.decode import Sampling
@@ -159,7 +160,7 @@ class LoadedModel:
 
     @functools.cached_property
     def task(self) -> RecordTask:
-        """What a fine-tuned model was made to do.
+        """The task that the model was fine-tuned for.
 
         Raises:
             ConfigError: the run was pretrained.
@@ -173,23 +174,23 @@ class LoadedModel:
     def predict(
         self, records: Sequence[Mapping[str, Any] | str], *, batch_size: int | None = None
     ) -> list[dict[str, Any]]:
-        """What a fine-tuned model makes of records.
+        """Predict for records with a fine-tuned model.
 
         Args:
-            records: named values, as in the lines of a .jsonl file: `[{"text": "..."}]`; answers need not be there.
-                Plain texts, where the task needs one text of a record.
-            batch_size: records side by side.
+            records: mappings, as in the lines of a .jsonl file: `[{"text": "..."}]`; answers are not needed.
+                They may be plain texts if the task needs one text of a record.
+            batch_size: the number of records in a batch.
 
         Returns:
-            A prediction for each, e.g. `{"label": ..., "probabilities": {...}}`.
+            A prediction for each record, e.g. `{"label": ..., "probabilities": {...}}`.
 
         Raises:
             ConfigError: the run was pretrained, or the batch size is out of range.
-            DataError: a record that cannot be used.
+            DataError: a record cannot be used.
         """
         check_options({"batch_size": batch_size})
         if not _is_list(records):
-            raise DataError("the records are no list of records; write predict([RECORD, ...])")
+            raise DataError("the records are not a list of records; write predict([RECORD, ...])")
         from bigtx.data.records.record import Record
         from bigtx.finetuning.predictions import BATCH_SIZE, predict_records
 
@@ -208,37 +209,37 @@ class LoadedModel:
         return predictions
 
     def fields_of(self, given: Mapping[str, Any] | str, number: int) -> Mapping[str, Any]:
-        """The fields of a record that is given by them, or by its text.
+        """Return the fields of a record, which is given as a mapping of fields or as a text.
 
         Args:
-            number: of the record, for messages.
+            number: the number of the record, for messages.
 
         Raises:
-            DataError: it is neither, or the task needs more than a text.
+            DataError: the record is neither, or the task needs more than a text.
         """
         if isinstance(given, Mapping):
             return given
         field = self.task.text_field
         if field is None:
             task = self.task.config.task
-            raise DataError(f"record {number} is no mapping, and task={task} needs more of it than one text")
+            raise DataError(f"record {number} is not a mapping, and task={task} needs more fields than one text")
         if not isinstance(given, str):
             raise DataError(f"record {number} is neither a mapping nor a text; write {{{field!r}: TEXT}}, or TEXT")
         return {field: given}
 
     def logits(self, ids: Sequence[int], target_ids: Sequence[int] | None = None) -> Tensor:
-        """Logits of what follows each of T token ids, or of an encoder for the tokens themselves.
+        """Compute the logits of the token after each of T token ids; for an encoder, of the tokens themselves.
 
         Args:
-            ids: what a decoder or an encoder reads; of an encoder-decoder the source.
-            target_ids: what the decoder of an encoder-decoder reads.
+            ids: the ids that a decoder or an encoder reads; for an encoder-decoder, the source.
+            target_ids: the ids that the decoder of an encoder-decoder reads.
 
         Returns:
             fp32 [T, vocab_size] on the CPU.
 
         Raises:
-            ConfigError: the model does not read ids alone, or gives none.
-            DataError: ids that are not in its vocabulary, or more than it has positions for.
+            ConfigError: the model does not read only ids, or has no logits of ids.
+            DataError: there are ids outside the vocabulary, or more ids than positions.
         """
         import torch
 
@@ -251,7 +252,7 @@ class LoadedModel:
     def _check_ids(self, ids: Sequence[int], target_ids: Sequence[int] | None) -> None:
         model = self.config.model
         if model.audio.num_mel_bins or model.num_classes is not None:
-            what = "hears recordings" if model.audio.num_mel_bins else "sorts texts into classes"
+            what = "reads recordings" if model.audio.num_mel_bins else "sorts texts into classes"
             raise ConfigError(f"the model {what} and has no logits of token ids; see predict()")
         if (model.shape == "encoder_decoder") != (target_ids is not None):
             what = "needs target_ids" if target_ids is None else "has no target_ids"
@@ -261,7 +262,7 @@ class LoadedModel:
             if given is None and name == "target_ids":
                 continue
             if given is None or not _are_ids(given, model.vocab_size):
-                raise DataError(f"{name} are not at least one whole number from 0 to {model.vocab_size - 1}")
+                raise DataError(f"{name} must be one or more whole numbers from 0 to {model.vocab_size - 1}")
             if model.positions == "learned" and len(given) > model.max_sequence_length:
                 raise DataError(f"{len(given)} {name}: the model has {model.max_sequence_length} learned positions")
 
@@ -277,21 +278,22 @@ def _are_ids(values: Any, vocab_size: int) -> bool:
 
 
 def load(run: Path | str, *, weights: Weights = "master", device: str = "auto") -> LoadedModel:
-    """Open the newest checkpoint of a run, or the checkpoint whose folder is named.
+    """Load the newest checkpoint of a run, or the checkpoint whose folder is named.
 
     Args:
-        weights: master, or ema for the averaged copy that runs with optimizer.ema_decay keep.
+        run: the folder of a run, or of one of its checkpoints.
+        weights: master, or ema for the averaged copy of runs with optimizer.ema_decay.
         device: auto (a GPU if there is one), cpu, cuda, cuda:1, ...
 
     Raises:
-        CheckpointError: no such run, no checkpoint yet, or a damaged one.
-        ConfigError: see `find`; or no such weights.
-        LaunchError: no such device.
+        CheckpointError: there is no such run, or its checkpoint is missing or damaged.
+        ConfigError: see `find`; or there are no such weights.
+        LaunchError: there is no such device.
     """
     if not isinstance(run, str | Path):
-        raise ConfigError(f"the run {run!r:.80} is no path; write load(FOLDER)")
+        raise ConfigError(f"the run {run!r:.80} is not a path; write load(FOLDER)")
     if weights not in typing.get_args(Weights):
-        raise ConfigError(f"weights={weights!r} is none of {', '.join(typing.get_args(Weights))}")
+        raise ConfigError(f"weights={weights!r} is not one of {', '.join(typing.get_args(Weights))}")
     checkpoint, config, tokenizer = find_with_tokenizer(run)
     place = _device(device)
     import torch
@@ -302,49 +304,49 @@ def load(run: Path | str, *, weights: Weights = "master", device: str = "auto") 
 
 
 def refuse_wordless(config: RunConfig) -> None:
-    """Refuse to write with a model that only reads.
+    """Refuse to generate text with a model that cannot.
 
     Raises:
-        ConfigError: it is an encoder, or gives classes, or hears recordings.
+        ConfigError: the model is an encoder, a classifier or a speech model.
     """
     if config.model.audio.num_mel_bins:
-        raise ConfigError("the run hears recordings and reads no prompts; bigtx predict writes down what is said")
+        raise ConfigError("the run transcribes recordings and reads no prompts; bigtx predict writes the transcripts")
     if config.model.num_classes is not None:
         raise ConfigError(
-            f"the run sorts texts into {config.model.num_classes} classes and writes none; bigtx predict says which "
-            "class a text belongs to"
+            f"the run sorts texts into {config.model.num_classes} classes and cannot write texts; bigtx predict says "
+            "which class a text belongs to"
         )
     if config.model.shape == "encoder":
         raise ConfigError(
-            "model.shape=encoder: an encoder reads texts and writes none; name a run of a decoder or an encoder-decoder"
+            "model.shape=encoder: an encoder cannot write texts; name a run of a decoder or an encoder-decoder"
         )
 
 
 def refuse_chatless(config: RunConfig, run: str) -> None:
-    """Refuse to chat with a model that has not learned to.
+    """Refuse to chat with a model that was not trained on chats.
 
     Args:
-        run: as the user named it.
+        run: the run as the user named it.
 
     Raises:
-        ConfigError: it writes nothing, or was not trained on chats.
+        ConfigError: the model cannot write texts, or was not trained on chats.
     """
     refuse_wordless(config)
     generates, what = command("bigtx", "generate", run), "was pretrained on plain text"
     if isinstance(config, FinetuneConfig):
-        what = f"was fine-tuned by task={config.task}"
+        what = f"was fine-tuned with task={config.task}"
     if isinstance(config, FinetuneConfig) and config.task in ANSWERING:
         if config.chat.format == "chat":
             return
         raise ConfigError(
-            f"{run} answers single prompts and knows no turns of a chat (chat.format=plain, since its tokenizer has no "
-            f"chat roles); {generates} prompt='...' gives such an answer"
+            f"{run} answers single prompts, not chats of several turns (chat.format=plain, because its tokenizer has "
+            f"no chat roles); {generates} prompt='...' gives such an answer"
         )
     if config.model.shape != "decoder":
         raise ConfigError(f"{run} {what}, and model.shape={config.model.shape} cannot chat; name a run of a decoder")
     tune = command("bigtx", "finetune", "finetune/chat.yaml", f"base={run}", "data.train=CHATS.jsonl", "run_dir=NEW")
     raise ConfigError(
-        f"{run} {what} and has not learned to chat. {tune} teaches it by examples (docs/finetuning.md); {generates} "
+        f"{run} {what} and was not trained on chats. {tune} trains it on chats (docs/finetuning.md); {generates} "
         "prompt='...' continues a text"
     )
 
@@ -359,5 +361,5 @@ def _device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
-        raise LaunchError(f"device {name!r} cannot be used: {reason}; device=auto takes what is there") from error
+        raise LaunchError(f"device {name!r} cannot be used: {reason}; device=auto uses what is there") from error
     return device

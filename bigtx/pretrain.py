@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 if __package__ in (None, ""):
-    # Run as a script: Python put this file's folder first, where `config` or `data` would hide other packages.
+    # As a script: Python has put this file's folder first, where `config` or `data` would hide other packages.
     here = Path(__file__).resolve().parent
     sys.path[:] = [str(here.parent)] + [entry for entry in sys.path if Path(entry or ".").resolve() != here]
 
@@ -20,8 +20,8 @@ EXAMPLE = "pretrain/small.yaml data.sources.mine.path=corpus run_dir=runs/mine"
 
 @exit_cleanly
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    # Here, where Ctrl-C ends the command without a traceback.
+    """Run the command; return its exit status."""
+    # These are imported here, where Ctrl-C ends the command without a traceback.
     from bigtx.config.schema import PretrainConfig
     from bigtx.train.command import CheckInputs, Train, run_training
 

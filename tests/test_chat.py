@@ -75,7 +75,7 @@ def talk(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
 def test_a_message_in_each_line(talk: Talk) -> None:
     out, err = talk("".join(f"/reset\n{question}\n\n" for question in KNOWN))
     assert out == "".join(f"{answer}\n" for answer in KNOWN.values())
-    assert err == "[the chat is forgotten]\n" * 3
+    assert err == "[a new chat begins]\n" * 3
 
 
 def test_json_has_an_object_for_each_answer(talk: Talk, loaded: LoadedModel) -> None:
@@ -177,16 +177,16 @@ def test_a_run_that_knows_no_chats(
     path = write_jsonl(tmp_path / "chats.jsonl", [chat("a", "b")])
     assert main([command[0], str(decoder_base), *(str(path) if w == "FILE" else w for w in command[1:])]) == 2
     shown = capsys.readouterr()
-    assert shown.out == "" and f"{decoder_base} was pretrained on plain text and has not learned to chat" in shown.err
+    assert shown.out == "" and f"{decoder_base} was pretrained on plain text and was not trained on chats" in shown.err
     assert f"bigtx finetune finetune/chat.yaml base={decoder_base} data.train=CHATS.jsonl" in shown.err
-    with pytest.raises(BigtxError, match="has not learned to chat"):
+    with pytest.raises(BigtxError, match="was not trained on chats"):
         bigtx.load(decoder_base).chat([{"role": "user", "content": "a"}])
 
 
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda model: model.chat("ba"), "the messages are no list"),
+        (lambda model: model.chat("ba"), "the messages are not a list"),
         (lambda model: model.chat([]), "no message to answer"),
         (lambda model: model.chat([5]), "Message 1 of a chat is 5"),
         (lambda model: model.chat([{"role": "judge", "content": "a"}]), "has the role 'judge'"),
@@ -196,10 +196,10 @@ def test_a_run_that_knows_no_chats(
         (lambda model: model.chat(chat("a", "b")["messages"][:1], stop=5), "stop=5: a text of at least one"),
         (lambda model: model.chat(chat("a", "b")["messages"][:1], on_text=5), "on_text=5: a function"),
         (lambda model: model.chat([{"role": "user", "content": "\ud800"}]), "half a surrogate pair"),
-        (lambda model: model.generate_batch(5), "the prompts are no list of texts"),
-        (lambda model: model.predict(5), "the records are no list of records"),
-        (lambda model: model.logits(5), "ids are not at least one whole number"),
-        (lambda model: bigtx.load(5), "the run 5 is no path"),  # type: ignore[arg-type]
+        (lambda model: model.generate_batch(5), "the prompts are not a list of texts"),
+        (lambda model: model.predict(5), "the records are not a list of records"),
+        (lambda model: model.logits(5), "ids must be one or more whole numbers"),
+        (lambda model: bigtx.load(5), "the run 5 is not a path"),  # type: ignore[arg-type]
         (lambda model: bigtx.load(model.checkpoint, device=None), "device None cannot be used"),  # type: ignore[arg-type]
     ],
 )

@@ -132,7 +132,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["finetuning"], "did you mean bigtx finetune?"),
         (["pre_train"], "did you mean bigtx pretrain?"),
         (["plot"], "the metrics are in RUN/metrics.jsonl, and charts are in W&B"),
-        (["tokenize"], "`bigtx tokenizer train` makes a tokenizer, `bigtx data prepare` makes tokens"),
+        (["tokenize"], "`bigtx tokenizer train` makes a tokenizer, `bigtx data prepare` tokenizes"),
         (["serve"], "there is no server"),
         (["pretrain/small.yaml", "seed=2"], "write bigtx pretrain pretrain/small.yaml seed=2"),
         (["finetune/chat.yaml"], "write bigtx finetune finetune/chat.yaml"),

@@ -71,7 +71,7 @@ def test_a_copy_works_as_the_recipe_does(recipes: Path, tmp_path: Path, capsys: 
     assert "wrote mine/pretrain/first.yaml" in shown and "wrote mine/model/small.yaml" in shown
     (tmp_path / "mine/model/small.yaml").write_text("model: {num_layers: 3}\n")
     assert load(PretrainConfig, ["mine/pretrain/first.yaml"], check=False).model.num_layers == 3
-    with pytest.raises(ConfigError, match=r"small\.yaml is there already"):
+    with pytest.raises(ConfigError, match=r"small\.yaml exists already"):
         copy_command(["pretrain/first.yaml", "mine"])
     assert (tmp_path / "mine/model/small.yaml").read_text() == "model: {num_layers: 3}\n"
 

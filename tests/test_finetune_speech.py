@@ -132,7 +132,7 @@ def test_it_learns_and_predicts_what_it_learned(tokenizer: Path, tmp_path: Path,
     done = bigtx("evaluate", str(run_dir), "--data", str(held_out), "--output", str(tmp_path / "evaluation.json"))
     assert done.returncode == 0, done.stderr
     refused = bigtx("generate", str(run_dir), "--prompt", "low")
-    assert refused.returncode == 2 and "hears recordings" in refused.stderr
+    assert refused.returncode == 2 and "transcribes recordings" in refused.stderr
 
 
 @pytest.mark.slow

@@ -202,7 +202,7 @@ BROKEN: list[tuple[str, str | bytes, str]] = [
     ("broken.jsonl", '{"prompt": "a"}\n{"prompt"\n', "line 2 is not JSON"),
     ("broken.jsonl", '{"text": "a"}\n', "line 1 has no prompt"),
     ("broken.jsonl", "[1]\n", "line 1 has no prompt"),
-    ("empty.txt", "\n \n", "holds no prompt"),
+    ("empty.txt", "\n \n", "has no prompt"),
     ("latin.txt", b"\xff\xfe", "is not UTF-8"),
     ("prompts.csv", "a,b\n", "neither .txt"),
 ]
@@ -267,14 +267,14 @@ def test_a_tiny_temperature_takes_the_likeliest_token(run: Path, temperature: fl
         (lambda model: model.generate("x", top_k=0), "top_k=0: a whole number, at least 1"),
         (lambda model: model.generate("x", top_p=2.0, seed=0.5), "top_p=2.0: a number above 0, at most 1; seed=0.5"),
         (lambda model: model.generate("x", max_new_tokens=0), "max_new_tokens=0"),
-        (lambda model: model.generate(None), "the prompt is no text"),
-        (lambda model: model.generate_batch("x"), "the prompts are no list of texts"),
-        (lambda model: model.logits([]), "ids are not at least one whole number from 0 to 599"),
+        (lambda model: model.generate(None), "the prompt is not a text"),
+        (lambda model: model.generate_batch("x"), "the prompts are not a list of texts"),
+        (lambda model: model.logits([]), "ids must be one or more whole numbers from 0 to 599"),
         (lambda model: model.logits([5, 600]), "from 0 to 599"),
         (lambda model: model.logits([5], target_ids=[5]), "model.shape=decoder has no target_ids"),
         (lambda model: model.predict(["x"]), "was pretrained and has no task"),
         (lambda model: model.predict([], batch_size=0), "batch_size=0: a whole number, at least 1"),
-        (lambda model: bigtx.load(model.checkpoint, weights="mean"), "weights='mean' is none of master, ema"),
+        (lambda model: bigtx.load(model.checkpoint, weights="mean"), "weights='mean' is not one of master, ema"),
     ],
 )
 def test_wrong_arguments_from_python(run: Path, call: Any, words: str) -> None:

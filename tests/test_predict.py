@@ -73,7 +73,7 @@ def test_a_line_for_each_record_in_order(run: Path, tmp_path: Path) -> None:
     ):
         output.write_bytes(whole[:size])
         done = predict(run, "--input", str(source), "--output", str(output), "--batch-size", "4")
-        assert done.returncode == 0 and "32 of them there already" in done.stderr, done.stderr
+        assert done.returncode == 0 and "32 of them already in the output" in done.stderr, done.stderr
         assert output.read_bytes() == whole
     python = package.load(run).predict(rows[:3])
     for line, prediction in zip(lines, python, strict=False):
@@ -107,7 +107,7 @@ def test_what_cannot_be_used_has_a_line_too(run: Path, tmp_path: Path) -> None:
     assert [line.get("error", "").partition(":")[0] for line in found[1:5]] == [
         f"standard input, line {number}" for number in range(2, 6)
     ]
-    assert found[5]["num_cut"] > 100 and "1 record longer than the model reads, and cut" in done.stderr
+    assert found[5]["num_cut"] > 100 and "cut to the length that the model reads: 1 record" in done.stderr
     assert "4 records could not be used" in done.stderr
     refused = objects(predict(run, "--input", "-", "--too-long", "refuse", stdin=lines[-1]).stdout)
     assert "data.max_length" in refused[0]["error"]
@@ -300,7 +300,7 @@ def test_evaluate(run: Path, decoder_base: Path, tmp_path: Path) -> None:
     }
     (tmp_path / "mine.json").write_text('{"a": 1}')
     before = {path: path.read_bytes() for path in tmp_path.glob("*.json")}
-    for name, expected in (("mine", "is no evaluation"), ("x", f"another evaluation, of {decoder_base}")):
+    for name, expected in (("mine", "is not an evaluation"), ("x", f"another evaluation, of {decoder_base}")):
         done = bigtx("evaluate", str(run), "--split", "test", "--output", f"{tmp_path}/{name}.json")
         assert done.returncode == 2 and expected in done.stderr, done.stdout + done.stderr
     assert {path: path.read_bytes() for path in tmp_path.glob("*.json")} == before
@@ -313,7 +313,7 @@ def test_evaluate(run: Path, decoder_base: Path, tmp_path: Path) -> None:
     config = copy / "config.yaml"
     config.write_text(config.read_text().replace("test_fraction: 0.2", "test_fraction: 0.4"))
     done = bigtx("evaluate", str(copy), "--split", "test", "--wandb", "off")
-    assert done.returncode == 2 and "not those that the run had" in done.stderr
+    assert done.returncode == 2 and "not those of the run" in done.stderr
 
 
 def test_python_takes_plain_texts(run: Path) -> None:

@@ -61,13 +61,13 @@ def test_the_site_and_the_command_are_in_the_script(
 
 
 MISTAKES = [
-    ([], "which job; write bigtx slurm submit pretrain|finetune|prepare|evaluate|sweep"),
-    (["train"], "'train' is no job"),
-    (["pretrain", "nodes=two"], "nodes=two: name a number of nodes, e.g. nodes=2"),
+    ([], "the job is missing; write bigtx slurm submit pretrain|finetune|prepare|evaluate|sweep"),
+    (["train"], "'train' is not a job"),
+    (["pretrain", "nodes=two"], "nodes=two: write a number of nodes, e.g. nodes=2"),
     (["evaluate", "RUN", "nodes=2"], "a job of evaluate takes no nodes; leave it out"),
     (["pretrain", "site=/no/such.sh"], "site=/no/such.sh: no such file; copy "),
     (["pretrain", "train.max_steps=x"], "train.max_steps"),
-    (["sweep", "/no/such", "runs", "pretrain"], "a sweep is written: FILE RUNS pretrain|finetune ..."),
+    (["sweep", "/no/such", "runs", "pretrain"], "write a sweep as FILE RUNS pretrain|finetune ..."),
 ]
 
 

@@ -1,8 +1,8 @@
-"""`make demo`: from nothing to a trained model, on text that every machine has.
+"""`make demo`: train a model from scratch, on text that every machine has.
 
-The text is the source code of the running Python's own standard library, without its tests. The demo trains a
-tokenizer, prepares shards, trains a decoder, and compares the model's bits per byte of
-held-out files with what `xz -9` needs for them. Everything it does is a command that you could type; it prints each.
+The text is the source code of Python's standard library, without its tests. The demo trains a tokenizer, prepares
+shards, trains a decoder, and compares the model's bits per byte of held-out files with those of `xz -9`. It prints each
+command that it runs, so that you can type it yourself.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PROMPT_LINES = 8
 
 
 def main() -> int:
-    """Run the demo; returns an exit status."""
+    """Run the demo; return an exit status."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     stdlib = sysconfig.get_paths()["stdlib"]
     source = [f"input.paths=[{stdlib}]", "input.text_suffixes=[.py]", f"input.exclude={json.dumps(EXCLUDED)}"]
@@ -38,7 +38,7 @@ def main() -> int:
 
     headline("1. A tokenizer of 8,192 pieces")
     if (tokenizer / "bigtx_tokenizer.json").exists():
-        print(f"{tokenizer} is there already")
+        print(f"{tokenizer} exists already")
     else:
         run_bigtx("tokenizer", "train", "configs/data/python-stdlib-tokenizer.yaml", *source, f"output={tokenizer}")
 
@@ -65,12 +65,12 @@ Next:
 
 
 def headline(text: str) -> None:
-    """A step's title."""
+    """Print the title of a step."""
     print(f"\n== {text}", flush=True)
 
 
 def run_bigtx(*arguments: str) -> None:
-    """Show and run a bigtx command; ends the demo with its status if it fails."""
+    """Print and run a bigtx command; end the demo with its status if it fails."""
     print(f"$ bigtx {' '.join(shell_word(argument) for argument in arguments)}", flush=True)
     status = subprocess.run([sys.executable, "-m", "bigtx", *arguments], cwd=ROOT).returncode
     if status:
@@ -78,25 +78,25 @@ def run_bigtx(*arguments: str) -> None:
 
 
 def shell_word(word: str) -> str:
-    """A word as a shell would need it."""
+    """Quote a word for a shell."""
     return f"'{word}'" if set(word) & set('[]* "') else word
 
 
 def choose_run_dir() -> Path:
-    """The newest run that is not finished, to go on with it; else a new folder. Says which."""
+    """Return the newest run if it is not finished, to resume it; otherwise a new folder. Print which."""
     number = 1
     while (FOLDER / f"run-{number}").exists():
         number += 1
     previous, new = FOLDER / f"run-{number - 1}", FOLDER / f"run-{number}"
     if number > 1 and not is_finished(previous):
-        print(f"{previous} was not finished: it goes on from its last checkpoint")
+        print(f"{previous} is not finished: it resumes from its last checkpoint")
         return previous
-    print(f"{previous} is finished: a new run begins in {new}" if number > 1 else f"a new run in {new}")
+    print(f"{previous} is finished: a new run starts in {new}" if number > 1 else f"a new run in {new}")
     return new
 
 
 def is_finished(run_dir: Path) -> bool:
-    """Whether the run's latest life ended with all steps done."""
+    """Return whether the latest start of the run ended with all steps done."""
     try:
         lines = (run_dir / "events.jsonl").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -106,7 +106,7 @@ def is_finished(run_dir: Path) -> bool:
 
 
 def texts_of(data: Path, split: str) -> list[str]:
-    """The documents of a split, decoded from its shards: the tokenizer is lossless, so these are the files' texts."""
+    """Decode the documents of a split from its shards: the tokenizer is lossless, so these are the files' texts."""
     import numpy as np
     import webdataset
 
@@ -121,7 +121,7 @@ def texts_of(data: Path, split: str) -> list[str]:
 
 
 def choose_prompts(texts: Sequence[str], count: int = 3) -> list[str]:
-    """The first lines of held-out files, from their first function on."""
+    """Return the lines of held-out files that begin with their first function or class."""
     prompts = []
     for text in sorted(texts, key=len, reverse=True):
         lines = text.splitlines()
@@ -134,7 +134,7 @@ def choose_prompts(texts: Sequence[str], count: int = 3) -> list[str]:
 
 
 def train(run_dir: Path, prompts: Path) -> None:
-    """Run `bigtx pretrain`, and tell the time, the load and the memory that it took."""
+    """Run `bigtx pretrain`, and print the time, the load and the memory that it took."""
     ranks = num_gpus() or 2
     arguments = [
         "pretrain",
@@ -167,7 +167,7 @@ def train(run_dir: Path, prompts: Path) -> None:
 
 
 class PeakMemory:
-    """Samples the summed proportional set size of a process and its descendants, while they live."""
+    """A sampler of the summed proportional set size of a process and its descendants, until they end."""
 
     def __init__(self, pid: int) -> None:
         self._pid, self._peak_kib = pid, 0
@@ -175,7 +175,7 @@ class PeakMemory:
         self._thread.start()
 
     def peak_gib(self) -> float:
-        """The greatest sum seen."""
+        """Return the largest sum so far, in GiB."""
         return self._peak_kib / 2**20
 
     def _watch(self) -> None:
@@ -192,7 +192,7 @@ class PeakMemory:
 
 
 def pss_kib(pid: int) -> int:
-    """A process's proportional set size in KiB; 0 where the system does not tell."""
+    """Read a process's proportional set size in KiB; 0 if the system does not report it."""
     try:
         with open(f"/proc/{pid}/smaps_rollup", encoding="ascii") as lines:
             return next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
@@ -201,7 +201,7 @@ def pss_kib(pid: int) -> int:
 
 
 def compare_with_xz(run_dir: Path, held_out: Sequence[str], train_texts: Sequence[str]) -> None:
-    """Bits per byte of the held-out files: the model's, from the run's last validation, and xz's."""
+    """Print the bits per byte of the held-out files: the model's, from the run's last validation, and xz's."""
     metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     measured: dict[str, Any] = next(line for line in reversed(metrics) if "validation/stdlib/bits_per_byte" in line)
     test, trained = "".join(held_out).encode(), "".join(train_texts).encode()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from hypothesis import strategies as st
 
-# Some NULs are text, and NULs throughout are not: that is tried by itself.
+# A few NULs are text and many NULs are not; a separate case tests this.
 CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
 TEXTS = st.text(CHARACTERS, min_size=1, max_size=30).map(lambda text: text.removeprefix("\ufeff") or "x")
 LINES = TEXTS.map(lambda text: " ".join(text.replace("\r", " ").split("\n")) or "x")
@@ -24,14 +24,14 @@ Member = tuple[str, bytes, bytes]
 
 @dataclass(frozen=True)
 class Item:
-    """What was put in: the text that must come out, or None for what must be counted."""
+    """An item of a file: the text that must be read, or None if it must count as a reject."""
 
     text: str | None
 
 
 @dataclass(frozen=True)
 class Made:
-    """A file, and what it was made of.
+    """A file, and the items that it was made of.
 
     Attributes:
         name: of the file; its suffix says what it holds.
@@ -50,13 +50,13 @@ class Made:
 
     @property
     def texts(self) -> list[str]:
-        """Those that must come out."""
+        """The texts that must be read."""
         return [item.text for item in self.items if item.text is not None]
 
 
 @st.composite
 def json_lines(draw: st.DrawFn) -> Made:
-    """JSON lines under any of their suffixes, some of them broken."""
+    """Draw JSON lines with any of their suffixes, some of them broken."""
     lines, items = [], []
     for number in range(draw(st.integers(1, 8))):
         text = draw(TEXTS)
@@ -78,7 +78,7 @@ def json_lines(draw: st.DrawFn) -> Made:
         items.append(Item(None if fault else text))
         if draw(st.integers(0, 5)) == 0:
             lines.append(draw(st.sampled_from([b"", b"  ", b"\r"])))
-    # What holds JSON is known by the first line where the suffix does not say.
+    # If the suffix does not determine the format, the first line does.
     suffixes = (
         [".jsonl", ".ndjson"]
         if lines[0] in (b"[1]", b"", b"  ", b"\r") or lines[0][-1:] != b"}"
@@ -90,13 +90,13 @@ def json_lines(draw: st.DrawFn) -> Made:
 
 @st.composite
 def tables(draw: st.DrawFn) -> Made:
-    """Tables, with broken rows; a stray quotation mark swallows what follows."""
+    """Draw tables with broken rows; after a stray quotation mark the following lines are part of its row."""
     delimiter = draw(st.sampled_from([",", "\t"]))
     written = io.StringIO(newline="")
     if draw(st.booleans()):
         writer = csv.writer(written, delimiter=delimiter)
     else:
-        # Where lines end with a line feed alone, only a quotation keeps a carriage return in a field.
+        # If lines end with only a line feed, a carriage return in a field needs quotation.
         writer = csv.writer(written, delimiter=delimiter, lineterminator="\n", quoting=csv.QUOTE_ALL)
     writer.writerow(["id", "text"])
     content, items, swallows = written.getvalue().encode(), [], False
@@ -125,7 +125,7 @@ def tables(draw: st.DrawFn) -> Made:
 
 @st.composite
 def text_files(draw: st.DrawFn) -> Made:
-    """One text file, in some encoding."""
+    """Draw a text file in some encoding."""
     text = draw(TEXTS)
     fault = draw(st.sampled_from(["", "", "utf-16", "utf-16-le", "utf-16-be", "utf-32-le", "nul", "binary"]))
     if fault in ("nul", "binary"):
@@ -138,12 +138,12 @@ def text_files(draw: st.DrawFn) -> Made:
 
 
 def member(name: str, content: bytes, kind: bytes = tarfile.REGTYPE) -> Member:
-    """A member of an archive."""
+    """Return a member of an archive."""
     return name, content, kind
 
 
 def key_of(name: str) -> str:
-    """Webdataset's key: the path up to the first dot of its last name."""
+    """Return webdataset's key: the path up to the first dot of its last name."""
     folder, slash, last = name.rpartition("/")
     return f"{folder}{slash}{last.partition('.')[0]}"
 
@@ -156,7 +156,7 @@ KINDS = (
 
 
 def others(stem: str) -> list[Member]:
-    """Members that are not read, whatever they are, behind a sample of this stem."""
+    """Draw members that are not read, after a sample with this stem."""
     return [
         member("README", b"x"),
         member("folder", b"", tarfile.DIRTYPE),
@@ -167,7 +167,7 @@ def others(stem: str) -> list[Member]:
 
 
 def sample(kind: str, stem: str, text: str) -> tuple[list[Member], list[Item]]:
-    """A sample's members, and what must come of them."""
+    """Draw a sample's members, and the result that they must have."""
     encoded, record = text.encode(), json.dumps({"text": text, "id": 1}).encode()
     plain, good, bad = member(f"{stem}.txt", encoded), Item(text), Item(None)
     packed = member(f"{stem}.TXT.gz", gzip.compress(encoded, mtime=0))
@@ -193,12 +193,12 @@ def sample(kind: str, stem: str, text: str) -> tuple[list[Member], list[Item]]:
 
 @st.composite
 def archives(draw: st.DrawFn) -> Made:
-    """Archives of samples, with names in which dots are anywhere, links, duplicates and members of no interest."""
+    """Draw archives of samples, with dots anywhere in names, links, duplicates and members that are not read."""
     members: list[Member] = []
     items: list[Item] = []
     keys: list[str] = []
     for number in range(draw(st.integers(1, 6))):
-        # Numbers of one width: no stem continues another one.
+        # The numbers have the same width, so that no stem is the prefix of another.
         stem = draw(NAMES) + draw(st.sampled_from(["", ".", ".x.", " v1."])) + f"{number:03d}"
         front = draw(st.sampled_from(["", "", "./", "/"]))
         own, expected = sample(draw(st.sampled_from(KINDS)), stem, draw(TEXTS))
@@ -207,14 +207,14 @@ def archives(draw: st.DrawFn) -> Made:
         keys += [key_of(name) for name, _, _ in own]
         if draw(st.integers(0, 4)) == 0:
             members.append(draw(st.sampled_from(others(stem))))
-    # Keys that come again are refused where samples are records; `data prepare` needs them for records alone.
+    # Duplicate keys are refused in records of samples; `data prepare` refuses them only in such records.
     runs = [key for place, key in enumerate(keys) if place == 0 or keys[place - 1] != key]
     content = tar_of(members, draw(st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])))
     return Made("a.tar", content, items, shown=members, is_strict=len(set(runs)) < len(runs))
 
 
 def tar_of(members: list[Member], layout: int) -> bytes:
-    """The bytes of an archive."""
+    """Return the bytes of an archive."""
     written = io.BytesIO()
     with tarfile.open(fileobj=written, mode="w", format=layout) as archive:
         for name, content, kind in members:

@@ -1,17 +1,17 @@
-"""Fuzz all readers of rows: what comes out, plus what is counted as lost, is what was put in.
+"""Fuzz all readers of rows: the items that are read plus those that count as lost must be the items of the file.
 
-    python tools/fuzz_readers.py --seconds 120             seeds follow from the commit
+    python tools/fuzz_readers.py --seconds 120             seeds depend on the commit
     python tools/fuzz_readers.py --seconds 3600 --seed 7   other seeds
 
 Random files are made of items that are known to be good or bad: texts, JSON lines, tables, archives of files and of
-samples, with random names, quotation marks, encodings, duplicates and compressions. They are read in three ways:
+samples, with random names, quotation marks, encodings, duplicates and compressions. Each file is read in three ways:
 
-- `bigtx data prepare`: the good items come out as they are, and each other one counts as a reject. Nothing is invented.
-- fine-tuning records: the same, by the records that cannot be used.
-- foreign shards: all items come out, or the shard is refused by name.
+- `bigtx data prepare`: the good items are read unchanged, each other item counts as a reject, and nothing is added.
+- fine-tuning records: the same, with the records that cannot be used.
+- foreign shards: all items are read, or the shard is refused and the error names it.
 
-A file may also be cut at a random byte, or have one flipped: then whatever is missing of a compressed file or an
-archive must have left a reject. A failure prints the smallest such file that hypothesis found, and the seed.
+A file may also be cut at a random byte, or a byte may be changed: then, if items of a compressed file or an archive are
+missing, there must be a reject. A failure prints the smallest such file that hypothesis found, and the seed.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
 
 
 def prepare(path: Path, **options: object) -> tuple[list[str], Rejects]:
-    """What `bigtx data prepare` reads."""
+    """Read a file as `bigtx data prepare` does."""
     rejects = Rejects(1.0)
     config = InputConfig(paths=[str(path)], **options)  # type: ignore[arg-type]
     return [document.text for document in read_documents(config, rejects)], rejects
 
 
 def check_prepare(made: Made, path: Path, has_metadata: bool) -> None:
-    """The good items come out, and each other one counts."""
+    """Check that the good items are read, and that each other item counts."""
     texts, rejects = prepare(path, id_field="id" if has_metadata else "")
     assert not Counter(texts) - Counter(made.texts), f"invented: {Counter(texts) - Counter(made.texts)}"
     assert rejects.num_cut == 0 or made.name.endswith(".csv") or made.name.endswith(".tsv"), rejects.examples
@@ -71,24 +71,24 @@ def check_prepare(made: Made, path: Path, has_metadata: bool) -> None:
 
 
 def check_records(made: Made, path: Path) -> None:
-    """The same, with the records that cannot be used; samples are judged as a whole."""
+    """Check the same for records, with those that cannot be used; samples are judged as a whole."""
     if made.name.endswith(".txt"):
-        return  # Text files are records in folders alone.
+        return  # Text files are records only in folders.
     broken = Broken()
     found = [record.fields.get("text") for record in read_records([str(path)], broken)]
-    told = (found, broken.count, made.items)
+    context = (found, broken.count, made.items)
     if made.name.endswith(".tar"):
         is_good = len(made.texts) == len(made.items) and not made.is_strict
-        assert (broken.count == 0) == is_good, told
-        assert not is_good or sorted(map(str, found)) == sorted(made.texts), told
+        assert (broken.count == 0) == is_good, context
+        assert not is_good or sorted(map(str, found)) == sorted(made.texts), context
     else:
-        # A record without a text is one for other tasks.
-        assert len(found) + broken.count == len(made.items), told
-        assert made.swallows or not Counter(made.texts) - Counter(map(str, found)), told
+        # A record without a text may belong to another task.
+        assert len(found) + broken.count == len(made.items), context
+        assert made.swallows or not Counter(made.texts) - Counter(map(str, found)), context
 
 
 def check_foreign(made: Made, path: Path) -> None:
-    """All texts come out, or the shard is refused by name."""
+    """Check that all texts are read, or that the shard is refused and named."""
     try:
         texts = list(read_texts(str(path), ForeignConfig()))
     except DataError as error:
@@ -105,7 +105,7 @@ def check_foreign(made: Made, path: Path) -> None:
 
 
 def check_damaged(made: Made, path: Path, content: bytes, *, is_cut: bool) -> None:
-    """What is missing of a damaged archive or compressed file has left a reject, and no reader raises."""
+    """Check that missing items of a damaged archive or compressed file have a reject, and that no reader raises."""
     path.write_bytes(content)
     for has_metadata in (False, True):
         texts, rejects = prepare(path, id_field="id" if has_metadata else "")
@@ -122,7 +122,7 @@ def check_damaged(made: Made, path: Path, content: bytes, *, is_cut: bool) -> No
 
 
 def check(folder: Path, made: Made, suffix: str, damage: tuple[str, float]) -> None:
-    """Try one file in all ways."""
+    """Check one file in all ways."""
     content = COMPRESSIONS[suffix](made.content)
     path = folder / f"{made.name}{suffix}"
     path.write_bytes(content)
@@ -144,7 +144,7 @@ def check(folder: Path, made: Made, suffix: str, damage: tuple[str, float]) -> N
 
 
 def rounds(first_seed: int, seconds: float) -> Iterator[int]:
-    """Seeds, until the time is over."""
+    """Yield seeds until the time is over."""
     end = time.monotonic() + seconds
     number = first_seed
     while time.monotonic() < end:
@@ -153,16 +153,16 @@ def rounds(first_seed: int, seconds: float) -> Iterator[int]:
 
 
 def seed_of_commit() -> int:
-    """A seed that follows from the commit, so that each one tries other files."""
+    """Return a seed that depends on the commit, so that each commit tests other files."""
     found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     return int(found.stdout.strip()[:8] or "0", 16)
 
 
 def main() -> int:
-    """Fuzz for a while."""
+    """Fuzz for the given time."""
     parser = argparse.ArgumentParser(description="Fuzz the readers of rows.")
     parser.add_argument("--seconds", type=float, default=120.0, help="how long (default: 120)")
-    parser.add_argument("--seed", type=int, help="the first seed (default: by the commit)")
+    parser.add_argument("--seed", type=int, help="the first seed (default: from the commit)")
     options = parser.parse_args()
     first = seed_of_commit() if options.seed is None else options.seed
     count = 0

@@ -1,7 +1,7 @@
-"""`bigtx chat`: talk with a run that was trained on chats, on a terminal or through a pipe.
+"""`bigtx chat`: chat with a run that was trained on chats, on a terminal or through a pipe.
 
-Standard output has the answers alone; all else is said on standard error. Nothing heavy is imported before the
-arguments and the run folder have been found good.
+Standard output has only the answers; all other output goes to standard error. torch is imported only after the
+arguments and the run folder have been checked.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ HELP = "\n".join(
     [
         *columns(
             [
-                ("/reset", "forget the chat; the system prompt stays"),
-                ("/save FILE.jsonl", "add the chat to a file as one line, which data.train=FILE.jsonl reads"),
+                ("/reset", "start a new chat; the system prompt is kept"),
+                ("/save FILE.jsonl", "add the chat to a file as one line, for data.train=FILE.jsonl"),
                 ("/help", "show this list"),
-                ("/quit", "end, as Ctrl-D does"),
+                ("/quit", "end the program, as Ctrl-D does"),
             ]
         ),
-        "Ctrl-C ends an answer. A message that begins with / is written with two: //",
+        "Ctrl-C ends an answer. A message that starts with / is written with //",
     ]
 )
 
 
 def command(argv: Sequence[str]) -> int:
-    """`bigtx chat`.
+    """Run `bigtx chat`.
 
     Returns:
         The exit status.
 
     Raises:
-        BigtxError: a run or settings that cannot be used; from a pipe also a line that cannot be answered.
+        BigtxError: the run or the settings cannot be used, or a line from a pipe cannot be answered.
     """
     arguments = _parser().parse_args(argv)
     options = given_writing_options(arguments)
@@ -61,12 +61,12 @@ def command(argv: Sequence[str]) -> int:
 def _parser() -> Arguments:
     parser = Arguments(
         prog="bigtx chat",
-        description="Talk with a run that was trained on chats (finetune/chat.yaml). Standard input that is no "
-        "terminal has a message in each line; the answers are written to standard output.",
+        description="Chat with a run that was trained on chats (finetune/chat.yaml). If standard input is not a "
+        "terminal, each line of it is a message; the answers are written to standard output.",
         epilog=f"While it runs:\n{HELP}",
     )
     parser.add_argument("run", metavar="RUN", help="folder of a run, or of one of its checkpoints")
-    parser.add_argument("--system", metavar="TEXT", help="a system prompt, which stands before the chat (none)")
+    parser.add_argument("--system", metavar="TEXT", help="a system prompt, at the beginning of the chat (none)")
     parser.add_json("a JSON object for each answer")
     add_writing_options(parser)
     add_loading_options(parser)
@@ -79,8 +79,8 @@ class _Chat:
 
     Attributes:
         system: its system prompt, if any.
-        messages: what was said, without the system prompt: a message and its answer in turns.
-        num_left_out: of them, those that the model no longer reads.
+        messages: the messages and answers in turn, without the system prompt.
+        num_left_out: the number of messages that the model no longer reads.
     """
 
     loaded: LoadedModel
@@ -94,10 +94,10 @@ class _Chat:
         """Answer a message, and show the answer as it grows.
 
         Args:
-            may_interrupt: whether Ctrl-C ends the answer alone.
+            may_interrupt: whether Ctrl-C ends only the answer.
 
         Raises:
-            DataError: the message is no text that can be read.
+            DataError: the message cannot be encoded.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         read = self.loaded.read(self._with_system(messages), options=self.options)
@@ -113,7 +113,7 @@ class _Chat:
                 print(part, end="", flush=True)
 
         try:
-            # Each turn draws otherwise; the same turn of the same chat draws the same.
+            # Each turn has its own random numbers; the same turn of the same chat has the same ones.
             turn = len(self.messages) // 2
             (written,) = self.loaded.write([read], first_index=turn, on_text=show, **self.options)
             ended_by, num_tokens = written.ended_by, written.num_tokens
@@ -128,32 +128,31 @@ class _Chat:
         if answer.strip():
             self.messages = [*messages, {"role": "assistant", "content": answer}]
         else:
-            say("the answer is empty; the chat goes on as if you had not asked")
+            say("the answer is empty; the message and the answer are not kept in the chat")
 
     def _with_system(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
         return ([{"role": "system", "content": self.system}] if self.system else []) + messages
 
     def obey(self, line: str) -> bool:
-        """Do what a line that begins with / says. Returns whether the chat continues.
+        """Run the command of a line that starts with /. Return whether the chat continues.
 
         Raises:
             DataError: there is no such command.
-            LaunchError: a file that cannot be written.
+            LaunchError: the file to save to cannot be written.
         """
         name, _, argument = line.strip().partition(" ")
         if name == "/quit":
             return False
         if name == "/reset":
             self.messages, self.num_left_out = [], 0
-            say("the chat is forgotten")
+            say("a new chat begins")
         elif name == "/save":
             self._save(argument.strip())
         elif name == "/help":
             print(HELP, file=sys.stderr)
         else:
             raise DataError(
-                f"there is no command {name}; /help shows all. A message that begins with / is written with two: "
-                f"/{name}"
+                f"there is no command {name}; /help shows all. A message that starts with / is written with //: /{name}"
             )
         return True
 
@@ -177,13 +176,13 @@ class _Chat:
 
 
 def say(text: str) -> None:
-    """Say something that is no answer."""
+    """Print a line that is not an answer to standard error."""
     print(f"[{text}]", file=sys.stderr, flush=True)
 
 
 def _talk(chat: _Chat) -> None:
-    """A chat with somebody at a terminal."""
-    import readline  # noqa: F401 - gives input() its line editing
+    """Chat on a terminal."""
+    import readline  # noqa: F401 - adds line editing to input()
 
     say(f"{chat.loaded.checkpoint}; /help shows the commands, Ctrl-D ends the chat")
     while True:
@@ -203,10 +202,10 @@ def _talk(chat: _Chat) -> None:
 
 
 def _answer_lines(chat: _Chat) -> None:
-    """A chat with what writes a message in each line of standard input.
+    """Answer the message in each line of standard input.
 
     Raises:
-        BigtxError: names the line.
+        BigtxError: a line cannot be answered; the message names it.
     """
     for number, line in enumerate(_lines(), start=1):
         try:
@@ -220,7 +219,7 @@ def _answer_lines(chat: _Chat) -> None:
 
 
 def _lines() -> Iterator[bytes]:
-    """The lines of standard input as they come; a standard input that is closed has none."""
+    """Yield the lines of standard input as they arrive; none if it is closed."""
     if sys.stdin is None:
         return
     with os.fdopen(os.dup(sys.stdin.fileno()), "rb") as stream:
@@ -228,7 +227,7 @@ def _lines() -> Iterator[bytes]:
 
 
 def _take(chat: _Chat, line: str, *, may_interrupt: bool) -> bool:
-    """Answer a line, or do what it says. Returns whether the chat continues."""
+    """Answer a message or run a command. Return whether the chat continues."""
     text = line.rstrip("\r\n")
     if not text.strip():
         return True

@@ -1,4 +1,4 @@
-"""`bigtx configs list | show | copy | explain`: the recipes that come with bigtx, and what each setting means."""
+"""`bigtx configs list | show | copy | explain`: the recipes that come with bigtx, and the meaning of each setting."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ KINDS: dict[str, tuple[type, ...]] = {
     "pretrain": (PretrainConfig,),
     "finetune": (FinetuneConfig,),
 }
-"""The recipes' folders in the order of use, and what may read the files of each."""
+"""The recipes' folders in the order of use, and the schemas of the files in each."""
 CHANGES = {
     "free": "may change when a run is resumed",
     "by_name": "may change when a run is resumed, if allow_changes names it",
@@ -55,9 +55,9 @@ class Recipe:
     """A file of settings that comes with bigtx.
 
     Attributes:
-        about: what it is for, in a few words.
-        vocabulary: ids that `parameters` is counted with, as the data decides how many there are.
-        parameters: of its model; None where it has none of its own.
+        about: its purpose, in a few words.
+        vocabulary: the vocabulary size with which `parameters` is counted; the true one depends on the data.
+        parameters: the number of parameters of its model; None if the model comes from a base.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Recipe:
 
 
 def list_command(argv: Sequence[str]) -> int:
-    """Print the recipes by kind and size, with what each is for."""
+    """Print the recipes by kind and size, with the purpose of each."""
     parser = Arguments(prog="bigtx configs list", description="The recipes that come with bigtx.")
     parser.add_json()
     as_json = parser.parse_args(argv).json
@@ -88,10 +88,10 @@ def list_command(argv: Sequence[str]) -> int:
 
 
 def show_command(argv: Sequence[str]) -> int:
-    """Print a recipe's YAML, or all that it and the files it builds on set.
+    """Print a recipe's YAML; with --resolved, including the settings of the files that it builds on.
 
     Raises:
-        ConfigError: no such recipe or file.
+        ConfigError: there is no such recipe or file.
     """
     parser = Arguments(prog="bigtx configs show", description="Print a recipe, or a file of your own.")
     parser.add_argument("name", metavar="NAME", help="a recipe of `bigtx configs list`, or a file")
@@ -106,14 +106,16 @@ def show_command(argv: Sequence[str]) -> int:
 
 
 def copy_command(argv: Sequence[str]) -> int:
-    """Copy a recipe and the files it builds on, so that its `base:` lines still hold.
+    """Copy a recipe and the files that it builds on, so that its `base:` lines remain valid.
 
     Raises:
-        ConfigError: no such recipe, or another file has the name of a copy.
+        ConfigError: there is no such recipe, or another file has the name of a copy.
     """
     parser = Arguments(prog="bigtx configs copy", description="Copy a recipe and the files that it builds on.")
     parser.add_argument("name", metavar="NAME", help="a recipe of `bigtx configs list`")
-    parser.add_argument("output", metavar="FOLDER", nargs="?", default="configs", help="where to (configs)")
+    parser.add_argument(
+        "output", metavar="FOLDER", nargs="?", default="configs", help="folder for the copies (configs)"
+    )
     options = parser.parse_args(argv)
     recipe, root = options.name.removeprefix("configs/"), shipped_folder().resolve()
     if recipe not in shipped_configs():
@@ -121,7 +123,7 @@ def copy_command(argv: Sequence[str]) -> int:
     copies = {path: Path(options.output) / path.relative_to(root) for path in base_files(root / recipe)}
     for source, target in copies.items():
         if target.exists() and (target.samefile(source) or target.read_bytes() != source.read_bytes()):
-            what = "is the recipe itself" if target.samefile(source) else "is there already, with other content"
+            what = "is the recipe itself" if target.samefile(source) else "exists already with other content"
             raise ConfigError(
                 f"{target} {what}; name another folder: {command('bigtx', 'configs', 'copy', recipe)} output=FOLDER"
             )
@@ -175,18 +177,18 @@ def _recipe(name: str) -> Recipe:
 
 
 def _about(line: str) -> str:
-    """What a recipe's first line says that it is for: the words before the first sign that ends a clause."""
+    """Return the purpose of a recipe from its first line: the words before the first sign that ends a clause."""
     text = re.sub(_SIZE.pattern + ": ", "", line).removeprefix("#").strip()
     return re.split(r"[:;]|\.$", text)[0]
 
 
 def explain_command(argv: Sequence[str]) -> int:
-    """Print what a setting or a section means.
+    """Print the meaning of a setting or a section.
 
     Raises:
         ConfigError: no schema has the key.
     """
-    parser = Arguments(prog="bigtx configs explain", description="What a setting means, its type and its default.")
+    parser = Arguments(prog="bigtx configs explain", description="The meaning of a setting, its type and its default.")
     parser.add_argument(
         "key", metavar="KEY", nargs="?", help="a setting or a section, e.g. train.max_steps or model (all)"
     )
@@ -196,7 +198,7 @@ def explain_command(argv: Sequence[str]) -> int:
     if options.key and not any(found.values()):
         similar = [name for schema in SCHEMAS.values() for name in similar_keys(schema, options.key)]
         hint = (
-            f"did you mean {_either(list(dict.fromkeys(similar)))}?" if similar else "`bigtx configs explain` has all"
+            f"did you mean {_either(list(dict.fromkeys(similar)))}?" if similar else "`bigtx configs explain` shows all"
         )
         raise ConfigError(f"no setting {options.key!r}; {hint}")
     shown = {title: setting for title, setting in found.items() if setting is not None or not options.key}
@@ -214,7 +216,7 @@ def explain_command(argv: Sequence[str]) -> int:
 
 
 def _settings(schema: type, setting: Setting | None) -> list[Setting]:
-    """A setting, or those of a section."""
+    """Return a setting, or those of a section."""
     if setting is None:
         return list(members(schema).values())
     if setting.section is None:
@@ -234,7 +236,7 @@ def _facts(setting: Setting) -> dict[str, Any]:
 
 
 def _section_lines(section: type | None, setting: Setting | None) -> Iterator[tuple[str, int]]:
-    """Lines, and how far those that they are broken into are moved to the right."""
+    """Yield lines, each with the indentation of its continuation lines."""
     assert section is not None
     for line in (section.__doc__ or "").strip().splitlines():
         yield line.strip(), 2

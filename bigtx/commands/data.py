@@ -17,12 +17,12 @@ from bigtx.utils.log import said_aside, say, say_json
 PART = "part"
 FLAGS = PRINT_CONFIG | {"--dry-run": "estimate tokens, time and disk from a sample, and end"} | JSON
 ABOUT_PART = {
-    f"{PART}=I/N": "tokenize only the I-th of N shares; `bigtx data merge` makes the corpus of them",
+    f"{PART}=I/N": "tokenize only part I of N; `bigtx data merge` makes the corpus from the parts",
 }
 
 
 def prepare_command(argv: Sequence[str]) -> int:
-    """Turn raw text into tokenized shards, and say what came of it."""
+    """Turn raw text into tokenized shards, and print a report."""
     part, rest = _take_part(argv)
     parsed = parse_command_line(
         PrepareConfig,
@@ -32,7 +32,7 @@ def prepare_command(argv: Sequence[str]) -> int:
         others=ABOUT_PART,
         example="input.paths=my/texts tokenizer=my/tokenizer output=my/corpus",
     )
-    # Heavy imports wait until the config is known to be good.
+    # Slow imports come after the check of the config.
     from bigtx.data.prepare.estimate import estimate
     from bigtx.data.prepare.job import PartReport, prepare
     from bigtx.data.prepare.report import describe_part, describe_report, facts
@@ -50,7 +50,7 @@ def prepare_command(argv: Sequence[str]) -> int:
         with said_aside(parsed.json):
             report = prepare(parsed.config, part)
     except KeyboardInterrupt:
-        say("Interrupted. Nothing is lost: the same command goes on from here.")
+        say("Interrupted. Nothing is lost: the same command resumes the job.")
         raise
     if parsed.json:
         say_json(facts(report))
@@ -61,10 +61,10 @@ def prepare_command(argv: Sequence[str]) -> int:
 
 
 def _take_part(argv: Sequence[str]) -> tuple[tuple[int, int], list[str]]:
-    """`part=I/N` of a command line, (1, 1) without, and what else there is.
+    """Split `part=I/N` from a command line. Return (I, N), which is (1, 1) without it, and the other words.
 
     Raises:
-        ConfigError: it names no part.
+        ConfigError: the value is not a part.
     """
     written, rest = take(argv, PART)
     if written is None:
@@ -77,12 +77,12 @@ def _take_part(argv: Sequence[str]) -> tuple[tuple[int, int], list[str]]:
 
 
 def merge_command(argv: Sequence[str]) -> int:
-    """Make one corpus of the parts of a preparation."""
+    """Merge the parts of a preparation into one corpus."""
     parser = Arguments(
         prog="bigtx data merge",
-        description="Make one corpus of the parts that `bigtx data prepare ... part=I/N` tokenized.",
+        description="Merge the parts that `bigtx data prepare ... part=I/N` has tokenized into one corpus.",
     )
-    parser.add_argument("output", metavar="OUTPUT", help="the `output` that the parts were given")
+    parser.add_argument("output", metavar="OUTPUT", help="the `output` of the parts")
     parser.add_argument("--processes", metavar="N", type=int, default=0, help="0 (the default) uses every core")
     parser.add_json()
     options = parser.parse_args(argv)
@@ -107,7 +107,7 @@ def inspect_command(argv: Sequence[str]) -> int:
     )
     _add_corpus(parser)
     parser.add_argument("--samples", metavar="N", type=int, default=3, help="documents to decode (3)")
-    parser.add_argument("--split", choices=SPLITS, default="train", help="which split to look into (train)")
+    parser.add_argument("--split", choices=SPLITS, default="train", help="the split to show (train)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="chooses the samples (0)")
     parser.add_json()
     options = parser.parse_args(argv)
@@ -125,10 +125,10 @@ def inspect_command(argv: Sequence[str]) -> int:
 
 
 def stats_command(argv: Sequence[str]) -> int:
-    """Show the figures of a prepared corpus."""
+    """Show statistics of a prepared corpus."""
     parser = Arguments(
         prog="bigtx data stats",
-        description="Show a prepared corpus in figures: documents and tokens, by source and language, and lengths.",
+        description="Show statistics of a prepared corpus: documents and tokens, by source and language, and lengths.",
     )
     _add_corpus(parser)
     parser.add_json()
@@ -146,7 +146,7 @@ def stats_command(argv: Sequence[str]) -> int:
 
 
 def verify_command(argv: Sequence[str]) -> int:
-    """Read all of a prepared corpus to see that it is what was written."""
+    """Read all of a prepared corpus and check that it is unchanged."""
     parser = Arguments(
         prog="bigtx data verify",
         description="Read all of a prepared corpus and compare it with its hashes, its block table and its tokenizer.",

@@ -1,10 +1,10 @@
-"""`bigtx evaluate`: how good a run is on held-out data, as a table, a JSON file, and a W&B run of its own.
+"""`bigtx evaluate`: measure a run on held-out data; print a table, write a JSON file, and log to a W&B run of its own.
 
     a fine-tuned run     its task's metrics, on the records of files or of one of its own splits
     a pretrained run     loss, perplexity and bits per byte, on the validation split of prepared corpora
 
-One process on one device. The W&B run is a new one, of job type `evaluate`: the run that was trained is finished, and
-W&B takes no more steps behind its last one. Its config names the run and the checkpoint.
+The command uses one process on one device. The W&B run is new and has the job type `evaluate`, because W&B accepts no
+steps after the last one of a finished run. Its config names the run and the checkpoint.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ from bigtx.utils.options import add_loading_options, add_predicting_options, che
 from bigtx.utils.terminal import visible
 
 FOLDER = "evaluations"
-"""In the run folder, where no other output is named."""
+"""The folder of the outputs in the run folder, if no other output is named."""
 MAX_COLUMNS = 12
-"""Of a table that is printed; wider ones are in the JSON file alone."""
+"""Wider tables are not printed; they are only in the JSON file."""
 
 
 def command(argv: Sequence[str]) -> int:
-    """`bigtx evaluate`.
+    """Run `bigtx evaluate`.
 
     Returns:
         The exit status: 1 if some records could not be used.
 
     Raises:
-        BigtxError: a run or data that cannot be used.
+        BigtxError: the run or the data cannot be used.
     """
     arguments = _parser().parse_args(argv)
     check_options({"batch_size": arguments.batch_size})
     if arguments.output is not None and not arguments.output.endswith(".json"):
-        raise ConfigError(f"output={arguments.output}: a JSON file is written; write output=NAME.json")
+        raise ConfigError(f"output={arguments.output}: the output is a JSON file; write output=NAME.json")
     checkpoint, config = find(arguments.run)
     if not arguments.data and not arguments.split:
         arguments.split = "validation"
         kind = "records" if isinstance(config, FinetuneConfig) else "text"
-        print(f"measured on the run's own validation {kind}, since no data=FILE is named", file=sys.stderr)
+        print(f"measured on the run's own validation {kind}, because no data=FILE is named", file=sys.stderr)
     if arguments.output is not None:
         _refuse_other_file(Path(arguments.output), arguments, checkpoint)
     found: Records | Corpora
@@ -81,8 +81,8 @@ def command(argv: Sequence[str]) -> int:
 def _parser() -> Arguments:
     parser = Arguments(
         prog="bigtx evaluate",
-        description="How good a run is on held-out data: a fine-tuned one by the metrics of its task, on records with "
-        "answers (the exit status is 1 if some of them cannot be used); a pretrained one by its loss, on the "
+        description="Measure a run on held-out data: a fine-tuned run by the metrics of its task, on records with "
+        "answers (the exit status is 1 if some of them cannot be used); a pretrained run by its loss, on the "
         "validation split of prepared corpora.",
     )
     parser.add_argument("run", metavar="RUN", help="folder of a run, or of one of its checkpoints")
@@ -91,21 +91,23 @@ def _parser() -> Arguments:
         "--data",
         metavar="FILE",
         nargs="+",
-        help="records (.jsonl, .csv, .tsv, .tar, folders, globs); for a pretrained run folders of prepared corpora",
+        help="records (.jsonl, .csv, .tsv, .tar, folders, globs); for a pretrained run, folders of prepared corpora",
     )
     data.add_argument("--split", choices=["validation", "test"], help="held-out data of the run itself (validation)")
-    parser.add_argument("--output", metavar="FILE.json", help=f"where to write (RUN/{FOLDER}/NAME.json)")
+    parser.add_argument("--output", metavar="FILE.json", help=f"the file to write (RUN/{FOLDER}/NAME.json)")
     add_predicting_options(parser)
     add_loading_options(parser)
     parser.add_argument(
-        "--wandb", choices=["auto", "online", "offline", "off"], help="a W&B run of this evaluation (as the run had it)"
+        "--wandb",
+        choices=["auto", "online", "offline", "off"],
+        help="mode of W&B for this evaluation (that of the run)",
     )
     parser.add_json()
     return parser
 
 
 def _output_path(arguments: argparse.Namespace, checkpoint: Path, result: Mapping[str, Any]) -> Path:
-    """The file to write: as asked for, or a name that no other evaluation has taken."""
+    """Return the file to write: the named one, or one that no other evaluation has."""
     if arguments.output:
         return Path(arguments.output)
     name = arguments.split or Path(arguments.data[0]).name.partition(".")[0] or "data"
@@ -114,18 +116,24 @@ def _output_path(arguments: argparse.Namespace, checkpoint: Path, result: Mappin
         path = folder / (f"{name}.json" if number == 1 else f"{name}-{number}.json")
         if not path.exists() or _same(path, result):
             return path
-    raise LaunchError(f"{folder} is full of evaluations called {name}; name a file: output=FILE.json")
+    raise LaunchError(f"{folder} has too many evaluations called {name}; name a file: output=FILE.json")
 
 
 def _refuse_other_file(output: Path, arguments: argparse.Namespace, checkpoint: Path) -> None:
-    """Look before the work begins: only the same evaluation, done again, may be written over."""
+    """Check before the work begins that an existing output is the same evaluation, which may be overwritten.
+
+    Raises:
+        ConfigError: the file is not an evaluation, or another one.
+    """
     if not output.exists():
         return
     from bigtx.engine.checkpoint import Checkpoint
 
     before = read_object(output)
     if not before.keys() >= {"checkpoint", "manifest_sha256", "metrics"}:
-        raise ConfigError(f"output={output} exists and is no evaluation; write output=FILE.json to name another file")
+        raise ConfigError(
+            f"output={output} exists and is not an evaluation; write output=FILE.json to name another file"
+        )
     now = what_is_measured(arguments) | {"manifest_sha256": Checkpoint(checkpoint).manifest_sha256}
     if any(before.get(key) != value for key, value in now.items()):
         raise ConfigError(
@@ -135,14 +143,14 @@ def _refuse_other_file(output: Path, arguments: argparse.Namespace, checkpoint: 
 
 
 def _same(path: Path, result: Mapping[str, Any]) -> bool:
-    """Whether a file is the evaluation of the same weights on the same data in the same way."""
+    """Return whether a file is the evaluation of the same weights on the same data in the same way."""
     before = read_object(path)
     keys = ("manifest_sha256", "weights", "data", "records_sha256", "rows", "set")
     return all(before.get(key) == result.get(key) for key in keys)
 
 
 def _shown(result: Mapping[str, Any]) -> str:
-    """For a person: the metrics, and tables that are not too wide."""
+    """Format the metrics, and the tables that are not too wide, for the terminal."""
     lines = [f"{result['checkpoint']}, step {result['step']:,}, {result['weights']} weights"]
     if "records" in result:
         cut = f", {result['num_cut']:,} of them cut to the model's length" if result["num_cut"] else ""
@@ -175,7 +183,11 @@ def _track(
     output: Path,
     examples: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Give the figures to W&B, unless that is off."""
+    """Log the metrics to W&B, unless that is off.
+
+    Raises:
+        LaunchError: the folder of the W&B run cannot be made.
+    """
     from bigtx.track.tracker import Tracker
     from bigtx.train.run_folder import dump
     from bigtx.utils import hardware

@@ -1,6 +1,6 @@
 """`bigtx generate`: continue texts with a trained run, or answer them if it was fine-tuned to answer.
 
-Nothing heavy is imported before the arguments, the prompts and the run folder have been found good.
+torch is imported only after the arguments, the prompts and the run folder have been checked.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
     from bigtx.finetuning.prompts import Read
 
 BATCH_SIZE = 16
-"""Prompts of a file that are continued side by side."""
+"""The number of prompts of a file that are continued in one batch."""
 
 
 def command(argv: Sequence[str]) -> int:
-    """`bigtx generate`.
+    """Run `bigtx generate`.
 
     Returns:
         The exit status.
 
     Raises:
-        BigtxError: a run, prompts or settings that cannot be used.
+        BigtxError: the run, the prompts or the settings cannot be used.
     """
     arguments = _parser().parse_args(argv)
     options = given_writing_options(arguments)
@@ -65,8 +65,8 @@ def command(argv: Sequence[str]) -> int:
 def _parser() -> Arguments:
     parser = Arguments(
         prog="bigtx generate",
-        description="Continue prompts with a trained model, or answer them if it was fine-tuned to answer: one on the "
-        "terminal as it grows, or a file of them as JSON lines on standard output.",
+        description="Continue prompts with a trained model, or answer them if it was fine-tuned to answer: one prompt, "
+        "whose text is shown as it grows, or a file of prompts, whose texts are JSON lines on standard output.",
     )
     parser.add_argument("run", metavar="RUN", help="folder of a run, or of one of its checkpoints")
     prompts = parser.add_mutually_exclusive_group(required=True)
@@ -74,15 +74,13 @@ def _parser() -> Arguments:
     prompts.add_argument(
         "--prompts-file",
         metavar="FILE",
-        help='.txt with a prompt on each line, or .jsonl with {"prompt": ...} or, for a model of chats, '
+        help='.txt with a prompt on each line, or .jsonl with {"prompt": ...} or, for a chat model, '
         '{"messages": [...]}',
     )
-    parser.add_argument(
-        "--raw", action="store_true", help="continue the prompt as plain text, also with a model of chats"
-    )
+    parser.add_argument("--raw", action="store_true", help="continue the prompt as plain text, also with a chat model")
     add_writing_options(parser)
     add_loading_options(parser)
-    parser.add_json("the text of a single prompt as a JSON object, once it is whole")
+    parser.add_json("the text of a single prompt as a JSON object, when it is complete")
     return parser
 
 
@@ -95,7 +93,7 @@ class _Job:
     raw: bool
 
     def answer(self, prompt: str, *, shows_prompt: bool) -> None:
-        """Show a new text as it grows."""
+        """Print a new text as it grows."""
         read = self.loaded.read(prompt, raw=self.raw, options=self.options)
         self._remark("the prompt", read)
         if shows_prompt:
@@ -108,7 +106,7 @@ class _Job:
         self._say_done(written.num_tokens, time.monotonic() - started)
 
     def answer_as_json(self, prompt: str) -> None:
-        """Show a new text, and how it ended, as a JSON object."""
+        """Print a new text, and how it ended, as a JSON object."""
         read = self.loaded.read(prompt, raw=self.raw, options=self.options)
         self._remark("the prompt", read)
         started = time.monotonic()
@@ -151,7 +149,7 @@ class _Job:
 
 
 def _read_prompts(path: Path) -> list[dict[str, Any]]:
-    """The records of a file of prompts; a text line becomes {"prompt": line}, and blank lines are left out."""
+    """Read the records of a file of prompts; a text line becomes {"prompt": line}, and blank lines are skipped."""
     if path.suffix not in (".txt", ".jsonl"):
         raise DataError(f"{path} is neither .txt (a prompt on each line) nor .jsonl (objects with a prompt)")
     try:
@@ -164,7 +162,7 @@ def _read_prompts(path: Path) -> list[dict[str, Any]]:
     read = _json_record if path.suffix == ".jsonl" else _text_record
     records = [read(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
     if not records:
-        raise DataError(f"{path} holds no prompt; write one on each line")
+        raise DataError(f"{path} has no prompt; write one on each line")
     return records
 
 
@@ -179,11 +177,11 @@ def _json_record(line: str, where: str) -> dict[str, Any]:
         raise DataError(f"{where} is not JSON: {error}") from error
     if isinstance(record, dict) and ("messages" in record or isinstance(record.get("prompt"), str)):
         return record
-    raise DataError(f'{where} has no prompt; each line is an object like {{"prompt": "Once upon"}}')
+    raise DataError(f'{where} has no prompt; each line must be an object like {{"prompt": "Once upon"}}')
 
 
 def write_line(value: Mapping[str, Any]) -> None:
-    """Write an object to standard output as a JSON line in UTF-8, whatever the encoding of the terminal."""
+    """Write an object to standard output as a JSON line in UTF-8, for any encoding of the terminal."""
     sys.stdout.flush()
     sys.stdout.buffer.write(as_line(value))
     sys.stdout.buffer.flush()

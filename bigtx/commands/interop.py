@@ -1,4 +1,4 @@
-"""`bigtx import` and `bigtx export`: models from and for Hugging Face's transformers."""
+"""`bigtx import` and `bigtx export`: import models from, and export models to, Hugging Face's transformers."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 
 def import_command(argv: Sequence[str]) -> int:
-    """Make a run of a Hugging Face model, and say what became of it."""
+    """Turn a Hugging Face model into a run, and report what was imported."""
     parser = Arguments(
         prog="bigtx import",
-        description="Make a run of a model in Hugging Face's layout, to generate with, to train on and to fine-tune. "
-        "Nothing in the folder is executed.",
+        description="Turn a model in Hugging Face's format into a run, to generate with, to train further and to "
+        "fine-tune. Nothing in the folder is executed.",
     )
     parser.add_argument("source", metavar="FOLDER", type=Path, help="with config.json, safetensors and the tokenizer")
     parser.add_argument("-o", "--output", metavar="RUN", type=Path, required=True, help="folder of the new run")
-    parser.add_argument("--tokenizer", metavar="FOLDER", type=Path, help="where the tokenizer is, if not beside it")
+    parser.add_argument("--tokenizer", metavar="FOLDER", type=Path, help="the tokenizer, if it is in another folder")
     parser.add_json()
     options = parser.parse_args(argv)
     from bigtx.interop.importer import import_model
@@ -71,41 +71,41 @@ def _say_imported(made: Imported, num_parameters: int) -> None:
     say(
         f"{made.model_type}: {made.num_tensors:,} tensors in {_files(made.num_files)} are "
         f"{format_count(num_parameters)} parameters ({config.shape}, {config.num_layers} layers, "
-        f"{config.hidden_size} wide), all taken over" + (" but the head" if made.untrained else "")
+        f"{config.hidden_size} wide), all imported" + (" except the head" if made.untrained else "")
     )
     if made.untrained:
         say(
-            f"New and untrained, as the model was saved without its head: {_listed(made.untrained)}. Fine-tuning needs "
-            "no such head; to predict masked tokens, train on first"
+            f"New and untrained, because the model was saved without its head: {_listed(made.untrained)}. Fine-tuning "
+            "does not need this head; to predict masked tokens, train the run further first"
         )
     if made.dropped:
-        say(f"Dropped, as the model does not need them: {_listed(made.dropped)}")
+        say(f"Dropped, because the model does not need them: {_listed(made.dropped)}")
     say(f"{made.tokenizer.vocab_size:,} token ids, {config.vocab_size:,} rows in the vocabulary")
     say(f"Wrote {made.checkpoint}")
 
 
 def _say_next(run: Path, made: Imported) -> None:
-    """Say how the new run is used and trained on."""
+    """Print the commands with which the new run is used and trained further."""
     config = made.config
     if config.num_classes is not None:
         say(f"It sorts texts into {config.num_classes:,} classes; their names are in {run / 'config.yaml'}")
         say(f"Next: {command('bigtx', 'predict', run, 'input=FILE')}")
         tuning = {"base": run, "data.train": "FILES", "run_dir": "runs/next", "train.epochs": 3}
-        say(f"To train on: {command('bigtx', 'finetune', run / 'config.yaml')} {settings(tuning)}")
+        say(f"To train further: {command('bigtx', 'finetune', run / 'config.yaml')} {settings(tuning)}")
         return
     if config.shape == "decoder":
         say(f"Next: {command('bigtx', 'generate', run, 'prompt=Once upon a time')}")
     prepare = settings({"input.paths": "TEXTS", "tokenizer": run / "tokenizer", "output": "CORPUS"})
-    say(f"To train on: bigtx data prepare {prepare}")
+    say(f"To train further: bigtx data prepare {prepare}")
     values = {"init_from": run, "run_dir": "runs/next", "data.sources.mine.path": "CORPUS", "train.max_steps": 1000}
     say(f"  {command('bigtx', 'pretrain', run / 'config.yaml')} {settings(values)}")
 
 
 def export_command(argv: Sequence[str]) -> int:
-    """Write a run for transformers and compare the two.
+    """Export a run for transformers, and compare the export with the run.
 
     Raises:
-        BigtxError: a run that cannot be exported, or an export that transformers reads otherwise.
+        BigtxError: the run cannot be exported, or transformers gives other results for the export.
     """
     options = _export_parser().parse_args(argv)
     with said_aside(options.json):
@@ -116,9 +116,9 @@ def export_command(argv: Sequence[str]) -> int:
 
 
 def _export_model(options: argparse.Namespace) -> dict[str, Any]:
-    """Write a run's model for transformers and compare. Returns what came of it."""
+    """Export a run's model for transformers and compare. Return the result."""
     if options.base is not None:
-        raise ConfigError("base= is for to=peft: to=hf writes a model that needs no other; leave base= out")
+        raise ConfigError("base= is for to=peft: with to=hf the export contains the base; leave base= out")
     shard_bytes = _shard_bytes(options.max_shard_size)
     from bigtx.engine.trained import find_with_tokenizer
 
@@ -162,7 +162,7 @@ def _export_model(options: argparse.Namespace) -> dict[str, Any]:
 def _export_facts(
     options: argparse.Namespace, checkpoint: Path, made: Exported | ExportedAdapters, verdict: Verdict | None
 ) -> dict[str, Any]:
-    """What both kinds of exports have; `compared` is null where the comparison was left out."""
+    """Return the facts of both kinds of exports; `compared` is null if the comparison was skipped."""
     return {
         "folder": str(made.folder),
         "to": options.to,
@@ -175,17 +175,17 @@ def _export_facts(
 
 
 def _export_adapters(options: argparse.Namespace) -> dict[str, Any]:
-    """Write a run's adapters for PEFT and compare, if their base is here. Returns what came of it."""
+    """Export a run's adapters for PEFT, and compare if their base is a local folder. Return the result."""
     from bigtx.engine.trained import find_with_tokenizer
 
     if options.base is None:
         raise ConfigError(
-            "to=peft needs base=FOLDER, the model in transformers' format that the adapters belong to: the one that "
-            "was imported, or what `bigtx export BASE_RUN output=FOLDER` makes of the run's base"
+            "to=peft needs base=FOLDER, the model in transformers' format that the adapters belong to: the imported "
+            "one, or the folder that `bigtx export BASE_RUN output=FOLDER` writes for the run's base"
         )
     if options.dtype != "fp32" or options.license is not None:
         raise ConfigError(
-            "dtype= and license= are for to=hf; adapters are written in fp32, without a card; leave them out"
+            "dtype= and license= are for to=hf; adapters are written in fp32, without a model card; leave them out"
         )
     checkpoint, run, tokenizer = find_with_tokenizer(options.run)  # Before torch is imported.
     from bigtx.interop.adapters import export_adapters
@@ -203,7 +203,7 @@ def _export_adapters(options: argparse.Namespace) -> dict[str, Any]:
     )
     verdict = None
     if options.no_verify or not is_here:
-        why = "--no-verify" if options.no_verify else f"{options.base} is no folder here"
+        why = "--no-verify" if options.no_verify else f"{options.base} is not a folder on this machine"
         say(f"Wrote {made.folder}; it was not compared with PEFT ({why})")
     else:
         from bigtx.interop.verify import verify_adapters
@@ -220,15 +220,18 @@ def _export_adapters(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _judge(folder: Path, verdict: Verdict, also: str = "") -> None:
-    """Say how near the export comes to the run.
+    """Report how closely the export agrees with the run.
 
     Args:
-        also: what else was found to be the same.
+        also: what else is the same.
+
+    Raises:
+        CheckpointError: they do not agree.
     """
     if verdict.problems:
         raise CheckpointError(
-            f"{folder} is written, but transformers reads it otherwise than bigtx, so do not use it: "
-            f"{'; '.join(verdict.problems)}. It is left as it is, to look into"
+            f"{folder} was written, but transformers gives other results than bigtx, so do not use it: "
+            f"{'; '.join(verdict.problems)}. The folder is kept for inspection"
         )
     say(
         f"{also}{verdict.num_logits:,} logits of {verdict.inputs} {'that ' if also else ''}differ by at most "
@@ -239,22 +242,22 @@ def _judge(folder: Path, verdict: Verdict, also: str = "") -> None:
 def _export_parser() -> Arguments:
     parser = Arguments(
         prog="bigtx export",
-        description="Write a run's checkpoint as a folder that transformers loads without bigtx's code, adapters "
-        "merged, or its adapters alone for PEFT; then load it so and compare ids and logits.",
+        description="Write a run's checkpoint as a folder that transformers loads without bigtx's code, with merged "
+        "adapters, or write only its adapters for PEFT; then load the folder and compare ids and logits.",
     )
     parser.add_argument("run", metavar="RUN", help="folder of a run, or of one of its checkpoints")
     parser.add_argument("--to", choices=["hf", "peft"], default="hf", help="hf: transformers; peft: the adapters (hf)")
     parser.add_argument("-o", "--output", metavar="FOLDER", type=Path, required=True, help="folder to make")
-    parser.add_argument("--base", metavar="FOLDER", help="peft: the model in transformers' format to put them on")
-    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the weights (fp32)")
+    parser.add_argument("--base", metavar="FOLDER", help="peft: the model in transformers' format that they belong to")
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="type of the weights (fp32)")
     parser.add_argument(
         "--weights", choices=["master", "ema"], default="master", help="ema: the averaged copy (master)"
     )
-    parser.add_argument("--family", metavar="NAME", help="model_type to write (the first that expresses the model)")
-    parser.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="most bytes of a file (5GB)")
-    parser.add_argument("--license", metavar="ID", help="for the model card, as the hub writes it: apache-2.0, mit ...")
+    parser.add_argument("--family", metavar="NAME", help="model_type to write (the first that can represent the model)")
+    parser.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="maximum size of a file (5GB)")
+    parser.add_argument("--license", metavar="ID", help="license in the model card, as on the hub: apache-2.0, mit ...")
     parser.add_argument(
-        "--no-verify", action="store_true", help="skip the comparison, which needs 8 bytes of memory per parameter"
+        "--no-verify", action="store_true", help="skip the comparison (it needs 8 bytes of memory per parameter)"
     )
     parser.add_json()
     return parser

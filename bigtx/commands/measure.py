@@ -23,7 +23,7 @@ EXIT_SOME_FAILED = 1
 
 
 class Evaluation:
-    """What both kinds of runs have."""
+    """The evaluation of a run; the base of both kinds."""
 
     def __init__(self, arguments: argparse.Namespace, checkpoint: Path) -> None:
         self.arguments, self.checkpoint = arguments, checkpoint
@@ -31,13 +31,13 @@ class Evaluation:
         self.status = 0
 
     def load(self) -> LoadedModel:
-        """The model."""
+        """Load the model."""
         from bigtx.loaded import load
 
         return load(self.checkpoint, weights=self.arguments.weights, device=self.arguments.device)
 
     def result(self, metrics: Mapping[str, float], **facts: Any) -> dict[str, Any]:
-        """What is written."""
+        """Return the result that is written to the output."""
         from bigtx.engine.checkpoint import Checkpoint
         from bigtx.utils.version import __version__
 
@@ -65,10 +65,10 @@ class Records(Evaluation):
         self.config = task_config(config, arguments.run, arguments.set)
 
     def measure(self) -> dict[str, Any]:
-        """The metrics of the task.
+        """Compute the metrics of the task.
 
         Raises:
-            DataError: records that cannot be used, or others than the run had.
+            DataError: no record can be used, or the run's records have changed.
         """
         from bigtx.data.audio.look import look_at
         from bigtx.finetuning.predictions import BATCH_SIZE, predict_all, shown_predictions
@@ -80,7 +80,7 @@ class Records(Evaluation):
         task = loaded.task
         task.look_ahead(records, look_at)
         examples = encode(task, records, broken)
-        self.tell(broken, is_any_left=bool(examples.records))
+        self.report(broken, is_any_left=bool(examples.records))
         records = examples.records
         ready = self._with_reference(loaded, examples.examples) if task.needs_reference else examples.examples
         device, size = next(loaded.model.parameters()).device, self.arguments.batch_size or BATCH_SIZE
@@ -94,10 +94,10 @@ class Records(Evaluation):
         }
 
     def _with_reference(self, loaded: LoadedModel, examples: Sequence[Any]) -> list[Any]:
-        """The examples with what the model said of them before the run's first step.
+        """Return the examples with the log-probabilities of the model before the run's first step.
 
         Raises:
-            CheckpointError: the base is gone, or is another one by now.
+            CheckpointError: the base is missing or has changed.
         """
         from bigtx.finetuning.base_weights import untrained
         from bigtx.finetuning.predictions import BATCH_SIZE, batches_by_length, in_order
@@ -109,7 +109,7 @@ class Records(Evaluation):
         return list(map(task.with_reference, examples, in_order(batches, found, len(examples))))
 
     def _base(self) -> Checkpoint | None:
-        """What the run began with; None: with nothing but its seed."""
+        """Return the checkpoint that the run started from; None if it started from random weights."""
         from bigtx.engine.merged import MergedCheckpoint
         from bigtx.finetuning.base import BASE
 
@@ -118,17 +118,17 @@ class Records(Evaluation):
         path = run_dir_of(self.checkpoint) / BASE
         facts = read_object(path)
         if not isinstance(facts.get("checkpoint"), str):
-            raise CheckpointError(f"task={self.config.task} compares the model with its base, and {path} names none")
+            raise CheckpointError(f"task={self.config.task} compares the model with its base, but {path} names none")
         base = MergedCheckpoint(Path(facts["checkpoint"]))
         if base.manifest_sha256 != facts.get("manifest_sha256"):
-            raise CheckpointError(f"{base.path} is not the base that {path} names; give that one back")
+            raise CheckpointError(f"{base.path} is not the base that {path} names; restore that one")
         return base
 
-    def tell(self, broken: Broken, *, is_any_left: bool) -> None:
-        """Say which records cannot be used; the others are measured.
+    def report(self, broken: Broken, *, is_any_left: bool) -> None:
+        """Report the records that cannot be used; the others are measured.
 
         Raises:
-            DataError: there are no others.
+            DataError: no other records are left.
         """
         if not is_any_left:
             broken.check()
@@ -149,14 +149,14 @@ class Records(Evaluation):
             split = self.arguments.split
             if not split:
                 raise DataError("there are no records in these files")
-            raise DataError(f"the run has no {split} records; name some: data=FILE")
+            raise DataError(f"the run has no {split} records; name others: data=FILE")
         return records, broken
 
     def _of_run(self, split: str) -> list[Record]:
-        """The run's own records.
+        """Read the run's own records.
 
         Raises:
-            DataError: they have changed since.
+            DataError: they have changed since the run.
         """
         from bigtx.engine.checkpoint import Checkpoint
         from bigtx.finetuning import record_table
@@ -168,8 +168,8 @@ class Records(Evaluation):
         found = record_table.identity(table).get(split) if table else record_table.digest(records)
         if records and Checkpoint(self.checkpoint).manifest["data"].get(split) != found:
             raise DataError(
-                f"the {split} records are not those that the run had: their files have changed since; to measure on "
-                "them as they are, name them: data=FILE"
+                f"the {split} records are not those of the run: their files have changed since then; to measure on "
+                "the present ones, name them: data=FILE"
             )
         return records
 
@@ -182,18 +182,18 @@ class Corpora(Evaluation):
         self.config = config
 
     def measure(self) -> dict[str, Any]:
-        """Loss, perplexity and bits per byte of each corpus, as validation within the run has them.
+        """Compute loss, perplexity and bits per byte of each corpus, as validation during the run does.
 
         Raises:
-            ConfigError: no corpus holds text out, or it was prepared with another tokenizer.
+            ConfigError: no corpus has held-out text, or a corpus was prepared with another tokenizer.
             DataError: there is no such corpus.
         """
         from bigtx.pretraining.corpora import validation_sources
 
         config = self._config()
         if not validation_sources(config):
-            raise ConfigError("none of the run's corpora holds text out; name a prepared one: data=FOLDER")
-        # Imports torch, which nobody should wait for to hear of a mistake.
+            raise ConfigError("none of the run's corpora has held-out text; name a prepared one: data=FOLDER")
+        # These import torch, which is slow, so mistakes are reported before.
         from bigtx.pretraining.likelihood import LikelihoodTask
         from bigtx.pretraining.validation import Validation
         from bigtx.train.alone import Alone
@@ -211,7 +211,7 @@ class Corpora(Evaluation):
 
         arguments, settings = self.arguments, self.config.validation
         if arguments.split == "test":
-            raise ConfigError("split=test: a pretrained run has none; its held-out text is split=validation")
+            raise ConfigError("split=test: a pretrained run has no test split; its held-out text is split=validation")
         if arguments.batch_size is not None:
             train = dataclasses.replace(self.config.train, micro_batch_size=arguments.batch_size)
             self.config = dataclasses.replace(self.config, train=train)
@@ -219,7 +219,7 @@ class Corpora(Evaluation):
             return self.config
         sources = {Path(path).resolve().name: SourceConfig(path=path) for path in arguments.data}
         if len(sources) < len(arguments.data):
-            raise ConfigError("data=: two corpora have one name; evaluate them one after the other")
+            raise ConfigError("data=: two corpora have the same name; evaluate them one after the other")
         rows = settings.max_sequences or type(settings)().max_sequences
         return dataclasses.replace(
             self.config, validation=dataclasses.replace(settings, sources=sources, max_sequences=rows)
@@ -227,7 +227,7 @@ class Corpora(Evaluation):
 
 
 def what_is_measured(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The settings that distinguish one evaluation from another."""
+    """Return the settings that distinguish one evaluation from another."""
     return {
         "weights": arguments.weights,
         "set": sorted(arguments.set),

@@ -1,10 +1,10 @@
-"""`bigtx predict`: what a fine-tuned run makes of records, a JSON line for each; on a terminal a table.
+"""`bigtx predict`: predict for records with a fine-tuned run, and write a JSON line for each, or a table on a terminal.
 
     files, folders, standard input ──▶ chunks of records ──▶ {...the record's fields, "prediction": ...}
 
-A record that cannot be used gives `{..., "error": ...}` in its place, so line i of the output is always record i of the
-input; then the exit status is 1. An output file may be continued: what stands in it is compared with the input, and
-`FILE.about.json` beside it says which weights wrote it.
+For a record that cannot be used the line is `{..., "error": ...}`, so line i of the output is always record i of the
+input; the exit status is then 1. An existing output file is continued: its lines are compared with the input, and
+`FILE.about.json` in the same folder says which weights wrote it.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ if TYPE_CHECKING:
     from bigtx.loaded import LoadedModel
 
 Show = Callable[[Sequence[Item], Sequence[Mapping[str, Any]]], None]
-"""Takes records and the lines that were made of them."""
+"""A function that shows or writes records and their output lines."""
 STDIN = "-"
 CHUNK_BATCHES = 8
-"""Batches of a chunk: within it records are sorted by length, and it is written at once."""
-MAX_TOLD = 5
-"""Errors that are also told on standard error."""
+"""Batches of a chunk, within which records are sorted by length, and which is written as a whole."""
+MAX_SHOWN = 5
+"""Errors that are also printed on standard error."""
 EXIT_SOME_FAILED = 1
 
 
 def command(argv: Sequence[str]) -> int:
-    """`bigtx predict`.
+    """Run `bigtx predict`.
 
     Returns:
         The exit status: 1 if some records could not be used.
 
     Raises:
-        BigtxError: a run, input or output that cannot be used.
+        BigtxError: the run, the input or the output cannot be used.
     """
     arguments = _parser().parse_args(argv)
     check_options({"batch_size": arguments.batch_size})
     if STDIN in arguments.input and len(arguments.input) > 1:
-        raise ConfigError("input=-: standard input is read alone, without files beside it")
+        raise ConfigError("input=-: standard input cannot be combined with files")
     if bool(arguments.input) == bool(arguments.text):
         raise ConfigError("write input=FILE or text=TEXT: one of them says what to predict for (both may be repeated)")
     files = [file for path in arguments.input if path != STDIN for file in expand_path(path)]
@@ -84,9 +84,10 @@ def command(argv: Sequence[str]) -> int:
 def _parser() -> Arguments:
     parser = Arguments(
         prog="bigtx predict",
-        description="What a fine-tuned run makes of records: a JSON line for each, in their order, with the record's "
-        'own fields and "prediction"; or "error", for a record that cannot be used (the exit status is then 1). On a '
-        "terminal a table with the answer, how sure it is, and the beginning of the text.",
+        description="Predict for records with a fine-tuned run. The output has a JSON line for each record, in the "
+        'order of the input, with the record\'s own fields and "prediction", or "error" if the record cannot be used '
+        "(the exit status is then 1). A terminal shows a table with the answer, its probability, and the beginning of "
+        "the text.",
     )
     parser.add_argument("run", metavar="RUN", help="folder of a fine-tuned run, or of one of its checkpoints")
     parser.add_argument(
@@ -100,20 +101,20 @@ def _parser() -> Arguments:
     parser.add_argument("--text", metavar="TEXT", action="append", default=[], help="a text; may be repeated")
     parser.add_json("JSON lines on a terminal too")
     parser.add_argument(
-        "--output", metavar="FILE", help="where to write; the same command goes on where it was (standard output)"
+        "--output", metavar="FILE", help="the file to write; the same command resumes (standard output)"
     )
     add_predicting_options(parser)
     parser.add_argument(
         "--too-long",
         choices=["truncate", "refuse"],
-        help="what becomes of records that are too long for the model: cut, and counted, or errors (as in training)",
+        help="cut records that are too long for the model, or report them as errors (as in training)",
     )
     add_loading_options(parser)
     return parser
 
 
 class _Job:
-    """One call of the command: loads the model when it is first needed, and counts."""
+    """One call of the command, which loads the model when it is first needed, and counts records."""
 
     def __init__(self, arguments: argparse.Namespace, checkpoint: Path) -> None:
         from bigtx.finetuning.predictions import BATCH_SIZE
@@ -121,12 +122,12 @@ class _Job:
         self.arguments, self.checkpoint = arguments, checkpoint
         self.batch_size = arguments.batch_size or BATCH_SIZE
         self.num_records = self.num_failed = self.num_cut = self.num_kept = 0
-        self.told: list[str] = []
+        self.shown: list[str] = []
         self.started = time.monotonic()
         self._loaded: LoadedModel | None = None
 
     def facts(self) -> dict[str, Any]:
-        """What an output file depends on, beside the records."""
+        """Return what an output file depends on, in addition to the records."""
         from bigtx.engine.checkpoint import Checkpoint
 
         return {
@@ -140,7 +141,7 @@ class _Job:
         }
 
     def given_texts(self) -> Iterator[Item]:
-        """The texts of the command line as records.
+        """Yield the texts of the command line as records.
 
         Raises:
             DataError: the task needs more of a record than one text.
@@ -150,7 +151,7 @@ class _Job:
             yield Record(loaded.fields_of(text, number), "text", number)
 
     def show(self) -> Show:
-        """Writes to standard output: a table on a terminal, JSON lines elsewhere."""
+        """Return the function that writes to standard output: a table on a terminal, otherwise JSON lines."""
         if self.arguments.json or not sys.stdout.isatty():
             return lambda _, lines: _write_lines(lines)
         from bigtx.finetuning.prediction_table import PredictionTable
@@ -158,7 +159,7 @@ class _Job:
         return PredictionTable(self.loaded().task, sys.stdout, shutil.get_terminal_size().columns).add
 
     def run(self, chunks: Iterable[list[Item]], show: Show, output: Output | None = None) -> None:
-        """Predict for all that is not in the output yet."""
+        """Predict for the records that are not in the output yet."""
         for chunk in chunks:
             if output is not None and (known := output.known(chunk)) is not None:
                 self.num_kept += len(chunk)
@@ -186,7 +187,7 @@ class _Job:
         return predict_records(loaded.task, loaded.model, records, batch_size=self.batch_size, device=device)
 
     def loaded(self) -> LoadedModel:
-        """The model, which predicts as the command says."""
+        """Return the model, with the settings of the command; load it at the first call."""
         self._loaded = self._loaded or self._load()
         return self._loaded
 
@@ -205,24 +206,24 @@ class _Job:
             self.num_cut += "num_cut" in line
             if "prediction" not in line:
                 self.num_failed += 1
-                if len(self.told) < MAX_TOLD:
-                    self.told.append(str(line.get("error")))
+                if len(self.shown) < MAX_SHOWN:
+                    self.shown.append(str(line.get("error")))
 
     def report(self) -> int:
-        """Say on standard error what was done. Returns the exit status."""
-        kept = f", {self.num_kept:,} of them there already" if self.num_kept else ""
+        """Print a summary on standard error. Return the exit status."""
+        kept = f", {self.num_kept:,} of them already in the output" if self.num_kept else ""
         seconds = time.monotonic() - self.started
         _say(f"[{self.checkpoint}: {_records(self.num_records)}{kept}, in {seconds:.1f} s]")
         if self.num_cut:
             _say(
-                f'[{_records(self.num_cut)} longer than the model reads, and cut: "num_cut" says by how many tokens; '
-                "too_long=refuse makes errors of them]"
+                f'[cut to the length that the model reads: {_records(self.num_cut)}; "num_cut" is the number of '
+                "tokens that were cut; with too_long=refuse such records are errors]"
             )
         if not self.num_failed:
             return 0
-        first = f", the first {MAX_TOLD} of them" if self.num_failed > MAX_TOLD else ""
+        first = f", the first {MAX_SHOWN} of them" if self.num_failed > MAX_SHOWN else ""
         _say(f'{_records(self.num_failed)} could not be used ("error" in the output){first}:')
-        for reason in self.told:
+        for reason in self.shown:
             _say(f"  {reason}")
         return EXIT_SOME_FAILED
 
@@ -247,5 +248,5 @@ def _write_lines(lines: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _say(text: str) -> None:
-    # What stands in a file is anybody's: it must not steer the terminal.
+    # Text from a file must not control the terminal.
     print(visible(text), file=sys.stderr)

@@ -1,7 +1,7 @@
-"""`bigtx slurm render | submit | status`: jobs of the scripts in slurm/, with what the site needs.
+"""`bigtx slurm render | submit | status`: jobs of the scripts in slurm/, with the settings of the site.
 
-What `render` prints is what `submit` submits: the script of slurm/, with the site's options as #SBATCH lines and the
-command's arguments in it.
+`submit` submits the script that `render` prints: a script of slurm/ with the site's options as #SBATCH lines and with
+the command's arguments.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ CONFIGS: dict[str, tuple[type, str]] = {
     "finetune": (FinetuneConfig, "finetune"),
     "prepare": (PrepareConfig, "data prepare"),
 }
-"""Jobs whose config is checked before they are submitted, and their commands."""
+"""Jobs whose config is checked before they are submitted, with their commands."""
 JOBS = (*CONFIGS, "evaluate", "sweep")
 OWN = {
     "nodes=N": "nodes of the job (1); for pretrain, finetune and sweep",
-    "parts=N": "nodes that share a preparation, each with a part of it (1); a second job merges them",
-    "site=FILE": "what the cluster needs (configs/site/default.sh, or what BIGTX_SITE names)",
+    "parts=N": "nodes of a preparation, one for each part (1); a second job merges the parts",
+    "site=FILE": "the settings of the cluster (configs/site/default.sh, or the file that BIGTX_SITE names)",
 }
-"""What `submit` and `render` take for themselves; all else is the job's."""
+"""Options of `submit` and `render` themselves; all other words are passed to the job."""
 OPTIONS = {
     "SBATCH_ACCOUNT": "account",
     "SBATCH_CONSTRAINT": "constraint",
@@ -51,19 +51,20 @@ OPTIONS = {
     "SBATCH_SIGNAL": "signal",
     "SBATCH_TIMELIMIT": "time",
 }
-"""Variables of sbatch, and the options that they stand for."""
+"""Variables of sbatch, and the options that they set."""
 COMMENT = "bigtx "
-"""What a job's comment begins with; the run folder follows."""
+"""The beginning of a job's comment; the run folder follows."""
 
 
 @dataclass
 class _Job:
-    """A job as it is asked for.
+    """A job as the user requests it.
 
     Attributes:
         kind: one of `JOBS`, or merge.
-        arguments: of the script.
-        options: of sbatch, by their long names.
+        arguments: the arguments of the script.
+        site: the file with the settings of the cluster.
+        options: options of sbatch, by their long names.
         output: the folder that the job makes or trains in, if it is known.
     """
 
@@ -75,7 +76,7 @@ class _Job:
 
 
 def submit_command(argv: Sequence[str]) -> int:
-    """Submit a job, and say what to do next.
+    """Submit a job, and print the next commands.
 
     Raises:
         ConfigError: the job's arguments cannot be used.
@@ -99,8 +100,8 @@ def submit_command(argv: Sequence[str]) -> int:
         say(f"merge: job {merge_number}, when all parts are done")
     if job.kind in ("pretrain", "finetune") and job.output:
         say(f"next: {command('bigtx', 'slurm', 'status', job.output)}")
-        say(f"to stop it with a checkpoint and have it go on later: {command('touch', Path(job.output) / 'STOP')}")
-    say(f"to end it: {command('scancel', number)}")
+        say(f"to stop it with a checkpoint and resume it later: {command('touch', Path(job.output) / 'STOP')}")
+    say(f"to cancel it: {command('scancel', number)}")
     return 0
 
 
@@ -116,33 +117,33 @@ def render_command(argv: Sequence[str]) -> int:
 
 
 def status_command(argv: Sequence[str]) -> int:
-    """Say what became of a run's jobs: each life of the run, and the jobs that SLURM still knows.
+    """Print the starts of a run with their ends, and the jobs that SLURM still lists.
 
     Raises:
-        CheckpointError: the folder is no run, and no job is queued for it.
+        CheckpointError: the folder is not a run, and no job is queued for it.
     """
     parser = Arguments(
         prog="bigtx slurm status",
-        description="What became of a run's jobs: each life of the run, and the jobs that SLURM still knows.",
+        description="Show the starts of a run with their ends, and the jobs that SLURM still lists.",
     )
     parser.add_argument("run", metavar="RUN", help="a run's folder")
     parser.add_json()
     arguments = parser.parse_args(argv)
-    lives, jobs = _lives(Path(arguments.run)), _queued(Path(arguments.run))
-    if not lives and not jobs and not is_run(Path(arguments.run)):
+    starts, jobs = _starts(Path(arguments.run)), _queued(Path(arguments.run))
+    if not starts and not jobs and not is_run(Path(arguments.run)):
         raise CheckpointError(f"{arguments.run} is not a run, and no job is queued for it; name a run's folder")
     if arguments.json:
-        say_json({"lives": lives, "jobs": jobs})
+        say_json({"lives": starts, "jobs": jobs})
         return 0
-    for life in lives:
-        job = f"job {life['job']} (restart {life['restart']})" if life["job"] else "outside SLURM"
+    for start in starts:
+        job = f"job {start['job']} (restart {start['restart']})" if start["job"] else "outside SLURM"
         end = (
-            f"{life['end']} at step {life['end_step']:,}"
-            if life["end"]
-            else "no end is recorded: it runs, or was killed"
+            f"{start['end']} at step {start['end_step']:,}"
+            if start["end"]
+            else "no end is recorded: it is running, or was killed"
         )
-        began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(life["time"]))
-        say(f"{began}  {job} on {life['host']}, {life['ranks']} ranks, from step {life['step']:,}: {end}")
+        began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(start["time"]))
+        say(f"{began}  {job} on {start['host']}, {start['ranks']} ranks, from step {start['step']:,}: {end}")
     for each in jobs:
         say(f"job {each['job']}: {each['state']}" + (f" ({each['reason']})" if each["reason"] != "None" else ""))
     if not jobs:
@@ -155,9 +156,10 @@ def _asks_for_help(verb: str, argv: Sequence[str]) -> bool:
         return False
     what = "Submit a job" if verb == "submit" else "Print the batch script of a job"
     about = (
-        f"{what}, by the scripts in slurm/. JOB is {', '.join(JOBS[:-1])} or {JOBS[-1]}. All words but those below are "
-        "its command's: a config and settings for pretrain, finetune and prepare; RUN and options for evaluate; FILE "
-        "RUNS pretrain|finetune and a config for sweep, which makes a run in RUNS for each line of settings in FILE."
+        f"{what}, with the scripts in slurm/. JOB is {', '.join(JOBS[:-1])} or {JOBS[-1]}. All words but those below "
+        "are passed to its command: a config and settings for pretrain, finetune and prepare; RUN and options for "
+        "evaluate; FILE RUNS pretrain|finetune and a config for sweep, which makes a run in RUNS for each line of "
+        "settings in FILE."
     )
     example = "pretrain pretrain/gpt-125m.yaml data.sources.mine.path=corpus run_dir=runs/mine nodes=2"
     lines = [
@@ -174,9 +176,13 @@ def _asks_for_help(verb: str, argv: Sequence[str]) -> bool:
 
 
 def _read(verb: str, argv: Sequence[str]) -> _Job:
-    """The job that a command line asks for; its config is checked as the job itself would check it."""
+    """Return the job of a command line; check its config as the job itself would.
+
+    Raises:
+        ConfigError: the command line or the config is wrong.
+    """
     if not argv or argv[0] not in JOBS:
-        what = f"{argv[0]!r} is no job" if argv else "which job"
+        what = f"{argv[0]!r} is not a job" if argv else "the job is missing"
         raise ConfigError(f"bigtx slurm {verb}: {what}; write bigtx slurm {verb} {'|'.join(JOBS)} ...")
     kind, words = argv[0], list(argv[1:])
     given: dict[str, str | None] = {}
@@ -187,7 +193,7 @@ def _read(verb: str, argv: Sequence[str]) -> _Job:
         if text is not None and kind not in kinds:
             raise ConfigError(f"{name}={text}: a job of {kind} takes no {name}; leave it out")
         if text is not None and (not text.isdecimal() or int(text) < 1):
-            raise ConfigError(f"{name}={text}: name a number of nodes, e.g. {name}=2")
+            raise ConfigError(f"{name}={text}: write a number of nodes, e.g. {name}=2")
     default = os.environ.get("BIGTX_SITE") or shipped_folder() / "site" / "default.sh"
     site = Path(given["site"] or default).absolute()
     if not site.is_file():
@@ -209,32 +215,36 @@ def _read(verb: str, argv: Sequence[str]) -> _Job:
 
 
 def _checked_output(kind: str, words: Sequence[str]) -> str:
-    """Check a job's config. Returns the folder that it makes or trains in."""
+    """Check a job's config. Return the folder that it makes or trains in."""
     schema, name = CONFIGS[kind]
     config: Any = parse_command_line(schema, words, program=f"bigtx {name}").config
     return str(config.output if kind == "prepare" else config.run_dir)
 
 
 def _num_lines(words: Sequence[str]) -> int:
-    """Runs of a sweep."""
+    """Count the runs of a sweep.
+
+    Raises:
+        ConfigError: the words or the file of settings are wrong.
+    """
     if len(words) < 3 or not Path(words[0]).is_file():
         raise ConfigError(
-            "a sweep is written: FILE RUNS pretrain|finetune ..., FILE with a line of settings for each run, RUNS the "
-            "folder for their run folders"
+            "write a sweep as FILE RUNS pretrain|finetune ...; FILE has a line of settings for each run, RUNS is the "
+            "folder for the run folders"
         )
     lines = Path(words[0]).read_text(encoding="utf-8").splitlines()
     if not lines or not all(line.strip() for line in lines):
-        raise ConfigError(f"{words[0]}: each line names the settings of a run, KEY=VALUE ...; take empty lines out")
+        raise ConfigError(f"{words[0]}: each line has the settings of a run, KEY=VALUE ...; remove empty lines")
     return len(lines)
 
 
 def _home() -> Path:
-    """The folder that holds slurm/ and configs/: the clone, or the installed package."""
+    """Return the folder that contains slurm/ and configs/: the clone, or the installed package."""
     return shipped_folder().parent
 
 
 def _render(job: _Job) -> str:
-    """A batch script that runs as it is, wherever it lies."""
+    """Return a complete batch script, which runs from any folder."""
     script = (_home() / "slurm" / f"{job.kind}.sbatch").read_text(encoding="utf-8")
     options = {
         OPTIONS[name]: value for name, value in _site_variables(job.site).items() if name in OPTIONS
@@ -249,13 +259,17 @@ def _render(job: _Job) -> str:
 
 
 def _option(line: str) -> str | None:
-    """The long name of an #SBATCH line's option."""
+    """Return the long name of an #SBATCH line's option; None for another line."""
     found = re.match(r"#SBATCH --([\w-]+)", line)
     return found[1] if found else None
 
 
 def _site_variables(site: Path) -> dict[str, str]:
-    """The variables of sbatch that the site's file sets, by running it as the batch scripts do."""
+    """Return the variables of sbatch that the site's file sets, by running it as the batch scripts do.
+
+    Raises:
+        ConfigError: the file fails.
+    """
     done = subprocess.run(
         ["bash", "-c", 'source "$1" >&2 && env -0', "bash", str(site)],
         capture_output=True,
@@ -268,9 +282,13 @@ def _site_variables(site: Path) -> dict[str, str]:
 
 
 def _submit(job: _Job) -> str:
-    """Submit a job. Returns its number."""
+    """Submit a job. Return its number.
+
+    Raises:
+        LaunchError: sbatch is missing, or refuses the job.
+    """
     variables = _site_variables(job.site)
-    # These are in the script, where what was asked for on the command line has replaced them.
+    # The options in these variables are in the script, where options of the command line have replaced them.
     environment = {name: value for name, value in (os.environ | variables).items() if name not in OPTIONS}
     try:
         done = subprocess.run(
@@ -282,19 +300,19 @@ def _submit(job: _Job) -> str:
         )
     except FileNotFoundError:
         raise LaunchError(
-            "there is no sbatch on this machine; submit from a login node of the cluster, or print the script by "
+            "there is no sbatch on this machine; submit from a login node of the cluster, or print the script with "
             "`bigtx slurm render`"
         ) from None
     if done.returncode != 0:
-        raise LaunchError(f"sbatch refused the job: {done.stderr.strip()}; {job.site} says what the cluster needs")
+        raise LaunchError(f"sbatch refused the job: {done.stderr.strip()}; {job.site} has the options of the cluster")
     return done.stdout.strip().partition(";")[0]
 
 
-def _lives(run_dir: Path) -> list[dict[str, Any]]:
-    """Each life of a run: how it began, and how it ended if that is known."""
+def _starts(run_dir: Path) -> list[dict[str, Any]]:
+    """Read the starts of a run, each with its end if that is recorded."""
     import json
 
-    lives: list[dict[str, Any]] = []
+    starts: list[dict[str, Any]] = []
     try:
         lines = (run_dir / "events.jsonl").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -303,7 +321,7 @@ def _lives(run_dir: Path) -> list[dict[str, Any]]:
         try:
             event = json.loads(line)
             if event["kind"] == "start":
-                lives.append(
+                starts.append(
                     {
                         "time": event["time"],
                         "job": event["slurm_job"],
@@ -315,15 +333,15 @@ def _lives(run_dir: Path) -> list[dict[str, Any]]:
                         "end_step": None,
                     }
                 )
-            elif event["kind"] == "end" and lives:
-                lives[-1] |= {"end": event["status"], "end_step": event["step"]}
+            elif event["kind"] == "end" and starts:
+                starts[-1] |= {"end": event["status"], "end_step": event["step"]}
         except (ValueError, KeyError, TypeError):
-            continue  # A line that was torn by a crash.
-    return lives
+            continue  # The line is incomplete because of a crash.
+    return starts
 
 
 def _queued(run_dir: Path) -> list[dict[str, str]]:
-    """The jobs for a run that wait or run; none where there is no SLURM."""
+    """Return the jobs of a run that are queued or running; none without SLURM."""
     try:
         done = subprocess.run(["squeue", "-h", "-o", "%i|%T|%r|%k"], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""What a user may have meant by a command that does not exist."""
+"""Suggestions for a command that does not exist."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from bigtx.utils import shell
 from bigtx.utils.secrets import scrub_text
 
 MEANT = {
-    "train": "`bigtx pretrain` trains a model on prepared corpora, `bigtx finetune` one on records for a job",
-    "resume": "the same `bigtx pretrain` or `bigtx finetune` on the same run_dir resumes the run",
-    "tokenize": "`bigtx tokenizer train` makes a tokenizer, `bigtx data prepare` makes tokens of texts",
+    "train": "`bigtx pretrain` trains a model on prepared corpora, `bigtx finetune` one on records for a task",
+    "resume": "`bigtx pretrain RUN` or `bigtx finetune RUN` resumes a run",
+    "tokenize": "`bigtx tokenizer train` makes a tokenizer, `bigtx data prepare` tokenizes texts",
     "preprocess": "`bigtx data prepare` turns text files into tokenized shards",
-    "sft": "`bigtx finetune finetune/chat.yaml` trains answers in chats",
+    "sft": "`bigtx finetune finetune/chat.yaml` trains on chats",
     "dpo": "`bigtx finetune finetune/dpo.yaml` trains on pairs of answers",
     "lora": "`bigtx finetune FILE model.lora.rank=8` trains adapters",
     "sample": "`bigtx generate` continues prompts",
-    "infer": "`bigtx generate` continues prompts, `bigtx predict` answers records",
-    "inference": "`bigtx generate` continues prompts, `bigtx predict` answers records",
-    "serve": "there is no server; `bigtx generate` and `bigtx predict` answer files, `bigtx export` writes a model for "
-    "servers that read Hugging Face's format",
+    "infer": "`bigtx generate` continues prompts, `bigtx predict` predicts for records",
+    "inference": "`bigtx generate` continues prompts, `bigtx predict` predicts for records",
+    "serve": "there is no server; `bigtx generate` and `bigtx predict` process files, `bigtx export` writes a model "
+    "for servers that read Hugging Face's format",
     "eval": "`bigtx evaluate` measures a run on held-out data",
     "test": "`bigtx evaluate` measures a run on held-out data",
     "validate": "`bigtx evaluate` measures a run on held-out data, `bigtx data verify` checks a corpus",
@@ -31,22 +31,22 @@ MEANT = {
     "plot": "there are no plots here; the metrics are in RUN/metrics.jsonl, and charts are in W&B",
     "metrics": "the metrics are in RUN/metrics.jsonl, and charts are in W&B",
     "logs": "the metrics are in RUN/metrics.jsonl, the logs of the ranks in RUN/logs",
-    "config": "`bigtx configs list` lists the recipes, `bigtx configs explain` the settings",
+    "config": "`bigtx configs list` lists the recipes, `bigtx configs explain` explains the settings",
     "recipes": "`bigtx configs list` lists the recipes",
     "init": "`bigtx configs copy` copies a recipe, to change it",
 }
-"""Names that other programs have for it, or that are too far from ours for a comparison of letters."""
+"""Names of commands in other programs, or names that are too different from ours for a comparison of letters."""
 USES = {"pretrain": "bigtx pretrain", "finetune": "bigtx finetune", "model": "bigtx pretrain FILE"}
 """The command that takes a recipe, by the recipe's folder."""
 _TOKENIZER = "tokenizer"
 
 
 def suggest(words: Sequence[str], commands: Sequence[str]) -> str:
-    """A sentence about a command line that begins with no command.
+    """Return a sentence about a command line that does not begin with a command.
 
     Args:
-        words: of the command line, at least one.
-        commands: all that there are.
+        words: the words of the command line, at least one.
+        commands: the names of all commands.
     """
     first = words[0]
     members = [name.split()[1] for name in commands if name.startswith(f"{first} ")]
@@ -63,7 +63,7 @@ def suggest(words: Sequence[str], commands: Sequence[str]) -> str:
 
 
 def _meant(words: Sequence[str], commands: Sequence[str]) -> str:
-    """What a word may have meant: a name of another program, a command, the second word of one, or a recipe."""
+    """Suggest what a word may mean: a name in another program, a command, the second word of one, or a recipe."""
     name = words[0].lower().replace("_", "-")
     if name in MEANT:
         return MEANT[name]
@@ -83,7 +83,7 @@ def _meant(words: Sequence[str], commands: Sequence[str]) -> str:
 
 
 def _uses(name: str) -> list[str]:
-    """The commands that take a file of settings, as its folder and name tell."""
+    """Return the commands that take a file of settings, judging by its folder and name."""
     folder = Path(name).parent.name
     if folder == "data":
         return ["bigtx tokenizer train" if _TOKENIZER in Path(name).name else "bigtx data prepare"]

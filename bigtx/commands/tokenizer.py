@@ -34,13 +34,13 @@ from bigtx.utils.staging import new_folder, refuse_filled
 from bigtx.utils.units import format_size
 
 RECIPE = "recipe.json"
-"""What a trained tokenizer was made from; a run's or a corpus' copy goes without."""
+"""The settings and input of a trained tokenizer; copies in runs and corpora do not have this file."""
 
 _SAY_EVERY_SECONDS = 10.0
 
 
 def train_command(argv: Sequence[str]) -> int:
-    """Train a tokenizer from files of text, and report what it does."""
+    """Train a tokenizer on text files, and print a report."""
     parsed = parse_command_line(
         TokenizerTrainConfig,
         argv,
@@ -58,10 +58,10 @@ def train_command(argv: Sequence[str]) -> int:
 
 
 def _train(config: TokenizerTrainConfig, input_settings: Sequence[str]) -> dict[str, Any]:
-    """Train a tokenizer, or find that it is there, and say what it does.
+    """Train a tokenizer, unless the same one exists already, and print a report.
 
     Args:
-        input_settings: as they were written, for the next command.
+        input_settings: the settings of the input as the user wrote them, for the next command.
 
     Returns:
         The result as plain data.
@@ -74,7 +74,7 @@ def _train(config: TokenizerTrainConfig, input_settings: Sequence[str]) -> dict[
     if (Path(config.output) / DESCRIPTION).exists():
         tokenizer = _same_as_trained(config.output, recipe)
         print(
-            f"{config.output} is trained already, with these settings and this input; nothing to do "
+            f"{config.output} is trained already with these settings and this input; there is nothing to do "
             f"({tokenizer.vocab_size:,} ids, fingerprint {tokenizer.fingerprint[:12]}).\nNext: {prepare}"
         )
         return report.facts(tokenizer, config.output) | {"reused": True}
@@ -84,14 +84,14 @@ def _train(config: TokenizerTrainConfig, input_settings: Sequence[str]) -> dict[
     rejects = Rejects(config.input.max_rejects)
     sample = draw_sample(_texts(config, rejects), config.max_bytes, config.seed)
     rejects.check(sample.num_documents, len(files))
-    rejected = f"; left out: {rejects.describe()}" if rejects else ""
+    rejected = f"; skipped: {rejects.describe()}" if rejects else ""
     print(f"{_number(sample.num_documents, 'document')}, {format_size(sample.num_bytes)} of text{rejected}")
     print(f"Learning {config.vocab_size:,} pieces ({config.method}) from {format_size(sample.training_bytes)}")
     with _interruptible():
         tokenizer = train_on_sample(config, sample)
     _save(tokenizer, config.output, recipe | {"fingerprint": tokenizer.fingerprint})
     texts = sample.held_out or [piece.decode() for piece in sample.training[:64]]
-    print(f"\nOn {'documents that it did not learn from' if sample.held_out else 'the text that it learned from'}:")
+    print(f"\nOn {'held-out documents' if sample.held_out else 'the text that it was trained on'}:")
     measures = _print_figures(tokenizer, texts)
     print(f"\nHard texts:\n{report.examples(tokenizer)}")
     if remark := report.remark_on_size(tokenizer, measures, sample.num_bytes):
@@ -112,10 +112,10 @@ def _train(config: TokenizerTrainConfig, input_settings: Sequence[str]) -> dict[
 
 
 def import_command(argv: Sequence[str]) -> int:
-    """Take over a tokenizer that was made elsewhere."""
+    """Import a tokenizer that was made elsewhere."""
     parser = Arguments(
         prog="bigtx tokenizer import",
-        description="Take over a tokenizer made elsewhere, its ids as they are.",
+        description="Import a tokenizer that was made elsewhere, with unchanged ids.",
     )
     parser.add_argument(
         "path",
@@ -141,14 +141,14 @@ def import_command(argv: Sequence[str]) -> int:
     print(f"Special ids: {report.special_line(tokenizer)}")
     print(f"Around texts: {report.template_line(tokenizer)}")
     if changed:
-        print(f"It loses something of: {', '.join(changed)}")
+        print(f"Decoding does not restore: {', '.join(changed)}")
     print(f"Next: {command('bigtx', 'tokenizer', 'inspect', options.output)}")
     return 0
 
 
 def inspect_command(argv: Sequence[str]) -> int:
-    """Show what a tokenizer does with text."""
-    parser = Arguments(prog="bigtx tokenizer inspect", description="Show what a tokenizer makes of texts.")
+    """Show how a tokenizer encodes texts."""
+    parser = Arguments(prog="bigtx tokenizer inspect", description="Show how a tokenizer encodes texts.")
     parser.add_argument(
         "folder", metavar="FOLDER", help="folder written by `bigtx tokenizer train` or `bigtx tokenizer import`"
     )
@@ -179,7 +179,7 @@ def inspect_command(argv: Sequence[str]) -> int:
 
 
 def _texts(config: TokenizerTrainConfig, rejects: Rejects) -> Iterator[str]:
-    """The documents' texts; says now and then how far the reading has come."""
+    """Yield the documents' texts, and print the progress now and then."""
     next_line = time.monotonic() + _SAY_EVERY_SECONDS
     num_characters = 0
     for number, document in enumerate(read_documents(config.input, rejects), 1):
@@ -192,15 +192,15 @@ def _texts(config: TokenizerTrainConfig, rejects: Rejects) -> Iterator[str]:
 
 def _bring(path: Path) -> Tokenizer:
     if not path.exists():
-        raise DataError(f"There is no {path}.")
+        raise DataError(f"{path} does not exist.")
     if (path / "tokenizer.json").exists() or path.suffix == ".json":
         return Tokenizer.from_huggingface(path)
     models = sorted(path.glob("*.model")) if path.is_dir() else [path]
     if len(models) != 1:
         raise DataError(
-            f"{path} holds no tokenizer.json and {len(models) or 'no'} sentencepiece .model files; name the file."
+            f"{path} has no tokenizer.json and {len(models) or 'no'} sentencepiece .model files; name the file."
         )
-    # The model alone does not say what stands around texts: transformers does, by the settings beside it.
+    # The model does not say which special ids belong around texts: transformers does, by the settings in its folder.
     folder = models[0].parent
     is_of_huggingface = any((folder / name).is_file() for name in (TOKENIZER_CONFIG, "config.json"))
     if is_of_huggingface and models[0].name in SENTENCEPIECE_NAMES:
@@ -211,7 +211,7 @@ def _bring(path: Path) -> Tokenizer:
 
 
 def _recipe(config: TokenizerTrainConfig, files: list[InputFile]) -> dict[str, Any]:
-    """What a tokenizer follows from: the settings and the input's extent."""
+    """Return what determines a tokenizer: the settings, and the files of the input with their sizes and times."""
     settings = dataclasses.asdict(config)
     del settings["output"], settings["input"]["max_rejects"]
     settings |= {f"input.{name}": value for name, value in settings.pop("input").items()}
@@ -219,10 +219,10 @@ def _recipe(config: TokenizerTrainConfig, files: list[InputFile]) -> dict[str, A
 
 
 def _same_as_trained(output: str, recipe: dict[str, Any]) -> Tokenizer:
-    """The tokenizer in a folder, if it was trained by this recipe.
+    """Return the tokenizer in a folder, if it was trained with this recipe.
 
     Raises:
-        ConfigError: it was made otherwise; says what differs.
+        ConfigError: it was made from another recipe; the message says what differs.
         DataError: it is damaged.
     """
     tokenizer = Tokenizer.load(output)
@@ -238,25 +238,25 @@ def _same_as_trained(output: str, recipe: dict[str, Any]) -> Tokenizer:
     changes = [
         f"{name} was {settings.get(name)!r} and is now {now.get(name)!r}"
         for name in dict.fromkeys([*now, *settings])
-        # Another way to write the same files is no difference.
+        # Another way to write the same files is not a difference.
         if settings.get(name) != now.get(name) and not (name == "input.paths" and same_files)
     ]
     if not same_files and not changes:
-        changes = ["the input files were changed, moved or touched since"]
+        changes = ["the input files have been changed, moved or touched since then"]
     if changes:
-        raise _already_there(output, f", made otherwise: {'; '.join(changes)}")
+        raise _already_there(output, f", with other settings or input: {'; '.join(changes)}")
     return tokenizer
 
 
 def _already_there(output: str, how: str = "") -> ConfigError:
     return ConfigError(
-        f"{output} holds a tokenizer already{how}. Corpora may have been prepared with it: name another output, or "
+        f"{output} has a tokenizer already{how}. Corpora may have been prepared with it: name another output, or "
         f"delete that folder first."
     )
 
 
 def _refuse_unusable(output: str) -> None:
-    # Found before the work, not after it.
+    # This is checked before the work.
     if not (Path(output) / DESCRIPTION).exists():
         refuse_filled(Path(output))
     nearest = next(path for path in (Path(output).absolute(), *Path(output).absolute().parents) if path.exists())
@@ -295,7 +295,7 @@ def _print_figures(tokenizer: Tokenizer, texts: list[str]) -> report.Measures:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let Ctrl-C end the process at once: the trainer's C++ code would not hear of it for minutes."""
+    """Make Ctrl-C end the process at once: otherwise the trainer's C++ code would not react for minutes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

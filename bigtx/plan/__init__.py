@@ -1,1 +1,1 @@
-"""What a run will need, reckoned from its config alone."""
+"""Memory, time and parameters of a run, computed from its config."""

@@ -1,11 +1,11 @@
-"""What training takes of a GPU's memory, and of its time, by arithmetic from the config alone. Imports no torch.
+"""The memory of a GPU and the time that training needs, computed from the config. This module imports no torch.
 
     memory  =  states  +  buffers  +  activations  +  loss  +  a reserve for CUDA, NCCL and fragmentation
 
-States are exact: what ZeRO keeps of each parameter (arXiv:1910.02054, section 5), adapted to what DeepSpeed 0.19 really
-keeps under bigtx's settings. Activations are what torch keeps of a block for its backward pass, counted tensor by
-tensor in the manner of arXiv:2205.05198, section 4.1, but of bigtx's block; a test compares them with what torch does
-keep on a CPU. Buffers and the loss are upper bounds from the code. No GPU has measured the sum.
+States are exact: they are what ZeRO stores per parameter (arXiv:1910.02054, section 5), adapted to what DeepSpeed 0.19
+stores under bigtx's settings. Activations are what torch stores of a block for its backward pass, counted tensor by
+tensor with the method of arXiv:2205.05198, section 4.1, for bigtx's block; a test compares them with what torch stores
+on a CPU. Buffers and the loss are upper bounds from the code. The sum has not been measured on a GPU.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from bigtx.config.schema import ModelConfig
 from bigtx.plan.parameters import count_parameters, flops_per_token, parameter_shapes
 
 Recompute = Literal["none", "selective", "full"]
-"""As engine.activation_checkpointing."""
+"""The values of engine.activation_checkpointing."""
 
 RESERVE = 2_000_000_000
 """Bytes of each GPU for the CUDA context, NCCL and fragmentation: an assumption."""
 
 BUCKET = 50_000_000
-"""Elements of a reduction, the default of engine.bucket_size."""
+"""Elements of a reduction: the default of engine.bucket_size."""
 
 MAX_LIVE = 1_000_000_000
 """Elements that ZeRO-3 may hold gathered at once (engine/deepspeed_config.py)."""
@@ -33,44 +33,44 @@ CHUNK_LOGITS = 2**27
 """Logits that the loss makes at once on a GPU (model/loss.py)."""
 
 TOKENS_PER_PARAMETER = 20
-"""Training tokens for each parameter at which a budget of arithmetic is spent best (Hoffmann et al. 2022,
-arXiv:2203.15556, table 3)."""
+"""Training tokens per parameter at which a compute budget is spent best (Hoffmann et al. 2022, arXiv:2203.15556,
+table 3)."""
 
 BYTES_PER_TOKEN = 4
-"""UTF-8 bytes of English text for each token of a vocabulary of 16k to 50k, roughly."""
+"""Approximate UTF-8 bytes of English text per token, with a vocabulary of 16k to 50k."""
 
 USEFUL_EPOCHS = 4
 """Repetitions up to which text is worth nearly as much as new text (Muennighoff et al. 2023, arXiv:2305.16264)."""
 
 
 def bytes_per_parameter(stage: int, num_ranks: int, num_states: int = 2) -> float:
-    """Bytes of each parameter on each rank, in bf16 or fp16 with fp32 master weights and gradients.
+    """Compute the bytes per parameter on each rank, in bf16 or fp16 with fp32 master weights and gradients.
 
     Args:
         stage: engine.zero_stage.
-        num_ranks: GPUs of all machines together.
+        num_ranks: the number of GPUs of all machines.
         num_states: fp32 states of the optimizer: 2 with AdamW, 1 for Muon's matrices, one more with an ema.
     """
     states = 4 * num_states
     if stage == 0:  # Weights and gradient in fp32, and the 16-bit copy of the weights that autocast makes for a step.
         return 4 + 4 + 2 + states
-    # Shared out at every stage: master weights and states.
+    # Master weights and states are partitioned at stages 1 to 3.
     shared = 4 + states
-    if stage == 1:  # Whole: weights and gradient in 16 bits, accumulated gradient in fp32.
+    if stage == 1:  # Not partitioned: weights and gradient in 16 bits, accumulated gradient in fp32.
         return 2 + 2 + 4 + shared / num_ranks
-    if stage == 2:  # Whole: weights. Gradients in 16 bits are given up bucket by bucket.
+    if stage == 2:  # Not partitioned: weights. Gradients in 16 bits are freed bucket by bucket.
         return 2 + (4 + shared) / num_ranks
     return (2 + 4 + shared) / num_ranks
 
 
 def state_bytes(config: ModelConfig, *, stage: int, num_ranks: int, optimizer: Literal["adamw", "muon"]) -> int:
-    """Bytes on each rank of weights, gradients, master weights and optimizer states.
+    """Compute the bytes of weights, gradients, master weights and optimizer states on each rank.
 
     Args:
-        config: with its vocab_size.
+        config: the model, with its vocab_size.
         stage: engine.zero_stage.
-        num_ranks: GPUs of all machines together.
-        optimizer: optimizer.name; Muon has one state for the matrices of the blocks, AdamW's two for all else.
+        num_ranks: the number of GPUs of all machines.
+        optimizer: optimizer.name; Muon has one state for the matrices of the blocks, and two for all other parameters.
     """
     total = count_parameters(config).total
     by_muon = _matrices(config) if optimizer == "muon" else 0
@@ -79,7 +79,7 @@ def state_bytes(config: ModelConfig, *, stage: int, num_ranks: int, optimizer: L
 
 
 def _matrices(config: ModelConfig) -> int:
-    """Parameters that Muon updates: matrices of the blocks, without routers (engine/optimizers.py)."""
+    """Count the parameters that Muon updates: matrices of the blocks, without routers (engine/optimizers.py)."""
     return sum(
         math.prod(size)
         for name, size in parameter_shapes(config).items()
@@ -88,22 +88,22 @@ def _matrices(config: ModelConfig) -> int:
 
 
 def buffer_bytes(config: ModelConfig, *, stage: int) -> int:
-    """Bytes that DeepSpeed holds beside the states, at most: two buckets of gradients in 16 and 32 bits at stages 2 and
-    3, and at stage 3 the weights that are gathered."""
+    """Compute the maximum bytes that DeepSpeed holds in addition to the states: two buckets of gradients in 16 and 32
+    bits at stages 2 and 3, and the gathered weights at stage 3."""
     total = count_parameters(config).total
     buckets = 2 * (2 + 4) * min(BUCKET, total) if stage >= 2 else 0
     return buckets + (2 * min(MAX_LIVE, total) if stage == 3 else 0)
 
 
 def activation_bytes(config: ModelConfig, *, num_tokens: int, recompute: Recompute, stage: int = 1) -> int:
-    """Bytes that the blocks of a decoder keep for the backward pass, and at the widest place of it.
+    """Compute the bytes that the blocks of a decoder store for the backward pass, at the maximum of that pass.
 
-    Counted for pre-norm decoders with rotary positions, without dropout and experts, in 16 bits, whose attention runs
-    in a fused kernel of torch (no document mask, more than a few hundred tokens), not compiled. Fused norms of a GPU
-    keep less (4 bytes a token and channel of each norm), and so does engine.compile: an upper bound.
+    The formula is for pre-norm decoders with rotary positions, without dropout and experts, in 16 bits, not compiled,
+    whose attention runs in a fused kernel of torch (no document mask, more than a few hundred tokens). It is an upper
+    bound: fused norms of a GPU store less (4 bytes per token and channel of each norm), and so does engine.compile.
 
     Args:
-        config: a decoder.
+        config: the model, a decoder.
         num_tokens: train.micro_batch_size times train.sequence_length.
         recompute: engine.activation_checkpointing.
         stage: engine.zero_stage; at 0 the residual stream is fp32.
@@ -112,7 +112,7 @@ def activation_bytes(config: ModelConfig, *, num_tokens: int, recompute: Recompu
     queries, keys = (heads * shape.head_width(config) for heads in (config.num_heads, shape.num_kv_heads(config)))
     gated = config.mlp in shape.GATED
     stream = 2 if stage else 4
-    # Each norm: its input in fp32 and, of rms, the input normalized; two statistics for LayerNorm, one for rms.
+    # Each norm stores its input in fp32 and, for rms, the normalized input; two statistics for LayerNorm, one for rms.
     scaled = 4 * config.norm_scale
     norm, statistics = (4 + scaled, 4) if config.norm == "rms" else (4, 8)
     attention = 4 * queries + 4 * keys + 4 * config.num_heads  # q, k, v, result; logsumexp in fp32.
@@ -129,14 +129,14 @@ def activation_bytes(config: ModelConfig, *, num_tokens: int, recompute: Recompu
         "selective": stream * hidden + products + 2 * queries + 4 * config.num_heads,
         "full": stream * hidden,
     }[recompute]
-    # One block is made again while the others wait.
+    # One block at a time is recomputed.
     again = 0 if recompute == "none" else whole - kept
     return num_tokens * (config.num_layers * kept + again)
 
 
 def loss_bytes(config: ModelConfig, *, num_tokens: int) -> int:
-    """Bytes of the last norm, the head and the loss, at most: a chunk of logits in 16 bits and twice over in fp32, and
-    the gradient of the head, which is scaled in fp32 and then cast."""
+    """Compute the maximum bytes of the last norm, the head and the loss: a chunk of logits once in 16 bits and twice in
+    fp32, and the gradient of the head, which is scaled in fp32 and then cast."""
     rows, hidden = shape.padded_vocab_size(config), config.hidden_size
     logits = min(CHUNK_LOGITS, max(128, CHUNK_LOGITS // rows) * rows, num_tokens * rows)
     head = rows * hidden
@@ -144,10 +144,10 @@ def loss_bytes(config: ModelConfig, *, num_tokens: int) -> int:
 
 
 def training_bytes(config: ModelConfig, *, stage: int, num_ranks: int, num_tokens: int, recompute: Recompute) -> int:
-    """Bytes of each GPU in a training step with AdamW in bf16, all together.
+    """Compute the total bytes on each GPU in a training step with AdamW in bf16.
 
     Args:
-        config: a decoder with its vocab_size.
+        config: the model, a decoder with its vocab_size.
         stage, num_ranks: as for `state_bytes`.
         num_tokens, recompute: as for `activation_bytes`.
     """
@@ -161,12 +161,12 @@ def training_bytes(config: ModelConfig, *, stage: int, num_ranks: int, num_token
 
 
 def training_seconds(config: ModelConfig, *, num_tokens: float, sequence_length: int, flops_per_second: float) -> float:
-    """Seconds of training.
+    """Compute the seconds of training.
 
     Args:
-        config: with its vocab_size.
-        num_tokens: tokens of the whole run.
+        config: the model, with its vocab_size.
+        num_tokens: the tokens of the whole run.
         sequence_length: train.sequence_length.
-        flops_per_second: that all devices together really do: their peak times the MFU.
+        flops_per_second: FLOP/s that all devices together reach: their peak times the MFU.
     """
     return num_tokens * flops_per_token(config, sequence_length) / flops_per_second

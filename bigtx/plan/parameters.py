@@ -1,4 +1,4 @@
-"""How many parameters a model has and how much arithmetic a token costs, from its config alone. Imports no torch."""
+"""Parameters of a model and FLOPs per token, computed from the config. This module imports no torch."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Counts:
     """Numbers of parameters.
 
     Attributes:
-        total: all of them, padding of the vocabulary included, a tied table once.
-        embedding: tables of tokens, of pairs, positions and relative distances, and the head where it is not tied.
-        non_embedding: the rest: blocks, norms, and the front end of an encoder that hears.
-        active: those that a token meets: of the experts only the active ones.
+        total: all parameters, including the padding of the vocabulary; a tied table counts once.
+        embedding: tables of tokens, pairs, positions and relative distances, and the head if it is not tied.
+        non_embedding: the rest: blocks, norms, and the front end of a speech encoder.
+        active: the parameters that process a token: of the experts only the active ones.
     """
 
     total: int
@@ -28,7 +28,7 @@ class Counts:
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter, as in the model's `named_parameters()`."""
+    """Return name and shape of every parameter, as in the model's `named_parameters()`."""
     hidden, rows = config.hidden_size, shape.padded_vocab_size(config)
     shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (rows, hidden)} if shape.has_embedding(config) else {}
     shapes |= _bigram_shapes(config) | _audio_shapes(config)
@@ -73,7 +73,7 @@ def _adapter_shapes(config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> 
 
 
 def stacks(config: ModelConfig) -> dict[str, int]:
-    """The stacks of a model and their numbers of blocks."""
+    """Return the stacks of a model and their numbers of blocks."""
     layers = {"encoder": shape.num_encoder_layers(config), "decoder": shape.num_decoder_layers(config)}
     return {name: count for name, count in layers.items() if count}
 
@@ -89,7 +89,7 @@ def _bigram_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _audio_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The convolutions of the front end, as matrices over the frames under them."""
+    """Return the convolutions of the front end, as matrices over the frames that they cover."""
     shapes: dict[str, tuple[int, ...]] = {}
     for index in range(len(config.audio.strides) if config.audio.num_mel_bins else 0):
         inputs = config.hidden_size if index else config.audio.num_mel_bins
@@ -166,17 +166,17 @@ def count_parameters(config: ModelConfig) -> Counts:
     sizes = _of_stacks(config)
     blocks = sum(sizes.values())
     idle = sum(size for name, size in sizes.items() if name.endswith(_OF_EXPERTS)) * _idle_share(config)
-    hears = sum(math.prod(size) for size in _audio_shapes(config).values())
+    front_end = sum(math.prod(size) for size in _audio_shapes(config).values())
     return Counts(
         total=total,
-        embedding=total - blocks - hears,
-        non_embedding=blocks + hears,
+        embedding=total - blocks - front_end,
+        non_embedding=blocks + front_end,
         active=total - round(idle),
     )
 
 
 def _of_stacks(config: ModelConfig) -> dict[str, int]:
-    """Sizes of the parameters of the blocks and the norms after them."""
+    """Return the sizes of the parameters of the blocks and of the norms after the stacks."""
     shapes = {
         name: size for name, size in parameter_shapes(config).items() if name.startswith(("encoder.", "decoder."))
     }
@@ -188,27 +188,28 @@ _OF_EXPERTS = (".mlp.gate", ".mlp.up", ".mlp.down")
 
 
 def _idle_share(config: ModelConfig) -> float:
-    """Share of the experts that a token does not meet."""
+    """Return the share of the experts that do not process a token."""
     experts = config.experts
     return 1.0 - experts.num_active / experts.num_experts if experts.num_experts else 0.0
 
 
 def flops_per_row(config: ModelConfig, *, source: int, target: int, predicted: int) -> int:
-    """Floating-point operations of a training step per row, forward and backward, recomputation left out.
+    """Count the floating-point operations of a training step per row, forward and backward, without recomputation.
 
-    6 for each parameter that a token meets in the blocks and the head (looked-up tables do no arithmetic), 4 where
-    adapters are trained in place of it and it needs no gradient of its own, and 12 (H C) for each pair of tokens in
-    each block's attention, over the full square, the usual convention (PaLM, arXiv:2204.02311, appendix B).
+    This counts 6 for each parameter that processes a token in the blocks and the head (table look-ups count nothing), 4
+    if adapters are trained instead of the parameter, so that it needs no gradient, and 12 (H C) for each pair of tokens
+    in each block's attention, over the full square, as is the convention (PaLM, arXiv:2204.02311, appendix B).
 
     Args:
-        source: tokens that the encoder reads, or columns that it hears; 0 without one.
-        target: tokens that the decoder reads, 0 without one.
-        predicted: columns whose logits are made.
+        config: the model.
+        source: the number of tokens, or of columns of a recording, that the encoder reads; 0 without an encoder.
+        target: the number of tokens that the decoder reads; 0 without a decoder.
+        predicted: the number of columns whose logits are computed.
     """
     arithmetic = 0.0
     for name, size in _of_stacks(config).items():
         used = size * (1.0 - _idle_share(config)) if name.endswith(_OF_EXPERTS) else size
-        # Keys and values of the cross attention are made of the source.
+        # Keys and values of the cross attention are computed from the source.
         reads_source = (
             name.startswith("encoder.") or ".cross_attention.key." in name or ".cross_attention.value." in name
         )
@@ -230,6 +231,6 @@ def flops_per_row(config: ModelConfig, *, source: int, target: int, predicted: i
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
-    """The same per token of a row that one stack reads, and predicts, as a whole."""
+    """Count the FLOPs per token, as `flops_per_row` does, for a row that one stack reads and predicts completely."""
     source, target = {"encoder": (sequence_length, 0), "decoder": (0, sequence_length)}[config.shape]
     return flops_per_row(config, source=source, target=target, predicted=sequence_length) // sequence_length

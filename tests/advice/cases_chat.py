@@ -25,11 +25,11 @@ def talk(desk: Desk, *lines: str, run: str = "chats") -> Attempt:
 
 
 @CASES.case(
-    " and has not learned to chat. ",
+    " and was not trained on chats. ",
     r"chat\. (bigtx finetune \S+ \S+ \S+ \S+) teaches",
     r"; (bigtx generate decoder prompt='\.\.\.') continues",
     fill={"CHATS": "records", "NEW": "runs/new", "'...'": "red max_new_tokens=2"},
-    sources=[" and has not learned to chat. ", "prompt='...' continues a text"],
+    sources=[" and was not trained on chats. ", "prompt='...' continues a text"],
 )
 def a_chat_with_a_pretrained_run(desk: Desk) -> Attempt:
     desk.lines("records.jsonl", {"messages": []})
@@ -39,7 +39,7 @@ def a_chat_with_a_pretrained_run(desk: Desk) -> Attempt:
 
 
 @CASES.case(
-    " answers single prompts and knows no turns of a chat",
+    " answers single prompts, not chats of several turns",
     r"; (bigtx generate answers prompt='\.\.\.') gives",
     fill={"'...'": "red max_new_tokens=2"},
     sources=["prompt='...' gives such an answer"],

@@ -28,7 +28,7 @@ def a_device_that_is_not_here(desk: Desk) -> Attempt:
     return desk.command("bigtx generate decoder prompt=red max_new_tokens=2 device=cuda:77")
 
 
-@CASES.case("classes and writes none; ", r"; (bigtx predict) ", value="classifier input=in.jsonl")
+@CASES.case("classes and cannot write texts; ", r"; (bigtx predict) ", value="classifier input=in.jsonl")
 def a_prompt_for_a_classifier(desk: Desk) -> Attempt:
     desk.take("classifier")
     desk.lines("in.jsonl", SHORT)
@@ -58,7 +58,7 @@ def a_text_too_long_to_predict(desk: Desk) -> Attempt:
     return desk.command("bigtx evaluate classifier data=in.jsonl wandb=off")
 
 
-@CASES.case("longer than the model reads, and cut", r"(too_long=refuse)")
+@CASES.case("cut to the length that the model reads: ", r"(too_long=refuse)")
 def a_text_that_is_cut(desk: Desk) -> Attempt:
     attempt = predict(desk, LONG, SHORT)
 
@@ -122,7 +122,7 @@ def evaluate(desk: Desk, more: str, run: str = "classifier") -> Attempt:
     return desk.command(f"bigtx evaluate {run} wandb=off {more}")
 
 
-@CASES.case(": a JSON file is written; write ", r"write (output=NAME.json)$", fill={"NAME": "other"})
+@CASES.case(": the output is a JSON file; write ", r"write (output=NAME.json)$", fill={"NAME": "other"})
 def an_evaluation_of_another_suffix(desk: Desk) -> Attempt:
     return evaluate(desk, "data=in.jsonl output=out.txt")
 
@@ -138,7 +138,7 @@ def an_evaluation_that_cannot_be_written(desk: Desk) -> Attempt:
     return evaluate(desk, "data=in.jsonl output=file/out.json")
 
 
-@CASES.case(" exists and is no evaluation; ", r"write (output=FILE.json)", fill={"FILE": "other"})
+@CASES.case(" exists and is not an evaluation; ", r"write (output=FILE.json)", fill={"FILE": "other"})
 def something_else_for_an_evaluation(desk: Desk) -> Attempt:
     desk.write("out.json", "{}")
     return evaluate(desk, "data=in.jsonl output=out.json")
@@ -158,18 +158,18 @@ def an_evaluation_of_what_is_held_out(desk: Desk) -> Attempt:
     return evaluate(desk, "", run="decoder")
 
 
-@CASES.case(" records; name some: ", r": (data=FILE)$", fill={"FILE": "in.jsonl"})
+@CASES.case(" records; name others: ", r": (data=FILE)$", fill={"FILE": "in.jsonl"})
 def a_run_without_records(desk: Desk) -> Attempt:
     attempt = evaluate(desk, "")
     return lambda words: attempt(words or ["split=validation"])
 
 
-@CASES.case("split=test: a pretrained run has none", r"is (split=validation)$")
+@CASES.case("split=test: a pretrained run has no test split", r"is (split=validation)$")
 def a_test_split_of_a_pretrained_run(desk: Desk) -> Attempt:
     return evaluate(desk, "split=test", run="decoder")
 
 
-@CASES.case("none of the run's corpora holds text out", r": (data=FOLDER)$", fill={"FOLDER": "corpus"})
+@CASES.case("none of the run's corpora has held-out text", r": (data=FOLDER)$", fill={"FOLDER": "corpus"})
 def nothing_held_out(desk: Desk) -> Attempt:
     desk.take("corpus", "decoder")
     path = desk.folder / "decoder/config.yaml"
@@ -194,11 +194,11 @@ def a_prediction_of_a_pretrained_run(desk: Desk) -> Attempt:
 
 @CASES.case("Next: ", r"Next: (bigtx generate .*)$")
 @CASES.case(
-    "To train on: bigtx data prepare ",
+    "To train further: bigtx data prepare ",
     r": (bigtx data prepare .*)$",
     r"^  (\S+ .*pretrain .*)$",
     fill={"output=CORPUS": "output=made num_processes=1"},
-    sources=["To train on: bigtx data prepare ", "run / 'config.yaml')} {settings("],
+    sources=["To train further: bigtx data prepare ", "run / 'config.yaml')} {settings("],
 )
 def an_imported_model(desk: Desk) -> Attempt:
     desk.without("transformers")
@@ -338,7 +338,7 @@ def an_output_that_is_held(desk: Desk) -> Attempt:
     return predict(desk, SHORT, more="output=out.jsonl")
 
 
-@CASES.case("; to measure on them as they are, ", r"(data=FILE)$", fill={"FILE": "in.jsonl"})
+@CASES.case("; to measure on the present ones, ", r"(data=FILE)$", fill={"FILE": "in.jsonl"})
 def records_that_have_changed(desk: Desk) -> Attempt:
     attempt = evaluate(desk, "")
     path = desk.folder / "classifier/config.yaml"

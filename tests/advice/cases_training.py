@@ -375,7 +375,7 @@ def an_unknown_recipe(desk: Desk) -> Attempt:
     return desk.once("bigtx configs copy xyz")
 
 
-@CASES.case("`bigtx configs explain` has all", r"`(bigtx configs explain)`")
+@CASES.case("`bigtx configs explain` shows all", r"`(bigtx configs explain)`")
 def an_unknown_setting(desk: Desk) -> Attempt:
     return desk.once("bigtx configs explain qqqqqqqq")
 

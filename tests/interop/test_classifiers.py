@@ -152,7 +152,7 @@ def test_a_pipeline_of_the_export_says_what_predict_says(
     # Back as a classifier: the same weights and the same answers.
     assert main(["import", str(out), "-o", str(again)]) == 0
     said = capsys.readouterr().out
-    assert "all taken over\n" in said and "It sorts texts into 3 classes" in said and f"bigtx predict {again}" in said
+    assert "all imported\n" in said and "It sorts texts into 3 classes" in said and f"bigtx predict {again}" in said
     same = predicted(again, [{"text": text} for text in TEXTS], tmp_path / "same")
     assert [one["label"] for one in same] == [one["label"] for one in ours]
     agree([one["probabilities"] for one in same], ours)

@@ -155,7 +155,7 @@ def test_a_body_without_its_head_gets_a_new_one(
     body = save(foreign.base_model, tokenizer, tmp_path / "body")
     capsys.readouterr()
     assert main(["import", str(body), "-o", str(tmp_path / "run")]) == 0
-    assert "New and untrained, as the model was saved without its head: " in capsys.readouterr().out
+    assert "New and untrained, because the model was saved without its head: " in capsys.readouterr().out
     loaded = bigtx.load(tmp_path / "run", device="cpu")
     expected, found = (dict(run.model.named_parameters()) for run in (whole, loaded))
     assert expected.keys() == found.keys()

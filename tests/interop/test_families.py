@@ -219,7 +219,7 @@ def test_the_layout_of_the_first_gpt2(tmp_path: Path, capsys: pytest.CaptureFixt
     old |= {"h.0.attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.uint8), "lm_head.weight": old["wte.weight"].clone()}
     save_file(old, path, metadata={"format": "pt"})
     run_command("import", tmp_path / "source", "-o", tmp_path / "run")
-    assert "Dropped, as the model does not need them: h.0.attn.bias, lm_head.weight" in capsys.readouterr().out
+    assert "Dropped, because the model does not need them: h.0.attn.bias, lm_head.weight" in capsys.readouterr().out
     ids = torch.arange(40)[None]
     with torch.no_grad():
         torch.testing.assert_close(

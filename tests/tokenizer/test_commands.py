@@ -59,7 +59,7 @@ def test_train_inspect_and_import_as_a_user_calls_them(tmp_path: Path) -> None:
 
     again = bigtx("tokenizer", "train", *SOURCES, "vocab_size=1k", "output=mine", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert "trained already, with these settings and this input; nothing to do" in again.stdout
+    assert "trained already with these settings and this input; there is nothing to do" in again.stdout
     assert tokenizer.fingerprint[:12] in again.stdout and "Next: bigtx data prepare" in again.stdout
 
 
@@ -137,7 +137,7 @@ def test_a_tokenizer_made_otherwise_is_not_written_over(
     assert (tmp_path / "new" / "bigtx_tokenizer.json").read_bytes() == before
 
     bpe.save(tmp_path / "imported")
-    with pytest.raises(ConfigError, match=r"imported holds a tokenizer already\. Corpora"):
+    with pytest.raises(ConfigError, match=r"imported has a tokenizer already\. Corpora"):
         train_command([*given, f"output={tmp_path / 'imported'}"])
 
 

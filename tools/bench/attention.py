@@ -1,11 +1,11 @@
-"""Milliseconds of attention with a document mask, by kernel, forward and backward, on a GPU; prints JSON.
+"""Measure attention with a document mask on a GPU, forward and backward, in milliseconds by kernel; print JSON.
 
     python tools/bench/attention.py [--rows 8] [--length 2048] [--heads 16] [--kv-heads 4] [--head-width 128]
 
-Rows are packed with documents of random lengths. `causal` attends over whole rows, without a mask: what the others are
-measured against. `dense` is a tensor over all pairs, `flex` FlexAttention over sparse blocks, as bigtx has it, with the
-mask made anew for each pass, and `varlen` torch's variable-length attention over the documents one after another, where
-this torch has it. The kernels take turns, and a figure is the median of the rounds.
+Rows are packed with documents of random lengths. `causal` attends over whole rows without a mask; the others are
+compared with it. `dense` is a tensor over all pairs, `flex` is FlexAttention over sparse blocks, as in bigtx, with a
+new mask for each pass, and `varlen` is torch's variable-length attention over the documents one after another, if
+this torch has it. The kernels take turns, and each figure is the median of the rounds.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def causal(queries: Tensor, keys: Tensor, values: Tensor, segments: Tensor) -> Tensor:
-    """Whole rows."""
+    """Attend over whole rows."""
     return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
 
 
 def dense(queries: Tensor, keys: Tensor, values: Tensor, segments: Tensor) -> Tensor:
-    """A mask of all pairs; no kernel takes grouped heads with it."""
+    """Attend with a mask of all pairs; no kernel supports grouped heads with it."""
     repeats = queries.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(repeats, dim=1), values.repeat_interleave(repeats, dim=1)
     mask = dense_mask(side(segments), side(segments), causal=True, window=None, prefix=None)[:, None]
@@ -50,13 +50,13 @@ compiled_flex = torch.compile(flex_attention, dynamic=False)
 
 
 def flex(queries: Tensor, keys: Tensor, values: Tensor, segments: Tensor) -> Tensor:
-    """FlexAttention."""
+    """Attend with FlexAttention."""
     blocks = block_mask(side(segments), side(segments), causal=True, window=None, prefix=None)
     return compiled_flex(queries, keys, values, block_mask=blocks, enable_gqa=True)
 
 
 def varlen(queries: Tensor, keys: Tensor, values: Tensor, segments: Tensor) -> Tensor:
-    """All documents of all rows in one line."""
+    """Attend with all documents of all rows in one sequence."""
     first = torch.ones_like(segments, dtype=torch.bool)
     first[:, 1:] = segments[:, 1:] != segments[:, :-1]
     starts = first.flatten().nonzero().flatten()
@@ -65,14 +65,14 @@ def varlen(queries: Tensor, keys: Tensor, values: Tensor, segments: Tensor) -> T
     repeats = queries.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(repeats, dim=1), values.repeat_interleave(repeats, dim=1)
     lined = (part.transpose(1, 2).flatten(0, 1) for part in (queries, keys, values))
-    # Causality was named otherwise before windows came.
+    # Before torch had windows, the argument for causality had another name.
     windowed = "window_size" in inspect.signature(varlen_attn).parameters
     causality: dict[str, Any] = {"window_size": (-1, 0)} if windowed else {"is_causal": True}
     return varlen_attn(*lined, ends, ends, longest, longest, **causality)
 
 
 def side(segments: Tensor) -> Side:
-    """The tokens of packed rows."""
+    """Concatenate the tokens of packed rows."""
     return Side(torch.arange(segments.shape[1], device=segments.device)[None], segments)
 
 
@@ -82,13 +82,13 @@ if varlen_attn is not None:
 
 
 def packed_segments(rows: int, length: int, mean: int) -> Tensor:
-    """Segment ids of rows whose documents have geometric lengths."""
+    """Draw segment ids of rows whose documents have geometric lengths."""
     begins = torch.rand(rows, length, generator=torch.Generator().manual_seed(1)) < 1 / mean
     return begins.long().cumsum(dim=1)
 
 
 def main() -> None:
-    """Measure the kernels in turns."""
+    """Measure the kernels in turn."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("rows", 8), ("length", 2048), ("heads", 16), ("kv-heads", 4), ("head-width", 128)):
         parser.add_argument(f"--{name}", type=int, default=default)

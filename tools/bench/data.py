@@ -1,25 +1,26 @@
-"""What the data engine costs, beside its peers in the same run; prints JSON with --json, else a table.
+"""Measure the data engine and its peers in the same run; print a table, or JSON with --json.
 
     python tools/bench/data.py [--text FILE.jsonl] [--rounds 3] [--peers PYTHON] [--json]
 
 Figures (medians over interleaved rounds; machines are noisy, so look at the ratios):
 
-- prepare_over_encode: seconds of `bigtx data prepare` (raw jsonl to shards, BPE 16k, exact duplicates removed; all of
-  the command, its processes' start included) over those of sentencepiece encoding alone in as many processes, from the
-  moment when each has its texts in memory.
-- second_process_gain_over_encode: what a second process gains prepare, over what it gains encoding.
-  Both are taken on --repeat copies of the text, a number before each document, so that the start of the processes
-  (about a second) does not hide how the work itself scales; those for the text alone end in `_once`.
-- prepare_peak_gib: summed PSS of all processes at its highest; prepare_peak_10x_gib: for the text ten times over.
+- prepare_over_encode: seconds of `bigtx data prepare` (raw jsonl to shards, BPE 16k, exact duplicates removed; the
+  whole command, including the start of its processes), divided by those of sentencepiece encoding alone in as many
+  processes, from the moment when each has its texts in memory.
+- second_process_gain_over_encode: the speed-up of prepare by a second process, divided by that of encoding.
+  Both are measured on --repeat copies of the text, with a number before each document, so that the start of the
+  processes (about a second) does not hide how the work scales; the figures for a single copy end in `_once`.
+- prepare_peak_gib: maximum of the summed PSS of all processes; prepare_peak_10x_gib: the same for ten copies of the
+  text.
 - loader_tokens_per_second: from warm local shards in one process, rows of 2,048, uint16 on disk, int64 batches, random
   block order, no document mask; one epoch, each block's checksum verified when it is first touched.
 - long_documents: `bigtx data prepare` of one document of 120 MB with one process and memory=256MB, by tokenizer and
-  kind of text: its status (2: a reject), and its memory beside the text as a share of 1 GiB.
+  kind of text: its status (2: a reject), and its memory in addition to the text as a share of 1 GiB.
 - open_seconds, open_mib: a manifest of 10^12 tokens, to the first batch; first_batch_ratio: the time to the first batch
   at sequence 10^8 over that at sequence 0.
 
---peers names a Python with the packages of tools/bench/data-peers.txt: datatrove's tokenizer and litdata's optimize
-beside prepare, litdata's and MDS's loaders beside ours.
+--peers names a Python with the packages of tools/bench/data-peers.txt: datatrove's tokenizer and litdata's optimize are
+compared with prepare, litdata's and MDS's loaders with ours.
 """
 
 from __future__ import annotations
@@ -56,13 +57,13 @@ FAR_SEQUENCE = 10**8
 
 
 def main() -> int:
-    """Measure, and print."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--text", type=Path, help="JSON lines; default: the standard library's code")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeat", type=int, default=4, help="copies of the text (default: 4)")
     parser.add_argument("--peers", help="a Python with the packages of data-peers.txt")
-    parser.add_argument("--json", action="store_true", help="print JSON alone")
+    parser.add_argument("--json", action="store_true", help="print only JSON")
     parser.add_argument("--only", choices=("prepare", "memory", "long", "loader", "open"), help="one part")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -93,12 +94,12 @@ def main() -> int:
 
 
 def say(text: str) -> None:
-    """What is going on, on stderr: stdout is for the figures."""
+    """Print progress on stderr, because stdout is for the figures."""
     print(text, file=sys.stderr, flush=True)
 
 
 def library_as_jsonl(folder: Path) -> Path:
-    """The standard library's source files as JSON lines."""
+    """Write the standard library's source files as JSON lines."""
     path = folder / "library.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for source in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
@@ -108,7 +109,7 @@ def library_as_jsonl(folder: Path) -> Path:
 
 
 def bigtx(*arguments: str) -> float:
-    """Run a command of bigtx; returns its seconds."""
+    """Run a command of bigtx; return its seconds."""
     begin = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "bigtx", *arguments], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL
@@ -119,7 +120,7 @@ def bigtx(*arguments: str) -> float:
 
 
 def train_tokenizer(folder: Path, text: Path, method: str = "bpe") -> Path:
-    """A tokenizer of 16k pieces on the text."""
+    """Train a tokenizer of 16k pieces on the text."""
     output = folder / method
     settings = [f"output={output}", f"vocab_size={VOCAB_SIZE}", f"method={method}"]
     bigtx("tokenizer", "train", f"input.paths=[{text}]", *settings)
@@ -127,7 +128,7 @@ def train_tokenizer(folder: Path, text: Path, method: str = "bpe") -> Path:
 
 
 def prepare(folder: Path, text: Path, tokenizer: Path, num_processes: int) -> float:
-    """Seconds of `bigtx data prepare`."""
+    """Return the seconds of `bigtx data prepare`."""
     output = folder / "corpus"
     shutil.rmtree(output, ignore_errors=True)
     settings = [f"input.paths=[{text}]", f"tokenizer={tokenizer}", f"output={output}"]
@@ -135,7 +136,7 @@ def prepare(folder: Path, text: Path, tokenizer: Path, num_processes: int) -> fl
 
 
 def encode(text: Path, tokenizer: Path, num_processes: int) -> float:
-    """Seconds of sentencepiece alone, from the moment when every process has its texts in memory."""
+    """Return the seconds of sentencepiece alone, from the moment when every process has its texts in memory."""
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(num_processes + 1)
     model = next(tokenizer.glob("*.model"))
@@ -153,7 +154,7 @@ def encode(text: Path, tokenizer: Path, num_processes: int) -> float:
 
 
 def encode_share(text: Path, model: Path, number: int, num_processes: int, barrier: Any) -> None:
-    """One process's share: every n-th document, in lists of about 128 KiB, as ids in Python lists."""
+    """Encode one process's share: every n-th document, in lists of about 128 KiB, as ids in Python lists."""
     import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
@@ -173,7 +174,7 @@ def encode_share(text: Path, model: Path, number: int, num_processes: int, barri
 
 
 def measure_prepare(folder: Path, text: Path, tokenizer: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Prepare, encoding alone and the peers, one after the other in each round."""
+    """Measure prepare, encoding alone and the peers, one after the other in each round."""
     repeated = repeat(text, options.repeat, folder / "repeated.jsonl")
     seconds: dict[str, list[float]] = {}
     jobs: dict[str, Any] = {}
@@ -202,7 +203,7 @@ def measure_prepare(folder: Path, text: Path, tokenizer: Path, options: argparse
 
 
 def median_ratio(seconds: dict[str, list[float]], above: list[str], below: list[str]) -> float:
-    """The median over the rounds of the product of some times over the product of others."""
+    """Return the median over the rounds of the product of some times divided by the product of others."""
     rounds = range(len(seconds[above[0]]))
     return statistics.median(
         math.prod(seconds[name][number] for name in above) / math.prod(seconds[name][number] for name in below)
@@ -211,7 +212,7 @@ def median_ratio(seconds: dict[str, list[float]], above: list[str], below: list[
 
 
 def repeat(text: Path, times: int, path: Path) -> Path:
-    """Copies of a text whose documents differ by a number before them."""
+    """Write copies of a text whose documents differ by a number before them."""
     with path.open("w", encoding="utf-8") as copies:
         for number in range(times):
             for line in text.open(encoding="utf-8"):
@@ -220,7 +221,7 @@ def repeat(text: Path, times: int, path: Path) -> Path:
 
 
 def measure_memory(folder: Path, text: Path, tokenizer: Path) -> dict[str, Any]:
-    """Highest summed PSS of prepare's processes, for the text and for ten differing copies of it."""
+    """Measure the maximum of the summed PSS of prepare's processes, for the text and for ten differing copies of it."""
     tenfold = repeat(text, 10, folder / "tenfold.jsonl")
     figures = {}
     for name, path in (("prepare_peak_gib", text), ("prepare_peak_10x_gib", tenfold)):
@@ -233,7 +234,7 @@ def measure_memory(folder: Path, text: Path, tokenizer: Path) -> dict[str, Any]:
 
 
 def measure_long(folder: Path, text: Path, tokenizer: Path) -> dict[str, Any]:
-    """What one document of 120 MB takes."""
+    """Measure the memory for one document of 120 MB."""
     tokenizers = {"bpe": tokenizer, "unigram": train_tokenizer(folder, text, "unigram")}
     found = long_documents.measure(folder, tokenizers, LONG_BYTES)
     names = ("status", "share", "seconds")
@@ -241,7 +242,7 @@ def measure_long(folder: Path, text: Path, tokenizer: Path) -> dict[str, Any]:
 
 
 class PeakMemory:
-    """Samples the summed PSS of this process's descendants while it is entered."""
+    """A sampler of the summed PSS of this process's descendants, as a context."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -285,7 +286,7 @@ def _pss(pid: int) -> int:
 
 
 def measure_loader(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Tokens a second of our loader, and of the peers' on the same tokens."""
+    """Measure the tokens per second of our loader, and of the peers' on the same tokens."""
     corpus = folder / "tokens"
     write_corpus(corpus)
     rates: dict[str, list[float]] = {}
@@ -305,7 +306,7 @@ def measure_loader(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def write_corpus(folder: Path) -> None:
-    """Random tokens as a prepared split `train`, and as one array for the peers."""
+    """Write random tokens as a prepared split `train`, and as one array for the peers."""
     from bigtx.data.corpus.manifest import Manifest, Shard
     from bigtx.data.corpus.shards import ShardWriter
 
@@ -329,7 +330,7 @@ def write_corpus(folder: Path) -> None:
 
 
 def save_manifest(manifest: Any, folder: Path, shards: tuple[Any, ...], blocks: np.ndarray) -> None:
-    """The manifest of a split of BLOCK_TOKENS blocks."""
+    """Return the manifest of a split of BLOCK_TOKENS blocks."""
     manifest(
         folder=folder,
         split="train",
@@ -348,7 +349,7 @@ def save_manifest(manifest: Any, folder: Path, shards: tuple[Any, ...], blocks: 
 
 
 def measure_open(folder: Path) -> dict[str, Any]:
-    """A manifest of 10^12 tokens: its shards are there by name and size alone, but for the blocks that are read."""
+    """Measure a manifest of 10^12 tokens, whose shards are sparse files except for the blocks that are read."""
     corpus = folder / "huge"
     write_huge_corpus(corpus)
     figures: dict[str, Any] = {}
@@ -366,7 +367,7 @@ def measure_open(folder: Path) -> dict[str, Any]:
 
 
 def write_huge_corpus(folder: Path) -> None:
-    """Shards of zeros that take no room on the disk: a block of zeros has one checksum, whatever its number."""
+    """Make shards of zeros that take no space on the disk; all blocks of zeros have the same checksum."""
     import xxhash
 
     from bigtx.data.corpus.manifest import BLOCK_DTYPE, Manifest, Shard
@@ -393,7 +394,7 @@ def write_huge_corpus(folder: Path) -> None:
 
 
 def make_loader(corpus: str, start_sequence: int) -> Any:
-    """Our loader as a run makes it: one rank, micro batches of 8."""
+    """Make our loader as a run does: one rank, micro batches of 8."""
     from bigtx.config.schema import DataConfig, SourceConfig
     from bigtx.data.stream.loader import TrainLoader
 
@@ -411,7 +412,7 @@ def make_loader(corpus: str, start_sequence: int) -> Any:
 
 
 def child_loader(corpus: str) -> int:
-    """Read an epoch, after the page cache was warmed."""
+    """Read an epoch, after warming the page cache."""
     for path in Path(corpus, "train").glob("*.tar"):
         path.read_bytes()
     loader = make_loader(corpus, 0)
@@ -431,7 +432,7 @@ def child_open(corpus: str, sequence: str) -> int:
     """Open a manifest, and read the first batch at a place."""
     import resource
 
-    import torch  # noqa: F401 - what a run has loaded anyway is not counted
+    import torch  # noqa: F401 - a run has imported it anyway, so it is not counted
 
     from bigtx.data.corpus.manifest import Manifest
 
@@ -457,7 +458,7 @@ def child_open(corpus: str, sequence: str) -> int:
 
 
 def _anonymous_mib() -> float:
-    """Memory of this process now."""
+    """Return the present memory of this process."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 

@@ -1,4 +1,4 @@
-"""The peers' jobs for tools/bench/data.py, run by a Python that has them; each prints one line of JSON.
+"""The peers' jobs for tools/bench/data.py, run by a Python that has the peers; each prints one line of JSON.
 
 python data_peers.py JOB SCRATCH_FOLDER ARGUMENTS ...
 """
@@ -23,8 +23,8 @@ BATCH = 8
 
 
 def datatrove(scratch: Path, text: str, tokenizer: str) -> dict[str, float]:
-    """JsonlReader and DocumentTokenizer in two processes, with a byte-level BPE of as many pieces (it takes no
-    sentencepiece model); only the pipeline is timed."""
+    """Run JsonlReader and DocumentTokenizer in two processes, with a byte-level BPE of as many pieces, because
+    sentencepiece models are not supported; only the pipeline is timed."""
     from datatrove.executor import LocalPipelineExecutor
     from datatrove.pipeline.readers import JsonlReader
     from datatrove.pipeline.tokens import DocumentTokenizer
@@ -37,7 +37,7 @@ def datatrove(scratch: Path, text: str, tokenizer: str) -> dict[str, float]:
         sample = [json.loads(line)["text"] for _, line in zip(range(5000), file, strict=False)]
     fast.train_from_iterator(sample, trainers.BpeTrainer(vocab_size=16_384, special_tokens=["<|endoftext|>"]))
     fast.save(str(scratch / "tokenizer.json"))
-    # It gives each task whole files.
+    # datatrove gives whole files to each task.
     halves = scratch / "halves"
     halves.mkdir()
     lines = Path(text).read_text(encoding="utf-8").splitlines(keepends=True)
@@ -64,7 +64,7 @@ _processors: dict[str, Any] = {}
 
 
 def tokenize_range(job: tuple[str, str, int, int]) -> Iterator[Any]:
-    """Tokens of the lines in a range of bytes, a document at a time."""
+    """Yield the tokens of the lines in a range of bytes, a document at a time."""
     import sentencepiece
     import torch
 
@@ -79,7 +79,7 @@ def tokenize_range(job: tuple[str, str, int, int]) -> Iterator[Any]:
 
 
 def litdata_optimize(scratch: Path, text: str, tokenizer: str) -> dict[str, float]:
-    """litdata's optimize with the same sentencepiece model, in two workers, a document an item."""
+    """Run litdata's optimize with the same sentencepiece model, in two workers, with a document per item."""
     import litdata
 
     model = str(next(Path(tokenizer).glob("*.model")))
@@ -105,7 +105,7 @@ def litdata_optimize(scratch: Path, text: str, tokenizer: str) -> dict[str, floa
 
 
 def give_blocks(job: tuple[str, int, int]) -> Iterator[Any]:
-    """Tokens of an array, a block at a time."""
+    """Yield the tokens of an array, a block at a time."""
     import torch
 
     path, begin, end = job
@@ -115,7 +115,7 @@ def give_blocks(job: tuple[str, int, int]) -> Iterator[Any]:
 
 
 def litdata_loader(scratch: Path, array: str) -> dict[str, float]:
-    """litdata's StreamingDataset of fixed rows through its loader, in this process."""
+    """Read litdata's StreamingDataset of fixed rows through its loader, in this process."""
     import litdata
     import torch
 
@@ -136,10 +136,10 @@ def litdata_loader(scratch: Path, array: str) -> dict[str, float]:
 
 
 def mds_loader(scratch: Path, array: str) -> dict[str, float]:
-    """MosaicML's MDS of fixed rows through torch's loader, in this process."""
+    """Read MosaicML's MDS of fixed rows through torch's loader, in this process."""
     import torch
 
-    # It imports its image datasets too; they want a torchvision that fits torch, and none of them is used here.
+    # It also imports its image datasets, which need a torchvision that fits torch; none of them is used here.
     for name in ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional"):
         sys.modules[name] = MagicMock(__spec__=ModuleSpec(name, None))
     setattr(sys.modules["torchvision.datasets"], "VisionDataset", type("VisionDataset", (), {}))  # noqa: B010
@@ -155,7 +155,7 @@ def mds_loader(scratch: Path, array: str) -> dict[str, float]:
 
 
 def rate(batches: Iterator[Any]) -> dict[str, float]:
-    """Tokens a second over all batches but the first."""
+    """Return tokens per second over all batches except the first."""
     next(batches)
     num_rows, begin = 0, time.perf_counter()
     for batch in batches:

@@ -1,16 +1,16 @@
-"""The Large Movie Review Dataset from nothing to a classifier, beside the same model from random weights and TF-IDF.
+"""Train a classifier on the Large Movie Review Dataset from scratch; compare random weights and TF-IDF with it.
 
     python tools/bench/imdb.py aclImdb/train runs/imdb [--peers-python PYTHON] [--rates 5e-4 1e-3]
 
-FOLDER holds pos/, neg/ and unsup/. What it does, each step by the command that a user types:
+The folder has pos/, neg/ and unsup/. Each step is a command that a user could type:
 
-1. (timed) a tokenizer and a corpus of unsup/, pretraining, then a fine-tuning for each learning rate, all side by side;
-   the best by its validation accuracy is measured on the test reviews, once.
+1. (timed) a tokenizer and a corpus of unsup/, pretraining, then a fine-tuning for each learning rate, side by side; the
+   one with the best validation accuracy is measured on the test reviews, once.
 2. (not timed) the same fine-tunings of the same model from random weights.
 3. TF-IDF with logistic regression on the same reviews, by a Python that has scikit-learn (imdb-peers.txt).
 
-Each step is skipped where its result is there already, so a call that was stopped can be made again; times add up in
-RUNS/times.json.
+A step is skipped if its result exists, so the program can be stopped and started again; RUNS/times.json has the sums of
+the times.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Steps:
-    """Runs commands, and keeps how long each took."""
+    """A runner of commands that records the time of each."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ class Steps:
         self.seconds: dict[str, float] = json.loads(self._file.read_text()) if self._file.exists() else {}
 
     def run(self, name: str, *commands: Sequence[str]) -> None:
-        """Commands side by side, the cores shared among them, unless they have been run to their ends before."""
+        """Run commands side by side, with the cores divided among them, unless they have been completed before."""
         if f"{name} done" in self.seconds:
             return
         cores = sorted(os.sched_getaffinity(0))
@@ -46,7 +46,7 @@ class Steps:
         for number, command in enumerate(commands):
             print(f"== {name}: {' '.join(command)}", flush=True)
             running.append(subprocess.Popen([sys.executable, *command], cwd=ROOT, env=_environment(size)))
-            # Left to themselves, two processes were seen to share a core of two for minutes.
+            # Without binding, two processes sometimes shared one of two cores for minutes.
             first = number * size % len(cores)
             os.sched_setaffinity(running[-1].pid, cores[first : first + size])
         try:
@@ -60,7 +60,7 @@ class Steps:
         self._file.write_text(json.dumps(self.seconds))
 
     def minutes(self, *prefixes: str) -> float:
-        """All commands whose names begin so."""
+        """Return the minutes of all commands whose names begin with a prefix."""
         return (
             sum(
                 value
@@ -78,7 +78,7 @@ def _environment(num_threads: int) -> dict[str, str]:
 
 
 def fine_tune(steps: Steps, arm: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Fine-tune with each learning rate; the results of the one with the best validation accuracy, test included."""
+    """Fine-tune with each learning rate; return the results of the one with the best validation accuracy."""
     runs = options.runs
     start = [f"base={runs / 'pretrained'}"]
     if arm == "scratch":
@@ -112,7 +112,7 @@ def fine_tune(steps: Steps, arm: str, options: argparse.Namespace) -> dict[str, 
 
 
 def _model_of(start: list[str]) -> list[str]:
-    """A recipe's section `model` as settings: the rest of it is not for fine-tuning."""
+    """Return a recipe's section `model` as settings; its other sections are not for fine-tuning."""
     if len(start) == 1:
         return start
     from bigtx.config.load import load
@@ -124,7 +124,7 @@ def _model_of(start: list[str]) -> list[str]:
 
 
 def main() -> None:
-    """Run what is missing and print the table."""
+    """Run the missing steps and print the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="aclImdb/train")
     parser.add_argument("runs", type=Path, help="where all goes")

@@ -1,4 +1,4 @@
-"""TF-IDF with logistic regression on the labelled reviews, for tools/bench/imdb.py: prints one line of JSON.
+"""TF-IDF with logistic regression on the labelled reviews, for tools/bench/imdb.py; prints one line of JSON.
 
 python imdb_peers.py FOLDER     a folder with pos/ and neg/; the split is that of data.split=tail with a tenth each
 """
@@ -18,12 +18,12 @@ STRENGTHS = (1.0, 4.0, 16.0)
 
 
 def natural(path: Path) -> list[Any]:
-    """Numbers in names count as numbers."""
+    """Return a sort key in which numbers in names count as numbers."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
 
 
 def split(folder: Path) -> dict[str, tuple[list[str], list[int]]]:
-    """Texts and classes of each split."""
+    """Read texts and classes of each split."""
     parts: dict[str, tuple[list[str], list[int]]] = {name: ([], []) for name in ("train", "validation", "test")}
     for number, name in enumerate(("neg", "pos")):
         files = sorted((folder / name).glob("*.txt"), key=natural)
@@ -42,7 +42,7 @@ def split(folder: Path) -> dict[str, tuple[list[str], list[int]]]:
 
 
 def main() -> None:
-    """Words alone, then words and pairs of them."""
+    """Measure with words, then with words and pairs of words."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 

@@ -1,4 +1,4 @@
-"""The memory that `bigtx data prepare` takes for one long document (used by data.py and by the tests).
+"""Measure the memory of `bigtx data prepare` for one long document (used by data.py and by the tests).
 
 python tools/bench/long_documents.py prepare ARGUMENTS     `bigtx data prepare`, and its peak memory as JSON
 """
@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 BOUND = 2**30 / 120_000_000
-"""Bytes of memory that a byte of a document may take, beside the text."""
+"""Bytes of memory that a byte of a document may take, in addition to the text."""
 MEMORY = 256_000_000 / 120_000_000
-"""`memory` for each byte of the document."""
+"""`memory` per byte of the document."""
 
 _PIECE = 1 << 20
-"""Characters that are drawn; a document is made of copies of them."""
+"""Random characters; a document consists of copies of them."""
 
 
 def _prose(draw: random.Random) -> str:
@@ -39,7 +39,7 @@ KINDS: dict[str, Callable[[random.Random], str]] = {
 
 
 def write_document(path: Path, kind: str, num_bytes: int) -> None:
-    """Write JSON lines with one document of about so many bytes of UTF-8."""
+    """Write JSON lines with one document of about `num_bytes` bytes of UTF-8."""
     piece = KINDS[kind](random.Random(1))
     text = piece * -(-num_bytes // len(piece.encode()))
     if kind != "chinese":
@@ -51,8 +51,8 @@ def prepare(paths: list[Path], tokenizer: Path, output: Path, num_bytes: int) ->
     """Prepare documents of `num_bytes` each in one process.
 
     Returns:
-        `status` of the command, its `seconds`, its `peak` memory in bytes, `share` of the bound that it takes beside
-        the text, and what it `said` in an error.
+        `status` of the command, its `seconds`, its `peak` memory in bytes, the `share` of the bound that it takes in
+        addition to the text, and what it `said` in an error.
     """
     short = output.with_name("short.jsonl")
     short.write_text(json.dumps({"text": "some words"}) + "\n", encoding="utf-8")
@@ -71,7 +71,7 @@ def _prepare(paths: list[Path], tokenizer: Path, output: Path, memory: int) -> d
 
 
 def measure(folder: Path, tokenizers: dict[str, Path], num_bytes: int) -> dict[str, dict[str, Any]]:
-    """Prepare a document of each kind with each tokenizer; returns as `prepare`, by "tokenizer, kind"."""
+    """Prepare a document of each kind with each tokenizer; return what `prepare` does, by "tokenizer, kind"."""
     found, path = {}, folder / "long.jsonl"
     for kind in KINDS:
         write_document(path, kind, num_bytes)
@@ -81,11 +81,11 @@ def measure(folder: Path, tokenizers: dict[str, Path], num_bytes: int) -> dict[s
 
 
 def main() -> int:
-    """Run the command here; the last line says how it ended."""
+    """Run the command in this process; the last line of the output has its status."""
     from bigtx.cli import main as bigtx
 
     status = bigtx(["data", *sys.argv[1:]])
-    # Not ru_maxrss, which begins with what the parent had when it started this process.
+    # ru_maxrss is not used, because it starts with the memory of the parent when it started this process.
     lines = Path("/proc/self/status").read_text().splitlines()
     peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
     print(json.dumps({"status": status, "peak": peak * 1024}))

@@ -1,11 +1,11 @@
-"""Memory and time of the head and the loss, bigtx's against plain ones, with a vocabulary of 128k; prints JSON.
+"""Compare memory and time of bigtx's head and loss with plain ones, with a vocabulary of 128k; print JSON.
 
     python tools/bench/loss.py [--rows 2] [--length 2048] [--hidden-size 256] [--vocab-size 131072] [--rounds 3]
 
-One forward and backward pass over hidden states, in bf16. Each way runs in a process of its own, in turns. Its peak is
-what it needs beyond the hidden states and the weights that were there before, the gradients of both included: on a GPU
-as torch's allocator counts, on a CPU as the kernel counts resident memory. `plain` is a matrix product and torch's
-cross_entropy in fp32, `torch_fused` torch's linear_cross_entropy, where this torch has it.
+The program measures one forward and backward pass over hidden states, in bf16. Each way runs in its own process, in
+turn. Its peak is the memory in addition to the hidden states and the weights, including the gradients of both: on a GPU
+as torch's allocator counts it, on a CPU as the kernel counts resident memory. `plain` is a matrix product and torch's
+cross_entropy in fp32, `torch_fused` is torch's linear_cross_entropy, if this torch has it.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from bigtx.model.loss import Head, Loss
 
 
 def bigtx_loss(head: Head, hidden: Tensor, labels: Tensor) -> Tensor:
-    """As the model computes it."""
+    """Compute the loss as the model does."""
     result = head(hidden, labels)
     assert isinstance(result, Loss)
     return result.loss_sum
 
 
 def plain_loss(head: Head, hidden: Tensor, labels: Tensor) -> Tensor:
-    """All logits at once."""
+    """Compute all logits at once."""
     logits = F.linear(hidden, head.weight).float()
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
 
 
 def torch_fused_loss(head: Head, hidden: Tensor, labels: Tensor) -> Tensor:
-    """torch's own."""
+    """Compute the loss with torch's fused function."""
     return F.linear_cross_entropy(hidden.flatten(0, 1), head.weight, labels.flatten(), reduction="sum")
 
 
@@ -52,7 +52,7 @@ if hasattr(F, "linear_cross_entropy"):
 
 
 def measure(way: str, options: argparse.Namespace) -> dict[str, float]:
-    """Peak MiB and seconds of one pass in this process."""
+    """Measure peak MiB and seconds of one pass in this process."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(1)
     head = Head(ModelConfig(vocab_size=options.vocab_size, hidden_size=options.hidden_size)).to(device, torch.bfloat16)
@@ -61,7 +61,7 @@ def measure(way: str, options: argparse.Namespace) -> dict[str, float]:
     hidden = torch.randn(*shape, options.hidden_size).to(device, torch.bfloat16).requires_grad_()
     labels = torch.randint(options.vocab_size, shape).to(device)
     loss = WAYS[way]
-    # The kernels' own first-time memory is not what is asked for.
+    # The memory that kernels allocate at their first use is not measured.
     loss(head, hidden[:, :16], labels[:, :16]).backward()
     head.weight.grad = hidden.grad = None
     before = memory(device)
@@ -72,7 +72,7 @@ def measure(way: str, options: argparse.Namespace) -> dict[str, float]:
 
 
 def memory(device: torch.device, peak: bool = False) -> float:
-    """MiB in use, or the most so far."""
+    """Return the MiB in use, or their maximum so far."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 2**20
@@ -83,14 +83,14 @@ def memory(device: torch.device, peak: bool = False) -> float:
 
 
 def main() -> None:
-    """Measure each way in turns."""
+    """Measure each way in turn."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=8 if torch.cuda.is_available() else 2)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--vocab-size", type=int, default=131_072)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--way", choices=sorted(WAYS), help="measure this one alone, in this process")
+    parser.add_argument("--way", choices=sorted(WAYS), help="measure only this one, in this process")
     options = parser.parse_args()
     if options.way:
         print(json.dumps(measure(options.way, options)))

@@ -1,11 +1,11 @@
-"""How long a training takes to start, in each of the ways to start one: seconds to its first line, to the progress bar
-and to the end of the first step; and the processor time of all its processes up to the end of the run.
+"""Measure how long a training takes to start, in each way to start one: seconds to its first line, to the progress bar
+and to the end of the first step, and the processor time of all its processes up to the end of the run.
 
     python tools/bench/start.py [--rounds 5] [--only bigtx] [--json]
 
-Trains pretrain/small.yaml for one step on a small corpus that it makes, on a pseudo terminal, as a person sees it. One
-round is one start in each way, so that what else the machine does meets all of them alike; the figures are medians over
-the rounds, and their ratio to the first way's. Files are warm from the second round on.
+The program trains pretrain/small.yaml for one step on a small corpus that it makes, on a pseudo terminal. One round is
+one start in each way, so that other load on the machine affects all ways equally; the figures are medians over the
+rounds, and their ratios to the first way. After the first round, files are in the page cache.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MARKS = {
     "bar": re.compile("(━|─|#|-) [01]/1".encode()),
     "first step": re.compile(rb" 1/1  loss"),
 }
-"""What the screen shows at each of the moments."""
+"""The text on the screen at each moment."""
 FIGURES = (*MARKS, "processor")
 SETTINGS = {
     "train.max_steps": "1",
@@ -46,7 +46,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", metavar="WORD", default="", help="measure only the ways whose names hold this")
+    parser.add_argument("--only", metavar="WORD", default="", help="measure only the ways whose names contain this")
     parser.add_argument("--json", action="store_true", help="print every figure as JSON")
     options = parser.parse_args()
     chosen = {name: command for name, command in ways().items() if options.only in name}
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def ways() -> dict[str, list[str]]:
-    """The commands by name, up to the config's file."""
+    """Return the commands by name, up to the config's file."""
     found = {}
     if _runs([*PYTHON, "bigtx", "pretrain", "--help"]):
         for ranks in ("1", "2"):
@@ -91,7 +91,7 @@ def ways() -> dict[str, list[str]]:
 
 
 def make_corpus(folder: Path) -> Path:
-    """Prepare half a megabyte of words that nobody speaks."""
+    """Prepare half a megabyte of random words."""
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9))) for _ in range(3000)]
     text = folder / "words.txt"
@@ -109,7 +109,7 @@ def make_corpus(folder: Path) -> Path:
 
 
 def start(command: list[str], corpus: Path, run_dir: Path) -> dict[str, float]:
-    """Train for one step, and see when each of `MARKS` is on the screen.
+    """Train for one step, and record when each of `MARKS` is on the screen.
 
     Returns:
         Seconds since the command began, by mark, and of processor time.
@@ -134,7 +134,7 @@ def start(command: list[str], corpus: Path, run_dir: Path) -> dict[str, float]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The medians as a table of Markdown, with their ratios to the first way's."""
+    """Format the medians as a table of Markdown, with their ratios to the first way."""
     lines = [
         f"{report['cores']} cores, load {report['load'][0]} before and {report['load'][1]} after, medians of "
         f"{report['rounds']} interleaved rounds, in seconds",
@@ -154,7 +154,7 @@ def table(report: dict[str, Any]) -> str:
 def _read(screen: int) -> bytes:
     try:
         return os.read(screen, 65536)
-    except OSError:  # Linux says so where the last process that held the terminal has ended.
+    except OSError:  # Linux raises this when the last process with the terminal has ended.
         return b""
 
 
@@ -163,7 +163,7 @@ def _runs(command: list[str]) -> bool:
 
 
 def _environment() -> dict[str, str]:
-    """The user's, with this clone's bigtx, and with tools of the environment that Python is from."""
+    """Return the user's environment, with this clone's bigtx and the tools of this Python's environment."""
     paths = {"PYTHONPATH": str(ROOT), "PATH": str(Path(sys.executable).parent)}
     joined = {name: os.pathsep.join(filter(None, [path, os.environ.get(name)])) for name, path in paths.items()}
     return os.environ | joined | {"TERM": "xterm", "CUDA_VISIBLE_DEVICES": ""}

@@ -1,11 +1,11 @@
-"""Tokens per second and MFU of training on this machine, through the commands that a user runs; prints JSON.
+"""Measure tokens per second and MFU of training on this machine, with the commands that a user runs; print JSON.
 
     python tools/bench/throughput.py [--model decoder-350m] [--steps 30] [engine.zero_stage=2 ...]
 
-Trains decoders of configs/model from scratch, on all GPUs or, without one, a tiny one on the CPU. The text is the
-standard library's source code: it needs no download, and throughput does not depend on what is read. The figures are
-medians over the steps after the warm-up, as the run itself logs them. MFU is `flops_per_token` times tokens per second
-over the devices' peak; without a known peak there is none.
+The program trains decoders of configs/model from scratch, on all GPUs or, without a GPU, a tiny one on the CPU. The
+text is the standard library's source code: it needs no download, and throughput does not depend on the text. The
+figures are medians over the steps after the warm-up, as the run logs them. MFU is `flops_per_token` times tokens per
+second divided by the devices' peak; if the peak is unknown, there is no MFU.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from bigtx.plan.parameters import count_parameters, flops_per_token
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB_SIZE = 50_304
-"""Of the model: the tokenizer trained here is smaller, and the size of the head is what counts."""
+"""The vocabulary of the model: the tokenizer trained here is smaller, but the size of the head determines the speed."""
 
 MICRO_BATCH_TOKENS = {"decoder-125m": 65_536, "decoder-350m": 32_768, "decoder-1.3b": 16_384}
-"""What fits 80 GB without activation checkpointing, and is enough to keep a GPU busy."""
+"""Micro batches that fit 80 GB without activation checkpointing and keep a GPU busy."""
 
 FLOPS_FORMULA = "6 * (parameters of the blocks and the head) + 12 * layers * attention width * sequence length"
 
@@ -60,7 +60,7 @@ def prepare_corpus(folder: Path) -> Path:
 
 
 def settings_of(model: str, options: argparse.Namespace, on_gpu: bool) -> list[str]:
-    """The settings of a model's run, those of the command line last."""
+    """Return the settings of a model's run, with those of the command line last."""
     micro_batch_size = options.micro_batch_size
     if micro_batch_size is None:
         micro_batch_size = max(1, MICRO_BATCH_TOKENS.get(model, 4096) // options.sequence_length)
@@ -104,17 +104,17 @@ def measure(settings: list[str], corpus: Path, folder: Path, options: argparse.N
 
 
 def parse_arguments(on_gpu: bool) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = list(MICRO_BATCH_TOKENS) if on_gpu else ["decoder-1m"]
     parser.add_argument(
-        "--model", action="append", metavar="NAME", help=f"of configs/model; may be given again. {default}"
+        "--model", action="append", metavar="NAME", help=f"a size of configs/model; may be repeated. {default}"
     )
     parser.add_argument("--sequence-length", type=int, default=2048 if on_gpu else 128, help="tokens of a row")
     parser.add_argument("--micro-batch-size", type=int, help="rows of a forward pass on one rank (by the model)")
     parser.add_argument("--accumulation", type=int, default=4 if on_gpu else 1, help="forward passes of a step")
     parser.add_argument("--steps", type=int, default=30, help="of each run")
-    parser.add_argument("--warmup", type=int, default=10, help="steps left out: compilation and allocation lie there")
+    parser.add_argument("--warmup", type=int, default=10, help="first steps that do not count (compilation)")
     parser.add_argument("--ranks", type=int, default=torch.cuda.device_count() if on_gpu else 2, help="processes")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of the runs")
     options = parser.parse_args()
@@ -141,7 +141,7 @@ def main() -> None:
         corpus = prepare_corpus(folder)
         for model in options.model:
             result["models"][model] = measure(settings_of(model, options, on_gpu), corpus, folder, options)
-            # What is measured is not lost if a later model fails.
+            # The results so far are not lost if a later model fails.
             print(f"{model}: {json.dumps(result['models'][model])}", file=sys.stderr, flush=True)
     print(json.dumps(result, indent=2))
 

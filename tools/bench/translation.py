@@ -1,12 +1,12 @@
-"""Multi30k, German to English: bigtx's recipe beside torch.nn.Transformer in a plain loop, given the same time.
+"""Multi30k, German to English: compare bigtx's recipe with torch.nn.Transformer in a plain loop, with the same time.
 
     python tools/bench/translation.py FOLDER TOKENIZER --minutes 20
 
-FOLDER holds {train,val,test_2016_flickr}.{de,en}.gz, TOKENIZER is that of configs/finetune/multi30k.yaml. Each arm has
-all cores for itself in turn, or with --at-once 2 shares of its own, side by side. An arm's time is that of training;
-what it is measured with (beam search, BLEU) is the same for all, and not counted. The learning rate of the plain loop
-rises over a tenth of the time and then falls to zero, or with --schedule article as the inverse square root; of --rates
-the best on the validation pairs is taken, each with the whole time. Prints a line for each arm, then JSON.
+FOLDER has {train,val,test_2016_flickr}.{de,en}.gz, TOKENIZER is that of configs/finetune/multi30k.yaml. The arms run
+one after the other with all cores, or with --at-once 2 side by side with half of them each. Only the time of training
+counts; the evaluation (beam search, BLEU) is the same for all arms. The learning rate of the plain loop rises over a
+tenth of the time and then falls to zero, or with --schedule article as the inverse square root; each of --rates gets
+the whole time, and the best on the validation pairs counts. The program prints a line for each arm, then JSON.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ BEAM = Beam(size=5, length_penalty=0.6)
 IGNORED = -100
 TEST = "test_2016_flickr"
 WINDOW = 32
-"""Batches whose pairs are sorted by length together."""
+"""The number of batches whose pairs are sorted by length together."""
 
 Pairs = list[tuple[list[int], list[int]]]
 
 
 class Plain(nn.Module):
-    """torch.nn.Transformer with sinusoids, and one table for both sides and the head."""
+    """A torch.nn.Transformer with sinusoids, and one table for both sides and the head."""
 
     def __init__(self, vocab_size: int, *, d_model: int, nhead: int, num_layers: int, dim_feedforward: int) -> None:
         super().__init__()
@@ -65,18 +65,18 @@ class Plain(nn.Module):
         )
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """[B, T, D]."""
+        """Embed tokens: [B, T] -> [B, T, D]."""
         places = torch.arange(tokens.shape[1])[None]
         x = self.table(tokens) * math.sqrt(self.size) + sinusoids(places, self.size)
         return F.dropout(x, DROPOUT, self.training)
 
     def read(self, source: Tensor, is_padding: Tensor) -> Tensor:
-        """What the encoder makes of sources [B, S]."""
+        """Encode sources [B, S]."""
         found: Tensor = self.transformer.encoder(self.embed(source), src_key_padding_mask=is_padding)
         return found
 
     def write(self, target: Tensor, memory: Tensor, is_padding: Tensor) -> Tensor:
-        """Hidden states [B, T, D] of what the decoder reads."""
+        """Compute the decoder's hidden states [B, T, D]."""
         causal = nn.Transformer.generate_square_subsequent_mask(target.shape[1]).isinf()
         found: Tensor = self.transformer.decoder(
             self.embed(target), memory, tgt_mask=causal, tgt_is_causal=True, memory_key_padding_mask=is_padding
@@ -84,7 +84,7 @@ class Plain(nn.Module):
         return found
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., V]."""
+        """Compute the logits [..., V]."""
         return F.linear(hidden, self.table.weight)
 
     def forward(
@@ -97,7 +97,7 @@ class Plain(nn.Module):
         segment_ids: Tensor | None = None,
         columns: Tensor | None = None,
     ) -> Tensor:
-        """As bigtx's beam search calls a model: the cache keeps the tokens, which are read again at each step."""
+        """Decode as bigtx's beam search expects: the cache has the tokens, which are read again at each step."""
         with torch.autocast("cpu", torch.bfloat16):
             if tokens is not None and segment_ids is not None:
                 cache.source = Text(self.read(tokens, segment_ids == 1), torch.zeros_like(tokens), segment_ids)
@@ -111,7 +111,7 @@ class Plain(nn.Module):
 
 
 def read_texts(folder: Path, name: str) -> list[tuple[str, str]]:
-    """Pairs of lines."""
+    """Read pairs of lines."""
     sides = []
     for side in ("de", "en"):
         with gzip.open(folder / f"{name}.{side}.gz", "rt", encoding="utf-8") as file:
@@ -120,7 +120,7 @@ def read_texts(folder: Path, name: str) -> list[tuple[str, str]]:
 
 
 def batches(pairs: Pairs, generator: random.Random) -> list[Pairs]:
-    """An epoch, pairs of like length together."""
+    """Yield the batches of an epoch, with pairs of similar length together."""
     order = list(range(len(pairs)))
     generator.shuffle(order)
     found = []
@@ -135,13 +135,13 @@ def batches(pairs: Pairs, generator: random.Random) -> list[Pairs]:
 
 
 def filled(rows: list[list[int]], value: int) -> Tensor:
-    """int64 [B, T]."""
+    """Pad ids to int64 [B, T]."""
     longest = max(map(len, rows))
     return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
 
 
 def train(model: Plain, pairs: Pairs, *, pad_id: int, rate: float, seconds: float, schedule: str) -> tuple[int, float]:
-    """Train for so long; returns the steps, and the mean loss of the last 50."""
+    """Train for the given time; return the number of steps, and the mean loss of the last 50."""
     optimizer = torch.optim.Adam(model.parameters(), lr=rate, betas=(0.9, 0.98), eps=1e-9)
     generator, begin, steps, losses = random.Random(1), time.monotonic(), 0, list[float]()
     model.train()
@@ -155,7 +155,7 @@ def train(model: Plain, pairs: Pairs, *, pad_id: int, rate: float, seconds: floa
                 group["lr"] = rate * min((share + 1e-3) / 0.1, fall)
             source, labels = (filled([pair[side] for pair in batch], pad_id) for side in (0, 1))
             given = torch.cat((torch.full_like(labels[:, :1], pad_id), labels[:, :-1]), dim=1)
-            # The end and padding have ids of their own, so this is exact.
+            # The end and padding have different ids, so this is exact.
             padding = source == pad_id
             with torch.autocast("cpu", torch.bfloat16):
                 hidden = model.write(given, model.read(source, padding), padding)
@@ -171,11 +171,11 @@ def train(model: Plain, pairs: Pairs, *, pad_id: int, rate: float, seconds: floa
 
 
 def bleu(model: Plain, tokenizer: Tokenizer, texts: list[tuple[str, str]]) -> float:
-    """Cased, detokenised."""
+    """Compute cased, detokenised BLEU."""
     import sacrebleu
 
     model.eval()
-    # torch's own kernels for inference know no autocast.
+    # torch's kernels for inference do not support autocast.
     torch.backends.mha.set_fastpath_enabled(False)
     sources = [[*tokenizer.encode(source), tokenizer.end_id] for source, _ in texts]
     written = [""] * len(texts)
@@ -197,7 +197,7 @@ def bleu(model: Plain, tokenizer: Tokenizer, texts: list[tuple[str, str]]) -> fl
 
 
 def plain_arm(arguments: argparse.Namespace, size: str) -> dict[str, Any]:
-    """One size of torch.nn.Transformer."""
+    """Measure one size of torch.nn.Transformer."""
     folder, tokenizer = Path(arguments.folder), Tokenizer.load(arguments.tokenizer)
     pairs = [
         ([*tokenizer.encode(source), tokenizer.end_id], [*tokenizer.encode(target), tokenizer.end_id])
@@ -226,7 +226,7 @@ def plain_arm(arguments: argparse.Namespace, size: str) -> dict[str, Any]:
 
 
 def bigtx_arm(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The recipe, with as many steps as the time gives at the speed of its first ones."""
+    """Measure the recipe, with as many steps as fit the time at the speed of the first steps."""
     folder = Path(arguments.folder).resolve()
     data = [
         f"data.{name}=['{folder}/{file}.{{de,en}}.gz']" for name, file in (("train", "train"), ("validation", "val"))
@@ -237,13 +237,13 @@ def bigtx_arm(arguments: argparse.Namespace) -> dict[str, Any]:
         unmeasured = ["data.validation=[]", "data.validation_fraction=0", "data.test=[]", "train.log_every=20 steps"]
         _run([*common, *unmeasured, *_length(40), f"run_dir={scratch}/trial"])
         last = _lines(Path(scratch, "trial"))[-1]
-        # In-run validation has a part of the time.
+        # Validation during the run takes a part of the time.
         steps = max(20, int(0.95 * 60 * arguments.minutes * last["perf/tokens_per_second"] * 40 / last["tokens"]))
         run = Path(scratch, "run")
         _run([*common, *_length(steps), f"data.test=['{folder}/{TEST}.{{de,en}}.gz']", f"run_dir={run}"])
         results = json.loads((run / "results.json").read_text(encoding="utf-8"))
         lines = [line for line in _lines(run) if "train/loss" in line]
-    # From the first step on; the first line stands some steps later.
+    # The time counts from the first step; the first line is some steps later.
     seconds = (lines[-1]["time"] - lines[0]["time"]) * steps / max(1, steps - lines[0]["step"])
     return {
         "steps": steps,
@@ -268,14 +268,14 @@ def _lines(run: Path) -> list[dict[str, Any]]:
 
 
 def all_arms(arguments: argparse.Namespace) -> None:
-    """Each arm in a process of its own, so many at once, each on its share of the cores."""
+    """Run each arm in its own process, several at once, each on its share of the cores."""
     cores = sorted(os.sched_getaffinity(0))
     shares = [set(cores[place :: arguments.at_once]) for place in range(arguments.at_once)]
     waiting, running, found = list(arguments.arms), dict[int, tuple[str, subprocess.Popen[str]]](), dict[str, Any]()
     minutes = arguments.minutes
     try:
         while waiting or running:
-            # How long bigtx really takes is known when it has ended; the others get no less.
+            # The true time of bigtx is known when it has ended; the others get at least as much.
             alone = any(name == "bigtx" for name, _ in running.values())
             for place, share in enumerate(shares):
                 if place not in running and waiting and not alone:
@@ -318,7 +318,7 @@ def _shown(value: Any) -> str:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
     parser.add_argument("tokenizer")

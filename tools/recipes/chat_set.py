@@ -1,17 +1,17 @@
-"""A set of small chats that this file writes itself, for configs/finetune/chat-set.yaml and chat-set-dpo.yaml.
+"""Write a set of small generated chats for configs/finetune/chat-set.yaml and chat-set-dpo.yaml, and score answers.
 
-    python tools/recipes/chat_set.py make runs/chat-set             the set, always the same one
-    bigtx predict runs/chat --input runs/chat-set/test.jsonl --output answers.jsonl
+    python tools/recipes/chat_set.py make runs/chat-set             always writes the same set
+    bigtx predict runs/chat input=runs/chat-set/test.jsonl output=answers.jsonl
     python tools/recipes/chat_set.py score answers.jsonl
 
-The system prompt of a chat asks for one of three forms, and an answer has to keep to it to the letter. Questions are
-about numbers, lists of words, the days of the week and the months; a chat has one to three of them, and some ask about
-the answer before. A question about numbers or words that is in the held-out chats is in no other chat.
+The system prompt of a chat asks for one of three forms, and the answers must have exactly this form. Questions are
+about numbers, lists of words, the days of the week and the months; a chat has one to three of them, and some ask
+about the previous answer. A question about numbers or words in the held-out chats is in no other chat.
 
     train.jsonl, test.jsonl              {"messages": [...], "kind", "form", "expected"}
     pairs.jsonl, pairs-test.jsonl        {"prompt": [...], "chosen", "rejected", "fault"}
 
-A rejected answer is a right one in another form, a wrong one, or one with chatter around it.
+A rejected answer is a right one in another form, a wrong one, or one with additional text around it.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ FORMS: dict[str, tuple[str, Callable[[str], str]]] = {
     "brackets": ("Answer in square brackets.", lambda answer: f"[{answer}]"),
     "json": ("Answer in JSON.", lambda answer: json.dumps({"answer": answer})),
 }
-"""By name: what the system prompt says, and the answer in that form."""
+"""By name: the text of the system prompt, and the function that puts an answer into the form."""
 PATTERNS = {
     "sentence": re.compile(r"The answer is ([^.\[\]{}]+)\."),
     "brackets": re.compile(r"\[([^.\[\]{}]+)\]"),
@@ -88,12 +88,12 @@ class Question:
 
     @property
     def is_held_out(self) -> bool:
-        """Whether it may be asked in held-out chats alone."""
+        """Return whether it may be asked only in held-out chats."""
         return self.is_open and hashlib.sha256(self.text.encode()).digest()[0] < 256 * HELD_OUT_SHARE
 
 
 def larger(generator: random.Random) -> Question:
-    """The larger or smaller of two numbers."""
+    """Ask for the larger or smaller of two numbers."""
     first, second = generator.sample(range(10, 100), 2)
     which, pick = generator.choice((("larger", max), ("smaller", min)))
     answer = pick(first, second)
@@ -101,7 +101,7 @@ def larger(generator: random.Random) -> Question:
 
 
 def after(generator: random.Random) -> Question:
-    """The number before or after one."""
+    """Ask for the number before or after one."""
     number, step = generator.randrange(100, 1000), generator.choice((-1, 1))
     word, again = ("after", "And the one after that?") if step > 0 else ("before", "And the one before that?")
     return Question(
@@ -114,7 +114,7 @@ def after(generator: random.Random) -> Question:
 
 
 def word_of(generator: random.Random) -> Question:
-    """The first, second or last word of a list."""
+    """Ask for the first, second or last word of a list."""
     words = generator.sample(WORDS, generator.randrange(3, 6))
     name, place = generator.choice((("first", 0), ("second", 1), ("last", -1)))
     wrong = generator.choice([word for word in words if word != words[place]])
@@ -122,7 +122,7 @@ def word_of(generator: random.Random) -> Question:
 
 
 def number_of(generator: random.Random) -> Question:
-    """How many words a list has."""
+    """Ask how many words a list has."""
     count = generator.randrange(2, 8)
     words = generator.sample(WORDS, count)
     wrong = str(count + generator.choice((-1, 1)))
@@ -130,7 +130,7 @@ def number_of(generator: random.Random) -> Question:
 
 
 def reversed_list(generator: random.Random) -> Question:
-    """A list of words backwards."""
+    """Ask for a list of words in reverse order."""
     words = generator.sample(WORDS, generator.randrange(2, 5))
     wrong = words[:]
     while wrong in (words[::-1], words):
@@ -139,7 +139,7 @@ def reversed_list(generator: random.Random) -> Question:
 
 
 def cycle(names: Sequence[str], what: str) -> Callable[[random.Random], Question]:
-    """The name before or after one, of days or months."""
+    """Ask for the day or month before or after one."""
 
     def ask(generator: random.Random) -> Question:
         place, step = generator.randrange(len(names)), generator.choice((-1, 1))
@@ -156,8 +156,8 @@ KINDS = (larger, after, word_of, number_of, reversed_list, cycle(DAYS, "day"), c
 
 
 def ask(generator: random.Random, *, held_out: bool) -> Question:
-    """A question; open ones are held out or not, as asked."""
-    kind = generator.choice(KINDS)  # First, so that kinds are as frequent there as here.
+    """Draw a question; open ones are held out or not, as requested."""
+    kind = generator.choice(KINDS)  # Drawn first, so that kinds are equally frequent in all parts.
     while True:
         question = kind(generator)
         if not question.is_open or question.is_held_out == held_out:
@@ -165,7 +165,7 @@ def ask(generator: random.Random, *, held_out: bool) -> Question:
 
 
 def chat(generator: random.Random, *, held_out: bool) -> dict[str, Any]:
-    """A record of `messages`: a system prompt, one to three questions, and their answers."""
+    """Draw a record of `messages`: a system prompt, one to three questions, and their answers."""
     form = generator.choice(list(FORMS))
     system, shape = FORMS[form]
     messages = [{"role": "system", "content": system}]
@@ -181,7 +181,7 @@ def chat(generator: random.Random, *, held_out: bool) -> dict[str, Any]:
 
 
 def pair(generator: random.Random, *, held_out: bool) -> dict[str, Any]:
-    """A record of `prompt`, `chosen` and `rejected`."""
+    """Draw a record of `prompt`, `chosen` and `rejected`."""
     form = generator.choice(list(FORMS))
     system, shape = FORMS[form]
     question = ask(generator, held_out=held_out)
@@ -216,10 +216,10 @@ def make(folder: Path, *, chats: int, pairs: int, tests: int, seed: int) -> None
 
 
 def scored(records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Shares of answers that keep to the form, that are right as well, and by kind that are right.
+    """Compute the shares of answers with the right form, of right answers, and of right answers by kind.
 
     Args:
-        records: of `test.jsonl`, each with a `prediction` that holds the `response`.
+        records: those of `test.jsonl`, each with a `prediction` that has the `response`.
     """
     formed, right, total = 0, Counter[str](), Counter[str]()
     for record in records:
@@ -232,13 +232,13 @@ def scored(records: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file."""
+    """Yield the objects of a JSON-lines file."""
     with open(path, encoding="utf-8") as file:
         yield from map(json.loads, file)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(description="Small chats in strict forms: write the set, or score answers.")
     commands = parser.add_subparsers(dest="command", required=True)
     making = commands.add_parser("make", help="write the set into a folder")
@@ -247,8 +247,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     making.add_argument("--pairs", type=int, default=2000)
     making.add_argument("--tests", type=int, default=400, help="held-out chats, and as many held-out pairs")
     making.add_argument("--seed", type=int, default=1)
-    scoring = commands.add_parser("score", help="how many answers keep to the form, and how many are right")
-    scoring.add_argument("answers", type=Path, help="what `bigtx predict` made of test.jsonl")
+    scoring = commands.add_parser("score", help="count the answers that have the right form, and those that are right")
+    scoring.add_argument("answers", type=Path, help="the output of `bigtx predict` for test.jsonl")
     options = parser.parse_args(argv)
     if options.command == "make":
         make(options.folder, chats=options.chats, pairs=options.pairs, tests=options.tests, seed=options.seed)

@@ -1,15 +1,15 @@
-"""Spoken digits made ready for `task=transcribe`: python tools/recipes/spoken_digits.py RECORDINGS OUTPUT
+"""Prepare spoken digits for `task=transcribe`: python tools/recipes/spoken_digits.py RECORDINGS OUTPUT
 
-RECORDINGS holds <digit>_<speaker>_<index>.wav files, as the Free Spoken Digit Dataset names them. OUTPUT gets manifests
-of two kinds, whose texts are the digits' names:
+RECORDINGS has <digit>_<speaker>_<index>.wav files, as the Free Spoken Digit Dataset names them. The program writes two
+kinds of manifests to OUTPUT, whose texts are the digits' names:
 
     train.jsonl, validation.jsonl, test.jsonl            single recordings
     train_strings.jsonl, ..., test_strings.jsonl         3 to 7 recordings joined, written to strings/
 
-Held out by index: those that end in 9 are the test, those that end in 8 are for choices, and a string joins recordings
-of its own part alone. In every second string one speaker says all digits, in the others any. The strings of the test
-are joined without anything between; half of those for training have up to a fifth of a second of silence before each
-digit. All is drawn from a fixed seed: the same recordings give the same files.
+Recordings are held out by index: those that end in 9 are the test, those that end in 8 the validation, and a string
+joins only recordings of its own part. In every second string all digits have the same speaker. The digits of a test
+string follow each other without a gap; half of the training strings have up to a fifth of a second of silence before
+each digit. The random seed is fixed: the same recordings give the same files.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ NUM_STRINGS = {"train": 3000, "validation": 200, "test": 400}
 
 @dataclass(frozen=True)
 class Recording:
-    """One digit, said once."""
+    """A recording of one digit."""
 
     path: Path
     digit: int
@@ -45,12 +45,12 @@ class Recording:
 
     @property
     def part(self) -> str:
-        """What it is for."""
+        """Return the part that it belongs to."""
         return {9: "test", 8: "validation"}.get(self.index % 10, "train")
 
 
 def find(folder: Path) -> list[Recording]:
-    """The recordings of a folder, in an order that their names alone determine."""
+    """Find the recordings of a folder, in an order that only their names determine."""
     found = []
     for path in folder.glob("*.wav"):
         if match := NAMED.fullmatch(path.name):
@@ -59,7 +59,7 @@ def find(folder: Path) -> list[Recording]:
 
 
 def samples(path: Path) -> tuple[np.ndarray, int]:
-    """int16 [samples] of a mono recording, and samples a second."""
+    """Read int16 [samples] of a mono recording, and the samples per second."""
     with wave.open(str(path)) as file:
         if file.getnchannels() != 1 or file.getsampwidth() != 2:
             sys.exit(f"{path}: not a mono recording of 16 bits")
@@ -85,7 +85,7 @@ def join(recordings: Sequence[Recording], path: Path, generator: np.random.Gener
 
 
 def strings(recordings: Sequence[Recording], part: str, output: Path) -> list[tuple[Path, str]]:
-    """Write the strings of a part; their files and texts."""
+    """Write the strings of a part; return their files and texts."""
     generator = np.random.Generator(np.random.Philox(key=[SEED, sorted(NUM_STRINGS).index(part)]))
     own = [recording for recording in recordings if recording.part == part]
     speakers = sorted({recording.speaker for recording in own})
@@ -102,7 +102,7 @@ def strings(recordings: Sequence[Recording], part: str, output: Path) -> list[tu
 
 
 def write_manifest(path: Path, records: Sequence[tuple[Path, str]]) -> None:
-    """A line for each recording; its path is relative to the manifest."""
+    """Write a line for each recording, with its path relative to the manifest."""
     with open(path, "w", encoding="utf-8") as file:
         for audio, text in records:
             print(json.dumps({"audio": os.path.relpath(audio, path.parent), "text": text}), file=file)
@@ -110,7 +110,7 @@ def write_manifest(path: Path, records: Sequence[tuple[Path, str]]) -> None:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("recordings", type=Path, help="folder of <digit>_<speaker>_<index>.wav files")
     parser.add_argument("output", type=Path, help="new folder for manifests and joined strings")
