@@ -2,13 +2,27 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bigtx.config.batches import micro_batch_size_of
 from bigtx.config.load import load
-from bigtx.config.schema import FinetuneConfig, PrepareConfig, PretrainConfig, TokenizerTrainConfig
+from bigtx.config.schema import (
+    ChatConfig,
+    ClassifyConfig,
+    FinetuneConfig,
+    ModelConfig,
+    PreferenceConfig,
+    PrepareConfig,
+    PretrainConfig,
+    SftConfig,
+    TokenizerTrainConfig,
+    TranscribeConfig,
+    TranslateConfig,
+)
 from bigtx.config.schema.training import RhythmConfig
+from bigtx.config.validate_finetune import task_problems
 from bigtx.utils.errors import ConfigError
 
 
@@ -181,3 +195,62 @@ def test_a_run_is_not_made_in_the_folder_of_its_records(tmp_path: Path) -> None:
     assert "is the folder" not in refusal(
         FinetuneConfig, *arguments, f"run_dir={tmp_path}/run", "train.global_batch_size=0"
     )
+
+
+def of_task(task: Any, shape: Any = "decoder", bins: int = 0, **sections: Any) -> list[str]:
+    """What is said of a fine-tuning's settings for its task."""
+    config = FinetuneConfig(task=task, run_dir="run", model=ModelConfig(shape=shape), **sections)
+    config.model.audio.num_mel_bins = bins
+    return list(map(str, task_problems(config)))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"label_smoothing": 0.1}, {"num_beams": 4}, {"length_penalty": 1.0}], ids=lambda each: next(iter(each))
+)
+def test_settings_that_say_nothing_with_ctc(settings: dict[str, Any]) -> None:
+    ((key, value),) = settings.items()
+    assert of_task("transcribe", "encoder_decoder", 16, transcribe=TranscribeConfig(**settings)) == []
+    assert of_task("transcribe", "encoder", 16, transcribe=TranscribeConfig(method="ctc")) == []
+    (said,) = of_task("transcribe", "encoder", 16, transcribe=TranscribeConfig(method="ctc", **settings))
+    assert said.startswith(f"transcribe.{key}={value}") and "says nothing with transcribe.method=ctc" in said
+
+
+def test_what_hears_and_what_writes() -> None:
+    ctc = TranscribeConfig(method="ctc")
+    (said,) = of_task("transcribe", "encoder_decoder", 16, transcribe=ctc)
+    assert "transcribe.method=ctc: is for model.shape=encoder, and it is encoder_decoder" in said
+    (said,) = of_task("transcribe", "encoder", 16)
+    assert "transcribe.method=seq2seq: is for model.shape=encoder_decoder, and it is encoder" in said
+    (said,) = of_task("transcribe", "encoder", 0, transcribe=ctc)
+    assert "wants an encoder that hears" in said
+    (said,) = of_task("classify", "encoder", 16)
+    assert "hears, which task=classify does not; write task=transcribe, or 0" in said
+
+
+@pytest.mark.parametrize(
+    ("task", "sections", "words"),
+    [
+        ("sft", {"sft": SftConfig(row_length=64)}, "sft.row_length=64.* says nothing without sft.packing=true"),
+        ("sft", {"preference": PreferenceConfig(beta=0.2)}, "beta=0.2.* says nothing without task=preference"),
+        ("classify", {"chat": ChatConfig(temperature=0.5)}, "says nothing without task=sft or preference"),
+        ("preference", {"sft": SftConfig(packing=True)}, "says nothing without task=sft"),
+        ("distill", {"sft": SftConfig(answers="last")}, "says nothing without task=sft"),
+        ("sft", {"translate": TranslateConfig(prefix="a")}, "says nothing without task=translate"),
+        ("sft", {"transcribe": TranscribeConfig(max_seconds=1)}, "says nothing without task=transcribe"),
+        ("sft", {"classify": ClassifyConfig(balance=True)}, "says nothing without task=classify"),
+        ("classify", {"classify": ClassifyConfig(classes=["a", ""])}, "names an empty class"),
+        ("classify", {"classify": ClassifyConfig(classes=["a", " b"])}, "with spaces around it"),
+        ("classify", {"classify": ClassifyConfig(classes=["a", "b", "a"])}, "names a class twice"),
+        ("classify", {"classify": ClassifyConfig(classes=["a"])}, "names one class"),
+    ],
+)
+def test_settings_that_do_not_fit_the_task(task: str, sections: dict[str, Any], words: str) -> None:
+    (said,) = of_task(task, **sections)
+    assert re.search(words, said), said
+
+
+def test_settings_of_the_task_are_good() -> None:
+    for task in ("sft", "preference"):
+        assert of_task(task, chat=ChatConfig(temperature=0.5)) == []
+    assert of_task("sft", sft=SftConfig(packing=True, row_length=64)) == []
+    assert of_task("classify", classify=ClassifyConfig(classes=["a", "b"], balance=True)) == []
