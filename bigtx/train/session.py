@@ -352,6 +352,7 @@ class Session(ABC, Generic[Config]):
         self._is_training = True
         finished = train(run, self.stop)
         self._is_training = False
+        self.stop.forget_file()  # The end of the run answers a request too: the next life is not to stop by it.
         if finished:
             self.conclude(run)
             if self.ranks.rank == 0:
@@ -363,7 +364,6 @@ class Session(ABC, Generic[Config]):
             )
             return 0
         self._close_tracker("stopped")
-        self.stop.forget_file()
         log.report(stopped=True)
         log.say(f"stopped at step {self.state.step:,} with a checkpoint; the same command resumes from it")
         return self.stop.exit_status
