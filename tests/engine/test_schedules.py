@@ -58,8 +58,9 @@ def test_lengths_are_steps_tokens_or_shares(warmup: str, decay: str) -> None:
     assert found == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.55, 0.1])
 
 
-def test_a_run_of_warm_up_alone() -> None:
+def test_a_run_of_warm_up_alone_or_with_one_step_after_it() -> None:
     assert factors(1, 100, name="cosine", warmup="100 %") == pytest.approx([0.01, 1.0])
+    assert factors(99, 100, name="cosine", warmup="99 steps") == pytest.approx([1.0, 0.1])
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,7 @@ class Life:
         self.saved: list[dict[str, Any]] = []
         self.factors: list[float] = []
         self.asked: list[tuple[int, int]] = []
+        self.shown: list[tuple[int, int, float]] = []
         self.run_dir, self.ranks = tmp_path, Ranks()
         self.state, self.stop = RunState(), SimpleNamespace(requested=False)
         self.not_finite: set[int] = set()
@@ -95,6 +96,7 @@ class Life:
         return state.step in self.values and state.judge(self.values[state.step], lower=True)
 
     def save(self, engine: Any, ranks: Any, run_dir: Path, facts: dict[str, Any], **fields: Any) -> Path:
+        assert (engine, ranks, run_dir) == (self.run.engine, self.ranks, self.run_dir)
         self.now += self.save_seconds
         self.events.append(f"save {facts['step']}")
         self.saved.append(facts | fields)
@@ -106,7 +108,7 @@ class Life:
         tracker = SimpleNamespace(
             begin=lambda: self.events.append("begin"),
             log=lambda step, tokens, metrics: self.logged.update({step: {"tokens": tokens, **metrics}}),
-            progress=lambda *_: None,
+            progress=lambda step, tokens, metrics: self.shown.append((step, tokens, metrics["train/loss"])),
             message=lambda text: self.events.append(text),
             event=lambda step, kind, **facts: self.told.append({"step": step, "kind": kind, **facts}),
         )
@@ -212,8 +214,9 @@ def test_a_run_at_its_end_does_nothing(life: Life) -> None:
 
 
 def test_a_window_has_its_own_time_and_the_loss_of_all_ranks(life: Life) -> None:
-    """Steps take 2 s, measuring 100 s, saving 50 s; both ranks together have 12 labels and 20 tokens a step."""
+    """Steps take 2 and 4 s, measuring 100 s, saving 50 s; both ranks have 12 labels and 20 tokens a step."""
     life.validate_every = "1 steps"
+    life.after_step = lambda step: setattr(life, "now", life.now + 2 * (step % 2 == 0))
     life.train_settings = {"log_every": "2 steps", "checkpoint_every": "1 steps"}
     life.state = RunState(step=2, owes_validation=True)
     life.total_steps = 6
@@ -221,12 +224,13 @@ def test_a_window_has_its_own_time_and_the_loss_of_all_ranks(life: Life) -> None
     assert life.asked == [(12, 20)] * 4
     assert life.factors == [0.03, 0.04, 0.05, 0.06]
     assert sorted(life.logged) == [4, 6]
+    assert life.shown == [(4, 40, 2.0), (6, 80, 2.0)]
     for step, metrics in life.logged.items():
         assert metrics["tokens"] == 20 * (step - 2)
         assert metrics["train/loss"] == 2.0
-        assert metrics["perf/tokens_per_second"] == 10.0
-        assert metrics["perf/step_seconds"] == 2.0
-        assert metrics["perf/data_wait_fraction"] == 0.25
+        assert metrics["perf/tokens_per_second"] == pytest.approx(40 / 6)
+        assert metrics["perf/step_seconds"] == 3.0
+        assert metrics["perf/data_wait_fraction"] == pytest.approx(1 / 6)
 
 
 def test_the_rate_that_is_shown_is_that_of_vectors_and_others_only_where_they_differ(life: Life) -> None:

@@ -23,6 +23,13 @@ def test_a_state_of_before_windows_has_none() -> None:
     assert RunState.from_dict(saved).skipped_sequences == []
 
 
+def test_a_new_run_has_done_nothing() -> None:
+    saved = RunState().to_dict()
+    zero = ("step", "sequences", "tokens", "skipped_steps", "skipped_in_a_row", "harmless_skips", "measured_since_best")
+    nothing = {"skipped_sequences": [], "best_step": None, "best_value": None, "owes_validation": False}
+    assert saved == dict.fromkeys(zero, 0) | nothing
+
+
 def test_only_windows_to_come_may_change() -> None:
     state = RunState(step=3, sequences=1000, skipped_sequences=["10-20", "2k-3k"])
     state.pass_over(["10-15", "15-20", "1000-1100"])
