@@ -3,118 +3,18 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from train.life import Life
 
 from bigtx.config.schema import EngineConfig, PretrainConfig
-from bigtx.engine import checkpoint as checkpoint_module
-from bigtx.train import loop, session
-from bigtx.train.session import Session
 from bigtx.train.state import RunState
 from bigtx.train.stop import EarlyStop
-from bigtx.utils import hardware, log
+from bigtx.utils import log
 from bigtx.utils.errors import BigtxError, CheckpointError, LaunchError
-from bigtx.utils.processes import STOP_SIGNALS
-
-
-class Life(Session[PretrainConfig]):
-    """A session whose data, model and steps are what a test says."""
-
-    job_type = "test"
-
-    def __init__(self, config: PretrainConfig, told: list[str], **fields: Any) -> None:
-        super().__init__(config, dry_run=fields.pop("dry_run", False))
-        self.told, self.facts = told, {"tokenizer": "t", "data": "d"}
-        self.in_data: Callable[[], None] = lambda: None
-        self.in_loop: Callable[[], bool] = lambda: True
-        self.at_end, self.speaks = False, True
-        vars(self).update(fields)
-
-    def note(self, text: str, value: Any = None) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            self.told.append(" ".join([text, *map(str, arguments)]))
-            return value
-
-        return call
-
-    def join_ranks(self) -> None:
-        self.ranks = SimpleNamespace(
-            rank=0,
-            world_size=1,
-            on_first=lambda action: action(),
-            from_first=lambda value: value,
-            gather=lambda value: [value],
-            is_first_to_fail=lambda: self.speaks,
-            silent=lambda: [3, 5],
-            barrier=self.note("barrier"),
-            close=self.note("leave"),
-        )
-
-    @staticmethod
-    def check_inputs(config: Any, num_ranks: int) -> None: ...
-
-    def open_data(self) -> None:
-        self.in_data()
-
-    def is_finished(self) -> bool:
-        return self.at_end
-
-    def build_engine(self) -> None:
-        self.engine = SimpleNamespace(
-            optimizer=SimpleNamespace(num_updates=0),
-            frozen=[],
-            fill=lambda read, states: self.told.append(f"fill from {read} states={states}"),
-            set_loss_scale=self.note("loss scale"),
-            set_expert_counts=self.note("expert counts"),
-        )
-
-    def begin(self) -> None:
-        self.told.append("begin")
-
-    def resume(self) -> None:
-        self.told.append("resume")
-
-    def _run(self) -> Any:
-        self.loader = SimpleNamespace(close=self.note("close loader"))
-        self.tracker = SimpleNamespace(close=self.note("close tracker"), message=self.note("message"))
-        return self
-
-    def _tell_model(self) -> None:
-        self.told.append("name the model")
-
-    def conclude(self, run: Any) -> None:
-        self.told.append("conclude")
-
-    def make_loader(self) -> Any: ...
-    def make_validation(self) -> Any: ...
-    def flops_per_token(self) -> float: ...
-    def validate_every(self) -> str: ...
-    def next_command(self) -> str:
-        return "next"
-
-
-@pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What the session does and says, in order; the process's signals and streams are as before afterwards."""
-    lines: list[str] = []
-    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    monkeypatch.setattr(log, "setup", lambda *_: None)
-    monkeypatch.setattr(log, "say", lambda text="": lines.append(f"say {text}"))
-    monkeypatch.setattr(session, "say_from_any_rank", lambda error: lines.append(f"error {error}"))
-    monkeypatch.setattr(hardware, "describe", lambda: {"packages": {"bigtx": "0"}})
-    monkeypatch.setattr(loop, "train", lambda run, stop: run.in_loop())
-    yield lines
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> PretrainConfig:
-    return PretrainConfig(run_dir=str(tmp_path / "run"))
 
 
 def live(life: Life) -> int:
@@ -235,6 +135,23 @@ def test_a_rank_that_is_gone_or_silent_is_no_fault_of_this_one(
     assert not (life.run_dir / "run.lock").exists()
 
 
+def test_with_a_supervisor_it_is_the_supervisor_that_names_a_rank_that_is_gone(
+    told: list[str], config: PretrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reported: dict[str, Any] = {}
+    monkeypatch.setattr(log, "report", lambda **facts: reported.update(facts) or True)
+    life = Life(config, told)
+
+    def end() -> bool:
+        raise RuntimeError("Broken pipe")
+
+    life.in_loop = with_lock(life, end)
+    with pytest.raises(LaunchError, match="lost the connection") as raised:
+        live(life)
+    assert raised.value.reported and not any(line.startswith("error ") for line in told)
+    assert reported == {"step": 7, "lost": True, "error": str(raised.value)}
+
+
 def test_a_defect_keeps_its_traceback_and_not_the_lock(told: list[str], config: PretrainConfig) -> None:
     life = Life(config, told)
     life.in_loop = with_lock(life, lambda: [][0])
@@ -290,26 +207,6 @@ def test_a_dry_run_leaves_nothing_but_what_explains_a_defect(
     assert life.run_dir.is_dir() is is_kept and not Path(config.run_dir).exists()
     if is_kept:
         life.run_dir.rmdir()
-
-
-def saved(**manifest: Any) -> Any:
-    """A checkpoint to resume from."""
-    state = RunState(step=30, sequences=240, tokens=999, skipped_in_a_row=3, best_step=20, best_value=0.5).to_dict()
-    facts = {"tokenizer": "t", "data": "d", "state": state, "num_updates": 27, "loss_scale": {"cur_scale": 2.0}}
-    return SimpleNamespace(
-        path=Path("step-30"), manifest=facts | {"expert_counts": [[1.0]]} | manifest, read="the file", closed=[]
-    )
-
-
-@pytest.fixture
-def resumed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    def use(**manifest: Any) -> Any:
-        found = saved(**manifest)
-        found.close = lambda: found.closed.append(True)
-        monkeypatch.setattr(checkpoint_module, "choose", lambda folder, ranks, warn: found)
-        return found
-
-    return use
 
 
 @pytest.mark.parametrize(("precision", "harmless"), [("fp16", 2), ("bf16", 0), ("fp32", 0)])
