@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,6 +61,89 @@ def test_beginning_anew_and_resuming(tmp_path: Path) -> None:
         tracker.close("stopped")
     assert [line["step"] for line in read(tmp_path / "metrics.jsonl")] == list(range(9))
     assert len(read(tmp_path / "events.jsonl")) == 3
+
+
+def test_predictions_and_the_model_are_recorded(tmp_path: Path) -> None:
+    tracker = make_tracker(tmp_path)
+    tracker.predictions(3, 300, [])
+    tracker.samples(3, 300, [])
+    tracker.predictions(3, 300, [{"input": "x", "label": "a"}, {"input": "y", "label": "b"}])
+    tracker.model(4, tmp_path / "checkpoints" / "step-00000004", "abc")
+    tracker.close("finished")
+    rows = read(tmp_path / "predictions.jsonl")
+    assert all(row.pop("time") > 0 for row in rows)
+    assert rows == [
+        {"step": 3, "tokens": 300, "input": "x", "label": "a"},
+        {"step": 3, "tokens": 300, "input": "y", "label": "b"},
+    ]
+    assert read(tmp_path / "samples.jsonl") == []
+    model, end = read(tmp_path / "events.jsonl")
+    assert (model["kind"], model["step"], model["manifest_sha256"]) == ("model", 4, "abc")
+    assert model["checkpoint"] == str(tmp_path / "checkpoints" / "step-00000004")
+    assert (end["kind"], end["step"]) == ("end", 4)  # Where nothing else is said, as many steps as were told last.
+
+
+def test_a_resumed_run_loses_what_it_does_again_but_no_event(tmp_path: Path) -> None:
+    for resumed_step in (0, 2):
+        tracker = make_tracker(tmp_path, resumed_step=resumed_step)
+        for step in (1, 2, 3):
+            if step > resumed_step:
+                tracker.log(step, step, {"life": resumed_step})
+                tracker.samples(step, step, [{"prompt": "p", "completion": str(resumed_step)}])
+                tracker.predictions(step, step, [{"life": resumed_step}])
+        tracker.event(3, "kept")
+        tracker.close("stopped")
+    assert [(line["step"], line["life"]) for line in read(tmp_path / "metrics.jsonl")] == [(1, 0), (2, 0), (3, 2)]
+    assert [line["completion"] for line in read(tmp_path / "samples.jsonl")] == ["0", "0", "2"]
+    assert [line["life"] for line in read(tmp_path / "predictions.jsonl")] == [0, 0, 2]
+    assert [line["kind"] for line in read(tmp_path / "events.jsonl")] == ["kept", "end"] * 2
+
+
+def test_what_wandb_is_told_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its id, where it is, how it began; and no secret."""
+    tasks: list[dict[str, Any]] = []
+    ends: list[str] = []
+    polls: list[int] = []
+
+    def run(folder: Path, task: dict[str, Any], tell: Any, note: Any) -> Any:
+        tasks.append(task)
+        return SimpleNamespace(mode="offline", poll=lambda: polls.append(1), close=ends.append)
+
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr("bigtx.track.tracker.WandbRun", run)
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    config = TrackConfig(wandb="offline", project="p", entity="e", group="g", tags=["t"])
+    facts: dict[str, Any] = {"rank": 0, "total_steps": 10, "resumed_step": 5, "job_type": "finetune"}
+    base = {"checkpoint": "c", "manifest_sha256": "m", "step": 1, "wandb_run_id": "w"}
+    tracker = Tracker(
+        folder, config, run_config={"a": 1, "api_key": "abcdefgh"}, environment={"host": "h"}, base=base, **facts
+    )
+    (task,) = tasks
+    assert (task["mode"], task["resumed_step"], task["base"]) == ("offline", 5, base)
+    init = task["init"]
+    assert init.pop("config") == {"a": 1, "api_key": "<hidden>", "environment": {"host": "h"}, "base_run": base}
+    assert init == {
+        "id": tracker.wandb_run_id,
+        "dir": str(folder),
+        "project": "p",
+        "entity": "e",
+        "group": "g",
+        "tags": ["t"],
+        "name": "mine",
+        "job_type": "finetune",
+    }
+    assert tracker.wandb_run_id and tracker.wandb_mode == "offline"
+    tracker.log(1, 1, {})
+    tracker.samples(1, 1, [{"prompt": "", "completion": ""}])
+    tracker.predictions(1, 1, [{"label": "a"}])
+    tracker.event(1, "skip")
+    tracker.progress(1, 1, {})
+    assert len(polls) == 5
+    tracker.close("stopped")
+    assert ends == ["stopped"]
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert Tracker(folder, config, run_config={}, environment={}, **facts).wandb_mode == "off" and len(tasks) == 1
 
 
 @pytest.mark.parametrize("rank", [1, 7])
