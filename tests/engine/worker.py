@@ -219,6 +219,18 @@ def cores(ranks: Ranks) -> list[list[int]]:
     return ranks.gather(sorted(os.sched_getaffinity(0)))
 
 
+def agree(ranks: Ranks) -> dict[str, Any]:
+    """What ranks make of values of their own."""
+    rank = ranks.rank
+    done = ranks.on_first(lambda: f"done by {rank}")
+    return {
+        "sums": ranks.gather(ranks.sum([rank + 1, 10, 2**40])),
+        "gathered": ranks.gather(ranks.gather({"rank": rank})),
+        "first": ranks.gather(ranks.from_first(f"of {rank}")),
+        "on first": ranks.gather(done),
+    }
+
+
 def time_outs(ranks: Ranks, cases: list[dict[str, Any]]) -> list[float]:
     """The seconds that collectives wait in each process group, DeepSpeed's included, once engines have trained."""
     for fields in cases:
@@ -230,7 +242,20 @@ def time_outs(ranks: Ranks, cases: list[dict[str, Any]]) -> list[float]:
 
 SCENARIOS: dict[str, Any] = {
     function.__name__: function
-    for function in (parity, train, average, evaluate, save, resume, poison, start_within, several, cores, time_outs)
+    for function in (
+        parity,
+        train,
+        average,
+        evaluate,
+        save,
+        resume,
+        poison,
+        start_within,
+        several,
+        cores,
+        agree,
+        time_outs,
+    )
 }
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -146,13 +147,49 @@ def test_what_wandb_is_told_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert Tracker(folder, config, run_config={}, environment={}, **facts).wandb_mode == "off" and len(tasks) == 1
 
 
+def test_a_copy_of_a_run_is_linked_to_the_original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks: list[dict[str, Any]] = []
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr("bigtx.track.tracker.WandbRun", lambda folder, task, tell, note: tasks.append(task))
+    first, copy, stream = tmp_path / "first", tmp_path / "copy", io.StringIO()
+    first.mkdir()
+    facts: dict[str, Any] = {"run_config": {}, "environment": {}, "rank": 0, "total_steps": 10, "resumed_step": 5}
+    own = Tracker(first, TrackConfig(wandb="offline"), **facts).wandb_run_id
+    shutil.copytree(first, copy)
+    copied = Tracker(copy, TrackConfig(wandb="offline"), stream=stream, **facts).wandb_run_id
+    original = {"wandb_run_id": own, "folder": str(first)}
+    base = {"checkpoint": str(first), "manifest_sha256": "", "step": 5, "wandb_run_id": own}
+    assert own != copied == tasks[1]["init"]["id"]
+    assert tasks[0]["base"] == {} and tasks[0]["init"]["config"] == {"environment": {}}
+    assert tasks[1]["base"] == base
+    assert tasks[1]["init"]["config"] == {"environment": {}, "copied_from": original, "base_run": base}
+    assert f"copy of {first}, whose run there is {own}; the copy is the run {copied}" in stream.getvalue()
+    (event,) = read(copy / "events.jsonl")
+    assert (event["kind"], event["original"], event["folder"]) == ("wandb_copy", own, str(first))
+
+
+def test_the_screen_is_shown_how_far_the_run_is(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    tracker = make_tracker(tmp_path, stream)
+    tracker.begin()
+    tracker.progress(5, 1200, {"train/loss": 2.5})
+    assert stream.getvalue() == "step 5/10  50.0%  1.20k tokens  loss 2.5000\n"
+    tracker.log(7, 70, {})
+    tracker.close("failed")
+    (end,) = read(tmp_path / "events.jsonl")
+    assert (end["kind"], end["status"], end["step"]) == ("end", "failed", 7)
+
+
 @pytest.mark.parametrize("rank", [1, 7])
 def test_other_ranks_do_nothing(tmp_path: Path, rank: int) -> None:
     stream = io.StringIO()
     tracker = make_tracker(tmp_path, stream, rank=rank)
     tracker.log(1, 100, {"train/loss": 2.5})
     tracker.samples(1, 100, [{"prompt": "", "completion": ""}])
+    tracker.predictions(1, 100, [{"label": "a"}])
     tracker.event(1, "skip")
+    tracker.model(1, tmp_path, "abc")
+    tracker.begin()
     tracker.progress(1, 100, {})
     tracker.message("hello")
     tracker.close("finished")
