@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from bigtx.launch import linux, parents
+from bigtx.launch import link, linux, parents
+from bigtx.utils.errors import LaunchError
 
 
 @pytest.mark.parametrize(
@@ -74,3 +80,115 @@ def test_processes_of_another_session_are_no_descendants(monkeypatch: pytest.Mon
     monkeypatch.setattr(linux, "_children", below.__getitem__)
     monkeypatch.setattr(os, "getsid", sessions.__getitem__)
     assert sorted(linux.descendants()) == [2, 4]
+
+
+@pytest.mark.parametrize(("launchers", "watched"), [([], []), ([7, 8], [{7: "start of 7", 8: "start of 8"}])])
+def test_launchers_are_watched_by_a_thread_that_holds_nothing_up(
+    monkeypatch: pytest.MonkeyPatch, launchers: list[int], watched: list[dict[int, str]]
+) -> None:
+    started: list[dict[int, str]] = []
+
+    def thread(target: object, args: tuple[dict[int, str]], daemon: bool) -> SimpleNamespace:
+        assert target is parents._watch and daemon
+        return SimpleNamespace(start=lambda: started.append(args[0]))
+
+    monkeypatch.setattr(parents.threading, "Thread", thread)
+    monkeypatch.setattr(parents, "_launchers_above", lambda pid: launchers if pid == os.getpid() else [])
+    monkeypatch.setattr(parents, "start_of", lambda pid: f"start of {pid}")
+    parents.watch_launchers()
+    assert started == watched
+
+
+@pytest.mark.parametrize("is_gone", [True, False])
+def test_a_rank_whose_parent_is_gone_already_is_asked_to_stop_at_once(
+    monkeypatch: pytest.MonkeyPatch, is_gone: bool
+) -> None:
+    asked: list[tuple[int, int]] = []
+    killed: list[tuple[int, int]] = []
+    monkeypatch.setattr(linux, "_prctl", lambda option, value: asked.append((option, value)))
+    monkeypatch.setattr(os, "kill", lambda pid, number: killed.append((pid, number)))
+    linux.end_with_parent(signal.SIGTERM, 1 if is_gone else os.getppid())
+    assert asked == [(1, signal.SIGTERM)]  # PR_SET_PDEATHSIG, prctl(2).
+    assert killed == ([(os.getpid(), signal.SIGTERM)] if is_gone else [])
+
+
+def test_a_machine_without_power_is_noticed_within_20_seconds() -> None:
+    with socket.socket() as made:
+        link._kept_alive(made)
+        tcp = [
+            made.getsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{name}")) for name in ("KEEPIDLE", "KEEPINTVL")
+        ]
+        assert made.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1 and tcp == [5, 5]
+        assert made.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == 3
+        assert made.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 20_000
+
+
+@pytest.fixture
+def blocked() -> Iterator[None]:
+    """SIGIO waits until somebody takes it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGIO})
+    yield
+    signal.sigtimedwait({signal.SIGIO}, 0)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def test_what_arrives_wakes_the_supervisor(blocked: None) -> None:
+    own, other = socket.socketpair()
+    made = link.Link(0, {}, [link._Peer(1, "host", own)])
+    made.signal_arrivals()
+    other.sendall(b'{"failed": true, "node": 1}\n')
+    assert signal.sigtimedwait({signal.SIGIO}, 5) is not None
+    assert made.receive() == [{"failed": True, "node": 1}]
+    made.close()
+    other.close()
+
+
+def meet_as(*places: int, num_nodes: int) -> list[link.Link | BaseException | None]:
+    """What meeting gives each of some machines, in threads of this process."""
+    from launch.test_link import free_port, world
+
+    port, found = free_port(), list[link.Link | BaseException | None]([None] * len(places))
+
+    def one(number: int, node: int) -> None:
+        try:
+            found[number] = link.meet(world(node, port, num_nodes=num_nodes), seconds=20)
+        except BaseException as error:
+            found[number] = error
+
+    threads = [threading.Thread(target=one, args=given) for given in enumerate(places)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def test_machines_that_have_met_know_each_other_and_hear_each_other(blocked: None) -> None:
+    found = meet_as(0, 2, 1, num_nodes=3)
+    first, third, second = (one for one in found if isinstance(one, link.Link))
+    assert [one.node for one in (first, second, third)] == [0, 1, 2]
+    assert first.hosts == second.hosts == third.hosts == dict.fromkeys(range(3), socket.gethostname())
+    for one in (first, second, third):
+        one.signal_arrivals()
+    second.send(failed=True)
+    message = {"failed": True, "node": 1}
+    assert heard(first) == [message] and heard(third) == [message]
+    for one in (first, second, third):
+        one.close()
+
+
+def heard(one: link.Link) -> list[dict[str, object]]:
+    """The first messages that arrive."""
+    while not (messages := one.receive()):
+        time.sleep(0.01)
+    return messages
+
+
+def test_two_machines_of_one_place_are_refused() -> None:
+    first, second, third = meet_as(0, 1, 1, num_nodes=3)
+    for error in (first, second, third):
+        assert isinstance(error, LaunchError) and "have the same place in this run" in str(error)
+
+
+def test_one_machine_meets_nobody() -> None:
+    assert meet_as(0, num_nodes=1) == [None]

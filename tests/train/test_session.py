@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from train.life import Life
 from bigtx.config.schema import EngineConfig, PretrainConfig
 from bigtx.train.state import RunState
 from bigtx.train.stop import EarlyStop
-from bigtx.utils import log
+from bigtx.utils import log, processes
 from bigtx.utils.errors import BigtxError, CheckpointError, LaunchError
+from bigtx.utils.locks import FolderLock
 
 
 def live(life: Life) -> int:
@@ -179,6 +181,32 @@ def test_another_ranks_end_hides_no_early_request(told: list[str], config: Pretr
     with pytest.raises(EarlyStop) as stopped:
         live(Life(config, told, in_data=end))
     assert stopped.value.code == 130
+
+
+def test_a_request_while_the_run_ends_changes_nothing(told: list[str], config: PretrainConfig) -> None:
+    life = Life(config, told, at_end=True)
+    life.loader = SimpleNamespace(close=lambda: signal.raise_signal(signal.SIGTERM))
+    assert live(life) == 0 and tail(told, 2) == ["barrier", "leave"] and life.stop.requested
+
+
+@pytest.mark.parametrize("is_supervised", [True, False])
+def test_a_folder_that_is_held_is_refused_before_anything_is_written(
+    told: list[str], config: PretrainConfig, monkeypatch: pytest.MonkeyPatch, is_supervised: bool
+) -> None:
+    """By the supervisor, where there is one; else by each rank."""
+    monkeypatch.setattr(processes, "is_supervised", lambda: is_supervised)
+    folder = Path(config.run_dir)
+    folder.mkdir()
+    life = Life(config, told, at_end=True)
+    with FolderLock(folder):
+        if is_supervised:
+            life.__enter__()
+            life.__exit__(None, None, None)
+        else:
+            with pytest.raises(LaunchError, match="is in use by process"):
+                life.__enter__()
+            assert told == []
+        assert [path.name for path in folder.iterdir()] == ["run.lock"]
 
 
 def test_a_run_with_nothing_left_lets_go_without_an_engine(told: list[str], config: PretrainConfig) -> None:
