@@ -84,10 +84,10 @@ def test_samples_of_each_step_and_run_are_drawn_by_seeds_of_their_own(monkeypatc
     def write(model: nn.Module, tokenizer: Any, prompts: Sequence[str], **fields: Any) -> list[Any]:
         assert not model.training
         calls.append({"tokenizer": tokenizer, "prompts": prompts, **fields})
-        return [SimpleNamespace(text=f"{prompt}!") for prompt in prompts]
+        return [SimpleNamespace(text=f"{prompt}!") for prompt in prompts[2]]
 
     monkeypatch.setattr(evaluation, "write", write)
-    monkeypatch.setattr(evaluation, "plain_prompts", lambda config, tokenizer, texts: texts)
+    monkeypatch.setattr(evaluation, "plain_prompts", lambda config, tokenizer, texts: (config, tokenizer, texts))
     told, made = Told(), validation({})
     settings = made.config.validation
     settings.sample_prompts, settings.sample_tokens, settings.sample_temperature = ["a", "b"], 17, 0.25
@@ -100,7 +100,7 @@ def test_samples_of_each_step_and_run_are_drawn_by_seeds_of_their_own(monkeypatc
     first, again, later, other = (call["sampling"].seed for call in calls)
     assert first == again and len({first, later, other}) == 3
     assert calls[0]["max_new_tokens"] == 17 and calls[0]["sampling"].temperature == 0.25
-    assert calls[0]["agree"] == "agree" and calls[0]["prompts"] == ["a", "b"]
+    assert calls[0]["agree"] == "agree" and calls[0]["prompts"] == (made.config.model, "tokenizer", ["a", "b"])
 
 
 @dataclass
