@@ -51,7 +51,8 @@ class Schedule:
         if self.name == "constant":
             return 1.0
         if self.name == "warmup_stable_decay":
-            remaining = self.total_steps - step
-            return self.minimum + (1 - self.minimum) * min(1.0, max(0.0, remaining) / max(1, self.decay_steps))
+            remaining = max(0, self.total_steps - step)
+            share = 1.0 if remaining >= self.decay_steps else remaining / self.decay_steps
+            return self.minimum + (1 - self.minimum) * share
         progress = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
         return self.minimum + (1 - self.minimum) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -71,8 +71,7 @@ def finetune(context: RunContext[FinetuneConfig]) -> int:
         start.load_checkpoint(engine, found, state)
         forget_other_best(state, found, inputs)
     else:
-        context.state = state = start.first_state(config)
-        state.owes_validation = config.validation.at_start
+        context.state = state = start.first_state(config, owes_validation=config.validation.at_start)
         base = set_first_weights(context, inputs, engine, config.base)
         keep_inputs(context, inputs, base)
         if task.needs_reference:

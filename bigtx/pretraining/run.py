@@ -67,8 +67,9 @@ def pretrain(context: RunContext[PretrainConfig]) -> int:
         state.pass_over(config.data.skip)
         start.load_checkpoint(engine, found, state)
     else:
-        context.state = state = start.first_state(config)
-        state.skipped_sequences, state.owes_validation = config.data.skip, config.validation.at_start
+        context.state = state = start.first_state(
+            config, skipped_sequences=config.data.skip, owes_validation=config.validation.at_start
+        )
         base = set_first_weights(context, inputs, engine)
 
     write_description(context, config, found, data.tokenizer, engine)

@@ -171,9 +171,9 @@ def build_engine(config: RunConfig, tokenizer: Tokenizer) -> Engine:
     return Engine(config, lambda: Transformer(config.model))
 
 
-def first_state(config: RunConfig) -> RunState:
-    """Return the state of a run that has made no step."""
-    return RunState(harmless_skips=HARMLESS_SKIPS.get(config.engine.precision, 0))
+def first_state(config: RunConfig, **fields: Any) -> RunState:
+    """Return the state of a run that has made no step; `fields` are its attributes."""
+    return RunState(harmless_skips=HARMLESS_SKIPS.get(config.engine.precision, 0), **fields)
 
 
 def saved_state(config: RunConfig, start: Start) -> RunState:

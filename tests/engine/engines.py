@@ -70,6 +70,7 @@ class Case:
     train_also: tuple[str, ...] = ()
     layer_decay: float = 1.0
     deterministic: bool = False
+    seed: int = 0
     deepspeed: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def trains(self, name: str) -> bool:
@@ -89,6 +90,7 @@ class Case:
         """The case for a number of ranks."""
         return PretrainConfig(
             run_dir="unused",
+            seed=self.seed,
             model=dataclasses.replace(
                 MODEL,
                 tie_embeddings=self.tied,

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from engine.together import Together
 
 from bigtx.engine import checkpoint, saving
 from bigtx.engine.ranks import Ranks
@@ -88,6 +89,66 @@ def test_what_was_refused_makes_room(tmp_path: Path) -> None:
     write(tmp_path, 35, suspect=True)
     saving._set_aside(tmp_path, from_step=20)
     assert names(tmp_path) == ["step-00000010", "step-00000025.damaged", "step-00000030.damaged"]
+
+
+def test_what_was_refused_at_the_same_step_makes_room_too_each_time(tmp_path: Path) -> None:
+    for value in ("first", "second"):
+        write(tmp_path, 10, 20, 30, note=value)
+        (tmp_path / "checkpoints" / "step-00000030" / "manifest.json").write_text("damaged")
+        saving._set_aside(tmp_path, from_step=20)
+        assert names(tmp_path) == ["step-00000010", "step-00000020.damaged", "step-00000030.damaged"]
+        set_aside = tmp_path / "checkpoints" / "step-00000020.damaged" / "manifest.json"
+        assert f'"note": "{value}"' in set_aside.read_text()
+        saving._delete(tmp_path / "checkpoints" / "step-00000010", tmp_path)
+
+
+def several_files(run_dir: Path, *steps: int) -> None:
+    """Checkpoints of five weights, each in a file of its own."""
+    shapes = {name: (2,) for name in "abcde"}
+    for step in steps:
+        weights = [(name, torch.full((2,), float(step))) for name in shapes]
+        save_weights(run_dir, {"step": step}, shapes, weights, part_bytes=8)
+
+
+def flip(path: Path) -> None:
+    """Change the last byte, and no size."""
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+@pytest.mark.parametrize("number", range(5))
+def test_whichever_file_is_damaged_it_is_found_whatever_the_number_of_ranks(
+    tmp_path: Path, world_size: int, number: int
+) -> None:
+    several_files(tmp_path, 10, 20)
+    flip(tmp_path / "checkpoints" / "step-00000020" / f"rank-{number:05d}.safetensors")
+    said: list[str] = []
+
+    def choose(ranks: Any) -> int:
+        found = checkpoint.choose(tmp_path, ranks, said.append)
+        assert found is not None
+        return found.manifest["step"]
+
+    assert Together(world_size).run(choose) == [10] * world_size
+    assert len(said) == world_size and all(f"rank-{number:05d}.safetensors" in text for text in said)
+
+
+def test_of_several_damaged_checkpoints_the_newest_whole_one_is_chosen(tmp_path: Path) -> None:
+    several_files(tmp_path, 10, 20, 30, 40, 50)
+    folder = tmp_path / "checkpoints"
+    flip(folder / "step-00000050" / "rank-00004.safetensors")
+    (folder / "step-00000040" / "rank-00002.safetensors").unlink()
+    (folder / "step-00000030" / "manifest.json").unlink()
+    with open(folder / "step-00000020" / "rank-00001.safetensors", "ab") as file:
+        file.write(b" ")
+    step, said = chosen(tmp_path)
+    assert step == 10
+    reasons = ["sha256", "rank-00002.safetensors is missing", "no manifest.json", "bytes instead of"]
+    assert len(said) == 4 and all(reason in text for reason, text in zip(reasons, said, strict=True))
+    flip(folder / "step-00000010" / "rank-00000.safetensors")
+    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged"):
+        chosen(tmp_path)
 
 
 def link_elsewhere(run_dir: Path, step: int, elsewhere: Path) -> Path:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from engine.engines import Case
 
+from bigtx.config.schema import EngineConfig, PretrainConfig
 from bigtx.engine.deepspeed_config import deepspeed_config
 from bigtx.utils.errors import ConfigError
 
@@ -86,3 +87,77 @@ def test_what_deepspeed_cannot_do_is_refused(fields: dict[str, Any], named: str)
 def test_null_takes_a_raw_key_back() -> None:
     raw = {"zero_optimization": {"stage": None}, "train_batch_size": None, "gradient_clipping": None}
     assert settings(deepspeed=raw) == settings()
+
+
+SWITCHES = [
+    # stage, precision, bf16, fp16, autocast
+    (0, "fp32", False, False, False),
+    (0, "bf16", False, False, True),
+    (1, "bf16", True, False, False),
+    (3, "bf16", True, False, False),
+    (2, "fp16", False, True, False),
+    (3, "fp32", False, False, False),
+]
+
+
+@pytest.mark.parametrize(("stage", "precision", "bf16", "fp16", "autocast"), SWITCHES)
+def test_the_arithmetic_of_each_stage_and_precision(
+    stage: int, precision: Any, bf16: bool, fp16: bool, autocast: bool
+) -> None:
+    """At stage 0 the engine casts and clips by itself. The loss scale begins at 2^16, and waits 1000 steps to rise."""
+    config = PretrainConfig(run_dir="unused", engine=EngineConfig(zero_stage=stage, precision=precision))
+    config.train.global_batch_size, config.train.micro_batch_size, config.train.gradient_clipping = 48, 4, 0.5
+    made = deepspeed_config(config, world_size=3)
+    assert made["bf16"] == {"enabled": bf16, "check_grad_overflow": True, "immediate_grad_update": False}
+    assert made["fp16"] == {
+        "enabled": fp16,
+        "loss_scale": 0,
+        "initial_scale_power": 16,
+        "loss_scale_window": 1000,
+        "hysteresis": 2,
+        "consecutive_hysteresis": False,
+        "min_loss_scale": 1,
+    }
+    assert made["torch_autocast"] == {"enabled": autocast, "dtype": "bfloat16"}
+    assert made["gradient_clipping"] == (0.5 if stage else 0.0)
+    assert made["data_types"] == {"grad_accum_dtype": "fp32"} and made["communication_data_type"] == "fp32"
+    batches = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    assert [made[name] for name in batches] == [48, 4, 4]
+    assert not made["prescale_gradients"] and made["gradient_predivide_factor"] == 1.0
+
+
+@pytest.mark.parametrize(("stage", "parameters"), [(1, "none"), (3, "none"), (3, "cpu")])
+def test_what_is_sharded_and_where_it_is_kept(stage: int, parameters: Any) -> None:
+    engine = EngineConfig(
+        zero_stage=stage,
+        offload_optimizer="cpu",
+        offload_parameters=parameters,
+        bucket_size=123,
+        overlap_communication=False,
+    )
+    made = deepspeed_config(PretrainConfig(run_dir="unused", engine=engine), world_size=1)["zero_optimization"]
+    on_cpu = {"device": "cpu", "pin_memory": True}
+    expected = {
+        "stage": stage,
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+        "reduce_scatter": True,
+        "reduce_bucket_size": 123,
+        "allgather_partitions": True,
+        "allgather_bucket_size": 123,
+        "round_robin_gradients": False,
+        "ignore_unused_parameters": True,
+        "offload_optimizer": on_cpu,
+    }
+    if stage == 3:
+        expected |= {
+            "sub_group_size": 10**9,
+            "stage3_prefetch_bucket_size": 123,
+            "stage3_param_persistence_threshold": 10**5,
+            "stage3_max_live_parameters": 10**9,
+            "stage3_max_reuse_distance": 10**9,
+            "stage3_gather_16bit_weights_on_model_save": False,
+        }
+    if parameters == "cpu":
+        expected["offload_param"] = on_cpu
+    assert made == expected

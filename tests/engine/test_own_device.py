@@ -84,7 +84,7 @@ def test_a_place_to_meet_that_does_not_answer_is_named(monkeypatch: pytest.Monke
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What two ranks say of themselves."""
     stages = [{"stage": stage} for stage in range(4)]
-    scenarios = {"cores": ["cores", {}], "time-outs": ["time_outs", {"cases": stages}]}
+    scenarios = {"cores": ["cores", {}], "agree": ["agree", {}], "time-outs": ["time_outs", {"cases": stages}]}
     return run_ranks(tmp_path_factory.mktemp("ranks"), 2, "several", scenarios=scenarios)
 
 
@@ -93,6 +93,16 @@ def test_the_time_out_reaches_every_process_group(answers: dict[str, Any]) -> No
     found = answers["time-outs"]
     assert len(found) > 2, "DeepSpeed made no group of its own: the test tests nothing"
     assert set(found) == {300.0}
+
+
+@pytest.mark.dist
+def test_ranks_agree(answers: dict[str, Any]) -> None:
+    assert answers["agree"] == {
+        "sums": [[3, 20, 2**41]] * 2,
+        "gathered": [[{"rank": 0}, {"rank": 1}]] * 2,
+        "first": ["of 0"] * 2,
+        "on first": ["done by 0", None],
+    }
 
 
 @pytest.mark.dist

@@ -101,6 +101,8 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "start": ["start_within", {"mebibytes": 150}],
         **fp16_scenarios(folder, (1,)),
         "average": averaging((0, "adamw"), (3, "muon")),
+        "evaluate": ["evaluate", {"cases": [{"stage": stage, "dropout": 0.2, "accumulation": 2} for stage in (0, 3)]}],
+        "seeds": ["train", {"cases": [{"stage": 1, "dropout": 0.2, "seed": seed} for seed in (1, 1, 2)], "steps": 1}],
         "recompute": ["train", {"cases": recomputing((1, 3), (0.2,)), "steps": 2}],
         "offload": offloading((1, "fp32", "muon"), (3, "bf16", "adamw")),
         "save offloaded": ["save", {"case": offloaded, "folder": str(folder / "off"), "before": 2, "after": 3}],
@@ -124,6 +126,19 @@ def test_fp16_skips_overflows_and_resumes_exactly(answers: dict[str, Any]) -> No
 
 def test_the_average_of_the_weights_is_what_it_says(answers: dict[str, Any]) -> None:
     assert max(answers["average"]) < 1e-6
+
+
+def test_validation_is_a_plain_forward_over_all_ranks_labels(answers: dict[str, Any]) -> None:
+    """Rows have fewer and fewer labels, so that a rank's share is not half of all."""
+    assert len(answers["evaluate"]) == 2
+    for answer in answers["evaluate"]:
+        assert answer["num_labels"] == 8 * 32 - 2 * sum(range(8))
+        assert answer["loss_sum"] == pytest.approx(answer["expected"], rel=1e-6)
+
+
+def test_what_is_dropped_follows_from_the_runs_seed(answers: dict[str, Any]) -> None:
+    (one,), (again,), (other,) = (answer["losses"] for answer in answers["seeds"])
+    assert one == again and abs(one - other) > 1e-4
 
 
 def test_recomputation_changes_nothing(answers: dict[str, Any]) -> None:

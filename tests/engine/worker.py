@@ -14,7 +14,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from engines import LARGE_MODEL, Case, initial_read, plain_loop, run_engine, whole_parameters
+import torch.nn.functional as F
+from engines import (
+    LARGE_MODEL,
+    Case,
+    RowsTask,
+    global_batch,
+    initial_read,
+    plain_loop,
+    run_engine,
+    slice_of_rank,
+    whole_parameters,
+)
 
 from bigtx.engine import checkpoint
 from bigtx.engine.engine import Engine
@@ -127,6 +138,26 @@ def average(ranks: Ranks, cases: list[dict[str, Any]], steps: int) -> list[float
     return answers
 
 
+def evaluate(ranks: Ranks, cases: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """Each case's sums over a global batch that the ranks share, and a plain forward's over the whole of it, with the
+    dropout of training where an engine has just trained."""
+    answers = []
+    for fields in cases:
+        case = Case(**fields)
+        engine, _, _ = run_engine(case, ranks, 1)
+        engine.fill(initial_read(engine, engine.config), states=False)
+        batch, share = global_batch(3), slice_of_rank(global_batch(3), ranks.rank, ranks.world_size, case.accumulation)
+        loss_sum, num_labels = engine.evaluate(share, RowsTask())
+        plain = Transformer(engine.config.model)
+        plain.init_weights(1)
+        with torch.no_grad():
+            logits = plain.eval()(batch.tokens)
+            expected = F.cross_entropy(logits.double().flatten(0, 1), batch.labels.flatten(), reduction="sum")
+        answers.append({"loss_sum": loss_sum, "num_labels": num_labels, "expected": float(expected)})
+        engine.deepspeed.destroy()
+    return answers
+
+
 def start_within(ranks: Ranks, mebibytes: int) -> dict[str, Any]:
     """Make a large model at stage 3 in so much more memory than the process holds; then try its weights in one piece.
 
@@ -188,6 +219,18 @@ def cores(ranks: Ranks) -> list[list[int]]:
     return ranks.gather(sorted(os.sched_getaffinity(0)))
 
 
+def agree(ranks: Ranks) -> dict[str, Any]:
+    """What ranks make of values of their own."""
+    rank = ranks.rank
+    done = ranks.on_first(lambda: f"done by {rank}")
+    return {
+        "sums": ranks.gather(ranks.sum([rank + 1, 10, 2**40])),
+        "gathered": ranks.gather(ranks.gather({"rank": rank})),
+        "first": ranks.gather(ranks.from_first(f"of {rank}")),
+        "on first": ranks.gather(done),
+    }
+
+
 def time_outs(ranks: Ranks, cases: list[dict[str, Any]]) -> list[float]:
     """The seconds that collectives wait in each process group, DeepSpeed's included, once engines have trained."""
     for fields in cases:
@@ -199,7 +242,20 @@ def time_outs(ranks: Ranks, cases: list[dict[str, Any]]) -> list[float]:
 
 SCENARIOS: dict[str, Any] = {
     function.__name__: function
-    for function in (parity, train, average, save, resume, poison, start_within, several, cores, time_outs)
+    for function in (
+        parity,
+        train,
+        average,
+        evaluate,
+        save,
+        resume,
+        poison,
+        start_within,
+        several,
+        cores,
+        agree,
+        time_outs,
+    )
 }
 
 

@@ -138,6 +138,17 @@ def test_several_tasks_of_srun_on_a_node_are_ranks(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
+    ("text", "counts"), [("4(x2),3", [4, 4, 3]), ("2,1(x3)", [2, 1, 1, 1]), ("8", [8]), ("5,6,7", [5, 6, 7])]
+)
+def test_tasks_of_each_node(monkeypatch: pytest.MonkeyPatch, text: str, counts: list[int]) -> None:
+    found = []
+    for node in range(len(counts)):
+        monkeypatch.setenv("SLURM_NODEID", str(node))
+        found.append(world._tasks_of_node(text))
+    assert found == counts
+
+
+@pytest.mark.parametrize(
     ("names", "first"),
     [("node7", "node7"), ("a,b", "a"), ("n[1-2]", "n1"), ("n[003,007]-ib", "n003-ib"), ("n[1-2],m", "n1")],
 )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from bigtx.config.schema import ExpertsConfig, ModelConfig
+from bigtx.config.schema import ExpertsConfig, LoraConfig, ModelConfig
 from bigtx.model import initial
 from bigtx.model.initial import initial_value
 from bigtx.model.transformer import Transformer
@@ -125,3 +125,55 @@ def test_deviations_by_hand() -> None:
     assert deviation("decoder.blocks.1.attention.query.adapter.b") == 0.0
     assert deviation("bigrams.table.weight", bigram_rows=50) == 0.0
     assert deviation("bigrams.widen.weight", bigram_rows=50, bigram_size=9) == pytest.approx(1 / 3)
+
+
+def test_a_decoder_that_looks_across_adds_up_three_times_a_layer() -> None:
+    """And its depth is its own: 3 sums in each of 2 layers, where the encoder has 2 in each of 6."""
+    config = ModelConfig(
+        shape="encoder_decoder",
+        vocab_size=1000,
+        hidden_size=128,
+        num_layers=6,
+        num_decoder_layers=2,
+        num_heads=4,
+        init="scaled",
+    )
+    projections = [name for name in started(config, 1) if name.endswith(initial.PROJECTIONS)]
+    assert len(projections) == 6 * 2 + 2 * 3
+    for name in projections:
+        value = initial_value(name, (128, 512), config, seed=1)
+        expected = 0.02 / math.sqrt(6 if name.startswith("decoder.") else 12)
+        assert value.std().item() == pytest.approx(expected, rel=4 / math.sqrt(value.numel())), name
+
+
+def test_queries_start_smaller_where_scores_are_not_divided() -> None:
+    """Scores start as under the usual scale, 1 / sqrt(32) here: T5's is 1, so its queries are that much smaller."""
+    config = ModelConfig(vocab_size=1000, hidden_size=128, num_layers=1, num_heads=4, attention_scale=1.0)
+    values = started(config, 1)
+    spread = 4 / math.sqrt(128 * 128)
+    deviations = {name: values[f"decoder.blocks.0.attention.{name}.weight"].std().item() for name in ("query", "key")}
+    assert deviations == {
+        "query": pytest.approx(0.02 / math.sqrt(32), rel=spread),
+        "key": pytest.approx(0.02, rel=spread),
+    }
+
+
+def test_adapters_and_pairs_of_tokens_begin_without_an_effect() -> None:
+    config = ModelConfig(
+        vocab_size=1000,
+        hidden_size=128,
+        num_layers=1,
+        num_heads=4,
+        bigram_rows=64,
+        bigram_size=16,
+        lora=LoraConfig(rank=8),
+    )
+    values = started(config, 1)
+    a = values["decoder.blocks.0.attention.query.adapter.a"]
+    assert a.shape == (8, 128) and not values["decoder.blocks.0.attention.query.adapter.b"].any()
+    # As of torch's Linear: uniform within 1 / sqrt(128) has this deviation.
+    assert a.std().item() == pytest.approx(1 / math.sqrt(3 * 128), rel=4 / math.sqrt(a.numel()))
+    assert not values["bigrams.table.weight"].any()
+    widen = values["bigrams.widen.weight"]
+    assert widen.shape == (128, 16)
+    assert widen.std().item() == pytest.approx(1 / 4, rel=4 / math.sqrt(widen.numel()))

@@ -129,6 +129,50 @@ def test_the_bar_and_the_time_left_are_seen_on_every_usual_terminal(
     terminal.close()
 
 
+def now_is(monkeypatch: pytest.MonkeyPatch, now: float) -> None:
+    monkeypatch.setattr("bigtx.track.console.time.monotonic", lambda: now)
+
+
+def test_the_time_left_is_by_the_speed_of_the_latest_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step takes 1000 s, the others 2 s each."""
+    stream = io.StringIO()
+    console = Console(stream, total_steps=200)
+    for step in range(1, 41):
+        now_is(monkeypatch, 1000.0 + 2 * (step - 1) if step > 1 else 0.0)
+        console.progress(step, step, {})
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "step 1/200  0.5%  1 tokens"
+    assert lines[1].endswith(f"  {clock(1002 * 198)} left") and lines[29].endswith(f"  {clock(1058 / 29 * 170)} left")
+    assert lines[39].endswith("  5:20 left")  # 160 steps.
+
+
+def test_nothing_is_left_at_the_end_or_known_without_a_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    console, endless = Console(stream, total_steps=20), Console(stream, total_steps=0)
+    for step, now in ((10, 0.0), (20, 5.0), (21, 6.0)):
+        now_is(monkeypatch, now)
+        console.progress(step, step, {})
+        endless.progress(step, step, {})
+    lines = stream.getvalue().splitlines()
+    assert [line.split("  ", 1)[1] for line in lines[2::2]] == [
+        "100.0%  20 tokens  0:00 left",
+        "105.0%  21 tokens  0:00 left",
+    ]
+    assert lines[1::2] == ["step 10  10 tokens", "step 20  20 tokens", "step 21  21 tokens"]
+
+
+def test_a_bar_is_drawn_ten_times_a_second_at_most_and_at_the_end(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setenv("TERM", "xterm")
+    console = Console(terminal.stream, total_steps=9)
+    for step, now in ((1, 10.0), (2, 10.05), (3, 10.099), (4, 10.11), (5, 10.15), (9, 10.16)):
+        now_is(monkeypatch, now)
+        console.progress(step, step, {})
+    assert re.findall(r"(\d)/9", terminal.text()) == ["1", "4", "9"]
+
+
 def test_samples_cannot_command_the_terminal() -> None:
     stream = io.StringIO()
     Console(stream, total_steps=0).message("\x1b[2Jgone\x07\r\u202e é")

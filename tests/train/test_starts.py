@@ -11,10 +11,12 @@ import pytest
 from train.attempts import Attempt
 
 from bigtx.config.schema import EngineConfig, PretrainConfig
+from bigtx.train.context import RunContext
 from bigtx.train.state import RunState
 from bigtx.train.stop import EarlyStop
-from bigtx.utils import log
+from bigtx.utils import log, processes
 from bigtx.utils.errors import BigtxError, CheckpointError, LaunchError
+from bigtx.utils.locks import FolderLock
 
 
 def with_lock(attempted: Attempt, ends: Callable[[], bool]) -> Callable[[], bool]:
@@ -177,6 +179,32 @@ def test_another_ranks_end_hides_no_early_request(told: list[str], attempt: Call
     with pytest.raises(EarlyStop) as stopped:
         attempt(in_data=end).run()
     assert stopped.value.code == 130
+
+
+def test_a_request_while_the_run_ends_changes_nothing(told: list[str], attempt: Callable[..., Attempt]) -> None:
+    attempted = attempt(at_end=True)
+    attempted.context.resources.callback(lambda: signal.raise_signal(signal.SIGTERM))
+    assert attempted.run() == 0 and tail(told, 2) == ["barrier", "leave"] and attempted.context.stop.requested
+
+
+@pytest.mark.parametrize("is_supervised", [True, False])
+def test_a_folder_that_is_held_is_refused_before_anything_is_written(
+    told: list[str], config: PretrainConfig, monkeypatch: pytest.MonkeyPatch, is_supervised: bool
+) -> None:
+    """The supervisor refuses it, where there is one; else each rank does."""
+    monkeypatch.setattr(processes, "is_supervised", lambda: is_supervised)
+    folder = Path(config.run_dir)
+    folder.mkdir()
+    context = RunContext(config)
+    with FolderLock(folder):
+        if is_supervised:
+            with context:
+                pass
+        else:
+            with pytest.raises(LaunchError, match="is in use by process"):
+                context.__enter__()
+            assert told == []
+        assert [path.name for path in folder.iterdir()] == ["run.lock"]
 
 
 def test_a_run_with_nothing_left_lets_go_without_an_engine(told: list[str], attempt: Callable[..., Attempt]) -> None:

@@ -23,6 +23,13 @@ def test_a_state_of_before_windows_has_none() -> None:
     assert RunState.from_dict(saved).skipped_sequences == []
 
 
+def test_a_new_run_has_done_nothing() -> None:
+    saved = RunState().to_dict()
+    zero = ("step", "sequences", "tokens", "skipped_steps", "skipped_in_a_row", "harmless_skips", "measured_since_best")
+    nothing = {"skipped_sequences": [], "best_step": None, "best_value": None, "owes_validation": False}
+    assert saved == dict.fromkeys(zero, 0) | nothing
+
+
 def test_only_windows_to_come_may_change() -> None:
     state = RunState(step=3, sequences=1000, skipped_sequences=["10-20", "2k-3k"])
     state.pass_over(["10-15", "15-20", "1000-1100"])
@@ -80,3 +87,64 @@ def test_a_cadence_is_due_once_for_each_multiple(every: str, due_at: list[int]) 
         step for step in range(1, 11) if cadence.due(RunState(step=step, tokens=100 * step), elapsed_seconds=10 * step)
     ]
     assert due == due_at
+
+
+@pytest.mark.parametrize(("lower", "values"), [(True, [3.0, 2.0, 2.0, 2.5, 1.5]), (False, [0.1, 0.2, 0.2, 0.1, 0.3])])
+def test_an_equal_measurement_is_no_better_one(lower: bool, values: list[float]) -> None:
+    state, found = RunState(), []
+    for value in values:
+        state.step += 10
+        found.append((state.judge(value, lower=lower), state.best_step, state.measured_since_best))
+    assert found == [(True, 10, 0), (True, 20, 0), (False, 20, 1), (False, 20, 2), (True, 50, 0)]
+    assert state.best_value == values[-1]
+
+
+def test_what_is_no_number_counts_against_patience_and_hides_no_later_best() -> None:
+    state, found = RunState(step=10), []
+    for value in (math.nan, 2.0, math.nan, math.nan, 1.0):
+        found.append((state.judge(value, lower=True), state.measured_since_best))
+    assert found == [(False, 1), (True, 0), (False, 1), (False, 2), (True, 0)]
+    assert state.best_value == 1.0
+
+
+def test_suspect_weights_count_against_patience() -> None:
+    state = RunState(step=10, harmless_skips=2, skipped_in_a_row=2)
+    assert state.judge(2.0, lower=True)
+    state.skipped_in_a_row = 3
+    assert not state.judge(1.0, lower=True) and (state.best_value, state.measured_since_best) == (2.0, 1)
+
+
+def test_steps_tokens_and_skips_add_up_and_the_place_in_the_data_is_taken() -> None:
+    state = RunState(step=4, sequences=40, tokens=400, skipped_steps=2)
+    state.advance(sequences=72, tokens=100, skipped=False)
+    state.advance(sequences=80, tokens=50, skipped=True)
+    assert (state.step, state.sequences, state.tokens) == (6, 80, 550)
+    assert (state.skipped_steps, state.skipped_in_a_row) == (3, 1)
+
+
+def due_at(cadence: Cadence, numbers: list[tuple[int, int, float]]) -> list[bool]:
+    """For the steps, tokens and seconds after each step."""
+    return [cadence.due(RunState(step=step, tokens=tokens), seconds) for step, tokens, seconds in numbers]
+
+
+@pytest.mark.parametrize("every", ["250 tokens", "25 s"])
+def test_a_step_that_passes_several_multiples_is_due_once(every: str) -> None:
+    numbers = [(1, 240, 24.0), (2, 800, 80.0), (3, 900, 90.0), (4, 1000, 100.0), (5, 1000, 100.0)]
+    assert due_at(Cadence(every), numbers) == [False, True, False, True, False]
+
+
+def test_a_resumed_run_is_due_by_what_it_had_consumed() -> None:
+    numbers = [(8, 800, 0.0), (9, 900, 0.0), (10, 1000, 0.0), (11, 1250, 0.0)]
+    assert due_at(Cadence("250 tokens", tokens=760), numbers) == [False, False, True, True]
+    # The multiple that it was saved at is not due again.
+    assert due_at(Cadence("250 tokens", tokens=750), numbers[:2]) == [False, False]
+
+
+def test_minutes_are_minutes_and_no_time_is_no_interval() -> None:
+    assert due_at(Cadence("2 min"), [(1, 0, 119.0), (2, 0, 120.0), (3, 0, 239.0), (4, 0, 240.0)]) == [
+        False,
+        True,
+        False,
+        True,
+    ]
+    assert due_at(Cadence("1 steps"), [(1, 0, 0.0), (2, 0, 0.0)]) == [True, True]

@@ -1,0 +1,309 @@
+"""The loop with an engine that computes nothing: what is measured, saved, reported and ended, and when."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from bigtx.engine.engine import StepResult
+from bigtx.track.tracker import Tracker
+from bigtx.train import loop, meter
+from bigtx.train.loop import Run
+from bigtx.train.meter import Meter
+from bigtx.train.state import RunState
+from bigtx.train.stop import StopRequest
+from bigtx.utils.errors import BigtxError
+
+
+@dataclass
+class Ranks:
+    """This one and another, which brings as many labels and tokens, and may ask to stop at a step."""
+
+    rank: int = 0
+    stops_at: int = 0
+    calls: int = 0
+
+    def sum(self, numbers: list[int]) -> list[int]:
+        self.calls += 1
+        labels, tokens, votes, seconds = numbers
+        return [2 * labels, 2 * tokens, int(votes) + (self.calls == self.stops_at), seconds]
+
+
+@dataclass
+class Loader:
+    """Two micro batches of 3 labels and 5 tokens a step, from 8 sequences a global batch."""
+
+    next_sequence: int = 0
+    wait_seconds: float = 0.0
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        while True:
+            self.next_sequence += 8
+            self.wait_seconds += 0.5
+            batch = SimpleNamespace(num_labels=3)
+            batch.to = lambda device, batch=batch: batch
+            yield [batch, batch]
+
+    def num_tokens(self, micro_batches: list[Any]) -> int:
+        return 5 * len(micro_batches)
+
+
+class Life:
+    """One life of a run, and all that happened in it, in order."""
+
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.save_seconds = 100.0, 50.0
+        self.events: list[str] = []
+        self.logged: dict[int, dict[str, float]] = {}
+        self.told: list[dict[str, Any]] = []
+        self.saved: list[dict[str, Any]] = []
+        self.factors: list[float] = []
+        self.asked: list[tuple[int, int]] = []
+        self.shown: list[tuple[int, int, float]] = []
+        self.run_dir, self.ranks = tmp_path, Ranks()
+        self.state, self.stop = RunState(), SimpleNamespace(requested=False)
+        self.not_finite: set[int] = set()
+        self.values: dict[int, float] = {}
+        self.rates = {"matrices": 0.02, "vectors": 0.001}
+        clock = SimpleNamespace(monotonic=lambda: self.now)
+        monkeypatch.setattr(loop, "time", clock)
+        monkeypatch.setattr(meter, "time", clock)
+        monkeypatch.setattr(loop, "keep_freed_memory", lambda: None)
+        monkeypatch.setattr(loop.saving, "save", self.save)
+        self.train_settings = {"log_every": "1 steps", "checkpoint_every": "1000 steps"}
+        self.validate_every, self.patience, self.total_steps = "1000 steps", None, 10
+        self.after_step: Callable[[int], None] = lambda step: None
+
+    def train_step(self, micro_batches: list[Any], task: Any, **fields: Any) -> StepResult:
+        self.now += 2.0
+        step = self.state.step + 1
+        self.factors.append(fields["learning_rate_factor"])
+        self.asked.append((fields["num_labels"], fields["num_tokens"]))
+        self.after_step(step)
+        bad = step in self.not_finite
+        return StepResult(torch.tensor(math.nan if bad else 24.0), math.inf if bad else 0.5, skipped=bad)
+
+    def report(self, tracker: Any, state: RunState) -> bool:
+        self.now += 100.0
+        self.events.append(f"measure {state.step}")
+        return state.step in self.values and state.judge(self.values[state.step], lower=True)
+
+    def save(self, engine: Any, ranks: Any, run_dir: Path, facts: dict[str, Any], **fields: Any) -> Path:
+        assert (engine, ranks, run_dir) == (self.run.engine, self.ranks, self.run_dir)
+        self.now += self.save_seconds
+        self.events.append(f"save {facts['step']}")
+        self.saved.append(facts | fields)
+        return run_dir
+
+    def train(self) -> bool:
+        optimizer = SimpleNamespace(learning_rates=lambda: self.rates)
+        train = SimpleNamespace(max_skipped_steps=2, keep_checkpoints=3, **self.train_settings)
+        tracker = SimpleNamespace(
+            begin=lambda: self.events.append("begin"),
+            log=lambda step, tokens, metrics: self.logged.update({step: {"tokens": tokens, **metrics}}),
+            progress=lambda step, tokens, metrics: self.shown.append((step, tokens, metrics["train/loss"])),
+            message=lambda text: self.events.append(text),
+            event=lambda step, kind, **facts: self.told.append({"step": step, "kind": kind, **facts}),
+        )
+        self.run = Run(
+            config=cast(Any, SimpleNamespace(train=train, track=SimpleNamespace(profile_step=None))),
+            run_dir=self.run_dir,
+            ranks=cast(Any, self.ranks),
+            engine=cast(
+                Any,
+                SimpleNamespace(device=torch.device("cpu"), optimizer=optimizer, train_step=self.train_step),
+            ),
+            task=cast(Any, None),
+            loader=cast(Any, Loader(next_sequence=self.state.sequences)),
+            schedule=cast(Any, SimpleNamespace(total_steps=self.total_steps, factor=lambda step: step / 100)),
+            validation=self,
+            tracker=cast(Tracker, tracker),
+            meter=Meter(flops_per_token=1.0, peak_flops=None),
+            state=self.state,
+            facts={"data": "abc"},
+            validate_every=self.validate_every,
+            patience=self.patience,
+        )
+        return loop.train(self.run, cast(StopRequest, self.stop))
+
+
+@pytest.fixture
+def life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Life:
+    return Life(tmp_path, monkeypatch)
+
+
+def test_the_best_model_is_saved_wherever_it_is_measured(life: Life) -> None:
+    life.validate_every = "2 steps"
+    life.values = {2: 3.0, 4: 2.0, 6: 2.5, 8: 1.0, 10: 5.0}
+    assert life.train()
+    saves = [event for event in life.events if event.startswith("save")]
+    assert saves == ["save 2", "save 4", "save 8", "save 10"]
+    assert [(facts["step"], facts["state"]["best_step"]) for facts in life.saved] == [(2, 2), (4, 4), (8, 8), (10, 8)]
+
+
+def test_checkpoints_and_measurements_each_have_their_own_rhythm_and_the_last_step_has_both(life: Life) -> None:
+    life.validate_every, life.train_settings = "3 steps", {"log_every": "4 steps", "checkpoint_every": "5 steps"}
+    life.total_steps = 11
+    assert life.train()
+    expected = ["begin", "measure 3", "save 5", "measure 6", "measure 9", "save 10", "measure 11", "save 11"]
+    assert life.events == expected
+    assert sorted(life.logged) == [4, 8, 11]
+
+
+def test_a_stop_saves_at_once_and_the_next_life_measures_first(life: Life) -> None:
+    life.validate_every, life.ranks.stops_at = "2 steps", 4
+    assert not life.train()
+    assert life.events == ["begin", "measure 2", "save 4"]
+    assert life.saved[-1]["state"]["owes_validation"]
+    life.state, life.events = RunState.from_dict(life.saved[-1]["state"]), []
+    life.ranks = Ranks(stops_at=1)
+    assert not life.train()
+    assert life.events == ["begin", "measure 4", "save 5"]
+    assert not life.saved[-1]["state"]["owes_validation"]
+
+
+def test_a_stop_between_measurements_owes_none(life: Life) -> None:
+    life.validate_every, life.ranks.stops_at = "2 steps", 3
+    assert not life.train()
+    assert life.events == ["begin", "measure 2", "save 3"] and not life.saved[-1]["state"]["owes_validation"]
+
+
+def test_a_stop_at_the_last_step_finishes_the_run(life: Life) -> None:
+    life.ranks.stops_at = life.total_steps
+    assert life.train()
+    assert life.events == ["begin", "measure 10", "save 10"] and not life.state.owes_validation
+
+
+def test_the_own_vote_counts_too(life: Life) -> None:
+    life.after_step = lambda step: setattr(life.stop, "requested", step >= 3)
+    assert not life.train()
+    assert life.events == ["begin", "save 4"]
+
+
+def test_patience_ends_the_run_with_a_checkpoint(life: Life) -> None:
+    life.validate_every, life.patience = "1 steps", 3
+    life.values = {1: 3.0, 2: 2.0, 3: 2.5, 4: 2.0, 5: 4.0, 6: 1.0}
+    assert life.train() and life.state.step == 5
+    saves = [event for event in life.events if event.startswith("save")]
+    assert saves == ["save 1", "save 2", "save 5"]
+    assert life.told == [{"step": 5, "kind": "early_stop", "best_step": 2, "best_value": 2.0}]
+    assert "nothing better in 3 validations: the run ends here" in life.events
+
+
+def test_a_run_without_patience_left_makes_no_more_steps(life: Life) -> None:
+    life.patience, life.state = 2, RunState(step=5, measured_since_best=2)
+    assert life.train() and life.state.step == 5 and not life.saved
+
+
+def test_at_its_own_end_a_run_is_not_called_an_early_stop(life: Life) -> None:
+    life.validate_every, life.patience, life.total_steps = "1 steps", 2, 3
+    life.values = {1: 1.0, 2: 2.0, 3: 3.0}
+    assert life.train() and life.told == []
+
+
+def test_a_run_at_its_end_does_nothing(life: Life) -> None:
+    life.state = RunState(step=10)
+    assert life.train() and life.events == ["begin"]
+
+
+def test_a_window_has_its_own_time_and_the_loss_of_all_ranks(life: Life) -> None:
+    """Steps take 2 and 4 s, measuring 100 s, saving 50 s; both ranks have 12 labels and 20 tokens a step."""
+    life.validate_every = "1 steps"
+    life.after_step = lambda step: setattr(life, "now", life.now + 2 * (step % 2 == 0))
+    life.train_settings = {"log_every": "2 steps", "checkpoint_every": "1 steps"}
+    life.state = RunState(step=2, owes_validation=True)
+    life.total_steps = 6
+    life.train()
+    assert life.asked == [(12, 20)] * 4
+    assert life.factors == [0.03, 0.04, 0.05, 0.06]
+    assert sorted(life.logged) == [4, 6]
+    assert life.shown == [(4, 40, 2.0), (6, 80, 2.0)]
+    for step, metrics in life.logged.items():
+        assert metrics["tokens"] == 20 * (step - 2)
+        assert metrics["train/loss"] == 2.0
+        assert metrics["perf/tokens_per_second"] == pytest.approx(40 / 6)
+        assert metrics["perf/step_seconds"] == 3.0
+        assert metrics["perf/data_wait_fraction"] == pytest.approx(1 / 6)
+
+
+def test_the_rate_that_is_shown_is_that_of_vectors_and_others_only_where_they_differ(life: Life) -> None:
+    life.total_steps = 1
+    life.train()
+    rates = {name: value for name, value in life.logged[1].items() if "learning_rate" in name}
+    assert rates == {
+        "train/learning_rate": 0.001,
+        "train/learning_rate/matrices": 0.02,
+        "train/learning_rate/vectors": 0.001,
+    }
+    assert life.logged[1]["train/grad_norm"] == 0.5 and life.logged[1]["train/skipped_steps"] == 0
+    for rates in ({"matrices": 0.02, "vectors": 0.02}, {"adapters": 0.02}):
+        life.state, life.logged, life.rates = RunState(), {}, rates
+        life.train()
+        assert {name for name in life.logged[1] if "learning_rate" in name} == {"train/learning_rate"}
+        assert life.logged[1]["train/learning_rate"] == 0.02
+
+
+def test_a_skipped_step_is_recorded_with_its_sequences(life: Life) -> None:
+    life.not_finite = {2, 3, 5, 6, 8}
+    life.total_steps = 9
+    assert life.train()
+    skips = [event for event in life.told if event["kind"] == "skipped_step"]
+    assert [(event["step"], event["sequences"]) for event in skips] == [
+        (2, "8-16"),
+        (3, "16-24"),
+        (5, "32-40"),
+        (6, "40-48"),
+        (8, "56-64"),
+    ]
+    assert all(event["grad_norm"] == math.inf for event in skips)
+    assert "step 5 (sequences 32-40) skipped: its gradient is not finite" in life.events
+    assert life.logged[9]["train/skipped_steps"] == 5 and math.isnan(life.logged[8]["train/loss"])
+
+
+def test_more_skipped_steps_in_a_row_than_allowed_end_the_run(life: Life) -> None:
+    life.not_finite = {2, 3, 5, 6, 7}
+    with pytest.raises(BigtxError, match=r"3 steps in a row \(up to step 7\) .*train.max_skipped_steps.* sequence 56"):
+        life.train()
+    assert not life.saved and life.state.step == 7
+
+
+@pytest.mark.parametrize(("harmless", "is_refused"), [(0, True), (1, True), (2, False)])
+def test_a_run_that_ends_in_skipped_steps_is_not_finished(life: Life, harmless: int, is_refused: bool) -> None:
+    life.state, life.not_finite = RunState(harmless_skips=harmless), {9, 10}
+    if is_refused:
+        with pytest.raises(BigtxError, match=r"not finished: its last 2 steps \(up to step 10\) .*sequence 80"):
+            life.train()
+    else:
+        assert life.train()
+    (saved,) = life.saved
+    assert saved.get("suspect", False) is is_refused and saved["is_skipping"] and saved["keep"] == 3
+
+
+def test_a_checkpoint_knows_the_run_the_state_and_the_open_window(life: Life) -> None:
+    life.train_settings = {"log_every": "4 steps", "checkpoint_every": "6 steps"}
+    life.total_steps = 7
+    life.train()
+    facts = life.saved[0]
+    assert (facts["step"], facts["data"], facts["state"]["tokens"], facts["state"]["sequences"]) == (6, "abc", 120, 48)
+    # Two steps since the last line of metrics.
+    assert facts["meter"] == {"labels": 24, "loss_sum": (48.0).hex()}
+    assert not facts["is_skipping"] and "suspect" not in facts
+    assert "step" not in life.run.facts
+
+
+@pytest.mark.parametrize(("rank", "saves"), [(0, ["save 4", "save 7", "save 10"]), (1, ["save 10"])])
+def test_a_rhythm_of_time_goes_by_the_clock_of_rank_0(life: Life, rank: int, saves: list[str]) -> None:
+    """As the time is summed over ranks, the others bring none. Steps of 10 s, asked before each."""
+    life.ranks.rank = rank
+    life.train_settings = {"log_every": "5 steps", "checkpoint_every": "30 s"}
+    life.after_step = lambda step: setattr(life, "now", 100.0 + 10 * step)
+    life.save_seconds = 0.0
+    assert life.train()
+    assert [event for event in life.events if event.startswith("save")] == saves
