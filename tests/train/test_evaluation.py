@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bigtx.config.schema import PretrainConfig
 from bigtx.engine.task import TaskLoss
 from bigtx.pretraining.validation import Validation
-from bigtx.train import evaluation
+from bigtx.pretraining import validation as evaluation
 from bigtx.train.alone import Alone
 from bigtx.train.state import RunState
 

@@ -194,7 +194,7 @@ def test_patience_ends_the_run_with_a_checkpoint(life: Life) -> None:
     saves = [event for event in life.events if event.startswith("save")]
     assert saves == ["save 1", "save 2", "save 5"]
     assert life.told == [{"step": 5, "kind": "early_stop", "best_step": 2, "best_value": 2.0}]
-    assert "nothing better in 3 validations: the run ends here" in life.events
+    assert "no better measurement in 3 validations: the run ends here" in life.events
 
 
 def test_a_run_without_patience_left_makes_no_more_steps(life: Life) -> None:

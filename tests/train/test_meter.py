@@ -91,7 +91,7 @@ def test_rates_are_of_the_windows_own_time(clock: Clock) -> None:
     for seconds in (50.0, 70.0):  # Validation after each step: no time of the window's.
         meter.pause()
         clock.pass_(seconds)
-        meter.go_on()
+        meter.resume()
         step(meter, clock, 3.0, 3.0, num_labels=1, num_tokens=30, wait_seconds=2.5)
     first = meter.metrics()
     assert first["train/loss"] == 2.0  # 12 / 6, and not the mean of the steps' means.
