@@ -57,9 +57,7 @@ def read_interval(fields: Fields, types: list[str]) -> int | None:
     # Without a second block that attends to all tokens, the next one would be after the last.
     every = full[1] if len(full) > 1 else len(types)
     if full != list(range(0, len(types), every)):
-        fields.problem(
-            "layer_types", f"has full_attention in blocks {full}; bigtx has it in none, or in 0, n, 2 n ..."
-        )
+        fields.problem("layer_types", f"has full_attention in blocks {full}; bigtx has it in none, or in 0, n, 2 n ...")
     return every
 
 
