@@ -148,7 +148,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["pretrain", "--api-key", "plain-secret"], "--api-key (command line): no such option"),
         (["generate"], "RUN and prompt=TEXT or prompts_file=FILE are missing"),
         (["predict", "r", "inptu=x"], "did you mean input=FILE?"),
-        (["export", "r", "to=onnx", "-o", "x"], "to=onnx: is none of hf, peft"),
+        (["export", "r", "to=onnx", "-o", "x"], "to=onnx: is not one of hf, peft"),
         (["data", "stats"], "CORPUS is missing; write bigtx data stats CORPUS [--json]"),
         (["data", "verify", "x", "processes=all"], "processes=all: is not a whole number"),
         (["version", "--jsn"], "did you mean --json?"),

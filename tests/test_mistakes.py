@@ -124,7 +124,7 @@ MISTAKES: dict[str, Mistake] = {
     "texts without labels": finetuning("data.train=texts", says=("texts/0.txt: no field 'label'",)),
     "records of another task": finetuning("task=sft", says=("no field 'prompt'", "see data.fields.prompt")),
     "records that are missing": finetuning("data.train=nowhere", says="data.train=nowhere"),
-    "an empty folder of records": finetuning("data.train=empty", says="empty holds no records"),
+    "an empty folder of records": finetuning("data.train=empty", says="empty has no records"),
     "an empty file of records": finetuning("data.train=empty.jsonl", says="empty.jsonl: empty"),
     "a corpus as records": finetuning("data.train=corpus", says="corpus is a prepared corpus"),
     "records of an unknown kind": finetuning("data.train=notes", says="the format of notes is not known"),

@@ -114,7 +114,7 @@ def test_values(argument: str, key: str, value: Any) -> None:
         ("model.dropout=1.5", "the most is 0.9"),
         ("model.dropout=nan", "not a number"),
         ("model.dropout=1e999", "not a number"),
-        ("model.norm=batch", "none of rms, layer"),
+        ("model.norm=batch", "not one of rms, layer"),
         ("model.norm=LAYER", "did you mean layer"),
         ("engine.compile=yes", "write true"),
         ("engine.compile=off", "write false"),

@@ -60,7 +60,7 @@ def test_an_empty_config_lists_what_is_missing(corpus: Path) -> None:
     ("args", "words"),
     [
         (["data.sources.mine.path=nowhere"], r"data\.sources\.mine\.path=nowhere \(command line\): no such folder"),
-        (["data.sources.mine.path=."], r"holds no train/manifest\.json"),
+        (["data.sources.mine.path=."], r"has no train/manifest\.json"),
         (["data.sources.mine.weight=0"], "every weight is 0"),
         (["data.sources.other.weight=1"], r"data\.sources\.other\.path: is not given"),
         (["validation.sources.v.path=nowhere"], r"validation\.sources\.v\.path=nowhere"),
@@ -135,7 +135,7 @@ def test_the_ranks_count(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "cannot be divided over 3 ranks; write 30 or 33," in refusal(PretrainConfig, *GOOD)
     load(PretrainConfig, [*GOOD, "train.global_batch_size=36"])
     monkeypatch.setenv("WORLD_SIZE", "64")
-    assert "64 would" in refusal(PretrainConfig, *GOOD)
+    assert "write 64," in refusal(PretrainConfig, *GOOD)
 
 
 @pytest.mark.parametrize(

@@ -296,7 +296,7 @@ def test_exports_that_are_refused(run: Path, tmp_path: Path, capsys: pytest.Capt
     assert "is there already" in refused(capsys, "export", run, "-o", out)
     assert (out / "mine.txt").read_text() == "precious"
     new = tmp_path / "new"
-    assert "holds no ema weights (it has master)" in refused(capsys, "export", run, "-o", new, "--weights", "ema")
+    assert "has no ema weights (it has master)" in refused(capsys, "export", run, "-o", new, "--weights", "ema")
     message = refused(capsys, "export", run, "-o", new, "--family", "gpt2")
     assert "the family gpt2 cannot express this model: model.norm=rms: " in message
     assert "'gtp2'" in refused(capsys, "export", run, "-o", new, "--family", "gtp2")

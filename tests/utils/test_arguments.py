@@ -107,7 +107,7 @@ def test_a_path_may_hold_the_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (["model=r", "prompt=x"], "no option model; did you mean run=RUN?"),
         (["r", "prompt=x", "zzz=1"], "no option zzz; `bigtx help try` shows all"),
         (["r", "prompt=x", "max_new_tokens=many"], "max_new_tokens=many: is not a whole number"),
-        (["r", "prompt=x", "weights=best"], "weights=best: is none of master, ema"),
+        (["r", "prompt=x", "weights=best"], "weights=best: is not one of master, ema"),
         (["r", "prompt=x", "input=y"], "prompt=TEXT and input=FILE cannot be given together"),
         (["r", "prompt=x", "json=true"], "json is a switch and takes no value; write --json"),
         (["r", "prompt=x", "--json=1"], "--json takes no value; write --json"),

@@ -64,7 +64,7 @@ def test_what_is_no_recording_says_why(tmp_path: Path) -> None:
         (b"", "an empty file"),
         (b"these are words, and no sound at all", "not a recording that can be read"),
         (wav(np.zeros(0, np.float32)), "without samples"),
-        (flac(tone(500, 1.0), RATE)[:2000], "cut short|no recording"),
+        (flac(tone(500, 1.0), RATE)[:2000], "cut short|not a recording"),
     ):
         with pytest.raises(BadAudioError, match=reason):
             read_header(in_memory(content))

@@ -138,9 +138,9 @@ def break_json(folder: Path) -> None:
         (change_manifest(shards=[]), "no block that its shards have"),
         (change_manifest(recipe=None), "damaged"),
         (change_manifest(split="validation"), "says that it is the split 'validation'"),
-        (change_figure(num_bytes=1), "does not have the hash that it names"),
-        (change_figure(block_tokens=7), "does not have the hash that it names"),
-        (change_figure(split="validation"), "does not have the hash that it names"),
+        (change_figure(num_bytes=1), "does not have the hash that it contains"),
+        (change_figure(block_tokens=7), "does not have the hash that it contains"),
+        (change_figure(split="validation"), "does not have the hash that it contains"),
         (take_hash_away, "has no hash of itself"),
     ],
 )
