@@ -62,8 +62,6 @@ def a_chat_saved_without_a_name(desk: Desk) -> Attempt:
     return save
 
 
-@CASES.case(
-    "there is no command ", r"; (/help) shows", r"with //: (//\w+)$", sources=["; /help shows all. A message "]
-)
+@CASES.case("there is no command ", r"; (/help) shows", r"with //: (//\w+)$", sources=["; /help shows all. A message "])
 def an_unknown_command_of_a_chat(desk: Desk) -> Attempt:
     return talk(desk, "/apple")
