@@ -26,7 +26,7 @@ def talk(desk: Desk, *lines: str, run: str = "chats") -> Attempt:
 
 @CASES.case(
     " and was not trained on chats. ",
-    r"chat\. (bigtx finetune \S+ \S+ \S+ \S+) teaches",
+    r"chats\. (bigtx finetune \S+ \S+ \S+ \S+) trains",
     r"; (bigtx generate decoder prompt='\.\.\.') continues",
     fill={"CHATS": "records", "NEW": "runs/new", "'...'": "red max_new_tokens=2"},
     sources=[" and was not trained on chats. ", "prompt='...' continues a text"],
@@ -62,8 +62,6 @@ def a_chat_saved_without_a_name(desk: Desk) -> Attempt:
     return save
 
 
-@CASES.case(
-    "there is no command ", r"; (/help) shows", r"with two: (//\w+)$", sources=["; /help shows all. A message "]
-)
+@CASES.case("there is no command ", r"; (/help) shows", r"with //: (//\w+)$", sources=["; /help shows all. A message "])
 def an_unknown_command_of_a_chat(desk: Desk) -> Attempt:
     return talk(desk, "/apple")

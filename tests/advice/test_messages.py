@@ -30,7 +30,6 @@ EXCEPTIONS: Mapping[str, str] = {
     "tokenize only part I of N": "the usage of bigtx data prepare",
     "finetune/imdb.yaml base=runs/mine data.train=reviews": "the usage of bigtx finetune",
     "; /help shows the commands, Ctrl-D ends the chat": "tests/test_chat.py does so on a terminal",
-    "was fine-tuned with task={config.task}": NO_ADVICE,
     "(train.min_steps={train.min_steps}, since train.epochs=": NO_ADVICE,
     " would hold out fewer than ": NO_ADVICE,
     "an encoder, of which `bigtx finetune` makes": NO_ADVICE,
