@@ -148,6 +148,37 @@ def test_weights_of_another_run_are_taken_where_it_has_them(tmp_path: Path, said
         made.begin()
 
 
+@pytest.mark.parametrize("is_foreign", [True, False])
+def test_rows_are_read_from_the_states_place_on(tmp_path: Path, said: list[str], is_foreign: bool) -> None:
+    config = pretrain(micro_batch_size=1)
+    config.seed, config.data.foreign.paths = 9, ["a.tar"] * is_foreign
+    made = session(PretrainSession, config, tmp_path, tokenizer=SimpleNamespace(pad_id=3))
+    made.ranks.rank, made.ranks.world_size = 1, 4
+    made.objective = SimpleNamespace(prepare="prepare")  # type: ignore[assignment]
+    made.data = SimpleNamespace(loader_type=lambda: lambda data, **given: (data, given))  # type: ignore[assignment]
+    expected = {
+        "sequence_length": 50,
+        "global_batch_size": 2,
+        "micro_batch_size": 1,
+        "seed": 9,
+        "rank": 1,
+        "world_size": 4,
+        "start_sequence": 16,
+        "pad_id": 3,
+        "prepare": "prepare",
+    }
+    made.state.sequences = 16
+    assert made.make_loader() == (config.data, expected) and said == []
+    for ranks, words in (
+        (4, "where the run was; exact"),
+        (2, "with 4 ranks instead of 2 the shards are split otherwise"),
+    ):
+        said.clear()
+        made.checkpoint = at(8, world_size=ranks)
+        assert made.make_loader() == (config.data, expected) and len(said) == is_foreign
+        assert not is_foreign or ("reading 16 rows again" in said[0] and words in said[0])
+
+
 def test_the_arithmetic_of_a_token_is_its_share_of_a_rows(tmp_path: Path) -> None:
     asked: list[dict[str, int]] = []
 
