@@ -55,7 +55,7 @@ def finetune(context: RunContext[FinetuneConfig]) -> int:
     """
     ranks = context.join_ranks()
     inputs = open_inputs(context)
-    config, task, splits = inputs.config, inputs.task, inputs.data.splits
+    config, task = inputs.config, inputs.task
     found = start.open_folder(context, config, inputs.facts)
     if is_finished(inputs, found, context.folder):
         context.status = "finished"
@@ -63,19 +63,8 @@ def finetune(context: RunContext[FinetuneConfig]) -> int:
 
     engine = start.build_engine(config, inputs.tokenizer)
     log.say(describe_trained(config, is_all=not engine.frozen))
-    if found.checkpoint:
-        context.state = state = start.saved_state(config, found)
-        base = ranks.once(lambda: read_base_facts(context.folder))
-        if task.needs_reference:
-            splits = with_reference(context, inputs, engine, base, is_initial=False)
-        start.load_checkpoint(engine, found, state)
-        forget_other_best(state, found, inputs)
-    else:
-        context.state = state = start.first_state(config, owes_validation=config.validation.at_start)
-        base = set_first_weights(context, inputs, engine, config.base)
-        keep_inputs(context, inputs, base)
-        if task.needs_reference:
-            splits = with_reference(context, inputs, engine, base, is_initial=True)
+    weights = resume(context, inputs, engine, found) if found.checkpoint else begin(context, inputs, engine)
+    state, base, splits = weights
 
     write_description(context, config, found, inputs.tokenizer, engine)
     loader = open_loader(context, inputs, splits, state)
@@ -148,6 +137,34 @@ def set_first_weights(
     if warning := ranks.once(lambda: untrained_roles(config, base)):
         log.say(warning)
     return start.facts_of(source) | transfer.to_dict()
+
+
+def begin(
+    context: RunContext[FinetuneConfig], inputs: Inputs, engine: Engine
+) -> tuple[RunState, dict[str, Any], Splits]:
+    """Set the first weights. Returns the state, what base.json says, and the splits for training."""
+    config = inputs.config
+    context.state = state = start.first_state(config, owes_validation=config.validation.at_start)
+    base = set_first_weights(context, inputs, engine, config.base)
+    keep_inputs(context, inputs, base)
+    splits = inputs.data.splits
+    if inputs.task.needs_reference:
+        splits = with_reference(context, inputs, engine, base, is_initial=True)
+    return state, base, splits
+
+
+def resume(
+    context: RunContext[FinetuneConfig], inputs: Inputs, engine: Engine, found: Start
+) -> tuple[RunState, dict[str, Any], Splits]:
+    """Set the weights of the checkpoint. Returns the same as `begin`."""
+    context.state = state = start.saved_state(inputs.config, found)
+    base = context.ranks.once(lambda: read_base_facts(context.folder))
+    splits = inputs.data.splits
+    if inputs.task.needs_reference:  # First, because it may need the weights of the base.
+        splits = with_reference(context, inputs, engine, base, is_initial=False)
+    start.load_checkpoint(engine, found, state)
+    forget_other_best(state, found, inputs)
+    return state, base, splits
 
 
 def keep_inputs(context: RunContext[FinetuneConfig], inputs: Inputs, base: dict[str, Any]) -> None:

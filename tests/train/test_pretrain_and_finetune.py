@@ -140,6 +140,37 @@ def test_weights_of_another_run_are_taken_where_it_has_them(tmp_path: Path, monk
         pretrain_run.set_first_weights(context(tmp_path), inputs, engine)
 
 
+@pytest.mark.parametrize("is_foreign", [True, False])
+def test_rows_are_read_from_the_states_place_on(said: list[str], is_foreign: bool) -> None:
+    config = pretrain(micro_batch_size=1)
+    config.seed, config.data.foreign.paths = 9, ["a.tar"] * is_foreign
+    data = SimpleNamespace(tokenizer=SimpleNamespace(pad_id=3), loader_type=lambda: lambda data, **given: (data, given))
+    inputs: Any = SimpleNamespace(config=config, data=data, objective=SimpleNamespace(prepare="prepare"))
+    ranks: Any = SimpleNamespace(rank=1, world_size=4)
+    expected = {
+        "sequence_length": 50,
+        "global_batch_size": 2,
+        "micro_batch_size": 1,
+        "seed": 9,
+        "rank": 1,
+        "world_size": 4,
+        "start_sequence": 16,
+        "pad_id": 3,
+        "prepare": "prepare",
+    }
+    state = RunState(sequences=16)
+    loader: Any = pretrain_run.open_loader(inputs, ranks, state, found())
+    assert loader == (config.data, expected) and said == []
+    for before, words in (
+        (4, "the place of the run; exact"),
+        (2, "with 4 ranks instead of 2 the shards are split otherwise"),
+    ):
+        said.clear()
+        loader = pretrain_run.open_loader(inputs, ranks, state, found(at(8, world_size=before)))
+        assert loader == (config.data, expected) and len(said) == is_foreign
+        assert not is_foreign or ("reading 16 rows again" in said[0] and words in said[0])
+
+
 def test_the_operations_of_a_token_are_its_share_of_a_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, int]] = []
 
