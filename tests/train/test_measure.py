@@ -14,9 +14,18 @@ import torch
 from engine.together import Together
 
 from bigtx.config.schema import FinetuneConfig
+from bigtx.data.records.record import BadRecordError
 from bigtx.finetuning import measure, reference
 from bigtx.finetuning.measure import Measurement, by_all_ranks
-from bigtx.finetuning.predictions import MAX_SHOWN, batches_by_length, in_order, predict_all, shown_predictions
+from bigtx.finetuning.predictions import (
+    MAX_SHOWN,
+    Outcome,
+    batches_by_length,
+    in_order,
+    predict_all,
+    predict_records,
+    shown_predictions,
+)
 from bigtx.finetuning.tasks.task import Examples
 from bigtx.train.state import RunState
 from bigtx.utils.errors import ConfigError
@@ -75,6 +84,23 @@ def test_the_longest_come_first_in_batches_of_like_length() -> None:
     found = predict_all(task, None, EXAMPLES, batch_size=3, device=torch.device("cpu"))  # type: ignore[arg-type]
     assert found == [{"number": 10 * number} for number in range(7)] and task.batches == [[1, 6, 3], [4, 0, 5], [2]]
     assert in_order([[2, 0], [1]], [["c", "a"], ["b"]], 3) == ["a", "b", "c"]
+
+
+def test_a_record_that_cannot_be_used_costs_its_own_prediction_alone() -> None:
+    class Encoding(Task):
+        def encode(self, record: Any, *, for_training: bool) -> Any:
+            assert not for_training
+            if record.where in ("line 1", "line 4"):
+                raise BadRecordError("no text")
+            number = int(record.where.removeprefix("line "))
+            return SimpleNamespace(value=number, length=number, num_cut=10 - number)
+
+    task: Any = Encoding()
+    found = predict_records(task, None, records(6), batch_size=2, device=torch.device("cpu"))  # type: ignore[arg-type]
+    expected = [Outcome({"number": 10 * number}, num_cut=10 - number) for number in range(6)]
+    for place in (1, 4):
+        expected[place] = Outcome(None, f"line {place}: no text")
+    assert found == expected and task.batches == [[5, 3], [2, 0]]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
