@@ -175,3 +175,52 @@ def test_a_run_is_not_made_in_the_folder_of_its_records(tmp_path: Path) -> None:
     assert "is the folder" not in refusal(
         FinetuneConfig, *arguments, f"run_dir={tmp_path}/run", "train.global_batch_size=0"
     )
+
+
+SPEECH = [
+    "run_dir=run",
+    "tokenizer=.",
+    "data.train=corpus",
+    "train.max_steps=1",
+    "task=transcribe",
+    "model.audio.num_mel_bins=16",
+]
+
+
+def test_settings_of_another_method_of_speech_say_nothing(corpus: Path) -> None:
+    ctc, whole = ["transcribe.method=ctc", "model.shape=encoder"], ["model.shape=encoder_decoder"]
+    load(FinetuneConfig, [*SPEECH, *ctc])
+    for key, value in (("label_smoothing", "0.1"), ("num_beams", "4"), ("length_penalty", "1.0")):
+        load(FinetuneConfig, [*SPEECH, *whole, f"transcribe.{key}={value}"])
+        said = refusal(FinetuneConfig, *SPEECH, *ctc, f"transcribe.{key}={value}")
+        assert f"transcribe.{key}={value} (command line): says nothing with transcribe.method=ctc" in said
+    for method, shape in (("ctc", "encoder_decoder"), ("seq2seq", "encoder")):
+        said = refusal(FinetuneConfig, *SPEECH, f"transcribe.method={method}", f"model.shape={shape}")
+        assert f"transcribe.method={method} " in said and "and it is " + shape in said
+    assert "wants an encoder that hears" in refusal(FinetuneConfig, *SPEECH[:-1], *whole)
+    assert "does not; write task=transcribe, or 0" in refusal(FinetuneConfig, *SPEECH, "task=distill")
+
+
+@pytest.mark.parametrize(
+    ("task", "args", "words"),
+    [
+        ("sft", ["sft.row_length=64"], "sft.row_length=64 .*says nothing without sft.packing=true"),
+        ("sft", ["preference.beta=0.2"], "says nothing without task=preference"),
+        ("classify", ["chat.temperature=0.5"], "says nothing without task=sft or preference"),
+        ("distill", ["sft.packing=true"], "says nothing without task=sft"),
+        ("translate", ["transcribe.method=ctc"], "says nothing without task=transcribe"),
+        ("sft", ["translate.prefix=a"], "says nothing without task=translate"),
+        ("sft", ["classify.balance=true"], "says nothing without task=classify"),
+        ("classify", ["classify.classes=[a, '']"], "names an empty class"),
+        ("classify", ["classify.classes=[a, ' b']"], "with spaces around it"),
+        ("classify", ["classify.classes=[a, b, a]"], "names a class twice"),
+        ("classify", ["classify.classes=[a]"], "names one class"),
+    ],
+)
+def test_settings_that_do_not_fit_the_task(corpus: Path, task: str, args: list[str], words: str) -> None:
+    shape = ["model.shape=encoder_decoder"] if task == "translate" else []
+    good = ["run_dir=run", "tokenizer=.", "data.train=corpus", "train.max_steps=1", f"task={task}", *shape]
+    load(FinetuneConfig, good)
+    text = refusal(FinetuneConfig, *good, *args)
+    assert re.search(words, text), text
+    assert "\n" not in text

@@ -79,7 +79,26 @@ def test_nested(monkeypatch: pytest.MonkeyPatch) -> None:
         ("https://me:hunter2@host/x", f"https://{HIDDEN}@host/x"),
         ("s3://b/k?X-Amz-Signature=abc123&y=1", f"s3://b/k?{HIDDEN}&y=1"),
         ("key AKIA" + "A" * 16 + " used", f"key {HIDDEN} used"),
+        ("ASIA" + "Z9" * 8, HIDDEN),
+        ("AKIA" + "A" * 15, "AKIA" + "A" * 15),
         ("hf_" + "a" * 30, HIDDEN),
+        *((f"a {start}{'x1' * 15} b", f"a {HIDDEN} b") for start in ("ghp_", "gho_", "ghu_", "ghs_", "ghr_")),
+        *((f"a {start}{'x1' * 15} b", f"a {HIDDEN} b") for start in ("github_pat_", "glpat-", "sk-", "xoxb-", "xoxp-")),
+        *((f"a {start}{'x1' * 15} b", f"a {HIDDEN} b") for start in ("AIza", "wandb_v1_")),
+        ("glpat-x_y-z0123456789abc", HIDDEN),
+        ("eyJhbGciOiJI.eyJzdWIiOiIx.SflKxwRJSMeK is a web token", f"{HIDDEN} is a web token"),
+        ("-----BEGIN RSA PRIVATE KEY-----\nMIIE\nabc=\n-----END RSA PRIVATE KEY-----\nrest", f"{HIDDEN}\nrest"),
+        ("-----BEGIN PRIVATE KEY-----\nMIIE\ncut off", HIDDEN),
+        ("s3://b/k?x=1&X-Amz-Credential=AB/c&X-Amz-Security-Token=D%2F", f"s3://b/k?x=1&{HIDDEN}&{HIDDEN}"),
+        ("https://host/k?X-Amz-Security-Token=FwoGZXIvYXdzEJr", f"https://host/k?{HIDDEN}"),
+        (
+            "https://host/k?sig=a%3D&token=b&access_token=c&api_key=d",
+            f"https://host/k?{HIDDEN}&{HIDDEN}&{HIDDEN}&{HIDDEN}",
+        ),
+        ("https://:hunter2@host/x", f"https://{HIDDEN}@host/x"),
+        ("https://host/a@b:c", "https://host/a@b:c"),
+        ("--max-tokens 10000000", "--max-tokens 10000000"),
+        ("password=1234567 and password=12345678", f"password=1234567 and password={HIDDEN}"),
         ("python train.py --wandb-api-key 0123456789 data", f"python train.py --wandb-api-key {HIDDEN} data"),
         ("password: correct-horse", f"password: {HIDDEN}"),
         ("the password was mentioned in train.max_tokens=10B", "the password was mentioned in train.max_tokens=10B"),
@@ -87,3 +106,18 @@ def test_nested(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_texts(text: str, clean: str) -> None:
     assert scrub_text(text) == clean
+
+
+def test_a_secret_that_contains_another_is_hidden_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the order of the variables; a short value is a word, and the working folder is none."""
+    for short, long in (("A_TOKEN", "B_TOKEN"), ("B_TOKEN", "A_TOKEN")):
+        monkeypatch.setenv(short, "12345678")
+        monkeypatch.setenv(long, "left-12345678-right")
+        assert scrub_text("x left-12345678-right y 12345678 z") == f"x {HIDDEN} y {HIDDEN} z"
+        assert scrub({"a": ["left-12345678-right"]}) == {"a": [HIDDEN]}
+    monkeypatch.setenv("SHORT_PASSWORD", "seven77")
+    monkeypatch.setenv("PWD", "/home/somebody")
+    assert scrub_text("seven77 in /home/somebody") == "seven77 in /home/somebody"
+    monkeypatch.setenv("LONG_PASSWORD", "eight888")
+    assert scrub_text("an eight888") == f"an {HIDDEN}"
+    assert scrub({"eight888": 1}) == {HIDDEN: 1}, "a key may be one too"

@@ -10,6 +10,7 @@ import re
 import shutil
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from servers import flipped, serve
 
 from bigtx.cli import main
 from bigtx.config.schema import TokenizerTrainConfig
+from bigtx.data.corpus.blocks import BlockReader
 from bigtx.data.corpus.manifest import Manifest
 from bigtx.data.corpus.verify import verify
 from bigtx.data.storage.places import as_place
@@ -181,6 +183,112 @@ def test_wrong_content_with_right_hashes_is_found(corpus_copy: Path, block: int,
     problems = verify(as_place(corpus_copy), 1).problems
     assert problems
     assert any(re.search(said, problem) for problem in problems), problems
+
+
+def test_the_end_of_the_last_document_is_missed(corpus_copy: Path) -> None:
+    """A split whose last token ends no document, and one of which the last shards are named no longer."""
+    folder = corpus_copy / "train"
+    manifest = Manifest.load(folder)
+    last = len(manifest.blocks) - 1
+    rewrite_block(folder, last, with_token(int(manifest.blocks[last]["tokens"]) - 1, 5))
+    assert verify(as_place(corpus_copy), 1).problems == [f"{folder}: the last document has no end"]
+
+
+def test_a_manifest_without_its_last_shard(corpus_copy: Path) -> None:
+    folder = corpus_copy / "train"
+    manifest = Manifest.load(folder)
+    blocks, left = np.array(manifest.blocks), len(manifest.shards) - 1
+    tokens = np.concatenate([BlockReader(manifest).block(block)[0] for block in range(len(blocks))])
+    while tokens[int(blocks[blocks["shard"] < left]["tokens"].sum()) - 1] == manifest.end_id:
+        left -= 1
+    kept = blocks[blocks["shard"] < left]
+    reseal(folder, kept, num_blocks=len(kept), shards=[vars(shard) for shard in manifest.shards[:left]])
+    reseal(folder, kept, num_tokens=int(kept["tokens"].sum()), num_documents=int(kept["documents"].sum()))
+    assert verify(as_place(corpus_copy), 1).problems == [f"{folder}: the last document has no end"]
+
+
+def reseal(folder: Path, blocks: np.ndarray, **changes: Any) -> None:
+    """Write a table and a manifest of which every hash is right."""
+    np.save(folder / "blocks.npy", blocks)
+    raw = json.loads((folder / "manifest.json").read_text())
+    raw["blocks_sha256"] = hashlib.sha256((folder / "blocks.npy").read_bytes()).hexdigest()
+    write_sealed(folder / "manifest.json", raw | changes)
+
+
+TABLE: dict[str, tuple[int, str]] = {
+    "shard": (1, "block table has block|places outside"),
+    "tokens": (-1, "count differently"),
+    "documents": (1, "count differently"),
+    "docs_offset": (-512, "places outside its shards"),
+    "offset": (512, r"the block table has block 1 at bytes|is damaged|not from byte"),
+    "checksum": (1, r"block 1 \(bytes .* is damaged"),
+}
+"""For each field of the block table what is added to it, and what is said of it."""
+
+
+@pytest.mark.parametrize("field", TABLE)
+def test_a_wrong_table_with_right_hashes_is_found(corpus_copy: Path, field: str) -> None:
+    folder = corpus_copy / "train"
+    blocks = np.array(Manifest.load(folder).blocks)
+    added, said = TABLE[field]
+    blocks[1][field] = int(blocks[1][field]) + added
+    reseal(folder, blocks)
+    problems = verify(as_place(corpus_copy), 1).problems
+    assert any(re.search(said, problem) for problem in problems), problems
+
+
+MANIFEST: dict[str, tuple[Any, str]] = {
+    "format": ("other", "is not a manifest"),
+    "format_version": (9, "format version 9"),
+    "split": ("validation", "says that it is the split 'validation'"),
+    "dtype": ("<u4", "."),
+    "vocab_size": (500, "the manifest has 500 ids"),
+    "end_id": (5, "the end id 5, its tokenizer 420 and 3"),
+    "tokenizer_fingerprint": ("0" * 64, "tokenizer"),
+    "block_tokens": (511, "block_tokens"),
+    "num_blocks": (1, "records of"),
+    "num_tokens": (1, "count differently"),
+    "num_documents": (1, "count differently"),
+    "blocks_sha256": ("0" * 64, "was changed or damaged"),
+}
+"""For each field of the manifest a wrong value, and what is said of it."""
+
+
+@pytest.mark.parametrize("field", MANIFEST)
+def test_a_wrong_manifest_with_a_right_hash_is_found(corpus_copy: Path, field: str) -> None:
+    path = corpus_copy / "train" / "manifest.json"
+    raw = json.loads(path.read_text())
+    wrong, said = MANIFEST[field]
+    write_sealed(path, raw | {field: wrong})
+    problems = verify(as_place(corpus_copy), 1).problems
+    assert any(re.search(said, problem) for problem in problems), problems
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong", "said"),
+    [
+        ("name", "000000.tar", "."),
+        ("name", "../000001.tar", "shard name"),
+        ("size", 512, "bytes instead of|outside its shards"),
+        ("sha256", "0" * 64, "SHA-256 is not the manifest's"),
+    ],
+)
+def test_a_wrong_shard_with_a_right_hash_is_found(corpus_copy: Path, field: str, wrong: Any, said: str) -> None:
+    path = corpus_copy / "train" / "manifest.json"
+    raw = json.loads(path.read_text())
+    raw["shards"][1][field] = wrong
+    write_sealed(path, raw)
+    problems = verify(as_place(corpus_copy), 1).problems
+    assert any(re.search(said, problem) for problem in problems), problems
+
+
+@pytest.mark.parametrize("field", ["num_bytes", "block_tokens", "recipe", "end_id", "sha256"])
+def test_a_manifest_that_was_edited_is_refused(corpus_copy: Path, field: str) -> None:
+    path = corpus_copy / "train" / "manifest.json"
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps(raw | {field: {"seed": 2} if field == "recipe" else 7}))
+    (problem,) = verify(as_place(corpus_copy), 1).problems
+    assert "does not have the hash that it names" in problem
 
 
 def test_all_problems_are_named_together(corpus_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -418,6 +419,27 @@ def test_only_what_changed_is_done_again(
     assert 1 in written and 2 <= len(written) <= 3
     prepare(make_config(tmp_path, tokenizer, output=str(tmp_path / "one"), block_tokens=256))
     assert contents(tmp_path / "corpus") == contents(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"validation_fraction": 0.4}, {"shard_size": 4096}, {"block_tokens": 256}],
+    ids=lambda each: next(iter(each)),
+)
+def test_shards_of_other_settings_are_written_again(
+    tmp_path: Path, tokenizer: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """A job that failed while it wrote shards, and is repeated with another plan: no text is lost or in both splits."""
+    with monkeypatch.context() as patched:
+        Disk(patched, assemble, "_save_entry", 2)
+        with pytest.raises(DataError, match="No space left on device"):
+            prepare(make_config(tmp_path, tokenizer))
+    assert len(list((tmp_path / "corpus.partial" / "work").glob("*.shard"))) == 1
+    prepare(make_config(tmp_path, tokenizer, **changes))
+    prepare(make_config(tmp_path, tokenizer, output=str(tmp_path / "one"), **changes))
+    assert contents(tmp_path / "corpus") == contents(tmp_path / "one")
+    held_out, learned = (read_documents(tmp_path / "corpus" / split, tokenizer) for split in ("validation", "train"))
+    assert Counter(held_out + learned) == Counter(set(texts))
 
 
 def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path, tokenizer: Path, texts: list[str]) -> None:

@@ -155,6 +155,34 @@ def test_spans_and_what_is_left_make_the_row(document_mask: bool) -> None:
     assert noise == 8 * round(0.15 * LENGTH)
 
 
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_of_a_span_only_its_own_document_is_asked_for(document_mask: bool) -> None:
+    """What follows a border within a span cannot be known from its sentinel. Found by walking through the row."""
+    objective = make("span_corruption", document_mask=document_mask, noise_density=0.4, mean_span_length=6.0)
+    raw = rows(8, document_mask=document_mask)
+    batch, num_ignored = objective.prepare(raw), 0
+    for row in range(8):
+        text = raw.tokens[row].tolist()
+        owners = raw.segment_ids[row].tolist() if raw.segment_ids is not None else [0] * LENGTH
+        lengths: list[int] = []
+        for token in unmasked_labels(batch, row)[:-1]:
+            if token in Words.sentinel_ids:
+                lengths.append(0)
+            else:
+                lengths[-1] += 1
+        expected, place = list[int](), 0
+        for piece in batch.tokens[row].tolist()[:-1]:
+            if piece not in Words.sentinel_ids:
+                place += 1
+                continue
+            own = range(place, place + lengths[piece - Words.sentinel_ids[0]])
+            expected += [piece, *(text[at] if owners[at] == owners[place] else IGNORED_LABEL for at in own)]
+            place = own.stop
+        assert place == LENGTH and batch.labels[row].tolist() == [*expected, END]
+        num_ignored += expected.count(IGNORED_LABEL)
+    assert (num_ignored > 10) if document_mask else (num_ignored == 0)
+
+
 def unmasked_labels(batch: Batch, row: int) -> list[int]:
     """The whole target, from what the decoder reads one step late where a label is ignored."""
     assert batch.target_tokens is not None

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from sounds import RATE, WORDS, sayings, spoken, tone, wav, write_tokenizer
 
 from bigtx.config.schema import AudioConfig, FinetuneConfig, ModelConfig, RecordsConfig, TranscribeConfig
@@ -143,6 +144,35 @@ def test_the_decoder_writes_what_the_model_finds_likeliest(tokenizer: Tokenizer,
                 break
             ids.append(int(logits.argmax()))
         assert prediction["text"] == tokenizer.decode(ids[1:])
+
+
+@torch.no_grad()
+def test_the_loss_of_a_decoder_is_of_its_tokens_and_ends(tokenizer: Tokenizer) -> None:
+    """Against torch's cross-entropy of each text alone."""
+    task = make(tokenizer, "seq2seq", label_smoothing=0.2)
+    examples = [task.encode(record(content, text)) for content, text in sayings(4)]
+    model, plain, smoothed, count = model_of(task), 0.0, 0.0, 0
+    for example in examples:
+        ids = [*tokenizer.encode(example.text), tokenizer.end_id]
+        heard = task.collate([example]).heard()
+        logits = model(**heard, target_tokens=torch.tensor([[tokenizer.pad_id, *ids[:-1]]]))[0]
+        for smoothing in (0.0, 0.2):
+            loss = F.cross_entropy(logits, torch.tensor(ids), reduction="sum", label_smoothing=smoothing).item()
+            plain, smoothed = (plain, smoothed + loss) if smoothing else (plain + loss, smoothed)
+        count += len(ids)
+    batch = task.collate(examples)
+    loss = task.loss(model, batch)
+    assert loss.reported_sum.item() == pytest.approx(plain, rel=1e-4)
+    assert loss.loss_sum.item() == pytest.approx(smoothed, rel=1e-4)
+    assert batch.num_labels == count
+    predictions = task.predict(model, examples, torch.device("cpu"))
+    assert task.metrics(predictions)["loss"] == pytest.approx(plain / count, rel=1e-4)
+    # The blank of CTC is no token, and nothing says that a text ends.
+    ctc = make(tokenizer)
+    examples = [ctc.encode(record(content, text)) for content, text in sayings(4)]
+    predictions = ctc.predict(model_of(ctc), examples, torch.device("cpu"))
+    total = ctc.loss(model_of(ctc), ctc.collate(examples)).reported_sum.item()
+    assert ctc.metrics(predictions)["loss"] == pytest.approx(total / (count - len(examples)), rel=1e-4)
 
 
 def test_error_rates() -> None:
