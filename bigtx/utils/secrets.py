@@ -31,8 +31,10 @@ _SECRET_SHAPE = re.compile(
     r"|(?<=[?&])(X-Amz-(Signature|Credential|Security-Token)|sig|token|access_token|api_key)=[^&\s]+",
     re.DOTALL | re.IGNORECASE,
 )
-# Options as they stand in a command line: --api-key=VALUE, password: VALUE.
-_SECRET_OPTION = re.compile(r"(?P<key>[\w.-]*[A-Za-z_])(?P<sign>\s*[=:]\s*|\s+)(?P<value>[^\s,;'\"]{8,})")
+# Options as they stand in a command line, a config or JSON: --api-key VALUE, password: VALUE, "token": "VALUE". A key
+# begins where a word does, so that a long word is not tried from each of its letters.
+_OPTION = re.compile(r"(?<![\w.-])(?P<key>[\w.-]*[A-Za-z_])(?P<sign>[\"']?\s*[=:]\s*|\s+)")
+_VALUE = re.compile(r"(?P<quote>[\"'])?(?P<value>(?(quote)[^\"'\n]{8,}|[^\s,;'\"]{8,}))")
 
 _SHORTEST_SECRET = 8
 
@@ -83,13 +85,25 @@ def _scrub_member(key: Any, value: Any, secrets: list[str]) -> Any:
 def _scrub_text(text: str, secrets: list[str]) -> str:
     for secret in secrets:
         text = text.replace(secret, HIDDEN)
-    text = _SECRET_SHAPE.sub(HIDDEN, text)
-    return _SECRET_OPTION.sub(_hide_option, text)
+    return _hide_options(_SECRET_SHAPE.sub(HIDDEN, text))
 
 
-def _hide_option(match: re.Match[str]) -> str:
+def _hide_options(text: str) -> str:
+    """The text with the values of options of secrets hidden."""
+    parts, place = [], 0
+    while option := _OPTION.search(text, place):
+        value = _VALUE.match(text, option.end()) if _is_of_secret(option) else None
+        if value:
+            parts += [text[place : value.start("value")], HIDDEN]
+            place = value.end()
+        else:
+            # What follows an ordinary word may be an option itself: "with password=...".
+            parts.append(text[place : option.end("key")])
+            place = option.end("key")
+    return "".join([*parts, text[place:]])
+
+
+def _is_of_secret(option: re.Match[str]) -> bool:
     # Prose has a word after a word ("the password was"): without a sign, only what looks like an option counts.
-    is_option = match["sign"].strip() or match["key"].startswith("--")
-    if is_option and is_secret_key(match["key"].lstrip("-")):
-        return f"{match['key']}{match['sign']}{HIDDEN}"
-    return match[0]
+    is_option = option["sign"].strip() or option["key"].startswith("--")
+    return bool(is_option) and is_secret_key(option["key"].lstrip("-"))

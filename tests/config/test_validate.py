@@ -2,13 +2,27 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bigtx.config.batches import micro_batch_size_of
 from bigtx.config.load import load
-from bigtx.config.schema import FinetuneConfig, PrepareConfig, PretrainConfig, TokenizerTrainConfig
+from bigtx.config.schema import (
+    ChatConfig,
+    ClassifyConfig,
+    FinetuneConfig,
+    ModelConfig,
+    PreferenceConfig,
+    PrepareConfig,
+    PretrainConfig,
+    SftConfig,
+    TokenizerTrainConfig,
+    TranscribeConfig,
+    TranslateConfig,
+)
 from bigtx.config.schema.training import RhythmConfig
+from bigtx.config.validate_finetune import task_problems
 from bigtx.utils.errors import ConfigError
 
 
@@ -177,50 +191,60 @@ def test_a_run_is_not_made_in_the_folder_of_its_records(tmp_path: Path) -> None:
     )
 
 
-SPEECH = [
-    "run_dir=run",
-    "tokenizer=.",
-    "data.train=corpus",
-    "train.max_steps=1",
-    "task=transcribe",
-    "model.audio.num_mel_bins=16",
-]
-
-
-def test_settings_of_another_method_of_speech_say_nothing(corpus: Path) -> None:
-    ctc, whole = ["transcribe.method=ctc", "model.shape=encoder"], ["model.shape=encoder_decoder"]
-    load(FinetuneConfig, [*SPEECH, *ctc])
-    for key, value in (("label_smoothing", "0.1"), ("num_beams", "4"), ("length_penalty", "1.0")):
-        load(FinetuneConfig, [*SPEECH, *whole, f"transcribe.{key}={value}"])
-        said = refusal(FinetuneConfig, *SPEECH, *ctc, f"transcribe.{key}={value}")
-        assert f"transcribe.{key}={value} (command line): says nothing with transcribe.method=ctc" in said
-    for method, shape in (("ctc", "encoder_decoder"), ("seq2seq", "encoder")):
-        said = refusal(FinetuneConfig, *SPEECH, f"transcribe.method={method}", f"model.shape={shape}")
-        assert f"transcribe.method={method} " in said and "and it is " + shape in said
-    assert "wants an encoder that hears" in refusal(FinetuneConfig, *SPEECH[:-1], *whole)
-    assert "does not; write task=transcribe, or 0" in refusal(FinetuneConfig, *SPEECH, "task=distill")
+def of_task(task: Any, shape: Any = "decoder", bins: int = 0, **sections: Any) -> list[str]:
+    """What is said of a fine-tuning's settings for its task."""
+    config = FinetuneConfig(task=task, run_dir="run", model=ModelConfig(shape=shape), **sections)
+    config.model.audio.num_mel_bins = bins
+    return list(map(str, task_problems(config)))
 
 
 @pytest.mark.parametrize(
-    ("task", "args", "words"),
+    "settings", [{"label_smoothing": 0.1}, {"num_beams": 4}, {"length_penalty": 1.0}], ids=lambda each: next(iter(each))
+)
+def test_settings_that_say_nothing_with_ctc(settings: dict[str, Any]) -> None:
+    ((key, value),) = settings.items()
+    assert of_task("transcribe", "encoder_decoder", 16, transcribe=TranscribeConfig(**settings)) == []
+    assert of_task("transcribe", "encoder", 16, transcribe=TranscribeConfig(method="ctc")) == []
+    (said,) = of_task("transcribe", "encoder", 16, transcribe=TranscribeConfig(method="ctc", **settings))
+    assert said.startswith(f"transcribe.{key}={value}") and "says nothing with transcribe.method=ctc" in said
+
+
+def test_what_hears_and_what_writes() -> None:
+    ctc = TranscribeConfig(method="ctc")
+    (said,) = of_task("transcribe", "encoder_decoder", 16, transcribe=ctc)
+    assert "transcribe.method=ctc: is for model.shape=encoder, and it is encoder_decoder" in said
+    (said,) = of_task("transcribe", "encoder", 16)
+    assert "transcribe.method=seq2seq: is for model.shape=encoder_decoder, and it is encoder" in said
+    (said,) = of_task("transcribe", "encoder", 0, transcribe=ctc)
+    assert "wants an encoder that hears" in said
+    (said,) = of_task("classify", "encoder", 16)
+    assert "hears, which task=classify does not; write task=transcribe, or 0" in said
+
+
+@pytest.mark.parametrize(
+    ("task", "sections", "words"),
     [
-        ("sft", ["sft.row_length=64"], "sft.row_length=64 .*says nothing without sft.packing=true"),
-        ("sft", ["preference.beta=0.2"], "says nothing without task=preference"),
-        ("classify", ["chat.temperature=0.5"], "says nothing without task=sft or preference"),
-        ("distill", ["sft.packing=true"], "says nothing without task=sft"),
-        ("translate", ["transcribe.method=ctc"], "says nothing without task=transcribe"),
-        ("sft", ["translate.prefix=a"], "says nothing without task=translate"),
-        ("sft", ["classify.balance=true"], "says nothing without task=classify"),
-        ("classify", ["classify.classes=[a, '']"], "names an empty class"),
-        ("classify", ["classify.classes=[a, ' b']"], "with spaces around it"),
-        ("classify", ["classify.classes=[a, b, a]"], "names a class twice"),
-        ("classify", ["classify.classes=[a]"], "names one class"),
+        ("sft", {"sft": SftConfig(row_length=64)}, "sft.row_length=64.* says nothing without sft.packing=true"),
+        ("sft", {"preference": PreferenceConfig(beta=0.2)}, "beta=0.2.* says nothing without task=preference"),
+        ("classify", {"chat": ChatConfig(temperature=0.5)}, "says nothing without task=sft or preference"),
+        ("preference", {"sft": SftConfig(packing=True)}, "says nothing without task=sft"),
+        ("distill", {"sft": SftConfig(answers="last")}, "says nothing without task=sft"),
+        ("sft", {"translate": TranslateConfig(prefix="a")}, "says nothing without task=translate"),
+        ("sft", {"transcribe": TranscribeConfig(max_seconds=1)}, "says nothing without task=transcribe"),
+        ("sft", {"classify": ClassifyConfig(balance=True)}, "says nothing without task=classify"),
+        ("classify", {"classify": ClassifyConfig(classes=["a", ""])}, "names an empty class"),
+        ("classify", {"classify": ClassifyConfig(classes=["a", " b"])}, "with spaces around it"),
+        ("classify", {"classify": ClassifyConfig(classes=["a", "b", "a"])}, "names a class twice"),
+        ("classify", {"classify": ClassifyConfig(classes=["a"])}, "names one class"),
     ],
 )
-def test_settings_that_do_not_fit_the_task(corpus: Path, task: str, args: list[str], words: str) -> None:
-    shape = ["model.shape=encoder_decoder"] if task == "translate" else []
-    good = ["run_dir=run", "tokenizer=.", "data.train=corpus", "train.max_steps=1", f"task={task}", *shape]
-    load(FinetuneConfig, good)
-    text = refusal(FinetuneConfig, *good, *args)
-    assert re.search(words, text), text
-    assert "\n" not in text
+def test_settings_that_do_not_fit_the_task(task: str, sections: dict[str, Any], words: str) -> None:
+    (said,) = of_task(task, **sections)
+    assert re.search(words, said), said
+
+
+def test_settings_of_the_task_are_good() -> None:
+    for task in ("sft", "preference"):
+        assert of_task(task, chat=ChatConfig(temperature=0.5)) == []
+    assert of_task("sft", sft=SftConfig(packing=True, row_length=64)) == []
+    assert of_task("classify", classify=ClassifyConfig(classes=["a", "b"], balance=True)) == []

@@ -99,6 +99,15 @@ def test_nested(monkeypatch: pytest.MonkeyPatch) -> None:
         ("https://host/a@b:c", "https://host/a@b:c"),
         ("--max-tokens 10000000", "--max-tokens 10000000"),
         ("password=1234567 and password=12345678", f"password=1234567 and password={HIDDEN}"),
+        ("connect with password=correct-horse", f"connect with password={HIDDEN}"),
+        ("a=b password: correct-horse", f"a=b password: {HIDDEN}"),
+        ("--shards 10000000 --api-key 0123456789", f"--shards 10000000 --api-key {HIDDEN}"),
+        ("run_dir=/home/me/runs/a token=0123456789", f"run_dir=/home/me/runs/a token={HIDDEN}"),
+        ('{"password": "correct horse", "x": 1}', f'{{"password": "{HIDDEN}", "x": 1}}'),
+        ("{'api_key': 'correct-horse'}", f"{{'api_key': '{HIDDEN}'}}"),
+        ("--password='correct horse, staple' x", f"--password='{HIDDEN}' x"),
+        ('token="correct horse"', f'token="{HIDDEN}"'),
+        ("the token 'correct horse'", "the token 'correct horse'"),
         ("python train.py --wandb-api-key 0123456789 data", f"python train.py --wandb-api-key {HIDDEN} data"),
         ("password: correct-horse", f"password: {HIDDEN}"),
         ("the password was mentioned in train.max_tokens=10B", "the password was mentioned in train.max_tokens=10B"),
@@ -106,6 +115,12 @@ def test_nested(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_texts(text: str, clean: str) -> None:
     assert scrub_text(text) == clean
+
+
+def test_a_long_text_takes_a_moment() -> None:
+    """In a time that grows as the text does; by its square it would be many minutes."""
+    for text in ("a" * 100_000, "a." * 50_000, "a " * 50_000, "a=" * 50_000, "-" * 100_000):
+        assert scrub_text(text) == text
 
 
 def test_a_secret_that_contains_another_is_hidden_whole(monkeypatch: pytest.MonkeyPatch) -> None:

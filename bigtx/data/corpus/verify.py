@@ -16,6 +16,7 @@ import numpy as np
 from bigtx.data.corpus.blocks import block_views, is_block
 from bigtx.data.corpus.manifest import (
     AGAIN,
+    BLOCKS_NAME,
     DOCS_DTYPE,
     MEMBER_HEADER_BYTES,
     NPY_HEADER_BYTES,
@@ -117,6 +118,7 @@ def _open(place: Place, result: Verified) -> list[Manifest]:
         except DataError as error:
             result.problems.append(str(error))
     for manifest in manifests:
+        result.problems += _check_table(manifest)
         try:
             tokenizer = load_tokenizer(place, manifest.tokenizer_fingerprint)
         except DataError as error:
@@ -128,6 +130,18 @@ def _open(place: Place, result: Verified) -> list[Manifest]:
                 f"tokenizer {tokenizer.vocab_size} and {tokenizer.end_id}"
             )
     return manifests
+
+
+def _check_table(manifest: Manifest) -> Iterator[str]:
+    """Whether the blocks follow each other from shard to shard, each as long as the manifest says."""
+    shards, tokens = manifest.blocks["shard"], manifest.blocks["tokens"]
+    if (shards[1:] < shards[:-1]).any():
+        yield f"{manifest.folder / BLOCKS_NAME}: its blocks are not in the order of their shards"
+    if (tokens[:-1] != manifest.block_tokens).any() or tokens[-1] > manifest.block_tokens:
+        yield (
+            f"{manifest.folder}: the manifest has block_tokens={manifest.block_tokens}, and blocks of the table have "
+            "other lengths"
+        )
 
 
 def _nothing() -> None:

@@ -97,6 +97,7 @@ def check(task: Any, examples: list[Any]) -> None:
         for start in range(0, len(examples), size):
             numbers = [first + number for number in NUMBERS[start : start + size]]
             loss = task.loss(model, task.collate(examples[start : start + size], numbers[: len(examples) - start]))
+            assert (loss.routing is not None) == (task.config.model.experts.num_experts > 0)
             part = loss.loss_sum
             if loss.routing is not None:
                 part = part + routing_loss(loss.routing, shares, dataclasses.replace(EXPERTS, balance_loss=1.0))

@@ -17,7 +17,7 @@ from bigtx.tokenizer.train import train
 from bigtx.train.tasks.preference import Preference
 
 TEXTS = ["red apple tree and green apple tree, the house of stone, who are you, I am the river. " * 3] * 20
-SIDES = [("the tree", "red apple", "stone"), ("who are you, who", "I am the river", "you are")]
+SIDES = [("the tree", "red apple", "stone"), ("who are you, who", "you are", "I am the river")]
 
 
 @pytest.fixture(scope="module")

@@ -11,15 +11,18 @@ import torch
 import torch.nn.functional as F
 
 from bigtx.config.schema import ChatConfig, FinetuneConfig, ModelConfig, RecordsConfig, SftConfig, TokenizerTrainConfig
-from bigtx.data.records.record import Record
+from bigtx.data.records.record import BadRecordError, Record
 from bigtx.model.loss import IGNORED
 from bigtx.model.transformer import Transformer
-from bigtx.tokenizer.template import Part, Template
+from bigtx.tokenizer.huggingface_model import CHAT_TEMPLATE
+from bigtx.tokenizer.template import around
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.tokenizer.train import train
+from bigtx.train.tasks import chats as chats_module
 from bigtx.train.tasks import sft as sft_module
 from bigtx.train.tasks.distill import Distill
 from bigtx.train.tasks.sft import PackedRow, Sft, best_fit
+from bigtx.utils.errors import ConfigError
 
 TEXTS = ["red apple tree and green apple tree, the house of stone, who are you, I am the river. " * 3] * 20
 CPU = torch.device("cpu")
@@ -33,6 +36,11 @@ RECORDS = [
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return train(TokenizerTrainConfig(vocab_size=420), TEXTS)
+
+
+@pytest.fixture(scope="module")
+def without_roles() -> Tokenizer:
+    return train(TokenizerTrainConfig(vocab_size=420, chat_roles=[]), TEXTS)
 
 
 def config_of(task: Any = "sft", **changes: Any) -> FinetuneConfig:
@@ -85,11 +93,11 @@ def test_metrics_by_hand(tokenizer: Tokenizer) -> None:
     """Of records of unequal length the mean is over tokens, and `exact_match` over records that have an answer."""
     scores = [
         {"_loss_sum": 2.0, "_num_right": 1, "_num_tokens": 1, "_is_exact": True},
-        {"_loss_sum": 3.0, "_num_right": 3, "_num_tokens": 6, "_is_exact": False},
-        {"_loss_sum": 1.0, "_num_right": 0, "_num_tokens": 1, "_is_exact": False},
+        {"_loss_sum": 3.0, "_num_right": 4, "_num_tokens": 6, "_is_exact": False},
+        {"_loss_sum": 1.0, "_num_right": 0, "_num_tokens": 1},
     ]
-    by_hand = {"loss": 6 / 8, "perplexity": math.exp(6 / 8), "token_accuracy": 4 / 8}
-    assert make(tokenizer).metrics(scores) == pytest.approx(by_hand | {"exact_match": 1 / 3})
+    by_hand = {"loss": 6 / 8, "perplexity": math.exp(6 / 8), "token_accuracy": 5 / 8}
+    assert make(tokenizer).metrics(scores) == pytest.approx(by_hand | {"exact_match": 1 / 2})
     in_run = [{key: value for key, value in score.items() if key != "_is_exact"} for score in scores]
     assert make(tokenizer).metrics(in_run) == pytest.approx(by_hand)
     diverged = [{"_loss_sum": 5000.0, "_num_right": 0, "_num_tokens": 1}]
@@ -112,6 +120,46 @@ def test_an_answer_is_exact_letter_by_letter(tokenizer: Tokenizer, monkeypatch: 
     assert found[3] == {"response": "I"}, "what is not known is not measured"
     assert [len(prompt) for prompt in asked] == [example.prompt_length for example in examples]
     assert all(prompt[-1] == tokenizer.role_ids["assistant"] for prompt in asked)
+
+
+def test_how_answers_are_written(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the config says; what is drawn follows from the prompt and the seed, not from its place in a batch."""
+    asked: list[dict[str, Any]] = []
+
+    def decode(model: Any, config: Any, prompts: list[list[int]], **settings: Any) -> list[list[int]]:
+        asked.append(settings)
+        return [tokenizer.encode("red")] * len(prompts)
+
+    monkeypatch.setattr(chats_module, "decode_tokens", decode)
+    ends = tokenizer.changed(ends=[tokenizer.end_id, 9])
+    for seed, prompts in ((5, [[7, 8], [9]]), (5, [[9], [7, 8]]), (6, [[7, 8], [9]])):
+        config = config_of(chat=ChatConfig(temperature=0.7, max_new_tokens=33), seed=seed)
+        assert chats_module.write_answers(None, config, ends, prompts, CPU) == ["red", "red"]
+    first, swapped, other = asked
+    assert (first["max_new_tokens"], first["end_ids"], first["num_ids"]) == (33, [tokenizer.end_id, 9], 420)
+    assert first["sampling"].temperature == 0.7
+
+    def draws(settings: dict[str, Any]) -> list[float]:
+        return [torch.rand((), generator=settings["sampling"].generator(place)).item() for place in range(2)]
+
+    assert draws(first) == draws(swapped)[::-1] and len({*draws(first), *draws(other)}) == 4
+
+
+def test_what_fits_exactly_is_not_refused(tokenizer: Tokenizer, without_roles: Tokenizer) -> None:
+    whole = len(make(tokenizer).encode(RECORDS[1]).ids)
+    for length in (whole, whole - 1):
+        task = make(tokenizer, data=RecordsConfig(max_length=length, too_long="refuse"))
+        if length == whole:
+            assert len(task.encode(RECORDS[1]).ids) == whole
+        else:
+            with pytest.raises(BadRecordError, match=f"^{whole} tokens, and {whole - 1} are allowed"):
+                task.encode(RECORDS[1])
+    # Half of the length is read, with the separator: a token of the prompt, and one of the answer with its end.
+    separator = ChatConfig(separator=" :: ")
+    smallest = 2 * (1 + len(without_roles.encode(" :: ")))
+    make(without_roles, chat=separator, data=RecordsConfig(max_length=smallest))
+    with pytest.raises(ConfigError, match=rf"the smallest value of use is data\.max_length={smallest}$"):
+        make(without_roles, chat=separator, data=RecordsConfig(max_length=smallest - 1))
 
 
 @pytest.mark.parametrize("limit", [8, 9, 12])
@@ -163,11 +211,7 @@ def test_only_as_many_turns_go_as_have_to(tokenizer: Tokenizer) -> None:
 def test_begin_ids_stay_and_carry_no_loss(tokenizer: Tokenizer) -> None:
     """Those that the tokenizer of an imported model puts before a text."""
     begin, end = tokenizer.begin_id, tokenizer.end_id
-    llama = tokenizer.changed(
-        template=Template(
-            (Part(begin, 0), Part(None, 0)), (Part(begin, 0), Part(None, 0), Part(begin, 1), Part(None, 1))
-        )
-    )
+    llama = tokenizer.changed(template=around(begin, None))
     record = Record({"prompt": "the house of stone " * 5, "response": "red"}, "a")
     prompt, red = tokenizer.encode("the house of stone " * 5), [*tokenizer.encode("red"), end]
     user, assistant = (tokenizer.role_ids[role] for role in ("user", "assistant"))
@@ -218,6 +262,39 @@ def test_rows_of_chats(tokenizer: Tokenizer) -> None:
     assert packed.max_length == 48 and PackedRow(tuple(examples)).length == sum(lengths)
 
 
+def test_which_chats_share_a_row_is_drawn(tokenizer: Tokenizer) -> None:
+    """From the seed alone: neighbours in a file are often alike."""
+
+    def rows(seed: int) -> list[list[int]]:
+        task = make(tokenizer, sft=SftConfig(packing=True, row_length=16), seed=seed)
+        chats = [task.encode(Record({"prompt": "who", "response": "red"}, "a", number)) for number in range(40)]
+        places = {id(chat): place for place, chat in enumerate(chats)}
+        return [[places[id(chat)] for chat in row.chats] for row in task.pack(chats)]
+
+    assert sorted(place for row in rows(1) for place in row) == list(range(40)) and len(rows(1)) <= 20
+    assert rows(1) == rows(1) != rows(2)
+    apart = [abs(row[0] - row[1]) for row in rows(1) if len(row) > 1]
+    assert sum(apart) / len(apart) > 5, "that of two drawn at random is 40 / 3"
+
+
+def test_formats_that_cannot_be(tokenizer: Tokenizer) -> None:
+    own = Tokenizer(tokenizer.model, tokenizer.special, settings_files={CHAT_TEMPLATE: b"{{ messages }}"})
+    assert make(own).config.chat.format == "plain", "its own template is a program"
+    same = Tokenizer(
+        tokenizer.model, tokenizer.special, settings_files={CHAT_TEMPLATE: tokenizer.chat_template.encode()}
+    )  # type: ignore[union-attr]
+    assert make(same).config.chat.format == "chat"
+    with pytest.raises(ConfigError, match="came with a chat template of its own"):
+        make(own, chat=ChatConfig(format="chat"))
+    with pytest.raises(ConfigError, match="separator is empty"):
+        make(own, chat=ChatConfig(separator=""))
+    assert make(tokenizer, chat=ChatConfig(separator="")).config.chat.format == "chat"
+    prefix = config_of()
+    prefix.model.prefix_attention = True
+    with pytest.raises(ConfigError, match=r"would see themselves; write model\.prefix_attention=false"):
+        Sft.resolve(prefix, tokenizer, [])
+
+
 def test_best_fit_by_hand() -> None:
     """The longest first, each into the fullest bin that has room for it."""
     # 7 | 6 | 4 goes to 6, not to 7; 3 to 7; 2 opens a bin; 1 goes there.
@@ -239,6 +316,12 @@ def test_a_text_to_distill(tokenizer: Tokenizer) -> None:
     assert encode() == ([end, *ids, end], [False] + [True] * (len(ids) + 1), 0)
     # One token is read less than there are: all but the last end.
     assert encode(max_length=len(ids) + 1) == encode()
+    with pytest.raises(ConfigError, match=r"smallest value of use is data\.max_length=2"):
+        encode(max_length=1)
+    assert encode(max_length=2) == ([end, ids[0], end], [False, True, True], len(ids) - 1)
+    begin = tokenizer.changed(template=around(tokenizer.begin_id, None))
+    task = Distill(Distill.resolve(config_of("distill"), begin, []), begin)
+    assert task.encode(Record({"text": "the house of stone"}, "a")).ids.tolist() == [begin.begin_id, *ids, end]
     assert encode(max_length=len(ids)) == ([end, *ids[:-1], end], [False] + [True] * len(ids), 1)
 
 
