@@ -6,6 +6,7 @@ import itertools
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -92,3 +93,35 @@ def test_deviations(init: str, projection: float, experts: dict[str, Any]) -> No
             spread = 4 / math.sqrt(value.numel())
             assert value.std().item() == pytest.approx(expected, rel=spread), name
             assert abs(value.mean().item()) <= spread * expected, name
+
+
+def deviation(name: str, **changes: Any) -> float:
+    """Of a parameter of a model with such settings, exactly: what a value of deviation 1 is multiplied with."""
+    shape = (8, 12)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(initial, "_normal", lambda *_: np.ones(96, np.float32))
+        value = initial_value(name, shape, ModelConfig(vocab_size=100, num_heads=4, hidden_size=64, **changes), 3)
+    assert len(value.unique()) == 1
+    return value[0, 0].item()
+
+
+def test_deviations_by_hand() -> None:
+    """A stack's projections are divided by the root of the number of sums in its residual stream."""
+    sides: dict[str, Any] = {"shape": "encoder_decoder", "num_layers": 2, "num_decoder_layers": 5, "init": "scaled"}
+    for part in ("attention.output.weight", "mlp.down.weight", "cross_attention.output.weight"):
+        assert deviation(f"decoder.blocks.1.{part}", **sides) == pytest.approx(0.02 / math.sqrt(3 * 5))
+    for part in ("attention.output.weight", "mlp.down.weight"):
+        assert deviation(f"encoder.blocks.1.{part}", **sides) == pytest.approx(0.02 / math.sqrt(2 * 2))
+        assert deviation(f"decoder.blocks.1.{part}", num_layers=7, init="scaled") == pytest.approx(0.02 / math.sqrt(14))
+    assert deviation("decoder.blocks.1.attention.key.weight", **sides) == pytest.approx(0.02)
+    assert deviation("embedding.weight", init_std=0.5, **sides) == pytest.approx(0.5)
+    # Scores are query times key times the scale: 1 / 4 as a rule, where heads are 16 wide.
+    query = "decoder.blocks.1.attention.query.weight"
+    assert deviation(query) == pytest.approx(0.02)
+    assert deviation(query, attention_scale=1.0) == pytest.approx(0.02 / 4)
+    assert deviation(query, attention_scale=0.25) == pytest.approx(0.02)
+    # PyTorch's own initial values of a matrix of 12 inputs have the variance 1 / (3 * 12).
+    assert deviation("decoder.blocks.1.attention.query.adapter.a") == pytest.approx(1 / 6)
+    assert deviation("decoder.blocks.1.attention.query.adapter.b") == 0.0
+    assert deviation("bigrams.table.weight", bigram_rows=50) == 0.0
+    assert deviation("bigrams.widen.weight", bigram_rows=50, bigram_size=9) == pytest.approx(1 / 3)

@@ -17,6 +17,7 @@ from sounds import RATE, WORDS, sayings, spoken, tone, wav, write_tokenizer
 from bigtx.config.schema import AudioConfig, FinetuneConfig, ModelConfig, RecordsConfig, TranscribeConfig
 from bigtx.data.audio.decode import AudioPlace
 from bigtx.data.records.record import BadRecordError, Record
+from bigtx.model.beam import Beam
 from bigtx.model.loss import IGNORED
 from bigtx.model.transformer import Transformer
 from bigtx.tokenizer.tokenizer import Tokenizer
@@ -216,6 +217,43 @@ def test_too_long_recordings_are_cut_and_counted_or_refused(tokenizer: Tokenizer
     assert int(task.collate([task.encode(long)]).feature_lengths[0]) == 50
     with pytest.raises(BadRecordError, match=r"1\.0 s, and transcribe\.max_seconds=0\.5"):
         make(tokenizer, max_seconds=0.5, data={"too_long": "refuse"}).encode(long)
+
+
+def test_texts_are_cut_with_room_for_their_end(tokenizer: Tokenizer) -> None:
+    """All that a decoder reads and writes is as long as is allowed: a start, or an end, and the text."""
+    sound, text = wav(tone(400, 1.0)), "low mid high top low mid"
+    ids = tokenizer.encode(text)
+    assert len(ids) > 5
+    for method, room in (("ctc", 5), ("seq2seq", 4)):
+        task = make(tokenizer, method, data={"max_length": 5})
+        example = task.encode(record(sound, text))
+        assert example.ids.tolist() == ids[:room] and example.num_cut == len(ids) - room
+        assert task.collate([example]).labels.shape[1] == 5
+        exact = make(tokenizer, method, data={"max_length": len(ids) + 5 - room, "too_long": "refuse"})
+        assert exact.encode(record(sound, text)).ids.tolist() == ids
+
+
+def test_columns_that_ctc_needs(tokenizer: Tokenizer) -> None:
+    """One for each token, and one for the blank between two equal ones; of what is left when it is played faster."""
+    task, rate = make(tokenizer), RATE
+    assert task.hearing.num_columns(round(0.1 * rate)) == 5
+    for ids, speed_change, fits in (
+        ([5, 6, 5, 6, 5], 0.0, True),
+        ([5, 6, 5, 6, 5, 6], 0.0, False),
+        ([5, 5, 5], 0.0, True),
+        ([5, 5, 6, 6], 0.0, False),
+        ([5, 5, 6], 0.3, True),
+        ([5, 5, 6, 5], 0.3, False),
+        ([5, 5, 6, 5], 0.5, False),
+    ):
+        task = make(tokenizer, speed_change=speed_change)
+        if fits:
+            task._check_room(ids, round(0.1 * rate))
+        else:
+            with pytest.raises(BadRecordError, match="CTC cannot say it"):
+                task._check_room(ids, round(0.1 * rate))
+    make(tokenizer, "seq2seq")._check_room([5] * 20, round(0.1 * rate))
+    assert make(tokenizer, "seq2seq", num_beams=3, length_penalty=0.9).beam == Beam(size=3, length_penalty=0.9)
 
 
 def test_learned_positions_must_reach(tokenizer: Tokenizer) -> None:
