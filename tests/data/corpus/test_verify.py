@@ -172,6 +172,7 @@ def pickled(content: bytes) -> bytes:
     ("block", "change", "said"),
     [
         (1, with_token(7, 9999), "holds the id 9999, and the vocabulary has 420"),
+        (1, with_token(7, 420), "holds the id 420, and the vocabulary has 420"),
         (1, with_token(7, 3), "do not start where the ones before end"),
         (1, renamed, "is the member '../../000000.tokens.npy'"),
         (1, pickled, "an array .* of object"),
@@ -192,6 +193,17 @@ def test_the_end_of_the_last_document_is_missed(corpus_copy: Path) -> None:
     last = len(manifest.blocks) - 1
     rewrite_block(folder, last, with_token(int(manifest.blocks[last]["tokens"]) - 1, 5))
     assert verify(as_place(corpus_copy), 1).problems == [f"{folder}: the last document has no end"]
+
+
+def test_shards_follow_each_other(corpus_copy: Path) -> None:
+    """An end where the next shard goes on with a document, or none where it begins with one."""
+    folder = corpus_copy / "train"
+    manifest = Manifest.load(folder)
+    last = int(np.searchsorted(manifest.blocks["shard"], 1)) - 1
+    has_end = BlockReader(manifest).block(last)[0][-1] == manifest.end_id
+    rewrite_block(folder, last, with_token(int(manifest.blocks[last]["tokens"]) - 1, 5 if has_end else 3))
+    said = "000001.tar: a document starts with it, or does not, against the end of the shard before"
+    assert verify(as_place(corpus_copy), 1).problems == [f"{folder}/{said}"]
 
 
 def test_a_manifest_without_its_last_shard(corpus_copy: Path) -> None:
