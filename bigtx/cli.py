@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "configs list": ("bigtx.commands.configs:list_command", "list the recipes that come with bigtx"),
     "configs show": ("bigtx.commands.configs:show_command", "print a recipe"),
     "configs copy": ("bigtx.commands.configs:copy_command", "copy a recipe, to change it"),
+    "configs plan": ("bigtx.commands.configs:plan_command", "say what a pretraining takes of memory and time"),
     "configs explain": ("bigtx.commands.configs:explain_command", "say what a setting means"),
     "help": ("bigtx.cli:help_command", "say what a command does and takes"),
     "version": ("bigtx.cli:version_command", "print the version (--json: also of its packages)"),

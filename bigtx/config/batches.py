@@ -1,11 +1,11 @@
-"""How ranks share a global batch."""
+"""How many batches a run has, and how ranks share one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from bigtx.config.nodes import Problem
-from bigtx.config.schema.training import RhythmConfig
+from bigtx.config.schema.training import PretrainConfig, RhythmConfig
 
 
 def batch_problems(train: RhythmConfig, num_ranks: int) -> Iterator[Problem]:
@@ -25,3 +25,12 @@ def micro_batch_size_of(train: RhythmConfig, num_ranks: int) -> int:
     """Sequences of a micro batch: the most that divide a rank's share and are not more than the config allows."""
     share = train.global_batch_size // num_ranks
     return next(size for size in range(min(train.micro_batch_size, share), 0, -1) if share % size == 0)
+
+
+def total_steps(config: PretrainConfig) -> int:
+    """Optimizer steps of a pretraining."""
+    train = config.train
+    if train.max_steps is not None:
+        return train.max_steps
+    assert train.max_tokens is not None
+    return -(-train.max_tokens // (train.global_batch_size * train.sequence_length))

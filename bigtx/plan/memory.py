@@ -87,11 +87,11 @@ def _matrices(config: ModelConfig) -> int:
     )
 
 
-def buffer_bytes(config: ModelConfig, *, stage: int) -> int:
+def buffer_bytes(config: ModelConfig, *, stage: int, bucket: int = BUCKET) -> int:
     """Bytes that DeepSpeed holds beside the states, at most: two buckets of gradients in 16 and 32 bits at stages 2 and
     3, and at stage 3 the weights that are gathered."""
     total = count_parameters(config).total
-    buckets = 2 * (2 + 4) * min(BUCKET, total) if stage >= 2 else 0
+    buckets = 2 * (2 + 4) * min(bucket, total) if stage >= 2 else 0
     return buckets + (2 * min(MAX_LIVE, total) if stage == 3 else 0)
 
 

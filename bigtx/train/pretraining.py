@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bigtx.config.batches import total_steps
 from bigtx.config.runs import has_steps
 from bigtx.config.schema import PretrainConfig
 from bigtx.train.session import Session, check_teacher, num_ranks, say_finished
@@ -227,11 +228,3 @@ def length_setting(config: PretrainConfig) -> str:
     if config.train.max_steps is not None:
         return "train.max_steps"
     return "train.max_tokens"
-
-
-def total_steps(config: PretrainConfig) -> int:
-    """Optimizer steps of the run."""
-    if config.train.max_steps is not None:
-        return config.train.max_steps
-    assert config.train.max_tokens is not None
-    return -(-config.train.max_tokens // (config.train.global_batch_size * config.train.sequence_length))
