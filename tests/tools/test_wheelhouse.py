@@ -138,7 +138,7 @@ def test_versions_that_do_not_fit_each_other_are_refused(
 
 def test_an_extra_of_extras_and_what_builds_bigtx_are_included(tool: ModuleType) -> None:
     wanted = {Requirement(text).name for text in tool.requirements_of_bigtx(["dev"])}
-    assert {"hatchling", "torch", "pytest", "transformers", "ruff", "sacrebleu"} <= wanted
+    assert {"hatchling", "editables", "torch", "pytest", "transformers", "ruff", "sacrebleu"} <= wanted
     assert "bigtx" not in wanted
 
 
