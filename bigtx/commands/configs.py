@@ -1,4 +1,4 @@
-"""`bigtx configs list | show | copy | plan | explain`: the recipes that come with bigtx, and what each setting means."""
+"""`bigtx configs list | show | copy | plan | explain`: the recipes that come with bigtx, and what settings mean."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from bigtx.plan.run import MFU, plan_lines, plan_run
 from bigtx.utils import shell
 from bigtx.utils.arguments import Arguments, wrapped
 from bigtx.utils.errors import ConfigError
+from bigtx.utils.hardware import peak_flops
 from bigtx.utils.log import say, say_json
 from bigtx.utils.shell import command
 from bigtx.utils.units import format_count
@@ -156,8 +157,8 @@ def plan_command(argv: Sequence[str]) -> int:
     """
     parser = Arguments(
         prog="bigtx configs plan",
-        description="What a pretraining takes: memory of each GPU, micro batches, time and communication. By arithmetic "
-        f"alone, at {MFU:.0%} of the GPU's peak; docs/sizes.md says how.",
+        description="What a pretraining takes: memory of each GPU, micro batches, time and communication. By "
+        f"arithmetic alone, at {MFU:.0%} of the GPU's peak; docs/sizes.md says how.",
     )
     parser.add_argument("name", metavar="NAME", help="a recipe of `bigtx configs list`, or a file")
     parser.add_argument("--gpus", metavar="N,N", default="1,8,64", help="numbers of GPUs (1,8,64)")
@@ -175,10 +176,14 @@ def plan_command(argv: Sequence[str]) -> int:
     if size is None:
         raise ConfigError(f"{path} does not say how many ids its tokenizer has; write vocab_size=50304, for example")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+    peak = peak_flops(options.gpu, config.engine.precision)
+    if peak is None:
+        raise ConfigError(f"gpu={options.gpu}: its peak in {config.engine.precision} is not known; write gpu=H100")
+    plans = [plan_run(config, number, peak) for number in gpus]
     if options.json:
-        say_json([dataclasses.asdict(plan_run(config, number, options.gpu)) for number in gpus])
+        say_json([dataclasses.asdict(plan) for plan in plans])
         return 0
-    for line in plan_lines(config, gpus, options.gpu):
+    for line in plan_lines(config, plans, options.gpu):
         say(line)
     return 0
 

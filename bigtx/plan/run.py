@@ -15,7 +15,6 @@ from bigtx.config.schema import ModelConfig, PretrainConfig
 from bigtx.plan.memory import RESERVE, activation_bytes, buffer_bytes, loss_bytes, state_bytes, training_seconds
 from bigtx.plan.parameters import count_parameters, flops_per_token, stacks
 from bigtx.utils.errors import ConfigError
-from bigtx.utils.hardware import peak_flops
 
 MFU = 0.4
 """Share of the peak that the arithmetic reaches: an assumption."""
@@ -53,22 +52,19 @@ class Plan:
     run: float
 
 
-def plan_run(config: PretrainConfig, num_gpus: int, gpu: str) -> Plan:
+def plan_run(config: PretrainConfig, num_gpus: int, peak: float) -> Plan:
     """Work out a run.
 
     Args:
         config: of a decoder, with model.vocab_size.
         num_gpus: of all machines together.
-        gpu: its name, as in `hardware.PEAK_FLOPS`.
+        peak: FLOP/s of a GPU.
 
     Raises:
-        ConfigError: a config that this arithmetic does not cover, a batch that cannot be shared, or an unknown GPU.
+        ConfigError: a config that this arithmetic does not cover, or a batch that cannot be shared.
     """
     train, engine, model = config.train, config.engine, config.model
     _refuse_others(config)
-    peak = peak_flops(gpu, engine.precision)
-    if peak is None:
-        raise ConfigError(f"gpu={gpu}: its peak in {engine.precision} is not known; write for example gpu=H100")
     for problem in batch_problems(train, num_gpus):
         raise ConfigError(f"gpus={num_gpus}: {problem.key}={problem.value} {problem.what}")
     micro_batch_size = micro_batch_size_of(train, num_gpus)
@@ -112,8 +108,8 @@ def _refuse_others(config: PretrainConfig) -> None:
     }
     if found := [setting for setting, present in uncounted.items() if present]:
         raise ConfigError(
-            f"{', '.join(found)}: the plan counts decoders in 16 bits without experts, adapters, offloading and ema alone; "
-            "`bigtx pretrain ... --dry-run` measures a step of any config"
+            f"{', '.join(found)}: the plan counts decoders in 16 bits without experts, adapters, offloading and ema "
+            "alone; `bigtx pretrain ... --dry-run` measures a step of any config"
         )
 
 
@@ -142,9 +138,9 @@ def communication_seconds(config: ModelConfig, *, stage: int, num_gpus: int, mic
     return (num_gpus - 1) * (num_bytes * total / num_gpus / bandwidth + passes * HOP_SECONDS)
 
 
-def plan_lines(config: PretrainConfig, gpus: Sequence[int], gpu: str) -> list[str]:
-    """A table of plans, one column for each number of GPUs; see `plan_run`."""
-    train, plans = config.train, [plan_run(config, num_gpus, gpu) for num_gpus in gpus]
+def plan_lines(config: PretrainConfig, plans: Sequence[Plan], gpu: str) -> list[str]:
+    """A table of plans, one column for each number of GPUs; `gpu` is their name."""
+    train = config.train
     tokens, steps = train.global_batch_size * train.sequence_length, total_steps(config)
     rows = {
         f"{gpu} GPUs": [f"{plan.num_gpus}" for plan in plans],

@@ -1,4 +1,6 @@
-"""Bring offline runs to W&B from a machine with a network: `python -m bigtx.track.sync FOLDER ...`; see slurm/wandb-sync.sh.
+"""Bring offline runs to W&B from a machine with a network: `python -m bigtx.track.sync FOLDER ...`.
+
+slurm/wandb-sync.sh calls it again and again.
 
 A run is read from its JSON lines, as by the follower, and goes on where W&B's history of it ends. So it may be brought
 again and again while it trains, and no step is there twice: `wandb sync` begins with the first step each time, and W&B
@@ -73,6 +75,8 @@ def bring(folder: Path) -> int:
             run.mark_preempting()  # Else it would be "crashed" there until it is brought again.
         run.finish(exit_code=0 if status == "finished" else 1)
         wandb.teardown()
+    for segment in folder.glob("wandb/offline-run-*/*.wandb"):
+        segment.with_suffix(".wandb.synced").touch()  # `wandb sync` passes over it now.
     write_atomic(folder / "wandb" / SENT, json.dumps(before))
     return first_step
 

@@ -16,8 +16,8 @@ def answers(url: str, *, timeout: float, proxies: dict[str, str] | None = None) 
 
     Args:
         url: the server's base URL.
-        timeout: seconds for all of it. Name servers that are silent would take up to half a minute, whatever the time-out
-            of the connection.
+        timeout: seconds for all of it. Silent name servers would take up to half a minute, whatever the time-out of the
+            connection.
         proxies: by scheme, beside those that the environment names; loopback addresses go without.
     """
     found: list[bool] = []

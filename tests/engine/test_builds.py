@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from doors import TINY, bigtx
+from doors import TINY, pretrain
 from torch.utils.file_baton import FileBaton
 
 from bigtx.engine import builds
@@ -106,7 +106,8 @@ def test_of_many_one_builds_at_a_time(lock: Path) -> None:
     lock.touch()  # Of a start that was killed yesterday.
     log = lock.parent / "log"
     program = (
-        "import sys, time; from bigtx.engine.builds import Turn; turn = Turn(sys.argv[1]); log = open(sys.argv[2], 'a')\n"
+        "import sys, time\nfrom bigtx.engine.builds import Turn\n"
+        "turn, log = Turn(sys.argv[1]), open(sys.argv[2], 'a')\n"
         "if turn.try_acquire():\n"
         "    print('begin', file=log, flush=True); time.sleep(0.3); print('end', file=log, flush=True); turn.release()"
     )
@@ -145,6 +146,7 @@ def test_a_run_does_not_wait_for_a_lock_that_a_killed_one_left(
     from torch.utils.cpp_extension import _get_build_directory
 
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    monkeypatch.setenv("DS_PIN_MEMORY_BACKEND", "native")
     lock = Path(_get_build_directory("pin_memory", verbose=False)) / "lock"
     lock.touch()
     settings = [
@@ -155,6 +157,6 @@ def test_a_run_does_not_wait_for_a_lock_that_a_killed_one_left(
         "train.max_steps=2",
         "track.wandb=off",
     ]
-    done = bigtx("pretrain", *settings, "--ranks=2", DS_PIN_MEMORY_BACKEND="native")
+    done = pretrain(*settings, ranks=2)
     assert done.returncode == 0, done.stderr
     assert list(lock.parent.glob("pin_memory*.so")) and not lock.exists()

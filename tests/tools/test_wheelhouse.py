@@ -113,8 +113,12 @@ def test_packages_of_cuda_have_the_versions_that_torch_asks_for(
     monkeypatch.setattr(tool, "requirements_of_bigtx", lambda extras: ["torch>=2.11"])
     monkeypatch.setattr(tool, "read_pins", lambda path: {"torch": "2.13.0", "cuda-bindings": "13.1.0"})
     assert collected(tool, tmp_path, requires) == [
-        "cuda_bindings-13.1.0", "cuda_toolkit-13.0.3", "nvidia_cublas-13.1.0", "nvidia_nccl_cu13-2.29.7", "torch-2.13.0",
-    ]  # fmt: skip
+        "cuda_bindings-13.1.0",
+        "cuda_toolkit-13.0.3",
+        "nvidia_cublas-13.1.0",
+        "nvidia_nccl_cu13-2.29.7",
+        "torch-2.13.0",
+    ]
 
 
 def test_extras_that_a_later_requirement_names_are_followed(

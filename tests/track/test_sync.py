@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_wandb import GUARD_SECONDS, KEY, dead_url, read_jsonl, run_program, steps  # noqa: E402
-from wandb_double import WandbDouble  # noqa: E402
+from test_wandb import GUARD_SECONDS, KEY, dead_url, read_jsonl, run_program, steps
+from wandb_double import WandbDouble
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -73,6 +73,7 @@ def test_a_run_is_brought_as_it_grows_and_no_step_twice(folder: Path) -> None:
         refused = bring(folder, dead_url())
         assert refused.returncode == 1 and "1 run(s) wait" in refused.stdout and "Traceback" not in refused.stderr
         assert bring(folder, server.url).returncode == 0
+    assert list(folder.glob("wandb/offline-run-*/*.wandb.synced")), "`wandb sync` passes over it"
     (run_id,) = server.runs
     assert run_id == (folder / "wandb_run_id").read_text().strip()
     assert steps(run.history) == [line["step"] for line in read_jsonl(folder / "metrics.jsonl")]
@@ -81,6 +82,7 @@ def test_a_run_is_brought_as_it_grows_and_no_step_twice(folder: Path) -> None:
     assert KEY.encode() not in (folder / "wandb" / "task.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_loop_goes_on_until_it_is_asked_to_end(folder: Path) -> None:
     whole = offline_run(folder, 6)
     with WandbDouble() as server:
