@@ -16,7 +16,7 @@ from pathlib import Path
 
 from torch.utils import file_baton
 
-from bigtx.utils.locks import is_local, try_lock
+from bigtx.utils.locks import is_local, open_or_make, try_lock
 from bigtx.utils.log import say
 
 QUIET_SECONDS = 600.0
@@ -26,31 +26,35 @@ POLL_SECONDS = 0.5
 SAY_SECONDS = 5.0
 
 
-class Turn(file_baton.FileBaton):
-    """What torch asks who may build."""
+class Turn:
+    """What torch asks who may build, in place of its own `FileBaton`."""
+
+    def __init__(self, lock_file_path: str, *_: object, **__: object) -> None:
+        """Args:
+        lock_file_path: `lock` in the extension's folder; torch's other arguments say how its own waits.
+        """
+        self.path = Path(lock_file_path)
+        self._descriptor = -1
 
     def try_acquire(self) -> bool:
         """Wait for a turn. Returns False where another process has built the extension in the meantime."""
-        path, begin, said = Path(self.lock_file_path), time.monotonic(), False
+        begin, said = time.monotonic(), False
         while True:
             try:
-                self.fd, is_new = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644), True
-            except FileExistsError:
-                try:
-                    self.fd, is_new = os.open(path, os.O_RDWR | os.O_CLOEXEC), False
-                except FileNotFoundError:
-                    return False
+                descriptor, is_new = open_or_make(self.path)
+            except FileNotFoundError:
+                return False
             # Whoever finds the file without its lock looks at it for a moment.
-            is_free = try_lock(self.fd) is not False
-            if is_free and _is_same(self.fd, path) and (is_new or _stays(path, self.fd)):
+            is_free = try_lock(descriptor) is not False
+            if is_free and _is_same(descriptor, self.path) and (is_new or _stays(self.path, descriptor)):
+                self._descriptor = descriptor
                 return True
-            os.close(self.fd)
-            self.fd = None
+            os.close(descriptor)
             if not said and time.monotonic() - begin > SAY_SECONDS:
                 said = True
-                say(f"waiting for another process that builds {path.parent.name}; it has {path}")
+                say(f"waiting for another process that builds {self.path.parent.name}; it has {self.path}")
             time.sleep(POLL_SECONDS)
-            if not path.exists():
+            if not self.path.exists():
                 return False
 
     def wait(self) -> None:
@@ -59,14 +63,13 @@ class Turn(file_baton.FileBaton):
     def release(self) -> None:
         """Let the others see that the extension is there."""
         with contextlib.suppress(FileNotFoundError):
-            os.remove(self.lock_file_path)
-        if self.fd is not None:
-            os.close(self.fd)
+            self.path.unlink()
+        os.close(self._descriptor)
 
 
 def take_turns() -> None:
     """Have torch build its extensions in turns of ours."""
-    file_baton.FileBaton = Turn  # type: ignore[misc]
+    file_baton.FileBaton = Turn  # type: ignore[assignment,misc]
     if builder := sys.modules.get("torch.utils.cpp_extension"):
         builder.FileBaton = Turn  # type: ignore[attr-defined]
 

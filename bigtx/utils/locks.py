@@ -81,7 +81,7 @@ class FolderLock:
             LaunchError: waiting would not help.
         """
         try:
-            descriptor, is_new = _open(self.path)
+            descriptor, is_new = open_or_make(self.path)
         except FileNotFoundError:
             if not self.path.parent.is_dir():
                 raise
@@ -180,7 +180,7 @@ def is_local(path: Path) -> bool:
     return _mount_of(path)[0] in LOCAL_FILE_SYSTEMS
 
 
-def _open(path: Path) -> tuple[int, bool]:
+def open_or_make(path: Path) -> tuple[int, bool]:
     """The file, and whether it was made now. Making it is exclusive also where there are no locks."""
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644), True
