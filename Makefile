@@ -20,13 +20,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help env demo test test-full test-slurm test-gpu lint format bench clean
+.PHONY: help env demo test test-full test-airgap test-slurm test-gpu lint format bench clean
 .DEFAULT_GOAL := help
 # Two targets must not build the environment at the same time.
 .NOTPARALLEL:
 
 help: ## show this list
-	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{printf "make %-10s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{printf "make %-11s %s\n", $$1, $$2}'
 
 env: $(READY_ENV) ## make the environment, .venv, with what training needs
 	@echo "The environment is ready: . $(VENV)/bin/activate"
@@ -45,6 +45,9 @@ test-full: lint ## every test that this machine can run without a GPU
 test-slurm: $(READY) ## the tests on a real SLURM cluster on this machine; needs root and `tests/slurm/cluster install`
 	@tests/slurm/cluster ready
 	@$(PYTEST) -m slurm tests/slurm
+
+test-airgap: $(READY) ## installation, training and tests without a network, from wheels that it downloads first; needs root
+	@PYTHON=$(abspath $(BIN)/python) tests/airgap
 
 test-gpu: ## the tests and the throughput benchmark on this machine's GPU; without a GPU it says so and succeeds
 	@python="$(FOUND_PYTHON)"; $${python:-python3} tools/test_gpu

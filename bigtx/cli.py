@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "configs list": ("bigtx.commands.configs:list_command", "list the recipes that come with bigtx"),
     "configs show": ("bigtx.commands.configs:show_command", "print a recipe"),
     "configs copy": ("bigtx.commands.configs:copy_command", "copy a recipe, to change it"),
+    "configs plan": ("bigtx.commands.configs:plan_command", "estimate the memory and time of a pretraining"),
     "configs explain": ("bigtx.commands.configs:explain_command", "explain a setting"),
     "help": ("bigtx.cli:help_command", "explain a command and its options"),
     "version": ("bigtx.cli:version_command", "print the version (--json: also of packages)"),

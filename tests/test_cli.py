@@ -142,7 +142,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["pretrain", "small"], "no file 'small', here or among the recipes; did you mean pretrain/small.yaml?"),
         (["pretrain", "pretrain/smal.yaml"], "did you mean pretrain/small.yaml?"),
         (["finetune", "chat"], "did you mean finetune/chat.yaml"),
-        (["pretrain", "gpt"], "did you mean pretrain/gpt-1.3b.yaml or pretrain/gpt-125m.yaml?"),
+        (["pretrain", "gpt"], "did you mean pretrain/gpt-1.3b.yaml or pretrain/gpt-125m.yaml or"),
         (["data", "prepare", "--output", "x"], "settings are written KEY=VALUE: output=x"),
         (["tokenizer", "train", "-o", "x"], "settings are written KEY=VALUE: output=x"),
         (["pretrain", "--api-key", "plain-secret"], "--api-key (command line): no such option"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from doors import as_json
 
-from bigtx.commands.configs import copy_command, explain_command, list_command, show_command
+from bigtx.commands.configs import copy_command, explain_command, list_command, plan_command, show_command
 from bigtx.config.load import load
 from bigtx.config.schema import ModelConfig, PretrainConfig
 from bigtx.config.shipped import shipped_configs
@@ -143,3 +143,30 @@ def test_explain_all_and_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert "optimizer: AdamW" in shown and "vocab_size=16384" in shown
     with pytest.raises(ConfigError, match=r"did you mean model\.hidden_size"):
         explain_command(["hiden_size"])
+
+
+def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    one, eight = as_json(capsys, plan_command, ["pretrain/gpt-1.3b.yaml", "gpus=1,8"])
+    assert (one["micro_batches"], eight["micro_batches"]) == (64, 8)
+    assert one["communication"] == 0 < eight["communication"] < eight["arithmetic"] < one["arithmetic"]
+    assert plan_command(["pretrain/gpt-1.3b.yaml", "gpus=8", "gpu=A100"]) == 0
+    assert "A100 GPUs                            8\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["pretrain/gpt-1.3b.yaml", "gpus=some"], "gpus=some: write numbers of GPUs"),
+        (["pretrain/gpt-1.3b.yaml", "gpus=3"], "gpus=3: train.global_batch_size=512 does not divide over 3 ranks"),
+        (["pretrain/gpt-1.3b.yaml", "gpu=Abacus"], "gpu=Abacus: its peak in bf16 is not known"),
+        (["pretrain/gpt"], "no recipe 'pretrain/gpt'"),
+        (["own.yaml"], "own.yaml does not say how many ids its tokenizer has"),
+    ],
+)
+def test_what_cannot_be_planned_is_said(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.yaml").write_text("model: {num_layers: 2}\n")
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        plan_command(words)

@@ -1,4 +1,4 @@
-"""`bigtx configs list | show | copy | explain`: the recipes that come with bigtx, and the meaning of each setting."""
+"""`bigtx configs list | show | copy | plan | explain`: the recipes that come with bigtx, and the meaning of each setting."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ from bigtx.config.schema import (
 from bigtx.config.settings import Setting, describe_type, find, members, similar_keys
 from bigtx.config.shipped import LISTED, find_config, shipped_configs, shipped_folder, similar_configs
 from bigtx.plan.parameters import count_parameters
+from bigtx.plan.run import MFU, plan_lines, plan_run
 from bigtx.utils import shell
 from bigtx.utils.arguments import Arguments, wrapped
 from bigtx.utils.errors import ConfigError
+from bigtx.utils.hardware import peak_flops
 from bigtx.utils.log import say, say_json
 from bigtx.utils.shell import command
 from bigtx.utils.units import format_count
@@ -149,6 +151,45 @@ def copy_command(argv: Sequence[str]) -> int:
     return 0
 
 
+def plan_command(argv: Sequence[str]) -> int:
+    """Print what a pretraining takes on some numbers of GPUs.
+
+    Raises:
+        ConfigError: no such recipe or file, or one that the arithmetic does not cover.
+    """
+    parser = Arguments(
+        prog="bigtx configs plan",
+        description="What a pretraining takes: memory of each GPU, micro batches, time and communication. By "
+        f"arithmetic alone, at {MFU:.0%} of the GPU's peak; docs/sizes.md says how.",
+    )
+    parser.add_argument("name", metavar="NAME", help="a recipe of `bigtx configs list`, or a file")
+    parser.add_argument("--gpus", metavar="N,N", default="1,8,64", help="numbers of GPUs (1,8,64)")
+    parser.add_argument("--gpu", metavar="NAME", default="H100", help="what they are (H100)")
+    parser.add_argument("--vocab-size", metavar="N", type=int, help="ids of the tokenizer (as the file names it)")
+    parser.add_json()
+    options = parser.parse_args(argv)
+    path = find_config(options.name)
+    if path is None:
+        raise _no_recipe(options.name)
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", options.gpus):
+        raise ConfigError(f"gpus={options.gpus}: write numbers of GPUs, e.g. gpus=8 or gpus=1,8,64")
+    config, gpus = load(PretrainConfig, [str(path)], check=False), [int(number) for number in options.gpus.split(",")]
+    size = options.vocab_size or config.model.vocab_size or _vocabulary(path)
+    if size is None:
+        raise ConfigError(f"{path} does not say how many ids its tokenizer has; write vocab_size=50304, for example")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+    peak = peak_flops(options.gpu, config.engine.precision)
+    if peak is None:
+        raise ConfigError(f"gpu={options.gpu}: its peak in {config.engine.precision} is not known; write gpu=H100")
+    plans = [plan_run(config, number, peak) for number in gpus]
+    if options.json:
+        say_json([dataclasses.asdict(plan) for plan in plans])
+        return 0
+    for line in plan_lines(config, plans, options.gpu):
+        say(line)
+    return 0
+
+
 def _no_recipe(name: str) -> ConfigError:
     similar = similar_configs(name)
     return ConfigError(f"no recipe {name!r}{f'; did you mean {_either(similar)}?' if similar else LISTED}")
@@ -167,13 +208,18 @@ def _kind_and_size(recipe: Recipe) -> tuple[int, int, str]:
 def _recipe(name: str) -> Recipe:
     path = shipped_folder() / name
     lines = path.read_text(encoding="utf-8").splitlines()
-    sizes = [_SIZE.match(line) for file in base_files(path) for line in file.read_text(encoding="utf-8").splitlines()]
-    vocabulary = next((int(size["vocabulary"].replace(",", "")) for size in sizes if size), None)
+    vocabulary = _vocabulary(path)
     parameters = None
     if vocabulary is not None:
         model: ModelConfig = load(KINDS[name.partition("/")[0]][0], [str(path)], check=False).model
         parameters = count_parameters(dataclasses.replace(model, vocab_size=vocabulary)).total
     return Recipe(name, _about(lines[0] if lines else ""), vocabulary, parameters)
+
+
+def _vocabulary(path: Path) -> int | None:
+    """Ids that the first of a recipe's files that names any is written for."""
+    sizes = [_SIZE.match(line) for file in base_files(path) for line in file.read_text(encoding="utf-8").splitlines()]
+    return next((int(size["vocabulary"].replace(",", "")) for size in sizes if size), None)
 
 
 def _about(line: str) -> str:

@@ -1,11 +1,11 @@
-"""The division of a global batch over the ranks."""
+"""The number of batches of a run, and the division of a batch over the ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from bigtx.config.nodes import Problem
-from bigtx.config.schema.training import RhythmConfig
+from bigtx.config.schema.training import PretrainConfig, RhythmConfig
 
 
 def batch_problems(train: RhythmConfig, num_ranks: int) -> Iterator[Problem]:
@@ -27,3 +27,12 @@ def micro_batch_size_of(train: RhythmConfig, num_ranks: int) -> int:
     """
     share = train.global_batch_size // num_ranks
     return next(size for size in range(min(train.micro_batch_size, share), 0, -1) if share % size == 0)
+
+
+def total_steps(config: PretrainConfig) -> int:
+    """Optimizer steps of a pretraining."""
+    train = config.train
+    if train.max_steps is not None:
+        return train.max_steps
+    assert train.max_tokens is not None
+    return -(-train.max_tokens // (train.global_batch_size * train.sequence_length))

@@ -53,10 +53,12 @@ class Ranks:
         set_environment_of_single_process()
         import deepspeed
 
+        from bigtx.engine.builds import take_turns
         from bigtx.engine.unused import leave_out_unused
 
         use_own_device()
         leave_out_unused()
+        take_turns()
         timeout = timedelta(seconds=timeout_seconds)
         wait_in_every_group(timeout)
         try:

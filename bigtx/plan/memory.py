@@ -87,11 +87,11 @@ def _matrices(config: ModelConfig) -> int:
     )
 
 
-def buffer_bytes(config: ModelConfig, *, stage: int) -> int:
+def buffer_bytes(config: ModelConfig, *, stage: int, bucket: int = BUCKET) -> int:
     """Compute the maximum bytes that DeepSpeed holds in addition to the states: two buckets of gradients in 16 and 32
     bits at stages 2 and 3, and the gathered weights at stage 3."""
     total = count_parameters(config).total
-    buckets = 2 * (2 + 4) * min(BUCKET, total) if stage >= 2 else 0
+    buckets = 2 * (2 + 4) * min(bucket, total) if stage >= 2 else 0
     return buckets + (2 * min(MAX_LIVE, total) if stage == 3 else 0)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bigtx.config.batches import total_steps
 from bigtx.config.runs import has_steps
 from bigtx.config.schema import PretrainConfig, SourceConfig
 from bigtx.data.corpus.manifest import Manifest, has_split
@@ -210,11 +211,3 @@ def length_setting(config: PretrainConfig) -> str:
     if config.train.max_steps is not None:
         return "train.max_steps"
     return "train.max_tokens"
-
-
-def total_steps(config: PretrainConfig) -> int:
-    """Return the number of optimizer steps of the run."""
-    if config.train.max_steps is not None:
-        return config.train.max_steps
-    assert config.train.max_tokens is not None
-    return -(-config.train.max_tokens // (config.train.global_batch_size * config.train.sequence_length))

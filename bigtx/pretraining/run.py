@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bigtx.config.batches import total_steps
 from bigtx.config.schema import PretrainConfig
 from bigtx.data.stream.loader import StepLoader
 from bigtx.engine.checkpoint import is_suspect
@@ -14,7 +15,7 @@ from bigtx.engine.merged import MergedCheckpoint
 from bigtx.engine.ranks import Ranks
 from bigtx.engine.schedules import Schedule
 from bigtx.engine.trainable import is_adapter
-from bigtx.pretraining.corpora import RunData, length_setting, open_run_data, total_steps, with_vocabulary
+from bigtx.pretraining.corpora import RunData, length_setting, open_run_data, with_vocabulary
 from bigtx.pretraining.likelihood import LikelihoodTask
 from bigtx.pretraining.objectives import Objective, make_objective
 from bigtx.pretraining.validation import Validation

@@ -29,6 +29,7 @@ from bigtx.track.copier import Copier
 from bigtx.track.jsonl import Record, parse_line
 from bigtx.track.wandb_host import answers
 from bigtx.track.wandb_log import last_step
+from bigtx.utils.files import write_atomic
 from bigtx.utils.processes import start_of
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ MAX_STARTS = 3
 LIFE_SECONDS = UPLOAD_SECONDS + 10.0
 # Longest life after the training process went away without a word: nothing of a killed run may linger.
 ORPHAN_SECONDS = 4.0
+
+TASK_FILE = "task.json"
+"""What the run was begun with, beside W&B's own files: `bigtx.track.sync` begins the same run elsewhere."""
 
 _NO_KEY = "no API key (see `wandb login`)"
 
@@ -139,8 +143,12 @@ def _login_problem() -> str:
         return f"the API key cannot be used: {error}"
 
 
-def start_run(task: Record, mode: Mode) -> Run:
-    """Begin or resume the W&B run. Raises whatever W&B raises."""
+def start_run(task: Record, mode: Mode, stop: Callable[[], None]) -> Run:
+    """Begin or resume the W&B run. Raises whatever W&B raises.
+
+    Args:
+        stop: what the stop button of W&B's page does.
+    """
     import wandb
 
     settings = wandb.Settings(
@@ -158,8 +166,7 @@ def start_run(task: Record, mode: Mode) -> Run:
         finish_timeout=UPLOAD_SECONDS,
         x_service_wait=20,
         x_transaction_log_flush_interval=1,
-        # The stop button of W&B's page asks the training to save and end, as Ctrl-C does.
-        stop_fn=lambda: os.kill(task["pid"], signal.SIGINT),
+        stop_fn=stop,
     )
     run = wandb.init(mode=mode, resume="allow", allow_val_change=True, settings=settings, **task["init"])
     run.define_metric("train/tokens")
@@ -173,15 +180,20 @@ def follow(task: Record, ending: Ending, report: Callable[[Record], None]) -> No
 
     folder = Path(task["init"]["dir"])
     mode, why, host = choose_mode(task["mode"])
+
+    def stop() -> None:
+        """Ask the training to save and end, as Ctrl-C does."""
+        os.kill(task["pid"], signal.SIGINT)
+
     try:
-        run = start_run(task, mode)
+        run = start_run(task, mode, stop)
     except Exception as error:
         if mode == "offline":
             raise
         # A run of the same id can begin anew only after W&B's own process has ended.
         _discard_wandb()
         mode, why = "offline", f"{host} refused the run ({error})"
-        run = start_run(task, mode)
+        run = start_run(task, mode, stop)
     first_step = run.starting_step if mode == "online" else last_step(folder, run.id) + 1
     report(
         {
@@ -237,6 +249,8 @@ def main() -> int:
     os.environ.pop("WANDB_SERVICE", None)
     ending = Ending(parent)
     with _one_at_a_time(Path(task["init"]["dir"]) / "wandb"):
+        with contextlib.suppress(OSError):
+            write_atomic(Path(task["init"]["dir"]) / "wandb" / TASK_FILE, json.dumps(task, indent=1))
         for _ in range(MAX_STARTS):
             try:
                 follow(task, ending, report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+import threading
 import urllib.error
 import urllib.request
 from urllib.parse import urlsplit
@@ -15,14 +16,23 @@ def answers(url: str, *, timeout: float, proxies: dict[str, str] | None = None) 
 
     Args:
         url: the server's base URL.
-        timeout: seconds for each of connecting and waiting for the answer.
+        timeout: seconds for all of it. Silent name servers would take up to half a minute, whatever the time-out of the
+            connection.
         proxies: by scheme, beside those that the environment names; loopback addresses go without.
     """
+    found: list[bool] = []
+    thread = threading.Thread(target=lambda: found.append(_answers(url, timeout, proxies or {})), daemon=True)
+    thread.start()
+    thread.join(timeout)
+    return bool(found and found[0])
+
+
+def _answers(url: str, timeout: float, proxies: dict[str, str]) -> bool:
     host = urlsplit(url).hostname or ""
     if host == "localhost" or host.startswith("127.") or host == "::1":
         chosen: dict[str, str] = {}
     else:
-        chosen = {**urllib.request.getproxies(), **(proxies or {})}
+        chosen = {**urllib.request.getproxies(), **proxies}
         if urllib.request.proxy_bypass(host):
             chosen = {}
     opener = urllib.request.build_opener(urllib.request.ProxyHandler(chosen))

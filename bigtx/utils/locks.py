@@ -81,13 +81,13 @@ class FolderLock:
             LaunchError: waiting would not help.
         """
         try:
-            descriptor, is_new = _open(self.path)
+            descriptor, is_new = open_or_make(self.path)
         except FileNotFoundError:
             if not self.path.parent.is_dir():
                 raise
             return _nameless(self.path)  # Its holder has just released it.
         try:
-            is_free, holder = _lock(descriptor, fcntl.LOCK_EX), _read(descriptor)
+            is_free, holder = try_lock(descriptor), _read(descriptor)
             if not self._is_in_place(descriptor):
                 return _nameless(self.path)  # Its holder has just released it.
             if is_free is False:
@@ -146,7 +146,7 @@ def refuse_if_held(folder: Path | str) -> None:
     except OSError:
         return
     try:
-        is_free, holder = _lock(descriptor, fcntl.LOCK_SH), _read(descriptor)
+        is_free, holder = try_lock(descriptor, fcntl.LOCK_SH), _read(descriptor)
     finally:
         os.close(descriptor)
     if is_free is False or (is_free is None and _lives_here(holder)):
@@ -164,16 +164,9 @@ def alone(descriptor: int) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _open(path: Path) -> tuple[int, bool]:
-    """Return the file, and whether it was created now. Its creation is exclusive even where there are no locks."""
-    try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644), True
-    except FileExistsError:
-        return os.open(path, os.O_RDWR | os.O_CLOEXEC), False
-
-
-def _lock(descriptor: int, kind: int) -> bool | None:
-    """Take an open file's lock; False if another process has it, None where the file system has no locks."""
+def try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool | None:
+    """Take an open file's lock without waiting; False if another process has it, None where the file system has no
+    locks."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -181,6 +174,19 @@ def _lock(descriptor: int, kind: int) -> bool | None:
     except OSError:
         return None
     return True
+
+
+def is_local(path: Path) -> bool:
+    """Whether a path is on a disk of this machine: whoever could hold a lock there shares its kernel."""
+    return _mount_of(path)[0] in LOCAL_FILE_SYSTEMS
+
+
+def open_or_make(path: Path) -> tuple[int, bool]:
+    """The file, and whether it was made now. Making it is exclusive also where there are no locks."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644), True
+    except FileExistsError:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC), False
 
 
 def _let_go_of_folders() -> None:
@@ -245,7 +251,7 @@ def _is_seen_by_all_hosts(path: Path) -> bool:
         return "nolock" not in options and not {"local_lock=all", "local_lock=flock"} & options
     if kind == "lustre":
         return "flock" in options
-    return kind == "ceph" or kind in LOCAL_FILE_SYSTEMS
+    return kind == "ceph" or is_local(path)
 
 
 def _mount_of(path: Path) -> tuple[str, set[str]]:

@@ -15,9 +15,13 @@
 #source /path/to/venv/bin/activate
 #export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0   # the network between nodes
 
-# What is put before bigtx on every node, for example a container.
+# Where compiled kernels are kept from one start to the next.
+#export TORCHINDUCTOR_CACHE_DIR=/local/$USER/inductor TRITON_CACHE_DIR=/local/$USER/triton
+
+# What is put before bigtx on every node, for example a container (tools/container).
 container=()
 #container=(apptainer exec --nv --bind /data bigtx.sif)
 
 # More options of srun.
 srun_options=()
+#srun_options=(--container-image=/images/bigtx.sqsh --container-mounts=/data)   # pyxis

@@ -74,3 +74,19 @@ def a_recipe_as_a_command(desk: Desk) -> Attempt:
 def a_recipe_of_a_model_as_a_command(desk: Desk) -> Attempt:
     desk.take("corpus")
     return desk.once("bigtx model/decoder-1m.yaml")
+
+
+@CASES.case(": write numbers of GPUs, e.g. ", r"(gpus=8) or", r"or (gpus=1,8,64)$")
+def a_plan_for_some_gpus(desk: Desk) -> Attempt:
+    return line("bigtx configs plan pretrain/gpt-1.3b.yaml", "gpus=some", desk)
+
+
+@CASES.case(" is not known; write ", r"write (gpu=H100)$", sources=[" is not known; write gpu=H100"])
+def a_plan_for_an_unknown_gpu(desk: Desk) -> Attempt:
+    return line("bigtx configs plan pretrain/gpt-1.3b.yaml", "gpu=Abacus", desk)
+
+
+@CASES.case(" does not say how many ids its tokenizer has; write ", r"write (vocab_size=50304),")
+def a_plan_without_a_vocabulary(desk: Desk) -> Attempt:
+    desk.write("own.yaml", "model: {num_layers: 2}\ntrain: {max_steps: 10, global_batch_size: 8}\n")
+    return line("bigtx configs plan own.yaml gpus=1", "", desk)

@@ -65,6 +65,7 @@ EXCEPTIONS: Mapping[str, str] = {
     "another launcher has started the ranks already": "tests/launch/test_world.py",
     " has too many evaluations called ": "needs 10,000 files",
     "the run transcribes recordings and reads no prompts": "as of a model that sorts texts",
+    "the plan counts decoders in 16 bits": "it refuses what a recipe asks for, and names what measures that",
     "the model reads audio (model.audio), but only models of tokens": "as of a model that sorts texts",
 }
 """What no case follows, by words of it, and why."""

@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -352,3 +353,17 @@ def test_asking_whether_a_host_answers() -> None:
         assert not answers(server.url, timeout=0.2)
     assert not answers(dead_url(), timeout=0.2)
     assert not answers("http://", timeout=0.2)
+
+
+def test_a_silent_name_server_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    over, waited = threading.Event(), threading.Event()
+
+    def silent(*_: Any, **__: Any) -> Any:
+        over.wait(GUARD_SECONDS)
+        waited.set()
+        raise socket.gaierror
+
+    monkeypatch.setattr(socket, "getaddrinfo", silent)
+    assert not answers("http://api.example.org", timeout=0.2)
+    assert not waited.is_set()
+    over.set()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from bigtx.config.batches import total_steps
 from bigtx.config.schema import (
     ClassifyConfig,
     ExpertsConfig,
@@ -24,7 +25,7 @@ from bigtx.finetuning import run as finetune_run
 from bigtx.finetuning.base import BASE, other_classes, read_base_facts
 from bigtx.finetuning.inputs import Inputs
 from bigtx.pretraining import run as pretrain_run
-from bigtx.pretraining.corpora import length_setting, total_steps, with_vocabulary
+from bigtx.pretraining.corpora import length_setting, with_vocabulary
 from bigtx.train import start
 from bigtx.train.start import Start
 from bigtx.train.state import RunState
