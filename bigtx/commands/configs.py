@@ -1,4 +1,4 @@
-"""`bigtx configs list | show | copy | plan | explain`: the recipes that come with bigtx, and the meaning of each setting."""
+"""`bigtx configs list | show | copy | plan | explain`: the recipes that come with bigtx, and what each setting means."""
 
 from __future__ import annotations
 
