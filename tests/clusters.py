@@ -1,4 +1,4 @@
-"""A real SLURM cluster of two nodes, by tests/slurm/cluster."""
+"""A real SLURM cluster of several nodes, by tests/slurm/cluster."""
 
 from __future__ import annotations
 
@@ -19,13 +19,17 @@ class Cluster:
     """The cluster, as its users see it from the login host.
 
     Attributes:
+        names: the nodes.
         folder: where jobs are submitted, and their logs are.
     """
 
-    def __init__(self, state: Path) -> None:
+    def __init__(self, state: Path, num_nodes: int = 2) -> None:
         self.state = state
+        self.names = [f"n{number}" for number in range(1, num_nodes + 1)]
         self.folder = state
-        self.environment = environment(CLUSTER=str(state), BIGTX_HOME=str(ROOT), BIGTX_MAX_CRASHES="1")
+        self.environment = environment(
+            CLUSTER=str(state), NODES=str(num_nodes), BIGTX_HOME=str(ROOT), BIGTX_MAX_CRASHES="1"
+        )
         # Nothing of the scheduler or launcher that these tests may run under.
         for name in [name for name in self.environment if name.startswith(("SLURM_", "SBATCH_", "SRUN_"))]:
             del self.environment[name]
@@ -33,7 +37,7 @@ class Cluster:
 
     def __enter__(self) -> Cluster:
         self._process = subprocess.Popen([SCRIPT, "serve"], env=self.environment, stdin=subprocess.DEVNULL)
-        self.wait_for(lambda: self.nodes("idle") == ["n1", "n2"], timeout=60)
+        self.wait_for(lambda: self.nodes("idle") == self.names, timeout=60)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -96,9 +100,9 @@ class Cluster:
         self._do("crash", str(node))
 
     def start(self, node: int) -> None:
-        """Start a node again, and wait until SLURM knows it."""
+        """Start a node again, and wait until SLURM knows it; a job may have it at once."""
         self._do("start", str(node))
-        self.wait_for(lambda: f"n{node}" in self.nodes("idle"))
+        self.wait_for(lambda: f"n{node}" in self.nodes("idle,mixed,allocated"))
 
     def _do(self, *words: str) -> None:
         subprocess.run([SCRIPT, *words], env=self.environment, check=True, stdin=subprocess.DEVNULL)
