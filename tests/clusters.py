@@ -58,6 +58,18 @@ class Cluster:
         assert status is None or done.returncode == status, done.stdout + done.stderr
         return done.stdout + done.stderr
 
+    def popen(self, *command: str) -> subprocess.Popen[bytes]:
+        """A command on the login host that goes on; what it prints is among the logs."""
+        with (self.folder / "slurm-login.log").open("ab") as log:
+            return subprocess.Popen(
+                [SCRIPT, "exec", *command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+                env=self.environment,
+            )
+
     def nodes(self, state: str) -> list[str]:
         """The nodes in a state."""
         return sorted(self.run("sinfo", "-h", "-N", "-t", state, "-o", "%N", status=None).split())
@@ -70,6 +82,10 @@ class Cluster:
         """What SLURM knows of a job."""
         text = self.run("scontrol", "show", "job", "-o", str(number))
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
+
+    def nodes_of(self, number: int | str) -> list[str]:
+        """The nodes that a job has, or had."""
+        return self.run("scontrol", "show", "hostnames", self.job(number)["NodeList"]).split()
 
     def wait_for_end(self, number: int | str, timeout: float = 240) -> dict[str, str]:
         """Wait until a job is neither queued nor running."""
