@@ -4,7 +4,7 @@
 #
 #   the command ends with       the job
 #   0, finished                 ends
-#   75, asked to stop           is requeued, and the same command resumes
+#   75, asked to stop           is requeued, and the same command resumes; within a minute of its start, as a crash
 #   2, a mistake of the user    ends with status 2
 #   anything else, a crash      is requeued, at most $BIGTX_MAX_CRASHES times in a row
 #
@@ -54,18 +54,31 @@ conclude() {
   case $status in
     0) rm -f "$crashes"; say "finished" ;;
     2) say "not started again: $log-node0.log says what to change" ;;
-    75) rm -f "$crashes"; say "stopped"; requeue ;;
-    *)
-      echo "status $status" >>"$crashes"
-      if [ "$(wc -l <"$crashes")" -gt "$max_crashes" ]; then
-        say "crashed with status $status, and $max_crashes times before: not started again"
-        rm -f "$crashes"
+    75)
+      # SLURM sends the signal at once where the time limit is shorter than the seconds of --signal.
+      if [ "$SECONDS" -lt 60 ]; then
+        retry "stopped within a minute of its start" \
+          "; the time limit must be longer than the seconds of --signal and the start of the run"
       else
-        say "crashed with status $status"
+        rm -f "$crashes"
+        say "stopped"
         requeue
       fi ;;
+    *) retry "crashed with status $status" "" ;;
   esac
   exit "$status"
+}
+
+# Requeue the job, unless it has ended badly too often in a row: what happened, and what to do about it then.
+retry() {
+  echo "$1" >>"$crashes"
+  if [ "$(wc -l <"$crashes")" -gt "$max_crashes" ]; then
+    say "$1, and $max_crashes times before: not started again$2"
+    rm -f "$crashes"
+  else
+    say "$1"
+    requeue
+  fi
 }
 
 # Whoever cancelled the job does not want it again, and a job that SLURM itself requeues needs no help.

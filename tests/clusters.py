@@ -28,7 +28,7 @@ class Cluster:
         self.names = [f"n{number}" for number in range(1, num_nodes + 1)]
         self.folder = state
         self.environment = environment(
-            CLUSTER=str(state), NODES=str(num_nodes), BIGTX_HOME=str(ROOT), BIGTX_MAX_CRASHES="1"
+            CLUSTER=str(state), NODES=str(num_nodes), BIGTX_HOME=str(ROOT), BIGTX_MAX_CRASHES="2"
         )
         # Nothing of the scheduler or launcher that these tests may run under.
         for name in [name for name in self.environment if name.startswith(("SLURM_", "SBATCH_", "SRUN_"))]:

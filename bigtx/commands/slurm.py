@@ -55,6 +55,22 @@ OPTIONS = {
 COMMENT = "bigtx "
 """What a job's comment begins with; the run folder follows."""
 
+ENDED = (
+    "boot_fail",
+    "cancelled",
+    "completed",
+    "deadline",
+    "failed",
+    "node_fail",
+    "out_of_memory",
+    "preempted",
+    "revoked",
+    "timeout",
+)
+"""What SLURM calls jobs that have ended."""
+WAITING = ("pending", "configuring", "requeued")
+"""What SLURM calls jobs that do not run yet, or not again."""
+
 
 @dataclass
 class _Job:
@@ -119,7 +135,7 @@ def status_command(argv: Sequence[str]) -> int:
     """Say what became of a run's jobs: each life of the run, and the jobs that SLURM still knows.
 
     Raises:
-        CheckpointError: the folder is no run, and no job is queued for it.
+        CheckpointError: the folder is no run, and SLURM knows no job for it.
     """
     parser = Arguments(
         prog="bigtx slurm status",
@@ -128,24 +144,27 @@ def status_command(argv: Sequence[str]) -> int:
     parser.add_argument("run", metavar="RUN", help="a run's folder")
     parser.add_json()
     arguments = parser.parse_args(argv)
-    lives, jobs = _lives(Path(arguments.run)), _queued(Path(arguments.run))
+    lives = _lives(Path(arguments.run))
+    jobs = _known_jobs(Path(arguments.run), {life["job"] for life in lives})
     if not lives and not jobs and not is_run(Path(arguments.run)):
         raise CheckpointError(f"{arguments.run} is not a run, and no job is queued for it; name a run's folder")
     if arguments.json:
         say_json({"lives": lives, "jobs": jobs})
         return 0
+    over = [each["job"] for each in jobs if each["state"] in (*ENDED, *WAITING)]
     for life in lives:
         job = f"job {life['job']} (restart {life['restart']})" if life["job"] else "outside SLURM"
-        end = (
-            f"{life['end']} at step {life['end_step']:,}"
-            if life["end"]
-            else "no end is recorded: it runs, or was killed"
-        )
+        if life["end"]:
+            end = f"{life['end']} at step {life['end_step']:,}"
+        elif life is not lives[-1] or life["job"] in over:
+            end = "no end is recorded: it was killed, or its machine failed"
+        else:
+            end = "no end is recorded: it runs, or was killed"
         began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(life["time"]))
         say(f"{began}  {job} on {life['host']}, {life['ranks']} ranks, from step {life['step']:,}: {end}")
     for each in jobs:
         say(f"job {each['job']}: {each['state']}" + (f" ({each['reason']})" if each["reason"] != "None" else ""))
-    if not jobs:
+    if all(each["state"] in ENDED for each in jobs):
         say("no job of this run is queued or running")
     return 0
 
@@ -322,14 +341,21 @@ def _lives(run_dir: Path) -> list[dict[str, Any]]:
     return lives
 
 
-def _queued(run_dir: Path) -> list[dict[str, str]]:
-    """The jobs for a run that wait or run; none where there is no SLURM."""
+def _known_jobs(run_dir: Path, numbers: set[str]) -> list[dict[str, str]]:
+    """The jobs that SLURM knows for a run, also those that ended minutes ago; none where there is no SLURM.
+
+    Args:
+        numbers: jobs that have worked on the run.
+    """
+    listed = ["squeue", "-h", "--states=all", "-o", "%A|%T|%r|%k"]
     try:
-        done = subprocess.run(["squeue", "-h", "-o", "%i|%T|%r|%k"], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(listed, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return []
     own = COMMENT + str(run_dir.absolute())
     rows = (line.split("|", 3) for line in done.stdout.splitlines())
     return [
-        {"job": row[0], "state": row[1].lower(), "reason": row[2]} for row in rows if len(row) == 4 and row[3] == own
+        {"job": row[0], "state": row[1].lower(), "reason": row[2]}
+        for row in rows
+        if len(row) == 4 and (row[3] == own or row[0] in numbers)
     ]

@@ -30,6 +30,15 @@ def recipe(corpus: Path) -> list[str]:
     return [*settings, "block_tokens=4096", "num_processes=1"]
 
 
+LOST = "no end is recorded: it was killed, or its machine failed"
+NO_JOB = "no job of this run is queued or running"
+
+
+def status_of(cluster: Cluster, run_dir: Path) -> list[str]:
+    """What `bigtx slurm status` says, on the login host."""
+    return cluster.run("bigtx", "slurm", "status", str(run_dir)).splitlines()
+
+
 def test_a_node_that_crashes_and_returns(cluster: Cluster, pretraining: list[str], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     arguments = [*pretraining, "train.max_steps=30", f"run_dir={run_dir}", "--ranks=2"]
@@ -40,6 +49,10 @@ def test_a_node_that_crashes_and_returns(cluster: Cluster, pretraining: list[str
     cluster.start(2)
     assert cluster.wait_for_end(job)["JobState"] == "COMPLETED", cluster.logs()
     assert last_step(run_dir) == 30 and "resumed from" in cluster.logs()
+    first, second, *rest = status_of(cluster, run_dir)
+    assert first.endswith(f"job {job} (restart 0) on n1, 4 ranks, from step 0: {LOST}")
+    assert f"job {job} (restart 1)" in second and second.endswith("finished at step 30")
+    assert rest == [f"job {job}: completed", NO_JOB]
 
 
 def test_a_mistake_is_not_started_again(cluster: Cluster, pretraining: list[str], tmp_path: Path) -> None:
@@ -133,6 +146,30 @@ def test_a_cancelled_job_saves_and_is_not_requeued(cluster: Cluster, pretraining
     assert (end["JobState"], end["Restarts"]) == ("CANCELLED", "0"), cluster.logs()
     ended = [event["status"] for event in read_lines(run_dir / "events.jsonl") if event["kind"] == "end"]
     assert ended == ["stopped"] and all_pids(run_dir) == [], cluster.logs()
+    life, *rest = status_of(cluster, run_dir)
+    assert "stopped at step" in life and rest == [f"job {job}: cancelled", NO_JOB]
+
+
+def test_a_job_whose_time_is_over_saves_in_the_time_that_slurm_leaves(
+    cluster: Cluster, pretraining: list[str], tmp_path: Path
+) -> None:
+    """Without a signal beforehand (SIGWINCH does nothing)."""
+    run_dir = tmp_path / "run"
+    words = ["--nodes=2", "--time=1", "--signal=B:WINCH@1", str(SCRIPTS / "pretrain.sbatch"), *pretraining]
+    job = cluster.submit(*words, "train.max_steps=100000", f"run_dir={run_dir}", "--ranks=1")
+    assert cluster.wait_for_end(job)["JobState"] == "TIMEOUT", cluster.logs()
+    cluster.wait_for(lambda: all_pids(run_dir) == [])
+    life, *rest = status_of(cluster, run_dir)
+    assert "stopped at step" in life and rest == [f"job {job}: timeout (TimeLimit)", NO_JOB]
+
+
+def test_a_time_limit_that_is_too_short_ends_the_job(cluster: Cluster, pretraining: list[str], tmp_path: Path) -> None:
+    """SLURM sends the signal of 300 s before the end at once."""
+    words = ["--time=1", str(SCRIPTS / "pretrain.sbatch"), *pretraining, f"run_dir={tmp_path / 'run'}"]
+    job = cluster.submit(*words, "train.max_steps=100000", "--ranks=1", BIGTX_MAX_CRASHES="1")
+    end = cluster.wait_for_end(job)
+    assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("FAILED", "75:0", "1"), cluster.logs()
+    assert "not started again; the time limit must be longer than the seconds of --signal" in cluster.logs()
 
 
 def test_a_stop_file_asks_for_a_requeue(cluster: Cluster, pretraining: list[str], tmp_path: Path) -> None:
