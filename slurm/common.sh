@@ -81,14 +81,22 @@ retry() {
   fi
 }
 
-# Whoever cancelled the job does not want it again, and a job that SLURM itself requeues needs no help.
+# Whoever cancelled the job does not want it again, and a job that SLURM itself requeues needs no help. The controller of a
+# busy cluster may leave a question unanswered: it is asked for some minutes.
 requeue() {
-  if scontrol show job -o "$SLURM_JOB_ID" | grep -q ' JobState=RUNNING '; then
-    say "requeued"
-    scontrol requeue "$SLURM_JOB_ID" || say "could not be requeued: submit it again"
-  else
-    say "not requeued: the job was cancelled, or SLURM ends it"
-  fi
+  local job
+  for _ in $(seq 30); do
+    if job=$(scontrol show job -o "$SLURM_JOB_ID"); then
+      if [[ $job != *" JobState=RUNNING "* ]]; then
+        say "not requeued: the job was cancelled, or SLURM ends it"
+        return
+      fi
+      say "requeued"
+      scontrol requeue "$SLURM_JOB_ID" && return
+    fi
+    sleep 5
+  done
+  say "could not be requeued: submit it again"
 }
 
 fail() {

@@ -7,6 +7,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 from clusters import Cluster
 from doors import ROOT, all_pids, last_step, losses, rank_pids
@@ -57,12 +58,22 @@ def test_a_signal_to_deepspeed_saves_and_leaves_nothing(
 
 
 @pytest.mark.usefixtures("hosts")
-def test_after_a_kill_of_deepspeed_a_stop_file_ends_the_run(cluster: Cluster, corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("loses_connections", [False, True], ids=["SIGKILL", "SIGHUP of its terminal"])
+def test_a_stop_file_ends_a_run_that_has_lost_deepspeed(
+    cluster: Cluster, corpus: Path, tmp_path: Path, loses_connections: bool
+) -> None:
     run_dir = tmp_path / "run"
     process = cluster.popen(*deepspeed(corpus, run_dir, "module", "train.max_steps=3000"))
     cluster.wait_for(lambda: last_step(run_dir) >= 7)
-    os.kill(deepspeed_pid(run_dir), signal.SIGKILL)
+    pid = deepspeed_pid(run_dir)
+    if loses_connections:
+        for each in [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]:
+            os.kill(each, signal.SIGHUP)
+    else:
+        os.kill(pid, signal.SIGKILL)
     process.wait(60)
+    step = last_step(run_dir)
+    cluster.wait_for(lambda: last_step(run_dir) > step + 5)
     (run_dir / "STOP").touch()
     cluster.wait_for(lambda: all_pids(run_dir) == [], timeout=60)
     assert events(run_dir, "end", "status") == ["stopped"]

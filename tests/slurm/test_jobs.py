@@ -211,7 +211,7 @@ def write_units(folder: Path, count: int) -> Path:
     folder.mkdir()
     generator = random.Random(1)
     for number in range(count):
-        texts = (" ".join(generator.choices(WORDS, k=250)) for _ in range(1000))
+        texts = (" ".join(generator.choices(WORDS, k=250)) for _ in range(1200))
         write_jsonl(folder / f"{number:02d}.jsonl", [{"text": text} for text in texts])
     return folder
 
