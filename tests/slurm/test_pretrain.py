@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from clusters import Cluster
-from doors import all_pids, last_step, rank_pids
+from doors import all_pids, last_step
 from slurm_runs import SCRIPTS, check_finished, events, name_of, run_straight, settings, started
 
 pytestmark = pytest.mark.slurm
@@ -60,7 +60,7 @@ VICTIMS: dict[str, Callable[[Path], int]] = {
     "srun": srun_pid,
     "supervisor 0": lambda run_dir: supervisor_pids(run_dir)[0],
     "supervisor 1": lambda run_dir: supervisor_pids(run_dir)[1],
-    "rank": lambda run_dir: rank_pids(run_dir)[-1],
+    "rank": lambda run_dir: max(pid for pid in all_pids(run_dir) if name_of(pid).startswith("bigtx rank")),
 }
 
 
@@ -100,7 +100,7 @@ def test_after_a_kill_the_job_is_requeued(
 def test_all_lives_are_one_run_of_wandb(cluster: Cluster, corpus: Path, straight: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     job = started(cluster, corpus, run_dir, "track.wandb=offline")
-    os.kill(rank_pids(run_dir)[-1], signal.SIGKILL)
+    os.kill(VICTIMS["rank"](run_dir), signal.SIGKILL)
     cluster.wait_for(lambda: len(events(run_dir, "start", "step")) == 2 and last_step(run_dir) >= 10, number=job)
     cluster.run("scancel", "--batch", "--signal=USR1", str(job))
     check_finished(cluster, job, run_dir, straight)
