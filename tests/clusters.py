@@ -21,12 +21,14 @@ class Cluster:
     Attributes:
         names: the nodes.
         folder: where jobs are submitted, and their logs are.
+        crashed: nodes without power.
     """
 
     def __init__(self, state: Path, num_nodes: int = 2) -> None:
         self.state = state
         self.names = [f"n{number}" for number in range(1, num_nodes + 1)]
         self.folder = state
+        self.crashed: set[int] = set()
         self.environment = environment(
             CLUSTER=str(state), NODES=str(num_nodes), BIGTX_HOME=str(ROOT), BIGTX_MAX_CRASHES="2"
         )
@@ -114,10 +116,12 @@ class Cluster:
     def crash(self, node: int) -> None:
         """Take away a node's power."""
         self._do("crash", str(node))
+        self.crashed.add(node)
 
     def start(self, node: int) -> None:
         """Start a node again, and wait until SLURM knows it; a job may have it at once."""
         self._do("start", str(node))
+        self.crashed.discard(node)
         self.wait_for(lambda: f"n{node}" in self.nodes("idle,mixed,allocated"))
 
     def _do(self, *words: str) -> None:

@@ -26,7 +26,7 @@ def three_nodes() -> Iterator[Cluster]:
 
 @pytest.fixture
 def cluster(two_nodes: Cluster, tmp_path: Path) -> Iterator[Cluster]:
-    """The cluster of two nodes, with a new folder to submit from; no job is left behind."""
+    """The cluster of two nodes, with a new folder to submit from; no job is left behind, and no node is down."""
     with _lent(two_nodes, tmp_path) as cluster:
         yield cluster
 
@@ -55,3 +55,5 @@ def _lent(cluster: Cluster, folder: Path) -> Iterator[Cluster]:
     cluster.run("scancel", "--user", "root", "--signal=KILL", status=None)
     cluster.run("scancel", "--user", "root", status=None)
     cluster.wait_for(lambda: not cluster.run("squeue", "-h"))
+    for node in sorted(cluster.crashed):
+        cluster.start(node)

@@ -203,7 +203,6 @@ def test_a_preparation_that_loses_a_process_and_a_node_gives_the_bytes_of_one_ma
     assert "crashed with status 137" in cluster.logs()
     assert len(set(re.findall(r"Part (\d) of 8: [1-9]", cluster.logs()))) == 8
     assert node not in cluster.nodes_of(merge)
-    cluster.start(int(node.removeprefix("n")))
 
 
 def write_units(folder: Path, count: int) -> Path:

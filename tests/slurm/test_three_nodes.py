@@ -40,4 +40,3 @@ def test_a_spare_node_takes_the_place_of_one_that_crashed(
     cluster.crash(int(crashed.removeprefix("n")))
     check_finished(cluster, job, run_dir, run_straight(corpus, tmp_path / "straight", ranks=2))
     assert crashed not in cluster.nodes_of(job) and cluster.job(job)["Restarts"] == "1"
-    cluster.start(int(crashed.removeprefix("n")))
