@@ -82,7 +82,9 @@ class Cluster:
 
     def job(self, number: int | str) -> dict[str, str]:
         """What SLURM knows of a job."""
-        text = self.run("scontrol", "show", "job", "-o", str(number))
+        # On a machine with much else to do SLURM's controller leaves some questions unanswered.
+        show = ("scontrol", "show", "job", "-o", str(number))
+        text = self.wait_for(lambda: "JobId=" in (said := self.run(*show, status=None)) and said, timeout=60)
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
     def nodes_of(self, number: int | str) -> list[str]:
