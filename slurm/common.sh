@@ -87,7 +87,8 @@ requeue() {
   local job
   for _ in $(seq 30); do
     if job=$(scontrol show job -o "$SLURM_JOB_ID"); then
-      if [[ $job != *" JobState=RUNNING "* ]]; then
+      # SIGNALING is RUNNING while SLURM sends a signal.
+      if [[ ! $job =~ " JobState="(RUNNING|SIGNALING)" " ]]; then
         say "not requeued: the job was cancelled, or SLURM ends it"
         return
       fi

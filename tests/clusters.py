@@ -11,7 +11,7 @@ from typing import Any
 from doors import ROOT, environment
 
 SCRIPT = ROOT / "tests" / "slurm" / "cluster"
-ACTIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED")
+ACTIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SIGNALING", "SUSPENDED")
 """States of jobs that have not ended."""
 
 

@@ -125,7 +125,8 @@ echo "$*" >> calls
 case $1-$(grep -c "^$1" calls) in
   show-1) echo "slurm_load_jobs error: Socket timed out on send/recv operation" >&2; exit 1 ;;
   requeue-1) echo "Unexpected message received for job 7" >&2; exit 1 ;;
-  show-*) echo "JobId=7 JobState=RUNNING Reason=None" ;;
+  show-2) echo "JobId=7 JobState=RUNNING Reason=None" ;;
+  show-*) echo "JobId=7 JobState=SIGNALING Reason=None" ;;
 esac
 """
 
