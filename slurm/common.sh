@@ -25,6 +25,8 @@ run() {
   local status
   trap 'ask_to_stop' USR1 TERM
   say "start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST; the first node writes to $log-node0.log"
+  # `sbatch --export=NONE` would keep from the tasks what the site's file has set.
+  unset SLURM_EXPORT_ENV
   # SLURM would give a task one core. bigtx itself ends all nodes when one fails.
   [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
   srun --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=0 \
