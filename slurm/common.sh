@@ -4,7 +4,7 @@
 #
 #   the command ends with       the job
 #   0, finished                 ends
-#   75, asked to stop           is requeued, and the same command resumes
+#   75, asked to stop           is requeued, and the same command resumes; within a minute of its start, as a crash
 #   2, a mistake of the user    ends with status 2
 #   anything else, a crash      is requeued, at most $BIGTX_MAX_CRASHES times in a row
 #
@@ -25,6 +25,8 @@ run() {
   local status
   trap 'ask_to_stop' USR1 TERM
   say "start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST; the first node writes to $log-node0.log"
+  # `sbatch --export=NONE` would keep from the tasks what the site's file has set.
+  unset SLURM_EXPORT_ENV
   # SLURM would give a task one core. bigtx itself ends all nodes when one fails.
   [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
   srun --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=0 \
@@ -54,28 +56,50 @@ conclude() {
   case $status in
     0) rm -f "$crashes"; say "finished" ;;
     2) say "not started again: $log-node0.log says what to change" ;;
-    75) rm -f "$crashes"; say "stopped"; requeue ;;
-    *)
-      echo "status $status" >>"$crashes"
-      if [ "$(wc -l <"$crashes")" -gt "$max_crashes" ]; then
-        say "crashed with status $status, and $max_crashes times before: not started again"
-        rm -f "$crashes"
+    75)
+      # SLURM sends the signal at once where the time limit is shorter than the seconds of --signal.
+      if [ "$SECONDS" -lt 60 ]; then
+        retry "stopped within a minute of its start" \
+          "; the time limit must be longer than the seconds of --signal and the start of the run"
       else
-        say "crashed with status $status"
+        rm -f "$crashes"
+        say "stopped"
         requeue
       fi ;;
+    *) retry "crashed with status $status" "" ;;
   esac
   exit "$status"
 }
 
-# Whoever cancelled the job does not want it again, and a job that SLURM itself requeues needs no help.
-requeue() {
-  if scontrol show job -o "$SLURM_JOB_ID" | grep -q ' JobState=RUNNING '; then
-    say "requeued"
-    scontrol requeue "$SLURM_JOB_ID" || say "could not be requeued: submit it again"
+# Requeue the job, unless it has ended badly too often in a row: what happened, and what to do about it then.
+retry() {
+  echo "$1" >>"$crashes"
+  if [ "$(wc -l <"$crashes")" -gt "$max_crashes" ]; then
+    say "$1, and $max_crashes times before: not started again$2"
+    rm -f "$crashes"
   else
-    say "not requeued: the job was cancelled, or SLURM ends it"
+    say "$1"
+    requeue
   fi
+}
+
+# Whoever cancelled the job does not want it again, and a job that SLURM itself requeues needs no help. The controller of a
+# busy cluster may leave a question unanswered: it is asked for some minutes.
+requeue() {
+  local job
+  for _ in $(seq 30); do
+    if job=$(scontrol show job -o "$SLURM_JOB_ID"); then
+      # SIGNALING is RUNNING while SLURM sends a signal.
+      if [[ ! $job =~ " JobState="(RUNNING|SIGNALING)" " ]]; then
+        say "not requeued: the job was cancelled, or SLURM ends it"
+        return
+      fi
+      say "requeued"
+      scontrol requeue "$SLURM_JOB_ID" && return
+    fi
+    sleep 5
+  done
+  say "could not be requeued: submit it again"
 }
 
 fail() {

@@ -1,4 +1,4 @@
-"""A real SLURM cluster of two nodes, by tests/slurm/cluster."""
+"""A real SLURM cluster of several nodes, by tests/slurm/cluster."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from doors import ROOT, environment
 
 SCRIPT = ROOT / "tests" / "slurm" / "cluster"
-ACTIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED")
+ACTIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SIGNALING", "SUSPENDED")
 """States of jobs that have not ended."""
 
 
@@ -19,13 +19,19 @@ class Cluster:
     """The cluster, as its users see it from the login host.
 
     Attributes:
+        names: the nodes.
         folder: where jobs are submitted, and their logs are.
+        crashed: nodes without power.
     """
 
-    def __init__(self, state: Path) -> None:
+    def __init__(self, state: Path, num_nodes: int = 2) -> None:
         self.state = state
+        self.names = [f"n{number}" for number in range(1, num_nodes + 1)]
         self.folder = state
-        self.environment = environment(CLUSTER=str(state), BIGTX_HOME=str(ROOT), BIGTX_MAX_CRASHES="1")
+        self.crashed: set[int] = set()
+        self.environment = environment(
+            CLUSTER=str(state), NODES=str(num_nodes), BIGTX_HOME=str(ROOT), BIGTX_MAX_CRASHES="2"
+        )
         # Nothing of the scheduler or launcher that these tests may run under.
         for name in [name for name in self.environment if name.startswith(("SLURM_", "SBATCH_", "SRUN_"))]:
             del self.environment[name]
@@ -33,7 +39,7 @@ class Cluster:
 
     def __enter__(self) -> Cluster:
         self._process = subprocess.Popen([SCRIPT, "serve"], env=self.environment, stdin=subprocess.DEVNULL)
-        self.wait_for(lambda: self.nodes("idle") == ["n1", "n2"], timeout=60)
+        self.wait_for(lambda: self.nodes("idle") == self.names, timeout=60)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -54,6 +60,18 @@ class Cluster:
         assert status is None or done.returncode == status, done.stdout + done.stderr
         return done.stdout + done.stderr
 
+    def popen(self, *command: str) -> subprocess.Popen[bytes]:
+        """A command on the login host that goes on; what it prints is among the logs."""
+        with (self.folder / "slurm-login.log").open("ab") as log:
+            return subprocess.Popen(
+                [SCRIPT, "exec", *command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+                env=self.environment,
+            )
+
     def nodes(self, state: str) -> list[str]:
         """The nodes in a state."""
         return sorted(self.run("sinfo", "-h", "-N", "-t", state, "-o", "%N", status=None).split())
@@ -64,8 +82,14 @@ class Cluster:
 
     def job(self, number: int | str) -> dict[str, str]:
         """What SLURM knows of a job."""
-        text = self.run("scontrol", "show", "job", "-o", str(number))
+        # On a machine with much else to do SLURM's controller leaves some questions unanswered.
+        show = ("scontrol", "show", "job", "-o", str(number))
+        text = self.wait_for(lambda: "JobId=" in (said := self.run(*show, status=None)) and said, timeout=60)
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
+
+    def nodes_of(self, number: int | str) -> list[str]:
+        """The nodes that a job has, or had."""
+        return self.run("scontrol", "show", "hostnames", self.job(number)["NodeList"]).split()
 
     def wait_for_end(self, number: int | str, timeout: float = 240) -> dict[str, str]:
         """Wait until a job is neither queued nor running."""
@@ -94,11 +118,13 @@ class Cluster:
     def crash(self, node: int) -> None:
         """Take away a node's power."""
         self._do("crash", str(node))
+        self.crashed.add(node)
 
     def start(self, node: int) -> None:
-        """Start a node again, and wait until SLURM knows it."""
+        """Start a node again, and wait until SLURM knows it; a job may have it at once."""
         self._do("start", str(node))
-        self.wait_for(lambda: f"n{node}" in self.nodes("idle"))
+        self.crashed.discard(node)
+        self.wait_for(lambda: f"n{node}" in self.nodes("idle,mixed,allocated"))
 
     def _do(self, *words: str) -> None:
         subprocess.run([SCRIPT, *words], env=self.environment, check=True, stdin=subprocess.DEVNULL)

@@ -120,6 +120,63 @@ def test_status_tells_each_life(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert "from step 12: no end is recorded" in said and "no job of this run is queued" in said
 
 
+BUSY = """#!/bin/bash
+echo "$*" >> calls
+case $1-$(grep -c "^$1" calls) in
+  show-1) echo "slurm_load_jobs error: Socket timed out on send/recv operation" >&2; exit 1 ;;
+  requeue-1) echo "Unexpected message received for job 7" >&2; exit 1 ;;
+  show-2) echo "JobId=7 JobState=RUNNING Reason=None" ;;
+  show-*) echo "JobId=7 JobState=SIGNALING Reason=None" ;;
+esac
+"""
+
+
+def test_a_job_is_requeued_though_the_controller_is_busy(tmp_path: Path) -> None:
+    for name, text in {"scontrol": BUSY, "srun": "#!/bin/bash\nexit 75\n", "sleep": "#!/bin/bash\n"}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "pretrain", "SLURM_JOB_NODELIST": "n1", "BIGTX_HOME": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "-c", 'source "$BIGTX_HOME/slurm/common.sh"; run bigtx pretrain'],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | job | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls == ["show job -o 7", "show job -o 7", "requeue 7", "show job -o 7", "requeue 7"], done.stderr
+    assert done.returncode == 75 and "could not be requeued" not in done.stdout
+
+
+SQUEUE = """#!/bin/bash
+echo "7|{state}|NodeFail|(null)"
+echo "8|RUNNING|None|(null)"
+"""
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ("RUNNING", ["it runs, or was killed", "job 7: running"]),
+        ("PENDING", ["it was killed, or its machine failed", "job 7: pending (NodeFail)"]),
+        ("NODE_FAIL", ["it was killed, or its machine failed", "job 7: node_fail", "no job of this run is queued"]),
+        ("CANCELLED", ["it was killed, or its machine failed", "job 7: cancelled", "no job of this run is queued"]),
+    ],
+)
+def test_status_of_a_life_without_an_end_asks_slurm(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, state: str, said: list[str]
+) -> None:
+    """The job was submitted by sbatch itself, without the comment that bigtx gives."""
+    (tmp_path / "squeue").write_text(SQUEUE.format(state=state))
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    event = {"kind": "start", "time": 1795987674.9, "host": "n1", "world_size": 4, "slurm_job": "7", "step": 0}
+    (tmp_path / "events.jsonl").write_text(json.dumps(event | {"slurm_restart": "0"}) + "\n")
+    assert status_command([str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert all(each in shown for each in said) and "job 8" not in shown
+
+
 def test_status_of_what_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not a run, and no job is queued for it"):
         status_command([str(tmp_path)])

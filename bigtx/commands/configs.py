@@ -1,4 +1,4 @@
-"""`bigtx configs list | show | copy | plan | explain`: the recipes that come with bigtx, and what each setting means."""
+"""`bigtx configs list | show | copy | plan | explain`: the recipes that come with bigtx, and what settings mean."""
 
 from __future__ import annotations
 

@@ -55,6 +55,22 @@ OPTIONS = {
 COMMENT = "bigtx "
 """The beginning of a job's comment; the run folder follows."""
 
+ENDED = (
+    "boot_fail",
+    "cancelled",
+    "completed",
+    "deadline",
+    "failed",
+    "node_fail",
+    "out_of_memory",
+    "preempted",
+    "revoked",
+    "timeout",
+)
+"""What SLURM calls jobs that have ended."""
+WAITING = ("pending", "configuring", "requeued")
+"""What SLURM calls jobs that do not run yet, or not again."""
+
 
 @dataclass
 class _Job:
@@ -120,7 +136,7 @@ def status_command(argv: Sequence[str]) -> int:
     """Print the starts of a run with their ends, and the jobs that SLURM still lists.
 
     Raises:
-        CheckpointError: the folder is not a run, and no job is queued for it.
+        CheckpointError: the folder is not a run, and SLURM lists no job for it.
     """
     parser = Arguments(
         prog="bigtx slurm status",
@@ -129,24 +145,27 @@ def status_command(argv: Sequence[str]) -> int:
     parser.add_argument("run", metavar="RUN", help="a run's folder")
     parser.add_json()
     arguments = parser.parse_args(argv)
-    starts, jobs = _starts(Path(arguments.run)), _queued(Path(arguments.run))
+    starts = _starts(Path(arguments.run))
+    jobs = _known_jobs(Path(arguments.run), {start["job"] for start in starts})
     if not starts and not jobs and not is_run(Path(arguments.run)):
         raise CheckpointError(f"{arguments.run} is not a run, and no job is queued for it; name a run's folder")
     if arguments.json:
         say_json({"lives": starts, "jobs": jobs})
         return 0
+    over = [each["job"] for each in jobs if each["state"] in (*ENDED, *WAITING)]
     for start in starts:
         job = f"job {start['job']} (restart {start['restart']})" if start["job"] else "outside SLURM"
-        end = (
-            f"{start['end']} at step {start['end_step']:,}"
-            if start["end"]
-            else "no end is recorded: it is running, or was killed"
-        )
+        if start["end"]:
+            end = f"{start['end']} at step {start['end_step']:,}"
+        elif start is not starts[-1] or start["job"] in over:
+            end = "no end is recorded: it was killed, or its machine failed"
+        else:
+            end = "no end is recorded: it is running, or was killed"
         began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(start["time"]))
         say(f"{began}  {job} on {start['host']}, {start['ranks']} ranks, from step {start['step']:,}: {end}")
     for each in jobs:
         say(f"job {each['job']}: {each['state']}" + (f" ({each['reason']})" if each["reason"] != "None" else ""))
-    if not jobs:
+    if all(each["state"] in ENDED for each in jobs):
         say("no job of this run is queued or running")
     return 0
 
@@ -340,14 +359,21 @@ def _starts(run_dir: Path) -> list[dict[str, Any]]:
     return starts
 
 
-def _queued(run_dir: Path) -> list[dict[str, str]]:
-    """Return the jobs of a run that are queued or running; none without SLURM."""
+def _known_jobs(run_dir: Path, numbers: set[str]) -> list[dict[str, str]]:
+    """Return the jobs that SLURM lists for a run, including those that ended minutes ago; none without SLURM.
+
+    Args:
+        numbers: jobs that have worked on the run.
+    """
+    listed = ["squeue", "-h", "--states=all", "-o", "%A|%T|%r|%k"]
     try:
-        done = subprocess.run(["squeue", "-h", "-o", "%i|%T|%r|%k"], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(listed, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return []
     own = COMMENT + str(run_dir.absolute())
     rows = (line.split("|", 3) for line in done.stdout.splitlines())
     return [
-        {"job": row[0], "state": row[1].lower(), "reason": row[2]} for row in rows if len(row) == 4 and row[3] == own
+        {"job": row[0], "state": row[1].lower(), "reason": row[2]}
+        for row in rows
+        if len(row) == 4 and (row[3] == own or row[0] in numbers)
     ]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import random
+import re
+import shlex
 import signal
 from pathlib import Path
 
 import pytest
 from clusters import Cluster
 from doors import ROOT, TINY, all_pids, bigtx, last_step, read_lines
-from finetunes import RHYTHM, labelled, write_jsonl
+from finetunes import RHYTHM, WORDS, finetuned, labelled, results, write_jsonl
+from slurm_runs import SCRIPTS, check_finished, environment_of, events, name_of, pids_with, submit_started
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
-SCRIPTS = ROOT / "slurm"
 
 
 @pytest.fixture
@@ -28,6 +31,15 @@ def recipe(corpus: Path) -> list[str]:
     return [*settings, "block_tokens=4096", "num_processes=1"]
 
 
+LOST = "no end is recorded: it was killed, or its machine failed"
+NO_JOB = "no job of this run is queued or running"
+
+
+def status_of(cluster: Cluster, run_dir: Path) -> list[str]:
+    """What `bigtx slurm status` says, on the login host."""
+    return cluster.run("bigtx", "slurm", "status", str(run_dir)).splitlines()
+
+
 def test_a_node_that_crashes_and_returns(cluster: Cluster, pretraining: list[str], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     arguments = [*pretraining, "train.max_steps=30", f"run_dir={run_dir}", "--ranks=2"]
@@ -38,6 +50,11 @@ def test_a_node_that_crashes_and_returns(cluster: Cluster, pretraining: list[str
     cluster.start(2)
     assert cluster.wait_for_end(job)["JobState"] == "COMPLETED", cluster.logs()
     assert last_step(run_dir) == 30 and "resumed from" in cluster.logs()
+    first, second, *rest = status_of(cluster, run_dir)
+    assert f"job {job} (restart 0) on n1, 4 ranks, from step 0: " in first
+    assert first.endswith(LOST) or "failed at step" in first  # Rank 0 had the time to say so.
+    assert f"job {job} (restart 1)" in second and second.endswith("finished at step 30")
+    assert rest == [f"job {job}: completed", NO_JOB]
 
 
 def test_a_mistake_is_not_started_again(cluster: Cluster, pretraining: list[str], tmp_path: Path) -> None:
@@ -53,6 +70,42 @@ def test_a_job_of_two_nodes_without_srun_is_refused(cluster: Cluster, pretrainin
     arguments = [*pretraining, "train.max_steps=3", f"run_dir={tmp_path / 'run'}"]
     end = cluster.wait_for_end(cluster.submit("--nodes=2", "--output=slurm-own.log", str(script), *arguments))
     assert end["ExitCode"] == "2:0" and "this SLURM job has 2 nodes" in cluster.logs()
+
+
+WRONG = {
+    "torchrun alone": (
+        "torchrun --nproc_per_node 2 -m bigtx.pretrain",
+        "srun has started 2 copies of a run of one machine",
+    ),
+    "deepspeed alone": (
+        "deepspeed --num_accelerators 2 --master_port $((23500 + SLURM_NODEID)) --module bigtx.pretrain",
+        "srun has started 2 copies of a run of one machine",
+    ),
+    "other numbers of ranks": (
+        "bigtx pretrain --ranks=$((1 + SLURM_NODEID))",
+        "the machines of this run start different ranks: n1 (node 0) 1 on each of 2 machines, n2 (node 1) 2 on each",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_world_of_the_wrong_size_is_refused(
+    cluster: Cluster, pretraining: list[str], tmp_path: Path, case: str
+) -> None:
+    command, message = WRONG[case]
+    arguments = [*pretraining, "train.max_steps=3", f"run_dir={tmp_path / 'run'}"]
+    line = f'exec {command} "$@"'
+    srun = ["srun", "--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=0", "bash", "-c", line, "bash"]
+    said = cluster.run(*srun, *arguments, status=None)
+    assert message in said
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_plain_python_on_a_node(cluster: Cluster, pretraining: list[str], tmp_path: Path) -> None:
+    for name, program in {"module": ["-m", "bigtx.pretrain"], "script": [str(ROOT / "bigtx" / "pretrain.py")]}.items():
+        arguments = [*pretraining, "train.max_steps=3", f"run_dir={tmp_path / name}", "--ranks=2"]
+        cluster.run("srun", "--nodes=1", "python", *program, *arguments)
+        assert last_step(tmp_path / name) == 3 and events(tmp_path / name, "start", "world_size") == [2]
 
 
 def test_srun_with_a_task_for_each_rank(cluster: Cluster, pretraining: list[str], tmp_path: Path) -> None:
@@ -95,6 +148,50 @@ def test_a_cancelled_job_saves_and_is_not_requeued(cluster: Cluster, pretraining
     assert (end["JobState"], end["Restarts"]) == ("CANCELLED", "0"), cluster.logs()
     ended = [event["status"] for event in read_lines(run_dir / "events.jsonl") if event["kind"] == "end"]
     assert ended == ["stopped"] and all_pids(run_dir) == [], cluster.logs()
+    life, *rest = status_of(cluster, run_dir)
+    assert "stopped at step" in life and rest == [f"job {job}: cancelled", NO_JOB]
+
+
+def test_a_job_whose_time_is_over_saves_in_the_time_that_slurm_leaves(
+    cluster: Cluster, pretraining: list[str], tmp_path: Path
+) -> None:
+    """Without a signal beforehand (SIGURG does nothing)."""
+    run_dir = tmp_path / "run"
+    words = ["--nodes=2", "--time=1", "--signal=B:URG@1", str(SCRIPTS / "pretrain.sbatch"), *pretraining]
+    job = cluster.submit(*words, "train.max_steps=100000", f"run_dir={run_dir}", "--ranks=1")
+    assert cluster.wait_for_end(job)["JobState"] == "TIMEOUT", cluster.logs()
+    cluster.wait_for(lambda: all_pids(run_dir) == [])
+    life, *rest = status_of(cluster, run_dir)
+    assert "stopped at step" in life and rest == [f"job {job}: timeout (TimeLimit)", NO_JOB]
+
+
+def test_a_cluster_whose_jobs_get_no_environment(cluster: Cluster, pretraining: list[str], tmp_path: Path) -> None:
+    """The site's file makes it, for the tasks too."""
+    path, run_dir = cluster.environment["PATH"], tmp_path / "run"
+    lines = ["SBATCH_EXPORT=NONE", f"PATH={shlex.quote(path)}", "OMP_NUM_THREADS=1", "CUDA_VISIBLE_DEVICES="]
+    (tmp_path / "site.sh").write_text("".join(f"export {line}\n" for line in lines) + "container=() srun_options=()\n")
+    words = [
+        "pretrain",
+        *pretraining,
+        "train.max_steps=3",
+        f"run_dir={run_dir}",
+        "site=site.sh",
+        "nodes=2",
+        "--ranks=1",
+    ]
+    said = cluster.run("bigtx", "slurm", "submit", *words)
+    job = int(said.split("job ")[1].split()[0])
+    assert cluster.wait_for_end(job)["JobState"] == "COMPLETED", cluster.logs()
+    assert last_step(run_dir) == 3
+
+
+def test_a_time_limit_that_is_too_short_ends_the_job(cluster: Cluster, pretraining: list[str], tmp_path: Path) -> None:
+    """SLURM sends the signal of 300 s before the end at once."""
+    words = ["--time=1", str(SCRIPTS / "pretrain.sbatch"), *pretraining, f"run_dir={tmp_path / 'run'}"]
+    job = cluster.submit(*words, "train.max_steps=100000", "--ranks=1", BIGTX_MAX_CRASHES="1")
+    end = cluster.wait_for_end(job)
+    assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("FAILED", "75:0", "1"), cluster.logs()
+    assert "not started again; the time limit must be longer than the seconds of --signal" in cluster.logs()
 
 
 def test_a_stop_file_asks_for_a_requeue(cluster: Cluster, pretraining: list[str], tmp_path: Path) -> None:
@@ -111,35 +208,56 @@ def test_a_stop_file_asks_for_a_requeue(cluster: Cluster, pretraining: list[str]
     assert f"job {job} (restart 1)" in said and "finished at step 30" in said
 
 
-def test_a_preparation_in_parts_gives_the_bytes_of_one_machine(
-    cluster: Cluster, recipe: list[str], corpus: Path, tmp_path: Path
+def test_a_preparation_that_loses_a_process_and_a_node_gives_the_bytes_of_one_machine(
+    cluster_of_three: Cluster, corpus: Path, tmp_path: Path
 ) -> None:
-    said = cluster.run("bigtx", "slurm", "submit", "prepare", *recipe, f"output={tmp_path / 'data'}", "parts=3")
-    parts, merge = (int(line.split("job ")[1].split(",")[0]) for line in said.splitlines() if ": job " in line)
-    victims = cluster.wait_for(lambda: [pid for pid in all_pids_of("part=2/3") if name_of(pid) == "bigtx"])
-    os.kill(victims[0], signal.SIGKILL)
+    cluster, one, data = cluster_of_three, tmp_path / "one", tmp_path / "data"
+    settings = [f"input.paths=[{write_units(tmp_path / 'texts', 16)}]", f"tokenizer={corpus.parent / 'tokenizer'}"]
+    settings += ["validation_fraction=0.05", "block_tokens=4096", "shard_size=2MB", "num_processes=1"]
+    assert bigtx("data", "prepare", *settings, f"output={one}").returncode == 0
+    said = cluster.run("bigtx", "slurm", "submit", "prepare", *settings, f"output={data}", "parts=8")
+    merge = next(int(line.split("job ")[1].split(",")[0]) for line in said.splitlines() if line.startswith("merge"))
+    os.kill(preparing(cluster, "part=2/8"), signal.SIGKILL)
+    node = environment_of(preparing(cluster, "part=7/8"))["SLURMD_NODENAME"]
+    cluster.crash(int(node.removeprefix("n")))
     assert cluster.wait_for_end(merge)["JobState"] == "COMPLETED", cluster.logs()
-    files = [path.relative_to(corpus) for path in sorted(corpus.rglob("*.tar"))]
-    assert files and all((tmp_path / "data" / file).read_bytes() == (corpus / file).read_bytes() for file in files)
-    assert "crashed with status 137" in cluster.logs() and parts != merge
+    assert files_of(data) == files_of(one) and len(list(one.rglob("*.tar"))) > 2
+    assert "crashed with status 137" in cluster.logs()
+    assert len(set(re.findall(r"Part (\d) of 8: [1-9]", cluster.logs()))) == 8
+    assert node not in cluster.nodes_of(merge)
 
 
-def all_pids_of(word: str) -> list[int]:
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if word.encode() in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
-        except OSError:
-            continue
-    return found
+def write_units(folder: Path, count: int) -> Path:
+    """Files of the size that is given to one process at a time."""
+    folder.mkdir()
+    generator = random.Random(1)
+    for number in range(count):
+        texts = (" ".join(generator.choices(WORDS, k=250)) for _ in range(1200))
+        write_jsonl(folder / f"{number:02d}.jsonl", [{"text": text} for text in texts])
+    return folder
 
 
-def name_of(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/comm").read_text().strip()
-    except OSError:
-        return ""
+def preparing(cluster: Cluster, part: str) -> int:
+    """The process that makes a part."""
+    return int(cluster.wait_for(lambda: [pid for pid in pids_with(part) if name_of(pid) == "bigtx"])[0])
+
+
+def files_of(corpus: Path) -> dict[str, bytes]:
+    """All that a corpus holds."""
+    return {str(path.relative_to(corpus)): path.read_bytes() for path in corpus.rglob("*") if path.is_file()}
+
+
+def test_a_fine_tuning_on_two_nodes(cluster: Cluster, decoder_base: Path, tmp_path: Path) -> None:
+    records = write_jsonl(tmp_path / "records.jsonl", labelled(400))
+    data = [f"base={decoder_base}", f"data.train=[{records}]", "train.max_steps=40", "train.checkpoint_every=5 steps"]
+    straight, run_dir = tmp_path / "straight", tmp_path / "run"
+    arguments = [str(SCRIPTS / "finetune.sbatch"), *RHYTHM, *data, "train.micro_batch_size=2", f"run_dir={run_dir}"]
+    job = submit_started(cluster, ["--nodes=2", *arguments, "--ranks=2"], run_dir)
+    cluster.run("scancel", "--batch", "--signal=USR1", str(job))
+    finetuned(*data, "train.micro_batch_size=2", f"run_dir={straight}", ranks=4)
+    check_finished(cluster, job, run_dir, straight)
+    assert events(run_dir, "end", "status") == ["stopped", "finished"]
+    assert results(run_dir) == results(straight)
 
 
 def test_a_sweep(cluster: Cluster, pretraining: list[str], tmp_path: Path) -> None:

@@ -9,50 +9,16 @@ from pathlib import Path
 
 import pytest
 from clusters import Cluster
-from doors import ROOT, TINY, all_pids, last_step, losses, pretrain, rank_pids, read_lines, same_weights
+from doors import all_pids, last_step
+from slurm_runs import SCRIPTS, check_finished, events, name_of, run_straight, settings, started
 
 pytestmark = pytest.mark.slurm
-STEPS = 30
-SCRIPT = str(ROOT / "slurm" / "pretrain.sbatch")
-
-
-def settings(corpus: Path, run_dir: Path, *more: str) -> list[str]:
-    own = [f"data.sources.a.path={corpus}", "model.dropout=0.1", f"train.max_steps={STEPS}", f"run_dir={run_dir}"]
-    quiet = ["train.checkpoint_every=5 steps", "track.wandb=off"]
-    return [*TINY, *own, *quiet, "--ranks=2", *more]
 
 
 @pytest.fixture(scope="module")
 def straight(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of four ranks of one machine that nothing disturbed."""
     return run_straight(corpus, tmp_path_factory.mktemp("straight") / "run")
-
-
-def run_straight(corpus: Path, run_dir: Path, *more: str) -> Path:
-    arguments = [each for each in settings(corpus, run_dir, *more) if each != "--ranks=2"]
-    done = pretrain(*arguments, ranks=4)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return run_dir
-
-
-def events(run_dir: Path, kind: str, key: str) -> list[str]:
-    return [event[key] for event in read_lines(run_dir / "events.jsonl") if event["kind"] == kind]
-
-
-def started(cluster: Cluster, corpus: Path, run_dir: Path, *more: str) -> int:
-    """A job of two nodes that has made some steps."""
-    job = cluster.submit("--nodes=2", SCRIPT, *settings(corpus, run_dir, *more))
-    cluster.wait_for(lambda: last_step(run_dir) >= 7, number=job)
-    return job
-
-
-def check_finished(cluster: Cluster, job: int, run_dir: Path, straight: Path) -> None:
-    """The job has ended well, and the run is as if nothing had happened."""
-    end = cluster.wait_for_end(job)
-    assert end["JobState"] == "COMPLETED", cluster.logs()
-    assert losses(run_dir) == losses(straight)
-    same_weights(run_dir, straight)
-    assert all_pids(run_dir) == []
 
 
 def test_a_run_that_is_asked_to_stop_is_requeued_and_loses_nothing(
@@ -78,22 +44,15 @@ def test_all_is_sharded(cluster: Cluster, corpus: Path, tmp_path: Path) -> None:
 
 def srun_pid(run_dir: Path) -> int:
     """The srun that the batch script started; its helper process is younger."""
-    return min(pid for pid in all_pids(run_dir) if _name(pid) == "srun")
+    return min(pid for pid in all_pids(run_dir) if name_of(pid) == "srun")
 
 
 def batch_pid(run_dir: Path) -> int:
-    return min(pid for pid in all_pids(run_dir) if _name(pid) in ("bash", "slurm_script"))
+    return min(pid for pid in all_pids(run_dir) if name_of(pid) in ("bash", "slurm_script"))
 
 
 def supervisor_pids(run_dir: Path) -> list[int]:
-    return sorted(pid for pid in all_pids(run_dir) if _name(pid) == "bigtx")
-
-
-def _name(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/comm").read_text().strip()
-    except OSError:
-        return ""
+    return sorted(pid for pid in all_pids(run_dir) if name_of(pid) == "bigtx")
 
 
 VICTIMS: dict[str, Callable[[Path], int]] = {
@@ -101,7 +60,7 @@ VICTIMS: dict[str, Callable[[Path], int]] = {
     "srun": srun_pid,
     "supervisor 0": lambda run_dir: supervisor_pids(run_dir)[0],
     "supervisor 1": lambda run_dir: supervisor_pids(run_dir)[1],
-    "rank": lambda run_dir: rank_pids(run_dir)[-1],
+    "rank": lambda run_dir: max(pid for pid in all_pids(run_dir) if name_of(pid).startswith("bigtx rank")),
 }
 
 
@@ -138,6 +97,34 @@ def test_after_a_kill_the_job_is_requeued(
 
 
 @pytest.mark.slow
+def test_all_lives_are_one_run_of_wandb(cluster: Cluster, corpus: Path, straight: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    job = started(cluster, corpus, run_dir, "track.wandb=offline")
+    os.kill(VICTIMS["rank"](run_dir), signal.SIGKILL)
+    cluster.wait_for(lambda: len(events(run_dir, "start", "step")) == 2 and last_step(run_dir) >= 10, number=job)
+    cluster.run("scancel", "--batch", "--signal=USR1", str(job))
+    check_finished(cluster, job, run_dir, straight)
+    lives = list((run_dir / "wandb").glob("offline-run-*/*.wandb"))
+    run_id = (run_dir / "wandb_run_id").read_text().strip()
+    assert len(lives) == 3 and {path.name for path in lives} == {f"run-{run_id}.wandb"}
+
+
+@pytest.mark.slow
+def test_the_clock_of_slurm_asks_for_a_requeue(cluster: Cluster, corpus: Path, tmp_path: Path) -> None:
+    """A real time limit, in SLURM's unit, minutes; it looks at its clock every half of one."""
+    run_dir = tmp_path / "run"
+    words = ["--nodes=2", "--time=2", "--signal=B:USR1@20", str(SCRIPTS / "pretrain.sbatch")]
+    job = cluster.submit(*words, *settings(corpus, run_dir, "train.max_steps=100000"))
+    cluster.wait_for(lambda: events(run_dir, "end", "status"), timeout=180)
+    cluster.wait_for(lambda: len(events(run_dir, "start", "step")) == 2, number=job)
+    ended = events(run_dir, "end", "step")[0]
+    cluster.wait_for(lambda: last_step(run_dir) > int(ended), number=job)
+    assert events(run_dir, "end", "status") == ["stopped"] and int(ended) > 0
+    assert events(run_dir, "start", "step") == [0, ended]
+    assert cluster.job(job)["Restarts"] == "1" and "requeued" in cluster.logs()
+
+
+@pytest.mark.slow
 def test_after_a_kill_of_the_batch_shell_nothing_is_left_and_another_job_resumes(
     cluster: Cluster, corpus: Path, straight: Path, tmp_path: Path
 ) -> None:
@@ -145,5 +132,5 @@ def test_after_a_kill_of_the_batch_shell_nothing_is_left_and_another_job_resumes
     os.kill(batch_pid(tmp_path / "run"), signal.SIGKILL)
     assert cluster.wait_for_end(job)["JobState"] == "FAILED"
     cluster.wait_for(lambda: all_pids(tmp_path / "run") == [], timeout=60)
-    job = cluster.submit("--nodes=2", SCRIPT, *settings(corpus, tmp_path / "run"))
+    job = cluster.submit("--nodes=2", str(SCRIPTS / "pretrain.sbatch"), *settings(corpus, tmp_path / "run"))
     check_finished(cluster, job, tmp_path / "run", straight)
