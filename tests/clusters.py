@@ -1,4 +1,4 @@
-"""A real SLURM cluster of two nodes, by tests/slurm/cluster."""
+"""A real SLURM cluster of some nodes, by tests/slurm/cluster."""
 
 from __future__ import annotations
 
@@ -22,10 +22,13 @@ class Cluster:
         folder: where jobs are submitted, and their logs are.
     """
 
-    def __init__(self, state: Path) -> None:
+    def __init__(self, state: Path, num_nodes: int = 2, **variables: str) -> None:
         self.state = state
         self.folder = state
-        self.environment = environment(CLUSTER=str(state), BIGTX_HOME=str(ROOT), BIGTX_MAX_CRASHES="1")
+        self.names = [f"n{node + 1}" for node in range(num_nodes)]
+        own = {"CLUSTER": str(state), "NODES": str(num_nodes), "BIGTX_HOME": str(ROOT), "BIGTX_MAX_CRASHES": "1"}
+        # It imports torch once more on each node; its own tests turn it on.
+        self.environment = environment(**own, BIGTX_PREFLIGHT="off") | variables
         # Nothing of the scheduler or launcher that these tests may run under.
         for name in [name for name in self.environment if name.startswith(("SLURM_", "SBATCH_", "SRUN_"))]:
             del self.environment[name]
@@ -33,7 +36,7 @@ class Cluster:
 
     def __enter__(self) -> Cluster:
         self._process = subprocess.Popen([SCRIPT, "serve"], env=self.environment, stdin=subprocess.DEVNULL)
-        self.wait_for(lambda: self.nodes("idle") == ["n1", "n2"], timeout=60)
+        self.wait_for(lambda: self.nodes("idle") == self.names, timeout=60)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -93,12 +96,13 @@ class Cluster:
 
     def crash(self, node: int) -> None:
         """Take away a node's power."""
-        self._do("crash", str(node))
+        self.do("crash", str(node))
 
     def start(self, node: int) -> None:
         """Start a node again, and wait until SLURM knows it."""
-        self._do("start", str(node))
+        self.do("start", str(node))
         self.wait_for(lambda: f"n{node}" in self.nodes("idle"))
 
-    def _do(self, *words: str) -> None:
+    def do(self, *words: str) -> None:
+        """Do something to a node: see tests/slurm/cluster."""
         subprocess.run([SCRIPT, *words], env=self.environment, check=True, stdin=subprocess.DEVNULL)

@@ -1,4 +1,4 @@
-"""Whether the machines of a run are alike: the same code, packages and settings, which each of them says when they meet.
+"""Whether the machines of a run are alike: the same code, packages and settings, which each says when they meet.
 
 Machines that differ here train something that nobody asked for, or wait for each other in a collective that only some
 of them reach.
@@ -16,7 +16,7 @@ from typing import Any
 from bigtx.utils import hardware
 
 CLOCK_SECONDS = 5.0
-"""A clock that differs by more is worth a warning. Nothing in bigtx depends on it: steps and checkpoints are numbered."""
+"""A clock that differs by more is worth a warning; nothing in bigtx depends on it, since steps are numbered."""
 MOST_SHOWN = 6
 """Differences, or machines with the same value, that a message shows."""
 _LONGEST_VALUE = 60
@@ -36,7 +36,7 @@ def facts_of_machine() -> dict[str, str]:
 
 def facts_of_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """A config as facts, by dotted keys."""
-    facts = {}
+    facts: dict[str, str] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
             facts |= facts_of_settings(value, f"{prefix}{key}.")
@@ -112,7 +112,9 @@ def named(hosts: Mapping[int, str], nodes: Iterable[int]) -> str:
     'b (node 1)'
     """
     nodes = list(nodes)
-    shown = ", ".join(f"{hosts[node]} (node {node})" if node in hosts else f"node {node}" for node in nodes[:MOST_SHOWN])
+    shown = ", ".join(
+        f"{hosts[node]} (node {node})" if node in hosts else f"node {node}" for node in nodes[:MOST_SHOWN]
+    )
     return shown + (f" and {len(nodes) - MOST_SHOWN} more" if len(nodes) > MOST_SHOWN else "")
 
 

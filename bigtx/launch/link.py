@@ -5,8 +5,9 @@
     node 3 ──┘
 
 They meet before any rank is started: machines that do not find each other, that have other code, packages or settings
-than the rest, or do not see the run's folder, end here with an error that says so. From then on each says what the others must know (see `supervisor.py`), and notices when
-another one is gone: at once where its process ended, within some 20 seconds where its machine did.
+than the rest, or do not see the run's folder, end here with an error that says so. From then on each says what the
+others must know (see `supervisor.py`), and notices when another one is gone: at once where its process ended, within
+some 20 seconds where its machine did.
 """
 
 from __future__ import annotations
@@ -178,8 +179,8 @@ def _look(peers: dict[int, _Peer], hosts: dict[int, str], folder: Path | None) -
     if blind:
         place = path.parent if path else folder
         problem = (
-            f"a file that {hosts[0]} (node 0) wrote in {place} is missing on {named(hosts, blind)}: the machines do not "
-            "see the same folder. Mount the file system there, or choose a run_dir that all of them see"
+            f"a file that {hosts[0]} (node 0) wrote in {place} is missing on {named(hosts, blind)}: the machines do "
+            "not see the same folder. Mount the file system there, or choose a run_dir that all of them see"
         )
         raise _tell(peers, BrokenMachines(problem, [hosts[node] for node in blind + silent]))
     if silent:
@@ -198,8 +199,8 @@ def _answers(peers: dict[int, _Peer], names: tuple[str, ...], deadline: float) -
     """What each machine says by these names, and under `NAME at` when it arrived; without those that say nothing."""
     answers: dict[int, dict[str, Any]] = {node: {} for node in peers}
     with selectors.DefaultSelector() as selector:
-        for peer in peers.values():
-            selector.register(peer.connection, selectors.EVENT_READ, peer)
+        for each in peers.values():
+            selector.register(each.connection, selectors.EVENT_READ, each)
         while selector.get_map() and (left := deadline - time.monotonic()) > 0:
             for key, _ in selector.select(left):
                 peer: _Peer = key.data

@@ -223,7 +223,12 @@ def test_a_machine_that_hangs_while_it_looks_is_named(tmp_path: Path, monkeypatc
     monkeypatch.setattr(link, "ANSWER_SECONDS", 0.5)
     monkeypatch.setattr(shared, "sees", lambda path: over.wait(3))
     port = free_port()
-    other = threading.Thread(target=lambda: pytest.raises(LaunchError, meet, world(1, port), {}, tmp_path))
+
+    def hang() -> None:
+        with pytest.raises(LaunchError):
+            meet(world(1, port), {}, tmp_path)
+
+    other = threading.Thread(target=hang)
     other.start()
     with pytest.raises(BrokenMachines, match=r"no answer from .+ \(node 1\)"):
         meet(world(0, port), {}, tmp_path, seconds=10)
