@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bigtx.launch.link import BrokenMachines
 from bigtx.launch.pairs import MOST_ROUNDS, SLOW_FRACTION, Pair, Verdict, judge, rounds, speeds_of
 from bigtx.launch.supervisor import start_ranks
 from bigtx.launch.world import World, find_world
@@ -52,9 +51,11 @@ def command(argv: Sequence[str]) -> int:
         return _conclude(arguments, {0: {"host": hardware.host_name(), "checks": checks}}, [hardware.host_name()], {})
     try:
         status = start_ranks(world, Path(arguments.folder))
-    except BrokenMachines as error:
-        _write_bad(arguments.output, error.hosts)
-        error.exit_status = EXIT_UNFIT
+    except LaunchError as error:
+        if error.broken_hosts:
+            error.exit_status = EXIT_UNFIT
+        if world.node == 0:
+            _write_bad(arguments.output, error.broken_hosts)
         raise
     return _be_rank(arguments, world) if status is None else status
 

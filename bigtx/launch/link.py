@@ -41,18 +41,6 @@ LARGEST_MESSAGE = 1 << 20
 _RETRY_SECONDS = 0.25
 
 
-class BrokenMachines(LaunchError):
-    """Machines that cannot take part in a run.
-
-    Attributes:
-        hosts: their names, as far as they are known.
-    """
-
-    def __init__(self, text: str, hosts: list[str]) -> None:
-        super().__init__(text)
-        self.hosts = hosts
-
-
 @dataclass
 class _Peer:
     """A connected supervisor."""
@@ -132,8 +120,8 @@ def meet(
         None where there is one machine only.
 
     Raises:
-        LaunchError: they do not find each other in time, do not start the same numbers of ranks, or are not alike.
-        BrokenMachines: some did not come, or do not see the folder.
+        LaunchError: they do not find each other in time, do not start the same numbers of ranks, are not alike, or do
+            not see the same folder. It names the machines that the others could do without.
     """
     if world.num_nodes == 1:
         return None
@@ -168,7 +156,7 @@ def _look(peers: dict[int, _Peer], hosts: dict[int, str], folder: Path | None) -
     """On the first machine: ask the others for their clocks, and whether they see what is written here.
 
     Raises:
-        BrokenMachines: some do not see it, or do not answer.
+        LaunchError: some do not see it, or do not answer.
     """
     with shared.file_for_all(folder) if folder else contextlib.nullcontext() as path:
         asked = time.time()
@@ -182,13 +170,13 @@ def _look(peers: dict[int, _Peer], hosts: dict[int, str], folder: Path | None) -
             f"a file that {hosts[0]} (node 0) wrote in {place} is missing on {named(hosts, blind)}: the machines do "
             "not see the same folder. Mount the file system there, or choose a run_dir that all of them see"
         )
-        raise _tell(peers, BrokenMachines(problem, [hosts[node] for node in blind + silent]))
+        raise _tell(peers, LaunchError(problem, [hosts[node] for node in blind + silent]))
     if silent:
         problem = (
             f"no answer from {named(hosts, silent)}, which had come to the others: its file system hangs, or bigtx was "
             "ended or stopped there"
         )
-        raise _tell(peers, BrokenMachines(problem, [hosts[node] for node in silent]))
+        raise _tell(peers, LaunchError(problem, [hosts[node] for node in silent]))
     # Half of the way there and back is behind a clock when it is read.
     offsets = {node: each["clock"] - (asked + each["clock at"]) / 2 for node, each in answers.items()}
     if warning := why_wrong_clock(hosts, offsets):
@@ -253,7 +241,7 @@ def _join(world: World, facts: Mapping[str, str], deadline: float) -> Link:
         link.send(sees=answer["look"] is None or shared.sees(Path(answer["look"])))
         answer = _first_message(peer, shared.SEEN_SECONDS + 2 * ANSWER_SECONDS)
     if answer and "problem" in answer:
-        raise LaunchError(answer["problem"])
+        raise LaunchError(answer["problem"], answer.get("broken_hosts", ()))
     if not answer or "hosts" not in answer:
         raise LaunchError(
             f"{_place(world)} answers, but is not the first machine of this run: MASTER_ADDR and MASTER_PORT must name "
@@ -288,10 +276,10 @@ def _listen(world: World) -> socket.socket:
         ) from error
 
 
-def _too_few(world: World, peers: Mapping[int, _Peer]) -> BrokenMachines:
+def _too_few(world: World, peers: Mapping[int, _Peer]) -> LaunchError:
     missing = sorted(set(range(1, world.num_nodes)) - peers.keys())
     hosts = {node: world.hosts[node] for node in missing if node < len(world.hosts)}
-    return BrokenMachines(
+    return LaunchError(
         f"only {world.num_nodes - len(missing)} of {world.num_nodes} machines came to {_place(world)} within "
         f"{MEET_SECONDS:.0f} s; missing: {named(hosts, missing)}. Look at what bigtx says there",
         list(hosts.values()),
@@ -301,7 +289,7 @@ def _too_few(world: World, peers: Mapping[int, _Peer]) -> BrokenMachines:
 def _tell(peers: Mapping[int, _Peer], error: LaunchError) -> LaunchError:
     """Tell the machines that have come why the run does not begin."""
     link = Link(0, {}, list(peers.values()))
-    link.send(problem=str(error))
+    link.send(problem=str(error), broken_hosts=error.broken_hosts)
     link.close()
     return error
 
