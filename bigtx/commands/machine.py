@@ -156,12 +156,13 @@ def _open_files() -> Iterator[Check]:
 
 
 def _wandb() -> Iterator[Check]:
+    if os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled"):
+        yield Check("W&B", "ok", "offline, as asked for")
+        return
     from bigtx.track.follower import choose_mode
 
     mode, reason, host = choose_mode("auto")
     if mode == "online":
         yield Check("W&B", "ok", f"{host} answers")
-    elif os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled"):
-        yield Check("W&B", "ok", "offline, as asked for")
     else:
         yield Check("W&B", "warning", f"offline: {reason}; runs are kept here, and can be sent later")
