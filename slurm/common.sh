@@ -61,7 +61,8 @@ look_at_nodes() {
   # A node on which slurmd does not answer is named by srun, and by nobody else: srun then ends the others.
   names=$({ cat "$bad" 2>/dev/null; sed -n 's/.*Task launch for .* failed on node \([^:]*\):.*/\1/p' "$said"; } | paste -sd,)
   rm -f "$bad" "$said"
-  [ -n "$asked" ] || [ -z "$names" ] || exclude "$names"
+  [ -z "$asked" ] || { status=75; conclude; }
+  [ -z "$names" ] || exclude "$names"
   [ "$status" -eq 0 ] || conclude
 }
 
@@ -69,7 +70,7 @@ exclude() {
   local names=$1 before number left
   echo "$names" >>"$exclusions"
   before=$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
-  [ "$before" = "(null)" ] || names=$before,$names
+  case $before in "" | "(null)") ;; *) names=$before,$names ;; esac
   if [ "$(wc -l <"$exclusions")" -gt "$max_exclusions" ]; then
     rm -f "$exclusions"
     fail "slow or broken: $1. Nodes were excluded $max_exclusions times before: not started again"

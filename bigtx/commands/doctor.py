@@ -12,11 +12,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from bigtx.config.load import take_ranks
+from bigtx.config.options import RANKS
 from bigtx.launch.pairs import MOST_ROUNDS, SLOW_FRACTION, Pair, Verdict, judge, rounds, speeds_of
 from bigtx.launch.supervisor import start_ranks
 from bigtx.launch.world import World, find_world
 from bigtx.utils import hardware, log
-from bigtx.utils.arguments import Arguments
+from bigtx.utils.arguments import Arguments, wrapped
 from bigtx.utils.errors import LaunchError
 from bigtx.utils.files import write_atomic
 from bigtx.utils.log import say, say_json
@@ -37,8 +39,9 @@ def command(argv: Sequence[str]) -> int:
     Raises:
         LaunchError: the machines are not alike, or another launcher has started this process.
     """
-    arguments = _parser().parse_args(argv)
-    world = find_world(arguments.ranks, divides=1)
+    num_ranks, words = take_ranks(argv)
+    arguments = _parser().parse_args(words)
+    world = find_world(num_ranks, divides=1)
     if world is None:
         raise LaunchError(
             "bigtx doctor starts its own ranks, and another launcher has started this process as one; start it once on "
@@ -65,7 +68,10 @@ def _parser() -> Arguments:
         prog="bigtx doctor",
         description="Look whether this machine is fit to train; by `srun --ntasks-per-node=1 bigtx doctor` also "
         "whether all machines of a job are alike and see the same folder, and how fast they are together.",
-        epilog="The status is 1 where something is not fit, and 2 where the machines are not alike.",
+        epilog=wrapped(
+            f"{RANKS} N starts N ranks on each machine (one for each GPU). The status is 1 where something is not fit, "
+            "and 2 where the machines are not alike."
+        ),
     )
     parser.add_argument("folder", nargs="?", default=".", metavar="FOLDER", help="where the runs are to be (.)")
     parser.add_argument(
@@ -80,7 +86,6 @@ def _parser() -> Arguments:
         metavar="GB",
         help=f"what is slow whatever the others are, in GB/s (else: below {SLOW_FRACTION} of the median)",
     )
-    parser.add_argument("--ranks", type=int, metavar="N", help="ranks on each machine (one for each GPU)")
     parser.add_json()
     return parser
 

@@ -61,7 +61,6 @@ EXCEPTIONS: Mapping[str, str] = {
     "; write ulimit -n {": NEEDS_A_MACHINE,
     "docker run --shm-size=8g": NEEDS_A_MACHINE,
     "bigtx doctor starts its own ranks": FOLLOWED_ON_A_CLUSTER,
-    "by `srun --ntasks-per-node=1 bigtx doctor`": "the usage of bigtx doctor",
     "have the same GPU ({gpu})": NEEDS_A_MACHINE,
     "if another run uses that port": NEEDS_A_MACHINE,
     "has no device of its own": NEEDS_A_MACHINE,
