@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data verify": ("bigtx.commands.data:verify_command", "read all of a prepared corpus and check it"),
     "pretrain": ("bigtx.pretrain:main", "train a model on prepared corpora"),
     "finetune": ("bigtx.finetune:main", "train a model on records, for a task"),
+    "doctor": ("bigtx.commands.doctor:command", "check whether machines are fit to train"),
     "slurm submit": ("bigtx.commands.slurm:submit_command", "submit a job to a SLURM cluster"),
     "slurm render": ("bigtx.commands.slurm:render_command", "print the batch script of a job"),
     "slurm status": ("bigtx.commands.slurm:status_command", "show the starts and jobs of a run"),
@@ -42,7 +43,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 HEADINGS = {
     "From text to data": ("tokenizer", "data"),
     "Training": ("pretrain", "finetune"),
-    "On a cluster": ("slurm",),
+    "On a cluster": ("doctor", "slurm"),
     "Using a model": ("generate", "chat", "predict", "evaluate", "import", "export"),
 }
 """Groups of commands, by their first words; all other commands are shown at the end, as `OTHER`."""

@@ -24,14 +24,14 @@ class Cluster:
         crashed: nodes without power.
     """
 
-    def __init__(self, state: Path, num_nodes: int = 2) -> None:
+    def __init__(self, state: Path, num_nodes: int = 2, **variables: str) -> None:
         self.state = state
         self.names = [f"n{number}" for number in range(1, num_nodes + 1)]
         self.folder = state
         self.crashed: set[int] = set()
-        self.environment = environment(
-            CLUSTER=str(state), NODES=str(num_nodes), BIGTX_HOME=str(ROOT), BIGTX_MAX_CRASHES="2"
-        )
+        own = {"CLUSTER": str(state), "NODES": str(num_nodes), "BIGTX_HOME": str(ROOT), "BIGTX_MAX_CRASHES": "2"}
+        # The look at the nodes imports torch once more on each of them; its own tests turn it on.
+        self.environment = environment(**own, BIGTX_PREFLIGHT="off") | variables
         # Nothing of the scheduler or launcher that these tests may run under.
         for name in [name for name in self.environment if name.startswith(("SLURM_", "SBATCH_", "SRUN_"))]:
             del self.environment[name]
@@ -117,14 +117,15 @@ class Cluster:
 
     def crash(self, node: int) -> None:
         """Take away a node's power."""
-        self._do("crash", str(node))
+        self.do("crash", str(node))
         self.crashed.add(node)
 
     def start(self, node: int) -> None:
         """Start a node again, and wait until SLURM knows it; a job may have it at once."""
-        self._do("start", str(node))
+        self.do("start", str(node))
         self.crashed.discard(node)
         self.wait_for(lambda: f"n{node}" in self.nodes("idle,mixed,allocated"))
 
-    def _do(self, *words: str) -> None:
+    def do(self, *words: str) -> None:
+        """Do something to a node: see tests/slurm/cluster."""
         subprocess.run([SCRIPT, *words], env=self.environment, check=True, stdin=subprocess.DEVNULL)

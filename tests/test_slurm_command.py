@@ -157,7 +157,7 @@ echo "8|RUNNING|None|(null)"
 @pytest.mark.parametrize(
     ("state", "said"),
     [
-        ("RUNNING", ["it runs, or was killed", "job 7: running"]),
+        ("RUNNING", ["it is running, or was killed", "job 7: running"]),
         ("PENDING", ["it was killed, or its machine failed", "job 7: pending (NodeFail)"]),
         ("NODE_FAIL", ["it was killed, or its machine failed", "job 7: node_fail", "no job of this run is queued"]),
         ("CANCELLED", ["it was killed, or its machine failed", "job 7: cancelled", "no job of this run is queued"]),

@@ -261,8 +261,7 @@ def parse_command_line(
     """
     arguments: list[str] = []
     given: set[str] = set()
-    asked, argv = take(argv, RANKS.lstrip("-")) if RANKS in flags else (None, argv)
-    num_ranks = None if asked is None else _num_ranks(asked)
+    num_ranks, argv = take_ranks(argv) if RANKS in flags else (None, argv)
     rest = iter(argv)
     for argument in rest:
         if argument in ("-h", "--help"):
@@ -291,10 +290,16 @@ def _keys_by_name(schema: type, arguments: Sequence[str]) -> list[str]:
     return [key for key in keys if (setting := find(schema, key)) and setting.change == "by_name"]
 
 
-def _num_ranks(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
+def take_ranks(words: Sequence[str]) -> tuple[int | None, list[str]]:
+    """Return how many ranks a command line asks for (None for the default), and its other words.
+
+    Raises:
+        ConfigError: it is not a number of ranks.
+    """
+    text, others = take(words, RANKS.lstrip("-"))
+    if text is not None and (not text.isdecimal() or int(text) < 1):
         raise ConfigError(f"{RANKS} {text}: write how many ranks to start on this machine, e.g. {RANKS} 2")
-    return int(text)
+    return None if text is None else int(text), others
 
 
 def _merged_tree(schema: type, args: Sequence[str]) -> tuple[Node, list[Path], list[Problem], bool]:

@@ -24,19 +24,21 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bigtx.launch import linux
+from bigtx.launch.alike import facts_of_machine, facts_of_settings
 from bigtx.launch.link import Link, meet
 from bigtx.launch.world import World
 from bigtx.utils import log, processes
 from bigtx.utils.errors import EXIT_INTERRUPTED, EXIT_REQUEUE
+from bigtx.utils.hardware import host_name
 from bigtx.utils.processes import hold_free_port, stop_signals
 
 FAREWELL_SECONDS = 4.0
@@ -89,13 +91,14 @@ class _End:
         return self.status not in (0, EXIT_REQUEUE, EXIT_INTERRUPTED)
 
 
-def start_ranks(world: World, run_dir: Path) -> int | None:
+def start_ranks(world: World, run_dir: Path, settings: Mapping[str, Any] | None = None) -> int | None:
     """Start this machine's ranks, and wait for them.
 
     To be called while the process has one thread.
 
     Args:
-        run_dir: where the ranks write their logs.
+        run_dir: where the ranks write their logs. All machines must see the same folder there.
+        settings: of the run, which must be equal on all machines, as the code and the packages must.
 
     Returns:
         In the calling process the exit status of the command. In each rank, None: it has its place in the environment,
@@ -104,7 +107,8 @@ def start_ranks(world: World, run_dir: Path) -> int | None:
     Raises:
         LaunchError: the machines do not find each other; see `meet`.
     """
-    supervisor = _Supervisor(run_dir, meet(world))
+    facts = facts_of_machine() | facts_of_settings(settings or {}) if world.num_nodes > 1 else {}
+    supervisor = _Supervisor(run_dir, meet(world, facts, run_dir))
     with hold_free_port() as held:
         port = world.port or held.getsockname()[1]
         for local_rank in range(world.num_local):
@@ -347,7 +351,7 @@ class _Supervisor:
     def _explain(self, rank: _Rank) -> str:
         """Say which rank failed, where, when and how, with the end of its log."""
         status, step = rank.status or 0, rank.facts.get("step") or _last_step(self._run_dir)
-        who = f"rank {rank.number} on {socket.gethostname()}"
+        who = f"rank {rank.number} on {host_name()}"
         when = f"after step {step:,}" if step else "before the first step"
         if status < 0:
             lines = [f"LaunchError: {who} was ended {when} by {_signal_name(-status)}{self._why_killed(-status)}"]

@@ -41,6 +41,7 @@ class World:
         address: where rank 0 is.
         port: where the ranks meet; 0 for a free one of this machine.
         launcher: what started this process on each machine, for people.
+        hosts: the machines' names in their order; empty where the launcher does not say them.
     """
 
     num_local: int
@@ -49,6 +50,7 @@ class World:
     address: str = "127.0.0.1"
     port: int = 0
     launcher: str | None = None
+    hosts: tuple[str, ...] = ()
 
     @property
     def link_port(self) -> int:
@@ -91,24 +93,37 @@ def find_world(num_ranks: int | None, *, divides: int) -> World | None:
         return World(_num_local(num_ranks, divides))
     if tasks is None or nodes is None or tasks == 1:
         return World(_num_local(num_ranks, divides))
-    address = os.environ.get("MASTER_ADDR") or first_host(os.environ["SLURM_STEP_NODELIST"])
+    hosts = host_names(os.environ["SLURM_STEP_NODELIST"])
+    address = os.environ.get("MASTER_ADDR") or hosts[0]
     port = _number("MASTER_PORT") or _port_of_job()
     if tasks > nodes:
         _refuse_count(num_ranks)
         _take_srun_rank(tasks, address, port)
         return None
-    return World(_num_local(num_ranks, divides), nodes, _number("SLURM_NODEID") or 0, address, port, "srun")
+    return World(_num_local(num_ranks, divides), nodes, _number("SLURM_NODEID") or 0, address, port, "srun", hosts)
 
 
-def first_host(names: str) -> str:
-    """The first host of SLURM's short form, such as `node[03-07,12],login`.
+def host_names(names: str) -> tuple[str, ...]:
+    """The hosts of SLURM's short form, such as `node[03-07,12],login`.
 
-    >>> first_host("node[03-07,12],login")
-    'node03'
+    >>> host_names("node[09-11],login")
+    ('node09', 'node10', 'node11', 'login')
     """
-    found = re.match(r"([^\[,]*)(?:\[(\w+)[^\]]*\]([^,]*))?", names)
-    assert found is not None
-    return "".join(part or "" for part in found.groups())
+    return tuple(host for part in re.findall(r"(?:[^\[,]|\[[^\]]*\])+", names) for host in _with_numbers(part))
+
+
+def _with_numbers(name: str) -> list[str]:
+    """The hosts of a name that may have ranges of numbers in it."""
+    found = re.search(r"\[([^\]]*)\]", name)
+    if found is None:
+        return [name]
+    before, after = name[: found.start()], _with_numbers(name[found.end() :])
+    numbers: list[str] = []
+    for span in found[1].split(","):
+        first, _, last = span.partition("-")
+        ends = (int(first), int(last)) if last else None
+        numbers += [str(each).zfill(len(first)) for each in range(ends[0], ends[1] + 1)] if ends else [first]
+    return [before + number + rest for number in numbers for rest in after]
 
 
 def _num_local(num_ranks: int | None, divides: int) -> int:

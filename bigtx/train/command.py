@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bigtx.config.batches import batch_problems
-from bigtx.config.load import Parsed, parse_command_line, raise_problems
+from bigtx.config.load import Parsed, parse_command_line, raise_problems, to_dict
 from bigtx.launch.parents import watch_launchers
 from bigtx.launch.supervisor import start_ranks
 from bigtx.launch.world import World, find_world
@@ -60,7 +60,7 @@ def run_training(
             check_folder(parsed.config, parsed.files)
             check_settings(parsed.config)
         check_inputs()(parsed.config, world.size)
-        status = start_ranks(world, Path(parsed.config.run_dir))
+        status = start_ranks(world, Path(parsed.config.run_dir), to_dict(parsed.config))
         if status is not None:
             return status
     processes.share_cores()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from bigtx.utils import log, streams
 
@@ -48,7 +48,15 @@ class CheckpointError(BigtxError):
 
 
 class LaunchError(BigtxError):
-    """Processes, devices or a cluster that are not as the run needs them."""
+    """Processes, devices or a cluster that are not as the run needs them.
+
+    Attributes:
+        broken_hosts: machines that the run could be started without, if there are such.
+    """
+
+    def __init__(self, text: str = "", broken_hosts: Iterable[str] = ()) -> None:
+        super().__init__(text)
+        self.broken_hosts = tuple(broken_hosts)
 
 
 def say_from_any_rank(error: BigtxError) -> None:

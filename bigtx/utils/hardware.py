@@ -63,6 +63,8 @@ PEAK_FLOPS: tuple[tuple[str, dict[str, float]], ...] = (
 PACKAGES = (
     "deepspeed",
     "numpy",
+    "nvidia-nccl-cu12",
+    "nvidia-nccl-cu13",
     "omegaconf",
     "pyyaml",
     "safetensors",
@@ -178,17 +180,29 @@ def git_state() -> dict[str, Any] | None:
     """Return the commit of the clone that bigtx runs from and whether files differ from it; None for an installed
     copy.
     """
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    commit = _git(root, "rev-parse", "HEAD")
-    return None if commit is None else {"commit": commit, "dirty": bool(_git(root, "status", "--porcelain", "-uno"))}
+    commit = git_commit()
+    return None if commit is None else {"commit": commit, "dirty": bool(_git("status", "--porcelain", "-uno"))}
 
 
-def _git(root: Path, *command: str) -> str | None:
+@functools.cache
+def git_commit() -> str | None:
+    """The commit of the clone that bigtx runs from; None for an installed copy."""
+    return _git("rev-parse", "HEAD") if (_root() / ".git").exists() else None
+
+
+def host_name() -> str:
+    """This machine's name: SLURM's for it, which its commands take, or else its own."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def _root() -> Path:
+    return Path(__file__).resolve().parents[2]
+
+
+def _git(*command: str) -> str | None:
     try:
         done = subprocess.run(
-            ["git", "-C", str(root), *command], capture_output=True, text=True, timeout=10, check=True
+            ["git", "-C", str(_root()), *command], capture_output=True, text=True, timeout=10, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -25,3 +25,9 @@ container=()
 # More options of srun.
 srun_options=()
 #srun_options=(--container-image=/images/bigtx.sqsh --container-mounts=/data)   # pyxis
+
+# Before each start on several nodes, `bigtx doctor` looks at them, and the job is requeued without those that are slow or
+# broken. A node is slow below half of the median of all; say what is slow in any case, in GB/s, for jobs of two nodes.
+doctor_options=()
+#doctor_options=(least_bandwidth=10)
+#export BIGTX_PREFLIGHT=off

@@ -8,13 +8,16 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from doors import ROOT, all_pids, environment, rank_pids, wait_for
 
-from bigtx.launch import link
+from bigtx.launch import link, shared
 from bigtx.launch.link import meet
 from bigtx.launch.world import World
 from bigtx.utils.errors import LaunchError
@@ -144,8 +147,6 @@ def test_a_first_machine_that_is_not_reached_is_named(address: str) -> None:
 def test_a_stranger_on_the_port_is_no_first_machine() -> None:
     port = free_port()
     with socket.create_server(("127.0.0.1", port + 1)) as stranger:
-        import threading
-
         threading.Thread(target=lambda: stranger.accept()[0].close(), daemon=True).start()
         with pytest.raises(LaunchError, match=rf"127.0.0.1:{port + 1} answers, but is not the first machine"):
             meet(world(1, port), seconds=5)
@@ -155,6 +156,109 @@ def test_a_port_that_is_taken_is_named() -> None:
     port = free_port()
     with socket.create_server(("", port + 1)), pytest.raises(LaunchError, match=f"cannot meet at 127.0.0.1:{port + 1}"):
         meet(world(0, port))
+
+
+class Meeting:
+    """Supervisors of several machines that meet, each in a thread of this process."""
+
+    def __init__(self, *facts: dict[str, str], folder: Path | None = None) -> None:
+        port, count = free_port(), len(facts)
+        self.errors: list[LaunchError | None] = [None] * count
+        threads = [
+            threading.Thread(target=self._meet, args=(world(node, port, num_nodes=count), own, folder))
+            for node, own in enumerate(facts)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _meet(self, place: World, facts: dict[str, str], folder: Path | None) -> None:
+        try:
+            found = meet(place, facts, folder, seconds=10)
+            assert found is not None
+            found.close()
+        except LaunchError as error:
+            self.errors[place.node] = error
+
+    def problem(self) -> str:
+        """What all of them were told."""
+        said = {str(error) for error in self.errors}
+        assert len(said) == 1 and None not in self.errors
+        return said.pop()
+
+
+def test_machines_that_are_alike_meet(tmp_path: Path) -> None:
+    facts = {"torch": "2.13.0", "commit": "abc"}
+    assert Meeting(facts, facts, facts, folder=tmp_path / "runs" / "new").errors == [None] * 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_commit_on_one_machine_is_refused_on_all() -> None:
+    facts = {"torch": "2.13.0", "commit": "abc"}
+    host = socket.gethostname()
+    problem = Meeting(facts, facts, facts | {"commit": "def"}).problem()
+    assert f"commit is def on {host} (node 2) and abc on {host} (node 0), {host} (node 1)." in problem
+
+
+def test_a_machine_that_sees_another_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared, "sees", lambda path: threading.current_thread().name != "blind" and path.exists())
+    monkeypatch.setattr(link, "host_name", lambda: "n1")
+    real = link._join
+
+    def join(place: World, *rest: Any) -> link.Link:
+        threading.current_thread().name = "blind" if place.node == 2 else "seeing"
+        return real(place, *rest)
+
+    monkeypatch.setattr(link, "_join", join)
+    meeting = Meeting({}, {}, {}, folder=tmp_path)
+    assert f"in {tmp_path} is missing on n1 (node 2): " in meeting.problem()
+    error = meeting.errors[0]
+    assert error and error.broken_hosts == ("n1",) and list(tmp_path.iterdir()) == []
+
+
+def test_a_machine_that_hangs_while_it_looks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+    monkeypatch.setattr(shared, "SEEN_SECONDS", 0.2)
+    monkeypatch.setattr(link, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(shared, "sees", lambda path: over.wait(3))
+    port = free_port()
+
+    def hang() -> None:
+        with pytest.raises(LaunchError):
+            meet(world(1, port), {}, tmp_path)
+
+    other = threading.Thread(target=hang)
+    other.start()
+    with pytest.raises(LaunchError, match=r"no answer from .+ \(node 1\)"):
+        meet(world(0, port), {}, tmp_path, seconds=10)
+    over.set()
+    other.join()
+
+
+def test_a_wrong_clock_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class Clock:
+        monotonic, sleep = time.monotonic, time.sleep
+
+        @staticmethod
+        def time() -> float:
+            return time.time() + 3600 * (threading.current_thread().name == "late")
+
+    monkeypatch.setattr(link, "time", Clock)
+    port = free_port()
+    other = threading.Thread(target=lambda: meet(world(1, port), {}), name="late")
+    other.start()
+    meet(world(0, port), {}, seconds=10)
+    other.join()
+    said = capsys.readouterr().out
+    assert said.startswith("warning: the clock differs from that of") and "(node 1) by +3,600 s" in said
+
+
+def test_machines_that_are_missing_are_named_by_the_launcher() -> None:
+    place = World(1, 3, 0, "127.0.0.1", free_port(), "srun", ("a", "b", "c"))
+    with pytest.raises(LaunchError, match=r"missing: b \(node 1\), c \(node 2\)") as caught:
+        meet(place, seconds=0.2)
+    assert caught.value.broken_hosts == ("b", "c")
 
 
 def test_the_longest_wait_is_less_than_a_minute() -> None:

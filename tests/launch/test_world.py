@@ -8,7 +8,7 @@ import socket
 import pytest
 
 from bigtx.launch import world
-from bigtx.launch.world import World, find_world, first_host
+from bigtx.launch.world import World, find_world, host_names
 from bigtx.utils import hardware
 from bigtx.utils.errors import LaunchError
 from bigtx.utils.processes import hold_free_port
@@ -124,7 +124,7 @@ def test_one_task_of_srun_is_as_a_shell(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_task_of_srun_on_each_node_starts_the_ranks_of_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
     given(monkeypatch, STEP | {"SLURM_STEP_NUM_TASKS": "2"})
     found = find_world(None, divides=8)
-    assert found == World(4, num_nodes=2, node=1, address="gpu03", port=20_104, launcher="srun") and found.size == 8
+    assert found == World(4, 2, 1, "gpu03", 20_104, "srun", ("gpu03", "gpu04")) and found.size == 8
 
 
 def test_several_tasks_of_srun_on_a_node_are_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,11 +149,19 @@ def test_tasks_of_each_node(monkeypatch: pytest.MonkeyPatch, text: str, counts: 
 
 
 @pytest.mark.parametrize(
-    ("names", "first"),
-    [("node7", "node7"), ("a,b", "a"), ("n[1-2]", "n1"), ("n[003,007]-ib", "n003-ib"), ("n[1-2],m", "n1")],
+    ("names", "hosts"),
+    [
+        ("n1", ["n1"]),
+        ("a,b", ["a", "b"]),
+        ("n[1-2]", ["n1", "n2"]),
+        ("n[003,007]-ib", ["n003-ib", "n007-ib"]),
+        ("node[08-10,12],login", ["node08", "node09", "node10", "node12", "login"]),
+        ("a3,gpu-[001-002]", ["a3", "gpu-001", "gpu-002"]),
+        ("r[1-2]n[0-1]-ib", ["r1n0-ib", "r1n1-ib", "r2n0-ib", "r2n1-ib"]),
+    ],
 )
-def test_first_host(names: str, first: str) -> None:
-    assert first_host(names) == first
+def test_the_hosts_of_a_job(names: str, hosts: list[str]) -> None:
+    assert list(host_names(names)) == hosts
 
 
 def test_a_port_that_is_held_is_given_to_nobody_else_but_can_be_listened_on() -> None:

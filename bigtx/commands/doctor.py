@@ -1,0 +1,181 @@
+"""`bigtx doctor`: whether this machine, or all machines of a job, are fit to train.
+
+On one machine it looks at what training needs. Where srun starts it once on each node of a job, the machines first
+compare code and packages, clocks and the folder, as those of a run do; then each looks at itself, and pairs of them
+measure their all-reduce, which shows a slow one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bigtx.config.load import take_ranks
+from bigtx.config.options import RANKS
+from bigtx.launch.pairs import MOST_ROUNDS, SLOW_FRACTION, Pair, Verdict, judge, rounds, speeds_of
+from bigtx.launch.supervisor import start_ranks
+from bigtx.launch.world import World, find_world
+from bigtx.utils import hardware, log
+from bigtx.utils.arguments import Arguments, wrapped
+from bigtx.utils.errors import LaunchError
+from bigtx.utils.files import write_atomic
+from bigtx.utils.log import say, say_json
+from bigtx.utils.processes import rank
+
+EXIT_UNFIT = 1
+MOST_SHOWN = 16
+"""Machines whose speed is shown one by one."""
+GIGA = 1e9
+
+
+def command(argv: Sequence[str]) -> int:
+    """Look at all that training needs.
+
+    Returns:
+        1 where something is not fit, else 0.
+
+    Raises:
+        LaunchError: the machines are not alike, or another launcher has started this process.
+    """
+    num_ranks, words = take_ranks(argv)
+    arguments = _parser().parse_args(words)
+    world = find_world(num_ranks, divides=1)
+    if world is None:
+        raise LaunchError(
+            "bigtx doctor starts its own ranks, and another launcher has started this process as one; start it once on "
+            "each machine: srun --ntasks-per-node=1 bigtx doctor"
+        )
+    if world.num_nodes == 1:
+        from bigtx.commands.machine import check_machine
+
+        checks = [asdict(check) for check in check_machine(Path(arguments.folder))]
+        return _conclude(arguments, {0: {"host": hardware.host_name(), "checks": checks}}, [hardware.host_name()], {})
+    try:
+        status = start_ranks(world, Path(arguments.folder))
+    except LaunchError as error:
+        if error.broken_hosts:
+            error.exit_status = EXIT_UNFIT
+        if world.node == 0:
+            _write_bad(arguments.output, error.broken_hosts)
+        raise
+    return _be_rank(arguments, world) if status is None else status
+
+
+def _parser() -> Arguments:
+    parser = Arguments(
+        prog="bigtx doctor",
+        description="Look whether this machine is fit to train; by `srun --ntasks-per-node=1 bigtx doctor` also "
+        "whether all machines of a job are alike and see the same folder, and how fast they are together.",
+        epilog=wrapped(
+            f"{RANKS} N starts N ranks on each machine (one for each GPU). The status is 1 where something is not fit, "
+            "and 2 where the machines are not alike."
+        ),
+    )
+    parser.add_argument("folder", nargs="?", default=".", metavar="FOLDER", help="where the runs are to be (.)")
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="write the names of slow or broken machines there, as sbatch's --exclude takes them; none, no file",
+    )
+    parser.add_argument(
+        "--least-bandwidth",
+        type=float,
+        default=0.0,
+        metavar="GB",
+        help=f"what is slow whatever the others are, in GB/s (else: below {SLOW_FRACTION} of the median)",
+    )
+    parser.add_json()
+    return parser
+
+
+def _be_rank(arguments: Any, world: World) -> int:
+    """Take part as a rank of one of several machines; the first one concludes."""
+    from bigtx.commands.machine import check_machine
+    from bigtx.engine.bandwidth import ROUND_SECONDS, Meeting
+
+    is_first_of_machine = rank() % world.num_local == 0
+    checks = check_machine(Path(arguments.folder), online=rank() == 0) if is_first_of_machine else []
+    meeting, turns = Meeting(world.num_nodes, world.node), rounds(world.num_nodes)
+    speeds = meeting.measure(turns)
+    if is_first_of_machine:
+        links = [[*pair, speed] for pair, speed in speeds.items()]
+        meeting.say({"host": hardware.host_name(), "checks": [asdict(each) for each in checks], "links": links})
+    if rank() > 0:
+        return 0
+    words = meeting.words(ROUND_SECONDS)
+    names = dict(enumerate(world.hosts)) | {node: word["host"] for node, word in words.items()}
+    hosts = [names.get(node, f"node {node}") for node in range(world.num_nodes)]
+    measured = {pair: _slower(pair, words) for pairs in turns for pair in pairs}
+    status = _conclude(arguments, words, hosts, measured)
+    log.report(said=True)
+    return status
+
+
+def _slower(pair: Pair, words: Mapping[int, Mapping[str, Any]]) -> float:
+    """What two machines say of their link: the lower of two speeds, 0 if neither has one."""
+    said = (link for node in pair if node in words for link in words[node]["links"])
+    return min((speed for low, high, speed in said if (low, high) == pair), default=0.0)
+
+
+def _conclude(
+    arguments: Any, words: Mapping[int, Mapping[str, Any]], hosts: Sequence[str], links: Mapping[Pair, float]
+) -> int:
+    """Say what was found. Returns the exit status."""
+    verdict = judge(links, arguments.least_bandwidth * GIGA) if links else Verdict((), (), (), 0.0)
+    unfit = [node for node, word in words.items() if any(check["status"] == "failed" for check in word["checks"])]
+    silent = [node for node in range(len(hosts)) if node not in words]
+    bad = [hosts[node] for node in sorted({*verdict.bad, *unfit, *silent})]
+    _write_bad(arguments.output, bad)
+    if arguments.json:
+        machines = [{"host": word["host"], "checks": word["checks"]} for word in words.values()]
+        shown = [
+            {"hosts": [hosts[low], hosts[high]], "gb_per_second": speed / GIGA} for (low, high), speed in links.items()
+        ]
+        say_json({"fit": not bad, "bad": bad, "machines": machines, "links": shown})
+    else:
+        for line in [*_lines_of_checks(words, len(hosts) > 1), *_lines_of_links(hosts, links, verdict, silent)]:
+            say(line)
+    return EXIT_UNFIT if bad else 0
+
+
+def _lines_of_checks(words: Mapping[int, Mapping[str, Any]], are_several: bool) -> list[str]:
+    """What each machine found; of others than the first one, what is not well."""
+    lines = []
+    for node, word in words.items():
+        for check in word["checks"]:
+            if node == 0 or check["status"] != "ok":
+                host = f"{word['host']}: " if are_several else ""
+                lines.append(f"{check['status']:<9}{host}{check['name']}: {check['text']}")
+    return lines
+
+
+def _lines_of_links(
+    hosts: Sequence[str], links: Mapping[Pair, float], verdict: Verdict, silent: Sequence[int]
+) -> list[str]:
+    """How fast the machines are together."""
+    if not links:
+        return []
+    speeds, bad = speeds_of(links), {*verdict.bad, *silent}
+    shown = [f"{hosts[node]} {_gb(speed)}" for node, speed in speeds.items() if len(hosts) <= MOST_SHOWN or node in bad]
+    each, others = f" ({', '.join(shown)})" if shown else "", min(MOST_ROUNDS, len(hosts) - 1)
+    lines = [f"{'failed' if bad else 'ok':<9}all-reduce: median {_gb(verdict.median)}{each}"]
+    for node in sorted({*verdict.silent, *silent}):
+        lines.append(f"{'failed':<9}{hosts[node]} does not answer in all-reduces, tried with {others} others")
+    for node in verdict.slow:
+        speed = f"{_gb(speeds[node])} at best, tried with {others} others"
+        lines.append(f"{'failed':<9}{hosts[node]} is slow: {speed}; the median is {_gb(verdict.median)}")
+    if verdict.either:
+        both = f"{hosts[0]} or {hosts[1]} is slow or broken: {_gb(links[0, 1])} between them"
+        lines.append(f"{'failed':<9}{both}; only a third machine can tell which")
+    return lines
+
+
+def _gb(speed: float) -> str:
+    return f"{speed / GIGA:.3g} GB/s" if speed else "no answer"
+
+
+def _write_bad(output: str | None, hosts: Sequence[str]) -> None:
+    if output and hosts:
+        write_atomic(output, ",".join(hosts) + "\n")
