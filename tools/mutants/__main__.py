@@ -1,0 +1,233 @@
+"""Mutation testing: small changes of meaning in the core of bigtx, one at a time, each of which a test should notice.
+
+    make mutants                          40 mutants, evenly over the packages
+    make mutants MUTANTS='--count 600'    so many
+    make mutants MUTANTS='--package train/tasks --count 50'
+
+First the tests are run once to learn which lines each of them runs; later only test files that changed. Then each mutant
+runs with the nearest of the tests that run its line, in a fork of a process that has imported torch. The sample follows
+from the commit. Results are lines of JSON in .mutants/, the table is in docs/testing.md (`--table`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import hook
+import recording
+import trial
+from operators import Mutant, mutants_of
+from table import print_shares, write_table
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+STORE = ROOT / ".mutants"
+PACKAGES: dict[str, list[str]] = {
+    "data/stream": ["bigtx/data/stream/*.py"],
+    "data/corpus": ["bigtx/data/corpus/*.py"],
+    "data/prepare": ["bigtx/data/prepare/*.py"],
+    "tokenizer": ["bigtx/tokenizer/*.py"],
+    "model": ["bigtx/model/*.py"],
+    "engine": ["bigtx/engine/*.py"],
+    "train": ["bigtx/train/*.py"],
+    "train/tasks": ["bigtx/train/tasks/*.py"],
+    "train/objectives": ["bigtx/train/objectives/*.py"],
+    "interop": ["bigtx/interop/*.py", "bigtx/interop/families/*.py"],
+    "config": ["bigtx/config/*.py", "bigtx/config/schema/*.py"],
+    "track": ["bigtx/track/*.py"],
+    "utils": ["bigtx/utils/secrets.py", "bigtx/utils/files.py"],
+}
+"""What is mutated."""
+MARKERS = "not slow and not gpu and not slurm"
+BUDGET = 60.0
+"""Seconds of tests for a mutant."""
+
+
+def options(words: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="mutants", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--count", type=int, default=40, help="how many mutants, evenly over the packages (default 40)")
+    parser.add_argument("--all", action="store_true", help="every mutant there is")
+    parser.add_argument("--package", action="append", choices=sorted(PACKAGES), help="of this package alone; repeatable")
+    parser.add_argument("--seed", help="instead of the commit")
+    parser.add_argument("--id", action="append", help="this mutant; repeatable")
+    parser.add_argument("--resume", action="store_true", help="keep the results of this commit, and try what is missing")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="mutants at a time")
+    parser.add_argument("--budget", type=float, default=BUDGET, help=f"seconds of tests for a mutant (default {BUDGET:g})")
+    parser.add_argument("--tests", nargs="*", default=["tests"], help="tests to learn from (default: all)")
+    parser.add_argument("--json", action="store_true", help="print each result as a line of JSON")
+    parser.add_argument("--table", action="store_true", help="write the table of docs/testing.md from the results")
+    return parser.parse_args(words)
+
+
+@contextlib.contextmanager
+def hooked() -> Iterator[None]:
+    """Every Python of this environment looks at the environment for a mutant."""
+    path = Path(sysconfig.get_path("purelib")) / "bigtx_mutants.pth"
+    path.write_text(
+        f"import os, sys; f = os.environ.get('{hook.FOLDER}'); f and sys.path.append(f); f and __import__('hook').install()\n"
+    )
+    os.environ[hook.FOLDER] = str(HERE)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def record(places: Sequence[str], jobs: int) -> recording.Map:
+    """Learn which lines the tests run, of the test files that are new or changed."""
+    folder = STORE / "lines"
+    folder.mkdir(parents=True, exist_ok=True)
+    known_path = folder / "files.json"
+    known: dict[str, str] = json.loads(known_path.read_text()) if known_path.exists() else {}
+    files = sorted(
+        str(path.relative_to(ROOT))
+        for place in places
+        for path in ([ROOT / place] if place.endswith(".py") else (ROOT / place).rglob("test_*.py"))
+    )
+    digests = {name: hashlib.sha1((ROOT / name).read_bytes()).hexdigest() for name in files}
+    stale = [name for name in files if known.get(name) != digests[name]]
+    if stale:
+        print(f"learning what the tests of {len(stale)} files run", file=sys.stderr)
+        for name in stale:
+            _forget(folder, name)
+        environment = os.environ | {recording.FOLDER: str(folder), "PYTHONPATH": str(HERE)}
+        words = ["-n", str(jobs), "--dist", "loadfile", "-p", "recording", "-p", "no:cacheprovider", "-m", MARKERS]
+        command = [sys.executable, "-m", "pytest", *words, *stale]
+        subprocess.run(command, cwd=ROOT, env=environment, stdout=sys.stderr, check=False)
+        known_path.write_text(json.dumps(known | {name: digests[name] for name in stale}, indent=1))
+    return recording.read_map(ROOT, folder)
+
+
+def _forget(folder: Path, name: str) -> None:
+    index = folder / "index.jsonl"
+    lines = index.read_text(encoding="utf-8").splitlines() if index.exists() else []
+    kept = []
+    for line in lines:
+        facts = json.loads(line)
+        if (context := facts.get("test", "")).startswith(f"{name}::"):
+            (folder / f"{recording.digest(context)}.lines").unlink(missing_ok=True)
+        else:
+            kept.append(line + "\n")
+    index.write_text("".join(kept), encoding="utf-8")
+
+
+def choose(arguments: argparse.Namespace, commit: str) -> list[Mutant]:
+    """The mutants to try: of each package as many, at different lines as long as there are such."""
+    names = arguments.package or list(PACKAGES)
+    found = {name: _of_package(name) for name in names}
+    if arguments.id:
+        return [mutant for of_one in found.values() for mutant in of_one if mutant.id in arguments.id]
+    count = sum(map(len, found.values())) if arguments.all else arguments.count
+    chosen: list[Mutant] = []
+    for place, name in enumerate(names):
+        generator = random.Random(f"{arguments.seed or commit} {name}")
+        mutants = generator.sample(found[name], len(found[name]))
+        share = len(mutants) if arguments.all else count * (place + 1) // len(names) - count * place // len(names)
+        lines: set[tuple[str, int]] = set()
+        first, later = [], []
+        for mutant in mutants:
+            key = (mutant.path, mutant.lines[0])
+            (later if key in lines else first).append(mutant)
+            lines.add(key)
+        usable = (mutant for mutant in first + later if mutant.compiles((ROOT / mutant.path).read_bytes()))
+        chosen += [mutant for mutant, _ in zip(usable, range(share), strict=False)]
+    # One of each package after the other, so that a run that is ended early is even too.
+    random.Random(commit).shuffle(chosen)
+    return chosen
+
+
+def _of_package(name: str) -> list[Mutant]:
+    paths = sorted(path for pattern in PACKAGES[name] for path in ROOT.glob(pattern))
+    return [mutant for path in paths for mutant in mutants_of(str(path.relative_to(ROOT)), path.read_bytes())]
+
+
+def package_of(path: str) -> str:
+    """The package that a file is counted for."""
+    return next(name for name, patterns in PACKAGES.items() if any(Path(path).match(pattern) for pattern in patterns))
+
+
+def tests_for(mutant: Mutant, known: recording.Map, budget: float) -> tuple[list[str], float, int]:
+    """The tests to run. What runs at import alone, a constant or a default, concerns all that uses the file."""
+    names = known.of_lines(mutant.path, *mutant.lines) or known.of_file(mutant.path)
+    return known.choose(names, mutant.path, budget)
+
+
+def run_all(mutants: Sequence[Mutant], known: recording.Map, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Results, as they come."""
+    trial.warm_up()
+    waiting, running = list(mutants), list[trial.Trial]()
+    while waiting or running:
+        if waiting and len(running) < arguments.jobs:
+            mutant = waiting.pop(0)
+            tests, seconds, left_out = tests_for(mutant, known, arguments.budget)
+            if not tests:
+                yield _facts(mutant) | {"status": "survived", "tests": 0, "left_out": 0, "seconds": 0.0}
+                continue
+            source = (ROOT / mutant.path).read_bytes()
+            running.append(trial.begin(mutant, source, tests, 5 * seconds + 40, left_out))
+            continue
+        for one in list(running):
+            if (result := trial.end(one)) is not None:
+                running.remove(one)
+                yield _facts(one.mutant) | result
+        time.sleep(0.05)
+
+
+def _facts(mutant: Mutant) -> dict[str, Any]:
+    names = ("id", "path", "function", "operator", "before", "after")
+    facts: dict[str, Any] = {name: getattr(mutant, name) for name in names}
+    return facts | {"line": mutant.lines[0], "package": package_of(mutant.path)}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """The command."""
+    arguments = options(sys.argv[1:] if words is None else words)
+    os.chdir(ROOT)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    STORE.mkdir(exist_ok=True)
+    results = STORE / f"{commit[:12]}.jsonl"
+    if arguments.table:
+        write_table(ROOT, results, list(PACKAGES))
+        return 0
+    if not arguments.resume:
+        results.unlink(missing_ok=True)
+    done = {json.loads(line)["id"] for line in results.read_text().splitlines()} if results.exists() else set()
+    mutants = [mutant for mutant in choose(arguments, commit) if mutant.id not in done]
+    shutil.rmtree(STORE / "tmp", ignore_errors=True)
+    with hooked():
+        known = record(arguments.tests, arguments.jobs)
+        with results.open("a", encoding="utf-8") as file:
+            for number, result in enumerate(run_all(mutants, known, arguments), 1):
+                file.write(json.dumps(result) + "\n")
+                file.flush()
+                _print(result, number, len(mutants), as_json=arguments.json)
+    print_shares(results, list(PACKAGES))
+    return 0
+
+
+def _print(result: dict[str, Any], number: int, total: int, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result), flush=True)
+        return
+    place = f"{result['path']}:{result['line']}"
+    print(f"{number}/{total} {result['status']:9}{result['seconds']:6.1f} s  {result['id']} {place}", flush=True)
+    if result["status"] != "noticed":
+        print(f"    {result['operator']}: {result['before']}\n    -> {result['after']}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
