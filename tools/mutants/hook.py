@@ -69,6 +69,12 @@ class Recorder:
         threading.settrace(self._call)
         sys.settrace(self._call)
 
+    def stop(self) -> None:
+        """Record no more: what is slow, imports above all, is slower while it is watched."""
+        os.environ.pop(LINES, None)
+        threading.settrace(None)  # type: ignore[arg-type]
+        sys.settrace(None)
+
     def _call(self, frame: FrameType, event: str, argument: Any) -> Callable[..., Any] | None:
         code = frame.f_code
         if not code.co_filename.startswith(self._prefix):

@@ -29,8 +29,6 @@ class Contexts:
         self._folder = folder
         self._open: list[str] = []
         self._index = folder / "index.jsonl"
-        hook.recorder.switch(str(folder / "none.lines"))
-        hook.recorder.start()
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
@@ -67,11 +65,14 @@ class Contexts:
     def _enter(self, name: str) -> None:
         self._open.append(name)
         hook.recorder.switch(str(self._folder / f"{digest(name)}.lines"))
+        hook.recorder.start()
 
     def _leave(self) -> None:
         self._open.pop()
-        name = f"{digest(self._open[-1])}.lines" if self._open else "none.lines"
-        hook.recorder.switch(str(self._folder / name))
+        if self._open:
+            hook.recorder.switch(str(self._folder / f"{digest(self._open[-1])}.lines"))
+        else:
+            hook.recorder.stop()
 
     def _write(self, facts: dict[str, Any]) -> None:
         with open(self._index, "a", encoding="utf-8") as file:
