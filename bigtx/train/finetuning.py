@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ from bigtx.utils.units import parse_duration
 if TYPE_CHECKING:
     from bigtx.data.stream.loader import StepLoader
     from bigtx.tokenizer.tokenizer import Tokenizer
+    from bigtx.track.tracker import Better
     from bigtx.train.loop import Run
     from bigtx.train.measure import Measurement
     from bigtx.train.record_table import Table
@@ -316,6 +317,10 @@ class FinetuneSession(Session[FinetuneConfig]):
 
         self.measurement = Measurement(self.config, self.engine, self.ranks, self.task, self.splits["validation"])
         return self.measurement
+
+    def better(self) -> Mapping[str, Better]:
+        """Those of the task."""
+        return self.task.better
 
     def flops_per_token(self) -> float:
         """Of a record of mean length."""

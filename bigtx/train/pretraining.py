@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from bigtx.utils.urls import is_url
 
 if TYPE_CHECKING:
     from bigtx.data.stream.loader import StepLoader
+    from bigtx.track.tracker import Better
     from bigtx.train.evaluation import Validation
     from bigtx.train.run_data import RunData
 
@@ -154,6 +156,12 @@ class PretrainSession(Session[PretrainConfig]):
                 "validation_fraction, or name another corpus as validation.sources.NAME.path"
             )
         return validation
+
+    def better(self) -> Mapping[str, Better]:
+        """Those of held-out text."""
+        from bigtx.train.evaluation import BETTER
+
+        return BETTER
 
     def flops_per_token(self) -> float:
         """Of a row, by what the objective makes of it."""

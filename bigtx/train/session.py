@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NoReturn, Self, TypeVar
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from bigtx.data.stream.loader import StepLoader
     from bigtx.engine.engine import ReadRange
+    from bigtx.track.tracker import Better
     from bigtx.train.loop import Run, Validation
     from bigtx.train.teacher import Teacher
 
@@ -437,6 +438,7 @@ class Session(ABC, Generic[Config]):
             environment=environment,
             rank=self.ranks.rank,
             total_steps=self.total_steps,
+            better=self.better(),
             resumed_step=self.state.step,
             job_type=self.job_type,
             base={key: self.base_facts[key] for key in BASE_FACTS} if self.base_facts else None,
@@ -478,6 +480,10 @@ class Session(ABC, Generic[Config]):
     @abstractmethod
     def make_validation(self) -> Validation:
         """What measures the model within the run."""
+
+    @abstractmethod
+    def better(self) -> Mapping[str, Better]:
+        """Which values of its metrics are better, by their names without group."""
 
     @abstractmethod
     def flops_per_token(self) -> float:

@@ -12,7 +12,7 @@ from bigtx.track import Tracker
 
 
 def make_tracker(folder: Path, stream: io.StringIO | None = None, **options: Any) -> Tracker:
-    facts: dict[str, Any] = {"run_config": {}, "environment": {}, "rank": 0, "total_steps": 10, **options}
+    facts: dict[str, Any] = {"run_config": {}, "environment": {}, "rank": 0, "total_steps": 10, "better": {}, **options}
     return Tracker(folder, TrackConfig(wandb="off"), stream=stream, **facts)
 
 

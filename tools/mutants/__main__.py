@@ -4,30 +4,30 @@
     make mutants MUTANTS='--count 600'    so many
     make mutants MUTANTS='--package train/tasks --count 50'
 
-First the tests are run once to learn which lines each of them runs; later only test files that changed. Then each mutant
-runs with the nearest of the tests that run its line, in a fork of a process that has imported torch. The sample follows
-from the commit. Results are lines of JSON in .mutants/, the table is in docs/testing.md (`--table`).
+First the tests run once, to learn which lines each of them runs; later only test files that changed. Then each mutant
+is tried with the nearest of the tests that run its line, in a fork of a process that has imported torch. The sample
+follows from the commit. Results are lines of JSON in .mutants/, the table is in docs/testing.md (`--table`).
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import hook
 import recording
+import settings
 import trial
 from operators import Mutant, mutants_of
 from table import print_shares, write_table
@@ -61,30 +61,34 @@ def options(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="mutants", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--count", type=int, default=40, help="how many mutants, evenly over the packages (default 40)")
     parser.add_argument("--all", action="store_true", help="every mutant there is")
-    parser.add_argument("--package", action="append", choices=sorted(PACKAGES), help="of this package alone; repeatable")
+    parser.add_argument(
+        "--package", action="append", choices=sorted(PACKAGES), help="of this package alone; repeatable"
+    )
     parser.add_argument("--seed", help="instead of the commit")
     parser.add_argument("--id", action="append", help="this mutant; repeatable")
-    parser.add_argument("--resume", action="store_true", help="keep the results of this commit, and try what is missing")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the results of this commit, and try what is missing"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="mutants at a time")
-    parser.add_argument("--budget", type=float, default=BUDGET, help=f"seconds of tests for a mutant (default {BUDGET:g})")
+    parser.add_argument(
+        "--budget", type=float, default=BUDGET, help=f"seconds of tests for a mutant (default {BUDGET:g})"
+    )
     parser.add_argument("--tests", nargs="*", default=["tests"], help="tests to learn from (default: all)")
     parser.add_argument("--json", action="store_true", help="print each result as a line of JSON")
     parser.add_argument("--table", action="store_true", help="write the table of docs/testing.md from the results")
     return parser.parse_args(words)
 
 
-@contextlib.contextmanager
-def hooked() -> Iterator[None]:
-    """Every Python of this environment looks at the environment for a mutant."""
+def install_hook() -> None:
+    """Let every Python of this environment look for a mutant; without the variable, that is nothing."""
     path = Path(sysconfig.get_path("purelib")) / "bigtx_mutants.pth"
-    path.write_text(
-        f"import os, sys; f = os.environ.get('{hook.FOLDER}'); f and sys.path.append(f); f and __import__('hook').install()\n"
+    code = (
+        f"import os, sys; f = os.environ.get('{hook.FOLDER}'); "
+        "f and sys.path.append(f); f and __import__('hook').install()\n"
     )
+    if not path.exists() or path.read_text() != code:
+        path.write_text(code)
     os.environ[hook.FOLDER] = str(HERE)
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
 
 
 def record(places: Sequence[str], jobs: int) -> recording.Map:
@@ -138,7 +142,7 @@ def choose(arguments: argparse.Namespace, commit: str) -> list[Mutant]:
         mutants = generator.sample(found[name], len(found[name]))
         share = len(mutants) if arguments.all else count * (place + 1) // len(names) - count * place // len(names)
         lines: set[tuple[str, int]] = set()
-        first, later = [], []
+        first, later = list[Mutant](), list[Mutant]()
         for mutant in mutants:
             key = (mutant.path, mutant.lines[0])
             (later if key in lines else first).append(mutant)
@@ -160,25 +164,54 @@ def package_of(path: str) -> str:
     return next(name for name, patterns in PACKAGES.items() if any(Path(path).match(pattern) for pattern in patterns))
 
 
-def tests_for(mutant: Mutant, known: recording.Map, budget: float) -> tuple[list[str], float, int]:
+@dataclass(frozen=True)
+class Plan:
+    """A mutant, the tests to try it with, the seconds that they take, and how many there is no time for."""
+
+    mutant: Mutant
+    tests: list[str]
+    seconds: float
+    left_out: int
+
+
+def plan(mutant: Mutant, known: recording.Map, budget: float) -> Plan:
     """The tests to run. What runs at import alone, a constant or a default, concerns all that uses the file."""
     names = known.of_lines(mutant.path, *mutant.lines) or known.of_file(mutant.path)
-    return known.choose(names, mutant.path, budget)
+    return Plan(mutant, *known.choose(names, mutant.path, budget))
 
 
-def run_all(mutants: Sequence[Mutant], known: recording.Map, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def plans_of_settings(keys: Sequence[str], known: recording.Map, budget: float) -> Iterator[Plan]:
+    """For each setting the test that holds it, or those that might where none is named yet.
+
+    Args:
+        keys: settings; none: all.
+    """
+    named = settings.read_registry(ROOT)
+    source = (ROOT / settings.SCHEMA).read_bytes()
+    for key, (owner, name) in settings.known_settings(ROOT).items():
+        if keys and key not in keys:
+            continue
+        if key in named:
+            tests = [test for test in known.tests if test.partition("[")[0] == named[key]]
+        else:
+            tests = settings.tests_that_name(name, known, ROOT)
+        yield Plan(settings.mutant_of(key, owner, name, source), *known.fitting(tests, budget))
+
+
+def run_all(plans: Iterable[Plan], jobs: int) -> Iterator[dict[str, Any]]:
     """Results, as they come."""
     trial.warm_up()
-    waiting, running = list(mutants), list[trial.Trial]()
+    waiting, running = list(plans), list[trial.Trial]()
     while waiting or running:
-        if waiting and len(running) < arguments.jobs:
-            mutant = waiting.pop(0)
-            tests, seconds, left_out = tests_for(mutant, known, arguments.budget)
-            if not tests:
-                yield _facts(mutant) | {"status": "survived", "tests": 0, "left_out": 0, "seconds": 0.0}
+        if waiting and len(running) < jobs:
+            next_one = waiting.pop(0)
+            if not next_one.tests:
+                facts = {"status": "survived", "tests": 0, "left_out": next_one.left_out, "seconds": 0.0}
+                yield _facts(next_one.mutant) | facts
                 continue
-            source = (ROOT / mutant.path).read_bytes()
-            running.append(trial.begin(mutant, source, tests, 5 * seconds + 40, left_out))
+            source = (ROOT / next_one.mutant.path).read_bytes()
+            limit = 5 * next_one.seconds + 40
+            running.append(trial.begin(next_one.mutant, source, next_one.tests, limit, next_one.left_out))
             continue
         for one in list(running):
             if (result := trial.end(one)) is not None:
@@ -199,23 +232,29 @@ def main(words: Sequence[str] | None = None) -> int:
     os.chdir(ROOT)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     STORE.mkdir(exist_ok=True)
-    results = STORE / f"{commit[:12]}.jsonl"
+    results = STORE / f"{'settings-' if arguments.settings is not None else ''}{commit[:12]}.jsonl"
     if arguments.table:
         write_table(ROOT, results, list(PACKAGES))
         return 0
     if not arguments.resume:
         results.unlink(missing_ok=True)
     done = {json.loads(line)["id"] for line in results.read_text().splitlines()} if results.exists() else set()
-    mutants = [mutant for mutant in choose(arguments, commit) if mutant.id not in done]
-    shutil.rmtree(STORE / "tmp", ignore_errors=True)
-    with hooked():
-        known = record(arguments.tests, arguments.jobs)
-        with results.open("a", encoding="utf-8") as file:
-            for number, result in enumerate(run_all(mutants, known, arguments), 1):
-                file.write(json.dumps(result) + "\n")
-                file.flush()
-                _print(result, number, len(mutants), as_json=arguments.json)
-    print_shares(results, list(PACKAGES))
+    of_settings = arguments.settings is not None
+    mutants = [] if of_settings else [mutant for mutant in choose(arguments, commit) if mutant.id not in done]
+    install_hook()
+    known = record(arguments.tests, arguments.jobs)
+    if of_settings:
+        found = plans_of_settings(arguments.settings, known, arguments.budget)
+        plans = [each for each in found if each.mutant.id not in done]
+    else:
+        plans = [plan(mutant, known, arguments.budget) for mutant in mutants]
+    with results.open("a", encoding="utf-8") as file:
+        for number, result in enumerate(run_all(plans, arguments.jobs), 1):
+            file.write(json.dumps(result) + "\n")
+            file.flush()
+            _print(result, number, len(plans), as_json=arguments.json)
+    if not arguments.json:
+        print_shares(results, list(PACKAGES))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What a trial does within each Python process that a test starts: a mutant in place of its module, or a record of lines.
+"""What a trial does in each Python process that a test starts: a mutant in place of its module, or a record of lines.
 
 A `.pth` file of the environment imports this wherever BIGTX_MUTANTS names its folder, since tests set PYTHONPATH.
 """
@@ -72,7 +72,7 @@ class Recorder:
     def stop(self) -> None:
         """Record no more: what is slow, imports above all, is slower while it is watched."""
         os.environ.pop(LINES, None)
-        threading.settrace(None)  # type: ignore[arg-type]
+        threading.settrace(None)
         sys.settrace(None)
 
     def _call(self, frame: FrameType, event: str, argument: Any) -> Callable[..., Any] | None:
@@ -105,10 +105,10 @@ def install() -> None:
     """Do what the environment asks for."""
     if words := os.environ.get(MUTANT):
         name, path, mutated = words.split("\n")
-        sys.meta_path.insert(0, MutantFinder(name, path, mutated))  # type: ignore[arg-type]
-    elif path := os.environ.get(LINES):
-        recorder.switch(path)
+        sys.meta_path.insert(0, MutantFinder(name, path, mutated))
+    elif file := os.environ.get(LINES):
+        recorder.switch(file)
         recorder.start()
 
 
-recorder = Recorder(os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))), "bigtx") + "/")
+recorder = Recorder(os.path.abspath(__file__).rsplit("/", 3)[0] + "/bigtx/")

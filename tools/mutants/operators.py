@@ -6,7 +6,7 @@ import ast
 import copy
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
@@ -38,7 +38,19 @@ NEIGHBOURS = {
     for pair in (("min", "max"), ("any", "all"), ("mean", "sum"), ("amin", "amax"), ("argmin", "argmax"))
     for left, right in (pair, pair[::-1])
 } | {"floor": "ceil", "ceil": "floor", "sorted": "list", "reversed": "list", "cumsum": "clone"}
-SYMMETRIC = {"isinstance", "issubclass", "getattr", "setattr", "hasattr", "min", "max", "zip", "print", "equal", "field"}
+SYMMETRIC = {
+    "isinstance",
+    "issubclass",
+    "getattr",
+    "setattr",
+    "hasattr",
+    "min",
+    "max",
+    "zip",
+    "print",
+    "equal",
+    "field",
+}
 SPEECH = {"print", "warn", "warning", "info", "debug", "message", "notice", "log", "say", "write_line", "__init__"}
 """Calls whose arguments are for people; as statements they are not removed."""
 HARMLESS_KEYWORDS = {
@@ -103,7 +115,7 @@ def mutants_of(path: str, source: bytes) -> list[Mutant]:
     return found
 
 
-class _Finder(ast.NodeVisitor):
+class _Finder:
     """Walks through a file, and leaves out what is for people, for type checkers, or of no consequence."""
 
     def __init__(self, path: str, source: bytes) -> None:
@@ -123,33 +135,23 @@ class _Finder(ast.NodeVisitor):
                 self._add(operator, node, new)
         if isinstance(node, ast.If) and not isinstance(node.test, ast.Compare | ast.UnaryOp):
             self._add("negated condition", node.test, ast.UnaryOp(ast.Not(), node.test))
-        match node:
-            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
-                if node.name in ("__repr__", "__str__"):
-                    return
-                self._function.append(node.name)
-                parts: list[ast.AST] = [*node.body]
-                if not isinstance(node, ast.ClassDef):
-                    defaults = node.args.defaults + [default for default in node.args.kw_defaults if default]
-                    parts = [*defaults, *parts]
-                for part in parts:
-                    self.visit(part)
-                self._function.pop()
-            case ast.AnnAssign():
-                if node.value and not _is_quiet(node.target):
-                    self.visit(node.value)
-            case ast.Assign():
-                if not any(map(_is_quiet, node.targets)):
-                    self.visit(node.value)
-            case ast.Call():
-                self.visit(node.func)
-                for argument in node.args:
-                    self.visit(argument)
-                for keyword in node.keywords:
-                    if keyword.arg not in HARMLESS_KEYWORDS:
-                        self.visit(keyword.value)
-            case _:
-                self.generic_visit(node)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            self._visit_definition(node)
+        else:
+            for part in _parts(node):
+                self.visit(part)
+
+    def _visit_definition(self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> None:
+        if node.name in ("__repr__", "__str__"):
+            return
+        self._function.append(node.name)
+        if not isinstance(node, ast.ClassDef):
+            for default in [*node.args.defaults, *node.args.kw_defaults]:
+                if default:
+                    self.visit(default)
+        for statement in node.body:
+            self.visit(statement)
+        self._function.pop()
 
     def _add(self, operator: str, node: ast.AST, new: ast.AST | str) -> None:
         if isinstance(node, ast.comprehension):
@@ -164,6 +166,19 @@ class _Finder(ast.NodeVisitor):
         before = self.source[start:end].decode()
         function, lines = ".".join(self._function), (first.lineno, last.end_lineno or 0)
         self.found.append(Mutant(self.path, function, operator, before, text, start, end, lines))
+
+
+def _parts(node: ast.AST) -> Iterable[ast.AST]:
+    """What a node is made of, as far as it says something to a computer."""
+    match node:
+        case ast.AnnAssign():
+            return [node.value] if node.value and not _is_quiet(node.target) else []
+        case ast.Assign():
+            return [] if any(map(_is_quiet, node.targets)) else [node.value]
+        case ast.Call():
+            values = [keyword.value for keyword in node.keywords if keyword.arg not in HARMLESS_KEYWORDS]
+            return [node.func, *node.args, *values]
+    return ast.iter_child_nodes(node)
 
 
 def _is_for_people(node: ast.AST) -> bool:
@@ -190,29 +205,16 @@ def _name(node: ast.expr) -> str:
 def _changes(node: ast.AST) -> Iterator[tuple[str, ast.AST | str]]:
     """Names of operators, and what takes the place of the node."""
     match node:
-        case ast.Compare():
-            for place, operator in enumerate(node.ops):
-                new = copy.deepcopy(node)
-                new.ops[place] = COMPARISONS[type(operator)]()
-                yield "comparison", new
+        case ast.Compare() | ast.BoolOp():
+            yield from _of_logic(node)
         case ast.BinOp(left, operator, right):
-            yield from _of_arithmetic(node, left, operator, right)
-        case ast.BoolOp(operator, values):
-            for place in range(len(values)):
-                rest = values[:place] + values[place + 1 :]
-                yield "dropped term", rest[0] if len(rest) == 1 else ast.BoolOp(operator, rest)
-            yield "and/or", ast.BoolOp(ast.Or() if isinstance(operator, ast.And) else ast.And(), values)
-        case ast.UnaryOp(ast.Not(), operand):
-            yield "dropped not", ast.Call(ast.Name("bool"), [operand], [])
-        case ast.UnaryOp(ast.USub(), operand) if not isinstance(operand, ast.Constant):
-            yield "dropped minus", operand
+            yield from _of_arithmetic(left, operator, right)
+        case ast.UnaryOp():
+            yield from _of_sign(node)
         case ast.Constant(value):
             yield from _of_constant(value)
-        case ast.Slice(lower, upper, step):
-            if upper:
-                yield "slice end", ast.unparse(ast.Slice(lower, ast.BinOp(upper, ast.Sub(), ast.Constant(1)), step))
-            if lower:
-                yield "slice start", ast.unparse(ast.Slice(ast.BinOp(lower, ast.Add(), ast.Constant(1)), upper, step))
+        case ast.Slice():
+            yield from _of_slice(node)
         case ast.IfExp(test, body, orelse):
             yield "swapped branches", ast.IfExp(test, orelse, body)
         case ast.comprehension(ifs=[_, *_]):
@@ -223,9 +225,20 @@ def _changes(node: ast.AST) -> Iterator[tuple[str, ast.AST | str]]:
             yield from _of_statement(node)
 
 
-def _of_arithmetic(
-    node: ast.BinOp, left: ast.expr, operator: ast.operator, right: ast.expr
-) -> Iterator[tuple[str, ast.AST]]:
+def _of_logic(node: ast.Compare | ast.BoolOp) -> Iterator[tuple[str, ast.AST]]:
+    if isinstance(node, ast.Compare):
+        for place, operator in enumerate(node.ops):
+            new = copy.deepcopy(node)
+            new.ops[place] = COMPARISONS[type(operator)]()
+            yield "comparison", new
+        return
+    for place in range(len(node.values)):
+        rest = node.values[:place] + node.values[place + 1 :]
+        yield "dropped term", rest[0] if len(rest) == 1 else ast.BoolOp(node.op, rest)
+    yield "and/or", ast.BoolOp(ast.Or() if isinstance(node.op, ast.And) else ast.And(), node.values)
+
+
+def _of_arithmetic(left: ast.expr, operator: ast.operator, right: ast.expr) -> Iterator[tuple[str, ast.AST]]:
     if any(isinstance(side, ast.JoinedStr) or isinstance(getattr(side, "value", None), str) for side in (left, right)):
         return
     if other := ARITHMETIC.get(type(operator)):
@@ -234,6 +247,21 @@ def _of_arithmetic(
         yield "dropped term", left
     if isinstance(operator, ast.Add | ast.Mult | ast.BitOr | ast.BitAnd):
         yield "dropped term", right
+
+
+def _of_sign(node: ast.UnaryOp) -> Iterator[tuple[str, ast.AST]]:
+    if isinstance(node.op, ast.Not):
+        yield "dropped not", ast.Call(ast.Name("bool"), [node.operand], [])
+    elif isinstance(node.op, ast.USub) and not isinstance(node.operand, ast.Constant):
+        yield "dropped minus", node.operand
+
+
+def _of_slice(node: ast.Slice) -> Iterator[tuple[str, str]]:
+    one = ast.Constant(1)
+    if node.upper:
+        yield "slice end", ast.unparse(ast.Slice(node.lower, ast.BinOp(node.upper, ast.Sub(), one), node.step))
+    if node.lower:
+        yield "slice start", ast.unparse(ast.Slice(ast.BinOp(node.lower, ast.Add(), one), node.upper, node.step))
 
 
 def _of_constant(value: object) -> Iterator[tuple[str, ast.AST]]:

@@ -10,7 +10,6 @@ import functools
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,28 +79,25 @@ def mutant_of(key: str, owner: str, name: str, source: bytes) -> Mutant:
 
 
 def tests_that_name(name: str, known: Map, root: Path) -> list[str]:
-    """Tests whose file names a setting, those that name it themselves first, then the quickest."""
+    """Tests whose file names a setting: those that name it themselves first, those of the config last, which see it
+    written but not at work; then the quickest."""
 
-    def cost(test: str) -> tuple[bool, float, str]:
-        of_test = known.tests[test]
-        seconds = of_test.seconds + sum(known.fixtures.get(key, 0.0) for key in of_test.fixtures)
+    def order(test: str) -> tuple[bool, bool, float, str]:
+        file = known.tests[test].file
         function = test.partition("[")[0].rpartition("::")[2]
-        return (name not in _functions(root / of_test.file).get(function, "")), seconds, test
+        names_it = name in _functions(root / file).get(function, "")
+        return file.startswith("tests/config/"), not names_it, known.cost(test), test
 
-    return sorted((test for test, of in known.tests.items() if name in _text(root / of.file)), key=cost)
+    return sorted((test for test, of in known.tests.items() if name in _text(root / of.file)), key=order)
 
 
-def fitting(tests: Iterable[str], known: Map, budget: float) -> tuple[list[str], float]:
-    """The first tests that take no longer than some seconds in all, and their seconds."""
-    chosen, made, total = list[str](), set[str](), 0.0
-    for name in tests:
-        test = known.tests[name]
-        more = test.seconds + sum(known.fixtures.get(key, 0.0) for key in test.fixtures if key not in made)
-        if total + more <= budget:
-            total += more
-            made.update(test.fixtures)
-            chosen.append(name)
-    return chosen, total
+def read_registry(root: Path) -> dict[str, str]:
+    """The test that holds each setting, without its parameters."""
+    import yaml
+
+    path = root / REGISTRY
+    found: dict[str, str] = yaml.safe_load(path.read_text(encoding="utf-8"))["tests"] if path.exists() else {}
+    return found
 
 
 @functools.cache
@@ -114,10 +110,11 @@ def _functions(path: Path) -> dict[str, str]:
     text = _text(path)
     nodes: list[Any] = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
     lines = text.splitlines()
-    return {
-        node.name: "\n".join(lines[min([node.lineno, *(each.lineno for each in node.decorator_list)]) - 1 : node.end_lineno])
-        for node in nodes
-    }
+    found = {}
+    for node in nodes:
+        first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+        found[node.name] = "\n".join(lines[first - 1 : node.end_lineno])
+    return found
 
 
 if __name__ == "__main__":

@@ -18,7 +18,17 @@ import hook
 import pytest
 from operators import Mutant
 
-HEAVY = ("numpy", "torch", "torch.distributed", "deepspeed", "omegaconf", "sentencepiece", "yaml", "hypothesis", "wandb")
+HEAVY = (
+    "numpy",
+    "torch",
+    "torch.distributed",
+    "deepspeed",
+    "omegaconf",
+    "sentencepiece",
+    "yaml",
+    "hypothesis",
+    "wandb",
+)
 MARK = "BIGTX_MUTANTS_TRIAL"
 """In the environment of every process of a trial."""
 
