@@ -29,6 +29,7 @@ import hook
 import recording
 import settings
 import trial
+from nearest import nearest_files
 from operators import Mutant, mutants_of
 from table import print_shares, write_table
 
@@ -54,28 +55,29 @@ PACKAGES: dict[str, list[str]] = {
 MARKERS = "not slow and not gpu and not slurm"
 BUDGET = 60.0
 """Seconds of tests for a mutant."""
+MOST_FILES = 8
+"""Test files for a mutant with --quick: importing them takes time too."""
+MIN_LIMIT = 600.0
+"""Least seconds after which a trial counts as hanging: other work may keep the machine busy."""
 
 
 def options(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="mutants", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--count", type=int, default=40, help="how many mutants, evenly over the packages (default 40)")
-    parser.add_argument("--all", action="store_true", help="every mutant there is")
-    parser.add_argument(
-        "--package", action="append", choices=sorted(PACKAGES), help="of this package alone; repeatable"
-    )
-    parser.add_argument("--seed", help="instead of the commit")
-    parser.add_argument("--id", action="append", help="this mutant; repeatable")
-    parser.add_argument(
-        "--resume", action="store_true", help="keep the results of this commit, and try what is missing"
-    )
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="mutants at a time")
-    parser.add_argument(
-        "--budget", type=float, default=BUDGET, help=f"seconds of tests for a mutant (default {BUDGET:g})"
-    )
-    parser.add_argument("--tests", nargs="*", default=["tests"], help="tests to learn from (default: all)")
-    parser.add_argument("--json", action="store_true", help="print each result as a line of JSON")
-    parser.add_argument("--table", action="store_true", help="write the table of docs/testing.md from the results")
+    add = parser.add_argument
+    add("--count", type=int, default=40, help="how many mutants, evenly over the packages (default 40)")
+    add("--all", action="store_true", help="every mutant there is")
+    add("--package", action="append", choices=sorted(PACKAGES), help="of this package; repeatable")
+    add("--seed", help="instead of the commit")
+    add("--id", action="append", help="this mutant; repeatable")
+    add("--settings", nargs="*", metavar="KEY", help="instead, let settings keep their defaults: do their tests fail?")
+    add("--resume", action="store_true", help="keep the results of this commit; try what is missing")
+    add("--jobs", type=int, default=os.cpu_count() or 1, help="mutants at a time")
+    add("--budget", type=float, default=BUDGET, help=f"seconds of tests for each (default {BUDGET:g})")
+    add("--tests", nargs="*", default=["tests"], help="tests to learn from (default: all)")
+    add("--quick", action="store_true", help="learn nothing: try the test files whose imports are nearest")
+    add("--json", action="store_true", help="print each result as a line of JSON")
+    add("--table", action="store_true", help="write the table of docs/testing.md from the results")
     return parser.parse_args(words)
 
 
@@ -210,8 +212,17 @@ def run_all(plans: Iterable[Plan], jobs: int) -> Iterator[dict[str, Any]]:
                 yield _facts(next_one.mutant) | facts
                 continue
             source = (ROOT / next_one.mutant.path).read_bytes()
-            limit = 5 * next_one.seconds + 40
-            running.append(trial.begin(next_one.mutant, source, next_one.tests, limit, next_one.left_out))
+            running.append(
+                trial.begin(
+                    next_one.mutant,
+                    source,
+                    next_one.tests,
+                    limit=max(MIN_LIMIT, 10 * next_one.seconds),
+                    budget=2 * next_one.seconds + 10,
+                    markers=MARKERS,
+                    left_out=next_one.left_out,
+                )
+            )
             continue
         for one in list(running):
             if (result := trial.end(one)) is not None:
@@ -242,8 +253,10 @@ def main(words: Sequence[str] | None = None) -> int:
     of_settings = arguments.settings is not None
     mutants = [] if of_settings else [mutant for mutant in choose(arguments, commit) if mutant.id not in done]
     install_hook()
-    known = record(arguments.tests, arguments.jobs)
-    if of_settings:
+    known = recording.Map() if arguments.quick else record(arguments.tests, arguments.jobs)
+    if arguments.quick:
+        plans = [Plan(each, nearest_files(ROOT, each.path)[:MOST_FILES], arguments.budget, 0) for each in mutants]
+    elif of_settings:
         found = plans_of_settings(arguments.settings, known, arguments.budget)
         plans = [each for each in found if each.mutant.id not in done]
     else:

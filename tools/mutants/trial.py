@@ -10,6 +10,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ HEAVY = (
     "hypothesis",
     "wandb",
 )
+OUT_OF_TIME = "the tests have had their time"
 MARK = "BIGTX_MUTANTS_TRIAL"
 """In the environment of every process of a trial."""
 
@@ -52,10 +54,18 @@ class Trial:
 
 
 class _First:
-    """The pytest plugin that writes which test noticed."""
+    """The pytest plugin that writes which test noticed, and begins no more tests once they have had their time."""
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
+    def __init__(self, file: Path, budget: float) -> None:
+        self._file, self._budget = file, budget
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        """As pytest asks."""
+        # Of the processor, with ended children: another load of the machine changes nothing.
+        if sum(os.times()[:4]) > self._budget:
+            item.session.shouldstop = OUT_OF_TIME
+        return (yield)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """As pytest asks."""
@@ -73,20 +83,29 @@ def warm_up() -> None:
     assert not any(name.partition(".")[0] == "bigtx" for name in sys.modules)
 
 
-def begin(mutant: Mutant, source: bytes, tests: list[str], limit: float, left_out: int) -> Trial:
-    """Run the tests with the mutant, in a process of their own."""
+def begin(
+    mutant: Mutant, source: bytes, tests: list[str], *, limit: float, budget: float, markers: str, left_out: int
+) -> Trial:
+    """Run the tests with the mutant, in a process of their own.
+
+    Args:
+        tests: names of tests or of test files.
+        limit: seconds after which it is ended.
+        budget: seconds of the processor after which no more tests begin.
+        markers: which of the tests, as pytest's -m.
+    """
     folder = Path(tempfile.mkdtemp(prefix="m-"))
     (folder / "mutated.py").write_bytes(mutant.apply(source))
     pid = os.fork()
     if not pid:
         try:
-            _run(mutant, tests, folder)
+            _run(mutant, tests, folder, budget, markers)
         finally:
             os._exit(70)
     return Trial(mutant, tests, limit, left_out, pid, folder, time.monotonic())
 
 
-def _run(mutant: Mutant, tests: list[str], folder: Path) -> None:
+def _run(mutant: Mutant, tests: list[str], folder: Path, budget: float, markers: str) -> None:
     os.setsid()
     output = os.open(folder / "output", os.O_WRONLY | os.O_CREAT)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -97,8 +116,8 @@ def _run(mutant: Mutant, tests: list[str], folder: Path) -> None:
     os.environ |= {hook.MUTANT: "\n".join(mutated), MARK: folder.name, "TMPDIR": str(folder)}
     tempfile.tempdir = None
     hook.install()
-    words = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={folder}/t", *tests]
-    code = pytest.main(words, plugins=[_First(folder / "noticed")])
+    words = ["-x", "-q", "-m", markers, "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={folder}/t", *tests]
+    code = pytest.main(words, plugins=[_First(folder / "noticed", budget + sum(os.times()[:4]))])
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(int(code))
@@ -122,8 +141,8 @@ def end(trial: Trial) -> dict[str, Any] | None:
     result: dict[str, Any] = {"seconds": round(seconds, 1), "tests": len(trial.tests), "left_out": trial.left_out}
     if code is None:
         return result | {"status": "noticed", "by": "time limit"}
-    if code == pytest.ExitCode.OK:
-        return result | {"status": "survived"}
+    if code == pytest.ExitCode.OK or OUT_OF_TIME in text:
+        return result | {"status": "survived", "left_out": result["left_out"] + (code != pytest.ExitCode.OK)}
     if code == pytest.ExitCode.NO_TESTS_COLLECTED or "not found:" in text:
         return result | {"status": "error", "by": text}
     return result | {"status": "noticed", "by": by or f"status {code}"}
