@@ -144,9 +144,9 @@ def behaviour(settings: dict[str, Any]) -> tuple[dict[str, tuple[int, ...]], lis
         inputs["pool"] = torch.full((2, 24), 1 / 24)
         del inputs["labels"]
     found = model.train()(**inputs)
-    numbers = [float((found if torch.is_tensor(found) else found.loss_sum).sum())]
+    numbers = [(found if torch.is_tensor(found) else found.loss_sum).sum().item()]
     if config.experts.num_experts:
-        numbers.append(float(routing_loss(found.routing, torch.tensor([0.4, 0.3, 0.2, 0.1]), config.experts)))
+        numbers.append(routing_loss(found.routing, torch.tensor([0.4, 0.3, 0.2, 0.1]), config.experts).item())
     assert all(map(np.isfinite, numbers))
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}, numbers
 

@@ -127,6 +127,20 @@ def test_single_limits_count_without_their_group_and_before_it() -> None:
     assert Limits(FilterConfig(gopher_repetition=True, max_top_ngrams=[1.0])).first_broken("a b a b c") is None
 
 
+@pytest.mark.parametrize(
+    ("limit", "text"),
+    [
+        ("max_duplicate_line_characters", "a line\nanother\na line"),
+        ("max_duplicate_paragraphs", "a line\n\nanother\n\na line"),
+        ("max_duplicate_paragraph_characters", "a line\n\nanother\n\na line"),
+    ],
+)
+def test_limits_of_what_comes_twice(limit: str, text: str) -> None:
+    for most, is_broken in ((0.2, True), (0.5, False)):
+        broken = Limits(FilterConfig(**{limit: most})).first_broken(text)  # type: ignore[arg-type]
+        assert (broken is not None and broken[0] == limit) == is_broken
+
+
 def test_a_long_text_is_measured_whole() -> None:
     draw = random.Random(1)
     words = [draw.choice("abcdefgh") * draw.randint(1, 9) for _ in range(50_000)]
