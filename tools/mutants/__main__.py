@@ -182,8 +182,8 @@ def plan(mutant: Mutant, known: recording.Map, budget: float) -> Plan:
     return Plan(mutant, *known.choose(names, mutant.path, budget))
 
 
-def plans_of_settings(keys: Sequence[str], known: recording.Map, budget: float) -> Iterator[Plan]:
-    """For each setting the test that holds it, or those that might where none is named yet.
+def plans_of_settings(keys: Sequence[str], budget: float) -> Iterator[Plan]:
+    """For each setting the test that tests/settings.yaml names.
 
     Args:
         keys: settings; none: all.
@@ -191,13 +191,8 @@ def plans_of_settings(keys: Sequence[str], known: recording.Map, budget: float) 
     named = settings.read_registry(ROOT)
     source = (ROOT / settings.SCHEMA).read_bytes()
     for key, (owner, name) in settings.known_settings(ROOT).items():
-        if keys and key not in keys:
-            continue
-        if key in named:
-            tests = [test for test in known.tests if test.partition("[")[0] == named[key]]
-        else:
-            tests = settings.tests_that_name(name, known, ROOT)
-        yield Plan(settings.mutant_of(key, owner, name, source), *known.fitting(tests, budget))
+        if key in named and (not keys or key in keys):
+            yield Plan(settings.mutant_of(key, owner, name, source), [named[key]], budget, 0)
 
 
 def run_all(plans: Iterable[Plan], jobs: int) -> Iterator[dict[str, Any]]:
@@ -253,13 +248,12 @@ def main(words: Sequence[str] | None = None) -> int:
     of_settings = arguments.settings is not None
     mutants = [] if of_settings else [mutant for mutant in choose(arguments, commit) if mutant.id not in done]
     install_hook()
-    known = recording.Map() if arguments.quick else record(arguments.tests, arguments.jobs)
-    if arguments.quick:
+    if of_settings:
+        plans = [each for each in plans_of_settings(arguments.settings, arguments.budget) if each.mutant.id not in done]
+    elif arguments.quick:
         plans = [Plan(each, nearest_files(ROOT, each.path)[:MOST_FILES], arguments.budget, 0) for each in mutants]
-    elif of_settings:
-        found = plans_of_settings(arguments.settings, known, arguments.budget)
-        plans = [each for each in found if each.mutant.id not in done]
     else:
+        known = record(arguments.tests, arguments.jobs)
         plans = [plan(mutant, known, arguments.budget) for mutant in mutants]
     with results.open("a", encoding="utf-8") as file:
         for number, result in enumerate(run_all(plans, arguments.jobs), 1):

@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -141,23 +141,16 @@ class Map:
         """
         near = {path.split("/")[-2], path.split("/")[-1].removesuffix(".py")}
 
-        def far(name: str) -> float:
-            words = set(self.tests[name].file.removesuffix(".py").replace("test_", "").split("/"))
-            return self.cost(name) if near & words else 3 * self.cost(name) + 1
+        def cost(name: str) -> float:
+            test = self.tests[name]
+            seconds = test.seconds + sum(self.fixtures.get(key, 0.0) for key in test.fixtures)
+            words = set(test.file.removesuffix(".py").replace("test_", "").split("/"))
+            return seconds if near & words else 3 * seconds + 1
 
-        return self.fitting(sorted(names, key=lambda name: (far(name), name)), budget)
-
-    def cost(self, name: str) -> float:
-        """Seconds of a test and of its fixtures."""
-        test = self.tests[name]
-        return test.seconds + sum(self.fixtures.get(key, 0.0) for key in test.fixtures)
-
-    def fitting(self, names: Sequence[str], budget: float) -> tuple[list[str], float, int]:
-        """The first of some tests that take up to some seconds in all; fixtures count once. See `choose`."""
         chosen: list[str] = []
         made: set[str] = set()
         total = 0.0
-        for name in names:
+        for name in sorted(names, key=lambda name: (cost(name), name)):
             test = self.tests[name]
             more = test.seconds + sum(self.fixtures.get(key, 0.0) for key in test.fixtures if key not in made)
             if chosen and total + more > budget:

@@ -5,18 +5,12 @@ tests/settings.yaml names that test. As a program this prints the settings, so t
 
 from __future__ import annotations
 
-import ast
-import functools
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from operators import Mutant
-
-if TYPE_CHECKING:
-    from recording import Map
 
 SCHEMA = "bigtx/config/schema/__init__.py"
 REGISTRY = "tests/settings.yaml"
@@ -78,42 +72,12 @@ def mutant_of(key: str, owner: str, name: str, source: bytes) -> Mutant:
     return Mutant(SCHEMA, key, "setting", "", after, place, place, (1, 1))
 
 
-def tests_that_name(name: str, known: Map, root: Path) -> list[str]:
-    """Tests whose file names a setting: those that name it themselves first, those of the config last, which see it
-    written but not at work; then the quickest."""
-
-    def order(test: str) -> tuple[bool, bool, float, str]:
-        file = known.tests[test].file
-        function = test.partition("[")[0].rpartition("::")[2]
-        names_it = name in _functions(root / file).get(function, "")
-        return file.startswith("tests/config/"), not names_it, known.cost(test), test
-
-    return sorted((test for test, of in known.tests.items() if name in _text(root / of.file)), key=order)
-
-
 def read_registry(root: Path) -> dict[str, str]:
     """The test that holds each setting, without its parameters."""
     import yaml
 
     path = root / REGISTRY
     found: dict[str, str] = yaml.safe_load(path.read_text(encoding="utf-8"))["tests"] if path.exists() else {}
-    return found
-
-
-@functools.cache
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8")
-
-
-@functools.cache
-def _functions(path: Path) -> dict[str, str]:
-    text = _text(path)
-    nodes: list[Any] = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
-    lines = text.splitlines()
-    found = {}
-    for node in nodes:
-        first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-        found[node.name] = "\n".join(lines[first - 1 : node.end_lineno])
     return found
 
 

@@ -25,7 +25,8 @@ MODEL = ModelConfig(
 )
 SHAPES = {"classify": "encoder", "translate": "encoder_decoder", "transcribe": "encoder_decoder"}
 PLAIN = {"chat.format": "plain"}
-PACKED = {"sft.packing": True}
+SHORT = {"chat.max_new_tokens": 8}
+PACKED = SHORT | {"sft.packing": True}
 CASES: list[tuple[str, str, Any, dict[str, Any]]] = [
     ("classify", "classify.classes", ["river", "house"], {}),
     ("classify", "classify.pooling", "first", {}),
@@ -36,9 +37,9 @@ CASES: list[tuple[str, str, Any, dict[str, Any]]] = [
     ("preference", "chat.format", "plain", {}),
     ("preference", "chat.separator", " house ", PLAIN),
     ("sft", "chat.max_new_tokens", 2, {}),
-    ("sft", "chat.temperature", 5.0, {}),
-    ("sft", "sft.answers", "last", {}),
-    ("sft", "sft.packing", True, {}),
+    ("sft", "chat.temperature", 5.0, SHORT),
+    ("sft", "sft.answers", "last", SHORT),
+    ("sft", "sft.packing", True, SHORT),
     ("sft", "sft.row_length", 50, PACKED),
     ("preference", "preference.beta", 0.5, {}),
     ("preference", "preference.label_smoothing", 0.2, {}),
