@@ -269,9 +269,10 @@ def _print(result: dict[str, Any], number: int, total: int, *, as_json: bool) ->
     if as_json:
         print(json.dumps(result), flush=True)
         return
-    place = f"{result['path']}:{result['line']}"
-    print(f"{number}/{total} {result['status']:9}{result['seconds']:6.1f} s  {result['id']} {place}", flush=True)
-    if result["status"] != "noticed":
+    is_setting = result["operator"] == "setting"
+    place = result["function"] if is_setting else f"{result['id']} {result['path']}:{result['line']}"
+    print(f"{number}/{total} {result['status']:9}{result['seconds']:6.1f} s  {place}", flush=True)
+    if result["status"] != "noticed" and not is_setting:
         print(f"    {result['operator']}: {result['before']}\n    -> {result['after']}", flush=True)
 
 
