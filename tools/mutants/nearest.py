@@ -43,7 +43,7 @@ def nearest_files(root: Path, path: str) -> list[str]:
 @functools.cache
 def imports_of(path: Path) -> frozenset[str]:
     """The modules that a file imports, and their last names."""
-    names = set()
+    names = set[str]()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
