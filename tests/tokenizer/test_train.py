@@ -45,6 +45,11 @@ def test_methods_differ(texts: list[str]) -> None:
     assert bpe.vocab_size == unigram.vocab_size and bpe.fingerprint != unigram.fingerprint
 
 
+def test_a_sample_of_the_text_is_learned_from(texts: list[str]) -> None:
+    whole, sample = (train(TokenizerTrainConfig(vocab_size=600, max_bytes=size), texts) for size in (10**8, 20_000))
+    assert sum(map(len, texts)) > 20_000 and whole.fingerprint != sample.fingerprint
+
+
 def test_texts_of_any_length_are_learned_from() -> None:
     # One line of 3 MB, which sentencepiece by itself would skip.
     tokenizer = train(TokenizerTrainConfig(vocab_size=440), ["lorem ipsum dolor sit amet consectetur " * 80_000])

@@ -55,8 +55,6 @@ PACKAGES: dict[str, list[str]] = {
 MARKERS = "not slow and not gpu and not slurm"
 BUDGET = 60.0
 """Seconds of tests for a mutant."""
-MOST_FILES = 8
-"""Test files for a mutant with --quick: importing them takes time too."""
 MIN_LIMIT = 600.0
 """Least seconds after which a trial counts as hanging: other work may keep the machine busy."""
 
@@ -251,7 +249,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if of_settings:
         plans = [each for each in plans_of_settings(arguments.settings, arguments.budget) if each.mutant.id not in done]
     elif arguments.quick:
-        plans = [Plan(each, nearest_files(ROOT, each.path)[:MOST_FILES], arguments.budget, 0) for each in mutants]
+        plans = [Plan(each, nearest_files(ROOT, each.path), arguments.budget, 0) for each in mutants]
     else:
         known = record(arguments.tests, arguments.jobs)
         plans = [plan(mutant, known, arguments.budget) for mutant in mutants]

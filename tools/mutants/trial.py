@@ -143,7 +143,8 @@ def end(trial: Trial) -> dict[str, Any] | None:
         return result | {"status": "noticed", "by": "time limit"}
     if code == pytest.ExitCode.OK or OUT_OF_TIME in text:
         return result | {"status": "survived", "left_out": result["left_out"] + (code != pytest.ExitCode.OK)}
-    if code == pytest.ExitCode.NO_TESTS_COLLECTED or "not found:" in text:
+    is_no_test = code == pytest.ExitCode.USAGE_ERROR and "while loading conftest" not in text
+    if is_no_test or code == pytest.ExitCode.NO_TESTS_COLLECTED:
         return result | {"status": "error", "by": text}
     return result | {"status": "noticed", "by": by or f"status {code}"}
 
