@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help env demo test test-full test-airgap test-slurm test-gpu lint format bench clean
+.PHONY: help env demo test test-full mutants test-airgap test-slurm test-gpu lint format bench clean
 .DEFAULT_GOAL := help
 # Two targets must not build the environment at the same time.
 .NOTPARALLEL:
@@ -41,6 +41,9 @@ test: lint ## lint, the tests that fit a commit, and fuzzing of the readers (15 
 
 test-full: lint ## every test that this machine can run without a GPU
 	@$(PYTEST) -m "not gpu"
+
+mutants: $(READY) ## mutation testing: a sample of small changes of the core, each of which a test should notice
+	@$(BIN)/python tools/mutants $(MUTANTS)
 
 test-slurm: $(READY) ## the tests on a real SLURM cluster on this machine; needs root and `tests/slurm/cluster install`
 	@tests/slurm/cluster ready
@@ -67,7 +70,7 @@ bench: $(READY_ENV) ## tokens per second of training on this machine (on GPUs al
 	@$(BIN)/python tools/bench/data.py --only long --json
 
 clean: ## remove the environment and everything that was built; runs/ is kept
-	@rm -rf $(VENV) build dist wheelhouse .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
+	@rm -rf $(VENV) build dist wheelhouse .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .mutants *.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Install this clone's bigtx with extras. A terminal shows pip's own progress. Otherwise there is a line for each large

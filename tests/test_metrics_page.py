@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import bigtx
-from bigtx.track.copier import best_of
+from bigtx.finetuning.tasks import RECORD_TASKS, task_type
+from bigtx.pretraining.validation import BETTER, Validation
+from bigtx.track.tracker import Better
 
 PACKAGE = Path(bigtx.__file__).parent
 PAGE = PACKAGE.parent / "docs" / "metrics.md"
@@ -19,11 +24,16 @@ NO_METRICS = {"validation/samples", "validation/predictions", "train/tokens"}
 """Tables of W&B, and its name for what metrics.jsonl calls `tokens`."""
 
 
-def listed(heading: str) -> list[tuple[str, str]]:
-    """Names and which direction is better, of a section's table."""
+def rows(heading: str) -> list[list[str]]:
+    """The cells of a section's table."""
     section = PAGE.read_text(encoding="utf-8").partition(f"## {heading}\n")[2].partition("\n## ")[0]
-    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| `")]
-    return [(row[0].strip(" `"), row[-1].strip()) for row in rows]
+    lines = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| `")]
+    return [[cell.strip(" `") for cell in line] for line in lines]
+
+
+def listed(heading: str) -> dict[str, Better]:
+    """Names and which direction is better, of a section's table."""
+    return {row[0]: row[-1] or "neither" for row in rows(heading)}  # type: ignore[misc]
 
 
 def literal(node: ast.expr) -> str | None:
@@ -48,15 +58,10 @@ def keys(tree: ast.AST) -> Iterator[str]:
         yield from (text for found in nodes if found is not None and (text := literal(found)))
 
 
-def of_tasks() -> set[str]:
-    """What the `metrics` of all tasks give."""
-    return {
-        key
-        for path in PACKAGE.rglob("tasks/*.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.FunctionDef) and node.name == "metrics"
-        for key in keys(node)
-    }
+def given_by(function: Callable[..., Any]) -> set[str]:
+    """The keys of what a function gives, without their groups."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    return {key.rpartition("/")[2] for key in keys(tree)}
 
 
 def pattern(name: str) -> str:
@@ -71,18 +76,30 @@ def test_names_of_runs() -> None:
         for key in keys(ast.parse(path.read_text(encoding="utf-8")))
         if key.startswith(GROUPS) and key not in NO_METRICS
     }
-    page = {pattern(name) for heading in ("Training", "Validation of pretraining") for name, _ in listed(heading)}
+    page = {pattern(name) for heading in ("Training", "Validation of pretraining") for name in listed(heading)}
     assert "train/loss" in logged and "validation/X/loss" in logged
     # The two names of fine-tuning's own metrics, which have a table of their own.
     assert logged == page | {"validation/X", "validation/best_X"}
 
 
-def test_names_of_tasks() -> None:
-    assert of_tasks() == {name for name, _ in listed("Validation of fine-tuning")}
+@pytest.mark.parametrize("name", RECORD_TASKS)
+def test_every_metric_of_a_task_says_which_values_are_better(name: str) -> None:
+    task = task_type(name)
+    of_page = {
+        row[0]: row[-1] or "neither" for row in rows("Validation of fine-tuning") if name in row[1] or row[1] == "all"
+    }
+    assert given_by(task.metrics) == set(task.better)
+    # A text has no answer that could be right to the letter.
+    assert of_page == {key: better for key, better in task.better.items() if (name, key) != ("distill", "exact_match")}
+    assert task.better[task.metric] != "neither"
 
 
-@pytest.mark.parametrize("heading", ["Training", "Validation of pretraining", "Validation of fine-tuning"])
-def test_summaries_keep_the_better_value(heading: str) -> None:
-    for name, better in listed(heading):
-        expected = {"lower": "min", "higher": "max", "": ""}[better]
-        assert best_of(name if "/" in name else f"validation/{name}") == expected, name
+def test_every_metric_of_pretraining_says_which_values_are_better() -> None:
+    of_page = {name.rpartition("/")[2]: better for name, better in listed("Validation of pretraining").items()}
+    assert given_by(Validation._measure) == set(BETTER) and of_page == BETTER
+
+
+def test_metrics_of_steps_have_a_direction_where_those_of_validation_have_one() -> None:
+    for name, better in listed("Training").items():
+        assert BETTER.get(name.rpartition("/")[2], "neither") == better, name
+        assert all(task_type(task).better.get(name.rpartition("/")[2], "neither") == better for task in RECORD_TASKS)

@@ -212,6 +212,7 @@ def _track(
         environment=hardware.describe(),
         rank=0,
         total_steps=0,
+        better={},
         name=f"{run_dir_of(checkpoint).name} {output.stem}",
         job_type="evaluate",
         base={

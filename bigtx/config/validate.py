@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bigtx.config.batches import batch_problems
-from bigtx.config.nodes import Problem
+from bigtx.config.nodes import Problem, idle
 from bigtx.config.runs import CHECKPOINTS, has_steps, why_no_run
 from bigtx.config.schema import (
     DataConfig,
@@ -241,6 +241,13 @@ def _skip(ranges: list[str]) -> Iterator[Problem]:
 
 def _validation(validation: ValidationConfig) -> Iterator[Problem]:
     yield from _sources(validation.sources, "validation.sources", "validation")
+    plain = SourceConfig()
+    for name, source in validation.sources.items():
+        for field in ("weight", "max_epochs"):
+            value, default = getattr(source, field), getattr(plain, field)
+            if value != default:
+                why = "in validation, where each corpus is measured by itself"
+                yield idle(f"validation.sources.{name}.{field}", value, default, why)
 
 
 def _sources(sources: dict[str, SourceConfig], key: str, split: str) -> Iterator[Problem]:

@@ -39,7 +39,7 @@ class Measurement:
         self.held_out = Examples(
             [held_out.records[place] for place in places], [held_out.examples[place] for place in places]
         )
-        self.metric = config.validation.metric or task.metric
+        self.metric = task.chosen_by
 
     def report(self, tracker: Tracker, state: RunState) -> bool:
         """Measure, tell, and judge whether this is the best so far."""
@@ -49,12 +49,12 @@ class Measurement:
         metrics = {f"validation/{name}": value for name, value in measured[0].items()}
         if self.metric not in measured[0]:
             raise ConfigError(
-                f"validation.metric={self.metric!r} is no metric of task={self.config.task}; it has "
-                f"{', '.join(measured[0])}"
+                f"validation.metric={self.metric!r} is not measured during a run of task={self.config.task}; these "
+                f"are: {', '.join(measured[0])}"
             )
         value = measured[0][self.metric]
         # What the model can do before the first step is told, not chosen: no checkpoint holds it.
-        is_best = state.step > 0 and state.judge(value, lower=self.metric in self.task.lower_is_better)
+        is_best = state.step > 0 and state.judge(value, lower=self.task.better[self.metric] == "lower")
         if state.best_value is not None:
             metrics[f"validation/best_{self.metric}"] = state.best_value
         tracker.log(state.step, state.tokens, metrics)

@@ -70,7 +70,9 @@ def finetune(context: RunContext[FinetuneConfig]) -> int:
     loader = open_loader(context, inputs, splits, state)
     context.resources.callback(loader.close)
     steps, tokens = inputs.total_steps, round(config.train.global_batch_size * inputs.mean_tokens)
-    tracker = open_tracker(context, config, found, state, total_steps=steps, job_type="finetune", base=base)
+    tracker = open_tracker(
+        context, config, found, state, total_steps=steps, better=task.better, job_type="finetune", base=base
+    )
     measurement = Measurement(config, engine, ranks, task, splits["validation"])
     run = Run(
         config=config,

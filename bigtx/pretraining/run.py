@@ -18,7 +18,7 @@ from bigtx.engine.trainable import is_adapter
 from bigtx.pretraining.corpora import RunData, length_setting, open_run_data, with_vocabulary
 from bigtx.pretraining.likelihood import LikelihoodTask
 from bigtx.pretraining.objectives import Objective, make_objective
-from bigtx.pretraining.validation import Validation
+from bigtx.pretraining.validation import BETTER, Validation
 from bigtx.train import start
 from bigtx.train.context import RunContext, num_ranks
 from bigtx.train.execute import execute, open_meter, open_tracker, with_teacher, write_description
@@ -77,7 +77,9 @@ def pretrain(context: RunContext[PretrainConfig]) -> int:
     loader = open_loader(inputs, ranks, state, found)
     context.resources.callback(loader.close)
     steps, rows = total_steps(config), config.train.global_batch_size
-    tracker = open_tracker(context, config, found, state, total_steps=steps, job_type="pretrain", base=base)
+    tracker = open_tracker(
+        context, config, found, state, total_steps=steps, better=BETTER, job_type="pretrain", base=base
+    )
     flops = start.flops_of(config, inputs.teacher, **inputs.objective.lengths._asdict()) // config.train.sequence_length
     run = Run(
         config=config,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,7 @@ from bigtx.model.write import plain_prompts, write
 from bigtx.pretraining.corpora import place_of, refuse_other_tokenizer, validation_sources
 from bigtx.pretraining.objectives import make_objective
 from bigtx.tokenizer.tokenizer import Tokenizer
-from bigtx.track.tracker import Tracker
+from bigtx.track.tracker import Better, Tracker
 from bigtx.train.state import RunState
 from bigtx.utils.seeds import derive_seed
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from bigtx.engine.engine import Engine
     from bigtx.engine.ranks import Ranks
     from bigtx.train.alone import Alone
+
+BETTER: Mapping[str, Better] = {"loss": "lower", "perplexity": "lower", "bits_per_byte": "lower"}
+"""Every metric of a source, and which of two values is the better one."""
 
 
 class Validation:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,18 +15,7 @@ if TYPE_CHECKING:
     from wandb import Run
 
 _STAMP = ("step", "tokens", "time")
-_LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "calibration_error", "wer", "cer")
-_HIGHER_IS_BETTER = (
-    "accuracy",
-    "macro_f1",
-    "token_accuracy",
-    "exact_match",
-    "margin",
-    "reward_accuracy",
-    "reward_margin",
-    "bleu",
-    "chrf",
-)
+_SUMMARIES = {"lower": "min,last", "higher": "max,last"}
 _MEASURED_ONCE = ("best/", "test/", "evaluate/")
 
 
@@ -92,8 +82,10 @@ class Copier:
         model: the event that names the run's checkpoint for others, once it came.
     """
 
-    def __init__(self, run: Run, folder: Path, first_step: int) -> None:
+    def __init__(self, run: Run, folder: Path, first_step: int, better: Mapping[str, str]) -> None:
+        """Args: better: as `Tracker` takes it."""
         self._run = run
+        self._better = better
         self._first_step = first_step
         self._metrics = Tail(folder / "metrics.jsonl")
         self._tables = [
@@ -132,22 +124,13 @@ class Copier:
         values = {name: _number(value) for name, value in record.items() if name not in _STAMP}
         for name in values.keys() - self._known:
             self._known.add(name)
-            if best := best_of(name):
-                self._run.define_metric(name, step_metric="train/tokens", summary=f"{best},last")
+            better = self._better.get(name.rpartition("/")[2])
+            if better in _SUMMARIES and not name.startswith(_MEASURED_ONCE):
+                self._run.define_metric(name, step_metric="train/tokens", summary=_SUMMARIES[better])
         self._log(record, values)
 
     def _log(self, record: Record, values: dict[str, Any]) -> None:
         self._run.log({**values, "train/tokens": record["tokens"], "_timestamp": record["time"]}, step=record["step"])
-
-
-def best_of(name: str) -> str:
-    """Whether the summary keeps the "min" or the "max" of a metric, or neither ("")."""
-    last = name.rpartition("/")[2]
-    if name.startswith(_MEASURED_ONCE):
-        return ""
-    if last in _LOWER_IS_BETTER:
-        return "min"
-    return "max" if last in _HIGHER_IS_BETTER else ""
 
 
 def _number(value: Any) -> Any:

@@ -209,7 +209,7 @@ def follow(task: Record, ending: Ending, report: Callable[[Record], None]) -> No
         run.summary["replayed_steps"] = f"{task['resumed_step'] + 1}-{first_step - 1}"
     if task["base"]:
         report(link_base(run, task["base"], is_online=mode == "online"))
-    copier = Copier(run, folder, first_step)
+    copier = Copier(run, folder, first_step, task["better"])
     is_over = False
     while not is_over:
         is_over = ending.is_known(POLL_SECONDS)

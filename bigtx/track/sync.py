@@ -67,7 +67,7 @@ def bring(folder: Path) -> int:
         first_step: int = run.starting_step
         if task["base"]:
             link_base(run, task["base"], is_online=True)
-        copier = Copier(run, folder, first_step)
+        copier = Copier(run, folder, first_step, task["better"])
         copier.copy()
         if status == "finished" and copier.model:
             log_model(run, copier.model)

@@ -16,6 +16,8 @@ from bigtx.track.jsonl import JsonLines
 from bigtx.track.wandb_run import WandbRun, read_or_make_run_id
 from bigtx.utils.secrets import scrub
 
+Better = Literal["lower", "higher", "neither"]
+"""Which of two values of a metric is the better one."""
 _SHOWN_SAMPLE_LENGTH = 600
 
 
@@ -37,6 +39,7 @@ class Tracker:
         environment: Mapping[str, Any],
         rank: int,
         total_steps: int,
+        better: Mapping[str, Better],
         resumed_step: int = 0,
         name: str = "",
         job_type: str = "pretrain",
@@ -51,6 +54,7 @@ class Tracker:
             environment: versions, commit, hardware, for W&B under the key `environment`.
             rank: this process's rank.
             total_steps: optimizer steps of the whole run, 0 if unknown.
+            better: of metrics by name, without group: W&B's summary keeps the best value of those that have one.
             resumed_step: the step whose checkpoint was loaded; 0 begins anew, and removes what an earlier life wrote.
             name: W&B's display name; "" takes the run folder's.
             job_type: W&B's job type.
@@ -99,7 +103,13 @@ class Tracker:
             "job_type": job_type,
             "config": scrub({**run_config, "environment": dict(environment)} | ({"base_run": base} if base else {})),
         }
-        task = {"mode": config.wandb, "resumed_step": resumed_step, "init": init, "base": scrub(base or {})}
+        task = {
+            "mode": config.wandb,
+            "resumed_step": resumed_step,
+            "init": init,
+            "base": scrub(base or {}),
+            "better": dict(better),
+        }
         self._wandb = WandbRun(folder, task, tell=self._console.message, note=self._note)
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,7 @@ from bigtx.engine.engine import Engine
 from bigtx.engine.ranks import Ranks
 from bigtx.engine.task import Task
 from bigtx.tokenizer.tokenizer import Tokenizer
-from bigtx.track.tracker import Tracker
+from bigtx.track.tracker import Better, Tracker
 from bigtx.train import loop
 from bigtx.train.context import Config, RunContext
 from bigtx.train.loop import Run
@@ -33,12 +33,14 @@ def open_tracker(
     state: RunState,
     *,
     total_steps: int,
+    better: Mapping[str, Better],
     job_type: Literal["pretrain", "finetune"],
     base: dict[str, Any],
 ) -> Tracker:
     """Start the metrics, the events and W&B, and record how this start of the run began.
 
     Args:
+        better: which values of each metric are better, by its name without group.
         base: see `facts_of`; empty where the run began from its seed.
     """
     tracker = Tracker(
@@ -48,6 +50,7 @@ def open_tracker(
         environment=start.environment,
         rank=context.ranks.rank,
         total_steps=total_steps,
+        better=better,
         resumed_step=state.step,
         job_type=job_type,
         base={key: base[key] for key in BASE_FACTS} if base else None,

@@ -94,6 +94,11 @@ def test_an_empty_config_lists_what_is_missing(corpus: Path) -> None:
         (["model.shape=encoder"], "objective.name=causal: is not possible for model.shape=encoder; write masked"),
         (["model.shape=encoder_decoder"], "write span_corruption or prefix"),
         (["model.prefix_attention=true"], "is not possible for a decoder with model.prefix_attention; write prefix"),
+        (
+            ["validation.sources.a.path=corpus", "validation.sources.a.weight=2"],
+            r"a\.weight=2.* has no effect",
+        ),
+        (["validation.sources.a.path=corpus", "validation.sources.a.max_epochs=2"], r"a\.max_epochs=2.* has no effect"),
         (["objective.mask_rate=0.3"], r"mask_rate=0\.3 .*has no effect without objective\.name=masked"),
         (
             ["model.shape=encoder", "objective.name=masked", "validation.sample_prompts=[a]"],

@@ -40,6 +40,16 @@ def test_settings_shape_the_pieces(texts: list[str]) -> None:
     assert len(train(TokenizerTrainConfig(vocab_size=800), with_digits).encode(" 2026")) == 5
 
 
+def test_methods_differ(texts: list[str]) -> None:
+    bpe, unigram = (train(TokenizerTrainConfig(vocab_size=800, method=each), texts) for each in ("bpe", "unigram"))  # type: ignore[arg-type]
+    assert bpe.vocab_size == unigram.vocab_size and bpe.fingerprint != unigram.fingerprint
+
+
+def test_a_sample_of_the_text_is_learned_from(texts: list[str]) -> None:
+    whole, sample = (train(TokenizerTrainConfig(vocab_size=600, max_bytes=size), texts) for size in (10**8, 20_000))
+    assert sum(map(len, texts)) > 20_000 and whole.fingerprint != sample.fingerprint
+
+
 def test_texts_of_any_length_are_learned_from() -> None:
     # One line of 3 MB, which sentencepiece by itself would skip.
     tokenizer = train(TokenizerTrainConfig(vocab_size=440), ["lorem ipsum dolor sit amet consectetur " * 80_000])

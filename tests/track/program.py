@@ -54,6 +54,7 @@ def main() -> None:
         environment={"python": "3"},
         rank=0,
         total_steps=options["last_step"],
+        better={"loss": "lower"},
         resumed_step=first,
         job_type=options.get("job_type", "pretrain"),
         base=options.get("base"),

@@ -14,7 +14,7 @@ from bigtx.track import Tracker
 
 
 def make_tracker(folder: Path, stream: io.StringIO | None = None, **options: Any) -> Tracker:
-    facts: dict[str, Any] = {"run_config": {}, "environment": {}, "rank": 0, "total_steps": 10, **options}
+    facts: dict[str, Any] = {"run_config": {}, "environment": {}, "rank": 0, "total_steps": 10, "better": {}, **options}
     return Tracker(folder, TrackConfig(wandb="off"), stream=stream, **facts)
 
 
@@ -195,3 +195,25 @@ def test_other_ranks_do_nothing(tmp_path: Path, rank: int) -> None:
     tracker.close("finished")
     assert list(tmp_path.iterdir()) == []
     assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("project", "other"), ("entity", "team"), ("group", "sweep"), ("tags", ["a", "b"]), ("wandb", "offline")],
+)
+def test_wandb_is_told_what_the_config_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, value: Any
+) -> None:
+    tasks: list[dict[str, Any]] = []
+
+    class FakeRun:
+        def __init__(self, folder: Path, task: dict[str, Any], **calls: Any) -> None:
+            tasks.append(task)
+
+    monkeypatch.setattr("bigtx.track.tracker.WandbRun", FakeRun)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    for changes in ({}, {setting: value}):
+        facts: dict[str, Any] = {"run_config": {}, "environment": {}, "rank": 0, "total_steps": 1, "better": {}}
+        Tracker(tmp_path, TrackConfig(**changes), **facts)
+    usual, other = ({"wandb": task["mode"], **task["init"]} for task in tasks)
+    assert {name for name in usual if usual[name] != other[name]} == {setting} and other[setting] == value

@@ -40,7 +40,7 @@ def trackers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def opened(context: Any, found: Start, base: dict[str, Any]) -> None:
     execute.open_tracker(
-        context, context.config, found, RunState(step=30), total_steps=50, job_type="pretrain", base=base
+        context, context.config, found, RunState(step=30), total_steps=50, better={}, job_type="pretrain", base=base
     )
 
 

@@ -15,7 +15,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ from bigtx.finetuning.tasks.task import (
 from bigtx.model.loss import IGNORED
 from bigtx.model.pooling import pooling_weights
 from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.track.tracker import Better
 from bigtx.utils.errors import ConfigError, DataError
 
 NO_LABEL = -1
@@ -112,7 +113,13 @@ class Classify(RecordTask):
     """Sort texts into classes."""
 
     metric = "accuracy"
-    lower_is_better = frozenset({"loss", "calibration_error"})
+    better: ClassVar[Mapping[str, Better]] = {
+        "accuracy": "higher",
+        "largest_class": "neither",
+        "macro_f1": "higher",
+        "loss": "lower",
+        "calibration_error": "lower",
+    }
 
     def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:
         super().__init__(config, tokenizer)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -47,6 +47,7 @@ from bigtx.finetuning.tasks.task import (
 from bigtx.model.loss import IGNORED
 from bigtx.tokenizer.chat import ASSISTANT
 from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.track.tracker import Better
 from bigtx.utils.errors import DataError
 
 
@@ -122,7 +123,15 @@ class Preference(RecordTask):
     """Learn which of two answers is better."""
 
     metric = "loss"
-    lower_is_better = frozenset({"loss"})
+    better: ClassVar[Mapping[str, Better]] = {
+        "loss": "lower",
+        "margin": "higher",
+        "accuracy": "higher",
+        "reward_margin": "higher",
+        "reward_accuracy": "higher",
+        "chosen_reward": "neither",
+        "rejected_reward": "neither",
+    }
     needs_reference = True
 
     def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:

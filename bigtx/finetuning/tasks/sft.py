@@ -11,7 +11,7 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ from bigtx.finetuning.tasks.task import (
 from bigtx.model.loss import IGNORED
 from bigtx.tokenizer.chat import ASSISTANT
 from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.track.tracker import Better
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,12 @@ class Sft(RecordTask):
     """Learn to answer."""
 
     metric = "loss"
-    lower_is_better = frozenset({"loss", "perplexity"})
+    better: ClassVar[Mapping[str, Better]] = {
+        "loss": "lower",
+        "perplexity": "lower",
+        "token_accuracy": "higher",
+        "exact_match": "higher",
+    }
     generates = True
     shows_by_predict = True
 

@@ -26,6 +26,7 @@ from bigtx.data.audio.look import Found
 from bigtx.data.records.record import BadRecordError, Record
 from bigtx.engine.task import TaskLoss
 from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.track.tracker import Better
 from bigtx.utils.errors import ConfigError
 
 Look = Callable[[Iterable[AudioPlace]], Mapping[AudioPlace, Found]]
@@ -82,19 +83,27 @@ class RecordTask(ABC):
     """A task on records. `E` below is its kind of example."""
 
     metric: ClassVar[str]
-    """What the best checkpoint is best in, if the config does not say: a key of `metrics`."""
-    lower_is_better: ClassVar[frozenset[str]] = frozenset({"loss"})
-    """Metrics of which less is better."""
+    """What the best checkpoint is best in, if the config does not say: a key of `better`."""
+    better: ClassVar[Mapping[str, Better]]
+    """Every name that `metrics` gives, and which of two values is the better one. All that compares values of a metric
+    reads it here: the best checkpoint, the end for lack of progress, W&B's summary."""
     generates: ClassVar[bool] = False
     """Whether predictions are written token by token, so that ranks take different numbers of passes."""
 
     def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:
-        """Args: config: what `resolve` returned."""
+        """Args:
+            config: what `resolve` returned.
+
+        Raises:
+            ConfigError: validation.metric cannot choose a checkpoint of the task.
+        """
         self.config, self.tokenizer = config, tokenizer
         self.fields = config.data.fields
         self.max_length = config.data.max_length or config.model.max_sequence_length
         self.num_sides = 1
         """Texts of a record that share the model's length, each of which may have `max_length`."""
+        self.chosen_by = self._chosen_by()
+        """The metric that the best checkpoint is best in."""
 
     @property
     def text_field(self) -> str | None:
@@ -224,6 +233,16 @@ class RecordTask(ABC):
     def answer(self, record: Record) -> str:
         """The record's own answer, for tables of predictions; "" where it has none."""
         return ""
+
+    def _chosen_by(self) -> str:
+        name = self.config.validation.metric or self.metric
+        if self.better.get(name, "neither") != "neither":
+            return name
+        usable = [each for each, better in self.better.items() if better != "neither"]
+        raise ConfigError(
+            f"validation.metric={name!r} cannot tell which checkpoint of task={self.config.task} is the best; these "
+            f"can: {', '.join(usable)}"
+        )
 
     @property
     def length_setting(self) -> str:

@@ -12,8 +12,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from bigtx.model.beam import Beam, beam_search
 from bigtx.model.cache import KeyValueCache, Text
 from bigtx.model.loss import IGNORED
 from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.track.tracker import Better
 from bigtx.utils.errors import ConfigError
 
 APOSTROPHES = "'’"
@@ -40,7 +41,7 @@ class Transcribe(RecordTask):
     """Write down what is said."""
 
     metric = "wer"
-    lower_is_better = frozenset({"loss", "wer", "cer"})
+    better: ClassVar[Mapping[str, Better]] = {"wer": "lower", "cer": "lower", "loss": "lower"}
 
     def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:
         super().__init__(config, tokenizer)

@@ -9,8 +9,9 @@ The loss is on the target and its end alone. What is reported of it knows no smo
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from bigtx.finetuning.tasks.task import (
 from bigtx.model.beam import Beam, Found, beam_search
 from bigtx.model.loss import IGNORED
 from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.track.tracker import Better
 from bigtx.utils.errors import ConfigError, LaunchError
 
 
@@ -102,6 +104,7 @@ class Translate(RecordTask):
     """Write a text that belongs to another one."""
 
     metric = "bleu"
+    better: ClassVar[Mapping[str, Better]] = {"bleu": "higher", "chrf": "higher", "loss": "lower"}
     generates = True
 
     def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:

@@ -268,7 +268,20 @@ def test_copies_of_a_text_do_not_stand_side_by_side(tmp_path: Path, tokenizer: P
     (tmp_path / "input" / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     prepare(make_config(tmp_path, tokenizer, validation_fraction=0, exact_duplicates="keep"))
     order = [text == "the same" for text in read_documents(tmp_path / "corpus" / "train", tokenizer)]
-    assert sum(a and b for a, b in pairwise(order)) < 40
+    assert sum(order) == 50 and sum(a and b for a, b in pairwise(order)) < 40
+
+
+def test_blocks_and_shards_are_as_large_as_was_asked_for(tmp_path: Path, tokenizer: Path) -> None:
+    (tmp_path / "input").mkdir()
+    (tmp_path / "input" / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in make_texts(60)))
+    shard_counts = []
+    for number, shard_size in enumerate((4096, 1 << 20)):
+        folder = tmp_path / str(number)
+        prepare(make_config(tmp_path, tokenizer, output=str(folder), block_tokens=256, shard_size=shard_size))
+        manifest = Manifest.load(folder / "train")
+        assert manifest.block_tokens == 256 and len(manifest.blocks) > 1
+        shard_counts.append(len(manifest.shards))
+    assert shard_counts[0] > shard_counts[1] == 1
 
 
 @pytest.mark.parametrize(

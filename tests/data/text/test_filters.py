@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -125,6 +126,33 @@ def test_single_limits_count_without_their_group_and_before_it() -> None:
         "2-grams: 1, at most 0.500",
     )
     assert Limits(FilterConfig(gopher_repetition=True, max_top_ngrams=[1.0])).first_broken("a b a b c") is None
+
+
+ALONE: dict[str, tuple[Any, str]] = {
+    "min_words": (3, "two words"),
+    "max_words": (1, "two words"),
+    "min_mean_word_length": (5.0, "two words"),
+    "max_mean_word_length": (2.0, "two words"),
+    "max_symbol_ratio": (0.1, "#two words"),
+    "max_bullet_lines": (0.5, "- two words"),
+    "max_ellipsis_lines": (0.5, "two words..."),
+    "min_alphabetic_words": (0.9, "2 words"),
+    "min_stop_words": (1, "two words"),
+    "max_duplicate_lines": (0.2, "a line\nanother\na line"),
+    "max_duplicate_line_characters": (0.2, "a line\nanother\na line"),
+    "max_duplicate_paragraphs": (0.2, "a line\n\nanother\n\na line"),
+    "max_duplicate_paragraph_characters": (0.2, "a line\n\nanother\n\na line"),
+    "max_top_ngrams": ([0.5], "a b a b"),
+}
+"""Each limit by itself, and a text that breaks it."""
+
+
+@pytest.mark.parametrize("limit", ALONE)
+def test_each_limit_by_itself(limit: str) -> None:
+    value, text = ALONE[limit]
+    broken = Limits(FilterConfig(**{limit: value})).first_broken(text)
+    assert broken is not None and broken[0] == limit
+    assert Limits(FilterConfig()).first_broken(text) is None
 
 
 def test_a_long_text_is_measured_whole() -> None:

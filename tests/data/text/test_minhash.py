@@ -79,3 +79,11 @@ def test_the_seed_changes_all_hashes_and_the_machine_none() -> None:
     one, other = (Signer(NearDuplicateConfig(seed=seed)).sign(text)[0] for seed in (1, 2))
     assert (one != other).mean() > 0.9
     assert one[:6].tolist() == [29685, 7676, 64165, 24397, 24947, 20854]
+
+
+def test_words_alone_have_no_order() -> None:
+    drawn = make_words(200, seed=1)
+    texts = [" ".join(drawn), " ".join(reversed(drawn))]
+    for ngram, are_equal in ((1, True), (2, False)):
+        one, other = Signer(NearDuplicateConfig(ngram=ngram)).sign(texts)
+        assert bool((one == other).all()) == are_equal

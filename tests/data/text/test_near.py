@@ -248,3 +248,11 @@ def test_a_part_without_documents_needs_no_file(tmp_path: Path) -> None:
     assert (
         find_near_duplicates([empty, parts[0], empty, parts[1]], tmp_path, SMALL, 1 << 20).rows().tolist() == expected
     )
+
+
+def test_how_similar_two_documents_have_to_be(tmp_path: Path) -> None:
+    signatures = np.arange(24).reshape(2, 12).astype("<u2") + 1
+    signatures[1, :9] = signatures[0, :9]  # Three quarters are the same.
+    for threshold, count in ((0.7, 1), (0.8, 0)):
+        config = NearDuplicateConfig(num_bands=3, rows_per_band=4, threshold=threshold)
+        assert search(tmp_path / str(threshold), signatures, config).num_removed == count

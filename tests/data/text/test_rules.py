@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import sys
 from pathlib import Path
@@ -70,7 +71,7 @@ def test_languages_are_those_of_the_metadata_or_detected() -> None:
     # What stands around the middle of a long text does not count.
     assert rules.apply("home about us contact " * 20 + GERMAN * 10 + " home about us contact" * 20, None) != dropped
     sure = TextRules(PrepareConfig(filters=FilterConfig(languages=["de"], min_language_probability=1.0)))
-    assert isinstance(sure.apply("Hotel Taxi Radio", None), Dropped)
+    assert rules.apply("Wie geht es", None) == "Wie geht es" and isinstance(sure.apply("Wie geht es", None), Dropped)
 
 
 def test_evaluation_texts_are_dropped_after_cleaning(tmp_path: Path) -> None:
@@ -85,6 +86,13 @@ def test_evaluation_texts_are_dropped_after_cleaning(tmp_path: Path) -> None:
         "decontaminate",
         "the evaluation sets have 'the old bridge was closed in spring and since then the ferry has', too",
     )
+
+
+def test_evaluation_texts_may_stand_under_another_key(tmp_path: Path) -> None:
+    (tmp_path / "set.jsonl").write_text(json.dumps({"body": ENGLISH, "text": GERMAN}) + "\n")
+    config = PrepareConfig(decontaminate=DecontaminateConfig(paths=[str(tmp_path / "set.jsonl")], text_field="body"))
+    rules = TextRules(config, build_contamination_index(config.decontaminate, tmp_path))
+    assert isinstance(rules.apply(ENGLISH, None), Dropped) and rules.apply(GERMAN, None) == GERMAN
 
 
 @pytest.mark.parametrize(

@@ -378,3 +378,18 @@ def test_learned_positions_reach_as_far_as_both_sides() -> None:
         config.model.max_sequence_length -= 1
         with pytest.raises(ConfigError, match="lower train"):
             make_objective(config, words, purpose="train")
+
+
+@pytest.mark.parametrize(("setting", "value"), [("noise_density", 0.5), ("mean_span_length", 1.0)])
+def test_what_is_cut_out_of_a_row(setting: str, value: float) -> None:
+    lengths = []
+    for settings in ({}, {setting: value}):
+        config = PretrainConfig(
+            model=ModelConfig(shape="encoder_decoder", max_sequence_length=2 * LENGTH),
+            train=TrainConfig(sequence_length=LENGTH),
+            objective=ObjectiveConfig(name="span_corruption", **settings),  # type: ignore[arg-type]
+        )
+        made = make_objective(config, Words(), purpose="train")  # type: ignore[arg-type]
+        lengths.append((made.lengths.source, made.lengths.target))
+    # More is cut out, or it is cut into more spans, each of which has a sentinel on both sides.
+    assert lengths[1][1] > lengths[0][1]

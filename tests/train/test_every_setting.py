@@ -1,0 +1,92 @@
+"""Settings of a run that are at work in one place each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from bigtx.config.schema import (
+    DataConfig,
+    FinetuneConfig,
+    ModelConfig,
+    PretrainConfig,
+    RecordsConfig,
+    SelectionConfig,
+    SourceConfig,
+    TrainConfig,
+    ValidationConfig,
+)
+from bigtx.finetuning.first_records import check_records
+from bigtx.finetuning.measure import Measurement
+from bigtx.finetuning.tasks.task import Examples
+from bigtx.pretraining.corpora import RunData
+from bigtx.pretraining.run import length_setting, total_steps
+from bigtx.train import evaluation, held_out, pretraining
+from bigtx.utils.errors import DataError
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [({}, (48, 0.8)), ({"sample_tokens": 5}, (5, 0.8)), ({"sample_temperature": 0.3}, (48, 0.3))],
+)
+def test_samples(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], expected: tuple[int, float]) -> None:
+    asked: dict[str, Any] = {}
+
+    def write(*arguments: Any, **settings: Any) -> list[Any]:
+        asked.update(settings)
+        return []
+
+    monkeypatch.setattr(evaluation, "write", write)
+    monkeypatch.setattr(evaluation, "plain_prompts", lambda *arguments: [])
+    validation: Any = evaluation.Validation.__new__(evaluation.Validation)
+    validation.config = PretrainConfig(validation=ValidationConfig(**settings))
+    validation.engine = SimpleNamespace(module=SimpleNamespace(eval=lambda: None))
+    validation.tokenizer, validation.ranks = None, SimpleNamespace(from_first=None)
+    validation._sample(["a"], 1)
+    assert (asked["max_new_tokens"], asked["sampling"].temperature) == expected
+
+
+def test_the_cache_of_remote_corpora(tmp_path: Path) -> None:
+    config = PretrainConfig(data=DataConfig(cache_dir=str(tmp_path / "cache"), cache_size=12345))
+    place: Any = held_out.place_of(config, SourceConfig(path="https://example.com/corpus"))
+    assert (place.cache.folder, place.cache.max_bytes) == (tmp_path / "cache", 12345)
+
+
+def test_the_length_of_a_run() -> None:
+    by_tokens = PretrainConfig(train=TrainConfig(max_tokens=1001, sequence_length=10, global_batch_size=5))
+    assert total_steps(by_tokens) == 21 and length_setting(by_tokens) == "train.max_tokens"
+    by_steps = PretrainConfig(train=TrainConfig(max_steps=7))
+    assert total_steps(by_steps) == 7 and length_setting(by_steps) == "train.max_steps"
+
+
+def test_records_that_are_measured_and_shown() -> None:
+    task: Any = SimpleNamespace(chosen_by="loss")
+    records: list[Any] = list(range(10))
+    for settings, expected in (({}, (10, 16)), ({"max_records": 5, "num_examples": 3}, (5, 3))):
+        config = FinetuneConfig(validation=SelectionConfig(**settings))
+        measurement = Measurement(config, None, None, task, Examples(records, records))  # type: ignore[arg-type]
+        assert (len(measurement.held_out.records), measurement.num_examples) == expected
+
+
+def test_the_weight_of_the_z_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    session: Any = pretraining.PretrainSession.__new__(pretraining.PretrainSession)
+    session.config = PretrainConfig(model=ModelConfig(vocab_size=70), train=TrainConfig(max_steps=1, z_loss=0.5))
+    session.ranks = SimpleNamespace(world_size=1)
+    data = RunData(SimpleNamespace(fingerprint=""), "", {}, "")  # type: ignore[arg-type]
+    objective = SimpleNamespace(describe=lambda: "", lengths=SimpleNamespace(source=0, target=1))
+    monkeypatch.setattr("bigtx.pretraining.corpora.open_run_data", lambda *arguments, once: data)
+    monkeypatch.setattr("bigtx.pretraining.objectives.make_objective", lambda *arguments, purpose: objective)
+    monkeypatch.setattr(pretraining, "with_vocabulary", lambda config, data: config)
+    session.open_teacher = session.admit_teacher = lambda *arguments: None
+    session.open_data()
+    assert session.task.z_loss == 0.5
+
+
+def test_folders_of_records_that_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "label": "b"}\n' * 4)
+    check_records(FinetuneConfig(data=RecordsConfig(train=[str(tmp_path)])))
+    with pytest.raises(DataError):
+        check_records(FinetuneConfig(data=RecordsConfig(train=[str(tmp_path)], exclude=["a.jsonl"])))

@@ -1,0 +1,279 @@
+"""Mutation testing: small changes of meaning in the core of bigtx, one at a time, each of which a test should notice.
+
+    make mutants                          40 mutants, evenly over the packages
+    make mutants MUTANTS='--count 600'    so many
+    make mutants MUTANTS='--package finetuning/tasks --count 50'
+
+First the tests run once, to learn which lines each of them runs; later only test files that changed. Then each mutant
+is tried with the nearest of the tests that run its line, in a fork of a process that has imported torch. The sample
+follows from the commit. Results are lines of JSON in .mutants/, the table is in docs/testing.md (`--table`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hook
+import recording
+import settings
+import trial
+from nearest import nearest_files
+from operators import Mutant, mutants_of
+from table import print_shares, write_table
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+STORE = ROOT / ".mutants"
+PACKAGES: dict[str, list[str]] = {
+    "data/stream": ["bigtx/data/stream/*.py"],
+    "data/corpus": ["bigtx/data/corpus/*.py"],
+    "data/prepare": ["bigtx/data/prepare/*.py"],
+    "tokenizer": ["bigtx/tokenizer/*.py"],
+    "model": ["bigtx/model/*.py"],
+    "engine": ["bigtx/engine/*.py"],
+    "train": ["bigtx/train/*.py"],
+    "pretraining": ["bigtx/pretraining/*.py", "bigtx/pretraining/objectives/*.py"],
+    "finetuning": ["bigtx/finetuning/*.py"],
+    "finetuning/tasks": ["bigtx/finetuning/tasks/*.py"],
+    "interop": ["bigtx/interop/*.py", "bigtx/interop/families/*.py"],
+    "config": ["bigtx/config/*.py", "bigtx/config/schema/*.py"],
+    "track": ["bigtx/track/*.py"],
+    "utils": ["bigtx/utils/secrets.py", "bigtx/utils/files.py"],
+}
+"""What is mutated."""
+MARKERS = "not slow and not gpu and not slurm"
+BUDGET = 60.0
+"""Seconds of tests for a mutant."""
+MIN_LIMIT = 600.0
+"""Least seconds after which a trial counts as hanging: other work may keep the machine busy."""
+
+
+def options(words: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="mutants", description=(__doc__ or "").partition("\n")[0])
+    add = parser.add_argument
+    add("--count", type=int, default=40, help="how many mutants, evenly over the packages (default 40)")
+    add("--all", action="store_true", help="every mutant there is")
+    add("--package", action="append", choices=sorted(PACKAGES), help="of this package; repeatable")
+    add("--seed", help="instead of the commit")
+    add("--id", action="append", help="this mutant; repeatable")
+    add("--settings", nargs="*", metavar="KEY", help="instead, let settings keep their defaults: do their tests fail?")
+    add("--resume", action="store_true", help="keep the results of this commit; try what is missing")
+    add("--jobs", type=int, default=os.cpu_count() or 1, help="mutants at a time")
+    add("--budget", type=float, default=BUDGET, help=f"seconds of tests for each (default {BUDGET:g})")
+    add("--tests", nargs="*", default=["tests"], help="tests to learn from (default: all)")
+    add("--quick", action="store_true", help="learn nothing: try the test files whose imports are nearest")
+    add("--json", action="store_true", help="print each result as a line of JSON")
+    add("--table", action="store_true", help="write the table of docs/testing.md from the results")
+    return parser.parse_args(words)
+
+
+def install_hook() -> None:
+    """Let every Python of this environment look for a mutant; without the variable, that is nothing."""
+    path = Path(sysconfig.get_path("purelib")) / "bigtx_mutants.pth"
+    code = (
+        f"import os, sys; f = os.environ.get('{hook.FOLDER}'); "
+        "f and sys.path.append(f); f and __import__('hook').install()\n"
+    )
+    if not path.exists() or path.read_text() != code:
+        path.write_text(code)
+    os.environ[hook.FOLDER] = str(HERE)
+
+
+def record(places: Sequence[str], jobs: int) -> recording.Map:
+    """Learn which lines the tests run, of the test files that are new or changed."""
+    folder = STORE / "lines"
+    folder.mkdir(parents=True, exist_ok=True)
+    known_path = folder / "files.json"
+    known: dict[str, str] = json.loads(known_path.read_text()) if known_path.exists() else {}
+    files = sorted(
+        str(path.relative_to(ROOT))
+        for place in places
+        for path in ([ROOT / place] if place.endswith(".py") else (ROOT / place).rglob("test_*.py"))
+    )
+    digests = {name: hashlib.sha1((ROOT / name).read_bytes()).hexdigest() for name in files}
+    stale = [name for name in files if known.get(name) != digests[name]]
+    if stale:
+        print(f"learning what the tests of {len(stale)} files run", file=sys.stderr)
+        for name in stale:
+            _forget(folder, name)
+        environment = os.environ | {recording.FOLDER: str(folder), "PYTHONPATH": str(HERE)}
+        words = ["-n", str(jobs), "--dist", "loadfile", "-p", "recording", "-p", "no:cacheprovider", "-m", MARKERS]
+        command = [sys.executable, "-m", "pytest", *words, *stale]
+        subprocess.run(command, cwd=ROOT, env=environment, stdout=sys.stderr, check=False)
+        known_path.write_text(json.dumps(known | {name: digests[name] for name in stale}, indent=1))
+    return recording.read_map(ROOT, folder)
+
+
+def _forget(folder: Path, name: str) -> None:
+    index = folder / "index.jsonl"
+    lines = index.read_text(encoding="utf-8").splitlines() if index.exists() else []
+    kept = []
+    for line in lines:
+        facts = json.loads(line)
+        if (context := facts.get("test", "")).startswith(f"{name}::"):
+            (folder / f"{recording.digest(context)}.lines").unlink(missing_ok=True)
+        else:
+            kept.append(line + "\n")
+    index.write_text("".join(kept), encoding="utf-8")
+
+
+def choose(arguments: argparse.Namespace, commit: str) -> list[Mutant]:
+    """The mutants to try: of each package as many, at different lines as long as there are such."""
+    names = arguments.package or list(PACKAGES)
+    found = {name: _of_package(name) for name in names}
+    if arguments.id:
+        return [mutant for of_one in found.values() for mutant in of_one if mutant.id in arguments.id]
+    count = sum(map(len, found.values())) if arguments.all else arguments.count
+    chosen: list[Mutant] = []
+    for place, name in enumerate(names):
+        generator = random.Random(f"{arguments.seed or commit} {name}")
+        mutants = generator.sample(found[name], len(found[name]))
+        share = len(mutants) if arguments.all else count * (place + 1) // len(names) - count * place // len(names)
+        lines: set[tuple[str, int]] = set()
+        first, later = list[Mutant](), list[Mutant]()
+        for mutant in mutants:
+            key = (mutant.path, mutant.lines[0])
+            (later if key in lines else first).append(mutant)
+            lines.add(key)
+        usable = (mutant for mutant in first + later if mutant.compiles((ROOT / mutant.path).read_bytes()))
+        chosen += [mutant for mutant, _ in zip(usable, range(share), strict=False)]
+    # One of each package after the other, so that a run that is ended early is even too.
+    random.Random(commit).shuffle(chosen)
+    return chosen
+
+
+def _of_package(name: str) -> list[Mutant]:
+    paths = sorted(path for pattern in PACKAGES[name] for path in ROOT.glob(pattern))
+    return [mutant for path in paths for mutant in mutants_of(str(path.relative_to(ROOT)), path.read_bytes())]
+
+
+def package_of(path: str) -> str:
+    """The package that a file is counted for."""
+    return next(name for name, patterns in PACKAGES.items() if any(Path(path).match(pattern) for pattern in patterns))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A mutant, the tests to try it with, the seconds that they take, and how many there is no time for."""
+
+    mutant: Mutant
+    tests: list[str]
+    seconds: float
+    left_out: int
+
+
+def plan(mutant: Mutant, known: recording.Map, budget: float) -> Plan:
+    """The tests to run. What runs at import alone, a constant or a default, concerns all that uses the file."""
+    names = known.of_lines(mutant.path, *mutant.lines) or known.of_file(mutant.path)
+    return Plan(mutant, *known.choose(names, mutant.path, budget))
+
+
+def plans_of_settings(keys: Sequence[str], budget: float) -> Iterator[Plan]:
+    """For each setting the test that tests/settings.yaml names.
+
+    Args:
+        keys: settings; none: all.
+    """
+    named = settings.read_registry(ROOT)
+    source = (ROOT / settings.SCHEMA).read_bytes()
+    for key, (owner, name) in settings.known_settings(ROOT).items():
+        if key in named and (not keys or key in keys):
+            yield Plan(settings.mutant_of(key, owner, name, source), [named[key]], budget, 0)
+
+
+def run_all(plans: Iterable[Plan], jobs: int) -> Iterator[dict[str, Any]]:
+    """Results, as they come."""
+    trial.warm_up()
+    waiting, running = list(plans), list[trial.Trial]()
+    while waiting or running:
+        if waiting and len(running) < jobs:
+            next_one = waiting.pop(0)
+            if not next_one.tests:
+                facts = {"status": "survived", "tests": 0, "left_out": next_one.left_out, "seconds": 0.0}
+                yield _facts(next_one.mutant) | facts
+                continue
+            source = (ROOT / next_one.mutant.path).read_bytes()
+            running.append(
+                trial.begin(
+                    next_one.mutant,
+                    source,
+                    next_one.tests,
+                    limit=max(MIN_LIMIT, 10 * next_one.seconds),
+                    budget=2 * next_one.seconds + 10,
+                    markers=MARKERS,
+                    left_out=next_one.left_out,
+                )
+            )
+            continue
+        for one in list(running):
+            if (result := trial.end(one)) is not None:
+                running.remove(one)
+                yield _facts(one.mutant) | result
+        time.sleep(0.05)
+
+
+def _facts(mutant: Mutant) -> dict[str, Any]:
+    names = ("id", "path", "function", "operator", "before", "after")
+    facts: dict[str, Any] = {name: getattr(mutant, name) for name in names}
+    return facts | {"line": mutant.lines[0], "package": package_of(mutant.path)}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """The command."""
+    arguments = options(sys.argv[1:] if words is None else words)
+    os.chdir(ROOT)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    STORE.mkdir(exist_ok=True)
+    results = STORE / f"{'settings-' if arguments.settings is not None else ''}{commit[:12]}.jsonl"
+    if arguments.table:
+        write_table(ROOT, results, list(PACKAGES))
+        return 0
+    if not arguments.resume:
+        results.unlink(missing_ok=True)
+    done = {json.loads(line)["id"] for line in results.read_text().splitlines()} if results.exists() else set()
+    of_settings = arguments.settings is not None
+    mutants = [] if of_settings else [mutant for mutant in choose(arguments, commit) if mutant.id not in done]
+    install_hook()
+    if of_settings:
+        plans = [each for each in plans_of_settings(arguments.settings, arguments.budget) if each.mutant.id not in done]
+    elif arguments.quick:
+        plans = [Plan(each, nearest_files(ROOT, each.path), arguments.budget, 0) for each in mutants]
+    else:
+        known = record(arguments.tests, arguments.jobs)
+        plans = [plan(mutant, known, arguments.budget) for mutant in mutants]
+    with results.open("a", encoding="utf-8") as file:
+        for number, result in enumerate(run_all(plans, arguments.jobs), 1):
+            file.write(json.dumps(result) + "\n")
+            file.flush()
+            _print(result, number, len(plans), as_json=arguments.json)
+    if not arguments.json:
+        print_shares(results, list(PACKAGES))
+    return 0
+
+
+def _print(result: dict[str, Any], number: int, total: int, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result), flush=True)
+        return
+    is_setting = result["operator"] == "setting"
+    place = result["function"] if is_setting else f"{result['id']} {result['path']}:{result['line']}"
+    print(f"{number}/{total} {result['status']:9}{result['seconds']:6.1f} s  {place}", flush=True)
+    if result["status"] != "noticed" and not is_setting:
+        print(f"    {result['operator']}: {result['before']}\n    -> {result['after']}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
