@@ -32,7 +32,7 @@ run() {
   unset SLURM_EXPORT_ENV
   # SLURM would give a task one core. bigtx itself ends all nodes when one fails.
   [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
-  if [ "$SLURM_JOB_NUM_NODES" -gt 1 ] && [ "${BIGTX_PREFLIGHT:-on}" != off ]; then look_at_nodes "$@"; fi
+  if [ "${SLURM_JOB_NUM_NODES:-1}" -gt 1 ] && [ "${BIGTX_PREFLIGHT:-on}" != off ]; then look_at_nodes "$@"; fi
   on_each_node ${container[@]+"${container[@]}"} "$@"
   conclude
 }

@@ -97,7 +97,7 @@ def test_a_refusal_of_sbatch_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path:
     (tmp_path / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with pytest.raises(
-        LaunchError, match=r"sbatch refused the job: sbatch: error: invalid partition; .*default.sh says"
+        LaunchError, match=r"sbatch refused the job: sbatch: error: invalid partition; .*default.sh has"
     ):
         submit_command(["evaluate", "RUN"])
 
