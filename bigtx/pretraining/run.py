@@ -44,6 +44,7 @@ class Inputs:
     data: RunData
     teacher: Teacher | None
     objective: Objective
+    task: LikelihoodTask
     facts: dict[str, Any]
 
 
@@ -55,7 +56,7 @@ def pretrain(context: RunContext[PretrainConfig]) -> int:
     """
     ranks = context.join_ranks()
     inputs = open_inputs(context.config, ranks)
-    config, data, task = inputs.config, inputs.data, LikelihoodTask(z_loss=inputs.config.train.z_loss)
+    config, data, task = inputs.config, inputs.data, inputs.task
     found = start.open_folder(context, config, inputs.facts)
     if is_finished(config, found):
         context.status = "finished"
@@ -116,7 +117,7 @@ def open_inputs(config: PretrainConfig, ranks: Ranks) -> Inputs:
     facts = {"tokenizer": data.tokenizer.fingerprint, "seed": config.seed, "data": data.identity}
     longest = max(objective.lengths.source, objective.lengths.target)
     facts |= start.check_teacher_fits(teacher, config, data.tokenizer, longest)
-    return Inputs(config, data, teacher, objective, facts)
+    return Inputs(config, data, teacher, objective, LikelihoodTask(z_loss=config.train.z_loss), facts)
 
 
 def is_finished(config: PretrainConfig, found: Start) -> bool:

@@ -152,7 +152,7 @@ def another_evaluation(desk: Desk) -> Attempt:
     return lambda words: attempt(["data=new.jsonl", *words])
 
 
-@CASES.case("measured on the run's own validation ", r"since no (data=FILE) is", fill={"FILE": "corpus"})
+@CASES.case("measured on the run's own validation ", r"because no (data=FILE) is", fill={"FILE": "corpus"})
 def an_evaluation_of_what_is_held_out(desk: Desk) -> Attempt:
     desk.take("corpus")
     return evaluate(desk, "", run="decoder")

@@ -217,7 +217,7 @@ def test_settings_that_say_nothing_with_ctc(settings: dict[str, Any]) -> None:
     assert of_task("transcribe", "encoder_decoder", 16, transcribe=TranscribeConfig(**settings)) == []
     assert of_task("transcribe", "encoder", 16, transcribe=TranscribeConfig(method="ctc")) == []
     (said,) = of_task("transcribe", "encoder", 16, transcribe=TranscribeConfig(method="ctc", **settings))
-    assert said.startswith(f"transcribe.{key}={value}") and "says nothing with transcribe.method=ctc" in said
+    assert said.startswith(f"transcribe.{key}={value}") and "has no effect with transcribe.method=ctc" in said
 
 
 def test_what_hears_and_what_writes() -> None:
@@ -227,22 +227,22 @@ def test_what_hears_and_what_writes() -> None:
     (said,) = of_task("transcribe", "encoder", 16)
     assert "transcribe.method=seq2seq: is for model.shape=encoder_decoder, and it is encoder" in said
     (said,) = of_task("transcribe", "encoder", 0, transcribe=ctc)
-    assert "wants an encoder that hears" in said
+    assert "needs an audio encoder" in said
     (said,) = of_task("classify", "encoder", 16)
-    assert "hears, which task=classify does not; write task=transcribe, or 0" in said
+    assert "which task=classify cannot use; write task=transcribe, or 0" in said
 
 
 @pytest.mark.parametrize(
     ("task", "sections", "words"),
     [
-        ("sft", {"sft": SftConfig(row_length=64)}, "sft.row_length=64.* says nothing without sft.packing=true"),
-        ("sft", {"preference": PreferenceConfig(beta=0.2)}, "beta=0.2.* says nothing without task=preference"),
-        ("classify", {"chat": ChatConfig(temperature=0.5)}, "says nothing without task=sft or preference"),
-        ("preference", {"sft": SftConfig(packing=True)}, "says nothing without task=sft"),
-        ("distill", {"sft": SftConfig(answers="last")}, "says nothing without task=sft"),
-        ("sft", {"translate": TranslateConfig(prefix="a")}, "says nothing without task=translate"),
-        ("sft", {"transcribe": TranscribeConfig(max_seconds=1)}, "says nothing without task=transcribe"),
-        ("sft", {"classify": ClassifyConfig(balance=True)}, "says nothing without task=classify"),
+        ("sft", {"sft": SftConfig(row_length=64)}, "sft.row_length=64.* has no effect without sft.packing=true"),
+        ("sft", {"preference": PreferenceConfig(beta=0.2)}, "beta=0.2.* has no effect without task=preference"),
+        ("classify", {"chat": ChatConfig(temperature=0.5)}, "has no effect without task=sft or preference"),
+        ("preference", {"sft": SftConfig(packing=True)}, "has no effect without task=sft"),
+        ("distill", {"sft": SftConfig(answers="last")}, "has no effect without task=sft"),
+        ("sft", {"translate": TranslateConfig(prefix="a")}, "has no effect without task=translate"),
+        ("sft", {"transcribe": TranscribeConfig(max_seconds=1)}, "has no effect without task=transcribe"),
+        ("sft", {"classify": ClassifyConfig(balance=True)}, "has no effect without task=classify"),
         ("classify", {"classify": ClassifyConfig(classes=["a", ""])}, "names an empty class"),
         ("classify", {"classify": ClassifyConfig(classes=["a", " b"])}, "with spaces around it"),
         ("classify", {"classify": ClassifyConfig(classes=["a", "b", "a"])}, "names a class twice"),

@@ -118,7 +118,7 @@ def test_no_safetensors_at_all(whole: Path, tmp_path: Path, capsys: pytest.Captu
     (folder / "model.safetensors").write_bytes(b"")
     assert "is not a complete safetensors file" in import_refused(capsys, folder)
     (folder / "model.safetensors").unlink()
-    assert f"neither model.safetensors nor {INDEX}" in import_refused(capsys, folder)
+    assert f"no model.safetensors and no {INDEX}" in import_refused(capsys, folder)
 
 
 class Trap:
@@ -265,7 +265,7 @@ def test_other_folders(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "has no config.json" in import_refused(capsys, tmp_path / "empty")
     (tmp_path / "filled").mkdir()
     (tmp_path / "filled" / "mine.txt").write_text("precious")
-    assert "is there already" in refused(capsys, "import", whole, "-o", tmp_path / "filled")
+    assert "exists already" in refused(capsys, "import", whole, "-o", tmp_path / "filled")
     assert (tmp_path / "filled" / "mine.txt").read_text() == "precious"
 
 
@@ -293,7 +293,7 @@ def test_exports_that_are_refused(run: Path, tmp_path: Path, capsys: pytest.Capt
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("precious")
-    assert "is there already" in refused(capsys, "export", run, "-o", out)
+    assert "exists already" in refused(capsys, "export", run, "-o", out)
     assert (out / "mine.txt").read_text() == "precious"
     new = tmp_path / "new"
     assert "has no ema weights (it has master)" in refused(capsys, "export", run, "-o", new, "--weights", "ema")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bigtx.track.copier import Copier, Tail, best_of
+from bigtx.track.copier import Copier, Tail
 
 
 class Taken:
@@ -40,22 +40,6 @@ def metrics(step: int, **values: Any) -> dict[str, Any]:
     return {"step": step, "tokens": 100 * step, "time": 1000.0 + step, **values}
 
 
-@pytest.mark.parametrize(
-    ("names", "best"),
-    [
-        (("train/loss", "validation/books/loss", "validation/perplexity", "validation/x/bits_per_byte"), "min"),
-        (("validation/wer", "validation/cer", "validation/calibration_error"), "min"),
-        (("validation/accuracy", "validation/macro_f1", "validation/token_accuracy", "validation/exact_match"), "max"),
-        (("validation/margin", "validation/reward_accuracy", "validation/reward_margin"), "max"),
-        (("validation/bleu", "validation/chrf"), "max"),
-        (("train/grad_norm", "train/learning_rate", "perf/mfu", "experts/balance", "loss_scale"), ""),
-        (("best/accuracy", "test/loss", "evaluate/books/loss"), ""),
-    ],
-)
-def test_the_summary_keeps_the_better_end_of_what_has_one(names: tuple[str, ...], best: str) -> None:
-    assert {name: best_of(name) for name in names} == dict.fromkeys(names, best)
-
-
 def test_a_tail_gives_whole_lines_once_and_a_rewritten_last_line_again(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     tail = Tail(path)
@@ -78,7 +62,7 @@ def test_a_tail_gives_whole_lines_once_and_a_rewritten_last_line_again(tmp_path:
 
 def test_metrics_come_with_their_tokens_and_time_in_the_order_of_steps(tmp_path: Path) -> None:
     taken = Taken()
-    copier = Copier(taken, tmp_path, first_step=2)  # type: ignore[arg-type]
+    copier = Copier(taken, tmp_path, first_step=2, better={"loss": "lower", "accuracy": "higher"})  # type: ignore[arg-type]
     write(
         tmp_path / "metrics.jsonl", metrics(1, a=1.0), metrics(3, a=3.0), metrics(2, **{"train/loss": "NaN", "b": "x"})
     )
@@ -98,7 +82,7 @@ def test_metrics_come_with_their_tokens_and_time_in_the_order_of_steps(tmp_path:
 
 def test_events_are_counted_and_the_last_model_is_kept(tmp_path: Path) -> None:
     taken = Taken()
-    copier = Copier(taken, tmp_path, first_step=0)  # type: ignore[arg-type]
+    copier = Copier(taken, tmp_path, first_step=0, better={})  # type: ignore[arg-type]
     path = tmp_path / "events.jsonl"
     copier.copy()
     assert taken.summary == {} and copier.model is None
@@ -120,7 +104,7 @@ def test_a_table_has_all_rows_of_its_step_and_the_time_of_its_metrics(
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Table=table))
     taken = Taken()
-    copier = Copier(taken, tmp_path, first_step=1)  # type: ignore[arg-type]
+    copier = Copier(taken, tmp_path, first_step=1, better={"loss": "lower"})  # type: ignore[arg-type]
     path = tmp_path / "predictions.jsonl"
 
     def row(step: int, **values: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from bigtx.finetuning.tasks import RECORD_TASKS, task_type
 from bigtx.finetuning.tasks.task import Examples, Prediction, RecordTask
 from bigtx.pretraining.validation import BETTER
 from bigtx.track.copier import Copier
-from bigtx.train.loop import is_hopeless
+from bigtx.train.loop import is_out_of_patience
 from bigtx.train.state import RunState
 from bigtx.utils.errors import ConfigError
 
@@ -95,7 +95,7 @@ def test_all_that_compares_values_agrees(tmp_path: Path, name: str, metric: str,
     assert kept == ([True, False, True, False] if better == "lower" else [True, True, False, False])
     assert (state.best_value, state.best_step) == (best_value, best_step)
     run: Any = SimpleNamespace(patience=2, state=state)
-    assert is_hopeless(run) == (better == "higher")
+    assert is_out_of_patience(run) == (better == "higher")
 
     wandb = FakeRun()
     Copier(wandb, tmp_path, 0, task.better).copy()  # type: ignore[arg-type]

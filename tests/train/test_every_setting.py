@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from bigtx.config.batches import total_steps
 from bigtx.config.schema import (
     DataConfig,
     FinetuneConfig,
@@ -22,9 +23,9 @@ from bigtx.config.schema import (
 from bigtx.finetuning.first_records import check_records
 from bigtx.finetuning.measure import Measurement
 from bigtx.finetuning.tasks.task import Examples
-from bigtx.pretraining.corpora import RunData
-from bigtx.pretraining.run import length_setting, total_steps
-from bigtx.train import evaluation, held_out, pretraining
+from bigtx.pretraining import run as pretrain_run
+from bigtx.pretraining import validation as validation_module
+from bigtx.pretraining.corpora import RunData, length_setting, place_of
 from bigtx.utils.errors import DataError
 
 
@@ -39,9 +40,9 @@ def test_samples(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], expe
         asked.update(settings)
         return []
 
-    monkeypatch.setattr(evaluation, "write", write)
-    monkeypatch.setattr(evaluation, "plain_prompts", lambda *arguments: [])
-    validation: Any = evaluation.Validation.__new__(evaluation.Validation)
+    monkeypatch.setattr(validation_module, "write", write)
+    monkeypatch.setattr(validation_module, "plain_prompts", lambda *arguments: [])
+    validation: Any = validation_module.Validation.__new__(validation_module.Validation)
     validation.config = PretrainConfig(validation=ValidationConfig(**settings))
     validation.engine = SimpleNamespace(module=SimpleNamespace(eval=lambda: None))
     validation.tokenizer, validation.ranks = None, SimpleNamespace(from_first=None)
@@ -51,7 +52,7 @@ def test_samples(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], expe
 
 def test_the_cache_of_remote_corpora(tmp_path: Path) -> None:
     config = PretrainConfig(data=DataConfig(cache_dir=str(tmp_path / "cache"), cache_size=12345))
-    place: Any = held_out.place_of(config, SourceConfig(path="https://example.com/corpus"))
+    place: Any = place_of(config, SourceConfig(path="https://example.com/corpus"))
     assert (place.cache.folder, place.cache.max_bytes) == (tmp_path / "cache", 12345)
 
 
@@ -72,17 +73,14 @@ def test_records_that_are_measured_and_shown() -> None:
 
 
 def test_the_weight_of_the_z_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    session: Any = pretraining.PretrainSession.__new__(pretraining.PretrainSession)
-    session.config = PretrainConfig(model=ModelConfig(vocab_size=70), train=TrainConfig(max_steps=1, z_loss=0.5))
-    session.ranks = SimpleNamespace(world_size=1)
+    config = PretrainConfig(model=ModelConfig(vocab_size=70), train=TrainConfig(max_steps=1, z_loss=0.5))
     data = RunData(SimpleNamespace(fingerprint=""), "", {}, "")  # type: ignore[arg-type]
     objective = SimpleNamespace(describe=lambda: "", lengths=SimpleNamespace(source=0, target=1))
-    monkeypatch.setattr("bigtx.pretraining.corpora.open_run_data", lambda *arguments, once: data)
-    monkeypatch.setattr("bigtx.pretraining.objectives.make_objective", lambda *arguments, purpose: objective)
-    monkeypatch.setattr(pretraining, "with_vocabulary", lambda config, data: config)
-    session.open_teacher = session.admit_teacher = lambda *arguments: None
-    session.open_data()
-    assert session.task.z_loss == 0.5
+    monkeypatch.setattr(pretrain_run, "open_run_data", lambda *arguments, once: data)
+    monkeypatch.setattr(pretrain_run, "make_objective", lambda *arguments, purpose: objective)
+    monkeypatch.setattr(pretrain_run, "with_vocabulary", lambda config, data: config)
+    ranks: Any = SimpleNamespace(world_size=1, once=None)
+    assert pretrain_run.open_inputs(config, ranks).task.z_loss == 0.5
 
 
 def test_folders_of_records_that_are_left_out(tmp_path: Path) -> None:

@@ -327,7 +327,7 @@ def test_an_existing_corpus_is_kept_or_refused(tmp_path: Path, tokenizer: Path, 
     with pytest.raises(DataError, match="input files were changed"):
         prepare(config)
     assert contents(tmp_path / "corpus") == before
-    with pytest.raises(DataError, match="is no corpus"):
+    with pytest.raises(DataError, match="is not a corpus"):
         prepare(make_config(tmp_path, tokenizer, output=str(tmp_path / "input")))
 
 
@@ -461,7 +461,7 @@ def test_a_folder_of_something_else_is_no_place_to_work_in(tmp_path: Path, token
     other = tmp_path / "corpus.partial"
     other.mkdir()
     (other / "mine.txt").write_text("precious")
-    with pytest.raises(DataError, match="holds something else"):
+    with pytest.raises(DataError, match="has other content"):
         prepare(make_config(tmp_path, tokenizer))
     assert [path.name for path in other.iterdir()] == ["mine.txt"]
 

@@ -83,13 +83,15 @@ def test_a_file_that_ends_early_is_one_reject(server: Web) -> None:
     assert len(server.requests) < 10
 
 
-@pytest.mark.parametrize(("fault", "reason"), [("404", "answers 404"), ("500", "answers 500"), ("401", "answers 401")])
+@pytest.mark.parametrize(
+    ("fault", "reason"), [("404", "responds with 404"), ("500", "responds with 500"), ("401", "responds with 401")]
+)
 def test_a_file_that_vanishes_is_one_reject(server: Web, fault: str, reason: str) -> None:
     server.files = {"/a.txt": b"a", "/b.txt": b"b"}
     server.faults = {"/a.txt": lambda number: fault if number else ""}
     found, [reject] = read_all([f"{server.url}/a.txt", f"{server.url}/b.txt"])
     assert [d.text for d in found] == ["b"]
-    assert reason in reject.reason and reject.file == f"{server.url}/a.txt"
+    assert f"responds with {fault}" in reject.reason and reject.file == f"{server.url}/a.txt"
     assert len(server.requests) == (3 + 4 if fault == "500" else 4)
 
 
@@ -189,11 +191,11 @@ def test_a_silent_server_is_given_up(server: Web, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("path", "fault", "message"),
     [
-        ("/a.txt", "404", "answers 404"),
-        ("/a.txt", "403", "answers 403"),
-        ("/a.txt", "503", "answers 503"),
+        ("/a.txt", "404", "responds with 404"),
+        ("/a.txt", "403", "responds with 403"),
+        ("/a.txt", "503", "responds with 503"),
         ("/a.txt", "no ranges, no length", "does not report its size"),
-        ("/a.txt", "to file:///etc/hostname", "answers 302 Found"),
+        ("/a.txt", "to file:///etc/hostname", "responds with 302 Found"),
         ("/a.txt", "to ftp://127.0.0.1/a.txt", "redirects to another protocol"),
         ("/a", "", "The format of"),
         ("", "", "The format of"),
@@ -222,7 +224,7 @@ def test_redirections_are_followed_without_the_password(
     (tmp_path / ".netrc").chmod(0o600)
     server.needs_login = True
     assert texts_of(f"{server.url}/b.txt") == ["b"]
-    with pytest.raises(DataError, match="answers 401"):
+    with pytest.raises(DataError, match="responds with 401"):
         texts_of(f"{server.url}/a.txt")
 
 

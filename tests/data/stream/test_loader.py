@@ -144,7 +144,7 @@ def test_without_the_mask_rows_are_plain(data: DataConfig) -> None:
 
 
 def test_a_global_batch_that_does_not_divide_is_refused(data: DataConfig) -> None:
-    with pytest.raises(ConfigError, match="global_batch_size=8 does not divide into 3 ranks"):
+    with pytest.raises(ConfigError, match="global_batch_size=8 cannot be divided into 3 ranks"):
         load(data, 1, world_size=3)
 
 
