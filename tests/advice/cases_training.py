@@ -169,7 +169,7 @@ def a_time_for_a_schedule(desk: Desk) -> Attempt:
     return attempt
 
 
-@CASES.case(" than it now names: ", r"with (\S+=THIS_RUN)", fill={"THIS_RUN": "decoder"})
+@CASES.case(" than the config names: ", r"with (\S+=THIS_RUN)", fill={"THIS_RUN": "decoder"})
 def other_data_than_the_run_had(desk: Desk) -> Attempt:
     desk.take("decoder", "corpus")
 
