@@ -322,7 +322,7 @@ def test_at_its_end_a_fine_tuning_measures_its_best_checkpoint(
 
 def test_a_reference_follows_from_what_a_model_computes_untrained() -> None:
     base = ModelConfig(vocab_size=100, hidden_size=64)
-    assert finetune_run._that_counts(base) == {"vocab_size": 100, "hidden_size": 64}
+    assert finetune_run._settings_of_outputs(base) == {"vocab_size": 100, "hidden_size": 64}
     same = dataclasses.replace(
         base,
         dropout=0.1,
@@ -330,9 +330,9 @@ def test_a_reference_follows_from_what_a_model_computes_untrained() -> None:
         lora=LoraConfig(rank=4),
         experts=ExpertsConfig(balance_loss=0.5, router_z_loss=0.5),
     )
-    assert finetune_run._that_counts(same) == finetune_run._that_counts(base)
+    assert finetune_run._settings_of_outputs(same) == finetune_run._settings_of_outputs(base)
     other = dataclasses.replace(base, experts=ExpertsConfig(num_experts=4), rope_theta=5.0)
-    assert set(finetune_run._that_counts(other)) == {"vocab_size", "hidden_size", "experts", "rope_theta"}
+    assert set(finetune_run._settings_of_outputs(other)) == {"vocab_size", "hidden_size", "experts", "rope_theta"}
 
 
 @pytest.mark.parametrize(
