@@ -39,8 +39,6 @@ EXCEPTIONS: Mapping[str, str] = {
     "Another `bigtx data` command is writing": NO_ADVICE,
     " exists and is not a corpus of `bigtx data prepare`": NO_ADVICE,
     "is neither a mapping nor a text; write {": NO_ADVICE,
-    "the text is empty after transcribe.normalize": NO_ADVICE,
-    "objective.name=span_corruption removes": NO_ADVICE,
     "exact and fast resume needs prepared shards": NO_ADVICE,
     "`bigtx data prepare` lists such samples and reads the others": NO_ADVICE,
     "the corpora have no held-out text; prepare": NO_ADVICE,

@@ -163,7 +163,7 @@ def test_rows_are_read_from_the_states_place_on(said: list[str], is_foreign: boo
     loader: Any = pretrain_run.open_loader(inputs, ranks, state, found())
     assert loader == (config.data, expected) and said == []
     for before, words in (
-        (4, "the place of the run; exact"),
+        (4, "the run's position; exact"),
         (2, "with 4 ranks instead of 2 the shards are split differently"),
     ):
         said.clear()

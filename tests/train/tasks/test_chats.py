@@ -167,7 +167,7 @@ def test_what_a_model_or_tokenizer_cannot_do(tokenizer: Tokenizer, without_roles
         sft(without_roles, chat=ChatConfig(format="chat"))
     encoder = config_of()
     encoder.model.shape = "encoder"
-    with pytest.raises(ConfigError, match="wants a decoder"):
+    with pytest.raises(ConfigError, match="needs a decoder"):
         Sft.resolve(encoder, tokenizer, [])
     assert sft(tokenizer).config.chat.format == "chat" and sft(without_roles).config.chat.format == "plain"
 

@@ -227,7 +227,7 @@ PAIR = {"prompt": "who", "chosen": "red", "rejected": "green"}
 def test_pairs_that_are_cut_to_the_same_answer_are_counted_and_refused(tokenizer: Tokenizer) -> None:
     data = RecordsConfig(max_length=24)
     rows = [CUT_EQUAL, *[PAIR] * 19]
-    (said, *others) = [line for line in reviewed(make(tokenizer, "preference", data=data), rows) if "same" in line]
+    (said, *others) = [line for line in reviewed(make(tokenizer, "preference", data=data), rows) if "equal" in line]
     assert "1 of 20 train pairs (5.0%) have two equal answers" in said and "a.jsonl, line 1" in said and not others
     with pytest.raises(DataError, match=r"2 of 20 train pairs \(10\.0%\).*at most 5\.0%.*preference\.max_equal"):
         reviewed(make(tokenizer, "preference", data=data), [CUT_EQUAL, CUT_EQUAL, *[PAIR] * 18])

@@ -248,11 +248,11 @@ def test_columns_that_ctc_needs(tokenizer: Tokenizer) -> None:
     ):
         task = make(tokenizer, speed_change=speed_change)
         if fits:
-            task._check_room(ids, round(0.1 * rate))
+            task._check_columns(ids, round(0.1 * rate))
         else:
             with pytest.raises(BadRecordError, match="columns for CTC"):
-                task._check_room(ids, round(0.1 * rate))
-    make(tokenizer, "seq2seq")._check_room([5] * 20, round(0.1 * rate))
+                task._check_columns(ids, round(0.1 * rate))
+    make(tokenizer, "seq2seq")._check_columns([5] * 20, round(0.1 * rate))
     assert make(tokenizer, "seq2seq", num_beams=3, length_penalty=0.9).beam == Beam(size=3, length_penalty=0.9)
 
 
