@@ -75,7 +75,7 @@ def something_else_in_the_output(desk: Desk) -> Attempt:
     return predict(desk, SHORT, more="output=out.jsonl")
 
 
-@CASES.case("; write the same to continue it, or ", r"begun with (\S+);")
+@CASES.case("; write the same to continue it, or ", r"started with (\S+);")
 @CASES.case("; write the same to continue it, or ", r"(output=FILE)", fill={"FILE": "other.jsonl"})
 def an_output_begun_otherwise(desk: Desk) -> Attempt:
     attempt = predict(desk, SHORT, more="output=out.jsonl")
@@ -152,7 +152,7 @@ def another_evaluation(desk: Desk) -> Attempt:
     return lambda words: attempt(["data=new.jsonl", *words])
 
 
-@CASES.case("measured on the run's own validation ", r"since no (data=FILE) is", fill={"FILE": "corpus"})
+@CASES.case("measured on the run's own validation ", r"because no (data=FILE) is", fill={"FILE": "corpus"})
 def an_evaluation_of_what_is_held_out(desk: Desk) -> Attempt:
     desk.take("corpus")
     return evaluate(desk, "", run="decoder")
