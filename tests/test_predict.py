@@ -321,5 +321,5 @@ def test_python_takes_plain_texts(run: Path) -> None:
     texts = [row["text"] for row in labelled(3, seed=4)]
     assert loaded.predict(texts) == loaded.predict([{"text": text} for text in texts])
     for records in ([5], "text", [None]):
-        with pytest.raises(DataError, match=r"record 1 is neither|no list of records"):
+        with pytest.raises(DataError, match=r"record 1 is neither|not a list of records"):
             loaded.predict(records)  # type: ignore[arg-type]
