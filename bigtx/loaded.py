@@ -160,7 +160,7 @@ class LoadedModel:
 
     @functools.cached_property
     def task(self) -> RecordTask:
-        """The task that the model was fine-tuned for.
+        """Return the task that the model was fine-tuned for.
 
         Raises:
             ConfigError: the run was pretrained.
@@ -252,7 +252,7 @@ class LoadedModel:
     def _check_ids(self, ids: Sequence[int], target_ids: Sequence[int] | None) -> None:
         model = self.config.model
         if model.audio.num_mel_bins or model.num_classes is not None:
-            what = "reads recordings" if model.audio.num_mel_bins else "sorts texts into classes"
+            what = "reads recordings" if model.audio.num_mel_bins else "classifies texts"
             raise ConfigError(f"the model {what} and has no logits of token ids; see predict()")
         if (model.shape == "encoder_decoder") != (target_ids is not None):
             what = "needs target_ids" if target_ids is None else "has no target_ids"
@@ -313,8 +313,8 @@ def refuse_wordless(config: RunConfig) -> None:
         raise ConfigError("the run transcribes recordings and reads no prompts; bigtx predict writes the transcripts")
     if config.model.num_classes is not None:
         raise ConfigError(
-            f"the run sorts texts into {config.model.num_classes} classes and cannot write texts; bigtx predict says "
-            "which class a text belongs to"
+            f"the run classifies texts into {config.model.num_classes} classes and cannot write texts; bigtx predict "
+            "prints the class of each text"
         )
     if config.model.shape == "encoder":
         raise ConfigError(
@@ -361,5 +361,7 @@ def _device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
-        raise LaunchError(f"device {name!r} cannot be used: {reason}; device=auto uses what is there") from error
+        raise LaunchError(
+            f"device {name!r} cannot be used: {reason}; device=auto uses a GPU if there is one"
+        ) from error
     return device

@@ -190,7 +190,7 @@ def test_a_run_that_knows_no_chats(
         (lambda model: model.chat([]), "no message to answer"),
         (lambda model: model.chat([5]), "Message 1 of a chat is 5"),
         (lambda model: model.chat([{"role": "judge", "content": "a"}]), "has the role 'judge'"),
-        (lambda model: model.chat(chat("a", "b")["messages"]), "the last one is the assistant's"),
+        (lambda model: model.chat(chat("a", "b")["messages"]), "the last message is the assistant's"),
         (lambda model: model.chat(chat("a", "b")["messages"][:1], temprature=1), "did you mean temperature?"),
         (lambda model: model.chat(chat("a", "b")["messages"][:1], stop=""), "stop=['']: a text of at least one"),
         (lambda model: model.chat(chat("a", "b")["messages"][:1], stop=5), "stop=5: a text of at least one"),

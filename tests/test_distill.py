@@ -164,7 +164,7 @@ def test_a_killed_student_loses_nothing_and_keeps_its_teacher(teacher: Path, tex
         return [*settings, "train.max_steps=25", "train.checkpoint_every=6 steps", "model.dropout=0.1"]
 
     said = finetuned(*arguments(straight))
-    assert "its share in the loss 0.5, at temperature 1" in said
+    assert "its weight in the loss 0.5, at temperature 1" in said
     kill_at(run_dir, 14, *arguments(run_dir))
     resumed = finetuned(*arguments(run_dir))
     assert "resumed from" in resumed
@@ -177,7 +177,7 @@ def test_a_killed_student_loses_nothing_and_keeps_its_teacher(teacher: Path, tex
     earlier = f"distill.teacher={teacher / 'checkpoints' / 'step-00000020'}"
     longer = ["train.max_steps=30", "allow_changes=[train.max_steps,distill.teacher]"]
     refused = finetune(*arguments(run_dir), earlier, *longer)
-    assert refused.returncode == 2 and "was trained under another teacher" in refused.stderr, refused.stderr
+    assert refused.returncode == 2 and "was trained with another teacher" in refused.stderr, refused.stderr
 
 
 @pytest.mark.slow
@@ -261,7 +261,7 @@ def test_what_does_not_fit_is_refused(teacher: Path, corpus: Path, texts: Path, 
         ([], "distill.teacher: is not given"),
         (["distill.teacher=nowhere"], "no such folder; name a run or one of its checkpoints"),
         ([f"distill.teacher={teacher}", "distill.temperature=0"], "the least is 0.01"),
-        ([f"distill.teacher={teacher}", "distill.copy_layers=true", f"base={teacher}"], "the weights come from"),
+        ([f"distill.teacher={teacher}", "distill.copy_layers=true", f"base={teacher}"], "weights already come from"),
         ([f"distill.teacher={teacher}", "task=preference"], "does not work with task=preference"),
         (["task=sft", f"base={teacher}", "distill.weight=0.1"], "has no effect without distill.teacher"),
         ([f"distill.teacher={empty}"], "is not a run: it has no config.yaml"),
@@ -288,7 +288,7 @@ def test_a_teacher_that_is_another_kind_of_model(teacher: Path, corpus: Path) ->
     assert "its model.prefix_attention is False" in problems(prefix_attention=True)
     assert "it predicts tokens, which the student does not" in problems(task="classify", num_classes=2)
     known.model.positions = "learned"
-    assert "it has learned 64 positions, and rows are up to 65 long" in problems(longest=65)
+    assert "it has 64 learned positions, and rows are up to 65 long" in problems(longest=65)
     known.tokenizer.fingerprint = "another"
     other = Tokenizer.load(teacher / "tokenizer")
     config = from_dict(FinetuneConfig, {"model": fitting})

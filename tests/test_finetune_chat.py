@@ -104,7 +104,7 @@ def test_pairs_on_two_ranks_and_a_killed_run_loses_nothing(base: Path, files: Pa
     kept = load_file(reference)
     reference.unlink()  # Made again from the base, though the model has moved on.
     said = finetuned(*dpo(base, files, run_dir, *settings), ranks=2)
-    assert "what the base says" in said
+    assert "the base's log-probabilities" in said
     again = load_file(reference)
     assert again.keys() == kept.keys() and all(np.array_equal(again[name], kept[name]) for name in kept)
     assert losses(run_dir) == found
@@ -147,7 +147,7 @@ def test_broken_chats_are_named_by_file_and_line(base: Path, files: Path, tmp_pa
     cut = [{"prompt": "ka", "chosen": f"{long}da", "rejected": f"{long}ka"}, *pairs(8)]
     path = write_jsonl(tmp_path / "cut.jsonl", cut)
     done = finetune(*dpo(base, files, tmp_path / "run", f"data.train=[{path}]", "data.max_length=16"))
-    assert done.returncode == 2 and "are the same answer twice" in done.stderr and "max_equal" in done.stderr
+    assert done.returncode == 2 and "have two equal answers" in done.stderr and "max_equal" in done.stderr
     done = finetune(*sft(base, files, tmp_path / "run", "sft.row_length=40", "preference.beta=1"))
     assert done.returncode == 2 and "has no effect without sft.packing=true" in done.stderr
     assert "has no effect without task=preference" in done.stderr

@@ -262,7 +262,7 @@ def test_what_cannot_be_used_is_refused_with_its_place(
     assert done.returncode == 0, done.stderr
     for changes, expected in (
         ([f"base={hugging_face}"], "`bigtx import` converts it to a run"),
-        ([f"tokenizer={other}"], "the tokenizer comes with the base"),
+        ([f"tokenizer={other}"], "has another tokenizer, so the same ids"),
         ([f"data.train=[{one_class}]", "data.validation_fraction=0"], "have one class, 'joy'"),
         (["classify.pooling=first"], "classify.pooling=first"),
         (["data.fields.pair=text", "data.max_length=4"], "the smallest value of use is data.max_length=5"),

@@ -182,7 +182,7 @@ def test_an_output_of_something_else_is_left_alone(run: Path, decoder_base: Path
     others = write_jsonl(tmp_path / "other.jsonl", labelled(6, seed=9))
     fewer = write_jsonl(tmp_path / "fewer.jsonl", labelled(5))
     for changes, expected in (
-        (["--input", str(others)], "out.jsonl, line 1 is not what bigtx predict makes of"),
+        (["--input", str(others)], "out.jsonl, line 1 is not the prediction for"),
         (["--input", str(fewer)], "more lines than the input has records"),
         ([*arguments[:2], "--too-long", "refuse"], "too_long=truncate"),
     ):
@@ -192,7 +192,7 @@ def test_an_output_of_something_else_is_left_alone(run: Path, decoder_base: Path
     done = predict(decoder_base, "--input", str(source))
     assert done.returncode == 2 and "was pretrained and has no task" in done.stderr
     done = bigtx("generate", str(run), "--prompt", "a")
-    assert done.returncode == 2 and "bigtx predict says which class" in done.stderr
+    assert done.returncode == 2 and "bigtx predict prints the class" in done.stderr
 
 
 def test_a_classifier_as_a_base_keeps_its_head_for_the_same_classes_alone(run: Path, tmp_path: Path) -> None:
@@ -321,5 +321,5 @@ def test_python_takes_plain_texts(run: Path) -> None:
     texts = [row["text"] for row in labelled(3, seed=4)]
     assert loaded.predict(texts) == loaded.predict([{"text": text} for text in texts])
     for records in ([5], "text", [None]):
-        with pytest.raises(DataError, match=r"record 1 is neither|no list of records"):
+        with pytest.raises(DataError, match=r"record 1 is neither|not a list of records"):
             loaded.predict(records)  # type: ignore[arg-type]

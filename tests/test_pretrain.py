@@ -90,7 +90,7 @@ def test_dry_run_keeps_nothing_and_misses_the_validation(corpus: Path, tmp_path:
     done = pretrain(*TINY, source, f"run_dir={tmp_path / 'run'}", "train.max_steps=9", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "dry run: one step, loss" in done.stdout
-    assert "no validation: none of the corpora holds text out" in done.stdout
+    assert "no validation: the corpora have no held-out text" in done.stdout
     assert not (tmp_path / "run").exists()
 
 

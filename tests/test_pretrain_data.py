@@ -33,4 +33,4 @@ def test_windows_are_recorded_and_those_behind_cannot_change(corpus: Path, tmp_p
         *arguments, "train.max_steps=5", "data.skip=[20-60]", "allow_changes=[train.max_steps, data.skip]"
     )
     assert refused.returncode == 2 and "Traceback" not in refused.stderr
-    assert "the run is at sequence 68 and has passed over [4-8, 20-60]" in refused.stderr
+    assert "the run is at sequence 68 and has skipped [4-8, 20-60]" in refused.stderr

@@ -152,20 +152,20 @@ def copy_command(argv: Sequence[str]) -> int:
 
 
 def plan_command(argv: Sequence[str]) -> int:
-    """Print what a pretraining takes on some numbers of GPUs.
+    """Print the memory, time and communication of pretraining on some numbers of GPUs.
 
     Raises:
-        ConfigError: no such recipe or file, or one that the arithmetic does not cover.
+        ConfigError: there is no such recipe or file, or the estimate does not cover it.
     """
     parser = Arguments(
         prog="bigtx configs plan",
-        description="What a pretraining takes: memory of each GPU, micro batches, time and communication. By "
-        f"arithmetic alone, at {MFU:.0%} of the GPU's peak; docs/sizes.md says how.",
+        description="Estimate pretraining from its config: memory of each GPU, micro batches, time and communication, "
+        f"at {MFU:.0%} of the GPU's peak; see docs/sizes.md.",
     )
     parser.add_argument("name", metavar="NAME", help="a recipe of `bigtx configs list`, or a file")
     parser.add_argument("--gpus", metavar="N,N", default="1,8,64", help="numbers of GPUs (1,8,64)")
-    parser.add_argument("--gpu", metavar="NAME", default="H100", help="what they are (H100)")
-    parser.add_argument("--vocab-size", metavar="N", type=int, help="ids of the tokenizer (as the file names it)")
+    parser.add_argument("--gpu", metavar="NAME", default="H100", help="the name of the GPU (H100)")
+    parser.add_argument("--vocab-size", metavar="N", type=int, help="number of ids of the tokenizer (that of the file)")
     parser.add_json()
     options = parser.parse_args(argv)
     path = find_config(options.name)
@@ -217,7 +217,7 @@ def _recipe(name: str) -> Recipe:
 
 
 def _vocabulary(path: Path) -> int | None:
-    """Ids that the first of a recipe's files that names any is written for."""
+    """Return the vocabulary size in the first of a recipe's files that has one; else None."""
     sizes = [_SIZE.match(line) for file in base_files(path) for line in file.read_text(encoding="utf-8").splitlines()]
     return next((int(size["vocabulary"].replace(",", "")) for size in sizes if size), None)
 

@@ -1,4 +1,4 @@
-"""The run that a fine-tuning begins with: its tokenizer, its weights, and what base.json keeps of it."""
+"""The base, a run that fine-tuning starts from: its tokenizer, its weights, and base.json."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from bigtx.utils.errors import ConfigError
 from bigtx.utils.files import read_object
 
 BASE = "base.json"
-"""In the run folder: where the weights came from, and what became of each parameter."""
+"""The file in the run folder that records the base and the origin of each parameter."""
 
 
 def check_inputs(config: FinetuneConfig, num_ranks: int) -> None:
-    """Look for the base, its tokenizer and the first of the records, before any rank is started. Imports no torch.
+    """Check the base, its tokenizer and the first records, before any rank is started. This does not import torch.
 
     Raises:
-        BigtxError: what the ranks would refuse, if it can be seen without the model.
+        BigtxError: the ranks would refuse an input for a reason that is known without the model.
     """
     run_dir = Path(config.run_dir)
     check_teacher(config)
@@ -36,37 +36,37 @@ def check_inputs(config: FinetuneConfig, num_ranks: int) -> None:
 
 
 def open_tokenizer(config: FinetuneConfig, run_dir: Path) -> Tokenizer | None:
-    """Return the tokenizer of the base, or the one that the config names; None: it is the teacher's.
+    """Return the tokenizer of the base, or the one that the config names; None if it is the teacher's.
 
     Raises:
-        DataError, CheckpointError: it cannot be used.
-        ConfigError: the base has another one than the config names.
+        DataError, CheckpointError: the tokenizer cannot be used.
+        ConfigError: the base has another tokenizer than the config names.
     """
     own, base = run_dir / TOKENIZER, config.base
     if base is None:
         return Tokenizer.load(config.tokenizer) if config.tokenizer else None
     if not (run_dir_of(base) / TOKENIZER).is_dir() and own.is_dir():
-        return Tokenizer.load(own)  # The base is gone; the run has all that it needs of it.
+        return Tokenizer.load(own)  # The base is gone, but the run has copies of what it needs.
     tokenizer = read_tokenizer(base)
     if config.tokenizer and Tokenizer.load(config.tokenizer).fingerprint != tokenizer.fingerprint:
         raise ConfigError(
-            f"tokenizer={config.tokenizer}: the tokenizer comes with the base, and that of {base} is another one, so "
-            "its ids would mean other texts; leave tokenizer out, or write tokenizer=null"
+            f"tokenizer={config.tokenizer}: the base {base} has another tokenizer, so the same ids would mean "
+            "different texts; leave tokenizer out, or write tokenizer=null"
         )
     return tokenizer
 
 
 def read_base_facts(folder: Path) -> dict[str, Any]:
-    """Return what base.json says; empty where it is missing or damaged."""
+    """Return the content of base.json; empty if it is missing or damaged."""
     facts = read_object(folder / BASE)
     return facts if facts.keys() >= set(BASE_FACTS) else {}
 
 
 def other_classes(config: FinetuneConfig, base: str, names: Iterable[str]) -> list[str]:
-    """Return those of the parameters that are a head of classes, unless the base distinguishes the same classes.
+    """Return the parameters of the classification head, unless the base has the same classes.
 
     Args:
-        names: parameters that the base and the run both have.
+        names: parameters that both the base and the run have.
     """
     head = [name for name in names if name.startswith("head.classes.")]
     if not head:

@@ -1,9 +1,9 @@
-"""From a base to a task: which weights are taken over, which begin from the seed, and which are left behind.
+"""The weights that a task loads from its base, those that start from the seed, and those that are dropped.
 
-A parameter is taken over where the base has one of its name and shape. An encoder may be made of a decoder, whose
-blocks then read both ways (LLM2Vec, arXiv:2404.05961), and a decoder of an encoder. A table whose rows are tokens or
-positions may have grown or shrunk: the rows that both have are taken over, others begin from the seed. A head of
-classes is taken over for the same classes alone, in the same order. Other differences are refused.
+A parameter is loaded if the base has one of its name and shape. An encoder may be made of a decoder, whose blocks then
+attend in both directions (LLM2Vec, arXiv:2404.05961), and a decoder of an encoder. A table with a row for each token
+or position may have another size: the common rows are loaded, and the others start from the seed. The head of a
+classifier is loaded only for the same classes in the same order. Other differences are refused.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ MAX_LISTED = 6
 
 @dataclass(frozen=True)
 class Transfer:
-    """What becomes of each parameter.
+    """The origin of each parameter.
 
     Attributes:
-        loaded: taken over as they are.
-        resized: rows taken over, and rows of the new table.
-        new: from the seed.
-        dropped: of the base, without a place in the model.
-        stack: the base's one stack and the model's that is made of it, where their names differ.
+        loaded: parameters that are loaded unchanged.
+        resized: the number of loaded rows, and the number of rows of the new table, by parameter.
+        new: parameters that start from the seed.
+        dropped: parameters of the base that the model does not have.
+        stack: the names of the base's stack and of the model's, if the names of their only stacks differ.
     """
 
     loaded: list[str]
@@ -52,12 +52,12 @@ class Transfer:
     stack: tuple[str, str] | None = None
 
     @property
-    def begun(self) -> list[str]:
-        """Parameters that begin from the seed, or some rows of which do."""
+    def initialized(self) -> list[str]:
+        """Return the parameters that start from the seed, completely or in some rows."""
         return self.new + [name for name, (kept, total) in self.resized.items() if kept < total]
 
     def describe(self) -> str:
-        """For the log."""
+        """Return a description for the log."""
         parts = [f"{len(self.loaded)} parameters loaded"]
         if self.stack is not None:
             parts.append("the {} is made of the {}'s blocks".format(*reversed(self.stack)))
@@ -69,7 +69,7 @@ class Transfer:
         return "; ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the facts for base.json."""
         return {
             "loaded": self.loaded,
             "stack": self.stack and dict(zip(("from", "to"), self.stack, strict=True)),
@@ -79,7 +79,7 @@ class Transfer:
         }
 
     def read(self, source: Checkpoint, initial: ReadRange) -> ReadRange:
-        """How to fill the model: from the base where it has a value, else from the initial weights."""
+        """Return a reader of the model's weights: from the base where it has a value, else the initial weights."""
 
         def read(name: str, kind: str, start: int, stop: int) -> Tensor:
             if name in self.resized:
@@ -105,16 +105,16 @@ class Transfer:
 def plan_transfer(
     shapes: Mapping[str, Shape], base: Mapping[str, Shape], *, name: str, fresh: Iterable[str] = ()
 ) -> Transfer:
-    """Find the place of each of the base's parameters.
+    """Determine the origin of each parameter.
 
     Args:
-        shapes: of the model, by parameter.
-        base: of the base.
+        shapes: the shapes of the model's parameters.
+        base: the shapes of the base's parameters.
         name: the base as the user wrote it, for the error.
-        fresh: parameters that begin from the seed even if the base has them.
+        fresh: parameters that start from the seed even if the base has them.
 
     Raises:
-        ConfigError: a parameter of both has another shape in each.
+        ConfigError: a parameter has different shapes in the model and the base.
     """
     loaded, resized, different, new = [], {}, [], []
     stack = _other_stack(shapes, base)
@@ -141,12 +141,12 @@ def plan_transfer(
 
 
 def untrained(config: FinetuneConfig, model: Transformer, base: Checkpoint | None) -> Transformer:
-    """The model of a run without classes as it was before the first step, in evaluation mode.
+    """Return the model of a run as it was before the first step, in evaluation mode; not for classifiers.
 
     Args:
-        config: of the run.
-        model: the run's; the other is on its device and of its type.
-        base: what the run began with; None: the seed alone.
+        config: the config of the run.
+        model: the model of the run; the result has its device and dtype.
+        base: the checkpoint that the run started from; None if it started from the seed.
     """
     from bigtx.engine.trained import empty_model
 
@@ -169,8 +169,8 @@ def untrained(config: FinetuneConfig, model: Transformer, base: Checkpoint | Non
 
 
 def _origin(name: str, stack: tuple[str, str] | None) -> str:
-    """The base's name of a parameter, for a `Transfer.stack`."""
-    # A table of distances has other buckets in a stack that reads the other way.
+    """Return the base's name of a parameter, for a `Transfer.stack`."""
+    # Tables of relative positions have different buckets in encoders and decoders.
     if stack is None or not name.startswith(f"{stack[1]}.") or ".relative_bias." in name:
         return name
     return stack[0] + name.removeprefix(stack[1])

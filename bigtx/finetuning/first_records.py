@@ -1,6 +1,6 @@
-"""A first look at the records of a fine-tuning, without torch: are there any, and have they the fields of the task?
+"""A first check of the records of fine-tuning, without torch: whether there are any, with the fields of the task.
 
-The ranks read all of them.
+The ranks read all records.
 """
 
 from __future__ import annotations
@@ -15,45 +15,45 @@ from bigtx.finetuning.tasks import FIELDS
 from bigtx.utils.errors import DataError
 from bigtx.utils.shell import setting
 
-LOOKED_AT = 100
-"""Records of each path."""
+NUM_CHECKED = 100
+"""Number of records that are checked for each path."""
 SPLITS = ("train", "validation", "test")
 
 
 def check_records(config: FinetuneConfig) -> None:
-    """Refuse records that are no use to the task, as far as the first ones tell.
+    """Refuse paths whose first records are not usable for the task.
 
     Raises:
-        DataError: a path gives no records, or none of the first ones has the fields.
+        DataError: a path has no records, or none of its first records has the fields.
     """
     left_out = LeftOut(config.data.leave_out)
     for split in SPLITS:
         for path in getattr(config.data, split):
             if PAIR.search(path):
-                continue  # Two files side by side always give both fields, and are read whole.
+                continue  # A pair of text files always has both fields.
             broken = Broken(left_out)
-            records = list(itertools.islice(read_records([path], broken, config.data.exclude), LOOKED_AT))
+            records = list(itertools.islice(read_records([path], broken, config.data.exclude), NUM_CHECKED))
             kept = [record for record in records if record.where not in left_out]
             if not records:
                 broken.check(advice_about(broken, config))
                 raise DataError(f"data.{split}: {path} holds no records; name another file or folder")
             reasons = [lacking(record, config.task, config.data.fields) for record in kept]
             if reasons and all(reasons):
-                others = f"; so it is with all of the first {len(kept)} records of data.{split}" * (len(kept) > 1)
+                others = f"; the same is true of all of the first {len(kept)} records of data.{split}" * (len(kept) > 1)
                 raise DataError(f"{kept[0].where}: {reasons[0]}{others}")
 
 
 def advice_about(broken: Broken, config: FinetuneConfig) -> str:
-    """What to do about records that cannot be used."""
+    """Return advice about records that cannot be used."""
     if broken.count > MAX_TOLD:
-        return "Or do without them: name them in data.leave_out."
+        return "Or leave them out: name them in data.leave_out."
     names = [*config.data.leave_out, *(where for where, _ in broken.first)]
     without, allowed = setting("data.leave_out", names), setting("allow_changes", ["data.leave_out"])
-    return f"Or do without them: {without} (to resume a run, also {allowed})"
+    return f"Or leave them out: {without} (to resume a run, also {allowed})"
 
 
 def lacking(record: Record, task: str, fields: FieldsConfig) -> BadRecordError | None:
-    """Why a record has none of the sets of fields that a task can learn from; None: it has one."""
+    """Return why a record lacks the fields that a task needs; None if it has one of the sets of fields."""
     for names in FIELDS[task]:
         missing = [name for name in names if record.value(getattr(fields, name)) is None]
         if not missing:

@@ -1,4 +1,4 @@
-"""What a fine-tuning reads: the base's tokenizer, the teacher, and the records under their task."""
+"""The inputs of fine-tuning: the base's tokenizer, the teacher, and the records under their task."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from bigtx.utils import log
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a fine-tuning reads, opened and checked.
+    """The inputs of fine-tuning, opened and checked.
 
     Attributes:
-        config: complete.
-        rows: what an epoch consists of: training examples, or packed rows of them.
-        total_steps: optimizer steps of the run.
-        mean_tokens: of a row.
-        facts: what every checkpoint's manifest records of the inputs.
+        config: the complete config.
+        rows: the rows of an epoch: training examples, or packed rows of them.
+        total_steps: the number of optimizer steps of the run.
+        mean_tokens: the mean number of tokens of a row.
+        facts: what every checkpoint's manifest records about the inputs.
     """
 
     config: FinetuneConfig
@@ -45,7 +45,7 @@ class Inputs:
 
     @property
     def task(self) -> RecordTask:
-        """Return what the records mean."""
+        """Return the task."""
         return self.data.task
 
     def flops_per_token(self) -> float:
@@ -59,8 +59,8 @@ def open_inputs(context: RunContext[FinetuneConfig]) -> Inputs:
     """Open the base's tokenizer and the teacher, read the records, and complete the config from them.
 
     Raises:
-        DataError: records that cannot be used.
-        ConfigError: the tokenizer is not that of the base, or the model or the teacher cannot do the task.
+        DataError: some records cannot be used.
+        ConfigError: the tokenizer is not the base's, or the model or the teacher cannot do the task.
     """
     ranks, config = context.ranks, context.config
     teacher = start.open_teacher(config, ranks)
@@ -92,7 +92,7 @@ def open_inputs(context: RunContext[FinetuneConfig]) -> Inputs:
 
 
 def _first_table(context: RunContext[FinetuneConfig]) -> record_table.Table | None:
-    """Return the records with which the run began, where it has made steps and is to leave some out."""
+    """Return the records with which the run started, if it has made steps and some are left out now."""
     if not context.config.data.leave_out or context.dry_run:
         return None
     folder = context.folder

@@ -1,6 +1,6 @@
-"""How good a model is at a task: predictions for records with answers, by all ranks, and the metrics of them.
+"""Measurement of a model on a task: all ranks predict records with answers, and the predictions give the metrics.
 
-In-run validation and the measurement at the end of a run are this; `bigtx evaluate` does the same in one process.
+Validation within a run and the measurement at its end use this module; `bigtx evaluate` does the same in one process.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ Result = TypeVar("Result")
 
 
 class Measurement:
-    """Measures the model of a run on its validation records, and remembers the best."""
+    """The measurement of a run's model on its validation records."""
 
     def __init__(
         self, config: FinetuneConfig, engine: Engine, ranks: Ranks, task: RecordTask, held_out: Examples
     ) -> None:
         self.config, self.engine, self.ranks, self.task = config, engine, ranks, task
         limit = config.validation.max_records or len(held_out.records)
-        # At even distances, so that a folder of each class is not one class alone.
+        # Evenly spaced, so that all classes are measured if the records are sorted by class.
         total = len(held_out.records)
         places = [number * total // min(limit, total) for number in range(min(limit, total))]
         self.held_out = Examples(
@@ -42,7 +42,7 @@ class Measurement:
         self.metric = task.chosen_by
 
     def report(self, tracker: Tracker, state: RunState) -> bool:
-        """Measure, tell, and judge whether this is the best so far."""
+        """Measure and report, and return whether the model is the best so far."""
         if not self.held_out.records:
             return False
         measured = self.measure(self.held_out, in_run=True)
@@ -53,7 +53,7 @@ class Measurement:
                 f"are: {', '.join(measured[0])}"
             )
         value = measured[0][self.metric]
-        # What the model can do before the first step is told, not chosen: no checkpoint holds it.
+        # A measurement before the first step is reported, but is never the best: no checkpoint holds that model.
         is_best = state.step > 0 and state.judge(value, lower=self.task.better[self.metric] == "lower")
         if state.best_value is not None:
             metrics[f"validation/best_{self.metric}"] = state.best_value
@@ -65,7 +65,7 @@ class Measurement:
 
     @torch.no_grad()
     def _shown(self, predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
-        """Some predictions beside their records; those of a cheaper way that says nothing are made anew."""
+        """Return some predictions with their records; the task predicts again if `predict_in_run` has no text."""
         records, total = self.held_out.records, len(self.held_out.records)
         if not self.task.shows_by_predict:
             return shown_predictions(self.task, records, predictions, self.num_examples)
@@ -77,21 +77,21 @@ class Measurement:
 
     @property
     def num_examples(self) -> int:
-        """Predictions that are shown."""
+        """Return the number of predictions to show."""
         return self.config.validation.num_examples
 
     @torch.no_grad()
     def measure(self, held_out: Examples, *, in_run: bool = False) -> tuple[dict[str, float], list[Prediction]]:
-        """Metrics, and the predictions in the order of the records, on every rank.
+        """Return the metrics, and the predictions in the order of the records, on every rank.
 
         Args:
-            in_run: whether the task may predict in its cheaper way, if it has one.
+            in_run: whether to use the task's cheaper `predict_in_run`.
         """
         self.engine.deepspeed.eval()
         task = self.task
         predict, generates = (task.predict_in_run, task.generates_in_run) if in_run else (task.predict, task.generates)
         predictions = self._predict(held_out.examples, predict, generates=generates)
-        # One rank's arithmetic for all: a last bit of difference would let ranks judge differently.
+        # All ranks use rank 0's metrics: rounding differences could make ranks decide differently.
         metrics = self.ranks.from_first(self.task.metrics(predictions) if self.ranks.rank == 0 else None)
         return metrics, predictions
 
@@ -109,25 +109,26 @@ def by_all_ranks(
     batch_size: int,
     generates: bool = False,
 ) -> list[Result]:
-    """What `predict` gives for each example, divided among the ranks; every rank must call it, and gets all.
+    """Call `predict` on all examples, divided among the ranks, and return all results on every rank. Every rank must
+    call it.
 
     Args:
-        generates: whether `predict` makes any number of passes of the model, instead of exactly one.
+        generates: whether `predict` makes a varying number of forward passes, instead of exactly one.
     """
 
     together = engine.stage == 3 and generates
-    model = _answers_of_first(engine.deepspeed) if together else engine.deepspeed
+    model = _with_logits_of_first(engine.deepspeed) if together else engine.deepspeed
 
     def of_batch(batch: list[int]) -> list[Result]:
         return predict(model, [examples[place] for place in batch], engine.device)
 
     batches = list(batches_by_length(examples, batch_size))
     if together:
-        # Texts end at different steps, and every rank is needed at each: all write the same ones.
+        # Texts end at different steps, and every rank is needed at each step: all ranks generate the same texts.
         return in_order(batches, [of_batch(batch) for batch in batches], len(examples))
     mine = batches[ranks.rank :: ranks.world_size]
     if engine.stage == 3 and len(mine) < -(-len(batches) // ranks.world_size):
-        mine.append(batches[-1])  # Every rank makes as many passes; that it comes twice does no harm.
+        mine.append(batches[-1])  # Every rank must make the same number of passes; a duplicate is harmless.
     gathered = ranks.gather((mine, [of_batch(batch) for batch in mine]))
     return in_order(
         [batch for own, _ in gathered for batch in own],
@@ -136,13 +137,13 @@ def by_all_ranks(
     )
 
 
-def _answers_of_first(model: Model) -> Model:
-    """The model with rank 0's logits on every rank: one that differs in the last bit may stop before the others."""
+def _with_logits_of_first(model: Model) -> Model:
+    """Return the model with rank 0's logits on every rank, since rounding differences could change when ranks stop."""
 
-    def answer(*args: Any, **inputs: Any) -> Any:
+    def forward(*args: Any, **inputs: Any) -> Any:
         found = model(*args, **inputs)
         if isinstance(found, torch.Tensor):
             dist.broadcast(found, src=0)
         return found
 
-    return answer
+    return forward

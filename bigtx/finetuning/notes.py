@@ -1,5 +1,4 @@
-"""What a fine-tuning says before its first step about its length, and about embeddings that it needs and does not
-train."""
+"""Messages of fine-tuning before its first step: its length, and embeddings that it needs but does not train."""
 
 from __future__ import annotations
 
@@ -14,18 +13,18 @@ from bigtx.utils.errors import BigtxError
 from bigtx.utils.shell import setting
 
 FEW_STEPS = 30
-"""Fewer steps than this hardly teach anything: the warm-up and the decay of the learning rate take most of them."""
+"""Fewer steps than this train little: most of them belong to the learning rate's warm-up and decay."""
 SOME_STEPS = 100
-"""Steps that the warning about too few offers."""
+"""The number of steps that the warning about too few steps suggests."""
 TABLE = "embedding.weight"
 """The parameter with a row for each token."""
 
 
 def total_steps(config: FinetuneConfig, num_rows: int) -> int:
-    """Optimizer steps of a run.
+    """Return the number of optimizer steps of a run.
 
     Args:
-        num_rows: what an epoch consists of: records, or packed rows of them.
+        num_rows: the rows of an epoch: records, or packed rows of them.
     """
     train = config.train
     if train.max_steps is not None:
@@ -35,7 +34,7 @@ def total_steps(config: FinetuneConfig, num_rows: int) -> int:
 
 
 def length_setting(config: FinetuneConfig, num_rows: int) -> str:
-    """The setting that gives a run its length."""
+    """Return the setting that determines the length of a run."""
     if config.train.max_steps is not None:
         return "train.max_steps"
     return "train.min_steps" if config.train.min_steps > _steps_of_epochs(config, num_rows) else "train.epochs"
@@ -47,11 +46,11 @@ def _steps_of_epochs(config: FinetuneConfig, num_rows: int) -> int:
 
 
 def describe_length(config: FinetuneConfig, total_steps: int, num_rows: int) -> list[str]:
-    """The steps of a run and the epochs that they make, and a warning if they are few.
+    """Describe the steps and epochs of a run, with a warning if there are few steps.
 
     Args:
-        total_steps: of the whole run.
-        num_rows: what an epoch consists of: records, or packed rows of them.
+        total_steps: the number of steps of the whole run.
+        num_rows: the rows of an epoch: records, or packed rows of them.
     """
     train = config.train
     size = train.global_batch_size
@@ -76,7 +75,7 @@ def describe_length(config: FinetuneConfig, total_steps: int, num_rows: int) -> 
 
 
 def describe_held_out(config: FinetuneConfig) -> str:
-    """That there are no validation records, and why."""
+    """Return the message that there are no validation records, and why."""
     data = config.data
     why = "data.validation_fraction"
     if data.validation_fraction and data.min_held_out:
@@ -86,14 +85,14 @@ def describe_held_out(config: FinetuneConfig) -> str:
 
 
 def describe_trained(config: FinetuneConfig, *, is_all: bool) -> str:
-    """How fast a run trains, and that it trains all parameters if it does."""
+    """Return the learning rate, and that all parameters are trained, if they are."""
     rate = f"peak learning rate {config.optimizer.learning_rate:.3g}"
     roles = ", with the embeddings of the chat roles" if knows_chats(config) else ""
     return f"trained: all parameters{roles}; {rate}" if is_all else rate
 
 
 def untrained_roles(config: FinetuneConfig, base: str) -> str:
-    """The warning that chat roles keep embeddings which nothing has ever trained, or "".
+    """Return the warning that the embeddings of chat roles are untrained and frozen, or "".
 
     Args:
         base: the run that the weights come from.
@@ -106,18 +105,18 @@ def untrained_roles(config: FinetuneConfig, base: str) -> str:
     else:
         key, names = "optimizer.freeze", [name for name in optimizer.freeze if not fnmatchcase(TABLE, name)]
     return (
-        f"warning: {base} has never been trained on chats, so the embeddings of the chat roles are as the seed made "
-        f"them, and they are frozen here: the model cannot tell who speaks; write {setting(key, names)}"
+        f"warning: {base} was not trained on chats, so the embeddings of the chat roles are still random, and they "
+        f"are frozen in this run: the model cannot distinguish the roles; write {setting(key, names)}"
     )
 
 
 def knows_chats(config: RunConfig) -> bool:
-    """Whether a run learns from chats, in the format that has roles."""
+    """Return whether a run trains on chats in the format with roles."""
     return isinstance(config, FinetuneConfig) and config.chat.format == "chat" and config.task in ANSWERING
 
 
 def _knows_roles(base: str | None) -> bool:
-    """Whether a run, or one that it began from, has trained the embeddings of chat roles; also if nobody can tell."""
+    """Return whether a run, or one of its bases, has trained the embeddings of chat roles; True if it is unknown."""
     while base is not None:
         try:
             config = load_run_config(base)

@@ -1,4 +1,4 @@
-"""Records and their predictions as JSON lines, in a file that can be gone on with."""
+"""Records and their predictions as JSON lines, in a file that an interrupted command can continue."""
 
 from __future__ import annotations
 
@@ -21,36 +21,35 @@ from bigtx.utils.errors import ConfigError, DataError, LaunchError
 from bigtx.utils.files import read_object, write_json
 
 ADDED = ("prediction", "error", "num_cut")
-"""What an output line has beside the record's own fields."""
+"""Keys of an output line besides the record's own fields."""
 
 
 @dataclass(frozen=True)
 class Unread:
-    """What could not even be read, in the place of a record."""
+    """A record that could not be read."""
 
     error: str
 
 
 Item = Record | Unread
-"""In the order of the input."""
 
 
 def read_items(paths: Sequence[str]) -> Iterator[Item]:
-    """The records of files and folders, and in their places what could not be read."""
+    """Yield the records of files and folders, with `Unread` in the place of unreadable ones."""
     return _with_unread(lambda unread: read_records(paths, unread))
 
 
 def read_stdin() -> Iterator[Item]:
-    """The JSON lines of standard input."""
+    """Yield the JSON lines of standard input."""
     return _with_unread(_stdin)
 
 
 def arriving(most: int) -> Iterator[list[Item]]:
-    """The JSON lines of standard input, each time those that have arrived: somebody may wait at the other end of a pipe
-    for the answer to a line.
+    """Yield the JSON lines of standard input in chunks of those that have arrived: the process at the other end of a
+    pipe may wait for the answer to a line.
 
     Args:
-        most: at one time.
+        most: the maximum number of lines in a chunk.
     """
     arrived: queue.Queue[Item | Exception | None] = queue.Queue(most)
 
@@ -82,13 +81,13 @@ def arriving(most: int) -> Iterator[list[Item]]:
 def _stdin(unread: Broken) -> Iterator[Record]:
     if sys.stdin is None:  # Closed from the start.
         return
-    # Not sys.stdin: Python cannot end while a thread of it waits there.
+    # This does not read sys.stdin: Python cannot exit while a thread waits for it.
     with open(sys.stdin.fileno(), "rb", closefd=False) as stream:
         yield from read_jsonl(stream, "standard input", unread)
 
 
 def _with_unread(read: Callable[[Broken], Iterator[Record]]) -> Iterator[Item]:
-    """Records, and in their places what could not be read."""
+    """Yield records, with `Unread` in the place of unreadable ones."""
     found: list[Unread] = []
     for record in read(_Unreadable(found.append)):
         yield from found
@@ -98,20 +97,20 @@ def _with_unread(read: Callable[[Broken], Iterator[Record]]) -> Iterator[Item]:
 
 
 class _Unreadable(Broken):
-    """Hands on what could not be read, in its place."""
+    """A list of unreadable records that passes each one on, in its place."""
 
     def __init__(self, take: Callable[[Unread], None]) -> None:
         super().__init__()
         self._take = take
 
     def add(self, file: str, line: int, reason: str) -> None:
-        """One more; line 0 is the file as a whole."""
+        """Pass on an unreadable record; line 0 is the whole file."""
         self._take(Unread(f"{file}, line {line}: {reason}" if line else f"{file}: {reason}"))
         self.count += 1
 
 
 def fields_of(item: Item) -> dict[str, Any]:
-    """The fields of a record that JSON can hold; of a record that is a file also its name."""
+    """Return the fields of a record that JSON can hold; for a record that is a file, also its name."""
     if isinstance(item, Unread):
         return {}
     place = {"file": item.file} if item.line == WHOLE_FILE else {}
@@ -127,16 +126,16 @@ def _is_json(value: Any) -> bool:
 
 
 def as_line(value: Mapping[str, Any]) -> bytes:
-    """An object as a JSON line."""
+    """Return an object as a JSON line."""
     # A lone surrogate in a text becomes its JSON escape.
     return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
 class Output:
-    """A file of JSON lines that a call with the same weights and input goes on with.
+    """A file of JSON lines that a command with the same weights and input continues.
 
-    Lines are known as those of records by the records' fields in them. A chunk that was not written to its end is done
-    again, so that the file ends as if nothing had happened.
+    The records' fields in the lines show which records the lines belong to. A chunk that was not written completely is
+    predicted again, so that the file ends as without an interruption.
     """
 
     MUST_AGREE = ("manifest_sha256", "weights", "too_long", "set")
@@ -144,23 +143,23 @@ class Output:
     def __init__(self, path: Path, facts: Mapping[str, Any]) -> None:
         self.path, self.about = path, path.with_name(path.name + ".about.json")
         self._facts = dict(facts)
-        self._is_behind, self._number = True, 0
+        self._has_old_lines, self._number = True, 0
         self._file: Any = None
 
     def __enter__(self) -> Output:
-        """Open or make the file, and hold it alone.
+        """Open or create the file, and lock it.
 
         Raises:
-            LaunchError: it cannot be written, or another process writes it.
-            DataError: something else stands in it.
-            ConfigError: it was begun with other weights or settings.
+            LaunchError: the file cannot be written, or another process writes it.
+            DataError: the file has other content.
+            ConfigError: the file was started with other weights or settings.
         """
         try:
             self._file = open(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+b")
         except OSError as error:
             raise LaunchError(f"output={self.path} cannot be written: {error.strerror}") from None
         try:
-            self._hold()
+            self._lock()
             self._check()
         except BaseException:
             self._file.close()
@@ -172,11 +171,11 @@ class Output:
     ) -> None:
         try:
             self._file.close()
-        except OSError as unwritten:  # What could not be written before is tried once more.
+        except OSError as unwritten:  # Closing writes remaining data, which can fail.
             if error is None:
                 raise self._unwritable(unwritten) from None
 
-    def _hold(self) -> None:
+    def _lock(self) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -187,7 +186,7 @@ class Output:
             return  # A file system without locks.
 
     def _check(self) -> None:
-        """Compare with what the file was begun with, or write that down."""
+        """Compare with the weights and settings that the file was started with, or write them for a new file."""
         if not os.fstat(self._file.fileno()).st_size:
             try:
                 write_json(self.about, self._facts)
@@ -197,29 +196,30 @@ class Output:
         begun = read_object(self.about)
         if not begun:
             raise DataError(
-                f"{self.path} is not empty, and no {self.about.name} says that it is the output of a bigtx predict; "
-                "write output=FILE to name another file"
+                f"{self.path} is not empty, and there is no {self.about.name} that marks it as an output of "
+                "bigtx predict; write output=FILE to name another file"
             )
         different = [key for key in self.MUST_AGREE if begun.get(key) != self._facts[key]]
         if "manifest_sha256" in different:
             raise ConfigError(
-                f"{self.path} was begun with the checkpoint {begun.get('checkpoint')}, and this is "
-                f"{self._facts['checkpoint']}; name that one to continue it, or write output=FILE to name another file"
+                f"{self.path} was started with the checkpoint {begun.get('checkpoint')}, and this is "
+                f"{self._facts['checkpoint']}; name the former to continue it, or write output=FILE to name another "
+                "file"
             )
         if different:
             shown = ", ".join(_shown(key, begun.get(key)) for key in different)
             raise ConfigError(
-                f"{self.path} was begun with {shown}; write the same to continue it, or "
+                f"{self.path} was started with {shown}; write the same to continue it, or "
                 "output=FILE to name another file"
             )
 
     def known(self, chunk: Sequence[Item]) -> list[dict[str, Any]] | None:
-        """The lines of a chunk, if all of them stand in the file; else what stands there of it is taken away.
+        """Return the lines of a chunk if the file has all of them; otherwise remove the chunk's lines from the file.
 
         Raises:
-            DataError: other records stand there.
+            DataError: the lines belong to other records.
         """
-        if not self._is_behind:
+        if not self._has_old_lines:
             return None
         start, lines = self._file.tell(), []
         for item in chunk:
@@ -227,24 +227,24 @@ class Output:
             if not raw.endswith(b"\n"):
                 self._file.seek(start)
                 self._file.truncate()
-                self._is_behind = False
+                self._has_old_lines = False
                 return None
             self._number += 1
             line = _parsed(raw)
             if line is None or not _belongs(line, item):
                 what = item.where if isinstance(item, Record) else item.error
                 raise DataError(
-                    f"{self.path}, line {self._number} is not what bigtx predict makes of {what}; name the same "
-                    "input again to continue it, or write output=FILE to name another file"
+                    f"{self.path}, line {self._number} is not the prediction for {what}; name the same input again to "
+                    "continue it, or write output=FILE to name another file"
                 )
             lines.append(line)
         return lines
 
     def write(self, lines: bytes) -> None:
-        """Append.
+        """Append lines.
 
         Raises:
-            LaunchError: the disk is full, or something like it.
+            LaunchError: the file cannot be written, e.g. because the disk is full.
         """
         try:
             self._file.write(lines)
@@ -258,17 +258,17 @@ class Output:
         )
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Do nothing, since every write is flushed."""
 
     def finish(self) -> None:
-        """All records have their lines.
+        """Check that the file has no more lines than there are records, and sync it to the disk.
 
         Raises:
-            DataError: the file has more.
-            LaunchError: the disk is full, or something like it.
+            DataError: the file has more lines.
+            LaunchError: the file cannot be written, e.g. because the disk is full.
         """
-        if self._is_behind and self._file.read(1):
-            raise DataError(f"{self.path} has more lines than the input has records; it is the output for another one")
+        if self._has_old_lines and self._file.read(1):
+            raise DataError(f"{self.path} has more lines than the input has records; it belongs to another input")
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
@@ -276,7 +276,7 @@ class Output:
 
 
 def _shown(key: str, value: Any) -> str:
-    """A setting of the command as it is written; `set` is a list of settings."""
+    """Return a setting of the command as a user writes it; `set` is a list of settings."""
     if isinstance(value, list):
         return " ".join(shlex.quote(each) for each in value) or "no settings"
     return f"{key}={value}"
@@ -291,7 +291,7 @@ def _parsed(raw: bytes) -> dict[str, Any] | None:
 
 
 def _belongs(line: Mapping[str, Any], item: Item) -> bool:
-    """Whether an output line is that of a record."""
+    """Return whether an output line belongs to a record."""
     if isinstance(item, Unread):
         return line.get("error") == item.error
     fields = {key: value for key, value in line.items() if key not in ADDED}

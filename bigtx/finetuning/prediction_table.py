@@ -1,4 +1,4 @@
-"""Predictions as a table on a terminal: the answer, how sure it is, and the beginning of the text."""
+"""Predictions as a table on a terminal: the answer, its probability, and the beginning of the text."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from bigtx.finetuning.tasks.task import RecordTask
 from bigtx.utils.terminal import fitted, visible, width
 
 ANSWERS = ("label", "response", "translation", "text")
-"""Keys of predictions that are an answer; others have numbers alone."""
+"""Keys of predictions that hold an answer; other predictions have only numbers."""
 MAX_READ = 1000
-"""Characters of a text that are looked at."""
+"""Only so many characters of a text are read."""
 GAP = "  "
 
 
 @dataclass
 class PredictionTable:
-    """Writes rows as they come. The first ones decide about the widths of the columns.
+    """A table whose rows are written one after the other. The first rows determine the widths of the columns.
 
     Attributes:
-        columns: of the terminal.
+        columns: the width of the terminal.
     """
 
     task: RecordTask
@@ -35,7 +35,7 @@ class PredictionTable:
         """Write a row for each record.
 
         Args:
-            lines: what `bigtx predict` writes of the items.
+            lines: the output lines of the items.
         """
         rows = [self._row(item, line) for item, line in zip(items, lines, strict=True)]
         if not self._widths:
@@ -55,7 +55,7 @@ class PredictionTable:
         return [_one_line(answer), shown, _one_line(self.task.shown(item))]
 
     def _fit(self, rows: Sequence[Sequence[str]], *, has_confidence: bool) -> list[int]:
-        """The widths of the columns: at most half of the terminal for the answer, and for the text what is left."""
+        """Return the widths of the columns: at most half of the terminal for the answer, and the rest for the text."""
         first = min(max(width(row[0]) for row in rows), max(8, self.columns // 2))
         second = len("confidence") if has_confidence else 0
         taken = first + len(GAP) + (second + len(GAP) if second else 0)
@@ -71,7 +71,7 @@ class PredictionTable:
 
 
 def answer_of(prediction: Mapping[str, Any]) -> tuple[str, float | None]:
-    """What a prediction says, and the probability of that where it is known."""
+    """Return the answer of a prediction, and its probability if it is known."""
     for key in ANSWERS:
         if key in prediction:
             answer = prediction[key]

@@ -1,6 +1,6 @@
-"""Predictions for records by one process: what `bigtx predict`, `bigtx evaluate` and `LoadedModel.predict` are made of.
+"""Predictions for records by one process, for `bigtx predict`, `bigtx evaluate` and `LoadedModel.predict`.
 
-This module and the tasks do not import deepspeed, which speaks on standard output.
+This module and the tasks do not import deepspeed, which prints to standard output.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from bigtx.finetuning.tasks.task import Model, Prediction, RecordTask, public
 from bigtx.utils.errors import ConfigError, DataError
 
 BATCH_SIZE = 32
-"""Records that are predicted side by side, if nobody says otherwise."""
+"""The default number of records in a batch."""
 Result = TypeVar("Result")
 MAX_SHOWN = 300
-"""Characters of a record in a table of predictions."""
+"""The maximum number of characters of a record in a table of predictions."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a record.
+    """The result for a record.
 
     Attributes:
-        prediction: None where the record could not be used.
-        error: why, or "".
-        num_cut: tokens left out because the record was too long.
+        prediction: the prediction; None if the record could not be used.
+        error: why the record could not be used, or "".
+        num_cut: tokens that were left out because the record was too long.
     """
 
     prediction: Prediction | None
@@ -42,14 +42,14 @@ class Outcome:
 def predict_records(
     task: RecordTask, model: Model, records: Sequence[Record], *, batch_size: int, device: torch.device
 ) -> list[Outcome]:
-    """An outcome for each record, whose own answer need not be there nor be known to the model."""
+    """Return an outcome for each record; records need no answer, and an answer may be unknown to the model."""
     outcomes = [Outcome(None)] * len(records)
     places, examples = [], []
     for place, record in enumerate(records):
         try:
             examples.append(task.encode(record, for_training=False))
             places.append(place)
-        except (BadRecordError, DataError) as error:  # The tokenizer refuses what is no text.
+        except (BadRecordError, DataError) as error:  # The tokenizer refuses invalid text.
             outcomes[place] = Outcome(None, f"{record.where}: {error}")
     predictions = predict_all(task, model, examples, batch_size=batch_size, device=device)
     for place, example, prediction in zip(places, examples, predictions, strict=True):
@@ -60,21 +60,22 @@ def predict_records(
 def predict_all(
     task: RecordTask, model: Model, examples: Sequence[Any], *, batch_size: int, device: torch.device
 ) -> list[Prediction]:
-    """A prediction for each example, with what `task.metrics` needs."""
+    """Return a prediction for each example, with what `task.metrics` needs."""
     batches = list(batches_by_length(examples, batch_size))
     parts = [task.predict(model, [examples[place] for place in batch], device) for batch in batches]
     return in_order(batches, parts, len(examples))
 
 
 def batches_by_length(examples: Sequence[Any], size: int) -> Iterator[list[int]]:
-    """Places of examples in batches of like length, the longest first: what does not fit into memory shows at once."""
+    """Yield the indices of examples in batches of similar length, the longest first, so that a lack of memory shows at
+    once."""
     order = sorted(range(len(examples)), key=lambda place: -examples[place].length)
     for begin in range(0, len(order), size):
         yield order[begin : begin + size]
 
 
 def in_order(batches: Sequence[list[int]], parts: Sequence[list[Result]], total: int) -> list[Result]:
-    """The predictions of batches, or whatever was made of them, in the order of the examples."""
+    """Return the results of batches in the order of the examples."""
     found: dict[int, Result] = {}
     for batch, part in zip(batches, parts, strict=True):
         found.update(zip(batch, part, strict=True))
@@ -84,7 +85,7 @@ def in_order(batches: Sequence[list[int]], parts: Sequence[list[Result]], total:
 def shown_predictions(
     task: RecordTask, records: Sequence[Record], predictions: Sequence[Prediction], count: int
 ) -> list[dict[str, Any]]:
-    """Some predictions beside their records, at even distances, for a table."""
+    """Return some evenly spaced predictions with their records, for a table."""
     rows = []
     total = len(predictions)
     for number in range(min(count, total)):
@@ -97,20 +98,20 @@ def shown_predictions(
 
 
 def task_config(config: RunConfig, run: str, settings: Sequence[str] = ()) -> FinetuneConfig:
-    """The config of a run that has a task.
+    """Return the config of a run that has a task.
 
     Args:
-        run: as the user named it.
-        settings: KEY=VALUE, of how the task predicts, what fields of records are called, and what becomes of long ones.
+        run: the run as the user named it.
+        settings: KEY=VALUE, settings of the task's predictions, of the fields of records, and of long records.
 
     Raises:
-        ConfigError: the run was pretrained, or settings that do not change how it predicts.
+        ConfigError: the run was pretrained, or a setting does not affect predictions.
     """
     if not isinstance(config, FinetuneConfig):
         what = (
-            "an encoder, of which `bigtx finetune` makes a model that does a job"
+            "it is an encoder; `bigtx finetune` trains it for a task"
             if config.model.shape == "encoder"
-            else f"bigtx generate {run} continues texts; `bigtx finetune` makes a model that does a job of it"
+            else f"bigtx generate {run} continues texts; `bigtx finetune` trains it for a task"
         )
         raise ConfigError(f"{run} was pretrained and has no task to predict for: {what}")
     if not settings:

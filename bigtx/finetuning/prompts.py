@@ -1,4 +1,4 @@
-"""What a model reads before it writes: a text to continue, or a prompt or chat to answer as fine-tuning has them."""
+"""The model's input for generation: a text to continue, or a prompt or chat in the format of fine-tuning."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from bigtx.utils.errors import DataError
 
 @dataclass(frozen=True)
 class Read:
-    """A prompt or a chat as a model reads it.
+    """A prompt or a chat in the form that a model reads.
 
     Attributes:
-        num_left_out: oldest messages of a chat that are not read.
-        remark: that not all of it is read, as a sentence without its subject; or "".
+        num_left_out: the number of the oldest messages of a chat that are not read.
+        remark: a predicate such as "is too long: ...", if a part is not read; else "".
     """
 
     prompt: Prompt
@@ -41,13 +41,13 @@ def read_prompt(
     """Read a prompt or a chat.
 
     Args:
-        prompt: a chat, of a run that was trained on chats, or a text: a model that was fine-tuned to answer takes it as
-            what a user says; others continue it.
-        raw: continue it in any case.
-        max_new_tokens: how long the answer to a chat may be; half of the model's window is the most that is kept free.
+        prompt: a chat, for a run that was trained on chats; or a text. A model that was fine-tuned to answer treats it
+            as a user's message; other models continue it.
+        raw: continue the text in any case.
+        max_new_tokens: the tokens to reserve for the answer to a chat, at most half of the model's window.
 
     Raises:
-        DataError: a text with half a surrogate pair, or what is no chat to answer.
+        DataError: the text has half a surrogate pair, or the chat cannot be answered.
     """
     if isinstance(config, FinetuneConfig) and config.task in ANSWERING and not raw:
         return _read_chat(config, tokenizer, prompt, max_new_tokens)
@@ -61,18 +61,18 @@ def read_prompt(
 def _read_chat(
     config: FinetuneConfig, tokenizer: Tokenizer, prompt: str | Sequence[Mapping[str, Any]], max_new_tokens: int
 ) -> Read:
-    """The ids of training, as many as leave room for an answer."""
+    """Return the ids in the format of training, with enough tokens left for an answer."""
     window = config.model.max_sequence_length
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, too_long="truncate"))
     chat_format = ChatFormat(config, tokenizer, window)
     parts = chat_format.parts(prompt, learn=False)
     if not isinstance(prompt, str) and (not parts or parts[-1].role == ASSISTANT):
         raise DataError(
-            "the chat has no message to answer: it is empty, or the last one is the assistant's; end it with one of "
-            "the role user"
+            "the chat has no message to answer: it is empty, or the last message is the assistant's; end it with a "
+            "message of the role user"
         )
-    room = [tokenizer.end_id] * min(max_new_tokens, window // 2)
-    chat = chat_format.fit(parts, [room])
+    reserved = [tokenizer.end_id] * min(max_new_tokens, window // 2)
+    chat = chat_format.fit(parts, [reserved])
     lost = []
     if chat.num_left_out:
         messages = "message is" if chat.num_left_out == 1 else f"{chat.num_left_out:,} messages are"

@@ -1,9 +1,9 @@
-"""The records of a run as they were before its first step: `records.jsonl.gz` in the run folder.
+"""The table of a run's records before its first step: `records.jsonl.gz` in the run folder.
 
-A resumed run may do without records that were lost or damaged since (data.leave_out). The table says which the others
-are, that they are what they were, and in which split and order, so that each keeps its place.
+A resumed run may leave out records that were lost or damaged since (data.leave_out). The table identifies the other
+records and shows whether they changed; their splits and their order remain the same.
 
-A line for each record, `[split, name, length, content]`; the splits one after the other, each in its order.
+The table has a line for each record, `[split, name, length, content]`, sorted by split and order.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ FILE = "records.jsonl.gz"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What is known of a record.
+    """An entry of the table.
 
     Attributes:
         split: train, validation or test.
-        name: `Record.where`.
-        length: of its example, by which a run orders records.
-        content: what `content_of` gave.
+        name: the record's `Record.where`.
+        length: the length of its example, by which a run sorts records.
+        content: the result of `content_of`.
     """
 
     split: str
@@ -47,7 +47,7 @@ Table = list[Row]
 
 
 def table_of(splits: Mapping[str, Sequence[Record]], lengths: Mapping[str, Sequence[int]]) -> Table:
-    """The table of records, and of the lengths of their examples."""
+    """Return the table of records with the lengths of their examples."""
     return [
         Row(split, record.where, length, content_of(record))
         for split, records in splits.items()
@@ -56,7 +56,7 @@ def table_of(splits: Mapping[str, Sequence[Record]], lengths: Mapping[str, Seque
 
 
 def identity(table: Iterable[Row]) -> dict[str, str]:
-    """By split, what `digest` gives for its records; splits without records are left out."""
+    """Return the `digest` of the records of each split that has records."""
     contents = defaultdict(list)
     for row in table:
         contents[row.split].append(row.content)
@@ -64,7 +64,7 @@ def identity(table: Iterable[Row]) -> dict[str, str]:
 
 
 def digest(records: Iterable[Record]) -> str:
-    """What the fields of records hash to, in their order."""
+    """Return a hash of the fields of records, in their order."""
     return _digest(map(content_of, records))
 
 
@@ -73,16 +73,16 @@ def _digest(contents: Iterable[str]) -> str:
 
 
 def content_of(record: Record) -> str:
-    """32 hexadecimal digits that stand for the fields of a record."""
+    """Return a hash of the fields of a record, 32 hexadecimal digits."""
     fields = json.dumps(record.fields, sort_keys=True, default=str)
     return xxhash.xxh3_128_hexdigest(fields.encode("utf-8", "surrogatepass"))
 
 
 def arrange(table: Table, records: Iterable[Record], left_out: LeftOut) -> list[Record | None]:
-    """The records in the order of a table; None in the place of one that is left out.
+    """Return the records in the order of a table, with None in the place of each left out record.
 
     Raises:
-        DataError: records that the table does not have, or that have changed or gone since, and are not left out.
+        DataError: records are new, changed or gone, and are not left out.
     """
     places: dict[str, list[int]] = defaultdict(list)
     for place in reversed(range(len(table))):
@@ -91,23 +91,23 @@ def arrange(table: Table, records: Iterable[Record], left_out: LeftOut) -> list[
     for record in records:
         own = places.get(record.where)
         if not own:
-            broken.add(record.file, record.line, "was not among the records when the run began")
+            broken.add(record.file, record.line, "was not among the records when the run started")
             continue
         place = own.pop()
         if table[place].content != content_of(record):
             changed.add(place)
-            broken.add(record.file, record.line, "is another record than it was when the run began")
+            broken.add(record.file, record.line, "has changed since the run started")
         else:
             found[place] = record
     for place, row in enumerate(table):
         if found[place] is None and place not in changed:
-            broken.add(row.name, 0, "was among the records when the run began, and is gone")
-    broken.check("A resumed run has the records that it began with: restore them, or name them in data.leave_out too.")
+            broken.add(row.name, 0, "was among the records when the run started, and is gone")
+    broken.check("A resumed run needs the records that it started with: restore them, or add them to data.leave_out.")
     return found
 
 
 def write(run_dir: Path, table: Table) -> None:
-    """Keep a table.
+    """Write a table into the run folder.
 
     Raises:
         LaunchError: the folder cannot be written.
@@ -120,16 +120,16 @@ def write(run_dir: Path, table: Table) -> None:
 
 
 def read(run_dir: Path) -> Table:
-    """The table of a run.
+    """Read the table of a run.
 
     Raises:
-        CheckpointError: it is missing or damaged.
+        CheckpointError: the table is missing or damaged.
     """
     path = run_dir / FILE
     try:
         return [Row(*json.loads(line)) for line in gzip.decompress(path.read_bytes()).splitlines()]
     except (OSError, EOFError, ValueError, TypeError, zlib.error) as error:
         raise CheckpointError(
-            f"{path}, which says what records the run had, cannot be read ({error}): without it none can be left out. "
-            "Restore it or the records, or begin another run_dir with base=THIS_RUN"
+            f"{path}, the table of the run's records, cannot be read ({error}): without it no record can be left out. "
+            "Restore it or the records, or start another run_dir with base=THIS_RUN"
         ) from error

@@ -1,4 +1,4 @@
-"""The records of a fine-tuning, read, split, encoded, and known by a digest."""
+"""The records of fine-tuning: reading, splits, encoding, and their digest."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from bigtx.utils.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class TaskData:
-    """All that a fine-tuning reads.
+    """The records of fine-tuning under their task.
 
     Attributes:
-        config: with what follows from the training records.
-        splits: by name; validation and test may be empty. In the place of a training record that was left out since
-            the run began stands the next one that was not; others are missing here.
-        table: the records with which the run began.
+        config: the config with everything that follows from the training records.
+        splits: examples by split; validation and test may be empty. A training record that was left out since the run
+            started is replaced by the next one; left out records of other splits are missing.
+        table: the records with which the run started.
     """
 
     config: FinetuneConfig
@@ -37,25 +37,25 @@ class TaskData:
 
     @property
     def identity(self) -> dict[str, str]:
-        """Digests by split; others mean other records."""
+        """Return digests by split, which identify the records."""
         return identity(self.table)
 
     def lengths(self, split: str) -> list[int]:
-        """Of the examples of a split, as the run began."""
+        """Return the lengths of the examples of a split at the start of the run."""
         return [row.length for row in self.table if row.split == split]
 
 
 def open_task_data(
     config: FinetuneConfig, tokenizer: Tokenizer, *, look: Look = look_at, table: Table | None = None
 ) -> TaskData:
-    """Read the records of `config.data` and make them ready.
+    """Read and encode the records of `config.data`.
 
     Args:
-        look: how recordings are decoded beforehand.
-        table: the records with which a resumed run began, where some are to be left out of them.
+        look: decodes recordings in advance.
+        table: the records with which a resumed run started, if some of them are left out now.
 
     Raises:
-        DataError: files or records that cannot be used, by file and line; no records to train on.
+        DataError: files or records cannot be used, by file and line; or there are no records to train on.
         ConfigError: the model cannot do the task.
     """
     left_out = LeftOut(config.data.leave_out)
@@ -68,7 +68,7 @@ def open_task_data(
     if config.model.positions == "learned" and longest and longest > most:
         raise ConfigError(
             f"data.max_length={longest}, and the learned positions end at model.max_sequence_length={most}; lower "
-            "the one or raise the other"
+            "the first or raise the second"
         )
     task = kind(config, tokenizer)
     present = {name: [record for record in records if record] for name, records in splits.items()}
@@ -76,7 +76,7 @@ def open_task_data(
     broken = Broken()
     examples = {name: encode(task, records, broken) for name, records in present.items()}
     broken.check(advice_about(broken, config))
-    _tell_left_out(left_out, is_resumed=table is not None)
+    _report_left_out(left_out, is_resumed=table is not None)
     if table is None:
         lengths = {name: [example.length for example in split.examples] for name, split in examples.items()}
         table = table_of(present, lengths)
@@ -86,7 +86,7 @@ def open_task_data(
 
 
 def _in_place(records: Sequence[Record | None], present: Examples) -> Examples:
-    """Examples of all places; in that of a record that is left out the one of the next that is not, or of the first."""
+    """Return the examples of all places; a left out record is replaced by the next one present, or by the first."""
     places, at = [], 0
     for record in records:
         places.append(at % len(present.records))
@@ -94,24 +94,24 @@ def _in_place(records: Sequence[Record | None], present: Examples) -> Examples:
     return Examples([present.records[place] for place in places], [present.examples[place] for place in places])
 
 
-def _tell_left_out(left_out: LeftOut, *, is_resumed: bool) -> None:
-    """Say what is left out.
+def _report_left_out(left_out: LeftOut, *, is_resumed: bool) -> None:
+    """Log which records are left out.
 
     Raises:
-        DataError: names that stand for nothing, unless what they stood for may be gone by now.
+        DataError: a name has no record, and the run is new, so that the record cannot have been removed since.
     """
     unknown = sorted(left_out.names - left_out.met)
     if unknown and not is_resumed:
         raise DataError(
-            f"data.leave_out names {', '.join(map(repr, unknown))}, and there is no such record; names are as messages "
-            "have them: FILE, or 'FILE, line N'"
+            f"data.leave_out names {', '.join(map(repr, unknown))}, and there is no such record; write names as in "
+            "messages: FILE, or 'FILE, line N'"
         )
     if left_out.met:
         log.say(f"left out (data.leave_out): {'; '.join(sorted(left_out.met))}")
 
 
 def read_split(config: FinetuneConfig, name: str, table: Table | None = None) -> list[Record]:
-    """The records of one split, as a run with this config has them.
+    """Return the records of one split of a run with this config.
 
     Args:
         table: as for `open_task_data`.
@@ -124,24 +124,24 @@ def read_split(config: FinetuneConfig, name: str, table: Table | None = None) ->
 
 
 def read_all(paths: Sequence[str], broken: Broken, exclude: Sequence[str] = ()) -> list[Record]:
-    """All records of some files; `exclude` as for `read_records`. What cannot be read goes to `broken`."""
+    """Read all records of files, and add unreadable ones to `broken`; `exclude` as for `read_records`."""
     return list(read_records(paths, broken, exclude))
 
 
 def encode(task: RecordTask, records: Sequence[Record], broken: Broken) -> Examples:
-    """What a task makes of records; those that it cannot use go to `broken`."""
+    """Encode records for a task, and add unusable ones to `broken`."""
     kept, examples = [], []
     for record in records:
         try:
             examples.append(task.encode(record))
             kept.append(record)
-        except (BadRecordError, DataError) as error:  # The tokenizer refuses what is no text.
+        except (BadRecordError, DataError) as error:  # The tokenizer refuses invalid text.
             broken.add(record.file, record.line, str(error))
     return Examples(kept, examples)
 
 
 def _read_splits(config: FinetuneConfig, left_out: LeftOut, table: Table | None) -> dict[str, list[Record | None]]:
-    """The records by split; where there is a table, in its order, None being one that is left out."""
+    """Return the records by split; with a table, in its order, and None in the place of each left out record."""
     data, broken = config.data, Broken(left_out)
     read = {name: read_all(getattr(data, name), broken, data.exclude) for name in SPLITS}
     broken.check(advice_about(broken, config))
@@ -156,7 +156,7 @@ def _read_splits(config: FinetuneConfig, left_out: LeftOut, table: Table | None)
 
 
 def _divide(config: FinetuneConfig, splits: dict[str, list[Record]]) -> dict[str, list[Record]]:
-    """The splits, after those that nobody named were held out of the training records."""
+    """Return the splits, with unnamed ones held out of the training records."""
     data, kind = config.data, task_type(config.task)
     for name, fraction in (("test", data.test_fraction), ("validation", data.validation_fraction)):
         if getattr(data, name) or not fraction:

@@ -1,7 +1,7 @@
-"""What the model said of a run's examples before its first step, kept in the run folder.
+"""The reference model's numbers for each example, from before the first step, in a file of the run folder.
 
-It is made once, by all ranks, and read again by every later life of the run; a run that has lost the file makes it anew
-from the base. It counts only for the same records, settings and base.
+All ranks compute them once, and every later start of the run reads them; if the file is missing, they are computed
+again from the base. They are valid only for the same records, settings and base.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Reference = dict[str, np.ndarray]
 def make(
     engine: Engine, ranks: Ranks, task: RecordTask, splits: Mapping[str, Sequence[Any]], batch_size: int
 ) -> Reference:
-    """What the model as it is now says of all examples, on every rank; every rank must call it."""
+    """Compute the numbers of all examples with the current model, on every rank; every rank must call it."""
     from bigtx.finetuning.measure import by_all_ranks
 
     engine.deepspeed.eval()
@@ -45,15 +45,15 @@ def make(
 
 
 def key(**facts: Any) -> str:
-    """Of all that a reference follows from."""
+    """Return a hash of everything that determines a reference."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def read(folder: Path, wanted: str) -> Reference | None:
-    """The reference of a run folder; None if there is none, another one, or a damaged one.
+    """Return the reference of a run folder, or None if it is missing, damaged or of another key.
 
     Args:
-        wanted: what `key` gave.
+        wanted: the result of `key`.
     """
     path = folder / FILE
     try:
@@ -66,7 +66,7 @@ def read(folder: Path, wanted: str) -> Reference | None:
 
 
 def write(folder: Path, wanted: str, values: Reference) -> None:
-    """Keep a reference.
+    """Write a reference into the run folder.
 
     Raises:
         LaunchError: the folder cannot be written.

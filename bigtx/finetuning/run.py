@@ -1,4 +1,4 @@
-"""Fine-tuning, from the first look at the records to the results: `finetune` reads from top to bottom."""
+"""Fine-tuning, from the check of the records to the results: `finetune` reads from top to bottom."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ from bigtx.utils.shell import command
 from bigtx.utils.units import parse_duration
 
 RESULTS = "results.json"
-"""In the run folder, once the run has ended and its best checkpoint was measured."""
+"""The file in the run folder with the measurements of the best checkpoint, written at the end of the run."""
 
 Splits = dict[str, Examples]
 
 
 def finetune(context: RunContext[FinetuneConfig]) -> int:
-    """Do all that is left of a fine-tuning. Returns the exit status.
+    """Run the remaining steps of fine-tuning, and return the exit status.
 
     Raises:
         BigtxError: the ranks, the inputs, the run folder or the training fail.
@@ -95,14 +95,13 @@ def finetune(context: RunContext[FinetuneConfig]) -> int:
 
 
 def is_finished(inputs: Inputs, found: Start, folder: Path) -> bool:
-    """Return whether the run has made all its steps, or ended early, and its best checkpoint was measured; if so, print
-    it."""
+    """Return whether the run has ended and its best checkpoint was measured, and print so."""
     if found.checkpoint is None:
         return False
     config, state = inputs.config, found.checkpoint.manifest["state"]
     settings, patience = [length_setting(config, len(inputs.rows))], config.validation.patience
     if read_object(folder / RESULTS).get("tokens") != state["tokens"]:
-        return False  # The results are of an earlier end, or damaged: the best checkpoint is measured again.
+        return False  # The results are from an earlier end or damaged: the best checkpoint is measured again.
     if patience is not None and state["measured_since_best"] >= patience:
         settings.append("validation.patience")
     elif state["step"] < inputs.total_steps:
@@ -114,8 +113,8 @@ def is_finished(inputs: Inputs, found: Start, folder: Path) -> bool:
 def set_first_weights(
     context: RunContext[FinetuneConfig], inputs: Inputs, engine: Engine, base: str | None, *, keep_frozen: bool = True
 ) -> dict[str, Any]:
-    """Set the weights as before the first step: from the base, with what the task adds from the seed; or all from the
-    seed. Returns what base.json says of them.
+    """Set the initial weights: from the base, with the task's new parameters from the seed; or all from the seed.
+    Return the facts for base.json.
 
     Args:
         base: a run or one of its checkpoints.
@@ -128,11 +127,11 @@ def set_first_weights(
         return {}
     source = start.open_other_run(context, base)
     if source.manifest["tokenizer"] != inputs.tokenizer.fingerprint:
-        raise ConfigError(f"base={base}: {source.path} was trained with another tokenizer than that of its run folder")
+        raise ConfigError(f"base={base}: {source.path} was trained with another tokenizer than its run folder holds")
     shapes = engine.shapes()
     fresh = ranks.once(lambda: other_classes(config, base, shapes.keys() & source.shapes.keys()))
     transfer = plan_transfer(shapes, source.shapes, name=base, fresh=fresh)
-    refuse_untrained(transfer.begun, engine.frozen, config)
+    refuse_untrained(transfer.initialized, engine.frozen, config)
     start.set_first_weights(context, engine, transfer.read(source, initial), keep_frozen=keep_frozen)
     source.close()
     log.say(f"base: {source.path} (step {source.manifest['step']:,}): {transfer.describe()}")
@@ -144,7 +143,7 @@ def set_first_weights(
 def begin(
     context: RunContext[FinetuneConfig], inputs: Inputs, engine: Engine
 ) -> tuple[RunState, dict[str, Any], Splits]:
-    """Set the first weights. Returns the state, what base.json says, and the splits for training."""
+    """Set the initial weights, and return the state, the facts for base.json, and the splits for training."""
     config = inputs.config
     context.state = state = start.first_state(config, owes_validation=config.validation.at_start)
     base = set_first_weights(context, inputs, engine, config.base)
@@ -158,7 +157,7 @@ def begin(
 def resume(
     context: RunContext[FinetuneConfig], inputs: Inputs, engine: Engine, found: Start
 ) -> tuple[RunState, dict[str, Any], Splits]:
-    """Set the weights of the checkpoint. Returns the same as `begin`."""
+    """Set the weights of the checkpoint, and return the same as `begin`."""
     context.state = state = start.saved_state(inputs.config, found)
     base = context.ranks.once(lambda: read_base_facts(context.folder))
     splits = inputs.data.splits
@@ -179,7 +178,7 @@ def keep_inputs(context: RunContext[FinetuneConfig], inputs: Inputs, base: dict[
 
 
 def forget_other_best(state: RunState, found: Start, inputs: Inputs) -> None:
-    """Forget the best value where it is of another metric, or of other records."""
+    """Forget the best value if it was measured with another metric or other records."""
     changed = {change["key"] for change in found.changed}
     if {"validation.metric", "validation.max_records"} & changed:
         state.forget_best()
@@ -191,8 +190,7 @@ def forget_other_best(state: RunState, found: Start, inputs: Inputs) -> None:
 def with_reference(
     context: RunContext[FinetuneConfig], inputs: Inputs, engine: Engine, base: dict[str, Any], *, is_initial: bool
 ) -> Splits:
-    """Return the splits with what the model said of each example before the first step: from the run folder, or made
-    now by all ranks.
+    """Return the splits with the reference of each example: from the run folder, or computed now by all ranks.
 
     Args:
         is_initial: whether the weights are those before the first step.
@@ -203,14 +201,14 @@ def with_reference(
         records=[inputs.facts["data"], left_out] if left_out else inputs.facts["data"],
         tokenizer=inputs.tokenizer.fingerprint,
         base=base.get("manifest_sha256"),
-        model=_that_counts(config.model),
+        model=_settings_of_outputs(config.model),
         seed=config.seed,
         chat=[config.chat.format, config.chat.separator],
         length=[config.data.too_long, task.max_length],
     )
     found = ranks.once(lambda: reference.read(context.folder, key))
     if found is None:
-        log.say("reference: what the base says of the records, once for all of the run")
+        log.say("reference: computing the base's log-probabilities of the records, once for the whole run")
         if not is_initial:
             _return_to_base(context, inputs, engine, base)
         examples = {name: split.examples for name, split in splits.items()}
@@ -225,10 +223,10 @@ def with_reference(
 
 
 def _return_to_base(context: RunContext[FinetuneConfig], inputs: Inputs, engine: Engine, base: dict[str, Any]) -> None:
-    """Set the weights as before the first step, in a run that has made steps.
+    """Set the initial weights in a run that has made steps.
 
     Raises:
-        CheckpointError: the base is gone, or has changed since.
+        CheckpointError: the base is gone or has changed.
     """
     place = base.get("checkpoint", inputs.config.base)
     if place is not None:
@@ -236,17 +234,17 @@ def _return_to_base(context: RunContext[FinetuneConfig], inputs: Inputs, engine:
         source.close()
         if source.manifest_sha256 != base.get("manifest_sha256"):
             raise CheckpointError(
-                f"{context.folder}: what the base says of the records is gone (reference.safetensors), and {place} is "
-                f"not the base that {BASE} names; give one of them back, or begin another run_dir"
+                f"{context.folder}: the file with the base's log-probabilities is missing ({reference.FILE}), and "
+                f"{place} is not the base that {BASE} names; restore one of them, or start another run_dir"
             )
     set_first_weights(context, inputs, engine, place, keep_frozen=False)
 
 
 def open_loader(context: RunContext[FinetuneConfig], inputs: Inputs, splits: Splits, state: RunState) -> RecordLoader:
-    """Return the batches of records from the state's place on."""
+    """Return the loader of batches, starting at the state's position in the data."""
     config, train, task = inputs.config, inputs.config.train, inputs.task
     rows = task.pack(splits["train"].examples)
-    # A record that replaces one that is left out is sorted by that one's length, so no other record moves.
+    # A record that replaces a left out one is sorted by the length of the latter, so that no other record moves.
     lengths = [row.length for row in rows] if config.sft.packing else inputs.data.lengths("train")
     return RecordLoader(
         np.array(lengths),
@@ -262,8 +260,8 @@ def open_loader(context: RunContext[FinetuneConfig], inputs: Inputs, splits: Spl
 
 
 def validate_every(config: FinetuneConfig, num_steps: int) -> str:
-    """Return how often the model is measured. A share of the run becomes steps, rounded up: there are no more
-    measurements than it means."""
+    """Return how often the model is measured. A fraction of the run becomes a number of steps, rounded up, so that
+    there are at most as many measurements as it means."""
     every = parse_duration(config.validation.every)
     if every.unit == "fraction":
         return f"{max(1, math.ceil(round(every.value * num_steps, 6)))} steps"
@@ -271,7 +269,7 @@ def validate_every(config: FinetuneConfig, num_steps: int) -> str:
 
 
 def write_results(run: Run, *, measurement: Measurement, splits: Splits, num_rows: int) -> None:
-    """Measure the best checkpoint on the validation records and, only here, on the test records if asked; and write
+    """Measure the best checkpoint on the validation records and, if the config says so, on the test records, and write
     results.json."""
     path = run.ranks.once(lambda: preferred(run.run_dir))
     best = Checkpoint(path)
@@ -292,7 +290,7 @@ def write_results(run: Run, *, measurement: Measurement, splits: Splits, num_row
             continue
         metrics, predictions = measurement.measure(split)
         results[name] = {"records": len(split.records), **metrics, **measurement.task.tables(predictions)}
-        # The metrics of the best checkpoint are not a point of the validation's curve.
+        # The best checkpoint's metrics have a group of their own, because they are not a point of the validation curve.
         run.tracker.log(run.state.step, run.state.tokens, {f"{group}/{key}": value for key, value in metrics.items()})
         shown = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items())
         run.tracker.message(f"{name} at the best checkpoint ({path.name}): {shown}")
@@ -307,14 +305,14 @@ def _write(path: Path, value: dict[str, Any]) -> None:
 
 
 def next_command(config: FinetuneConfig, folder: Path) -> str:
-    """Return the command for what a user may do next: chat, or predict."""
+    """Return the command to use the model: chat or predict."""
     if knows_chats(config):
         return command("bigtx", "chat", folder)
     return command("bigtx", "predict", folder, "input=FILE")
 
 
-def _that_counts(model: ModelConfig) -> dict[str, Any]:
-    """Return the settings of a model that change what it computes without training, where they are not the defaults."""
+def _settings_of_outputs(model: ModelConfig) -> dict[str, Any]:
+    """Return the settings of a model that affect its outputs without training, where they are not the defaults."""
     default = ModelConfig()
     experts = dataclasses.replace(
         model.experts, balance_loss=default.experts.balance_loss, router_z_loss=default.experts.router_z_loss

@@ -1,8 +1,8 @@
-"""A run in figures before it starts: steps, memory, time and communication, by arithmetic from its config alone.
+"""Estimates of a run before it starts: steps, memory, time and communication, computed only from its config.
 
-Communication is what DeepSpeed 0.19 sends under bigtx's settings, at the bandwidths below, as if no arithmetic went on
-meanwhile. Part of it does go on meanwhile, so a step takes between the longer of the two and their sum. Nothing of it
-was measured on a GPU.
+Communication is what DeepSpeed 0.19 sends under bigtx's settings, at the bandwidths below, without overlap with
+arithmetic. In practice they overlap in part, so a step takes between the longer of the two and their sum. None of these
+estimates was measured on a GPU.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from bigtx.plan.parameters import count_parameters, flops_per_token, stacks
 from bigtx.utils.errors import ConfigError
 
 MFU = 0.4
-"""Share of the peak that the arithmetic reaches: an assumption."""
+"""The share of the peak FLOP/s that training reaches: an assumption."""
 
 GPUS_OF_NODE = 8
 
 BUS_IN_NODE, BUS_BETWEEN_NODES = 450e9, 350e9
-"""Bytes a second through each GPU in a collective of all, NVLink of H100s and eight 400 Gbit/s ports: assumptions."""
+"""Bytes per second of each GPU in a collective of all GPUs, with NVLink of H100s and eight 400 Gbit/s ports:
+assumptions."""
 
 HOP_SECONDS = 5e-6
-"""From one GPU to the next one in a ring: an assumption."""
+"""The latency from one GPU to the next in a ring: an assumption."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,12 @@ class Plan:
     """A run on a number of GPUs. Bytes are those of each GPU.
 
     Attributes:
-        micro_batch_size: rows of a micro batch, as many as fit evenly and the config allows.
-        micro_batches: of each GPU in a step.
+        micro_batch_size: rows of a micro batch: the most that divide the batch evenly and that the config allows.
+        micro_batches: the number of micro batches of each GPU in a step.
         memory: states, buffers, activations, head and loss, and the reserve.
-        arithmetic: seconds of a step.
-        communication: seconds of a step.
-        run: seconds of all steps' arithmetic.
+        arithmetic: seconds of arithmetic in a step.
+        communication: seconds of communication in a step.
+        run: seconds of arithmetic in all steps.
     """
 
     num_gpus: int
@@ -53,15 +54,15 @@ class Plan:
 
 
 def plan_run(config: PretrainConfig, num_gpus: int, peak: float) -> Plan:
-    """Work out a run.
+    """Estimate a run.
 
     Args:
-        config: of a decoder, with model.vocab_size.
-        num_gpus: of all machines together.
-        peak: FLOP/s of a GPU.
+        config: the config of a decoder, with model.vocab_size.
+        num_gpus: the number of GPUs of all machines.
+        peak: peak FLOP/s of a GPU.
 
     Raises:
-        ConfigError: a config that this arithmetic does not cover, or a batch that cannot be shared.
+        ConfigError: the estimate does not cover the config, or the batch cannot be divided over the GPUs.
     """
     train, engine, model = config.train, config.engine, config.model
     _refuse_others(config)
@@ -73,7 +74,7 @@ def plan_run(config: PretrainConfig, num_gpus: int, peak: float) -> Plan:
     stage, recompute = engine.zero_stage, engine.activation_checkpointing
     states = state_bytes(model, stage=stage, num_ranks=num_gpus, optimizer=config.optimizer.name)
     activations = activation_bytes(model, num_tokens=num_tokens, recompute=recompute, stage=stage)
-    beside = buffer_bytes(model, stage=stage, bucket=engine.bucket_size) + loss_bytes(model, num_tokens=num_tokens)
+    other = buffer_bytes(model, stage=stage, bucket=engine.bucket_size) + loss_bytes(model, num_tokens=num_tokens)
     arithmetic = training_seconds(
         model,
         num_tokens=train.global_batch_size * train.sequence_length,
@@ -89,7 +90,7 @@ def plan_run(config: PretrainConfig, num_gpus: int, peak: float) -> Plan:
         micro_batches=micro_batches,
         states=states,
         activations=activations,
-        memory=states + activations + beside + RESERVE,
+        memory=states + activations + other + RESERVE,
         arithmetic=arithmetic,
         communication=communication,
         run=arithmetic * total_steps(config),
@@ -108,25 +109,25 @@ def _refuse_others(config: PretrainConfig) -> None:
     }
     if found := [setting for setting, present in uncounted.items() if present]:
         raise ConfigError(
-            f"{', '.join(found)}: the plan counts decoders in 16 bits without experts, adapters, offloading and ema "
-            "alone; `bigtx pretrain ... --dry-run` measures a step of any config"
+            f"{', '.join(found)}: the plan covers only decoders in 16 bits without experts, adapters, offloading and "
+            "ema; `bigtx pretrain ... --dry-run` measures a step of any config"
         )
 
 
 def communication_seconds(config: ModelConfig, *, stage: int, num_gpus: int, micro_batches: int, bucket: int) -> float:
-    """Seconds of a step in which a GPU sends and receives.
+    """Compute the seconds of communication in a step.
 
-    Of each parameter, in bytes: gradients are 4, weights 2. An all-reduce is a reduction and a gathering.
+    A gradient has 4 bytes, a weight 2. An all-reduce consists of a reduce-scatter and an all-gather.
 
     Args:
-        config: with its vocab_size.
+        config: the model, with its vocab_size.
         stage: engine.zero_stage.
-        micro_batches: of each GPU in a step.
+        micro_batches: the number of micro batches of each GPU in a step.
         bucket: engine.bucket_size.
     """
     total = count_parameters(config).total
     buckets, blocks = -(-total // bucket), sum(stacks(config).values()) + 1
-    # Bytes of each parameter and passes around the ring, in each micro batch and once in a step.
+    # Bytes per parameter and passes around the ring, for each micro batch and once per step.
     in_micro_batch, in_step = {
         0: ((0, 0), (4 + 4, 2 * buckets)),
         1: ((0, 0), (4 + 4 + 2, 3)),
@@ -139,7 +140,7 @@ def communication_seconds(config: ModelConfig, *, stage: int, num_gpus: int, mic
 
 
 def plan_lines(config: PretrainConfig, plans: Sequence[Plan], gpu: str) -> list[str]:
-    """A table of plans, one column for each number of GPUs; `gpu` is their name."""
+    """Format a table of plans, one column for each number of GPUs; `gpu` is their name."""
     train = config.train
     tokens, steps = train.global_batch_size * train.sequence_length, total_steps(config)
     rows = {

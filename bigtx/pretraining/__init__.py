@@ -1,1 +1,1 @@
-"""Pretraining: what it reads, its objectives, and the run."""
+"""Pretraining: its inputs, its objectives, and the run."""

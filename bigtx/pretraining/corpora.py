@@ -1,4 +1,4 @@
-"""What a pretraining reads: prepared corpora, or shards from elsewhere; and the text to validate on.
+"""The inputs of pretraining: prepared corpora or foreign shards, and the text for validation.
 
 This module imports no torch, so that a wrong path is reported before the ranks are started.
 """
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from bigtx.data.stream.loader import TrainLoader
 
 Once = Callable[[Callable[[], str]], str]
-"""Calls a function in one rank, and gives its result to all."""
+"""A function that calls another one in a single rank, and returns the result in all ranks."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class RunData:
 
     Attributes:
         tokenizer_place: where the tokenizer came from.
-        identity: digests of the data by source; others mean other data.
-        description: for the log.
-        is_foreign: whether it is shards from elsewhere.
+        identity: digests by source, which identify the data.
+        description: a description for the log.
+        is_foreign: whether the data are foreign shards.
     """
 
     tokenizer: Tokenizer
@@ -64,10 +64,10 @@ class RunData:
 
 
 def open_run_data(config: PretrainConfig, total_steps: int, num_ranks: int, once: Once) -> RunData:
-    """Open and check what `config.data` names.
+    """Open and check the data that `config.data` names.
 
     Args:
-        once: how the shards are looked at, if they are from elsewhere.
+        once: calls the check of foreign shards in one rank.
 
     Raises:
         DataError: a corpus is missing or damaged, too small, or does not fit the others; a foreign shard is refused.
@@ -102,7 +102,7 @@ def _open_foreign(config: PretrainConfig, num_ranks: int, once: Once) -> RunData
         tokenizer_place=settings.tokenizer,
         identity={"foreign": digest},
         description=(
-            f"{len(foreign.expand(settings.paths)):,} shards from elsewhere, tokenized on the fly by {workers} "
+            f"{len(foreign.expand(settings.paths)):,} foreign shards, tokenized on the fly by {workers} "
             f"process{'es' * (workers > 1)} of each rank"
         ),
         is_foreign=True,
@@ -110,10 +110,10 @@ def _open_foreign(config: PretrainConfig, num_ranks: int, once: Once) -> RunData
 
 
 def validation_sources(config: PretrainConfig) -> dict[str, SourceConfig]:
-    """Return the corpora to validate on: those named, or those of the training data that hold some documents out.
+    """Return the corpora for validation: the named ones, or those of the training data with held-out documents.
 
     Raises:
-        ConfigError: a corpus that was named holds none out.
+        ConfigError: a named corpus has no held-out documents.
     """
     if config.validation.max_sequences == 0:
         return {}
@@ -132,14 +132,14 @@ def validation_sources(config: PretrainConfig) -> dict[str, SourceConfig]:
 
 
 def check_held_out(config: PretrainConfig, fingerprint: str) -> None:
-    """Refuse held-out text that the model cannot be measured on.
+    """Refuse held-out text that cannot measure the model.
 
     Args:
-        fingerprint: of the tokenizer.
+        fingerprint: the fingerprint of the run's tokenizer.
 
     Raises:
-        ConfigError: a corpus that was named holds none out, or has another tokenizer.
-        DataError: it is damaged.
+        ConfigError: a named corpus has no held-out documents, or has another tokenizer.
+        DataError: a corpus is damaged.
     """
     for name, source in validation_sources(config).items():
         refuse_other_tokenizer(name, Manifest.load(place_of(config, source) / "validation"), fingerprint)
@@ -149,11 +149,11 @@ def refuse_other_tokenizer(name: str, manifest: Manifest, fingerprint: str) -> N
     """Refuse a corpus of another tokenizer.
 
     Args:
-        name: of the corpus in `validation.sources`, or in `data.sources`.
-        fingerprint: of the tokenizer.
+        name: the name of the corpus in `validation.sources`, or in `data.sources`.
+        fingerprint: the fingerprint of the run's tokenizer.
 
     Raises:
-        ConfigError: it is of another one.
+        ConfigError: the corpus has another tokenizer.
     """
     if manifest.tokenizer_fingerprint != fingerprint:
         raise ConfigError(
@@ -168,16 +168,16 @@ def place_of(config: PretrainConfig, source: SourceConfig) -> Place:
 
 
 def check_inputs(config: PretrainConfig, num_ranks: int) -> None:
-    """Open the data as the ranks will, and look for the runs that it begins with, before any rank is started.
+    """Open the data as the ranks will, and find the runs that the config names, before any rank is started.
 
     Raises:
-        BigtxError: what the ranks would refuse, if it can be seen without the model.
+        BigtxError: the ranks would refuse an input for a reason that is known without the model.
     """
     check_teacher(config)
     if config.init_from and not has_steps(Path(config.run_dir)):
         preferred(config.init_from)
     if any(map(is_url, _places(config))):
-        return  # The ranks ask the network.
+        return  # The ranks read remote data.
     data = open_run_data(config, total_steps(config), num_ranks, once=lambda get: get())
     with_vocabulary(config, data)
     check_held_out(config, data.tokenizer.fingerprint)
@@ -193,7 +193,7 @@ def with_vocabulary(config: PretrainConfig, data: RunData) -> PretrainConfig:
     """Return the config with the size of the vocabulary.
 
     Raises:
-        ConfigError: it is too small for the tokenizer.
+        ConfigError: the configured size is too small for the tokenizer.
     """
     given, needed = config.model.vocab_size, data.tokenizer.vocab_size
     if given is None:
@@ -201,13 +201,13 @@ def with_vocabulary(config: PretrainConfig, data: RunData) -> PretrainConfig:
     if given < needed:
         raise ConfigError(
             f"model.vocab_size={given} is smaller than the tokenizer's {needed} ids in {data.tokenizer_place}; write "
-            "model.vocab_size=null to take it from there"
+            "model.vocab_size=null to use the tokenizer's"
         )
     return config
 
 
 def length_setting(config: PretrainConfig) -> str:
-    """Return the setting that gives a pretraining its length."""
+    """Return the setting that determines the length of pretraining."""
     if config.train.max_steps is not None:
         return "train.max_steps"
     return "train.max_tokens"

@@ -1,4 +1,4 @@
-"""Pretraining: the likelihood of the labels that an objective made."""
+"""The task of pretraining: the likelihood of an objective's labels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bigtx.engine.task import TaskLoss
 
 
 class LikelihoodTask:
-    """Maximum likelihood of a batch's labels, with z-loss if asked for."""
+    """Maximum likelihood of a batch's labels, with an optional z-loss."""
 
     def __init__(self, *, z_loss: float) -> None:
         self.z_loss = z_loss

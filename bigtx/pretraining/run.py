@@ -1,4 +1,4 @@
-"""Pretraining, from the first look at the corpora to the last step: `pretrain` reads from top to bottom."""
+"""Pretraining, from the check of the corpora to the last step: `pretrain` reads from top to bottom."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from bigtx.utils.shell import command
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a pretraining reads, opened and checked.
+    """The inputs of pretraining, opened and checked.
 
     Attributes:
-        config: complete.
-        facts: what every checkpoint's manifest records of the inputs.
+        config: the complete config.
+        facts: what every checkpoint's manifest records about the inputs.
     """
 
     config: PretrainConfig
@@ -49,7 +49,7 @@ class Inputs:
 
 
 def pretrain(context: RunContext[PretrainConfig]) -> int:
-    """Do all that is left of a pretraining. Returns the exit status.
+    """Run the remaining steps of pretraining, and return the exit status.
 
     Raises:
         BigtxError: the ranks, the inputs, the run folder or the training fail.
@@ -105,8 +105,8 @@ def open_inputs(config: PretrainConfig, ranks: Ranks) -> Inputs:
 
     Raises:
         DataError: a corpus is missing or damaged, too small, or does not fit the others.
-        ConfigError: the model's vocabulary is too small for the tokenizer, the objective needs other ids, or the
-            teacher does not fit.
+        ConfigError: the model's vocabulary is too small for the tokenizer, the tokenizer lacks ids that the objective
+            needs, or the teacher does not fit.
     """
     teacher = start.open_teacher(config, ranks)
     data = open_run_data(config, total_steps(config), ranks.world_size, once=ranks.once)
@@ -121,7 +121,7 @@ def open_inputs(config: PretrainConfig, ranks: Ranks) -> Inputs:
 
 
 def is_finished(config: PretrainConfig, found: Start) -> bool:
-    """Return whether the run has made all its steps; if so, print it before the model is built needlessly.
+    """Return whether the run has made all its steps, and print so, before the model is built.
 
     Raises:
         CheckpointError: the run has made all its steps, but its only checkpoints are suspect.
@@ -131,7 +131,7 @@ def is_finished(config: PretrainConfig, found: Start) -> bool:
     if is_suspect(found.checkpoint.manifest):
         raise CheckpointError(
             f"{found.checkpoint.path}: the last steps of the run were all skipped, because the loss or gradient was "
-            "not finite, and there is no checkpoint from before; start over in another run_dir, e.g. with a lower "
+            "not finite, and there is no earlier checkpoint; start over in another run_dir, e.g. with a lower "
             "optimizer.learning_rate"
         )
     start.say_finished(found.checkpoint.manifest["state"]["step"], [length_setting(config)])
@@ -139,7 +139,7 @@ def is_finished(config: PretrainConfig, found: Start) -> bool:
 
 
 def set_first_weights(context: RunContext[PretrainConfig], inputs: Inputs, engine: Engine) -> dict[str, Any]:
-    """Set the weights from another run (`init_from`) or from the seed; returns `facts_of` the other run, if any."""
+    """Set the weights from another run (`init_from`) or from the seed, and return `facts_of` the other run, if any."""
     folder = inputs.config.init_from
     initial = start.initial_weights(engine, inputs.config, inputs.teacher)
     if not folder:
@@ -156,24 +156,24 @@ def set_first_weights(context: RunContext[PretrainConfig], inputs: Inputs, engin
 
 
 def _refuse_other_model(source: MergedCheckpoint, engine: Engine, inputs: Inputs, folder: str) -> None:
-    # Adapters are this run's own; those of the other run are merged into its weights.
+    # Adapters are new in this run; those of the other run are merged into its weights.
     shapes = {name: shape for name, shape in engine.shapes().items() if not is_adapter(name)}
     if shapes != source.shapes:
         different = sorted(name for name in shapes | source.shapes if shapes.get(name) != source.shapes.get(name))
         raise ConfigError(
-            f"init_from={folder}: its model has other parameters than this config's: "
+            f"init_from={folder}: its model has other parameters than this config: "
             + ", ".join(f"{name} {source.shapes.get(name)} there, {shapes.get(name)} here" for name in different[:5])
             + f" ({len(different)} in all); copy the model section of its config.yaml"
         )
     if source.manifest["tokenizer"] != inputs.data.tokenizer.fingerprint:
         raise ConfigError(
-            f"init_from={folder}: its tokenizer is not the one of this run's data; prepare the data with "
+            f"init_from={folder}: its tokenizer is not the tokenizer of this run's data; prepare the data with "
             "that run's tokenizer folder"
         )
 
 
 def open_loader(inputs: Inputs, ranks: Ranks, state: RunState, found: Start) -> StepLoader:
-    """Return the batches from the state's place on."""
+    """Return the loader of batches, starting at the state's position in the data."""
     config, train = inputs.config, inputs.config.train
     if found.checkpoint and config.data.foreign.paths:
         _announce_rereading(state, ranks, found.checkpoint.manifest["world_size"])
@@ -192,14 +192,14 @@ def open_loader(inputs: Inputs, ranks: Ranks, state: RunState, found: Start) -> 
 
 
 def _announce_rereading(state: RunState, ranks: Ranks, before: int) -> None:
-    """Print that foreign shards, which have no index, are read again up to the state's place."""
+    """Print that foreign shards, which have no index, are read again up to the state's position."""
     other = (
-        f", and with {num_ranks(ranks.world_size)} instead of {before} the shards are split otherwise"
+        f", and with {num_ranks(ranks.world_size)} instead of {before} the shards are split differently"
         if before != ranks.world_size
         else ""
     )
     log.say(
-        f"data: reading {state.sequences:,} rows again to reach the place of the run{other}; exact and quick resume "
+        f"data: reading {state.sequences:,} rows again to reach the run's position{other}; exact and fast resume "
         "needs prepared shards: bigtx data prepare"
     )
 
@@ -207,18 +207,18 @@ def _announce_rereading(state: RunState, ranks: Ranks, before: int) -> None:
 def open_validation(
     config: PretrainConfig, engine: Engine, ranks: Ranks, task: LikelihoodTask, data: RunData
 ) -> Validation:
-    """Open the held-out text, and print if there is none."""
+    """Open the held-out text, and print a note if there is none."""
     validation = Validation(config, engine, ranks, task, data.tokenizer)
     if not validation.sources and config.validation.max_sequences:
         log.say(
-            "no validation: none of the corpora holds text out; `bigtx data prepare` does with a larger "
-            "validation_fraction, or name another corpus as validation.sources.NAME.path"
+            "no validation: the corpora have no held-out text; prepare them with a larger validation_fraction "
+            "(`bigtx data prepare`), or name another corpus as validation.sources.NAME.path"
         )
     return validation
 
 
 def next_command(config: PretrainConfig, folder: Path) -> str:
-    """Return the command for what a user may do next: export an encoder, or let another model write."""
+    """Return the command to use the model: export an encoder, or generate text with another model."""
     if config.model.shape == "encoder":
         return command("bigtx", "export", folder, "output=FOLDER")
     return command("bigtx", "generate", folder, "prompt=TEXT")

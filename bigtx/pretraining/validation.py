@@ -1,4 +1,4 @@
-"""Validation inside a run: loss on held-out text, and samples. All ranks in lockstep."""
+"""Validation within a run: loss on held-out text, and samples. All ranks call it together."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from bigtx.train.alone import Alone
 
 BETTER: Mapping[str, Better] = {"loss": "lower", "perplexity": "lower", "bits_per_byte": "lower"}
-"""Every metric of a source, and which of two values is the better one."""
+"""Whether lower or higher is better, for every metric of a source."""
 
 
 class Validation:
@@ -60,10 +60,10 @@ class Validation:
             refuse_other_tokenizer(name, batches.manifest, tokenizer.fingerprint)
 
     def report(self, tracker: Tracker, state: RunState) -> bool:
-        """Measure, sample, and hand both to the tracker. Every rank must call it.
+        """Measure and sample, and log both. Every rank must call it.
 
         Returns:
-            False: pretraining keeps the newest checkpoints.
+            False, because pretraining keeps the newest checkpoints.
         """
         metrics = self.measure()
         if metrics:
@@ -110,7 +110,7 @@ class Validation:
 
     @torch.no_grad()
     def _sample(self, prompts: list[str], step: int) -> list[str]:
-        """Continue the prompts. Every rank uses rank 0's draws, so that all gather the weights of ZeRO-3 together."""
+        """Continue the prompts. Every rank uses rank 0's draws, so that all ranks gather ZeRO-3's weights together."""
         settings = self.config.validation
         self.engine.module.eval()
         written = write(

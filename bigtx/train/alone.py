@@ -12,10 +12,10 @@ from bigtx.model.transformer import Transformer
 
 
 class Alone:
-    """The only process of a measurement.
+    """The engine of a measurement with a single process.
 
     Attributes:
-        rank, world_size: its place among all ranks.
+        rank, world_size: always 0 and 1.
         module: the model, in evaluation mode.
     """
 

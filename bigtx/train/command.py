@@ -1,8 +1,8 @@
 """What `bigtx pretrain` and `bigtx finetune` have in common.
 
 config, checked ─▶ this process is a rank (of deepspeed, torchrun, srun): it trains
-                └▶ else it looks at the run folder and at what the run reads, starts a rank for each GPU, and supervises
-                   them (see `bigtx.launch`)
+                └▶ else it checks the run folder and the run's inputs, starts a rank for each GPU, and supervises the
+                   ranks (see `bigtx.launch`)
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from bigtx.utils import processes
 from bigtx.utils.errors import LaunchError, say_from_any_rank
 
 CheckInputs = Callable[[Config, int], None]
-"""Refuses what the run cannot read, given the config and the number of ranks. Imports no torch."""
+"""A check of the run's inputs, given the config and the number of ranks. It does not import torch."""
 Train = Callable[[RunContext[Config]], int]
-"""Trains; returns the exit status."""
+"""A function that trains and returns the exit status."""
 
 
 def run_training(
@@ -35,20 +35,20 @@ def run_training(
     program: str,
     example: str,
 ) -> int:
-    """Train by a command line, in all ranks that it asks for.
+    """Run the training of a command line, in all its ranks.
 
     Args:
-        schema: of the config.
-        argv: without the program's name.
-        check_inputs, train: import and return the functions. `check_inputs` is imported once the config is known to be
-            good; `train`, which brings torch, in each rank, when a request to stop is already answered.
-        program, example: for the help.
+        schema: the class of the config.
+        argv: the arguments without the program's name.
+        check_inputs, train: import and return the functions. `check_inputs` is imported once the config is valid;
+            `train`, which imports torch, is imported in each rank once requests to stop are handled.
+        program, example: texts for the help.
 
     Returns:
         The exit status.
 
     Raises:
-        BigtxError: of the config, the run folder, what the run reads, or the training itself.
+        BigtxError: the config, the run folder, the inputs or the training fail.
     """
     parsed = parse_command_line(schema, argv, program=program, example=example)
     world = _find_world(parsed)
@@ -69,8 +69,8 @@ def run_training(
 
 
 def _find_world(parsed: Parsed[Config]) -> World | None:
-    """Return as `find_world`. Where a launcher set half of its variables, every process reports it: none knows its
-    rank."""
+    """Return the result of `find_world`. If a launcher set only some of its variables, every process reports it,
+    because none knows its rank."""
     try:
         return find_world(parsed.num_ranks, divides=parsed.config.train.global_batch_size)
     except LaunchError as error:

@@ -1,6 +1,6 @@
-"""What both kinds of runs have from the first log line to the last.
+"""The context of a run of either kind, from the first log line to the last.
 
-A run may be started many times; each start finds in the run folder where the previous one ended.
+A run may be started many times; each start finds in the run folder where the previous start ended.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ Config = TypeVar("Config", bound=RunConfig)
 LOST_RANK = re.compile(r"Connection (closed|reset) by peer|Broken pipe|NCCL (communicator was aborted|error)")
 """What torch.distributed's backends report when another process is gone."""
 SILENT_RANK = re.compile(r"Timed out waiting|wait timeout after|collective operation timeout")
-"""What they report when another process has not answered in time."""
+"""What the backends report when another process has not answered in time."""
 
 
 class RunContext(Generic[Config]):
-    """The log, the run folder, the other ranks, the tracker and requests to stop; and one place for errors.
+    """The log, the run folder, the ranks, the tracker, requests to stop, and the handling of errors.
 
     Attributes:
-        config: checked, as the user gave it; for a dry run with a temporary folder and without W&B.
+        config: the checked config of the user; for a dry run with a temporary folder and without W&B.
         files: the files that the config was read from.
         folder: the run folder.
-        dry_run: whether to make one step and keep nothing.
+        dry_run: whether to make one step and keep no file.
         ranks: all processes of the run, once `join_ranks` was called.
         stop: the user's or the scheduler's request to stop.
         state: the progress of the run, once it is known.
-        status: how this start of the run ended; written to events.jsonl and to W&B.
-        resources: closed on exit, last opened first.
+        status: how this start of the run ended, for events.jsonl and W&B.
+        resources: what is closed on exit, in reverse order.
         damaged: why checkpoints were refused.
     """
 
@@ -66,7 +66,7 @@ class RunContext(Generic[Config]):
         self._training_tracker: Tracker | None = None
 
     def __enter__(self) -> Self:
-        """Start the log, and listen to requests to stop.
+        """Start the log and the handling of requests to stop.
 
         Raises:
             LaunchError: the run folder cannot be written.
@@ -92,7 +92,7 @@ class RunContext(Generic[Config]):
         return self
 
     def join_ranks(self) -> Ranks:
-        """Meet the other ranks.
+        """Connect to the other ranks.
 
         Raises:
             LaunchError: see `Ranks`.
@@ -106,8 +106,8 @@ class RunContext(Generic[Config]):
         return self.ranks
 
     def as_given(self, config: Config) -> Config:
-        """Return a completed config with the size of micro batches that the user gave: another number of ranks may use
-        it."""
+        """Return a completed config with the micro batch size that the user gave, which another number of ranks may
+        use."""
         return dataclasses.replace(config, train=self.config.train)
 
     def note_damaged(self, text: str) -> None:
@@ -117,7 +117,7 @@ class RunContext(Generic[Config]):
 
     @contextmanager
     def training(self, tracker: Tracker) -> Iterator[None]:
-        """Answer requests to stop with a checkpoint, which the tracker announces."""
+        """Answer requests to stop with a checkpoint, and announce it through the tracker."""
         self.stop.defer()
         if self.ranks.rank == 0:
             self.stop.watch(self.folder / STOP_FILE)
@@ -126,7 +126,7 @@ class RunContext(Generic[Config]):
         self._training_tracker = None
 
     def _answer_request(self, came_early: bool) -> None:
-        """Answer a request to stop at once: the current step may take long."""
+        """Print at once that the run stops: the current step may take long."""
         if came_early:
             log.report(stopped=True)
             log.say_stopped("stopped before the first step; nothing to save")
@@ -136,7 +136,7 @@ class RunContext(Generic[Config]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close what was opened. The first rank that meets an error of the user prints it."""
+        """Close what was opened. The first rank with an error of the user prints it."""
         self.stop.defer()
         if self.stop.came_early:
             self.status = "stopped"
@@ -151,7 +151,7 @@ class RunContext(Generic[Config]):
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _explain(self, error: BaseException) -> None:
-        """Print why this start of the run ends, once for all ranks; other errors keep their traceback."""
+        """Print why this start of the run ended, once for all ranks; other errors keep their traceback."""
         if self.state is not None:
             log.report(step=self.state.step)
         if self.stop.came_early:
@@ -161,7 +161,7 @@ class RunContext(Generic[Config]):
             self._explain_silence(error)
         elif self._has_ranks and isinstance(error, RuntimeError) and LOST_RANK.search(str(error)):
             lost = LaunchError(
-                "lost the connection to another rank, which has ended; its last words are above or in "
+                "lost the connection to another rank, which has ended; its last messages are above or in "
                 f"{self.folder / 'logs'}. The same command resumes from the last checkpoint"
             )
             lost.exit_status = EXIT_FAILED
@@ -174,7 +174,7 @@ class RunContext(Generic[Config]):
             self._print_once(error)
 
     def _explain_silence(self, error: RuntimeError) -> NoReturn:
-        """Name the ranks that did not answer in time; each of the others leaves its stack in its log."""
+        """Raise an error that names the ranks that did not answer in time; each other rank logs its stack."""
         logging.getLogger(__name__).error("this rank waited for another until engine.timeout", exc_info=error)
         silent = self.ranks.silent()
         who = f"rank {', '.join(map(str, silent))}" if silent else "a rank, or the network,"

@@ -1,4 +1,4 @@
-"""Train a run that is ready, to its end or to a request to stop: its files, its tracker, and its last words."""
+"""Train a prepared run until its end or a request to stop: its files, its tracker, and its last messages."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def open_tracker(
     """Start the metrics, the events and W&B, and record how this start of the run began.
 
     Args:
-        better: which values of each metric are better, by its name without group.
+        better: whether lower or higher is better for each metric, by its name without group.
         base: see `facts_of`; empty where the run began from its seed.
     """
     tracker = Tracker(
@@ -85,12 +85,12 @@ def write_description(
 
 
 def open_meter(config: RunConfig, ranks: Ranks, start: Start, flops_per_token: float) -> Meter:
-    """Return the meter of a run, as its checkpoint left it.
+    """Return the meter of a run, with the sums that its checkpoint holds.
 
     Args:
-        flops_per_token: floating-point operations of a training step per token that counts.
+        flops_per_token: floating-point operations of a training step per counted token.
     """
-    # No figure is known for a CPU: what a measurement gives depends on what else the cores do.
+    # There is no figure for a CPU: a measurement depends on what else the cores do.
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     peak = hardware.peak_flops(name, config.engine.precision) if name else None
     meter = Meter(flops_per_token=flops_per_token, peak_flops=None if peak is None else peak * ranks.world_size)
@@ -100,7 +100,7 @@ def open_meter(config: RunConfig, ranks: Ranks, start: Start, flops_per_token: f
 
 
 def with_teacher(task: Task, teacher: Teacher | None, config: RunConfig, engine: Engine) -> Task:
-    """Return the task as the loop trains it. Measurements within the run use the task alone."""
+    """Return the task that the loop trains. Measurements within the run use the task without the teacher."""
     if teacher is None:
         return task
     return teacher.teach(task, config.distill, engine.device, config.engine.precision)
@@ -113,17 +113,17 @@ def execute(
     next_command: str,
     conclude: Callable[[Run], None] = lambda run: None,
 ) -> int:
-    """Train to the end or to a request to stop. Returns the exit status.
+    """Train to the end or to a request to stop, and return the exit status.
 
     Args:
-        next_command: what a user may do with the finished run.
+        next_command: a command that uses the finished run.
         conclude: called after the last step.
     """
     if context.dry_run:
         return _try_one_step(context, run)
     with context.training(run.tracker):
         is_finished = loop.train(run, context.stop)
-    context.stop.forget_file()  # The end of the run answers a request, too: the next start must not stop because of it.
+    context.stop.forget_file()  # The next start must not stop because of this request.
     if not is_finished:
         _close_tracker(context, run, "stopped")
         log.report(stopped=True)
@@ -141,13 +141,13 @@ def execute(
 
 
 def _close_tracker(context: RunContext[Config], run: Run, status: Literal["finished", "stopped"]) -> None:
-    """Finish what the screen shows, W&B's last messages included, so that the run's own come last."""
+    """Close the tracker, so that W&B prints its last messages before the run prints its own."""
     context.status = status
     run.tracker.close(status, run.state.step)
 
 
 def _announce_model(run: Run) -> None:
-    """Name the checkpoint by which other commands use the run."""
+    """Record which checkpoint other commands use."""
     given = Checkpoint(preferred(run.run_dir))
     run.tracker.model(given.manifest["step"], given.path, given.manifest_sha256)
 

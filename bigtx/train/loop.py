@@ -23,20 +23,20 @@ from bigtx.utils.errors import BigtxError
 from bigtx.utils.memory import keep_freed_memory
 from bigtx.utils.shell import settings
 
-CURE = (
+ADVICE = (
     "Lower the learning rate ("
     + settings({"optimizer.learning_rate": "X", "allow_changes": ["optimizer.learning_rate"]})
     + ")"
 )
-"""What helps most often where steps are skipped."""
+"""The usual remedy where steps are skipped."""
 
 
 class Validation(Protocol):
-    """Measures a model within a run."""
+    """A measurement of the model within a run."""
 
     def report(self, tracker: Tracker, state: RunState) -> bool:
-        """Measure and report. Returns whether the model is the best so far, so that its checkpoint is kept. Every rank
-        must call it."""
+        """Measure and report, and return whether the model is the best so far, so that its checkpoint is kept. Every
+        rank must call it."""
         ...
 
 
@@ -56,10 +56,10 @@ class Run:
     meter: Meter
     state: RunState
     facts: dict[str, Any]
-    """What every checkpoint's manifest records besides the progress."""
+    """Entries of every checkpoint's manifest besides the progress."""
     validate_every: str
     patience: int | None = None
-    """End after this many measurements without a better one."""
+    """The run ends after this many measurements without a better one."""
 
 
 def train(run: Run, stop: StopRequest) -> bool:
@@ -105,7 +105,7 @@ def train(run: Run, stop: StopRequest) -> bool:
         # Each `due` is called exactly once after every step.
         to_validate, to_save = validate.due(state, elapsed) or last, save.due(state, elapsed) or last
         if stopped and not last:
-            # Save at once: the sender of the request may not wait long. The resumed run measures.
+            # Save at once, because the sender of the request may not wait long. The resumed run measures.
             state.owes_validation = to_validate
             save_checkpoint(run)
         else:
@@ -121,14 +121,14 @@ def train(run: Run, stop: StopRequest) -> bool:
         raise BigtxError(
             f"the run is not finished: its last {state.skipped_in_a_row} steps (up to step {state.step}) were skipped, "
             "because the loss or gradient was not finite. The last good checkpoint was kept, and the command resumes "
-            f"from it. {CURE}, look at the data before sequence {state.sequences:,}, or end the run before these steps "
-            "(train.max_steps)"
+            f"from it. {ADVICE}, inspect the data before sequence {state.sequences:,}, or end the run before these "
+            "steps (train.max_steps)"
         )
     return finished
 
 
 def measure(run: Run) -> bool:
-    """Validate; returns whether the model is the best so far."""
+    """Validate, and return whether the model is the best so far."""
     is_best = run.validation.report(run.tracker, run.state)
     run.state.owes_validation = False
     return is_best
@@ -161,7 +161,7 @@ def train_step(run: Run, micro_batches: list[Any], num_labels: int, num_tokens: 
             raise BigtxError(
                 f"{state.skipped_in_a_row} steps in a row (up to step {step}) had a loss or gradient that is "
                 "not finite, more than train.max_skipped_steps. The last good checkpoint was kept, and the command "
-                f"resumes from it. {CURE}, or look at the data before sequence {state.sequences:,}"
+                f"resumes from it. {ADVICE}, or inspect the data before sequence {state.sequences:,}"
             )
     return result
 
@@ -178,7 +178,7 @@ def report(run: Run, result: StepResult) -> None:
 
 
 def save_checkpoint(run: Run) -> Path:
-    """Write a checkpoint of this step, where there is none yet."""
+    """Write a checkpoint of this step if there is none yet, and return its folder."""
     state = run.state
     facts = run.facts | {"step": state.step, "state": state.to_dict(), "meter": run.meter.to_dict()}
     if state.is_suspect:

@@ -1,4 +1,4 @@
-"""From steps to metrics: sums between two log lines."""
+"""Metrics of the steps between two log lines."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from bigtx.model.experts import Routing
 
 
 class RoutingMeter:
-    """Where the tokens of a window went, if there are experts. Nothing of it waits for the device before `metrics`."""
+    """The routing of a window's tokens to experts. Only `metrics` waits for the device."""
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        """Begin a window."""
+        """Start a new window."""
         self.steps = 0
         self.means = torch.zeros(2, dtype=torch.float64)  # Balance and z, summed over steps.
         self.counts = torch.zeros((1, 1), dtype=torch.float64)
@@ -32,7 +32,7 @@ class RoutingMeter:
         self.counts = self.counts.to(means.device) + routing.counts
 
     def metrics(self) -> dict[str, float]:
-        """Return balance and z, and the largest and smallest share of an expert in any layer; 1 is an even share."""
+        """Return balance and z, and the largest and smallest load of an expert in any layer; 1 is an even load."""
         if not self.steps:
             return {}
         balance, z = (self.means / self.steps).tolist()
@@ -45,7 +45,7 @@ class RoutingMeter:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the open window; JSON keeps the numbers exactly."""
+        """Return the sums of the open window; JSON keeps the numbers exactly."""
         return {"steps": self.steps, "means": self.means.tolist(), "counts": self.counts.tolist()}
 
     def restore(self, saved: dict[str, Any]) -> None:
@@ -58,14 +58,14 @@ class RoutingMeter:
 class Meter:
     """Sums over the steps since the last log line.
 
-    The sums of the loss and of the routing travel with the checkpoint (`to_dict`), so that a resumed run logs what an
-    uninterrupted one logs. Time spent outside of steps (validation, checkpoints) is taken out by `pause` and `resume`.
+    Checkpoints hold the sums of the loss and of the routing (`to_dict`), so that a resumed run logs what an
+    uninterrupted one logs. `pause` and `resume` exclude time spent outside of steps (validation, checkpoints).
     """
 
     def __init__(self, *, flops_per_token: float, peak_flops: float | None) -> None:
         """Args:
-        flops_per_token: of the model, forward and backward.
-        peak_flops: of all ranks together, per second; None where unknown.
+        flops_per_token: floating-point operations of the model per token, forward and backward.
+        peak_flops: floating-point operations per second of all ranks together; None where unknown.
         """
         self.flops_per_token = flops_per_token
         self.peak_flops = peak_flops
@@ -76,12 +76,12 @@ class Meter:
         self.start()
 
     def start(self) -> None:
-        """Begin a window's clock."""
+        """Start the clock of a new window."""
         self.steps, self.tokens, self.seconds, self._wait_start = 0, 0, 0.0, self._wait_end
         self._since: float | None = time.monotonic()
 
     def add(self, result: StepResult, *, num_labels: int, num_tokens: int, wait_seconds: float) -> None:
-        """Add one step; labels and tokens of all ranks, `wait_seconds` is the loader's total so far."""
+        """Add one step: its labels and tokens over all ranks, and the loader's total `wait_seconds` so far."""
         self.loss_sum = self.loss_sum.to(result.loss_sum.device)
         if not result.skipped:
             self.loss_sum += result.loss_sum
@@ -103,7 +103,7 @@ class Meter:
         self._since = time.monotonic()
 
     def metrics(self) -> dict[str, float]:
-        """Return the metrics of the window, and begin the next one."""
+        """Return the metrics of the window, and start the next one."""
         self.pause()
         seconds = max(self.seconds, 1e-9)
         tokens_per_second = self.tokens / seconds

@@ -1,7 +1,7 @@
-"""Which folder may be a run's. Looked at before anything is written there, and imports nothing heavy.
+"""Checks of `run_dir` before anything is written there. This module imports nothing heavy.
 
-A new run takes an empty folder, or one whose files are none that it would write over: notes and logs of a scheduler are
-left alone. A run in the folder is resumed, unless its checkpoints are gone: then it begins again only on request.
+A new run may use an empty folder, or one without files that it would overwrite: notes and logs of a scheduler are
+left alone. A run in the folder is resumed, unless its checkpoints are gone: then it starts again only on request.
 """
 
 from __future__ import annotations
@@ -19,37 +19,39 @@ from bigtx.utils.files import read_object
 from bigtx.utils.shell import setting
 
 GIVEN_CONFIG = "config.given.yaml"
-"""A user's own RUN/config.yaml, kept where the run's takes its name."""
+"""The copy of a user's own RUN/config.yaml, which the run's config replaces."""
 METRICS = "metrics.jsonl"
 WANDB = ("wandb_run_id", "wandb_run_place")
 HISTORY = (METRICS, "samples.jsonl", "predictions.jsonl", "events.jsonl", "results.json", "base.json", *WANDB)
-"""What says how the run went, besides its config."""
+"""Files that record the course of the run, besides its config."""
 FOLDERS = ("tokenizer", "frozen", "frozen.partial")
 WRITTEN = (CONFIG, GIVEN_CONFIG, ENVIRONMENT, "deepspeed.json", "reference.safetensors", *HISTORY, *FOLDERS)
-"""What a run overwrites. To other folders (logs, wandb, profile, evaluations) it adds files;
-`checkpoints` may be made before the run, on another disk."""
+"""Names that a run overwrites. It adds files to other folders (logs, wandb, profile, evaluations);
+`checkpoints` may exist before the run, on another disk."""
 MARK = "README.bigtx"
-"""In `checkpoints`, from the run's beginning on: where it is gone, so are the checkpoints that may have been there."""
+"""A file in `checkpoints` since the run's start. If it is gone, checkpoints that were there are gone too."""
 
 
 def check_run_dir(config: RunConfig, files: Iterable[Path] = ()) -> None:
-    """Refuse a `run_dir` in which a run would destroy something.
+    """Refuse a `run_dir` in which a run would overwrite something.
 
     Args:
         files: the config files that the command names, and those they build on.
 
     Raises:
-        ConfigError: it is an input of the run, something else than a run, or holds files that are not a run's.
-        CheckpointError: it is a run whose checkpoints are gone, or whose config is missing or damaged.
-        LaunchError: it or its checkpoints cannot be written.
+        ConfigError: the folder is an input of the run, is not a run, or holds files that no run wrote.
+        CheckpointError: the folder is a run whose checkpoints are gone, or whose config is missing or damaged.
+        LaunchError: the folder or its checkpoints cannot be written.
     """
     run_dir = Path(config.run_dir)
     _check_place(run_dir)
     if not run_dir.is_dir():
-        return  # It is made later.
+        return  # The folder is created later.
     for key, name in _inputs(config):
         if run_dir.resolve() in (Path(name).resolve(), run_dir_of(name).resolve()):
-            raise ConfigError(f"run_dir={run_dir} is what {key} names; a run needs a folder of its own: name another")
+            raise ConfigError(
+                f"run_dir={run_dir} is also named by {key}; a run needs a folder of its own: name another folder"
+            )
     if not is_run(run_dir):
         _refuse_other_files(run_dir, is_given=gives_config(run_dir, files))
     saved_values(run_dir)
@@ -57,7 +59,7 @@ def check_run_dir(config: RunConfig, files: Iterable[Path] = ()) -> None:
 
 
 def _check_place(run_dir: Path) -> None:
-    """Refuse a folder that cannot be made, or cannot be written into."""
+    """Refuse a folder that cannot be created or written."""
     place = run_dir
     while not os.path.lexists(place) and place != place.parent:
         place = place.parent
@@ -71,7 +73,7 @@ def saved_values(run_dir: Path) -> dict[str, Any] | None:
     """Return the config of the run so far as plain values; None where no step was saved, so that any config may follow.
 
     Raises:
-        CheckpointError: it is missing or damaged.
+        CheckpointError: the config is missing or damaged.
     """
     if not has_steps(run_dir):
         return None
@@ -90,7 +92,7 @@ def are_checkpoints_gone(run_dir: Path) -> bool:
 
 
 def _inputs(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Places that the run reads, by the key that names them."""
+    """Return each path that the run reads, with the setting that names it."""
     named: list[tuple[str, str | None]] = [("distill.teacher", config.distill.teacher)]
     if isinstance(config, FinetuneConfig):
         named += [("base", config.base), ("tokenizer", config.tokenizer)]
@@ -105,7 +107,7 @@ def _inputs(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 def _refuse_other_files(run_dir: Path, *, is_given: bool) -> None:
     if kind := _other_kind(run_dir):
-        raise ConfigError(f"run_dir={run_dir} is {kind}; a run would write over its files: name another folder")
+        raise ConfigError(f"run_dir={run_dir} is {kind}; a run would overwrite its files: name another folder")
     own, kept = run_dir / CONFIG, run_dir / GIVEN_CONFIG
     there = [name for name in WRITTEN if (run_dir / name).exists() or (run_dir / name).is_symlink()]
     if is_given:
@@ -113,15 +115,15 @@ def _refuse_other_files(run_dir: Path, *, is_given: bool) -> None:
         if kept.is_file() and kept.read_bytes() == own.read_bytes():
             there.remove(GIVEN_CONFIG)
     if there:
-        hint = f" (to train by it, name it in the command: {own})" if there == [CONFIG] else ""
+        hint = f" (to use it as the config, name it in the command: {own})" if there == [CONFIG] else ""
         raise ConfigError(
-            f"run_dir={run_dir} holds {', '.join(there)}, which no run wrote and a run would write over{hint}; "
-            f"move {'it' if len(there) == 1 else 'them'} away, or name another folder"
+            f"run_dir={run_dir} holds {', '.join(there)}, which no run wrote and a run would overwrite{hint}; "
+            f"move {'it' if len(there) == 1 else 'them'} elsewhere, or name another folder"
         )
 
 
 def _other_kind(folder: Path) -> str | None:
-    """Return what a folder is, if it is something of bigtx or of another library, but not a run."""
+    """Return what a folder is, if bigtx or another library wrote it and it is not a run."""
     kind = kind_of(str(folder), os.listdir(folder))
     if kind not in (None, RUN):
         return kind
@@ -138,17 +140,17 @@ def _check_checkpoints(run_dir: Path, config: RunConfig) -> None:
     folder = run_dir / CHECKPOINTS
     if folder.is_symlink() and not folder.exists():
         raise CheckpointError(
-            f"{folder} is a link to {os.readlink(folder)}, which is not there; mount that disk, or make the link "
-            "lead to the checkpoints"
+            f"{folder} is a link to {os.readlink(folder)}, which is missing; mount that disk, or point the link to "
+            "the checkpoints"
         )
     if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder, and checkpoints are written into one; move it away")
+        raise CheckpointError(f"{folder} is not a folder, but checkpoints need one; move it elsewhere")
     if are_checkpoints_gone(run_dir) and CHECKPOINTS not in config.allow_changes:
         raise CheckpointError(
-            f"{run_dir} has made steps ({METRICS}), but {folder} holds no checkpoint of them; give that folder back, "
-            "or mount its disk. To begin again at step 0 on purpose, add "
-            f"{setting('allow_changes', [CHECKPOINTS])}: what the run has written until now is then kept in a folder "
-            "beside"
+            f"{run_dir} has made steps ({METRICS}), but {folder} holds no checkpoint of them; restore that folder, "
+            "or mount its disk. To start again at step 0 on purpose, add "
+            f"{setting('allow_changes', [CHECKPOINTS])}: the files of the run so far are then kept in "
+            f"{run_dir / 'history-N'}"
         )
     if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
         raise LaunchError(f"{folder} cannot be written; make it writable, or name another run_dir")

@@ -1,10 +1,10 @@
-"""The run folder: one run at a time opens it, and it holds all about the run.
+"""The run folder: one run at a time opens it, and it holds everything about the run.
 
 config.yaml        the resolved config            tokenizer/       copied from the data
 deepspeed.json     as given to DeepSpeed          environment.json versions, commit, hardware
-config.given.yaml  the user's, if it was in the way of config.yaml
+config.given.yaml  the user's own config.yaml, if there was one
 metrics.jsonl, samples.jsonl, events.jsonl, wandb/, logs/ and checkpoints/ grow during the run
-frozen/            the weights that the run does not train, where there are any; every checkpoint is read with them
+frozen/            the weights that the run does not train, if there are any; they belong to every checkpoint
 """
 
 from __future__ import annotations
@@ -50,24 +50,24 @@ COMPLETED = (
     "classify.pooling",
     "chat.format",
 )
-"""Settings that a run completes from its data or its teacher, so that its own config says more than the command."""
+"""Settings that a run completes from its data or its teacher, so that its config has more settings than the command."""
 BASE_FACTS = ("checkpoint", "manifest_sha256", "step", "wandb_run_id")
-"""What links a run to the one whose weights it began with."""
-README = """The checkpoints of a run of bigtx; the run is the folder that this one, or a link to it, lies in.
+"""Keys that identify the run whose weights another run started from."""
+README = """The checkpoints of a run of bigtx. The run folder is the parent of this folder, or of a link to it.
 
-bigtx writes this file when the run begins. A run that has made steps and finds neither this file nor a checkpoint
-does not begin again at step 0, since its checkpoints must have been moved or deleted.
+bigtx writes this file when the run starts. A run that has made steps and finds neither this file nor a checkpoint
+does not start again at step 0, since its checkpoints must have been moved or deleted.
 """
 
 
 @dataclass(frozen=True)
 class Opened:
-    """What opening the folder found.
+    """The state of the folder when it was opened.
 
     Attributes:
-        lock: held until the run ends.
-        changed: settings that differ from the run's earlier part, allowed by name.
-        aside: where the history of a run is kept that begins again, its checkpoints being gone.
+        lock: the lock of the folder, held until the run ends.
+        changed: settings that differ from the run so far, each allowed by name.
+        aside: the folder of the earlier history, where a run without its checkpoints starts again.
     """
 
     lock: FolderLock
@@ -76,7 +76,7 @@ class Opened:
 
 
 def open_run_folder(config: RunConfig, *, files: Iterable[Path], environment: dict[str, Any]) -> Opened:
-    """Make or reopen the folder, and compare settings where the run has made steps. Only rank 0 calls this, after
+    """Create or reopen the folder, and compare settings if the run has made steps. Only rank 0 calls this, after
     `check_run_dir`.
 
     Args:
@@ -84,9 +84,9 @@ def open_run_folder(config: RunConfig, *, files: Iterable[Path], environment: di
         environment: versions, commit, hardware.
 
     Raises:
-        LaunchError: it cannot be written, or another run holds it.
-        ConfigError: the config differs from the run's own in a way that resume does not allow.
-        CheckpointError: the folder holds something else, or lost its config.
+        LaunchError: the folder cannot be written, or another run holds it.
+        ConfigError: the config differs from the run's in a way that resume does not allow.
+        CheckpointError: the folder holds something else, or its config is missing.
     """
     run_dir = Path(config.run_dir)
     try:
@@ -99,7 +99,7 @@ def open_run_folder(config: RunConfig, *, files: Iterable[Path], environment: di
         if not is_run(run_dir):
             if gives_config(run_dir, files):
                 write_atomic(run_dir / GIVEN_CONFIG, (run_dir / CONFIG).read_bytes())
-            # After this line the folder is a run's, even if this start fails.
+            # After this line the folder counts as a run, even if this start fails.
             write_json(run_dir / ENVIRONMENT, scrub(environment))
         begins_again = CHECKPOINTS in config.allow_changes and are_checkpoints_gone(run_dir)
         return Opened(lock, changed, _set_history_aside(run_dir) if begins_again else None)
@@ -112,14 +112,14 @@ def open_run_folder(config: RunConfig, *, files: Iterable[Path], environment: di
 
 
 def _set_history_aside(run_dir: Path) -> Path:
-    """Move what a run wrote before its checkpoints were lost into a new folder in the run folder."""
+    """Move the files of a run that lost its checkpoints into a new folder inside the run folder."""
     number = 1
     while (aside := run_dir / f"history-{number}").exists():
         number += 1
     aside.mkdir()
     if (run_dir / CONFIG).is_file():
         shutil.copy2(run_dir / CONFIG, aside / CONFIG)
-    # The metrics come last: as long as they are there, the next start does this again.
+    # The metrics are moved last: while they are in place, the next start does this again.
     for name in sorted(HISTORY, key=METRICS.__eq__):
         if (run_dir / name).is_file():
             (run_dir / name).rename(aside / name)
@@ -127,9 +127,9 @@ def _set_history_aside(run_dir: Path) -> Path:
 
 
 def check_folder(config: RunConfig, files: Iterable[Path]) -> None:
-    """Refuse a run folder that another run holds, or in which the run would destroy something.
+    """Refuse a run folder that another run holds, or in which the run would overwrite something.
 
-    It is called before anything is written there, and before the ranks find the port of the other run taken.
+    It is called before anything is written there, and before the ranks could fail at a port that the other run uses.
 
     Raises:
         LaunchError, ConfigError, CheckpointError: see `refuse_if_held` and `check_run_dir`.
@@ -140,7 +140,7 @@ def check_folder(config: RunConfig, files: Iterable[Path]) -> None:
 
 
 def check_teacher(config: RunConfig) -> None:
-    """Refuse a teacher that is not a run, or has no checkpoint, before torch is imported to read it.
+    """Refuse a teacher that is not a run or has no checkpoint, before torch is imported to read it.
 
     Raises:
         BigtxError: see `find_with_tokenizer`.
@@ -150,9 +150,9 @@ def check_teacher(config: RunConfig) -> None:
 
 
 def check_settings(config: RunConfig) -> None:
-    """Refuse settings that the run so far does not allow to change, before its data are read.
+    """Refuse changes of settings that resume does not allow, before the data are read.
 
-    What follows from the data is compared when the folder is opened.
+    Settings that follow from the data are compared when the folder is opened.
 
     Raises:
         ConfigError: as `open_run_folder`.
@@ -162,7 +162,7 @@ def check_settings(config: RunConfig) -> None:
 
 
 def _changed_settings(run_dir: Path, config: RunConfig, but: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Return what differs from the run so far, all of it allowed; nothing where no step was saved.
+    """Return the settings that differ from the run so far, all of them allowed; empty if no step was saved.
 
     Args:
         but: settings that are not compared.
@@ -183,7 +183,7 @@ def _changed_settings(run_dir: Path, config: RunConfig, but: Sequence[str] = ())
 def describe_run(
     config: RunConfig, *, tokenizer: Tokenizer, deepspeed: dict[str, Any], environment: dict[str, Any]
 ) -> None:
-    """Write what is known once the engine is built. Only rank 0 calls this.
+    """Write the files that describe the run, once the engine is built. Only rank 0 calls this.
 
     Raises:
         LaunchError: the folder cannot be written.

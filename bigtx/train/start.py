@@ -35,7 +35,7 @@ from bigtx.utils.units import format_count
 
 @dataclass(frozen=True)
 class Start:
-    """What a run's folder holds when the run is started.
+    """The state of a run's folder when the run is started.
 
     Attributes:
         environment: versions, commit and hardware.
@@ -49,15 +49,15 @@ class Start:
 
 
 def open_folder(context: RunContext[Config], config: Config, facts: dict[str, Any]) -> Start:
-    """Take the run folder, and find the checkpoint to resume from.
+    """Lock the run folder, and find the checkpoint to resume from.
 
     Args:
-        config: complete.
+        config: the complete config.
         facts: what the run reads: `tokenizer`, `data` and `teacher`, as each checkpoint's manifest records them.
 
     Raises:
         LaunchError, ConfigError: see `open_run_folder`.
-        CheckpointError: see `checkpoint.choose`; or the run was trained on something else.
+        CheckpointError: see `checkpoint.choose`; or the run was trained with other inputs.
     """
     ranks, environment = context.ranks, hardware.describe()
     given = context.as_given(config)
@@ -66,7 +66,8 @@ def open_folder(context: RunContext[Config], config: Config, facts: dict[str, An
         context.resources.callback(opened.lock.release)
         if opened.aside:
             log.say(
-                f"starts again at step 0, because its checkpoints are gone; what it wrote before is in {opened.aside}"
+                "the run starts again at step 0, because its checkpoints are gone; its earlier files are in "
+                f"{opened.aside}"
             )
     changed = ranks.from_first(opened.changed if opened else None)
     found = checkpoint.choose(context.folder, ranks, context.note_damaged)
@@ -78,14 +79,14 @@ def open_folder(context: RunContext[Config], config: Config, facts: dict[str, An
 def _refuse_other_inputs(found: Checkpoint, facts: dict[str, Any], config: RunConfig) -> None:
     for key, what, own in (
         ("tokenizer", "with another tokenizer", "data"),
-        ("data", "on other data (or in another state)", "data"),
-        ("teacher", "under another teacher", "teacher (distill.teacher may name a checkpoint)"),
+        ("data", "on other data (or on another version of it)", "data"),
+        ("teacher", "with another teacher", "teacher (distill.teacher may name a checkpoint)"),
     ):
         before, now = found.manifest.get(key), facts.get(key)
         if before != now:
             raise CheckpointError(
-                f"{found.path} was trained {what} than it now names: it had {before}, here is {now}; "
-                f"give it its own {own} back, or begin another run_dir with {config.begins_with}=THIS_RUN"
+                f"{found.path} was trained {what} than the config names: it had {before}, and now there is {now}; "
+                f"name its own {own} again, or start another run_dir with {config.begins_with}=THIS_RUN"
             )
 
 
@@ -101,8 +102,8 @@ def open_teacher(config: RunConfig, ranks: Ranks) -> Teacher | None:
 
 
 def complete(config: Config, ranks: Ranks, teacher: Teacher | None) -> Config:
-    """Return the config with what follows from the ranks and from the teacher: the size of micro batches, and what the
-    student takes over where its config does not say."""
+    """Return the config with the micro batch size that fits the number of ranks, and with the teacher's settings where
+    the student's config does not set them."""
     train = config.train
     size = micro_batch_size_of(train, ranks.world_size)
     if size != train.micro_batch_size:
@@ -115,7 +116,7 @@ def complete(config: Config, ranks: Ranks, teacher: Teacher | None) -> Config:
 def check_teacher_fits(
     teacher: Teacher | None, config: RunConfig, tokenizer: Tokenizer, longest: int
 ) -> dict[str, str]:
-    """Return what the checkpoints' manifests record of the teacher; nothing if there is none.
+    """Return what the checkpoints' manifests record about the teacher; an empty dict without a teacher.
 
     Args:
         longest: columns of the longest row.
@@ -128,7 +129,7 @@ def check_teacher_fits(
     teacher.check(config, tokenizer, longest)
     settings = config.distill
     log.say(
-        f"teacher: {teacher.describe()}; its share in the loss {settings.weight:g}, at temperature "
+        f"teacher: {teacher.describe()}; its weight in the loss {settings.weight:g}, at temperature "
         f"{settings.temperature:g}"
     )
     return {"teacher": teacher.manifest_sha256}
@@ -146,10 +147,10 @@ def flops_of(config: RunConfig, teacher: Teacher | None, *, source: int, target:
 
 
 def build_engine(config: RunConfig, tokenizer: Tokenizer) -> Engine:
-    """Build the model under DeepSpeed; its weights are not set yet.
+    """Build the model and its DeepSpeed engine; the weights are not set yet.
 
     Raises:
-        ConfigError: optimizer.freeze or train_also match nothing, or leave nothing to train.
+        ConfigError: optimizer.freeze or train_also match no parameter, or leave none to train.
     """
     shapes = parameter_shapes(config.model)
     frozen = set(frozen_parameters(config, shapes))  # Globs that match nothing are refused before the model is built.
@@ -163,16 +164,16 @@ def build_engine(config: RunConfig, tokenizer: Tokenizer) -> Engine:
     if frozen:
         num_trained = sum(math.prod(shape) for name, shape in shapes.items() if name not in frozen)
         rank = config.model.lora.rank
-        what = f"adapters of rank {rank} and all else that is trained have" if rank else "of them are trained"
+        adapters = f", adapters of rank {rank} included" if rank else ""
         log.say(
-            f"{what} {format_count(num_trained)} parameters ({num_trained / count.total:.2%}); "
-            f"{len(frozen)} of {len(shapes)} tensors stay as they are"
+            f"trained: {format_count(num_trained)} parameters ({num_trained / count.total:.2%}){adapters}; "
+            f"{len(frozen)} of {len(shapes)} tensors are frozen"
         )
     return Engine(config, lambda: Transformer(config.model))
 
 
 def first_state(config: RunConfig, **fields: Any) -> RunState:
-    """Return the state of a run that has made no step; `fields` are its attributes."""
+    """Return the state of a run before its first step; `fields` are its attributes."""
     return RunState(harmless_skips=HARMLESS_SKIPS.get(config.engine.precision, 0), **fields)
 
 
@@ -182,7 +183,7 @@ def saved_state(config: RunConfig, start: Start) -> RunState:
     harmless = HARMLESS_SKIPS.get(config.engine.precision, 0)
     state = RunState.from_dict(start.checkpoint.manifest["state"] | {"harmless_skips": harmless})
     if start.changed:
-        state.skipped_in_a_row = 0  # Other settings may be the cure, and have all of max_skipped_steps.
+        state.skipped_in_a_row = 0  # The changed settings may help, so max_skipped_steps counts from zero.
     return state
 
 
@@ -199,7 +200,7 @@ def load_checkpoint(engine: Engine, start: Start, state: RunState) -> None:
 
 
 def initial_weights(engine: Engine, config: RunConfig, teacher: Teacher | None) -> ReadRange:
-    """Return the weights that the seed gives, or the teacher's layers, as `Engine.fill` reads them.
+    """Return a reader of the seed's random weights, or of the teacher's layers, for `Engine.fill`.
 
     Raises:
         ConfigError: the teacher's layers do not fit.
@@ -215,14 +216,13 @@ def initial_weights(engine: Engine, config: RunConfig, teacher: Teacher | None) 
 def set_first_weights(
     context: RunContext[Config], engine: Engine, read: ReadRange, *, keep_frozen: bool = True
 ) -> None:
-    """Set the weights as before the first step.
+    """Set the initial weights.
 
     Args:
-        keep_frozen: whether to keep those that the run does not train in its folder, so that no checkpoint has to hold
-            them.
+        keep_frozen: whether to save the frozen weights once in the run folder, so that checkpoints do not hold them.
 
     Raises:
-        CheckpointError: they could not be written.
+        CheckpointError: the frozen weights could not be written.
     """
     engine.fill(read, states=False)
     if engine.frozen and keep_frozen and not context.dry_run:
@@ -230,11 +230,11 @@ def set_first_weights(
 
 
 def open_other_run(context: RunContext[Config], folder: str) -> MergedCheckpoint:
-    """Open the newest whole checkpoint of another run, or the one that is named; its adapters are merged into its
+    """Open the newest complete checkpoint of another run, or the named checkpoint, with its adapters merged into its
     weights.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is no checkpoint.
     """
     # One choice for all ranks: the other run may save meanwhile.
     path = context.ranks.once(lambda: checkpoint.preferred(folder))
@@ -244,7 +244,7 @@ def open_other_run(context: RunContext[Config], folder: str) -> MergedCheckpoint
 
 
 def facts_of(source: Checkpoint) -> dict[str, Any]:
-    """Return what is kept of a checkpoint of another run that this one begins with."""
+    """Return the record of another run's checkpoint that this run starts from."""
     return {
         "checkpoint": str(source.path.absolute()),
         "manifest_sha256": source.manifest_sha256,
@@ -254,11 +254,13 @@ def facts_of(source: Checkpoint) -> dict[str, Any]:
 
 
 def say_finished(step: int, settings: Sequence[str], results: str = "") -> None:
-    """Print that nothing is left to do.
+    """Print that the run is finished, and how to continue it.
 
     Args:
-        settings: those that ended the run.
-        results: where the results are, as a part of the sentence.
+        settings: the names of the settings that ended the run.
+        results: a phrase that says where the results are.
     """
     longer = shell.settings({name: "N" for name in settings} | {"allow_changes": settings})
-    log.say(f"the run is finished: {step:,} steps{results}. To train on: {longer}; to start over, name another run_dir")
+    log.say(
+        f"the run is finished: {step:,} steps{results}. To train longer: {longer}; to start over, name another run_dir"
+    )

@@ -10,8 +10,8 @@ from bigtx.utils.errors import ConfigError
 from bigtx.utils.units import parse_duration
 
 HARMLESS_SKIPS = {"fp16": 2}
-"""By precision: skipped steps in a row that are no sign of broken weights. fp16's loss scale skips so many whenever
-it has risen too far; elsewhere each is a fault."""
+"""By precision: how many skipped steps in a row do not indicate broken weights. fp16 skips so many whenever its loss
+scale is too high; in other precisions each skipped step is a fault."""
 
 
 @dataclass
@@ -20,15 +20,15 @@ class RunState:
 
     Attributes:
         step: optimizer steps done, skipped ones included.
-        sequences: of the global order that are behind, read or skipped, over all ranks: the position in the data.
+        sequences: sequences of the global order that were read or skipped, over all ranks: the position in the data.
         tokens: input tokens consumed over all ranks.
         skipped_steps: steps without an update because of a non-finite value.
-        skipped_in_a_row: the latest of them without a good step between.
-        harmless_skips: of `HARMLESS_SKIPS`, for the precision of this process.
-        skipped_sequences: windows of the global order that the run passes over, as in `data.skip`.
-        best_step, best_value: the measurement that was best, where checkpoints are chosen by one.
-        measured_since_best: measurements after it.
-        owes_validation: a stop request came where the model was to be measured.
+        skipped_in_a_row: the number of skipped steps since the last good step.
+        harmless_skips: the entry of `HARMLESS_SKIPS` for the precision of this process.
+        skipped_sequences: windows of the global order that the run skips, as in `data.skip`.
+        best_step, best_value: the best measurement, where checkpoints are chosen by one.
+        measured_since_best: the number of measurements after the best one.
+        owes_validation: whether a stop request prevented a validation that was due.
     """
 
     step: int = 0
@@ -47,8 +47,8 @@ class RunState:
         """Count one optimizer step.
 
         Args:
-            sequences: the position in the data after it.
-            tokens: that it consumed.
+            sequences: the position in the data after the step.
+            tokens: the tokens that the step consumed.
         """
         self.step += 1
         self.sequences = sequences
@@ -62,11 +62,11 @@ class RunState:
         return self.skipped_in_a_row > self.harmless_skips
 
     def judge(self, value: float, *, lower: bool) -> bool:
-        """Record a measurement of this step. Returns whether it is the best so far: NaN and a measurement of suspect
+        """Record a measurement of this step, and return whether it is the best so far. NaN and measurements of suspect
         weights never are.
 
         Args:
-            lower: whether less is better.
+            lower: whether lower is better.
         """
         is_number = value == value
         is_best = (is_number and not self.is_suspect) and (
@@ -78,27 +78,27 @@ class RunState:
         return is_best
 
     def forget_best(self) -> None:
-        """Forget the best measurement and the streak without a better one."""
+        """Forget the best measurement and the number of measurements since."""
         self.best_step = self.best_value = None
         self.measured_since_best = 0
 
     def pass_over(self, ranges: list[str]) -> None:
-        """Take on `data.skip`.
+        """Set the windows of `data.skip`.
 
         Raises:
-            ConfigError: it differs from what the run has passed over until now.
+            ConfigError: they differ from what the run has skipped so far.
         """
         before, now = (SkippedWindows(each).before(self.sequences) for each in (self.skipped_sequences, ranges))
         if before != now:
             raise ConfigError(
-                f"data.skip=[{', '.join(ranges)}]: the run is at sequence {self.sequences:,} and has passed over "
-                f"[{', '.join(f'{start}-{end}' for start, end in before)}] until there; what was read cannot be "
-                "skipped any more, nor the other way. Change only what comes later, or go back to an earlier checkpoint"
+                f"data.skip=[{', '.join(ranges)}]: the run is at sequence {self.sequences:,} and has skipped "
+                f"[{', '.join(f'{start}-{end}' for start, end in before)}] so far; sequences before that position can "
+                "no longer be skipped or read. Change only later sequences, or resume from an earlier checkpoint"
             )
         self.skipped_sequences = ranges
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the state as a checkpoint's manifest holds it."""
+        """Return the state in the form that a checkpoint's manifest holds."""
         return asdict(self)
 
     @classmethod
@@ -108,7 +108,7 @@ class RunState:
 
 
 class Cadence:
-    """Something that happens every so often, by steps, tokens or time.
+    """A regular interval of steps, tokens or time.
 
     Every rank must pass the same numbers: the time is rank 0's.
     """
@@ -124,7 +124,7 @@ class Cadence:
         self._previous_tokens, self._previous_seconds = tokens, 0.0
 
     def due(self, state: RunState, elapsed_seconds: float) -> bool:
-        """Return whether the latest step reached another multiple. To be called once after every step."""
+        """Return whether the latest step reached another multiple. Call it once after every step."""
         if self.unit == "steps":
             return state.step % max(1, round(self.every)) == 0
         if self.unit == "tokens":

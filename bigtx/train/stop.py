@@ -1,4 +1,4 @@
-"""Requests to stop: before the first step a signal ends the run, later the ranks agree on a step."""
+"""Requests to stop: before the first step a signal ends the run; after that, the ranks agree on a step."""
 
 from __future__ import annotations
 
@@ -18,27 +18,26 @@ SECONDS_BETWEEN_LOOKS = 1.0
 
 
 class EarlyStop(SystemExit):
-    """A request to stop while there is nothing to save; its code is the exit status."""
+    """A request to stop before there is anything to save; its code is the exit status."""
 
 
 class StopRequest:
-    """Turns SIGTERM, SIGINT, SIGUSR1 and SIGHUP into an `EarlyStop`, and after `defer` into a flag that the loop reads.
+    """A handler that turns SIGTERM, SIGINT, SIGUSR1 and SIGHUP into an `EarlyStop`, and after `defer` into a flag.
 
-    A file may ask as well, while the loop runs: see `watch`.
-
-    Only the first one does anything: launchers send several.
+    While the loop runs, a file may request a stop too: see `watch`. Only the first request has an effect, because
+    launchers send several.
 
     Attributes:
-        signal: the first one received, or None.
-        came_early: whether it came before `defer`.
+        signal: the first signal received, or None.
+        came_early: whether the signal came before `defer`.
     """
 
     def __init__(self, announce: Callable[[bool], None]) -> None:
-        """Listen to signals.
+        """Install the signal handlers.
 
         Args:
-            announce: called at once when the first request comes, with whether it came early: the sender of the signal
-                may not wait for the end.
+            announce: called at once at the first request, with whether it came early: the sender of the signal may not
+                wait for the end.
         """
         self.signal: signal.Signals | None = None
         self.came_early = False
@@ -51,7 +50,7 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """Return whether any request came."""
+        """Return whether a stop was requested."""
         if self._file and self.signal is None and time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + SECONDS_BETWEEN_LOOKS
             if self._file.exists():
@@ -64,15 +63,15 @@ class StopRequest:
         return EXIT_INTERRUPTED if self.signal == signal.SIGINT else EXIT_REQUEUE
 
     def defer(self) -> None:
-        """Let later signals only set the flag."""
+        """Make later signals only set the flag."""
         self._is_deferred = True
 
     def watch(self, file: Path) -> None:
-        """Take a file as SIGTERM once it is there; looked for when `requested` is asked, at most once a second."""
+        """Treat a file as SIGTERM once it exists. `requested` checks for it at most once a second."""
         self._file = file
 
     def forget_file(self) -> None:
-        """Delete the file that was watched, if it is there: the request is answered."""
+        """Delete the watched file, if it exists, since the request is answered."""
         if self._file:
             with contextlib.suppress(OSError):
                 self._file.unlink()

@@ -4,8 +4,8 @@
                                             ├──▶ teacher, without gradients ──▶ soft targets ─┐
                                             └──▶ student ◀────────────────────────────────────┘
 
-The task is given a model that asks the teacher first: of tokens with labels the student's own fused loss takes the soft
-targets in; of classes the divergence is added afterwards. So a task needs to know nothing of it.
+The task gets a model that calls the teacher first. For tokens with labels, the student's fused loss includes the soft
+targets; for classes, the divergence is added afterwards. So no task contains code for distillation.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 Config = TypeVar("Config", bound=RunConfig)
 Shape = tuple[int, ...]
 
-OF_LOSS_ALONE = ("z_loss", "label_smoothing")
+LOSS_ONLY = ("z_loss", "label_smoothing")
 """Arguments of a model that have no effect on its logits."""
 
 
@@ -46,13 +46,13 @@ class Teacher:
 
     Attributes:
         checkpoint: the folder of its weights.
-        config: of the run.
-        manifest_sha256: what its weights are known by.
-        tokenizer: its run's.
+        config: the config of its run.
+        manifest_sha256: the hash that identifies its weights.
+        tokenizer: the tokenizer of its run.
     """
 
     def __init__(self, checkpoint: Path) -> None:
-        """Args: checkpoint: its folder, in the run that it is of.
+        """Args: checkpoint: its folder, inside its run.
 
         Raises:
             BigtxError: the folder is not a checkpoint of a run that this bigtx can read.
@@ -62,8 +62,8 @@ class Teacher:
         self.manifest_sha256 = Checkpoint(checkpoint).manifest_sha256
 
     def complete(self, config: Config) -> Config:
-        """Return the student's config with what it takes from its teacher where it does not say: the size of the
-        vocabulary, the classes, and the pooling."""
+        """Return the student's config with the vocabulary size, the classes and the pooling of the teacher where the
+        config does not set them."""
         if config.model.vocab_size is None:
             model = dataclasses.replace(config.model, vocab_size=self.model.vocab_size)
             config = dataclasses.replace(config, model=model)
@@ -79,14 +79,14 @@ class Teacher:
         return config
 
     def check(self, config: RunConfig, tokenizer: Tokenizer, longest: int) -> None:
-        """Refuse a teacher whose answers are not answers to the student's questions.
+        """Refuse a teacher whose outputs do not match the student's.
 
         Args:
-            config: the student's, complete.
+            config: the student's complete config.
             longest: columns of the longest row that both will read.
 
         Raises:
-            ConfigError: says all that does not fit.
+            ConfigError: the teacher does not fit; the message names every mismatch.
         """
         problems = list(self._problems(config, tokenizer, longest))
         if problems:
@@ -96,21 +96,21 @@ class Teacher:
         own, theirs = config.model, self.model
         if self.tokenizer.fingerprint != tokenizer.fingerprint:
             yield (
-                "its tokenizer is not the student's, so its ids mean other texts; take the data or the base of the one "
-                "for the other"
+                "its tokenizer is not the student's, so the same ids mean different texts; use data or a base with the "
+                "teacher's tokenizer"
             )
         elif theirs.num_classes is None and theirs.vocab_size != own.vocab_size:
-            yield f"it knows {theirs.vocab_size:,} ids; write model.vocab_size={theirs.vocab_size}"
+            yield f"it has {theirs.vocab_size:,} ids; write model.vocab_size={theirs.vocab_size}"
         for field in ("shape", "prefix_attention", "audio"):
             if getattr(own, field) != getattr(theirs, field):
                 yield f"its model.{field} is {getattr(theirs, field)}, and the student's {getattr(own, field)}"
         if theirs.positions == "learned" and longest > theirs.max_sequence_length:
-            yield f"it has learned {theirs.max_sequence_length:,} positions, and rows are up to {longest:,} long"
+            yield f"it has {theirs.max_sequence_length:,} learned positions, and rows are up to {longest:,} long"
         if own.num_classes is None and theirs.num_classes is None:
             return
         if own.num_classes is None or theirs.num_classes is None:
-            sorts = "sorts into classes" if theirs.num_classes else "predicts tokens"
-            yield f"it {sorts}, which the student does not; name a run that learned the same"
+            output = "classes" if theirs.num_classes else "tokens"
+            yield f"it predicts {output}, which the student does not; name a run with the same kind of output"
             return
         assert isinstance(config, FinetuneConfig) and isinstance(self.config, FinetuneConfig)
         for field in ("classes", "pooling"):
@@ -127,25 +127,25 @@ class Teacher:
         return flops_per_row(self.model, **lengths) / 3
 
     def teach(self, task: Task, settings: DistillConfig, device: torch.device, precision: str) -> Distilled:
-        """Return the task with this teacher, and read the teacher's weights.
+        """Read the teacher's weights, and return the task with this teacher.
 
         Raises:
-            CheckpointError: they are damaged.
+            CheckpointError: the weights are damaged.
         """
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         model = read_model(self.checkpoint, self.model, device=device, dtype=dtype)
         return Distilled(task, model.requires_grad_(False), settings)
 
     def layers(self, shapes: Mapping[str, Shape], initial: ReadRange) -> ReadRange:
-        """Return the student's first weights: those of evenly spaced blocks of the teacher, as in DistilBERT
+        """Return the student's initial weights: those of evenly spaced blocks of the teacher, as in DistilBERT
         (arXiv:1910.01108).
 
         Args:
-            shapes: of the student's parameters.
-            initial: gives those that the teacher lacks.
+            shapes: the shapes of the student's parameters.
+            initial: reads the parameters that the teacher lacks.
 
         Raises:
-            ConfigError: their shapes differ.
+            ConfigError: a parameter has another shape in the teacher.
         """
         source = MergedCheckpoint(self.checkpoint)
         origins = {name: self._origin(name, shapes) for name in shapes}
@@ -155,7 +155,8 @@ class Teacher:
             name = different[0]
             raise ConfigError(
                 f"distill.copy_layers=true: {name} is {list(shapes[name])}, and the teacher's "
-                f"{list(source.shapes[known[name]])} ({len(different)} such); only the numbers of layers may differ"
+                f"{list(source.shapes[known[name]])} ({len(different)} such parameters); only the numbers of layers "
+                "may differ"
             )
 
         def read(name: str, kind: str, start: int, stop: int) -> Tensor:
@@ -166,7 +167,7 @@ class Teacher:
         return read
 
     def _origin(self, name: str, shapes: Mapping[str, Shape]) -> str:
-        """Return the teacher's parameter with which a student's begins."""
+        """Return the name of the teacher's parameter that initializes a student's."""
         stack, dot, rest = name.partition(".blocks.")
         if not dot:
             return name
@@ -180,14 +181,14 @@ class Distilled:
 
     def __init__(self, task: Task, teacher: Transformer, settings: DistillConfig) -> None:
         """Args:
-        task: gives the loss of the labels.
-        teacher: on the device of the batches.
+        task: computes the loss of the labels.
+        teacher: the teacher's model, on the device of the batches.
         """
         self.task, self.teacher, self.settings = task, teacher, settings
 
     def loss(self, model: Callable[..., Any], batch: Any) -> TaskLoss:
-        """Return (1 - w) times the task's own loss plus w T^2 times the divergence of the student from the teacher; the
-        reported loss is the task's own."""
+        """Return (1 - w) times the task's loss plus w T^2 times the divergence of the student from the teacher. The
+        reported loss is the task's."""
         taught = TaughtModel(model, self.teacher, self.settings)
         loss = self.task.loss(taught, batch)
         if taught.divergence is None:
@@ -198,11 +199,11 @@ class Distilled:
 
 
 class TaughtModel:
-    """A student that is shown what the teacher makes of the same input.
+    """A student that calls the teacher with the same input.
 
     Attributes:
-        divergence: after a call without labels, of each row of logits: fp32 [...]; None where the student's own loss
-            has taken the teacher's part in.
+        divergence: fp32 [...], of each row of logits, after a call without labels; None where the student's loss
+            includes the divergence already.
     """
 
     def __init__(self, student: Callable[..., Any], teacher: Transformer, settings: DistillConfig) -> None:
@@ -212,9 +213,9 @@ class TaughtModel:
     def __call__(self, *, labels: Tensor | None = None, **inputs: Any) -> Any:
         """Call the student's `forward` with keyword arguments."""
         settings = self.settings
-        question = {name: value for name, value in inputs.items() if name not in OF_LOSS_ALONE}
+        shared = {name: value for name, value in inputs.items() if name not in LOSS_ONLY}
         with torch.no_grad():
-            expected = self.teacher(**question, on_demand=labels is not None)
+            expected = self.teacher(**shared, on_demand=labels is not None)
         if labels is not None:
             targets = SoftTargets(expected, settings.weight, settings.temperature)
             return self.student(labels=labels, **inputs, soft_targets=targets)

@@ -69,13 +69,13 @@ def a_text_that_is_cut(desk: Desk) -> Attempt:
     return run
 
 
-@CASES.case(" that it is the output of a bigtx predict; ", r"(output=FILE)", fill={"FILE": "other.jsonl"})
+@CASES.case(" that marks it as an output of bigtx predict; ", r"(output=FILE)", fill={"FILE": "other.jsonl"})
 def something_else_in_the_output(desk: Desk) -> Attempt:
     desk.write("out.jsonl", "mine\n")
     return predict(desk, SHORT, more="output=out.jsonl")
 
 
-@CASES.case("; write the same to continue it, or ", r"begun with (\S+);")
+@CASES.case("; write the same to continue it, or ", r"started with (\S+);")
 @CASES.case("; write the same to continue it, or ", r"(output=FILE)", fill={"FILE": "other.jsonl"})
 def an_output_begun_otherwise(desk: Desk) -> Attempt:
     attempt = predict(desk, SHORT, more="output=out.jsonl")
@@ -83,7 +83,7 @@ def an_output_begun_otherwise(desk: Desk) -> Attempt:
     return attempt
 
 
-@CASES.case(" is not what bigtx predict makes of ", r"(output=FILE)", fill={"FILE": "other.jsonl"})
+@CASES.case(" is not the prediction for ", r"(output=FILE)", fill={"FILE": "other.jsonl"})
 def an_output_of_other_records(desk: Desk) -> Attempt:
     attempt = predict(desk, SHORT, more="output=out.jsonl")
     assert not attempt([]).refused
@@ -91,7 +91,7 @@ def an_output_of_other_records(desk: Desk) -> Attempt:
     return attempt
 
 
-@CASES.case(" was begun with the checkpoint ", r"(output=FILE)", fill={"FILE": "other.jsonl"})
+@CASES.case(" was started with the checkpoint ", r"(output=FILE)", fill={"FILE": "other.jsonl"})
 def an_output_of_another_checkpoint(desk: Desk) -> Attempt:
     attempt = predict(desk, SHORT, more="output=out.jsonl")
     assert not attempt([]).refused

@@ -22,7 +22,7 @@ from bigtx.finetuning import record_table
 from bigtx.finetuning.base import open_tokenizer
 from bigtx.finetuning.notes import describe_length, total_steps, untrained_roles
 from bigtx.finetuning.tasks.sft import Sft
-from bigtx.finetuning.tasks.speech import Hearing
+from bigtx.finetuning.tasks.speech import SpeechFeatures
 from bigtx.finetuning.tasks.translate import require_sacrebleu
 from bigtx.pretraining.objectives import make_objective
 from bigtx.pretraining.run import open_inputs
@@ -169,7 +169,7 @@ def a_time_for_a_schedule(desk: Desk) -> Attempt:
     return attempt
 
 
-@CASES.case(" than it now names: ", r"with (\S+=THIS_RUN)", fill={"THIS_RUN": "decoder"})
+@CASES.case(" than the config names: ", r"with (\S+=THIS_RUN)", fill={"THIS_RUN": "decoder"})
 def other_data_than_the_run_had(desk: Desk) -> Attempt:
     desk.take("decoder", "corpus")
 
@@ -188,7 +188,7 @@ def other_data_than_the_run_had(desk: Desk) -> Attempt:
     return attempt
 
 
-@CASES.case("without it none can be left out", r"with (base=THIS_RUN)$", fill={"THIS_RUN": "decoder"})
+@CASES.case("without it no record can be left out", r"with (base=THIS_RUN)$", fill={"THIS_RUN": "decoder"})
 def no_table_of_records(desk: Desk) -> Attempt:
     desk.take("decoder")
     desk.lines("records.jsonl", {"prompt": "a", "response": "b"})
@@ -226,7 +226,7 @@ for shown, parse, text in (
 # Tasks.
 
 
-@CASES.case("the tokenizer comes with the base", r"write (tokenizer=null)")
+@CASES.case("has another tokenizer, so the same ids", r"write (tokenizer=null)")
 def another_tokenizer_than_the_base(desk: Desk) -> Attempt:
     desk.take("decoder", "other_tokenizer")
     desk.lines("records.jsonl", {"prompt": "a", "response": "b"})
@@ -249,7 +249,7 @@ def a_tokenizer_without_roles(desk: Desk) -> Attempt:
     return attempt
 
 
-@CASES.case("the answers of a chat would see themselves", r"write (model\.prefix_attention=false),")
+@CASES.case("the answers of a chat would attend to themselves", r"write (model\.prefix_attention=false),")
 def answers_that_see_themselves(desk: Desk) -> Attempt:
     return sft(Tokenizer.load(desk.shelf.tokenizer), "model.prefix_attention=true")
 
@@ -271,10 +271,10 @@ def a_long_recording(desk: Desk) -> Attempt:
     place = AudioPlace("a.wav", "a.wav", 0, 1)
 
     def attempt(words: Sequence[str]) -> Outcome:
-        hearing = Hearing(load(FinetuneConfig, [*given, *words], check=False))
-        hearing.known = {place: (10**8, 16_000)}
+        speech = SpeechFeatures(load(FinetuneConfig, [*given, *words], check=False))
+        speech.known = {place: (10**8, 16_000)}
         try:
-            return Outcome(False, str(hearing.num_samples(place)))
+            return Outcome(False, str(speech.num_samples(place)))
         except BadRecordError as error:
             return Outcome(True, str(error))
 
@@ -301,15 +301,15 @@ def frozen_roles(desk: Desk, *given: str) -> Attempt:
 
 
 @CASES.case(
-    " has never been trained on chats",
+    " was not trained on chats",
     r"; write '?(optimizer\.train_also=[^']*)",
-    sources=[" has never been trained on chats"],
+    sources=[" was not trained on chats"],
 )
 def roles_beside_adapters(desk: Desk) -> Attempt:
     return frozen_roles(desk, "model.lora.rank=8", "optimizer.train_also=[final_norm.*]")
 
 
-@CASES.case(" has never been trained on chats", r"; write '?(optimizer\.freeze=[^']*)")
+@CASES.case(" was not trained on chats", r"; write '?(optimizer\.freeze=[^']*)")
 def roles_in_a_frozen_table(desk: Desk) -> Attempt:
     return frozen_roles(desk, "optimizer.freeze=[embedding.*,final_norm.*]")
 

@@ -174,7 +174,7 @@ def test_a_finished_run_tells_how_to_train_on(
     begun = load(schema, [*base, f"{length}=32768"])
     found = finetune_notes.length_setting(begun, 27) if schema is FinetuneConfig else length_setting(begun)
     say_finished(1, [found])
-    words = shlex.split(re.findall(r"train on: (.*);", capsys.readouterr().out)[0])
+    words = shlex.split(re.findall(r"train longer: (.*);", capsys.readouterr().out)[0])
     resumed = load(schema, [*base, *(word.replace("=N", "=65536") for word in words)])
     found = compare(to_dict(begun), resumed)
     assert {change.key for change in found} == {length, "allow_changes"}

@@ -120,8 +120,8 @@ def test_communication_is_what_the_stages_send() -> None:
     ("num_gpus", "changes", "said"),
     [
         (3, {}, "gpus=3: train.global_batch_size=1024 does not divide over 3 ranks"),
-        (8, {"engine": {"offload_optimizer": "cpu"}}, "engine.offload_optimizer: the plan counts decoders"),
-        (8, {"model": {"shape": "encoder"}}, "model.shape=encoder: the plan counts decoders"),
+        (8, {"engine": {"offload_optimizer": "cpu"}}, "engine.offload_optimizer: the plan covers only decoders"),
+        (8, {"model": {"shape": "encoder"}}, "model.shape=encoder: the plan covers only decoders"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(num_gpus: int, changes: dict[str, dict[str, object]], said: str) -> None:

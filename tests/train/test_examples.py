@@ -99,7 +99,7 @@ def test_the_others_must_be_what_they_were(tmp_path: Path, config: FinetuneConfi
     path.write_text("\n".join([*raw[:-1], "", raw[-1], raw[7]]) + "\n")
     with pytest.raises(DataError) as error:
         open_task_data(without(config, 4), tokenizer, table=table)
-    for line, reason in ((2, "is another record"), (40, "is gone"), (41, "was not among"), (42, "was not among")):
+    for line, reason in ((2, "has changed since"), (40, "is gone"), (41, "was not among"), (42, "was not among")):
         assert f"{path}, line {line}: " in str(error.value) and reason in str(error.value)
     with pytest.raises(DataError, match="no such record"):
         open_task_data(without(config, 3, "b.jsonl"), tokenizer)

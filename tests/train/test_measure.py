@@ -138,7 +138,7 @@ def test_rank_0s_logits_are_everybodys(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[tuple[Any, int]] = []
     monkeypatch.setattr(measure.dist, "broadcast", lambda tensor, src: sent.append((tensor, src)))
     logits = torch.ones(2)
-    answer = measure._answers_of_first(lambda *args, **inputs: logits if args else (args, inputs))
+    answer = measure._with_logits_of_first(lambda *args, **inputs: logits if args else (args, inputs))
     assert answer(1) is logits and answer(x=2) == ((), {"x": 2})
     assert len(sent) == 1 and sent[0][0] is logits and sent[0][1] == 0
 

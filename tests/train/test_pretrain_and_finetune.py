@@ -95,7 +95,7 @@ def test_a_pretraining_is_finished_after_its_last_step(said: list[str]) -> None:
     assert not pretrain_run.is_finished(config, found(at(9, suspect=True))) and said == []
     for step in (10, 11):
         assert pretrain_run.is_finished(config, found(at(step)))
-        assert said.pop().startswith(f"the run is finished: {step} steps. To train on: train.max_steps=N")
+        assert said.pop().startswith(f"the run is finished: {step} steps. To train longer: train.max_steps=N")
     with pytest.raises(CheckpointError, match="the last steps of the run were all skipped"):
         pretrain_run.is_finished(config, found(at(10, suspect=True)))
 
@@ -134,7 +134,7 @@ def test_weights_of_another_run_are_taken_where_it_has_them(tmp_path: Path, monk
     }
     assert filled == [[("source", "a.weight", "master", 1, 3), ("seed", "a.adapter.a", "master", 0, 2)]] and closed
     tokenizer.fingerprint = "u"
-    with pytest.raises(ConfigError, match="its tokenizer is not the one of this run's data"):
+    with pytest.raises(ConfigError, match="its tokenizer is not the tokenizer of this run's data"):
         pretrain_run.set_first_weights(context(tmp_path), inputs, engine)
     source.shapes["a.weight"] = (2, 3)
     with pytest.raises(ConfigError, match=r"a.weight \(2, 3\) there, \(2, 2\) here \(1 in all\)"):
@@ -163,8 +163,8 @@ def test_rows_are_read_from_the_states_place_on(said: list[str], is_foreign: boo
     loader: Any = pretrain_run.open_loader(inputs, ranks, state, found())
     assert loader == (config.data, expected) and said == []
     for before, words in (
-        (4, "the place of the run; exact"),
-        (2, "with 4 ranks instead of 2 the shards are split otherwise"),
+        (4, "the run's position; exact"),
+        (2, "with 4 ranks instead of 2 the shards are split differently"),
     ):
         said.clear()
         loader = pretrain_run.open_loader(inputs, ranks, state, found(at(8, world_size=before)))
@@ -322,7 +322,7 @@ def test_at_its_end_a_fine_tuning_measures_its_best_checkpoint(
 
 def test_a_reference_follows_from_what_a_model_computes_untrained() -> None:
     base = ModelConfig(vocab_size=100, hidden_size=64)
-    assert finetune_run._that_counts(base) == {"vocab_size": 100, "hidden_size": 64}
+    assert finetune_run._settings_of_outputs(base) == {"vocab_size": 100, "hidden_size": 64}
     same = dataclasses.replace(
         base,
         dropout=0.1,
@@ -330,9 +330,9 @@ def test_a_reference_follows_from_what_a_model_computes_untrained() -> None:
         lora=LoraConfig(rank=4),
         experts=ExpertsConfig(balance_loss=0.5, router_z_loss=0.5),
     )
-    assert finetune_run._that_counts(same) == finetune_run._that_counts(base)
+    assert finetune_run._settings_of_outputs(same) == finetune_run._settings_of_outputs(base)
     other = dataclasses.replace(base, experts=ExpertsConfig(num_experts=4), rope_theta=5.0)
-    assert set(finetune_run._that_counts(other)) == {"vocab_size", "hidden_size", "experts", "rope_theta"}
+    assert set(finetune_run._settings_of_outputs(other)) == {"vocab_size", "hidden_size", "experts", "rope_theta"}
 
 
 @pytest.mark.parametrize(

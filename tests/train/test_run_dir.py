@@ -122,14 +122,14 @@ def inputs(folder: Path) -> dict[str, Any]:
 def test_an_input_is_no_run_dir(folder: Path, key: str) -> None:
     make_run(folder)
     (folder / "checkpoints" / "step-00000001").mkdir(parents=True)
-    with pytest.raises(ConfigError, match=f"what {key} names"):
+    with pytest.raises(ConfigError, match=f"named by {key}"):
         check_run_dir(inputs(folder)[key])
 
 
 def test_a_corpus_is_no_run_dir(folder: Path) -> None:
     config = PretrainConfig(run_dir=str(folder))
     config.validation.sources = {"a": SourceConfig(path=str(folder / ".." / "run"))}
-    with pytest.raises(ConfigError, match=r"what validation\.sources\.a\.path names"):
+    with pytest.raises(ConfigError, match=r"named by validation\.sources\.a\.path"):
         check_run_dir(config)
 
 
@@ -149,7 +149,7 @@ def test_a_run_without_its_checkpoints(folder: Path, state: str, is_meant: bool)
     if is_meant and state in ("missing", "empty"):
         check_run_dir(config)
     else:
-        expected = {"a dangling link": "unmounted, which is not there", "a file": "is not a folder"}
+        expected = {"a dangling link": "unmounted, which is missing", "a file": "is not a folder"}
         with pytest.raises(CheckpointError, match=expected.get(state, r"allow_changes=\[checkpoints\]")):
             check_run_dir(config)
     assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before

@@ -282,7 +282,7 @@ def test_a_new_run_begins_by_its_own_weights(
 
 @pytest.mark.parametrize(
     ("key", "message"),
-    [("tokenizer", "with another tokenizer"), ("data", "on other data"), ("teacher", "under another teacher")],
+    [("tokenizer", "with another tokenizer"), ("data", "on other data"), ("teacher", "with another teacher")],
 )
 def test_a_checkpoint_of_other_inputs_is_refused(
     told: list[str], attempt: Callable[..., Attempt], resumed: Callable[..., Any], key: str, message: str

@@ -35,7 +35,7 @@ def test_only_windows_to_come_may_change() -> None:
     state.pass_over(["10-15", "15-20", "1000-1100"])
     assert state.skipped_sequences == ["10-15", "15-20", "1000-1100"]
     for ranges in ([], ["10-20", "30-40"], ["10-21"], ["10-20", "999-1100"]):
-        with pytest.raises(ConfigError, match=r"is at sequence 1,000 and has passed over \[10-20\]"):
+        with pytest.raises(ConfigError, match=r"is at sequence 1,000 and has skipped \[10-20\]"):
             state.pass_over(ranges)
 
 

@@ -1,4 +1,4 @@
-"""What a batch is for: a task turns it into a loss, and in fine-tuning records into batches and predictions."""
+"""The tasks of fine-tuning: a task turns records into batches, losses and predictions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RECORD_TASKS = {
     "translate": "bigtx.finetuning.tasks.translate:Translate",
     "distill": "bigtx.finetuning.tasks.distill:Distill",
 }
-"""Where the class of each `task` of a fine-tuning is."""
+"""The class of each `task` of fine-tuning."""
 
 FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "transcribe": (("audio",),),
@@ -26,11 +26,11 @@ FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "translate": (("source", "target"),),
     "distill": (("text",),),
 }
-"""What a record of each `task` must have to learn from: one of these sets of fields, named as in `data.fields`."""
+"""The fields, named as in `data.fields`, that a training record of each `task` needs: one of these sets."""
 
 
 def task_type(name: str) -> type[RecordTask]:
-    """The class of a task."""
+    """Return the class of a task."""
     module, _, attribute = RECORD_TASKS[name].partition(":")
     found: type[RecordTask] = getattr(importlib.import_module(module), attribute)
     return found

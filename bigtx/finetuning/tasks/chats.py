@@ -1,12 +1,12 @@
-"""Prompts, chats and answers as ids; what the model is to say in them; and the writing of answers.
+"""Prompts, chats and answers as ids; which of them carry loss; and the generation of answers.
 
 chat format     <|system|> ... </s> <|user|> ... </s> <|assistant|> [ ... </s> ]      tokenizers with chat roles
 plain format    prompt separator [ response </s> ]                                      other tokenizers
 
-Both begin with the begin ids that the tokenizer of an imported model puts before a text; others have none. The loss is
-on what stands in brackets: the answers with their ends. Of a chat that is too long the earliest turns are
-left out whole, a system prompt before them stays; a last turn that is still too long loses the beginning of what is
-read, down to half of the length allowed, and then the end of its answer.
+Both formats start with the begin ids that the tokenizer of an imported model puts before a text; other tokenizers have
+none. The loss is on the part in brackets: the answers with their ends. If a chat is too long, its earliest turns are
+left out completely, but a system prompt before them is kept. If the last turn alone is too long, its prompt loses its
+beginning, down to half of the allowed length, and then its answer loses its end.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import ConfigError, DataError
 
 Message = Mapping[str, Any]
-BESIDE_CHATS = ("tools", "functions", "system")
+FIELDS_OF_CHATS = ("tools", "functions", "system")
 """Fields of a record that other programs read together with its chat."""
-NOTHING: tuple[Any, ...] = (None, "", [], {})
-"""Values that say nothing."""
+EMPTY: tuple[Any, ...] = (None, "", [], {})
+"""Values without content."""
 
 
 class Part(NamedTuple):
-    """A piece of what stands before an answer: a message, or a prompt."""
+    """A part of the text before an answer: a message, or a prompt."""
 
     ids: list[int]
     role: str
     is_learned: bool
-    """Whether it is an earlier answer that carries loss."""
+    """Whether the part is an earlier answer that carries loss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +49,12 @@ class Chat:
     """A prompt or a chat as ids, and answers to it.
 
     Attributes:
-        prompt: ids up to where an answer begins.
-        is_learned: of each of them, whether it is part of an earlier answer that carries loss.
-        answers: ids of each answer, its end included.
-        num_cut: ids that were too many.
-        num_left_out: parts that were left out whole: the earliest turns.
-        lost_start: whether its last turn is so long that the beginning of that was cut: its role, and all before it.
+        prompt: the ids before the answer.
+        is_learned: for each id of the prompt, whether it is part of an earlier answer that carries loss.
+        answers: the ids of each answer, its end included.
+        num_cut: the number of ids that were left out.
+        num_left_out: the number of parts that were left out completely: the earliest turns.
+        lost_start: whether the beginning of a too long last turn was cut, with its role and everything before it.
     """
 
     prompt: list[int]
@@ -66,51 +66,51 @@ class Chat:
 
 
 def resolve_chat_format(config: FinetuneConfig, tokenizer: Tokenizer) -> FinetuneConfig:
-    """The config with the format of chats that the tokenizer gives it.
+    """Return the config with the format of chats that the tokenizer supports.
 
     Raises:
-        ConfigError: no decoder, or a format that the tokenizer does not have.
+        ConfigError: the model is not a decoder, or the tokenizer does not support the format.
     """
     if config.model.shape != "decoder":
-        raise ConfigError(f"task={config.task} wants a decoder, and the model is an {config.model.shape}")
+        raise ConfigError(f"task={config.task} needs a decoder, and the model is an {config.model.shape}")
     if config.model.prefix_attention:
         raise ConfigError(
-            f"model.prefix_attention=true: with task={config.task} the answers of a chat would see themselves; write "
-            "model.prefix_attention=false, which leaves the weights as they are"
+            f"model.prefix_attention=true: with task={config.task} the answers of a chat would attend to themselves; "
+            "write model.prefix_attention=false, which does not change the weights"
         )
     is_able = ASSISTANT in tokenizer.role_ids and not tokenizer.has_own_chat_template
     name = config.chat.format if config.chat.format != "auto" else "chat" if is_able else "plain"
     if name == "chat" and not is_able:
         why = (
-            "came with a chat template of its own, a program that bigtx does not run"
+            "has its own chat template, a program that bigtx does not run"
             if tokenizer.has_own_chat_template
             else f"has no chat role {ASSISTANT} (`bigtx tokenizer train` makes them, see chat_roles)"
         )
         raise ConfigError(f"chat.format=chat: the tokenizer {why}; write chat.format=plain")
     if name == "plain" and not config.chat.separator:
-        raise ConfigError("chat.separator is empty: nothing would tell where a prompt ends")
+        raise ConfigError("chat.separator is empty: nothing would mark the end of a prompt")
     return dataclasses.replace(config, chat=dataclasses.replace(config.chat, format=name))
 
 
 class ChatFormat:
-    """Makes ids of records."""
+    """The encoding of prompts, chats and answers in one format."""
 
     def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer, max_length: int) -> None:
         """Args:
-        config: of a format that is resolved.
-        max_length: most ids of a chat with its answer.
+        config: a config whose format is resolved.
+        max_length: the maximum number of ids of a chat with its answer.
         """
         self.settings, self.tokenizer, self.max_length = config.chat, tokenizer, max_length
         self.is_plain = config.chat.format == "plain"
         self.may_cut = config.data.too_long == "truncate"
-        # Half of it is for what is read, with the separator, or with an end and the role of the answer.
+        # Half of it is for the prompt, with the separator, or with an end and the role of the answer.
         self.min_length = 2 * (1 + len(tokenizer.encode(self.settings.separator))) if self.is_plain else 6
 
     def check(self, messages: Any, field: str) -> Sequence[Message]:
-        """The messages of a chat.
+        """Return the messages of a chat.
 
         Raises:
-            BadRecordError: it is none, or one of its answers is empty.
+            BadRecordError: the value is not a chat, or one of its answers is empty.
         """
         if self.is_plain:
             raise BadRecordError(
@@ -128,10 +128,10 @@ class ChatFormat:
         return found
 
     def prompt(self, record: Record, field: str) -> str | Sequence[Message]:
-        """What a record asks: a text or a chat.
+        """Return the prompt of a record: a text or a chat.
 
         Raises:
-            BadRecordError: it is neither.
+            BadRecordError: the field is neither.
         """
         value = record.value(field)
         if isinstance(value, list):
@@ -139,10 +139,10 @@ class ChatFormat:
         return record.text(field, setting="data.fields.prompt")
 
     def parts(self, prompt: str | Sequence[Message], *, learn: bool) -> list[Part]:
-        """What stands before an answer.
+        """Return the parts before an answer.
 
         Args:
-            learn: whether answers in it carry loss.
+            learn: whether earlier answers carry loss.
         """
         if isinstance(prompt, str):
             if self.is_plain:
@@ -157,22 +157,25 @@ class ChatFormat:
         ]
 
     def answer(self, field: str, text: str) -> list[int]:
-        """The ids of an answer, after those that call for it; `field` is where it stands.
+        """Encode an answer, with its end id.
+
+        Args:
+            field: the field of the record that holds the answer.
 
         Raises:
-            BadRecordError: there are none.
+            BadRecordError: the answer has no tokens.
         """
         return [*some_ids(self.tokenizer, field, text), self.tokenizer.end_id]
 
     def fit(self, parts: Sequence[Part], answers: Sequence[list[int]]) -> Chat:
-        """A chat and answers to it, as long as is allowed.
+        """Return a chat and answers to it, cut to the allowed length.
 
         Raises:
-            BadRecordError: they are longer, and data.too_long=refuse.
+            BadRecordError: the chat is too long, and data.too_long=refuse.
         """
         begin = self.tokenizer.begin_ids
-        call = [] if self.is_plain else [self.tokenizer.role_ids[ASSISTANT]]
-        needed, limit = len(begin) + len(call) + max(map(len, answers), default=0), self.max_length
+        role = [] if self.is_plain else [self.tokenizer.role_ids[ASSISTANT]]
+        needed, limit = len(begin) + len(role) + max(map(len, answers), default=0), self.max_length
         total = sum(len(part.ids) for part in parts) + needed
         if total > limit and not self.may_cut:
             raise BadRecordError(
@@ -181,18 +184,18 @@ class ChatFormat:
         kept_parts = _recent(parts, limit - needed)
         prompt = [token for part in kept_parts for token in part.ids]
         is_learned = [flag for part in kept_parts for flag in _learned(part)]
-        room = max(limit - needed, limit // 2 - len(call) - len(begin))
-        lost_start = len(prompt) > room
+        allowed = max(limit - needed, limit // 2 - len(role) - len(begin))
+        lost_start = len(prompt) > allowed
         if lost_start:
-            prompt, is_learned = prompt[len(prompt) - room :], is_learned[len(is_learned) - room :]
-        prompt, is_learned = begin + prompt + call, [False] * len(begin) + is_learned + [False] * len(call)
+            prompt, is_learned = prompt[len(prompt) - allowed :], is_learned[len(is_learned) - allowed :]
+        prompt, is_learned = begin + prompt + role, [False] * len(begin) + is_learned + [False] * len(role)
         kept = [answer[: limit - len(prompt)] for answer in answers]
         num_cut = total - len(prompt) - max(map(len, kept), default=0)
         return Chat(prompt, is_learned, kept, num_cut, len(parts) - len(kept_parts), lost_start)
 
 
 def without_empty_answer(messages: Any) -> Any:
-    """A chat to predict for, without a last answer that says nothing; what is no chat as it is."""
+    """Return a chat for prediction without an empty last answer; other values are returned unchanged."""
     if isinstance(messages, list) and messages and isinstance(messages[-1], Mapping):
         last = messages[-1]
         content = last.get("content")
@@ -202,19 +205,19 @@ def without_empty_answer(messages: Any) -> Any:
 
 
 def review_chats(splits: Mapping[str, Examples], fields: Sequence[str]) -> list[str]:
-    """What of chats is not learned: other keys of their messages, and beginnings that were cut.
+    """Return warnings about parts of chats that are not trained on: other keys of messages, and cut beginnings.
 
     Args:
-        splits: of examples with `lost_start`.
-        fields: those that may have a chat.
+        splits: the splits; their examples have `lost_start`.
+        fields: the fields that may hold a chat.
     """
     ignored: Counter[str] = Counter()
     for split in splits.values():
         for record in split.records:
             ignored.update(_ignored_keys(record, fields))
     said = [
-        f"warning: {count:,} record{'s have' if count > 1 else ' has'} {key}, which {verb} not trained on: of a chat "
-        "only the role and the content of each message are read"
+        f"warning: {count:,} record{'s have' if count > 1 else ' has'} {key}, which {verb} not trained on: only the "
+        "role and the content of each message of a chat are read"
         for key, count in sorted(ignored.items())
         for verb in (["are"] if key.endswith("s") else ["is"])
     ]
@@ -222,37 +225,37 @@ def review_chats(splits: Mapping[str, Examples], fields: Sequence[str]) -> list[
     lost = sum(example.lost_start for split in splits.values() for example in split.examples)
     if lost:
         said.append(
-            f"warning: {lost:,} of {total:,} records ({lost / total:.1%}) have a last turn that is too long by itself: "
-            "its beginning was cut, with its role and any system prompt; a larger data.max_length keeps them"
+            f"warning: {lost:,} of {total:,} records ({lost / total:.1%}) have a last turn that alone is too long: its "
+            "beginning was cut, with its role and any system prompt; a larger data.max_length keeps them"
         )
     return said
 
 
 def _ignored_keys(record: Record, fields: Sequence[str]) -> set[str]:
-    """Keys with something in them beside the texts of a record's chats."""
+    """Return the keys with content that is not trained on, in a record with chats."""
     chats = [value for name in fields if isinstance(value := record.value(name), list)]
     found = {
         key
         for chat in chats
         for message in chat
         for key, value in message.items()
-        if key not in ("role", "content") and value not in NOTHING
+        if key not in ("role", "content") and value not in EMPTY
     }
     if chats:
-        found |= {key for key in BESIDE_CHATS if record.fields.get(key) not in NOTHING}
+        found |= {key for key in FIELDS_OF_CHATS if record.fields.get(key) not in EMPTY}
     return found
 
 
 def _learned(part: Part) -> list[bool]:
-    # The role is given, not said.
+    # The role is part of the input, so it carries no loss.
     return [False] + [part.is_learned] * (len(part.ids) - 1)
 
 
-def _recent(parts: Sequence[Part], room: int) -> list[Part]:
-    """The parts without as many of the earliest turns as have to go, but with the last turn and the system prompt."""
+def _recent(parts: Sequence[Part], limit: int) -> list[Part]:
+    """Leave out as many of the earliest turns as exceed the limit, but keep the last turn and the system prompt."""
     first = next((place for place, part in enumerate(parts) if part.role != "system"), len(parts))
     head, rest = list(parts[:first]), list(parts[first:])
-    while sum(len(part.ids) for part in head + rest) > room:
+    while sum(len(part.ids) for part in head + rest) > limit:
         begin = next((place for place, part in enumerate(rest) if place and part.role == "user"), None)
         if begin is None:
             break
@@ -261,8 +264,8 @@ def _recent(parts: Sequence[Part], room: int) -> list[Part]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _OfPrompts(Sampling):
-    """Draws that follow from the prompt itself, whatever else is in the batch and in which order."""
+class _PromptSampling(Sampling):
+    """Sampling whose draws depend on the prompt, not on the other prompts of the batch or their order."""
 
     prompts: tuple[bytes, ...]
 
@@ -278,8 +281,8 @@ def write_answers(
     prompts: Sequence[list[int]],
     device: torch.device,
 ) -> list[str]:
-    """The model's own answers to prompts, as texts."""
-    sampling = _OfPrompts(
+    """Generate the model's answers to prompts, and return their texts."""
+    sampling = _PromptSampling(
         temperature=config.chat.temperature,
         seed=config.seed,
         prompts=tuple(repr(prompt).encode() for prompt in prompts),

@@ -1,10 +1,10 @@
-"""A text, or a pair of texts, into one of some classes.
+"""Classification of a text or of a pair of texts.
 
-encoder    </s> text </s> [ pair </s> ]     summed up by the first token or the mean
-decoder    </s> text </s> [ pair </s> ]     summed up by the last token, which has seen all
+encoder    </s> text </s> [ pair </s> ]     pooled by the first token or the mean
+decoder    </s> text </s> [ pair </s> ]     pooled by the last token, which attends to all others
 
-The special ids are those of tokenizers that bigtx trains; that of an imported model has its own, such as [CLS] text
-[SEP] pair [SEP].
+These are the special ids of tokenizers that bigtx trains; the tokenizer of an imported model has its own, such as
+[CLS] text [SEP] pair [SEP].
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ class TextExample:
     """A text as ids.
 
     Attributes:
-        ids: special ones included.
-        types: 0 or 1 for each id, as the tokenizer has it: as a rule 1 for those of the pair.
-        label: number of the class, or NO_LABEL.
-        num_cut: ids that were too many.
+        ids: the ids, special ones included.
+        types: 0 or 1 for each id, as the tokenizer defines it: usually 1 for ids of the pair.
+        label: the number of the class, or NO_LABEL.
+        num_cut: the number of ids that were left out.
     """
 
     ids: np.ndarray
@@ -67,7 +67,7 @@ class TextExample:
 
     @property
     def length(self) -> int:
-        """Tokens."""
+        """Return the number of tokens."""
         return len(self.ids)
 
 
@@ -76,13 +76,13 @@ class TextBatch:
     """B texts of T columns.
 
     Attributes:
-        tokens, segment_ids: int64 [B, T]; padding is of another segment.
-        token_types: int64 [B, T], or None where the model knows none.
-        pool: fp32 [B, T], how much each column counts.
+        tokens, segment_ids: int64 [B, T]; padding has another segment.
+        token_types: int64 [B, T], or None if the model has no token types.
+        pool: fp32 [B, T], the weight of each column.
         labels: int64 [B], or IGNORED.
-        weights: fp32 [B], how much each text counts.
-        num_tokens: padding left out.
-        sequence_ids: int64 [B], numbers of the records in the run; None where nothing is drawn.
+        weights: fp32 [B], the weight of each text.
+        num_tokens: the number of tokens without padding.
+        sequence_ids: int64 [B], the numbers of the records in the run; None if nothing is drawn.
     """
 
     tokens: Tensor
@@ -96,21 +96,21 @@ class TextBatch:
 
     @property
     def num_labels(self) -> int:
-        """Texts with a label."""
+        """Return the number of texts with a label."""
         return int((self.labels != IGNORED).sum())
 
     def to(self, device: torch.device) -> TextBatch:
-        """The batch on a device."""
+        """Return the batch on a device."""
         return on_device(self, device)
 
     def inputs(self) -> dict[str, Tensor | None]:
-        """What the model is called with."""
+        """Return the arguments of the model."""
         names = ("tokens", "segment_ids", "token_types", "pool", "sequence_ids")
         return {name: getattr(self, name) for name in names}
 
 
 class Classify(RecordTask):
-    """Sort texts into classes."""
+    """The task of classifying texts."""
 
     metric = "accuracy"
     better: ClassVar[Mapping[str, Better]] = {
@@ -132,15 +132,15 @@ class Classify(RecordTask):
 
     @classmethod
     def resolve(cls, config: FinetuneConfig, tokenizer: Tokenizer, records: Sequence[Record]) -> FinetuneConfig:
-        """The names of the classes, as many logits, and what the head reads.
+        """Return the config with the names of the classes, the number of logits, and the pooling.
 
         Raises:
-            ConfigError: an encoder-decoder, or pooling that would read nothing.
-            DataError: fewer than two classes.
+            ConfigError: the model is an encoder-decoder, or the pooling does not fit it.
+            DataError: there are fewer than two classes.
         """
         shape, settings = config.model.shape, config.classify
         if shape == "encoder_decoder":
-            raise ConfigError("task=classify wants an encoder or a decoder, and the model is an encoder_decoder")
+            raise ConfigError("task=classify needs an encoder or a decoder, and the model is an encoder_decoder")
         classes = settings.classes or _classes_of(records, config)
         head, pooling = config.model.class_head, settings.pooling
         if head is None and config.model.num_classes is None:
@@ -149,7 +149,7 @@ class Classify(RecordTask):
             pooling = "last" if shape == "decoder" else "first" if head == "pooler" else "mean"
         if shape == "decoder" and pooling == "first":
             raise ConfigError(
-                "classify.pooling=first: the first token of a decoder has seen nothing; write last or mean"
+                "classify.pooling=first: the first token of a decoder attends to no other token; write last or mean"
             )
         return dataclasses.replace(
             config,
@@ -159,11 +159,11 @@ class Classify(RecordTask):
 
     @classmethod
     def group_of(cls, record: Record, config: FinetuneConfig) -> Any:
-        """Its class."""
+        """Return the class of a record."""
         return _label(record, config)
 
     def review(self, splits: Mapping[str, Examples]) -> list[str]:
-        """How many records of each class there are, and what is odd about that."""
+        """Return a line with the numbers of records of each class, and warnings about missing classes."""
         counts = {
             name: Counter(example.label for example in split.examples)
             for name, split in splits.items()
@@ -182,7 +182,7 @@ class Classify(RecordTask):
         return said
 
     def begin(self, examples: Sequence[TextExample]) -> None:
-        """Let each class of the training examples weigh the same, if the config says so."""
+        """Give each class of the training examples the same total weight, if the config says so."""
         if self.settings.balance:
             counts = Counter(example.label for example in examples)
             for label, count in counts.items():
@@ -190,19 +190,19 @@ class Classify(RecordTask):
 
     @property
     def text_field(self) -> str | None:
-        """The text that is sorted; a pair is more than one."""
+        """Return the field of the text; None if the task reads pairs."""
         return None if self.fields.pair else self.fields.text
 
     def encode(self, record: Record, *, for_training: bool = True) -> TextExample:
-        """The ids of a text, or of two."""
+        """Encode a text or a pair of texts."""
         texts = [(self.fields.text, record.text(self.fields.text, setting="data.fields.text"))]
         if self.fields.pair:
             texts.append((self.fields.pair, record.text(self.fields.pair, setting="data.fields.pair")))
         sides = [some_ids(self.tokenizer, name, text) for name, text in texts]
         num_special, total = self.tokenizer.num_special(len(sides)), sum(map(len, sides))
         self.require_length(num_special + len(sides))
-        rooms = _rooms([len(side) for side in sides], self.max_length - num_special)
-        sides = [self.cut(side, room, self.settings.truncate) for side, room in zip(sides, rooms, strict=True)]
+        limits = _limits([len(side) for side in sides], self.max_length - num_special)
+        sides = [self.cut(side, limit, self.settings.truncate) for side, limit in zip(sides, limits, strict=True)]
         ids, types = self.tokenizer.join(*sides)
         label = self._number(record, for_training)
         return TextExample(np.array(ids, np.int32), np.array(types, np.int8), label, total - sum(map(len, sides)))
@@ -215,13 +215,13 @@ class Classify(RecordTask):
             similar = difflib.get_close_matches(name, self.classes, 1, 0.6)
             hint = f"did you mean {similar[0]!r}?" if similar else f"there are {listed(list(map(repr, self.classes)))}"
             raise BadRecordError(
-                f"the class {name!r} is unknown to the model: no training record has it, or classes are named without "
-                f"it (classify.classes); {hint}"
+                f"the class {name!r} is unknown to the model: no training record has it, or classify.classes does not "
+                f"name it; {hint}"
             )
         return self.number[name]
 
     def collate(self, examples: Sequence[TextExample], numbers: Sequence[int] | None = None) -> TextBatch:
-        """Texts side by side."""
+        """Return a batch of texts."""
         tokens = padded([example.ids for example in examples], self.tokenizer.pad_id, multiple=LENGTH_MULTIPLE)
         lengths = np.array([len(example.ids) for example in examples])
         is_text = np.arange(tokens.shape[1]) < lengths[:, None]  # B T
@@ -241,7 +241,7 @@ class Classify(RecordTask):
         )
 
     def loss(self, model: Model, batch: TextBatch) -> TaskLoss:
-        """Cross-entropy in nats; what is reported knows no smoothing and no weights."""
+        """Return the cross-entropy in nats; the reported loss is without smoothing and weights."""
         logits = model(**batch.inputs())
         plain = F.cross_entropy(logits, batch.labels, ignore_index=IGNORED, reduction="none")
         smoothed = F.cross_entropy(
@@ -255,7 +255,7 @@ class Classify(RecordTask):
 
     @torch.no_grad()
     def predict(self, model: Model, examples: Sequence[TextExample], device: torch.device) -> list[Prediction]:
-        """The likeliest class, and the probability of each."""
+        """Return the most likely class, and the probability of each class."""
         batch = self.collate(examples).to(device)
         probabilities = model(**batch.inputs()).double().softmax(dim=-1).cpu().numpy()
         found = []
@@ -268,8 +268,8 @@ class Classify(RecordTask):
         return found
 
     def metrics(self, predictions: Sequence[Prediction]) -> dict[str, float]:
-        """Accuracy and the share of the largest class, which is the accuracy of always naming that one; macro F1, mean
-        cross-entropy in nats, and the expected calibration error."""
+        """Return the accuracy, the share of the largest class (the accuracy of always predicting that class), macro F1,
+        the mean cross-entropy in nats, and the expected calibration error."""
         labels, probabilities = self._arrays(predictions)
         matrix = confusion(labels, probabilities.argmax(axis=1), len(self.classes))
         of_label = np.maximum(probabilities[np.arange(len(labels)), labels], np.finfo(np.float64).tiny)
@@ -282,7 +282,7 @@ class Classify(RecordTask):
         }
 
     def tables(self, predictions: Sequence[Prediction]) -> dict[str, list[dict[str, Any]]]:
-        """The confusion matrix: how many of each class were taken for which."""
+        """Return the confusion matrix: the number of records by true and predicted class."""
         labels, probabilities = self._arrays(predictions)
         matrix = confusion(labels, probabilities.argmax(axis=1), len(self.classes))
         return {
@@ -298,24 +298,24 @@ class Classify(RecordTask):
         return labels, np.array(rows)
 
     def answer(self, record: Record) -> str:
-        """The name of its class."""
+        """Return the name of the record's class."""
         return _label(record, self.config) or ""
 
     def lengths(self, examples: Sequence[TextExample]) -> Lengths:
-        """The tokens of a text, in its one stack."""
+        """Return the mean tokens of a text, in the model's only stack."""
         mean = float(np.mean([example.length for example in examples]))
         return Lengths(0, mean, 0) if self.config.model.shape == "decoder" else Lengths(mean, 0, 0)
 
 
 def _class_head(model: ModelConfig) -> Literal["transform", "pooler", "score"]:
-    """The form of the head in the nearest family of Hugging Face models, so that the classifier can be exported."""
+    """Return the form of the head in the most similar family of Hugging Face models, so that export is possible."""
     if model.shape == "decoder":
         return "score"
     return "pooler" if model.norm_placement == "post" else "transform"
 
 
-def _rooms(lengths: Sequence[int], limit: int) -> list[int]:
-    """Tokens that each of one or two texts may have, at most `limit` together: the longer one gives way, as in BERT."""
+def _limits(lengths: Sequence[int], limit: int) -> list[int]:
+    """Return the most tokens of each of one or two texts, `limit` together: the longer text is cut, as in BERT."""
     if len(lengths) == 1:
         return [limit]
     first = max(limit - lengths[1], min(lengths[0], limit - limit // 2))
@@ -323,7 +323,7 @@ def _rooms(lengths: Sequence[int], limit: int) -> list[int]:
 
 
 def _label(record: Record, config: FinetuneConfig) -> str | None:
-    """The name of a record's class, without spaces around it: a text or a whole number."""
+    """Return the name of a record's class, a text or a whole number, without surrounding spaces; else None."""
     value = record.value(config.data.fields.label)
     if isinstance(value, bool) or not isinstance(value, str | int):
         return None
@@ -331,10 +331,10 @@ def _label(record: Record, config: FinetuneConfig) -> str | None:
 
 
 def _needed_label(record: Record, config: FinetuneConfig) -> str:
-    """As `_label`.
+    """Return the name of a record's class, as `_label`.
 
     Raises:
-        BadRecordError: there is none.
+        BadRecordError: the record has no class.
     """
     name = config.data.fields.label
     label, value = _label(record, config), record.value(name)
@@ -343,7 +343,7 @@ def _needed_label(record: Record, config: FinetuneConfig) -> str:
     if value is None:
         raise record.missing(name, setting="data.fields.label")
     if isinstance(value, str):
-        raise BadRecordError(f"the field {name!r}, which names its class, is empty")
+        raise BadRecordError(f"the field {name!r} of the class is empty")
     shown = json.dumps(value, ensure_ascii=False, default=str)
     raise BadRecordError(
         f"the field {name!r} is {shown[:40]} ({type(value).__name__}), and a class is a text or a whole number, e.g. "
@@ -352,7 +352,7 @@ def _needed_label(record: Record, config: FinetuneConfig) -> str:
 
 
 def _classes_of(records: Sequence[Record], config: FinetuneConfig) -> list[str]:
-    """The classes of training records, sorted.
+    """Return the classes of training records, sorted.
 
     Raises:
         DataError: there are fewer than two.
@@ -367,7 +367,7 @@ def _classes_of(records: Sequence[Record], config: FinetuneConfig) -> list[str]:
         broken.check()
         found = f"one class, {classes.pop()!r}" if classes else "no classes"
         raise DataError(
-            f"the training records have {found}, and there have to be two or more; data.fields.label names the field "
-            "that has the class"
+            f"the training records have {found}, and the task needs two or more; data.fields.label names the field "
+            "of the class"
         )
     return sorted(classes)

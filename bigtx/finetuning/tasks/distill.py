@@ -1,10 +1,10 @@
-"""Plain text under a teacher: every record is a text, of which each token is predicted from those before it.
+"""Distillation on plain text: every record is a text, and each token is predicted from those before it.
 
-The teacher comes in where every task's does (see bigtx.train.teacher). A text is one answer to no question:
+The teacher works as for every task (see bigtx.train.teacher). A text is an answer without a prompt:
 
-    </s> text </s>      with loss on all but the first, which says that a text begins
+    </s> text </s>      with loss on all but the first token, which marks the beginning of a text
 
-(The tokenizer of an imported model may have begin ids of its own for that.)
+(The tokenizer of an imported model may have its own begin ids instead.)
 
 Corpora that do not fit into memory, and encoders and encoder-decoders, are distilled by pretraining with
 `distill.teacher`.
@@ -26,7 +26,7 @@ from bigtx.utils.errors import ConfigError
 
 
 class Distill(Sft):
-    """Learn texts as a teacher finds them likely; predictions say how likely a text is."""
+    """Learn the teacher's distribution over plain text; predictions are the likelihoods of texts."""
 
     generates = False
 
@@ -37,25 +37,25 @@ class Distill(Sft):
 
     @classmethod
     def resolve(cls, config: FinetuneConfig, tokenizer: Tokenizer, records: Sequence[Record]) -> FinetuneConfig:
-        """The head of tokens.
+        """Return the config with a head of tokens.
 
         Raises:
-            ConfigError: no decoder.
+            ConfigError: the model is not a decoder.
         """
         if config.model.shape != "decoder":
             raise ConfigError(
-                f"task=distill wants a decoder, and the model is an {config.model.shape}; bigtx/pretrain.py with "
+                f"task=distill needs a decoder, and the model is an {config.model.shape}; bigtx/pretrain.py with "
                 "distill.teacher distills any shape from a prepared corpus"
             )
         return super(Sft, cls).resolve(config, tokenizer, records)
 
     @property
     def text_field(self) -> str | None:
-        """What is scored."""
+        """Return the field of the text."""
         return self.fields.text
 
     def encode(self, record: Record, *, for_training: bool = True) -> ChatExample:
-        """The ids of a text, with the begin ids of the tokenizer or an end before it, and an end behind it."""
+        """Encode a text, with the begin ids of the tokenizer (or an end id) before it, and an end id after it."""
         ids = some_ids(self.tokenizer, self.fields.text, record.text(self.fields.text, setting="data.fields.text"))
         before = self.tokenizer.begin_ids or [self.tokenizer.end_id]
         kept = self.cut(ids, self.max_length - len(before))
@@ -65,20 +65,20 @@ class Distill(Sft):
 
     @torch.no_grad()
     def predict(self, model: Model, examples: Sequence[ChatExample], device: torch.device) -> list[Prediction]:
-        """The mean cross-entropy of a text's tokens in nats, and their number."""
+        """Return the mean cross-entropy of a text's tokens in nats, and their number."""
         return [
             {"loss": score["_loss_sum"] / score["_num_tokens"], "tokens": score["_num_tokens"]} | score
             for score in self.predict_in_run(model, examples, device)
         ]
 
     def review(self, splits: Mapping[str, Examples]) -> list[str]:
-        """Nothing: a text is no chat."""
+        """Return no warnings, since a text is not a chat."""
         return []
 
     def shown(self, record: Record) -> str:
-        """The text."""
+        """Return the text."""
         return str(record.value(self.fields.text) or "")
 
     def answer(self, record: Record) -> str:
-        """A text has none."""
+        """Return "", since a text has no answer."""
         return ""

@@ -1,11 +1,11 @@
-"""The better of two answers, by direct preference optimization (DPO, arXiv:2305.18290) on a decoder; see chats.py for
-the formats.
+"""Direct preference optimization (DPO, arXiv:2305.18290) of a decoder on pairs of answers; see chats.py for the
+formats.
 
     margin = beta ((log p(chosen) - log q(chosen)) - (log p(rejected) - log q(rejected)))
     loss   = -(1 - e) log sigmoid(margin) - e log sigmoid(-margin)
 
-p is the model, q the model as it was before the first step: its log-probabilities are made once (reference.py). e is
-preference.label_smoothing, the probability that a pair is the wrong way round.
+p is the model, q the model before the first step: its log-probabilities are computed once (reference.py). e is
+preference.label_smoothing, the probability that a pair is labeled the wrong way round.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ class PreferenceExample:
     """A prompt and two answers as ids.
 
     Attributes:
-        prompt: int32, up to where an answer begins.
-        chosen, rejected: int32, with the end id; both empty where there are none.
-        num_cut: ids that were too many.
+        prompt: int32, the ids before the answer.
+        chosen, rejected: int32, with the end id; both empty if there are no answers.
+        num_cut: the number of ids that were left out.
         reference: log-probabilities of both answers before the first step, in nats.
         lost_start: see `Chat`.
     """
@@ -72,17 +72,17 @@ class PreferenceExample:
 
     @property
     def length(self) -> int:
-        """Tokens of the longer side."""
+        """Return the number of tokens of the longer side."""
         return len(self.prompt) + max(len(self.chosen), len(self.rejected)) - 1
 
     @property
     def has_answers(self) -> bool:
-        """Whether there is something to compare."""
+        """Return whether there are answers to compare."""
         return len(self.chosen) > 0
 
     @property
     def is_equal(self) -> bool:
-        """Whether nothing tells both answers apart, because where they differ was cut."""
+        """Return whether both answers are equal, because the part in which they differ was cut."""
         return self.has_answers and np.array_equal(self.chosen, self.rejected)
 
 
@@ -93,9 +93,9 @@ class PreferenceBatch:
     Attributes:
         tokens, labels: int64 [2 B, T]; labels are the next tokens of answers, or IGNORED; padding is on the right.
         reference: fp32 [B, 2], log-probabilities of chosen and rejected before the first step.
-        num_tokens: padding left out.
-        sequence_ids: int64 [2 B], numbers of the rows in the run, two of each record; None where nothing is drawn.
-        text_lengths: int64 [2 B], columns of each row that are no padding.
+        num_tokens: the number of tokens without padding.
+        sequence_ids: int64 [2 B], the numbers of the rows in the run, two of each record; None if nothing is drawn.
+        text_lengths: int64 [2 B], the number of columns of each row without padding.
     """
 
     tokens: Tensor
@@ -107,20 +107,20 @@ class PreferenceBatch:
 
     @property
     def num_labels(self) -> int:
-        """Pairs."""
+        """Return the number of pairs."""
         return len(self.reference)
 
     def to(self, device: torch.device) -> PreferenceBatch:
-        """The batch on a device."""
+        """Return the batch on a device."""
         return on_device(self, device)
 
     def inputs(self) -> dict[str, Tensor | None]:
-        """What the model is called with."""
+        """Return the arguments of the model."""
         return {name: part for name, part in vars(self).items() if name not in ("reference", "num_tokens")}
 
 
 class Preference(RecordTask):
-    """Learn which of two answers is better."""
+    """The task of preferring the better of two answers."""
 
     metric = "loss"
     better: ClassVar[Mapping[str, Better]] = {
@@ -142,17 +142,17 @@ class Preference(RecordTask):
 
     @classmethod
     def resolve(cls, config: FinetuneConfig, tokenizer: Tokenizer, records: Sequence[Record]) -> FinetuneConfig:
-        """The format of chats, and the head of tokens.
+        """Return the config with the format of chats and a head of tokens.
 
         Raises:
-            ConfigError: no decoder, or a format that the tokenizer does not have.
+            ConfigError: the model is not a decoder, or the tokenizer does not support the format.
         """
         return super().resolve(resolve_chat_format(config, tokenizer), tokenizer, records)
 
     def encode(self, record: Record, *, for_training: bool = True) -> PreferenceExample:
-        """The ids of a prompt and both answers; for prediction also of a prompt alone."""
+        """Encode a prompt and both answers; for prediction the answers may be missing."""
         prompt, answers = self._divide(record, for_training)
-        sides = zip((self.fields.chosen, self.fields.rejected), answers, strict=False)  # For prediction there are none.
+        sides = zip((self.fields.chosen, self.fields.rejected), answers, strict=False)  # Prompts without answers.
         ids = [self.format.answer(field, answer) for field, answer in sides]
         if for_training and ids[0] == ids[1]:
             raise BadRecordError(f"the fields {self.fields.chosen!r} and {self.fields.rejected!r} are the same answer")
@@ -163,10 +163,10 @@ class Preference(RecordTask):
         )
 
     def review(self, splits: Mapping[str, Examples]) -> list[str]:
-        """What of the pairs is not learned.
+        """Return warnings about parts of the pairs that are not trained on.
 
         Raises:
-            DataError: too many pairs are the same answer twice once they are cut.
+            DataError: too many pairs have two equal answers after truncation.
         """
         fields = self.fields
         said = review_chats(splits, [fields.prompt, fields.messages, fields.chosen, fields.rejected])
@@ -176,19 +176,19 @@ class Preference(RecordTask):
                 continue
             share, most = len(equal) / len(split.records), self.settings.max_equal
             what = (
-                f"{len(equal):,} of {len(split.records):,} {name} pairs ({share:.1%}) are the same answer twice once "
-                f"they are cut to {self.limit}, the first of them {equal[0].where}: such a pair teaches nothing"
+                f"{len(equal):,} of {len(split.records):,} {name} pairs ({share:.1%}) have two equal answers after "
+                f"truncation to {self.limit}, first {equal[0].where}: the model learns nothing from such a pair"
             )
             if share > most:
                 raise DataError(
-                    f"{what}, and at most {most:.1%} of them may be like that (preference.max_equal); write a larger "
+                    f"{what}, and at most {most:.1%} are allowed (preference.max_equal); write a larger "
                     "data.max_length, leave out or shorten such pairs, or write a larger preference.max_equal"
                 )
             said.append(f"warning: {what}")
         return said
 
     def _divide(self, record: Record, for_training: bool) -> tuple[str | Sequence[Message], list[str]]:
-        """The prompt, and both answers or none."""
+        """Return the prompt, and both answers or none."""
         fields = self.fields
         sides = [record.value(name) for name in (fields.chosen, fields.rejected)]
         if not for_training and any(_is_empty(side) for side in sides):
@@ -212,14 +212,14 @@ class Preference(RecordTask):
         rest = messages[len(asked) :] if messages[: len(asked)] == asked else messages
         if len(rest) != 1 or rest[0]["role"] != ASSISTANT:
             raise BadRecordError(
-                f"the field {field!r} has to be a text, or a chat that ends in one message of the role {ASSISTANT} "
-                "after those of the prompt"
+                f"the field {field!r} must be a text, or a chat of the prompt's messages and one message of the role "
+                f"{ASSISTANT}"
             )
         content: str = rest[0]["content"]
         return content
 
     def collate(self, examples: Sequence[PreferenceExample], numbers: Sequence[int] | None = None) -> PreferenceBatch:
-        """Chosen answers, then rejected ones, each after its prompt."""
+        """Return a batch of the chosen answers, then the rejected ones, each after its prompt."""
         rows = [np.concatenate([each.prompt, each.chosen]) for each in examples]
         rows += [np.concatenate([each.prompt, each.rejected]) for each in examples]
         labels = [row[1:].copy() for row in rows]
@@ -236,7 +236,7 @@ class Preference(RecordTask):
         )
 
     def loss(self, model: Model, batch: PreferenceBatch) -> TaskLoss:
-        """The loss summed over pairs; what is reported is without smoothing."""
+        """Return the loss summed over pairs; the reported loss is without smoothing."""
         scores = model(**batch.inputs(), score_tokens=True)
         chosen, rejected = scores.log_probs.sum(dim=1).chunk(2)
         margin = self.settings.beta * ((chosen - rejected) - (batch.reference[:, 0] - batch.reference[:, 1]))
@@ -248,20 +248,20 @@ class Preference(RecordTask):
     def refer(
         self, model: Model, examples: Sequence[PreferenceExample], device: torch.device
     ) -> list[tuple[float, ...]]:
-        """Log-probabilities of both answers in nats."""
+        """Return the log-probabilities of both answers in nats."""
         batch = self.collate(examples).to(device)
         scores = model(**batch.inputs(), score_tokens=True)
         chosen, rejected = scores.log_probs.double().sum(dim=1).cpu().chunk(2)
         return list(zip(chosen.tolist(), rejected.tolist(), strict=True))
 
     def with_reference(self, example: PreferenceExample, numbers: tuple[float, ...]) -> PreferenceExample:
-        """The example with the log-probabilities that `refer` gave."""
+        """Return the example with the log-probabilities that `refer` returned."""
         chosen, rejected = numbers
         return dataclasses.replace(example, reference=(chosen, rejected))
 
     @torch.no_grad()
     def predict(self, model: Model, examples: Sequence[PreferenceExample], device: torch.device) -> list[Prediction]:
-        """Of pairs how much likelier the chosen answer is than the rejected one, in nats; to prompts alone, answers."""
+        """Return the log-probabilities of pairs and their difference in nats, and an answer to prompts without any."""
         found: list[Prediction] = [{} for _ in examples]
         pairs = [place for place, example in enumerate(examples) if example.has_answers]
         if pairs:
@@ -282,9 +282,9 @@ class Preference(RecordTask):
         return found
 
     def metrics(self, predictions: Sequence[Prediction]) -> dict[str, float]:
-        """Means over pairs: of the log-probability margin in nats, and how often it is above 0; where the base's
-        log-probabilities are known also the loss, and of the rewards, which are beta times the log-ratio to the base,
-        those of both answers, their margin, and how often that is above 0 (reward_accuracy)."""
+        """Return means over pairs: the margin of log-probabilities in nats, and the share of margins above 0. If the
+        base's log-probabilities are known, also the loss, the rewards of both answers (beta times the log-ratio to the
+        base), their margin, and the share of these margins above 0 (reward_accuracy)."""
         both = np.array([(each["chosen_log_prob"], each["rejected_log_prob"]) for each in predictions])  # N 2
         margins = both[:, 0] - both[:, 1]
         found = {"margin": float(margins.mean()), "accuracy": float((margins > 0).mean())}
@@ -302,31 +302,31 @@ class Preference(RecordTask):
         }
 
     def shown(self, record: Record) -> str:
-        """The prompt."""
+        """Return the prompt."""
         return shown_prompt(self._divide(record, for_training=False)[0])
 
     def answer(self, record: Record) -> str:
-        """The better answer."""
+        """Return the better answer."""
         answers = self._divide(record, for_training=False)[1]
         return answers[0] if answers else ""
 
     def lengths(self, examples: Sequence[PreferenceExample]) -> Lengths:
-        """Of one side; both are read."""
+        """Return the mean columns of one side; an example has two."""
         mean = self.mean_tokens(examples) / 2
         return Lengths(0, mean, mean, num_rows=2)
 
     def mean_tokens(self, examples: Sequence[PreferenceExample]) -> float:
-        """Of both sides."""
+        """Return the mean tokens of both sides together."""
         return float(np.mean([2 * len(each.prompt) + len(each.chosen) + len(each.rejected) - 2 for each in examples]))
 
 
 def _is_empty(side: Any) -> bool:
-    """Whether a side of a pair has no answer: it is missing, or a text or a chat without anything in it."""
+    """Return whether a side of a pair has no answer: it is missing, or an empty text or chat."""
     return side is None or (isinstance(side, str) and not side.strip()) or (isinstance(side, list) and not side)
 
 
 def _common(sides: Sequence[Any]) -> list[Message]:
-    """The messages that two chats begin with."""
+    """Return the messages that both chats begin with."""
     shared = []
     for first, second in zip(*sides, strict=False):
         if first != second:

@@ -1,22 +1,22 @@
-"""How good classes with probabilities are."""
+"""Metrics of predicted classes and their probabilities."""
 
 from __future__ import annotations
 
 import numpy as np
 
 CALIBRATION_BINS = 15
-"""Of equal width, as in arXiv:1706.04599."""
+"""The number of bins, of equal width as in arXiv:1706.04599."""
 
 
 def confusion(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
-    """int64 [classes, classes]: how many texts of each class (rows) were taken for which (columns)."""
+    """Return the confusion matrix, int64 [classes, classes]: rows are true classes, columns predicted ones."""
     matrix = np.zeros((num_classes, num_classes), np.int64)
     np.add.at(matrix, (labels, predicted), 1)
     return matrix
 
 
 def macro_f1(matrix: np.ndarray) -> float:
-    """The mean over classes of 2 TP / (2 TP + FP + FN); a class that neither occurs nor was predicted is left out."""
+    """Return the mean over classes of 2 TP / (2 TP + FP + FN), without classes that neither occur nor are predicted."""
     hits = np.diag(matrix)
     total = matrix.sum(axis=0) + matrix.sum(axis=1)
     present = total > 0
@@ -24,7 +24,7 @@ def macro_f1(matrix: np.ndarray) -> float:
 
 
 def calibration_error(probabilities: np.ndarray, labels: np.ndarray, num_bins: int = CALIBRATION_BINS) -> float:
-    """Expected calibration error (arXiv:1706.04599, equation 3): the mean gap between confidence and accuracy.
+    """Return the expected calibration error (arXiv:1706.04599, equation 3): the mean gap of confidence and accuracy.
 
     Args:
         probabilities: fp64 [N, classes].

@@ -1,8 +1,7 @@
-"""Answers to prompts and in chats, learned from examples (supervised fine-tuning) on a decoder; see chats.py for the
-formats.
+"""Supervised fine-tuning of a decoder on answers to prompts and in chats; see chats.py for the formats.
 
-    record ──encode──▶ ChatExample ──collate──▶ a row each, padded to the longest
-                            └──pack──▶ PackedRow ──collate──▶ rows of one length, with document masks
+record ──encode──▶ ChatExample ──collate──▶ one row each, padded to the longest
+                        └──pack──▶ PackedRow ──collate──▶ rows of one length, with document masks
 """
 
 from __future__ import annotations
@@ -50,10 +49,10 @@ class ChatExample:
     """A chat as ids.
 
     Attributes:
-        ids: int32 [N], of the prompt and, where it is known, the answer.
-        is_answer: bool [N], what carries loss.
-        prompt_length: of them, those that the model reads before it writes.
-        num_cut: ids that were too many.
+        ids: int32 [N], the prompt and, if it is known, the answer.
+        is_answer: bool [N], whether an id carries loss.
+        prompt_length: the number of ids of the prompt.
+        num_cut: the number of ids that were left out.
         lost_start: see `Chat`.
     """
 
@@ -65,29 +64,29 @@ class ChatExample:
 
     @property
     def length(self) -> int:
-        """Tokens that are read in training: all but the last, after which nothing comes."""
+        """Return the number of tokens that training reads: all but the last."""
         return len(self.ids) - 1
 
     @property
     def has_answer(self) -> bool:
-        """Whether there is something to learn."""
+        """Return whether any id carries loss."""
         return bool(self.is_answer.any())
 
 
 @dataclass(frozen=True, slots=True)
 class PackedRow:
-    """Chats side by side in one row."""
+    """Several chats in one row."""
 
     chats: tuple[ChatExample, ...]
 
     @property
     def length(self) -> int:
-        """Tokens, padding left out."""
+        """Return the number of tokens without padding."""
         return sum(chat.length for chat in self.chats)
 
     @property
     def num_cut(self) -> int:
-        """Ids that were too many."""
+        """Return the number of ids that were left out."""
         return sum(chat.num_cut for chat in self.chats)
 
 
@@ -97,11 +96,11 @@ class ChatBatch:
 
     Attributes:
         tokens, labels: int64 [B, T]; labels are the next tokens, or IGNORED.
-        positions, segment_ids: int64 [B, T] of packed rows, restarting and counting with each chat; else None: then
-            padding stands on the right, where nothing sees it.
-        num_tokens: padding left out.
-        sequence_ids: int64 [B], numbers of the records in the run; None where nothing is drawn.
-        text_lengths: int64 [B], columns of each row that are no padding.
+        positions, segment_ids: int64 [B, T] for packed rows: positions restart and segment ids increase with each chat.
+            Otherwise None: no token attends to padding, because it is on the right.
+        num_tokens: the number of tokens without padding.
+        sequence_ids: int64 [B], the numbers of the records in the run; None if nothing is drawn.
+        text_lengths: int64 [B], the number of columns of each row without padding.
     """
 
     tokens: Tensor
@@ -114,20 +113,20 @@ class ChatBatch:
 
     @property
     def num_labels(self) -> int:
-        """Tokens of answers."""
+        """Return the number of tokens of answers."""
         return int((self.labels != IGNORED).sum())
 
     def to(self, device: torch.device) -> ChatBatch:
-        """The batch on a device."""
+        """Return the batch on a device."""
         return on_device(self, device)
 
     def inputs(self) -> dict[str, Tensor | None]:
-        """What the model is called with."""
+        """Return the arguments of the model."""
         return {name: part for name, part in vars(self).items() if name != "num_tokens"}
 
 
 class Sft(RecordTask):
-    """Learn to answer."""
+    """The task of answering prompts and chats."""
 
     metric = "loss"
     better: ClassVar[Mapping[str, Better]] = {
@@ -150,26 +149,26 @@ class Sft(RecordTask):
 
     @property
     def length_setting(self) -> str:
-        """The setting that `max_length` comes from."""
+        """Return the setting that `max_length` comes from."""
         is_of_row = self.settings.packing and self.settings.row_length == self.max_length
         return "sft.row_length" if is_of_row else super().length_setting
 
     @classmethod
     def resolve(cls, config: FinetuneConfig, tokenizer: Tokenizer, records: Sequence[Record]) -> FinetuneConfig:
-        """The format of chats, and the head of tokens.
+        """Return the config with the format of chats and a head of tokens.
 
         Raises:
-            ConfigError: no decoder, or a format that the tokenizer does not have.
+            ConfigError: the model is not a decoder, or the tokenizer does not support the format.
         """
         return super().resolve(resolve_chat_format(config, tokenizer), tokenizer, records)
 
     @property
     def text_field(self) -> str | None:
-        """What is answered."""
+        """Return the field of the prompt."""
         return self.fields.prompt
 
     def encode(self, record: Record, *, for_training: bool = True) -> ChatExample:
-        """The ids of a chat, or of a prompt and its response."""
+        """Encode a chat, or a prompt and its response."""
         prompt, answer = self._divide(record, for_training)
         is_chat = record.value(self.fields.messages) is not None
         field = self.fields.messages if is_chat else self.fields.response
@@ -185,7 +184,7 @@ class Sft(RecordTask):
         )
 
     def _divide(self, record: Record, for_training: bool) -> tuple[Any, str | None]:
-        """What is read before the last answer, and that answer."""
+        """Return the prompt or the messages before the last answer, and that answer."""
         fields = self.fields
         messages = record.value(fields.messages)
         if messages is None:
@@ -197,20 +196,22 @@ class Sft(RecordTask):
         messages = self.format.check(messages, fields.messages)
         answered = [place for place, message in enumerate(messages) if message["role"] == ASSISTANT]
         if not answered and for_training:
-            raise BadRecordError(f"{fields.messages}: no message of the role {ASSISTANT}, so there is nothing to learn")
+            raise BadRecordError(
+                f"{fields.messages}: there is no message of the role {ASSISTANT}, so there is nothing to learn"
+            )
         if not for_training and messages[-1]["role"] != ASSISTANT:
             return messages, None
         return messages[: answered[-1]], messages[answered[-1]]["content"]
 
     def review(self, splits: Mapping[str, Examples]) -> list[str]:
-        """What of the chats is not learned."""
+        """Return warnings about parts of the chats that are not trained on."""
         return review_chats(splits, [self.fields.messages, self.fields.prompt])
 
     def pack(self, examples: Sequence[ChatExample]) -> list[Any]:
-        """Chats put together into rows, with `sft.packing`."""
+        """Pack chats into rows if `sft.packing` is set."""
         if not self.settings.packing:
             return list(examples)
-        # Neighbours in a file are often alike; which of them share a row is drawn.
+        # Neighbours in a file are often similar, so the chats of a row are drawn at random.
         order = np.random.Generator(np.random.Philox(key=[self.config.seed, 0])).permutation(len(examples))
         lengths = np.array([examples[place].length for place in order])
         return [
@@ -219,7 +220,7 @@ class Sft(RecordTask):
         ]
 
     def collate(self, examples: Sequence[Any], numbers: Sequence[int] | None = None) -> ChatBatch:
-        """Chats below each other, or packed rows of one length."""
+        """Return a batch of chats, or of packed rows of one length."""
         is_packed = isinstance(examples[0], PackedRow)
         rows = [example.chats if is_packed else (example,) for example in examples]
         multiple = self.row_length if is_packed else LENGTH_MULTIPLE
@@ -242,12 +243,12 @@ class Sft(RecordTask):
         )
 
     def loss(self, model: Model, batch: ChatBatch) -> TaskLoss:
-        """Cross-entropy of the answers in nats."""
+        """Return the cross-entropy of the answers in nats."""
         return TaskLoss.of(model(**batch.inputs()))
 
     @torch.no_grad()
     def predict(self, model: Model, examples: Sequence[ChatExample], device: torch.device) -> list[Prediction]:
-        """The answer that the model writes, and how likely a known one is."""
+        """Return the answer that the model generates, and the likelihood of a known answer."""
         prompts = [example.ids[: example.prompt_length].tolist() for example in examples]
         written = write_answers(model, self.config, self.tokenizer, prompts, device)
         known: list[Prediction] = [{} for _ in examples]
@@ -261,12 +262,12 @@ class Sft(RecordTask):
 
     @property
     def generates_in_run(self) -> bool:
-        """It does not."""
+        """Return False."""
         return False
 
     @torch.no_grad()
     def predict_in_run(self, model: Model, examples: Sequence[ChatExample], device: torch.device) -> list[Prediction]:
-        """How likely the known answers are, by one pass."""
+        """Return the likelihoods of the known answers, with one forward pass."""
         batch = self.collate(examples).to(device)
         scores = model(**batch.inputs(), score_tokens=True)
         sums = torch.stack([-scores.log_probs.double().sum(dim=1), scores.is_likeliest.double().sum(dim=1)]).cpu()
@@ -277,8 +278,8 @@ class Sft(RecordTask):
         ]
 
     def metrics(self, predictions: Sequence[Prediction]) -> dict[str, float]:
-        """Per token of the answers: cross-entropy in nats, its exponential, and the share that was likeliest; where the
-        model wrote answers itself, also the share of those that are the known ones, letter by letter."""
+        """Return, per token of the answers, the cross-entropy in nats, its exponential, and the share of tokens that
+        were the most likely ones; if answers were generated, also the share that equals the known ones exactly."""
         total = max(1, sum(prediction["_num_tokens"] for prediction in predictions))
         loss = sum(prediction["_loss_sum"] for prediction in predictions) / total
         found = {
@@ -290,61 +291,61 @@ class Sft(RecordTask):
         return found | ({"exact_match": sum(exact) / len(exact)} if exact else {})
 
     def shown(self, record: Record) -> str:
-        """The prompt, or the chat before its last answer."""
+        """Return the prompt, or the chat before its last answer."""
         prompt, _ = self._divide(record, for_training=False)
         return shown_prompt(prompt)
 
     def answer(self, record: Record) -> str:
-        """The known answer."""
+        """Return the known answer."""
         return self._divide(record, for_training=False)[1] or ""
 
     def lengths(self, examples: Sequence[Any]) -> Lengths:
-        """Of rows as training reads them."""
+        """Return the mean columns of the rows of training."""
         mean = float(np.mean([example.length for example in examples]))
         return Lengths(0, mean, mean)
 
 
 def shown_prompt(prompt: Any) -> str:
-    """A prompt or a chat in one text."""
+    """Return a prompt or a chat as one text."""
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
 def _labels(chat: ChatExample) -> np.ndarray:
-    """The successor of each token where it is part of an answer."""
+    """Return the next token of each token if that is part of an answer, else IGNORED."""
     return np.where(chat.is_answer[1:], chat.ids[1:], IGNORED)
 
 
 def best_fit(lengths: np.ndarray, size: int) -> list[list[int]]:
-    """Put items into as few bins as the best-fit-decreasing rule finds: the longest first, each into the fullest bin
-    that has room for it.
+    """Pack items into few bins by the best-fit-decreasing rule: the longest first, each into the fullest bin that it
+    fits into.
 
     Args:
-        lengths: int [N], none above `size`.
+        lengths: int [N], each at most `size`.
 
     Returns:
-        The places of the items in each bin; a pure function of the arguments.
+        The indices of the items in each bin; a pure function of the arguments.
     """
     bins: list[list[int]] = []
-    with_room: dict[int, list[int]] = {}  # Room left -> bins that have it, the newest last.
-    rooms: list[int] = []  # The keys of `with_room`, sorted.
+    by_space: dict[int, list[int]] = {}  # Free space -> the bins with it, the newest last.
+    spaces: list[int] = []  # The keys of `by_space`, sorted.
     for place in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[place])
         assert length <= size
-        found = bisect_left(rooms, length)
-        if found == len(rooms):
-            number, room = len(bins), size
+        found = bisect_left(spaces, length)
+        if found == len(spaces):
+            number, space = len(bins), size
             bins.append([])
         else:
-            room = rooms[found]
-            number = with_room[room].pop()
-            if not with_room[room]:
-                del with_room[room], rooms[found]
+            space = spaces[found]
+            number = by_space[space].pop()
+            if not by_space[space]:
+                del by_space[space], spaces[found]
         bins[number].append(place)
-        left = room - length
-        if left not in with_room:
-            with_room[left] = []
-            insort(rooms, left)
-        with_room[left].append(number)
+        left = space - length
+        if left not in by_space:
+            by_space[left] = []
+            insort(spaces, left)
+        by_space[left].append(number)
     return bins

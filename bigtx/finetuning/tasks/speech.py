@@ -1,7 +1,7 @@
-"""Recordings as examples and batches: what `transcribe` hears.
+"""Recordings as examples and batches of features, for `transcribe`.
 
 Record ──header──▶ SpeechExample ──decode, log-mel, augment──▶ SpeechBatch
-                                          ▲ what was made ready before, as far as memory goes
+                                          ▲ a cache of limited size
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from bigtx.utils.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class SpeechExample:
-    """A recording, and what is said in it.
+    """A recording and its text.
 
     Attributes:
-        place: where its samples are.
+        place: the place of its samples.
         where: its record, for errors.
-        length: columns that the encoder reads.
-        text: "" where it is not known.
-        ids: int32, of the text.
-        num_cut: columns and ids that were too many.
+        length: the number of columns that the encoder reads.
+        text: the text; "" if it is not known.
+        ids: int32, the ids of the text.
+        num_cut: the number of columns and ids that were left out.
     """
 
     place: AudioPlace
@@ -58,11 +58,11 @@ class SpeechBatch:
 
     Attributes:
         features: fp32 [B, F, M]; padding is zeros.
-        feature_lengths: int64 [B], frames.
-        target_tokens: int64 [B, T], what a decoder reads; None without one.
-        labels: int64 [B, T], what it writes, or what an encoder says (CTC); padding is IGNORED.
-        num_tokens: columns of the encoder, padding left out.
-        sequence_ids: int64 [B], numbers of the records in the run; None where nothing is drawn.
+        feature_lengths: int64 [B], the number of frames.
+        target_tokens: int64 [B, T], the input of a decoder; None without one.
+        labels: int64 [B, T], the output of a decoder, or of an encoder with CTC; padding is IGNORED.
+        num_tokens: the number of columns of the encoder without padding.
+        sequence_ids: int64 [B], the numbers of the records in the run; None if nothing is drawn.
     """
 
     features: Tensor
@@ -74,21 +74,21 @@ class SpeechBatch:
 
     @property
     def num_labels(self) -> int:
-        """Tokens that are to be said."""
+        """Return the number of tokens of the texts."""
         return int((self.labels != IGNORED).sum())
 
     def to(self, device: torch.device) -> SpeechBatch:
-        """The batch on a device."""
+        """Return the batch on a device."""
         return on_device(self, device)
 
-    def heard(self) -> dict[str, Tensor]:
-        """What the model is called with, its text left out."""
+    def audio_inputs(self) -> dict[str, Tensor]:
+        """Return the arguments of the model, without the text."""
         return {"features": self.features, "feature_lengths": self.feature_lengths}
 
 
 @dataclass
 class Cache:
-    """Tensors that were used last, up to a number of bytes; used by several threads."""
+    """A cache of the tensors that were used last, up to a number of bytes; several threads may use it."""
 
     max_bytes: int
     held: OrderedDict[Any, Tensor] = field(default_factory=OrderedDict)
@@ -96,7 +96,7 @@ class Cache:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def get(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
-        """What is held under a key, or what is made for it."""
+        """Return the tensor of a key, and make it if the cache does not hold it."""
         with self.lock:
             if key in self.held:
                 self.held.move_to_end(key)
@@ -111,8 +111,8 @@ class Cache:
         return value
 
 
-class Hearing:
-    """From recordings to features, as the config has them."""
+class SpeechFeatures:
+    """The features of recordings, as the config defines them."""
 
     def __init__(self, config: FinetuneConfig) -> None:
         self.settings, self.seed = config.transcribe, config.seed
@@ -126,10 +126,10 @@ class Hearing:
         self.known: Mapping[AudioPlace, Found] = {}
 
     def place(self, record: Record, name: str) -> AudioPlace:
-        """Where the recording that a record names is: with the record, or in a file beside the one it stands in.
+        """Return the place of a record's recording: in the record, or in a file relative to the record's file.
 
         Raises:
-            BadRecordError: it names none, or there is no such file.
+            BadRecordError: the record names no recording, or there is no such file.
         """
         value = record.value(name)
         if isinstance(value, AudioPlace):
@@ -142,11 +142,11 @@ class Hearing:
             raise BadRecordError(f"the recording {path} cannot be read: {reason}") from None
 
     def num_samples(self, place: AudioPlace) -> tuple[int, int]:
-        """Samples that are heard, at the model's rate, and those that are too many: as was found when the recording was
-        decoded (`known`), or by its header.
+        """Return the numbers of samples that are used and that are left out, at the model's rate: as found when the
+        recording was decoded (`known`), or by its header.
 
         Raises:
-            BadRecordError: it is empty or no recording, or too long where data.too_long=refuse.
+            BadRecordError: the recording is empty or invalid, or too long with data.too_long=refuse.
         """
         try:
             found = self.known.get(place) or read_header(place)
@@ -159,22 +159,22 @@ class Hearing:
         if samples > self.max_samples and self.too_long == "refuse":
             raise BadRecordError(
                 f"{place.name}: {samples / self.rate:.1f} s, and transcribe.max_seconds={self.settings.max_seconds:g} "
-                "are allowed; data.too_long=truncate cuts the rest off"
+                "are allowed; data.too_long=truncate cuts it"
             )
         return min(samples, self.max_samples), max(0, samples - self.max_samples)
 
     def num_columns(self, num_samples: int) -> int:
-        """Columns that the encoder reads of so many samples."""
+        """Return the number of columns that the encoder reads for a number of samples."""
         return -(-self.log_mel.num_frames(num_samples) // self.frames_per_column)
 
     def features(self, example: SpeechExample, number: int | None) -> Tensor:
-        """Features fp32 [F, M].
+        """Return the features of a recording, fp32 [F, M].
 
         Args:
-            number: of the record in the run, from which follows how it is changed; None: not at all.
+            number: the number of the record in the run, which determines its augmentation; None for no augmentation.
 
         Raises:
-            DataError: it cannot be decoded.
+            DataError: the recording cannot be decoded.
         """
         if not self.changes_waveform:
             features = self.cache.get(example.place, lambda: self.log_mel(self._wave(example)))
@@ -186,10 +186,10 @@ class Hearing:
         return masked(self.log_mel(perturbed(wave, self.settings, draw)), self.settings, draw)
 
     def check(self, example: SpeechExample) -> None:
-        """Decode a recording whose features are wanted next.
+        """Decode a recording whose features are needed next.
 
         Raises:
-            BadRecordError: it cannot be decoded.
+            BadRecordError: the recording cannot be decoded.
         """
         try:
             self.features(example, None)
@@ -203,7 +203,7 @@ class Hearing:
             raise DataError(f"{example.where}: the recording {example.place.name} cannot be used: {error}") from None
 
     def together(self, examples: Sequence[SpeechExample], numbers: Sequence[int] | None) -> tuple[Tensor, Tensor]:
-        """Features fp32 [B, F, M] side by side, and the frames of each, int64 [B]."""
+        """Return the features of a batch, fp32 [B, F, M], and the numbers of frames, int64 [B]."""
         drawn: Sequence[int | None] = [None] * len(examples) if numbers is None else numbers
         parts = [self.features(example, number) for example, number in zip(examples, drawn, strict=True)]
         multiple = LENGTH_MULTIPLE * self.frames_per_column

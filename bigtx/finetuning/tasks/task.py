@@ -1,11 +1,11 @@
-"""What a task is: what it makes of records, its loss, its predictions, and how good these are.
+"""The base of all tasks: their examples, loss, predictions and metrics.
 
     Record ──encode──▶ Example ──collate──▶ batch ──loss──▶ training
                           └──────predict──▶ Prediction ──metrics──▶ validation, `bigtx evaluate`
                                                 └────────────────▶ `bigtx predict`
 
-All that a task has learned of its training records (the names of the classes) is in the config that `resolve` returns,
-so a run's config.yaml says all that prediction needs.
+The config that `resolve` returns holds everything that a task derives from its training records (the names of the
+classes), so a run's config.yaml is enough for prediction.
 """
 
 from __future__ import annotations
@@ -34,204 +34,204 @@ Look = Callable[[Iterable[AudioPlace]], Mapping[AudioPlace, Found]]
 Model = Callable[..., Any]
 """A Transformer, or an engine around one."""
 Prediction = dict[str, Any]
-"""What is predicted for a record, ready for JSON."""
+"""The prediction for a record, ready for JSON."""
 LENGTH_MULTIPLE = 16
-"""Batches are padded to a multiple of so many columns, so that there are few shapes."""
+"""Batches are padded to a multiple of this number of columns, so that there are few shapes."""
 
 
 class Example(Protocol):
-    """A record made ready: a task's own kind of object."""
+    """An encoded record; each task has its own class."""
 
     @property
     def length(self) -> int:
-        """Records of like length are batched together: tokens, or frames of sound."""
+        """Return the length by which records are batched: tokens, or columns of a recording."""
         ...
 
     @property
     def num_cut(self) -> int:
-        """Tokens that were left out because the record was too long."""
+        """Return the number of tokens that were left out because the record was too long."""
         ...
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Records of one split, and what the task made of them, in the same order."""
+    """Records of one split and their examples, in the same order."""
 
     records: list[Record]
     examples: list[Any]
 
     @property
     def num_cut(self) -> int:
-        """Records that were too long."""
+        """Return the number of records that were too long."""
         return sum(example.num_cut > 0 for example in self.examples)
 
 
 class Lengths(NamedTuple):
-    """Columns that a record takes, for the count of arithmetic."""
+    """Numbers of columns of an example, for the count of FLOPs."""
 
     source: float
-    """Of the encoder; 0 without one."""
+    """Columns of the encoder; 0 without one."""
     target: float
-    """Of the decoder; 0 without one."""
+    """Columns of the decoder; 0 without one."""
     predicted: float
-    """Columns whose logits are made."""
+    """Columns whose logits are computed."""
     num_rows: int = 1
-    """Rows of these lengths that an example takes."""
+    """Rows of these lengths in an example."""
 
 
 class RecordTask(ABC):
     """A task on records. `E` below is its kind of example."""
 
     metric: ClassVar[str]
-    """What the best checkpoint is best in, if the config does not say: a key of `better`."""
+    """The default metric that selects the best checkpoint: a key of `better`."""
     better: ClassVar[Mapping[str, Better]]
-    """Every name that `metrics` gives, and which of two values is the better one. All that compares values of a metric
-    reads it here: the best checkpoint, the end for lack of progress, W&B's summary."""
+    """Whether lower or higher is better, for every name that `metrics` returns. Everything that compares metrics uses
+    it: the best checkpoint, validation.patience, and W&B's summary."""
     generates: ClassVar[bool] = False
-    """Whether predictions are written token by token, so that ranks take different numbers of passes."""
+    """Whether predictions are generated token by token, so that ranks make different numbers of forward passes."""
 
     def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:
         """Args:
-            config: what `resolve` returned.
+            config: the result of `resolve`.
 
         Raises:
-            ConfigError: validation.metric cannot choose a checkpoint of the task.
+            ConfigError: validation.metric cannot select a checkpoint of the task.
         """
         self.config, self.tokenizer = config, tokenizer
         self.fields = config.data.fields
         self.max_length = config.data.max_length or config.model.max_sequence_length
         self.num_sides = 1
-        """Texts of a record that share the model's length, each of which may have `max_length`."""
+        """Texts of a record that share the model's length, each with at most `max_length` tokens."""
         self.chosen_by = self._chosen_by()
-        """The metric that the best checkpoint is best in."""
+        """The metric that selects the best checkpoint."""
 
     @property
     def text_field(self) -> str | None:
-        """The field whose text is all that a prediction needs of a record; None: it needs more, or no text."""
+        """Return the field whose text is enough for a prediction; None if a prediction needs other fields."""
         return None
 
     shows_by_predict: ClassVar[bool] = False
-    """Whether `predict_in_run` leaves out what people want to see of predictions, so that the shown ones are made anew.
-    """
+    """Whether `predict_in_run` omits the texts of predictions, so that shown ones are made by `predict`."""
     needs_reference: ClassVar[bool] = False
-    """Whether training compares the model with what it was before the first step: see `refer`."""
+    """Whether training compares the model with its state before the first step: see `refer`."""
 
     @property
     def limit(self) -> str:
-        """What longer records are cut to, for messages."""
+        """Return the maximum length of records, for messages."""
         return f"{self.max_length:,} tokens (data.max_length)"
 
     @classmethod
     def resolve(cls, config: FinetuneConfig, tokenizer: Tokenizer, records: Sequence[Record]) -> FinetuneConfig:
-        """The config with all that follows from the training records and from the tokenizer.
+        """Return the config with everything that follows from the training records and from the tokenizer.
 
         Raises:
             ConfigError: the model cannot do the task.
-            DataError: the records do not fit it.
+            DataError: the records do not fit the task.
         """
         return dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=None, class_head=None))
 
     @classmethod
     def group_of(cls, record: Record, config: FinetuneConfig) -> Any:
-        """The group of a record, of each of which the last are held out where data.split=tail; None: all are one."""
+        """Return the group of a record: with data.split=tail the last records of each group are held out. None for a
+        single group."""
         return None
 
     def look_ahead(self, records: Iterable[Record], look: Look) -> None:  # noqa: B027 - most have nothing to do
-        """Take in, before records are encoded, what only the whole of the files that they name can tell.
+        """Examine the files that records name, before the records are encoded.
 
         Args:
-            look: decodes recordings, or remembers that they were decoded before.
+            look: decodes recordings, unless an earlier start of the run did.
         """
 
     def review(self, splits: Mapping[str, Examples]) -> list[str]:
-        """What users should know of the records before training, a line each.
+        """Return lines with statistics and warnings about the records, before training.
 
         Args:
             splits: all examples of a run, by the name of their split.
 
         Raises:
-            DataError: too many of the records are of no use.
+            DataError: too many records are useless.
         """
         return []
 
     def begin(self, examples: Sequence[Any]) -> None:  # noqa: B027 - most have nothing to do
-        """Take in what training needs to know of the training examples."""
+        """Compute what training needs from all training examples."""
 
     @abstractmethod
     def encode(self, record: Record, *, for_training: bool = True) -> Any:
-        """The record's example.
+        """Encode a record.
 
         Args:
-            for_training: whether the answer must be there; otherwise it is taken along where there is one.
+            for_training: whether the answer is required; otherwise it is encoded if there is one.
 
         Raises:
-            BadRecordError: it is none of this task's.
+            BadRecordError: the record cannot be used for this task.
         """
 
     def pack(self, examples: Sequence[Any]) -> list[Any]:
-        """What training takes for one record each: the examples, or rows of several that `collate` knows too. A pure
-        function of the examples and the config, so that a run resumes."""
+        """Return the rows of training: the examples, or rows of several examples, which `collate` accepts too. The
+        result depends only on the examples and the config, so that a run can resume."""
         return list(examples)
 
     @abstractmethod
     def collate(self, examples: Sequence[Any], numbers: Sequence[int] | None = None) -> Any:
-        """A micro batch, on the CPU: with `num_labels`, `num_tokens` and `to(device)`.
+        """Return a micro batch on the CPU, with `num_labels`, `num_tokens` and `to(device)`.
 
         Args:
-            numbers: of the records in the run, from which all that is drawn follows; None: nothing is drawn.
+            numbers: the numbers of the records in the run, which determine all random draws; None to draw nothing.
         """
 
     @abstractmethod
     def loss(self, model: Model, batch: Any) -> TaskLoss:
-        """The loss of a micro batch, summed over its labels: the same for a row whatever stands beside it."""
+        """Return the loss of a micro batch, summed over its labels. A row's loss is independent of the other rows."""
 
     @abstractmethod
     def predict(self, model: Model, examples: Sequence[Any], device: torch.device) -> list[Prediction]:
-        """A prediction for each example. With `generates` False exactly one pass of the model, for any batch.
+        """Return a prediction for each example. Unless `generates`, this makes exactly one forward pass for any batch.
 
-        An example that has its answer gives what `metrics` needs of it too, under keys that begin with "_".
+        The prediction for an example with an answer also has what `metrics` needs, under keys that begin with "_".
         """
 
     def predict_in_run(self, model: Model, examples: Sequence[Any], device: torch.device) -> list[Prediction]:
-        """What validation within a run takes: as `predict`, or something cheaper of which `metrics` can tell enough."""
+        """Return predictions for validation within a run: as `predict`, or cheaper ones that suffice for `metrics`."""
         return self.predict(model, examples, device)
 
     @property
     def generates_in_run(self) -> bool:
-        """As `generates`, of `predict_in_run`."""
+        """Return whether `predict_in_run` generates, as `generates` does for `predict`."""
         return self.generates
 
     def refer(self, model: Model, examples: Sequence[Any], device: torch.device) -> list[tuple[float, ...]]:
-        """Numbers of each example, as many for all, that training needs of the model as it was before the first step.
-        Exactly one pass of the model. With `needs_reference` alone."""
+        """Return the numbers of each example that training needs from the model before the first step, the same number
+        for each. This makes exactly one forward pass. Only tasks with `needs_reference` implement it."""
         raise NotImplementedError
 
     def with_reference(self, example: Any, numbers: tuple[float, ...]) -> Any:
-        """The example with what `refer` gave for it."""
+        """Return the example with the numbers that `refer` returned for it."""
         raise NotImplementedError
 
     @abstractmethod
     def metrics(self, predictions: Sequence[Prediction]) -> dict[str, float]:
-        """Metrics by name, without group, of predictions for examples that have answers."""
+        """Return metrics by name, without group, of predictions for examples with answers."""
 
     def tables(self, predictions: Sequence[Prediction]) -> dict[str, list[dict[str, Any]]]:
-        """More of what was measured, as rows by name, e.g. a confusion matrix."""
+        """Return further results as tables by name, e.g. a confusion matrix."""
         return {}
 
     def mean_tokens(self, examples: Sequence[Any]) -> float:
-        """Of an example, as `num_tokens` of a batch counts them."""
+        """Return the mean tokens of an example, as `num_tokens` of a batch counts them."""
         return float(np.mean([example.length for example in examples]))
 
     @abstractmethod
     def lengths(self, examples: Sequence[Any]) -> Lengths:
-        """Mean columns of an example."""
+        """Return the mean columns of an example."""
 
     def shown(self, record: Record) -> str:
-        """The record in a few words, for tables of predictions."""
+        """Return a short text of the record, for tables of predictions."""
         return str(record.fields.get(self.fields.text, ""))
 
     def answer(self, record: Record) -> str:
-        """The record's own answer, for tables of predictions; "" where it has none."""
+        """Return the record's own answer, for tables of predictions; "" if it has none."""
         return ""
 
     def _chosen_by(self) -> str:
@@ -240,23 +240,23 @@ class RecordTask(ABC):
             return name
         usable = [each for each, better in self.better.items() if better != "neither"]
         raise ConfigError(
-            f"validation.metric={name!r} cannot tell which checkpoint of task={self.config.task} is the best; these "
-            f"can: {', '.join(usable)}"
+            f"validation.metric={name!r} cannot select the best checkpoint of task={self.config.task}; write one of "
+            f"{', '.join(usable)}"
         )
 
     @property
     def length_setting(self) -> str:
-        """The setting that `max_length` comes from."""
+        """Return the setting that `max_length` comes from."""
         return "data.max_length" if self.config.data.max_length else "model.max_sequence_length"
 
     def require_length(self, smallest: int) -> None:
-        """Do nothing if a record may be long enough to say something.
+        """Check that `max_length` is enough for the texts of a record.
 
         Args:
-            smallest: least tokens in which a record of this task has some of each of its texts.
+            smallest: the fewest tokens with which a record of this task has a part of each of its texts.
 
         Raises:
-            ConfigError: `max_length` is less.
+            ConfigError: `max_length` is smaller.
         """
         if self.max_length >= smallest:
             return
@@ -264,15 +264,15 @@ class RecordTask(ABC):
         if setting == "model.max_sequence_length":
             given, smallest = self.config.model.max_sequence_length, smallest * self.num_sides
         raise ConfigError(
-            f"{setting}={given} leaves no room for the texts of task={self.config.task}, since ends, roles and "
-            f"prefixes take tokens too; the smallest value of use is {setting}={smallest}"
+            f"{setting}={given} leaves no tokens for the texts of task={self.config.task}, since ends, roles and "
+            f"prefixes need tokens too; the smallest value of use is {setting}={smallest}"
         )
 
     def cut(self, ids: list[int], limit: int, where: str = "end") -> list[int]:
-        """At most `limit` ids: without the last, the first, or the middle ones.
+        """Return at most `limit` ids, without those at the end, the start, or the middle.
 
         Raises:
-            BadRecordError: there are more, and data.too_long=refuse.
+            BadRecordError: there are more ids, and data.too_long=refuse.
         """
         if len(ids) <= limit:
             return ids
@@ -289,15 +289,15 @@ class RecordTask(ABC):
 
 
 def listed(names: Sequence[str], most: int = 12) -> str:
-    """The first of some names, and how many more there are."""
+    """Format the first of some names, and the number of the others."""
     return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def some_ids(tokenizer: Tokenizer, name: str, text: str) -> list[int]:
-    """The ids of a text that stands in a field of a record.
+    """Encode the text of a record's field.
 
     Raises:
-        BadRecordError: there are none: a tokenizer may drop, for example, characters that are not seen.
+        BadRecordError: the text has no tokens: a tokenizer may drop, for example, invisible characters.
     """
     ids = tokenizer.encode(text)
     if not ids:
@@ -306,7 +306,7 @@ def some_ids(tokenizer: Tokenizer, name: str, text: str) -> list[int]:
 
 
 def padded(rows: Sequence[Sequence[int] | np.ndarray], fill: int, *, multiple: int = 1) -> Tensor:
-    """int64 [B, T]: rows of different lengths, filled up on the right to the longest, or to a multiple of something."""
+    """Pad rows on the right to the length of the longest, rounded up to a multiple; return int64 [B, T]."""
     length = -(-max((len(row) for row in rows), default=0) // multiple) * multiple
     result = np.full((len(rows), length), fill, np.int64)
     for place, row in enumerate(rows):
@@ -318,7 +318,7 @@ Tensors = TypeVar("Tensors")
 
 
 def on_device(batch: Tensors, device: torch.device) -> Tensors:
-    """A dataclass of tensors on a device, copied without waiting where their memory is pinned."""
+    """Return a dataclass with its tensors on a device; the copy is asynchronous if their memory is pinned."""
     moved: dict[str, Any] = {
         name: part.to(device, non_blocking=True) for name, part in vars(batch).items() if torch.is_tensor(part)
     }
@@ -326,16 +326,16 @@ def on_device(batch: Tensors, device: torch.device) -> Tensors:
 
 
 def ids_of(numbers: Sequence[int] | None) -> Tensor | None:
-    """int64 [B]: the numbers of the rows in the run, if anything is drawn by them."""
+    """Return the numbers of the rows in the run as int64 [B], or None if nothing is drawn."""
     return None if numbers is None else pinned(np.array(numbers, np.int64))
 
 
 def pinned(array: np.ndarray) -> Tensor:
-    """The array as a tensor, in memory from which a GPU copies without waiting if there is one."""
+    """Return the array as a tensor, in pinned memory if there is a GPU."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory() if torch.cuda.is_available() else tensor
 
 
 def public(prediction: Mapping[str, Any]) -> Prediction:
-    """A prediction without what is for `metrics` alone."""
+    """Return a prediction without the keys that are only for `metrics`."""
     return {key: value for key, value in prediction.items() if not key.startswith("_")}

@@ -1,10 +1,10 @@
-"""Speech to text.
+"""Transcription of speech.
 
 seq2seq    features ─▶ encoder ─▶ decoder ─▶ text </s>     Whisper's shape (arXiv:2212.04356)
-ctc        features ─▶ encoder ─▶ a token or the blank in each column, repeats and blanks left out
+ctc        features ─▶ encoder ─▶ a token or the blank in each column; repeats and blanks are removed
                                   (A. Graves et al., Connectionist Temporal Classification, ICML 2006)
 
-The blank of CTC is the padding id, which no text has; so is the start id of the decoder.
+The blank of CTC and the start id of the decoder are the padding id, which no text contains.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bigtx.config.schema import FinetuneConfig
 from bigtx.data.audio.decode import AudioPlace, require_speech
 from bigtx.data.records.record import BadRecordError, Record
 from bigtx.engine.task import TaskLoss
-from bigtx.finetuning.tasks.speech import Hearing, SpeechBatch, SpeechExample
+from bigtx.finetuning.tasks.speech import SpeechBatch, SpeechExample, SpeechFeatures
 from bigtx.finetuning.tasks.task import Lengths, Look, Model, Prediction, RecordTask, ids_of, padded, some_ids
 from bigtx.model.beam import Beam, beam_search
 from bigtx.model.cache import KeyValueCache, Text
@@ -38,7 +38,7 @@ APOSTROPHES = "'’"
 
 
 class Transcribe(RecordTask):
-    """Write down what is said."""
+    """The task of transcribing recordings."""
 
     metric = "wer"
     better: ClassVar[Mapping[str, Better]] = {"wer": "lower", "cer": "lower", "loss": "lower"}
@@ -49,88 +49,89 @@ class Transcribe(RecordTask):
         self.is_ctc = config.transcribe.method == "ctc"
         self.generates = not self.is_ctc  # type: ignore[misc]
         self.require_length(1 if self.is_ctc else 2)
-        self.hearing = Hearing(config)
+        self.speech = SpeechFeatures(config)
         self.beam = Beam(size=self.settings.num_beams, length_penalty=self.settings.length_penalty)
 
     @classmethod
     def resolve(cls, config: FinetuneConfig, tokenizer: Tokenizer, records: Sequence[Record]) -> FinetuneConfig:
-        """Nothing follows from the records.
+        """Check the config, and return it with a head of tokens.
 
         Raises:
             LaunchError: the extra `speech` is not installed.
             ConfigError: the longest recording has more columns than the model has positions.
         """
         require_speech()
-        hearing = Hearing(config)
-        most, positions = hearing.num_columns(hearing.max_samples), config.model.max_sequence_length
+        speech = SpeechFeatures(config)
+        most, positions = speech.num_columns(speech.max_samples), config.model.max_sequence_length
         if config.model.positions == "learned" and most > positions:
             raise ConfigError(
                 f"transcribe.max_seconds={config.transcribe.max_seconds:g} are {most:,} columns of the encoder, and "
-                f"the learned positions are model.max_sequence_length={positions}; lower the one or raise the other"
+                f"the learned positions end at model.max_sequence_length={positions}; lower the first or raise the "
+                "second"
             )
         return super().resolve(config, tokenizer, records)
 
     @property
     def limit(self) -> str:
-        """Of a recording and of its text."""
+        """Return the limits of a recording and of its text."""
         return f"{self.settings.max_seconds:g} s (transcribe.max_seconds) or {super().limit}"
 
     def look_ahead(self, records: Iterable[Record], look: Look) -> None:
-        """Decode all recordings."""
+        """Decode all recordings in advance."""
 
         def places() -> Iterator[AudioPlace]:
             for record in records:
-                with contextlib.suppress(BadRecordError):  # `encode` says what is wrong.
-                    yield self.hearing.place(record, self.fields.audio)
+                with contextlib.suppress(BadRecordError):  # `encode` reports the error.
+                    yield self.speech.place(record, self.fields.audio)
 
-        self.hearing.known = look(places())
+        self.speech.known = look(places())
 
     def encode(self, record: Record, *, for_training: bool = True) -> SpeechExample:
-        """The length of the recording, and the ids of the text."""
-        place = self.hearing.place(record, self.fields.audio)
-        samples, num_cut = self.hearing.num_samples(place)
+        """Encode the text of a recording, and determine the length of the recording."""
+        place = self.speech.place(record, self.fields.audio)
+        samples, num_cut = self.speech.num_samples(place)
         text = self._text(record, is_needed=for_training)
         ids = some_ids(self.tokenizer, self.fields.text, text) if text else []
         kept = self.cut(ids, self.max_length if self.is_ctc else self.max_length - 1)
         if for_training:
-            self._check_room(kept, samples)
-        length = self.hearing.num_columns(samples)
-        num_cut = self.hearing.num_columns(num_cut) + len(ids) - len(kept)
+            self._check_columns(kept, samples)
+        length = self.speech.num_columns(samples)
+        num_cut = self.speech.num_columns(num_cut) + len(ids) - len(kept)
         example = SpeechExample(place, record.where, length, text, np.array(kept, np.int32), num_cut)
         if not for_training:
-            self.hearing.check(example)  # One bad recording is not to end the predictions for others.
+            self.speech.check(example)  # One bad recording must not end the predictions for others.
         return example
 
     def _text(self, record: Record, *, is_needed: bool) -> str:
         if not is_needed and not record.has_text(self.fields.text):
             return ""
         if record.value(self.fields.text) is None and isinstance(record.value(self.fields.audio), AudioPlace):
-            raise BadRecordError("a recording without a text: there is no .txt of the same name beside it")
+            raise BadRecordError("the recording has no text: there is no .txt of the same name in its folder")
         text = record.text(self.fields.text, setting="data.fields.text")
         normalized = normalize(text, self.settings.normalize)
         if not normalized and is_needed:
-            raise BadRecordError(f"nothing is left of the text by transcribe.normalize={self.settings.normalize}")
+            raise BadRecordError(f"the text is empty after transcribe.normalize={self.settings.normalize}")
         return normalized
 
-    def _check_room(self, ids: Sequence[int], num_samples: int) -> None:
-        """CTC says at most one token a column, and a blank between two equal ones."""
+    def _check_columns(self, ids: Sequence[int], num_samples: int) -> None:
+        """Check that a recording has enough columns: CTC needs one per token, and a blank between two equal tokens."""
         if not self.is_ctc:
             return
         needed = len(ids) + sum(first == second for first, second in itertools.pairwise(ids))
-        columns = self.hearing.num_columns(int(num_samples / (1.0 + self.settings.speed_change)))
+        columns = self.speech.num_columns(int(num_samples / (1.0 + self.settings.speed_change)))
         if needed > columns:
             raise BadRecordError(
-                f"its text takes {needed} columns and the recording has {columns}, so that CTC cannot say it (is it "
-                "the right text? smaller model.audio.strides give more columns)"
+                f"its text needs {needed} columns for CTC, and the recording has {columns} (is it the right text? "
+                "smaller model.audio.strides give more columns)"
             )
 
     def collate(self, examples: Sequence[SpeechExample], numbers: Sequence[int] | None = None) -> SpeechBatch:
-        """Recordings side by side."""
-        features, lengths = self.hearing.together(examples, numbers)
+        """Return a batch of recordings."""
+        features, lengths = self.speech.together(examples, numbers)
         texts = [example.ids.tolist() for example in examples]
         target_tokens = None
         if not self.is_ctc:
-            # The decoder reads what it has to write, one step late.
+            # The decoder reads its labels shifted by one.
             target_tokens = padded([[self.tokenizer.pad_id, *ids] for ids in texts], self.tokenizer.pad_id)
             texts = [[*ids, self.tokenizer.end_id] for ids in texts]
         labels = padded(texts, IGNORED)
@@ -138,12 +139,12 @@ class Transcribe(RecordTask):
         return SpeechBatch(features, lengths, target_tokens, labels, num_tokens, ids_of(numbers))
 
     def loss(self, model: Model, batch: SpeechBatch) -> TaskLoss:
-        """Of all tokens of the texts, in nats: cross-entropy, or the negative log-likelihood by CTC."""
+        """Return the loss of all tokens of the texts in nats: cross-entropy, or CTC's negative log-likelihood."""
         if self.is_ctc:
-            losses = self._ctc_losses(model(**batch.heard(), sequence_ids=batch.sequence_ids), batch)
+            losses = self._ctc_losses(model(**batch.audio_inputs(), sequence_ids=batch.sequence_ids), batch)
             return TaskLoss(losses.sum(), losses.detach().sum())
         result = model(
-            **batch.heard(),
+            **batch.audio_inputs(),
             sequence_ids=batch.sequence_ids,
             target_tokens=batch.target_tokens,
             labels=batch.labels,
@@ -152,10 +153,10 @@ class Transcribe(RecordTask):
         return TaskLoss.of(result)
 
     def _ctc_losses(self, logits: Tensor, batch: SpeechBatch) -> Tensor:
-        """fp32 [B], on the logits' device."""
+        """Return the losses of the texts, fp32 [B], on the logits' device."""
         log_probabilities = logits.log_softmax(dim=-1).transpose(0, 1)  # S B V
         if torch.are_deterministic_algorithms_enabled():
-            log_probabilities = log_probabilities.cpu()  # On GPUs its gradient is not the same each time.
+            log_probabilities = log_probabilities.cpu()  # The gradient of CTC is not deterministic on GPUs.
         device = log_probabilities.device
         return F.ctc_loss(
             log_probabilities,
@@ -167,14 +168,14 @@ class Transcribe(RecordTask):
         ).to(logits.device)
 
     def _num_columns(self, batch: SpeechBatch) -> Tensor:
-        """int64 [B], of the encoder."""
+        """Return the numbers of columns of the encoder, int64 [B]."""
         return -(-batch.feature_lengths // shape.frames_per_column(self.config.model))
 
     @torch.no_grad()
     def predict(self, model: Model, examples: Sequence[SpeechExample], device: torch.device) -> list[Prediction]:
-        """The text, and for the metrics the right one and its loss."""
+        """Return the texts, and for the metrics the true texts and their losses."""
         batch = self.collate(examples).to(device)
-        texts, losses = self._say(model, batch) if self.is_ctc else self._write(model, examples, batch)
+        texts, losses = self._decode_ctc(model, batch) if self.is_ctc else self._search(model, examples, batch)
         found = []
         for example, ids, loss in zip(examples, texts, losses.tolist(), strict=True):
             prediction: Prediction = {"text": self.tokenizer.decode(ids)}
@@ -184,29 +185,31 @@ class Transcribe(RecordTask):
             found.append(prediction)
         return found
 
-    def _say(self, model: Model, batch: SpeechBatch) -> tuple[list[list[int]], Tensor]:
-        """The likeliest token of each column, repeats and blanks left out; and the losses of the right texts."""
-        logits = model(**batch.heard())
+    def _decode_ctc(self, model: Model, batch: SpeechBatch) -> tuple[list[list[int]], Tensor]:
+        """Return the most likely token of each column, without repeats and blanks, and the losses of the true texts."""
+        logits = model(**batch.audio_inputs())
         rows = zip(logits.argmax(dim=-1).tolist(), self._num_columns(batch).tolist(), strict=True)
         return [collapse(row[:length], self.tokenizer.pad_id) for row, length in rows], self._ctc_losses(logits, batch)
 
-    def _write(
+    def _search(
         self, model: Model, examples: Sequence[SpeechExample], batch: SpeechBatch
     ) -> tuple[list[list[int]], Tensor]:
-        """The best texts of the beam search; and the losses of the right ones."""
-        config, heard = self.config.model, list[Text]()
+        """Return the best texts of the beam search, and the losses of the true texts."""
+        config, sources = self.config.model, list[Text]()
 
         def forward(tokens: Tensor | None, **others: Any) -> Tensor:
-            """The search thinks of sources as tokens, which it hands over once."""
+            """Call the model with the recordings in the first call, in place of the source tokens of the search."""
             if tokens is None:
-                said: Tensor = model(**others)
-                return said
-            logits: Tensor = model(**batch.heard(), **{key: others[key] for key in others if key != "segment_ids"})
-            heard.append(others["cache"].source)
+                result: Tensor = model(**others)
+                return result
+            logits: Tensor = model(
+                **batch.audio_inputs(), **{key: others[key] for key in others if key != "segment_ids"}
+            )
+            sources.append(others["cache"].source)
             return logits
 
-        # A text has no more tokens than its recording has columns, of 20 ms as a rule: that is faster than anybody
-        # speaks, and ends what a model that has not learned to end would write.
+        # A text has at most as many tokens as its recording has columns, usually of 20 ms: speech is never faster, and
+        # the limit ends the text of a model that has not learned to end it.
         limit = [min(self.max_length - 1, example.length + 1) for example in examples]
         found = beam_search(
             forward,
@@ -220,7 +223,7 @@ class Transcribe(RecordTask):
             device=batch.features.device,
         )
         cache = KeyValueCache(shape.num_decoder_layers(config))
-        cache.source = heard[0]
+        cache.source = sources[0]
         target = batch.target_tokens
         assert target is not None
         positions = torch.arange(target.shape[1], device=target.device).expand_as(target)
@@ -229,7 +232,7 @@ class Transcribe(RecordTask):
         return [text.ids for text in found], losses.sum(dim=1)
 
     def metrics(self, predictions: Sequence[Prediction]) -> dict[str, float]:
-        """Word and character error rate, and the mean loss of a token in nats."""
+        """Return the word and character error rates, and the mean loss of a token in nats."""
         import jiwer
 
         right = [prediction["_text"] for prediction in predictions]
@@ -242,17 +245,17 @@ class Transcribe(RecordTask):
         }
 
     def shown(self, record: Record) -> str:
-        """The name of the recording."""
+        """Return the name of the recording."""
         value = record.value(self.fields.audio)
         return value.name if isinstance(value, AudioPlace) else str(value)
 
     def answer(self, record: Record) -> str:
-        """The text as it is compared."""
+        """Return the normalized text."""
         value = record.value(self.fields.text)
         return normalize(value, self.settings.normalize) if isinstance(value, str) else ""
 
     def lengths(self, examples: Sequence[SpeechExample]) -> Lengths:
-        """Columns of the encoder, and tokens of the text with its end."""
+        """Return the mean columns of the encoder, and the mean tokens of the text with its end."""
         columns = float(np.mean([example.length for example in examples]))
         if self.is_ctc:
             return Lengths(columns, 0, columns)
@@ -261,12 +264,12 @@ class Transcribe(RecordTask):
 
 
 def collapse(ids: Sequence[int], blank: int) -> list[int]:
-    """What a path through the columns says: one of each run of equal ids, without blanks (Graves 2006, section 3.1)."""
+    """Return the text of a CTC path: one id for each run of equal ids, without blanks (Graves 2006, section 3.1)."""
     return [own for own, before in zip(ids, [blank, *ids], strict=False) if own != before and own != blank]
 
 
 def normalize(text: str, how: str) -> str:
-    """A text with single spaces between its words; `lower`, or `words`: see TranscribeConfig.normalize."""
+    """Return a text with single spaces between its words; `lower`, or `words`: see TranscribeConfig.normalize."""
     if how != "none":
         text = text.lower()
     if how == "words":
@@ -275,7 +278,7 @@ def normalize(text: str, how: str) -> str:
 
 
 def _kept(text: str, place: int) -> str:
-    """A letter, its marks, a number, or an apostrophe within a word; a space for everything else."""
+    """Return a letter, mark, number, or apostrophe within a word unchanged, and a space for everything else."""
     sign = text[place]
     if unicodedata.category(sign)[0] in "LMN":
         return sign

@@ -1,9 +1,9 @@
-"""One text into another: translation, summaries, or any other sequence to sequence.
+"""Sequence to sequence: translation, summaries, or any other pairs of a source and a target text.
 
 encoder-decoder    source </s>  ─▶ encoder ─▶ decoder, which begins with padding ─▶ target </s>
 decoder            source <0> target </s>           <0>: the tokenizer's first sentinel, or its </s> if it has none
 
-The loss is on the target and its end alone. What is reported of it knows no smoothing.
+The loss is only on the target and its end. The reported loss is without smoothing.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class PairExample:
     """Two texts as ids.
 
     Attributes:
-        source: int32, what is read, with the end or the separator that follows it.
-        target: int32, what is written, with its end; empty where it is not known.
-        reference: the target as it came, or "".
-        num_cut: ids of both that were too many.
+        source: int32, the source, with the end or the separator that follows it.
+        target: int32, the target, with its end; empty if it is not known.
+        reference: the text of the target, or "".
+        num_cut: the number of ids of both that were left out.
     """
 
     source: np.ndarray
@@ -57,24 +57,24 @@ class PairExample:
 
     @property
     def length(self) -> int:
-        """Tokens of the longer side: sorted by it, batches have the least padding on both (10 % on Multi30k, and 20 %
-        sorted by the sum)."""
+        """Return the number of tokens of the longer side: sorting by it gives the least padding (10 % on Multi30k, and
+        20 % when sorted by the sum)."""
         return max(len(self.source), len(self.target))
 
 
 @dataclass(frozen=True)
 class PairBatch:
-    """B pairs, of S source and T target columns; on a decoder one row each, of T columns.
+    """B pairs of S source and T target columns; for a decoder one row of T columns each.
 
     Attributes:
-        tokens: int64 [B, S], or of a decoder both sides [B, T].
-        segment_ids: int64 [B, S]: padding is of another segment; None for a decoder.
-        target_tokens: int64 [B, T], what the decoder of an encoder-decoder reads; None for a decoder.
+        tokens: int64 [B, S]; for a decoder both sides, [B, T].
+        segment_ids: int64 [B, S]: padding has another segment; None for a decoder.
+        target_tokens: int64 [B, T], the input of an encoder-decoder's decoder; None for a decoder.
         prefix_mask: bool [B, T], the source in a decoder with prefix attention; else None.
         labels: int64 [B, T].
-        num_tokens: that are read, padding left out.
-        sequence_ids: int64 [B], numbers of the records in the run; None where nothing is drawn.
-        text_lengths: int64 [B], of a decoder: the columns of each row that are no padding; else None.
+        num_tokens: the number of tokens that are read, without padding.
+        sequence_ids: int64 [B], the numbers of the records in the run; None if nothing is drawn.
+        text_lengths: int64 [B], for a decoder the number of columns of each row without padding; else None.
     """
 
     tokens: Tensor
@@ -88,20 +88,20 @@ class PairBatch:
 
     @property
     def num_labels(self) -> int:
-        """Tokens that are predicted."""
+        """Return the number of predicted tokens."""
         return int((self.labels != IGNORED).sum())
 
     def to(self, device: torch.device) -> PairBatch:
-        """The batch on a device."""
+        """Return the batch on a device."""
         return on_device(self, device)
 
     def inputs(self) -> dict[str, Tensor | None]:
-        """What the model is called with."""
+        """Return the arguments of the model."""
         return {name: part for name, part in vars(self).items() if name != "num_tokens"}
 
 
 class Translate(RecordTask):
-    """Write a text that belongs to another one."""
+    """The task of generating a target text for a source text."""
 
     metric = "bleu"
     better: ClassVar[Mapping[str, Better]] = {"bleu": "higher", "chrf": "higher", "loss": "lower"}
@@ -115,40 +115,40 @@ class Translate(RecordTask):
         self.num_sides = 2 if self.is_decoder else 1
         self.max_length = config.data.max_length or config.model.max_sequence_length // self.num_sides
         self.require_length(len(tokenizer.encode(self.settings.prefix)) + 2)
-        # Sentences are short: columns to no purpose cost more than shapes, unless each shape is compiled.
+        # Sentences are short: padding costs more than many different shapes, unless each shape is compiled.
         self.multiple = LENGTH_MULTIPLE if config.engine.compile else 1
 
     @classmethod
     def resolve(cls, config: FinetuneConfig, tokenizer: Tokenizer, records: Sequence[Record]) -> FinetuneConfig:
-        """Nothing follows from the records.
+        """Check the config, and return it with a head of tokens.
 
         Raises:
             LaunchError: the extra `translate` is not installed.
-            ConfigError: an encoder, or sides that do not fit the model together.
+            ConfigError: the model is an encoder, or both sides together are too long for it.
         """
         require_sacrebleu()
         model, longest = config.model, config.data.max_length
         if model.shape == "encoder":
-            raise ConfigError("task=translate wants an encoder_decoder or a decoder: an encoder writes no texts")
+            raise ConfigError("task=translate needs an encoder_decoder or a decoder: an encoder cannot write texts")
         if model.shape == "decoder" and longest and 2 * longest > model.max_sequence_length:
             raise ConfigError(
-                f"data.max_length={longest} is of each side, and the decoder has both in one text of at most "
-                f"model.max_sequence_length={model.max_sequence_length} tokens; lower the one or raise the other"
+                f"data.max_length={longest} is for each side, and the decoder reads both in one text of at most "
+                f"model.max_sequence_length={model.max_sequence_length} tokens; lower the first or raise the second"
             )
         return super().resolve(config, tokenizer, records)
 
     @property
     def limit(self) -> str:
-        """Of each side."""
+        """Return the limit of each side."""
         return f"{self.max_length:,} tokens of a side (data.max_length)"
 
     @property
     def text_field(self) -> str | None:
-        """What is read."""
+        """Return the field of the source."""
         return self.fields.source
 
     def encode(self, record: Record, *, for_training: bool = True) -> PairExample:
-        """The ids of both texts."""
+        """Encode both texts."""
         text = record.text(self.fields.source, setting="data.fields.source")
         some_ids(self.tokenizer, self.fields.source, text)
         source = self.tokenizer.encode(self.settings.prefix + text)
@@ -159,19 +159,19 @@ class Translate(RecordTask):
         if for_training or record.has_text(self.fields.target):
             reference = record.text(self.fields.target, setting="data.fields.target")
             whole = [*some_ids(self.tokenizer, self.fields.target, reference), self.tokenizer.end_id]
-            target = self.cut(whole, self.max_length)  # What was cut does not end there, and so is not taught to.
+            target = self.cut(whole, self.max_length)  # A cut target has no end id, because it does not end there.
             num_cut += len(whole) - len(target)
         return PairExample(np.array([*before, *kept, *after], np.int32), np.array(target, np.int32), reference, num_cut)
 
     def _around_source(self) -> tuple[list[int], list[int]]:
-        """The special ids before and after a source."""
+        """Return the special ids before and after a source."""
         tokenizer = self.tokenizer
         if not self.is_decoder:
             return tokenizer.source_ids
         return tokenizer.begin_ids, [tokenizer.sentinel_ids[0] if tokenizer.sentinel_ids else tokenizer.end_id]
 
     def collate(self, examples: Sequence[PairExample], numbers: Sequence[int] | None = None) -> PairBatch:
-        """Pairs side by side."""
+        """Return a batch of pairs."""
         if self.is_decoder:
             return self._rows(examples, numbers)
         tokens = self._padded([example.source for example in examples], self.tokenizer.pad_id)
@@ -179,7 +179,7 @@ class Translate(RecordTask):
         return PairBatch(
             tokens=tokens,
             segment_ids=pinned((np.arange(tokens.shape[1]) >= lengths[:, None]).astype(np.int64)),
-            # The decoder reads what it has to write, one step late.
+            # The decoder reads its labels shifted by one.
             target_tokens=self._padded([self._before(example) for example in examples], self.tokenizer.pad_id),
             prefix_mask=None,
             labels=self._padded([example.target for example in examples], IGNORED),
@@ -191,9 +191,9 @@ class Translate(RecordTask):
         return np.concatenate(([self.tokenizer.pad_id], example.target[:-1]))
 
     def _rows(self, examples: Sequence[PairExample], numbers: Sequence[int] | None) -> PairBatch:
-        """Source and target in one text; what is asked for after each token is the next one, of the target alone."""
+        """Return rows of source and target in one text; the labels are the next tokens of the target only."""
         texts = [np.concatenate((example.source, example.target)) for example in examples]
-        # After the source's last token the target is asked for; where that is not known, nothing is.
+        # The labels start after the source's last token; there are none if the target is not known.
         labels = [np.concatenate((np.full(len(example.source) - 1, IGNORED), example.target)) for example in examples]
         tokens = self._padded([text[:-1] for text in texts], self.tokenizer.pad_id)
         text_lengths = np.array([len(text) - 1 for text in texts])
@@ -216,15 +216,15 @@ class Translate(RecordTask):
         return padded(rows, fill, multiple=self.multiple)
 
     def loss(self, model: Model, batch: PairBatch) -> TaskLoss:
-        """Smoothed cross-entropy in nats; what is reported is the plain one."""
+        """Return the smoothed cross-entropy in nats; the reported loss is without smoothing."""
         return TaskLoss.of(model(**batch.inputs(), label_smoothing=self.settings.label_smoothing))
 
     def predict(self, model: Model, examples: Sequence[PairExample], device: torch.device) -> list[Prediction]:
-        """The best text of a beam search."""
+        """Return the best text of a beam search."""
         return self._predict(model, examples, device, self.settings.num_beams)
 
     def predict_in_run(self, model: Model, examples: Sequence[PairExample], device: torch.device) -> list[Prediction]:
-        """The likeliest token each time: it tells better models from worse ones in a fraction of the time."""
+        """Return texts of the most likely tokens: they rank models in a fraction of the beam search's time."""
         return self._predict(model, examples, device, 1)
 
     @torch.no_grad()
@@ -262,7 +262,7 @@ class Translate(RecordTask):
         )
 
     def _losses(self, model: Model, examples: Sequence[PairExample], device: torch.device) -> list[float]:
-        """Cross-entropy of each target in nats; 0 where it is not known."""
+        """Return the cross-entropy of each target in nats; 0 if it is not known."""
         if not any(len(example.target) for example in examples):
             return [0.0] * len(examples)
         batch = self.collate(examples).to(device)
@@ -270,8 +270,8 @@ class Translate(RecordTask):
         return losses
 
     def metrics(self, predictions: Sequence[Prediction]) -> dict[str, float]:
-        """BLEU (arXiv:1804.08771: cased, on the texts as they came, 13a) and chrF2 (M. Popović, chrF, WMT 2015) in %;
-        and the mean loss of a token in nats.
+        """Return BLEU (arXiv:1804.08771: cased, on the unchanged texts, 13a) and chrF2 (M. Popović, chrF, WMT 2015) in
+        %, and the mean loss of a token in nats.
 
         Raises:
             LaunchError: the extra `translate` is not installed.
@@ -289,11 +289,11 @@ class Translate(RecordTask):
         }
 
     def mean_tokens(self, examples: Sequence[PairExample]) -> float:
-        """Of both sides; of a decoder all but the last, after which nothing comes."""
+        """Return the mean tokens of both sides together; for a decoder without the last token."""
         return float(np.mean([len(example.source) + len(example.target) - self.is_decoder for example in examples]))
 
     def lengths(self, examples: Sequence[PairExample]) -> Lengths:
-        """Mean tokens of both sides."""
+        """Return the mean tokens of both sides."""
         source, target = (
             float(np.mean([len(getattr(example, name)) for example in examples])) for name in ("source", "target")
         )
@@ -302,19 +302,19 @@ class Translate(RecordTask):
         )
 
     def shown(self, record: Record) -> str:
-        """The source."""
+        """Return the source."""
         return str(record.value(self.fields.source) or "")
 
     def answer(self, record: Record) -> str:
-        """The target."""
+        """Return the target."""
         return str(record.value(self.fields.target) or "")
 
 
 def require_sacrebleu() -> None:
-    """Do nothing where sacrebleu is installed.
+    """Check that sacrebleu is installed.
 
     Raises:
-        LaunchError: it is not.
+        LaunchError: sacrebleu is not installed.
     """
     if importlib.util.find_spec("sacrebleu") is None:
         raise LaunchError(

@@ -1,13 +1,13 @@
-"""What a row of text is turned into: what the model reads, and what it is asked for.
+"""Objectives: they turn a row of text into the model's input and labels.
 
-    row of T tokens ─▶ causal            the next token, everywhere
-                       fill_in_middle    the same, of documents whose middle was moved to their end
-                       masked            M tokens that are hidden; the encoder reads the rest both ways
-                       span_corruption   spans that were cut out; the decoder writes them down
-                       prefix            what follows the first part, which is read both ways
+    row of T tokens ─▶ causal            predict each next token
+                       fill_in_middle    the same, for documents whose middle was moved to their end
+                       masked            predict M masked tokens; the encoder reads the rest in both directions
+                       span_corruption   predict removed spans; the decoder generates them
+                       prefix            predict the text after a first part, which is read in both directions
 
-An objective makes batches of batches, in the loader's thread, and all that it draws follows from (seed, number of the
-sequence): there is no state to save, and the numbers of ranks and of micro batches have no effect.
+An objective transforms batches in the loader's thread. All its random draws follow from (seed, sequence number), so
+there is no state to save, and the numbers of ranks and of micro batches have no effect.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ def make_objective(config: PretrainConfig, tokenizer: Tokenizer, *, purpose: str
     """Return the objective of a run.
 
     Args:
-        purpose: train, or validation, which asks the same of every run.
+        purpose: "train", or "validation", whose draws are the same for every seed.
 
     Raises:
-        ConfigError: the tokenizer lacks ids that the objective needs, or what it makes of rows is too long.
+        ConfigError: the tokenizer lacks ids that the objective needs, or the objective's rows are too long.
     """
     from bigtx.pretraining.objectives.causal import Causal
     from bigtx.pretraining.objectives.fill_in_middle import FillInMiddle

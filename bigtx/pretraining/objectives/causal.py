@@ -1,4 +1,4 @@
-"""The next token: maximum likelihood, as GPT has it."""
+"""Causal language modeling: predict each next token, as in GPT."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ class Causal(Objective):
         return Lengths(0, self.length, self.length)
 
     def describe(self) -> str:
-        """Return a few words."""
+        """Return a short description."""
         return "every next token"

@@ -1,4 +1,4 @@
-"""Fill in the middle (arXiv:2207.14255): a decoder learns to write what is between two texts.
+"""Fill in the middle (arXiv:2207.14255): a decoder learns to generate the text between two others.
 
     a document              prefix middle suffix
     prefix, suffix first    <prefix> prefix <suffix> suffix <middle> middle
@@ -25,12 +25,12 @@ NUM_MARKS = 3
 class FillInMiddle(Objective):
     """Rearrange some of the documents, and predict each next token.
 
-    A rearranged document is three tokens longer; what a row then has too much at its end is cut off.
+    A rearranged document is three tokens longer; a row that becomes too long is truncated at its end.
     """
 
     def __init__(self, config: PretrainConfig, tokenizer: Tokenizer, purpose: str) -> None:
         """Raises:
-        ConfigError: the tokenizer has no three sentinels.
+        ConfigError: the tokenizer has fewer than three sentinels.
         """
         super().__init__(config, tokenizer, purpose)
         if len(tokenizer.sentinel_ids) < NUM_MARKS:
@@ -46,11 +46,11 @@ class FillInMiddle(Objective):
         return Lengths(0, self.length, self.length)
 
     def describe(self) -> str:
-        """Return a few words."""
+        """Return a short description."""
         return f"every next token, {self.settings.fill_in_middle_rate:.0%} of the documents rearranged"
 
     def prepare(self, batch: Batch) -> Batch:
-        """Return rearranged documents, with new labels, positions and segments."""
+        """Return the batch with rearranged documents, and their labels, positions and segments."""
         tokens, labels = filled(batch, self.length, self.tokenizer.pad_id), filled(batch, self.length, IGNORED_LABEL)
         segments, positions = filled(batch, self.length, -1), filled(batch, self.length, 0)
         lengths = np.zeros(len(tokens), np.int64)
@@ -61,7 +61,7 @@ class FillInMiddle(Objective):
             owner = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
             lengths[row] = length = min(self.length, len(joined))
             tokens[row, :length] = joined[:length]
-            # The row's own last label counts where nothing was moved; else its place is cut off, or padding follows.
+            # The last label counts if nothing was moved; otherwise its column is truncated or followed by padding.
             following = np.append(joined[1:], raw_labels[row, len(text) - 1])[:length]
             if self.document_mask:
                 following = np.where(
@@ -77,7 +77,7 @@ class FillInMiddle(Objective):
         return replace(changed, segment_ids=tensor(segments, batch), positions=tensor(positions, batch))
 
     def _documents(self, text: np.ndarray) -> list[np.ndarray]:
-        """Return the documents of a row, or the parts of them that it holds; each but the last ends with the end id."""
+        """Return the documents of a row, or the parts of them in it; each but the last ends with the end id."""
         ends = np.flatnonzero(text == self.tokenizer.end_id) + 1
         return [piece for piece in np.split(text, ends) if len(piece)]
 

@@ -1,7 +1,7 @@
-"""Masked tokens (BERT, arXiv:1810.04805): an encoder predicts the tokens that are hidden.
+"""Masked language modeling (BERT, arXiv:1810.04805): an encoder predicts masked tokens.
 
-Of the tokens to predict, 80 % are replaced by the mask, 10 % by a random token, and 10 % stay. As many are predicted in
-every row, so that the head reads these columns alone and shapes never change.
+80 % of the tokens to predict are replaced by the mask, 10 % by a random token, and 10 % are unchanged. Every row
+predicts the same number of tokens, so that the head reads only these columns and shapes never change.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SHARE_MASKED, SHARE_RANDOM = 0.8, 0.1
 
 
 class Masked(Objective):
-    """Hide some tokens, whole words of them if asked, and predict them."""
+    """Mask some tokens, optionally whole words, and predict them."""
 
     def __init__(self, config: PretrainConfig, tokenizer: Tokenizer, purpose: str) -> None:
         """Raises:
@@ -46,18 +46,18 @@ class Masked(Objective):
         return Lengths(self.length, 0, self.count)
 
     def describe(self) -> str:
-        """Return a few words."""
+        """Return a short description."""
         words = ", whole words" if self.settings.whole_words else ""
         return f"{self.count} masked tokens of every {self.length}{words}"
 
     def prepare(self, batch: Batch) -> Batch:
-        """Tokens with some of them hidden; columns and labels of those."""
+        """Return the batch with some tokens masked, and the columns and labels of these."""
         tokens = batch.tokens.numpy().copy()
         columns, labels = filled(batch, self.count, 0), filled(batch, self.count, IGNORED_LABEL)
         for row, text, generator in self.rows(batch):
             chosen = self._choose(text, generator)
             columns[row, : len(chosen)], labels[row, : len(chosen)] = chosen, text[chosen]
-            tokens[row, chosen] = self._hide(text[chosen], generator)
+            tokens[row, chosen] = self._mask(text[chosen], generator)
         return replace(
             batch,
             tokens=tensor(tokens, batch),
@@ -78,11 +78,11 @@ class Masked(Objective):
         begins[1:] |= special[:-1] | self.is_space[text[:-1]]
         word = np.cumsum(begins)[candidates]
         rank = generator.permutation(len(text) + 1)
-        # Word by word in random order; the last word that is begun may be cut short, so that the count is right.
+        # Words are taken in random order; only a part of the last one may be taken, so that the count is exact.
         return np.sort(candidates[np.argsort(rank[word], kind="stable")[:count]])
 
-    def _hide(self, tokens: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    def _mask(self, tokens: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         draw = generator.random(len(tokens))
         other = self.ordinary_ids[generator.integers(len(self.ordinary_ids), size=len(tokens))]
-        hidden = np.where(draw < SHARE_MASKED + SHARE_RANDOM, other, tokens)
-        return np.where(draw < SHARE_MASKED, self.mask_id, hidden)
+        replaced = np.where(draw < SHARE_MASKED + SHARE_RANDOM, other, tokens)
+        return np.where(draw < SHARE_MASKED, self.mask_id, replaced)

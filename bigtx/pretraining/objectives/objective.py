@@ -1,4 +1,4 @@
-"""What all objectives share: their randomness, their tensors, and the parts of a packed row."""
+"""The base of all objectives: their randomness, their tensors, and the parts of a packed row."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from bigtx.utils.seeds import derive_seed
 
 
 class Lengths(NamedTuple):
-    """Columns of what an objective makes of a row."""
+    """Numbers of columns that an objective makes of a row."""
 
     source: int
     """Tokens that the encoder reads; 0 without one."""
     target: int
     """Tokens that the decoder reads; 0 without one."""
     predicted: int
-    """Columns whose logits are made."""
+    """Columns whose logits are computed."""
 
 
 class Objective(ABC):
-    """Turns rows of the stream into what a model reads and predicts."""
+    """A transformation of the stream's rows into a model's input and labels."""
 
     bits_per_byte = False
-    """Whether the loss per token says how well text is compressed: every token predicted once from those before it."""
+    """Whether the loss per token measures compression: every token is predicted once from the tokens before it."""
 
     def __init__(self, config: PretrainConfig, tokenizer: Tokenizer, purpose: str) -> None:
         """Args: see `make_objective`."""
@@ -38,12 +38,12 @@ class Objective(ABC):
         self.tokenizer = tokenizer
         self.length = config.train.sequence_length
         self.document_mask = config.data.document_mask
-        # Runs of different seeds are measured by the same questions.
+        # Validation makes the same draws for all seeds.
         self._key = derive_seed("objective", config.seed if purpose == "train" else 0, purpose)
 
     @abstractmethod
     def prepare(self, batch: Batch) -> Batch:
-        """Return the batch that the model is called with, made of one from the stream."""
+        """Return the model's batch for a batch of the stream."""
 
     @property
     @abstractmethod
@@ -52,21 +52,21 @@ class Objective(ABC):
 
     @abstractmethod
     def describe(self) -> str:
-        """Return a few words for the log."""
+        """Return a short description for the log."""
 
     def generator(self, sequence_id: int) -> np.random.Generator:
-        """Return the generator of all that a row draws."""
+        """Return the generator for all random draws of a row."""
         return np.random.Generator(np.random.Philox(key=[self._key, sequence_id]))
 
     def rows(self, batch: Batch) -> Iterator[tuple[int, np.ndarray, np.random.Generator]]:
-        """Number, tokens and generator of each row that has text."""
+        """Yield index, tokens and generator of each row that has text."""
         texts = zip(batch.tokens.numpy(), batch.text_lengths.tolist(), batch.sequence_ids.tolist(), strict=True)
         for row, (tokens, length, sequence_id) in enumerate(texts):
             if length:
                 yield row, tokens[:length], self.generator(sequence_id)
 
     def padding_apart(self, batch: Batch) -> torch.Tensor | None:
-        """Segment ids that keep padding from being seen, where there is any: a model may read it both ways."""
+        """Return segment ids that separate text from padding, if there is any: bidirectional models attend to it."""
         if batch.segment_ids is not None or int(batch.text_lengths.min()) == self.length:
             return batch.segment_ids
         columns = np.arange(self.length)
@@ -81,18 +81,18 @@ def documents_of(batch: Batch, row: int, length: int) -> np.ndarray:
 
 
 def tensor(array: np.ndarray, batch: Batch) -> torch.Tensor:
-    """Return the array in memory of the batch's kind, so that it reaches the device as fast."""
+    """Return the array as a tensor, in pinned memory if the batch is pinned."""
     result = torch.from_numpy(array)
     return result.pin_memory() if batch.tokens.is_pinned() else result
 
 
 def filled(batch: Batch, length: int, value: int) -> np.ndarray:
-    """Return int64 [B, length] of one value."""
+    """Return int64 [B, length] filled with one value."""
     return np.full((len(batch.tokens), length), value, np.int64)
 
 
 def positions_of(segments: np.ndarray) -> np.ndarray:
-    """Positions within each segment: int64 like the segment ids [T], which change where another begins."""
+    """Return the positions within each segment, int64 [T]; a segment starts where the id [T] changes."""
     places = np.arange(len(segments))
     begins = np.empty(len(segments), bool)
     begins[:1] = True

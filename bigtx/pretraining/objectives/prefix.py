@@ -1,4 +1,4 @@
-"""What follows a prefix that is read both ways (prefix language model, arXiv:1910.10683, section 3.2.3)."""
+"""Prefix language modeling (arXiv:1910.10683, section 3.2.3): predict the text after a bidirectional prefix."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bigtx.pretraining.objectives.sides import Sides, TwoSided
 
 
 class DecoderPrefix(Objective):
-    """In a decoder: a row, or each of its documents where they are kept apart, is cut at a random place."""
+    """The objective of a decoder: a row, or each of its separate documents, is split at a random position."""
 
     @property
     def lengths(self) -> Lengths:
@@ -20,16 +20,16 @@ class DecoderPrefix(Objective):
         return Lengths(0, self.length, self.length)
 
     def describe(self) -> str:
-        """Return a few words."""
+        """Return a short description."""
         return "every next token after a prefix of random length"
 
     def prepare(self, batch: Batch) -> Batch:
-        """Prefixes are marked, and only what follows them is predicted."""
+        """Return the batch with a mask of the prefixes, and labels only after them."""
         labels, prefix_mask = batch.labels.numpy().copy(), filled(batch, self.length, 0).astype(bool)
         for row, text, generator in self.rows(batch):
             documents = documents_of(batch, row, len(text))
             lengths = np.bincount(documents)
-            # From one token to all but one; of a single token no prefix is taken.
+            # A prefix has from one token to all but one; a document of a single token has no prefix.
             prefixes = 1 + np.floor(generator.random(len(lengths)) * np.maximum(lengths - 1, 0)).astype(np.int64)
             prefixes = np.where(lengths > 1, np.minimum(prefixes, lengths - 1), 0)
             positions, of_token = positions_of(documents), prefixes[documents]
@@ -39,23 +39,23 @@ class DecoderPrefix(Objective):
 
 
 class SourcePrefix(TwoSided):
-    """In an encoder-decoder: the first half of a row is the source, the second the target."""
+    """The objective of an encoder-decoder: the first half of a row is the source, the second the target."""
 
     @property
     def lengths(self) -> Lengths:
-        """Half a row each; the source has an end, as those of `bigtx generate` do."""
+        """Return half a row for each side; the source has an end id, as in `bigtx generate`."""
         half = self.length // 2
         return Lengths(half + 1, self.length - half, self.length - half)
 
     def describe(self) -> str:
-        """Return a few words."""
+        """Return a short description."""
         source, target, _ = self.lengths
         return f"the second half of every {self.length} tokens; the encoder reads {source} tokens, the decoder {target}"
 
     def put(
         self, sides: Sides, row: int, text: np.ndarray, documents: np.ndarray, generator: np.random.Generator
     ) -> None:
-        """Cut the row in the middle."""
+        """Split the row in the middle."""
         half = len(text) // 2
         source = np.append(text[:half], self.tokenizer.end_id)
         source_documents = np.append(documents[:half], documents[max(half - 1, 0)])

@@ -1,4 +1,4 @@
-"""Rows cut in two for an encoder-decoder."""
+"""Objectives that split rows into a source and a target for an encoder-decoder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class TwoSided(Objective):
     """An objective that makes a source and a target of each row."""
 
     def prepare(self, batch: Batch) -> Batch:
-        """Source and target of each row."""
+        """Return the batch with a source and a target of each row."""
         sides = Sides(
             batch,
             source_length=self.lengths.source,
@@ -36,21 +36,21 @@ class TwoSided(Objective):
         """Fill a row of the sides.
 
         Args:
-            text: its tokens.
-            documents: the document of each.
-            generator: all that the row draws.
+            text: the tokens of the row.
+            documents: the document of each token.
+            generator: the generator for the row's draws.
         """
 
 
 class Sides:
     """The source and the target of every row of a batch, filled row by row.
 
-    The decoder reads what it has to write, one step late: a start id, and all but the last label.
+    The decoder reads its labels shifted by one: a start id, and all but the last label.
 
     Args:
-        source_length, target_length: columns of both.
-        pad_id: padding, and the start id of the decoder, as in T5 (arXiv:1910.10683).
-        document_mask: whether documents are kept apart on both sides.
+        source_length, target_length: numbers of columns.
+        pad_id: the id of padding, and the start id of the decoder, as in T5 (arXiv:1910.10683).
+        document_mask: whether documents are separate on both sides.
     """
 
     def __init__(
@@ -70,8 +70,8 @@ class Sides:
         """Fill a row.
 
         Args:
-            labels: what the decoder writes.
-            source_segments, segments: the document of each token of both, or zeros.
+            labels: the ids that the decoder generates.
+            source_segments, segments: the document of each token of the source and of the labels, or zeros.
         """
         length, target_length = len(source), len(labels)
         self.tokens[row, :length], self.segments[row, :length] = source, source_segments
@@ -79,16 +79,16 @@ class Sides:
         positions = positions_of(segments)
         self.labels[row, :target_length], self.target_segments[row, :target_length] = labels, segments
         self.target_positions[row, :target_length] = positions
-        # A document's text begins with a start id too, not with the end of another one.
+        # Every document begins with a start id, not with the end of another document.
         before = np.append([self.pad_id], labels[:-1])
         self.target_tokens[row, :target_length] = np.where(positions == 0, self.pad_id, before)
 
     def ignore(self, row: int, columns: np.ndarray) -> None:
-        """Have these columns of the target not predicted."""
+        """Exclude these columns of the target from the loss."""
         self.labels[row, columns] = IGNORED_LABEL
 
     def batch_of_both(self) -> Batch:
-        """Return what the model is called with; without documents to keep apart and without padding, no segments."""
+        """Return the model's batch; it has no segment ids if there are no separate documents and no padding."""
         apart = self.document_mask or bool((self.segments == PADDING_SEGMENT).any())
         return replace(
             self.batch,

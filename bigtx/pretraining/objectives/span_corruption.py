@@ -1,11 +1,11 @@
-"""Span corruption (T5, arXiv:1910.10683): spans of a text are cut out, and an encoder-decoder writes them down.
+"""Span corruption (T5, arXiv:1910.10683): spans of a text are removed, and an encoder-decoder generates them.
 
     a row       Thank you for inviting me to your party last week
     source      Thank you <0> me to your party <1> week </s>
     target      <0> for inviting <1> last </s>
 
-How much is cut out and in how many spans is the same for every row, so that both sides of a full row have lengths that
-are known beforehand, and nothing of it is padding.
+The numbers of removed tokens and of spans are the same for every row, so that both sides of a full row have known
+lengths without padding.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bigtx.utils.errors import ConfigError
 
 
 def noise_counts(length: int, density: float, mean_span_length: float) -> tuple[int, int]:
-    """Return how many of a text's tokens are cut out, and in how many spans.
+    """Return how many of a text's tokens are removed, and in how many spans.
 
     There is at least one token between two spans, and before the first.
     """
@@ -30,7 +30,7 @@ def noise_counts(length: int, density: float, mean_span_length: float) -> tuple[
 
 
 class SpanCorruption(TwoSided):
-    """Cut spans out of the source; they are the target."""
+    """Remove spans from the source; they are the target."""
 
     def __init__(self, config: PretrainConfig, tokenizer: Tokenizer, purpose: str) -> None:
         """Raises:
@@ -40,9 +40,9 @@ class SpanCorruption(TwoSided):
         self.num_noise, self.num_spans = self._counts(self.length)
         if self.num_spans > len(tokenizer.sentinel_ids):
             raise ConfigError(
-                f"objective.name=span_corruption cuts {self.num_spans} spans out of a row of {self.length} tokens, and "
-                f"the tokenizer has {len(tokenizer.sentinel_ids)} sentinels to name them; lower train.sequence_length "
-                "or objective.noise_density, or raise objective.mean_span_length"
+                f"objective.name=span_corruption removes {self.num_spans} spans of a row of {self.length} tokens, and "
+                f"the tokenizer has only {len(tokenizer.sentinel_ids)} sentinels to mark them; lower "
+                "train.sequence_length or objective.noise_density, or raise objective.mean_span_length"
             )
         self.sentinels = np.array(tokenizer.sentinel_ids)
 
@@ -51,24 +51,24 @@ class SpanCorruption(TwoSided):
 
     @property
     def lengths(self) -> Lengths:
-        """Return what is left, a sentinel for each span and the end; each span after its sentinel, and the end."""
+        """Return the lengths of the source (kept tokens, sentinels, end) and of the target (spans, sentinels, end)."""
         target = self.num_noise + self.num_spans + 1
         return Lengths(self.length - self.num_noise + self.num_spans + 1, target, target)
 
     def describe(self) -> str:
-        """Return a few words."""
+        """Return a short description."""
         source, target, _ = self.lengths
         return (
-            f"{self.num_spans} spans of {self.num_noise} tokens in all are cut out of every {self.length}; the encoder "
-            f"reads {source} tokens, the decoder {target}"
+            f"{self.num_spans} spans of {self.num_noise} tokens in all are removed from every {self.length}; the "
+            f"encoder reads {source} tokens, the decoder {target}"
         )
 
     def put(
         self, sides: Sides, row: int, text: np.ndarray, documents: np.ndarray, generator: np.random.Generator
     ) -> None:
-        """Cut the spans out."""
+        """Remove random spans."""
         if len(text) == 1:
-            return  # Of a single token nothing can be cut out.
+            return  # A single token has no span to remove.
         num_noise, num_spans = self._counts(len(text))
         kept = _random_parts(len(text) - num_noise, num_spans, generator)
         cut = _random_parts(num_noise, num_spans, generator)
@@ -82,7 +82,7 @@ class SpanCorruption(TwoSided):
         source[source_marks] = target[target_marks] = self.sentinels[:num_spans]
         source[-1] = target[-1] = self.tokenizer.end_id
         sides.put(row, source, documents[from_source], target, documents[from_target])
-        # What of a span lies beyond the end of its document cannot be known from there.
+        # The part of a span beyond the end of its document cannot be predicted.
         begun = np.repeat(documents[begins], cut + 1)
         sides.ignore(row, np.flatnonzero(documents[from_target[:-1]] != begun))
 
@@ -91,19 +91,19 @@ def _with_marks(columns: np.ndarray, begins: np.ndarray, marks: np.ndarray, *, e
     """Return for each token of a side the column of the row whose document it belongs to.
 
     Args:
-        columns: of the tokens that the side takes over.
-        begins: where the spans begin, to which its sentinels belong.
-        marks: the places of its sentinels.
-        end: the column for its last token.
+        columns: the columns of the row's tokens on this side.
+        begins: the first column of each span, to which its sentinel belongs.
+        marks: the positions of the sentinels on this side.
+        end: the column of the side's last token.
     """
     result = np.empty(len(columns) + len(marks) + 1, np.int64)
-    taken_over = np.ones(len(result), bool)
-    taken_over[marks] = taken_over[-1] = False
-    result[taken_over], result[marks], result[-1] = columns, begins, end
+    is_copied = np.ones(len(result), bool)
+    is_copied[marks] = is_copied[-1] = False
+    result[is_copied], result[marks], result[-1] = columns, begins, end
     return result
 
 
 def _random_parts(total: int, count: int, generator: np.random.Generator) -> np.ndarray:
-    """Return `count` positive integers that sum to `total`, every such choice equally likely."""
+    """Return `count` positive integers that sum to `total`, with every such choice equally likely."""
     cuts = np.sort(generator.permutation(total - 1)[: count - 1]) + 1
     return np.diff(np.concatenate(([0], cuts, [total])))

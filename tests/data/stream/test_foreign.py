@@ -403,7 +403,7 @@ def test_training_on_foreign_shards_and_going_on(tmp_path: Path, corpus: Path) -
     arguments = foreign_run(tmp_path / "shards", corpus, tmp_path / "run")
     done = pretrain(*arguments, "train.max_steps=8", ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "5 shards from elsewhere" in done.stdout and "validation at step 8: held_out loss" in done.stdout
+    assert "5 foreign shards" in done.stdout and "validation at step 8: held_out loss" in done.stdout
     straight = losses(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000008")
     done = pretrain(*arguments, "train.max_steps=8", ranks=2)
@@ -420,7 +420,7 @@ def test_other_ranks_and_a_damaged_foreign_shard(tmp_path: Path, corpus: Path) -
     more = [*arguments, "allow_changes=[train.max_steps]"]
     done = pretrain(*more, "train.max_steps=8")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "with 1 rank instead of 2 the shards are split otherwise" in done.stdout
+    assert "with 1 rank instead of 2 the shards are split differently" in done.stdout
     with open(tmp_path / "shards" / "003.tar", "r+b") as shard:
         shard.seek(2048)
         shard.write(b"\xff")

@@ -167,7 +167,7 @@ def test_what_a_model_or_tokenizer_cannot_do(tokenizer: Tokenizer, without_roles
         sft(without_roles, chat=ChatConfig(format="chat"))
     encoder = config_of()
     encoder.model.shape = "encoder"
-    with pytest.raises(ConfigError, match="wants a decoder"):
+    with pytest.raises(ConfigError, match="needs a decoder"):
         Sft.resolve(encoder, tokenizer, [])
     assert sft(tokenizer).config.chat.format == "chat" and sft(without_roles).config.chat.format == "plain"
 
@@ -205,7 +205,7 @@ def test_a_prompt_alone_is_answered(tokenizer: Tokenizer) -> None:
         ({"prompt": "a", "chosen": "b", "rejected": ""}, "the field 'rejected' is empty"),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same answer"),
         ({"chosen": "b", "rejected": "c"}, "no field 'prompt'"),
-        ({"prompt": "a", "chosen": CHAT, "rejected": "c"}, "ends in one message of the role assistant"),
+        ({"prompt": "a", "chosen": CHAT, "rejected": "c"}, "and one message of the role assistant"),
     ],
 )
 def test_a_broken_pair_is_refused(tokenizer: Tokenizer, fields: dict[str, Any], message: str) -> None:

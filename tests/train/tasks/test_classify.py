@@ -259,7 +259,10 @@ def test_classes_are_those_of_the_training_records_sorted(tokenizer: Tokenizer) 
     assert Classify.resolve(config_of("ba"), tokenizer, records).classify.classes == ["b", "a"]
     with pytest.raises(DataError, match="have one class, 'good'"):
         Classify.resolve(config_of(""), tokenizer, records[:1])
-    for shape, pooling, said in (("encoder_decoder", "auto", "wants an encoder"), ("decoder", "first", "seen nothing")):
+    for shape, pooling, said in (
+        ("encoder_decoder", "auto", "needs an encoder"),
+        ("decoder", "first", "attends to no other"),
+    ):
         with pytest.raises(ConfigError, match=said):
             make(tokenizer, shape=shape, pooling=pooling)
 
@@ -268,7 +271,7 @@ def test_classes_are_those_of_the_training_records_sorted(tokenizer: Tokenizer) 
     ("label", "said"),
     [
         (None, "the field 'label' is null"),
-        ("  ", "'label', which names its class, is empty"),
+        ("  ", "'label' of the class is empty"),
         (True, r"is true \(bool\)"),
         (1.5, r"is 1\.5 \(float\)"),
         ("goood", "the class 'goood' is unknown .* did you mean 'good'"),

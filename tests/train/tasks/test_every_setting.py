@@ -115,7 +115,7 @@ def behaviour(task_name: str, settings: dict[str, Any], tokenizer: Tokenizer) ->
     model.init_weights(1)
     loss = task.loss(model, task.collate(rows, list(range(len(rows)))))
     predictions = task.predict(model, examples, torch.device("cpu"))
-    kept = getattr(getattr(task, "hearing", None), "cache", None)
+    kept = getattr(getattr(task, "speech", None), "cache", None)
     return {
         "rows": len(rows),
         "lengths": [(each.length, each.num_cut) for each in examples],

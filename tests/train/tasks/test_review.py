@@ -100,7 +100,7 @@ def test_spaces_around_a_label_make_no_other_class(tokenizer: Tokenizer) -> None
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        ("", "the field 'label', which names its class, is empty"),
+        ("", "the field 'label' of the class is empty"),
         ("  ", "is empty"),
         (True, r"the field 'label' is true \(bool\), and a class is a text or a whole number"),
         (1.0, r"is 1\.0 \(float\)"),
@@ -197,10 +197,10 @@ def test_a_length_without_room_for_a_text_is_refused_with_one_that_has_room(
         return make(tokenizer, task, data=data, **changes).encode(Record(RECORDS[task], "a"))
 
     setting = "sft.row_length" if row else "data.max_length"
-    with pytest.raises(ConfigError, match=rf"{setting}=2 leaves no room.* value of use is {setting}=(\d+)") as error:
+    with pytest.raises(ConfigError, match=rf"{setting}=2 leaves no tokens.* value of use is {setting}=(\d+)") as error:
         encoded(2)
     smallest = int(str(error.value).rpartition("=")[2])
-    with pytest.raises(ConfigError, match="leaves no room"):
+    with pytest.raises(ConfigError, match="leaves no tokens"):
         encoded(smallest - 1)
     example = encoded(smallest)
     if task in ("sft", "preference"):
@@ -227,8 +227,8 @@ PAIR = {"prompt": "who", "chosen": "red", "rejected": "green"}
 def test_pairs_that_are_cut_to_the_same_answer_are_counted_and_refused(tokenizer: Tokenizer) -> None:
     data = RecordsConfig(max_length=24)
     rows = [CUT_EQUAL, *[PAIR] * 19]
-    (said, *others) = [line for line in reviewed(make(tokenizer, "preference", data=data), rows) if "same" in line]
-    assert "1 of 20 train pairs (5.0%) are the same answer twice" in said and "a.jsonl, line 1" in said and not others
+    (said, *others) = [line for line in reviewed(make(tokenizer, "preference", data=data), rows) if "equal" in line]
+    assert "1 of 20 train pairs (5.0%) have two equal answers" in said and "a.jsonl, line 1" in said and not others
     with pytest.raises(DataError, match=r"2 of 20 train pairs \(10\.0%\).*at most 5\.0%.*preference\.max_equal"):
         reviewed(make(tokenizer, "preference", data=data), [CUT_EQUAL, CUT_EQUAL, *[PAIR] * 18])
     allowed = make(tokenizer, "preference", data=data, preference=PreferenceConfig(max_equal=0.1))
@@ -271,7 +271,7 @@ def test_a_last_turn_that_loses_its_beginning_is_counted(tokenizer: Tokenizer, t
         answered = {"messages": [*asked, {"role": "assistant", "content": "I am"}]}
         rows.append(answered if task == "sft" else {"prompt": asked, **answers})
     (said,) = reviewed(make(tokenizer, task, data=RecordsConfig(max_length=24)), rows)
-    assert "1 of 2 records (50.0%) have a last turn that is too long" in said and "system prompt" in said
+    assert "1 of 2 records (50.0%) have a last turn that alone is too long" in said and "system prompt" in said
     assert reviewed(make(tokenizer, task), rows) == []
 
 

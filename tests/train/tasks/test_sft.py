@@ -284,14 +284,14 @@ def test_formats_that_cannot_be(tokenizer: Tokenizer) -> None:
         tokenizer.model, tokenizer.special, settings_files={CHAT_TEMPLATE: tokenizer.chat_template.encode()}
     )  # type: ignore[union-attr]
     assert make(same).config.chat.format == "chat"
-    with pytest.raises(ConfigError, match="came with a chat template of its own"):
+    with pytest.raises(ConfigError, match="has its own chat template"):
         make(own, chat=ChatConfig(format="chat"))
     with pytest.raises(ConfigError, match="separator is empty"):
         make(own, chat=ChatConfig(separator=""))
     assert make(tokenizer, chat=ChatConfig(separator="")).config.chat.format == "chat"
     prefix = config_of()
     prefix.model.prefix_attention = True
-    with pytest.raises(ConfigError, match=r"would see themselves; write model\.prefix_attention=false"):
+    with pytest.raises(ConfigError, match=r"would attend to themselves; write model\.prefix_attention=false"):
         Sft.resolve(prefix, tokenizer, [])
 
 

@@ -110,7 +110,7 @@ def test_the_loss_of_ctc_is_the_sum_over_all_paths(tokenizer: Tokenizer) -> None
     example = task.encode(record(wav(tone(400, 0.07)), "low"))
     assert example.length == 4
     batch, model = task.collate([example]), model_of(task)
-    log_probabilities = model(**batch.heard())[0, :4].log_softmax(-1).detach().double()
+    log_probabilities = model(**batch.audio_inputs())[0, :4].log_softmax(-1).detach().double()
     ids = example.ids.tolist()
     paths = itertools.product([task.tokenizer.pad_id, *set(ids)], repeat=4)
     total = sum(
@@ -140,7 +140,7 @@ def test_the_decoder_writes_what_the_model_finds_likeliest(tokenizer: Tokenizer,
         ids = [tokenizer.pad_id]
         while len(ids) <= min(task.max_length - 1, example.length + 1):
             batch = task.collate([example])
-            logits = model(**batch.heard(), target_tokens=torch.tensor([ids]))[0, -1, : tokenizer.vocab_size]
+            logits = model(**batch.audio_inputs(), target_tokens=torch.tensor([ids]))[0, -1, : tokenizer.vocab_size]
             if int(logits.argmax()) == tokenizer.end_id:
                 break
             ids.append(int(logits.argmax()))
@@ -155,7 +155,7 @@ def test_the_loss_of_a_decoder_is_of_its_tokens_and_ends(tokenizer: Tokenizer) -
     model, plain, smoothed, count = model_of(task), 0.0, 0.0, 0
     for example in examples:
         ids = [*tokenizer.encode(example.text), tokenizer.end_id]
-        heard = task.collate([example]).heard()
+        heard = task.collate([example]).audio_inputs()
         logits = model(**heard, target_tokens=torch.tensor([[tokenizer.pad_id, *ids[:-1]]]))[0]
         for smoothing in (0.0, 0.2):
             loss = F.cross_entropy(logits, torch.tensor(ids), reduction="sum", label_smoothing=smoothing).item()
@@ -194,10 +194,10 @@ def test_what_cannot_be_used_is_refused_with_the_reason(tokenizer: Tokenizer, tm
         (record(b""), "a.wav: an empty file"),
         (record(b"no sound"), "not a recording that can be read"),
         (record(wav(np.zeros(0, np.float32))), "without samples"),
-        (record(sound, None), "without a text: there is no .txt"),
+        (record(sound, None), "has no text: there is no .txt"),
         (record(sound, "  "), "empty"),
-        (record(sound, "?!"), "nothing is left of the text"),
-        (record(sound, "low mid high top " * 3), "CTC cannot say it"),
+        (record(sound, "?!"), "the text is empty"),
+        (record(sound, "low mid high top " * 3), "columns for CTC"),
         (Record({"audio": "gone.wav", "text": "low"}, str(tmp_path / "list.jsonl"), 3), "gone.wav cannot be read"),
         (Record({"text": "low"}, "list.jsonl", 3), "no field 'audio'"),
     ]
@@ -236,7 +236,7 @@ def test_texts_are_cut_with_room_for_their_end(tokenizer: Tokenizer) -> None:
 def test_columns_that_ctc_needs(tokenizer: Tokenizer) -> None:
     """One for each token, and one for the blank between two equal ones; of what is left when it is played faster."""
     task, rate = make(tokenizer), RATE
-    assert task.hearing.num_columns(round(0.1 * rate)) == 5
+    assert task.speech.num_columns(round(0.1 * rate)) == 5
     for ids, speed_change, fits in (
         ([5, 6, 5, 6, 5], 0.0, True),
         ([5, 6, 5, 6, 5, 6], 0.0, False),
@@ -248,11 +248,11 @@ def test_columns_that_ctc_needs(tokenizer: Tokenizer) -> None:
     ):
         task = make(tokenizer, speed_change=speed_change)
         if fits:
-            task._check_room(ids, round(0.1 * rate))
+            task._check_columns(ids, round(0.1 * rate))
         else:
-            with pytest.raises(BadRecordError, match="CTC cannot say it"):
-                task._check_room(ids, round(0.1 * rate))
-    make(tokenizer, "seq2seq")._check_room([5] * 20, round(0.1 * rate))
+            with pytest.raises(BadRecordError, match="columns for CTC"):
+                task._check_columns(ids, round(0.1 * rate))
+    make(tokenizer, "seq2seq")._check_columns([5] * 20, round(0.1 * rate))
     assert make(tokenizer, "seq2seq", num_beams=3, length_penalty=0.9).beam == Beam(size=3, length_penalty=0.9)
 
 

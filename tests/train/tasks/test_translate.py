@@ -188,7 +188,7 @@ def test_what_is_refused(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ConfigError, match="both in one text"):
         make(tokenizer, "decoder", data=RecordsConfig(max_length=33))
     encoder = dataclasses.replace(task.config, model=dataclasses.replace(task.config.model, shape="encoder"))
-    with pytest.raises(ConfigError, match="an encoder writes no texts"):
+    with pytest.raises(ConfigError, match="an encoder cannot write texts"):
         Translate.resolve(encoder, tokenizer, [])
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     with pytest.raises(LaunchError, match=r"bigtx\[translate\]"):
