@@ -19,7 +19,6 @@ HISTORY = ("docs/log.md",)
 NOT_YET = (
     "bigtx/commands",
     "bigtx/engine",
-    "bigtx/launch",
     "bigtx/plan",
     "bigtx/train",
     "bigtx/track",

@@ -49,7 +49,7 @@ def test_a_node_with_another_commit_is_refused(
     end = cluster.wait_for_end(job)
     assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("FAILED", "2:0", "0"), cluster.logs()
     said = cluster.logs()
-    assert "the machines of this run are not alike: commit is " in said and " on n2 (node 1)" in said
+    assert "the machines of this run differ: commit is " in said and " on n2 (node 1)" in said
     assert "not started again" in said and "Traceback" not in said
 
 
