@@ -84,9 +84,9 @@ def find_world(num_ranks: int | None, *, divides: int) -> World | None:
         _refuse_count(num_ranks)
         if _is_srun_task() and (nodes or 1) > 1 and num_nodes() == 1:
             raise LaunchError(
-                f"srun has started {nodes} copies of a run of one machine: {launcher_name()} knows only this node; name "
-                "the others to it (torchrun --nnodes, deepspeed --hostfile), or write `srun --ntasks-per-node=1 bigtx "
-                "...`, which starts the ranks itself"
+                f"srun has started {nodes} copies of a run of one machine: {launcher_name()} knows only this node; "
+                "give it the others (torchrun --nnodes, deepspeed --hostfile), or write `srun --ntasks-per-node=1 "
+                "bigtx ...`, which starts the ranks itself"
             )
         return None
     if not _is_srun_task():
