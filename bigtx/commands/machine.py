@@ -67,7 +67,7 @@ def _packages() -> Iterator[Check]:
 
 
 def _requirements() -> dict[str, Requirement]:
-    """What bigtx needs, by the names of the packages."""
+    """Return what bigtx needs, by the names of the packages."""
     try:
         lines = importlib.metadata.requires("bigtx") or []
     except importlib.metadata.PackageNotFoundError:  # A clone need not be installed to run.
@@ -100,7 +100,7 @@ def _devices() -> Iterator[Check]:
 
 
 def _gpu(index: int, name: str) -> Iterator[Check]:
-    """What is wrong with a GPU."""
+    """Yield what is wrong with a GPU."""
     import torch
 
     try:
@@ -157,7 +157,7 @@ def _open_files() -> Iterator[Check]:
 
 def _wandb() -> Iterator[Check]:
     if os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled"):
-        yield Check("W&B", "ok", "offline, as asked for")
+        yield Check("W&B", "ok", "offline, as requested")
         return
     from bigtx.track.follower import choose_mode
 
