@@ -117,7 +117,7 @@ def test_two_nodes_do_not_tell_which_is_slow(slow_node: Cluster, pretraining: li
     end = slow_node.wait_for_end(job)
     said = slow_node.logs()
     assert (end["JobState"], end["Restarts"], end["ExcNodeList"]) == ("COMPLETED", "1", "n1,n2"), said
-    assert "n1 or n2 is slow or broken: " in said and "only a third machine can tell which" in said
+    assert "n1 or n2 is slow or broken: " in said and "only a third machine can show which" in said
 
 
 @pytest.mark.slow
