@@ -50,7 +50,7 @@ class Made:
 
     @property
     def texts(self) -> list[str]:
-        """The texts that must be read."""
+        """Return the texts that must be read."""
         return [item.text for item in self.items if item.text is not None]
 
 

@@ -61,7 +61,7 @@ MIN_LIMIT = 600.0
 
 
 def options(words: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
+    """Return the command line."""
     parser = argparse.ArgumentParser(prog="mutants", description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--count", type=int, default=40, help="how many mutants, evenly over the packages (default 40)")
@@ -131,7 +131,7 @@ def _forget(folder: Path, name: str) -> None:
 
 
 def choose(arguments: argparse.Namespace, commit: str) -> list[Mutant]:
-    """The mutants to try: of each package as many, at different lines as long as there are such."""
+    """Return the mutants to try: of each package as many, at different lines as long as there are such."""
     names = arguments.package or list(PACKAGES)
     found = {name: _of_package(name) for name in names}
     if arguments.id:
@@ -161,7 +161,7 @@ def _of_package(name: str) -> list[Mutant]:
 
 
 def package_of(path: str) -> str:
-    """The package that a file is counted for."""
+    """Return the package that a file is counted for."""
     return next(name for name, patterns in PACKAGES.items() if any(Path(path).match(pattern) for pattern in patterns))
 
 
@@ -176,7 +176,7 @@ class Plan:
 
 
 def plan(mutant: Mutant, known: recording.Map, budget: float) -> Plan:
-    """The tests to run. What runs at import alone, a constant or a default, concerns all that uses the file."""
+    """Return the tests to run. What runs at import alone, a constant or a default, concerns all that uses the file."""
     names = known.of_lines(mutant.path, *mutant.lines) or known.of_file(mutant.path)
     return Plan(mutant, *known.choose(names, mutant.path, budget))
 
@@ -232,7 +232,7 @@ def _facts(mutant: Mutant) -> dict[str, Any]:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """The command."""
+    """Return the command."""
     arguments = options(sys.argv[1:] if words is None else words)
     os.chdir(ROOT)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()

@@ -14,7 +14,7 @@ LEFT_OUT = ("tests/slurm/", "tests/gpu/", "tests/advice/", "tests/tools/")
 
 
 def nearest_files(root: Path, path: str) -> list[str]:
-    """The test files to try a mutant with, the nearest first; those that start processes where there are no others.
+    """Return the test files to try a mutant with, the nearest first; those that start processes where there are no others.
 
     Args:
         path: of the mutated file, from the root.
@@ -43,7 +43,7 @@ def nearest_files(root: Path, path: str) -> list[str]:
 
 @functools.cache
 def imports_of(path: Path) -> frozenset[str]:
-    """The modules that a file imports, and their last names."""
+    """Return the modules that a file imports, and their last names."""
     names = set[str]()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

@@ -89,11 +89,11 @@ class Mutant:
         return hashlib.sha1("\0".join(parts).encode()).hexdigest()[:10]
 
     def apply(self, source: bytes) -> bytes:
-        """The file with the change."""
+        """Return the file with the change."""
         return source[: self.start] + self.after.encode() + source[self.end :]
 
     def compiles(self, source: bytes) -> bool:
-        """Whether the file with the change is Python."""
+        """Return whether the file with the change is Python."""
         try:
             compile(self.apply(source), self.path, "exec", dont_inherit=True)
         except (SyntaxError, ValueError):
@@ -102,7 +102,7 @@ class Mutant:
 
 
 def mutants_of(path: str, source: bytes) -> list[Mutant]:
-    """All changes of a file, without those that nobody could notice by their nature. A few may be no Python."""
+    """Return all changes of a file, without those that nobody could notice by their nature. A few may be no Python."""
     finder = _Finder(path, source)
     finder.visit(ast.parse(source))
     seen: Counter[tuple[str, ...]] = Counter()
@@ -169,7 +169,7 @@ class _Finder:
 
 
 def _parts(node: ast.AST) -> Iterable[ast.AST]:
-    """What a node is made of, as far as it says something to a computer."""
+    """Return what a node is made of, as far as it says something to a computer."""
     match node:
         case ast.AnnAssign():
             return [node.value] if node.value and not _is_quiet(node.target) else []
@@ -193,7 +193,7 @@ def _is_for_people(node: ast.AST) -> bool:
 
 
 def _is_quiet(target: ast.expr) -> bool:
-    """Whether a variable is one that no test should hold: a list of names, a waiting time."""
+    """Return whether a variable is one that no test should hold: a list of names, a waiting time."""
     name = _name(target)
     return name == "__all__" or name.upper().endswith(("_SECONDS", "TIMEOUT"))
 

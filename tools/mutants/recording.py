@@ -80,7 +80,7 @@ class Contexts:
 
 
 def digest(text: str) -> str:
-    """A short name for a file."""
+    """Return a short name for a file."""
     return hashlib.sha1(text.encode()).hexdigest()[:16]
 
 
@@ -107,7 +107,7 @@ class Test:
 
     @property
     def file(self) -> str:
-        """The file that it stands in."""
+        """Return the file that it stands in."""
         return self.name.partition("::")[0]
 
 
@@ -134,7 +134,7 @@ class Map:
         return set().union(*self.lines.get(path, {}).values())
 
     def choose(self, names: set[str], path: str, budget: float) -> tuple[list[str], float, int]:
-        """The tests that are nearest to a file and take the least time, up to some seconds in all.
+        """Return the tests that are nearest to a file and take the least time, up to some seconds in all.
 
         Returns:
             names in the order to run them; the seconds that they take; how many are left out.
@@ -162,7 +162,7 @@ class Map:
 
 
 def read_map(root: Path, folder: Path) -> Map:
-    """The map of what was recorded in a folder."""
+    """Return the map of what was recorded in a folder."""
     result = Map()
     users: dict[str, set[str]] = defaultdict(set)
     bad = set()

@@ -33,7 +33,7 @@ _keep_default({owner}, {name!r})
 
 
 def all_settings() -> dict[str, tuple[str, str]]:
-    """Each key of each schema: the class that declares it, and its name there."""
+    """Return each key of each schema: the class that declares it, and its name there."""
     from bigtx.config import schema as schemas
     from bigtx.config.settings import leaves
 
@@ -66,14 +66,14 @@ def known_settings(root: Path) -> dict[str, tuple[str, str]]:
 
 
 def mutant_of(key: str, owner: str, name: str, source: bytes) -> Mutant:
-    """The change by which a setting keeps its default."""
+    """Return the change by which a setting keeps its default."""
     place = len(source)
     after = RESET.format(owner=owner, name=name)
     return Mutant(SCHEMA, key, "setting", "", after, place, place, (1, 1))
 
 
 def read_registry(root: Path) -> dict[str, str]:
-    """The test that holds each setting, without its parameters."""
+    """Return the test that holds each setting, without its parameters."""
     import yaml
 
     path = root / REGISTRY

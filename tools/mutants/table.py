@@ -15,7 +15,7 @@ REASONS = Path(__file__).with_name("reasons.yaml")
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run, those of errors left out."""
+    """Return the lines of a run, those of errors left out."""
     found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [result for result in found if result["status"] != "error"]
 

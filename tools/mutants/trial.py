@@ -124,7 +124,7 @@ def _run(mutant: Mutant, tests: list[str], folder: Path, budget: float, markers:
 
 
 def end(trial: Trial) -> dict[str, Any] | None:
-    """The trial's result, or None if it still runs. All of its processes are ended, its files deleted."""
+    """Return the trial's result, or None if it still runs. All of its processes are ended, its files deleted."""
     seconds = time.monotonic() - trial.started
     pid, status = os.waitpid(trial.pid, os.WNOHANG)
     if not pid and seconds < trial.limit:
