@@ -27,11 +27,6 @@ NOT_YET = (
     "bigtx/finetune.py",
     "bigtx/loaded.py",
     "bigtx/pretrain.py",
-    "docs",
-    "tools",
-    "README.md",
-    "CHANGELOG.md",
-    "Makefile",
 )
 """Files and folders that are not rewritten yet."""
 
@@ -53,7 +48,7 @@ PATTERNS = {
     r"\bforeseen\b": "larger than foreseen",
     r"\bhas a say\b": "where the last has a say",
     r"\bin spite of\b": "in spite of its name",
-    r"\bthe one before\b": "each follows the one before",
+    r"\bthe one before\b(?! that)": "each follows the one before",
     r"\bthe ones? (to come|after it)\b": "the one to come",
     r"\bfrom (then|there|now|here) on\b": "from then on it says",
     # Images.
