@@ -21,12 +21,7 @@ NOT_YET = (
     "bigtx/commands/evaluate.py",
     "bigtx/plan",
     "bigtx/train",
-    "bigtx/__init__.py",
-    "bigtx/__main__.py",
-    "bigtx/cli.py",
-    "bigtx/finetune.py",
     "bigtx/loaded.py",
-    "bigtx/pretrain.py",
 )
 """Files and folders that are not rewritten yet."""
 

@@ -31,8 +31,10 @@ class Turn:
     """The permission to build an extension. It replaces torch's `FileBaton`."""
 
     def __init__(self, lock_file_path: str, *_: object, **__: object) -> None:
-        """Args:
-        lock_file_path: `lock` in the extension's folder. torch's other arguments concern its own way to wait.
+        """Remember the place of the file.
+
+        Args:
+            lock_file_path: `lock` in the extension's folder. torch's other arguments concern its own way to wait.
         """
         self.path = Path(lock_file_path)
         self._descriptor = -1

@@ -59,8 +59,10 @@ class Checkpoint:
     """
 
     def __init__(self, path: Path) -> None:
-        """Args:
-        path: a folder with a manifest.
+        """Open a checkpoint.
+
+        Args:
+            path: a folder with a manifest.
 
         Raises:
             CheckpointError: the manifest is missing or has another format, or a file is missing or has another size.

@@ -80,9 +80,11 @@ class MatrixExchange:
     """
 
     def __init__(self, fragments: list[Fragment], group: dist.ProcessGroup | None) -> None:
-        """Args:
-        fragments: this rank's fragments of the matrices in one flat tensor.
-        group: the ranks that hold the other parts; None where this rank holds everything.
+        """Exchange the list of parts with the other ranks.
+
+        Args:
+            fragments: this rank's fragments of the matrices in one flat tensor.
+            group: the ranks that hold the other parts; None where this rank holds everything.
         """
         self.group = group
         self.rank = dist.get_rank(group) if group else 0

@@ -139,11 +139,13 @@ class Optimizer(torch.optim.Optimizer):
     def __init__(
         self, groups: list[dict[str, Any]], config: OptimizerConfig, arithmetic_dtype: torch.dtype, device: torch.device
     ) -> None:
-        """Args:
-        groups: from `parameter_groups`.
-        config: the config of the optimizer.
-        arithmetic_dtype: the dtype of Muon's Newton-Schulz iteration: bf16, or fp32 in an fp32 run.
-        device: where Muon's matrices are assembled and orthogonalised, also when the states are offloaded.
+        """Make the optimizer without states; see `bind`.
+
+        Args:
+            groups: from `parameter_groups`.
+            config: the config of the optimizer.
+            arithmetic_dtype: the dtype of Muon's Newton-Schulz iteration: bf16, or fp32 in an fp32 run.
+            device: where Muon's matrices are assembled and orthogonalised, also when the states are offloaded.
         """
         super().__init__(groups, {"lr": config.learning_rate})
         self.config = config
