@@ -32,7 +32,7 @@ run() {
   unset SLURM_EXPORT_ENV
   # Without this SLURM gives each task one core.
   [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
-  if [ "$SLURM_JOB_NUM_NODES" -gt 1 ] && [ "${BIGTX_PREFLIGHT:-on}" != off ]; then check_nodes "$@"; fi
+  if [ "${SLURM_JOB_NUM_NODES:-1}" -gt 1 ] && [ "${BIGTX_PREFLIGHT:-on}" != off ]; then check_nodes "$@"; fi
   on_each_node ${container[@]+"${container[@]}"} "$@"
   conclude
 }

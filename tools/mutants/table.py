@@ -49,7 +49,8 @@ def write_table(root: Path, path: Path, packages: Sequence[str]) -> None:
     results = read_results(path)
     rows = shares(results, packages)
     total, noticed, harmless = sum(r[1] for r in rows), sum(r[2] for r in rows), sum(r[3] for r in rows)
-    lines = ["| package | mutants | noticed | share | equivalent besides |", "|---|---|---|---|---|"]
+    lines = [f"Of commit {path.stem}:", ""]
+    lines += ["| package | mutants | noticed | share | equivalent besides |", "|---|---|---|---|---|"]
     for name, of_package, found, equivalent in [*rows, ("**all**", total, noticed, harmless)]:
         share = f"{100 * found / of_package:.0f} %" if of_package else "-"
         lines.append(f"| {name} | {of_package} | {found} | {share} | {equivalent} |")
