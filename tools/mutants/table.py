@@ -50,14 +50,14 @@ def write_table(root: Path, path: Path, packages: Sequence[str]) -> None:
     rows = shares(results, packages)
     total, noticed, harmless = sum(r[1] for r in rows), sum(r[2] for r in rows), sum(r[3] for r in rows)
     lines = [f"Of commit {path.stem}:", ""]
-    lines += ["| package | mutants | noticed | share | equivalent besides |", "|---|---|---|---|---|"]
+    lines += ["| package | mutants | detected | share | equivalent |", "|---|---|---|---|---|"]
     for name, of_package, found, equivalent in [*rows, ("**all**", total, noticed, harmless)]:
         share = f"{100 * found / of_package:.0f} %" if of_package else "-"
         lines.append(f"| {name} | {of_package} | {found} | {share} | {equivalent} |")
     known = reasons()
     survivors = [result for result in results if result["status"] == "survived" and result["id"] not in known]
     if survivors:
-        lines += ["", "Not noticed:", "", "| mutant | where | before | after |", "|---|---|---|---|"]
+        lines += ["", "Not detected:", "", "| mutant | where | before | after |", "|---|---|---|---|"]
         for result in sorted(survivors, key=lambda result: (result["path"], result["line"])):
             where = f"{result['path'].removeprefix('bigtx/')} {result['function']}"
             lines.append(f"| {result['id']} | {where} | {_cell(result['before'])} | {_cell(result['after'])} |")
