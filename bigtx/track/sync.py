@@ -87,8 +87,11 @@ def _status(folder: Path) -> str:
         lines = (folder / "events.jsonl").read_bytes().splitlines(keepends=True)
     except OSError:
         return ""
-    last = parse_line(lines[-1]) if lines else None
-    return str(last["status"]) if last and last["kind"] == "end" else ""
+    # Reports about W&B may follow the end of a start.
+    for event in map(parse_line, reversed(lines)):
+        if event and event.get("kind") in ("start", "end"):
+            return str(event.get("status", ""))
+    return ""
 
 
 @contextlib.contextmanager
