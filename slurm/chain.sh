@@ -1,14 +1,14 @@
 #!/bin/bash
-# Submit a corpus, a pretraining and a fine-tuning, each to start when the one before has finished.
+# Submit a corpus, a pretraining and a fine-tuning. Each starts when the previous one has finished.
 #
 #   PARTS=8 NODES=2 slurm/chain.sh \
 #     prepare.yaml output=corpus  --  pretrain.yaml run_dir=runs/base  --  finetune.yaml base=runs/base run_dir=runs/mine
 #
-# It prints the number of each job. A job that fails ends those that wait for it.
+# It prints the number of each job. When a job fails, SLURM cancels the jobs that wait for it.
 
 export BIGTX_HOME=${BIGTX_HOME:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
 source "${BIGTX_SITE:-$BIGTX_HOME/configs/site/default.sh}"
-set -euo pipefail  # Not before: what a site loads may know nothing of it.
+set -euo pipefail  # After the site's file, which may load scripts that fail under these options.
 
 prepare=() pretrain=() finetune=()
 target=prepare

@@ -1,23 +1,23 @@
-# What the scripts of this folder have in common. A batch script sources it and calls `run COMMAND...`.
+# Functions that the batch scripts share. A batch script sources this file and calls `run COMMAND...`.
 #
-# `run` has `bigtx doctor` look at the nodes, if there are several. It starts the command once on each of them, and then
-# decides what becomes of the job:
+# `run` checks the nodes with `bigtx doctor` if there are several. It starts the command once on each node, and then
+# ends or requeues the job:
 #
 #   the command ends with       the job
 #   0, finished                 ends
-#   75, asked to stop           is requeued, and the same command resumes; within a minute of its start, as a crash
-#   2, a mistake of the user    ends with status 2
-#   anything else, a crash      is requeued, at most $BIGTX_MAX_CRASHES times in a row
+#   75, stopped on request      is requeued, and the same command resumes; within a minute of its start it is a crash
+#   2, an error of the user     ends with status 2
+#   any other status, a crash   is requeued, at most $BIGTX_MAX_CRASHES times in a row
 #
 # Nodes that bigtx doctor finds slow or broken are excluded, and the job is requeued without them, at most
 # $BIGTX_MAX_EXCLUSIONS times.
 #
-# USR1 (sent by SLURM before the time is over, see --signal) and TERM ask the command to stop. `fail WORDS...` ends the
-# job with status 2.
+# USR1 (which SLURM sends before the time limit, see --signal) and TERM ask the command to stop. `fail WORDS...` ends
+# the job with status 2.
 
 home=${BIGTX_HOME:-$SLURM_SUBMIT_DIR}
 source "${BIGTX_SITE:-$home/configs/site/default.sh}"
-set -uo pipefail  # Not before: what a site loads may know nothing of it.
+set -uo pipefail  # After the site's file, which may load scripts that fail under these options.
 
 max_crashes=${BIGTX_MAX_CRASHES:-3} max_exclusions=${BIGTX_MAX_EXCLUSIONS:-3}
 task=${SLURM_ARRAY_TASK_ID:+-$SLURM_ARRAY_TASK_ID}
@@ -28,21 +28,22 @@ step="" asked="" status=0
 run() {
   trap 'ask_to_stop' USR1 TERM
   say "start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST; the first node writes to $log-node0.log"
-  # `sbatch --export=NONE` would keep from the tasks what the site's file has set.
+  # With `sbatch --export=NONE` the tasks would not get the variables of the site's file.
   unset SLURM_EXPORT_ENV
-  # SLURM would give a task one core. bigtx itself ends all nodes when one fails.
+  # Without this SLURM gives each task one core.
   [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
-  if [ "${SLURM_JOB_NUM_NODES:-1}" -gt 1 ] && [ "${BIGTX_PREFLIGHT:-on}" != off ]; then look_at_nodes "$@"; fi
+  if [ "${SLURM_JOB_NUM_NODES:-1}" -gt 1 ] && [ "${BIGTX_PREFLIGHT:-on}" != off ]; then check_nodes "$@"; fi
   on_each_node ${container[@]+"${container[@]}"} "$@"
   conclude
 }
 
-# Start a command once on each node, and wait for it; its status is in $status.
+# Start a command once on each node, and wait for it. Its status is then in $status. bigtx itself ends all nodes when
+# one fails, so srun must not.
 on_each_node() {
   srun --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=0 \
     --open-mode=append --output="$log-node%n.log" ${srun_options[@]+"${srun_options[@]}"} "$@" &
   step=$!
-  # A signal interrupts `wait`; the command goes on until it has saved.
+  # A signal interrupts `wait`; the command continues until it has saved.
   while
     interrupted=""
     wait "$step"
@@ -52,15 +53,15 @@ on_each_node() {
   step=""
 }
 
-# Return if the nodes are fit; else decide what becomes of the job.
-look_at_nodes() {
+# Check the nodes with `bigtx doctor`. Returns if all can train; otherwise requeues or ends the job.
+check_nodes() {
   local bad=$log.bad said=$log.srun folder=. names word
   rm -f "$bad"
   for word in "$@"; do [[ $word != run_dir=* ]] || folder=${word#run_dir=}; done
   on_each_node --wait=30 ${container[@]+"${container[@]}"} bigtx doctor folder="$folder" output="$bad" \
     ${doctor_options[@]+"${doctor_options[@]}"} 2>"$said"
   cat "$said" >&2
-  # A node on which slurmd does not answer is named by srun, and by nobody else: srun then ends the others.
+  # Only srun names a node whose slurmd does not answer; it then ends the tasks on the other nodes.
   names=$({ cat "$bad" 2>/dev/null; sed -n 's/.*Task launch for .* failed on node \([^:]*\):.*/\1/p' "$said"; } | paste -sd,)
   rm -f "$bad" "$said"
   [ -z "$asked" ] || { status=75; conclude; }
@@ -85,7 +86,7 @@ exclude() {
   fi
   say "slow or broken: $1; excluded"
   requeue
-  # The job is pending now, and cannot start before this script has ended. SLURM sends TERM to all of it meanwhile.
+  # The job is pending now, and cannot start before this script has ended. Meanwhile SLURM sends TERM to its processes.
   for number in 1 2 3 4 5; do
     (trap '' TERM USR1; exec scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$names") && exit 75
     sleep 0.5
@@ -100,7 +101,7 @@ ask_to_stop() {
 }
 
 conclude() {
-  # Before the command listens to it, the signal itself ends it.
+  # If the command does not handle the signal yet, the signal ends it.
   [ -z "$asked" ] || [ "$status" -ne $((128 + $(kill -l USR1))) ] || status=75
   case $status in
     0) rm -f "$crashes" "$exclusions"; say "finished" ;;
@@ -120,7 +121,7 @@ conclude() {
   exit "$status"
 }
 
-# Requeue the job, unless it has ended badly too often in a row: what happened, and what to do about it then.
+# Requeue the job, unless it has failed too often in a row. Arguments: what happened, and the advice for the last time.
 retry() {
   echo "$1" >>"$crashes"
   if [ "$(wc -l <"$crashes")" -gt "$max_crashes" ]; then
@@ -132,8 +133,8 @@ retry() {
   fi
 }
 
-# Whoever cancelled the job does not want it again, and a job that SLURM itself requeues needs no help. The controller of a
-# busy cluster may leave a question unanswered: it is asked for some minutes.
+# Requeue the job, unless it was cancelled or SLURM requeues it itself. The controller of a busy cluster may not answer a
+# request, so this tries for some minutes.
 requeue() {
   local job
   for _ in $(seq 30); do

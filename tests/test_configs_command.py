@@ -157,7 +157,7 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "said"),
     [
         (["pretrain/gpt-1.3b.yaml", "gpus=some"], "gpus=some: write numbers of GPUs"),
-        (["pretrain/gpt-1.3b.yaml", "gpus=3"], "gpus=3: train.global_batch_size=512 does not divide over 3 ranks"),
+        (["pretrain/gpt-1.3b.yaml", "gpus=3"], "gpus=3: train.global_batch_size=512 cannot be divided over 3 ranks"),
         (["pretrain/gpt-1.3b.yaml", "gpu=Abacus"], "gpu=Abacus: its peak in bf16 is not known"),
         (["pretrain/gpt"], "no recipe 'pretrain/gpt'"),
         (["own.yaml"], "own.yaml does not say how many ids its tokenizer has"),

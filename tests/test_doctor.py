@@ -38,7 +38,7 @@ def test_this_machine(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
     (own,) = shown["machines"]
     checks = {check["name"]: check for check in own["checks"]}
     assert "torch 2." in checks["packages"]["text"] and str(tmp_path) in checks["disk"]["text"]
-    assert checks["W&B"] == {"name": "W&B", "status": "ok", "text": "offline, as asked for"}
+    assert checks["W&B"] == {"name": "W&B", "status": "ok", "text": "offline, as requested"}
 
 
 def test_what_fails_is_said_and_named(

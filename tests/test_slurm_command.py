@@ -111,7 +111,7 @@ def test_status_tells_each_life(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     ]
     lines = [json.dumps(event) for event in events]
     (tmp_path / "events.jsonl").write_text("\n".join([*lines[:2], '{"kind": "sta', *lines[2:]]) + "\n")
-    first, second = as_json(capsys, status_command, [str(tmp_path)])["lives"]
+    first, second = as_json(capsys, status_command, [str(tmp_path)])["starts"]
     assert (first["job"], first["restart"], first["end"], first["end_step"]) == ("7", 0, "stopped", 12)
     assert (second["restart"], second["step"], second["end"]) == (1, 12, None)
     assert status_command([str(tmp_path)]) == 0

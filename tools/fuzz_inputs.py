@@ -34,23 +34,24 @@ class Made:
     """A file, and the items that it was made of.
 
     Attributes:
-        name: of the file; its suffix says what it holds.
-        items: in order.
-        swallows: a broken item may take the next ones along.
-        shown: what the content is, for people.
+        name: the file's name, with the suffix of its content.
+        content: the file's bytes.
+        items: the items in order.
+        hides_next: whether a broken item may hide the next ones.
+        shown: a readable form of the content.
         is_strict: fine-tuning records and foreign shards refuse it although `data prepare` reads it.
     """
 
     name: str
     content: bytes = field(repr=False)
     items: list[Item]
-    swallows: bool = False
+    hides_next: bool = False
     shown: object = None
     is_strict: bool = False
 
     @property
     def texts(self) -> list[str]:
-        """The texts that must be read."""
+        """Return the texts that must be read."""
         return [item.text for item in self.items if item.text is not None]
 
 
@@ -99,7 +100,7 @@ def tables(draw: st.DrawFn) -> Made:
         # If lines end with only a line feed, a carriage return in a field needs quotation.
         writer = csv.writer(written, delimiter=delimiter, lineterminator="\n", quoting=csv.QUOTE_ALL)
     writer.writerow(["id", "text"])
-    content, items, swallows = written.getvalue().encode(), [], False
+    content, items, hides_next = written.getvalue().encode(), [], False
     has_stray = draw(st.booleans())
     for number in range(draw(st.integers(1, 8))):
         fault = draw(st.sampled_from(["", "", "", "short", "long", "utf8", "nul", *(["stray"] if has_stray else [])]))
@@ -117,10 +118,10 @@ def tables(draw: st.DrawFn) -> Made:
         if fault == "utf8":
             encoded = f"{number}{delimiter}".encode() + b"\xff\n"
         if fault == "stray":
-            encoded, swallows = f'{number}{delimiter}"5 inch disk\n'.encode(), True
+            encoded, hides_next = f'{number}{delimiter}"5 inch disk\n'.encode(), True
         content += encoded
         items.append(Item(None if fault else text))
-    return Made("a.csv" if delimiter == "," else "a.tsv", content, items, swallows=swallows, shown=content)
+    return Made("a.csv" if delimiter == "," else "a.tsv", content, items, hides_next=hides_next, shown=content)
 
 
 @st.composite

@@ -66,7 +66,7 @@ def check_prepare(made: Made, path: Path, has_metadata: bool) -> None:
     assert rejects.num_cut == 0 or made.name.endswith(".csv") or made.name.endswith(".tsv"), rejects.examples
     counted = len(texts) + rejects.count + rejects.num_empty
     assert counted == len(made.items), (counted, len(made.items), texts, rejects)
-    if not made.swallows:
+    if not made.hides_next:
         assert sorted(texts) == sorted(made.texts), (texts, rejects)
 
 
@@ -84,7 +84,7 @@ def check_records(made: Made, path: Path) -> None:
     else:
         # A record without a text may belong to another task.
         assert len(found) + broken.count == len(made.items), context
-        assert made.swallows or not Counter(made.texts) - Counter(map(str, found)), context
+        assert made.hides_next or not Counter(made.texts) - Counter(map(str, found)), context
 
 
 def check_foreign(made: Made, path: Path) -> None:

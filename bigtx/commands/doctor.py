@@ -1,8 +1,8 @@
-"""`bigtx doctor`: whether this machine, or all machines of a job, are fit to train.
+"""`bigtx doctor`: check whether this machine, or all machines of a job, can train.
 
-On one machine it looks at what training needs. Where srun starts it once on each node of a job, the machines first
-compare code and packages, clocks and the folder, as those of a run do; then each looks at itself, and pairs of them
-measure their all-reduce, which shows a slow one.
+On one machine it checks what training needs. Where srun starts it once on each node of a job, the machines first
+compare code, packages, clocks and the folder, as those of a run do. Then each machine checks itself, and pairs of
+machines measure their all-reduce, which shows slow ones.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from bigtx.utils.processes import rank
 
 EXIT_UNFIT = 1
 MOST_SHOWN = 16
-"""Machines whose speed is shown one by one."""
+"""Up to this number of machines, the speed of each is shown."""
 GIGA = 1e9
 
 
 def command(argv: Sequence[str]) -> int:
-    """Look at all that training needs.
+    """Check what training needs.
 
     Returns:
-        1 where something is not fit, else 0.
+        1 where a check failed, else 0.
 
     Raises:
-        LaunchError: the machines are not alike, or another launcher has started this process.
+        LaunchError: the machines differ, or another launcher has started this process.
     """
     num_ranks, words = take_ranks(argv)
     arguments = _parser().parse_args(words)
@@ -66,32 +66,33 @@ def command(argv: Sequence[str]) -> int:
 def _parser() -> Arguments:
     parser = Arguments(
         prog="bigtx doctor",
-        description="Look whether this machine is fit to train; by `srun --ntasks-per-node=1 bigtx doctor` also "
-        "whether all machines of a job are alike and see the same folder, and how fast they are together.",
+        description="Check whether this machine can train. `srun --ntasks-per-node=1 bigtx doctor` also checks whether "
+        "all machines of a job have the same code and packages and see the same folder, and measures their all-reduce.",
         epilog=wrapped(
-            f"{RANKS} N starts N ranks on each machine (one for each GPU). The status is 1 where something is not fit, "
-            "and 2 where the machines are not alike."
+            f"{RANKS} N starts N ranks on each machine (one for each GPU). The status is 1 where a check failed, and 2 "
+            "where the machines differ."
         ),
     )
-    parser.add_argument("folder", nargs="?", default=".", metavar="FOLDER", help="where the runs are to be (.)")
+    parser.add_argument("folder", nargs="?", default=".", metavar="FOLDER", help="the folder for the runs (.)")
     parser.add_argument(
         "--output",
         metavar="FILE",
-        help="write the names of slow or broken machines there, as sbatch's --exclude takes them; none, no file",
+        help="write the names of slow or broken machines to this file, in the form of sbatch's --exclude; without such "
+        "machines there is no file",
     )
     parser.add_argument(
         "--least-bandwidth",
         type=float,
         default=0.0,
         metavar="GB",
-        help=f"what is slow whatever the others are, in GB/s (else: below {SLOW_FRACTION} of the median)",
+        help=f"a machine is slow below this speed, in GB/s (by default only below {SLOW_FRACTION} of the median)",
     )
     parser.add_json()
     return parser
 
 
 def _be_rank(arguments: Any, world: World) -> int:
-    """Take part as a rank of one of several machines; the first one concludes."""
+    """Check and measure as a rank of one of several machines. The first rank prints the result."""
     from bigtx.commands.machine import check_machine
     from bigtx.engine.bandwidth import ROUND_SECONDS, Meeting
 
@@ -101,52 +102,52 @@ def _be_rank(arguments: Any, world: World) -> int:
     speeds = meeting.measure(turns)
     if is_first_of_machine:
         links = [[*pair, speed] for pair, speed in speeds.items()]
-        meeting.say({"host": hardware.host_name(), "checks": [asdict(each) for each in checks], "links": links})
+        meeting.report({"host": hardware.host_name(), "checks": [asdict(each) for each in checks], "links": links})
     if rank() > 0:
         return 0
-    words = meeting.words(ROUND_SECONDS)
-    names = dict(enumerate(world.hosts)) | {node: word["host"] for node, word in words.items()}
+    reports = meeting.reports(ROUND_SECONDS)
+    names = dict(enumerate(world.hosts)) | {node: report["host"] for node, report in reports.items()}
     hosts = [names.get(node, f"node {node}") for node in range(world.num_nodes)]
-    measured = {pair: _slower(pair, words) for pairs in turns for pair in pairs}
-    status = _conclude(arguments, words, hosts, measured)
+    measured = {pair: _slower(pair, reports) for pairs in turns for pair in pairs}
+    status = _conclude(arguments, reports, hosts, measured)
     log.report(said=True)
     return status
 
 
-def _slower(pair: Pair, words: Mapping[int, Mapping[str, Any]]) -> float:
-    """What two machines say of their link: the lower of two speeds, 0 if neither has one."""
-    said = (link for node in pair if node in words for link in words[node]["links"])
-    return min((speed for low, high, speed in said if (low, high) == pair), default=0.0)
+def _slower(pair: Pair, reports: Mapping[int, Mapping[str, Any]]) -> float:
+    """Return the lower of the two speeds that a pair of machines reports for its link; 0 if there is none."""
+    links = (link for node in pair if node in reports for link in reports[node]["links"])
+    return min((speed for low, high, speed in links if (low, high) == pair), default=0.0)
 
 
 def _conclude(
-    arguments: Any, words: Mapping[int, Mapping[str, Any]], hosts: Sequence[str], links: Mapping[Pair, float]
+    arguments: Any, reports: Mapping[int, Mapping[str, Any]], hosts: Sequence[str], links: Mapping[Pair, float]
 ) -> int:
-    """Say what was found. Returns the exit status."""
+    """Print the result. Returns the exit status."""
     verdict = judge(links, arguments.least_bandwidth * GIGA) if links else Verdict((), (), (), 0.0)
-    unfit = [node for node, word in words.items() if any(check["status"] == "failed" for check in word["checks"])]
-    silent = [node for node in range(len(hosts)) if node not in words]
+    unfit = [node for node, report in reports.items() if any(each["status"] == "failed" for each in report["checks"])]
+    silent = [node for node in range(len(hosts)) if node not in reports]
     bad = [hosts[node] for node in sorted({*verdict.bad, *unfit, *silent})]
     _write_bad(arguments.output, bad)
     if arguments.json:
-        machines = [{"host": word["host"], "checks": word["checks"]} for word in words.values()]
+        machines = [{"host": report["host"], "checks": report["checks"]} for report in reports.values()]
         shown = [
             {"hosts": [hosts[low], hosts[high]], "gb_per_second": speed / GIGA} for (low, high), speed in links.items()
         ]
         say_json({"fit": not bad, "bad": bad, "machines": machines, "links": shown})
     else:
-        for line in [*_lines_of_checks(words, len(hosts) > 1), *_lines_of_links(hosts, links, verdict, silent)]:
+        for line in [*_lines_of_checks(reports, len(hosts) > 1), *_lines_of_links(hosts, links, verdict, silent)]:
             say(line)
     return EXIT_UNFIT if bad else 0
 
 
-def _lines_of_checks(words: Mapping[int, Mapping[str, Any]], are_several: bool) -> list[str]:
-    """What each machine found; of others than the first one, what is not well."""
+def _lines_of_checks(reports: Mapping[int, Mapping[str, Any]], are_several: bool) -> list[str]:
+    """Return a line for each check of the first machine, and for the checks of other machines that are not ok."""
     lines = []
-    for node, word in words.items():
-        for check in word["checks"]:
+    for node, report in reports.items():
+        for check in report["checks"]:
             if node == 0 or check["status"] != "ok":
-                host = f"{word['host']}: " if are_several else ""
+                host = f"{report['host']}: " if are_several else ""
                 lines.append(f"{check['status']:<9}{host}{check['name']}: {check['text']}")
     return lines
 
@@ -154,7 +155,7 @@ def _lines_of_checks(words: Mapping[int, Mapping[str, Any]], are_several: bool) 
 def _lines_of_links(
     hosts: Sequence[str], links: Mapping[Pair, float], verdict: Verdict, silent: Sequence[int]
 ) -> list[str]:
-    """How fast the machines are together."""
+    """Return lines about the speed of the machines' all-reduces."""
     if not links:
         return []
     speeds, bad = speeds_of(links), {*verdict.bad, *silent}
@@ -168,7 +169,7 @@ def _lines_of_links(
         lines.append(f"{'failed':<9}{hosts[node]} is slow: {speed}; the median is {_gb(verdict.median)}")
     if verdict.either:
         both = f"{hosts[0]} or {hosts[1]} is slow or broken: {_gb(links[0, 1])} between them"
-        lines.append(f"{'failed':<9}{both}; only a third machine can tell which")
+        lines.append(f"{'failed':<9}{both}; only a third machine can show which")
     return lines
 
 

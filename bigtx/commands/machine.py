@@ -1,4 +1,4 @@
-"""What one machine needs to train, looked at one by one: packages, GPUs, a compiler, room, and the way to W&B."""
+"""Check what a machine needs to train: packages, GPUs, a compiler, disk space, shared memory, open files and W&B."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ FREE_GPU_FRACTION = 0.9
 
 @dataclass(frozen=True)
 class Check:
-    """Something that was looked at.
+    """The result of one check.
 
     Attributes:
-        status: a warning does not keep a run from starting.
-        text: what was found, and what to do if that is not enough.
+        name: what was checked.
+        status: the outcome; a warning does not prevent a run from starting.
+        text: what was found, and what to do if it is not sufficient.
     """
 
     name: str
@@ -40,11 +41,11 @@ class Check:
 
 
 def check_machine(folder: Path, *, online: bool = True) -> list[Check]:
-    """Look at everything.
+    """Run all checks of this machine.
 
     Args:
-        folder: where runs are to be.
-        online: whether to look for W&B.
+        folder: the folder for the runs.
+        online: whether to check W&B.
     """
     checks: list[Callable[[], Iterator[Check]]] = [_packages, _devices, _compiler, lambda: _disk(folder)]
     checks += [_shared_memory, _open_files, *([_wandb] if online else [])]
@@ -67,7 +68,7 @@ def _packages() -> Iterator[Check]:
 
 
 def _requirements() -> dict[str, Requirement]:
-    """What bigtx needs, by the names of the packages."""
+    """Return the requirements of bigtx, by the names of the packages."""
     try:
         lines = importlib.metadata.requires("bigtx") or []
     except importlib.metadata.PackageNotFoundError:  # A clone need not be installed to run.
@@ -100,7 +101,7 @@ def _devices() -> Iterator[Check]:
 
 
 def _gpu(index: int, name: str) -> Iterator[Check]:
-    """What is wrong with a GPU."""
+    """Yield the problems of a GPU."""
     import torch
 
     try:
@@ -157,7 +158,7 @@ def _open_files() -> Iterator[Check]:
 
 def _wandb() -> Iterator[Check]:
     if os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled"):
-        yield Check("W&B", "ok", "offline, as asked for")
+        yield Check("W&B", "ok", "offline, as requested")
         return
     from bigtx.track.follower import choose_mode
 
@@ -165,4 +166,4 @@ def _wandb() -> Iterator[Check]:
     if mode == "online":
         yield Check("W&B", "ok", f"{host} answers")
     else:
-        yield Check("W&B", "warning", f"offline: {reason}; runs are kept here, and can be sent later")
+        yield Check("W&B", "warning", f"offline: {reason}; runs are written here, and can be sent later")

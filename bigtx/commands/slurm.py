@@ -150,7 +150,7 @@ def status_command(argv: Sequence[str]) -> int:
     if not starts and not jobs and not is_run(Path(arguments.run)):
         raise CheckpointError(f"{arguments.run} is not a run, and no job is queued for it; name a run's folder")
     if arguments.json:
-        say_json({"lives": starts, "jobs": jobs})
+        say_json({"starts": starts, "jobs": jobs})
         return 0
     over = [each["job"] for each in jobs if each["state"] in (*ENDED, *WAITING)]
     for start in starts:

@@ -17,7 +17,7 @@ def batch_problems(train: RhythmConfig, num_ranks: int) -> Iterator[Problem]:
         yield Problem(
             "train.global_batch_size",
             str(total),
-            f"cannot be divided over {num_ranks} ranks; write {fitting}, or use another number of ranks",
+            f"cannot be divided over {num_ranks} ranks; {fitting} can, or use another number of ranks",
         )
 
 

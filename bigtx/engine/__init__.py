@@ -1,4 +1,4 @@
-"""DeepSpeed, held in one place.
+"""The only package that uses DeepSpeed.
 
     config ──▶ deepspeed_config ──▶ Engine (engine.py) ── train_step, evaluate
                                       │

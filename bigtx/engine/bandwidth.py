@@ -1,7 +1,7 @@
-"""How fast pairs of machines are in all-reduces, by gloo or NCCL, also when some machines do not answer.
+"""Measure the all-reduces of pairs of machines, by gloo or NCCL, even when some machines do not answer.
 
-Each pair has a process group of its own, and what it found goes through the store of the first machine: nothing waits
-for all machines, so one that hangs costs its partners the time of a round.
+Each pair has its own process group, and its result goes through the store of the first machine. Nothing waits for all
+machines, so a machine that hangs costs its partners only the time of a round.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from bigtx.utils import processes
 
 START_SECONDS = 120.0
-"""How long ranks wait for each other before the first round: to import torch may take a while."""
+"""How long ranks wait for each other before the first round: importing torch may take a while."""
 ROUND_SECONDS = 15.0
 """A pair that takes longer gives no answer."""
 MEASURE_SECONDS = 1.0
-"""How long the repetitions of a pair should take; its first all-reduce tells how many and how large ones that are."""
+"""How long the repetitions of a pair should take; the time of the first all-reduce decides their number and size."""
 MOST_BYTES = {"cpu": 16 << 20, "cuda": 64 << 20}
 _LEAST_BYTES, _MOST_REPEATS = 1 << 20, 5
 
 
 class Meeting:
-    """The ranks of all machines, at the store of the first one.
+    """The ranks of all machines, connected through the store of the first one.
 
     Args:
-        num_nodes, node: machines, and this one's place.
+        num_nodes: the number of machines.
+        node: this machine's number.
     """
 
     def __init__(self, num_nodes: int, node: int) -> None:
@@ -55,15 +56,15 @@ class Meeting:
         """Take part in all rounds.
 
         Args:
-            rounds: pairs of machines, which all ranks of both measure together.
+            rounds: for each round the pairs of machines; all ranks of both machines measure together.
 
         Returns:
             Bytes per second of this machine's pairs, as NCCL's tests count them (bus bandwidth: for n ranks, the size
-            of the tensor times 2 (n - 1) / n, through the time). 0 for a pair that gave no answer.
+            of the tensor times 2 (n - 1) / n, divided by the time). 0 for a pair that gave no answer.
         """
         if self._store.add("ready", 1) == processes.world_size():
             self._store.set("go", "")
-        with contextlib.suppress(RuntimeError):  # Whoever is not there gives no answer to its partners.
+        with contextlib.suppress(RuntimeError):  # A missing machine does not answer its partners later.
             self._store.wait(["go"], timedelta(seconds=START_SECONDS))
         begin, speeds = time.monotonic(), {}
         for turn, pairs in enumerate(rounds):
@@ -75,19 +76,19 @@ class Meeting:
                     speeds[pair] = 0.0
         return speeds
 
-    def say(self, facts: Mapping[str, Any]) -> None:
-        """Leave a word of this machine for the first one."""
-        self._store.set(f"word/{self._node}", json.dumps(facts))
+    def report(self, facts: Mapping[str, Any]) -> None:
+        """Send this machine's report to the first one."""
+        self._store.set(f"report/{self._node}", json.dumps(facts))
 
-    def words(self, seconds: float) -> dict[int, dict[str, Any]]:
-        """On the first machine: what each machine said, of those that did so in time."""
-        keys = [f"word/{node}" for node in range(self._num_nodes)]
+    def reports(self, seconds: float) -> dict[int, dict[str, Any]]:
+        """Return on the first machine the reports that arrived in time, by the machines' numbers."""
+        keys = [f"report/{node}" for node in range(self._num_nodes)]
         with contextlib.suppress(RuntimeError):
             self._store.wait(keys, timedelta(seconds=seconds))
         return {node: json.loads(self._store.get(key)) for node, key in enumerate(keys) if self._store.check([key])}
 
     def _speed(self, pair: tuple[int, int], timeout: timedelta) -> float:
-        """Bytes per second between two machines.
+        """Measure the bytes per second between two machines.
 
         Raises:
             RuntimeError: the other one does not answer in time.
@@ -96,7 +97,7 @@ class Meeting:
         store = PrefixStore(f"pair/{pair[0]}-{pair[1]}", self._store)
         group = _group(store, place, 2 * self._num_local, timeout, self._device)
         self._seconds(group, 4)
-        # The slowest rank's time decides for all of them what comes next.
+        # All ranks choose size and repetitions by the slowest rank's time.
         taken = torch.tensor([self._seconds(group, _LEAST_BYTES)], device=self._device)
         group.allreduce([taken], op=dist.ReduceOp.MAX).wait()
         seconds = taken.item()

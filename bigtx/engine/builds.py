@@ -1,9 +1,10 @@
-"""Turns at building an extension, where several ranks, runs or machines want the same one.
+"""Take turns at building an extension that several ranks, runs or machines need.
 
-torch builds an extension (an operator of DeepSpeed that a setting asks for) at its first use, into a folder of its own
-under TORCH_EXTENSIONS_DIR. A file `lock` there means that somebody builds; all others wait until it is gone. It says
-not who made it, so after a kill it stays, and every later start waits for ever. Ours holds the operating system's lock
-on that file, which ends with its process. Others that use torch alone still see the file, and we see theirs.
+torch builds an extension (an operator of DeepSpeed that a setting asks for) at its first use, into its own folder under
+TORCH_EXTENSIONS_DIR. A file `lock` there means that a process is building, and all others wait until the file is gone.
+The file does not name the process. It stays after a kill, and every later start would wait without an end. So bigtx
+also holds the operating system's lock on that file, which ends with the process. Programs that use only torch's file
+see ours, and bigtx sees theirs.
 """
 
 from __future__ import annotations
@@ -20,18 +21,20 @@ from bigtx.utils.locks import is_local, open_or_make, try_lock
 from bigtx.utils.log import say
 
 QUIET_SECONDS = 600.0
-"""A folder of a network file system in which nothing was written for so long is one that no machine builds in: each
-file of an operator is compiled within a few minutes."""
+"""No machine builds in a folder of a network file system in which nothing was written for this long: each file of an
+operator is compiled within a few minutes."""
 POLL_SECONDS = 0.5
 SAY_SECONDS = 5.0
 
 
 class Turn:
-    """What torch asks who may build, in place of its own `FileBaton`."""
+    """The permission to build an extension. It replaces torch's `FileBaton`."""
 
     def __init__(self, lock_file_path: str, *_: object, **__: object) -> None:
-        """Args:
-        lock_file_path: `lock` in the extension's folder; torch's other arguments say how its own waits.
+        """Remember the place of the file.
+
+        Args:
+            lock_file_path: `lock` in the extension's folder. torch's other arguments concern its own way to wait.
         """
         self.path = Path(lock_file_path)
         self._descriptor = -1
@@ -44,7 +47,7 @@ class Turn:
                 descriptor, is_new = open_or_make(self.path)
             except FileNotFoundError:
                 return False
-            # Whoever finds the file without its lock looks at it for a moment.
+            # A file without the system's lock may be another program's, so `_stays` checks it for a moment.
             is_free = try_lock(descriptor) is not False
             if is_free and _is_same(descriptor, self.path) and (is_new or _stays(self.path, descriptor)):
                 self._descriptor = descriptor
@@ -61,27 +64,28 @@ class Turn:
         """Do nothing: `try_acquire` has waited."""
 
     def release(self) -> None:
-        """Let the others see that the extension is there."""
+        """Remove the file, which shows the others that the extension is built."""
         with contextlib.suppress(FileNotFoundError):
             self.path.unlink()
         os.close(self._descriptor)
 
 
 def take_turns() -> None:
-    """Have torch build its extensions in turns of ours."""
+    """Have torch use `Turn` when it builds an extension."""
     file_baton.FileBaton = Turn  # type: ignore[assignment,misc]
     if builder := sys.modules.get("torch.utils.cpp_extension"):
         builder.FileBaton = Turn  # type: ignore[attr-defined]
 
 
 def is_left_over(path: Path, descriptor: int) -> bool:
-    """Whether nobody builds who made a `lock` that no process holds the system's lock of.
+    """Return whether no process builds although there is a `lock`. No process holds the system's lock on the file.
 
-    torch keeps its file open while it builds. On a disk of this machine, nobody who has it open is nobody at all; of a
-    network file system, other machines are judged by what they have written.
+    torch keeps its file open while it builds. On a local disk, a file that no process has open is left over. On a
+    network file system another machine may build, so the time of its last write decides.
 
     Args:
-        descriptor: this process's own, open on the file.
+        path: the file `lock`.
+        descriptor: this process's descriptor of the file.
     """
     if _is_open_elsewhere(descriptor):
         return False
@@ -95,7 +99,7 @@ def is_left_over(path: Path, descriptor: int) -> bool:
 
 
 def _stays(path: Path, descriptor: int) -> bool:
-    """Whether a file is left over and stays: torch closes it a moment before it removes it."""
+    """Return whether a file is left over and is not removed soon. torch closes it a moment before it removes it."""
     if not is_left_over(path, descriptor):
         return False
     time.sleep(POLL_SECONDS)
@@ -103,7 +107,7 @@ def _stays(path: Path, descriptor: int) -> bool:
 
 
 def _is_open_elsewhere(descriptor: int) -> bool:
-    """Whether another process of this machine has the file open, as far as it may be looked at."""
+    """Return whether another process of this machine, among those that may be inspected, has the file open."""
     own, mine = os.fstat(descriptor), Path(f"/proc/{os.getpid()}")
     for process in Path("/proc").glob("[0-9]*"):
         if process == mine:

@@ -1,19 +1,20 @@
-"""Checkpoints: safetensors fragments and a manifest. No pickle, and no DeepSpeed file.
+"""Checkpoints of safetensors fragments and a manifest, without pickle and without files of DeepSpeed.
 
     checkpoints/step-00001000/
         rank-00000.safetensors     tensors "parameter|start|kind": elements [start, ...) of a flattened parameter
         manifest.json              written last, with a hash of itself; without it the folder is damaged
     frozen/                        the same for parameters that the run does not train, once for all its checkpoints
 
-Kinds are `master` (fp32 weights) and the optimizer's states. Each rank writes what it owns; whoever loads reads
-the ranges that it needs, so one checkpoint serves any number of ranks, any ZeRO stage, and programs that know
-nothing of DeepSpeed. What is frozen is read through every checkpoint of the run, whose manifests name its hash, so
-that readers see a whole model.
+Kinds are `master` (fp32 weights) and the optimizer's states. Each rank writes the fragments that it owns. A reader
+reads the ranges that it needs, so a checkpoint can be read by any number of ranks, at any ZeRO stage, and by programs
+that do not use DeepSpeed. The frozen parameters are read through each checkpoint of the run, whose manifest has their
+hash, so a reader sees a whole model.
 
 A checkpoint that was written while steps were being skipped is *suspect*, and its manifest says so: its weights are
-those of the last step before, which may have broken them. It is used only where there is no other one.
+those of the last step that was not skipped, which may have broken them. It is used only where there is no other one.
 
-This module reads, and does not import deepspeed, nor torch before it reads a tensor; saving.py writes.
+This module reads checkpoints, and saving.py writes them. It does not import deepspeed, and imports torch only when it
+reads a tensor.
 """
 
 from __future__ import annotations
@@ -52,17 +53,19 @@ class Checkpoint:
 
     Attributes:
         path: its folder.
-        manifest: facts of the run at that step; see saving.py.
+        manifest: the facts of the run at that step; see saving.py.
         frozen: the parameters that the run does not train, if there are any.
-        files: place, size and hash of each file by name, those of `frozen` included.
+        files: path, size and hash of each file by name, including those of `frozen`.
     """
 
     def __init__(self, path: Path) -> None:
-        """Args:
-        path: a folder with a manifest.
+        """Open a checkpoint.
+
+        Args:
+            path: a folder with a manifest.
 
         Raises:
-            CheckpointError: no manifest, one of another format, or files that are missing or of another size.
+            CheckpointError: the manifest is missing or has another format, or a file is missing or has another size.
         """
         self.path = path
         self.manifest = read_manifest(path)
@@ -80,30 +83,30 @@ class Checkpoint:
 
     @property
     def manifest_sha256(self) -> str:
-        """What the manifest hashes to; it names all files with their hashes, so it stands for all the checkpoint."""
+        """Return the hash of the manifest. It identifies the checkpoint, since the manifest has the files' hashes."""
         return json_hash(self.manifest)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each parameter."""
+        """Return the shape of each parameter."""
         own = {name: tuple(shape) for name, shape in self.manifest["parameters"].items()}
         return own if self.frozen is None else own | self.frozen.shapes
 
     def kinds(self, name: str) -> list[str]:
-        """Kinds that can be read of a parameter."""
+        """Return the kinds that can be read of a parameter."""
         index = self._read_headers()
         if self._is_frozen(name):
             return [kind for kind in WEIGHT_KINDS if any(kind == other for _, other in index)]
         return [kind for parameter, kind in index if parameter == name]
 
     def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of a flattened parameter or state.
+        """Read the elements [start, stop) of a flattened parameter or state.
 
         Returns:
             fp32 [stop - start].
 
         Raises:
-            CheckpointError: the checkpoint does not hold them all.
+            CheckpointError: the checkpoint does not have all of them.
         """
         if self.frozen is not None and self._is_frozen(name) and kind in WEIGHT_KINDS:
             return self.frozen.read(name, "master", start, stop)
@@ -124,7 +127,7 @@ class Checkpoint:
         return result
 
     def close(self) -> None:
-        """Let go of the files, so that the checkpoint's space is free once it is pruned."""
+        """Close the files, so that the checkpoint's disk space is free once it is pruned."""
         self._index = None
         self._open.clear()
         if self.frozen is not None:
@@ -134,7 +137,7 @@ class Checkpoint:
         """Compare files with the hashes of the manifest.
 
         Args:
-            names: of `files` to read; all by default.
+            names: the names in `files` to read; all by default.
 
         Returns:
             One sentence for each bad file.
@@ -200,12 +203,12 @@ class Checkpoint:
 
 
 def list_checkpoints(folder: Path | str) -> list[Path]:
-    """Complete checkpoints of a run, newest first, suspect ones too; a checkpoint's own folder gives itself."""
+    """Return the complete checkpoints of a run, also suspect ones, newest first; for a checkpoint's folder only it."""
     return [path for path in step_folders(folder) if (path / MANIFEST).is_file()]
 
 
 def step_folders(folder: Path | str) -> list[Path]:
-    """Everything that has a checkpoint's name, newest first."""
+    """Return all folders that have a checkpoint's name, newest first."""
     folder = Path(folder)
     if _NAME.fullmatch(folder.name) and folder.is_dir():
         return [folder]
@@ -214,50 +217,51 @@ def step_folders(folder: Path | str) -> list[Path]:
 
 
 def newest(folder: Path | str) -> Path:
-    """The newest complete checkpoint of a run that is not suspect; the newest of all where every one is.
+    """Return the newest complete checkpoint of a run that is not suspect; the newest of all where every one is suspect.
 
     Raises:
-        CheckpointError: there is none, or one that was looked at is damaged.
+        CheckpointError: there is none, or one that was read is damaged.
     """
     checkpoints = list_checkpoints(folder)
     place = Path(folder) / FOLDER
     if place.is_symlink() and not place.exists():
-        raise CheckpointError(f"{place} is a link to {os.readlink(place)}, which is not there; mount that disk")
+        raise CheckpointError(f"{place} is a link to {os.readlink(place)}, which is missing; mount that disk")
     if not checkpoints:
         raise CheckpointError(f"{folder} has no complete checkpoint; name a run that has saved one")
     return next((path for path in checkpoints if not is_suspect(read_manifest(path))), checkpoints[0])
 
 
 def preferred(folder: Path | str) -> Path:
-    """The checkpoint to use a run by: the best one where the run chose by a measurement, else the `newest`.
+    """Return the checkpoint that represents a run: the best one by the run's measurement, else the `newest`.
 
     Raises:
-        CheckpointError: there is none, or one that was looked at is damaged.
+        CheckpointError: there is none, or one that was read is damaged.
     """
     default = newest(folder)
-    # A measurement of suspect weights is never the best, so the newest that is not knows it.
+    # A measurement of suspect weights is never the best, so the newest checkpoint that is not suspect has it.
     best = read_manifest(default).get("state", {}).get("best_step")
     return next((path for path in list_checkpoints(folder) if step_of(path) == best), default)
 
 
 def is_suspect(manifest: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint was written while steps were being skipped; see the top of this module."""
+    """Return whether a checkpoint was written while steps were being skipped; see the top of this module."""
     return bool(manifest.get("suspect"))
 
 
 def step_of(path: Path) -> int:
-    """The step in a checkpoint's name."""
+    """Return the step in a checkpoint's name."""
     return int(path.name.removeprefix("step-"))
 
 
 def load_weights(checkpoint: Path | str, kind: str = "master") -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of a checkpoint, whole: name and fp32 tensor, one at a time. Hashes are verified first.
+    """Yield every parameter of a checkpoint, whole: name and fp32 tensor, one at a time. Hashes are verified first.
 
     Args:
+        checkpoint: the checkpoint's folder.
         kind: master, or ema where the run kept an average.
 
     Raises:
-        CheckpointError: a damaged file, or no such kind.
+        CheckpointError: a file is damaged, or the checkpoint has no weights of this kind.
     """
     opened = Checkpoint(Path(checkpoint))
     problems = opened.verify()
@@ -273,17 +277,20 @@ def load_weights(checkpoint: Path | str, kind: str = "master") -> Iterator[tuple
 
 
 def choose(folder: Path, ranks: Ranks, warn: Any) -> Checkpoint | None:
-    """The newest checkpoint whose files all have their hashes, a suspect one only if there is no other; each rank
-    checks its share of the files.
+    """Return the newest checkpoint whose files have the right hashes, a suspect one only if there is no other.
+
+    Each rank checks its share of the files.
 
     Args:
-        warn: called on each rank with a sentence for each checkpoint that was refused or passed over.
+        folder: the run's folder, or a checkpoint's.
+        ranks: all ranks of the run.
+        warn: called on each rank with a sentence for each checkpoint that was refused or skipped.
 
     Returns:
-        None where the run has no checkpoint folder yet.
+        The checkpoint; None where the run has no checkpoint folder yet.
 
     Raises:
-        CheckpointError: there are checkpoints, but none is whole: starting again from step 0 must be on purpose.
+        CheckpointError: there are checkpoints, but all are damaged: the user must decide to start from step 0.
     """
     candidates, suspects = ranks.from_first(_candidates(folder))
     for candidate in candidates:
@@ -313,10 +320,10 @@ def choose(folder: Path, ranks: Ranks, warn: Any) -> Checkpoint | None:
 
 
 def _candidates(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The folders to try in order, and the suspect ones among them, which come last."""
+    """Return the folders to try in order, and the suspect ones among them, which come last."""
     folders, suspects = step_folders(folder), []
     for path in folders:
-        # A damaged one is found out when it is tried.
+        # A damaged one is reported when it is tried.
         with contextlib.suppress(CheckpointError):
             if is_suspect(read_manifest(path)):
                 suspects.append(path)
@@ -324,7 +331,7 @@ def _candidates(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, found to be as it was written and in its own folder.
+    """Read the manifest of a checkpoint, and check its hash and the folder's name.
 
     Raises:
         CheckpointError: it is missing, damaged, of another format, or of another step than the folder's name says.
@@ -343,7 +350,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if _NAME.fullmatch(path.name) and content.get("step") != step_of(path):
         raise CheckpointError(
             f"{path} holds the checkpoint of step {content.get('step')}, but its name is that of step "
-            f"{step_of(path)}: it is a copy under another name, or was renamed; remove it, or give it its own name back"
+            f"{step_of(path)}: it is a copy under another name, or was renamed; remove it, or restore its name"
         )
     return content
 

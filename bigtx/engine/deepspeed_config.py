@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON, generated from the typed config.
+"""Generate the DeepSpeed JSON from the typed config.
 
 Every key that matters is written out, because DeepSpeed's own defaults change between releases. Raw keys of the
 `deepspeed:` section are added at the end; one that contradicts a generated key is an error.
@@ -43,16 +43,16 @@ RELIED_ON = (
     "zero_optimization.mics_shard_size",
     "zero_optimization.zenflow",
 )
-"""Keys with the one value that bigtx's steps and checkpoints work with."""
+"""Keys that must keep the value that bigtx's steps and checkpoints need."""
 PASSED_ON = ("aio", "comms_logger", "csv_monitor", "flops_profiler", "sparse_gradients", "tensorboard", "timers")
-"""Sections that are not generated and may be given raw. DeepSpeed ignores a misspelled one without a word."""
+"""Sections that are not generated and may be given raw. DeepSpeed silently ignores a misspelled section."""
 
 
 def deepspeed_config(config: RunConfig, *, world_size: int) -> dict[str, Any]:
-    """The JSON for `deepspeed.initialize`.
+    """Return the JSON for `deepspeed.initialize`.
 
     Raises:
-        ConfigError: the typed fields, or the raw keys, contradict each other.
+        ConfigError: the typed fields contradict each other, or a raw key contradicts them or is unknown.
     """
     train, engine = config.train, config.engine
     stage, precision = engine.zero_stage, engine.precision
@@ -125,10 +125,10 @@ def _zero(config: RunConfig) -> dict[str, Any]:
 
 
 def refuse_unsupported(config: RunConfig) -> None:
-    """Refuse, by name, what DeepSpeed cannot do or does wrongly.
+    """Refuse settings that DeepSpeed does not support, or handles wrongly.
 
     Raises:
-        ConfigError: naming the two settings and what to choose instead.
+        ConfigError: two settings do not work together; the message says what to choose instead.
     """
     engine = config.engine
     stage = engine.zero_stage
@@ -149,7 +149,7 @@ def refuse_unsupported(config: RunConfig) -> None:
 def _merge_raw(generated: dict[str, Any], raw: dict[str, Any], prefix: str) -> None:
     for key, value in raw.items():
         if value is None:
-            continue  # It takes a line of a file back.
+            continue  # null cancels a line of a file.
         path, ours = prefix + str(key), generated.get(key)
         if path in DECIDED_BY or path in RELIED_ON:
             if ours != value:
@@ -163,15 +163,15 @@ def _merge_raw(generated: dict[str, Any], raw: dict[str, Any], prefix: str) -> N
         else:
             known = sorted({*generated, *PASSED_ON})
             raise ConfigError(
-                f"deepspeed.{path} is no key that bigtx passes on to DeepSpeed; it knows {', '.join(known)}"
+                f"deepspeed.{path} is not a key that bigtx passes to DeepSpeed; the known keys are {', '.join(known)}"
             )
 
 
 def _contradiction(path: str, value: Any, ours: Any) -> str:
     given = f"deepspeed.{path}={value!r}"
     if path in RELIED_ON:
-        alone = "no such key" if ours is None else ours
-        return f"{given}: bigtx works with {alone} alone; leave it out, or write deepspeed.{path}=null"
+        needed = "without this key" if ours is None else f"with {ours}"
+        return f"{given}: bigtx works only {needed}; leave it out, or write deepspeed.{path}=null"
     field = DECIDED_BY[path]
-    gives = "decides about it" if ours is None else f"gives {ours!r}"
-    return f"{given} contradicts {field}, which {gives}; leave it out (deepspeed.{path}=null) and set {field} instead"
+    sets = "decides about this key" if ours is None else f"sets it to {ours!r}"
+    return f"{given} contradicts {field}, which {sets}; leave it out (deepspeed.{path}=null) and set {field} instead"

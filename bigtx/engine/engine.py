@@ -1,4 +1,4 @@
-"""A model under DeepSpeed, ready to train: the one place where steps happen."""
+"""Train a model with DeepSpeed: the only module that makes optimizer steps."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ ReadRange = Callable[[str, str, int, int], Tensor]
 """(parameter name, kind, start, stop) -> fp32 [stop - start]: elements of a flattened parameter or of its state."""
 
 LOSS_SCALE_NUMBERS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-"""What DeepSpeed's dynamic loss scaler changes as it goes; its other attributes are settings."""
+"""The state of DeepSpeed's dynamic loss scaler; its other attributes are settings."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did.
+    """The result of one optimizer step.
 
     Attributes:
-        loss_sum: fp32 scalar on the device: reported loss summed over the labels of all ranks.
-        grad_norm: global norm before clipping; infinite or NaN if the step was skipped.
-        skipped: a rank met a non-finite value, so no rank changed its weights.
-        routing: if there are experts, on the device: of the tokens of all ranks.
+        loss_sum: fp32 scalar on the device: the reported loss summed over the labels of all ranks.
+        grad_norm: the global norm before clipping; infinite or NaN if the step was skipped.
+        skipped: whether a rank met a non-finite value, so that no rank changed its weights.
+        routing: the routing of the tokens of all ranks, on the device; None without experts.
     """
 
     loss_sum: Tensor
@@ -62,23 +62,24 @@ class Engine:
 
     Attributes:
         module: the model; its weights may be partitioned (ZeRO-3).
-        device: where batches go.
+        device: the device of the batches.
         optimizer: the base optimizer under DeepSpeed's wrapper.
-        frozen: parameters that are not trained: no fragment holds them.
-        fragments: what this rank holds.
-        owned: what this rank writes to a checkpoint.
-        expert_counts: fp32 [layers, E], tokens that each expert had in the last step that was not skipped, over all
-            ranks: the balance loss of the next step goes by their shares. None before the first step.
+        frozen: the parameters that are not trained; they are in no fragment.
+        fragments: the fragments that this rank holds.
+        owned: the fragments that this rank writes to a checkpoint.
+        expert_counts: fp32 [layers, E], the tokens of each expert in the last step that was not skipped, over all
+            ranks. The balance loss of the next step uses their shares. None before the first step.
     """
 
     def __init__(self, config: RunConfig, make_model: Callable[[], nn.Module]) -> None:
         """Build the model, sharded from the start under ZeRO-3; its weights are not set (see `fill`).
 
         Args:
+            config: the config of the run.
             make_model: makes the module with unset weights.
 
         Raises:
-            ConfigError: settings that contradict each other, or that this device or DeepSpeed cannot do.
+            ConfigError: settings contradict each other, or this device or DeepSpeed does not support one.
         """
         refuse_unsupported_precision(config.engine.precision)
         if config.engine.deterministic:
@@ -105,14 +106,14 @@ class Engine:
             _compile(model, config, self.device)
         groups = parameter_groups(config.optimizer, model.named_parameters())
         self.optimizer = Optimizer(groups, config.optimizer, arithmetic, self.device)
-        # What lives until the end of the run is taken out of garbage collection: DeepSpeed collects many times while it
-        # starts, and the loop should not stop for a walk over a million objects of imported modules.
+        # Objects that are kept until the end of the run are excluded from garbage collection: DeepSpeed collects many
+        # times while it starts, and the loop should not pause to scan a million objects of imported modules.
         gc.collect()
         gc.freeze()
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=self.deepspeed_config)
         self.module: nn.Module = self.deepspeed.module
         if config.engine.precision == "fp16":
-            # A run that never becomes finite ends by train.max_skipped_steps, with an error that says so.
+            # A run whose gradients stay non-finite ends by train.max_skipped_steps, with an error that says so.
             self.deepspeed.optimizer.loss_scaler.raise_error_at_min_scale = False
 
         self.fragments: list[Fragment] = held_fragments(self.deepspeed)
@@ -122,7 +123,7 @@ class Engine:
         self.optimizer.bind(self.fragments, self._flats(), replicated=self.replicated)
 
     def _flats(self) -> list[tuple[int, Tensor]]:
-        """(group, tensor) that the base optimizer updates, in the same order on every rank."""
+        """Return (group, tensor) for each tensor that the base optimizer updates, in the same order on every rank."""
         wrapper = self.deepspeed.optimizer
         if self.stage == 3:
             return [
@@ -132,7 +133,7 @@ class Engine:
         return [(index, flat) for index, group in enumerate(self.optimizer.param_groups) for flat in group["params"]]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each parameter of the module, whole also where it is partitioned."""
+        """Return the shape of each parameter of the module; of a partitioned one, the whole shape."""
         return {
             name: tuple(getattr(parameter, "ds_shape", parameter.shape))
             for name, parameter in self.module.named_parameters()
@@ -142,8 +143,8 @@ class Engine:
         """Set the master weights, and the optimizer states if asked, then the model's weights from them.
 
         Args:
-            read: the source: initial values, or a checkpoint. Every rank reads what it holds.
-            states: whether to read the states too; otherwise they are as at the start of a run.
+            read: reads from the source, which is initial values or a checkpoint. Every rank reads what it holds.
+            states: whether to read the states too; otherwise they stay as at the start of a run.
         """
         with torch.no_grad():
             for _, flat in self._flats():
@@ -170,16 +171,18 @@ class Engine:
         num_tokens: int,
         learning_rate_factor: float,
     ) -> StepResult:
-        """Forward, backward and update over one global batch.
+        """Do forward, backward and update for one global batch.
 
         Args:
-            micro_batches: this rank's; as many as the accumulation.
-            num_labels: labels of the global batch, over all ranks: the loss is their mean.
-            num_tokens: tokens of the global batch, over all ranks: the losses of experts are their mean.
+            micro_batches: this rank's micro batches, one for each step of the accumulation.
+            task: turns a micro batch into a loss.
+            num_labels: the number of labels of the global batch, over all ranks: the loss is a mean over them.
+            num_tokens: the number of tokens of the global batch, over all ranks: the losses of experts are a mean over
+                them.
             learning_rate_factor: factor on every group's peak rate.
 
         Returns:
-            The result; the gradient is that of loss sums over all ranks divided by `num_labels`.
+            The result. The gradient is that of the loss sums over all ranks divided by `num_labels`.
         """
         self.deepspeed.train()
         self.optimizer.set_learning_rate_factor(learning_rate_factor)
@@ -189,7 +192,7 @@ class Engine:
         totals, norm = torch.zeros((), device=self.device), 0.0
         shares = None if self.expert_counts is None else shares_of(self.expert_counts)
         if self.config.engine.precision == "fp16":
-            # Held for the step: left alone, DeepSpeed 0.19 doubles the scale before it divides the gradient by it.
+            # Fixed for the step: DeepSpeed 0.19 would double the scale before it divides the gradient by it.
             self.deepspeed.optimizer.override_loss_scale(self.deepspeed.optimizer.loss_scaler.cur_scale)
         for index, batch in enumerate(micro_batches):
             loss = task.loss(self.deepspeed, batch)
@@ -213,7 +216,7 @@ class Engine:
         return StepResult(loss_sum, norm, skipped, routing)
 
     def _clip_at_stage_0(self) -> float:
-        """Clip the reduced gradients, or drop them if their norm is not finite. Returns the norm before that."""
+        """Clip the reduced gradients, or drop them if their norm is not finite. Returns the norm before clipping."""
         parameters = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])  # type: ignore[misc]
         limit = self.config.train.gradient_clipping
@@ -226,8 +229,11 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Any], task: Task) -> tuple[float, int]:
-        """Reported loss summed over all ranks' labels, and their number. Every rank brings as many batches, on the CPU:
-        labels are counted there, so that nothing waits for the device before the end."""
+        """Return the reported loss summed over all ranks' labels, and the number of labels.
+
+        Every rank must give the same number of batches. They are on the CPU, where their labels are counted, so nothing
+        waits for the device before the end.
+        """
         self.deepspeed.eval()
         loss_sum, num_labels = torch.zeros((), dtype=torch.float64, device=self.device), 0
         for batch in batches:
@@ -238,14 +244,14 @@ class Engine:
         return float(totals[0]), int(totals[1])
 
     def loss_scale(self) -> dict[str, float]:
-        """What the dynamic loss scaler has learned (fp16), else nothing."""
+        """Return the state of the dynamic loss scaler (fp16); an empty dictionary without one."""
         if self.config.engine.precision != "fp16":
             return {}
         scaler = self.deepspeed.optimizer.loss_scaler
         return {name: getattr(scaler, name) for name in LOSS_SCALE_NUMBERS if hasattr(scaler, name)}
 
     def set_loss_scale(self, numbers: dict[str, Any]) -> None:
-        """Restore what `loss_scale` gave; nothing where this run or that one is not fp16."""
+        """Restore the state that `loss_scale` returned. Has no effect unless both runs are fp16."""
         if self.config.engine.precision == "fp16" and self.deepspeed.optimizer.loss_scaler.dynamic:
             vars(self.deepspeed.optimizer.loss_scaler).update(numbers)
 
@@ -255,7 +261,7 @@ class Engine:
 
 
 def _freeze(model: nn.Module, config: RunConfig) -> list[str]:
-    """Take the gradients off the parameters that are not trained; returns their names."""
+    """Turn off the gradients of the parameters that are not trained. Returns their names."""
     parameters = dict(model.named_parameters())
     frozen = frozen_parameters(config, parameters)
     for name in frozen:
@@ -264,8 +270,10 @@ def _freeze(model: nn.Module, config: RunConfig) -> list[str]:
 
 
 def _gather_whole_blocks(model: nn.Module) -> None:
-    """Have ZeRO-3 gather a block as a whole, around its forward and outside of it: what its forward records, for
-    torch.compile or to recompute it, then holds no communication."""
+    """Have ZeRO-3 gather each block as a whole before its forward.
+
+    Then the forward that torch.compile traces, or that is recomputed, contains no communication.
+    """
     deepspeed.utils.set_z3_leaf_modules(model, [type(model.blocks[0])])  # type: ignore[index]
     for block in model.blocks:  # type: ignore[union-attr]
         if any(parameter.requires_grad for parameter in block.parameters()):
@@ -274,18 +282,21 @@ def _gather_whole_blocks(model: nn.Module) -> None:
 
 def _compile(model: nn.Module, config: RunConfig, device: torch.device) -> None:
     """Compile the blocks, and on a GPU the loss."""
-    # Rows of a corpus have one length. Those of records have many: after the second torch compiles for any.
+    # Rows of a corpus have one length. Rows of records have many; at the second length torch compiles for any length.
     dynamic = None if isinstance(config, FinetuneConfig) else False
     for block in model.blocks:  # type: ignore[union-attr]
-        # The forward alone: DeepSpeed's hooks would be traced, and compiled anew for each block.
+        # Only the forward: DeepSpeed's hooks would be traced too, and compiled again for each block.
         block.forward = torch.compile(block.forward, dynamic=dynamic)
     if device.type == "cuda" and hasattr(model.head, "compile_loss"):
         model.head.compile_loss()  # type: ignore[operator]
 
 
 def _ask_for_gradient(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Have the gradient reach a block's input also where all below it is frozen: DeepSpeed reduces a block's gradients
-    and lets its weights go once the gradient of its input is there, and without one it would do so before its turn."""
+    """Request the gradient of a block's input even where everything below the block is frozen.
+
+    DeepSpeed reduces a block's gradients and releases its weights when the gradient of its input is there. Without such
+    a gradient it would do so too early.
+    """
     x, *others = inputs
     if not torch.is_grad_enabled() or x.requires_grad:
         return None
@@ -293,7 +304,7 @@ def _ask_for_gradient(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, .
 
 
 def _over_ranks(loss_sum: Tensor, routing: Routing | None) -> tuple[Tensor, Routing | None]:
-    """The reported loss and the routing, summed over all ranks by one collective."""
+    """Return the reported loss and the routing, summed over all ranks by one collective."""
     parts = [loss_sum, *(routing or ())]
     together = torch.cat([part.flatten() for part in parts])
     dist.all_reduce(together)
@@ -304,18 +315,18 @@ def _over_ranks(loss_sum: Tensor, routing: Routing | None) -> tuple[Tensor, Rout
 
 def use_deterministic_kernels() -> None:
     """Have torch choose, for the rest of this process, kernels that give the same bits each time."""
-    # cuBLAS reads it when it is first used, and torch refuses to go on without it.
+    # cuBLAS reads it when it is first used, and torch requires it.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    # It would fill all fresh memory with NaN, to show who reads it unwritten.
+    # It would fill all new memory with NaN, which finds code that reads uninitialized memory.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def refuse_unsupported_precision(precision: str) -> None:
-    """Refuse arithmetic that this device does not have.
+    """Refuse a precision that this device does not support.
 
     Raises:
-        ConfigError: naming it and what to choose instead.
+        ConfigError: the device does not support it; the message says what to choose instead.
     """
     accelerator = deepspeed.get_accelerator()
     supported = {"fp16": accelerator.is_fp16_supported, "bf16": accelerator.is_bf16_supported, "fp32": lambda: True}
@@ -328,10 +339,10 @@ def refuse_unsupported_precision(precision: str) -> None:
 
 
 def refuse_unknown_keys(settings: dict[str, Any]) -> None:
-    """Let DeepSpeed read its settings before anything is built, to refuse raw keys that it does not know.
+    """Have DeepSpeed parse its settings before anything is built, so that unknown raw keys are refused early.
 
     Raises:
-        ConfigError: with DeepSpeed's words.
+        ConfigError: DeepSpeed refuses a key; the message contains its own.
     """
     try:
         DeepSpeedConfig(copy.deepcopy(settings))

@@ -1,12 +1,12 @@
-"""Which part of which parameter's fp32 master weights lives where.
+"""Find the place of each parameter's fp32 master weights.
 
-DeepSpeed keeps the fp32 masters and optimizer states of a rank in a few flat tensors, laid out differently by
-each of its optimizer wrappers. A `Fragment` says: elements [start, start + numel) of this parameter, flattened,
-are elements [offset, offset + numel) of that flat tensor. Optimizer states have the flat tensor's shape, so the
-same numbers find them too. Everything that must know the layout uses fragments alone: checkpoints, the initial
-weights, Muon's exchange of matrix parts, and the parity tests.
+DeepSpeed keeps the fp32 masters and optimizer states of a rank in a few flat tensors. Each of its optimizer wrappers
+has another layout. A `Fragment` says that elements [start, start + numel) of a flattened parameter are elements
+[offset, offset + numel) of a flat tensor. Optimizer states have the flat tensor's shape, so the same numbers apply to
+them. All code that needs the layout uses only fragments: checkpoints, the initial weights, Muon's exchange of matrix
+parts, and the parity tests.
 
-There is one small adaptor for each wrapper. They read DeepSpeed's internals, so each asserts what it relies on.
+There is one small adaptor for each wrapper. It reads DeepSpeed's internals, and asserts what it relies on.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Fragment:
     Attributes:
         name: the parameter's name in the module.
         shape: the whole parameter's shape.
-        start: first element held, in the flattened parameter.
-        numel: elements held.
+        start: the first element held, in the flattened parameter.
+        numel: the number of elements held.
         group: index of the optimizer's parameter group.
         flat: fp32 tensor that the base optimizer updates; the key of its state.
         offset: where the fragment begins in `flat` (flattened).
@@ -43,16 +43,16 @@ class Fragment:
 
     @property
     def stop(self) -> int:
-        """One past the last element held."""
+        """Return the end of the range: one past the last element held."""
         return self.start + self.numel
 
     def view(self, tensor: Tensor) -> Tensor:
-        """The fragment's elements of `tensor`, which has the shape of `flat` (master weights or a state)."""
+        """Return the fragment's elements of `tensor`, which has the shape of `flat` (master weights or a state)."""
         return tensor.detach().view(-1).narrow(0, self.offset, self.numel)
 
 
 def held_fragments(deepspeed_engine: Any) -> list[Fragment]:
-    """All that this rank holds, in the order of the module's parameters within each flat tensor."""
+    """Return all fragments of this rank, in the order of the module's parameters within each flat tensor."""
     wrapper = deepspeed_engine.optimizer
     adaptor = {
         "DeepSpeedZeroOptimizer": _stages_1_and_2,
@@ -61,12 +61,12 @@ def held_fragments(deepspeed_engine: Any) -> list[Fragment]:
     }.get(type(wrapper).__name__, _stage_0)
     names = {id(parameter): name for name, parameter in deepspeed_engine.module.named_parameters()}
     fragments = list(adaptor(wrapper, names))
-    assert {fragment.name for fragment in fragments} <= set(names.values())  # A rank may hold nothing of some.
+    assert {fragment.name for fragment in fragments} <= set(names.values())  # A rank may hold no part of some.
     return fragments
 
 
 def owned_fragments(fragments: list[Fragment], *, replicated: bool, rank: int, world_size: int) -> list[Fragment]:
-    """What this rank writes to a checkpoint: all it holds, or its slice where every rank holds everything."""
+    """Return the fragments that this rank writes to a checkpoint: all, or a slice where every rank holds everything."""
     if not replicated:
         return fragments
     owned = []
@@ -79,12 +79,14 @@ def owned_fragments(fragments: list[Fragment], *, replicated: bool, rank: int, w
 
 
 def fill_unheld(parameter: nn.Parameter, name: str, read: Callable[[str, str, int, int], Tensor]) -> None:
-    """Set what this rank has of a parameter that no optimizer updates, and that therefore has no master.
+    """Set this rank's part of a frozen parameter, which has no master.
 
     `refresh_model_weights` must be called afterwards.
 
     Args:
-        read: as `Engine.fill` has it.
+        parameter: the frozen parameter.
+        name: its name in the module.
+        read: reads from the source, as in `Engine.fill`.
     """
     part = getattr(parameter, "ds_tensor", None)
     if part is None:
@@ -113,7 +115,7 @@ def refresh_model_weights(deepspeed_engine: Any) -> None:
 
 
 def _stage_0(wrapper: Any, names: dict[int, str]) -> Iterator[Fragment]:
-    """No wrapper: every rank holds every parameter, and the parameter itself is the master."""
+    """Yield each parameter as a whole: without a wrapper every rank holds it, and it is its own master."""
     assert isinstance(wrapper, torch.optim.Optimizer), type(wrapper)
     for group, parameter_group in enumerate(wrapper.param_groups):
         for parameter in parameter_group["params"]:
@@ -143,7 +145,7 @@ def _stage_1_bf16(wrapper: Any, names: dict[int, str]) -> Iterator[Fragment]:
 def _of_partition(
     parameters: list[nn.Parameter], offsets: list[int], first: int, flat: Tensor, group: int, names: dict[int, str]
 ) -> Iterator[Fragment]:
-    """Fragments of one rank's slice, beginning at `first`, of the group's flattened parameters."""
+    """Yield the fragments of one rank's slice of the group's flattened parameters; the slice begins at `first`."""
     last = first + flat.numel()
     for parameter, begin in zip(parameters, offsets, strict=True):
         start, stop = max(begin, first), min(begin + parameter.numel(), last)
@@ -154,7 +156,11 @@ def _of_partition(
 
 
 def _stage_3(wrapper: Any, names: dict[int, str]) -> Iterator[Fragment]:
-    """Each parameter is cut in equal parts, the last one padded; a sub-group's parts lie one after another."""
+    """Yield this rank's part of each parameter.
+
+    A parameter is cut into equal parts, the last one padded. The parts of a sub-group follow each other in its flat
+    tensor.
+    """
     for sub_group, parameters in enumerate(wrapper.fp16_groups):
         flat = wrapper.fp32_partitioned_groups_flat[sub_group]
         group = wrapper.sub_group_to_group_id[sub_group]

@@ -1,4 +1,4 @@
-"""The weights of a checkpoint as those of a model without adapters: W + alpha / rank * B A (see bigtx.model.lora)."""
+"""Read a checkpoint as one of a model without adapters: W + alpha / rank * B A (see bigtx.model.lora)."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ class MergedCheckpoint(Checkpoint):
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each parameter, adapters left out."""
+        """Return the shape of each parameter, without the adapters."""
         return {name: shape for name, shape in super().shapes.items() if not is_adapter(name)}
 
     def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of a flattened parameter or state, fp32 [stop - start].
+        """Read the elements [start, stop) of a flattened parameter or state.
+
+        Returns:
+            fp32 [stop - start].
 
         Raises:
-            CheckpointError: the checkpoint does not hold them all.
+            CheckpointError: the checkpoint does not have all of them.
         """
         value = super().read(name, kind, start, stop)
         module, _, which = name.rpartition(".")
@@ -33,7 +36,7 @@ class MergedCheckpoint(Checkpoint):
             return value
         read_own = super().read
         matrices = [read_own(part, kind, 0, math.prod(shapes[part])).view(shapes[part]) for part in (b, a)]
-        # The whole product for any range: other shapes may be added up in another order, and then other last bits would
-        # reach an engine than the files.
+        # Compute the whole product for any range: with other shapes the sums may have another order, and an engine
+        # would get other last bits than the files.
         product = torch.mm(*matrices).view(-1)
         return value.add_(product[start:stop], alpha=self.manifest["adapter_scale"])

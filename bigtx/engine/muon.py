@@ -1,8 +1,8 @@
-"""Muon's update of a matrix, and its computation where matrices are spread over ranks.
+"""Compute Muon's update of a matrix, also where matrices are spread over ranks.
 
-Every rank sends the parts that it holds of a matrix's momentum to the one rank that the matrix is assigned to;
-that rank orthogonalises the whole matrix and sends the parts back. So a rank moves only its own share of the
-parameters twice a step, the work is divided over the ranks, and the update does not depend on how ZeRO cuts.
+Each matrix is assigned to one rank. Every rank sends its parts of the matrix's momentum to that rank, which
+orthogonalises the whole matrix and sends the parts back. So a rank sends only its own share of the parameters twice a
+step, the work is divided over the ranks, and the update does not depend on how ZeRO partitions the parameters.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 from bigtx.engine.fragments import Fragment
 
 QUINTIC_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of Keller Jordan's Newton-Schulz iteration: steep at zero, singular values end between about 0.7 and 1.2
-(https://kellerjordan.github.io/posts/muon)."""
+"""Coefficients of Keller Jordan's Newton-Schulz iteration: the polynomial is steep at zero, and singular values end
+between about 0.7 and 1.2 (https://kellerjordan.github.io/posts/muon)."""
 
 
 def orthogonalize(matrices: Tensor, num_iterations: int) -> Tensor:
@@ -27,10 +27,10 @@ def orthogonalize(matrices: Tensor, num_iterations: int) -> Tensor:
 
     Args:
         matrices: [N, rows, columns], in the dtype of the arithmetic.
-        num_iterations: 5 is usual.
+        num_iterations: the number of iterations; 5 is usual.
 
     Returns:
-        [N, rows, columns], same dtype.
+        [N, rows, columns], in the same dtype.
     """
     a, b, c = QUINTIC_COEFFICIENTS
     tall = matrices.size(-2) > matrices.size(-1)
@@ -43,7 +43,7 @@ def orthogonalize(matrices: Tensor, num_iterations: int) -> Tensor:
 
 
 def update_scale(shape: tuple[int, ...]) -> float:
-    """sqrt(max(1, rows / columns)), which makes an update's root mean square 1 / sqrt(columns)."""
+    """Return sqrt(max(1, rows / columns)), which makes an update's root mean square 1 / sqrt(columns)."""
     return max(1.0, shape[0] / shape[1]) ** 0.5
 
 
@@ -63,7 +63,7 @@ _MatrixPart = tuple[tuple[str, int], tuple[int, int], int, int, int]
 
 
 def _matrix_parts(fragment: Fragment) -> Iterator[_MatrixPart]:
-    """What a fragment holds of each matrix: a parameter [E, rows, columns] of experts is E matrices in a row."""
+    """Yield the parts of matrices in a fragment. A parameter [E, rows, columns] of experts is E matrices in a row."""
     assert len(fragment.shape) in (2, 3), f"Muon takes matrices only, not {fragment.name} of shape {fragment.shape}"
     rows, columns = fragment.shape[-2:]
     size = rows * columns
@@ -74,15 +74,17 @@ def _matrix_parts(fragment: Fragment) -> Iterator[_MatrixPart]:
 
 
 class MatrixExchange:
-    """Orthogonalises the matrices of one flat tensor that is spread over the ranks of a group.
+    """The exchange of the matrices of one flat tensor that is spread over the ranks of a group.
 
-    Every rank makes it from the same global list of parts, in the same order, so no sizes are sent.
+    Every rank builds it from the same global list of parts, in the same order, so no sizes are sent.
     """
 
     def __init__(self, fragments: list[Fragment], group: dist.ProcessGroup | None) -> None:
-        """Args:
-        fragments: what this rank holds of the matrices in one flat tensor.
-        group: the ranks that hold the rest; None where this rank holds everything.
+        """Exchange the list of parts with the other ranks.
+
+        Args:
+            fragments: this rank's fragments of the matrices in one flat tensor.
+            group: the ranks that hold the other parts; None where this rank holds everything.
         """
         self.group = group
         self.rank = dist.get_rank(group) if group else 0
@@ -104,7 +106,7 @@ class MatrixExchange:
         self.worker = self._assign()
 
     def _assign(self) -> dict[int, int]:
-        """The rank that works on each matrix: largest first, to the rank with the least to do."""
+        """Assign each matrix to a rank: the largest first, each to the rank with the least work."""
         load = [0] * self.world_size
         worker = {}
         cost = {matrix: rows * columns * min(rows, columns) for matrix, (rows, columns) in self.shapes.items()}
@@ -117,7 +119,9 @@ class MatrixExchange:
         """Replace each matrix in `flat` (fp32, this rank's parts) by its orthogonalised update, in place.
 
         Args:
-            dtype: of the exchange and the arithmetic.
+            flat: this rank's flat tensor.
+            num_iterations: the number of Newton-Schulz iterations.
+            dtype: the dtype of the exchange and of the arithmetic.
         """
         work = [part for part in self.parts if self.worker[part.matrix] == self.rank]
         held = [part for part in self.parts if part.rank == self.rank]
@@ -153,7 +157,7 @@ class MatrixExchange:
             flat.narrow(0, part.offset, part.numel).copy_(piece)
 
     def _orthogonalize_batches(self, matrices: dict[int, Tensor], num_iterations: int) -> None:
-        """Matrices of one shape go through the iteration together."""
+        """Orthogonalise the matrices in place, those of one shape as a batch."""
         by_shape = defaultdict(list)
         for matrix, tensor in matrices.items():
             by_shape[tensor.shape].append(matrix)
@@ -172,7 +176,7 @@ class MatrixExchange:
         like: Tensor,
         dtype: torch.dtype,
     ) -> list[Tensor]:
-        """Send `pieces` (ordered by rank) and return those of `sizes` that the others sent here."""
+        """Send `pieces` (ordered by rank), and return the pieces of `sizes` that the other ranks sent."""
         if self.world_size == 1:
             return pieces
         send_sizes, receive_sizes = [0] * self.world_size, [0] * self.world_size

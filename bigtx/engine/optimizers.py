@@ -1,11 +1,11 @@
 """AdamW, and Muon with AdamW, as the base optimizer under every ZeRO stage.
 
-DeepSpeed hands it flat fp32 tensors that hold this rank's share of the master weights, with the reduced,
-unscaled and clipped gradient in `.grad`, and calls `step` once for each of them. Because the raw gradient has
-been clipped before it arrives, and Muon's matrices are put together by `MatrixExchange`, the update is the same
-at every stage and number of ranks.
+DeepSpeed gives the optimizer flat fp32 tensors with this rank's share of the master weights, and the reduced, unscaled
+and clipped gradient in `.grad`. It calls `step` once for each tensor. The gradient is already clipped, and
+`MatrixExchange` assembles Muon's matrices, so the update is the same at every stage and number of ranks.
 
-States, by kind: AdamW `exp_avg`, `exp_avg_sq`; Muon `momentum`; both `ema` where it is asked for. All fp32.
+The states are fp32. Their kinds are `exp_avg` and `exp_avg_sq` (AdamW), `momentum` (Muon), and `ema` where the config
+asks for it.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ _ABOVE_BLOCKS = ("head.", "encoder.norm.", "decoder.norm.")
 
 
 def parameter_groups(config: OptimizerConfig, parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
-    """Parameters by how they are updated; norms, biases and other vectors do not decay.
+    """Group parameters by how they are updated. Norms, biases and other vectors have no weight decay.
 
     Args:
-        parameters: names and parameters; a parameter that ZeRO-3 has partitioned tells its shape by `ds_shape`.
+        config: the config of the optimizer.
+        parameters: names and parameters; a parameter that ZeRO-3 has partitioned has its shape in `ds_shape`.
 
     Returns:
-        Groups with `name`, `method`, `peak_learning_rate` and `weight_decay`. With a layer_decay there are several of a
-        name, the highest rate first.
+        Groups with `name`, `method`, `peak_learning_rate` and `weight_decay`. With a layer_decay several groups have
+        the same name, the one with the highest rate first.
     """
     parameters = list(parameters)
     kinds = _kinds(config)
@@ -57,9 +58,11 @@ def parameter_groups(config: OptimizerConfig, parameters: Iterable[tuple[str, nn
 
 
 def layer_factors(names: list[str], decay: float) -> dict[str, float]:
-    """Factors on the learning rates of parameters, lower towards the input (discriminative fine-tuning,
-    arXiv:1801.06146): 1 for the head, a stack's last norm and its last block, `decay` times as much for each block
-    below, and once more for the embeddings and all else before the first block."""
+    """Return factors on the learning rates of parameters (discriminative fine-tuning, arXiv:1801.06146).
+
+    The factor is 1 for the head, a stack's last norm and its last block. It is multiplied by `decay` for each block
+    below, and again for the embeddings and everything else before the first block.
+    """
     blocks = {name: match for name in names if (match := _BLOCK.match(name))}
     num_layers: dict[str, int] = {}
     for match in blocks.values():
@@ -76,7 +79,7 @@ def layer_factors(names: list[str], decay: float) -> dict[str, float]:
 
 
 def _kinds(config: OptimizerConfig) -> dict[str, dict[str, Any]]:
-    """How each kind of parameter is updated."""
+    """Return the settings by which each kind of parameter is updated."""
     embedding_decay = config.weight_decay if config.decay_embeddings else 0.0
     assert config.learning_rate is not None, "the loader fills it in"
     embedding_rate = config.learning_rate * config.embedding_learning_rate_scale
@@ -98,8 +101,8 @@ def _kinds(config: OptimizerConfig) -> dict[str, dict[str, Any]]:
             "peak_learning_rate": config.learning_rate,
             "weight_decay": config.weight_decay,
         },
-        # With Muon too: what acts on the activations is the product of an adapter's two matrices, one of which begins
-        # as zeros, and orthogonal steps of each of them are no orthogonal step of it.
+        # Also with Muon: the product of an adapter's two matrices acts on the activations, and orthogonal steps of both
+        # matrices do not make an orthogonal step of the product. One of them begins as zeros.
         "adapters": {
             "method": "adamw",
             "peak_learning_rate": config.learning_rate,
@@ -115,8 +118,8 @@ def _group_of(name: str, parameter: nn.Parameter) -> str:
         return "vectors"
     if is_adapter(name):
         return "adapters"
-    # Each of their rows makes one score, as a head's rows do, which AdamW updates too: Muon would move the rows of
-    # experts that hardly a token is sent to as far as all others.
+    # Each of their rows makes one score, as the rows of a head do, which AdamW updates too. Muon would move all rows
+    # equally, including those of experts that receive almost no tokens.
     if name.endswith((".router.weight", ".shared_gate.weight")):
         return "routers"
     return "matrices" if ".blocks." in name else "embeddings"
@@ -128,18 +131,21 @@ class Optimizer(torch.optim.Optimizer):
     `bind` must be called once DeepSpeed has made its flat tensors, before the first step.
     """
 
-    # torch keeps these out of compiled programs, and imports its compiler for that at the first call: more than a
-    # second at the start of every run. Nothing compiles an optimizer here.
+    # torch excludes these methods from compiled programs. For that it imports its compiler at the first call, which
+    # takes more than a second at the start of every run. bigtx does not compile an optimizer.
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
 
     def __init__(
         self, groups: list[dict[str, Any]], config: OptimizerConfig, arithmetic_dtype: torch.dtype, device: torch.device
     ) -> None:
-        """Args:
-        groups: from `parameter_groups`.
-        arithmetic_dtype: of Muon's Newton-Schulz iteration: bf16, or fp32 in an fp32 run.
-        device: where Muon's matrices are put together and orthogonalised, also when the states are offloaded.
+        """Make the optimizer without states; see `bind`.
+
+        Args:
+            groups: from `parameter_groups`.
+            config: the config of the optimizer.
+            arithmetic_dtype: the dtype of Muon's Newton-Schulz iteration: bf16, or fp32 in an fp32 run.
+            device: where Muon's matrices are assembled and orthogonalised, also when the states are offloaded.
         """
         super().__init__(groups, {"lr": config.learning_rate})
         self.config = config
@@ -148,17 +154,17 @@ class Optimizer(torch.optim.Optimizer):
         self.exchanges: dict[Tensor, MatrixExchange] = {}
 
     def state_kinds(self, group: int) -> list[str]:
-        """Names of the states that each element of a group has."""
+        """Return the names of the states that each element of a group has."""
         kinds = {"muon": ["momentum"], "adamw": ["exp_avg", "exp_avg_sq"]}[self.param_groups[group]["method"]]
         return kinds + (["ema"] if self.config.ema_decay is not None else [])
 
     def bind(self, fragments: list[Fragment], flats: list[tuple[int, Tensor]], *, replicated: bool) -> None:
-        """Make the states, and plan Muon's exchange.
+        """Create the states, and plan Muon's exchange.
 
         Args:
-            fragments: what this rank holds.
+            fragments: the fragments of this rank.
             flats: (group, flat tensor) in the same order on every rank.
-            replicated: every rank holds everything (ZeRO 0), so each works for itself.
+            replicated: whether every rank holds everything (ZeRO 0), so that no exchange is needed.
         """
         for group, flat in flats:
             state = self.state[flat]
@@ -171,7 +177,7 @@ class Optimizer(torch.optim.Optimizer):
                 self.exchanges[flat] = MatrixExchange(mine, process_group)
 
     def learning_rates(self) -> dict[str, float]:
-        """The rate of each kind of parameter; with a layer_decay, that of the upper end."""
+        """Return the learning rate of each kind of parameter; with a layer_decay, that of the uppermost layer."""
         rates: dict[str, float] = {}
         for group in self.param_groups:
             rates[group["name"]] = max(group["lr"], rates.get(group["name"], 0.0))
@@ -184,7 +190,7 @@ class Optimizer(torch.optim.Optimizer):
 
     @property
     def num_updates(self) -> int:
-        """Updates applied so far."""
+        """Return the number of updates applied so far."""
         return int(next(iter(self.state.values()))["updates"])
 
     @num_updates.setter

@@ -1,6 +1,6 @@
-"""The processes of a run: how they find each other, and what they must agree on.
+"""Connect the ranks of a run, and exchange small values between them.
 
-Agreements go over a gloo group of their own, on the CPU, so that none of them waits for the accelerator.
+The values go over a separate gloo group on the CPU, so that the exchange does not wait for the accelerator.
 """
 
 from __future__ import annotations
@@ -29,16 +29,18 @@ MEET_SECONDS = 50.0
 """How long a rank tries to reach rank 0."""
 
 STORE_SECONDS = 5.0
-"""How long rank 0's store may take to answer: it never does where rank 0 is stopped."""
+"""How long rank 0's store may take to answer. It does not answer while rank 0 is stopped."""
 GATHER_SECONDS = 3.0
-"""How much later than the first rank the others may notice that they wait in vain."""
+"""How much later than the first rank the others may reach the time-out of the same collective."""
 
 
 class Ranks:
     """All ranks of the run.
 
     Attributes:
-        rank, world_size, local_rank: this process's place.
+        rank: this process's number among all ranks.
+        world_size: the number of ranks.
+        local_rank: this process's number among the ranks of its machine.
     """
 
     def __init__(self, *, timeout_seconds: float) -> None:
@@ -81,11 +83,13 @@ class Ranks:
             self._keep_to_own_cores()
 
     def _keep_to_own_cores(self) -> None:
-        """Part the cores among the ranks that were given the same ones, as a launcher that binds its ranks would: left
-        to the system, two ranks have shared one core of two for minutes."""
+        """Divide the cores between the ranks that were given the same ones, as launchers that bind their ranks do.
+
+        Without this, the system has run two ranks on one of two cores for minutes.
+        """
         if self.world_size == 1 or not hasattr(os, "sched_setaffinity"):
             return
-        # Cores that share memory stand side by side, so that no rank's lie on both halves of a machine.
+        # Cores that share memory are next to each other in this order, so that a rank's cores are on one NUMA node.
         cores = sorted(os.sched_getaffinity(0), key=lambda core: (node_of_core(core), core))
         own = (socket.gethostname(), cores)
         peers = [rank for rank, other in enumerate(self.gather(own)) if other == own]
@@ -94,8 +98,7 @@ class Ranks:
             os.sched_setaffinity(0, cores[place * size : (place + 1) * size])
 
     def notes_on_devices(self) -> list[str]:
-        """What every user should know of how the machines' GPUs are used: a line for each machine that has more of them
-        than ranks. To be called by all ranks."""
+        """Return a note for each machine that has more GPUs than ranks. All ranks must call it."""
         visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
         places = self.gather((socket.gethostname(), visible))
         ranks_of, seen = Counter(host for host, _ in places), dict(places)
@@ -107,25 +110,25 @@ class Ranks:
         ]
 
     def sum(self, numbers: Sequence[int]) -> list[int]:
-        """Element-wise sums over all ranks."""
+        """Return the element-wise sums over all ranks."""
         tensor = torch.tensor(list(numbers), dtype=torch.int64)
         dist.all_reduce(tensor, group=self._group)
         return tensor.tolist()
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, in the order of ranks, on every rank. For small values."""
+        """Return on every rank the values of all ranks, in the order of ranks. The values must be small."""
         gathered: list[Any] = [None] * self.world_size
         dist.all_gather_object(gathered, value, group=self._group)
         return gathered
 
     def from_first(self, value: Any) -> Any:
-        """Rank 0's value on every rank."""
+        """Return rank 0's value on every rank."""
         values = [value]
         dist.broadcast_object_list(values, src=0, group=self._group)
         return values[0]
 
     def on_first(self, action: Callable[[], T]) -> T | None:
-        """Let rank 0 act. Returns its result there, None elsewhere.
+        """Call the action on rank 0. Returns its result there, None on the other ranks.
 
         Raises:
             BigtxError: on every rank, if the action raised it.
@@ -142,7 +145,7 @@ class Ranks:
         return result
 
     def once(self, action: Callable[[], T]) -> T:
-        """Let rank 0 act, and return its result on every rank.
+        """Call the action on rank 0, and return its result on every rank.
 
         Raises:
             BigtxError: on every rank, if the action raised it.
@@ -150,19 +153,19 @@ class Ranks:
         return self.from_first(self.on_first(action))
 
     def is_first_to_fail(self) -> bool:
-        """Whether no other rank has asked this before: the one that speaks for all.
+        """Return whether this rank is the first to ask; the first one reports the failure for all.
 
-        Rank 0 holds the answer. If it was killed or is stopped, one rank of each machine speaks.
+        The store of rank 0 decides. If rank 0 was killed or is stopped, one rank of each machine reports.
         """
-        return self._ask_first(_is_first_to_fail, STORE_SECONDS, otherwise=self._speaks_without_first())
+        return self._ask_first(_is_first_to_fail, STORE_SECONDS, otherwise=self._reports_without_first())
 
     def silent(self) -> list[int] | None:
-        """The ranks that do not answer, as far as this can be known; None where another rank is to speak of it.
+        """Return the ranks known not to answer; None where another rank reports them.
 
-        To be asked by each rank that has waited for others until its time was over.
+        Each rank calls it whose collective has reached its time-out.
         """
 
-        def without_word(store: Store) -> list[int] | None:
+        def missing(store: Store) -> list[int] | None:
             store.set(f"bigtx/waited/{self.rank}", "")
             if not _is_first_to_fail(store):
                 return None
@@ -170,15 +173,15 @@ class Ranks:
             return [rank for rank in range(self.world_size) if not store.check([f"bigtx/waited/{rank}"])]
 
         return self._ask_first(
-            without_word, STORE_SECONDS + GATHER_SECONDS, otherwise=[0] if self._speaks_without_first() else None
+            missing, STORE_SECONDS + GATHER_SECONDS, otherwise=[0] if self._reports_without_first() else None
         )
 
-    def _speaks_without_first(self) -> bool:
+    def _reports_without_first(self) -> bool:
         return self.rank == 1 or self.local_rank == 0
 
     @staticmethod
     def _ask_first(question: Callable[[Store], T], seconds: float, *, otherwise: T) -> T:
-        """What rank 0's store answers; `otherwise` if it is gone or not in time: torch would wait without an end."""
+        """Return the answer of rank 0's store; `otherwise` if it is gone or late. torch would wait without an end."""
         answers: list[T] = []
 
         def ask() -> None:
@@ -195,7 +198,7 @@ class Ranks:
         dist.barrier(group=self._group)
 
     def close(self) -> None:
-        """Leave the others in order."""
+        """Leave the process groups."""
         dist.destroy_process_group()
 
 
@@ -204,17 +207,17 @@ def _is_first_to_fail(store: Store) -> bool:
 
 
 def wait_in_every_group(timeout: timedelta) -> None:
-    """Make this the time-out of every process group that is made from now on.
+    """Make this the time-out of every process group that is created afterwards.
 
-    DeepSpeed makes groups of its own, some of them late, and names no time-out for them: they would have torch's
-    default, 30 minutes for gloo and 10 for NCCL. `torch.distributed` reads these names each time that it makes a group.
+    DeepSpeed creates its own groups, some of them late, without a time-out. They would have torch's default, 30 minutes
+    for gloo and 10 for NCCL. `torch.distributed` reads these names each time it creates a group.
     """
     dist.distributed_c10d.default_pg_timeout = timeout
     dist.distributed_c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
 
 
 def set_environment_of_single_process() -> None:
-    """Fill in what a launcher would have set, for a session that is used from Python."""
+    """Set the variables that a launcher would have set, for a process that was started without one."""
     if is_launched():
         return
     with hold_free_port() as held:
@@ -223,10 +226,13 @@ def set_environment_of_single_process() -> None:
 
 
 def reach_first(seconds: float) -> None:
-    """Wait until the place where the ranks meet answers, and no longer: torch would wait for `engine.timeout`.
+    """Wait until rank 0's address answers. torch alone would wait as long as `engine.timeout`.
+
+    Args:
+        seconds: how long to wait at most.
 
     Raises:
-        LaunchError: it does not answer in time.
+        LaunchError: the address does not answer in time.
     """
     address, port, rank = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), os.environ["RANK"]
     if rank == "0":
@@ -240,8 +246,8 @@ def reach_first(seconds: float) -> None:
             if time.monotonic() >= deadline:
                 raised = LaunchError(
                     f"rank {rank} on {socket.gethostname()} does not reach rank 0 at {address}:{port}: "
-                    f"{error.strerror or error}. Look at what rank 0 says, or name its machine and a free port to the "
-                    "launcher (MASTER_ADDR and MASTER_PORT, the same for all ranks)"
+                    f"{error.strerror or error}. Read the messages of rank 0, or give its machine and a free port to "
+                    "the launcher (MASTER_ADDR and MASTER_PORT, the same for all ranks)"
                 )
                 say_from_any_rank(raised)
                 raise raised from error
@@ -249,14 +255,14 @@ def reach_first(seconds: float) -> None:
 
 
 def own_gpu() -> str | None:
-    """What names this process's GPU among all; None without one."""
+    """Return an id of this process's GPU that no other GPU has; None without a GPU."""
     return (
         str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid) if torch.cuda.is_available() else None
     )
 
 
 def shared_gpus(places: Sequence[tuple[str, str | None]]) -> str | None:
-    """Which ranks have the same GPU, as a sentence; None if each has its own.
+    """Return a message about ranks that have the same GPU; None if each has its own.
 
     Args:
         places: each rank's host and GPU.
@@ -274,14 +280,14 @@ def shared_gpus(places: Sequence[tuple[str, str | None]]) -> str | None:
 
 
 def use_own_device() -> None:
-    """Give this process the accelerator of its local rank: until told, each would use the first. Without accelerators,
-    give it its share of the cores.
+    """Select the accelerator of this process's local rank, or without accelerators its share of the cores.
 
-    A launcher may show each process its own accelerator alone, as `srun --gpus-per-task=1` does: that is the first one,
-    whatever the local rank. `shared_gpus` finds ranks that were shown the same one.
+    By default each process would use the first accelerator. A launcher may show each process only its own one, as `srun
+    --gpus-per-task=1` does; then the first one is right for every local rank. `shared_gpus` finds ranks that were shown
+    the same one.
 
     Raises:
-        LaunchError: more processes on this machine than accelerators that they can see.
+        LaunchError: this machine has more processes than accelerators that they can see.
     """
     import deepspeed
 
@@ -291,7 +297,7 @@ def use_own_device() -> None:
         return
     local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), accelerator.device_count()
     if count == 1 and local_rank > 0:
-        local_rank, os.environ["LOCAL_RANK"] = 0, "0"  # DeepSpeed takes the device from there.
+        local_rank, os.environ["LOCAL_RANK"] = 0, "0"  # DeepSpeed reads the device from it.
     if local_rank >= count:
         raise LaunchError(
             f"local rank {local_rank} has no device of its own: this machine shows {count} to it; start at most that "
@@ -301,7 +307,7 @@ def use_own_device() -> None:
 
 
 def use_share_of_cores() -> None:
-    """Divide this machine's cores between its ranks, unless OMP_NUM_THREADS says otherwise."""
+    """Divide this machine's cores between its ranks, unless OMP_NUM_THREADS is set."""
     if "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         local_ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -1,12 +1,12 @@
-"""Saving what an engine holds, in the format of checkpoint.py.
+"""Save the state of an engine, in the format of checkpoint.py.
 
-A checkpoint is written under another name, made durable, proved complete, then renamed. One that was found damaged is
-set aside as `step-N.damaged` once a later save needs its place, and never deleted. While steps are being skipped, only
-suspect checkpoints are deleted; the next good one replaces them all. What the run does not train is written once,
-before the first checkpoint.
+A checkpoint is written under another name, made durable, checked to be complete, then renamed. A damaged checkpoint is
+renamed to `step-N.damaged` when a later save needs its name, and is never deleted. While steps are being skipped, only
+suspect checkpoints are deleted; the next good one replaces them all. The parameters that the run does not train are
+written once, before the first checkpoint.
 
-What cannot be deleted is a warning and is tried again at the next checkpoint. A checkpoint may be a link: then what it
-leads to is deleted with it only where that is in the run's folder, since nobody else can need it there.
+A checkpoint that cannot be deleted causes a warning, and is tried again at the next checkpoint. A checkpoint may be a
+link. Then its target is deleted with it only if it is in the run's folder, where no other run uses it.
 
 This module does not import deepspeed itself; it is given an engine.
 """
@@ -46,16 +46,20 @@ if TYPE_CHECKING:
 
 
 def save_frozen(engine: Engine, ranks: Ranks, run_dir: Path, read: ReadRange) -> None:
-    """Write the parameters that the engine does not train, as a source gives them: an engine in 16 bits has but
-    roundings of them. Every rank must call it, before the run's first checkpoint; it writes its share.
+    """Write the parameters that the engine does not train, from their source: an engine in 16 bits has them rounded.
+
+    Every rank must call it before the run's first checkpoint; each writes its share.
 
     Args:
-        read: what the engine was filled from.
+        engine: the engine of the run.
+        ranks: all ranks of the run.
+        run_dir: the run's folder.
+        read: reads from the source that the engine was filled from.
 
     Raises:
         CheckpointError: on every rank, if one could not write.
     """
-    assert not step_folders(run_dir), "checkpoints hold on to the frozen weights that are there"
+    assert not step_folders(run_dir), "existing checkpoints need the frozen weights that are there"
     final = run_dir / FROZEN
     partial = final.with_name(final.name + ".partial")
     shapes = {name: shape for name, shape in engine.shapes().items() if name in engine.frozen}
@@ -94,12 +98,16 @@ def save(
     """Write a checkpoint of the engine. Every rank must call it.
 
     Args:
-        facts: what the manifest records beside the files: at least `step`, and `suspect` where it is.
-        keep: newest checkpoints to keep; older ones, but for the best, go once this one is complete.
-        is_skipping: this step was skipped, so that no good checkpoint goes.
+        engine: the engine to save.
+        ranks: all ranks of the run.
+        run_dir: the run's folder.
+        facts: further content of the manifest: at least `step`, and `suspect` for a suspect checkpoint.
+        keep: the number of newest checkpoints to keep; older ones except the best are deleted once this one is
+            complete.
+        is_skipping: whether this step was skipped; then no good checkpoint is deleted.
 
     Returns:
-        Its folder.
+        The checkpoint's folder.
 
     Raises:
         CheckpointError: on every rank, if one could not write; older checkpoints are untouched.
@@ -121,7 +129,7 @@ def save(
             manifest = {
                 "format": FORMAT_VERSION,
                 **facts,
-                **_besides(engine, run_dir),
+                **_facts_of_whole_model(engine, run_dir),
                 "world_size": ranks.world_size,
                 "zero_stage": engine.stage,
                 "precision": engine.config.engine.precision,
@@ -146,7 +154,7 @@ def save(
 
 
 def _prune(run_dir: Path, *, keep: int, best: int | None, is_skipping: bool) -> None:
-    """Delete what the checkpoint just written makes needless; a damaged one is left where it is."""
+    """Delete the checkpoints that are not needed after the one just written. Damaged ones are kept."""
     good, suspects = list[Path](), list[Path]()
     for path in list_checkpoints(run_dir):
         with contextlib.suppress(CheckpointError):
@@ -158,7 +166,7 @@ def _prune(run_dir: Path, *, keep: int, best: int | None, is_skipping: bool) -> 
 
 
 def _try_to(free: Callable[[Path, Path], None], path: Path, run_dir: Path) -> None:
-    """Delete what is not needed; where that fails, the space is freed later."""
+    """Delete a path that is not needed. Where that fails, print a warning; the space is freed later."""
     try:
         free(path, run_dir)
     except OSError as error:
@@ -169,14 +177,14 @@ def _try_to(free: Callable[[Path, Path], None], path: Path, run_dir: Path) -> No
 
 
 def _delete(checkpoint: Path, run_dir: Path) -> None:
-    """Half a checkpoint must not look like a damaged one."""
+    """Rename a checkpoint, then delete it, so that a half deleted one does not look damaged."""
     gone = checkpoint.with_name(checkpoint.name + ".partial")
     os.rename(checkpoint, gone)
     _try_to(_remove, gone, run_dir)
 
 
 def _remove(gone: Path, run_dir: Path) -> None:
-    """Remove a folder, or a link and what it leads to in the run.
+    """Remove a folder, or a link with its target if that is in the run's folder.
 
     Raises:
         OSError: it cannot be removed.
@@ -190,13 +198,13 @@ def _remove(gone: Path, run_dir: Path) -> None:
     elif target.exists():
         say(
             f"warning: {gone.name.removesuffix('.partial')} is not needed any more and was a link to {target}, which "
-            "is no checkpoint in the run's own folder: the link is deleted, and what it leads to is left"
+            "is not a checkpoint in the run's own folder: the link is deleted, and its target is kept"
         )
     gone.unlink()
 
 
 def _is_unused_checkpoint(folder: Path, run_dir: Path) -> bool:
-    """Whether a folder is in the run, holds a checkpoint or what is left of one, and is no checkpoint by its place."""
+    """Return whether a folder in the run has files of a checkpoint, but is not a checkpoint of the run by its name."""
     in_run = {run_dir.resolve(), (run_dir / FOLDER).resolve()}.intersection(folder.parents)
     used = {path.resolve() for path in (run_dir / FROZEN, *step_folders(run_dir))}
     return bool(
@@ -207,8 +215,8 @@ def _is_unused_checkpoint(folder: Path, run_dir: Path) -> bool:
     )
 
 
-def _besides(engine: Engine, run_dir: Path) -> dict[str, Any]:
-    """What a reader must know to have a whole model: where the frozen weights are from, and what adapters weigh."""
+def _facts_of_whole_model(engine: Engine, run_dir: Path) -> dict[str, Any]:
+    """Return what a reader needs for the whole model: the hash of the frozen weights, and the factor of adapters."""
     facts: dict[str, Any] = {}
     if engine.frozen:
         facts["frozen_sha256"] = json_hash(read_manifest(run_dir / FROZEN))
@@ -219,7 +227,7 @@ def _besides(engine: Engine, run_dir: Path) -> dict[str, Any]:
 
 
 def _begin(partial: Path, leftovers: list[Path], run_dir: Path, ranks: Ranks) -> str | None:
-    """Let rank 0 make an empty folder; returns what went wrong."""
+    """Make an empty folder on rank 0. Returns a message if that failed."""
     if ranks.rank != 0:
         return None
     try:
@@ -232,8 +240,10 @@ def _begin(partial: Path, leftovers: list[Path], run_dir: Path, ranks: Ranks) ->
 
 
 def _set_aside(run_dir: Path, *, from_step: int) -> None:
-    """Make room for this step. The run resumed from before the checkpoints of it and of later ones, so they were
-    refused: damaged ones are renamed, suspect ones deleted."""
+    """Rename the damaged and delete the suspect checkpoints of this step and of later ones.
+
+    They were refused when the run resumed from an earlier one.
+    """
     for path in step_folders(run_dir):
         if step_of(path) < from_step:
             continue
@@ -249,7 +259,7 @@ def _set_aside(run_dir: Path, *, from_step: int) -> None:
 
 
 def _write_fragments(engine: Engine, path: Path) -> dict[str, Any] | None:
-    """Write this rank's fragments durably. Returns size and hash, or None where it owns nothing."""
+    """Write this rank's fragments durably. Returns size and hash of the file; None where this rank owns no fragment."""
     pieces: dict[str, Tensor] = {}
     for fragment in engine.owned:
         states = engine.optimizer.state[fragment.flat]
@@ -262,7 +272,7 @@ def _write_fragments(engine: Engine, path: Path) -> dict[str, Any] | None:
     if not pieces:
         return None
     entries = [(name, tuple(piece.shape), piece.dtype) for name, piece in pieces.items()]
-    # Not by safetensors' save_file: it makes files that their owner alone may read, whatever the umask.
+    # safetensors' save_file is not used: it makes files that only their owner may read, and ignores the umask.
     with SafetensorsWriter(path, entries) as writer:
         for piece in pieces.values():
             writer.write(piece.cpu())
@@ -276,9 +286,9 @@ def _ranges(engine: Engine) -> list[tuple[str, tuple[int, ...], int, int]]:
 def _prove_coverage(
     ranges_by_rank: list[list[tuple[str, tuple[int, ...], int, int]]], engine: Engine
 ) -> dict[str, list[int]]:
-    """Check that every parameter that is trained is covered exactly once. Returns their shapes.
+    """Check that every trained parameter is covered exactly once. Returns the parameters' shapes.
 
-    All kinds of a fragment have the fragment's range (asserted where they are written), so one proof serves all.
+    All kinds of a fragment have the fragment's range (asserted where they are written), so one check is enough.
     """
     pieces: dict[str, list[tuple[int, int]]] = {}
     shapes: dict[str, list[int]] = {}
@@ -297,9 +307,9 @@ def _prove_coverage(
 
 
 def _raise_first(failures: list[str | None], partial: Path, ranks: Ranks) -> None:
-    """If any rank failed, clean up and fail on all."""
+    """Clean up and raise an error on every rank if any rank failed."""
     failure = next((failure for failure in failures if failure), None)
     if failure:
         if ranks.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"the checkpoint was not written, earlier ones are whole: {failure}")
+        raise CheckpointError(f"the checkpoint was not written, earlier ones are unchanged: {failure}")

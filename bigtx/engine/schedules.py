@@ -10,10 +10,12 @@ from bigtx.utils.units import parse_duration
 
 
 def resolve_steps(text: str, *, total_steps: int, tokens_per_step: int, key: str) -> int:
-    """A duration of the config in optimizer steps, rounded to the nearest.
+    """Return a duration of the config in optimizer steps, rounded to the nearest.
 
     Args:
-        text: "500 steps", "2B tokens" or "5 %".
+        text: the duration: "500 steps", "2B tokens" or "5 %".
+        total_steps: the steps of the run.
+        tokens_per_step: the tokens of a step, for a duration in tokens.
         key: the config key, for the error.
 
     Raises:
@@ -30,9 +32,9 @@ def resolve_steps(text: str, *, total_steps: int, tokens_per_step: int, key: str
 
 
 class Schedule:
-    """Warm-up, then the chosen shape.
+    """A linear warm-up, followed by the chosen shape.
 
-    cosine: from 1 to `minimum_factor` along half a cosine. warmup_stable_decay: 1, then a linear fall to
+    cosine: from 1 to `minimum_factor` along half a cosine. warmup_stable_decay: 1, then a linear decrease to
     `minimum_factor` over the last `decay` (arXiv:2404.06395). constant: 1.
     """
 
@@ -45,7 +47,7 @@ class Schedule:
         self.decay_steps = resolve_steps(config.decay, key="schedule.decay", **sizes)
 
     def factor(self, step: int) -> float:
-        """The factor for the update that ends step `step` (the first is 1)."""
+        """Return the factor for the update that ends step `step` (the first is 1)."""
         if step <= self.warmup_steps:
             return step / self.warmup_steps
         if self.name == "constant":

@@ -1,4 +1,4 @@
-"""What the engine trains: a task turns batches into losses. This module does not import deepspeed."""
+"""The interface between the engine and a task, which turns batches into losses. It does not import deepspeed."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from bigtx.model.loss import Loss
 
 
 class TaskLoss(NamedTuple):
-    """What a task makes of a batch."""
+    """The loss of a batch."""
 
     loss_sum: Tensor
     """fp32 scalar with a gradient, summed over the batch's labels."""
     reported_sum: Tensor
-    """fp32 scalar: the part of it that is reported."""
+    """fp32 scalar: the part of the loss that is reported."""
     routing: Routing | None = None
-    """Where the tokens went, if there are experts; what that costs is added by the engine."""
+    """The routing of the tokens, if there are experts; the engine adds the losses that it causes."""
 
     @classmethod
     def of(cls, loss: Loss) -> TaskLoss:
-        """A model's own loss, of which the cross-entropy is reported."""
+        """Return a model's loss, with the cross-entropy as the reported part."""
         return cls(loss.loss_sum, loss.cross_entropy_sum, loss.routing)
 
 
 class Task(Protocol):
-    """What a batch means: see bigtx.finetuning.tasks."""
+    """The meaning of a batch; see bigtx.finetuning.tasks."""
 
     def loss(self, model: Callable[..., Any], batch: Any) -> TaskLoss:
-        """The loss of a batch."""
+        """Return the loss of a batch."""

@@ -1,4 +1,4 @@
-"""Which parameters a run trains; the others are frozen: they have no gradient, no optimizer state and no master copy.
+"""Decide which parameters a run trains. The others are frozen: no gradient, no optimizer state and no master copy.
 
 full fine-tuning, pretraining     all but optimizer.freeze
 with model.lora                   the adapters, the head of classes and optimizer.train_also, without optimizer.freeze
@@ -15,22 +15,23 @@ from bigtx.utils.errors import ConfigError
 
 ADAPTERS = ("*.adapter.a", "*.adapter.b")
 WITH_ADAPTERS = (*ADAPTERS, "head.classes.*", "head.pooler.*")
-"""What is trained with model.lora in any case; the head of classes is hardly ever a base's own."""
+"""Parameters that are always trained with model.lora. A base rarely has a head of classes."""
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter is one of the two matrices of an adapter."""
+    """Return whether a parameter is one of the two matrices of an adapter."""
     return any(fnmatchcase(name, glob) for glob in ADAPTERS)
 
 
 def frozen_parameters(config: RunConfig, names: Iterable[str]) -> list[str]:
-    """The parameters that stay as they are, in their order.
+    """Return the parameters that are not trained, in their order.
 
     Args:
-        names: of all parameters of the model.
+        config: the config of the run.
+        names: the names of all parameters of the model.
 
     Raises:
-        ConfigError: a glob that matches no parameter, or nothing is left to train.
+        ConfigError: a glob matches no parameter, or no parameter is left to train.
     """
     names, optimizer = list(names), config.optimizer
     for key, globs in (("freeze", optimizer.freeze), ("train_also", optimizer.train_also)):
@@ -47,23 +48,27 @@ def frozen_parameters(config: RunConfig, names: Iterable[str]) -> list[str]:
 
 
 def is_trained(config: RunConfig, name: str, *, also: Sequence[str] = ()) -> bool:
-    """Whether a run trains a parameter.
+    """Return whether a run trains a parameter.
 
     Args:
-        also: globs of what optimizer.train_also may name beside what it does.
+        config: the config of the run.
+        name: the parameter's name.
+        also: globs that optimizer.train_also might have in addition to its own.
     """
     trained = [*WITH_ADAPTERS, *config.optimizer.train_also, *also] if config.model.lora.rank else ["*"]
     return _matches(name, trained) and not _matches(name, config.optimizer.freeze)
 
 
 def refuse_untrained(names: Iterable[str], frozen: Iterable[str], config: RunConfig) -> None:
-    """Refuse to freeze what begins from the seed: it would never become anything.
+    """Refuse to freeze parameters that begin from the seed: they would keep their random values.
 
     Args:
-        names: parameters that the base does not give, or not whole.
+        names: the parameters that the base does not have, or has only in part.
+        frozen: the names of the parameters that are not trained.
+        config: the config of the run.
 
     Raises:
-        ConfigError: it names them, and what to write.
+        ConfigError: there are such parameters; the message says what to write.
     """
     still = set(frozen)
     untrained = [name for name in names if name in still]

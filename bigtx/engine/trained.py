@@ -1,6 +1,6 @@
-"""A trained run's model, ready to compute: what `bigtx.load`, distillation and the commands on trained runs share.
+"""Load the model of a trained run, for `bigtx.load`, distillation and the commands on trained runs.
 
-Imports torch only when weights are read, so that what is wrong with a run is said at once.
+The module imports torch only when weights are read, so that errors about a run appear at once.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 Weights = Literal["master", "ema"]
 TOKENIZER = "tokenizer"
-"""In a run's folder."""
+"""The tokenizer's folder in a run's folder."""
 
 
 def find(run: Path | str) -> tuple[Path, RunConfig]:
-    """The checkpoint folder and the config by which a run is used, before anything large is read.
+    """Return the checkpoint folder and the config that represent a run, without reading weights.
 
     Raises:
-        CheckpointError: no such run, or no checkpoint yet.
-        ConfigError: the run's config holds what this bigtx does not know.
+        CheckpointError: there is no such run, or it has no checkpoint yet.
+        ConfigError: the run's config has settings that this version of bigtx does not know.
     """
     config = load_run_config(run)
     from bigtx.engine.checkpoint import preferred
@@ -38,7 +38,7 @@ def find(run: Path | str) -> tuple[Path, RunConfig]:
 
 
 def find_with_tokenizer(run: Path | str) -> tuple[Path, RunConfig, Tokenizer]:
-    """As `find`, with the run's tokenizer; the config has its vocab_size.
+    """Return the results of `find` and the run's tokenizer; the config has the vocab_size of the tokenizer.
 
     Raises:
         DataError, CheckpointError: see `read_tokenizer`.
@@ -51,11 +51,11 @@ def find_with_tokenizer(run: Path | str) -> tuple[Path, RunConfig, Tokenizer]:
 
 
 def read_tokenizer(run: Path | str) -> Tokenizer:
-    """The tokenizer of a run, or of the run of a checkpoint: the one that its weights were trained with.
+    """Return the tokenizer of a run, or of the run of a checkpoint: the one that its weights were trained with.
 
     Raises:
         DataError: it is damaged.
-        CheckpointError: it is missing, or another one, whose ids mean other texts.
+        CheckpointError: it is missing, or was replaced by another one, whose ids mean other texts.
     """
     from bigtx.engine.checkpoint import list_checkpoints, read_manifest
     from bigtx.tokenizer.tokenizer import Tokenizer
@@ -81,13 +81,17 @@ def read_tokenizer(run: Path | str) -> Tokenizer:
 def read_model(
     checkpoint: Path, config: ModelConfig, *, device: torch.device, dtype: torch.dtype, weights: Weights = "master"
 ) -> Transformer:
-    """The model of a checkpoint, in evaluation mode.
+    """Return the model of a checkpoint, in evaluation mode.
 
     Args:
-        dtype: of its weights, and so of its arithmetic.
+        checkpoint: the checkpoint's folder.
+        config: the config of the model.
+        device: where the model is made.
+        dtype: the dtype of the weights, and so of the arithmetic.
+        weights: which weights to read.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or its weights are not those of the model.
+        CheckpointError: the checkpoint is damaged, or its weights do not match the model.
     """
     model = empty_model(config, device, dtype)
     _fill(model, checkpoint, weights)
@@ -95,7 +99,7 @@ def read_model(
 
 
 def empty_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Transformer:
-    """A model whose weights are not set."""
+    """Return a model whose weights are not set."""
     import torch
 
     from bigtx.model.transformer import Transformer
@@ -110,7 +114,7 @@ def empty_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -
 
 
 def _fill(model: Transformer, checkpoint: Path, kind: Weights) -> None:
-    """Read the weights one by one, so that they are in memory once."""
+    """Read the weights one at a time, so that they are in memory only once."""
     import torch
 
     from bigtx.engine.checkpoint import Checkpoint, load_weights

@@ -1,7 +1,7 @@
-"""Writing weights that no engine holds: safetensors files a tensor at a time, and a checkpoint made of them.
+"""Write weights without an engine: safetensors files one tensor at a time, and a checkpoint of such files.
 
-The header of a safetensors file says where each tensor lies, so with the shapes known beforehand a file of any size is
-written with one tensor in memory. This module does not import deepspeed.
+The header of a safetensors file has the offset of each tensor. Since the shapes are known beforehand, a file of any
+size is written with only one tensor in memory. This module does not import deepspeed.
 """
 
 from __future__ import annotations
@@ -23,23 +23,24 @@ from bigtx.engine.checkpoint import FOLDER, FORMAT_VERSION, write_manifest
 from bigtx.utils.files import fsync_dir
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-"""Safetensors' names of the types that are written here."""
+"""Names in safetensors files of the types that are written here."""
 
 PART_BYTES = 4 * 2**30
-"""About how large the files of a written checkpoint become."""
+"""The approximate size of the files of a written checkpoint."""
 
 Entry = tuple[str, tuple[int, ...], torch.dtype]
 """Name, shape and type of a tensor."""
 
 
 class SafetensorsWriter:
-    """A safetensors file that is written one tensor after the other, in the order given at the start."""
+    """A safetensors file that is written one tensor at a time, in the order given at the start."""
 
     def __init__(self, path: Path, entries: Sequence[Entry], metadata: Mapping[str, str] | None = None) -> None:
         """Begin the file.
 
         Args:
-            entries: every tensor that will come, in order.
+            path: the file to create.
+            entries: all tensors that will be written, in order.
             metadata: texts for the header.
         """
         header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -48,7 +49,7 @@ class SafetensorsWriter:
             start, end = end, end + math.prod(shape) * dtype.itemsize
             header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
         content = json.dumps(header, separators=(",", ":")).encode()
-        content += b" " * (-len(content) % 8)  # Tensors then begin at a multiple of 8.
+        content += b" " * (-len(content) % 8)  # So that tensors begin at a multiple of 8.
         self._left = list(reversed(entries))
         self._file = open(path, "xb")  # noqa: SIM115 - `__exit__` closes it
         self._hash, self._size = hashlib.sha256(), 0
@@ -56,14 +57,14 @@ class SafetensorsWriter:
         self._put(content)
 
     def write(self, tensor: Tensor) -> None:
-        """Write the next tensor; its shape and type are those that were announced."""
+        """Write the next tensor; its shape and type must be those of its entry."""
         name, shape, dtype = self._left.pop()
         assert (tuple(tensor.shape), tensor.dtype) == (shape, dtype), name
         self._put(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
 
     def finish(self) -> dict[str, Any]:
-        """Make the file durable; returns its `size` and `sha256`."""
-        assert not self._left, "not every announced tensor was written"
+        """Make the file durable. Returns its `size` and `sha256`."""
+        assert not self._left, "a tensor of the entries was not written"
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -91,18 +92,20 @@ def save_weights(
     *,
     part_bytes: int = PART_BYTES,
 ) -> Path:
-    """Write a checkpoint of weights alone, one tensor in memory at a time; it has its name once it is complete.
+    """Write a checkpoint with only weights, one tensor in memory at a time. It gets its name once it is complete.
 
     Args:
-        facts: what the manifest records beside the files: at least `step`.
-        shapes: of every parameter.
-        weights: name and fp32 tensor of each of them, in the same order.
+        run_dir: the run's folder.
+        facts: further content of the manifest: at least `step`.
+        shapes: the shape of every parameter.
+        weights: name and fp32 tensor of every parameter, in the same order.
+        part_bytes: the size at which the next file begins.
 
     Returns:
-        Its folder.
+        The checkpoint's folder.
 
     Raises:
-        OSError: it could not be written, and nothing is left of it; or its name may not outlast a power cut.
+        OSError: it could not be written, and all its files are removed; or its name may be lost at a power failure.
     """
     final = run_dir / FOLDER / f"step-{facts['step']:08d}"
     partial = final.with_name(final.name + ".partial")
@@ -115,7 +118,7 @@ def save_weights(
             file = f"rank-{number:05d}.safetensors"
             part = {name: shapes[name] for name in names}
             files[file] = write_part(partial / file, part, _expected(given, part))
-        assert next(given, None) is None, "more weights came than were announced"
+        assert next(given, None) is None, "there are more weights than shapes"
         parameters = {name: list(shape) for name, shape in shapes.items()}
         write_manifest(partial, {"format": FORMAT_VERSION, **facts, "parameters": parameters, "files": files})
         fsync_dir(partial)
@@ -128,7 +131,7 @@ def save_weights(
 
 
 def _expected(given: Iterator[tuple[str, Tensor]], part: Mapping[str, tuple[int, ...]]) -> Iterator[Tensor]:
-    """The next weights, which must be those of a part in its order."""
+    """Yield the next weights, which must be those of a part, in its order."""
     for name, shape in part.items():
         came, weight = next(given)
         assert came == name and tuple(weight.shape) == tuple(shape), (came, name)
@@ -139,7 +142,9 @@ def write_part(path: Path, shapes: Mapping[str, tuple[int, ...]], weights: Itera
     """Write whole fp32 weights as one file of a checkpoint, durably.
 
     Args:
-        weights: of each parameter of `shapes`, in the same order.
+        path: the file to create.
+        shapes: the shape of each parameter.
+        weights: the weights of each parameter of `shapes`, in the same order.
 
     Returns:
         The file's `size` and `sha256`.
@@ -152,7 +157,7 @@ def write_part(path: Path, shapes: Mapping[str, tuple[int, ...]], weights: Itera
 
 
 def groups(sizes: Mapping[str, int], most: int) -> Iterator[list[str]]:
-    """Names in their order, in groups whose sizes sum to at most `most`, or of one name."""
+    """Yield the names in their order, in groups whose sizes sum to at most `most`, or of one name."""
     group: list[str] = []
     size = 0
     for name, own in sizes.items():

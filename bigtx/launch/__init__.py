@@ -1,8 +1,11 @@
-"""How the processes of a run are started and kept together. Imports neither torch nor DeepSpeed.
+"""Start the processes of a run and supervise them. This package imports neither torch nor DeepSpeed.
 
-world.py       which processes make up the run: those that a launcher has started, or those to start here
-supervisor.py  starts this machine's ranks, passes on requests to stop, and lets no process outlive the run
-link.py        connects the supervisors of a run's machines
-parents.py     ends a rank in order whose launcher was killed
-linux.py       what the kernel does for processes that belong together
+world.py        finds the processes of the run: those that a launcher has started, or those to start here
+supervisor.py   starts this machine's ranks, forwards requests to stop, and ends all processes when the run ends
+link.py         connects the supervisors of a run's machines
+consistency.py  compares the code, the packages, the settings and the clocks of the machines
+shared.py       checks that all machines see the same folder
+pairs.py        finds slow machines from all-reduces between pairs of machines
+parents.py      stops a rank cleanly when its launcher was killed
+linux.py        calls what the Linux kernel offers for related processes
 """

@@ -1,13 +1,13 @@
 """The connection between the supervisors of a run on several machines.
 
     node 1 ──┐
-    node 2 ──┼──▶ node 0, which passes on what one of them says to the others
+    node 2 ──┼──▶ node 0, which forwards the messages of each node to the others
     node 3 ──┘
 
-They meet before any rank is started: machines that do not find each other, that have other code, packages or settings
-than the rest, or do not see the run's folder, end here with an error that says so. From then on each says what the
-others must know (see `supervisor.py`), and notices when another one is gone: at once where its process ended, within
-some 20 seconds where its machine did.
+The supervisors connect before any rank starts. The run ends here with an error if a machine is missing, if it has other
+code, packages or settings than the rest, or if it does not see the run's folder. After that, each supervisor sends the
+others its events (see `supervisor.py`). It notices when another supervisor is gone: at once where its process ended,
+within about 20 seconds where its machine failed.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from pathlib import Path
 from typing import Any
 
 from bigtx.launch import shared
-from bigtx.launch.alike import named, why_different, why_wrong_clock
+from bigtx.launch.consistency import named, why_different, why_wrong_clock
 from bigtx.launch.world import World
 from bigtx.utils.errors import LaunchError
 from bigtx.utils.hardware import host_name
 from bigtx.utils.log import say
 
 MEET_SECONDS = 50.0
-"""How long the machines wait for each other."""
+"""How long the machines wait for each other at the start."""
 ANSWER_SECONDS = 5.0
-"""How long a machine may take to answer beyond what it was asked to wait for."""
+"""How long a machine may take to answer, in addition to the time that the request itself needs."""
 KEEPALIVE_SECONDS, KEEPALIVE_PROBES = 5, 3
-"""A machine that answers nothing for so long, so many times, is gone."""
+"""The interval of TCP's probes, and how many a machine may leave unanswered before it counts as gone."""
 LARGEST_MESSAGE = 1 << 20
 _RETRY_SECONDS = 0.25
 
@@ -55,11 +55,11 @@ class _Peer:
 
 @dataclass
 class Link:
-    """One supervisor's connections.
+    """The connections of one supervisor.
 
     Attributes:
-        node: this machine's place.
-        hosts: the machines' names, by their place.
+        node: this machine's number.
+        hosts: the machines' names, by their numbers.
     """
 
     node: int
@@ -67,7 +67,7 @@ class Link:
     _peers: list[_Peer] = field(default_factory=list)
 
     def signal_arrivals(self) -> None:
-        """Have the kernel send this process SIGIO whenever something arrives."""
+        """Have the kernel send this process SIGIO when a message arrives."""
         for peer in self._peers:
             peer.connection.setblocking(False)
             fcntl.fcntl(peer.connection, fcntl.F_SETOWN, os.getpid())
@@ -75,18 +75,22 @@ class Link:
             fcntl.fcntl(peer.connection, fcntl.F_SETFL, flags | os.O_ASYNC)
 
     def send(self, **message: Any) -> None:
-        """Tell all other machines something."""
-        self._pass_on(message | {"node": self.node})
+        """Send a message to all other machines."""
+        self._forward(message | {"node": self.node})
 
     def receive(self) -> list[dict[str, Any]]:
-        """What has arrived, each with the `node` that said it; `{"gone": True}` of one whose connection ended."""
+        """Return the messages that have arrived, and forward them.
+
+        Returns:
+            Each message has the `node` that sent it; a connection that ended gives `{"gone": True}`.
+        """
         messages: list[dict[str, Any]] = []
         for peer in [peer for peer in self._peers if peer.is_open]:
             arrived = _read(peer)
             if not peer.is_open:
                 arrived.append({"node": peer.node, "gone": True})
             for message in arrived:
-                self._pass_on(message, but=peer)
+                self._forward(message, source=peer)
             messages += arrived
         return messages
 
@@ -96,10 +100,10 @@ class Link:
             peer.connection.close()
             peer.is_open = False
 
-    def _pass_on(self, message: dict[str, Any], but: _Peer | None = None) -> None:
+    def _forward(self, message: dict[str, Any], source: _Peer | None = None) -> None:
         line = json.dumps(message).encode() + b"\n"
         for peer in self._peers:
-            if peer is not but and peer.is_open:
+            if peer is not source and peer.is_open:
                 with contextlib.suppress(OSError):  # The end of the connection is noticed when it is read.
                     peer.connection.sendall(line)
 
@@ -110,18 +114,20 @@ def meet(
     folder: Path | None = None,
     seconds: float = MEET_SECONDS,
 ) -> Link | None:
-    """Connect the supervisors of all machines, and see that the machines can work on one run.
+    """Connect the supervisors of all machines, and check that the machines can work on one run.
 
     Args:
-        facts: what must be equal on all of them; see `alike`.
-        folder: that all must see. It need not exist.
+        world: the machines and ranks of the run.
+        facts: what must be equal on all machines; see `consistency`.
+        folder: a folder that all machines must see. It need not exist.
+        seconds: how long the machines wait for each other.
 
     Returns:
-        None where there is one machine only.
+        The connections; None where there is only one machine.
 
     Raises:
-        LaunchError: they do not find each other in time, do not start the same numbers of ranks, are not alike, or do
-            not see the same folder. It names the machines that the others could do without.
+        LaunchError: the machines do not find each other in time, do not start the same numbers of ranks, differ, or do
+            not see the same folder. It names the machines to exclude, if excluding them helps.
     """
     if world.num_nodes == 1:
         return None
@@ -131,15 +137,15 @@ def meet(
     peers = _gather(world, deadline)
     hosts = {0: host_name()} | {node: peer.host for node, peer in peers.items()}
     if problem := why_different(hosts, {0: facts or {}} | {node: peer.facts for node, peer in peers.items()}):
-        raise _tell(peers, LaunchError(problem))
-    _look(peers, hosts, folder)
+        raise _reported(peers, LaunchError(problem))
+    _check_clocks_and_folder(peers, hosts, folder)
     link = Link(0, hosts, list(peers.values()))
     link.send(hosts=hosts)
     return link
 
 
 def _gather(world: World, deadline: float) -> dict[int, _Peer]:
-    """On the first machine: wait for the others. Returns them by their places."""
+    """Wait on the first machine for the others. Returns them by their numbers."""
     peers: dict[int, _Peer] = {}
     with _listen(world) as listener:
         while len(peers) < world.num_nodes - 1:
@@ -147,16 +153,16 @@ def _gather(world: World, deadline: float) -> dict[int, _Peer]:
             try:
                 connection, _ = listener.accept()
             except TimeoutError:
-                raise _tell(peers, _too_few(world, peers)) from None
-            _take(world, connection, peers)
+                raise _reported(peers, _too_few(world, peers)) from None
+            _admit(world, connection, peers)
     return dict(sorted(peers.items()))
 
 
-def _look(peers: dict[int, _Peer], hosts: dict[int, str], folder: Path | None) -> None:
-    """On the first machine: ask the others for their clocks, and whether they see what is written here.
+def _check_clocks_and_folder(peers: dict[int, _Peer], hosts: dict[int, str], folder: Path | None) -> None:
+    """Ask the other machines for their clocks, and whether they see a file that the first machine writes.
 
     Raises:
-        LaunchError: some do not see it, or do not answer.
+        LaunchError: some do not see the file, or do not answer.
     """
     with shared.file_for_all(folder) if folder else contextlib.nullcontext() as path:
         asked = time.time()
@@ -170,21 +176,24 @@ def _look(peers: dict[int, _Peer], hosts: dict[int, str], folder: Path | None) -
             f"a file that {hosts[0]} (node 0) wrote in {place} is missing on {named(hosts, blind)}: the machines do "
             "not see the same folder. Mount the file system there, or choose a run_dir that all of them see"
         )
-        raise _tell(peers, LaunchError(problem, [hosts[node] for node in blind + silent]))
+        raise _reported(peers, LaunchError(problem, [hosts[node] for node in blind + silent]))
     if silent:
         problem = (
-            f"no answer from {named(hosts, silent)}, which had come to the others: its file system hangs, or bigtx was "
+            f"no answer from {named(hosts, silent)}, which had connected before: its file system hangs, or bigtx was "
             "ended or stopped there"
         )
-        raise _tell(peers, LaunchError(problem, [hosts[node] for node in silent]))
-    # Half of the way there and back is behind a clock when it is read.
+        raise _reported(peers, LaunchError(problem, [hosts[node] for node in silent]))
+    # A clock is read half-way between the request and the arrival of the answer.
     offsets = {node: each["clock"] - (asked + each["clock at"]) / 2 for node, each in answers.items()}
     if warning := why_wrong_clock(hosts, offsets):
         say(f"warning: {warning}")
 
 
 def _answers(peers: dict[int, _Peer], names: tuple[str, ...], deadline: float) -> dict[int, dict[str, Any]]:
-    """What each machine says by these names, and under `NAME at` when it arrived; without those that say nothing."""
+    """Return what each machine answers under these names, and when it arrived as `NAME at`.
+
+    A machine that does not answer in time has an empty dictionary.
+    """
     answers: dict[int, dict[str, Any]] = {node: {} for node in peers}
     with selectors.DefaultSelector() as selector:
         for each in peers.values():
@@ -199,16 +208,16 @@ def _answers(peers: dict[int, _Peer], names: tuple[str, ...], deadline: float) -
     return answers
 
 
-def _take(world: World, connection: socket.socket, peers: dict[int, _Peer]) -> None:
-    """Take a machine's first words.
+def _admit(world: World, connection: socket.socket, peers: dict[int, _Peer]) -> None:
+    """Add a machine that connects, by its first message.
 
     Raises:
-        LaunchError: they contradict what is started here; all that have come are told.
+        LaunchError: the message contradicts what is started here; all connected machines receive the error.
     """
     peer = _Peer(-1, "?", connection)
     hello = _first_message(peer, ANSWER_SECONDS)
     if not hello or not isinstance(hello.get("node"), int):
-        connection.close()  # Not one of ours: something that looks at ports.
+        connection.close()  # Another program, such as a port scanner.
         return
     peer.node, peer.host, peer.facts = hello["node"], str(hello.get("host")), dict(hello.get("facts") or {})
     own = {"num_nodes": world.num_nodes, "num_local": world.num_local}
@@ -226,11 +235,11 @@ def _take(world: World, connection: socket.socket, peers: dict[int, _Peer]) -> N
     else:
         taken = known.host if known else host_name()
         problem = f"{who} and {taken} have the same place in this run; start bigtx once on each machine"
-    raise _tell(peers | {-1: peer}, LaunchError(problem))
+    raise _reported(peers | {-1: peer}, LaunchError(problem))
 
 
 def _join(world: World, facts: Mapping[str, str], deadline: float) -> Link:
-    """On any other machine: go to the first one, and answer what it asks."""
+    """Connect to the first machine from another one, and answer its requests."""
     peer = _Peer(0, world.address, _connect(world, deadline))
     link = Link(world.node, {}, [peer])
     hello = {"num_nodes": world.num_nodes, "num_local": world.num_local}
@@ -280,14 +289,14 @@ def _too_few(world: World, peers: Mapping[int, _Peer]) -> LaunchError:
     missing = sorted(set(range(1, world.num_nodes)) - peers.keys())
     hosts = {node: world.hosts[node] for node in missing if node < len(world.hosts)}
     return LaunchError(
-        f"only {world.num_nodes - len(missing)} of {world.num_nodes} machines came to {_place(world)} within "
-        f"{MEET_SECONDS:.0f} s; missing: {named(hosts, missing)}. Look at what bigtx says there",
+        f"only {world.num_nodes - len(missing)} of {world.num_nodes} machines connected to {_place(world)} within "
+        f"{MEET_SECONDS:.0f} s; missing: {named(hosts, missing)}. Read the messages of bigtx there",
         list(hosts.values()),
     )
 
 
-def _tell(peers: Mapping[int, _Peer], error: LaunchError) -> LaunchError:
-    """Tell the machines that have come why the run does not begin."""
+def _reported(peers: Mapping[int, _Peer], error: LaunchError) -> LaunchError:
+    """Send the connected machines the reason why the run does not start, close the connections, return the error."""
     link = Link(0, {}, list(peers.values()))
     link.send(problem=str(error), broken_hosts=error.broken_hosts)
     link.close()
@@ -295,7 +304,7 @@ def _tell(peers: Mapping[int, _Peer], error: LaunchError) -> LaunchError:
 
 
 def _first_message(peer: _Peer, seconds: float) -> dict[str, Any] | None:
-    """The first message of a connection; None without one in time."""
+    """Return the first message of a connection; None without one in time."""
     _kept_alive(peer.connection).settimeout(seconds)
     while peer.is_open:
         if messages := _read(peer):
@@ -304,7 +313,10 @@ def _first_message(peer: _Peer, seconds: float) -> dict[str, Any] | None:
 
 
 def _read(peer: _Peer) -> list[dict[str, Any]]:
-    """The messages that have arrived; marks the peer as gone at its connection's end, or when it sends none of ours."""
+    """Return the messages that have arrived.
+
+    Marks the peer as closed where its connection ended, or where it sends something else than messages.
+    """
     try:
         while data := peer.connection.recv(LARGEST_MESSAGE):
             peer.received += data
@@ -326,7 +338,7 @@ def _read(peer: _Peer) -> list[dict[str, Any]]:
 
 
 def _kept_alive(connection: socket.socket) -> socket.socket:
-    """Have the kernel notice when the machine at the other end is gone."""
+    """Have the kernel notice when the machine at the other end is gone. Returns the connection."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (
         ("TCP_KEEPIDLE", KEEPALIVE_SECONDS),

@@ -1,4 +1,4 @@
-"""What the Linux kernel does for processes that belong together."""
+"""Calls to the Linux kernel for related processes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def end_with_parent(number: signal.Signals, parent: int) -> None:
     """Have the kernel send this process a signal when its parent ends.
 
     Args:
+        number: the signal.
         parent: the process id that the parent must have now; the signal is sent at once where the parent is gone.
     """
     _prctl(_PR_SET_PDEATHSIG, number)
@@ -29,8 +30,10 @@ def adopt_orphans() -> None:
 
 
 def descendants() -> list[int]:
-    """The processes below this one, but for those that began a session of their own, as daemons do, and what they
-    started."""
+    """Return the processes below this one.
+
+    Processes that began their own session, as daemons do, and their children are left out.
+    """
     session = os.getsid(0)
     found: list[int] = []
     waiting = [os.getpid()]
@@ -48,7 +51,7 @@ def set_name(name: str) -> None:
 
 
 def out_of_memory_kills() -> int:
-    """How often the kernel has ended a process for want of memory: in this container, or since the machine started."""
+    """Count the processes that the kernel ended when memory ran out, in this container or since the machine started."""
     for path, key in (("/sys/fs/cgroup/memory.events", "oom_kill"), ("/proc/vmstat", "oom_kill")):
         with contextlib.suppress(OSError, ValueError):
             lines = (line.split() for line in Path(path).read_text().splitlines())

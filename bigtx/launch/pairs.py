@@ -1,11 +1,12 @@
-"""Which machine is slow, by all-reduces between pairs of machines.
+"""Find slow machines, by all-reduces between pairs of machines.
 
     round 1   n1–n2   n3–n4
     round 2   n1–n3   n2–n4
     round 3   n1–n4   n2–n3
 
 A slow machine makes each of its links slow. A sound machine has at least one fast link, to another sound machine, so
-the best of its links tells how fast a machine is. Two machines have one link, which does not tell whose fault it is.
+the best of a machine's links shows how fast the machine is. Two machines have one link, which does not show which of
+them is slow.
 """
 
 from __future__ import annotations
@@ -15,23 +16,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 MOST_ROUNDS = 3
-"""Links of each machine that are measured: a slow machine is not named because one other is slow, or busy."""
+"""Links of each machine that are measured. Several are, so that one slow or busy partner does not count against it."""
 SLOW_FRACTION = 0.5
-"""Of the median of all machines; a network whose topology is sound does not differ so much between pairs."""
+"""A machine is slow below this fraction of the median. In a sound network the pairs differ by less."""
 
 Pair = tuple[int, int]
-"""The places of two machines, the lower one first."""
+"""The numbers of two machines, the lower one first."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the links tell.
+    """The result of measuring the links.
 
     Attributes:
-        silent: machines of which no link gave an answer.
-        slow: machines of which all links are slow.
-        either: two machines whose link is slow or gives no answer, by the fault of one of them or of both.
-        median: of the machines' speeds, in bytes per second.
+        silent: machines none of whose links gave an answer.
+        slow: machines whose links are all slow.
+        either: two machines whose link is slow or gives no answer; one of them or both are the cause.
+        median: the median of the machines' speeds, in bytes per second.
     """
 
     silent: tuple[int, ...]
@@ -41,14 +42,15 @@ class Verdict:
 
     @property
     def bad(self) -> list[int]:
-        """All machines that are better left out."""
+        """Return all machines to exclude."""
         return sorted({*self.silent, *self.slow, *self.either})
 
 
 def rounds(num_nodes: int) -> list[list[Pair]]:
-    """Pairs of machines for a few rounds, all of a round at once: each machine has another partner in each round.
+    """Return pairs of machines for a few rounds. Each machine has another partner in each round.
 
-    The circle method of round-robin tournaments. Of an odd number of machines, one rests in each round.
+    The pairs of a round are measured at the same time. They follow the circle method of round-robin tournaments; of an
+    odd number of machines, one is idle in each round.
     """
     count = num_nodes + num_nodes % 2
     found = []
@@ -60,11 +62,11 @@ def rounds(num_nodes: int) -> list[list[Pair]]:
 
 
 def judge(links: Mapping[Pair, float], floor: float = 0.0) -> Verdict:
-    """Name the machines that are slow.
+    """Decide which machines are slow or do not answer.
 
     Args:
         links: bytes per second of each pair that was measured; 0 where it gave no answer.
-        floor: what is slow whatever the others are, in bytes per second.
+        floor: the lowest sufficient speed in bytes per second, independent of the other machines.
     """
     speeds = speeds_of(links)
     median = statistics.median(speeds.values())
@@ -77,6 +79,6 @@ def judge(links: Mapping[Pair, float], floor: float = 0.0) -> Verdict:
 
 
 def speeds_of(links: Mapping[Pair, float]) -> dict[int, float]:
-    """The best link of each machine."""
+    """Return the speed of each machine's best link, in bytes per second."""
     nodes = sorted({node for pair in links for node in pair})
     return {node: max(speed for pair, speed in links.items() if node in pair) for node in nodes}

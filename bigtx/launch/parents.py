@@ -1,8 +1,8 @@
-"""What a rank does when the launcher that started it is killed.
+"""Stop a rank cleanly when the launcher that started it is killed.
 
-The launchers of DeepSpeed and torchrun leave their ranks behind when they are killed, and some signals kill them that a
-rank would take as a request to stop. So each rank watches the launchers above it: when one of them is gone, it takes
-that as SIGTERM, and all ranks save a checkpoint and end.
+When the launchers of DeepSpeed and torchrun are killed, their ranks keep running. Some signals kill a launcher that a
+rank would handle as a request to stop. So each rank watches the launchers above it. When one of them is gone, the rank
+sends itself SIGTERM, and all ranks save a checkpoint and end.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pathlib import Path
 from bigtx.utils.processes import parent_of, start_of
 
 LAUNCHERS = (b"deepspeed", b"torchrun", b"torch.distributed")
-"""What the command line of a launcher holds."""
+"""Words by which the command line of a launcher is recognized."""
 SECONDS_BETWEEN_LOOKS = 0.5
 
 
 def watch_launchers() -> None:
-    """Send this process SIGTERM once a launcher above it is gone, from a thread of its own."""
+    """Start a thread that sends this process SIGTERM once a launcher above it is gone."""
     launchers = {pid: start_of(pid) for pid in _launchers_above(os.getpid())}
     if launchers:
         threading.Thread(target=_watch, args=(launchers,), daemon=True).start()
@@ -35,7 +35,7 @@ def _watch(launchers: dict[int, str | None]) -> None:
 
 
 def _launchers_above(pid: int) -> list[int]:
-    """The unbroken line of launchers that leads down to a process."""
+    """Return the launchers directly above a process: its parent, the parent's parent, and so on."""
     found: list[int] = []
     while (pid := parent_of(pid)) > 1 and _is_launcher(pid):
         found.append(pid)

@@ -1,4 +1,4 @@
-"""Whether all machines see the same folder: the first one writes a file there, and the others look for it."""
+"""Check that all machines see the same folder: the first one writes a file there, and the others look for it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SEEN_SECONDS = 10.0
-"""How long a machine looks for the file: a network file system may show what is new only after some seconds."""
+"""How long a machine looks for the file: a network file system may show a new file only after some seconds."""
 _RETRY_SECONDS = 0.1
 
 
 @contextlib.contextmanager
 def file_for_all(folder: Path) -> Iterator[Path | None]:
-    """A file in a folder, or in the nearest one above it that exists, for as long as the context is open.
+    """Create a file in a folder, or in the nearest existing one above it, until the context is closed.
 
-    It has a name that no machine has asked for before, so none can have noted that it is missing.
+    Its name is new, so no machine can have cached that the file is missing.
 
-    Returns:
-        Its absolute path; None where it cannot be written, of which the run itself will complain.
+    Yields:
+        The absolute path; None where the file cannot be written, which the run itself will report.
     """
     folder = folder.absolute()
     while not folder.is_dir() and folder != folder.parent:
@@ -40,11 +40,11 @@ def file_for_all(folder: Path) -> Iterator[Path | None]:
 
 
 def sees(path: Path, seconds: float = SEEN_SECONDS) -> bool:
-    """Whether this machine sees a file that another one has just written, within some seconds."""
+    """Return whether this machine sees a file that another one has just written, within some seconds."""
     deadline = time.monotonic() + seconds
     while True:
         with contextlib.suppress(OSError):
-            # NFS asks the server again for what a folder holds when the folder is opened.
+            # NFS asks the server again for a folder's contents when the folder is opened.
             os.close(os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY))
         if path.exists():
             return True

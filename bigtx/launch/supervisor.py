@@ -1,4 +1,4 @@
-"""The process above the ranks of this machine.
+"""Supervise the ranks of this machine.
 
     bigtx pretrain ──fork──▶ rank 0, rank 1, ...
          │                      ▲        │
@@ -8,14 +8,15 @@
 The supervisor has checked the config and forks the ranks, which need not import Python's modules or read the config
 again. It then waits until all have ended:
 
-- A request to stop (SIGTERM, SIGINT, SIGUSR1, SIGHUP) goes to every rank once. They save a checkpoint and end.
-- A rank that ends because it was asked to stop asks all others: SIGTERM to one rank stops the run.
-- When a rank fails, the others have a few seconds to end; then they are killed, also those that hang. The rank that
-  failed first is explained, with the end of its log.
-- When the supervisor is killed, the kernel sends the ranks SIGTERM: they save and end.
-- On several machines the supervisors pass on to each other requests to stop and failures, and the first machine's
-  explains the rank that failed first. When one of them is gone, the others ask their ranks to stop.
-- What a rank has started and left behind is ended too, but for daemons: W&B's process may still write for some seconds.
+- A request to stop (SIGTERM, SIGINT, SIGUSR1, SIGHUP) goes to every rank once. The ranks save a checkpoint and end.
+- A rank that ends on request causes a request to all others: SIGTERM to one rank stops the run.
+- When a rank fails, the others have a few seconds to end. Then they are killed, including those that hang. The
+  supervisor reports the rank that failed first, with the end of its log.
+- When the supervisor is killed, the kernel sends the ranks SIGTERM. They save a checkpoint and end.
+- On several machines the supervisors forward requests to stop and failures to each other. The first machine's
+  supervisor reports the rank that failed first. When one supervisor is gone, the others ask their ranks to stop.
+- Processes that a rank has started and left running are ended too, except daemons: W&B's process may still write for
+  some seconds.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from bigtx.launch import linux
-from bigtx.launch.alike import facts_of_machine, facts_of_settings
+from bigtx.launch.consistency import facts_of_machine, facts_of_settings
 from bigtx.launch.link import Link, meet
 from bigtx.launch.world import World
 from bigtx.utils import log, processes
@@ -42,15 +43,15 @@ from bigtx.utils.hardware import host_name
 from bigtx.utils.processes import hold_free_port, stop_signals
 
 FAREWELL_SECONDS = 4.0
-"""How long the other ranks may take to end after one has failed: they cannot save without it."""
+"""How long the other ranks may take to end after one has failed; they cannot save a checkpoint without it."""
 AGREE_SECONDS = 1.0
 """How long the other ranks may take to end by themselves after one has ended on request."""
 ORPHAN_SECONDS = 3.0
-"""How long processes that ranks left behind may take to end."""
+"""How long processes that ranks left running may take to end."""
 CONFER_SECONDS = 2 * FAREWELL_SECONDS + ORPHAN_SECONDS
-"""How long the machines wait for each other's account of a failure."""
+"""How long the machines wait for each other's report of a failure."""
 LOG_LINES = 20
-"""Lines of a failed rank's log that are shown."""
+"""How many lines of a failed rank's log are shown."""
 
 
 @dataclass
@@ -58,8 +59,8 @@ class _Rank:
     """A rank that was started.
 
     Attributes:
-        pipe: where it reports a failure.
-        status: as of `Popen.returncode`: the exit status, or minus the signal that ended it; None while it runs.
+        pipe: the pipe through which it reports a failure.
+        status: the exit status, or minus the signal that ended it, as `Popen.returncode`; None while it runs.
     """
 
     number: int
@@ -74,10 +75,10 @@ class _End:
     """How one machine's part of the run ended.
 
     Attributes:
-        status: the exit status that its command would have.
-        text: explains a failure.
-        lost: another rank's end was the cause.
-        said: the user has seen what was wrong.
+        status: the exit status of its command.
+        text: the message that explains a failure.
+        lost: whether the end of another rank was the cause.
+        said: whether the user has seen a message about the cause.
     """
 
     status: int
@@ -87,25 +88,26 @@ class _End:
 
     @property
     def has_failed(self) -> bool:
-        """Whether it ended otherwise than it should."""
+        """Return whether it neither finished nor stopped on request."""
         return self.status not in (0, EXIT_REQUEUE, EXIT_INTERRUPTED)
 
 
 def start_ranks(world: World, run_dir: Path, settings: Mapping[str, Any] | None = None) -> int | None:
     """Start this machine's ranks, and wait for them.
 
-    To be called while the process has one thread.
+    Call this while the process has only one thread.
 
     Args:
-        run_dir: where the ranks write their logs. All machines must see the same folder there.
-        settings: of the run, which must be equal on all machines, as the code and the packages must.
+        world: the ranks to start.
+        run_dir: the folder where the ranks write their logs. All machines must see the same folder.
+        settings: the settings of the run, which must be equal on all machines, as the code and the packages must.
 
     Returns:
-        In the calling process the exit status of the command. In each rank, None: it has its place in the environment,
-        and does the work.
+        The exit status of the command in the calling process; None in each rank, which has its number in the
+        environment and then does the work.
 
     Raises:
-        LaunchError: the machines do not find each other; see `meet`.
+        LaunchError: the machines do not find each other, or differ; see `meet`.
     """
     facts = facts_of_machine() | facts_of_settings(settings or {}) if world.num_nodes > 1 else {}
     supervisor = _Supervisor(run_dir, meet(world, facts, run_dir))
@@ -118,7 +120,7 @@ def start_ranks(world: World, run_dir: Path, settings: Mapping[str, Any] | None 
 
 
 def _environment(world: World, local_rank: int, port: int) -> dict[str, str]:
-    """What launchers set for each rank."""
+    """Return the variables that launchers set for each rank."""
     return {
         "RANK": str(world.node * world.num_local + local_rank),
         "WORLD_SIZE": str(world.size),
@@ -130,7 +132,7 @@ def _environment(world: World, local_rank: int, port: int) -> dict[str, str]:
 
 
 class _Supervisor:
-    """Watches over the ranks that it forked."""
+    """A parent of ranks, which it forks and waits for."""
 
     def __init__(self, run_dir: Path, link: Link | None) -> None:
         self._run_dir, self._link = run_dir, link
@@ -145,8 +147,8 @@ class _Supervisor:
         self._memory_kills = linux.out_of_memory_kills()
         linux.adopt_orphans()
         self._watched = {signal.SIGCHLD, *stop_signals()}
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # A parent that ignores it would leave nothing to wait for.
-        # From now on these wait until `wait` takes them: none is lost, wherever it comes.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # If it were ignored, the exit status would be lost.
+        # These signals stay pending until `wait` takes them, so none is lost.
         if link:
             self._watched.add(signal.SIGIO)
         signal.pthread_sigmask(signal.SIG_BLOCK, self._watched)
@@ -176,16 +178,16 @@ class _Supervisor:
         return True
 
     def wait(self) -> int:
-        """Wait until no rank is left. Returns the exit status of the command."""
-        self._listen()  # To what arrived before SIGIO was asked for.
-        while self._living():
+        """Wait until all ranks have ended. Returns the exit status of the command."""
+        self._receive()  # Messages that arrived before SIGIO was requested.
+        while self._running():
             received = signal.sigtimedwait(self._watched, self._patience())
             if received is None:
                 self._act_in_time()
             elif received.si_signo == signal.SIGCHLD:
                 self._reap()
             elif received.si_signo == signal.SIGIO:
-                self._listen()
+                self._receive()
             else:
                 self._ask(signal.Signals(received.si_signo))
         self._end_orphans()
@@ -193,7 +195,7 @@ class _Supervisor:
             rank.facts = _read_facts(rank.pipe)
         return self._conclude()
 
-    def _living(self) -> list[_Rank]:
+    def _running(self) -> list[_Rank]:
         return [rank for rank in self._ranks if rank.status is None]
 
     def _patience(self) -> float:
@@ -201,7 +203,7 @@ class _Supervisor:
         return max(0.0, min(times) - time.monotonic()) if times else 3600.0
 
     def _act_in_time(self) -> None:
-        """Do what was put off until now."""
+        """Do the delayed actions whose time has come."""
         now = time.monotonic()
         if self._asks_at is not None and now >= self._asks_at:
             self._asks_at = None
@@ -216,7 +218,7 @@ class _Supervisor:
         self._request = number
         if self._link:
             self._link.send(request=number)
-        for rank in self._living():
+        for rank in self._running():
             os.kill(rank.pid, number)
 
     def _fail(self) -> None:
@@ -227,8 +229,8 @@ class _Supervisor:
         if self._link:
             self._link.send(failed=True)
 
-    def _listen(self) -> None:
-        """Do what other machines ask for."""
+    def _receive(self) -> None:
+        """Act on the messages of other machines."""
         for message in self._link.receive() if self._link else ():
             node = message["node"]
             if "request" in message:
@@ -241,7 +243,7 @@ class _Supervisor:
                 self._lose(node)
 
     def _lose(self, node: int) -> None:
-        """Take note of a machine whose supervisor ended without a word: its ranks are asked to stop, if they live."""
+        """Record that a machine's supervisor ended without a message, and ask all ranks to stop."""
         assert self._link is not None
         host = self._link.hosts.get(node, "?")
         text = f"LaunchError: bigtx on {host} (node {node}) was killed, or the machine is gone"
@@ -250,7 +252,7 @@ class _Supervisor:
         self._ask(signal.SIGTERM)
 
     def _reap(self) -> None:
-        """Take note of every process that has ended."""
+        """Record every process that has ended."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -261,10 +263,10 @@ class _Supervisor:
             for rank in self._ranks:
                 if rank.pid == pid:
                     rank.status = os.waitstatus_to_exitcode(status)
-                    self._take(rank)
+                    self._handle_end(rank)
 
-    def _take(self, rank: _Rank) -> None:
-        """Do what the end of a rank asks for."""
+    def _handle_end(self, rank: _Rank) -> None:
+        """Ask the other ranks to stop, or give them a few seconds, where the end of a rank requires it."""
         if self._has_failed(rank):
             self._first_failed.append(rank)
             self._fail()
@@ -273,22 +275,22 @@ class _Supervisor:
             self._asks_at = time.monotonic() + AGREE_SECONDS
 
     def _has_failed(self, rank: _Rank) -> bool:
-        """Whether a rank ended otherwise than it should, by itself or by a stranger's doing."""
+        """Return whether a rank failed, or was killed by another process than this supervisor."""
         if rank.status in (0, EXIT_REQUEUE, EXIT_INTERRUPTED) or rank.pid in self._killed:
             return False
-        # Before a rank listens to requests, or while it waits for others to start, they end it on the spot.
+        # Before a rank handles requests, or while it waits for others to start, a request ends it at once.
         return -(rank.status or 0) not in stop_signals()
 
     def _kill(self) -> None:
-        """End the ranks that outlived their time."""
-        for rank in self._living():
+        """Kill the ranks that are still running after their time is up."""
+        for rank in self._running():
             self._killed.add(rank.pid)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(rank.pid, signal.SIGKILL)
         self._deadline = time.monotonic() + FAREWELL_SECONDS
 
     def _end_orphans(self) -> None:
-        """End what the ranks have left behind."""
+        """End the processes that the ranks have left running."""
         for number in (signal.SIGTERM, signal.SIGKILL):
             left = linux.descendants()
             for pid in left:
@@ -301,7 +303,7 @@ class _Supervisor:
                 left = linux.descendants()
 
     def _conclude(self) -> int:
-        """Explain a failure that no rank has explained. Returns the exit status of the command."""
+        """Report a failure that no rank has reported. Returns the exit status of the command."""
         own = self._own_end()
         ends = [own] if self._link is None else self._confer(self._link, own)
         failed = [end for end in ends if end.has_failed]
@@ -309,22 +311,22 @@ class _Supervisor:
             return own.status
         # Ranks that lost another one fail because of it, and may be noticed first.
         cause = next((end for end in failed if not end.lost), failed[0])
-        if not any(end.said for end in ends) and not self._is_told_by_first():
+        if not any(end.said for end in ends) and not self._first_machine_reports():
             log.say_error(cause.text)
         return cause.status
 
-    def _is_told_by_first(self) -> bool:
-        """Whether the first machine explains the failure."""
+    def _first_machine_reports(self) -> bool:
+        """Return whether the first machine reports the failure."""
         first = self._ends.get(0)
         return first is not None and first.has_failed and 0 not in self._gone
 
     def _own_end(self) -> _End:
-        """How this machine's ranks ended."""
+        """Return how this machine's ranks ended."""
         if not self._first_failed:
             statuses = [rank.status or 0 for rank in self._ranks]
             if not any(statuses):
                 return _End(0)
-            # A rank that does not listen yet says nothing.
+            # A rank that does not handle requests yet prints nothing.
             if statuses[0] and self._ranks[0].number == 0 and not self._ranks[0].facts.get("stopped"):
                 log.say_stopped("stopped before the first step; nothing to save")
             is_interrupt = self._request == signal.SIGINT or EXIT_INTERRUPTED in statuses
@@ -339,17 +341,17 @@ class _Supervisor:
         )
 
     def _confer(self, link: Link, own: _End) -> list[_End]:
-        """Tell the other machines this one's end; after a failure, wait for theirs. Returns all that are known."""
+        """Send the other machines this one's end; after a failure, wait for theirs. Returns all known ends."""
         link.send(end=asdict(own))
         deadline = time.monotonic() + CONFER_SECONDS
         is_failure = own.has_failed or self._deadline is not None
         while is_failure and len(self._ends) < len(link.hosts) - 1 and (left := deadline - time.monotonic()) > 0:
             signal.sigtimedwait({signal.SIGIO}, left)
-            self._listen()
+            self._receive()
         return [own, *self._ends.values()]
 
     def _explain(self, rank: _Rank) -> str:
-        """Say which rank failed, where, when and how, with the end of its log."""
+        """Return a message about a failed rank: where, when and how it failed, with the end of its log."""
         status, step = rank.status or 0, rank.facts.get("step") or _last_step(self._run_dir)
         who = f"rank {rank.number} on {host_name()}"
         when = f"after step {step:,}" if step else "before the first step"
@@ -377,7 +379,7 @@ def _signal_name(number: int) -> str:
 
 
 def _read_facts(pipe: int) -> dict[str, Any]:
-    """What a rank that has ended reported."""
+    """Return the facts that a rank reported before it ended."""
     os.set_blocking(pipe, False)
     facts: dict[str, Any] = {}
     with open(pipe, "rb", closefd=True) as stream, contextlib.suppress(OSError, ValueError):
@@ -393,7 +395,7 @@ def _last_lines(path: Path) -> list[str]:
 
 
 def _last_step(run_dir: Path) -> int:
-    """The last step in a run's metrics; 0 without one."""
+    """Return the last step in a run's metrics; 0 without one."""
     step = 0
     with contextlib.suppress(OSError), (run_dir / "metrics.jsonl").open("rb") as stream:
         for line in deque(stream, 5):

@@ -1,13 +1,13 @@
-"""Which processes make up a run: those that a launcher has started already, or those to start on this machine.
+"""Find the processes of a run: those that a launcher has started already, or those to start on this machine.
 
-In this order, the first that holds:
+The first case that applies decides:
 
 1. Kubernetes has started this pod as one of several (PyTorchJob, TrainJob): each starts the ranks of its pod.
 2. RANK and WORLD_SIZE are set (deepspeed, torchrun, ...): this process is a rank.
-3. mpirun, or srun with several tasks on a node: each process is a rank.
-4. srun has started one task on each of several nodes: each starts the ranks of its node.
-5. Otherwise all ranks are started here. SLURM's variables in a batch script or an interactive shell do not change that,
-   but a job of several nodes is refused there: the others would have nothing to do.
+3. mpirun has started the processes, or srun with several tasks on a node: each process is a rank.
+4. srun has started one task on each of several nodes: each task starts the ranks of its node.
+5. Otherwise all ranks start here. SLURM's variables in a batch script or an interactive shell do not change that, but
+   bigtx refuses to start there in a job of several nodes, since the other nodes would be idle.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from bigtx.utils.errors import LaunchError
 from bigtx.utils.processes import is_launched, launcher_name, launcher_problem, num_nodes
 
 FIRST_PORT, NUM_PORTS = 20_000, 6_000
-"""Pairs of ports below those that Linux gives to clients, for ranks of several machines and for their supervisors."""
+"""Pairs of ports below those that Linux assigns to clients, for the ranks of several machines and their supervisors."""
 MPI = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 )
-"""What Open MPI, and MPICH and Intel MPI, call a process's place and the numbers of processes."""
+"""Variables with rank, size, local rank and local size: of Open MPI, and of MPICH and Intel MPI."""
 _LARGEST_STEP = 0xFFFF_0000
-"""SLURM's numbers of steps that srun did not start (the batch script, an interactive shell) are larger."""
+"""The bound of steps that srun started; the batch script and an interactive shell have larger numbers."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,13 @@ class World:
     """The ranks to start.
 
     Attributes:
-        num_local: ranks on this machine, and on each of the others.
-        num_nodes, node: machines, and this one's place among them.
-        address: where rank 0 is.
-        port: where the ranks meet; 0 for a free one of this machine.
-        launcher: what started this process on each machine, for people.
-        hosts: the machines' names in their order; empty where the launcher does not say them.
+        num_local: the number of ranks on this machine, and on each of the others.
+        num_nodes: the number of machines.
+        node: this machine's number, from 0.
+        address: the host of rank 0.
+        port: the port of rank 0 at which the ranks connect; 0 for a free one of this machine.
+        launcher: the launcher that started this process on each machine, for messages.
+        hosts: the machines' names in their order; empty where the launcher does not name them.
     """
 
     num_local: int
@@ -54,21 +55,21 @@ class World:
 
     @property
     def link_port(self) -> int:
-        """Where the machines' supervisors meet."""
+        """Return the port at which the machines' supervisors connect."""
         return self.port + 1
 
     @property
     def size(self) -> int:
-        """Ranks on all machines together."""
+        """Return the number of ranks on all machines together."""
         return self.num_nodes * self.num_local
 
 
 def find_world(num_ranks: int | None, *, divides: int) -> World | None:
-    """The ranks to start from this process; None where it is a rank itself.
+    """Return the ranks to start from this process; None where it is a rank itself.
 
     Args:
-        num_ranks: that the user asks for on this machine.
-        divides: how many ranks could share the work; without GPUs, no default exceeds what divides it.
+        num_ranks: the number of ranks that the user asks for on this machine.
+        divides: the number of equal parts of the work; without GPUs, the default number of ranks divides it.
 
     Raises:
         LaunchError: the environment contradicts itself, or has fewer GPUs than `num_ranks`.
@@ -83,8 +84,8 @@ def find_world(num_ranks: int | None, *, divides: int) -> World | None:
         _refuse_count(num_ranks)
         if _is_srun_task() and (nodes or 1) > 1 and num_nodes() == 1:
             raise LaunchError(
-                f"srun has started {nodes} copies of a run of one machine: {launcher_name()} knows of this node alone; "
-                "tell it of the others (torchrun --nnodes, deepspeed --hostfile), or write `srun --ntasks-per-node=1 "
+                f"srun has started {nodes} copies of a run of one machine: {launcher_name()} knows only this node; "
+                "give it the others (torchrun --nnodes, deepspeed --hostfile), or write `srun --ntasks-per-node=1 "
                 "bigtx ...`, which starts the ranks itself"
             )
         return None
@@ -104,7 +105,7 @@ def find_world(num_ranks: int | None, *, divides: int) -> World | None:
 
 
 def host_names(names: str) -> tuple[str, ...]:
-    """The hosts of SLURM's short form, such as `node[03-07,12],login`.
+    """Return the hosts of a list in SLURM's short form, such as `node[03-07,12],login`.
 
     >>> host_names("node[09-11],login")
     ('node09', 'node10', 'node11', 'login')
@@ -113,7 +114,7 @@ def host_names(names: str) -> tuple[str, ...]:
 
 
 def _with_numbers(name: str) -> list[str]:
-    """The hosts of a name that may have ranges of numbers in it."""
+    """Return the hosts of a name that may contain ranges of numbers."""
     found = re.search(r"\[([^\]]*)\]", name)
     if found is None:
         return [name]
@@ -148,7 +149,7 @@ def _refuse_count(num_ranks: int | None) -> None:
 
 
 def _refuse_idle_nodes(num_ranks: int | None) -> None:
-    """Refuse a job of several nodes in which bigtx was started on one of them, unless the user says how many ranks."""
+    """Refuse to start on one node of a job of several nodes, unless the user names the number of ranks."""
     nodes = _number("SLURM_JOB_NUM_NODES") or 1
     if nodes > 1 and num_ranks is None:
         raise LaunchError(
@@ -158,26 +159,26 @@ def _refuse_idle_nodes(num_ranks: int | None) -> None:
 
 
 def _pods(num_ranks: int | None, divides: int) -> World | None:
-    """The ranks of this pod among those of several, as Kubeflow's operators describe them for torchrun."""
+    """Return the ranks of this pod among those of several, as Kubeflow's operators describe them for torchrun."""
     names = ("PET_NNODES", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT")
     if "LOCAL_RANK" in os.environ or any(name not in os.environ for name in names):
         return None
     count, place, port = (_number(name) for name in (names[0], names[1], names[3]))
     if count is None or place is None or port is None or place >= count:
         given = ", ".join(f"{name}={os.environ[name]}" for name in names)
-        raise LaunchError(f"the environment holds {given}: bigtx needs a fixed number of pods and a place of each")
+        raise LaunchError(f"the environment has {given}: bigtx needs a fixed number of pods and the number of this one")
     for name in ("RANK", "WORLD_SIZE"):
-        os.environ.pop(name, None)  # Of the pods, not of what runs in them.
+        os.environ.pop(name, None)  # They count pods, not the ranks in them.
     if num_ranks is None:
         num_ranks = _number("PET_NPROC_PER_NODE")
     return World(_num_local(num_ranks, divides), count, place, os.environ[names[2]], port, "Kubernetes")
 
 
 def _take_mpi_rank() -> None:
-    """Write the place that an MPI launcher gave this process into the variables that launchers set.
+    """Copy the rank that an MPI launcher gave this process into the variables that other launchers set.
 
     Raises:
-        LaunchError: there are several processes, and nothing says where rank 0 is.
+        LaunchError: the processes are on several machines, and no variable names the host of rank 0.
     """
     found = next((names for names in MPI if all(_number(name) is not None for name in names)), None)
     if found is None or is_launched():
@@ -190,19 +191,19 @@ def _take_mpi_rank() -> None:
         )
     os.environ.update(RANK=rank, WORLD_SIZE=size, LOCAL_RANK=local_rank, LOCAL_WORLD_SIZE=local_size)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    # The ranks of one machine are children of one process, whose number keeps two runs apart.
+    # The ranks of one machine are children of one process, so its id gives each run another port.
     port = FIRST_PORT + 2 * (os.getppid() % NUM_PORTS) if size == local_size else FIRST_PORT
     os.environ.setdefault("MASTER_PORT", str(port))
 
 
 def _is_srun_task() -> bool:
-    """Whether srun started this process or one above it. SLURM sets SLURM_PROCID in batch scripts too."""
+    """Return whether srun started this process or one above it. SLURM sets SLURM_PROCID in batch scripts too."""
     step = _number("SLURM_STEP_ID")
     return step is not None and step < _LARGEST_STEP and "SLURM_PROCID" in os.environ
 
 
 def _take_srun_rank(tasks: int, address: str, port: int) -> None:
-    """Write this task's place into the variables that launchers set."""
+    """Copy this task's rank into the variables that other launchers set."""
     os.environ.update(
         RANK=os.environ["SLURM_PROCID"],
         LOCAL_RANK=os.environ["SLURM_LOCALID"],
@@ -214,7 +215,7 @@ def _take_srun_rank(tasks: int, address: str, port: int) -> None:
 
 
 def _tasks_of_node(text: str) -> int:
-    """This node's number in SLURM's short form, such as `4(x2),3`."""
+    """Return the number of tasks on this node from SLURM's short form, such as `4(x2),3`."""
     node = _number("SLURM_NODEID") or 0
     for part in text.split(","):
         count, _, times = part.partition("(x")
@@ -225,7 +226,7 @@ def _tasks_of_node(text: str) -> int:
 
 
 def _port_of_job() -> int:
-    """The same on all nodes, and another for each job and step."""
+    """Return a port that is the same on all nodes and differs between jobs and steps."""
     job, step = _number("SLURM_JOB_ID") or 0, _number("SLURM_STEP_ID") or 0
     return FIRST_PORT + 2 * ((7 * job + step) % NUM_PORTS)
 

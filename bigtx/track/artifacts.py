@@ -1,9 +1,9 @@
-"""Models in W&B: a run's checkpoint as an artifact, and the link from a run to the one that it began from.
+"""Log a run's checkpoint as an artifact of W&B, and link a run to its base.
 
     run A ── logs ──▶ artifact model-A:step-00001000 ── used by ──▶ run B (config.base_run names it too)
 
-An artifact is a reference to the checkpoint's folder, with the checkpoint's manifest as its only content: nothing large
-is copied or read, and whoever has the folder can tell by the manifest whether it is still the same.
+An artifact is a reference to the checkpoint's folder, with the checkpoint's manifest as its only content. Nothing large
+is copied or read, and the manifest shows whether the folder is still the same.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ if TYPE_CHECKING:
     from wandb import Run
 
 MODEL_EVENT = "model"
-"""The event that names a run's checkpoint for others."""
+"""The kind of event that names a run's checkpoint for other runs."""
 LINK_EVENT = "wandb_base"
-"""The event that says how a run was linked to its base."""
+"""The kind of event that says how a run was linked to its base."""
 
 
 def log_model(run: Run, event: Record) -> None:
-    """Log the model artifact of a run. Raises whatever W&B raises.
+    """Log the model artifact of a run. Errors of W&B are passed on.
 
     Args:
-        event: of the kind MODEL_EVENT.
+        run: the run in W&B.
+        event: an event of the kind MODEL_EVENT.
     """
     import wandb
 
@@ -39,7 +40,7 @@ def log_model(run: Run, event: Record) -> None:
     )
     artifact.add_reference(folder.as_uri(), name=folder.name, checksum=False)
     frozen = run_dir_of(folder) / "frozen"
-    if frozen.is_dir():  # Weights that the run does not train: no checkpoint is whole without them.
+    if frozen.is_dir():  # The weights that the run does not train; each checkpoint needs them.
         artifact.add_reference(frozen.as_uri(), name=frozen.name, checksum=False)
     manifest = folder / "manifest.json"
     if manifest.is_file():
@@ -49,13 +50,15 @@ def log_model(run: Run, event: Record) -> None:
 
 
 def link_base(run: Run, base: Record, *, is_online: bool) -> Record:
-    """Link a run to its base: in the summary, and in W&B's lineage where that can be. Raises nothing of W&B's.
+    """Link a run to its base in the summary, and in W&B's lineage where that is possible. Does not raise W&B's errors.
 
     Args:
-        base: as for `Tracker`.
+        run: the run in W&B.
+        base: the base, as for `Tracker`.
+        is_online: whether W&B is online.
 
     Returns:
-        An event: the artifact, or why there is none.
+        An event with the artifact, or with the reason why there is none.
     """
     run.summary.update({f"base/{key}": value for key, value in base.items() if value != ""})
     artifact = ""
@@ -69,13 +72,13 @@ def link_base(run: Run, base: Record, *, is_online: bool) -> Record:
 
 
 def _use(run: Run, name: str) -> tuple[str, str]:
-    """Use an artifact of the run's project; returns its name and "", or "" and why not."""
+    """Use an artifact of the run's project. Returns its name and "", or "" and the reason why that failed."""
     try:
         return run.use_artifact(name, type="model").qualified_name, ""
-    except Exception as error:  # Not there, of another project, not allowed: the config still holds the link.
+    except Exception as error:  # It is missing, of another project, or not allowed. The config still has the link.
         return "", f"{name}: {(str(error) or type(error).__name__).splitlines()[0]}"
 
 
 def artifact_name(run_id: str) -> str:
-    """Of the model of a run."""
+    """Return the artifact's name for the model of a run."""
     return f"model-{run_id}"

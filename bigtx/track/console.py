@@ -1,4 +1,4 @@
-"""What a person sees of a run: a progress bar on a terminal, plain lines elsewhere."""
+"""Show a run on the console: as a progress bar on a terminal, as plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from bigtx.utils.terminal import ERASE_LINE, obeys, visible
 
 _BAR_WIDTH, _LEAST_BAR_WIDTH = 24, 8
 _SPARE_COLUMNS = 5
-"""Behind the bar: a terminal echoes ^C there, perhaps twice, and a line that is full would be broken in two."""
+"""Free columns after the bar. A terminal may echo ^C there twice, which would break a full line in two."""
 _SECONDS_BETWEEN_DRAWINGS = 0.1
 _TAB = "\t"
-# Speed is taken over the last calls: the first steps (compilation, warm caches) say little about the rest.
+# The speed is that of the last calls: the first steps (compilation, cold caches) do not represent the rest.
 _SPEED_WINDOW = 30
 
 
 class Console:
-    """Writes to a stream; a stream that breaks (a closed terminal, a full disk) is left alone from then on."""
+    """Output to a stream. After an error (a closed terminal, a full disk) nothing more is written to it."""
 
     def __init__(self, stream: TextIO, *, total_steps: int) -> None:
         """Start with nothing shown.
@@ -37,14 +37,14 @@ class Console:
         self._drawn_at = 0.0
 
     def message(self, text: str) -> None:
-        """Print lines; on a terminal they stand above the bar. Control characters are shown as escapes."""
+        """Print lines, on a terminal above the bar. Control characters are shown as escapes."""
         self._write(self._erase() + "".join(f"{visible(line, keep=_TAB)}\n" for line in text.split("\n")) + self._bar)
 
     def begin(self, step: int) -> None:
-        """Show the bar before the first step, which may take long; nothing where no bar is drawn.
+        """Show the bar before the first step, which may take long. Has no effect unless the stream is a terminal.
 
         Args:
-            step: optimizer steps done, in earlier lives of the run.
+            step: optimizer steps done before this start of the run.
         """
         if self._is_terminal:
             erase, self._bar = self._erase(), self._fit(step, [])
@@ -56,8 +56,8 @@ class Console:
         Args:
             step: optimizer steps done.
             tokens: input tokens seen.
-            figures: metrics by name; of these train/loss, perf/tokens_per_second, perf/mfu (a fraction) and
-                perf/memory_gib are shown.
+            figures: metrics by name. train/loss, perf/tokens_per_second, perf/mfu (a fraction) and perf/memory_gib are
+                shown.
         """
         now = time.monotonic()
         self._times.append((now, step))
@@ -75,28 +75,30 @@ class Console:
         self._write(erase + self._bar)
 
     def close(self) -> None:
-        """Leave the last bar standing and go to a new line."""
+        """Keep the last bar on the terminal, and begin a new line."""
         if self._bar:
             self._bar = ""
             self._write("\n")
 
     def _fit(self, step: int, parts: list[str]) -> str:
-        """The bar's line, with as much as the terminal has room for: the loss, a short bar and the time that is left
-        come first, and the bar takes the room that nothing else needs."""
+        """Return the bar's line, cut to the width of the terminal.
+
+        The loss, a short bar and the remaining time have priority. The bar is widened by the columns that are left.
+        """
         columns = self._columns() - _SPARE_COLUMNS
         lead = f"{step}{self._of_total()}"
-        room = columns - len(lead)
+        left = columns - len(lead)
         kept: set[int] = set()
         bar_width = 0
         for place in dict.fromkeys([0, len(parts) - 1, *range(len(parts))]):
-            if 0 <= place < len(parts) and 2 + len(parts[place]) <= room:
+            if 0 <= place < len(parts) and 2 + len(parts[place]) <= left:
                 kept.add(place)
-                room -= 2 + len(parts[place])
-            if place == 0 and self._total_steps and room > _LEAST_BAR_WIDTH:
-                bar_width, room = _LEAST_BAR_WIDTH, room - _LEAST_BAR_WIDTH - 1
+                left -= 2 + len(parts[place])
+            if place == 0 and self._total_steps and left > _LEAST_BAR_WIDTH:
+                bar_width, left = _LEAST_BAR_WIDTH, left - _LEAST_BAR_WIDTH - 1
         line = "  ".join([lead, *(part for place, part in enumerate(parts) if place in kept)])
         if bar_width:
-            line = f"{self._draw_bar(step, min(_BAR_WIDTH, bar_width + room))} {line}"
+            line = f"{self._draw_bar(step, min(_BAR_WIDTH, bar_width + left))} {line}"
         return line[:columns]
 
     def _draw_bar(self, step: int, width: int) -> str:
@@ -133,7 +135,7 @@ class Console:
 
 
 def shorten(number: float) -> str:
-    """A count in three digits: 45.1k, 1.20M, 3.00B."""
+    """Return a count in three digits: 45.1k, 1.20M, 3.00B."""
     for factor, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= factor:
             return f"{number / factor:#.3g}".rstrip(".") + suffix
@@ -141,7 +143,7 @@ def shorten(number: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """A duration as 4:05, 1:02:11 or 3d 04:10."""
+    """Return a duration as 4:05, 1:02:11 or 3d 04:10."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)
@@ -161,5 +163,5 @@ def _describe(figures: Mapping[str, float]) -> list[str]:
 
 
 def open_nowhere() -> TextIO:
-    """A stream that shows nothing."""
+    """Return a stream that discards its text."""
     return open(os.devnull, "w", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Copying a run's JSON lines into a W&B run."""
+"""Copy a run's JSON lines into a W&B run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MEASURED_ONCE = ("best/", "test/", "evaluate/")
 
 
 class Tail:
-    """The new lines of a growing file, and its last line again whenever that was written anew."""
+    """A reader of a growing file's new lines, and of its last line again when that was changed."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -28,7 +28,7 @@ class Tail:
         self._last = b""
 
     def read(self) -> list[Record]:
-        """The records that are new since the last call."""
+        """Return the records that are new since the last call."""
         try:
             with self._path.open("rb") as file:
                 file.seek(self._start)
@@ -46,10 +46,10 @@ class Tail:
 
 
 class Table:
-    """The rows of a step, which may come in several parts, as a W&B table.
+    """The rows of a step as a W&B table. They may arrive in several parts.
 
     Attributes:
-        name: in W&B.
+        name: the table's name in W&B.
     """
 
     def __init__(self, name: str, path: Path) -> None:
@@ -59,12 +59,14 @@ class Table:
         self._rows: list[Record] = []
 
     def read(self) -> list[Record]:
-        """The rows that are new since the last call."""
+        """Return the rows that are new since the last call."""
         return self._tail.read()
 
     def take(self, records: list[Record]) -> Any:
-        """A table of all rows of a step, to which some were added: once logged, one is fixed, and a larger one takes
-        its place."""
+        """Return a table of all rows of a step, including new ones.
+
+        A logged table cannot change, so a larger one replaces it.
+        """
         import wandb
 
         if records[-1]["step"] != self._step:
@@ -76,14 +78,21 @@ class Table:
 
 
 class Copier:
-    """Gives the run's lines to W&B in the order of their steps.
+    """A copy of the run's lines in W&B, in the order of their steps.
 
     Attributes:
-        model: the event that names the run's checkpoint for others, once it came.
+        model: the event that names the run's checkpoint for other runs; None until it has arrived.
     """
 
     def __init__(self, run: Run, folder: Path, first_step: int, better: Mapping[str, str]) -> None:
-        """Args: better: as `Tracker` takes it."""
+        """Open the files.
+
+        Args:
+            run: the run in W&B.
+            folder: the run folder.
+            first_step: the first step to copy.
+            better: as for `Tracker`.
+        """
         self._run = run
         self._better = better
         self._first_step = first_step
@@ -99,8 +108,8 @@ class Copier:
         self._event_counts: Counter[str] = Counter()
 
     def copy(self) -> None:
-        """Copy what is new. Raises whatever W&B raises."""
-        # Rows of a step are written before the next step's metrics, so reading in this order misses none of a step.
+        """Copy new lines. Errors of W&B are passed on."""
+        # Rows of a step are written before the next step's metrics, so in this order no row of a step is missed.
         metrics = _by_step(self._metrics.read())
         rows = [(table, _by_step(table.read())) for table in self._tables]
         for step in sorted({step for found in (metrics, *(of for _, of in rows)) for step in found}):
@@ -110,7 +119,7 @@ class Copier:
                 self._log_metrics(record)
             for table, found in rows:
                 if step in found:
-                    # W&B has one time for a step: that of its metrics, where there are any.
+                    # W&B has one time for a step; the one of its metrics is used, if there are any.
                     stamp = self._last if self._last and self._last["step"] == step else found[step][-1]
                     self._log(stamp, {table.name: table.take(found[step])})
         events = [event for event in self._events.read() if "kind" in event]
@@ -138,7 +147,7 @@ def _number(value: Any) -> Any:
 
 
 def _cell(value: Any) -> Any:
-    """What a table's cell can show: a column has one type, so what is nested becomes text."""
+    """Return a value for a table's cell. A column has one type, so lists and dictionaries become text."""
     return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value
 
 

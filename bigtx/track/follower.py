@@ -1,10 +1,10 @@
-"""The process that copies a run's JSON lines into W&B (`python -m bigtx.track.follower`, started by wandb_run.py).
+"""Copy a run's JSON lines into W&B, in the process `python -m bigtx.track.follower` that wandb_run.py starts.
 
-It leaves the training's process tree at once: launchers kill that whole tree at a Ctrl-C, W&B's own process included,
-while the training still saves. It reads one JSON line from its standard input (what to do), then follows metrics.jsonl,
-samples.jsonl, predictions.jsonl and events.jsonl until a second line says how the run ended, or until the training
-process is gone. To its standard output it writes JSON lines, what became of W&B; the end of that pipe is the end of
-this process. It goes on where W&B's own history ends, so that no step is given twice and none is missed.
+The process leaves the training's process tree at once: at a Ctrl-C launchers kill that whole tree, with W&B's process
+in it, while the training still saves. The process reads a JSON line with its task from standard input. Then it follows
+metrics.jsonl, samples.jsonl, predictions.jsonl and events.jsonl until a second line says how the run ended, or until
+the training process is gone. It writes reports about W&B as JSON lines to standard output; that pipe closes when the
+process ends. It continues where W&B's own history ends, so that each step is copied once.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ POLL_SECONDS = 0.5
 LOCK_SECONDS = 60.0
 UPLOAD_SECONDS = 30
 MAX_STARTS = 3
-# Longest life after the training said how it ended.
-LIFE_SECONDS = UPLOAD_SECONDS + 10.0
-# Longest life after the training process went away without a word: nothing of a killed run may linger.
+FINISH_SECONDS = UPLOAD_SECONDS + 10.0
+"""How long this process may take to end after the training has reported how it ended."""
 ORPHAN_SECONDS = 4.0
+"""How long this process may take to end after the training was killed: no process of a killed run may remain."""
 
 TASK_FILE = "task.json"
-"""What the run was begun with, beside W&B's own files: `bigtx.track.sync` begins the same run elsewhere."""
+"""The file with the follower's task, next to W&B's own files. `bigtx.track.sync` starts the same run from it."""
 
 _NO_KEY = "no API key (see `wandb login`)"
 
@@ -54,17 +54,17 @@ Mode = Literal["online", "offline"]
 
 
 class Parent:
-    """The training process, as seen from here: lines on standard input, and whether it lives."""
+    """The training process: its lines on standard input, and whether it is running."""
 
     def __init__(self) -> None:
-        """To be made by a child of that process."""
+        """Identify the parent; call this in a child of the training process."""
         self.pid = os.getppid()
         self._start = start_of(self.pid)
         self._text = b""
         self._is_closed = False
 
     def read(self, timeout: float) -> Record | None:
-        """The next line, or None after `timeout` seconds without one, or when none can come any more."""
+        """Return the next line; None after `timeout` seconds without one, or when no further line can arrive."""
         deadline = time.monotonic() + timeout
         while b"\n" not in self._text:
             if self.is_gone or not select.select([0], [], [], max(0.0, deadline - time.monotonic()))[0]:
@@ -77,24 +77,24 @@ class Parent:
 
     @property
     def is_gone(self) -> bool:
-        """Whether the process died. Its end of the pipe alone does not tell: its children may hold it open too."""
+        """Return whether the process has ended. The pipe is not enough: its children may keep it open."""
         return self._is_closed or start_of(self.pid) != self._start
 
 
 class Ending:
-    """How the run ended, once that is known; from then on this process has only so long to live."""
+    """The end of the run. Once it is known, this process ends within a limited time."""
 
     def __init__(self, parent: Parent) -> None:
         self._parent = parent
         self.status = ""
 
     def is_known(self, timeout: float) -> bool:
-        """Wait for it up to `timeout` seconds."""
+        """Wait up to `timeout` seconds for the end of the run. Returns whether it is known."""
         if not self.status:
             line = self._parent.read(timeout)
             if line is not None:
                 self.status = line["status"]
-                _end_by_force_after(LIFE_SECONDS)
+                _end_by_force_after(FINISH_SECONDS)
             elif self._parent.is_gone:
                 self.status = "failed"
                 _end_by_force_after(ORPHAN_SECONDS)
@@ -102,24 +102,24 @@ class Ending:
 
 
 def choose_mode(requested: str) -> tuple[Mode, str, str]:
-    """How W&B can run here, asking nobody and waiting a few seconds at most.
+    """Return how W&B can run here, without a prompt and within a few seconds.
 
     Args:
         requested: "auto", "online" or "offline".
 
     Returns:
-        "online" or "offline"; why it is offline, or ""; the server's address.
+        The mode, "online" or "offline"; the reason if it is offline, else ""; the server's address.
     """
     import wandb
 
     settings = wandb.setup().settings
     host = settings.base_url
     if requested == "offline" or os.environ.get("WANDB_MODE") in ("offline", "dryrun"):
-        return "offline", "as asked for", host
+        return "offline", "as requested", host
     if not _may_have_key(settings.api_key):
         return "offline", _NO_KEY, host
     proxies = {"http": settings.http_proxy, "https": settings.https_proxy}
-    # Before logging in, which waits much longer for a host that is not there.
+    # This comes before the login, which would wait much longer for a missing host.
     if not answers(host, timeout=PROBE_SECONDS, proxies={scheme: url for scheme, url in proxies.items() if url}):
         return "offline", f"{host} does not answer", host
     problem = _login_problem()
@@ -132,7 +132,7 @@ def _may_have_key(key_in_settings: str | None) -> bool:
     return bool(key_in_settings or any(map(os.environ.get, names)) or any(Path(f).expanduser().exists() for f in files))
 
 
-# Once: later calls in one process do nothing and say no.
+# Cached, because later logins in one process have no effect and return False.
 @functools.cache
 def _login_problem() -> str:
     import wandb
@@ -144,10 +144,12 @@ def _login_problem() -> str:
 
 
 def start_run(task: Record, mode: Mode, stop: Callable[[], None]) -> Run:
-    """Begin or resume the W&B run. Raises whatever W&B raises.
+    """Start or resume the W&B run. Errors of W&B are passed on.
 
     Args:
-        stop: what the stop button of W&B's page does.
+        task: the follower's task.
+        mode: online or offline.
+        stop: the function to call when the stop button of W&B's page is pressed.
     """
     import wandb
 
@@ -175,14 +177,14 @@ def start_run(task: Record, mode: Mode, stop: Callable[[], None]) -> Run:
 
 
 def follow(task: Record, ending: Ending, report: Callable[[Record], None]) -> None:
-    """Copy until the run ends. Raises whatever W&B raises."""
+    """Copy until the run ends. Errors of W&B are passed on."""
     import wandb
 
     folder = Path(task["init"]["dir"])
     mode, why, host = choose_mode(task["mode"])
 
     def stop() -> None:
-        """Ask the training to save and end, as Ctrl-C does."""
+        """Ask the training to save a checkpoint and end, as Ctrl-C does."""
         os.kill(task["pid"], signal.SIGINT)
 
     try:
@@ -190,7 +192,7 @@ def follow(task: Record, ending: Ending, report: Callable[[Record], None]) -> No
     except Exception as error:
         if mode == "offline":
             raise
-        # A run of the same id can begin anew only after W&B's own process has ended.
+        # A run with the same id can start again only after W&B's own process has ended.
         _discard_wandb()
         mode, why = "offline", f"{host} refused the run ({error})"
         run = start_run(task, mode, stop)
@@ -223,8 +225,8 @@ def follow(task: Record, ending: Ending, report: Callable[[Record], None]) -> No
 
 
 def main() -> int:
-    """The process."""
-    # Signals to the whole group or job are for the training; this process ends after it.
+    """Run the follower. Returns its exit status."""
+    # Signals to the whole group or job are for the training, and this process must end after it.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     parent = Parent()
@@ -235,16 +237,16 @@ def main() -> int:
     task = parent.read(timeout=60.0)
     if task is None:
         return 1
-    # It may have died before this process could look.
+    # The parent may have ended before this process read its id.
     parent.pid = task["pid"]
 
     def report(facts: Record) -> None:
-        # The training may have ended meanwhile.
+        # The training may have ended in the meantime.
         with contextlib.suppress(OSError):
             reports.write(json.dumps(facts) + "\n")
 
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    # Before its first table W&B asks the server for leave, and waits this many seconds for the answer.
+    # Before its first table W&B sends a request to the server, and waits this many seconds for the answer.
     os.environ.setdefault("WANDB_HTTP_TIMEOUT", "5")
     os.environ.pop("WANDB_SERVICE", None)
     ending = Ending(parent)
@@ -265,7 +267,7 @@ def main() -> int:
 
 @contextlib.contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock, which the follower of the run's last life may keep a little longer."""
+    """Hold the folder's lock; wait for the follower of the run's previous start to release it."""
     folder.mkdir(exist_ok=True)
     with (folder / ".lock").open("w") as file:
         deadline = time.monotonic() + LOCK_SECONDS
@@ -276,14 +278,14 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
             except BlockingIOError:
                 time.sleep(0.1)
             except OSError:
-                break  # a file system without locks
+                break  # This file system has no locks.
         yield
 
 
 def _discard_wandb() -> None:
-    """Leave W&B as before its first use, whatever state it is in."""
+    """Reset W&B to its state before the first use."""
     _kill_children()
-    # Where its process ended badly, W&B asks Python to exit.
+    # After a failure of its process, W&B asks Python to exit.
     with contextlib.suppress(Exception, SystemExit):
         import wandb
 
@@ -298,7 +300,7 @@ def _kill_children() -> None:
 
 
 def _end_by_force_after(seconds: float) -> None:
-    """End this process and W&B's own if they are still there then."""
+    """Kill this process and W&B's own if they are still running after this time."""
 
     def end() -> None:
         _kill_children()
@@ -312,5 +314,5 @@ def _end_by_force_after(seconds: float) -> None:
 if __name__ == "__main__":
     status = main()
     sys.stderr.flush()
-    # Not sys.exit: W&B's exit hooks wait without limit for a process of its own that may be dead or stuck.
+    # sys.exit would call W&B's exit hooks, which wait without limit for W&B's own process, even if it hangs.
     os._exit(status)

@@ -1,4 +1,4 @@
-"""A file of JSON objects, one per line, that survives being killed, resumed, and a full disk."""
+"""Write a file of JSON objects, one per line, that is safe at a kill, at a resume and on a full disk."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ Record = dict[str, Any]
 
 
 class JsonLines:
-    """Appends records to a file; each has reached the operating system when the call returns.
+    """A file to which records are appended. A record has reached the operating system when the call returns.
 
-    Floats read back exactly. JSON has no NaN and no infinity: they are written as the texts "NaN", "Infinity" and
+    Floats are read back exactly. JSON has no NaN and no infinity: they are written as the texts "NaN", "Infinity" and
     "-Infinity", which `float()` reads.
 
     When the disk is full, records are kept in memory, `warn` is called once, and every later call tries again.
     """
 
     def __init__(self, path: Path, *, warn: Callable[[str], None], up_to_step: int | None = None) -> None:
-        """Open or create the file, without the line that a crash tore and without what will be done again.
+        """Open or create the file. Remove a line that a crash left incomplete, and steps that will be repeated.
 
         Args:
-            up_to_step: records of later steps are removed; None removes none.
+            path: the file.
+            warn: prints a warning.
+            up_to_step: the last step to keep; None keeps all.
 
         Raises:
             LaunchError: The file cannot be written.
@@ -42,7 +44,7 @@ class JsonLines:
             kept = _keep_whole_lines(path, up_to_step)
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
-            raise LaunchError(f"cannot write {path}: {error.strerror}. Mend the folder or choose another.") from None
+            raise LaunchError(f"cannot write {path}: {error.strerror}. Repair the folder or choose another.") from None
         last_line = kept[-1] if kept else b""
         self._end = sum(map(len, kept))
         self._last_start = self._end - len(last_line)
@@ -60,7 +62,7 @@ class JsonLines:
         self._last = records[-1]
 
     def merge(self, record: Record) -> None:
-        """Write a record; when the last line is of the same step, the two become one line."""
+        """Write a record. If the last line has the same step, it is extended by the record."""
         if self._last.get("step") == record["step"]:
             record = {**self._last, **record, "time": self._last.get("time", record["time"])}
             if self._unwritten:
@@ -79,14 +81,14 @@ class JsonLines:
             done = 0
             while done < len(text):
                 done += os.pwrite(self._file, text[done:], self._end + done)
-            # A joined line goes over the old one in place, so that a reader never finds the step missing.
+            # A joined line overwrites the old one in place, so that the step is never missing for a reader.
             os.ftruncate(self._file, self._end + len(text))
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._file, self._end)
             if not self._warned:
                 self._warned = True
-                self._warn(f"cannot write {self._path}: {error.strerror}; the run goes on and tries again later")
+                self._warn(f"cannot write {self._path}: {error.strerror}; the run continues and tries again later")
             return
         self._end += len(text)
         self._last_start = self._end - last_length
@@ -94,7 +96,7 @@ class JsonLines:
 
 
 def parse_line(line: bytes) -> Record | None:
-    """The record of one line, or None if the line is torn or is no JSON object."""
+    """Return the record of one line; None if the line is incomplete or is not a JSON object."""
     if not line.endswith(b"\n"):
         return None
     try:
@@ -105,13 +107,13 @@ def parse_line(line: bytes) -> Record | None:
 
 
 def step_of(record: Record) -> float:
-    """The step of a record; infinity for one that names none, and so is of no step of the run."""
+    """Return the step of a record; infinity for a record without a step."""
     step = record.get("step")
     return step if isinstance(step, int) else math.inf
 
 
 def _keep_whole_lines(path: Path, up_to_step: int | None) -> list[bytes]:
-    """Remove from the file what is torn or of a later step; returns the lines that stay."""
+    """Remove incomplete lines and those of later steps from the file. Returns the remaining lines."""
     text = path.read_bytes() if path.exists() else b""
     kept = []
     for line in text.splitlines(keepends=True):
@@ -133,7 +135,7 @@ def _line(record: Record) -> bytes:
 
 
 def plain(value: Any) -> Any:
-    """A value in JSON's own types: scalars of numpy and torch become numbers, what has no JSON form becomes text."""
+    """Return a value in JSON's types: scalars of numpy and torch become numbers, other objects become text."""
     if isinstance(value, dict):
         return {str(key): plain(member) for key, member in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""The one object through which the training loop says what happens."""
+"""Record what happens in the training loop."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from bigtx.track.wandb_run import WandbRun, read_or_make_run_id
 from bigtx.utils.secrets import scrub
 
 Better = Literal["lower", "higher", "neither"]
-"""Which of two values of a metric is the better one."""
+"""Which of two values of a metric is better."""
 _SHOWN_SAMPLE_LENGTH = 600
 
 
 class Tracker:
-    """Writes a run's metrics, samples and events to its folder, to W&B and to the console.
+    """The record of a run's metrics, samples and events in its folder, in W&B and on the console.
 
-    Only rank 0 writes; on all other ranks every call does nothing. Use it from one thread.
+    Only rank 0 writes; on the other ranks the calls have no effect. Use it from one thread.
 
     Attributes:
         wandb_run_id: the W&B run's id, "" where W&B is off.
@@ -46,21 +46,24 @@ class Tracker:
         base: Mapping[str, Any] | None = None,
         stream: TextIO | None = None,
     ) -> None:
-        """Open the run's files, without what will be done again, and start W&B in the background.
+        """Open the run's files, remove steps that will be repeated, and start W&B in the background.
 
         Args:
             run_dir: the run folder; it exists.
+            config: the settings of tracking.
             run_config: the resolved config, for W&B.
             environment: versions, commit, hardware, for W&B under the key `environment`.
             rank: this process's rank.
             total_steps: optimizer steps of the whole run, 0 if unknown.
-            better: of metrics by name, without group: W&B's summary keeps the best value of those that have one.
-            resumed_step: the step whose checkpoint was loaded; 0 begins anew, and removes what an earlier life wrote.
-            name: W&B's display name; "" takes the run folder's.
+            better: which values are better, by the metric's name without its group. W&B's summary keeps the best value
+                of metrics that have one.
+            resumed_step: the step whose checkpoint was loaded; 0 starts at the beginning, and removes the records of
+                earlier starts.
+            name: W&B's display name; "" stands for the run folder's name.
             job_type: W&B's job type.
-            base: where the weights came from: `checkpoint` (its folder), `manifest_sha256`, `step` and `wandb_run_id`
-                ("" for none) of a run; W&B links the two.
-            stream: where the console lines go, `bigtx.utils.log.console()` in a run; None: nowhere.
+            base: the source of the weights: `checkpoint` (its folder), `manifest_sha256`, `step` and `wandb_run_id`
+                ("" for none) of a run; W&B links the two runs.
+            stream: the stream of the console lines, `bigtx.utils.log.console()` in a run; None discards them.
 
         Raises:
             LaunchError: The run folder cannot be written.
@@ -110,21 +113,21 @@ class Tracker:
             "base": scrub(base or {}),
             "better": dict(better),
         }
-        self._wandb = WandbRun(folder, task, tell=self._console.message, note=self._note)
+        self._wandb = WandbRun(folder, task, show=self._console.message, note=self._note)
 
     @property
     def wandb_mode(self) -> str:
-        """What W&B does: "online", "offline", "" until that is known (a few seconds), or "off"."""
+        """Return W&B's mode: "online", "offline", "" until it is known (a few seconds), or "off"."""
         return self._wandb.mode if self._wandb else "off"
 
     def log(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
-        """Write metrics of a step to metrics.jsonl, from where they reach W&B.
+        """Write metrics of a step to metrics.jsonl, from which they are copied to W&B.
 
-        Calls for the same step become one line.
+        Several calls for the same step write one line.
 
         Args:
             step: optimizer steps done.
-            tokens: input tokens seen by all ranks, W&B's x axis.
+            tokens: input tokens seen by all ranks; W&B's x axis.
             metrics: values by name, `group/name`.
         """
         if not self._is_writer:
@@ -139,7 +142,7 @@ class Tracker:
         Args:
             step: optimizer steps done; one call a step.
             tokens: input tokens seen by all ranks.
-            rows: each a `prompt` and its `completion`.
+            rows: samples, each with a `prompt` and its `completion`.
         """
         if not self._is_writer or not rows:
             return
@@ -156,7 +159,7 @@ class Tracker:
         Args:
             step: optimizer steps done; one call a step.
             tokens: input tokens seen by all ranks.
-            rows: each with the record's `input`, its `answer` and what was predicted.
+            rows: predictions, each with the record's `input`, its `answer` and the prediction.
         """
         if not self._is_writer or not rows:
             return
@@ -165,9 +168,14 @@ class Tracker:
         self._poll()
 
     def event(self, step: int, kind: str, **facts: Any) -> None:
-        """Record something that happened (a resume, a skipped step, a changed setting, a signal) in events.jsonl.
+        """Record an event (a resume, a skipped step, a changed setting, a signal) in events.jsonl.
 
         W&B's summary counts the events of each kind.
+
+        Args:
+            step: optimizer steps done.
+            kind: the kind of event.
+            **facts: further fields of the record.
         """
         if not self._is_writer:
             return
@@ -176,10 +184,12 @@ class Tracker:
         self._poll()
 
     def model(self, step: int, checkpoint: Path, manifest_sha256: str) -> None:
-        """Record the checkpoint that the run gives to others; W&B keeps a reference to it as the run's model artifact.
+        """Record the checkpoint that other runs may use. W&B keeps a reference to it as the run's model artifact.
 
         Args:
-            step: of the checkpoint.
+            step: the step of the checkpoint.
+            checkpoint: its folder.
+            manifest_sha256: the hash of its manifest.
         """
         self.event(step, MODEL_EVENT, checkpoint=str(Path(checkpoint).absolute()), manifest_sha256=manifest_sha256)
 
@@ -189,22 +199,22 @@ class Tracker:
             self._console.message(text)
 
     def begin(self) -> None:
-        """Show that the steps begin now: on a terminal, the bar stands where the run was."""
+        """Show that the steps begin: on a terminal, draw the bar at the step of the resume."""
         if self._is_writer:
             self._console.begin(self._step)
 
     def progress(self, step: int, tokens: int, figures: Mapping[str, float]) -> None:
-        """Show how far the run is; see `Console.progress` for the figures."""
+        """Show the progress of the run; see `Console.progress` for the figures."""
         if self._is_writer:
             self._console.progress(step, tokens, figures)
             self._poll()
 
     def close(self, status: Literal["finished", "stopped", "failed"], step: int | None = None) -> None:
-        """Write down how the run ended and close everything; a W&B server that is silent costs 3 s at most.
+        """Record how the run ended, and close everything. A W&B server that does not answer takes 3 s at most.
 
         Args:
-            status: finished: all steps done; stopped: asked to, will go on later; failed: an error.
-            step: optimizer steps done; None: as many as were told last.
+            status: finished (all steps are done), stopped (on request, to be resumed later) or failed (an error).
+            step: optimizer steps done; None for the number of the last call.
         """
         if not self._is_writer:
             return
@@ -221,7 +231,7 @@ class Tracker:
         self._events.append({"step": self._step, "time": _now(), "kind": kind, **scrub(facts)})
 
     def _warn(self, text: str) -> None:
-        # A full disk is full for all files.
+        # A full disk affects all files, so one warning is enough.
         if not self._has_warned:
             self._has_warned = True
             self._console.message(f"warning: {text}")

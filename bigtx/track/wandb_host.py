@@ -1,4 +1,4 @@
-"""Whether a W&B server is there, found out quickly and without W&B's own client, which waits long and may ask."""
+"""Check quickly whether a W&B server answers, without W&B's own client, which waits long and may prompt."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from urllib.parse import urlsplit
 
 
 def answers(url: str, *, timeout: float, proxies: dict[str, str] | None = None) -> bool:
-    """Whether anything at `url` answers an HTTP request in time.
+    """Return whether a server at `url` answers an HTTP request in time.
 
-    An open port is not enough: firewalls and dead servers accept connections and stay silent.
+    An open port is not enough: firewalls and broken servers may accept connections without an answer.
 
     Args:
         url: the server's base URL.
-        timeout: seconds for all of it. Silent name servers would take up to half a minute, whatever the time-out of the
-            connection.
-        proxies: by scheme, beside those that the environment names; loopback addresses go without.
+        timeout: seconds for the whole check. Name servers that do not answer could take half a minute,
+            independent of the connection's time-out.
+        proxies: proxies by scheme, in addition to those of the environment; loopback addresses are used without one.
     """
     found: list[bool] = []
     thread = threading.Thread(target=lambda: found.append(_answers(url, timeout, proxies or {})), daemon=True)
@@ -41,7 +41,7 @@ def _answers(url: str, timeout: float, proxies: dict[str, str]) -> bool:
     except urllib.error.HTTPError:
         return True
     except urllib.error.URLError as error:
-        # Somebody is there; W&B's client has certificate settings of its own.
+        # A server answers; W&B's client has its own settings for certificates.
         return isinstance(error.reason, ssl.SSLCertVerificationError)
     except (OSError, ValueError):
         return False

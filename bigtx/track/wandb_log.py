@@ -1,8 +1,8 @@
-"""Reading the local log of a W&B run (`run-ID.wandb`).
+"""Read the local log of a W&B run (`run-ID.wandb`).
 
-The file is a LevelDB log (github.com/google/leveldb, doc/log_format.md) behind a header of 7 bytes: blocks of 32 KiB
-with chunks of (checksum u32, length u16, type u8, payload), type full 1, first 2, middle 3, last 4. A record is the
-payloads of its chunks joined, a `wandb_internal_pb2.Record`.
+The file is a LevelDB log (github.com/google/leveldb, doc/log_format.md) after a header of 7 bytes. It has blocks of 32
+KiB with chunks of (checksum u32, length u16, type u8, payload). The types are full 1, first 2, middle 3, last 4. The
+joined payloads of a record's chunks are a `wandb_internal_pb2.Record`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 
 
 def read_records(path: Path) -> Iterator[bytes]:
-    """The serialized records of a log, up to its end or to the place where a crash tore it."""
+    """Yield the serialized records of a log, up to its end or to a record that a crash left incomplete."""
     data = path.read_bytes()
     if not data.startswith(_MAGIC):
         return
@@ -43,10 +43,11 @@ def read_records(path: Path) -> Iterator[bytes]:
 
 
 def last_step(folder: Path, run_id: str) -> int:
-    """The highest step in all local logs of a run, -1 if there is none.
+    """Return the highest step in all local logs of a run, -1 if there is none.
 
     Args:
-        folder: the run folder, which holds `wandb/`.
+        folder: the run folder, which contains `wandb/`.
+        run_id: the id of the run in W&B.
     """
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 

@@ -1,4 +1,4 @@
-"""The training's end of W&B: starts the follower process, hears what became of it, and never waits for it."""
+"""Start the follower process from the training, and read its reports without waiting for it."""
 
 from __future__ import annotations
 
@@ -24,63 +24,63 @@ from bigtx.utils.secrets import scrub
 from bigtx.utils.shell import command
 
 RUN_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
-"""What W&B takes as an id."""
+"""The ids that W&B accepts."""
 ID_FILE = "wandb_run_id"
 PLACE_FILE = "wandb_run_place"
-"""Where the folder was last: its path, the host, and its number in the file system. A copy is known by them."""
+"""The file with the run folder's last path, its host, and its inode number. They show whether a folder is a copy."""
 WAIT_SECONDS = 3.0
 PROBE_SECONDS = 1.0
-# At the end of a run whose server answers, an upload may take this long; the data is on disk in any case.
+# An upload may take this long at the end of a run whose server answers. The data is on disk in any case.
 UPLOAD_SECONDS = 30.0
 
 
 class WandbRun:
-    """A W&B run, fed from the run folder's JSON lines by a process of its own.
+    """A W&B run to which a separate process copies the run folder's JSON lines.
 
-    No method raises because of W&B and none waits for it, but `close`, for at most 3 s, or while a server that answers
-    takes the last of the data, for at most 30 s.
+    No method raises an error of W&B, and only `close` waits for it: 3 s at most, or 30 s at most while a server that
+    answers receives the last data.
 
     Attributes:
-        mode: "online" or "offline"; "" until that is known; "off" after W&B failed for good.
+        mode: "online" or "offline"; "" until it is known; "off" after a permanent failure of W&B.
     """
 
-    def __init__(self, folder: Path, task: Record, tell: Callable[[str], None], note: Callable[..., None]) -> None:
+    def __init__(self, folder: Path, task: Record, show: Callable[[str], None], note: Callable[..., None]) -> None:
         """Start the follower.
 
         Args:
             folder: the run folder.
-            task: for the follower: `mode`, `resumed_step`, and `init`, the arguments of `wandb.init`.
-            tell: prints a line for the user.
+            task: the follower's task: `mode`, `resumed_step`, and `init`, the arguments of `wandb.init`.
+            show: prints a line for the user.
             note: records an event: `note(kind, **facts)`.
         """
         self.mode = ""
         self._folder = folder
         self._task = {**task, "pid": os.getpid()}
-        self._tell = tell
+        self._show = show
         self._note = note
-        # Of the process that starts the follower and ends; its pipes lead to the follower.
+        # The process that starts the follower and ends; its pipes are connected to the follower.
         self._starter: subprocess.Popen[bytes] | None = None
         self._has_ended = False
         self._text = b""
         self._error = ""
         self._host = ""
-        self._told = ""
+        self._shown = ""
         self._start()
 
     def poll(self) -> None:
-        """Hear the follower's reports."""
+        """Read the follower's reports."""
         if self._starter is None:
             return
-        self._starter.poll()  # Takes it out of the table of processes.
+        self._starter.poll()  # Removes the ended process from the table of processes.
         self._receive()
         for report in self._reports():
-            self._hear(report)
+            self._handle(report)
         if self._has_ended:
             self._close_pipes()
             self._give_up(self._error or f"its process ended; see {self._folder / 'logs' / 'wandb.log'}")
 
     def close(self, status: str) -> None:
-        """Tell the follower how the run ended and let it finish."""
+        """Report to the follower how the run ended, and wait a few seconds until it has finished."""
         self.poll()
         if self._starter is None:
             return
@@ -88,13 +88,13 @@ class WandbRun:
         if not self._ends_within(WAIT_SECONDS):
             host_answers = self.mode == "online" and answers(self._host, timeout=PROBE_SECONDS)
             if not (host_answers and self._ends_within(UPLOAD_SECONDS)):
-                self._tell(f"W&B is still writing {self._folder / 'wandb'}, in the background")
-        for record in self._reports():
-            self._hear(record)
+                self._show(f"W&B is still writing {self._folder / 'wandb'}, in the background")
+        for report in self._reports():
+            self._handle(report)
         if self._error:
-            self._tell(
-                f"warning: W&B failed ({' '.join(self._error.split())}); its last data may be missing there, and is "
-                f"whole in {self._folder}. See {self._folder / 'logs' / 'wandb.log'}"
+            self._show(
+                f"warning: W&B failed ({' '.join(self._error.split())}); the last data may be missing there, and is "
+                f"complete in {self._folder}. See {self._folder / 'logs' / 'wandb.log'}"
             )
         self._close_pipes()
         self._starter = None
@@ -105,13 +105,13 @@ class WandbRun:
         try:
             with _log_file(self._folder / "logs" / "wandb.log") as log:
                 self._starter = subprocess.Popen(
-                    # The folder tells whoever lists processes whose it is.
+                    # The folder shows in a list of processes which run this one belongs to.
                     [sys.executable, "-P", "-m", "bigtx.track.follower", str(self._folder)],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,
                     env={**os.environ, "PYTHONPATH": search_path},
-                    # Ctrl-C is for the training, which then tells the follower.
+                    # Ctrl-C is for the training, which then reports its end to the follower.
                     start_new_session=True,
                 )
         except OSError as error:
@@ -125,9 +125,9 @@ class WandbRun:
         self._starter = None
         self.mode = "off"
         self._note("wandb_off", error=reason)
-        self._tell(f"warning: W&B is switched off for the rest of this run ({reason}); metrics.jsonl goes on")
+        self._show(f"warning: W&B is turned off for the rest of this run ({reason}); metrics.jsonl is still written")
 
-    def _hear(self, report: Record) -> None:
+    def _handle(self, report: Record) -> None:
         report = scrub(report)
         if "error" in report:
             self._error = report["error"]
@@ -145,9 +145,9 @@ class WandbRun:
             warning = "warning: " if self._task["mode"] == "online" else ""
             later = f"wandb sync {command(self._folder / 'wandb')}/offline-run-*"
             text = f"{warning}W&B offline, {report['why']}; later: {later}"
-        if text != self._told:  # W&B starts again when it was killed.
-            self._told = text
-            self._tell(text)
+        if text != self._shown:  # W&B starts again when it was killed.
+            self._shown = text
+            self._show(text)
         replayed_from = self._task["resumed_step"] + 1
         if report["first_step"] > replayed_from:
             self._note("wandb_replayed_steps", first=replayed_from, last=report["first_step"] - 1)
@@ -190,11 +190,12 @@ class WandbRun:
 
 @dataclass(frozen=True)
 class RunId:
-    """A run's W&B id, the same for all lives of the run folder.
+    """A run's W&B id, which all starts of the run folder share.
 
     Attributes:
-        original: the id of the run that the folder is a copy of, "" if it is none.
-        original_folder: where that run is.
+        id: the id.
+        original: the id of the run whose folder was copied; "" if this folder is not a copy.
+        original_folder: the path of that run's folder.
     """
 
     id: str
@@ -203,7 +204,7 @@ class RunId:
 
 
 class _Place(NamedTuple):
-    """Where a run folder was when it was last used; "" is unknown."""
+    """The place of a run folder when it was last used; "" is unknown."""
 
     path: str
     host: str = ""
@@ -211,11 +212,11 @@ class _Place(NamedTuple):
 
 
 def read_or_make_run_id(folder: Path) -> RunId:
-    """The id of a run folder. A folder that was moved keeps it; a copy gets its own.
+    """Return the id of a run folder. A folder that was moved keeps its id; a copy gets its own.
 
-    On the machine of the original, a copy is known by the original, which is still there. On another machine nobody can
-    look: a folder with the path of the original, or with its number in a shared file system, is taken for the original
-    that was moved or restored, and all others for copies.
+    On the machine of the original, a folder is a copy if the original still exists. On another machine the original
+    cannot be seen. There a folder with the original's path, or with its inode number in a shared file system, counts as
+    the original that was moved or restored; any other folder counts as a copy.
     """
     folder = folder.resolve()
     run_id, before = _read_id(folder), _read_place(folder)
@@ -233,7 +234,7 @@ def read_or_make_run_id(folder: Path) -> RunId:
 
 
 def _is_copy_here(folder: Path, run_id: str, before: _Place) -> bool:
-    """Whether the original can be seen, with the same id."""
+    """Return whether the original exists here and has the same id."""
     original = Path(before.path or folder)
     return not _same_folder(original, folder) and _read_id(original) == run_id
 
@@ -261,7 +262,7 @@ def _read(path: Path) -> str:
 
 
 def _same_folder(first: Path, second: Path) -> bool:
-    # One folder may have several paths, in containers or by mounts.
+    # One folder may have several paths, because of containers or mounts.
     try:
         return first.samefile(second)
     except (OSError, ValueError):

@@ -1,7 +1,7 @@
-# What your cluster needs: every script in slurm/ and `bigtx slurm` read this file, and no script has to be changed.
-# To have one of your own, copy it and name it: export BIGTX_SITE=/path/to/mine.sh, or bigtx slurm submit ... site=mine.sh
+# Settings of your cluster. Every script in slurm/ and `bigtx slurm` read this file, so no script has to be changed.
+# Copy this file, then name the copy: export BIGTX_SITE=/path/to/mine.sh, or bigtx slurm submit ... site=mine.sh
 
-# Options of sbatch. A script's own #SBATCH lines are weaker than these, and options on the command line are stronger.
+# Options of sbatch. They override the #SBATCH lines of a script; options on the command line override them.
 #export SBATCH_PARTITION=gpu
 #export SBATCH_ACCOUNT=my-project
 #export SBATCH_QOS=normal
@@ -15,10 +15,10 @@
 #source /path/to/venv/bin/activate
 #export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0   # the network between nodes
 
-# Where compiled kernels are kept from one start to the next.
+# Folders that keep compiled kernels between starts.
 #export TORCHINDUCTOR_CACHE_DIR=/local/$USER/inductor TRITON_CACHE_DIR=/local/$USER/triton
 
-# What is put before bigtx on every node, for example a container (tools/container).
+# Words before `bigtx` on every node, for example of a container (tools/container).
 container=()
 #container=(apptainer exec --nv --bind /data bigtx.sif)
 
@@ -26,8 +26,8 @@ container=()
 srun_options=()
 #srun_options=(--container-image=/images/bigtx.sqsh --container-mounts=/data)   # pyxis
 
-# Before each start on several nodes, `bigtx doctor` looks at them, and the job is requeued without those that are slow or
-# broken. A node is slow below half of the median of all; say what is slow in any case, in GB/s, for jobs of two nodes.
+# Before each start on several nodes `bigtx doctor` checks them, and the job is requeued without slow or broken nodes. A
+# node is slow below half of the median. For jobs of two nodes, set the least sufficient speed in GB/s.
 doctor_options=()
 #doctor_options=(least_bandwidth=10)
 #export BIGTX_PREFLIGHT=off

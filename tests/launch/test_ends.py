@@ -44,7 +44,7 @@ class Machine(supervisor._Supervisor):
         monkeypatch.setattr(linux, "out_of_memory_kills", lambda: 0)
         for rank in self._ranks:
             if rank.status is not None:
-                self._take(rank)
+                self._handle_end(rank)
 
 
 def test_a_ranks_place_among_all_machines() -> None:
@@ -136,8 +136,8 @@ def test_after_a_failure_the_others_have_some_seconds(
     # What they end by is our doing.
     for number in (0, 2):
         machine._ranks[number].status = -KILL
-        machine._take(machine._ranks[number])
-    assert [rank.number for rank in machine._first_failed] == [1] and machine._living() == []
+        machine._handle_end(machine._ranks[number])
+    assert [rank.number for rank in machine._first_failed] == [1] and machine._running() == []
 
 
 def test_ranks_are_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +216,7 @@ def test_other_machines_requests_and_failures_are_taken_and_own_ones_told(
 ) -> None:
     machine = Machine(tmp_path, monkeypatch, [None])
     link = linked(machine, {"node": 1, "request": int(signal.SIGUSR1)}, {"node": 2, "failed": True})
-    machine._listen()
+    machine._receive()
     assert machine.killed == [(1000, signal.SIGUSR1)] and machine._deadline == 100.0 + supervisor.FAREWELL_SECONDS
     assert link.sent == [{"request": signal.SIGUSR1}, {"failed": True}]
 
@@ -227,7 +227,7 @@ def test_a_machine_that_is_gone_without_a_word_is_a_failure_and_one_that_has_end
     machine = Machine(tmp_path, monkeypatch, [None])
     end = {"node": 1, "end": {"status": 0, "text": "", "lost": False, "said": False}}
     linked(machine, end, {"node": 1, "gone": True}, {"node": 2, "gone": True})
-    machine._listen()
+    machine._receive()
     assert machine._ends[1] == _End(0) and machine._gone == {2} and machine.killed == [(1000, TERM)]
     assert machine._ends[2].status == 137
     assert machine._ends[2].text == "LaunchError: bigtx on c (node 2) was killed, or the machine is gone"

@@ -133,7 +133,9 @@ def world(node: int, port: int, *, address: str = "127.0.0.1", num_nodes: int = 
 
 def test_a_machine_that_does_not_come_is_named() -> None:
     port = free_port()
-    with pytest.raises(LaunchError, match=rf"only 1 of 2 machines came to 127.0.0.1:{port + 1} .* missing: node 1"):
+    with pytest.raises(
+        LaunchError, match=rf"only 1 of 2 machines connected to 127.0.0.1:{port + 1} .* missing: node 1"
+    ):
         meet(world(0, port), seconds=0.3)
 
 

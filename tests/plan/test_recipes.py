@@ -119,7 +119,7 @@ def test_communication_is_what_the_stages_send() -> None:
 @pytest.mark.parametrize(
     ("num_gpus", "changes", "said"),
     [
-        (3, {}, "gpus=3: train.global_batch_size=1024 does not divide over 3 ranks"),
+        (3, {}, "gpus=3: train.global_batch_size=1024 cannot be divided over 3 ranks"),
         (8, {"engine": {"offload_optimizer": "cpu"}}, "engine.offload_optimizer: the plan covers only decoders"),
         (8, {"model": {"shape": "encoder"}}, "model.shape=encoder: the plan covers only decoders"),
     ],

@@ -49,7 +49,7 @@ def test_a_node_with_another_commit_is_refused(
     end = cluster.wait_for_end(job)
     assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("FAILED", "2:0", "0"), cluster.logs()
     said = cluster.logs()
-    assert "the machines of this run are not alike: commit is " in said and " on n2 (node 1)" in said
+    assert "the machines of this run differ: commit is " in said and " on n2 (node 1)" in said
     assert "not started again" in said and "Traceback" not in said
 
 
@@ -117,7 +117,7 @@ def test_two_nodes_do_not_tell_which_is_slow(slow_node: Cluster, pretraining: li
     end = slow_node.wait_for_end(job)
     said = slow_node.logs()
     assert (end["JobState"], end["Restarts"], end["ExcNodeList"]) == ("COMPLETED", "1", "n1,n2"), said
-    assert "n1 or n2 is slow or broken: " in said and "only a third machine can tell which" in said
+    assert "n1 or n2 is slow or broken: " in said and "only a third machine can show which" in said
 
 
 @pytest.mark.slow

@@ -71,7 +71,8 @@ def test_a_run_is_brought_as_it_grows_and_no_step_twice(folder: Path) -> None:
         for name, text in whole.items():
             (folder / name).write_bytes(text)
         refused = bring(folder, dead_url())
-        assert refused.returncode == 1 and "1 run(s) wait" in refused.stdout and "Traceback" not in refused.stderr
+        assert refused.returncode == 1 and "1 run(s) are waiting" in refused.stdout
+        assert "Traceback" not in refused.stderr
         assert bring(folder, server.url).returncode == 0
     assert list(folder.glob("wandb/offline-run-*/*.wandb.synced")), "`wandb sync` passes over it"
     (run_id,) = server.runs

@@ -115,7 +115,7 @@ def test_what_wandb_is_told_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     folder = tmp_path / "mine"
     folder.mkdir()
     config = TrackConfig(wandb="offline", project="p", entity="e", group="g", tags=["t"])
-    facts: dict[str, Any] = {"rank": 0, "total_steps": 10, "resumed_step": 5, "job_type": "finetune"}
+    facts: dict[str, Any] = {"rank": 0, "total_steps": 10, "resumed_step": 5, "job_type": "finetune", "better": {}}
     base = {"checkpoint": "c", "manifest_sha256": "m", "step": 1, "wandb_run_id": "w"}
     tracker = Tracker(
         folder, config, run_config={"a": 1, "api_key": "abcdefgh"}, environment={"host": "h"}, base=base, **facts
@@ -153,7 +153,8 @@ def test_a_copy_of_a_run_is_linked_to_the_original(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("bigtx.track.tracker.WandbRun", lambda folder, task, tell, note: tasks.append(task))
     first, copy, stream = tmp_path / "first", tmp_path / "copy", io.StringIO()
     first.mkdir()
-    facts: dict[str, Any] = {"run_config": {}, "environment": {}, "rank": 0, "total_steps": 10, "resumed_step": 5}
+    facts: dict[str, Any] = {"run_config": {}, "environment": {}, "rank": 0, "total_steps": 10, "better": {}}
+    facts["resumed_step"] = 5
     own = Tracker(first, TrackConfig(wandb="offline"), **facts).wandb_run_id
     shutil.copytree(first, copy)
     copied = Tracker(copy, TrackConfig(wandb="offline"), stream=stream, **facts).wandb_run_id

@@ -309,7 +309,7 @@ def test_a_full_disk_stops_nothing(small_disk: Path) -> None:
 def test_wandb_cannot_start(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "wandb.py").write_text("raise RuntimeError('broken on purpose')")
     result = run_program(folder, last_step=60, step_seconds=0.1, env={"PYTHONPATH": f"{tmp_path}:{HERE.parent.parent}"})
-    assert result.stdout.count("warning: W&B is switched off") == 1
+    assert result.stdout.count("warning: W&B is turned off") == 1
     assert "broken on purpose" in events(folder, "wandb_off")[0]["error"]
     assert len(read_jsonl(folder / "metrics.jsonl")) == 60
 

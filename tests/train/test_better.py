@@ -108,7 +108,7 @@ def test_all_that_compares_values_agrees(tmp_path: Path, name: str, metric: str,
     ("name", "metric"), [("classify", "largest_class"), ("preference", "chosen_reward"), ("sft", "bleu")]
 )
 def test_what_has_no_direction_chooses_nothing(name: str, metric: str) -> None:
-    with pytest.raises(ConfigError, match=rf"validation\.metric='{metric}' .* these can: .*loss"):
+    with pytest.raises(ConfigError, match=rf"validation\.metric='{metric}' .*; write one of .*loss"):
         make_task(name, metric)
 
 

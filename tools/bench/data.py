@@ -2,7 +2,7 @@
 
     python tools/bench/data.py [--text FILE.jsonl] [--rounds 3] [--peers PYTHON] [--json]
 
-Figures (medians over interleaved rounds; machines are noisy, so look at the ratios):
+Figures (medians over interleaved rounds; machines are noisy, so compare the ratios):
 
 - prepare_over_encode: seconds of `bigtx data prepare` (raw jsonl to shards, BPE 16k, exact duplicates removed; the
   whole command, including the start of its processes), divided by those of sentencepiece encoding alone in as many

@@ -1,7 +1,7 @@
 #!/bin/sh
 # The steps of the container images (Dockerfile, bigtx.def), in a copy of this clone on Debian with Python 3.11 or newer:
 #
-#   install.sh system      what is needed beside Python: a compiler for kernels that are built at run time, and InfiniBand
+#   install.sh system      system packages: a compiler for kernels that are built at run time, and InfiniBand
 #   install.sh packages    bigtx's packages into /opt/bigtx, at the versions in constraints.txt
 #   install.sh bigtx       bigtx itself, last, because it changes most
 set -eu

@@ -1,12 +1,13 @@
-"""Mutation testing: small changes of meaning in the core of bigtx, one at a time, each of which a test should notice.
+"""Test mutants: small changes of meaning in the core of bigtx, one at a time, each of which a test should detect.
 
     make mutants                          40 mutants, evenly over the packages
-    make mutants MUTANTS='--count 600'    so many
+    make mutants MUTANTS='--count 600'    600 mutants
     make mutants MUTANTS='--package finetuning/tasks --count 50'
 
-First the tests run once, to learn which lines each of them runs; later only test files that changed. Then each mutant
-is tried with the nearest of the tests that run its line, in a fork of a process that has imported torch. The sample
-follows from the commit. Results are lines of JSON in .mutants/, the table is in docs/testing.md (`--table`).
+First the tests run once, to record the lines of each test; later only changed test files are run for that. Then each
+mutant is tried with the nearest of the tests that run its line, in a fork of a process that has imported torch. The
+sample depends only on the commit. Results are lines of JSON in .mutants/; `--table` writes the table in
+docs/testing.md.
 """
 
 from __future__ import annotations
@@ -52,36 +53,36 @@ PACKAGES: dict[str, list[str]] = {
     "track": ["bigtx/track/*.py"],
     "utils": ["bigtx/utils/secrets.py", "bigtx/utils/files.py"],
 }
-"""What is mutated."""
+"""The files to mutate, by package."""
 MARKERS = "not slow and not gpu and not slurm"
 BUDGET = 60.0
-"""Seconds of tests for a mutant."""
+"""Seconds of tests for each mutant."""
 MIN_LIMIT = 600.0
-"""Least seconds after which a trial counts as hanging: other work may keep the machine busy."""
+"""The least seconds after which a trial counts as hanging: the machine may be busy with other work."""
 
 
 def options(words: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="mutants", description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--count", type=int, default=40, help="how many mutants, evenly over the packages (default 40)")
-    add("--all", action="store_true", help="every mutant there is")
-    add("--package", action="append", choices=sorted(PACKAGES), help="of this package; repeatable")
-    add("--seed", help="instead of the commit")
-    add("--id", action="append", help="this mutant; repeatable")
-    add("--settings", nargs="*", metavar="KEY", help="instead, let settings keep their defaults: do their tests fail?")
-    add("--resume", action="store_true", help="keep the results of this commit; try what is missing")
-    add("--jobs", type=int, default=os.cpu_count() or 1, help="mutants at a time")
-    add("--budget", type=float, default=BUDGET, help=f"seconds of tests for each (default {BUDGET:g})")
-    add("--tests", nargs="*", default=["tests"], help="tests to learn from (default: all)")
-    add("--quick", action="store_true", help="learn nothing: try the test files whose imports are nearest")
+    add("--all", action="store_true", help="all mutants")
+    add("--package", action="append", choices=sorted(PACKAGES), help="only mutants of this package; repeatable")
+    add("--seed", help="choose the sample by this seed instead of the commit")
+    add("--id", action="append", help="only this mutant; repeatable")
+    add("--settings", nargs="*", metavar="KEY", help="test instead whether a test fails if a setting has no effect")
+    add("--resume", action="store_true", help="keep the results of this commit, and try only missing mutants")
+    add("--jobs", type=int, default=os.cpu_count() or 1, help="number of mutants at the same time")
+    add("--budget", type=float, default=BUDGET, help=f"seconds of tests for each mutant (default {BUDGET:g})")
+    add("--tests", nargs="*", default=["tests"], help="tests whose lines are recorded (default: all)")
+    add("--quick", action="store_true", help="record no lines; use the test files whose imports are nearest")
     add("--json", action="store_true", help="print each result as a line of JSON")
     add("--table", action="store_true", help="write the table of docs/testing.md from the results")
     return parser.parse_args(words)
 
 
 def install_hook() -> None:
-    """Let every Python of this environment look for a mutant; without the variable, that is nothing."""
+    """Have every Python process of this environment load the hook. It has no effect unless the variable is set."""
     path = Path(sysconfig.get_path("purelib")) / "bigtx_mutants.pth"
     code = (
         f"import os, sys; f = os.environ.get('{hook.FOLDER}'); "
@@ -93,7 +94,7 @@ def install_hook() -> None:
 
 
 def record(places: Sequence[str], jobs: int) -> recording.Map:
-    """Learn which lines the tests run, of the test files that are new or changed."""
+    """Record the lines that the tests run, of test files that are new or changed."""
     folder = STORE / "lines"
     folder.mkdir(parents=True, exist_ok=True)
     known_path = folder / "files.json"
@@ -106,7 +107,7 @@ def record(places: Sequence[str], jobs: int) -> recording.Map:
     digests = {name: hashlib.sha1((ROOT / name).read_bytes()).hexdigest() for name in files}
     stale = [name for name in files if known.get(name) != digests[name]]
     if stale:
-        print(f"learning what the tests of {len(stale)} files run", file=sys.stderr)
+        print(f"recording the lines that the tests of {len(stale)} files run", file=sys.stderr)
         for name in stale:
             _forget(folder, name)
         environment = os.environ | {recording.FOLDER: str(folder), "PYTHONPATH": str(HERE)}
@@ -131,7 +132,7 @@ def _forget(folder: Path, name: str) -> None:
 
 
 def choose(arguments: argparse.Namespace, commit: str) -> list[Mutant]:
-    """The mutants to try: of each package as many, at different lines as long as there are such."""
+    """Return the mutants to try: the same number from each package, at different lines where possible."""
     names = arguments.package or list(PACKAGES)
     found = {name: _of_package(name) for name in names}
     if arguments.id:
@@ -150,7 +151,7 @@ def choose(arguments: argparse.Namespace, commit: str) -> list[Mutant]:
             lines.add(key)
         usable = (mutant for mutant in first + later if mutant.compiles((ROOT / mutant.path).read_bytes()))
         chosen += [mutant for mutant, _ in zip(usable, range(share), strict=False)]
-    # One of each package after the other, so that a run that is ended early is even too.
+    # Shuffled, so that a run that is ended early has mutants of all packages.
     random.Random(commit).shuffle(chosen)
     return chosen
 
@@ -161,13 +162,13 @@ def _of_package(name: str) -> list[Mutant]:
 
 
 def package_of(path: str) -> str:
-    """The package that a file is counted for."""
+    """Return the package of a file."""
     return next(name for name, patterns in PACKAGES.items() if any(Path(path).match(pattern) for pattern in patterns))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A mutant, the tests to try it with, the seconds that they take, and how many there is no time for."""
+    """A mutant, its tests, the seconds that they take, and the number of tests that are left out for lack of time."""
 
     mutant: Mutant
     tests: list[str]
@@ -176,16 +177,17 @@ class Plan:
 
 
 def plan(mutant: Mutant, known: recording.Map, budget: float) -> Plan:
-    """The tests to run. What runs at import alone, a constant or a default, concerns all that uses the file."""
+    """Choose the tests of a mutant. For a line that runs only at import, all tests that use the file are candidates."""
     names = known.of_lines(mutant.path, *mutant.lines) or known.of_file(mutant.path)
     return Plan(mutant, *known.choose(names, mutant.path, budget))
 
 
 def plans_of_settings(keys: Sequence[str], budget: float) -> Iterator[Plan]:
-    """For each setting the test that tests/settings.yaml names.
+    """Yield a plan for each setting, with the test that tests/settings.yaml names.
 
     Args:
-        keys: settings; none: all.
+        keys: the settings; all if there are none.
+        budget: the seconds of tests for each.
     """
     named = settings.read_registry(ROOT)
     source = (ROOT / settings.SCHEMA).read_bytes()
@@ -195,7 +197,7 @@ def plans_of_settings(keys: Sequence[str], budget: float) -> Iterator[Plan]:
 
 
 def run_all(plans: Iterable[Plan], jobs: int) -> Iterator[dict[str, Any]]:
-    """Results, as they come."""
+    """Run the plans. Yields each result when it is known."""
     trial.warm_up()
     waiting, running = list(plans), list[trial.Trial]()
     while waiting or running:
@@ -232,7 +234,7 @@ def _facts(mutant: Mutant) -> dict[str, Any]:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """The command."""
+    """Run the command. Returns its exit status."""
     arguments = options(sys.argv[1:] if words is None else words)
     os.chdir(ROOT)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()

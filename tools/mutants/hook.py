@@ -1,6 +1,6 @@
-"""What a trial does in each Python process that a test starts: a mutant in place of its module, or a record of lines.
+"""Load a mutant, or record lines, in each Python process that a test starts.
 
-A `.pth` file of the environment imports this wherever BIGTX_MUTANTS names its folder, since tests set PYTHONPATH.
+A `.pth` file of the environment imports this module where BIGTX_MUTANTS names its folder, since tests set PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from types import CodeType, FrameType, ModuleType
 from typing import Any
 
 FOLDER = "BIGTX_MUTANTS"
-"""Names the folder of this file."""
+"""The variable with the folder of this file."""
 MUTANT = "BIGTX_MUTANT"
-"""A module's name, its file, and the file that takes its place, with a line break between."""
+"""The variable with a module's name, its file, and the file that replaces it, on three lines."""
 LINES = "BIGTX_MUTANTS_LINES"
-"""The file for the lines of bigtx that run."""
+"""The variable with the file for the lines of bigtx that run."""
 
 # Tests replace these.
 _open, _write, _close = os.open, os.write, os.close
@@ -36,7 +36,7 @@ class _Loader(SourceFileLoader):
 
 
 class MutantFinder:
-    """Gives one module another source."""
+    """A finder that loads one module from another file."""
 
     def __init__(self, name: str, path: str, mutated: str) -> None:
         self._name, self._path, self._mutated = name, path, mutated
@@ -44,7 +44,7 @@ class MutantFinder:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """As Python's import asks."""
+        """Return the mutant's spec for its module, and None for other modules; Python's import calls this."""
         if name != self._name:
             return None
         loader = _Loader(name, self._path, self._mutated)
@@ -52,7 +52,7 @@ class MutantFinder:
 
 
 class Recorder:
-    """Writes each line of a package once into a file, at once, so that a killed process leaves what it did."""
+    """A recorder that writes each line of a package to a file when it first runs, so that a kill loses no lines."""
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
@@ -60,17 +60,17 @@ class Recorder:
         self._left: dict[int, tuple[CodeType, set[int]]] = {}
 
     def switch(self, path: str) -> None:
-        """Write to another file from here on, for this process and what it starts."""
+        """Write to another file, in this process and in those that it starts."""
         self._path = os.environ[LINES] = path
         self._left = {}
 
     def start(self) -> None:
-        """Begin, in this thread and in later ones."""
+        """Start recording, in this thread and in later ones."""
         threading.settrace(self._call)
         sys.settrace(self._call)
 
     def stop(self) -> None:
-        """Record no more: what is slow, imports above all, is slower while it is watched."""
+        """Stop recording, because slow code, such as imports, is slower while it is traced."""
         os.environ.pop(LINES, None)
         threading.settrace(None)
         sys.settrace(None)
@@ -84,7 +84,7 @@ class Recorder:
     def _left_of(self, code: CodeType) -> set[int]:
         found = self._left.get(id(code))
         if found is None:
-            # The code is kept, so that its id is nobody else's.
+            # A reference to the code is kept, so that no other object gets its id.
             found = self._left[id(code)] = code, {line for *_, line in code.co_lines() if line}
         return found[1]
 
@@ -102,7 +102,7 @@ class Recorder:
 
 
 def install() -> None:
-    """Do what the environment asks for."""
+    """Load a mutant or start recording, as the environment requests."""
     if words := os.environ.get(MUTANT):
         name, path, mutated = words.split("\n")
         sys.meta_path.insert(0, MutantFinder(name, path, mutated))

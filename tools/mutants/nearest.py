@@ -1,4 +1,4 @@
-"""Which test files concern a file of bigtx, read from their imports: a first choice that needs no run of the tests."""
+"""Find the test files for a file of bigtx by their imports, without running tests."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ import functools
 from pathlib import Path
 
 STARTS_PROCESSES = {"doors", "finetunes", "terminals", "servers", "subprocess", "clusters", "ranks", "worker"}
-"""What test files import that start others, which takes long."""
+"""Modules that test files import if they start other processes, which takes long."""
 MOST_FILES = 6
-"""Importing test files takes time too."""
+"""The most test files for a mutant, because importing them takes time too."""
 LEFT_OUT = ("tests/slurm/", "tests/gpu/", "tests/advice/", "tests/tools/")
 
 
 def nearest_files(root: Path, path: str) -> list[str]:
-    """The test files to try a mutant with, the nearest first; those that start processes where there are no others.
+    """Return the test files for a mutant, the nearest first.
+
+    Files that start processes are used only if there are no others.
 
     Args:
-        path: of the mutated file, from the root.
+        root: the root of the repository.
+        path: the path of the mutated file, relative to the root.
     """
     module = path.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
     package = module.rpartition(".")[0]
@@ -43,7 +46,7 @@ def nearest_files(root: Path, path: str) -> list[str]:
 
 @functools.cache
 def imports_of(path: Path) -> frozenset[str]:
-    """The modules that a file imports, and their last names."""
+    """Return the modules that a file imports, and their last names."""
     names = set[str]()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

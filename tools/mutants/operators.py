@@ -1,4 +1,4 @@
-"""Small changes of meaning, one at a time: what a slip of the hand could make of a line, and a test should notice."""
+"""Make mutants: small changes of meaning, as a typing error could cause them, which a test should detect."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ SYMMETRIC = {
     "field",
 }
 SPEECH = {"print", "warn", "warning", "info", "debug", "message", "notice", "log", "say", "write_line", "__init__"}
-"""Calls whose arguments are for people; as statements they are not removed."""
+"""Calls whose arguments are texts for users; as statements they are not removed."""
 HARMLESS_KEYWORDS = {
     "encoding", "errors", "timeout", "stacklevel", "indent", "flush", "buffering", "non_blocking", "pin_memory",
     "exist_ok", "daemon", "help", "strict", "ensure_ascii", "name", "repr", "compare", "slots", "frozen",
@@ -64,12 +64,15 @@ class Mutant:
     """One change of one file.
 
     Attributes:
-        path: of the file, from the root of the repository.
-        function: it stands in; "" at the top of the file.
-        before, after: the piece of source, and what takes its place.
-        start, end: bytes of the file that `after` takes the place of.
-        lines: first and last line of the piece.
-        number: how many like it come earlier in the function.
+        path: the path of the file, relative to the root of the repository.
+        function: the function or class that contains it; "" at the top of the file.
+        operator: the kind of change.
+        before: the piece of source that is replaced.
+        after: its replacement.
+        start: the first byte of the piece in the file.
+        end: the end of the piece in the file, in bytes.
+        lines: the first and last line of the piece.
+        number: the number of equal changes earlier in the function.
     """
 
     path: str
@@ -84,16 +87,16 @@ class Mutant:
 
     @property
     def id(self) -> str:
-        """Stays the same while the function is edited elsewhere."""
+        """Return an id that stays the same when the function is edited elsewhere."""
         parts = (self.path, self.function, self.operator, self.before, self.after, str(self.number))
         return hashlib.sha1("\0".join(parts).encode()).hexdigest()[:10]
 
     def apply(self, source: bytes) -> bytes:
-        """The file with the change."""
+        """Return the file with the change."""
         return source[: self.start] + self.after.encode() + source[self.end :]
 
     def compiles(self, source: bytes) -> bool:
-        """Whether the file with the change is Python."""
+        """Return whether the file with the change is Python."""
         try:
             compile(self.apply(source), self.path, "exec", dont_inherit=True)
         except (SyntaxError, ValueError):
@@ -102,7 +105,7 @@ class Mutant:
 
 
 def mutants_of(path: str, source: bytes) -> list[Mutant]:
-    """All changes of a file, without those that nobody could notice by their nature. A few may be no Python."""
+    """Return all changes of a file, except those that cannot be detected. Some may not be valid Python."""
     finder = _Finder(path, source)
     finder.visit(ast.parse(source))
     seen: Counter[tuple[str, ...]] = Counter()
@@ -116,7 +119,7 @@ def mutants_of(path: str, source: bytes) -> list[Mutant]:
 
 
 class _Finder:
-    """Walks through a file, and leaves out what is for people, for type checkers, or of no consequence."""
+    """A visitor of a file that skips texts for users, code for type checkers, and code without an effect."""
 
     def __init__(self, path: str, source: bytes) -> None:
         self.path, self.source = path, source
@@ -127,7 +130,7 @@ class _Finder:
             self._starts.append(self._starts[-1] + len(line))
 
     def visit(self, node: ast.AST) -> None:
-        """Mutate a node, then what it is made of."""
+        """Mutate a node, then its parts."""
         if _is_for_people(node):
             return
         if isinstance(node, ast.expr | ast.stmt | ast.comprehension):
@@ -169,7 +172,7 @@ class _Finder:
 
 
 def _parts(node: ast.AST) -> Iterable[ast.AST]:
-    """What a node is made of, as far as it says something to a computer."""
+    """Return the parts of a node that affect the program."""
     match node:
         case ast.AnnAssign():
             return [node.value] if node.value and not _is_quiet(node.target) else []
@@ -193,7 +196,7 @@ def _is_for_people(node: ast.AST) -> bool:
 
 
 def _is_quiet(target: ast.expr) -> bool:
-    """Whether a variable is one that no test should hold: a list of names, a waiting time."""
+    """Return whether no test should fix the value of a variable: a list of names, a waiting time."""
     name = _name(target)
     return name == "__all__" or name.upper().endswith(("_SECONDS", "TIMEOUT"))
 
@@ -203,7 +206,7 @@ def _name(node: ast.expr) -> str:
 
 
 def _changes(node: ast.AST) -> Iterator[tuple[str, ast.AST | str]]:
-    """Names of operators, and what takes the place of the node."""
+    """Yield the names of operators with the replacement of the node."""
     match node:
         case ast.Compare() | ast.BoolOp():
             yield from _of_logic(node)

@@ -1,6 +1,7 @@
-"""Which tests run which lines of bigtx: a pytest plugin that records it, and the map made of the records.
+"""Record which tests run which lines of bigtx, with a pytest plugin, and read the records.
 
-What a fixture runs counts for every test that uses the fixture. Each context, a test or a fixture, has a file of lines.
+The lines of a fixture count for every test that uses the fixture. Each context, a test or a fixture, has a file of
+lines.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ import hook
 import pytest
 
 FOLDER = "BIGTX_MUTANTS_RECORDS"
-"""Names the folder of the records, for the plugin."""
+"""The variable with the folder of the records, for the plugin."""
 
 
 class Contexts:
-    """The pytest plugin: one context within another, and how long each took."""
+    """The pytest plugin. It records nested contexts, and the time of each."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -41,7 +42,7 @@ class Contexts:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef: Any) -> Iterator[None]:
-        """Record a fixture apart from the test that happens to need it first."""
+        """Record a fixture separately from the test that is the first to use it."""
         key = _key(fixturedef)
         start = time.monotonic()
         self._enter(key)
@@ -80,7 +81,7 @@ class Contexts:
 
 
 def digest(text: str) -> str:
-    """A short name for a file."""
+    """Return a short name for a file."""
     return hashlib.sha1(text.encode()).hexdigest()[:16]
 
 
@@ -99,7 +100,7 @@ if FOLDER in os.environ:
 
 @dataclass
 class Test:
-    """What is known of a test that passes without a mutant."""
+    """A test that passes without a mutant."""
 
     name: str
     seconds: float
@@ -107,7 +108,7 @@ class Test:
 
     @property
     def file(self) -> str:
-        """The file that it stands in."""
+        """Return the test's file."""
         return self.name.partition("::")[0]
 
 
@@ -116,8 +117,9 @@ class Map:
     """Tests by the lines that they run.
 
     Attributes:
-        lines: a file of bigtx, from the root -> a line -> names of tests.
-        fixtures: seconds that each takes.
+        tests: the tests by their names.
+        fixtures: the seconds of each fixture.
+        lines: a file of bigtx, relative to the root -> a line -> names of tests.
     """
 
     tests: dict[str, Test] = field(default_factory=dict)
@@ -125,19 +127,24 @@ class Map:
     lines: dict[str, dict[int, set[str]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(set)))
 
     def of_lines(self, path: str, first: int, last: int) -> set[str]:
-        """Names of the tests that run one of some lines."""
+        """Return the names of the tests that run one of some lines."""
         of_file = self.lines.get(path, {})
         return set().union(*(of_file.get(line, ()) for line in range(first, last + 1)))
 
     def of_file(self, path: str) -> set[str]:
-        """Names of the tests that run anything of a file."""
+        """Return the names of the tests that run any line of a file."""
         return set().union(*self.lines.get(path, {}).values())
 
     def choose(self, names: set[str], path: str, budget: float) -> tuple[list[str], float, int]:
-        """The tests that are nearest to a file and take the least time, up to some seconds in all.
+        """Choose the tests that are nearest to a file and take the least time.
+
+        Args:
+            names: the tests to choose from.
+            path: the file.
+            budget: the most seconds in all.
 
         Returns:
-            names in the order to run them; the seconds that they take; how many are left out.
+            The names in the order to run them, the seconds that they take, and the number of tests left out.
         """
         near = {path.split("/")[-2], path.split("/")[-1].removesuffix(".py")}
 
@@ -162,7 +169,7 @@ class Map:
 
 
 def read_map(root: Path, folder: Path) -> Map:
-    """The map of what was recorded in a folder."""
+    """Read the records in a folder."""
     result = Map()
     users: dict[str, set[str]] = defaultdict(set)
     bad = set()

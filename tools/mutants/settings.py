@@ -1,6 +1,7 @@
-"""Settings that do nothing: each in turn keeps its default whatever is written, and the test that holds it should fail.
+"""Find settings without an effect: a setting keeps its default for any value that is written, and its test should fail.
 
-tests/settings.yaml names that test. As a program this prints the settings, so that others need not import bigtx.
+tests/settings.yaml names that test. As a program this module prints the settings, so that callers need not import
+bigtx.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ def _keep_default(owner: type, name: str) -> None:
 
 _keep_default({owner}, {name!r})
 """
-"""Goes to the end of SCHEMA."""
+"""Code that is added at the end of SCHEMA."""
 
 
 def all_settings() -> dict[str, tuple[str, str]]:
-    """Each key of each schema: the class that declares it, and its name there."""
+    """Return each key of each schema: the class that declares it, and its name there."""
     from bigtx.config import schema as schemas
     from bigtx.config.settings import leaves
 
@@ -59,21 +60,21 @@ def _owner(top: type, key: str) -> tuple[str, str]:
 
 
 def known_settings(root: Path) -> dict[str, tuple[str, str]]:
-    """`all_settings`, by another process."""
+    """Return the result of `all_settings`, computed in another process."""
     command = [sys.executable, str(Path(__file__)), "list"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     return {key: tuple(value) for key, value in json.loads(done.stdout).items()}
 
 
 def mutant_of(key: str, owner: str, name: str, source: bytes) -> Mutant:
-    """The change by which a setting keeps its default."""
+    """Return the mutant in which a setting keeps its default."""
     place = len(source)
     after = RESET.format(owner=owner, name=name)
     return Mutant(SCHEMA, key, "setting", "", after, place, place, (1, 1))
 
 
 def read_registry(root: Path) -> dict[str, str]:
-    """The test that holds each setting, without its parameters."""
+    """Return the test of each setting, without its parameters."""
     import yaml
 
     path = root / REGISTRY

@@ -1,4 +1,4 @@
-"""One mutant tried: a fork of a process that has imported what is slow runs the tests with it."""
+"""Try a mutant: a fork of a process that has imported the slow packages runs the tests with it."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ HEAVY = (
     "hypothesis",
     "wandb",
 )
-OUT_OF_TIME = "the tests have had their time"
+OUT_OF_TIME = "the time for the tests is over"
 MARK = "BIGTX_MUTANTS_TRIAL"
-"""In the environment of every process of a trial."""
+"""A variable in the environment of every process of a trial."""
 
 
 @dataclass
@@ -40,8 +40,8 @@ class Trial:
     """A mutant whose tests run in a process.
 
     Attributes:
-        limit: seconds after which it counts as noticed: something hangs.
-        left_out: tests that run the line too, and are not run for lack of time.
+        limit: seconds after which the mutant counts as detected, because something hangs.
+        left_out: the number of tests of the line that are not run for lack of time.
     """
 
     mutant: Mutant
@@ -54,27 +54,27 @@ class Trial:
 
 
 class _First:
-    """The pytest plugin that writes which test noticed, and begins no more tests once they have had their time."""
+    """The pytest plugin that records which test failed, and starts no test after the time for the tests is over."""
 
     def __init__(self, file: Path, budget: float) -> None:
         self._file, self._budget = file, budget
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        """As pytest asks."""
-        # Of the processor, with ended children: another load of the machine changes nothing.
+        """Stop the session if the time for the tests is over; pytest calls this for each test."""
+        # This is processor time, including ended children, so other load of the machine has no effect.
         if sum(os.times()[:4]) > self._budget:
             item.session.shouldstop = OUT_OF_TIME
         return (yield)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """As pytest asks."""
+        """Record the first failure; pytest calls this for each report."""
         if report.failed and not self._file.exists():
             self._file.write_text(report.nodeid, encoding="utf-8")
 
 
 def warm_up() -> None:
-    """Import what all tests need and no mutant changes."""
+    """Import packages that all tests need and that are not mutated."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in HEAVY:
@@ -86,13 +86,16 @@ def warm_up() -> None:
 def begin(
     mutant: Mutant, source: bytes, tests: list[str], *, limit: float, budget: float, markers: str, left_out: int
 ) -> Trial:
-    """Run the tests with the mutant, in a process of their own.
+    """Start the tests with the mutant, in a separate process.
 
     Args:
+        mutant: the mutant.
+        source: the source of its file without the change.
         tests: names of tests or of test files.
-        limit: seconds after which it is ended.
-        budget: seconds of the processor after which no more tests begin.
-        markers: which of the tests, as pytest's -m.
+        limit: seconds after which the process is ended.
+        budget: seconds of processor time after which no more tests start.
+        markers: the selection of tests, as for pytest's -m.
+        left_out: the number of tests that are not run for lack of time.
     """
     folder = Path(tempfile.mkdtemp(prefix="m-"))
     (folder / "mutated.py").write_bytes(mutant.apply(source))
@@ -124,7 +127,7 @@ def _run(mutant: Mutant, tests: list[str], folder: Path, budget: float, markers:
 
 
 def end(trial: Trial) -> dict[str, Any] | None:
-    """The trial's result, or None if it still runs. All of its processes are ended, its files deleted."""
+    """Return the trial's result; None if it is still running. Ends all of its processes and deletes its files."""
     seconds = time.monotonic() - trial.started
     pid, status = os.waitpid(trial.pid, os.WNOHANG)
     if not pid and seconds < trial.limit:
@@ -150,7 +153,7 @@ def end(trial: Trial) -> dict[str, Any] | None:
 
 
 def kill_all(trial: Trial) -> None:
-    """End every process of a trial, in whatever session it is."""
+    """End every process of a trial, in all sessions."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(trial.pid, signal.SIGKILL)
     wanted = f"{MARK}={trial.folder.name}".encode()

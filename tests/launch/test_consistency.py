@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bigtx.launch.alike import (
+from bigtx.launch.consistency import (
     MOST_SHOWN,
     differences,
     facts_of_machine,

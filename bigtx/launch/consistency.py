@@ -1,7 +1,7 @@
-"""Whether the machines of a run are alike: the same code, packages and settings, which each says when they meet.
+"""Check that the machines of a run have the same code, packages and settings. They exchange these when they connect.
 
-Machines that differ here train something that nobody asked for, or wait for each other in a collective that only some
-of them reach.
+Machines that differ would train something other than the user asked for, or wait for each other in a collective that
+only some of them reach.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from typing import Any
 from bigtx.utils import hardware
 
 CLOCK_SECONDS = 5.0
-"""A clock that differs by more is worth a warning; nothing in bigtx depends on it, since steps are numbered."""
+"""A clock that differs by more causes a warning. bigtx itself does not depend on clocks, since steps are numbered."""
 MOST_SHOWN = 6
-"""Differences, or machines with the same value, that a message shows."""
+"""The most differences, or machines with the same value, that a message shows."""
 _LONGEST_VALUE = 60
 
 
 def facts_of_machine() -> dict[str, str]:
-    """What must be equal on all machines: versions, commit and the code itself. Imports no torch.
+    """Return the facts that must be equal on all machines: versions, commit and the code itself. Does not import torch.
 
     Returns:
-        By name. A package that is missing has the value `none`; a commit that cannot be read is left out, since the
-        sum over the code says the same.
+        The facts by name. A missing package has the value `none`. A commit that cannot be read is left out, since the
+        hash of the code shows the same differences.
     """
     versions = dict.fromkeys(hardware.PACKAGES, "none") | hardware.packages()
     commit = {"commit": found} if (found := hardware.git_commit()) else {}
-    return {**versions, "Python": platform.python_version(), **commit, "code": _sum_of_code()}
+    return {**versions, "Python": platform.python_version(), **commit, "code": _hash_of_code()}
 
 
 def facts_of_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """A config as facts, by dotted keys."""
+    """Return the settings of a config as facts, by their dotted keys."""
     facts: dict[str, str] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
@@ -46,13 +46,13 @@ def facts_of_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, 
 
 
 def differences(facts: Mapping[int, Mapping[str, str]]) -> dict[str, dict[str, list[int]]]:
-    """The facts that are not equal on all machines that know them.
+    """Return the facts that are not equal on all machines that have them.
 
     Args:
-        facts: of each machine, by its place.
+        facts: the facts of each machine, by the machine's number.
 
     Returns:
-        For each such fact its values, and the places of the machines that have them; the rarest value first.
+        For each such fact its values, each with the numbers of the machines that have it; the rarest value is first.
     """
     found: dict[str, dict[str, list[int]]] = {}
     for name in dict.fromkeys(name for each in facts.values() for name in each):
@@ -66,33 +66,34 @@ def differences(facts: Mapping[int, Mapping[str, str]]) -> dict[str, dict[str, l
 
 
 def why_different(hosts: Mapping[int, str], facts: Mapping[int, Mapping[str, str]]) -> str | None:
-    """What is not equal on all machines, in words; None where all is.
+    """Return a message about the facts that differ between machines; None where all are equal.
 
     Args:
-        hosts: the machines' names, by their places.
-        facts: of each machine.
+        hosts: the machines' names, by their numbers.
+        facts: the facts of each machine, by its number.
     """
     found = differences(facts)
     if not found:
         return None
     if "commit" in found:
-        found.pop("code", None)  # It says the same, in figures that nobody knows.
+        found.pop("code", None)  # A hash says no more than the commit.
     parts = [
         f"{name} is " + " and ".join(f"{value} on {named(hosts, nodes)}" for value, nodes in values.items())
         for name, values in list(found.items())[:MOST_SHOWN]
     ]
     rest = f"; {len(found) - MOST_SHOWN} more differ" if len(found) > MOST_SHOWN else ""
     return (
-        f"the machines of this run are not alike: {'; '.join(parts)}{rest}. Use the same clone, environment and config "
-        "on all of them, best on a file system that all of them see"
+        f"the machines of this run differ: {'; '.join(parts)}{rest}. Use the same clone, environment and config on all "
+        "of them, preferably on a file system that all of them see"
     )
 
 
 def why_wrong_clock(hosts: Mapping[int, str], offsets: Mapping[int, float]) -> str | None:
-    """Which machines' clocks differ from that of the first one, in words; None where none does by much.
+    """Return a warning about clocks that differ from that of the first machine; None where all are close to it.
 
     Args:
-        offsets: of each machine, in seconds.
+        hosts: the machines' names, by their numbers.
+        offsets: how far each machine's clock is ahead, in seconds.
     """
     wrong = {node: offset for node, offset in offsets.items() if abs(offset) > CLOCK_SECONDS}
     if not wrong:
@@ -100,13 +101,13 @@ def why_wrong_clock(hosts: Mapping[int, str], offsets: Mapping[int, float]) -> s
     shown = [f"{named(hosts, [node])} by {offset:+,.0f} s" for node, offset in list(wrong.items())[:MOST_SHOWN]]
     rest = f" and {len(wrong) - MOST_SHOWN} more machines" if len(wrong) > MOST_SHOWN else ""
     return (
-        f"the clock differs from that of {hosts[0]} on {', '.join(shown)}{rest}: times in logs and of files will not "
-        "fit together, and W&B may refuse what such a machine sends; have the clocks set (NTP)"
+        f"the clock differs from that of {hosts[0]} on {', '.join(shown)}{rest}: the times in logs and of files will "
+        "not match, and W&B may refuse what such a machine sends; synchronize the clocks (NTP)"
     )
 
 
 def named(hosts: Mapping[int, str], nodes: Iterable[int]) -> str:
-    """Machines, for people.
+    """Return the names and numbers of machines for a message.
 
     >>> named({0: "a", 1: "b"}, [1])
     'b (node 1)'
@@ -118,8 +119,8 @@ def named(hosts: Mapping[int, str], nodes: Iterable[int]) -> str:
     return shown + (f" and {len(nodes) - MOST_SHOWN} more" if len(nodes) > MOST_SHOWN else "")
 
 
-def _sum_of_code() -> str:
-    """A number for all of bigtx's modules, also of an installed copy or a clone with changes of its own."""
+def _hash_of_code() -> str:
+    """Return a hash of all modules of bigtx, which also shows changes in an installed copy or in a clone."""
     root, total = Path(hardware.__file__).resolve().parents[1], hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         content = path.read_bytes()
@@ -129,7 +130,7 @@ def _sum_of_code() -> str:
 
 
 def _shortened(text: str) -> str:
-    """A long value with a number for all of it, so that two of them differ here where they differ."""
+    """Return a value; a long one is cut and ends with a hash, so that two long values stay different."""
     if len(text) <= _LONGEST_VALUE:
         return text
     return f"{text[: _LONGEST_VALUE - 16]}... ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
