@@ -177,12 +177,12 @@ def try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool | None:
 
 
 def is_local(path: Path) -> bool:
-    """Whether a path is on a disk of this machine: whoever could hold a lock there shares its kernel."""
+    """Return whether a path is on a disk of this machine, so that all holders of locks there share its kernel."""
     return _mount_of(path)[0] in LOCAL_FILE_SYSTEMS
 
 
 def open_or_make(path: Path) -> tuple[int, bool]:
-    """The file, and whether it was made now. Making it is exclusive also where there are no locks."""
+    """Return the file, and whether it was created now. Its creation is exclusive even where there are no locks."""
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644), True
     except FileExistsError:

@@ -57,7 +57,7 @@ def test_the_other_figures_of_the_comment(size: str) -> None:
     text, config = recipe(size)
     (memory,) = re.findall(r"with (\d+) GB", text)
     assert all(plan_run(config, number, PEAK).memory < int(memory) * 1e9 for number in gpus_of(text))
-    (tokens,) = re.findall(r"global_batch_size: \d+  # ([\d,]+) tokens a step", text)
+    (tokens,) = re.findall(r"global_batch_size: \d+  # ([\d,]+) tokens per step", text)
     assert int(tokens.replace(",", "")) == config.train.global_batch_size * config.train.sequence_length
     assert config.train.max_tokens is not None
     assert round(config.train.max_tokens / count_parameters(config.model).total) == TOKENS_PER_PARAMETER

@@ -106,7 +106,7 @@ def test_what_wandb_is_told_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ends: list[str] = []
     polls: list[int] = []
 
-    def run(folder: Path, task: dict[str, Any], tell: Any, note: Any) -> Any:
+    def run(folder: Path, task: dict[str, Any], show: Any, note: Any) -> Any:
         tasks.append(task)
         return SimpleNamespace(mode="offline", poll=lambda: polls.append(1), close=ends.append)
 
@@ -150,7 +150,7 @@ def test_what_wandb_is_told_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_copy_of_a_run_is_linked_to_the_original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tasks: list[dict[str, Any]] = []
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setattr("bigtx.track.tracker.WandbRun", lambda folder, task, tell, note: tasks.append(task))
+    monkeypatch.setattr("bigtx.track.tracker.WandbRun", lambda folder, task, show, note: tasks.append(task))
     first, copy, stream = tmp_path / "first", tmp_path / "copy", io.StringIO()
     first.mkdir()
     facts: dict[str, Any] = {"run_config": {}, "environment": {}, "rank": 0, "total_steps": 10, "better": {}}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -46,7 +46,8 @@ EXAMPLES = [Example(value, length) for value, length in enumerate((3, 9, 1, 7, 7
 class Task:
     """Predicts numbers; its metrics are their mean and how many there are."""
 
-    metric, lower_is_better = "mean", frozenset({"mean"})
+    better: ClassVar[Mapping[str, str]] = {"mean": "lower", "count": "higher"}
+    chosen_by = "mean"
     generates = generates_in_run = shows_by_predict = False
 
     def __init__(self) -> None:
@@ -164,6 +165,7 @@ def test_predictions_are_shown_at_even_distances_with_the_beginning_of_their_tex
 def measurement(task: Task, **validation: Any) -> Measurement:
     config = FinetuneConfig()
     config.train.micro_batch_size = 2
+    task.chosen_by = validation.pop("metric", task.chosen_by)
     for name, value in validation.items():
         setattr(config.validation, name, value)
     ranks = SimpleNamespace(rank=0, world_size=1, gather=lambda value: [value], from_first=lambda value: value)
@@ -228,7 +230,9 @@ def test_what_the_model_can_do_before_the_first_step_is_told_and_not_chosen() ->
 
 def test_without_records_nothing_is_measured_and_a_metric_must_be_the_tasks() -> None:
     made = measurement(Task(), metric="accuracy")
-    with pytest.raises(ConfigError, match=r"validation.metric='accuracy' is no metric of .* it has mean, count"):
+    with pytest.raises(
+        ConfigError, match=r"validation.metric='accuracy' is not measured during a run .*: mean, count"
+    ):
         made.report(Told(), RunState(step=1))  # type: ignore[arg-type]
     made.held_out = Examples([], [])
     assert not made.report(Told(), RunState(step=1))  # type: ignore[arg-type]
