@@ -230,9 +230,7 @@ def test_what_the_model_can_do_before_the_first_step_is_told_and_not_chosen() ->
 
 def test_without_records_nothing_is_measured_and_a_metric_must_be_the_tasks() -> None:
     made = measurement(Task(), metric="accuracy")
-    with pytest.raises(
-        ConfigError, match=r"validation.metric='accuracy' is not measured during a run .*: mean, count"
-    ):
+    with pytest.raises(ConfigError, match=r"validation.metric='accuracy' is not measured during a run .*: mean, count"):
         made.report(Told(), RunState(step=1))  # type: ignore[arg-type]
     made.held_out = Examples([], [])
     assert not made.report(Told(), RunState(step=1))  # type: ignore[arg-type]
