@@ -25,8 +25,8 @@ from bigtx.finetuning.measure import Measurement
 from bigtx.finetuning.tasks.task import Examples
 from bigtx.pretraining import run as pretrain_run
 from bigtx.pretraining import validation as validation_module
-from bigtx.pretraining.corpora import RunData, length_setting, place_of
-from bigtx.utils.errors import DataError
+from bigtx.pretraining.corpora import RunData, length_setting, place_of, validation_sources
+from bigtx.utils.errors import ConfigError, DataError
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,19 @@ def test_the_cache_of_remote_corpora(tmp_path: Path) -> None:
     config = PretrainConfig(data=DataConfig(cache_dir=str(tmp_path / "cache"), cache_size=12345))
     place: Any = place_of(config, SourceConfig(path="https://example.com/corpus"))
     assert (place.cache.folder, place.cache.max_bytes) == (tmp_path / "cache", 12345)
+
+
+def test_the_corpora_to_validate_on(tmp_path: Path) -> None:
+    sources = {name: SourceConfig(path=str(tmp_path / name)) for name in ("a", "b", "c")}
+    for name in ("a", "b"):
+        (tmp_path / name / "validation").mkdir(parents=True)
+    config = PretrainConfig(data=DataConfig(sources=sources))
+    assert validation_sources(config) == {"a": sources["a"], "b": sources["b"]}
+    config.validation.sources = {"b": sources["b"]}
+    assert validation_sources(config) == {"b": sources["b"]}
+    config.validation.sources = {"c": sources["c"]}
+    with pytest.raises(ConfigError, match="has no validation split"):
+        validation_sources(config)
 
 
 def test_the_length_of_a_run() -> None:

@@ -61,6 +61,13 @@ def order(data: TaskData) -> list[str]:
     ]
 
 
+@pytest.mark.parametrize(("fraction", "count"), [(0.2, 8), (0.5, 20), (0.0, 0)])
+def test_the_share_that_is_held_out(config: FinetuneConfig, tokenizer: Tokenizer, fraction: float, count: int) -> None:
+    config.data.validation_fraction, config.data.test_fraction, config.data.min_held_out = fraction, 0.0, 0
+    splits = open_task_data(config, tokenizer).splits
+    assert [len(splits[name].records) for name in ("train", "validation")] == [40 - count, count]
+
+
 @pytest.mark.parametrize("split", ["tail", "hash"])
 def test_the_others_keep_their_places(tmp_path: Path, config: FinetuneConfig, tokenizer: Tokenizer, split: str) -> None:
     config.data.split = split  # type: ignore[assignment]

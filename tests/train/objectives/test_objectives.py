@@ -242,6 +242,12 @@ def test_documents_do_not_meet_across_the_two_sides(name: str) -> None:
         assert torch.equal(starts[1:], batch.target_segment_ids[row][1:] != batch.target_segment_ids[row][:-1])
 
 
+@pytest.mark.parametrize("rate", [0.1, 0.4])
+def test_the_share_of_masked_tokens(rate: float) -> None:
+    batch = make("masked", mask_rate=rate).prepare(rows(8))
+    assert batch.columns is not None and batch.columns.shape == (8, round(rate * LENGTH))
+
+
 @pytest.mark.parametrize("whole_words", [False, True])
 def test_masked_tokens(whole_words: bool) -> None:
     objective = make("masked", whole_words=whole_words, mask_rate=0.15)
