@@ -111,7 +111,8 @@ def test_failures_that_pass_are_outlasted(tmp_path: Path, served: Served, fault)
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"), [(status(500), "answers 500"), (status(403), "answers 403"), (cut, "connection was lost")]
+    ("fault", "said"),
+    [(status(500), "responds with 500"), (status(403), "responds with 403"), (cut, "connection was lost")],
 )
 def test_failures_that_stay_are_named(
     tmp_path: Path, served: Served, monkeypatch: pytest.MonkeyPatch, fault, said: str
