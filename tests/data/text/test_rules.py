@@ -55,7 +55,7 @@ def test_filters_judge_the_cleaned_text() -> None:
     assert rules.apply("menu\nhome", None) == Dropped("filters.c4", "no line is left")
     assert rules.apply("if (x) { y }", None) == Dropped("filters.c4", "a curly bracket")
     assert rules.apply("Only one sentence here.", None) == Dropped("filters.min_sentences", "1, at least 2")
-    assert rules.apply("\x00\x01", None) == Dropped("clean.repair_unicode", "nothing is left of it")
+    assert rules.apply("\x00\x01", None) == Dropped("clean.repair_unicode", "no text is left")
 
 
 def test_languages_are_those_of_the_metadata_or_detected() -> None:
@@ -84,7 +84,7 @@ def test_evaluation_texts_are_dropped_after_cleaning(tmp_path: Path) -> None:
     assert rules.apply(GERMAN, None) == GERMAN
     assert rules.apply(f"Before. {ENGLISH.upper()} After.", None) == Dropped(
         "decontaminate",
-        "the evaluation sets have 'the old bridge was closed in spring and since then the ferry has', too",
+        "the evaluation sets have 'the old bridge was closed in spring and since then the ferry has' too",
     )
 
 
