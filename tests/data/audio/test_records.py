@@ -68,7 +68,7 @@ def test_an_archive_keeps_places_and_not_bytes(tmp_path: Path, name: str) -> Non
 def test_a_cut_archive_is_told(tmp_path: Path) -> None:
     path = archive(tmp_path / "shard.tar", sayings(5))
     path.write_bytes(path.read_bytes()[:9000])
-    assert f"{path}: cut short" in read(path)[1]
+    assert f"{path}: truncated inside of" in read(path)[1]
 
 
 def test_long_names_move_no_recording(tmp_path: Path) -> None:
