@@ -243,7 +243,7 @@ def _return_to_base(context: RunContext[FinetuneConfig], inputs: Inputs, engine:
 def open_loader(context: RunContext[FinetuneConfig], inputs: Inputs, splits: Splits, state: RunState) -> RecordLoader:
     """Return the loader of batches, starting at the state's position in the data."""
     config, train, task = inputs.config, inputs.config.train, inputs.task
-    rows = task.pack(splits["train"].examples)
+    rows = task.pack(splits["train"].examples) if task.needs_reference else inputs.rows
     # A record that replaces a left out one is sorted by the length of the latter, so that no other record moves.
     lengths = [row.length for row in rows] if config.sft.packing else inputs.data.lengths("train")
     return RecordLoader(
