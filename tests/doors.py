@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,7 +50,7 @@ def bigtx(
     """`bigtx ARGUMENTS`, to its end."""
     # The clone's bigtx, beside packages that the tests themselves were given in this way.
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return subprocess.run(
+    return forks.run(
         [sys.executable, "-m", "bigtx", *arguments],
         capture_output=True,
         text=True,
@@ -88,7 +89,7 @@ def pretrain(
     *arguments: str, ranks: int = 1, launcher: bool = False, cwd: Path | None = None, gpus: bool = False
 ) -> subprocess.CompletedProcess[str]:
     """A training, to its end."""
-    return subprocess.run(
+    return forks.run(
         pretrain_command(arguments, ranks, launcher=launcher),
         capture_output=True,
         text=True,
@@ -100,7 +101,7 @@ def pretrain(
 
 def start_pretrain(*arguments: str, ranks: int, launcher: bool = False) -> subprocess.Popen[str]:
     """A training in a session (and process group) of its own, like a terminal's foreground job."""
-    return subprocess.Popen(
+    return forks.start(
         pretrain_command(arguments, ranks, launcher=launcher),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

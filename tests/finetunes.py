@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import forks
 from doors import ROOT, TINY, environment, kill_left_over, last_step, pretrain, wait_for
 
 SHAPES: dict[str, list[str]] = {
@@ -115,7 +116,7 @@ def finetune_command(arguments: Sequence[str], ranks: int = 1) -> list[str]:
 
 def finetune(*arguments: str, ranks: int = 1, gpus: bool = False) -> subprocess.CompletedProcess[str]:
     """A fine-tuning, to its end."""
-    return subprocess.run(
+    return forks.run(
         finetune_command([*RHYTHM, *arguments], ranks),
         capture_output=True,
         text=True,
@@ -133,7 +134,7 @@ def finetuned(*arguments: str, ranks: int = 1) -> str:
 
 def start_finetune(*arguments: str, ranks: int = 1) -> subprocess.Popen[str]:
     """A fine-tuning in a session (and process group) of its own, like a terminal's foreground job."""
-    return subprocess.Popen(
+    return forks.start(
         finetune_command([*RHYTHM, *arguments], ranks),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

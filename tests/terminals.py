@@ -7,11 +7,11 @@ import os
 import pty
 import re
 import struct
-import subprocess
 import sys
 import termios
 import time
 
+import forks
 from doors import ROOT, environment
 
 
@@ -24,13 +24,13 @@ class Terminal:
         own = environment(PYTHONPATH=str(ROOT), TERM=kind)
         for name in ("COLUMNS", "LINES"):  # They would go before the terminal's own size.
             own.pop(name, None)
-        self.process = subprocess.Popen(
+        self.process = forks.start(
             [sys.executable, "-m", "bigtx", *arguments],
             stdin=other,
             stdout=other,
             stderr=other,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            on_terminal=True,
             env=own,
         )
         os.close(other)

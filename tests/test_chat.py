@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 from doors import ROOT, environment, pretrain, read_lines
 from doors import bigtx as run_bigtx
@@ -34,7 +35,7 @@ def run(decoder_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("chat")
     data = write_jsonl(folder / "chats.jsonl", [chat(question, answer) for question, answer in KNOWN.items()])
     settings = [f"base={decoder_base}", f"data.train={data}", f"run_dir={folder / 'run'}", "track.wandb=off"]
-    done = subprocess.run(
+    done = forks.run(
         finetune_command(["finetune/chat.yaml", *settings]), capture_output=True, text=True, env=environment()
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -310,7 +311,7 @@ def test_27_chats_of_ones_own_come_back(tmp_path: Path) -> None:
     data, run = write_own_chats(tmp_path / "chats.jsonl"), tmp_path / "run"
     settings = [f"base={base}", f"data.train={data}", f"run_dir={run}"]
     done(
-        subprocess.run(
+        forks.run(
             finetune_command(["finetune/chat.yaml", *settings], ranks=2),
             capture_output=True,
             text=True,
@@ -318,7 +319,7 @@ def test_27_chats_of_ones_own_come_back(tmp_path: Path) -> None:
         )
     )
     lines = "".join(f"/reset\n{question}\n" for question in ANSWERS)
-    talked = subprocess.run(
+    talked = forks.run(
         [sys.executable, "-m", "bigtx", "chat", str(run), "--temperature", "0", "--json"],
         input=lines,
         capture_output=True,

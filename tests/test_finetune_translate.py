@@ -5,10 +5,10 @@ from __future__ import annotations
 import gzip
 import json
 import random
-import subprocess
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 from doors import ROOT, bigtx, environment, losses, read_lines, same_weights
 from finetunes import WORDS, finetune, finetune_command, finetuned, kill_at, make_base, results, write_table
@@ -154,7 +154,7 @@ def test_captions_are_translated(test_data: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     recipe = ROOT / "configs" / "finetune" / "multi30k.yaml"
-    done = subprocess.run(
+    done = forks.run(
         [
             *finetune_command([str(recipe)]),
             f"tokenizer={tokenizer}",

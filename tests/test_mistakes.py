@@ -11,13 +11,13 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 from doors import ROOT, TINY, Mount, bigtx, environment, last_step, start_pretrain, wait_for
 from finetunes import RHYTHM, labelled, write_jsonl
@@ -180,7 +180,7 @@ def answers(desk: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
     ]
     given.write_text(json.dumps(cases))
     with FolderLock(desk / "held"):
-        done = subprocess.run(
+        done = forks.run(
             [sys.executable, str(PROGRAM), str(given), str(report)],
             cwd=desk,
             capture_output=True,

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 from doors import ROOT, bigtx, environment, read_lines
 from finetunes import finetuned, labelled, write_folders, write_jsonl, write_samples
@@ -39,7 +40,7 @@ def run(decoder_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def predict(run: Path, *arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+    return forks.run(
         [sys.executable, "-m", "bigtx", "predict", str(run), *arguments],
         capture_output=True,
         text=True,
@@ -114,7 +115,7 @@ def test_what_cannot_be_used_has_a_line_too(run: Path, tmp_path: Path) -> None:
 
 
 def test_each_line_of_a_pipe_is_answered_when_it_comes(run: Path) -> None:
-    process = subprocess.Popen(
+    process = forks.start(
         [sys.executable, "-m", "bigtx", "predict", str(run), "--input", "-"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import random
@@ -11,10 +10,10 @@ import re
 import shutil
 import signal
 import subprocess
-import termios
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 from doors import (
     TINY,
@@ -181,7 +180,7 @@ def test_ctrl_c_saves_without_a_traceback(corpus: Path, tmp_path: Path) -> None:
 def test_a_terminal_that_closes_is_a_request_to_stop(corpus: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     terminal, end = os.openpty()
-    process = subprocess.Popen(
+    process = forks.start(
         pretrain_command([*resumable(corpus, run_dir), "train.max_steps=100000"], ranks=1),
         stdin=end,
         stdout=end,
@@ -189,7 +188,7 @@ def test_a_terminal_that_closes_is_a_request_to_stop(corpus: Path, tmp_path: Pat
         text=True,
         env=environment(),
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        on_terminal=True,
     )
     os.close(end)
     try:
@@ -360,7 +359,7 @@ def test_half_an_environment_of_a_launcher_is_refused(
 ) -> None:
     run = [f"data.sources.a.path={corpus}", f"run_dir={tmp_path / 'run'}", "train.max_steps=2"]
     command = pretrain_command([*TINY, *run], 1)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment(**changes))
+    done = forks.run(command, capture_output=True, text=True, timeout=120, env=environment(**changes))
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.startswith("LaunchError: ") and words in done.stderr and "unset" in done.stderr
     assert not (tmp_path / "run").exists()
@@ -374,7 +373,7 @@ def test_a_moved_run_goes_on_where_it_is_and_its_last_words_stand_alone(corpus: 
     old.rename(new)
     longer = ["train.max_steps=4", "allow_changes=[train.max_steps]", f"data.sources.a.path={corpus}/"]
     terminal, end = os.openpty()
-    process = subprocess.Popen(
+    process = forks.start(
         pretrain_command([str(new / "config.yaml"), *longer], 1),
         stdout=end,
         stderr=subprocess.PIPE,

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import forks
 import pytest
 from doors import (
     TINY,
@@ -67,7 +68,7 @@ class Case:
         self.command, self.arguments = command, arguments
 
     def start(self, run_dir: Path) -> subprocess.Popen[str]:
-        return subprocess.Popen(
+        return forks.start(
             self.command(self.arguments(run_dir)),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import forks
+from doors import environment
 
 STAGES, PRECISIONS, OPTIMIZERS = (0, 1, 2, 3), ("fp32", "bf16"), ("adamw", "muon")
 START = Path(__file__).with_name("start.py")
@@ -26,13 +27,7 @@ def run_ranks(tmp_path: Path, world_size: int, scenario: str, *, gpus: bool = Fa
     out = tmp_path / f"{scenario}-{world_size}.json"
     out.unlink(missing_ok=True)
     command = [sys.executable, str(START), str(world_size), str(out), scenario, json.dumps(parameters)]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
-    if not gpus:
-        environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1500)
+    done = forks.run(command, capture_output=True, text=True, env=environment(gpus=gpus), timeout=1500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     return json.loads(out.read_text(encoding="utf-8"))
 

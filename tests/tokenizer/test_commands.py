@@ -9,6 +9,7 @@ import sysconfig
 import time
 from pathlib import Path
 
+import forks
 import pytest
 from doors import as_json
 
@@ -22,7 +23,7 @@ SOURCES = [f"input.paths=[{LIBRARY}/email]", "input.text_suffixes=[.py]", "input
 
 
 def bigtx(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+    return forks.run(
         [sys.executable, "-m", "bigtx", *arguments],
         cwd=cwd,
         capture_output=True,
@@ -218,7 +219,7 @@ def test_what_is_no_tokenizer_is_named(tmp_path: Path, bpe: Tokenizer) -> None:
 
 def test_control_c_ends_the_training_at_once(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(" ".join(f"{i * 7919 % 1000003:x}" for i in range(1_500_000)))
-    process = subprocess.Popen(
+    process = forks.start(
         [
             sys.executable,
             "-m",

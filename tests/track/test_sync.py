@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -33,7 +34,7 @@ def settings(folder: Path, url: str) -> dict[str, str]:
 
 
 def bring(folder: Path, url: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+    return forks.run(
         [sys.executable, "-m", "bigtx.track.sync", str(folder.parent)],
         env=settings(folder, url),
         capture_output=True,
