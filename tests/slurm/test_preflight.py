@@ -70,7 +70,7 @@ def test_a_node_that_does_not_see_the_folder_is_named(cluster: Cluster, pretrain
 
 
 @pytest.fixture(scope="module")
-def running_spares(running_cluster: Cluster) -> Iterator[Cluster]:
+def running_spares(two_nodes: Cluster) -> Iterator[Cluster]:
     """A cluster with nodes to spare, which calls a silent node down only after some time, as most do."""
     variables = {"SLURMD_TIMEOUT": "30", "BIGTX_PREFLIGHT": "on"}
     with tempfile.TemporaryDirectory(prefix="bigtx-spares-") as state, Cluster(Path(state), 4, **variables) as cluster:
