@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tarfile
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -20,7 +19,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Where it is set, each of the processes that tests start would compile all of bigtx again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-sys.dont_write_bytecode = False
 # Nothing of a test run may reach a real W&B server, whoever is logged in here; a test that wants one brings its own.
 os.environ["WANDB_BASE_URL"] = "http://127.0.0.1:9"
 

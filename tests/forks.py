@@ -32,6 +32,7 @@ PACKAGES = ("numpy", "torch", "torch.distributed", "deepspeed", "omegaconf", "se
 SENSITIVE = ("PYTHON", "LD_", "OMP_", "MKL_", "KMP_", "TORCH", "DS_", "CUDA", "LANG", "LC_", "TZ", "COVERAGE")
 """Beginnings of names of variables that the interpreter or the imported packages read when they start."""
 LARGEST_REQUEST = 1 << 18
+RECORDING = "BIGTX_MUTANTS_LINES"
 PADDING = "-" * 8192
 """An argument of the process, whose place in memory holds the command lines of the forks."""
 
@@ -104,6 +105,7 @@ class _Server:
 
     def __init__(self) -> None:
         self.variables = dict(os.environ) | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        self.variables.pop(RECORDING, None)
         self.paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for each in (self._control, theirs):
@@ -265,8 +267,8 @@ def _become(request: dict[str, Any], descriptors: Sequence[int], status: socket.
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
     tempfile.tempdir = None
-    if "BIGTX_MUTANTS" in os.environ:
-        import hook  # Of tools/mutants: it loads mutants and records lines in each process of a test.
+    if RECORDING in os.environ:
+        import hook  # Of tools/mutants, which records the lines that each process of a test runs.
 
         hook.install()
 

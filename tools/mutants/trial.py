@@ -28,6 +28,9 @@ HEAVY = (
     "sentencepiece",
     "yaml",
     "hypothesis",
+    "safetensors",
+    "tokenizers",
+    "transformers",
     "wandb",
 )
 OUT_OF_TIME = "the time for the tests is over"
