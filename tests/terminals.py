@@ -21,6 +21,9 @@ class Terminal:
     def __init__(self, *arguments: str, columns: int = 80, kind: str = "dumb") -> None:
         self.main, other = pty.openpty()
         fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        modes = termios.tcgetattr(other)
+        modes[3] |= termios.NOFLSH  # Otherwise the kernel drops output that is not yet read when Ctrl-C is typed.
+        termios.tcsetattr(other, termios.TCSANOW, modes)
         own = environment(PYTHONPATH=str(ROOT), TERM=kind)
         for name in ("COLUMNS", "LINES"):  # They would go before the terminal's own size.
             own.pop(name, None)
