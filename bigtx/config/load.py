@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -481,10 +482,18 @@ def _construct(schema: type[T], values: dict[str, Any]) -> T:
     # OmegaConf is slow to import, and nothing needs it earlier.
     from omegaconf import OmegaConf
 
-    config = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(values))
+    config = OmegaConf.merge(_defaults(schema), OmegaConf.create(values))
     built = OmegaConf.to_object(config)
     assert isinstance(built, schema)
     return built
+
+
+@functools.cache
+def _defaults(schema: type) -> Any:
+    """Return a schema's defaults for OmegaConf, which takes long to make them and copies them when it merges."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.structured(schema)
 
 
 def _help(schema: type, program: str, flags: Mapping[str, str], others: Mapping[str, str], example: str) -> str:
