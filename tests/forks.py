@@ -24,7 +24,7 @@ import tempfile
 import termios
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, Self
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("numpy", "torch", "torch.distributed", "deepspeed", "omegaconf", "sentencepiece", "yaml", "wandb")
@@ -103,22 +103,25 @@ class _Server:
         variables: the environment in which it was started.
     """
 
-    def __init__(self) -> None:
-        self.variables = dict(os.environ) | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        self.variables.pop(RECORDING, None)
-        self.paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        for each in (self._control, theirs):
-            each.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LARGEST_REQUEST)
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, str(theirs.fileno()), PADDING],
-            env=self.variables,
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        theirs.close()
+    def __init__(self, variables: dict[str, str], control: socket.socket) -> None:
+        self.variables = variables
+        self.paths = variables.get("PYTHONPATH", "").split(os.pathsep)
+        self._control = control
+
+    @classmethod
+    def start(cls) -> Self:
+        """Start the process in a new interpreter."""
+        variables, control, theirs = _prepare()
+        with theirs:
+            subprocess.Popen(
+                [sys.executable, __file__, str(theirs.fileno()), PADDING],
+                env=variables,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        return cls(variables, control)
 
     def fits(self, variables: Mapping[str, str]) -> bool:
         """Return whether a new interpreter with these variables would import the same packages in the same way."""
@@ -140,7 +143,7 @@ class _Server:
             self._control.sendmsg([json.dumps(request).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, given)])
         answer = status.recv(32)
         if not answer:
-            raise RuntimeError(f"the process that forks has ended with {self._process.poll()}")
+            raise RuntimeError("the process that forks has ended")
         return int(answer), status
 
 
@@ -150,8 +153,36 @@ _servers: dict[int, _Server] = {}
 def _server() -> _Server:
     """Return the server of this process."""
     if os.getpid() not in _servers:
-        _servers[os.getpid()] = _Server()
+        _servers[os.getpid()] = _Server.start()
     return _servers[os.getpid()]
+
+
+def fork_server() -> None:
+    """Make the server of this process by a fork, where this process has imported the packages and not bigtx.
+
+    The command line of this process must end with `PADDING`. Returns in this process only: forks for commands end with
+    SystemExit, which the caller must not catch.
+    """
+    variables, control, theirs = _prepare()
+    if os.fork():
+        theirs.close()
+        _servers[os.getpid()] = _Server(variables, control)
+        return
+    control.close()
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(variables)
+    _serve_and_execute(theirs)
+
+
+def _prepare() -> tuple[dict[str, str], socket.socket, socket.socket]:
+    """Return the environment of a server, and both ends of the socket for its requests."""
+    variables = dict(os.environ) | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    variables.pop(RECORDING, None)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for each in (ours, theirs):
+        each.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LARGEST_REQUEST)
+    return variables, ours, theirs
 
 
 class _Fork(subprocess.Popen[Any]):
@@ -288,6 +319,15 @@ def _show(command: Sequence[str]) -> None:
     ctypes.CDLL(None).prctl(set_memory, set_end, *map(ctypes.c_ulong, (begin + len(text), 0, 0)))
 
 
+def _serve_and_execute(control: socket.socket) -> NoReturn:
+    """Fork on request; in the forks, run their commands."""
+    gc.freeze()  # The forks' collections need not look at these objects, nor copy their pages.
+    request = serve(control)
+    if request:
+        execute(request["command"], request["variables"])
+    sys.exit(0)
+
+
 def execute(command: Sequence[str], variables: Mapping[str, str]) -> None:
     """Run the program as Python's command line does; it ends with SystemExit."""
     sys.orig_argv = list(command)
@@ -308,10 +348,7 @@ def main() -> None:
     for name in PACKAGES:
         with contextlib.suppress(ImportError):
             __import__(name)
-    gc.freeze()  # The forks' collections need not look at these objects, nor copy their pages.
-    request = serve(socket.socket(fileno=int(sys.argv[1])))
-    if request:
-        execute(request["command"], request["variables"])
+    _serve_and_execute(socket.socket(fileno=int(sys.argv[1])))
 
 
 if __name__ == "__main__":

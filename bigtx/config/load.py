@@ -482,7 +482,7 @@ def _construct(schema: type[T], values: dict[str, Any]) -> T:
     # OmegaConf is slow to import, and nothing needs it earlier.
     from omegaconf import OmegaConf
 
-    config = OmegaConf.merge(_defaults(schema), OmegaConf.create(values))
+    config = OmegaConf.merge(_defaults(schema), OmegaConf.create(values))  # type: ignore[arg-type] # A class can be hashed.
     built = OmegaConf.to_object(config)
     assert isinstance(built, schema)
     return built

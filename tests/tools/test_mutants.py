@@ -139,6 +139,7 @@ def test_a_trial_tells_what_is_held_from_what_is_not(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     shutil.copytree(TOOL, tmp_path / "tools" / "mutants")
+    shutil.copy(TOOL.parents[1] / "tests" / "forks.py", tmp_path / "tests")
     author = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
     for words in (["init", "-q"], ["add", "-A"], [*author, "commit", "-qm", "all"]):
         subprocess.run(["git", *words], cwd=tmp_path, check=True)

@@ -26,6 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
+
+import forks
 import hook
 import recording
 import settings
@@ -235,7 +238,9 @@ def _facts(mutant: Mutant) -> dict[str, Any]:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command. Returns its exit status."""
-    arguments = options(sys.argv[1:] if words is None else words)
+    if words is None and sys.argv[-1] != forks.PADDING:
+        os.execv(sys.executable, [sys.executable, *sys.argv, forks.PADDING])
+    arguments = options(sys.argv[1:-1] if words is None else words)
     os.chdir(ROOT)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     STORE.mkdir(exist_ok=True)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import forks
 import hook
 import pytest
 from operators import Mutant
@@ -89,7 +90,7 @@ def warm_up() -> None:
 def begin(
     mutant: Mutant, source: bytes, tests: list[str], *, limit: float, budget: float, markers: str, left_out: int
 ) -> Trial:
-    """Start the tests with the mutant, in a separate process.
+    """Start the tests with the mutant, in a separate process. It and its forks leave this function only by SystemExit.
 
     Args:
         mutant: the mutant.
@@ -106,7 +107,7 @@ def begin(
     if not pid:
         try:
             _run(mutant, tests, folder, budget, markers)
-        finally:
+        except Exception:
             os._exit(70)
     return Trial(mutant, tests, limit, left_out, pid, folder, time.monotonic())
 
@@ -122,6 +123,7 @@ def _run(mutant: Mutant, tests: list[str], folder: Path, budget: float, markers:
     os.environ |= {hook.MUTANT: "\n".join(mutated), MARK: folder.name, "TMPDIR": str(folder)}
     tempfile.tempdir = None
     hook.install()
+    forks.fork_server()  # For the commands that tests start: it ends by SystemExit, as they do.
     words = ["-x", "-q", "-m", markers, "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={folder}/t", *tests]
     code = pytest.main(words, plugins=[_First(folder / "noticed", budget + sum(os.times()[:4]))])
     sys.stdout.flush()
