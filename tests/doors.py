@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -67,6 +67,19 @@ def as_json(capsys: pytest.CaptureFixture[str], command: Callable[[Sequence[str]
     return json.loads(capsys.readouterr().out)
 
 
+def free_port() -> int:
+    """A free port of this machine, and the next one is free too."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port: int = first.getsockname()[1]
+            try:
+                second.bind(("127.0.0.1", port + 1))
+            except OSError:
+                continue
+            return port
+
+
 def pretrain_command(arguments: Sequence[str], ranks: int, *, launcher: bool = False) -> list[str]:
     """The command line of a training: bigtx itself starts the ranks, or the deepspeed launcher if asked for."""
     script = str(ROOT / "bigtx" / "pretrain.py")
@@ -79,7 +92,7 @@ def pretrain_command(arguments: Sequence[str], ranks: int, *, launcher: bool = F
         "--num_accelerators",
         str(ranks),
         "--master_port",
-        str(random.randrange(20_000, 32_000)),
+        str(free_port()),
         script,
         *arguments,
     ]

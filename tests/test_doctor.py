@@ -11,8 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from doors import as_json, environment
-from launch.test_link import free_port
+from doors import as_json, environment, free_port
 
 from bigtx.commands import doctor, machine
 from bigtx.commands.doctor import command

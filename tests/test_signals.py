@@ -20,6 +20,7 @@ from doors import (
     TINY,
     all_pids,
     environment,
+    free_port,
     last_step,
     losses,
     pretrain_command,
@@ -57,8 +58,7 @@ def finetuning(arguments: Sequence[str]) -> list[str]:
 
 
 def by_deepspeed(arguments: Sequence[str]) -> list[str]:
-    port = str(20_000 + os.getpid() % 10_000)
-    return [*DEEPSPEED, port, "--module", "bigtx.pretrain", *arguments]
+    return [*DEEPSPEED, str(free_port()), "--module", "bigtx.pretrain", *arguments]
 
 
 class Case:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from doors import ROOT
+from doors import ROOT, free_port
 
 from bigtx.launch import link, linux, parents
 from bigtx.utils.errors import LaunchError
@@ -146,7 +146,7 @@ def test_what_arrives_wakes_the_supervisor() -> None:
 
 def meet_as(*places: int, num_nodes: int) -> list[link.Link | BaseException | None]:
     """What meeting gives each of some machines, in threads of this process."""
-    from launch.test_link import free_port, world
+    from launch.test_link import world
 
     port, found = free_port(), list[link.Link | BaseException | None]([None] * len(places))
 

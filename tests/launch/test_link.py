@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from doors import ROOT, all_pids, environment, rank_pids, wait_for
+from doors import ROOT, all_pids, environment, free_port, rank_pids, wait_for
 
 from bigtx.launch import link, shared
 from bigtx.launch.link import meet
@@ -23,19 +23,6 @@ from bigtx.launch.world import World
 from bigtx.utils.errors import LaunchError
 
 PROGRAM = Path(__file__).with_name("program.py")
-
-
-def free_port() -> int:
-    """The first of two neighbouring free ports."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port: int = first.getsockname()[1]
-            try:
-                second.bind(("127.0.0.1", port + 1))
-            except OSError:
-                continue
-            return port
 
 
 class Machines:
