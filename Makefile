@@ -55,10 +55,11 @@ test-airgap: $(READY) ## installation, training and tests without a network, fro
 test-gpu: ## the tests and the throughput benchmark on this machine's GPU; without a GPU it says so and succeeds
 	@python="$(FOUND_PYTHON)"; $${python:-python3} tools/test_gpu
 
-lint: $(READY) ## ruff, mypy and the import rules
+lint: $(READY) ## ruff, mypy, the import rules, and a check for duplicated code
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet . || { echo "Not formatted; run: make format" >&2; exit 1; }
 	@$(BIN)/mypy --no-error-summary
+	@$(BIN)/pylint bigtx tools
 	@$(BIN)/lint-imports > $(VENV)/lint-imports.log 2>&1 || { cat $(VENV)/lint-imports.log >&2; exit 1; }
 
 format: $(READY) ## fix what ruff can fix
