@@ -27,10 +27,9 @@ from bigtx.tokenizer.tokenizer import DESCRIPTION, Tokenizer
 from bigtx.tokenizer.train import check, train_on_sample
 from bigtx.utils.arguments import Arguments
 from bigtx.utils.errors import ConfigError, DataError
-from bigtx.utils.files import open_file, write_json
+from bigtx.utils.files import new_folder, open_file, refuse_filled, write_json
 from bigtx.utils.log import said_aside, say_json
 from bigtx.utils.shell import command
-from bigtx.utils.staging import new_folder, refuse_filled
 from bigtx.utils.units import format_size
 
 RECIPE = "recipe.json"

@@ -30,8 +30,7 @@ from bigtx.interop.vocabulary import check_links, cut, foreign_shapes
 from bigtx.plan.parameters import parameter_shapes
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import CheckpointError, ConfigError
-from bigtx.utils.files import write_json
-from bigtx.utils.staging import new_folder
+from bigtx.utils.files import new_folder, write_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}

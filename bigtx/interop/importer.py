@@ -28,8 +28,7 @@ from bigtx.model.initial import initial_value
 from bigtx.plan.parameters import parameter_shapes
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import CheckpointError, ConfigError, DataError
-from bigtx.utils.files import write_atomic
-from bigtx.utils.staging import new_folder, refuse_filled
+from bigtx.utils.files import new_folder, refuse_filled, write_atomic
 
 OBJECTIVES: dict[str, Literal["causal", "masked", "span_corruption"]] = {
     "decoder": "causal",

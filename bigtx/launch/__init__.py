@@ -7,5 +7,4 @@ consistency.py  compares the code, the packages, the settings and the clocks of 
 shared.py       checks that all machines see the same folder
 pairs.py        finds slow machines from all-reduces between pairs of machines
 parents.py      stops a rank cleanly when its launcher was killed
-linux.py        calls what the Linux kernel offers for related processes
 """

@@ -33,7 +33,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bigtx.launch import linux
 from bigtx.launch.consistency import facts_of_machine, facts_of_settings
 from bigtx.launch.link import Link, meet
 from bigtx.launch.world import World
@@ -144,8 +143,8 @@ class _Supervisor:
         self._deadline: float | None = None
         self._asks_at: float | None = None
         self._killed: set[int] = set()
-        self._memory_kills = linux.out_of_memory_kills()
-        linux.adopt_orphans()
+        self._memory_kills = processes.out_of_memory_kills()
+        processes.adopt_orphans()
         self._watched = {signal.SIGCHLD, *stop_signals()}
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # If it were ignored, the exit status would be lost.
         # These signals stay pending until `wait` takes them, so none is lost.
@@ -171,9 +170,9 @@ class _Supervisor:
             self._link.close()
         os.environ.update(environment)
         processes.set_supervised(launcher)
-        linux.set_name(f"bigtx rank {environment['RANK']}")
+        processes.set_name(f"bigtx rank {environment['RANK']}")
         log.report_to(writing)
-        linux.end_with_parent(signal.SIGTERM, parent)
+        processes.end_with_parent(signal.SIGTERM, parent)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self._watched)
         return True
 
@@ -292,7 +291,7 @@ class _Supervisor:
     def _end_orphans(self) -> None:
         """End the processes that the ranks have left running."""
         for number in (signal.SIGTERM, signal.SIGKILL):
-            left = linux.descendants()
+            left = processes.descendants()
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
@@ -300,7 +299,7 @@ class _Supervisor:
             while left and time.monotonic() < deadline:
                 time.sleep(0.05)
                 self._reap()
-                left = linux.descendants()
+                left = processes.descendants()
 
     def _conclude(self) -> int:
         """Report a failure that no rank has reported. Returns the exit status of the command."""
@@ -367,7 +366,7 @@ class _Supervisor:
         return "\n".join(lines)
 
     def _why_killed(self, number: int) -> str:
-        is_memory = number == signal.SIGKILL and linux.out_of_memory_kills() > self._memory_kills
+        is_memory = number == signal.SIGKILL and processes.out_of_memory_kills() > self._memory_kills
         return ", because this machine's memory ran out" if is_memory else ""
 
 

@@ -24,8 +24,8 @@ from bigtx.engine.checkpoint import preferred
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.train.run_folder import check_teacher
 from bigtx.utils.errors import ConfigError
+from bigtx.utils.paths import is_url
 from bigtx.utils.units import format_count
-from bigtx.utils.urls import is_url
 
 if TYPE_CHECKING:
     from bigtx.data.stream.foreign_loader import ForeignLoader

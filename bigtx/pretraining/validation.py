@@ -18,7 +18,7 @@ from bigtx.pretraining.objectives import make_objective
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.track.tracker import Better, Tracker
 from bigtx.train.state import RunState
-from bigtx.utils.seeds import derive_seed
+from bigtx.utils.hashing import derive_seed
 
 if TYPE_CHECKING:
     from bigtx.engine.engine import Engine

@@ -21,7 +21,7 @@ from bigtx.tokenizer.stops import StreamDecoder
 from bigtx.tokenizer.template import Part, Template, around
 from bigtx.utils.errors import DataError
 from bigtx.utils.files import open_file, write_atomic, write_json
-from bigtx.utils.folders import kind_of_folder
+from bigtx.utils.paths import kind_of_folder
 
 DESCRIPTION = "bigtx_tokenizer.json"
 """The file that makes a folder a tokenizer of bigtx; it is written last."""

@@ -20,7 +20,7 @@ from bigtx.train.profile import profiled
 from bigtx.train.state import Cadence, RunState
 from bigtx.train.stop import StopRequest
 from bigtx.utils.errors import BigtxError
-from bigtx.utils.memory import keep_freed_memory
+from bigtx.utils.hardware import keep_freed_memory
 from bigtx.utils.shell import settings
 
 ADVICE = (

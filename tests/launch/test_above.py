@@ -15,7 +15,8 @@ from types import SimpleNamespace
 import pytest
 from doors import ROOT
 
-from bigtx.launch import link, linux, parents
+from bigtx.launch import link, parents
+from bigtx.utils import processes
 from bigtx.utils.errors import LaunchError
 
 
@@ -72,16 +73,16 @@ def test_kills_for_want_of_memory_are_counted_where_the_kernel_says_so(
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
-    monkeypatch.setattr(linux, "Path", lambda path: tmp_path / path.lstrip("/"))
-    assert linux.out_of_memory_kills() == expected
+    monkeypatch.setattr(processes, "Path", lambda path: tmp_path / path.lstrip("/"))
+    assert processes.out_of_memory_kills() == expected
 
 
 def test_processes_of_another_session_are_no_descendants(monkeypatch: pytest.MonkeyPatch) -> None:
     below = {os.getpid(): [2, 3], 2: [4], 3: [5], 4: [], 5: []}
     sessions = {0: 1, 2: 1, 3: 7, 4: 1, 5: 1}
-    monkeypatch.setattr(linux, "_children", below.__getitem__)
+    monkeypatch.setattr(processes, "_children", below.__getitem__)
     monkeypatch.setattr(os, "getsid", sessions.__getitem__)
-    assert sorted(linux.descendants()) == [2, 4]
+    assert sorted(processes.descendants()) == [2, 4]
 
 
 @pytest.mark.parametrize(("launchers", "watched"), [([], []), ([7, 8], [{7: "start of 7", 8: "start of 8"}])])
@@ -107,9 +108,9 @@ def test_a_rank_whose_parent_is_gone_already_is_asked_to_stop_at_once(
 ) -> None:
     asked: list[tuple[int, int]] = []
     killed: list[tuple[int, int]] = []
-    monkeypatch.setattr(linux, "_prctl", lambda option, value: asked.append((option, value)))
+    monkeypatch.setattr(processes, "_prctl", lambda option, value: asked.append((option, value)))
     monkeypatch.setattr(os, "kill", lambda pid, number: killed.append((pid, number)))
-    linux.end_with_parent(signal.SIGTERM, 1 if is_gone else os.getppid())
+    processes.end_with_parent(signal.SIGTERM, 1 if is_gone else os.getppid())
     assert asked == [(1, signal.SIGTERM)]  # PR_SET_PDEATHSIG, prctl(2).
     assert killed == ([(os.getpid(), signal.SIGTERM)] if is_gone else [])
 

@@ -19,9 +19,9 @@ import xxhash
 
 from bigtx.data.audio.decode import AudioPlace, examine
 from bigtx.data.audio.riff import BadAudioError
-from bigtx.data.progress import ProgressLine, clock
 from bigtx.utils.files import write_atomic
 from bigtx.utils.hardware import num_cores
+from bigtx.utils.log import ProgressLine, clock
 
 FILE = "recordings.jsonl"
 """The file in the run folder that lists the recordings that were decoded to their end."""

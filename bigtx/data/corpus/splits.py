@@ -15,7 +15,7 @@ from bigtx.tokenizer.huggingface_model import HuggingFaceModel
 from bigtx.tokenizer.sentencepiece_model import SentencePieceModel
 from bigtx.tokenizer.tokenizer import DESCRIPTION, Tokenizer
 from bigtx.utils.errors import DataError
-from bigtx.utils.folders import kind_of_folder
+from bigtx.utils.paths import kind_of_folder
 
 TOKENIZER = "tokenizer"
 

@@ -23,7 +23,6 @@ import xxhash
 
 from bigtx.config.schema import InputConfig, PrepareConfig
 from bigtx.data.corpus.shards import token_dtype
-from bigtx.data.hashing import hash64
 from bigtx.data.prepare.chunks import RECORD_DTYPE, Chunk, Documents
 from bigtx.data.prepare.texts import Needs, TextPreparation
 from bigtx.data.raw.documents import Document, Reject, Rejects, in_batches
@@ -33,6 +32,7 @@ from bigtx.data.text.rules import Dropped, TextRules
 from bigtx.data.workers import advance
 from bigtx.tokenizer.cut import utf8_length
 from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.utils.hashing import hash64
 
 NUM_EXAMPLES = 3
 """The number of documents that are shown for each rule that removed some."""

@@ -61,7 +61,6 @@ from bigtx.data.prepare.recipe import (
     unit_settings_digest,
 )
 from bigtx.data.prepare.texts import Needs, most_for_a_text
-from bigtx.data.progress import ProgressLine, clock
 from bigtx.data.raw.read import InputFile, Rejects, list_files
 from bigtx.data.text.decontaminate import build_contamination_index, contamination_digest
 from bigtx.data.text.near import SignaturePart, find_near_duplicates
@@ -71,6 +70,7 @@ from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import DataError
 from bigtx.utils.files import fsync_dir, write_atomic, write_json
 from bigtx.utils.hardware import num_cores
+from bigtx.utils.log import ProgressLine, clock
 from bigtx.utils.units import format_count, format_size
 
 REJECTS_NAME = "rejects.jsonl"

@@ -17,7 +17,7 @@ from bigtx.data.storage.cache import Cache
 from bigtx.data.storage.remote import TransientError, told_if_silent
 from bigtx.utils.errors import DataError
 from bigtx.utils.files import open_file
-from bigtx.utils.urls import is_url, url_problem
+from bigtx.utils.paths import is_url, url_problem
 
 TRIES_AT_START = 4
 """Attempts to open a file at the start of a run: about three seconds, so that a wrong name is reported soon."""

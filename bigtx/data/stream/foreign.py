@@ -23,7 +23,6 @@ import numpy as np
 
 from bigtx.config.schema import ForeignConfig, InputConfig
 from bigtx.data.corpus.manifest import TAR_UNIT
-from bigtx.data.hashing import hash64
 from bigtx.data.raw.decode import unreadable
 from bigtx.data.raw.documents import EMPTY, Reject, Rejects
 from bigtx.data.raw.fields import Fields
@@ -35,6 +34,7 @@ from bigtx.data.storage.remote import name_of
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import DataError
 from bigtx.utils.files import open_file
+from bigtx.utils.hashing import hash64
 from bigtx.utils.terminal import visible
 
 Row = tuple[np.ndarray, np.ndarray]

@@ -21,8 +21,8 @@ import numpy as np
 import xxhash
 
 from bigtx.data.corpus.blocks import WINDOW_BLOCKS
-from bigtx.data.hashing import hash64
 from bigtx.data.stream.mixture import MAX_SPAN, Mixture, Phase, runs
+from bigtx.utils.hashing import hash64
 
 
 class Places(NamedTuple):

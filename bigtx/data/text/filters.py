@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from bigtx.config.schema import FilterConfig
-from bigtx.data.hashing import splitmix64
+from bigtx.utils.hashing import splitmix64
 
 GOPHER_QUALITY: dict[str, float] = {
     "min_words": 50,

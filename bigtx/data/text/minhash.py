@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from bigtx.config.schema import NearDuplicateConfig
-from bigtx.data.hashing import hash64
 from bigtx.data.text.words import PIECE_CHARACTERS, Words, hash_ngrams, hash_words, hash_words_in_parts
+from bigtx.utils.hashing import hash64
 
 SIGNATURE_DTYPE = np.dtype("<u2")
 """The kept part of each hash, 16 bits (b-bit minwise hashing, arXiv:0910.3349): two of 65,536 agree by chance."""

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bigtx.data.hashing import splitmix64
+from bigtx.utils.hashing import splitmix64
 from bigtx.utils.scripts import IDEOGRAPHS, UNSPACED
 
 _OTHER, _LETTER, _WORD = 0, 1, 2

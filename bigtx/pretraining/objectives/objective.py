@@ -12,7 +12,7 @@ import torch
 from bigtx.config.schema import PretrainConfig
 from bigtx.data.stream.rows import Batch
 from bigtx.tokenizer.tokenizer import Tokenizer
-from bigtx.utils.seeds import derive_seed
+from bigtx.utils.hashing import derive_seed
 
 
 class Lengths(NamedTuple):

@@ -1,7 +1,8 @@
-"""Hashes of whole numbers that never change, so that shuffles, samples and comparisons by them do not change either."""
+"""Hashes that never change: of whole numbers, for shuffles, samples and comparisons; and of a purpose, for seeds."""
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -28,3 +29,9 @@ def hash64(*parts: Any) -> np.ndarray:
     for part in parts:
         state = splitmix64(state ^ np.atleast_1d(np.asarray(part, np.uint64)))
     return state
+
+
+def derive_seed(*parts: int | str) -> int:
+    """Return a 63-bit seed from any labels; equal labels, equal seed."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,8 +1,9 @@
-"""URLs, and which of them bigtx reads. Imports nothing, so that a config can be checked with it."""
+"""What a path or a URL names, for checks and messages. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from urllib.parse import urlsplit
 
 PROTOCOLS = ("http", "https", "s3", "gs")
@@ -29,4 +30,25 @@ def url_problem(url: str) -> str | None:
         return "names no host or bucket"
     if "@" in parts.netloc:
         return "contains a name or password, which configs and logs would show; put them into ~/.netrc"
+    return None
+
+
+MODEL = "a Hugging Face model"
+MARKS = (
+    ("a run", ("config.yaml", "environment.json")),
+    ("a prepared corpus", ("train/manifest.json",)),
+    ("a prepared corpus", ("validation/manifest.json",)),
+    ("a tokenizer", ("bigtx_tokenizer.json",)),
+    ("adapters in PEFT's format", ("adapter_config.json",)),
+    (MODEL, ("config.json",)),
+    ("a checkpoint or a split of a corpus", ("manifest.json",)),
+)
+"""Kinds of folders, the more certain ones first, and the files by which each is known."""
+
+
+def kind_of_folder(folder: Path | str) -> str | None:
+    """Return a folder's kind in words; None where its names do not show it."""
+    for kind, names in MARKS:
+        if all((Path(folder) / name).is_file() for name in names):
+            return kind
     return None
