@@ -70,7 +70,7 @@ class Records(Evaluation):
         Raises:
             DataError: no record can be used, or the run's records have changed.
         """
-        from bigtx.data.audio.look import look_at
+        from bigtx.data.recordings import look_at
         from bigtx.finetuning.predictions import BATCH_SIZE, predict_all, shown_predictions
         from bigtx.finetuning.record_table import digest
         from bigtx.finetuning.records import encode

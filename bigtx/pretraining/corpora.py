@@ -16,8 +16,7 @@ from bigtx.config.runs import has_steps
 from bigtx.config.schema import PretrainConfig, SourceConfig
 from bigtx.data.corpus.manifest import Manifest, has_split
 from bigtx.data.corpus.splits import TOKENIZER, load_tokenizer
-from bigtx.data.storage.cache import Cache
-from bigtx.data.storage.places import Place, as_place
+from bigtx.data.storage.places import Cache, Place, as_place
 from bigtx.data.stream import foreign
 from bigtx.data.stream.sources import check_sources, epochs
 from bigtx.engine.checkpoint import preferred

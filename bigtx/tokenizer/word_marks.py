@@ -7,7 +7,7 @@ import functools
 import numpy as np
 
 from bigtx.tokenizer.tokenizer import Tokenizer
-from bigtx.utils.scripts import is_unspaced
+from bigtx.tokenizer.words import is_unspaced
 
 _BEGIN_MARKS = ("\u2581", "\u0120", " ")
 """The marks of spaces in sentencepiece, byte-level BPE and the exports of bigtx."""

@@ -13,7 +13,7 @@ from advice.shelf import SHAPE, TEXTS
 
 from bigtx.config.load import load
 from bigtx.config.schema import FinetuneConfig, PretrainConfig
-from bigtx.data.audio.decode import AudioPlace, require_speech
+from bigtx.data.recordings import AudioPlace, require_speech
 from bigtx.data.records.record import BadRecordError, Record
 from bigtx.data.stream.sources import open_sources
 from bigtx.engine.deepspeed_config import refuse_unsupported

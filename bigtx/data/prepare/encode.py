@@ -27,7 +27,7 @@ from bigtx.data.prepare.chunks import RECORD_DTYPE, Chunk, Documents
 from bigtx.data.prepare.texts import Needs, TextPreparation
 from bigtx.data.raw.documents import Document, Reject, Rejects, in_batches
 from bigtx.data.raw.read import InputFile, read_file, split_file
-from bigtx.data.text.minhash import Signer
+from bigtx.data.text.ngrams import Signer
 from bigtx.data.text.rules import Dropped, TextRules
 from bigtx.data.workers import advance
 from bigtx.tokenizer.cut import utf8_length

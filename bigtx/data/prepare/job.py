@@ -44,21 +44,19 @@ from bigtx.data.prepare.encode import (
     set_up,
     signatures_path,
 )
-from bigtx.data.prepare.parts import (
-    CONFIG_NAME,
-    common_recipe,
-    count_parts,
-    is_done,
-    part_folder,
-    partial_folder,
-    working,
-)
 from bigtx.data.prepare.recipe import (
+    CONFIG_NAME,
     RECIPE_NAME,
     check_existing,
+    common_recipe,
+    count_parts,
     describe_inputs,
+    is_done,
     make_recipe,
+    part_folder,
+    partial_folder,
     unit_settings_digest,
+    working,
 )
 from bigtx.data.prepare.texts import Needs, most_for_a_text
 from bigtx.data.raw.read import InputFile, Rejects, list_files

@@ -23,10 +23,9 @@ import numpy as np
 
 from bigtx.config.schema import ForeignConfig, InputConfig
 from bigtx.data.corpus.manifest import TAR_UNIT
-from bigtx.data.raw.decode import unreadable
 from bigtx.data.raw.documents import EMPTY, Reject, Rejects
-from bigtx.data.raw.fields import Fields
-from bigtx.data.raw.formats import READ_ERRORS, decompressed, is_compressed
+from bigtx.data.raw.formats import READ_ERRORS, decompressed, is_compressed, unreadable
+from bigtx.data.raw.read import Fields
 from bigtx.data.raw.rows import Origin
 from bigtx.data.raw.samples import read_archive
 from bigtx.data.storage.places import Place, RemotePath, as_place, open_stream

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bigtx.config.schema import NearDuplicateConfig
-from bigtx.data.text.minhash import NOTHING, SIGNATURE_DTYPE
+from bigtx.data.text.ngrams import NOTHING, SIGNATURE_DTYPE
 from bigtx.utils.errors import DataError
 from bigtx.utils.files import fsync_dir
 from bigtx.utils.hashing import hash64
