@@ -110,7 +110,7 @@ class Records(Evaluation):
 
     def _base(self) -> Checkpoint | None:
         """Return the checkpoint that the run started from; None if it started from random weights."""
-        from bigtx.engine.merged import MergedCheckpoint
+        from bigtx.engine.checkpoint import MergedCheckpoint
         from bigtx.finetuning.base import BASE
 
         if self.config.base is None:

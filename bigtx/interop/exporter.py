@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bigtx.config.schema import FinetuneConfig, LoraConfig, ModelConfig, RunConfig
-from bigtx.engine.merged import MergedCheckpoint
+from bigtx.engine.checkpoint import MergedCheckpoint
 from bigtx.engine.write_weights import SafetensorsWriter, groups
 from bigtx.interop.card import ModelFacts, write_card
 from bigtx.interop.classes import AUTO_CLASS, architecture, auto_class

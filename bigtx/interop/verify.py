@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from bigtx.config.schema import FinetuneConfig, ModelConfig, RunConfig
-from bigtx.engine.checkpoint import Checkpoint
-from bigtx.engine.merged import MergedCheckpoint
+from bigtx.engine.checkpoint import Checkpoint, MergedCheckpoint
 from bigtx.interop.classes import auto_class, pooling_of
 from bigtx.interop.exporter import DTYPES, ExportSettings, without_adapters
 from bigtx.interop.family import Family

@@ -9,9 +9,8 @@ from typing import Any
 from bigtx.config.batches import total_steps
 from bigtx.config.schema import PretrainConfig
 from bigtx.data.stream.loader import StepLoader
-from bigtx.engine.checkpoint import is_suspect
+from bigtx.engine.checkpoint import MergedCheckpoint, is_suspect
 from bigtx.engine.engine import Engine
-from bigtx.engine.merged import MergedCheckpoint
 from bigtx.engine.ranks import Ranks
 from bigtx.engine.schedules import Schedule
 from bigtx.engine.trainable import is_adapter

@@ -13,9 +13,8 @@ from torch import Tensor
 from bigtx.config.batches import micro_batch_size_of
 from bigtx.config.schema import RunConfig
 from bigtx.engine import checkpoint
-from bigtx.engine.checkpoint import Checkpoint
+from bigtx.engine.checkpoint import Checkpoint, MergedCheckpoint
 from bigtx.engine.engine import Engine, ReadRange
-from bigtx.engine.merged import MergedCheckpoint
 from bigtx.engine.ranks import Ranks
 from bigtx.engine.saving import save_frozen
 from bigtx.engine.trainable import frozen_parameters
