@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from bigtx.config.schema import AudioConfig, ModelConfig
-from bigtx.model.audio import FrontEnd
 from bigtx.model.cache import KeyValueCache
+from bigtx.model.embed import FrontEnd
 from bigtx.model.transformer import Transformer
 from bigtx.plan.parameters import count_parameters, flops_per_row, parameter_shapes
 

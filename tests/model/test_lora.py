@@ -13,7 +13,7 @@ from bigtx.config.schema import ExpertsConfig, LoraConfig, ModelConfig
 from bigtx.config.validate_model import model_problems
 from bigtx.engine.optimizers import layer_factors, parameter_groups
 from bigtx.model.initial import initial_value
-from bigtx.model.lora import Adapter
+from bigtx.model.layers import Adapter
 from bigtx.model.transformer import Transformer
 from bigtx.plan.parameters import count_parameters, flops_per_token, parameter_shapes
 
