@@ -27,7 +27,7 @@ from bigtx.interop.read import CONFIG, GENERATION_CONFIG, INDEX, MAPPED_BYTES, S
 from bigtx.interop.target import describe
 from bigtx.interop.tokenizer import export_classifier_tokenizer, export_tokenizer
 from bigtx.interop.vocabulary import check_links, cut, foreign_shapes
-from bigtx.plan.parameters import parameter_shapes
+from bigtx.model.size import parameter_shapes
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import CheckpointError, ConfigError
 from bigtx.utils.files import new_folder, write_json

@@ -20,8 +20,8 @@ from bigtx.engine.saving import save_frozen
 from bigtx.engine.trainable import frozen_parameters
 from bigtx.interop.target import export_note
 from bigtx.model.initial import initial_value
+from bigtx.model.size import count_parameters, flops_per_row, parameter_shapes
 from bigtx.model.transformer import Transformer
-from bigtx.plan.parameters import count_parameters, flops_per_row, parameter_shapes
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.train.context import Config, RunContext
 from bigtx.train.run_folder import open_run_folder

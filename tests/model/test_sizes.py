@@ -11,7 +11,7 @@ import pytest
 from bigtx.config.load import load
 from bigtx.config.schema import ModelConfig, PretrainConfig
 from bigtx.config.shipped import shipped_folder
-from bigtx.plan.memory import (
+from bigtx.model.plan import (
     BYTES_PER_TOKEN,
     TOKENS_PER_PARAMETER,
     USEFUL_EPOCHS,
@@ -23,7 +23,7 @@ from bigtx.plan.memory import (
     training_bytes,
     training_seconds,
 )
-from bigtx.plan.parameters import count_parameters, flops_per_token
+from bigtx.model.size import count_parameters, flops_per_token
 from bigtx.utils.hardware import peak_flops
 
 PAGE = Path(__file__).parents[2] / "docs" / "sizes.md"

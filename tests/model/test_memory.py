@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bigtx.config.schema import ExpertsConfig, ModelConfig
-from bigtx.model.transformer import Transformer
-from bigtx.plan.memory import (
+from bigtx.model.plan import (
     activation_bytes,
     buffer_bytes,
     bytes_per_parameter,
@@ -20,7 +19,8 @@ from bigtx.plan.memory import (
     state_bytes,
     training_bytes,
 )
-from bigtx.plan.parameters import count_parameters
+from bigtx.model.size import count_parameters
+from bigtx.model.transformer import Transformer
 
 SIZES: dict[str, Any] = {"vocab_size": 256, "hidden_size": 128, "num_heads": 2, "mlp_size": 384}
 TOKENS = 2 * 1024

@@ -15,8 +15,8 @@ from bigtx.config.load import load
 from bigtx.config.schema import ExpertsConfig, FinetuneConfig, ModelConfig, PretrainConfig
 from bigtx.config.shape import padded_vocab_size
 from bigtx.config.shipped import shipped_configs, shipped_folder
+from bigtx.model.size import count_parameters, flops_per_token, parameter_shapes
 from bigtx.model.transformer import Transformer
-from bigtx.plan.parameters import count_parameters, flops_per_token, parameter_shapes
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs" / "model").glob("*.yaml"))
 HEADER = re.compile(r"# parameters: ([\d,]+) with a vocabulary of ([\d,]+): \S.*\.\n")
