@@ -19,7 +19,7 @@ from bigtx.engine.checkpoint import Checkpoint, MergedCheckpoint, preferred
 from bigtx.engine.task import TaskLoss
 from bigtx.finetuning.tasks import task_type
 from bigtx.model.transformer import Transformer
-from bigtx.pretraining.likelihood import LikelihoodTask
+from bigtx.pretraining.objective import LikelihoodTask
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.train.teacher import Distilled
 

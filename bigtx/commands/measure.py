@@ -194,7 +194,7 @@ class Corpora(Evaluation):
         if not validation_sources(config):
             raise ConfigError("none of the run's corpora has held-out text; name a prepared one: data=FOLDER")
         # These import torch, which is slow, so mistakes are reported before.
-        from bigtx.pretraining.likelihood import LikelihoodTask
+        from bigtx.pretraining.objective import LikelihoodTask
         from bigtx.pretraining.validation import Validation
         from bigtx.train.alone import Alone
 

@@ -1,4 +1,4 @@
-"""Grouped-query attention over torch's scaled_dot_product_attention, or FlexAttention where a mask is sparse; its masks.
+"""Grouped-query attention over torch's scaled_dot_product_attention, or FlexAttention for sparse masks; its masks.
 
 Queries, keys and values have three matrices and three products: Muon orthogonalizes a matrix as a whole, and Hugging
 Face stores them separately, so a fused one would have to be split for both. One fused product took as long as the three

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from bigtx.config.schema import PretrainConfig
 from bigtx.data.stream.rows import Batch
+from bigtx.engine.task import TaskLoss
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.hashing import derive_seed
 
@@ -98,3 +99,14 @@ def positions_of(segments: np.ndarray) -> np.ndarray:
     begins[:1] = True
     begins[1:] = segments[1:] != segments[:-1]
     return places - np.maximum.accumulate(np.where(begins, places, 0))
+
+
+class LikelihoodTask:
+    """Maximum likelihood of a batch's labels, with an optional z-loss."""
+
+    def __init__(self, *, z_loss: float) -> None:
+        self.z_loss = z_loss
+
+    def loss(self, model: Callable[..., Any], batch: Batch) -> TaskLoss:
+        """Return the differentiable loss, and the plain cross-entropy, in nats."""
+        return TaskLoss.of(model(**batch.inputs(), z_loss=self.z_loss))
