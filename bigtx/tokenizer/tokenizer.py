@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 
 from bigtx.tokenizer.chat import ASSISTANT, chat_template, check_messages
-from bigtx.tokenizer.cut import utf8_length
 from bigtx.tokenizer.huggingface_model import CHAT_TEMPLATE, HuggingFaceModel, read_settings_files, settings_of
 from bigtx.tokenizer.sentencepiece_model import SentencePieceModel
-from bigtx.tokenizer.special import CHAT_ROLES, SpecialIds
+from bigtx.tokenizer.special import CHAT_ROLES, Part, SpecialIds, Template, around
 from bigtx.tokenizer.stops import StreamDecoder
-from bigtx.tokenizer.template import Part, Template, around
+from bigtx.tokenizer.words import utf8_length
 from bigtx.utils.errors import DataError
 from bigtx.utils.files import open_file, write_atomic, write_json
 from bigtx.utils.paths import kind_of_folder

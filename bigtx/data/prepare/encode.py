@@ -30,8 +30,8 @@ from bigtx.data.raw.read import InputFile, read_file, split_file
 from bigtx.data.text.ngrams import Signer
 from bigtx.data.text.rules import Dropped, TextRules
 from bigtx.data.workers import advance
-from bigtx.tokenizer.cut import utf8_length
 from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.tokenizer.words import utf8_length
 from bigtx.utils.hashing import hash64
 
 NUM_EXAMPLES = 3

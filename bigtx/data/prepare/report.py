@@ -22,8 +22,8 @@ from bigtx.data.raw.formats import is_compressed
 from bigtx.data.raw.read import Reject, Rejects, list_files, read_file
 from bigtx.data.text.decontaminate import build_contamination_index
 from bigtx.data.text.rules import Dropped, TextRules, check_rules
-from bigtx.tokenizer.cut import utf8_length
 from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.tokenizer.words import utf8_length
 from bigtx.utils.errors import DataError
 from bigtx.utils.hardware import num_cores
 from bigtx.utils.shell import command, settings

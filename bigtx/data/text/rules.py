@@ -17,7 +17,7 @@ from pathlib import Path
 from bigtx.config.schema import CleanConfig, FilterConfig, PrepareConfig
 from bigtx.data.text.decontaminate import Contamination
 from bigtx.data.text.filters import C4Lines, Limits
-from bigtx.tokenizer.cut import utf8_length
+from bigtx.tokenizer.words import utf8_length
 from bigtx.utils.errors import ConfigError
 
 EMAIL = "email@example.com"
