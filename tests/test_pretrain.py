@@ -32,7 +32,7 @@ from doors import (
     wait_for,
 )
 
-from bigtx.track.wandb_log import read_records
+from bigtx.track.follower import read_records
 from bigtx.train.run_dir import WRITTEN
 
 pytestmark = pytest.mark.dist
