@@ -33,7 +33,7 @@ from doors import (
 )
 
 from bigtx.track.follower import read_records
-from bigtx.train.run_dir import WRITTEN
+from bigtx.train.run_folder import WRITTEN
 
 pytestmark = pytest.mark.dist
 

@@ -195,8 +195,7 @@ class Corpora(Evaluation):
             raise ConfigError("none of the run's corpora has held-out text; name a prepared one: data=FOLDER")
         # These import torch, which is slow, so mistakes are reported before.
         from bigtx.pretraining.objective import LikelihoodTask
-        from bigtx.pretraining.validation import Validation
-        from bigtx.train.alone import Alone
+        from bigtx.pretraining.validation import Alone, Validation
 
         loaded = self.load()
         config = dataclasses.replace(config, model=loaded.config.model)

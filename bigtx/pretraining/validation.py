@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,6 +12,7 @@ from bigtx.config.schema import PretrainConfig
 from bigtx.data.stream.loader import ValidationBatches, validation_batches
 from bigtx.engine.task import Task
 from bigtx.model.decode import Sampling
+from bigtx.model.transformer import Transformer
 from bigtx.model.write import plain_prompts, write
 from bigtx.pretraining.corpora import place_of, refuse_other_tokenizer, validation_sources
 from bigtx.pretraining.objectives import make_objective
@@ -23,7 +24,35 @@ from bigtx.utils.hashing import derive_seed
 if TYPE_CHECKING:
     from bigtx.engine.engine import Engine
     from bigtx.engine.ranks import Ranks
-    from bigtx.train.alone import Alone
+
+
+class Alone:
+    """The engine of a measurement with a single process.
+
+    Attributes:
+        rank, world_size: always 0 and 1.
+        module: the model, in evaluation mode.
+    """
+
+    rank, world_size = 0, 1
+
+    def __init__(self, model: Transformer) -> None:
+        self.module = model.eval()
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Any], task: Task) -> tuple[float, int]:
+        """Return the reported loss summed over all labels, and their number, as `Engine.evaluate` does."""
+        device = next(self.module.parameters()).device
+        loss_sum, num_labels = torch.zeros((), dtype=torch.float64, device=device), 0
+        for batch in batches:
+            num_labels += batch.num_labels
+            loss_sum += task.loss(self.module, batch.to(device)).reported_sum
+        return float(loss_sum), num_labels
+
+    def from_first(self, value: Any) -> Any:
+        """Return the value: this process is rank 0."""
+        return value
+
 
 BETTER: Mapping[str, Better] = {"loss": "lower", "perplexity": "lower", "bits_per_byte": "lower"}
 """Whether lower or higher is better, for every metric of a source."""

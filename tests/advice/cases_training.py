@@ -29,7 +29,7 @@ from bigtx.pretraining.run import open_inputs
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.train import start
 from bigtx.train.context import RunContext
-from bigtx.train.run_dir import check_run_dir
+from bigtx.train.run_folder import check_run_dir
 from bigtx.utils.processes import launcher_problem
 from bigtx.utils.units import parse_count, parse_duration, parse_range
 

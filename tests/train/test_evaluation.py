@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from bigtx.config.schema import PretrainConfig
 from bigtx.engine.task import TaskLoss
 from bigtx.pretraining import validation as evaluation
-from bigtx.pretraining.validation import Validation
-from bigtx.train.alone import Alone
+from bigtx.pretraining.validation import Alone, Validation
 from bigtx.train.state import RunState
 
 
