@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 from doors import ROOT
 
-from bigtx.launch import link, parents
+from bigtx.launch import link, world
 from bigtx.utils import processes
 from bigtx.utils.errors import LaunchError
 
@@ -35,26 +35,26 @@ def test_a_launcher_is_known_by_its_program(
 ) -> None:
     (tmp_path / "proc" / "5").mkdir(parents=True)
     (tmp_path / "proc" / "5" / "cmdline").write_bytes(command)
-    monkeypatch.setattr(parents, "Path", lambda path: tmp_path / path.lstrip("/"))
-    assert parents._is_launcher(5) is expected and not parents._is_launcher(6)
+    monkeypatch.setattr(world, "Path", lambda path: tmp_path / path.lstrip("/"))
+    assert world._is_launcher(5) is expected and not world._is_launcher(6)
 
 
 def test_only_an_unbroken_line_of_launchers_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     above = {50: 40, 40: 30, 30: 20, 20: 1}
-    monkeypatch.setattr(parents, "parent_of", above.__getitem__)
-    monkeypatch.setattr(parents, "_is_launcher", lambda pid: pid in (40, 30))
-    assert parents._launchers_above(50) == [40, 30] and parents._launchers_above(30) == []
-    monkeypatch.setattr(parents, "_is_launcher", lambda pid: True)
-    assert parents._launchers_above(50) == [40, 30, 20]
+    monkeypatch.setattr(world, "parent_of", above.__getitem__)
+    monkeypatch.setattr(world, "_is_launcher", lambda pid: pid in (40, 30))
+    assert world._launchers_above(50) == [40, 30] and world._launchers_above(30) == []
+    monkeypatch.setattr(world, "_is_launcher", lambda pid: True)
+    assert world._launchers_above(50) == [40, 30, 20]
 
 
 @pytest.mark.parametrize("then", [None, "another process"])
 def test_a_rank_asks_itself_to_stop_when_a_launcher_is_gone(monkeypatch: pytest.MonkeyPatch, then: str | None) -> None:
     starts, killed = iter(["a", "b", "a", "b", "a", then]), list[tuple[int, int]]()
-    monkeypatch.setattr(parents, "start_of", lambda pid: next(starts))
-    monkeypatch.setattr(parents, "SECONDS_BETWEEN_LOOKS", 0.0)
+    monkeypatch.setattr(world, "start_of", lambda pid: next(starts))
+    monkeypatch.setattr(world, "SECONDS_BETWEEN_LOOKS", 0.0)
     monkeypatch.setattr(os, "kill", lambda pid, number: killed.append((pid, number)))
-    parents._watch({5: "a", 6: "b"})
+    world._watch({5: "a", 6: "b"})
     assert killed == [(os.getpid(), signal.SIGTERM)] and next(starts, "all") == "all"
 
 
@@ -92,13 +92,13 @@ def test_launchers_are_watched_by_a_thread_that_holds_nothing_up(
     started: list[dict[int, str]] = []
 
     def thread(target: object, args: tuple[dict[int, str]], daemon: bool) -> SimpleNamespace:
-        assert target is parents._watch and daemon
+        assert target is world._watch and daemon
         return SimpleNamespace(start=lambda: started.append(args[0]))
 
-    monkeypatch.setattr(parents.threading, "Thread", thread)
-    monkeypatch.setattr(parents, "_launchers_above", lambda pid: launchers if pid == os.getpid() else [])
-    monkeypatch.setattr(parents, "start_of", lambda pid: f"start of {pid}")
-    parents.watch_launchers()
+    monkeypatch.setattr(world.threading, "Thread", thread)
+    monkeypatch.setattr(world, "_launchers_above", lambda pid: launchers if pid == os.getpid() else [])
+    monkeypatch.setattr(world, "start_of", lambda pid: f"start of {pid}")
+    world.watch_launchers()
     assert started == watched
 
 
