@@ -15,9 +15,9 @@ from bigtx.utils.errors import CheckpointError, ConfigError, DataError
 from bigtx.utils.files import read_object
 
 if TYPE_CHECKING:
+    from bigtx.api import LoadedModel
     from bigtx.data.records.record import Broken, Record
     from bigtx.engine.checkpoint import Checkpoint
-    from bigtx.loaded import LoadedModel
 
 EXIT_SOME_FAILED = 1
 
@@ -32,7 +32,7 @@ class Evaluation:
 
     def load(self) -> LoadedModel:
         """Load the model."""
-        from bigtx.loaded import load
+        from bigtx.api import load
 
         return load(self.checkpoint, weights=self.arguments.weights, device=self.arguments.device)
 
