@@ -1,7 +1,14 @@
 """Objectives that split rows into a source and a target for an encoder-decoder, and the prefixes of a decoder.
 
 Prefix language modeling predicts the text after a bidirectional prefix (arXiv:1910.10683, section 3.2.3). Span
-corruption predicts removed spans (the same article, section 3.1.4).
+corruption (T5, the same article) removes spans of a text, and an encoder-decoder generates them:
+
+    a row       Thank you for inviting me to your party last week
+    source      Thank you <0> me to your party <1> week </s>
+    target      <0> for inviting <1> last </s>
+
+The numbers of removed tokens and of spans are the same for every row, so that both sides of a full row have known
+lengths without padding.
 """
 
 from __future__ import annotations
