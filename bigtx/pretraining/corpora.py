@@ -17,7 +17,6 @@ from bigtx.config.schema import PretrainConfig, SourceConfig
 from bigtx.data.corpus.manifest import Manifest, has_split
 from bigtx.data.corpus.splits import TOKENIZER, load_tokenizer
 from bigtx.data.storage.places import Cache, Place, as_place
-from bigtx.data.stream import foreign
 from bigtx.data.stream.sources import check_sources, epochs
 from bigtx.engine.checkpoint import preferred
 from bigtx.tokenizer.tokenizer import Tokenizer
@@ -93,6 +92,8 @@ def _open_sources(config: PretrainConfig, total_steps: int) -> RunData:
 
 
 def _open_foreign(config: PretrainConfig, num_ranks: int, once: Once) -> RunData:
+    from bigtx.data.stream import foreign
+
     settings = config.data.foreign
     digest = once(lambda: foreign.check_shards(settings, num_ranks))
     workers = foreign.num_workers(settings, num_ranks)

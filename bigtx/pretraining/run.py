@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bigtx.config.batches import total_steps
 from bigtx.config.schema import PretrainConfig
@@ -24,10 +24,12 @@ from bigtx.train.execute import execute, open_meter, open_tracker, with_teacher,
 from bigtx.train.loop import Run
 from bigtx.train.start import Start
 from bigtx.train.state import RunState
-from bigtx.train.teacher import Teacher
 from bigtx.utils import log
 from bigtx.utils.errors import CheckpointError, ConfigError
 from bigtx.utils.shell import command
+
+if TYPE_CHECKING:
+    from bigtx.train.teacher import Teacher
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,7 @@ import torch
 from bigtx.config.schema import PretrainConfig
 from bigtx.data.stream.loader import ValidationBatches, validation_batches
 from bigtx.engine.task import Task
-from bigtx.model.decode import Sampling
 from bigtx.model.transformer import Transformer
-from bigtx.model.write import plain_prompts, write
 from bigtx.pretraining.corpora import place_of, refuse_other_tokenizer, validation_sources
 from bigtx.pretraining.objectives import make_objective
 from bigtx.tokenizer.tokenizer import Tokenizer
@@ -140,6 +138,9 @@ class Validation:
     @torch.no_grad()
     def _sample(self, prompts: list[str], step: int) -> list[str]:
         """Continue the prompts. Every rank uses rank 0's draws, so that all ranks gather ZeRO-3's weights together."""
+        from bigtx.model.decode import Sampling
+        from bigtx.model.write import plain_prompts, write
+
         settings = self.config.validation
         self.engine.module.eval()
         written = write(

@@ -22,8 +22,6 @@ from bigtx.config.load import to_dict, yaml_of
 from bigtx.config.paths import with_absolute_paths
 from bigtx.config.runs import CHECKPOINTS, CONFIG, ENVIRONMENT, gives_config, has_steps, is_run, read_values, run_dir_of
 from bigtx.config.schema import FinetuneConfig, PretrainConfig, RunConfig
-from bigtx.data.raw.own import RUN, kind_of
-from bigtx.engine.trained import find_with_tokenizer
 from bigtx.utils import processes
 from bigtx.utils.errors import CheckpointError, ConfigError, LaunchError
 from bigtx.utils.files import read_object, write_atomic, write_json
@@ -141,6 +139,8 @@ def _refuse_other_files(run_dir: Path, *, is_given: bool) -> None:
 
 def _other_kind(folder: Path) -> str | None:
     """Return what a folder is, if bigtx or another library wrote it and it is not a run."""
+    from bigtx.data.raw.own import RUN, kind_of
+
     kind = kind_of(str(folder), os.listdir(folder))
     if kind not in (None, RUN):
         return kind
@@ -279,6 +279,8 @@ def check_teacher(config: RunConfig) -> None:
         BigtxError: see `find_with_tokenizer`.
     """
     if config.distill.teacher:
+        from bigtx.engine.trained import find_with_tokenizer
+
         find_with_tokenizer(config.distill.teacher)
 
 
