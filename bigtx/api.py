@@ -247,7 +247,8 @@ class LoadedModel:
         device = next(self.model.parameters()).device
         target_tokens = None if target_ids is None else torch.tensor([list(target_ids)], device=device)
         with torch.no_grad():
-            return self.model(torch.tensor([list(ids)], device=device), target_tokens=target_tokens)[0].cpu()
+            logits: Tensor = self.model(torch.tensor([list(ids)], device=device), target_tokens=target_tokens)
+        return logits[0].cpu()
 
     def _check_ids(self, ids: Sequence[int], target_ids: Sequence[int] | None) -> None:
         model = self.config.model

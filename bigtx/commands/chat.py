@@ -17,9 +17,10 @@ from typing import Any
 from bigtx.api import LoadedModel, load, refuse_chatless
 from bigtx.commands.generate import write_line
 from bigtx.engine.trained import find
-from bigtx.utils.arguments import Arguments, columns
+from bigtx.utils.arguments import Arguments
 from bigtx.utils.errors import BigtxError, DataError, LaunchError
 from bigtx.utils.options import add_loading_options, add_writing_options, given_writing_options
+from bigtx.utils.terminal import columns
 
 PROMPT = "> "
 HELP = "\n".join(

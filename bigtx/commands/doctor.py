@@ -25,11 +25,12 @@ from bigtx.launch.pairs import MOST_ROUNDS, SLOW_FRACTION, Pair, Verdict, judge,
 from bigtx.launch.supervisor import start_ranks
 from bigtx.launch.world import World, find_world
 from bigtx.utils import hardware, log
-from bigtx.utils.arguments import Arguments, wrapped
+from bigtx.utils.arguments import Arguments
 from bigtx.utils.errors import LaunchError
 from bigtx.utils.files import write_atomic
 from bigtx.utils.log import say, say_json
 from bigtx.utils.processes import rank
+from bigtx.utils.terminal import wrapped
 from bigtx.utils.units import format_size
 
 PACKAGES = ("torch", "deepspeed", "sentencepiece", "webdataset", "omegaconf", "wandb")
@@ -109,7 +110,7 @@ def _devices() -> Iterator[Check]:
             yield Check("devices", "ok", f"no GPU; {machine}")
         return
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
     yield Check("devices", "ok", f"{len(names)} GPUs ({names[0]}), CUDA {torch.version.cuda}, NCCL {nccl}; {machine}")
     for index, name in enumerate(names):
         yield from _gpu(index, name)

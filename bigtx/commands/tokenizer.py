@@ -21,8 +21,9 @@ from bigtx.data.prepare.recipe import describe_inputs
 from bigtx.data.raw.files import describe_passed_over
 from bigtx.data.raw.read import InputFile, Rejects, list_files, read_documents
 from bigtx.tokenizer import report
+from bigtx.tokenizer.description import DESCRIPTION
 from bigtx.tokenizer.huggingface_model import SENTENCEPIECE_NAMES, TOKENIZER_CONFIG
-from bigtx.tokenizer.tokenizer import DESCRIPTION, Tokenizer
+from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.tokenizer.train import check, draw_sample, train_on_sample
 from bigtx.utils.arguments import Arguments
 from bigtx.utils.errors import ConfigError, DataError

@@ -28,7 +28,8 @@ import xxhash
 from bigtx.utils.errors import LaunchError
 from bigtx.utils.files import open_file, write_atomic
 from bigtx.utils.hardware import num_cores
-from bigtx.utils.log import ProgressLine, clock
+from bigtx.utils.log import ProgressLine
+from bigtx.utils.units import clock
 
 _KINDS = {b"RIFF": ("<", b"data"), b"RIFX": (">", b"data"), b"RF64": ("<", b"data"), b"FORM": (">", b"SSND")}
 """The byte order of numbers and the name of the chunk with the samples, by a file's first bytes."""

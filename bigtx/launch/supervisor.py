@@ -113,21 +113,9 @@ def start_ranks(world: World, run_dir: Path, settings: Mapping[str, Any] | None 
     with hold_free_port() as held:
         port = world.port or held.getsockname()[1]
         for local_rank in range(world.num_local):
-            if supervisor.fork(_environment(world, local_rank, port), world.launcher):
+            if supervisor.fork(world.environment(local_rank, port), world.launcher):
                 return None
         return supervisor.wait()
-
-
-def _environment(world: World, local_rank: int, port: int) -> dict[str, str]:
-    """Return the variables that launchers set for each rank."""
-    return {
-        "RANK": str(world.node * world.num_local + local_rank),
-        "WORLD_SIZE": str(world.size),
-        "LOCAL_RANK": str(local_rank),
-        "LOCAL_WORLD_SIZE": str(world.num_local),
-        "MASTER_ADDR": world.address,
-        "MASTER_PORT": str(port),
-    }
 
 
 class _Supervisor:

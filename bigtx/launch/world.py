@@ -68,6 +68,22 @@ class World:
         """Return the number of ranks on all machines together."""
         return self.num_nodes * self.num_local
 
+    def environment(self, local_rank: int, port: int) -> dict[str, str]:
+        """Return the variables that launchers set for each rank.
+
+        Args:
+            local_rank: the rank's number on this machine.
+            port: the port of rank 0.
+        """
+        return {
+            "RANK": str(self.node * self.num_local + local_rank),
+            "WORLD_SIZE": str(self.size),
+            "LOCAL_RANK": str(local_rank),
+            "LOCAL_WORLD_SIZE": str(self.num_local),
+            "MASTER_ADDR": self.address,
+            "MASTER_PORT": str(port),
+        }
+
 
 def find_world(num_ranks: int | None, *, divides: int) -> World | None:
     """Return the ranks to start from this process; None where it is a rank itself.

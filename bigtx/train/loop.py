@@ -44,7 +44,8 @@ def profiled(run_dir: Path, *, enabled: bool, rank: int) -> Iterator[None]:
         yield
     trace.export_chrome_trace(str(folder / f"rank-{rank:05d}.trace.json"))
     if cuda:
-        torch.cuda.memory._dump_snapshot(str(folder / f"rank-{rank:05d}.memory.pickle"))
+        snapshot = str(folder / f"rank-{rank:05d}.memory.pickle")
+        torch.cuda.memory._dump_snapshot(snapshot)  # type: ignore[no-untyped-call]
         torch.cuda.memory._record_memory_history(enabled=None)
 
 
@@ -138,6 +139,16 @@ def train(run: Run, stop: StopRequest) -> bool:
             if to_save or is_best or is_out_of_patience(run):
                 save_checkpoint(run)
         run.meter.resume()
+    return _is_finished(run)
+
+
+def _is_finished(run: Run) -> bool:
+    """Return whether nothing is left to train, and report an early end.
+
+    Raises:
+        BigtxError: the last steps were skipped.
+    """
+    state = run.state
     if is_out_of_patience(run) and state.step < run.schedule.total_steps:
         run.tracker.message(f"no better measurement in {state.measured_since_best} validations: the run ends here")
         run.tracker.event(state.step, "early_stop", best_step=state.best_step, best_value=state.best_value)

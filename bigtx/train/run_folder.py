@@ -337,4 +337,5 @@ def describe_run(
 
 def dump(config: RunConfig) -> dict[str, Any]:
     """Return the resolved config as JSON-ready data."""
-    return json.loads(json.dumps(to_dict(config)))
+    resolved: dict[str, Any] = json.loads(json.dumps(to_dict(config)))
+    return resolved

@@ -262,10 +262,3 @@ class ProgressLine:
 def _bar(share: float) -> str:
     done = round(_BAR_WIDTH * min(1.0, share))
     return "█" * done + "░" * (_BAR_WIDTH - done)
-
-
-def clock(seconds: float) -> str:
-    """Return a time as people read it: 0:07, 12:34, 3:25:45."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

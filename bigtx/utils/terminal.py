@@ -7,9 +7,14 @@ import errno
 import io
 import os
 import sys
+import textwrap
 import unicodedata
+from collections.abc import Iterable
 from typing import Any, TextIO
 
+WIDTH = 80
+"""The columns of a help."""
+_MARGIN = 26
 ERASE_LINE = "\r\x1b[K"
 """Erases a terminal's current line."""
 
@@ -42,6 +47,32 @@ def fitted(text: str, columns: int) -> str:
 def obeys(stream: TextIO) -> bool:
     """Return whether a stream is a terminal that interprets control characters."""
     return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def wrapped(text: str, indent: str = "", first: str | None = None) -> str:
+    """Return a text in lines of at most 80 columns.
+
+    Args:
+        first: the beginning of the first line, in place of the indent.
+    """
+    first = indent if first is None else first
+    return textwrap.fill(
+        text, WIDTH, initial_indent=first, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def columns(rows: Iterable[tuple[str, str]]) -> list[str]:
+    """Return lines of names and their meanings, within 80 columns where words allow it."""
+    rows = list(rows)
+    margin = min(_MARGIN, max((len(name) for name, _ in rows), default=0) + 4)
+    lines = []
+    for name, meaning in rows:
+        first = f"  {name}".ljust(margin)
+        if not first.endswith("  "):
+            lines.append(first)
+            first = " " * margin
+        lines.append(wrapped(meaning, " " * margin, first).rstrip())
+    return lines
 
 
 class Output(io.FileIO):

@@ -14,7 +14,7 @@ import pytest
 
 from bigtx.launch import supervisor
 from bigtx.launch.link import LARGEST_MESSAGE, Link, _Peer
-from bigtx.launch.supervisor import _End, _environment, _last_lines, _last_step, _Rank, _read_facts, _signal_name
+from bigtx.launch.supervisor import _End, _last_lines, _last_step, _Rank, _read_facts, _signal_name
 from bigtx.launch.world import World
 from bigtx.utils import log, processes
 
@@ -48,7 +48,7 @@ class Machine(supervisor._Supervisor):
 
 
 def test_a_ranks_place_among_all_machines() -> None:
-    assert _environment(World(4, 3, 2, "first", 500), 1, 777) == {
+    assert World(4, 3, 2, "first", 500).environment(1, 777) == {
         "RANK": "9",
         "WORLD_SIZE": "12",
         "LOCAL_RANK": "1",

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigtx.tokenizer.tokenizer import DESCRIPTION, Tokenizer
+from bigtx.tokenizer.description import DESCRIPTION
+from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.tokenizer.words import cut
 from bigtx.utils.errors import DataError
 

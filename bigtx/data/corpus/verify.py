@@ -31,8 +31,8 @@ from bigtx.data.storage.places import Place, open_stream
 from bigtx.data.workers import Workers, advance
 from bigtx.utils.errors import DataError
 from bigtx.utils.hardware import num_cores
-from bigtx.utils.log import ProgressLine, clock
-from bigtx.utils.units import format_size
+from bigtx.utils.log import ProgressLine
+from bigtx.utils.units import clock, format_size
 
 _PROBLEMS_SHOWN = 5
 """The number of problems of one shard that are listed; the others are counted."""

@@ -68,8 +68,8 @@ from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import DataError
 from bigtx.utils.files import fsync_dir, write_atomic, write_json
 from bigtx.utils.hardware import num_cores
-from bigtx.utils.log import ProgressLine, clock
-from bigtx.utils.units import format_count, format_size
+from bigtx.utils.log import ProgressLine
+from bigtx.utils.units import clock, format_count, format_size
 
 REJECTS_NAME = "rejects.jsonl"
 REPORT_NAME = "report.json"
