@@ -8,7 +8,7 @@
     encoder_decoder     tokens ─ embed ─▶ stack, both ways ─▶ source
                         target tokens ─ embed ─▶ stack, causal, with attention to source ─▶ head
 
-An audio encoder reads features in place of tokens: features ─ convolutions ─▶ columns as of embedded tokens (audio.py).
+An audio encoder reads features in place of tokens: features ─ convolutions ─▶ columns as of embedded tokens (embed.py).
 
 Every parameter is used inside the forward of the module that owns it, because ZeRO-3 gathers a module's parameters
 around its forward only. Shape letters: B batch, T tokens (of the target, if there is a source), S source

@@ -19,9 +19,9 @@ from bigtx.engine.engine import Engine, StepResult, Task
 from bigtx.engine.ranks import Ranks
 from bigtx.engine.schedules import Schedule
 from bigtx.track.tracker import Tracker
+from bigtx.train.context import StopRequest
 from bigtx.train.meter import Meter
 from bigtx.train.state import Cadence, RunState
-from bigtx.train.stop import StopRequest
 from bigtx.utils.errors import BigtxError
 from bigtx.utils.hardware import keep_freed_memory
 from bigtx.utils.shell import settings

@@ -39,8 +39,7 @@ from bigtx.data.raw.formats import (
     refuse_surrogates,
     unreadable,
 )
-from bigtx.data.raw.parquet import read_parquet
-from bigtx.data.raw.readers import STREAM_READERS
+from bigtx.data.raw.readers import STREAM_READERS, read_parquet
 from bigtx.data.raw.rows import Options, Origin, Row, too_long
 from bigtx.data.raw.samples import read_archive
 from bigtx.data.storage.access import InputFile, open_binary
