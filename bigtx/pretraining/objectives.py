@@ -34,16 +34,7 @@ def make_objective(config: PretrainConfig, tokenizer: Tokenizer, *, purpose: str
     Raises:
         ConfigError: the tokenizer lacks ids that the objective needs, or the objective's rows are too long.
     """
-    from bigtx.pretraining.source_and_target import DecoderPrefix, SourcePrefix, SpanCorruption
-
-    kinds: dict[str, type[Objective]] = {
-        "causal": Causal,
-        "fill_in_middle": FillInMiddle,
-        "masked": Masked,
-        "span_corruption": SpanCorruption,
-        "prefix": DecoderPrefix if config.model.shape == "decoder" else SourcePrefix,
-    }
-    objective = kinds[config.objective.name](config, tokenizer, purpose)
+    objective = _kind(config)(config, tokenizer, purpose)
     longest, most = max(objective.lengths.source, objective.lengths.target), config.model.max_sequence_length
     if config.model.positions == "learned" and longest > most:
         raise ConfigError(
@@ -54,7 +45,14 @@ def make_objective(config: PretrainConfig, tokenizer: Tokenizer, *, purpose: str
     return objective
 
 
-__all__ = ["Lengths", "Objective", "make_objective"]
+def _kind(config: PretrainConfig) -> type[Objective]:
+    kinds: dict[str, type[Objective]] = {"causal": Causal, "fill_in_middle": FillInMiddle, "masked": Masked}
+    if kind := kinds.get(config.objective.name):
+        return kind
+    from bigtx.pretraining.source_and_target import DecoderPrefix, SourcePrefix, SpanCorruption
+
+    prefix = DecoderPrefix if config.model.shape == "decoder" else SourcePrefix
+    return SpanCorruption if config.objective.name == "span_corruption" else prefix
 
 
 class Causal(Objective):

@@ -15,8 +15,8 @@ from bigtx.engine.ranks import Ranks
 from bigtx.engine.schedules import Schedule
 from bigtx.engine.trainable import is_adapter
 from bigtx.pretraining.corpora import RunData, length_setting, open_run_data, with_vocabulary
-from bigtx.pretraining.objective import LikelihoodTask
-from bigtx.pretraining.objectives import Objective, make_objective
+from bigtx.pretraining.objective import LikelihoodTask, Objective
+from bigtx.pretraining.objectives import make_objective
 from bigtx.pretraining.validation import BETTER, Validation
 from bigtx.train import start
 from bigtx.train.context import RunContext, num_ranks

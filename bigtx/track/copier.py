@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigtx.config.runs import run_dir_of
-from bigtx.track.jsonl import Record, parse_line
+from bigtx.track.jsonl import MODEL_EVENT, Record, parse_line
 
 if TYPE_CHECKING:
     from wandb import Run
@@ -165,8 +165,6 @@ def _by_step(records: list[Record]) -> dict[int, list[Record]]:
     return found
 
 
-MODEL_EVENT = "model"
-"""The kind of event that names a run's checkpoint for other runs."""
 LINK_EVENT = "wandb_base"
 """The kind of event that says how a run was linked to its base."""
 

@@ -11,8 +11,7 @@ from typing import Any, Literal, TextIO
 
 from bigtx.config.schema import TrackConfig
 from bigtx.track.console import Console, open_nowhere, shorten
-from bigtx.track.copier import MODEL_EVENT
-from bigtx.track.jsonl import JsonLines
+from bigtx.track.jsonl import MODEL_EVENT, JsonLines
 from bigtx.track.wandb_run import WandbRun, read_or_make_run_id
 from bigtx.utils.secrets import scrub
 
