@@ -28,9 +28,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from bigtx.config.runs import run_dir_of
 from bigtx.engine.trainable import is_adapter
@@ -388,8 +386,8 @@ class MergedCheckpoint(Checkpoint):
         if which != "weight" or a not in shapes or kind not in WEIGHT_KINDS:
             return value
         read_own = super().read
-        matrices = [read_own(part, kind, 0, math.prod(shapes[part])).view(shapes[part]) for part in (b, a)]
+        left, right = (read_own(part, kind, 0, math.prod(shapes[part])).view(shapes[part]) for part in (b, a))
         # Compute the whole product for any range: with other shapes the sums may have another order, and an engine
         # would get other last bits than the files.
-        product = torch.mm(*matrices).view(-1)
+        product = (left @ right).view(-1)
         return value.add_(product[start:stop], alpha=self.manifest["adapter_scale"])

@@ -1,7 +1,7 @@
 """This process's place among those of a run, as the launcher wrote it into the environment. Imports no torch.
 
 A launcher sets the rank and the number of ranks together. One without the other is a leftover of another program, and
-has no meaning: see `launcher_problem`. At the end: calls to the Linux kernel for related processes.
+has no meaning: see `launcher_problem`. Calls to the Linux kernel for related processes follow.
 """
 
 from __future__ import annotations
