@@ -15,8 +15,6 @@ import sys
 import time
 from pathlib import Path
 
-import deepspeed
-from deepspeed.runtime import compiler
 from torch.utils import file_baton
 
 from bigtx.utils.locks import is_local, open_or_make, try_lock
@@ -141,6 +139,8 @@ def _compile_no_optimizer() -> None:
     Every ZeRO engine imports it to check the type of its optimizer, and three of its functions are compiled where they
     are defined. That imports all of torch's compiler. bigtx has another Muon; see optimizers.py.
     """
+    from deepspeed.runtime import compiler
+
     compile_before = compiler.compile
     compiler.compile = lambda: compiler.dummy_decorator
     try:
@@ -156,4 +156,6 @@ def _build_no_operators() -> None:
     That one needs a compiler at the first start, and leaves 67 MB in /dev/shm for each rank of each run, until the
     machine has no memory left. Operators that a setting asks for, such as those of offloading, are not affected.
     """
+    import deepspeed
+
     deepspeed.ops.__compatible_ops__ = {}
