@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from bigtx.utils.version import __version__
 
 if TYPE_CHECKING:
-    from bigtx.loaded import load
+    from bigtx.api import load
 
 __all__ = ["__version__", "load"]
 
@@ -19,7 +19,7 @@ __all__ = ["__version__", "load"]
 def __getattr__(name: str) -> Any:
     """Import names that need torch when they are first used, so that the commands start quickly."""
     if name == "load":
-        from bigtx.loaded import load
+        from bigtx.api import load
 
         return load
     raise AttributeError(f"module 'bigtx' has no attribute {name!r}")

@@ -28,4 +28,4 @@ def test_the_files_of_a_step(corpus: Path, tmp_path: Path) -> None:
     assert [name.removeprefix("bigtx/") for name in re.findall(r"^    (bigtx/\S+)$", PAGE, re.MULTILINE)] == traced[
         "files"
     ]
-    assert len(traced["files"]) <= 21 and len(traced["modules"]) <= 177
+    assert len(traced["files"]) <= 20 and len(traced["modules"]) <= 125

@@ -21,8 +21,8 @@ from own_chats import ANSWERS, chat, num_exact, write_own_chats
 from terminals import Terminal
 
 import bigtx
+from bigtx.api import LoadedModel
 from bigtx.cli import main
-from bigtx.loaded import LoadedModel
 from bigtx.utils.errors import BigtxError
 
 KNOWN = {"ba ben bin": "so lan.", "da don": "ner nar, lin.", "ku kos?": "man mon.\n\nmin mun."}

@@ -10,7 +10,7 @@ from bigtx.commands.configs import copy_command, explain_command, list_command, 
 from bigtx.config.load import load
 from bigtx.config.schema import ModelConfig, PretrainConfig
 from bigtx.config.shipped import shipped_configs
-from bigtx.plan.parameters import count_parameters
+from bigtx.model.size import count_parameters
 from bigtx.utils.errors import ConfigError
 from bigtx.utils.units import format_count
 

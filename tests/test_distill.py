@@ -15,12 +15,11 @@ from finetunes import finetune, finetuned, kill_at, labelled, make_base, results
 import bigtx
 from bigtx.config.load import from_dict
 from bigtx.config.schema import DistillConfig, FinetuneConfig, ModelConfig
-from bigtx.engine.checkpoint import Checkpoint, preferred
-from bigtx.engine.merged import MergedCheckpoint
+from bigtx.engine.checkpoint import Checkpoint, MergedCheckpoint, preferred
 from bigtx.engine.task import TaskLoss
 from bigtx.finetuning.tasks import task_type
 from bigtx.model.transformer import Transformer
-from bigtx.pretraining.likelihood import LikelihoodTask
+from bigtx.pretraining.objective import LikelihoodTask
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.train.teacher import Distilled
 

@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 from doors import as_json, environment, free_port
 
-from bigtx.commands import doctor, machine
-from bigtx.commands.doctor import command
-from bigtx.commands.machine import Check
+from bigtx.commands import doctor
+from bigtx.commands.doctor import Check, command
 from bigtx.utils import hardware
 from bigtx.utils.errors import LaunchError
 
@@ -43,7 +42,7 @@ def test_this_machine(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
 def test_what_fails_is_said_and_named(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20))
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20))
     assert command([str(tmp_path), f"output={tmp_path / 'bad'}"]) == 1
     said = capsys.readouterr().out
     assert f"failed   disk: 1 MiB free in {tmp_path}; checkpoints need more\n" in said
@@ -53,34 +52,34 @@ def test_what_fails_is_said_and_named(
 def test_packages_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     versions = hardware.packages()
     monkeypatch.setattr(hardware, "packages", lambda: versions | {"torch": "1.13.1"})
-    status, text = found(machine._packages())
+    status, text = found(doctor._packages())
     assert status == "failed" and text.startswith("torch 1.13.1 does not fit; write pip install 'torch")
     monkeypatch.setattr(hardware, "packages", lambda: {k: v for k, v in versions.items() if k != "deepspeed"})
-    status, text = found(machine._packages())
+    status, text = found(doctor._packages())
     assert status == "failed" and text.startswith("deepspeed is missing; write pip install 'deepspeed")
 
 
 def test_a_clone_that_is_not_installed_knows_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    installed = machine._requirements()
+    installed = doctor._requirements()
 
     def missing(name: str) -> Any:
-        raise machine.importlib.metadata.PackageNotFoundError(name)
+        raise doctor.importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(machine.importlib.metadata, "requires", missing)
-    of_clone = machine._requirements()
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", missing)
+    of_clone = doctor._requirements()
     assert {name: str(each.specifier) for name, each in of_clone.items()} == {
         name: str(each.specifier) for name, each in installed.items()
     }
-    assert {*machine.PACKAGES} <= of_clone.keys()
+    assert {*doctor.PACKAGES} <= of_clone.keys()
 
 
 def test_warnings_do_not_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
-    monkeypatch.setattr(machine.resource, "getrlimit", lambda which: (256, 4096))
-    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: SimpleNamespace(free=64 << 20))
-    assert found(machine._compiler())[0] == "warning"
-    assert found(machine._open_files()) == ("warning", "256 at most; write ulimit -n 4096")
-    assert found(machine._shared_memory()) == (
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    monkeypatch.setattr(doctor.resource, "getrlimit", lambda which: (256, 4096))
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(free=64 << 20))
+    assert found(doctor._compiler())[0] == "warning"
+    assert found(doctor._open_files()) == ("warning", "256 at most; write ulimit -n 4096")
+    assert found(doctor._shared_memory()) == (
         "warning",
         "64 MiB free in /dev/shm; give a container more, e.g. docker run --shm-size=8g",
     )

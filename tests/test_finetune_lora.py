@@ -14,8 +14,7 @@ from doors import losses, same_weights
 from finetunes import finetune, finetuned, kill_at, labelled, make_base, results, write_jsonl
 
 from bigtx.cli import main
-from bigtx.engine.checkpoint import Checkpoint, list_checkpoints, load_weights, newest, preferred
-from bigtx.engine.merged import MergedCheckpoint
+from bigtx.engine.checkpoint import Checkpoint, MergedCheckpoint, list_checkpoints, load_weights, newest, preferred
 
 FROZEN = ["optimizer.freeze=[embedding.*,'decoder.blocks.0.*']", "optimizer.layer_decay=0.7"]
 LORA = ["model.lora.rank=4", "model.lora.dropout=0.1", "optimizer.learning_rate=3e-3"]

@@ -13,9 +13,8 @@ import pytest
 from bigtx.cli import main
 from bigtx.config.load import load
 from bigtx.config.schema import FinetuneConfig, ForeignConfig, InputConfig, PretrainConfig
-from bigtx.data.audio.decode import AudioPlace
-from bigtx.data.audio.look import look_at
 from bigtx.data.raw.files import list_files
+from bigtx.data.recordings import AudioPlace, look_at
 from bigtx.data.records.read import read_records
 from bigtx.data.records.record import Broken
 from bigtx.data.stream import foreign

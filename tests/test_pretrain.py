@@ -31,8 +31,8 @@ from doors import (
     wait_for,
 )
 
-from bigtx.track.wandb_log import read_records
-from bigtx.train.run_dir import WRITTEN
+from bigtx.track.follower import read_records
+from bigtx.train.run_folder import WRITTEN
 
 pytestmark = pytest.mark.dist
 

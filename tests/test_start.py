@@ -112,6 +112,6 @@ def test_a_run_imports_no_compiler_and_nothing_that_it_does_not_use(corpus: Path
         rank["MASTER_PORT"] = str(held.getsockname()[1])
         [(status, modules)] = imported("bigtx.pretrain:main", [settings], tmp_path, **rank)
     assert status == 0
-    assert {"torch", "deepspeed", "bigtx.model.products"} <= modules
+    assert {"torch", "deepspeed", "bigtx.model.attention"} <= modules
     compilers = {"torch._dynamo", "torch._inductor", "torch.utils.cpp_extension", "setuptools", "sympy"}
     assert not modules & (compilers | {"wandb", "transformers", "tokenizers", "webdataset", "pyarrow"})

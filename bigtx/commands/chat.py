@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bigtx.api import LoadedModel, load, refuse_chatless
 from bigtx.commands.generate import write_line
 from bigtx.engine.trained import find
-from bigtx.loaded import LoadedModel, load, refuse_chatless
-from bigtx.utils.arguments import Arguments, columns
+from bigtx.utils.arguments import Arguments
 from bigtx.utils.errors import BigtxError, DataError, LaunchError
 from bigtx.utils.options import add_loading_options, add_writing_options, given_writing_options
+from bigtx.utils.terminal import columns
 
 PROMPT = "> "
 HELP = "\n".join(

@@ -21,14 +21,15 @@ from bigtx.config.schema import (
 )
 from bigtx.config.settings import Setting, describe_type, find, members, similar_keys
 from bigtx.config.shipped import LISTED, find_config, shipped_configs, shipped_folder, similar_configs
-from bigtx.plan.parameters import count_parameters
-from bigtx.plan.run import MFU, plan_lines, plan_run
+from bigtx.model.plan import MFU, plan_lines, plan_run
+from bigtx.model.size import count_parameters
 from bigtx.utils import shell
-from bigtx.utils.arguments import Arguments, wrapped
+from bigtx.utils.arguments import Arguments
 from bigtx.utils.errors import ConfigError
 from bigtx.utils.hardware import peak_flops
 from bigtx.utils.log import say, say_json
 from bigtx.utils.shell import command
+from bigtx.utils.terminal import wrapped
 from bigtx.utils.units import format_count
 
 SCHEMAS: dict[str, type] = {

@@ -33,9 +33,8 @@ def prepare_command(argv: Sequence[str]) -> int:
         example="input.paths=my/texts tokenizer=my/tokenizer output=my/corpus",
     )
     # Slow imports come after the check of the config.
-    from bigtx.data.prepare.estimate import estimate
     from bigtx.data.prepare.job import PartReport, prepare
-    from bigtx.data.prepare.report import describe_part, describe_report, facts
+    from bigtx.data.prepare.report import describe_part, describe_report, estimate, facts
 
     if parsed.dry_run:
         with said_aside(parsed.json):
@@ -133,14 +132,14 @@ def stats_command(argv: Sequence[str]) -> int:
     _add_corpus(parser)
     parser.add_json()
     options = parser.parse_args(argv)
-    from bigtx.data.corpus import stats
+    from bigtx.data.corpus import inspect
     from bigtx.data.storage.places import as_place
 
     place = as_place(options.corpus)
     if options.json:
-        say_json(stats.statistics(place))
+        say_json(inspect.statistics(place))
         return 0
-    for line in stats.describe_statistics(place):
+    for line in inspect.describe_statistics(place):
         say(line)
     return 0
 

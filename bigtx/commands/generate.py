@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bigtx.api import LoadedModel, load, refuse_chatless, refuse_wordless
 from bigtx.config.schema import FinetuneConfig
 from bigtx.config.schema.finetuning import ANSWERING
 from bigtx.engine.trained import find
 from bigtx.finetuning.prediction_lines import as_line
-from bigtx.loaded import LoadedModel, load, refuse_chatless, refuse_wordless
 from bigtx.utils.arguments import Arguments
 from bigtx.utils.errors import ConfigError, DataError
 from bigtx.utils.files import open_file

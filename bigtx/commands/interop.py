@@ -33,7 +33,7 @@ def import_command(argv: Sequence[str]) -> int:
     parser.add_json()
     options = parser.parse_args(argv)
     from bigtx.interop.importer import import_model
-    from bigtx.plan.parameters import count_parameters
+    from bigtx.model.size import count_parameters
 
     with said_aside(options.json):
         made = import_model(options.source, options.output, tokenizer_folder=options.tokenizer)

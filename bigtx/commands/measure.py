@@ -15,9 +15,9 @@ from bigtx.utils.errors import CheckpointError, ConfigError, DataError
 from bigtx.utils.files import read_object
 
 if TYPE_CHECKING:
+    from bigtx.api import LoadedModel
     from bigtx.data.records.record import Broken, Record
     from bigtx.engine.checkpoint import Checkpoint
-    from bigtx.loaded import LoadedModel
 
 EXIT_SOME_FAILED = 1
 
@@ -32,7 +32,7 @@ class Evaluation:
 
     def load(self) -> LoadedModel:
         """Load the model."""
-        from bigtx.loaded import load
+        from bigtx.api import load
 
         return load(self.checkpoint, weights=self.arguments.weights, device=self.arguments.device)
 
@@ -70,7 +70,7 @@ class Records(Evaluation):
         Raises:
             DataError: no record can be used, or the run's records have changed.
         """
-        from bigtx.data.audio.look import look_at
+        from bigtx.data.recordings import look_at
         from bigtx.finetuning.predictions import BATCH_SIZE, predict_all, shown_predictions
         from bigtx.finetuning.record_table import digest
         from bigtx.finetuning.records import encode
@@ -110,7 +110,7 @@ class Records(Evaluation):
 
     def _base(self) -> Checkpoint | None:
         """Return the checkpoint that the run started from; None if it started from random weights."""
-        from bigtx.engine.merged import MergedCheckpoint
+        from bigtx.engine.checkpoint import MergedCheckpoint
         from bigtx.finetuning.base import BASE
 
         if self.config.base is None:
@@ -194,9 +194,8 @@ class Corpora(Evaluation):
         if not validation_sources(config):
             raise ConfigError("none of the run's corpora has held-out text; name a prepared one: data=FOLDER")
         # These import torch, which is slow, so mistakes are reported before.
-        from bigtx.pretraining.likelihood import LikelihoodTask
-        from bigtx.pretraining.validation import Validation
-        from bigtx.train.alone import Alone
+        from bigtx.pretraining.objective import LikelihoodTask
+        from bigtx.pretraining.validation import Alone, Validation
 
         loaded = self.load()
         config = dataclasses.replace(config, model=loaded.config.model)

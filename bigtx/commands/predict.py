@@ -30,8 +30,8 @@ from bigtx.utils.terminal import visible
 from bigtx.utils.version import __version__
 
 if TYPE_CHECKING:
+    from bigtx.api import LoadedModel
     from bigtx.finetuning.predictions import Outcome
-    from bigtx.loaded import LoadedModel
 
 Show = Callable[[Sequence[Item], Sequence[Mapping[str, Any]]], None]
 """A function that shows or writes records and their output lines."""
@@ -192,8 +192,8 @@ class _Job:
         return self._loaded
 
     def _load(self) -> LoadedModel:
+        from bigtx.api import load
         from bigtx.finetuning.predictions import task_config
-        from bigtx.loaded import load
 
         loaded = load(self.checkpoint, weights=self.arguments.weights, device=self.arguments.device)
         config = task_config(loaded.config, self.arguments.run, self.arguments.set)

@@ -20,10 +20,11 @@ from bigtx.config.load import parse_command_line
 from bigtx.config.runs import is_run
 from bigtx.config.schema import FinetuneConfig, PrepareConfig, PretrainConfig
 from bigtx.config.shipped import shipped_folder
-from bigtx.utils.arguments import JSON_HELP, Arguments, columns, take, wrapped
+from bigtx.utils.arguments import JSON_HELP, Arguments, take
 from bigtx.utils.errors import CheckpointError, ConfigError, LaunchError
 from bigtx.utils.log import say, say_json
 from bigtx.utils.shell import command
+from bigtx.utils.terminal import columns, wrapped
 
 CONFIGS: dict[str, tuple[type, str]] = {
     "pretrain": (PretrainConfig, "pretrain"),

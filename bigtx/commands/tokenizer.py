@@ -21,16 +21,15 @@ from bigtx.data.prepare.recipe import describe_inputs
 from bigtx.data.raw.files import describe_passed_over
 from bigtx.data.raw.read import InputFile, Rejects, list_files, read_documents
 from bigtx.tokenizer import report
+from bigtx.tokenizer.description import DESCRIPTION
 from bigtx.tokenizer.huggingface_model import SENTENCEPIECE_NAMES, TOKENIZER_CONFIG
-from bigtx.tokenizer.sample import draw_sample
-from bigtx.tokenizer.tokenizer import DESCRIPTION, Tokenizer
-from bigtx.tokenizer.train import check, train_on_sample
+from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.tokenizer.train import check, draw_sample, train_on_sample
 from bigtx.utils.arguments import Arguments
 from bigtx.utils.errors import ConfigError, DataError
-from bigtx.utils.files import open_file, write_json
+from bigtx.utils.files import new_folder, open_file, refuse_filled, write_json
 from bigtx.utils.log import said_aside, say_json
 from bigtx.utils.shell import command
-from bigtx.utils.staging import new_folder, refuse_filled
 from bigtx.utils.units import format_size
 
 RECIPE = "recipe.json"

@@ -13,8 +13,8 @@ from bigtx.config.schema import RunConfig
 from bigtx.config.settings import Setting, find, members
 from bigtx.utils import shell
 from bigtx.utils.errors import ConfigError
+from bigtx.utils.paths import is_url
 from bigtx.utils.units import parse_duration
-from bigtx.utils.urls import is_url
 
 ABSENT = "(absent)"
 

@@ -30,11 +30,12 @@ from bigtx.config.settings import find, leaves, members
 from bigtx.config.shape import learning_rate_for
 from bigtx.config.shipped import LISTED, find_config, similar_configs
 from bigtx.config.validate import validate
-from bigtx.utils.arguments import ASSIGNMENT, columns, is_option, take, wrapped
+from bigtx.utils.arguments import ASSIGNMENT, is_option, take
 from bigtx.utils.errors import CheckpointError, ConfigError
 from bigtx.utils.files import NOT_A_FILE, no_file
 from bigtx.utils.log import say
 from bigtx.utils.shell import command, setting
+from bigtx.utils.terminal import columns, wrapped
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bigtx.config.settings import members
-from bigtx.utils.urls import is_url
+from bigtx.utils.paths import is_url
 
 
 def with_absolute_paths(schema: type, values: dict[str, Any]) -> dict[str, Any]:

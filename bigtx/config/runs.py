@@ -14,7 +14,7 @@ import yaml
 
 from bigtx.utils.errors import CheckpointError
 from bigtx.utils.files import read_object
-from bigtx.utils.folders import MODEL, kind_of_folder
+from bigtx.utils.paths import MODEL, kind_of_folder
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"

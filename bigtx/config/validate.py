@@ -30,11 +30,10 @@ from bigtx.config.settings import find, similar_keys
 from bigtx.config.validate_distill import distill_problems
 from bigtx.config.validate_finetune import task_problems
 from bigtx.config.validate_model import model_problems, objective_problems, training_problems
-from bigtx.utils.folders import kind_of_folder
+from bigtx.utils.paths import is_url, kind_of_folder, url_problem
 from bigtx.utils.processes import world_size
 from bigtx.utils.shell import setting, settings
 from bigtx.utils.units import Duration, parse_duration, parse_range
-from bigtx.utils.urls import is_url, url_problem
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")

@@ -9,7 +9,7 @@
                                       │
                                       ▼
         saving ──▶ checkpoint: safetensors fragments and a manifest, readable without DeepSpeed
-                              └── merged: the same with adapters added to their matrices
+                              └── MergedCheckpoint: the same with adapters added to their matrices
 
 Nothing outside this package imports deepspeed.
 """

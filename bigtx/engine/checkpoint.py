@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from bigtx.config.runs import run_dir_of
+from bigtx.engine.trainable import is_adapter
 from bigtx.utils.errors import CheckpointError
 from bigtx.utils.files import json_hash, sha256_file, unsealed, write_sealed
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bigtx.engine.ranks import Ranks
+
 
 FORMAT_VERSION = 1
 FOLDER = "checkpoints"
@@ -358,3 +360,34 @@ def read_manifest(path: Path) -> dict[str, Any]:
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Complete a checkpoint's folder: write the manifest, with a hash of itself."""
     write_sealed(folder / MANIFEST, manifest)
+
+
+class MergedCheckpoint(Checkpoint):
+    """A checkpoint, read as if its adapters had been added to their matrices. One without adapters is read as it is."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each parameter, without the adapters."""
+        return {name: shape for name, shape in super().shapes.items() if not is_adapter(name)}
+
+    def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
+        """Read the elements [start, stop) of a flattened parameter or state.
+
+        Returns:
+            fp32 [stop - start].
+
+        Raises:
+            CheckpointError: the checkpoint does not have all of them.
+        """
+        value = super().read(name, kind, start, stop)
+        module, _, which = name.rpartition(".")
+        a, b = f"{module}.adapter.a", f"{module}.adapter.b"
+        shapes = super().shapes
+        if which != "weight" or a not in shapes or kind not in WEIGHT_KINDS:
+            return value
+        read_own = super().read
+        left, right = (read_own(part, kind, 0, math.prod(shapes[part])).view(shapes[part]) for part in (b, a))
+        # Compute the whole product for any range: with other shapes the sums may have another order, and an engine
+        # would get other last bits than the files.
+        product = (left @ right).view(-1)
+        return value.add_(product[start:stop], alpha=self.manifest["adapter_scale"])

@@ -31,7 +31,7 @@ from bigtx.engine.task import TaskLoss as TaskLoss
 from bigtx.engine.trainable import frozen_parameters
 from bigtx.model.experts import Routing, routing_loss, shares_of
 from bigtx.utils.errors import ConfigError
-from bigtx.utils.seeds import derive_seed
+from bigtx.utils.hashing import derive_seed
 
 ReadRange = Callable[[str, str, int, int], Tensor]
 """(parameter name, kind, start, stop) -> fp32 [stop - start]: elements of a flattened parameter or of its state."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -22,8 +22,10 @@ from torch.optim.adamw import adamw
 
 from bigtx.config.schema import OptimizerConfig
 from bigtx.engine.fragments import Fragment
-from bigtx.engine.muon import MatrixExchange
 from bigtx.engine.trainable import is_adapter
+
+if TYPE_CHECKING:
+    from bigtx.engine.muon import MatrixExchange
 
 _BLOCK = re.compile(r"(?P<stack>\w+)\.blocks\.(?P<layer>\d+)\.")
 _ABOVE_BLOCKS = ("head.", "encoder.norm.", "decoder.norm.")
@@ -172,6 +174,8 @@ class Optimizer(torch.optim.Optimizer):
                 state[kind] = torch.zeros_like(flat, requires_grad=False)
             state["updates"] = torch.zeros((), dtype=torch.float32, device=flat.device)
             if self.param_groups[group]["method"] == "muon":
+                from bigtx.engine.muon import MatrixExchange
+
                 mine = [fragment for fragment in fragments if fragment.flat is flat]
                 process_group = None if replicated else dist.group.WORLD
                 self.exchanges[flat] = MatrixExchange(mine, process_group)

@@ -55,8 +55,7 @@ class Ranks:
         set_environment_of_single_process()
         import deepspeed
 
-        from bigtx.engine.builds import take_turns
-        from bigtx.engine.unused import leave_out_unused
+        from bigtx.engine.builds import leave_out_unused, take_turns
 
         use_own_device()
         leave_out_unused()

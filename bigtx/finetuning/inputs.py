@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bigtx.config.schema import FinetuneConfig
-from bigtx.data.audio import look
+from bigtx.data import recordings
 from bigtx.engine.checkpoint import step_folders
 from bigtx.finetuning import record_table
 from bigtx.finetuning.base import open_tokenizer
@@ -75,7 +75,9 @@ def open_inputs(context: RunContext[FinetuneConfig]) -> Inputs:
     data = open_task_data(
         config,
         tokenizer,
-        look=functools.partial(look.look_at, memory=context.folder / look.FILE, share=share, gather=ranks.gather),
+        look=functools.partial(
+            recordings.look_at, memory=context.folder / recordings.FILE, share=share, gather=ranks.gather
+        ),
         table=_first_table(context),
     )
     config, task, train = data.config, data.task, data.splits["train"].examples

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bigtx.config.schema import FinetuneConfig
-from bigtx.data.audio.look import look_at
+from bigtx.data.recordings import look_at
 from bigtx.data.records.read import read_records
-from bigtx.data.records.record import BadRecordError, Broken, LeftOut, Record
-from bigtx.data.records.split import split_records
+from bigtx.data.records.record import BadRecordError, Broken, LeftOut, Record, split_records
 from bigtx.finetuning.first_records import SPLITS, advice_about
 from bigtx.finetuning.record_table import Table, arrange, identity, table_of
 from bigtx.finetuning.tasks import task_type

@@ -30,11 +30,10 @@ from bigtx.interop.maps import Link
 from bigtx.interop.read import ADAPTER_CONFIG, AUTO_CLASSES
 from bigtx.interop.target import family_of
 from bigtx.interop.vocabulary import foreign_shapes
-from bigtx.plan.parameters import parameter_shapes
+from bigtx.model.size import parameter_shapes
 from bigtx.utils.errors import CheckpointError, ConfigError
-from bigtx.utils.files import write_json
+from bigtx.utils.files import new_folder, write_json
 from bigtx.utils.shell import command
-from bigtx.utils.staging import new_folder
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 

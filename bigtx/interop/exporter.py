@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bigtx.config.schema import FinetuneConfig, LoraConfig, ModelConfig, RunConfig
-from bigtx.engine.merged import MergedCheckpoint
+from bigtx.engine.checkpoint import MergedCheckpoint
 from bigtx.engine.write_weights import SafetensorsWriter, groups
 from bigtx.interop.card import ModelFacts, write_card
 from bigtx.interop.classes import AUTO_CLASS, architecture, auto_class
@@ -27,11 +27,10 @@ from bigtx.interop.read import CONFIG, GENERATION_CONFIG, INDEX, MAPPED_BYTES, S
 from bigtx.interop.target import describe
 from bigtx.interop.tokenizer import export_classifier_tokenizer, export_tokenizer
 from bigtx.interop.vocabulary import check_links, cut, foreign_shapes
-from bigtx.plan.parameters import parameter_shapes
+from bigtx.model.size import parameter_shapes
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import CheckpointError, ConfigError
-from bigtx.utils.files import write_json
-from bigtx.utils.staging import new_folder
+from bigtx.utils.files import new_folder, write_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}

@@ -25,11 +25,10 @@ from bigtx.interop.maps import Link
 from bigtx.interop.read import CONFIG, ForeignWeights, read_config, read_end_ids, refuse_differences
 from bigtx.interop.vocabulary import check_links, cut, foreign_shapes, padded
 from bigtx.model.initial import initial_value
-from bigtx.plan.parameters import parameter_shapes
+from bigtx.model.size import parameter_shapes
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import CheckpointError, ConfigError, DataError
-from bigtx.utils.files import write_atomic
-from bigtx.utils.staging import new_folder, refuse_filled
+from bigtx.utils.files import new_folder, refuse_filled, write_atomic
 
 OBJECTIVES: dict[str, Literal["causal", "masked", "span_corruption"]] = {
     "decoder": "causal",

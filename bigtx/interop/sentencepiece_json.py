@@ -13,8 +13,7 @@ from itertools import groupby
 from typing import Any
 
 from bigtx.tokenizer.sentencepiece_model import SentencePieceModel
-from bigtx.tokenizer.special import SPACE_MARK
-from bigtx.tokenizer.template import Part, Template
+from bigtx.tokenizer.special import SPACE_MARK, Part, Template
 from bigtx.tokenizer.words import WORDS, exact_borders
 from bigtx.utils.errors import DataError
 

@@ -32,8 +32,7 @@ from bigtx.tokenizer.huggingface_model import (
     settings_of,
 )
 from bigtx.tokenizer.sentencepiece_model import SentencePieceModel
-from bigtx.tokenizer.special import SPACE_MARK
-from bigtx.tokenizer.template import Template, around, observed
+from bigtx.tokenizer.special import SPACE_MARK, Template, around, observed
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import DataError
 from bigtx.utils.files import write_atomic, write_json

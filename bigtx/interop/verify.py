@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from bigtx.config.schema import FinetuneConfig, ModelConfig, RunConfig
-from bigtx.engine.checkpoint import Checkpoint
-from bigtx.engine.merged import MergedCheckpoint
+from bigtx.engine.checkpoint import Checkpoint, MergedCheckpoint
 from bigtx.interop.classes import auto_class, pooling_of
 from bigtx.interop.exporter import DTYPES, ExportSettings, without_adapters
 from bigtx.interop.family import Family
 from bigtx.interop.tokenizer import HARD_TEXTS, compare_tokenizers
-from bigtx.model.pooling import pooling_weights
+from bigtx.model.layers import pooling_weights
 from bigtx.model.transformer import Transformer
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import CheckpointError, LaunchError

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bigtx.config.schema.model import ModelConfig
 from bigtx.interop.maps import Link
-from bigtx.plan.parameters import parameter_shapes
+from bigtx.model.size import parameter_shapes
 
 PADDED = ("embedding.weight", "head.weight", "head.bias")
 """Parameters with a row for each token id; foreign ones have vocab_size rows, bigtx's a multiple of 128."""

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bigtx.launch import shared
+from bigtx.launch import consistency
 from bigtx.launch.consistency import named, why_different, why_wrong_clock
 from bigtx.launch.world import World
 from bigtx.utils.errors import LaunchError
@@ -164,10 +164,10 @@ def _check_clocks_and_folder(peers: dict[int, _Peer], hosts: dict[int, str], fol
     Raises:
         LaunchError: some do not see the file, or do not answer.
     """
-    with shared.file_for_all(folder) if folder else contextlib.nullcontext() as path:
+    with consistency.file_for_all(folder) if folder else contextlib.nullcontext() as path:
         asked = time.time()
         Link(0, {}, list(peers.values())).send(look=None if path is None else str(path))
-        answers = _answers(peers, ("clock", "sees"), time.monotonic() + shared.SEEN_SECONDS + ANSWER_SECONDS)
+        answers = _answers(peers, ("clock", "sees"), time.monotonic() + consistency.SEEN_SECONDS + ANSWER_SECONDS)
     silent = [node for node in peers if "sees" not in answers[node]]
     blind = [node for node in peers if answers[node].get("sees") is False]
     if blind:
@@ -247,8 +247,8 @@ def _join(world: World, facts: Mapping[str, str], deadline: float) -> Link:
     answer = _first_message(peer, max(1.0, deadline - time.monotonic()) + ANSWER_SECONDS)
     if answer and "look" in answer:
         link.send(clock=time.time())
-        link.send(sees=answer["look"] is None or shared.sees(Path(answer["look"])))
-        answer = _first_message(peer, shared.SEEN_SECONDS + 2 * ANSWER_SECONDS)
+        link.send(sees=answer["look"] is None or consistency.sees(Path(answer["look"])))
+        answer = _first_message(peer, consistency.SEEN_SECONDS + 2 * ANSWER_SECONDS)
     if answer and "problem" in answer:
         raise LaunchError(answer["problem"], answer.get("broken_hosts", ()))
     if not answer or "hosts" not in answer:

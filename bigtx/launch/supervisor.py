@@ -33,7 +33,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bigtx.launch import linux
 from bigtx.launch.consistency import facts_of_machine, facts_of_settings
 from bigtx.launch.link import Link, meet
 from bigtx.launch.world import World
@@ -114,21 +113,9 @@ def start_ranks(world: World, run_dir: Path, settings: Mapping[str, Any] | None 
     with hold_free_port() as held:
         port = world.port or held.getsockname()[1]
         for local_rank in range(world.num_local):
-            if supervisor.fork(_environment(world, local_rank, port), world.launcher):
+            if supervisor.fork(world.environment(local_rank, port), world.launcher):
                 return None
         return supervisor.wait()
-
-
-def _environment(world: World, local_rank: int, port: int) -> dict[str, str]:
-    """Return the variables that launchers set for each rank."""
-    return {
-        "RANK": str(world.node * world.num_local + local_rank),
-        "WORLD_SIZE": str(world.size),
-        "LOCAL_RANK": str(local_rank),
-        "LOCAL_WORLD_SIZE": str(world.num_local),
-        "MASTER_ADDR": world.address,
-        "MASTER_PORT": str(port),
-    }
 
 
 class _Supervisor:
@@ -144,8 +131,8 @@ class _Supervisor:
         self._deadline: float | None = None
         self._asks_at: float | None = None
         self._killed: set[int] = set()
-        self._memory_kills = linux.out_of_memory_kills()
-        linux.adopt_orphans()
+        self._memory_kills = processes.out_of_memory_kills()
+        processes.adopt_orphans()
         self._watched = {signal.SIGCHLD, *stop_signals()}
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # If it were ignored, the exit status would be lost.
         # These signals stay pending until `wait` takes them, so none is lost.
@@ -171,9 +158,9 @@ class _Supervisor:
             self._link.close()
         os.environ.update(environment)
         processes.set_supervised(launcher)
-        linux.set_name(f"bigtx rank {environment['RANK']}")
+        processes.set_name(f"bigtx rank {environment['RANK']}")
         log.report_to(writing)
-        linux.end_with_parent(signal.SIGTERM, parent)
+        processes.end_with_parent(signal.SIGTERM, parent)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self._watched)
         return True
 
@@ -292,7 +279,7 @@ class _Supervisor:
     def _end_orphans(self) -> None:
         """End the processes that the ranks have left running."""
         for number in (signal.SIGTERM, signal.SIGKILL):
-            left = linux.descendants()
+            left = processes.descendants()
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
@@ -300,7 +287,7 @@ class _Supervisor:
             while left and time.monotonic() < deadline:
                 time.sleep(0.05)
                 self._reap()
-                left = linux.descendants()
+                left = processes.descendants()
 
     def _conclude(self) -> int:
         """Report a failure that no rank has reported. Returns the exit status of the command."""
@@ -367,7 +354,7 @@ class _Supervisor:
         return "\n".join(lines)
 
     def _why_killed(self, number: int) -> str:
-        is_memory = number == signal.SIGKILL and linux.out_of_memory_kills() > self._memory_kills
+        is_memory = number == signal.SIGKILL and processes.out_of_memory_kills() > self._memory_kills
         return ", because this machine's memory ran out" if is_memory else ""
 
 

@@ -12,13 +12,18 @@ The first case that applies decides:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import signal
+import threading
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from bigtx.utils import hardware
 from bigtx.utils.errors import LaunchError
-from bigtx.utils.processes import is_launched, launcher_name, launcher_problem, num_nodes
+from bigtx.utils.processes import is_launched, launcher_name, launcher_problem, num_nodes, parent_of, start_of
 
 FIRST_PORT, NUM_PORTS = 20_000, 6_000
 """Pairs of ports below those that Linux assigns to clients, for the ranks of several machines and their supervisors."""
@@ -62,6 +67,22 @@ class World:
     def size(self) -> int:
         """Return the number of ranks on all machines together."""
         return self.num_nodes * self.num_local
+
+    def environment(self, local_rank: int, port: int) -> dict[str, str]:
+        """Return the variables that launchers set for each rank.
+
+        Args:
+            local_rank: the rank's number on this machine.
+            port: the port of rank 0.
+        """
+        return {
+            "RANK": str(self.node * self.num_local + local_rank),
+            "WORLD_SIZE": str(self.size),
+            "LOCAL_RANK": str(local_rank),
+            "LOCAL_WORLD_SIZE": str(self.num_local),
+            "MASTER_ADDR": self.address,
+            "MASTER_PORT": str(port),
+        }
 
 
 def find_world(num_ranks: int | None, *, divides: int) -> World | None:
@@ -234,3 +255,37 @@ def _port_of_job() -> int:
 def _number(name: str) -> int | None:
     text = os.environ.get(name, "")
     return int(text) if text.isdecimal() else None
+
+
+LAUNCHERS = (b"deepspeed", b"torchrun", b"torch.distributed")
+"""Words by which the command line of a launcher is recognized."""
+SECONDS_BETWEEN_LOOKS = 0.5
+
+
+def watch_launchers() -> None:
+    """Start a thread that sends this process SIGTERM once a launcher above it is gone."""
+    launchers = {pid: start_of(pid) for pid in _launchers_above(os.getpid())}
+    if launchers:
+        threading.Thread(target=_watch, args=(launchers,), daemon=True).start()
+
+
+def _watch(launchers: dict[int, str | None]) -> None:
+    while all(start is not None and start_of(pid) == start for pid, start in launchers.items()):
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _launchers_above(pid: int) -> list[int]:
+    """Return the launchers directly above a process: its parent, the parent's parent, and so on."""
+    found: list[int] = []
+    while (pid := parent_of(pid)) > 1 and _is_launcher(pid):
+        found.append(pid)
+    return found
+
+
+def _is_launcher(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        # The program and the module that Python runs; what follows them are the run's own settings.
+        return any(name in word for word in command[:4] for name in LAUNCHERS)
+    return False

@@ -65,7 +65,6 @@ class Found:
 class _Search:
     """The search of one prompt."""
 
-    index: int
     max_new_tokens: int
     num_ended: int = 0
     best: Found = field(default_factory=lambda: Found([], float("-inf"), float("-inf")))
@@ -117,34 +116,22 @@ def beam_search(
     Returns:
         The best text of each prompt, in the order of the prompts.
     """
-    assert all(prompt_ids), "a prompt needs at least one token"
-    searches = [_Search(index, limit) for index, limit in enumerate(max_new_tokens)]
-    found: list[Found] = [search.best for search in searches]
+    all_searches = searches = [_Search(limit) for limit in max_new_tokens]
     if not searches:
-        return found
-    size, writes_anew = beam.size, config.shape == "encoder_decoder"
-    assert not writes_anew or start_id is not None, "an encoder-decoder's text starts with a start id"
-    cache = KeyValueCache(shape.num_decoder_layers(config))
-    prompts = [list(ids) for ids in prompt_ids]
-    begun = [[start_id]] * len(prompts) if writes_anew and start_id is not None else prompts
-    lengths = [len(ids) for ids in begun]
-    logits = read_texts(forward, begun, cache, config, device, sources=prompts, prefix_lengths=lengths)  # B V
-    positions = torch.tensor(lengths, device=device).repeat_interleave(size)[:, None]  # BK 1
+        return []
+    size = beam.size
+    cache, logits, positions = _read_prompts(forward, config, prompt_ids, size, start_id, device)
     # There is only one text so far: the other rows of its beam are not used yet.
     scores = torch.full((len(searches), size), float("-inf"), device=device)
     scores[:, 0] = 0.0
     texts = torch.empty(len(searches), size, 0, dtype=torch.long, device=device)
-    cache.keep(torch.arange(len(searches), device=device).repeat_interleave(size))
-    logits = logits.repeat_interleave(size, dim=0)  # BK V
     while True:
         parents, tokens, scores = _go_on(logits[:, :num_ids], scores, texts, searches, beam, end_ids)
         texts = torch.cat((texts.gather(1, parents[:, :, None].expand_as(texts)), tokens[:, :, None]), dim=2)
         open_scores = scores[:, 0].tolist()
         left = [place for place, search in enumerate(searches) if not search.is_done(open_scores[place], beam)]
-        for search in searches:
-            found[search.index] = search.best
         if not left:
-            return found
+            return [search.best for search in all_searches]
         rows = parents + size * torch.arange(len(searches), device=device)[:, None]  # B K
         if len(left) < len(searches):
             kept = torch.tensor(left, device=device)
@@ -156,6 +143,32 @@ def beam_search(
             cache.exchange(rows.flatten())
         logits = read_next(forward, texts[:, :, -1].reshape(-1, 1), positions, cache, config)  # BK V
         positions = positions + 1
+
+
+def _read_prompts(
+    forward: Callable[..., Tensor],
+    config: ModelConfig,
+    prompt_ids: Sequence[Sequence[int]],
+    size: int,
+    start_id: int | None,
+    device: torch.device | str,
+) -> tuple[KeyValueCache, Tensor, Tensor]:
+    """Read the prompts once.
+
+    Returns:
+        The cache, the logits [BK, V] and the positions int64 [BK, 1] of the next tokens, for each text of each beam.
+    """
+    assert all(prompt_ids), "a prompt needs at least one token"
+    prompts = begun = [list(ids) for ids in prompt_ids]
+    if config.shape == "encoder_decoder":
+        assert start_id is not None, "an encoder-decoder's text starts with a start id"
+        begun = [[start_id] for _ in prompts]
+    cache = KeyValueCache(shape.num_decoder_layers(config))
+    lengths = [len(ids) for ids in begun]
+    logits = read_texts(forward, begun, cache, config, device, sources=prompts, prefix_lengths=lengths)  # B V
+    cache.keep(torch.arange(len(prompts), device=device).repeat_interleave(size))
+    positions = torch.tensor(lengths, device=device).repeat_interleave(size)[:, None]
+    return cache, logits.repeat_interleave(size, dim=0), positions
 
 
 def _go_on(

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from bigtx.config import shape
 from bigtx.config.schema import ExpertsConfig, ModelConfig
-from bigtx.model.layers import ACTIVATIONS, MLP, Linear
-from bigtx.model.operator import operator
+from bigtx.model.layers import ACTIVATIONS, MLP, Linear, operator
 
 
 class Routing(NamedTuple):

@@ -1,20 +1,115 @@
-"""The parts of a block besides attention: linear maps, embeddings, norms and the feed-forward.
+"""The parts of a block besides attention: linear maps, embeddings, norms, the feed-forward, dropout and adapters.
 
 No module here initializes its own weights: construction leaves memory unwritten (or on the meta device, or sharded),
-and initial.py fills each parameter from its name. Shape letters: B batch, T tokens, D hidden size.
+and initial.py fills each parameter from its name.
+
+The masks of dropout depend only on the seed, the row's number in the run and the place in the model: not on the number
+of ranks, the micro batch, or the padding of its rows, and a forward pass that is recomputed for the backward pass drops
+the same. The numbers come from a counter-based generator similar to SplitMix64 (Steele, Lea and Flood, OOPSLA 2014),
+with four numbers of 16 bits in a word.
+
+Low-rank adapters (arXiv:2106.09685) are y = W x + alpha / rank * B A x, where A and B are trained and W is fixed. B is
+initialized with zeros, so new adapters do not change the output of a model. Which matrices have one depends on the
+config only (see bigtx.config.lora), so an adapted model is built, saved and opened like any other. The adapter of
+decoder.blocks.3.attention.query has the parameters ...query.adapter.a and ...query.adapter.b. Shape letters: B batch,
+T tokens, D hidden size.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigtx.config import shape
-from bigtx.config.schema import ModelConfig
+from bigtx.config.lora import adapted_matrices, in_block
+from bigtx.config.schema import LoraConfig, ModelConfig
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Decorate a function that becomes an operator of torch, on every device.
+
+    `torch.library.custom_op` does the same, but imports torch's compiler at the first call: more than a second at the
+    start of every run. What this function returns needs it only where something is compiled.
+
+    Args:
+        name: the name in `torch.ops`, e.g. bigtx::expert_products.
+
+    Returns:
+        A decorator for a function that changes none of its arguments and has annotated types; see
+        `torch.library.register_fake` and `register_autograd` for what an operator needs in addition.
+    """
+
+    def register(function: Callable[..., Any]) -> Any:
+        schema = torch.library.infer_schema(function, mutates_args=())
+        torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.impl(name, "default", function)
+        namespace, _, short = name.partition("::")
+        return getattr(getattr(torch.ops, namespace), short).default
+
+    return register
+
+
+STEPS = 2**16
+"""The number of values of a random number; a rate is rounded to a multiple of 1 / STEPS."""
+_PER_WORD = 4
+
+
+def fold(seeds: Tensor, number: int | Tensor) -> Tensor:
+    """Combine int64 seeds [...] with a number, or with numbers that broadcast together, to new seeds."""
+    x = (seeds + number) * -0x61C8864680B583EB
+    # torch shifts in copies of the sign, which costs a bit of 64; each product spreads the others over all higher
+    # lanes.
+    x.bitwise_xor_(x >> 32).mul_(-0x40A7B892E31B1A47).bitwise_xor_(x >> 29).mul_(-0x6B2FB644ECCEEE15)
+    return x
+
+
+def dropout_mask(shape: Sequence[int], rate: float, seeds: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the factors of dropout: 0, or 1 / (1 - rate).
+
+    Args:
+        shape: [B, ..., N]. An element depends on its own row's seed and its own indices within the row, not on the
+            other lengths.
+        rate: the probability of 0.
+        seeds: int64 [B].
+    """
+    *middle, width = shape[1:]
+    words = seeds
+    for length in (*middle, -(-width // _PER_WORD)):
+        words = fold(words[..., None], torch.arange(length, device=seeds.device))
+    numbers = words.view(torch.int16)[..., :width]  # -STEPS / 2 ... STEPS / 2 - 1
+    dropped = round(rate * STEPS)
+    # Compared in place, because torch converts booleans to numbers slowly on a CPU.
+    return numbers.ge_(dropped - STEPS // 2).to(dtype).mul_(STEPS / (STEPS - dropped))
+
+
+class Dropout:
+    """Dropout at one place of a model.
+
+    Attributes:
+        rate: the probability of dropping an element.
+    """
+
+    def __init__(self, rate: float, place: str) -> None:
+        """Args: place: its name, unique among all with the same seeds."""
+        self.rate, self._place = rate, zlib.crc32(place.encode())
+
+    def __call__(self, x: Tensor, seeds: Tensor | None) -> Tensor:
+        """Drop elements of x [B, ..., N], by int64 seeds [B]; return x itself without seeds or without a rate."""
+        mask = self.mask(x.shape, seeds, x.dtype)
+        return x if mask is None else x * mask
+
+    def mask(self, shape: Sequence[int], seeds: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """Return the factors for an x of this shape, or None if nothing is dropped."""
+        if seeds is None or not self.rate:
+            return None
+        return dropout_mask(shape, self.rate, fold(seeds, self._place), dtype)
 
 
 class Linear(nn.Linear):
@@ -139,3 +234,40 @@ class MLP(nn.Module):
         if self.gate is None:
             return self.down(activation(self.up(x, seeds)), seeds)
         return self.down(activation(self.gate(x, seeds)) * self.up(x, seeds), seeds)
+
+
+class Adapter(nn.Module):
+    """The term that is added to a matrix's product: alpha / rank * B A x."""
+
+    def __init__(self, config: LoraConfig, num_inputs: int, num_outputs: int, name: str) -> None:
+        """Args: name: the name of the matrix within its block."""
+        super().__init__()
+        self.scale, self.dropout = config.alpha / config.rank, Dropout(config.dropout, f"adapter of {name}")
+        self.a = nn.Parameter(torch.empty(config.rank, num_inputs))
+        self.b = nn.Parameter(torch.empty(num_outputs, config.rank))
+
+    def forward(self, x: Tensor, seeds: Tensor | None = None) -> Tensor:
+        """Map x [..., inputs] to [..., outputs]; `seeds` as in `Linear`."""
+        return F.linear(F.linear(self.dropout(x, seeds), self.a), self.b) * self.scale
+
+
+def add_adapters(model: nn.Module, config: ModelConfig) -> None:
+    """Add adapters to the matrices that the config names."""
+    for name in adapted_matrices(config):
+        matrix = model.get_submodule(name)
+        assert isinstance(matrix, Linear), name
+        matrix.adapter = Adapter(config.lora, matrix.in_features, matrix.out_features, in_block(name))
+
+
+def pooling_weights(pooling: str, lengths: np.ndarray, num_columns: int) -> np.ndarray:
+    """Return fp32 [B, T]: 1 for the first token or for the last, or equal weights for all of them; padding has weight
+    0.
+
+    Args:
+        pooling: first, last or mean.
+        lengths: int [B], the tokens at the start of each row.
+        num_columns: the number of columns T.
+    """
+    columns, lengths = np.arange(num_columns), lengths[:, None]
+    weights = {"first": columns == 0, "last": columns == lengths - 1, "mean": (columns < lengths) / lengths}[pooling]
+    return np.broadcast_to(weights, (len(lengths), num_columns)).astype(np.float32)

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from bigtx.config import shape
 from bigtx.config.schema import ModelConfig
-from bigtx.model.dropout import Dropout
 from bigtx.model.experts import Routing
-from bigtx.model.layers import Linear, Norm
+from bigtx.model.layers import Dropout, Linear, Norm
 from bigtx.model.logits import LogitsOnDemand, SoftTargets, divergence_and_gradient, soft_capped
 
 IGNORED = -100

@@ -8,7 +8,7 @@
     encoder_decoder     tokens ─ embed ─▶ stack, both ways ─▶ source
                         target tokens ─ embed ─▶ stack, causal, with attention to source ─▶ head
 
-An audio encoder reads features in place of tokens: features ─ convolutions ─▶ columns as of embedded tokens (audio.py).
+An audio encoder reads features in place of tokens: features ─ convolutions ─▶ columns as of embedded tokens (embed.py).
 
 Every parameter is used inside the forward of the module that owns it, because ZeRO-3 gathers a module's parameters
 around its forward only. Shape letters: B batch, T tokens (of the target, if there is a source), S source
@@ -26,17 +26,14 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from bigtx.config import shape
 from bigtx.config.schema import ModelConfig
-from bigtx.model.attention import Attention
+from bigtx.model.attention import Attention, Mask, Side, make_mask
 from bigtx.model.cache import KeyValueCache, LayerCache, Text
-from bigtx.model.dropout import Dropout, fold
 from bigtx.model.embed import Embedder
 from bigtx.model.experts import Experts, Routing
 from bigtx.model.initial import initial_value
-from bigtx.model.layers import MLP, Norm
+from bigtx.model.layers import MLP, Dropout, Norm, add_adapters, fold
 from bigtx.model.logits import LogitsOnDemand, SoftTargets
-from bigtx.model.lora import add_adapters
 from bigtx.model.loss import ClassifierHead, Head, Loss, TokenScores
-from bigtx.model.mask import Mask, Side, make_mask
 from bigtx.model.positions import RelativeBias, Rotation, rotation
 
 Recompute = Literal["none", "selective", "full"]

@@ -16,16 +16,14 @@ from bigtx.config.runs import has_steps
 from bigtx.config.schema import PretrainConfig, SourceConfig
 from bigtx.data.corpus.manifest import Manifest, has_split
 from bigtx.data.corpus.splits import TOKENIZER, load_tokenizer
-from bigtx.data.storage.cache import Cache
-from bigtx.data.storage.places import Place, as_place
-from bigtx.data.stream import foreign
+from bigtx.data.storage.places import Cache, Place, as_place
 from bigtx.data.stream.sources import check_sources, epochs
 from bigtx.engine.checkpoint import preferred
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.train.run_folder import check_teacher
 from bigtx.utils.errors import ConfigError
+from bigtx.utils.paths import is_url
 from bigtx.utils.units import format_count
-from bigtx.utils.urls import is_url
 
 if TYPE_CHECKING:
     from bigtx.data.stream.foreign_loader import ForeignLoader
@@ -94,6 +92,8 @@ def _open_sources(config: PretrainConfig, total_steps: int) -> RunData:
 
 
 def _open_foreign(config: PretrainConfig, num_ranks: int, once: Once) -> RunData:
+    from bigtx.data.stream import foreign
+
     settings = config.data.foreign
     digest = once(lambda: foreign.check_shards(settings, num_ranks))
     workers = foreign.num_workers(settings, num_ranks)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bigtx.config.batches import total_steps
 from bigtx.config.schema import PretrainConfig
 from bigtx.data.stream.loader import StepLoader
-from bigtx.engine.checkpoint import is_suspect
+from bigtx.engine.checkpoint import MergedCheckpoint, is_suspect
 from bigtx.engine.engine import Engine
-from bigtx.engine.merged import MergedCheckpoint
 from bigtx.engine.ranks import Ranks
 from bigtx.engine.schedules import Schedule
 from bigtx.engine.trainable import is_adapter
 from bigtx.pretraining.corpora import RunData, length_setting, open_run_data, with_vocabulary
-from bigtx.pretraining.likelihood import LikelihoodTask
-from bigtx.pretraining.objectives import Objective, make_objective
+from bigtx.pretraining.objective import LikelihoodTask, Objective
+from bigtx.pretraining.objectives import make_objective
 from bigtx.pretraining.validation import BETTER, Validation
 from bigtx.train import start
 from bigtx.train.context import RunContext, num_ranks
@@ -25,10 +24,12 @@ from bigtx.train.execute import execute, open_meter, open_tracker, with_teacher,
 from bigtx.train.loop import Run
 from bigtx.train.start import Start
 from bigtx.train.state import RunState
-from bigtx.train.teacher import Teacher
 from bigtx.utils import log
 from bigtx.utils.errors import CheckpointError, ConfigError
 from bigtx.utils.shell import command
+
+if TYPE_CHECKING:
+    from bigtx.train.teacher import Teacher
 
 
 @dataclass(frozen=True)

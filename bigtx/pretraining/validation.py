@@ -3,27 +3,54 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from bigtx.config.schema import PretrainConfig
 from bigtx.data.stream.loader import ValidationBatches, validation_batches
 from bigtx.engine.task import Task
-from bigtx.model.decode import Sampling
-from bigtx.model.write import plain_prompts, write
+from bigtx.model.transformer import Transformer
 from bigtx.pretraining.corpora import place_of, refuse_other_tokenizer, validation_sources
 from bigtx.pretraining.objectives import make_objective
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.track.tracker import Better, Tracker
 from bigtx.train.state import RunState
-from bigtx.utils.seeds import derive_seed
+from bigtx.utils.hashing import derive_seed
 
 if TYPE_CHECKING:
     from bigtx.engine.engine import Engine
     from bigtx.engine.ranks import Ranks
-    from bigtx.train.alone import Alone
+
+
+class Alone:
+    """The engine of a measurement with a single process.
+
+    Attributes:
+        rank, world_size: always 0 and 1.
+        module: the model, in evaluation mode.
+    """
+
+    rank, world_size = 0, 1
+
+    def __init__(self, model: Transformer) -> None:
+        self.module = model.eval()
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Any], task: Task) -> tuple[float, int]:
+        """Return the reported loss summed over all labels, and their number, as `Engine.evaluate` does."""
+        device = next(self.module.parameters()).device
+        loss_sum, num_labels = torch.zeros((), dtype=torch.float64, device=device), 0
+        for batch in batches:
+            num_labels += batch.num_labels
+            loss_sum += task.loss(self.module, batch.to(device)).reported_sum
+        return float(loss_sum), num_labels
+
+    def from_first(self, value: Any) -> Any:
+        """Return the value: this process is rank 0."""
+        return value
+
 
 BETTER: Mapping[str, Better] = {"loss": "lower", "perplexity": "lower", "bits_per_byte": "lower"}
 """Whether lower or higher is better, for every metric of a source."""
@@ -111,6 +138,9 @@ class Validation:
     @torch.no_grad()
     def _sample(self, prompts: list[str], step: int) -> list[str]:
         """Continue the prompts. Every rank uses rank 0's draws, so that all ranks gather ZeRO-3's weights together."""
+        from bigtx.model.decode import Sampling
+        from bigtx.model.write import plain_prompts, write
+
         settings = self.config.validation
         self.engine.module.eval()
         written = write(

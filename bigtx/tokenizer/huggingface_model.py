@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bigtx.tokenizer import special
-from bigtx.tokenizer.special import SpecialIds
-from bigtx.tokenizer.template import Template, observed
+from bigtx.tokenizer.special import SpecialIds, Template, observed
 from bigtx.utils.errors import DataError
 
 TOKENIZER_CONFIG = "tokenizer_config.json"

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bigtx.tokenizer.cut import cut, utf8_length
 from bigtx.tokenizer.special import SPACE_MARK
 from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.tokenizer.words import cut, utf8_length
 from bigtx.utils.units import format_count
 
 HARD_TEXTS = {

@@ -13,22 +13,14 @@ from typing import Any
 import numpy as np
 
 from bigtx.tokenizer.chat import ASSISTANT, chat_template, check_messages
-from bigtx.tokenizer.cut import utf8_length
+from bigtx.tokenizer.description import DESCRIPTION, FORMAT, PLAIN_FORMAT, read_bytes, read_description
 from bigtx.tokenizer.huggingface_model import CHAT_TEMPLATE, HuggingFaceModel, read_settings_files, settings_of
 from bigtx.tokenizer.sentencepiece_model import SentencePieceModel
-from bigtx.tokenizer.special import CHAT_ROLES, SpecialIds
+from bigtx.tokenizer.special import CHAT_ROLES, Part, SpecialIds, Template, around
 from bigtx.tokenizer.stops import StreamDecoder
-from bigtx.tokenizer.template import Part, Template, around
+from bigtx.tokenizer.words import utf8_length
 from bigtx.utils.errors import DataError
-from bigtx.utils.files import open_file, write_atomic, write_json
-from bigtx.utils.folders import kind_of_folder
-
-DESCRIPTION = "bigtx_tokenizer.json"
-"""The file that makes a folder a tokenizer of bigtx; it is written last."""
-
-_FORMAT = 2
-_PLAIN_FORMAT = 1
-"""The format of tokenizers without a template and with one end id; earlier releases read it."""
+from bigtx.utils.files import write_atomic, write_json
 
 _Model = SentencePieceModel | HuggingFaceModel
 
@@ -79,11 +71,11 @@ class Tokenizer:
             DataError: it is not a tokenizer of bigtx, or its files do not belong together.
         """
         folder = Path(folder)
-        description = _read_description(folder)
+        description = read_description(folder)
         kind = description["kind"]
         model_type: type[_Model] = SentencePieceModel if kind == SentencePieceModel.kind else HuggingFaceModel
         path = folder / model_type.file_name
-        model = model_type(_read(path))
+        model = model_type(read_bytes(path))
         files = read_settings_files(folder) if kind == HuggingFaceModel.kind else {}
         template = Template.from_dict(description["template"]) if description.get("template") else None
         tokenizer = cls(model, SpecialIds(**description["special"]), description.get("origin"), files, template)
@@ -106,7 +98,7 @@ class Tokenizer:
             DataError: it cannot be read, is not such a model, or has no end-of-text piece.
         """
         try:
-            return cls.from_sentencepiece_bytes(_read(Path(path)), roles, {"imported": Path(path).name})
+            return cls.from_sentencepiece_bytes(read_bytes(Path(path)), roles, {"imported": Path(path).name})
         except DataError as error:
             raise DataError(f"Cannot use {path}: {error}.") from None
 
@@ -132,7 +124,7 @@ class Tokenizer:
         path = Path(path)
         path = path / HuggingFaceModel.file_name if path.is_dir() else path
         try:
-            model = HuggingFaceModel(_read(path))
+            model = HuggingFaceModel(read_bytes(path))
             files = read_settings_files(path.parent)
             origin = {"imported": path.parent.resolve().name}
             return cls(model, model.special_ids(settings_of(files)), origin, files, model.template())
@@ -153,7 +145,7 @@ class Tokenizer:
             write_atomic(folder / name, content)
         is_plain = self.template is None and not self.special.ends
         description = {
-            "format": _PLAIN_FORMAT if is_plain else _FORMAT,
+            "format": PLAIN_FORMAT if is_plain else FORMAT,
             "kind": self._model.kind,
             "vocab_size": self.vocab_size,
             "fingerprint": self.fingerprint,
@@ -401,45 +393,3 @@ def _refuse_surrogates(texts: Sequence[str]) -> None:
             text.encode()
         except UnicodeEncodeError as error:
             raise DataError(f"A text has half a surrogate pair, at character {error.start + 1}.") from None
-
-
-def _read(path: Path) -> bytes:
-    try:
-        with open_file(path) as file:
-            return file.read()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
-
-
-def _what_instead(folder: Path) -> str:
-    """Return the kind of a folder without a tokenizer, and what to do."""
-    inside = folder / "tokenizer"
-    kind = kind_of_folder(folder)
-    if kind and (inside / DESCRIPTION).exists():
-        return f"it is {kind}, whose tokenizer is {inside}; name that."
-    return (
-        f"it has no {DESCRIPTION}. Train one with `bigtx tokenizer train`, or import a sentencepiece or Hugging "
-        "Face tokenizer with `bigtx tokenizer import PATH output=FOLDER`."
-    )
-
-
-def _read_description(folder: Path) -> dict[str, Any]:
-    path = folder / DESCRIPTION
-    if not path.exists():
-        raise DataError(f"No tokenizer in {folder}: {_what_instead(folder)}")
-    try:
-        description = json.loads(_read(path))
-        kinds = (SentencePieceModel.kind, HuggingFaceModel.kind)
-        known = description["format"] in (_PLAIN_FORMAT, _FORMAT) and description["kind"] in kinds
-        SpecialIds(**description["special"])
-        if description.get("template"):
-            Template.from_dict(description["template"])
-        str(description["fingerprint"])
-    except (ValueError, TypeError, KeyError, RecursionError):
-        raise DataError(f"{path} is damaged; copy the tokenizer again from its source.") from None
-    if not known:
-        raise DataError(
-            f"{path} has format {description['format']!r} and kind {description['kind']!r}, which this bigtx "
-            f"does not know; update bigtx."
-        )
-    return dict(description)

@@ -21,6 +21,29 @@ import numpy as np
 
 from bigtx.tokenizer.special import SPACE_MARK
 
+UNSPACED = (
+    (0x0E00, 0x0EFF),  # Thai, Lao
+    (0x1000, 0x109F),  # Myanmar
+    (0x1780, 0x17FF),  # Khmer
+    (0x2E80, 0x2FDF),  # radicals
+    (0x3005, 0x3007),
+    (0x3040, 0x30FF),  # kana
+    (0x31F0, 0x31FF),
+    (0x3400, 0x4DBF),
+    (0x4E00, 0x9FFF),  # Han
+    (0xF900, 0xFAFF),
+)
+"""Their code points, first and last, below `IDEOGRAPHS`."""
+IDEOGRAPHS = 0x20000
+"""From this code point on, almost all are ideographs."""
+
+
+def is_unspaced(character: str) -> bool:
+    """Return whether a character belongs to such a script."""
+    code = ord(character)
+    return code >= IDEOGRAPHS or any(first <= code <= last for first, last in UNSPACED)
+
+
 WORDS = re.compile(" *[^ ]+| +")
 """A word, with the spaces before it."""
 
@@ -198,3 +221,27 @@ def exact_borders(data: bytes) -> Borders | None:
         [piece.piece for piece in model.pieces if piece.type == kind.USER_DEFINED],
     )
     return borders if borders.are_at_spaces else None
+
+
+def cut(text: str, limit: int) -> Iterator[str]:
+    """Yield the text in pieces of at most `limit` characters; together they are the text.
+
+    A piece ends with a line's end if there is one, otherwise before a space, otherwise at the limit.
+    """
+    start = 0
+    while len(text) - start > limit:
+        end = start + limit
+        at = text.rfind("\n", start, end) + 1
+        if at <= start:
+            at = text.rfind(" ", start + 1, end)
+        if at <= start:
+            at = end
+        yield text[start:at]
+        start = at
+    if start < len(text):
+        yield text[start:]
+
+
+def utf8_length(text: str) -> int:
+    """Return the number of bytes of a text in UTF-8."""
+    return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TextIO
 
 from bigtx.utils.terminal import ERASE_LINE, obeys, visible
+from bigtx.utils.units import clock
 
 _BAR_WIDTH, _LEAST_BAR_WIDTH = 24, 8
 _SPARE_COLUMNS = 5
@@ -140,16 +141,6 @@ def shorten(number: float) -> str:
         if number >= factor:
             return f"{number / factor:#.3g}".rstrip(".") + suffix
     return f"{number:.4g}"
-
-
-def clock(seconds: float) -> str:
-    """Return a duration as 4:05, 1:02:11 or 3d 04:10."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    if days:
-        return f"{days}d {hour:02}:{minute:02}"
-    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
 
 
 def _describe(figures: Mapping[str, float]) -> list[str]:

@@ -14,6 +14,8 @@ from bigtx.utils.errors import LaunchError
 from bigtx.utils.files import write_atomic
 
 Record = dict[str, Any]
+MODEL_EVENT = "model"
+"""The kind of event that names a run's checkpoint for other runs."""
 
 
 class JsonLines:

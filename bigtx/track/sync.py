@@ -17,8 +17,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bigtx.track.artifacts import link_base, log_model
-from bigtx.track.copier import Copier
+from bigtx.track.copier import Copier, link_base, log_model
 from bigtx.track.follower import TASK_FILE, choose_mode, start_run
 from bigtx.track.jsonl import Record, parse_line
 from bigtx.utils.files import write_atomic

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from bigtx.config.schema import TrackConfig
-from bigtx.track.artifacts import MODEL_EVENT
 from bigtx.track.console import Console, open_nowhere, shorten
-from bigtx.track.jsonl import JsonLines
+from bigtx.track.jsonl import MODEL_EVENT, JsonLines
 from bigtx.track.wandb_run import WandbRun, read_or_make_run_id
 from bigtx.utils.secrets import scrub
 
@@ -82,14 +81,35 @@ class Tracker:
         self._predictions = JsonLines(folder / "predictions.jsonl", warn=self._warn, up_to_step=up_to_step)
         self._events = JsonLines(folder / "events.jsonl", warn=self._warn)
         self._step = resumed_step
-        if config.wandb == "off" or os.environ.get("WANDB_MODE") == "disabled":
-            return
+        if config.wandb != "off" and os.environ.get("WANDB_MODE") != "disabled":
+            named = {"name": name or folder.name, "job_type": job_type}
+            about = {**run_config, "environment": dict(environment)}
+            self._start_wandb(folder, config, named, about, resumed_step=resumed_step, better=better, base=base)
+
+    def _start_wandb(
+        self,
+        folder: Path,
+        config: TrackConfig,
+        named: Mapping[str, str],
+        about: Mapping[str, Any],
+        *,
+        resumed_step: int,
+        better: Mapping[str, Better],
+        base: Mapping[str, Any] | None,
+    ) -> None:
+        """Start the process that copies the records to W&B.
+
+        Args:
+            named: the display name and the job type.
+            about: the config of the run in W&B.
+            resumed_step, better, base: see `__init__`.
+        """
         own = read_or_make_run_id(folder)
         self.wandb_run_id = own.id
         if own.original:
             original = {"checkpoint": own.original_folder, "manifest_sha256": "", "step": resumed_step}
             base = base or original | {"wandb_run_id": own.original}
-            run_config = {**run_config, "copied_from": {"wandb_run_id": own.original, "folder": own.original_folder}}
+            about = {**about, "copied_from": {"wandb_run_id": own.original, "folder": own.original_folder}}
             self._note("wandb_copy", original=own.original, folder=own.original_folder)
             self._console.message(
                 f"W&B: this folder is a copy of {own.original_folder}, whose run there is {own.original}; the copy is "
@@ -102,9 +122,8 @@ class Tracker:
             "entity": config.entity,
             "group": config.group,
             "tags": list(config.tags),
-            "name": name or folder.name,
-            "job_type": job_type,
-            "config": scrub({**run_config, "environment": dict(environment)} | ({"base_run": base} if base else {})),
+            **named,
+            "config": scrub({**about} | ({"base_run": base} if base else {})),
         }
         task = {
             "mode": config.wandb,

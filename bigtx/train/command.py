@@ -12,9 +12,8 @@ from pathlib import Path
 
 from bigtx.config.batches import batch_problems
 from bigtx.config.load import Parsed, parse_command_line, raise_problems, to_dict
-from bigtx.launch.parents import watch_launchers
 from bigtx.launch.supervisor import start_ranks
-from bigtx.launch.world import World, find_world
+from bigtx.launch.world import World, find_world, watch_launchers
 from bigtx.train.context import Config, RunContext
 from bigtx.train.run_folder import check_folder, check_settings
 from bigtx.utils import processes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -21,9 +21,11 @@ from bigtx.train.meter import Meter
 from bigtx.train.run_folder import BASE_FACTS, describe_run, dump
 from bigtx.train.start import Start
 from bigtx.train.state import RunState
-from bigtx.train.teacher import Teacher
 from bigtx.utils import hardware, log, processes
 from bigtx.utils.units import format_count
+
+if TYPE_CHECKING:
+    from bigtx.train.teacher import Teacher
 
 
 def open_tracker(

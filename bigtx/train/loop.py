@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+import torch
+from torch.profiler import ProfilerActivity, profile
 
 from bigtx.config.schema import RunConfig
 from bigtx.data.stream.loader import StepLoader
@@ -15,13 +19,35 @@ from bigtx.engine.engine import Engine, StepResult, Task
 from bigtx.engine.ranks import Ranks
 from bigtx.engine.schedules import Schedule
 from bigtx.track.tracker import Tracker
+from bigtx.train.context import StopRequest
 from bigtx.train.meter import Meter
-from bigtx.train.profile import profiled
 from bigtx.train.state import Cadence, RunState
-from bigtx.train.stop import StopRequest
 from bigtx.utils.errors import BigtxError
-from bigtx.utils.memory import keep_freed_memory
+from bigtx.utils.hardware import keep_freed_memory
 from bigtx.utils.shell import settings
+
+
+@contextmanager
+def profiled(run_dir: Path, *, enabled: bool, rank: int) -> Iterator[None]:
+    """Write `profile/rank-00000.trace.json` (open it in Perfetto) and, on CUDA, `rank-00000.memory.pickle`
+    (open it at pytorch.org/memory_viz) of what happens inside.
+    """
+    if not enabled:
+        yield
+        return
+    folder = run_dir / "profile"
+    folder.mkdir(parents=True, exist_ok=True)
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.memory._record_memory_history(max_entries=200_000)
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda, profile_memory=True) as trace:
+        yield
+    trace.export_chrome_trace(str(folder / f"rank-{rank:05d}.trace.json"))
+    if cuda:
+        snapshot = str(folder / f"rank-{rank:05d}.memory.pickle")
+        torch.cuda.memory._dump_snapshot(snapshot)  # type: ignore[no-untyped-call]
+        torch.cuda.memory._record_memory_history(enabled=None)
+
 
 ADVICE = (
     "Lower the learning rate ("
@@ -113,6 +139,16 @@ def train(run: Run, stop: StopRequest) -> bool:
             if to_save or is_best or is_out_of_patience(run):
                 save_checkpoint(run)
         run.meter.resume()
+    return _is_finished(run)
+
+
+def _is_finished(run: Run) -> bool:
+    """Return whether nothing is left to train, and report an early end.
+
+    Raises:
+        BigtxError: the last steps were skipped.
+    """
+    state = run.state
     if is_out_of_patience(run) and state.step < run.schedule.total_steps:
         run.tracker.message(f"no better measurement in {state.measured_since_best} validations: the run ends here")
         run.tracker.event(state.step, "early_stop", best_step=state.best_step, best_value=state.best_value)

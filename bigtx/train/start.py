@@ -6,31 +6,31 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from bigtx.config.batches import micro_batch_size_of
 from bigtx.config.schema import RunConfig
 from bigtx.engine import checkpoint
-from bigtx.engine.checkpoint import Checkpoint
+from bigtx.engine.checkpoint import Checkpoint, MergedCheckpoint
 from bigtx.engine.engine import Engine, ReadRange
-from bigtx.engine.merged import MergedCheckpoint
 from bigtx.engine.ranks import Ranks
 from bigtx.engine.saving import save_frozen
 from bigtx.engine.trainable import frozen_parameters
-from bigtx.interop.target import export_note
 from bigtx.model.initial import initial_value
+from bigtx.model.size import count_parameters, flops_per_row, parameter_shapes
 from bigtx.model.transformer import Transformer
-from bigtx.plan.parameters import count_parameters, flops_per_row, parameter_shapes
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.train.context import Config, RunContext
 from bigtx.train.run_folder import open_run_folder
 from bigtx.train.state import HARMLESS_SKIPS, RunState
-from bigtx.train.teacher import Teacher
 from bigtx.utils import hardware, log, shell
 from bigtx.utils.errors import CheckpointError
 from bigtx.utils.units import format_count
+
+if TYPE_CHECKING:
+    from bigtx.train.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,12 @@ def open_teacher(config: RunConfig, ranks: Ranks) -> Teacher | None:
         BigtxError: there is none at `distill.teacher`.
     """
     name = config.distill.teacher
+    if not name:
+        return None
+    from bigtx.train.teacher import Teacher
+
     # One choice for all ranks: the teacher may still be training.
-    return Teacher(ranks.once(lambda: checkpoint.preferred(name))) if name else None
+    return Teacher(ranks.once(lambda: checkpoint.preferred(name)))
 
 
 def complete(config: Config, ranks: Ranks, teacher: Teacher | None) -> Config:
@@ -159,6 +163,8 @@ def build_engine(config: RunConfig, tokenizer: Tokenizer) -> Engine:
         f"model: {format_count(count.total)} parameters; engine: ZeRO {config.engine.zero_stage}, "
         f"{config.engine.precision}, {config.optimizer.name}"
     )
+    from bigtx.interop.target import export_note
+
     if note := export_note(config, tokenizer):
         log.say(note)
     if frozen:

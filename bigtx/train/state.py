@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from bigtx.data.stream.skip import SkippedWindows
+from bigtx.data.stream.order import SkippedWindows
 from bigtx.utils.errors import ConfigError
 from bigtx.utils.units import parse_duration
 

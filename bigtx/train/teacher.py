@@ -19,13 +19,12 @@ import torch
 from torch import Tensor
 
 from bigtx.config.schema import DistillConfig, FinetuneConfig, RunConfig
-from bigtx.engine.checkpoint import Checkpoint
-from bigtx.engine.merged import MergedCheckpoint
+from bigtx.engine.checkpoint import Checkpoint, MergedCheckpoint
 from bigtx.engine.task import Task, TaskLoss
 from bigtx.engine.trained import find_with_tokenizer, read_model
 from bigtx.model.logits import SoftTargets, divergence
 from bigtx.model.loss import IGNORED
-from bigtx.plan.parameters import count_parameters, flops_per_row, stacks
+from bigtx.model.size import count_parameters, flops_per_row, stacks
 from bigtx.utils.errors import ConfigError
 from bigtx.utils.units import format_count
 

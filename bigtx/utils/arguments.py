@@ -13,7 +13,6 @@ import argparse
 import difflib
 import re
 import sys
-import textwrap
 from collections import deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,12 +21,11 @@ from typing import Any, NoReturn
 from bigtx.utils import shell
 from bigtx.utils.errors import ConfigError
 from bigtx.utils.secrets import scrub_text
+from bigtx.utils.terminal import columns, wrapped
 
 ASSIGNMENT = re.compile(r"(?P<key>[^\s=/]+)=(?P<value>.*)", re.DOTALL)
 """A word that gives a value to a name: `temperature=0`, `train.max_steps=500`."""
-WIDTH = 80
 JSON_HELP = "print the result as JSON, alone on standard output"
-_MARGIN = 26
 _KINDS = {int: "a whole number", float: "a number"}
 _OUTPUT = "output"
 """The name of what a command writes; `-o` is short for it in every command."""
@@ -79,32 +77,6 @@ def take(words: Iterable[str], name: str) -> tuple[str | None, list[str]]:
         else:
             others.append(word)
     return value, others
-
-
-def wrapped(text: str, indent: str = "", first: str | None = None) -> str:
-    """Return a text in lines of at most 80 columns.
-
-    Args:
-        first: the beginning of the first line, in place of the indent.
-    """
-    first = indent if first is None else first
-    return textwrap.fill(
-        text, WIDTH, initial_indent=first, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-    )
-
-
-def columns(rows: Iterable[tuple[str, str]]) -> list[str]:
-    """Return lines of names and their meanings, within 80 columns where words allow it."""
-    rows = list(rows)
-    margin = min(_MARGIN, max((len(name) for name, _ in rows), default=0) + 4)
-    lines = []
-    for name, meaning in rows:
-        first = f"  {name}".ljust(margin)
-        if not first.endswith("  "):
-            lines.append(first)
-            first = " " * margin
-        lines.append(wrapped(meaning, " " * margin, first).rstrip())
-    return lines
 
 
 class Arguments(argparse.ArgumentParser):

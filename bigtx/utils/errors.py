@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 
-from bigtx.utils import log, streams
+from bigtx.utils import log, terminal
 
 EXIT_OUTPUT_LOST = 1
 EXIT_FAILED = 1
@@ -76,7 +76,7 @@ def exit_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def wrapped(*args: object, **kwargs: object) -> int:
-        streams.prepare()
+        terminal.prepare()
         status = 0
         try:
             status = _status_of(lambda: main(*args, **kwargs))
@@ -87,7 +87,7 @@ def exit_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
             _drop_output()
             return status
         except OSError as error:
-            if error is not streams.lost():
+            if error is not terminal.lost():
                 raise
             return _say_lost(error)
 
@@ -120,7 +120,7 @@ def _flush_output() -> int:
         raise
     except OSError as error:
         return _say_lost(error)
-    lost = streams.lost()
+    lost = terminal.lost()
     return _say_lost(lost) if lost else 0
 
 

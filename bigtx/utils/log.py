@@ -22,6 +22,7 @@ import logging
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from bigtx.utils import streams, terminal
+from bigtx.utils import terminal
 from bigtx.utils.processes import rank
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -147,7 +148,7 @@ def console() -> TextIO:
 
 def say(text: str = "") -> None:
     """Show a line on the screen (rank 0 only) unless that is closed, and keep it in the log."""
-    if rank() == 0 and not streams.is_closed(console()):
+    if rank() == 0 and not terminal.is_closed(console()):
         print(text, file=console(), flush=True)
     if _active:
         print(text, file=_active.log)
@@ -223,3 +224,41 @@ def _report_thread_exception(arguments: threading.ExceptHookArgs) -> None:
 def _print_traceback(who: str, lines: list[str], streams: Iterable[TextIO]) -> None:
     for stream in streams:
         print(who + "".join(lines), end="", file=stream)
+
+
+_SECONDS_BETWEEN_DRAWINGS = 0.2
+_SECONDS_BETWEEN_LINES = 10.0
+_BAR_WIDTH = 20
+
+
+class ProgressLine:
+    """A line of text that is replaced by the next one."""
+
+    def __init__(self) -> None:
+        self._is_terminal = terminal.obeys(console())
+        self._shown_at = time.monotonic()
+        self._width = 0
+
+    def show(self, text: str, share: float | None = None) -> None:
+        """Show the text if the last one is old enough; on a terminal with a bar for the completed share."""
+        now = time.monotonic()
+        if now - self._shown_at < (_SECONDS_BETWEEN_DRAWINGS if self._is_terminal else _SECONDS_BETWEEN_LINES):
+            return
+        self._shown_at = now
+        if not self._is_terminal:
+            say(text)
+            return
+        text = text if share is None else f"{_bar(share)} {text}"
+        print(f"\r{text:<{self._width}}", end="", file=console(), flush=True)
+        self._width = len(text)
+
+    def clear(self) -> None:
+        """Clear the terminal's line for the next output."""
+        if self._width:
+            print(f"\r{'':<{self._width}}\r", end="", file=console(), flush=True)
+            self._width = 0
+
+
+def _bar(share: float) -> str:
+    done = round(_BAR_WIDTH * min(1.0, share))
+    return "█" * done + "░" * (_BAR_WIDTH - done)

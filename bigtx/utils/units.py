@@ -117,18 +117,6 @@ def format_size(num_bytes: float) -> str:
     return text if text.endswith("iB") else f"{text} B"
 
 
-def format_duration(duration: Duration) -> str:
-    """Return the text that `parse_duration` reads back as the same duration."""
-    if duration.unit == "fraction":
-        return f"{_plain(Decimal(repr(duration.value)) * 100)} %"
-    if duration.unit == "seconds":
-        for unit, seconds in (("days", 86400), ("h", 3600), ("min", 60)):
-            if duration.value and duration.value % seconds == 0:
-                return f"{_plain(Decimal(duration.value) / seconds)} {unit}"
-        return f"{_plain(Decimal(repr(duration.value)))} s"
-    return f"{int(duration.value)} {duration.unit}"
-
-
 def _quantity(text: str, suffixes: dict[str, int], example: str) -> Decimal:
     match = QUANTITY.fullmatch(text.strip())
     if match is None:
@@ -165,3 +153,13 @@ def _plain(value: Decimal) -> str:
     """Write a number without an exponent and without trailing zeros."""
     text = f"{value:f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def clock(seconds: float) -> str:
+    """Return a duration as 4:05, 1:02:11 or 3d 04:10."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days}d {hour:02}:{minute:02}"
+    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"

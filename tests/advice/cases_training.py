@@ -13,7 +13,7 @@ from advice.shelf import SHAPE, TEXTS
 
 from bigtx.config.load import load
 from bigtx.config.schema import FinetuneConfig, PretrainConfig
-from bigtx.data.audio.decode import AudioPlace, require_speech
+from bigtx.data.recordings import AudioPlace, require_speech
 from bigtx.data.records.record import BadRecordError, Record
 from bigtx.data.stream.sources import open_sources
 from bigtx.engine.deepspeed_config import refuse_unsupported
@@ -29,7 +29,7 @@ from bigtx.pretraining.run import open_inputs
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.train import start
 from bigtx.train.context import RunContext
-from bigtx.train.run_dir import check_run_dir
+from bigtx.train.run_folder import check_run_dir
 from bigtx.utils.processes import launcher_problem
 from bigtx.utils.units import parse_count, parse_duration, parse_range
 

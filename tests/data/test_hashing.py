@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bigtx.data.hashing import hash64
+from bigtx.utils.hashing import hash64
 
 
 def test_hash_is_splitmix64_and_never_changes() -> None:

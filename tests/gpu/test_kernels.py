@@ -13,10 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bigtx.config.schema import DataConfig, ModelConfig, SourceConfig
 from bigtx.data.stream.loader import TrainLoader
-from bigtx.model.attention import Attention
-from bigtx.model.dropout import dropout_mask, fold
+from bigtx.model.attention import Attention, Mask
+from bigtx.model.layers import dropout_mask, fold
 from bigtx.model.loss import CHUNK_LOGITS, Head
-from bigtx.model.mask import Mask
 from bigtx.model.positions import rotation
 from bigtx.model.transformer import Transformer
 

@@ -77,7 +77,7 @@ def test_generate_from_it_on_the_gpu(trained: Path) -> None:
 
 
 def test_the_gpu_computes_what_the_cpu_computes(trained: Path) -> None:
-    from bigtx.loaded import load
+    from bigtx.api import load
 
     on_gpu, on_cpu = load(trained, device="cuda"), load(trained, device="cpu")
     ids = on_cpu.tokenizer.encode(PROMPT * 20)

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import bigtx
+from bigtx.api import LoadedModel
 from bigtx.interop.exporter import ExportSettings, export_model
 from bigtx.interop.importer import Imported, import_model
 from bigtx.interop.tokenizer import export_tokenizer
-from bigtx.loaded import LoadedModel
 from bigtx.tokenizer.tokenizer import Tokenizer
 
 TOLERANCE = 1e-4

@@ -17,8 +17,8 @@ import bigtx
 from bigtx.cli import main
 from bigtx.config.schema import LoraConfig, ModelConfig
 from bigtx.engine.write_weights import save_weights
+from bigtx.model.size import parameter_shapes
 from bigtx.model.transformer import Transformer
-from bigtx.plan.parameters import parameter_shapes
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")

@@ -30,8 +30,8 @@ from bigtx.interop.exporter import ExportSettings
 from bigtx.interop.families import families
 from bigtx.interop.target import export_note
 from bigtx.interop.verify import verify
+from bigtx.model.size import parameter_shapes
 from bigtx.model.transformer import Transformer
-from bigtx.plan.parameters import parameter_shapes
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.tokenizer.train import train
 

@@ -24,8 +24,8 @@ from bigtx.config.schema import ModelConfig, PretrainConfig, TokenizerTrainConfi
 from bigtx.engine.checkpoint import Checkpoint, list_checkpoints, load_weights, newest, write_manifest
 from bigtx.engine.write_weights import save_weights
 from bigtx.interop.families import choose
+from bigtx.model.size import parameter_shapes
 from bigtx.model.transformer import Transformer
-from bigtx.plan.parameters import parameter_shapes
 from bigtx.tokenizer.train import train
 from bigtx.utils.files import sha256_file
 

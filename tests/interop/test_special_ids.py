@@ -25,7 +25,8 @@ from bigtx.finetuning.tasks.preference import Preference
 from bigtx.finetuning.tasks.sft import Sft
 from bigtx.finetuning.tasks.translate import Translate
 from bigtx.interop.tokenizer import compare_tokenizers, export_tokenizer, import_tokenizer
-from bigtx.tokenizer.tokenizer import DESCRIPTION, Tokenizer
+from bigtx.tokenizer.description import DESCRIPTION
+from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import DataError
 
 tokenizers, transformers = map(pytest.importorskip, ("tokenizers", "transformers"))

@@ -15,7 +15,8 @@ from types import SimpleNamespace
 import pytest
 from doors import ROOT, free_port
 
-from bigtx.launch import link, linux, parents
+from bigtx.launch import link, world
+from bigtx.utils import processes
 from bigtx.utils.errors import LaunchError
 
 
@@ -34,26 +35,26 @@ def test_a_launcher_is_known_by_its_program(
 ) -> None:
     (tmp_path / "proc" / "5").mkdir(parents=True)
     (tmp_path / "proc" / "5" / "cmdline").write_bytes(command)
-    monkeypatch.setattr(parents, "Path", lambda path: tmp_path / path.lstrip("/"))
-    assert parents._is_launcher(5) is expected and not parents._is_launcher(6)
+    monkeypatch.setattr(world, "Path", lambda path: tmp_path / path.lstrip("/"))
+    assert world._is_launcher(5) is expected and not world._is_launcher(6)
 
 
 def test_only_an_unbroken_line_of_launchers_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     above = {50: 40, 40: 30, 30: 20, 20: 1}
-    monkeypatch.setattr(parents, "parent_of", above.__getitem__)
-    monkeypatch.setattr(parents, "_is_launcher", lambda pid: pid in (40, 30))
-    assert parents._launchers_above(50) == [40, 30] and parents._launchers_above(30) == []
-    monkeypatch.setattr(parents, "_is_launcher", lambda pid: True)
-    assert parents._launchers_above(50) == [40, 30, 20]
+    monkeypatch.setattr(world, "parent_of", above.__getitem__)
+    monkeypatch.setattr(world, "_is_launcher", lambda pid: pid in (40, 30))
+    assert world._launchers_above(50) == [40, 30] and world._launchers_above(30) == []
+    monkeypatch.setattr(world, "_is_launcher", lambda pid: True)
+    assert world._launchers_above(50) == [40, 30, 20]
 
 
 @pytest.mark.parametrize("then", [None, "another process"])
 def test_a_rank_asks_itself_to_stop_when_a_launcher_is_gone(monkeypatch: pytest.MonkeyPatch, then: str | None) -> None:
     starts, killed = iter(["a", "b", "a", "b", "a", then]), list[tuple[int, int]]()
-    monkeypatch.setattr(parents, "start_of", lambda pid: next(starts))
-    monkeypatch.setattr(parents, "SECONDS_BETWEEN_LOOKS", 0.0)
+    monkeypatch.setattr(world, "start_of", lambda pid: next(starts))
+    monkeypatch.setattr(world, "SECONDS_BETWEEN_LOOKS", 0.0)
     monkeypatch.setattr(os, "kill", lambda pid, number: killed.append((pid, number)))
-    parents._watch({5: "a", 6: "b"})
+    world._watch({5: "a", 6: "b"})
     assert killed == [(os.getpid(), signal.SIGTERM)] and next(starts, "all") == "all"
 
 
@@ -72,16 +73,16 @@ def test_kills_for_want_of_memory_are_counted_where_the_kernel_says_so(
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
-    monkeypatch.setattr(linux, "Path", lambda path: tmp_path / path.lstrip("/"))
-    assert linux.out_of_memory_kills() == expected
+    monkeypatch.setattr(processes, "Path", lambda path: tmp_path / path.lstrip("/"))
+    assert processes.out_of_memory_kills() == expected
 
 
 def test_processes_of_another_session_are_no_descendants(monkeypatch: pytest.MonkeyPatch) -> None:
     below = {os.getpid(): [2, 3], 2: [4], 3: [5], 4: [], 5: []}
     sessions = {0: 1, 2: 1, 3: 7, 4: 1, 5: 1}
-    monkeypatch.setattr(linux, "_children", below.__getitem__)
+    monkeypatch.setattr(processes, "_children", below.__getitem__)
     monkeypatch.setattr(os, "getsid", sessions.__getitem__)
-    assert sorted(linux.descendants()) == [2, 4]
+    assert sorted(processes.descendants()) == [2, 4]
 
 
 @pytest.mark.parametrize(("launchers", "watched"), [([], []), ([7, 8], [{7: "start of 7", 8: "start of 8"}])])
@@ -91,13 +92,13 @@ def test_launchers_are_watched_by_a_thread_that_holds_nothing_up(
     started: list[dict[int, str]] = []
 
     def thread(target: object, args: tuple[dict[int, str]], daemon: bool) -> SimpleNamespace:
-        assert target is parents._watch and daemon
+        assert target is world._watch and daemon
         return SimpleNamespace(start=lambda: started.append(args[0]))
 
-    monkeypatch.setattr(parents.threading, "Thread", thread)
-    monkeypatch.setattr(parents, "_launchers_above", lambda pid: launchers if pid == os.getpid() else [])
-    monkeypatch.setattr(parents, "start_of", lambda pid: f"start of {pid}")
-    parents.watch_launchers()
+    monkeypatch.setattr(world.threading, "Thread", thread)
+    monkeypatch.setattr(world, "_launchers_above", lambda pid: launchers if pid == os.getpid() else [])
+    monkeypatch.setattr(world, "start_of", lambda pid: f"start of {pid}")
+    world.watch_launchers()
     assert started == watched
 
 
@@ -107,9 +108,9 @@ def test_a_rank_whose_parent_is_gone_already_is_asked_to_stop_at_once(
 ) -> None:
     asked: list[tuple[int, int]] = []
     killed: list[tuple[int, int]] = []
-    monkeypatch.setattr(linux, "_prctl", lambda option, value: asked.append((option, value)))
+    monkeypatch.setattr(processes, "_prctl", lambda option, value: asked.append((option, value)))
     monkeypatch.setattr(os, "kill", lambda pid, number: killed.append((pid, number)))
-    linux.end_with_parent(signal.SIGTERM, 1 if is_gone else os.getppid())
+    processes.end_with_parent(signal.SIGTERM, 1 if is_gone else os.getppid())
     assert asked == [(1, signal.SIGTERM)]  # PR_SET_PDEATHSIG, prctl(2).
     assert killed == ([(os.getpid(), signal.SIGTERM)] if is_gone else [])
 

@@ -9,11 +9,12 @@ from bigtx.launch.consistency import (
     differences,
     facts_of_machine,
     facts_of_settings,
+    file_for_all,
     named,
+    sees,
     why_different,
     why_wrong_clock,
 )
-from bigtx.launch.shared import file_for_all, sees
 
 
 def test_a_machine_is_like_itself() -> None:

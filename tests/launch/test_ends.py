@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from bigtx.launch import linux, supervisor
+from bigtx.launch import supervisor
 from bigtx.launch.link import LARGEST_MESSAGE, Link, _Peer
-from bigtx.launch.supervisor import _End, _environment, _last_lines, _last_step, _Rank, _read_facts, _signal_name
+from bigtx.launch.supervisor import _End, _last_lines, _last_step, _Rank, _read_facts, _signal_name
 from bigtx.launch.world import World
-from bigtx.utils import log
+from bigtx.utils import log, processes
 
 TERM, INT, KILL = signal.SIGTERM, signal.SIGINT, signal.SIGKILL
 
@@ -41,14 +41,14 @@ class Machine(supervisor._Supervisor):
         monkeypatch.setattr(os, "kill", lambda pid, number: self.killed.append((pid, number)))
         monkeypatch.setattr(log, "say_error", self.said.append)
         monkeypatch.setattr(log, "say_stopped", self.said.append)
-        monkeypatch.setattr(linux, "out_of_memory_kills", lambda: 0)
+        monkeypatch.setattr(processes, "out_of_memory_kills", lambda: 0)
         for rank in self._ranks:
             if rank.status is not None:
                 self._handle_end(rank)
 
 
 def test_a_ranks_place_among_all_machines() -> None:
-    assert _environment(World(4, 3, 2, "first", 500), 1, 777) == {
+    assert World(4, 3, 2, "first", 500).environment(1, 777) == {
         "RANK": "9",
         "WORLD_SIZE": "12",
         "LOCAL_RANK": "1",
@@ -179,7 +179,7 @@ def test_a_rank_that_was_killed_for_want_of_memory_is_said_to_be(
 ) -> None:
     for status, ends in ((-KILL, "SIGKILL, because this machine's memory ran out"), (-signal.SIGSEGV, "SIGSEGV")):
         machine = Machine(tmp_path, monkeypatch, [0, status])
-        monkeypatch.setattr(linux, "out_of_memory_kills", lambda: 1)
+        monkeypatch.setattr(processes, "out_of_memory_kills", lambda: 1)
         machine._conclude()
         assert machine.said[0].endswith(f"by {ends}")
 

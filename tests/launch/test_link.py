@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from doors import ROOT, all_pids, environment, free_port, rank_pids, wait_for
 
-from bigtx.launch import link, shared
+from bigtx.launch import consistency, link
 from bigtx.launch.link import meet
 from bigtx.launch.world import World
 from bigtx.utils.errors import LaunchError
@@ -191,7 +191,7 @@ def test_another_commit_on_one_machine_is_refused_on_all() -> None:
 
 
 def test_a_machine_that_sees_another_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared, "sees", lambda path: threading.current_thread().name != "blind" and path.exists())
+    monkeypatch.setattr(consistency, "sees", lambda path: threading.current_thread().name != "blind" and path.exists())
     monkeypatch.setattr(link, "host_name", lambda: "n1")
     real = link._join
 
@@ -208,9 +208,9 @@ def test_a_machine_that_sees_another_folder_is_named(tmp_path: Path, monkeypatch
 
 def test_a_machine_that_hangs_while_it_looks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     over = threading.Event()
-    monkeypatch.setattr(shared, "SEEN_SECONDS", 0.2)
+    monkeypatch.setattr(consistency, "SEEN_SECONDS", 0.2)
     monkeypatch.setattr(link, "ANSWER_SECONDS", 0.5)
-    monkeypatch.setattr(shared, "sees", lambda path: over.wait(3))
+    monkeypatch.setattr(consistency, "sees", lambda path: over.wait(3))
     port = free_port()
 
     def hang() -> None:

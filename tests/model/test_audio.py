@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from bigtx.config.schema import AudioConfig, ModelConfig
-from bigtx.model.audio import FrontEnd
 from bigtx.model.cache import KeyValueCache
+from bigtx.model.embed import FrontEnd
+from bigtx.model.size import count_parameters, flops_per_row, parameter_shapes
 from bigtx.model.transformer import Transformer
-from bigtx.plan.parameters import count_parameters, flops_per_row, parameter_shapes
 
 BINS = 6
 

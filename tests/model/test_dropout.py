@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bigtx.model.dropout import Dropout, dropout_mask, fold
+from bigtx.model.layers import Dropout, dropout_mask, fold
 
 
 def seeds(count: int, first: int = 0) -> Tensor:

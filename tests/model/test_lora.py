@@ -13,9 +13,9 @@ from bigtx.config.schema import ExpertsConfig, LoraConfig, ModelConfig
 from bigtx.config.validate_model import model_problems
 from bigtx.engine.optimizers import layer_factors, parameter_groups
 from bigtx.model.initial import initial_value
-from bigtx.model.lora import Adapter
+from bigtx.model.layers import Adapter
+from bigtx.model.size import count_parameters, flops_per_token, parameter_shapes
 from bigtx.model.transformer import Transformer
-from bigtx.plan.parameters import count_parameters, flops_per_token, parameter_shapes
 
 MODEL = ModelConfig(vocab_size=200, hidden_size=32, num_layers=3, num_heads=4, max_sequence_length=32)
 SHAPES: dict[str, dict[str, Any]] = {

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigtx.model.dropout import dropout_mask
-from bigtx.model.products import attend, products_are_faster
+from bigtx.model.attention import attend, products_are_faster
+from bigtx.model.layers import dropout_mask
 
 
 def sides(*, dtype: torch.dtype = torch.float64, length: int = 7) -> list[Tensor]:

@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bigtx.model import mask as masks
-from bigtx.model.attention import Attention
+from bigtx.model import attention as masks
+from bigtx.model.attention import Attention, Mask, Side, block_mask, dense_mask, make_mask
 from bigtx.model.decode import Sampling, decode_tokens
-from bigtx.model.mask import Mask, Side, block_mask, dense_mask, make_mask
 from bigtx.model.transformer import Transformer
 from tests.model.test_transformer import random_tokens, tiny_config, tiny_model
 

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigtx.tokenizer.cut import cut
-from bigtx.tokenizer.tokenizer import DESCRIPTION, Tokenizer
+from bigtx.tokenizer.description import DESCRIPTION
+from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.tokenizer.words import cut
 from bigtx.utils.errors import DataError
 
 # Characters that tokenizers lose: spaces and their mark, line ends, NUL, byte order mark, joiners, other scripts.

@@ -9,9 +9,8 @@ import pytest
 from bigtx.config.schema import TokenizerTrainConfig
 from bigtx.tokenizer import report
 from bigtx.tokenizer.report import measure, remark_on_size
-from bigtx.tokenizer.sample import HELD_OUT_BYTES, draw_sample
 from bigtx.tokenizer.tokenizer import Tokenizer
-from bigtx.tokenizer.train import train
+from bigtx.tokenizer.train import HELD_OUT_BYTES, draw_sample, train
 from bigtx.utils.errors import ConfigError, DataError
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from bigtx.config.schema import TokenizerTrainConfig
+from bigtx.pretraining.objectives import begins_word
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.tokenizer.train import train
-from bigtx.tokenizer.word_marks import begins_word
 
 TEXTS = [
     "The movie, which I watched twice,\nwas surprisingly good; wasn't it?\n\tThe movies\r\n  I know are not.",

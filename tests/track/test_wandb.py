@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from wandb.proto.wandb_internal_pb2 import Record
 
-from bigtx.track.wandb_host import answers
-from bigtx.track.wandb_log import last_step, read_records
+from bigtx.track.follower import last_step, read_records
+from bigtx.track.wandb_run import answers
 
 HERE = Path(__file__).parent
 KEY = "0123456789abcdefghijklmnopqrstuvwxyzKEY0"

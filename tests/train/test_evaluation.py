@@ -14,9 +14,7 @@ from torch import Tensor, nn
 
 from bigtx.config.schema import PretrainConfig
 from bigtx.engine.task import TaskLoss
-from bigtx.pretraining import validation as evaluation
-from bigtx.pretraining.validation import Validation
-from bigtx.train.alone import Alone
+from bigtx.pretraining.validation import Alone, Validation
 from bigtx.train.state import RunState
 
 
@@ -86,8 +84,8 @@ def test_samples_of_each_step_and_run_are_drawn_by_seeds_of_their_own(monkeypatc
         calls.append({"tokenizer": tokenizer, "prompts": prompts, **fields})
         return [SimpleNamespace(text=f"{prompt}!") for prompt in prompts[2]]
 
-    monkeypatch.setattr(evaluation, "write", write)
-    monkeypatch.setattr(evaluation, "plain_prompts", lambda config, tokenizer, texts: (config, tokenizer, texts))
+    monkeypatch.setattr("bigtx.model.write.write", write)
+    monkeypatch.setattr("bigtx.model.write.plain_prompts", lambda config, tokenizer, texts: (config, tokenizer, texts))
     told, made = Told(), validation({})
     settings = made.config.validation
     settings.sample_prompts, settings.sample_tokens, settings.sample_temperature = ["a", "b"], 17, 0.25

@@ -40,8 +40,8 @@ def test_samples(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], expe
         asked.update(settings)
         return []
 
-    monkeypatch.setattr(validation_module, "write", write)
-    monkeypatch.setattr(validation_module, "plain_prompts", lambda *arguments: [])
+    monkeypatch.setattr("bigtx.model.write.write", write)
+    monkeypatch.setattr("bigtx.model.write.plain_prompts", lambda *arguments: [])
     validation: Any = validation_module.Validation.__new__(validation_module.Validation)
     validation.config = PretrainConfig(validation=ValidationConfig(**settings))
     validation.engine = SimpleNamespace(module=SimpleNamespace(eval=lambda: None))

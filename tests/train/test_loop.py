@@ -15,10 +15,10 @@ import torch
 from bigtx.engine.engine import StepResult
 from bigtx.track.tracker import Tracker
 from bigtx.train import loop, meter
+from bigtx.train.context import StopRequest
 from bigtx.train.loop import Run
 from bigtx.train.meter import Meter
 from bigtx.train.state import RunState
-from bigtx.train.stop import StopRequest
 from bigtx.utils.errors import BigtxError
 
 

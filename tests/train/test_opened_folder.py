@@ -11,8 +11,7 @@ import pytest
 
 from bigtx.config.load import load_run_config
 from bigtx.config.schema import PretrainConfig
-from bigtx.train.run_dir import MARK
-from bigtx.train.run_folder import check_settings, describe_run, dump, open_run_folder
+from bigtx.train.run_folder import MARK, check_settings, describe_run, dump, open_run_folder
 from bigtx.utils.errors import CheckpointError, ConfigError, LaunchError
 
 ENVIRONMENT: dict[str, Any] = {"packages": {"bigtx": "0.1.0"}, "argv": ["api_key=abcdefgh"], "api_key": "abcdefgh"}

@@ -10,8 +10,7 @@ import pytest
 
 from bigtx.config.schema import DistillConfig, FinetuneConfig, PretrainConfig, SourceConfig
 from bigtx.engine.checkpoint import write_manifest
-from bigtx.train.run_dir import HISTORY, MARK, WRITTEN, check_run_dir
-from bigtx.train.run_folder import open_run_folder
+from bigtx.train.run_folder import HISTORY, MARK, WRITTEN, check_run_dir, open_run_folder
 from bigtx.utils.errors import BigtxError, CheckpointError, ConfigError
 from bigtx.utils.files import write_json
 

@@ -11,9 +11,8 @@ import pytest
 from train.attempts import Attempt
 
 from bigtx.config.schema import EngineConfig, PretrainConfig
-from bigtx.train.context import RunContext
+from bigtx.train.context import EarlyStop, RunContext
 from bigtx.train.state import RunState
-from bigtx.train.stop import EarlyStop
 from bigtx.utils import log, processes
 from bigtx.utils.errors import BigtxError, CheckpointError, LaunchError
 from bigtx.utils.locks import FolderLock

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bigtx.train import stop as stop_module
-from bigtx.train.stop import EarlyStop, StopRequest
+from bigtx.train import context as stop_module
+from bigtx.train.context import EarlyStop, StopRequest
 from bigtx.utils.processes import STOP_SIGNALS, stopped_at_once
 
 STATUSES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGHUP: 75}

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from bigtx.utils.arguments import WIDTH, Arguments, take
+from bigtx.utils.arguments import Arguments, take
 from bigtx.utils.errors import ConfigError
+from bigtx.utils.terminal import WIDTH
 
 
 def parser() -> Arguments:

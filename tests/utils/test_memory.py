@@ -9,7 +9,7 @@ import pytest
 
 PROGRAM = """
 import resource, sys
-from bigtx.utils.memory import keep_freed_memory
+from bigtx.utils.hardware import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 def use():

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from bigtx.utils.units import (
     Duration,
     format_count,
-    format_duration,
     format_size,
     parse_count,
     parse_duration,
@@ -103,17 +102,6 @@ def test_a_shown_count_is_right_to_three_digits(value: float) -> None:
     number = float(shown.rstrip("kMBT")) * {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(shown[-1], 1)
     assert number == pytest.approx(value, rel=0.006)
     assert len(shown.rstrip("kMBT").replace(".", "")) <= 4
-
-
-@given(
-    st.one_of(
-        st.builds(Duration, st.integers(0, 10**12).map(float), st.sampled_from(["steps", "tokens"])),
-        st.builds(Duration, st.integers(0, 10**7).map(float), st.just("seconds")),
-        st.builds(lambda thousandths: Duration(thousandths / 1000, "fraction"), st.integers(0, 1000)),
-    )
-)
-def test_a_duration_comes_back(duration: Duration) -> None:
-    assert parse_duration(format_duration(duration)) == duration
 
 
 @given(st.text(max_size=20))

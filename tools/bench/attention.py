@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from bigtx.model.mask import Side, block_mask, dense_mask
+from bigtx.model.attention import Side, block_mask, dense_mask
 
 varlen_attn: Any = None
 with contextlib.suppress(ImportError):

@@ -27,7 +27,7 @@ import torch
 
 from bigtx.config.load import load
 from bigtx.config.schema import PretrainConfig
-from bigtx.plan.parameters import count_parameters, flops_per_token
+from bigtx.model.size import count_parameters, flops_per_token
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB_SIZE = 50_304

@@ -48,7 +48,7 @@ PACKAGES: dict[str, list[str]] = {
     "model": ["bigtx/model/*.py"],
     "engine": ["bigtx/engine/*.py"],
     "train": ["bigtx/train/*.py"],
-    "pretraining": ["bigtx/pretraining/*.py", "bigtx/pretraining/objectives/*.py"],
+    "pretraining": ["bigtx/pretraining/*.py"],
     "finetuning": ["bigtx/finetuning/*.py"],
     "finetuning/tasks": ["bigtx/finetuning/tasks/*.py"],
     "interop": ["bigtx/interop/*.py", "bigtx/interop/families/*.py"],

@@ -16,8 +16,7 @@ import numpy as np
 import xxhash
 
 from bigtx.data.corpus.manifest import AGAIN, DOCS_DTYPE, MEMBER_HEADER_BYTES, Manifest
-from bigtx.data.storage.cache import Content, DamagedError
-from bigtx.data.storage.places import TRIES, RemotePath
+from bigtx.data.storage.places import TRIES, Content, DamagedError, RemotePath
 from bigtx.utils.errors import DataError
 
 WINDOW_BLOCKS = 64

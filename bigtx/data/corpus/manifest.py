@@ -26,8 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from bigtx.data.storage.cache import DamagedError
-from bigtx.data.storage.places import Place, RemotePath, as_place
+from bigtx.data.storage.places import DamagedError, Place, RemotePath, as_place
 from bigtx.utils.errors import DataError
 from bigtx.utils.files import SEAL, sha256_file, unsealed, write_sealed
 

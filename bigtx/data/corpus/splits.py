@@ -11,11 +11,12 @@ from pathlib import Path
 
 from bigtx.data.corpus.manifest import SPLITS, Manifest, has_split
 from bigtx.data.storage.places import Place, RemotePath
+from bigtx.tokenizer.description import DESCRIPTION
 from bigtx.tokenizer.huggingface_model import HuggingFaceModel
 from bigtx.tokenizer.sentencepiece_model import SentencePieceModel
-from bigtx.tokenizer.tokenizer import DESCRIPTION, Tokenizer
+from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import DataError
-from bigtx.utils.folders import kind_of_folder
+from bigtx.utils.paths import kind_of_folder
 
 TOKENIZER = "tokenizer"
 

@@ -27,12 +27,12 @@ from bigtx.data.corpus.manifest import (
     shard_problem,
 )
 from bigtx.data.corpus.splits import TOKENIZER, load_tokenizer, open_splits
-from bigtx.data.progress import ProgressLine, clock
 from bigtx.data.storage.places import Place, open_stream
 from bigtx.data.workers import Workers, advance
 from bigtx.utils.errors import DataError
 from bigtx.utils.hardware import num_cores
-from bigtx.utils.units import format_size
+from bigtx.utils.log import ProgressLine
+from bigtx.utils.units import clock, format_size
 
 _PROBLEMS_SHOWN = 5
 """The number of problems of one shard that are listed; the others are counted."""

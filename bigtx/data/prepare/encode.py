@@ -23,16 +23,16 @@ import xxhash
 
 from bigtx.config.schema import InputConfig, PrepareConfig
 from bigtx.data.corpus.shards import token_dtype
-from bigtx.data.hashing import hash64
 from bigtx.data.prepare.chunks import RECORD_DTYPE, Chunk, Documents
 from bigtx.data.prepare.texts import Needs, TextPreparation
 from bigtx.data.raw.documents import Document, Reject, Rejects, in_batches
 from bigtx.data.raw.read import InputFile, read_file, split_file
-from bigtx.data.text.minhash import Signer
+from bigtx.data.text.ngrams import Signer
 from bigtx.data.text.rules import Dropped, TextRules
 from bigtx.data.workers import advance
-from bigtx.tokenizer.cut import utf8_length
 from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.tokenizer.words import utf8_length
+from bigtx.utils.hashing import hash64
 
 NUM_EXAMPLES = 3
 """The number of documents that are shown for each rule that removed some."""

@@ -44,24 +44,21 @@ from bigtx.data.prepare.encode import (
     set_up,
     signatures_path,
 )
-from bigtx.data.prepare.parts import (
-    CONFIG_NAME,
-    common_recipe,
-    count_parts,
-    is_done,
-    part_folder,
-    partial_folder,
-    working,
-)
 from bigtx.data.prepare.recipe import (
+    CONFIG_NAME,
     RECIPE_NAME,
     check_existing,
+    common_recipe,
+    count_parts,
     describe_inputs,
+    is_done,
     make_recipe,
+    part_folder,
+    partial_folder,
     unit_settings_digest,
+    working,
 )
 from bigtx.data.prepare.texts import Needs, most_for_a_text
-from bigtx.data.progress import ProgressLine, clock
 from bigtx.data.raw.read import InputFile, Rejects, list_files
 from bigtx.data.text.decontaminate import build_contamination_index, contamination_digest
 from bigtx.data.text.near import SignaturePart, find_near_duplicates
@@ -71,7 +68,8 @@ from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import DataError
 from bigtx.utils.files import fsync_dir, write_atomic, write_json
 from bigtx.utils.hardware import num_cores
-from bigtx.utils.units import format_count, format_size
+from bigtx.utils.log import ProgressLine
+from bigtx.utils.units import clock, format_count, format_size
 
 REJECTS_NAME = "rejects.jsonl"
 REPORT_NAME = "report.json"

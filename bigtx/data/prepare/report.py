@@ -1,16 +1,180 @@
-"""The final report of `bigtx data prepare` and `bigtx data merge`."""
+"""What `bigtx data prepare` and `bigtx data merge` print: the final report, or with `--dry-run` an estimate."""
 
 from __future__ import annotations
 
 import dataclasses
+import random
+import tempfile
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from bigtx.config.schema import PrepareConfig
 from bigtx.data.corpus.inspect import counts, describe_splits
+from bigtx.data.corpus.shards import token_dtype
+from bigtx.data.prepare.encode import make_units
 from bigtx.data.prepare.job import REJECTS_NAME, REPORT_NAME, PartReport, Report
+from bigtx.data.prepare.texts import Needs, TextPreparation
 from bigtx.data.raw.files import describe_passed_over
+from bigtx.data.raw.formats import is_compressed
+from bigtx.data.raw.read import Reject, Rejects, list_files, read_file
+from bigtx.data.text.decontaminate import build_contamination_index
+from bigtx.data.text.rules import Dropped, TextRules, check_rules
+from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.tokenizer.words import utf8_length
+from bigtx.utils.errors import DataError
+from bigtx.utils.hardware import num_cores
 from bigtx.utils.shell import command, settings
 from bigtx.utils.units import format_count, format_size
+
+SAMPLE_SECONDS = 10.0
+SAMPLE_BYTES = 32 << 20
+"""Text of the sample, unless time runs out first."""
+_BATCH_CHARACTERS = 1 << 17
+_WORK_BYTES_PER_DOCUMENT = 48
+"""The bytes of the record of each document while the documents are shuffled."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The counts of the sample, and the estimate of the whole input from it.
+
+    Attributes:
+        stored_bytes: the bytes of all input files.
+        sampled_bytes: the sampled bytes of them, as stored.
+        num_processes: the number of processes that the time is estimated for.
+        documents, text_bytes, tokens: the counts of the kept documents of the sample.
+        removed: documents of the sample that a rule left out.
+        rejects: documents of the sample that could not be read.
+        seconds: the time for the sample, in one process.
+        token_bytes: the bytes of a token on disk.
+    """
+
+    stored_bytes: int
+    sampled_bytes: int
+    num_processes: int
+    documents: int
+    text_bytes: int
+    tokens: int
+    removed: int
+    rejects: int
+    seconds: float
+    token_bytes: int
+
+    @property
+    def factor(self) -> float:
+        """Return the ratio of the whole input to the sample."""
+        return self.stored_bytes / self.sampled_bytes
+
+    def lines(self) -> Iterator[str]:
+        """Yield the estimate as text."""
+        tokens = self.tokens * self.factor
+        disk = tokens * self.token_bytes
+        work = disk + self.documents * self.factor * _WORK_BYTES_PER_DOCUMENT
+        seconds = self.seconds * self.factor / self.num_processes
+        share = self.sampled_bytes / self.stored_bytes
+        yield (
+            f"Sampled {format_size(self.sampled_bytes)} of {format_size(self.stored_bytes)} ({share:.2%}): "
+            f"{self.documents:,} documents, {self.tokens:,} tokens, {self.text_bytes / self.tokens:.2f} bytes/token, "
+            f"{self.text_bytes / self.seconds / 1e6:.1f} MB/s in one process."
+        )
+        if self.removed or self.rejects:
+            total = self.documents + self.removed + self.rejects
+            yield f"Of {total:,} documents the rules leave out {self.removed:,}, and {self.rejects:,} cannot be read."
+        yield "The whole input, estimated from this sample (without the search for duplicates):"
+        yield f"  documents  about {format_count(self.documents * self.factor)}"
+        yield f"  tokens     about {format_count(tokens)}"
+        yield f"  time       about {_duration(seconds)} in {self.num_processes} processes"
+        yield f"  disk       about {format_size(round(disk))}, and {format_size(round(work))} more for temporary files"
+
+    def facts(self) -> dict[str, Any]:
+        """Return the sample as plain data, and the estimate: documents, tokens, seconds and bytes of the whole."""
+        tokens = self.tokens * self.factor
+        whole = {
+            "documents": round(self.documents * self.factor),
+            "tokens": round(tokens),
+            "seconds": self.seconds * self.factor / self.num_processes,
+            "bytes_on_disk": round(tokens * self.token_bytes),
+        }
+        return {"sample": dataclasses.asdict(self), "estimate": whole}
+
+
+def estimate(config: PrepareConfig) -> Estimate:
+    """Tokenize a seeded sample of the input.
+
+    Raises:
+        DataError: there is nothing to read.
+    """
+    tokenizer = Tokenizer.load(config.tokenizer)
+    check_rules(config)
+    with tempfile.TemporaryDirectory() as scratch:
+        index = build_contamination_index(config.decontaminate, Path(scratch)) if config.decontaminate.paths else None
+        return _sample(config, tokenizer, TextPreparation(config, tokenizer, TextRules(config, index), 1))
+
+
+def _sample(config: PrepareConfig, tokenizer: Tokenizer, texts: TextPreparation) -> Estimate:
+    files = list_files(config.input)
+    units = list(make_units(files, config.input))
+    random.Random(config.seed).shuffle(units)
+    rejects, needs = Rejects(max_share=1.0), Needs()
+    stored = documents = text_bytes = tokens = removed = 0
+    begin = time.monotonic()
+
+    def is_enough() -> bool:
+        return time.monotonic() - begin > SAMPLE_SECONDS or text_bytes >= SAMPLE_BYTES
+
+    for file in (file for unit in units for _, file in unit.files):
+        batch: list[str] = []
+        before = text_bytes
+        for document in read_file(file, config.input, rejects):
+            outcome = texts.apply(document, needs)
+            if isinstance(outcome, Dropped):
+                removed += 1
+                continue
+            if isinstance(outcome, Reject):
+                rejects.add(outcome)
+                continue
+            batch.append(outcome)
+            documents += 1
+            text_bytes += utf8_length(outcome)
+            if sum(map(len, batch)) >= _BATCH_CHARACTERS:
+                tokens += len(tokenizer.encode_documents(batch)[0])
+                batch = []
+                if is_enough():
+                    # The position in a compressed file is not known: text shrinks to about a third.
+                    stored += min(file.size, (text_bytes - before) // (3 if is_compressed(file.path) else 1))
+                    break
+        else:
+            stored += file.size
+        tokens += len(tokenizer.encode_documents(batch)[0])
+        if is_enough():
+            break
+    if not tokens:
+        raise DataError(
+            f"No text in the {len(files):,} files sampled; check input.paths and the rules.{rejects.first()}"
+        )
+    return Estimate(
+        stored_bytes=sum(file.size for file in files),
+        sampled_bytes=max(1, stored),
+        num_processes=config.num_processes or num_cores(),
+        documents=documents,
+        text_bytes=text_bytes,
+        tokens=tokens,
+        removed=removed,
+        rejects=rejects.count,
+        seconds=time.monotonic() - begin,
+        token_bytes=token_dtype(tokenizer.vocab_size).itemsize,
+    )
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{max(1, round(seconds))} seconds"
+
 
 FEW_DOCUMENTS, FEW_TOKENS = 20, 100_000
 """Held-out text below both limits is too little for a stable validation loss."""

@@ -14,9 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO, cast
 
-from bigtx.data.raw.decode import unreadable
 from bigtx.data.raw.documents import Reject, Rejects
-from bigtx.data.raw.formats import READ_ERRORS, read_up_to
+from bigtx.data.raw.formats import READ_ERRORS, read_up_to, unreadable
 from bigtx.data.storage.access import CHUNK_BYTES
 
 _UNIT = tarfile.BLOCKSIZE

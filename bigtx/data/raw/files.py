@@ -28,7 +28,7 @@ from bigtx.data.raw.formats import (
     suffix_of,
     why_unknown,
 )
-from bigtx.data.raw.parquet import check_package, row_group_ranges
+from bigtx.data.raw.readers import check_package, row_group_ranges
 from bigtx.data.raw.rows import is_json_lines
 from bigtx.data.storage import buckets
 from bigtx.data.storage.access import CHUNK_BYTES, InputFile, is_remote, stat

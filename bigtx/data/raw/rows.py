@@ -1,6 +1,6 @@
 """Rows, the common form of JSON lines, tables, parquet and archives, and the readers of text and JSON.
 
-    stream ──by format──▶ Row(fields, file, line, number) ──┬─▶ documents of `data prepare` (fields.py)
+    stream ──by format──▶ Row(fields, file, line, number) ──┬─▶ documents of `data prepare` (read.py)
                    └────▶ Rejects                           ├─▶ records of fine-tuning (data/records/read.py)
                                                             └─▶ texts of foreign shards (data/stream/foreign.py)
 
@@ -16,9 +16,16 @@ from itertools import chain
 from typing import Any, BinaryIO, NamedTuple
 
 from bigtx.data.raw import documents
-from bigtx.data.raw.decode import BadRowError, decode, parse_json, unreadable, without_signature
 from bigtx.data.raw.documents import EMPTY, Reject, Rejects
-from bigtx.data.raw.formats import READ_ERRORS, read_up_to
+from bigtx.data.raw.formats import (
+    READ_ERRORS,
+    BadRowError,
+    decode,
+    parse_json,
+    read_up_to,
+    unreadable,
+    without_signature,
+)
 from bigtx.data.storage.access import CHUNK_BYTES
 
 _BLANK = b" \t\r\n"

@@ -22,10 +22,18 @@ import xxhash
 
 from bigtx.data.raw import documents
 from bigtx.data.raw.archives import DamagedArchiveError, Member, read_members
-from bigtx.data.raw.decode import BadRowError, parse_json
 from bigtx.data.raw.documents import EMPTY, Reject, Rejects
 from bigtx.data.raw.files import counts_by_suffix, is_left_out
-from bigtx.data.raw.formats import Format, decompressed, format_of, suffix_inside, suffix_of, without_compression
+from bigtx.data.raw.formats import (
+    BadRowError,
+    Format,
+    decompressed,
+    format_of,
+    parse_json,
+    suffix_inside,
+    suffix_of,
+    without_compression,
+)
 from bigtx.data.raw.readers import STREAM_READERS
 from bigtx.data.raw.rows import Options, Origin, Row, read_whole, rows_of_bytes
 

@@ -25,21 +25,25 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from bigtx.data.audio.decode import AUDIO_SUFFIXES, AudioPlace
 from bigtx.data.raw import documents, own
 from bigtx.data.raw.archives import Member
-from bigtx.data.raw.decode import BadRowError, check_texts, decode, unreadable, without_signature
 from bigtx.data.raw.documents import Rejects
 from bigtx.data.raw.formats import (
     READ_ERRORS,
+    BadRowError,
+    check_texts,
+    decode,
     decompressed,
     is_compressed,
     read_up_to,
     suffix_inside,
+    unreadable,
     why_unknown,
+    without_signature,
 )
 from bigtx.data.raw.read import read_rows
 from bigtx.data.raw.rows import Options, Origin, Row, lines, read_json_lines, too_long
+from bigtx.data.recordings import AUDIO_SUFFIXES, AudioPlace
 from bigtx.data.records.record import WHOLE_FILE, Broken, Record
 from bigtx.data.storage.access import InputFile
 from bigtx.utils.errors import DataError

@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import os
 from dataclasses import dataclass
+from types import ModuleType
 from typing import BinaryIO, cast
 
-from bigtx.data.storage import buckets, web
 from bigtx.data.storage.remote import RefusedError, scheme_of, shown
 from bigtx.utils.files import open_file
 
@@ -66,7 +66,8 @@ def stat(path: str) -> tuple[int, str]:
     if not scheme:
         found = os.stat(path)
         return found.st_size, str(found.st_mtime_ns)
-    return web.stat(path) if scheme in ("http", "https") else buckets.stat(path)
+    size_and_version: tuple[int, str] = _module_for(scheme).stat(path)
+    return size_and_version
 
 
 def read_range(url: str, start: int | None = None, end: int | None = None) -> bytes:
@@ -77,8 +78,19 @@ def read_range(url: str, start: int | None = None, end: int | None = None) -> by
         TransientError: a retry may help.
         OSError: a retry does not help.
     """
-    read = web.read_range if scheme_of(url) in ("http", "https") else buckets.read_range
-    return read(url, start, end)
+    content: bytes = _module_for(scheme_of(url)).read_range(url, start, end)
+    return content
+
+
+def _module_for(scheme: str) -> ModuleType:
+    """Import the module that reads URLs of a scheme."""
+    if scheme in ("http", "https"):
+        from bigtx.data.storage import web
+
+        return web
+    from bigtx.data.storage import buckets
+
+    return buckets
 
 
 def open_binary(file: InputFile, *, seeks: bool = False) -> BinaryIO:
@@ -93,9 +105,13 @@ def open_binary(file: InputFile, *, seeks: bool = False) -> BinaryIO:
     """
     scheme = scheme_of(file.path)
     if scheme in ("http", "https"):
+        from bigtx.data.storage import web
+
         web_file = web.WebFile(file.path, file.size, file.version, needs_ranges=seeks)
         return cast(BinaryIO, io.BufferedReader(web_file, CHUNK_BYTES))
     if scheme:
+        from bigtx.data.storage import buckets
+
         chunk = CHUNK_BYTES if seeks else _BUCKET_CHUNK_BYTES
         return cast(BinaryIO, io.BufferedReader(buckets.BucketFile(file.path, file.size, file.version), chunk))
     stream = open_file(file.path, min(CHUNK_BYTES, max(file.size, 512)))

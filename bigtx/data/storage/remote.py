@@ -12,8 +12,8 @@ from typing import TypeVar
 
 from bigtx.utils.errors import DataError
 from bigtx.utils.log import say
+from bigtx.utils.paths import is_url, url_problem
 from bigtx.utils.secrets import HIDDEN, scrub_text
-from bigtx.utils.urls import is_url, url_problem
 
 BACK_OFF_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0)
 """The waits before a request is retried; each byte that arrives resets them."""

@@ -23,11 +23,9 @@ import numpy as np
 
 from bigtx.config.schema import ForeignConfig, InputConfig
 from bigtx.data.corpus.manifest import TAR_UNIT
-from bigtx.data.hashing import hash64
-from bigtx.data.raw.decode import unreadable
 from bigtx.data.raw.documents import EMPTY, Reject, Rejects
-from bigtx.data.raw.fields import Fields
-from bigtx.data.raw.formats import READ_ERRORS, decompressed, is_compressed
+from bigtx.data.raw.formats import READ_ERRORS, decompressed, is_compressed, unreadable
+from bigtx.data.raw.read import Fields
 from bigtx.data.raw.rows import Origin
 from bigtx.data.raw.samples import read_archive
 from bigtx.data.storage.places import Place, RemotePath, as_place, open_stream
@@ -35,6 +33,7 @@ from bigtx.data.storage.remote import name_of
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import DataError
 from bigtx.utils.files import open_file
+from bigtx.utils.hashing import hash64
 from bigtx.utils.terminal import visible
 
 Row = tuple[np.ndarray, np.ndarray]

@@ -8,11 +8,9 @@ import numpy as np
 
 from bigtx.config.schema import DataConfig, SourceConfig
 from bigtx.data.corpus.manifest import Manifest
-from bigtx.data.storage.cache import Cache
-from bigtx.data.storage.places import as_place
+from bigtx.data.storage.places import Cache, as_place
 from bigtx.data.stream.mixture import Phase
-from bigtx.data.stream.order import Order, SourceOrder, rows_of_blocks
-from bigtx.data.stream.skip import SkippedWindows
+from bigtx.data.stream.order import Order, SkippedWindows, SourceOrder, rows_of_blocks
 from bigtx.utils.errors import DataError
 
 

@@ -21,9 +21,8 @@ import numpy as np
 
 from bigtx.config.schema import DecontaminateConfig, InputConfig
 from bigtx.data.raw.documents import in_batches
-from bigtx.data.raw.fields import Fields
-from bigtx.data.raw.read import Rejects, documents_of, list_files
-from bigtx.data.text.words import hash_ngrams, hash_words, hash_words_in_parts, words_at
+from bigtx.data.raw.read import Fields, Rejects, documents_of, list_files
+from bigtx.data.text.ngrams import hash_ngrams, hash_words, hash_words_in_parts, words_at
 from bigtx.utils.errors import DataError
 from bigtx.utils.files import write_atomic, write_json
 

@@ -27,10 +27,10 @@ from typing import NamedTuple
 import numpy as np
 
 from bigtx.config.schema import NearDuplicateConfig
-from bigtx.data.hashing import hash64
-from bigtx.data.text.minhash import NOTHING, SIGNATURE_DTYPE
+from bigtx.data.text.ngrams import NOTHING, SIGNATURE_DTYPE
 from bigtx.utils.errors import DataError
 from bigtx.utils.files import fsync_dir
+from bigtx.utils.hashing import hash64
 
 MAX_ROUNDS = 64
 """The most leaders of one group; a document that agrees with none of them is not a duplicate by this band."""

@@ -40,8 +40,8 @@ from bigtx.finetuning.tasks.task import (
     pinned,
     some_ids,
 )
+from bigtx.model.layers import pooling_weights
 from bigtx.model.loss import IGNORED
-from bigtx.model.pooling import pooling_weights
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.track.tracker import Better
 from bigtx.utils.errors import ConfigError, DataError

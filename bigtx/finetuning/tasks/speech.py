@@ -20,12 +20,9 @@ from torch import Tensor
 
 from bigtx.config.schema import FinetuneConfig
 from bigtx.config.shape import frames_per_column
-from bigtx.data.audio.augment import changes_waveform, generator, masked, perturbed
-from bigtx.data.audio.decode import AudioPlace, decode, num_resampled, read_header
-from bigtx.data.audio.features import LogMel
-from bigtx.data.audio.look import Found
-from bigtx.data.audio.riff import BadAudioError
+from bigtx.data.recordings import AudioPlace, BadAudioError, Found, decode, num_resampled, read_header
 from bigtx.data.records.record import BadRecordError, Record
+from bigtx.data.spectrogram import LogMel, changes_waveform, generator, masked, perturbed
 from bigtx.finetuning.tasks.task import LENGTH_MULTIPLE, on_device
 from bigtx.model.loss import IGNORED
 from bigtx.utils.errors import DataError

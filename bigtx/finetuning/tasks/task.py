@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from bigtx.config.schema import FinetuneConfig
-from bigtx.data.audio.decode import AudioPlace
-from bigtx.data.audio.look import Found
+from bigtx.data.recordings import AudioPlace, Found
 from bigtx.data.records.record import BadRecordError, Record
 from bigtx.engine.task import TaskLoss
 from bigtx.tokenizer.tokenizer import Tokenizer
@@ -30,7 +29,7 @@ from bigtx.track.tracker import Better
 from bigtx.utils.errors import ConfigError
 
 Look = Callable[[Iterable[AudioPlace]], Mapping[AudioPlace, Found]]
-"""See `bigtx.data.audio.look.look_at`."""
+"""See `bigtx.data.recordings.look_at`."""
 Model = Callable[..., Any]
 """A Transformer, or an engine around one."""
 Prediction = dict[str, Any]

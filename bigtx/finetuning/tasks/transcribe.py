@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bigtx.config import shape
 from bigtx.config.schema import FinetuneConfig
-from bigtx.data.audio.decode import AudioPlace, require_speech
+from bigtx.data.recordings import AudioPlace, require_speech
 from bigtx.data.records.record import BadRecordError, Record
 from bigtx.engine.task import TaskLoss
 from bigtx.finetuning.tasks.speech import SpeechBatch, SpeechExample, SpeechFeatures

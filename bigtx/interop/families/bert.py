@@ -18,7 +18,7 @@ from bigtx.interop.families.common import plain_heads, special_ids, usual_scale
 from bigtx.interop.family import Family, SaidByConfig
 from bigtx.interop.fields import Fields, differing
 from bigtx.interop.maps import Link, same, spelled
-from bigtx.plan.parameters import parameter_shapes
+from bigtx.model.size import parameter_shapes
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import ConfigError
 

@@ -15,7 +15,7 @@ from bigtx.interop.families.llama import BLOCK, OUTER, LlamaKin
 from bigtx.interop.family import Family
 from bigtx.interop.fields import Fields
 from bigtx.interop.maps import Link, same, spelled, stacked
-from bigtx.plan.parameters import parameter_shapes
+from bigtx.model.size import parameter_shapes
 from bigtx.tokenizer.tokenizer import Tokenizer
 
 MATRICES = ("gate", "up", "down")

@@ -22,7 +22,7 @@ from bigtx.interop.windows import (
     write_layer_windows,
     write_window,
 )
-from bigtx.plan.parameters import parameter_shapes
+from bigtx.model.size import parameter_shapes
 from bigtx.tokenizer.tokenizer import Tokenizer
 
 OUTER = {"embedding": "model.embed_tokens", "decoder.norm": "model.norm", "head": "lm_head", "head.classes": "score"}

@@ -13,7 +13,7 @@ from bigtx.interop.family import Family, SaidByConfig
 from bigtx.interop.fields import Fields, differing
 from bigtx.interop.maps import Link, same, spelled, split_rows
 from bigtx.interop.windows import FULL, SLIDING, layer_types, read_interval
-from bigtx.plan.parameters import parameter_shapes
+from bigtx.model.size import parameter_shapes
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils import log
 

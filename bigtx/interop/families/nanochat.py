@@ -18,7 +18,7 @@ from bigtx.interop.family import Family, SaidByConfig
 from bigtx.interop.fields import Fields, differing
 from bigtx.interop.maps import Link, same, spelled, swapped_halves
 from bigtx.interop.rope import read_rope
-from bigtx.plan.parameters import parameter_shapes
+from bigtx.model.size import parameter_shapes
 from bigtx.tokenizer.tokenizer import Tokenizer
 
 FIXED = decoder.FIXED | {

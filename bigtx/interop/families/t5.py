@@ -19,7 +19,7 @@ from bigtx.interop.families.common import special_ids
 from bigtx.interop.family import Family
 from bigtx.interop.fields import Fields, differing
 from bigtx.interop.maps import Link, same, spelled
-from bigtx.plan.parameters import parameter_shapes
+from bigtx.model.size import parameter_shapes
 from bigtx.tokenizer.tokenizer import Tokenizer
 
 FIXED: dict[str, Sequence[Any]] = {

@@ -11,8 +11,7 @@ import pytest
 import soundfile
 from sounds import RATE, tone, wav
 
-from bigtx.data.audio.decode import AudioPlace, decode, examine, num_resampled, read_header, resampled
-from bigtx.data.audio.riff import BadAudioError
+from bigtx.data.recordings import AudioPlace, BadAudioError, decode, examine, num_resampled, read_header, resampled
 
 
 def in_memory(content: bytes) -> AudioPlace:

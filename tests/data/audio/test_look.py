@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from sounds import RATE, tone, wav
 
-from bigtx.data.audio import look
-from bigtx.data.audio.decode import AudioPlace, examine
+from bigtx.data import recordings
+from bigtx.data.recordings import AudioPlace, examine
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(place.name)
         return examine(place)
 
-    monkeypatch.setattr(look, "examine", counted)
+    monkeypatch.setattr(recordings, "examine", counted)
     return names
 
 
@@ -36,27 +36,29 @@ def place_of(path: Path) -> AudioPlace:
 
 
 def test_good_ones_are_remembered_and_bad_ones_are_not(tmp_path: Path, decoded: list[str]) -> None:
-    places, memory = write(tmp_path, 4), tmp_path / look.FILE
+    places, memory = write(tmp_path, 4), tmp_path / recordings.FILE
     good = (len(tone(500)), RATE)
     (tmp_path / "2.wav").write_bytes(wav(tone(500))[:500])
     places[2] = place_of(tmp_path / "2.wav")
     places.append(AudioPlace("in a tar.gz", "a.tar.gz", 512, 1, wav(tone(500))))
-    found = look.look_at([*places, places[0]], memory=memory)
+    found = recordings.look_at([*places, places[0]], memory=memory)
     assert sorted(decoded) == ["0.wav", "1.wav", "2.wav", "3.wav", "in a tar.gz"]
     assert "cut short" in str(found.pop(places[2])) and set(found.values()) == {good}
     (tmp_path / "2.wav").write_bytes(wav(tone(500)))
     os.utime(tmp_path / "0.wav", ns=(1, 1))
     places[2] = place_of(tmp_path / "2.wav")
     decoded.clear()
-    assert set(look.look_at(places, memory=memory).values()) == {good} and sorted(decoded) == ["0.wav", "2.wav"]
+    assert set(recordings.look_at(places, memory=memory).values()) == {good} and sorted(decoded) == ["0.wav", "2.wav"]
     decoded.clear()
     memory.write_text("[" + memory.read_text())
-    assert set(look.look_at(places, memory=memory).values()) == {good} and len(decoded) == 5, "a damaged memory is none"
+    assert set(recordings.look_at(places, memory=memory).values()) == {good} and len(decoded) == 5, (
+        "a damaged memory is none"
+    )
     memory.unlink()
     memory.mkdir()
-    assert len(look.look_at(places, memory=memory)) == 5, "one that cannot be written is none either"
+    assert len(recordings.look_at(places, memory=memory)) == 5, "one that cannot be written is none either"
     os.remove(tmp_path / "3.wav")
-    assert "cannot be read" in str(look.look_at(places)[places[3]])
+    assert "cannot be read" in str(recordings.look_at(places)[places[3]])
 
 
 def test_each_process_decodes_its_share_and_knows_all(tmp_path: Path, decoded: list[str]) -> None:
@@ -67,12 +69,15 @@ def test_each_process_decodes_its_share_and_knows_all(tmp_path: Path, decoded: l
         return parts
 
     with pytest.raises(KeyError):  # The other's share is missing here.
-        look.look_at(places, share=(0, 2), gather=gather)
+        recordings.look_at(places, share=(0, 2), gather=gather)
     assert sorted(decoded) == ["0.wav", "2.wav", "4.wav"]
-    assert len(look.look_at(places, share=(1, 2), gather=gather)) == 5 and sorted(decoded[3:]) == ["1.wav", "3.wav"]
+    assert len(recordings.look_at(places, share=(1, 2), gather=gather)) == 5 and sorted(decoded[3:]) == [
+        "1.wav",
+        "3.wav",
+    ]
 
 
 def test_a_long_recording_is_decoded_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bigtx.data.audio.decode.BLOCK_SAMPLES", 300)
+    monkeypatch.setattr("bigtx.data.recordings.BLOCK_SAMPLES", 300)
     content = wav(np.stack([tone(500), tone(700)], axis=1))
     assert examine(AudioPlace("a.wav", "a.wav", 0, len(content), content)) == (len(tone(500)), RATE)

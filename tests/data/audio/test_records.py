@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from sounds import RATE, sayings, tone, wav
 
-from bigtx.data.audio.decode import AudioPlace, decode
+from bigtx.data.recordings import AudioPlace, decode
 from bigtx.data.records.read import read_records
 from bigtx.data.records.record import Broken, Record
 from bigtx.utils.errors import DataError

@@ -18,8 +18,7 @@ from bigtx.data.corpus import blocks
 from bigtx.data.corpus.blocks import open_reader
 from bigtx.data.corpus.manifest import Manifest, has_split
 from bigtx.data.storage import buckets, places
-from bigtx.data.storage.cache import Cache, DamagedError
-from bigtx.data.storage.places import RemotePath, as_place
+from bigtx.data.storage.places import Cache, DamagedError, RemotePath, as_place
 from bigtx.data.stream.loader import TrainLoader, validation_batches
 from bigtx.utils.errors import DataError
 

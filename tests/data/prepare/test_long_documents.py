@@ -14,8 +14,8 @@ from bigtx.cli import main
 from bigtx.config.schema import FilterConfig, InputConfig, PrepareConfig, TokenizerTrainConfig
 from bigtx.data.corpus.manifest import Manifest
 from bigtx.data.prepare import job
-from bigtx.data.prepare.estimate import estimate
 from bigtx.data.prepare.job import PartReport, Report, merge, prepare
+from bigtx.data.prepare.report import estimate
 from bigtx.tokenizer.train import train
 from bigtx.utils.errors import DataError
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bigtx.config.schema import InputConfig
-from bigtx.data.raw import tables
+from bigtx.data.raw import readers
 from bigtx.data.raw.read import InputFile, Rejects, list_files, read_file, split_file
 from bigtx.utils.errors import DataError
 
@@ -60,7 +60,7 @@ def test_quotation_marks_may_be_text(tmp_path: Path) -> None:
 
 
 def test_fields_too_long_are_rejected_and_the_next_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "MAX_FIELD_CHARACTERS", 1000)
+    monkeypatch.setattr(readers, "MAX_FIELD_CHARACTERS", 1000)
     long_rows = ["x" * 1001, "x" * 5000, "a\n" * 700]
     (tmp_path / "a.csv").write_bytes(table([["text"], ["a"], *[[row] for row in long_rows[:2]], ["b"]]))
     documents, rejects = read_all(tmp_path / "a.csv")

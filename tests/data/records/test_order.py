@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bigtx.data.records.loader import RecordLoader
-from bigtx.data.records.order import WINDOW_BATCHES, RecordOrder
+from bigtx.data.records.loader import WINDOW_BATCHES, RecordLoader, RecordOrder
 
 
 @pytest.mark.parametrize("count", [1, 7, 100, 1000])

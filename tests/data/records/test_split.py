@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from bigtx.data.records.record import Record
-from bigtx.data.records.split import split_records
+from bigtx.data.records.record import Record, split_records
 
 
 def make(count: int) -> list[Record]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bigtx.data.stream.skip import SkippedWindows
+from bigtx.data.stream.order import SkippedWindows
 
 windows = st.lists(st.tuples(st.integers(0, 100), st.integers(1, 20)), max_size=6)
 

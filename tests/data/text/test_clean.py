@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bigtx.config.schema import CleanConfig
-from bigtx.data.text.clean import EMAIL, IPV4, IPV6, Cleaner, replace_emails, replace_ip_addresses, unicode_repair
+from bigtx.data.text.rules import EMAIL, IPV4, IPV6, Cleaner, replace_emails, replace_ip_addresses, unicode_repair
 
 
 def test_nothing_is_changed_by_default() -> None:

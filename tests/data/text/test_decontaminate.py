@@ -11,7 +11,7 @@ import pytest
 
 from bigtx.config.schema import DecontaminateConfig
 from bigtx.data.text import decontaminate
-from bigtx.data.text import words as words_module
+from bigtx.data.text import ngrams as words_module
 from bigtx.data.text.decontaminate import Contamination, build_contamination_index, contamination_digest
 from bigtx.utils.errors import DataError
 

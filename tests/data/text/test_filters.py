@@ -12,8 +12,7 @@ from hypothesis import given
 
 from bigtx.config.schema import FilterConfig
 from bigtx.data.text import filters
-from bigtx.data.text.c4 import C4Lines
-from bigtx.data.text.filters import Limits, Page
+from bigtx.data.text.filters import C4Lines, Limits, Page
 
 PROSE = (
     "The committee met again on Tuesday, and its members agreed with the proposal that had been sent to them. "

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from bigtx.config.schema import NearDuplicateConfig
-from bigtx.data.text import minhash, words
-from bigtx.data.text.minhash import NOTHING, SIGNATURE_DTYPE, Signer
-from bigtx.data.text.words import hash_ngrams
+from bigtx.data.text import ngrams
+from bigtx.data.text.ngrams import NOTHING, SIGNATURE_DTYPE, Signer, hash_ngrams
 
 
 def make_words(count: int, seed: int) -> list[str]:
@@ -39,23 +38,22 @@ def test_a_signature_does_not_depend_on_its_company(monkeypatch: pytest.MonkeyPa
     together = signer.sign(texts)
     assert together.dtype == SIGNATURE_DTYPE and together.shape == (10, 112)
     assert (together == np.concatenate([signer.sign([text]) for text in texts])).all()
-    monkeypatch.setattr(minhash, "_BLOCK", 7)
+    monkeypatch.setattr(ngrams, "_BLOCK", 7)
     assert (together == signer.sign(texts)).all()
 
 
 def test_a_long_text_in_parts_has_the_signature_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [" ".join(make_words(count, seed=count)) for count in (5000, 3, 200)] + ["a" + " " * 3000 + "b", "." * 3000]
     whole = Signer(NearDuplicateConfig()).sign(texts)
-    monkeypatch.setattr(minhash, "PIECE_CHARACTERS", 100)
-    monkeypatch.setattr(words, "PIECE_CHARACTERS", 100)
-    words._powers.cache_clear()
+    monkeypatch.setattr(ngrams, "PIECE_CHARACTERS", 100)
+    ngrams._powers.cache_clear()
     num_words = []
     monkeypatch.setattr(
-        minhash, "hash_ngrams", lambda hashes, n: num_words.append(len(hashes)) or hash_ngrams(hashes, n)
+        ngrams, "hash_ngrams", lambda hashes, n: num_words.append(len(hashes)) or hash_ngrams(hashes, n)
     )
     assert (whole == Signer(NearDuplicateConfig()).sign(texts)).all()
     assert len(num_words) > 300 and max(num_words) < 30
-    words._powers.cache_clear()
+    ngrams._powers.cache_clear()
 
 
 def test_case_and_punctuation_do_not_count() -> None:

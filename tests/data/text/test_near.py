@@ -14,8 +14,8 @@ import pytest
 
 from bigtx.config.schema import NearDuplicateConfig
 from bigtx.data.text import near
-from bigtx.data.text.minhash import NOTHING, Signer
 from bigtx.data.text.near import ROW_DTYPE, NearDuplicates, SignaturePart, find_near_duplicates
+from bigtx.data.text.ngrams import NOTHING, Signer
 from bigtx.utils.errors import DataError
 
 NUM_PAIRS = 2500

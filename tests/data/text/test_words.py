@@ -8,8 +8,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from bigtx.data.text import words as words_module
-from bigtx.data.text.words import hash_ngrams, hash_words, split_words, words_at
+from bigtx.data.text import ngrams as words_module
+from bigtx.data.text.ngrams import hash_ngrams, hash_words, split_words, words_at
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 from bigtx.config.schema import DataConfig, ModelConfig, ObjectiveConfig, PretrainConfig, TrainConfig
 from bigtx.data.stream.rows import IGNORED_LABEL, Batch
 from bigtx.pretraining.objectives import Objective, make_objective
-from bigtx.pretraining.objectives.span_corruption import noise_counts
+from bigtx.pretraining.source_and_target import noise_counts
 from bigtx.tokenizer.special import SpecialIds
 from bigtx.utils.errors import ConfigError
 

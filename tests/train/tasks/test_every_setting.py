@@ -11,7 +11,7 @@ from sounds import RATE, sayings, write_tokenizer
 
 from bigtx.config.schema import AudioConfig, FieldsConfig, FinetuneConfig, ModelConfig, TokenizerTrainConfig
 from bigtx.config.settings import leaves
-from bigtx.data.audio.decode import AudioPlace
+from bigtx.data.recordings import AudioPlace
 from bigtx.data.records.record import BadRecordError, Record
 from bigtx.finetuning.tasks import task_type
 from bigtx.model.transformer import Transformer

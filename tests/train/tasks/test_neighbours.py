@@ -21,7 +21,7 @@ from bigtx.config.schema import (
     TokenizerTrainConfig,
     TranscribeConfig,
 )
-from bigtx.data.audio.decode import AudioPlace
+from bigtx.data.recordings import AudioPlace
 from bigtx.data.records.record import Record
 from bigtx.finetuning.tasks import task_type
 from bigtx.model.experts import routing_loss

@@ -24,7 +24,7 @@ from bigtx.config.schema import (
     TranscribeConfig,
     TranslateConfig,
 )
-from bigtx.data.audio.decode import AudioPlace
+from bigtx.data.recordings import AudioPlace
 from bigtx.data.records.read import read_records
 from bigtx.data.records.record import BadRecordError, Broken, Record
 from bigtx.finetuning.records import encode, open_task_data

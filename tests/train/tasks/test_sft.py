@@ -19,7 +19,7 @@ from bigtx.finetuning.tasks.sft import PackedRow, Sft, best_fit
 from bigtx.model.loss import IGNORED
 from bigtx.model.transformer import Transformer
 from bigtx.tokenizer.huggingface_model import CHAT_TEMPLATE
-from bigtx.tokenizer.template import around
+from bigtx.tokenizer.special import around
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.tokenizer.train import train
 from bigtx.utils.errors import ConfigError

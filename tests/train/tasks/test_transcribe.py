@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from sounds import RATE, WORDS, sayings, spoken, tone, wav, write_tokenizer
 
 from bigtx.config.schema import AudioConfig, FinetuneConfig, ModelConfig, RecordsConfig, TranscribeConfig
-from bigtx.data.audio.decode import AudioPlace
+from bigtx.data.recordings import AudioPlace
 from bigtx.data.records.record import BadRecordError, Record
 from bigtx.finetuning.tasks.speech import Cache
 from bigtx.finetuning.tasks.transcribe import Transcribe, collapse, normalize

@@ -1,0 +1,148 @@
+"""The log-mel spectrogram of a waveform, and its augmentation.
+
+The power spectrum under a Hann window, summed up by triangles on Slaney's mel scale (M. Slaney, Auditory Toolbox,
+Technical Report 1998-010, the one that librosa and Whisper use), as logarithms that end 80 dB below the loudest
+(arXiv:2212.04356, section 2.2, and its published code), shifted and scaled to mean 0 and deviation 1 over the whole
+recording, so that loudness has no effect. Shape letters: L samples, F frames, M mel bins.
+
+Recordings are changed each time that they are read, as drawn from (seed, number of the record). SpecAugment
+(arXiv:1904.08779) hides bands of time and of frequency; its time warp is left out, which according to the article is
+the least important of the three and the most expensive. Before the spectrogram is computed, a recording may be played
+faster or slower (T. Ko et al., Audio Augmentation for Speech Recognition, Interspeech 2015) and noise may be added.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bigtx.config.schema import AudioConfig, TranscribeConfig
+from bigtx.data.recordings import resampled
+
+MIN_FFT = 512
+"""The size of the transform: large enough that the lowest of 80 triangles is wider than a bin at all usual rates."""
+LEAST_POWER = 1e-10
+DYNAMIC_RANGE = 8.0
+"""The range of the spectrogram, in powers of ten below the loudest value."""
+LEAST_DEVIATION = 1e-3
+"""The deviation of silence, whose spectrogram is flat."""
+
+LINEAR_HERTZ = 200.0 / 3
+"""Hertz of one mel below BREAK_HERTZ, where the scale is linear."""
+BREAK_HERTZ = 1000.0
+LOG_STEP = math.log(6.4) / 27.0
+"""The logarithm of the ratio of frequencies of one mel above BREAK_HERTZ."""
+
+
+class LogMel:
+    """The features of one kind of model."""
+
+    def __init__(self, config: AudioConfig) -> None:
+        rate = config.sample_rate
+        self.window_length = max(1, round(rate * config.window_ms / 1000))
+        self.hop = max(1, round(rate * config.hop_ms / 1000))
+        self.fft = max(MIN_FFT, 2 ** math.ceil(math.log2(self.window_length)))
+        self.window = torch.hann_window(self.window_length)
+        self.filters = torch.from_numpy(mel_filters(config.num_mel_bins, rate, self.fft)).float()
+
+    def num_frames(self, num_samples: int) -> int:
+        """Return the number of frames of so many samples: one starts with every hop."""
+        return -(-num_samples // self.hop)
+
+    def __call__(self, wave: np.ndarray) -> Tensor:
+        """Return features fp32 [F, M] of a waveform fp32 [L]; frame f is centred on sample f * hop, with zeros
+        outside.
+        """
+        spectrum = torch.stft(
+            torch.from_numpy(wave),
+            self.fft,
+            hop_length=self.hop,
+            win_length=self.window_length,
+            window=self.window,
+            center=True,
+            pad_mode="constant",
+            return_complex=True,
+        )[:, : self.num_frames(len(wave))]
+        power = (self.filters @ spectrum.abs().square()).clamp(min=LEAST_POWER).log10()  # M F
+        power = power.clamp(min=float(power.max()) - DYNAMIC_RANGE)
+        power = (power - power.mean()) / power.std(correction=0).clamp(min=LEAST_DEVIATION)
+        return power.t().contiguous()
+
+
+def mel_filters(num_bins: int, rate: int, fft: int) -> np.ndarray:
+    """Return fp64 [num_bins, fft / 2 + 1]: triangles of area one, evenly spaced in mel from 0 Hz to half the rate."""
+    corners = _hertz(np.linspace(0.0, _mel(rate / 2), num_bins + 2))
+    frequencies = np.linspace(0.0, rate / 2, fft // 2 + 1)
+    low, middle, high = corners[:-2, None], corners[1:-1, None], corners[2:, None]
+    rising, falling = (frequencies - low) / (middle - low), (high - frequencies) / (high - middle)
+    return np.maximum(0.0, np.minimum(rising, falling)) * (2.0 / (high - low))
+
+
+def _mel(hertz: float) -> float:
+    if hertz < BREAK_HERTZ:
+        return hertz / LINEAR_HERTZ
+    return BREAK_HERTZ / LINEAR_HERTZ + math.log(hertz / BREAK_HERTZ) / LOG_STEP
+
+
+def _hertz(mel: np.ndarray) -> np.ndarray:
+    at_break = BREAK_HERTZ / LINEAR_HERTZ
+    return np.where(
+        mel < at_break, mel * LINEAR_HERTZ, BREAK_HERTZ * np.exp(LOG_STEP * (np.maximum(mel, at_break) - at_break))
+    )
+
+
+_STREAM = 7 << 56
+"""A label that separates these draws from those of the order of records, which have the same seed."""
+
+
+def generator(seed: int, number: int) -> np.random.Generator:
+    """Return the generator of the record with this number in the run."""
+    return np.random.Generator(np.random.Philox(key=[seed, _STREAM | number]))
+
+
+def changes_waveform(config: TranscribeConfig) -> bool:
+    """Return whether recordings are changed before the spectrogram, so that it must be computed each time."""
+    return config.speed_change > 0.0 or config.noise_db is not None
+
+
+def perturbed(wave: np.ndarray, config: TranscribeConfig, draw: np.random.Generator) -> np.ndarray:
+    """Return a waveform fp32 [L], changed in speed and with noise, as the config says."""
+    if config.speed_change > 0.0:
+        speed = 1.0 + config.speed_change * (int(draw.integers(3)) - 1)
+        wave = resampled(wave, speed, 1.0)
+    if config.noise_db is not None:
+        ratio = 10.0 ** (-draw.uniform(config.noise_db, config.noise_db + NOISE_RANGE_DB) / 20.0)
+        loudness = float(np.sqrt(np.mean(np.square(wave, dtype=np.float64))))
+        wave = wave + (ratio * loudness) * draw.standard_normal(len(wave), dtype=np.float32)
+    return wave.astype(np.float32, copy=False)
+
+
+NOISE_RANGE_DB = 30.0
+"""The range of the drawn noise, from the loudest to the faintest, in dB."""
+
+
+def masked(features: Tensor, config: TranscribeConfig, draw: np.random.Generator) -> Tensor:
+    """Return features fp32 [F, M] with bands of time and frequency hidden: set to 0, which is their mean."""
+    frames, bins = features.shape
+    if not config.num_time_masks and not config.num_frequency_masks:
+        return features
+    features = features.clone()
+    for _ in range(config.num_frequency_masks):
+        start, stop = _band(bins, config.max_frequency_mask, draw)
+        features[:, start:stop] = 0.0
+    for _ in range(config.num_time_masks):
+        start, stop = _band(frames, config.max_time_mask, draw)
+        features[start:stop] = 0.0
+    return features
+
+
+def _band(length: int, share: float, draw: np.random.Generator) -> tuple[int, int]:
+    """Return a band of up to `share` of a length, its width and then its place drawn uniformly (section 2 of the
+    article).
+    """
+    width = int(draw.integers(int(share * length) + 1))
+    start = int(draw.integers(length - width + 1))
+    return start, start + width

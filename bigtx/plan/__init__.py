@@ -1,1 +1,0 @@
-"""Memory, time and parameters of a run, computed from its config."""

@@ -1,0 +1,251 @@
+"""Objectives: they turn a row of text into the model's input and labels.
+
+    row of T tokens ─▶ causal            predict each next token
+                       fill_in_middle    the same, for documents whose middle was moved to their end
+                       masked            predict M masked tokens; the encoder reads the rest in both directions
+                       span_corruption   predict removed spans; the decoder generates them
+                       prefix            predict the text after a first part, which is read in both directions
+
+An objective transforms batches in the loader's thread. All its random draws follow from (seed, sequence number), so
+there is no state to save, and the numbers of ranks and of micro batches have no effect.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import numpy as np
+
+from bigtx.config.schema import PretrainConfig
+from bigtx.data.stream.rows import IGNORED_LABEL, Batch
+from bigtx.pretraining.objective import Lengths, Objective, filled, positions_of, tensor
+from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.tokenizer.words import is_unspaced
+from bigtx.utils.errors import ConfigError
+
+
+def make_objective(config: PretrainConfig, tokenizer: Tokenizer, *, purpose: str) -> Objective:
+    """Return the objective of a run.
+
+    Args:
+        purpose: "train", or "validation", whose draws are the same for every seed.
+
+    Raises:
+        ConfigError: the tokenizer lacks ids that the objective needs, or the objective's rows are too long.
+    """
+    objective = _kind(config)(config, tokenizer, purpose)
+    longest, most = max(objective.lengths.source, objective.lengths.target), config.model.max_sequence_length
+    if config.model.positions == "learned" and longest > most:
+        raise ConfigError(
+            f"objective.name={config.objective.name} makes {longest} tokens for one side of a row of "
+            f"train.sequence_length={config.train.sequence_length}, and the learned positions end at "
+            f"model.max_sequence_length={most}; lower train.sequence_length"
+        )
+    return objective
+
+
+def _kind(config: PretrainConfig) -> type[Objective]:
+    kinds: dict[str, type[Objective]] = {"causal": Causal, "fill_in_middle": FillInMiddle, "masked": Masked}
+    if kind := kinds.get(config.objective.name):
+        return kind
+    from bigtx.pretraining.source_and_target import DecoderPrefix, SourcePrefix, SpanCorruption
+
+    prefix = DecoderPrefix if config.model.shape == "decoder" else SourcePrefix
+    return SpanCorruption if config.objective.name == "span_corruption" else prefix
+
+
+class Causal(Objective):
+    """Predict each next token."""
+
+    bits_per_byte = True
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Return the batch unchanged."""
+        return batch
+
+    @property
+    def lengths(self) -> Lengths:
+        """Return the whole row, in the decoder."""
+        return Lengths(0, self.length, self.length)
+
+    def describe(self) -> str:
+        """Return a short description."""
+        return "every next token"
+
+
+NUM_MARKS = 3
+
+
+class FillInMiddle(Objective):
+    """Rearrange some of the documents, and predict each next token.
+
+    A rearranged document is three tokens longer; a row that becomes too long is truncated at its end.
+    """
+
+    def __init__(self, config: PretrainConfig, tokenizer: Tokenizer, purpose: str) -> None:
+        """Raises:
+        ConfigError: the tokenizer has fewer than three sentinels.
+        """
+        super().__init__(config, tokenizer, purpose)
+        if len(tokenizer.sentinel_ids) < NUM_MARKS:
+            raise ConfigError(
+                "objective.name=fill_in_middle marks the parts of a document with the tokenizer's last three "
+                f"sentinels, and this tokenizer has {len(tokenizer.sentinel_ids)}; `bigtx tokenizer train` makes 100"
+            )
+        self.marks = [np.array([mark]) for mark in tokenizer.sentinel_ids[-NUM_MARKS:]]
+
+    @property
+    def lengths(self) -> Lengths:
+        """Return the whole row, in the decoder."""
+        return Lengths(0, self.length, self.length)
+
+    def describe(self) -> str:
+        """Return a short description."""
+        return f"every next token, {self.settings.fill_in_middle_rate:.0%} of the documents rearranged"
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Return the batch with rearranged documents, and their labels, positions and segments."""
+        tokens, labels = filled(batch, self.length, self.tokenizer.pad_id), filled(batch, self.length, IGNORED_LABEL)
+        segments, positions = filled(batch, self.length, -1), filled(batch, self.length, 0)
+        lengths = np.zeros(len(tokens), np.int64)
+        raw_labels = batch.labels.numpy()
+        for row, text, generator in self.rows(batch):
+            pieces = [self._rearrange(piece, generator) for piece in self._documents(text)]
+            joined = np.concatenate(pieces)
+            owner = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
+            lengths[row] = length = min(self.length, len(joined))
+            tokens[row, :length] = joined[:length]
+            # The last label counts if nothing was moved; otherwise its column is truncated or followed by padding.
+            following = np.append(joined[1:], raw_labels[row, len(text) - 1])[:length]
+            if self.document_mask:
+                following = np.where(
+                    np.append(owner[1:], owner[-1])[:length] == owner[:length], following, IGNORED_LABEL
+                )
+            labels[row, :length] = following
+            segments[row, :length], positions[row, :length] = owner[:length], positions_of(owner[:length])
+        changed = replace(
+            batch, tokens=tensor(tokens, batch), labels=tensor(labels, batch), text_lengths=tensor(lengths, batch)
+        )
+        if not self.document_mask:
+            return changed
+        return replace(changed, segment_ids=tensor(segments, batch), positions=tensor(positions, batch))
+
+    def _documents(self, text: np.ndarray) -> list[np.ndarray]:
+        """Return the documents of a row, or the parts of them in it; each but the last ends with the end id."""
+        ends = np.flatnonzero(text == self.tokenizer.end_id) + 1
+        return [piece for piece in np.split(text, ends) if len(piece)]
+
+    def _rearrange(self, piece: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        moved, suffix_first, *cuts = generator.random(4)
+        if moved >= self.settings.fill_in_middle_rate:
+            return piece
+        end = piece[-1:] if piece[-1] == self.tokenizer.end_id else piece[:0]
+        begin_ids = self.tokenizer.begin_ids
+        begin = piece[: len(begin_ids)] if piece[: len(begin_ids)].tolist() == begin_ids else piece[:0]
+        body = piece[len(begin) : len(piece) - len(end)]
+        first, second = sorted(int(cut * (len(body) + 1)) for cut in cuts)
+        prefix, middle, suffix = body[:first], body[first:second], body[second:]
+        of_prefix, of_suffix, of_middle = self.marks
+        if suffix_first < self.settings.suffix_first_rate:
+            return np.concatenate((begin, of_prefix, of_suffix, suffix, of_middle, prefix, middle, end))
+        return np.concatenate((begin, of_prefix, prefix, of_suffix, suffix, of_middle, middle, end))
+
+
+_BEGIN_MARKS = ("\u2581", "\u0120", " ")
+"""The marks of spaces in sentencepiece, byte-level BPE and the exports of bigtx."""
+_CONTINUATION_MARK = "##"
+"""The mark of WordPiece."""
+
+
+@functools.lru_cache(maxsize=1)  # Training and validation need the same.
+def begins_word(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Return which pieces are at borders of words.
+
+    In a script without spaces, each piece is a word: otherwise a sentence would be one.
+
+    Returns:
+        bool [vocab_size] twice: pieces that begin a word, and pieces of only white space, after which one begins.
+    """
+    pieces = [tokenizer.id_to_piece(i) for i in range(tokenizer.vocab_size)]
+    # Bytes, too, have a text only when they are decoded.
+    texts = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
+    spaces = np.array([text.isspace() or piece in _BEGIN_MARKS for text, piece in zip(texts, pieces, strict=True)])
+    alone = np.array([any(map(is_unspaced, text)) for text in texts])
+    has_begin_marks = any(piece.startswith(_BEGIN_MARKS) for piece in pieces)
+    if not has_begin_marks and any(piece.startswith(_CONTINUATION_MARK) for piece in pieces):
+        begins = np.array([not piece.startswith(_CONTINUATION_MARK) for piece in pieces])
+    else:
+        begins = np.array([piece.startswith(_BEGIN_MARKS) for piece in pieces])
+    return begins | spaces | alone, spaces
+
+
+SHARE_MASKED, SHARE_RANDOM = 0.8, 0.1
+
+
+class Masked(Objective):
+    """Mask some tokens, optionally whole words, and predict them."""
+
+    def __init__(self, config: PretrainConfig, tokenizer: Tokenizer, purpose: str) -> None:
+        """Raises:
+        ConfigError: the tokenizer has no mask.
+        """
+        super().__init__(config, tokenizer, purpose)
+        if tokenizer.mask_id is None:
+            raise ConfigError(
+                "objective.name=masked needs a tokenizer with a mask id, and this one has none; "
+                "`bigtx tokenizer train` makes one"
+            )
+        self.mask_id = tokenizer.mask_id
+        self.is_special = np.zeros(tokenizer.vocab_size, bool)
+        self.is_special[list(tokenizer.special.all())] = True
+        self.ordinary_ids = np.flatnonzero(~self.is_special)
+        self.begins_word, self.is_space = begins_word(tokenizer)
+        self.count = max(1, round(self.settings.mask_rate * self.length))
+
+    @property
+    def lengths(self) -> Lengths:
+        """Return the whole row in the encoder, and the number of tokens to predict."""
+        return Lengths(self.length, 0, self.count)
+
+    def describe(self) -> str:
+        """Return a short description."""
+        words = ", whole words" if self.settings.whole_words else ""
+        return f"{self.count} masked tokens of every {self.length}{words}"
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Return the batch with some tokens masked, and the columns and labels of these."""
+        tokens = batch.tokens.numpy().copy()
+        columns, labels = filled(batch, self.count, 0), filled(batch, self.count, IGNORED_LABEL)
+        for row, text, generator in self.rows(batch):
+            chosen = self._choose(text, generator)
+            columns[row, : len(chosen)], labels[row, : len(chosen)] = chosen, text[chosen]
+            tokens[row, chosen] = self._mask(text[chosen], generator)
+        return replace(
+            batch,
+            tokens=tensor(tokens, batch),
+            labels=tensor(labels, batch),
+            columns=tensor(columns, batch),
+            segment_ids=self.padding_apart(batch),
+        )
+
+    def _choose(self, text: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """Return the columns to predict, ascending: exactly `count` in a full row, if it has enough ordinary tokens."""
+        special = self.is_special[text]
+        candidates = np.flatnonzero(~special)
+        count = self.count if len(text) == self.length else max(1, round(self.settings.mask_rate * len(text)))
+        if not self.settings.whole_words:
+            return np.sort(generator.permutation(candidates)[:count])
+        begins = self.begins_word[text]
+        begins[:1] = True
+        begins[1:] |= special[:-1] | self.is_space[text[:-1]]
+        word = np.cumsum(begins)[candidates]
+        rank = generator.permutation(len(text) + 1)
+        # Words are taken in random order; only a part of the last one may be taken, so that the count is exact.
+        return np.sort(candidates[np.argsort(rank[word], kind="stable")[:count]])
+
+    def _mask(self, tokens: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        draw = generator.random(len(tokens))
+        other = self.ordinary_ids[generator.integers(len(self.ordinary_ids), size=len(tokens))]
+        replaced = np.where(draw < SHARE_MASKED + SHARE_RANDOM, other, tokens)
+        return np.where(draw < SHARE_MASKED, self.mask_id, replaced)
