@@ -6,10 +6,9 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
-from bigtx.config.load import parse_command_line
-from bigtx.config.options import JSON, PRINT_CONFIG
+from bigtx.config.load import JSON, PRINT_CONFIG, parse_command_line
 from bigtx.config.schema import PrepareConfig
-from bigtx.config.validate import SPLITS
+from bigtx.config.schema.pretraining import SPLITS
 from bigtx.utils.arguments import Arguments, take
 from bigtx.utils.errors import ConfigError
 from bigtx.utils.log import said_aside, say, say_json

@@ -12,8 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bigtx.config.load import take_ranks
-from bigtx.config.options import RANKS
+from bigtx.config.load import RANKS, take_ranks
 from bigtx.launch.pairs import MOST_ROUNDS, SLOW_FRACTION, Pair, Verdict, judge, rounds, speeds_of
 from bigtx.launch.supervisor import start_ranks
 from bigtx.launch.world import World, find_world

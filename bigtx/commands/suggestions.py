@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from bigtx.config.shipped import find_config, similar_configs
+from bigtx.config.runs import find_config, similar_configs
 from bigtx.utils import shell
 from bigtx.utils.secrets import scrub_text
 

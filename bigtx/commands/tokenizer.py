@@ -14,8 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bigtx.config.load import parse_command_line
-from bigtx.config.options import JSON, PRINT_CONFIG
+from bigtx.config.load import JSON, PRINT_CONFIG, parse_command_line
 from bigtx.config.schema import TokenizerTrainConfig
 from bigtx.data.prepare.recipe import describe_inputs
 from bigtx.data.raw.files import describe_passed_over

@@ -1,4 +1,9 @@
-"""Properties of each key of the schema: type, default, bounds, documentation, and the changes that resume allows."""
+"""The settings of a schema: the marks of their fields, and the properties of each key.
+
+A field that people write as text (a count, a size, a duration, a share of a run) keeps one plain type in the dataclass
+(int or str), so OmegaConf can hold it; its mark says how the loader reads the text, and how far the value may change on
+resume.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +20,43 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from bigtx.config.fields import LARGEST, Change
+Change = Literal["free", "by_name", "never"]
+"""The changes that resume allows: any change; a change named in `allow_changes`; no change at all."""
+
+LARGEST = {int: 2**63 - 1, float: 1e38}
+"""The largest number of each type where a field has no smaller maximum: about what int64 and fp32 hold."""
+
+
+def field(
+    default: Any = dataclasses.MISSING,
+    *,
+    kind: str = "",
+    change: Change | Literal[""] = "",
+    minimum: float | None = None,
+    maximum: float | None = None,
+    factory: Any = dataclasses.MISSING,
+) -> Any:
+    """Return a schema field with properties that the type cannot express.
+
+    Args:
+        kind: "count" (`10B`, `64k` into an int), "size" (`512 MiB` into bytes), "duration" (`500 steps`,
+            `2B tokens`, `30 min`, kept as text), "path" (a file or folder, or a list of them: another spelling of the
+            same place is not a change), or "" for the plain type.
+        change: how far resume lets the value change; "" means as its section says.
+        minimum, maximum: inclusive bounds of a number, or of each number in a list or mapping. Every number has a
+            minimum; where it has no maximum, `LARGEST` holds.
+    """
+    bounds = {name: bound for name, bound in (("minimum", minimum), ("maximum", maximum)) if bound is not None}
+    metadata = {"kind": kind, "change": change} | bounds
+    if factory is not dataclasses.MISSING:
+        return dataclasses.field(default_factory=factory, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def section(factory: Any, *, change: Change) -> Any:
+    """Return a nested section; `change` is the default for the fields inside."""
+    return field(factory=factory, change=change)
+
 
 NAME = "NAME"
 """The placeholder in a key for a name that the user chooses: `data.sources.NAME.path`."""
@@ -66,8 +107,8 @@ class Setting:
         key: dotted, from the top.
         type: the annotation without Optional.
         optional: whether null is a valid value.
-        kind, minimum: as in `fields.field`.
-        maximum: as in `fields.field`, or the maximum of the type.
+        kind, minimum: as in `field`.
+        maximum: as in `field`, or the maximum of the type.
         change: the changes that resume allows, inherited from the section if the field has none.
         doc: the docstring below the field in the schema.
     """

@@ -1,7 +1,7 @@
 """Low-rank adapters (arXiv:2106.09685): y = W x + alpha / rank * B A x, where A and B are trained and W is fixed.
 
 B is initialized with zeros, so new adapters do not change the output of a model. Which matrices have one depends on
-the config only (see bigtx.config.lora), so an adapted model is built, saved and opened like any other. The adapter of
+the config only (see bigtx.config.shape), so an adapted model is built, saved and opened like any other. The adapter of
 decoder.blocks.3.attention.query has the parameters ...query.adapter.a and ...query.adapter.b.
 """
 
@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bigtx.config.lora import adapted_matrices, in_block
 from bigtx.config.schema import LoraConfig, ModelConfig
+from bigtx.config.shape import adapted_matrices, in_block
 from bigtx.model.dropout import Dropout
 from bigtx.model.layers import Linear
 

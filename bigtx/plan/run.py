@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bigtx.config.batches import batch_problems, micro_batch_size_of, total_steps
 from bigtx.config.schema import ModelConfig, PretrainConfig
+from bigtx.config.shape import micro_batch_size_of, total_steps
 from bigtx.plan.memory import RESERVE, activation_bytes, buffer_bytes, loss_bytes, state_bytes, training_seconds
 from bigtx.plan.parameters import count_parameters, flops_per_token, stacks
 from bigtx.utils.errors import ConfigError
@@ -66,7 +66,7 @@ def plan_run(config: PretrainConfig, num_gpus: int, peak: float) -> Plan:
     """
     train, engine, model = config.train, config.engine, config.model
     _refuse_others(config)
-    for problem in batch_problems(train, num_gpus):
+    for problem in train.division_problems(num_gpus):
         raise ConfigError(f"gpus={num_gpus}: {problem.key}={problem.value} {problem.what}")
     micro_batch_size = micro_batch_size_of(train, num_gpus)
     micro_batches = train.global_batch_size // (num_gpus * micro_batch_size)

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from bigtx.config import changes
 from bigtx.config.load import to_dict, yaml_of
-from bigtx.config.paths import with_absolute_paths
-from bigtx.config.runs import CHECKPOINTS, CONFIG, ENVIRONMENT, gives_config, is_run
+from bigtx.config.runs import CHECKPOINTS, CONFIG, ENVIRONMENT, gives_config, is_run, with_absolute_paths
 from bigtx.config.schema import RunConfig
 from bigtx.engine.trained import find_with_tokenizer
 from bigtx.train.run_dir import (

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from bigtx.config.lora import adapted_matrices, useless_targets
 from bigtx.config.schema import ExpertsConfig, LoraConfig, ModelConfig
-from bigtx.config.validate_model import model_problems
+from bigtx.config.shape import adapted_matrices, useless_targets
 from bigtx.engine.optimizers import layer_factors, parameter_groups
 from bigtx.model.initial import initial_value
 from bigtx.model.lora import Adapter
@@ -63,7 +62,7 @@ def test_new_adapters_change_nothing_and_trained_ones_what_a_sum_of_matrices_wou
 def test_where_adapters_are() -> None:
     def ends(targets: list[str], **fields: Any) -> list[str]:
         config = dataclasses.replace(MODEL, num_layers=2, lora=LoraConfig(rank=1, targets=targets), **fields)
-        assert not useless_targets(config) and not list(model_problems(config))
+        assert not useless_targets(config) and not list(config.problems())
         return adapted_matrices(config)
 
     assert len(ends([])) == 2 * 7
@@ -93,9 +92,9 @@ def test_targets_that_find_nothing() -> None:
         (["mlp.up"], SHAPES["experts alone"], "matrices of a mixture's experts, and its router, have no adapters"),
     ):
         config = dataclasses.replace(MODEL, lora=LoraConfig(rank=2, targets=targets), **fields)
-        (problem,) = model_problems(config)
+        (problem,) = config.problems()
         assert problem.key == "model.lora.targets" and expected in str(problem), problem
-    (problem,) = model_problems(dataclasses.replace(MODEL, lora=LoraConfig(targets=["mlp.*"])))
+    (problem,) = dataclasses.replace(MODEL, lora=LoraConfig(targets=["mlp.*"])).problems()
     assert "has no effect without model.lora.rank" in str(problem)
 
 

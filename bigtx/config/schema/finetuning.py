@@ -1,15 +1,29 @@
-"""A fine-tuning run: its base, its task, and its records."""
+"""A fine-tuning run: its base, its task and its records, and the rules between them."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Optional
 
-from bigtx.config.fields import field, section
-from bigtx.config.schema.training import RhythmConfig, RunConfig
+from bigtx.config.nodes import Problem, idle, idle_settings
+from bigtx.config.schema.model import ModelConfig
+from bigtx.config.schema.preparation import path_problems, tokenizer_problems
+from bigtx.config.schema.training import RhythmConfig, RunConfig, interval_problems, run_length_problems
+from bigtx.config.settings import field, section
 
 ANSWERING = ("sft", "preference")
 """Tasks that train a decoder to answer prompts and chats."""
+TASKS_OF_SECTIONS = {
+    "transcribe": ("transcribe",),
+    "classify": ("classify",),
+    "chat": ANSWERING,
+    "sft": ("sft",),
+    "preference": ("preference",),
+    "translate": ("translate",),
+}
+"""The sections that only some tasks read, with these tasks."""
 
 
 @dataclass(kw_only=True)
@@ -76,6 +90,17 @@ class RecordsConfig:
     prefetch_batches: int = field(4, minimum=0, maximum=65_536, change="free")
     """Micro batches prepared ahead in a thread; 0 prepares them in the training loop."""
 
+    def problems(self, run_dir: str) -> Iterator[Problem]:
+        """Yield a problem for missing records, and for records in the folder of the run."""
+        if not self.train:
+            yield Problem("data.train", "", "is empty; name files or folders of records, e.g. data.train=reviews/")
+        for name in ("train", "validation", "test"):
+            paths = getattr(self, name)
+            yield from path_problems(f"data.{name}", paths)
+            if run_dir and os.path.realpath(run_dir) in map(os.path.realpath, paths):
+                what = f"is the folder that data.{name} reads; name another one (it may be inside)"
+                yield Problem("run_dir", run_dir, what, related=(f"data.{name}",))
+
 
 @dataclass(kw_only=True)
 class ClassifyConfig:
@@ -92,6 +117,22 @@ class ClassifyConfig:
     """Whether each class has the same weight in the loss, independent of its number of records."""
     label_smoothing: float = field(0.0, minimum=0.0, maximum=0.5)
     """Share of the target that is spread over all classes (arXiv:1512.00567)."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield a problem for names of classes that no record can have. Labels are read without spaces around them, so
+        a class with such spaces would have no records.
+        """
+        key, names, what = "classify.classes", self.classes, ""
+        if any(not name.strip() for name in names):
+            what = "names an empty class; leave it out"
+        elif any(name != name.strip() for name in names):
+            what = "has a name with spaces around it; labels are read without spaces, so leave them out"
+        elif len(set(names)) < len(names):
+            what = "names a class twice; keep one"
+        elif len(names) == 1:
+            what = "names one class, but two or more are needed; name the others too"
+        if what:
+            yield Problem(key, str(names), what)
 
 
 @dataclass(kw_only=True)
@@ -118,6 +159,11 @@ class SftConfig:
     """Pack several chats into a row; none sees another. train.global_batch_size then counts rows, not records."""
     row_length: Optional[int] = field(None, kind="count", minimum=2)
     """Tokens of a packed row. Empty: as many as one record may have."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield a problem for settings of packed rows without packing."""
+        if self.row_length is not None and not self.packing:
+            yield idle("sft.row_length", self.row_length, None, "without sft.packing=true")
 
 
 @dataclass(kw_only=True)
@@ -165,6 +211,16 @@ class TranscribeConfig:
     cache_size: int = field(268_435_456, kind="size", minimum=0, change="free")
     """Most bytes of decoded recordings that each rank keeps in memory; others are decoded again each time."""
 
+    def problems(self, model: ModelConfig) -> Iterator[Problem]:
+        """Yield a problem for a method that is not possible for the model, and for settings of the other one."""
+        wanted = "encoder" if self.method == "ctc" else "encoder_decoder"
+        if model.shape != wanted:
+            what = f"is for model.shape={wanted}, and it is {model.shape}"
+            yield Problem("transcribe.method", self.method, what, related=("model.shape",))
+        if self.method == "ctc":
+            names = ("label_smoothing", "num_beams", "length_penalty")
+            yield from idle_settings(self, "transcribe", "with transcribe.method=ctc", names)
+
 
 @dataclass(kw_only=True)
 class TranslateConfig:
@@ -196,6 +252,12 @@ class FinetuneTrainConfig(RhythmConfig):
     min_steps: int = field(0, kind="count", minimum=0, change="by_name")
     """Fewest steps of a run whose length is train.epochs: fewer records are read more often."""
 
+    def problems(self) -> Iterator[Problem]:
+        """Yield a problem for a run without one length, and for its intervals."""
+        lengths = {"train.epochs": self.epochs, "train.max_steps": self.max_steps}
+        yield from run_length_problems(lengths, "train.epochs=3")
+        yield from super().problems()
+
 
 @dataclass(kw_only=True)
 class SelectionConfig:
@@ -215,6 +277,10 @@ class SelectionConfig:
     """Whether the test records are read at the end of the run; write false to compare runs before one is tested."""
     num_examples: int = field(16, minimum=0)
     """Predictions written to predictions.jsonl and to the W&B table each time."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield a problem for an interval that is none."""
+        yield from interval_problems("validation.every", self.every, shares=True)
 
 
 @dataclass(kw_only=True)
@@ -237,3 +303,49 @@ class FinetuneConfig(RunConfig):
     translate: TranslateConfig = section(TranslateConfig, change="never")
     train: FinetuneTrainConfig = section(FinetuneTrainConfig, change="never")
     validation: SelectionConfig = section(SelectionConfig, change="by_name")
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield a problem for settings that do not fit each other, and for files that do not exist."""
+        yield from super().problems()
+        if self.base is None and self.tokenizer is None and self.distill.teacher is None:
+            yield Problem(
+                "base",
+                "",
+                "is not given; name the run to start from, e.g. base=runs/mine, or the tokenizer of a model from the "
+                "seed",
+                related=("tokenizer",),
+            )
+        if self.tokenizer is not None:
+            yield from tokenizer_problems("tokenizer", self.tokenizer)
+        yield from self.data.problems(self.run_dir)
+        yield from self.validation.problems()
+        yield from self.schedule.problems(self.train.max_steps, None)
+        yield from self.task_problems()
+        yield from self._teacher()
+
+    def task_problems(self) -> Iterator[Problem]:
+        """Yield a problem for settings of another task, and for those that do not fit the task."""
+        for name, tasks in TASKS_OF_SECTIONS.items():
+            if self.task not in tasks:
+                yield from idle_settings(getattr(self, name), name, f"without task={' or '.join(tasks)}")
+        yield from self.classify.problems()
+        yield from self.sft.problems() if self.task == "sft" else ()
+        yield from self.transcribe.problems(self.model) if self.task == "transcribe" else ()
+        bins = self.model.audio.num_mel_bins
+        if self.task == "transcribe" and not bins:
+            what = "task=transcribe needs an audio encoder; write its mel bins, e.g. 80"
+            yield Problem("model.audio.num_mel_bins", str(bins), what, related=("task",))
+        if self.task != "transcribe" and bins:
+            what = f"gives the model an audio encoder, which task={self.task} cannot use; write task=transcribe, or 0"
+            yield Problem("model.audio.num_mel_bins", str(bins), what, related=("task",))
+
+    def _teacher(self) -> Iterator[Problem]:
+        teacher = self.distill.teacher
+        if teacher is None:
+            if self.task == "distill":
+                yield Problem("distill.teacher", "", "is not given; name the run that the student learns from")
+            return
+        is_ctc = self.task == "transcribe" and self.transcribe.method == "ctc"
+        if is_ctc or self.task == "preference":
+            what = f"does not work with task={self.task}{' with transcribe.method=ctc' if is_ctc else ''}"
+            yield Problem("distill.teacher", teacher, f"{what}; write distill.teacher=null")
