@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from bigtx.config.load import JSON, PRINT_CONFIG, parse_command_line
+from bigtx.config.nodes import Problem
 from bigtx.config.schema import PrepareConfig
 from bigtx.config.schema.pretraining import SPLITS
 from bigtx.utils.arguments import Arguments, take
@@ -20,6 +21,12 @@ ABOUT_PART = {
 }
 
 
+def _rules(config: PrepareConfig) -> Iterable[Problem]:
+    from bigtx.data.raw.files import suffix_problems
+
+    return suffix_problems(config.input)
+
+
 def prepare_command(argv: Sequence[str]) -> int:
     """Turn raw text into tokenized shards, and print a report."""
     part, rest = _take_part(argv)
@@ -30,6 +37,7 @@ def prepare_command(argv: Sequence[str]) -> int:
         flags=FLAGS,
         others=ABOUT_PART,
         example="input.paths=my/texts tokenizer=my/tokenizer output=my/corpus",
+        rules=_rules,
     )
     # Slow imports come after the check of the config.
     from bigtx.data.prepare.estimate import estimate

@@ -17,13 +17,13 @@ from typing import Any
 from bigtx.config.load import JSON, PRINT_CONFIG, parse_command_line
 from bigtx.config.schema import TokenizerTrainConfig
 from bigtx.data.prepare.recipe import describe_inputs
-from bigtx.data.raw.files import describe_passed_over
+from bigtx.data.raw.files import describe_passed_over, suffix_problems
 from bigtx.data.raw.read import InputFile, Rejects, list_files, read_documents
 from bigtx.tokenizer import report
 from bigtx.tokenizer.huggingface_model import SENTENCEPIECE_NAMES, TOKENIZER_CONFIG
 from bigtx.tokenizer.sample import draw_sample
 from bigtx.tokenizer.tokenizer import DESCRIPTION, Tokenizer
-from bigtx.tokenizer.train import check, train_on_sample
+from bigtx.tokenizer.train import problems, train_on_sample
 from bigtx.utils.arguments import Arguments
 from bigtx.utils.errors import ConfigError, DataError
 from bigtx.utils.files import open_file, write_json
@@ -46,8 +46,8 @@ def train_command(argv: Sequence[str]) -> int:
         program="bigtx tokenizer train",
         flags=PRINT_CONFIG | JSON,
         example="input.paths=my/texts output=my/tokenizer vocab_size=16k",
+        rules=lambda config: [*suffix_problems(config.input), *problems(config)],
     )
-    check(parsed.config)
     _refuse_unusable(parsed.config.output)
     with said_aside(parsed.json):
         facts = _train(parsed.config, [item for item in argv if item.startswith("input.")])

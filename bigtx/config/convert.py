@@ -159,6 +159,7 @@ class Converter:
 
     def _raw(self, key: str, node: Node) -> Any:
         """Return a value that no schema describes, by YAML 1.2's plain rules."""
+        self.origins[key] = node.where
         if isinstance(node.content, dict):
             return {
                 name: self._raw(f"{key}.{name}", member)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
@@ -42,6 +43,9 @@ JSON = {"--json": JSON_HELP}
 LOCAL_RANK = ("--local_rank", "--local-rank")
 """Options that launchers add to every rank's command line; the environment holds the same."""
 
+Rules = Callable[[T], Iterable[Problem]]
+"""Rules of a configuration in addition to its own."""
+
 
 @runtime_checkable
 class Checked(Protocol):
@@ -65,7 +69,9 @@ def load(schema: type[T], args: Sequence[str], *, check: bool = True) -> T:
     return _load(schema, args, check=check)[0]
 
 
-def _load(schema: type[T], args: Sequence[str], *, check: bool, flags: Collection[str] = FLAGS) -> tuple[T, list[Path]]:
+def _load(
+    schema: type[T], args: Sequence[str], *, check: bool, flags: Collection[str] = FLAGS, rules: Rules[T] | None = None
+) -> tuple[T, list[Path]]:
     """Load a config as `load` does, and return it with the files that were read."""
     tree, files, problems, whole = merged_tree(schema, args, flags)
     converter = Converter(schema)
@@ -75,7 +81,9 @@ def _load(schema: type[T], args: Sequence[str], *, check: bool, flags: Collectio
     if check and whole and isinstance(config, Checked):
         # A section with a problem would cause further problems: its missing values are defaults here.
         broken = {problem.key.partition(".")[0] for problem in problems}
-        for problem in config.problems():
+        if "base" in broken:
+            broken.add("model")  # A fine-tuning has the model of its base.
+        for problem in itertools.chain(config.problems(), rules(config) if rules else ()):
             if not broken & {key.partition(".")[0] for key in (problem.key, *problem.related)}:
                 problems.append(dataclasses.replace(problem, where=converter.origins.get(problem.key, "")))
     raise_problems(problems)
@@ -250,6 +258,7 @@ def parse_command_line(
     others: Mapping[str, str] | None = None,
     example: str = "",
     check: bool = True,
+    rules: Rules[T] | None = None,
 ) -> Parsed[T]:
     """Read the command line of an entry point; `--help` and `--print-config` are handled here, by rank 0 only.
 
@@ -260,6 +269,7 @@ def parse_command_line(
         others: the options that the program reads from its command line itself, for the help.
         example: the settings of a typical command, for the help.
         check: as for `load`.
+        rules: yields the problems that the program finds by facts that bigtx.config does not know.
 
     Raises:
         ConfigError: there are problems; the message lists all of them.
@@ -279,7 +289,7 @@ def parse_command_line(
             given.add(argument)
         elif argument.partition("=")[0] not in LOCAL_RANK:
             arguments.append(argument)
-    config, files = _load(schema, arguments, check=check, flags=flags)
+    config, files = _load(schema, arguments, check=check, flags=flags, rules=rules)
     if "--print-config" in given:
         say(to_yaml(config).rstrip("\n"))
         raise SystemExit(0)

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from bigtx.config.schema import ModelConfig, PretrainConfig, RhythmConfig
+    from bigtx.config.schema import AudioConfig, ModelConfig, ObjectiveConfig, PretrainConfig, RhythmConfig
 
 VOCABULARY_MULTIPLE = 128
 """Rows of the embedding and of the head are a multiple of this, so that their matrix products fill whole tiles."""
@@ -94,6 +94,21 @@ def has_window(config: ModelConfig, layer: int) -> bool:
 def frames_per_column(config: ModelConfig) -> int:
     """Return the number of frames of the spectrogram for each column of an audio encoder."""
     return math.prod(config.audio.strides)
+
+
+def num_columns(config: ModelConfig, num_samples: int) -> int:
+    """Return the number of columns that an audio encoder reads for a number of samples."""
+    return -(-num_frames(config.audio, num_samples) // frames_per_column(config))
+
+
+def num_frames(audio: AudioConfig, num_samples: int) -> int:
+    """Return the number of frames of the spectrogram of so many samples: one starts with every hop."""
+    return -(-num_samples // hop_length(audio))
+
+
+def hop_length(audio: AudioConfig) -> int:
+    """Return the number of samples from one frame to the next."""
+    return max(1, round(audio.sample_rate * audio.hop_ms / 1000))
 
 
 def has_embedding(config: ModelConfig) -> bool:
@@ -180,3 +195,25 @@ def total_steps(config: PretrainConfig) -> int:
         return train.max_steps
     assert train.max_tokens is not None
     return -(-train.max_tokens // (train.global_batch_size * train.sequence_length))
+
+
+def noise_counts(objective: ObjectiveConfig, length: int) -> tuple[int, int]:
+    """Return how many of a text's tokens span corruption removes, and in how many spans.
+
+    There is at least one token between two spans, and before the first.
+    """
+    num_noise = min(max(round(length * objective.noise_density), 1), length - 1)
+    num_spans = min(max(round(num_noise / objective.mean_span_length), 1), num_noise, length - num_noise)
+    return num_noise, num_spans
+
+
+def side_lengths(objective: ObjectiveConfig, length: int) -> tuple[int, int]:
+    """Return the numbers of tokens of the source and of the target that an encoder-decoder reads of a row.
+
+    span_corruption: the kept tokens, sentinels and an end id; the spans, sentinels and an end id. prefix: the first
+    half and an end id, as in `bigtx generate`; the second half.
+    """
+    if objective.name == "span_corruption":
+        num_noise, num_spans = noise_counts(objective, length)
+        return length - num_noise + num_spans + 1, num_noise + num_spans + 1
+    return length // 2 + 1, length - length // 2

@@ -27,7 +27,7 @@ BUCKET = 50_000_000
 """Elements of a reduction: the default of engine.bucket_size."""
 
 MAX_LIVE = 1_000_000_000
-"""Elements that ZeRO-3 may hold gathered at once (engine/deepspeed_config.py)."""
+"""Elements that ZeRO-3 may hold gathered at once (config/deepspeed.py)."""
 
 CHUNK_LOGITS = 2**27
 """Logits that the loss makes at once on a GPU (model/loss.py)."""

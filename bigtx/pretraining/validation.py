@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bigtx.config.schema import PretrainConfig
+from bigtx.config.schema.finetuning import Better
 from bigtx.data.stream.loader import ValidationBatches, validation_batches
 from bigtx.engine.task import Task
 from bigtx.model.decode import Sampling
@@ -16,7 +17,7 @@ from bigtx.model.write import plain_prompts, write
 from bigtx.pretraining.corpora import place_of, refuse_other_tokenizer, validation_sources
 from bigtx.pretraining.objectives import make_objective
 from bigtx.tokenizer.tokenizer import Tokenizer
-from bigtx.track.tracker import Better, Tracker
+from bigtx.track.tracker import Tracker
 from bigtx.train.state import RunState
 from bigtx.utils.seeds import derive_seed
 

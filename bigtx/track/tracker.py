@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from bigtx.config.schema import TrackConfig
+from bigtx.config.schema.finetuning import Better
 from bigtx.track.artifacts import MODEL_EVENT
 from bigtx.track.console import Console, open_nowhere, shorten
 from bigtx.track.jsonl import JsonLines
 from bigtx.track.wandb_run import WandbRun, read_or_make_run_id
 from bigtx.utils.secrets import scrub
 
-Better = Literal["lower", "higher", "neither"]
 """Which of two values of a metric is better."""
 _SHOWN_SAMPLE_LENGTH = 600
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Optional
 
@@ -12,6 +13,7 @@ from bigtx.config.schema.model import ModelConfig
 from bigtx.config.schema.preparation import path_problems, tokenizer_problems
 from bigtx.config.schema.training import RhythmConfig, RunConfig, interval_problems, run_length_problems
 from bigtx.config.settings import field, section
+from bigtx.config.shape import num_columns
 
 ANSWERING = ("sft", "preference")
 """Tasks that train a decoder to answer prompts and chats."""
@@ -24,6 +26,50 @@ TASKS_OF_SECTIONS = {
     "translate": ("translate",),
 }
 """The sections that only some tasks read, with these tasks."""
+SHAPES_OF_TASKS = {
+    "classify": ("encoder", "decoder"),
+    "sft": ("decoder",),
+    "preference": ("decoder",),
+    "translate": ("encoder_decoder", "decoder"),
+    "distill": ("decoder",),
+}
+"""The shapes of the models that can do a task; those of transcribe depend on its method."""
+WHY_NOT_OTHERS = {
+    "translate": ": an encoder cannot write texts",
+    "distill": "; bigtx/pretrain.py with distill.teacher distills any shape from a prepared corpus",
+}
+Better = Literal["lower", "higher", "neither"]
+_OF_ANSWERS: Mapping[str, Better] = {
+    "loss": "lower",
+    "perplexity": "lower",
+    "token_accuracy": "higher",
+    "exact_match": "higher",
+}
+METRICS: Mapping[str, Mapping[str, Better]] = {
+    "classify": {
+        "accuracy": "higher",
+        "largest_class": "neither",
+        "macro_f1": "higher",
+        "loss": "lower",
+        "calibration_error": "lower",
+    },
+    "sft": _OF_ANSWERS,
+    "preference": {
+        "loss": "lower",
+        "margin": "higher",
+        "accuracy": "higher",
+        "reward_margin": "higher",
+        "reward_accuracy": "higher",
+        "chosen_reward": "neither",
+        "rejected_reward": "neither",
+    },
+    "transcribe": {"wer": "lower", "cer": "lower", "loss": "lower"},
+    "translate": {"bleu": "higher", "chrf": "higher", "loss": "lower"},
+    "distill": _OF_ANSWERS,
+}
+"""The metrics of each task, and whether lower or higher values are better."""
+AT_THE_END = ("exact_match",)
+"""Metrics that are not measured during a run, so that they cannot select a checkpoint."""
 
 
 @dataclass(kw_only=True)
@@ -134,6 +180,12 @@ class ClassifyConfig:
         if what:
             yield Problem(key, str(names), what)
 
+    def pooling_problems(self, shape: str) -> Iterator[Problem]:
+        """Yield a problem for a summary that a model of this shape does not have."""
+        if shape == "decoder" and self.pooling == "first":
+            what = "the first token of a decoder attends to no other token; write last or mean"
+            yield Problem("classify.pooling", self.pooling, what, related=("model.shape",))
+
 
 @dataclass(kw_only=True)
 class ChatConfig:
@@ -147,6 +199,12 @@ class ChatConfig:
     """Most tokens of a generated answer."""
     temperature: float = field(0.0, minimum=0.0, maximum=1e3, change="free")
     """Temperature of generation; 0 takes the most likely token each time."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield a problem for a plain format without a separator. A tokenizer decides about the format auto."""
+        if self.format == "plain" and not self.separator:
+            what = "is empty, so nothing would mark the end of a prompt; write a text"
+            yield Problem("chat.separator", "", what)
 
 
 @dataclass(kw_only=True)
@@ -220,6 +278,17 @@ class TranscribeConfig:
         if self.method == "ctc":
             names = ("label_smoothing", "num_beams", "length_penalty")
             yield from idle_settings(self, "transcribe", "with transcribe.method=ctc", names)
+        most = model.max_sequence_length
+        if model.positions == "learned" and model.audio.num_mel_bins:
+            longest = num_columns(model, math.floor(self.max_seconds * model.audio.sample_rate))
+            if longest > most:
+                yield Problem(
+                    "transcribe.max_seconds",
+                    f"{self.max_seconds:g}",
+                    f"these are {longest:,} columns of the encoder, and the learned positions end at "
+                    f"model.max_sequence_length={most}; lower the first or raise the second",
+                    related=("model.max_sequence_length",),
+                )
 
 
 @dataclass(kw_only=True)
@@ -278,9 +347,13 @@ class SelectionConfig:
     num_examples: int = field(16, minimum=0)
     """Predictions written to predictions.jsonl and to the W&B table each time."""
 
-    def problems(self) -> Iterator[Problem]:
-        """Yield a problem for an interval that is none."""
+    def problems(self, task: str) -> Iterator[Problem]:
+        """Yield a problem for an interval that is none, and for a metric that cannot select a checkpoint of a task."""
         yield from interval_problems("validation.every", self.every, shares=True)
+        usable = [name for name, better in METRICS[task].items() if better != "neither" and name not in AT_THE_END]
+        if self.metric and self.metric not in usable:
+            what = f"cannot select the best checkpoint of task={task}; write one of {', '.join(usable)}"
+            yield Problem("validation.metric", self.metric, what, related=("task",))
 
 
 @dataclass(kw_only=True)
@@ -318,7 +391,7 @@ class FinetuneConfig(RunConfig):
         if self.tokenizer is not None:
             yield from tokenizer_problems("tokenizer", self.tokenizer)
         yield from self.data.problems(self.run_dir)
-        yield from self.validation.problems()
+        yield from self.validation.problems(self.task)
         yield from self.schedule.problems(self.train.max_steps, None)
         yield from self.task_problems()
         yield from self._teacher()
@@ -329,8 +402,15 @@ class FinetuneConfig(RunConfig):
             if self.task not in tasks:
                 yield from idle_settings(getattr(self, name), name, f"without task={' or '.join(tasks)}")
         yield from self.classify.problems()
-        yield from self.sft.problems() if self.task == "sft" else ()
-        yield from self.transcribe.problems(self.model) if self.task == "transcribe" else ()
+        if self.task == "classify":
+            yield from self.classify.pooling_problems(self.model.shape)
+        elif self.task == "sft":
+            yield from self.sft.problems()
+        elif self.task == "transcribe":
+            yield from self.transcribe.problems(self.model)
+        if self.task in ANSWERING:
+            yield from self.chat.problems()
+        yield from self._model()
         bins = self.model.audio.num_mel_bins
         if self.task == "transcribe" and not bins:
             what = "task=transcribe needs an audio encoder; write its mel bins, e.g. 80"
@@ -338,6 +418,29 @@ class FinetuneConfig(RunConfig):
         if self.task != "transcribe" and bins:
             what = f"gives the model an audio encoder, which task={self.task} cannot use; write task=transcribe, or 0"
             yield Problem("model.audio.num_mel_bins", str(bins), what, related=("task",))
+
+    def _model(self) -> Iterator[Problem]:
+        """Check that the model can do the task, and reads records of the given length."""
+        task, model, longest = self.task, self.model, self.data.max_length
+        shapes, most = SHAPES_OF_TASKS.get(task, ()), model.max_sequence_length
+        if shapes and model.shape not in shapes:
+            needs = " or ".join(f"a{'n' * shape.startswith('e')} {shape}" for shape in shapes)
+            what = f"needs {needs}, and the model is an {model.shape}{WHY_NOT_OTHERS.get(task, '')}"
+            yield Problem("task", task, what, related=("model.shape",))
+        if task in ANSWERING and model.prefix_attention:
+            what = (
+                f"with task={task} the answers of a chat would attend to themselves; write "
+                "model.prefix_attention=false, which does not change the weights"
+            )
+            yield Problem("model.prefix_attention", "true", what, related=("task",))
+        advice = f"model.max_sequence_length={most}; lower the first or raise the second"
+        related = ("model.max_sequence_length",)
+        if longest and model.positions == "learned" and longest > most:
+            what = f"is longer than the learned positions, which end at {advice}"
+            yield Problem("data.max_length", str(longest), what, related=related)
+        elif longest and task == "translate" and model.shape == "decoder" and 2 * longest > most:
+            what = f"is for each side, and the decoder reads both in one text of at most {advice}"
+            yield Problem("data.max_length", str(longest), what, related=related)
 
     def _teacher(self) -> Iterator[Problem]:
         teacher = self.distill.teacher

@@ -15,6 +15,7 @@ from bigtx.config.schema.model import ModelConfig
 from bigtx.config.schema.preparation import tokenizer_problems
 from bigtx.config.schema.training import RhythmConfig, RunConfig, interval_problems, run_length_problems
 from bigtx.config.settings import field, section
+from bigtx.config.shape import side_lengths
 from bigtx.utils.folders import kind_of_folder
 from bigtx.utils.shell import setting, settings
 from bigtx.utils.units import parse_range
@@ -304,19 +305,28 @@ class PretrainConfig(RunConfig):
                 str(self.validation.sample_prompts),
                 f"an encoder (model.shape) generates no text; write {setting('validation.sample_prompts', [])}",
             )
-        # An encoder-decoder reads a row in two parts, whose lengths the objective defines.
-        whole = model.shape != "encoder_decoder"
-        if whole and model.positions == "learned" and train.sequence_length > (most := model.max_sequence_length):
-            yield Problem(
-                "train.sequence_length",
-                str(train.sequence_length),
-                f"is longer than the learned positions; the most is model.max_sequence_length={most}",
-                related=("model.max_sequence_length",),
-            )
+        yield from self._row_length()
         tokens_per_step = train.global_batch_size * train.sequence_length
         # Rounded up to whole steps, like the length of the run.
         num_steps = -(-train.max_tokens // tokens_per_step) if train.max_tokens else train.max_steps
         yield from self.schedule.problems(num_steps, tokens_per_step)
+
+    def _row_length(self) -> Iterator[Problem]:
+        length, most = self.train.sequence_length, self.model.max_sequence_length
+        if self.model.positions != "learned":
+            return
+        what = ""
+        if self.model.shape != "encoder_decoder":
+            if length > most:
+                what = f"is longer than the learned positions; the most is model.max_sequence_length={most}"
+        elif (longest := max(side_lengths(self.objective, length))) > most:
+            what = (
+                f"gives one side of a row {longest} tokens with objective.name={self.objective.name}, and the learned "
+                f"positions end at model.max_sequence_length={most}; lower train.sequence_length"
+            )
+        if what:
+            related = ("model.max_sequence_length", "objective.name")
+            yield Problem("train.sequence_length", str(length), what, related=related)
 
 
 def _no_corpus(folder: Path, key: str, split: str) -> str:

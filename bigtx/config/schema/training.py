@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Optional
 
+from bigtx.config.deepspeed import raw_problems
 from bigtx.config.nodes import Problem, idle_settings
 from bigtx.config.runs import CHECKPOINTS, why_no_run
 from bigtx.config.schema.model import ModelConfig
@@ -268,6 +269,7 @@ class RunConfig:
         yield from self.train.problems()
         yield from self.distill.problems(self.begins_with, started_from)
         yield from self.engine.problems()
+        yield from raw_problems(self)
         if self.model.lora.rank and started_from is None:
             yield Problem(
                 "model.lora.rank",

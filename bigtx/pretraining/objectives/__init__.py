@@ -15,7 +15,6 @@ from __future__ import annotations
 from bigtx.config.schema import PretrainConfig
 from bigtx.pretraining.objectives.objective import Lengths, Objective
 from bigtx.tokenizer.tokenizer import Tokenizer
-from bigtx.utils.errors import ConfigError
 
 
 def make_objective(config: PretrainConfig, tokenizer: Tokenizer, *, purpose: str) -> Objective:
@@ -25,7 +24,7 @@ def make_objective(config: PretrainConfig, tokenizer: Tokenizer, *, purpose: str
         purpose: "train", or "validation", whose draws are the same for every seed.
 
     Raises:
-        ConfigError: the tokenizer lacks ids that the objective needs, or the objective's rows are too long.
+        ConfigError: the tokenizer lacks ids that the objective needs.
     """
     from bigtx.pretraining.objectives.causal import Causal
     from bigtx.pretraining.objectives.fill_in_middle import FillInMiddle
@@ -40,15 +39,7 @@ def make_objective(config: PretrainConfig, tokenizer: Tokenizer, *, purpose: str
         "span_corruption": SpanCorruption,
         "prefix": DecoderPrefix if config.model.shape == "decoder" else SourcePrefix,
     }
-    objective = kinds[config.objective.name](config, tokenizer, purpose)
-    longest, most = max(objective.lengths.source, objective.lengths.target), config.model.max_sequence_length
-    if config.model.positions == "learned" and longest > most:
-        raise ConfigError(
-            f"objective.name={config.objective.name} makes {longest} tokens for one side of a row of "
-            f"train.sequence_length={config.train.sequence_length}, and the learned positions end at "
-            f"model.max_sequence_length={most}; lower train.sequence_length"
-        )
-    return objective
+    return kinds[config.objective.name](config, tokenizer, purpose)
 
 
 __all__ = ["Lengths", "Objective", "make_objective"]

@@ -41,12 +41,6 @@ class DecoderPrefix(Objective):
 class SourcePrefix(TwoSided):
     """The objective of an encoder-decoder: the first half of a row is the source, the second the target."""
 
-    @property
-    def lengths(self) -> Lengths:
-        """Return half a row for each side; the source has an end id, as in `bigtx generate`."""
-        half = self.length // 2
-        return Lengths(half + 1, self.length - half, self.length - half)
-
     def describe(self) -> str:
         """Return a short description."""
         source, target, _ = self.lengths

@@ -7,14 +7,21 @@ from dataclasses import replace
 
 import numpy as np
 
+from bigtx.config.shape import side_lengths
 from bigtx.data.stream.rows import IGNORED_LABEL, Batch
-from bigtx.pretraining.objectives.objective import Objective, documents_of, filled, positions_of, tensor
+from bigtx.pretraining.objectives.objective import Lengths, Objective, documents_of, filled, positions_of, tensor
 
 PADDING_SEGMENT = -1
 
 
 class TwoSided(Objective):
     """An objective that makes a source and a target of each row."""
+
+    @property
+    def lengths(self) -> Lengths:
+        """Return the lengths of both sides."""
+        source, target = side_lengths(self.settings, self.length)
+        return Lengths(source, target, target)
 
     def prepare(self, batch: Batch) -> Batch:
         """Return the batch with a source and a target of each row."""

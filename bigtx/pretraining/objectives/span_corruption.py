@@ -13,20 +13,10 @@ from __future__ import annotations
 import numpy as np
 
 from bigtx.config.schema import PretrainConfig
-from bigtx.pretraining.objectives.objective import Lengths
+from bigtx.config.shape import noise_counts
 from bigtx.pretraining.objectives.sides import Sides, TwoSided
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import ConfigError
-
-
-def noise_counts(length: int, density: float, mean_span_length: float) -> tuple[int, int]:
-    """Return how many of a text's tokens are removed, and in how many spans.
-
-    There is at least one token between two spans, and before the first.
-    """
-    num_noise = min(max(round(length * density), 1), length - 1)
-    num_spans = min(max(round(num_noise / mean_span_length), 1), num_noise, length - num_noise)
-    return num_noise, num_spans
 
 
 class SpanCorruption(TwoSided):
@@ -37,7 +27,7 @@ class SpanCorruption(TwoSided):
         ConfigError: a row has more spans than the tokenizer has sentinels.
         """
         super().__init__(config, tokenizer, purpose)
-        self.num_noise, self.num_spans = self._counts(self.length)
+        self.num_noise, self.num_spans = noise_counts(self.settings, self.length)
         if self.num_spans > len(tokenizer.sentinel_ids):
             raise ConfigError(
                 f"objective.name=span_corruption removes {self.num_spans} spans of a row of {self.length} tokens, and "
@@ -45,15 +35,6 @@ class SpanCorruption(TwoSided):
                 "train.sequence_length or objective.noise_density, or raise objective.mean_span_length"
             )
         self.sentinels = np.array(tokenizer.sentinel_ids)
-
-    def _counts(self, length: int) -> tuple[int, int]:
-        return noise_counts(length, self.settings.noise_density, self.settings.mean_span_length)
-
-    @property
-    def lengths(self) -> Lengths:
-        """Return the lengths of the source (kept tokens, sentinels, end) and of the target (spans, sentinels, end)."""
-        target = self.num_noise + self.num_spans + 1
-        return Lengths(self.length - self.num_noise + self.num_spans + 1, target, target)
 
     def describe(self) -> str:
         """Return a short description."""
@@ -69,7 +50,7 @@ class SpanCorruption(TwoSided):
         """Remove random spans."""
         if len(text) == 1:
             return  # A single token has no span to remove.
-        num_noise, num_spans = self._counts(len(text))
+        num_noise, num_spans = noise_counts(self.settings, len(text))
         kept = _random_parts(len(text) - num_noise, num_spans, generator)
         cut = _random_parts(num_noise, num_spans, generator)
         begins = np.cumsum(kept + cut) - cut
