@@ -61,42 +61,37 @@ def section(factory: Any, *, change: Change) -> Any:
 NAME = "NAME"
 """The placeholder in a key for a name that the user chooses: `data.sources.NAME.path`."""
 
-# Names in other frameworks, which are too different from ours for a comparison of letters.
-KNOWN_ELSEWHERE = {
-    "lr": "learning_rate",
-    "batch_size": "global_batch_size",
-    "per_device_train_batch_size": "micro_batch_size",
-    "train_micro_batch_size_per_gpu": "micro_batch_size",
-    "train_batch_size": "global_batch_size",
-    "d_model": "hidden_size",
-    "dim": "hidden_size",
-    "n_embd": "hidden_size",
-    "n_layer": "num_layers",
-    "n_layers": "num_layers",
-    "num_hidden_layers": "num_layers",
-    "n_head": "num_heads",
-    "n_heads": "num_heads",
-    "num_attention_heads": "num_heads",
-    "num_key_value_heads": "num_kv_heads",
-    "intermediate_size": "mlp_size",
-    "block_size": "sequence_length",
-    "seq_len": "sequence_length",
-    "max_seq_len": "sequence_length",
-    "max_position_embeddings": "max_sequence_length",
-    "max_grad_norm": "gradient_clipping",
-    "grad_clip": "gradient_clipping",
-    "warmup_steps": "warmup",
-    "max_iters": "max_steps",
-    "steps": "max_steps",
-    "num_train_epochs": "max_tokens",
-    "save_steps": "checkpoint_every",
-    "output": "run_dir",
-    "output_dir": "run_dir",
-    "bf16": "precision",
-    "fp16": "precision",
-    "stage": "zero_stage",
-    "lr_scheduler_type": "schedule.name",
+_LENGTHS = "block_size seq_len seq_length max_seq_len max_seq_length max_length"
+OTHER_NAMES = {
+    "optimizer.learning_rate": "lr",
+    "train.global_batch_size": "batch_size train_batch_size",
+    "train.micro_batch_size": "per_device_train_batch_size train_micro_batch_size_per_gpu",
+    "train.sequence_length": _LENGTHS,
+    "data.max_length": _LENGTHS,
+    "train.max_steps": "max_iters train_iters steps",
+    "train.max_tokens": "num_train_epochs",
+    "train.epochs": "num_train_epochs",
+    "train.gradient_clipping": "max_grad_norm grad_clip",
+    "train.checkpoint_every": "save_steps save_interval",
+    "train.log_every": "logging_steps log_interval",
+    "validation.every": "eval_steps eval_interval",
+    "schedule.name": "lr_scheduler_type lr_decay_style",
+    "schedule.warmup": "warmup_steps lr_warmup_steps",
+    "engine.precision": "bf16 fp16",
+    "engine.zero_stage": "stage",
+    "engine.activation_checkpointing": "gradient_checkpointing checkpoint_activations",
+    "model.hidden_size": "d_model dim n_embd",
+    "model.num_layers": "n_layer n_layers num_hidden_layers",
+    "model.num_heads": "n_head n_heads num_attention_heads",
+    "model.num_kv_heads": "num_key_value_heads n_query_groups",
+    "model.mlp_size": "intermediate_size",
+    "model.max_sequence_length": "max_position_embeddings",
+    "run_dir": "output output_dir out_dir",
+    "output": "output_dir out_dir run_dir",
 }
+"""The names that other frameworks have for settings, if they are too different for a comparison of letters. A name may
+mean a setting of each schema.
+"""
 
 
 @dataclass(frozen=True)
@@ -231,9 +226,7 @@ def same_name_keys(schema: type, key: str, *, limit: int = 3) -> list[str]:
     name = key.rpartition(".")[2]
     known = _known_keys(schema)
     found = [candidate for candidate in known if candidate.rpartition(".")[2] == name and candidate != key]
-    alias = KNOWN_ELSEWHERE.get(name.lower())
-    if alias:
-        found += [candidate for candidate in known if f".{candidate}".endswith(f".{alias}")]
+    found += [candidate for candidate in known if name.lower() in OTHER_NAMES.get(candidate, "").split()]
     return list(dict.fromkeys(found))[:limit]
 
 
