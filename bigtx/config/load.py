@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -213,11 +214,18 @@ def base_files(path: Path) -> list[Path]:
     return list(dict.fromkeys(file.resolve() for file in read_file_and_bases(path)[1]))
 
 
+@functools.cache
+def _defaults(schema: type) -> Any:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.structured(schema)
+
+
 def _construct(schema: type[T], values: dict[str, Any]) -> T:
     # OmegaConf is slow to import, and nothing needs it earlier.
     from omegaconf import OmegaConf
 
-    config = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(values))
+    config = OmegaConf.merge(_defaults(schema), OmegaConf.create(values))
     built = OmegaConf.to_object(config)
     assert isinstance(built, schema)
     return built

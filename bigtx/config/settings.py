@@ -230,10 +230,11 @@ def same_name_keys(schema: type, key: str, *, limit: int = 3) -> list[str]:
     return list(dict.fromkeys(found))[:limit]
 
 
-def _known_keys(schema: type) -> list[str]:
+@functools.cache
+def _known_keys(schema: type) -> tuple[str, ...]:
     """Return every setting, and every section."""
     known = [setting.key for setting in leaves(schema)]
-    return known + list({prefix: None for name in known for prefix in _parents(name)})
+    return (*known, *dict.fromkeys(prefix for name in known for prefix in _parents(name)))
 
 
 def describe_type(setting: Setting) -> str:
