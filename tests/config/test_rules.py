@@ -276,7 +276,7 @@ def test_raw_keys_that_depend_on_the_ranks_are_compared_by_the_run_alone(made: s
     with pytest.raises(SystemExit):
         door([*good, *raw, "--print-config"])
     config = PretrainConfig(deepspeed={"gradient_accumulation_steps": 7})
-    with pytest.raises(ConfigError, match="deepspeed.gradient_accumulation_steps=7: contradicts train.global_batch"):
+    with pytest.raises(ConfigError, match=r"\.gradient_accumulation_steps=7: contradicts train\.global_batch"):
         deepspeed.deepspeed_config(config, world_size=2)
 
 

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from bigtx.config.schema import ExpertsConfig, LoraConfig, ModelConfig
+from bigtx.config.load import load
+from bigtx.config.runs import shipped_configs
+from bigtx.config.schema import ExpertsConfig, FinetuneConfig, LoraConfig, ModelConfig, PretrainConfig
 from bigtx.config.shape import adapted_matrices, useless_targets
 from bigtx.engine.optimizers import layer_factors, parameter_groups
 from bigtx.model.initial import initial_value
+from bigtx.model.layers import Linear
 from bigtx.model.lora import Adapter
 from bigtx.model.transformer import Transformer
 from bigtx.plan.parameters import count_parameters, flops_per_token, parameter_shapes
@@ -57,6 +60,22 @@ def test_new_adapters_change_nothing_and_trained_ones_what_a_sum_of_matrices_wou
             weights[f"{key}.weight"].add_(adapter.b @ adapter.a, alpha=1.5)
     assert torch.allclose(logits(adapted), logits(plain), atol=1e-5)
     assert not torch.allclose(logits(adapted), logits(model_of(**SHAPES[name])[1]), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_configs() if not name.startswith("data/")])
+def test_the_names_of_matrices_are_those_of_the_module(name: str) -> None:
+    """Without a list of targets all matrices of the blocks have adapters, but for those that score and mix experts."""
+    schema = FinetuneConfig if name.startswith("finetune/") else PretrainConfig
+    model = load(schema, [name], check=False).model
+    config = dataclasses.replace(model, vocab_size=200, num_layers=min(3, model.num_layers), lora=LoraConfig(rank=1))
+    if model.num_decoder_layers:
+        config.num_decoder_layers = 2
+    with torch.device("meta"):
+        module = Transformer(config)
+    matrices = [key for key, part in module.named_modules() if isinstance(part, Linear) and ".blocks." in key]
+    assert sorted(adapted_matrices(config)) == sorted(
+        key for key in matrices if not key.endswith((".router", ".shared_gate"))
+    )
 
 
 def test_where_adapters_are() -> None:
