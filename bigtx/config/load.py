@@ -191,7 +191,7 @@ _Dumper.add_representer(
 )
 
 
-def _represent(dumper: yaml.SafeDumper, node: Node) -> yaml.Node:
+def _represent(dumper: Any, node: Node) -> Any:
     """Return a piece as it was written: a scalar without quotes gets none."""
     if isinstance(node.content, dict):
         return dumper.represent_mapping("tag:yaml.org,2002:map", node.content)
@@ -225,7 +225,8 @@ def _construct(schema: type[T], values: dict[str, Any]) -> T:
     # OmegaConf is slow to import, and nothing needs it earlier.
     from omegaconf import OmegaConf
 
-    config = OmegaConf.merge(_defaults(schema), OmegaConf.create(values))
+    plain: type = schema
+    config = OmegaConf.merge(_defaults(plain), OmegaConf.create(values))
     built = OmegaConf.to_object(config)
     assert isinstance(built, schema)
     return built

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bigtx.config.schema import PretrainConfig
-from bigtx.config.schema.finetuning import Better
+from bigtx.config.schema.tasks import Better
 from bigtx.data.stream.loader import ValidationBatches, validation_batches
 from bigtx.engine.task import Task
 from bigtx.model.decode import Sampling

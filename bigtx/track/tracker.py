@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from bigtx.config.schema import TrackConfig
-from bigtx.config.schema.finetuning import Better
+from bigtx.config.schema.tasks import Better
 from bigtx.track.artifacts import MODEL_EVENT
 from bigtx.track.console import Console, open_nowhere, shorten
 from bigtx.track.jsonl import JsonLines

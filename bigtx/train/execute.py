@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from bigtx.config.schema import RunConfig
-from bigtx.config.schema.finetuning import Better
+from bigtx.config.schema.tasks import Better
 from bigtx.engine.checkpoint import Checkpoint, preferred
 from bigtx.engine.engine import Engine
 from bigtx.engine.ranks import Ranks

@@ -17,12 +17,31 @@ from bigtx.commands.data import prepare_command
 from bigtx.commands.tokenizer import train_command
 from bigtx.config import deepspeed, nodes
 from bigtx.config.load import parse_command_line
-from bigtx.config.schema import FinetuneConfig, PretrainConfig, finetuning, model, preparation, pretraining, training
+from bigtx.config.schema import (
+    FinetuneConfig,
+    PretrainConfig,
+    finetuning,
+    model,
+    preparation,
+    pretraining,
+    tasks,
+    training,
+)
 from bigtx.data.raw import files
 from bigtx.tokenizer import train
 from bigtx.utils.errors import ConfigError
 
-MODULES: tuple[ModuleType, ...] = (deepspeed, finetuning, model, preparation, pretraining, training, files, train)
+MODULES: tuple[ModuleType, ...] = (
+    deepspeed,
+    finetuning,
+    model,
+    preparation,
+    pretraining,
+    tasks,
+    training,
+    files,
+    train,
+)
 """The modules with rules."""
 
 

@@ -9,17 +9,11 @@ allows (see settings.py). OmegaConf reads the annotations at run time and knows 
 from __future__ import annotations
 
 from bigtx.config.schema.finetuning import (
-    ChatConfig,
-    ClassifyConfig,
     FieldsConfig,
     FinetuneConfig,
     FinetuneTrainConfig,
-    PreferenceConfig,
     RecordsConfig,
     SelectionConfig,
-    SftConfig,
-    TranscribeConfig,
-    TranslateConfig,
 )
 from bigtx.config.schema.model import (
     AudioConfig,
@@ -46,6 +40,14 @@ from bigtx.config.schema.pretraining import (
     SourceConfig,
     TrainConfig,
     ValidationConfig,
+)
+from bigtx.config.schema.tasks import (
+    ChatConfig,
+    ClassifyConfig,
+    PreferenceConfig,
+    SftConfig,
+    TranscribeConfig,
+    TranslateConfig,
 )
 from bigtx.config.schema.training import (
     DistillConfig,

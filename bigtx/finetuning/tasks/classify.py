@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigtx.config.schema import FinetuneConfig, ModelConfig
-from bigtx.config.schema.finetuning import METRICS
+from bigtx.config.schema.tasks import METRICS
 from bigtx.data.records.record import BadRecordError, Broken, Record
 from bigtx.engine.task import TaskLoss
 from bigtx.finetuning.tasks.scores import calibration_error, confusion, macro_f1

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigtx.config.schema import FinetuneConfig
-from bigtx.config.schema.finetuning import METRICS
+from bigtx.config.schema.tasks import METRICS
 from bigtx.data.records.record import BadRecordError, Record
 from bigtx.engine.task import TaskLoss
 from bigtx.finetuning.tasks.chats import (

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from bigtx.config.schema import FinetuneConfig
-from bigtx.config.schema.finetuning import Better
+from bigtx.config.schema.tasks import Better
 from bigtx.data.audio.decode import AudioPlace
 from bigtx.data.audio.look import Found
 from bigtx.data.records.record import BadRecordError, Record

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bigtx.config import shape
 from bigtx.config.schema import FinetuneConfig
-from bigtx.config.schema.finetuning import METRICS
+from bigtx.config.schema.tasks import METRICS
 from bigtx.data.audio.decode import AudioPlace, require_speech
 from bigtx.data.records.record import BadRecordError, Record
 from bigtx.engine.task import TaskLoss

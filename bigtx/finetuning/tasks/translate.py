@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bigtx.config.schema import FinetuneConfig
-from bigtx.config.schema.finetuning import METRICS
+from bigtx.config.schema.tasks import METRICS
 from bigtx.data.records.record import Record
 from bigtx.engine.task import TaskLoss
 from bigtx.finetuning.tasks.task import (
