@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from bigtx.config.runs import run_dir_of
 from bigtx.config.schema import FinetuneConfig, RunConfig
-from bigtx.config.schema.finetuning import ANSWERING
+from bigtx.config.schema.tasks import ANSWERING
 from bigtx.engine.trained import Weights, find_with_tokenizer, read_model
 from bigtx.utils.errors import ConfigError, DataError, LaunchError
 from bigtx.utils.options import check_options, writing_options

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from bigtx import __version__
-from bigtx.config.shipped import find_config, similar_configs
+from bigtx.config.runs import find_config, similar_configs
 from bigtx.utils import shell
 from bigtx.utils.errors import ConfigError, exit_cleanly
 from bigtx.utils.processes import share_cores

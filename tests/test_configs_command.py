@@ -8,8 +8,8 @@ from doors import as_json
 
 from bigtx.commands.configs import copy_command, explain_command, list_command, plan_command, show_command
 from bigtx.config.load import load
+from bigtx.config.runs import shipped_configs
 from bigtx.config.schema import ModelConfig, PretrainConfig
-from bigtx.config.shipped import shipped_configs
 from bigtx.model.size import count_parameters
 from bigtx.utils.errors import ConfigError
 from bigtx.utils.units import format_count
@@ -25,7 +25,7 @@ def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     }.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
-    for module in ("bigtx.commands.configs", "bigtx.config.shipped"):
+    for module in ("bigtx.commands.configs", "bigtx.config.runs"):
         monkeypatch.setattr(f"{module}.shipped_folder", lambda: folder)
     monkeypatch.chdir(tmp_path)
     return folder

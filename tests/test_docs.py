@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from doors import ROOT
 
-from bigtx.config.shipped import shipped_configs
+from bigtx.config.runs import shipped_configs
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "tools" / "README.md"])
 HISTORY = ("log.md", "decisions.md")

@@ -264,14 +264,8 @@ def test_what_cannot_be_used_is_refused_with_its_place(
         ([f"base={hugging_face}"], "`bigtx import` converts it to a run"),
         ([f"tokenizer={other}"], "has another tokenizer, so the same ids"),
         ([f"data.train=[{one_class}]", "data.validation_fraction=0"], "have one class, 'joy'"),
-        (["classify.pooling=first"], "classify.pooling=first"),
         (["data.fields.pair=text", "data.max_length=4"], "the smallest value of use is data.max_length=5"),
         (["model.hidden_size=32"], "does not fit the section model"),
-        (["validation.metric=bleu"], "validation.metric='bleu'"),
-        (
-            ["model.positions=learned", "model.max_sequence_length=32", "data.max_length=33"],
-            "data.max_length=33, and the learned positions end at model.max_sequence_length=32",
-        ),
     ):
         done = finetune(*run_of(decoder_base, records, tmp_path / "refused"), *changes)
         assert done.returncode == 2 and expected in done.stderr, done.stdout + done.stderr

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 import bigtx
+from bigtx.config.schema.tasks import Better
 from bigtx.finetuning.tasks import RECORD_TASKS, task_type
 from bigtx.pretraining.validation import BETTER, Validation
-from bigtx.track.tracker import Better
 
 PACKAGE = Path(bigtx.__file__).parent
 PAGE = PACKAGE.parent / "docs" / "metrics.md"

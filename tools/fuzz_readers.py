@@ -36,7 +36,8 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from bigtx.config.schema import ForeignConfig, InputConfig
-from bigtx.data.raw.read import Rejects, read_documents
+from bigtx.data.raw.documents import Rejects
+from bigtx.data.raw.read import read_documents
 from bigtx.data.records.read import read_records
 from bigtx.data.records.record import Broken
 from bigtx.data.stream.foreign import read_texts

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bigtx.config.load import base_files, load, resolved_files
+from bigtx.config.runs import LISTED, find_config, shipped_configs, shipped_folder, similar_configs
 from bigtx.config.schema import (
     FinetuneConfig,
     ModelConfig,
@@ -20,7 +21,6 @@ from bigtx.config.schema import (
     TokenizerTrainConfig,
 )
 from bigtx.config.settings import Setting, describe_type, find, members, similar_keys
-from bigtx.config.shipped import LISTED, find_config, shipped_configs, shipped_folder, similar_configs
 from bigtx.model.plan import MFU, plan_lines, plan_run
 from bigtx.model.size import count_parameters
 from bigtx.utils import shell

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from bigtx.config.load import parse_command_line
-from bigtx.config.options import JSON, PRINT_CONFIG
+from bigtx.config.load import JSON, PRINT_CONFIG, parse_command_line
+from bigtx.config.nodes import Problem
 from bigtx.config.schema import PrepareConfig
-from bigtx.config.validate import SPLITS
+from bigtx.config.schema.pretraining import SPLITS
 from bigtx.utils.arguments import Arguments, take
 from bigtx.utils.errors import ConfigError
 from bigtx.utils.log import said_aside, say, say_json
@@ -19,6 +19,12 @@ FLAGS = PRINT_CONFIG | {"--dry-run": "estimate tokens, time and disk from a samp
 ABOUT_PART = {
     f"{PART}=I/N": "tokenize only part I of N; `bigtx data merge` makes the corpus from the parts",
 }
+
+
+def _rules(config: PrepareConfig) -> Iterable[Problem]:
+    from bigtx.data.raw.files import suffix_problems
+
+    return suffix_problems(config.input)
 
 
 def prepare_command(argv: Sequence[str]) -> int:
@@ -31,6 +37,7 @@ def prepare_command(argv: Sequence[str]) -> int:
         flags=FLAGS,
         others=ABOUT_PART,
         example="input.paths=my/texts tokenizer=my/tokenizer output=my/corpus",
+        rules=_rules,
     )
     # Slow imports come after the check of the config.
     from bigtx.data.prepare.job import PartReport, prepare

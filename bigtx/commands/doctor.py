@@ -19,8 +19,7 @@ from typing import Any, Literal
 
 from packaging.requirements import Requirement
 
-from bigtx.config.load import take_ranks
-from bigtx.config.options import RANKS
+from bigtx.config.load import RANKS, take_ranks
 from bigtx.launch.pairs import MOST_ROUNDS, SLOW_FRACTION, Pair, Verdict, judge, rounds, speeds_of
 from bigtx.launch.supervisor import start_ranks
 from bigtx.launch.world import World, find_world

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from bigtx.api import LoadedModel, load, refuse_chatless, refuse_wordless
 from bigtx.config.schema import FinetuneConfig
-from bigtx.config.schema.finetuning import ANSWERING
+from bigtx.config.schema.tasks import ANSWERING
 from bigtx.engine.trained import find
 from bigtx.finetuning.prediction_lines import as_line
 from bigtx.utils.arguments import Arguments

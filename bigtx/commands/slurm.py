@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from bigtx.config.load import parse_command_line
-from bigtx.config.runs import is_run
+from bigtx.config.runs import is_run, shipped_folder
 from bigtx.config.schema import FinetuneConfig, PrepareConfig, PretrainConfig
-from bigtx.config.shipped import shipped_folder
 from bigtx.utils.arguments import JSON_HELP, Arguments, take
 from bigtx.utils.errors import CheckpointError, ConfigError, LaunchError
 from bigtx.utils.log import say, say_json

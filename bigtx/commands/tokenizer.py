@@ -14,17 +14,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bigtx.config.load import parse_command_line
-from bigtx.config.options import JSON, PRINT_CONFIG
+from bigtx.config.load import JSON, PRINT_CONFIG, parse_command_line
 from bigtx.config.schema import TokenizerTrainConfig
 from bigtx.data.prepare.recipe import describe_inputs
-from bigtx.data.raw.files import describe_passed_over
-from bigtx.data.raw.read import InputFile, Rejects, list_files, read_documents
+from bigtx.data.raw.documents import Rejects
+from bigtx.data.raw.files import describe_passed_over, list_files, suffix_problems
+from bigtx.data.raw.read import read_documents
+from bigtx.data.storage.access import InputFile
 from bigtx.tokenizer import report
 from bigtx.tokenizer.description import DESCRIPTION
 from bigtx.tokenizer.huggingface_model import SENTENCEPIECE_NAMES, TOKENIZER_CONFIG
 from bigtx.tokenizer.tokenizer import Tokenizer
-from bigtx.tokenizer.train import check, draw_sample, train_on_sample
+from bigtx.tokenizer.train import draw_sample, problems, train_on_sample
 from bigtx.utils.arguments import Arguments
 from bigtx.utils.errors import ConfigError, DataError
 from bigtx.utils.files import new_folder, open_file, refuse_filled, write_json
@@ -46,8 +47,8 @@ def train_command(argv: Sequence[str]) -> int:
         program="bigtx tokenizer train",
         flags=PRINT_CONFIG | JSON,
         example="input.paths=my/texts output=my/tokenizer vocab_size=16k",
+        rules=lambda config: [*suffix_problems(config.input), *problems(config)],
     )
-    check(parsed.config)
     _refuse_unusable(parsed.config.output)
     with said_aside(parsed.json):
         facts = _train(parsed.config, [item for item in argv if item.startswith("input.")])

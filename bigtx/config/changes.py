@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bigtx.config.fields import Change as Rule
 from bigtx.config.schema import RunConfig
+from bigtx.config.settings import Change as Rule
 from bigtx.config.settings import Setting, find, members
 from bigtx.utils import shell
 from bigtx.utils.errors import ConfigError

@@ -155,10 +155,12 @@ class Converter:
             return {}
         if not isinstance(node.content, dict):
             raise ValueError(f"has keys and values; write e.g. {key}.NAME=VALUE")
-        return self._raw(key, node)
+        values: dict[str, Any] = self._raw(key, node)
+        return values
 
     def _raw(self, key: str, node: Node) -> Any:
         """Return a value that no schema describes, by YAML 1.2's plain rules."""
+        self.origins[key] = node.where
         if isinstance(node.content, dict):
             return {
                 name: self._raw(f"{key}.{name}", member)

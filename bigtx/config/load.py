@@ -1,13 +1,14 @@
-"""The one loader: schema defaults <- YAML files in the order given <- key=value arguments."""
+"""The one loader: schema defaults <- YAML files in the order given <- KEY=VALUE arguments."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import yaml
 
@@ -19,29 +20,41 @@ from bigtx.config.nodes import (
     ProblemError,
     from_values,
     merge,
+    raise_problems,
     read_argument,
-    read_yaml,
 )
-from bigtx.config.options import FLAGS, RANKS, refusal, undivided, with_values
-from bigtx.config.paths import with_moved_paths
-from bigtx.config.runs import CONFIG, gives_config, is_run, read_values, run_dir_of
+from bigtx.config.runs import CONFIG, gives_config, read_values, run_dir_of
 from bigtx.config.schema import FinetuneConfig, PretrainConfig, RunConfig
 from bigtx.config.settings import find, leaves, members
 from bigtx.config.shape import learning_rate_for
-from bigtx.config.shipped import LISTED, find_config, similar_configs
-from bigtx.config.validate import validate
-from bigtx.utils.arguments import ASSIGNMENT, is_option, take
-from bigtx.utils.errors import CheckpointError, ConfigError
-from bigtx.utils.files import NOT_A_FILE, no_file
+from bigtx.config.tree import merged_tree, read_file_and_bases
+from bigtx.utils.arguments import JSON_HELP, take
+from bigtx.utils.errors import ConfigError
 from bigtx.utils.log import say
-from bigtx.utils.shell import command, setting
 from bigtx.utils.terminal import columns, wrapped
 
 T = TypeVar("T")
 
-BASE = "base"
+PRINT_CONFIG = {"--print-config": "print the resolved configuration and exit"}
+RANKS = "--ranks"
+FLAGS = PRINT_CONFIG | {
+    "--dry-run": "build everything, do one step and exit",
+    RANKS: "how many ranks to start (one for each GPU), e.g. --ranks 2",
+}
+JSON = {"--json": JSON_HELP}
 LOCAL_RANK = ("--local_rank", "--local-rank")
 """Options that launchers add to every rank's command line; the environment holds the same."""
+
+Rules = Callable[[T], Iterable[Problem]]
+"""Rules of a configuration in addition to its own."""
+
+
+@runtime_checkable
+class Checked(Protocol):
+    """A configuration with rules between its settings."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield every problem between the settings, and every file that they name and that does not exist."""
 
 
 def load(schema: type[T], args: Sequence[str], *, check: bool = True) -> T:
@@ -58,17 +71,21 @@ def load(schema: type[T], args: Sequence[str], *, check: bool = True) -> T:
     return _load(schema, args, check=check)[0]
 
 
-def _load(schema: type[T], args: Sequence[str], *, check: bool) -> tuple[T, list[Path]]:
+def _load(
+    schema: type[T], args: Sequence[str], *, check: bool, flags: Collection[str] = FLAGS, rules: Rules[T] | None = None
+) -> tuple[T, list[Path]]:
     """Load a config as `load` does, and return it with the files that were read."""
-    tree, files, problems, whole = _merged_tree(schema, args)
+    tree, files, problems, whole = merged_tree(schema, args, flags)
     converter = Converter(schema)
     values = converter.convert(tree)
     problems += converter.problems
     config = _construct(schema, values)
-    if check and whole:
+    if check and whole and isinstance(config, Checked):
         # A section with a problem would cause further problems: its missing values are defaults here.
         broken = {problem.key.partition(".")[0] for problem in problems}
-        for problem in validate(config):
+        if "base" in broken:
+            broken.add("model")  # A fine-tuning has the model of its base.
+        for problem in itertools.chain(config.problems(), rules(config) if rules else ()):
             if not broken & {key.partition(".")[0] for key in (problem.key, *problem.related)}:
                 problems.append(dataclasses.replace(problem, where=converter.origins.get(problem.key, "")))
     raise_problems(problems)
@@ -162,7 +179,7 @@ def resolved_files(path: Path) -> str:
     Raises:
         ConfigError: one of them cannot be read.
     """
-    return yaml.dump(_read_sound(path)[0], Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=120)
+    return yaml.dump(read_file_and_bases(path)[0], Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=120)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -175,7 +192,7 @@ _Dumper.add_representer(
 )
 
 
-def _represent(dumper: yaml.SafeDumper, node: Node) -> yaml.Node:
+def _represent(dumper: Any, node: Node) -> Any:
     """Return a piece as it was written: a scalar without quotes gets none."""
     if isinstance(node.content, dict):
         return dumper.represent_mapping("tag:yaml.org,2002:map", node.content)
@@ -189,26 +206,31 @@ def _represent(dumper: yaml.SafeDumper, node: Node) -> yaml.Node:
 _Dumper.add_representer(Node, _represent)
 
 
-def raise_problems(problems: Sequence[Problem]) -> None:
-    """Raise an error if there are problems.
-
-    Raises:
-        ConfigError: there are problems; the message lists them.
-    """
-    lines = list(dict.fromkeys(str(problem) for problem in problems))
-    if len(lines) == 1:
-        raise ConfigError(lines[0])
-    if lines:
-        raise ConfigError(f"{len(lines)} problems in the configuration:" + "".join(f"\n  {line}" for line in lines))
-
-
 def base_files(path: Path) -> list[Path]:
     """Return a file and all files that it builds on by `base:` lines, as resolved paths.
 
     Raises:
         ConfigError: one of them cannot be read.
     """
-    return list(dict.fromkeys(file.resolve() for file in _read_sound(path)[1]))
+    return list(dict.fromkeys(file.resolve() for file in read_file_and_bases(path)[1]))
+
+
+@functools.cache
+def _defaults(schema: type) -> Any:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.structured(schema)
+
+
+def _construct(schema: type[T], values: dict[str, Any]) -> T:
+    # OmegaConf is slow to import, and nothing needs it earlier.
+    from omegaconf import OmegaConf
+
+    plain: type = schema
+    config = OmegaConf.merge(_defaults(plain), OmegaConf.create(values))
+    built = OmegaConf.to_object(config)
+    assert isinstance(built, schema)
+    return built
 
 
 @dataclass(frozen=True)
@@ -246,6 +268,7 @@ def parse_command_line(
     others: Mapping[str, str] | None = None,
     example: str = "",
     check: bool = True,
+    rules: Rules[T] | None = None,
 ) -> Parsed[T]:
     """Read the command line of an entry point; `--help` and `--print-config` are handled here, by rank 0 only.
 
@@ -256,6 +279,7 @@ def parse_command_line(
         others: the options that the program reads from its command line itself, for the help.
         example: the settings of a typical command, for the help.
         check: as for `load`.
+        rules: yields the problems that the program finds by facts that bigtx.config does not know.
 
     Raises:
         ConfigError: there are problems; the message lists all of them.
@@ -275,7 +299,7 @@ def parse_command_line(
             given.add(argument)
         elif argument.partition("=")[0] not in LOCAL_RANK:
             arguments.append(argument)
-    config, files = _load(schema, arguments, check=check)
+    config, files = _load(schema, arguments, check=check, flags=flags, rules=rules)
     if "--print-config" in given:
         say(to_yaml(config).rstrip("\n"))
         raise SystemExit(0)
@@ -302,199 +326,6 @@ def take_ranks(words: Sequence[str]) -> tuple[int | None, list[str]]:
     if text is not None and (not text.isdecimal() or int(text) < 1):
         raise ConfigError(f"{RANKS} {text}: write how many ranks to start on this machine, e.g. {RANKS} 2")
     return None if text is None else int(text), others
-
-
-def _merged_tree(schema: type, args: Sequence[str]) -> tuple[Node, list[Path], list[Problem], bool]:
-    """Return the merged tree, the files that were read, the problems of reading, and whether all files could be read
-    and no option was written in place of a setting: otherwise missing settings cannot be reported.
-    """
-    args, problems = undivided(args)
-    files: list[Path] = []
-    whole = not problems
-    tree = Node({}, "defaults")
-    for wants_files in (True, False):
-        for argument, value in with_values(args):
-            is_file = not ASSIGNMENT.fullmatch(argument) and not is_option(argument)
-            if is_file is not wants_files:
-                continue
-            try:
-                if is_option(argument):
-                    raise ProblemError(refusal(schema, argument, value))
-                if is_file:
-                    path = _find(schema, argument)
-                    known = len(problems)
-                    layer = _of_run(schema, _read_file(path, problems, (), files), path)
-                    whole &= not any(problem.key == BASE for problem in problems[known:])
-                else:
-                    layer = read_argument(argument)
-                tree = merge(tree, layer)
-            except ProblemError as error:
-                problems.append(error.problem)
-                whole &= not is_file and not is_option(argument)
-    if whole and issubclass(schema, FinetuneConfig):
-        tree = _over_base_model(tree, problems)
-    return tree, files, problems, whole
-
-
-def _of_run(schema: type, tree: Node, path: Path) -> Node:
-    """Return a file's tree; the config.yaml of a run means the folder that it is in, even if the run was moved, and
-    drops the changes that were allowed before.
-    """
-    assert isinstance(tree.content, dict)
-    folder, saved = path.parent, tree.content.get("run_dir")
-    if path.name != CONFIG or saved is None or not isinstance(saved.content, str) or not is_run(folder):
-        return tree
-    now: dict[str, Any] = {}
-    if not Path(saved.content).is_dir() or not folder.samefile(saved.content):
-        now = with_moved_paths(schema, read_values(folder), Path(saved.content), folder.absolute())
-        now["run_dir"] = str(folder)
-    return merge(tree, from_values(now | {"allow_changes": []}, str(path)))
-
-
-def _over_base_model(tree: Node, problems: list[Problem]) -> Node:
-    """Return a fine-tuning's tree merged over the entries from its base: the model, and the pooling of a classifier. If
-    the base is missing, the run's own config has them.
-    """
-    assert isinstance(tree.content, dict)
-    base, run_dir = tree.content.get("base"), tree.content.get("run_dir")
-    if base is None or base.is_null or not isinstance(base.content, str):
-        return tree
-    source = base.content
-    if not Path(source).is_dir() and run_dir and isinstance(run_dir.content, str):
-        if not (Path(run_dir.content) / CONFIG).is_file():
-            problems.append(Problem("base", source, "no such folder; name a run or one of its checkpoints", base.where))
-            return tree
-        source = run_dir.content
-    try:
-        values = read_values(source)
-    except CheckpointError as error:
-        problems.append(Problem("base", base.content, str(error), base.where))
-        return tree
-    model = dict(values.get("model", {}))
-    model.pop("lora", None)  # Adapters belong to one training: those of the base are merged into its weights.
-    known: dict[str, Any] = {"model": model}
-    task = tree.content.get("task")
-    if values.get("task") == "classify" and (task is None or task.content == "classify"):
-        known["classify"] = {"pooling": values.get("classify", {}).get("pooling", "auto")}
-    return merge(from_values(known, f"base {source}"), tree)
-
-
-def _find(schema: type, name: str) -> Path:
-    """Return the YAML file that an argument means; a run's folder means its config.yaml."""
-    path = find_config(name)
-    if path is None and issubclass(schema, RunConfig) and is_run(Path(name)) and (Path(name) / CONFIG).is_file():
-        return _config_of_run(schema, Path(name))
-    if kind := no_file(name):
-        raise ProblemError(Problem("", "", f"{name!r} is {kind}, {NOT_A_FILE}: every rank reads it", COMMAND_LINE))
-    if path is None and Path(name).is_dir():
-        keys = ("input.paths", "data.train", "data.sources.mine.path")
-        key = next((key for key in keys if find(schema, key)), "run_dir")
-        what = f"{name!r} is a folder, not a YAML file; did you mean {setting(key, name)}?"
-        raise ProblemError(Problem("", "", what, COMMAND_LINE))
-    similar = similar_configs(name) if path is None else []
-    is_recipe = any(Path(recipe).stem == name for recipe in similar)
-    if path is None and "=" not in name and find(schema, name) and not is_recipe:
-        raise ProblemError(Problem("", "", f"{name!r} is a setting; write {name}=VALUE, without spaces", COMMAND_LINE))
-    if path is None:
-        hint = f"; did you mean {' or '.join(similar)}?" if similar else LISTED
-        raise ProblemError(Problem("", "", f"no file {name!r}, here or among the recipes{hint}", COMMAND_LINE))
-    return path
-
-
-def _config_of_run(schema: type, folder: Path) -> Path:
-    is_finetuned = "task" in read_values(folder)
-    if is_finetuned is not issubclass(schema, FinetuneConfig):
-        kind, other = ("fine-tuned", "finetune") if is_finetuned else ("pretrained", "pretrain")
-        what = f"{str(folder)!r} is a {kind} run; to resume it: {command('bigtx', other, folder)}"
-        if not is_finetuned:
-            what += f"; to fine-tune it: {setting('base', str(folder))}"
-        raise ProblemError(Problem("", "", what, COMMAND_LINE))
-    return folder / CONFIG
-
-
-def _read_sound(path: Path) -> tuple[Node, list[Path]]:
-    """Return a file's tree merged over the files that it builds on, and all of these files.
-
-    Raises:
-        ConfigError: there are problems; the message lists them.
-    """
-    problems: list[Problem] = []
-    visited: list[Path] = []
-    tree = Node({}, str(path))
-    try:
-        tree = _read_file(path, problems, (), visited)
-    except ProblemError as error:
-        problems.append(error.problem)
-    raise_problems(problems)
-    return tree, visited
-
-
-def _read_file(path: Path, problems: list[Problem], above: tuple[Path, ...], visited: list[Path]) -> Node:
-    """Return a file's tree merged over the files that its `base:` names.
-
-    Args:
-        above: the files whose `base:` lines led to this one.
-        visited: every file that is read is appended.
-    """
-    if path.resolve() in [file.resolve() for file in above]:
-        circle = " -> ".join(str(file) for file in (*above, path))
-        raise ProblemError(Problem(BASE, "", f"is circular: {circle}", str(above[-1])))
-    visited.append(path)
-    tree = read_yaml(path, problems)
-    assert isinstance(tree.content, dict)
-    own = {key: node for key, node in tree.content.items() if key != BASE}
-    below = Node({}, str(path))
-    base = tree.content.get(BASE)
-    if base is not None and _is_run(base, path):
-        own[BASE], base = base, None
-    for node in _base_names(base):
-        assert isinstance(node.content, str)
-        file = path.parent / node.content
-        if not file.is_file():
-            problems.append(
-                Problem(BASE, node.content, f"no file {file}; base: is relative to its own file", node.where)
-            )
-            continue
-        below = merge(below, _read_file(file, problems, (*above, path), visited))
-    return merge(below, Node(own, tree.where))
-
-
-def _is_run(base: Node, path: Path) -> bool:
-    """Return whether a file's `base:` names a run to start a fine-tuning from, not files to build on. In a run's
-    own config.yaml it always does, and that run may be missing.
-    """
-    if base.is_null or (path.name == CONFIG and is_run(path.parent)):
-        return True
-    name = base.content
-    return isinstance(name, str) and not (path.parent / name).is_file() and Path(name).is_dir()
-
-
-def _base_names(base: Node | None) -> list[Node]:
-    if base is None:
-        return []
-    nodes = base.content if isinstance(base.content, list) else [base]
-    for node in nodes:
-        if not isinstance(node.content, str) or node.is_null:
-            raise ProblemError(Problem(BASE, node.text, "names a file or a list of files", node.where))
-    return nodes
-
-
-def _construct(schema: type[T], values: dict[str, Any]) -> T:
-    # OmegaConf is slow to import, and nothing needs it earlier.
-    from omegaconf import OmegaConf
-
-    config = OmegaConf.merge(_defaults(schema), OmegaConf.create(values))  # type: ignore[arg-type] # A class can be hashed.
-    built = OmegaConf.to_object(config)
-    assert isinstance(built, schema)
-    return built
-
-
-@functools.cache
-def _defaults(schema: type) -> Any:
-    """Return a schema's defaults for OmegaConf, which takes long to make them and copies them when it merges."""
-    from omegaconf import OmegaConf
-
-    return OmegaConf.structured(schema)
 
 
 def _help(schema: type, program: str, flags: Mapping[str, str], others: Mapping[str, str], example: str) -> str:

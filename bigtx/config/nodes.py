@@ -6,7 +6,8 @@ written, and the schema decides later how to read it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import yaml
 
 from bigtx.utils.arguments import ASSIGNMENT
+from bigtx.utils.errors import ConfigError
 from bigtx.utils.secrets import HIDDEN, is_secret_key, scrub_text
 from bigtx.utils.shell import setting
 
@@ -57,6 +59,35 @@ def idle(key: str, value: Any, default: Any, why: str) -> Problem:
         why: the end of the sentence, e.g. "without model.lora.rank=N".
     """
     return Problem(key, str(value), f"has no effect {why}; leave it out, or write {setting(key, default)}")
+
+
+def idle_settings(section: Any, key: str, why: str, names: Iterable[str] = ()) -> Iterator[Problem]:
+    """Yield `idle` for each setting of a section that has another value than its default.
+
+    Args:
+        section: the section, a dataclass.
+        key: its key, e.g. "model.lora".
+        why: as for `idle`.
+        names: the settings to check; all if empty.
+    """
+    plain = type(section)()
+    for name in names or [field.name for field in dataclasses.fields(section)]:
+        value, default = getattr(section, name), getattr(plain, name)
+        if value != default:
+            yield idle(f"{key}.{name}", value, default, why)
+
+
+def raise_problems(problems: Iterable[Problem]) -> None:
+    """Raise an error if there are problems.
+
+    Raises:
+        ConfigError: there are problems; the message lists them.
+    """
+    lines = list(dict.fromkeys(str(problem) for problem in problems))
+    if len(lines) == 1:
+        raise ConfigError(lines[0])
+    if lines:
+        raise ConfigError(f"{len(lines)} problems in the configuration:" + "".join(f"\n  {line}" for line in lines))
 
 
 class ProblemError(Exception):

@@ -1,24 +1,29 @@
-"""The facts in a run's folder: its config.yaml as plain values, and whether it is a run.
+"""The places of configs: the recipes that come with bigtx, and the folders of runs.
 
-Reads no large file, and imports no slow package.
+The recipes are in `configs/` of a clone, or in `bigtx/configs` of an installed wheel. This module reads no large file,
+and imports no slow package.
 """
 
 from __future__ import annotations
 
+import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from bigtx.config.settings import members
 from bigtx.utils.errors import CheckpointError
 from bigtx.utils.files import read_object
-from bigtx.utils.paths import MODEL, kind_of_folder
+from bigtx.utils.paths import MODEL, is_url, kind_of_folder
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
 CHECKPOINTS = "checkpoints"
+LISTED = "; `bigtx configs list` shows the recipes"
+"""The end of a sentence about a recipe that is unknown."""
 
 
 def run_dir_of(folder: Path | str) -> Path:
@@ -89,3 +94,84 @@ def why_no_run(folder: str) -> str | None:
     except CheckpointError as error:
         return str(error)
     return None
+
+
+def with_absolute_paths(schema: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Return a config's values with every path absolute; URLs stay as they are."""
+    return _mapped(schema, values, os.path.abspath)
+
+
+def with_moved_paths(schema: type, values: dict[str, Any], old: Path, new: Path) -> dict[str, Any]:
+    """Return the values of a run that was moved. For a missing path, try the same place relative to the run:
+    the whole project may have been moved.
+
+    Args:
+        old, new: the run's folder before the move and now.
+    """
+
+    def moved(place: str) -> str:
+        if os.path.lexists(place):
+            return place
+        candidate = os.path.normpath(new / os.path.relpath(place, old))
+        return candidate if os.path.lexists(candidate) else place
+
+    return _mapped(schema, values, moved)
+
+
+def _mapped(schema: type, values: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    found = dict(values)
+    for name, setting in members(schema).items():
+        value = values.get(name)
+        if setting.section and isinstance(value, dict):
+            found[name] = _mapped(setting.section, value, change)
+        elif setting.named_section and isinstance(value, dict):
+            section = setting.named_section
+            found[name] = {
+                entry: _mapped(section, inner, change) if isinstance(inner, dict) else inner
+                for entry, inner in value.items()
+            }
+        elif setting.kind == "path" and name in values:
+            found[name] = _changed(value, change)
+    return found
+
+
+def _changed(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, list):
+        return [_changed(member, change) for member in value]
+    return change(value) if isinstance(value, str) and value and not is_url(value) else value
+
+
+def shipped_folder() -> Path:
+    """Return the folder of the recipes."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def shipped_configs() -> list[str]:
+    """Return the recipes' names, relative to their folder: `pretrain/python-stdlib.yaml`."""
+    folder = shipped_folder()
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.yaml"))
+
+
+def similar_configs(name: str) -> list[str]:
+    """Return the recipes that a user may have meant, most likely first: those of the same file name or a similar one,
+    in any folder and with or without `.yaml`; if there are none, those whose names begin with the name.
+    """
+    folder, stem = Path(name).parent.name, Path(name).name.removesuffix(".yaml").removesuffix(".yml")
+    stems = {recipe: Path(recipe).stem for recipe in shipped_configs()}
+    close = [stem, *difflib.get_close_matches(stem, sorted(set(stems.values())), 3, 0.75)]
+    found = [recipe for one in dict.fromkeys(close) for recipe in stems if stems[recipe] == one]
+    found = found or [recipe for recipe in stems if stem and stems[recipe].startswith(stem)]
+    return sorted(found, key=lambda recipe: Path(recipe).parent.name != folder)[:3]
+
+
+def find_config(name: str) -> Path | None:
+    """Return the file that a user means: an own path, or a recipe by name, with or without `configs/` in
+    front.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    recipe = name.removeprefix("./").removeprefix("configs/")
+    return shipped_folder() / recipe if recipe in shipped_configs() else None

@@ -1,4 +1,9 @@
-"""Properties of each key of the schema: type, default, bounds, documentation, and the changes that resume allows."""
+"""The settings of a schema: the marks of their fields, and the properties of each key.
+
+A field that people write as text (a count, a size, a duration, a share of a run) keeps one plain type in the dataclass
+(int or str), so OmegaConf can hold it; its mark says how the loader reads the text, and how far the value may change on
+resume.
+"""
 
 from __future__ import annotations
 
@@ -15,47 +20,78 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from bigtx.config.fields import LARGEST, Change
+Change = Literal["free", "by_name", "never"]
+"""The changes that resume allows: any change; a change named in `allow_changes`; no change at all."""
+
+LARGEST = {int: 2**63 - 1, float: 1e38}
+"""The largest number of each type where a field has no smaller maximum: about what int64 and fp32 hold."""
+
+
+def field(
+    default: Any = dataclasses.MISSING,
+    *,
+    kind: str = "",
+    change: Change | Literal[""] = "",
+    minimum: float | None = None,
+    maximum: float | None = None,
+    factory: Any = dataclasses.MISSING,
+) -> Any:
+    """Return a schema field with properties that the type cannot express.
+
+    Args:
+        kind: "count" (`10B`, `64k` into an int), "size" (`512 MiB` into bytes), "duration" (`500 steps`,
+            `2B tokens`, `30 min`, kept as text), "path" (a file or folder, or a list of them: another spelling of the
+            same place is not a change), or "" for the plain type.
+        change: how far resume lets the value change; "" means as its section says.
+        minimum, maximum: inclusive bounds of a number, or of each number in a list or mapping. Every number has a
+            minimum; where it has no maximum, `LARGEST` holds.
+    """
+    bounds = {name: bound for name, bound in (("minimum", minimum), ("maximum", maximum)) if bound is not None}
+    metadata = {"kind": kind, "change": change} | bounds
+    if factory is not dataclasses.MISSING:
+        return dataclasses.field(default_factory=factory, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def section(factory: Any, *, change: Change) -> Any:
+    """Return a nested section; `change` is the default for the fields inside."""
+    return field(factory=factory, change=change)
+
 
 NAME = "NAME"
 """The placeholder in a key for a name that the user chooses: `data.sources.NAME.path`."""
 
-# Names in other frameworks, which are too different from ours for a comparison of letters.
-KNOWN_ELSEWHERE = {
-    "lr": "learning_rate",
-    "batch_size": "global_batch_size",
-    "per_device_train_batch_size": "micro_batch_size",
-    "train_micro_batch_size_per_gpu": "micro_batch_size",
-    "train_batch_size": "global_batch_size",
-    "d_model": "hidden_size",
-    "dim": "hidden_size",
-    "n_embd": "hidden_size",
-    "n_layer": "num_layers",
-    "n_layers": "num_layers",
-    "num_hidden_layers": "num_layers",
-    "n_head": "num_heads",
-    "n_heads": "num_heads",
-    "num_attention_heads": "num_heads",
-    "num_key_value_heads": "num_kv_heads",
-    "intermediate_size": "mlp_size",
-    "block_size": "sequence_length",
-    "seq_len": "sequence_length",
-    "max_seq_len": "sequence_length",
-    "max_position_embeddings": "max_sequence_length",
-    "max_grad_norm": "gradient_clipping",
-    "grad_clip": "gradient_clipping",
-    "warmup_steps": "warmup",
-    "max_iters": "max_steps",
-    "steps": "max_steps",
-    "num_train_epochs": "max_tokens",
-    "save_steps": "checkpoint_every",
-    "output": "run_dir",
-    "output_dir": "run_dir",
-    "bf16": "precision",
-    "fp16": "precision",
-    "stage": "zero_stage",
-    "lr_scheduler_type": "schedule.name",
+_LENGTHS = "block_size seq_len seq_length max_seq_len max_seq_length max_length"
+OTHER_NAMES = {
+    "optimizer.learning_rate": "lr",
+    "train.global_batch_size": "batch_size train_batch_size",
+    "train.micro_batch_size": "per_device_train_batch_size train_micro_batch_size_per_gpu",
+    "train.sequence_length": _LENGTHS,
+    "data.max_length": _LENGTHS,
+    "train.max_steps": "max_iters train_iters steps",
+    "train.max_tokens": "num_train_epochs",
+    "train.epochs": "num_train_epochs",
+    "train.gradient_clipping": "max_grad_norm grad_clip",
+    "train.checkpoint_every": "save_steps save_interval",
+    "train.log_every": "logging_steps log_interval",
+    "validation.every": "eval_steps eval_interval",
+    "schedule.name": "lr_scheduler_type lr_decay_style",
+    "schedule.warmup": "warmup_steps lr_warmup_steps",
+    "engine.precision": "bf16 fp16",
+    "engine.zero_stage": "stage",
+    "engine.activation_checkpointing": "gradient_checkpointing checkpoint_activations",
+    "model.hidden_size": "d_model dim n_embd",
+    "model.num_layers": "n_layer n_layers num_hidden_layers",
+    "model.num_heads": "n_head n_heads num_attention_heads",
+    "model.num_kv_heads": "num_key_value_heads n_query_groups",
+    "model.mlp_size": "intermediate_size",
+    "model.max_sequence_length": "max_position_embeddings",
+    "run_dir": "output output_dir out_dir",
+    "output": "output_dir out_dir run_dir",
 }
+"""The names that other frameworks have for settings, if they are too different for a comparison of letters. A name may
+mean a setting of each schema.
+"""
 
 
 @dataclass(frozen=True)
@@ -66,8 +102,8 @@ class Setting:
         key: dotted, from the top.
         type: the annotation without Optional.
         optional: whether null is a valid value.
-        kind, minimum: as in `fields.field`.
-        maximum: as in `fields.field`, or the maximum of the type.
+        kind, minimum: as in `field`.
+        maximum: as in `field`, or the maximum of the type.
         change: the changes that resume allows, inherited from the section if the field has none.
         doc: the docstring below the field in the schema.
     """
@@ -190,16 +226,15 @@ def same_name_keys(schema: type, key: str, *, limit: int = 3) -> list[str]:
     name = key.rpartition(".")[2]
     known = _known_keys(schema)
     found = [candidate for candidate in known if candidate.rpartition(".")[2] == name and candidate != key]
-    alias = KNOWN_ELSEWHERE.get(name.lower())
-    if alias:
-        found += [candidate for candidate in known if f".{candidate}".endswith(f".{alias}")]
+    found += [candidate for candidate in known if name.lower() in OTHER_NAMES.get(candidate, "").split()]
     return list(dict.fromkeys(found))[:limit]
 
 
-def _known_keys(schema: type) -> list[str]:
+@functools.cache
+def _known_keys(schema: type) -> tuple[str, ...]:
     """Return every setting, and every section."""
     known = [setting.key for setting in leaves(schema)]
-    return known + list({prefix: None for name in known for prefix in _parents(name)})
+    return (*known, *dict.fromkeys(prefix for name in known for prefix in _parents(name)))
 
 
 def describe_type(setting: Setting) -> str:

@@ -1,11 +1,17 @@
-"""The sizes that follow from a ModelConfig: the meaning of its empty fields, for the model and for the plan."""
+"""The sizes that follow from a config, for the rules, the model and the plan: the meaning of a model's empty fields,
+its matrices with adapters, and the batches of a run.
+"""
 
 from __future__ import annotations
 
+import difflib
 import math
-from typing import Literal
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Literal
 
-from bigtx.config.schema import ModelConfig
+if TYPE_CHECKING:
+    from bigtx.config.schema import AudioConfig, ModelConfig, ObjectiveConfig, PretrainConfig, RhythmConfig
 
 VOCABULARY_MULTIPLE = 128
 """Rows of the embedding and of the head are a multiple of this, so that their matrix products fill whole tiles."""
@@ -90,6 +96,21 @@ def frames_per_column(config: ModelConfig) -> int:
     return math.prod(config.audio.strides)
 
 
+def num_columns(config: ModelConfig, num_samples: int) -> int:
+    """Return the number of columns that an audio encoder reads for a number of samples."""
+    return -(-num_frames(config.audio, num_samples) // frames_per_column(config))
+
+
+def num_frames(audio: AudioConfig, num_samples: int) -> int:
+    """Return the number of frames of the spectrogram of so many samples: one starts with every hop."""
+    return -(-num_samples // hop_length(audio))
+
+
+def hop_length(audio: AudioConfig) -> int:
+    """Return the number of samples from one frame to the next."""
+    return max(1, round(audio.sample_rate * audio.hop_ms / 1000))
+
+
 def has_embedding(config: ModelConfig) -> bool:
     """Return whether there is a table of tokens: an audio encoder without a decoder has none."""
     return not (config.shape == "encoder" and config.audio.num_mel_bins)
@@ -109,3 +130,90 @@ def padded_vocab_size(config: ModelConfig) -> int:
 def learning_rate_for(config: ModelConfig) -> float:
     """Return the default peak rate of AdamW: it decreases with the width, as is usual for larger models."""
     return float(f"{RATE_BY_WIDTH / config.hidden_size:.2g}")
+
+
+def adapted_matrices(config: ModelConfig) -> list[str]:
+    """Return the modules with an adapter, e.g. decoder.blocks.3.attention.query; none without a rank."""
+    if not config.lora.rank:
+        return []
+    globs = config.lora.targets or ["*"]
+    return [name for name in _matrices(config) if any(_matches(name, glob) for glob in globs)]
+
+
+def useless_targets(config: ModelConfig) -> dict[str, list[str]]:
+    """Return the globs that match no matrix, each with matrices of a block that have similar names."""
+    names = list(_matrices(config))
+    of_block = list(dict.fromkeys(map(in_block, names)))
+    return {
+        glob: difflib.get_close_matches(glob, of_block, 3, 0.5) or of_block
+        for glob in config.lora.targets
+        if not any(_matches(name, glob) for name in names)
+    }
+
+
+def _matrices(config: ModelConfig) -> Iterator[str]:
+    """Yield all matrices that can be adapted, by module.
+
+    The matrices of a mixture's experts cannot: all experts of a block are one parameter with a product of its own.
+    The router and the gate of the shared expert cannot either: their few rows are scores.
+    """
+    stacks = {"encoder": num_encoder_layers(config), "decoder": num_decoder_layers(config)}
+    for stack, num_layers in stacks.items():
+        across = stack == "decoder" and config.shape == "encoder_decoder"
+        attentions = ("attention", "cross_attention") if across else ("attention",)
+        modules = [f"{name}.{part}" for name in attentions for part in ("query", "key", "value", "output")]
+        experts = config.experts
+        mlp = "mlp" if not experts.num_experts else "mlp.shared" if experts.shared_size else None
+        if mlp is not None:
+            parts = ("gate", "up", "down") if config.mlp in GATED else ("up", "down")
+            modules += [f"{mlp}.{part}" for part in parts]
+        yield from (f"{stack}.blocks.{layer}.{name}" for layer in range(num_layers) for name in modules)
+
+
+def _matches(name: str, glob: str) -> bool:
+    """Return whether a glob matches a module, by its name in the model or in its block."""
+    return fnmatchcase(name, glob) or fnmatchcase(in_block(name), glob)
+
+
+def in_block(name: str) -> str:
+    """Return a module's name within its block, given its name in the model."""
+    return name.split(".", 3)[3]
+
+
+def micro_batch_size_of(train: RhythmConfig, num_ranks: int) -> int:
+    """Return the number of sequences of a micro batch: the largest that divides a rank's share and is not above what
+    the config allows.
+    """
+    share = train.global_batch_size // num_ranks
+    return next(size for size in range(min(train.micro_batch_size, share), 0, -1) if share % size == 0)
+
+
+def total_steps(config: PretrainConfig) -> int:
+    """Return the number of optimizer steps of a pretraining."""
+    train = config.train
+    if train.max_steps is not None:
+        return train.max_steps
+    assert train.max_tokens is not None
+    return -(-train.max_tokens // (train.global_batch_size * train.sequence_length))
+
+
+def noise_counts(objective: ObjectiveConfig, length: int) -> tuple[int, int]:
+    """Return how many of a text's tokens span corruption removes, and in how many spans.
+
+    There is at least one token between two spans, and before the first.
+    """
+    num_noise = min(max(round(length * objective.noise_density), 1), length - 1)
+    num_spans = min(max(round(num_noise / objective.mean_span_length), 1), num_noise, length - num_noise)
+    return num_noise, num_spans
+
+
+def side_lengths(objective: ObjectiveConfig, length: int) -> tuple[int, int]:
+    """Return the numbers of tokens of the source and of the target that an encoder-decoder reads of a row.
+
+    span_corruption: the kept tokens, sentinels and an end id; the spans, sentinels and an end id. prefix: the first
+    half and an end id, as in `bigtx generate`; the second half.
+    """
+    if objective.name == "span_corruption":
+        num_noise, num_spans = noise_counts(objective, length)
+        return length - num_noise + num_spans + 1, num_noise + num_spans + 1
+    return length // 2 + 1, length - length // 2

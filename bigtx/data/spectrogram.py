@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bigtx.config.schema import AudioConfig, TranscribeConfig
+from bigtx.config.shape import hop_length, num_frames
 from bigtx.data.recordings import resampled
 
 MIN_FFT = 512
@@ -41,16 +42,16 @@ class LogMel:
     """The features of one kind of model."""
 
     def __init__(self, config: AudioConfig) -> None:
-        rate = config.sample_rate
+        self.config, rate = config, config.sample_rate
         self.window_length = max(1, round(rate * config.window_ms / 1000))
-        self.hop = max(1, round(rate * config.hop_ms / 1000))
+        self.hop = hop_length(config)
         self.fft = max(MIN_FFT, 2 ** math.ceil(math.log2(self.window_length)))
         self.window = torch.hann_window(self.window_length)
         self.filters = torch.from_numpy(mel_filters(config.num_mel_bins, rate, self.fft)).float()
 
     def num_frames(self, num_samples: int) -> int:
         """Return the number of frames of so many samples: one starts with every hop."""
-        return -(-num_samples // self.hop)
+        return num_frames(self.config, num_samples)
 
     def __call__(self, wave: np.ndarray) -> Tensor:
         """Return features fp32 [F, M] of a waveform fp32 [L]; frame f is centred on sample f * hop, with zeros

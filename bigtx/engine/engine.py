@@ -16,8 +16,8 @@ import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
 from torch import Tensor, nn
 
+from bigtx.config.deepspeed import deepspeed_config
 from bigtx.config.schema import FinetuneConfig, RunConfig
-from bigtx.engine.deepspeed_config import deepspeed_config
 from bigtx.engine.fragments import (
     Fragment,
     fill_unheld,

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from bigtx.config.load import load_run_config
 from bigtx.config.schema import FinetuneConfig, RunConfig
-from bigtx.config.schema.finetuning import ANSWERING
+from bigtx.config.schema.tasks import ANSWERING
 from bigtx.engine.trainable import is_trained
 from bigtx.utils.errors import BigtxError
 from bigtx.utils.shell import setting

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bigtx.config.schema import FinetuneConfig, RunConfig
-from bigtx.config.schema.finetuning import ANSWERING
+from bigtx.config.schema.tasks import ANSWERING
 from bigtx.finetuning.tasks.chats import ChatFormat
 from bigtx.model.write import Prompt, plain_prompts
 from bigtx.tokenizer.chat import ASSISTANT

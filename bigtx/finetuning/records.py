@@ -15,7 +15,7 @@ from bigtx.finetuning.tasks import task_type
 from bigtx.finetuning.tasks.task import Examples, Look, RecordTask
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils import log
-from bigtx.utils.errors import ConfigError, DataError
+from bigtx.utils.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,6 @@ def open_task_data(
         raise DataError("data.train gives no records to train on; see data.validation_fraction and data.test_fraction")
     kind = task_type(config.task)
     config = kind.resolve(config, tokenizer, [record for record in splits["train"] if record])
-    longest, most = config.data.max_length, config.model.max_sequence_length
-    if config.model.positions == "learned" and longest and longest > most:
-        raise ConfigError(
-            f"data.max_length={longest}, and the learned positions end at model.max_sequence_length={most}; lower "
-            "the first or raise the second"
-        )
     task = kind(config, tokenizer)
     present = {name: [record for record in records if record] for name, records in splits.items()}
     task.look_ahead([record for records in present.values() for record in records], look)

@@ -18,8 +18,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bigtx.config.lora import adapted_matrices
 from bigtx.config.schema import ModelConfig, RunConfig
+from bigtx.config.shape import adapted_matrices
 from bigtx.engine.checkpoint import Checkpoint
 from bigtx.engine.trainable import is_adapter
 from bigtx.engine.write_weights import SafetensorsWriter

@@ -16,7 +16,6 @@ from torch import Tensor
 from bigtx.config.load import to_yaml
 from bigtx.config.schema import ClassifyConfig, FinetuneConfig, PretrainConfig, RunConfig
 from bigtx.config.schema.model import ModelConfig
-from bigtx.config.validate import validate
 from bigtx.engine.write_weights import PART_BYTES, save_weights
 from bigtx.interop.classes import pooling_of, read_classes, refuse_ambiguous_end
 from bigtx.interop.families import by_model_type
@@ -160,7 +159,7 @@ def _tokenizer_of(folder: Path, source: Path, values: dict[str, Any], config: Mo
 
 def _check(run: RunConfig, source: Path) -> None:
     """Check the model by the rules of every config."""
-    if problems := [str(problem) for problem in validate(run) if problem.key.startswith("model.")]:
+    if problems := [str(problem) for problem in run.problems() if problem.key.startswith("model.")]:
         raise ConfigError(f"{source / CONFIG} describes a model that bigtx cannot build: {'; '.join(problems)}")
 
 

@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigtx.config import shape
-from bigtx.config.lora import adapted_matrices, in_block
 from bigtx.config.schema import LoraConfig, ModelConfig
+from bigtx.config.shape import adapted_matrices, in_block
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Any]:

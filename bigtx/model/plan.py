@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bigtx.config import shape
-from bigtx.config.batches import batch_problems, micro_batch_size_of, total_steps
 from bigtx.config.schema import ModelConfig, PretrainConfig
+from bigtx.config.shape import micro_batch_size_of, total_steps
 from bigtx.model.size import count_parameters, flops_per_token, parameter_shapes, stacks
 from bigtx.utils.errors import ConfigError
 
@@ -37,7 +37,7 @@ BUCKET = 50_000_000
 """Elements of a reduction: the default of engine.bucket_size."""
 
 MAX_LIVE = 1_000_000_000
-"""Elements that ZeRO-3 may hold gathered at once (engine/deepspeed_config.py)."""
+"""Elements that ZeRO-3 may hold gathered at once (config/deepspeed.py)."""
 
 CHUNK_LOGITS = 2**27
 """Logits that the loss makes at once on a GPU (model/loss.py)."""
@@ -232,7 +232,7 @@ def plan_run(config: PretrainConfig, num_gpus: int, peak: float) -> Plan:
     """
     train, engine, model = config.train, config.engine, config.model
     _refuse_others(config)
-    for problem in batch_problems(train, num_gpus):
+    for problem in train.division_problems(num_gpus):
         raise ConfigError(f"gpus={num_gpus}: {problem.key}={problem.value} {problem.what}")
     micro_batch_size = micro_batch_size_of(train, num_gpus)
     micro_batches = train.global_batch_size // (num_gpus * micro_batch_size)

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 from bigtx.config import shape
-from bigtx.config.lora import adapted_matrices
 from bigtx.config.schema import ModelConfig
+from bigtx.config.shape import adapted_matrices
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bigtx.config.batches import total_steps
 from bigtx.config.runs import has_steps
 from bigtx.config.schema import PretrainConfig, SourceConfig
+from bigtx.config.shape import total_steps
 from bigtx.data.corpus.manifest import Manifest, has_split
 from bigtx.data.corpus.splits import TOKENIZER, load_tokenizer
 from bigtx.data.storage.places import Cache, Place, as_place

@@ -32,17 +32,9 @@ def make_objective(config: PretrainConfig, tokenizer: Tokenizer, *, purpose: str
         purpose: "train", or "validation", whose draws are the same for every seed.
 
     Raises:
-        ConfigError: the tokenizer lacks ids that the objective needs, or the objective's rows are too long.
+        ConfigError: the tokenizer lacks ids that the objective needs.
     """
-    objective = _kind(config)(config, tokenizer, purpose)
-    longest, most = max(objective.lengths.source, objective.lengths.target), config.model.max_sequence_length
-    if config.model.positions == "learned" and longest > most:
-        raise ConfigError(
-            f"objective.name={config.objective.name} makes {longest} tokens for one side of a row of "
-            f"train.sequence_length={config.train.sequence_length}, and the learned positions end at "
-            f"model.max_sequence_length={most}; lower train.sequence_length"
-        )
-    return objective
+    return _kind(config)(config, tokenizer, purpose)
 
 
 def _kind(config: PretrainConfig) -> type[Objective]:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigtx.config.batches import total_steps
 from bigtx.config.schema import PretrainConfig
+from bigtx.config.shape import total_steps
 from bigtx.data.stream.loader import StepLoader
 from bigtx.engine.checkpoint import MergedCheckpoint, is_suspect
 from bigtx.engine.engine import Engine

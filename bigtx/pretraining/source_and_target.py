@@ -19,6 +19,7 @@ from dataclasses import replace
 import numpy as np
 
 from bigtx.config.schema import PretrainConfig
+from bigtx.config.shape import noise_counts, side_lengths
 from bigtx.data.stream.rows import IGNORED_LABEL, Batch
 from bigtx.pretraining.objective import Lengths, Objective, documents_of, filled, positions_of, tensor
 from bigtx.tokenizer.tokenizer import Tokenizer
@@ -29,6 +30,12 @@ PADDING_SEGMENT = -1
 
 class TwoSided(Objective):
     """An objective that makes a source and a target of each row."""
+
+    @property
+    def lengths(self) -> Lengths:
+        """Return the lengths of both sides."""
+        source, target = side_lengths(self.settings, self.length)
+        return Lengths(source, target, target)
 
     def prepare(self, batch: Batch) -> Batch:
         """Return the batch with a source and a target of each row."""
@@ -146,12 +153,6 @@ class DecoderPrefix(Objective):
 class SourcePrefix(TwoSided):
     """The objective of an encoder-decoder: the first half of a row is the source, the second the target."""
 
-    @property
-    def lengths(self) -> Lengths:
-        """Return half a row for each side; the source has an end id, as in `bigtx generate`."""
-        half = self.length // 2
-        return Lengths(half + 1, self.length - half, self.length - half)
-
     def describe(self) -> str:
         """Return a short description."""
         source, target, _ = self.lengths
@@ -167,16 +168,6 @@ class SourcePrefix(TwoSided):
         sides.put(row, source, source_documents, text[half:], documents[half:])
 
 
-def noise_counts(length: int, density: float, mean_span_length: float) -> tuple[int, int]:
-    """Return how many of a text's tokens are removed, and in how many spans.
-
-    There is at least one token between two spans, and before the first.
-    """
-    num_noise = min(max(round(length * density), 1), length - 1)
-    num_spans = min(max(round(num_noise / mean_span_length), 1), num_noise, length - num_noise)
-    return num_noise, num_spans
-
-
 class SpanCorruption(TwoSided):
     """Remove spans from the source; they are the target."""
 
@@ -185,7 +176,7 @@ class SpanCorruption(TwoSided):
         ConfigError: a row has more spans than the tokenizer has sentinels.
         """
         super().__init__(config, tokenizer, purpose)
-        self.num_noise, self.num_spans = self._counts(self.length)
+        self.num_noise, self.num_spans = noise_counts(self.settings, self.length)
         if self.num_spans > len(tokenizer.sentinel_ids):
             raise ConfigError(
                 f"objective.name=span_corruption removes {self.num_spans} spans of a row of {self.length} tokens, and "
@@ -193,15 +184,6 @@ class SpanCorruption(TwoSided):
                 "train.sequence_length or objective.noise_density, or raise objective.mean_span_length"
             )
         self.sentinels = np.array(tokenizer.sentinel_ids)
-
-    def _counts(self, length: int) -> tuple[int, int]:
-        return noise_counts(length, self.settings.noise_density, self.settings.mean_span_length)
-
-    @property
-    def lengths(self) -> Lengths:
-        """Return the lengths of the source (kept tokens, sentinels, end) and of the target (spans, sentinels, end)."""
-        target = self.num_noise + self.num_spans + 1
-        return Lengths(self.length - self.num_noise + self.num_spans + 1, target, target)
 
     def describe(self) -> str:
         """Return a short description."""
@@ -217,7 +199,7 @@ class SpanCorruption(TwoSided):
         """Remove random spans."""
         if len(text) == 1:
             return  # A single token has no span to remove.
-        num_noise, num_spans = self._counts(len(text))
+        num_noise, num_spans = noise_counts(self.settings, len(text))
         kept = _random_parts(len(text) - num_noise, num_spans, generator)
         cut = _random_parts(num_noise, num_spans, generator)
         begins = np.cumsum(kept + cut) - cut

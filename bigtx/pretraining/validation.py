@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bigtx.config.schema import PretrainConfig
+from bigtx.config.schema.tasks import Better
 from bigtx.data.stream.loader import ValidationBatches, validation_batches
 from bigtx.engine.task import Task
 from bigtx.model.transformer import Transformer
 from bigtx.pretraining.corpora import place_of, refuse_other_tokenizer, validation_sources
 from bigtx.pretraining.objectives import make_objective
 from bigtx.tokenizer.tokenizer import Tokenizer
-from bigtx.track.tracker import Better, Tracker
+from bigtx.track.tracker import Tracker
 from bigtx.train.state import RunState
 from bigtx.utils.hashing import derive_seed
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import xxhash
 
+from bigtx.config.nodes import Problem, raise_problems
 from bigtx.config.schema import TokenizerTrainConfig
 from bigtx.config.settings import find
 from bigtx.tokenizer import special
@@ -144,20 +145,30 @@ def check(config: TokenizerTrainConfig) -> None:
     Raises:
         ConfigError: as in `train`.
     """
+    raise_problems(problems(config))
+
+
+def problems(config: TokenizerTrainConfig) -> Iterator[Problem]:
+    """Yield a problem for names of roles and symbols that cannot be used, and for a vocabulary without space for text.
+
+    These rules need the names of the reserved ids, which bigtx.config does not know.
+    """
     for name in config.chat_roles:
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-            raise ConfigError(
-                f"chat_roles: {name!r} cannot name a role; use lower-case letters, digits and _, e.g. assistant."
-            )
+            what = f"{name!r} cannot name a role; use lower-case letters, digits and _, e.g. assistant"
+            yield Problem("chat_roles", "", what)
     if len(set(config.chat_roles)) < len(config.chat_roles):
-        raise ConfigError(f"chat_roles: a name is a duplicate: {', '.join(config.chat_roles)}.")
-    _check_symbols(config)
+        yield Problem("chat_roles", "", f"a name is a duplicate: {', '.join(config.chat_roles)}")
+    yield from _symbol_problems(config)
     needed = _num_given(config)
     if config.vocab_size <= needed:
         symbols = ", the user-defined symbols" if config.user_defined_symbols else ""
-        raise ConfigError(
-            f"vocab_size={config.vocab_size} is too small: the reserved ids{symbols} and the 256 bytes alone are "
-            f"{needed:,}. Useful sizes start at about 2,000; 16,384 to 131,072 are usual."
+        yield Problem(
+            "vocab_size",
+            str(config.vocab_size),
+            f"is too small: the reserved ids{symbols} and the 256 bytes alone are {needed:,}. Useful sizes start at "
+            "about 2,000; 16,384 to 131,072 are usual",
+            related=("chat_roles", "user_defined_symbols"),
         )
 
 
@@ -170,26 +181,20 @@ def _reserved(config: TokenizerTrainConfig) -> list[str]:
     return [special.PAD, special.UNKNOWN, special.BEGIN, special.END, *special.control_pieces(config.chat_roles)]
 
 
-def _check_symbols(config: TokenizerTrainConfig) -> None:
-    """Refuse symbols that the trainer cannot use.
-
-    Raises:
-        ConfigError: a symbol is refused; the message names it.
-    """
-    symbols = config.user_defined_symbols
+def _symbol_problems(config: TokenizerTrainConfig) -> Iterator[Problem]:
+    symbols, key = config.user_defined_symbols, "user_defined_symbols"
     for symbol in symbols:
-        named = f"user_defined_symbols: {symbol[:80]!r}"
         if not symbol:
-            raise ConfigError("user_defined_symbols: an empty text is not a symbol; leave it out.")
-        if symbol in _reserved(config) or _BYTE_PIECE.fullmatch(symbol):
-            raise ConfigError(f"{named} is the name of a reserved id, which no text can produce; choose another text.")
-        if _IN_NO_SYMBOL.search(symbol):
-            raise ConfigError(
-                f"{named} has NUL, U+2581, U+2585 or half a surrogate pair, which no symbol can have; leave it out."
-            )
+            yield Problem(key, "", "an empty text is not a symbol; leave it out")
+        elif symbol in _reserved(config) or _BYTE_PIECE.fullmatch(symbol):
+            what = f"{symbol[:80]!r} is the name of a reserved id, which no text can produce; choose another text"
+            yield Problem(key, "", what)
+        elif _IN_NO_SYMBOL.search(symbol):
+            what = f"{symbol[:80]!r} has NUL, U+2581, U+2585 or half a surrogate pair, which no symbol can have"
+            yield Problem(key, "", f"{what}; leave it out")
     if len(set(symbols)) < len(symbols):
         twice = next(symbol for symbol in symbols if symbols.count(symbol) > 1)
-        raise ConfigError(f"user_defined_symbols: {twice[:80]!r} is a duplicate; name it once.")
+        yield Problem(key, "", f"{twice[:80]!r} is a duplicate; name it once")
 
 
 def train_on_sample(config: TokenizerTrainConfig, sample: Sample) -> Tokenizer:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from bigtx.config.schema import TrackConfig
+from bigtx.config.schema.tasks import Better
 from bigtx.track.console import Console, open_nowhere, shorten
 from bigtx.track.jsonl import MODEL_EVENT, JsonLines
 from bigtx.track.wandb_run import WandbRun, read_or_make_run_id
 from bigtx.utils.secrets import scrub
 
-Better = Literal["lower", "higher", "neither"]
 """Which of two values of a metric is better."""
 _SHOWN_SAMPLE_LENGTH = 600
 

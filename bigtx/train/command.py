@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bigtx.config.batches import batch_problems
-from bigtx.config.load import Parsed, parse_command_line, raise_problems, to_dict
+from bigtx.config.load import Parsed, parse_command_line, to_dict
+from bigtx.config.nodes import raise_problems
 from bigtx.launch.supervisor import start_ranks
 from bigtx.launch.world import World, find_world, watch_launchers
 from bigtx.train.context import Config, RunContext
@@ -54,7 +54,7 @@ def run_training(
     if world is None:
         watch_launchers()
     else:
-        raise_problems(list(batch_problems(parsed.config.train, world.size)))
+        raise_problems(parsed.config.train.division_problems(world.size))
         if not parsed.dry_run:
             check_folder(parsed.config, parsed.files)
             check_settings(parsed.config)

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from bigtx.config.schema import RunConfig
+from bigtx.config.schema.tasks import Better
 from bigtx.engine.checkpoint import Checkpoint, preferred
 from bigtx.engine.engine import Engine
 from bigtx.engine.ranks import Ranks
 from bigtx.engine.task import Task
 from bigtx.tokenizer.tokenizer import Tokenizer
-from bigtx.track.tracker import Better, Tracker
+from bigtx.track.tracker import Tracker
 from bigtx.train import loop
 from bigtx.train.context import Config, RunContext
 from bigtx.train.loop import Run

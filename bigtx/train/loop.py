@@ -15,9 +15,10 @@ from torch.profiler import ProfilerActivity, profile
 from bigtx.config.schema import RunConfig
 from bigtx.data.stream.loader import StepLoader
 from bigtx.engine import saving
-from bigtx.engine.engine import Engine, StepResult, Task
+from bigtx.engine.engine import Engine, StepResult
 from bigtx.engine.ranks import Ranks
 from bigtx.engine.schedules import Schedule
+from bigtx.engine.task import Task
 from bigtx.track.tracker import Tracker
 from bigtx.train.context import StopRequest
 from bigtx.train.meter import Meter

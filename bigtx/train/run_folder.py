@@ -19,8 +19,17 @@ from typing import TYPE_CHECKING, Any
 
 from bigtx.config import changes
 from bigtx.config.load import to_dict, yaml_of
-from bigtx.config.paths import with_absolute_paths
-from bigtx.config.runs import CHECKPOINTS, CONFIG, ENVIRONMENT, gives_config, has_steps, is_run, read_values, run_dir_of
+from bigtx.config.runs import (
+    CHECKPOINTS,
+    CONFIG,
+    ENVIRONMENT,
+    gives_config,
+    has_steps,
+    is_run,
+    read_values,
+    run_dir_of,
+    with_absolute_paths,
+)
 from bigtx.config.schema import FinetuneConfig, PretrainConfig, RunConfig
 from bigtx.utils import processes
 from bigtx.utils.errors import CheckpointError, ConfigError, LaunchError

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from bigtx.config.batches import micro_batch_size_of
 from bigtx.config.schema import RunConfig
+from bigtx.config.shape import micro_batch_size_of
 from bigtx.engine import checkpoint
 from bigtx.engine.checkpoint import Checkpoint, MergedCheckpoint
 from bigtx.engine.engine import Engine, ReadRange

@@ -86,7 +86,7 @@ def another_encoding_without_a_mark(desk: Desk) -> Attempt:
 
 @CASES.case("No input: input.paths is empty", r"e\.g\. (\S+)\.$", fill={"my/texts": "texts"}, sources=["No input: "])
 def no_input(desk: Desk) -> Attempt:
-    from bigtx.data.raw.read import list_files
+    from bigtx.data.raw.files import list_files
 
     prepare(desk)
     return lambda words: call(lambda: list_files(load(PrepareConfig, list(words), check=False).input))

@@ -16,7 +16,6 @@ from bigtx.config.schema import FinetuneConfig, PretrainConfig
 from bigtx.data.recordings import AudioPlace, require_speech
 from bigtx.data.records.record import BadRecordError, Record
 from bigtx.data.stream.sources import open_sources
-from bigtx.engine.deepspeed_config import refuse_unsupported
 from bigtx.engine.schedules import resolve_steps
 from bigtx.finetuning import record_table
 from bigtx.finetuning.base import open_tokenizer
@@ -153,12 +152,6 @@ def no_mask(desk: Desk) -> Attempt:
     return without_ids(desk, "masked", "model.shape=encoder")
 
 
-@CASES.case("needs engine.zero_stage=3", r"needs (engine\.zero_stage=3)")
-def parameters_elsewhere(desk: Desk) -> Attempt:
-    given = ["engine.offload_parameters=cpu", "engine.zero_stage=1"]
-    return lambda words: call(lambda: refuse_unsupported(load(PretrainConfig, [*given, *words], check=False)))
-
-
 @CASES.case("is a time; write steps, tokens or a share of the run", r"e\.g\. (\S+='.*?')$")
 def a_time_for_a_schedule(desk: Desk) -> Attempt:
     def attempt(words: Sequence[str]) -> Outcome:
@@ -247,11 +240,6 @@ def a_tokenizer_without_roles(desk: Desk) -> Attempt:
         return sft(Tokenizer.load(made if made.exists() else desk.shelf.plain_tokenizer), "chat.format=chat")(words)
 
     return attempt
-
-
-@CASES.case("the answers of a chat would attend to themselves", r"write (model\.prefix_attention=false),")
-def answers_that_see_themselves(desk: Desk) -> Attempt:
-    return sft(Tokenizer.load(desk.shelf.tokenizer), "model.prefix_attention=true")
 
 
 @CASES.case("the smallest value of use is ", r"use is (\S+=\d+)$")

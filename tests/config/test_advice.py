@@ -91,6 +91,7 @@ CASES: list[tuple[type, list[str]]] = [
     (FinetuneConfig, [*FINETUNE[:3], "epochs.yaml", STEPS]),
     (FinetuneConfig, ["tokenizer=tokenizer", "run_dir=runs/new", "train.epochs=1"]),
     (FinetuneConfig, [*FINETUNE, "sft.row_length=64"]),
+    (FinetuneConfig, [*FINETUNE, "task=sft", "model.prefix_attention=true"]),
     (FinetuneConfig, [*FINETUNE, "translate.num_beams=2"]),
     (FinetuneConfig, [*FINETUNE, "task=preference", "distill.teacher=runs/mine"]),
     (FinetuneConfig, [*FINETUNE[:1], *FINETUNE[2:], "reviews"]),

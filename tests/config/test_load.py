@@ -252,7 +252,7 @@ def test_an_empty_section_changes_nothing(tmp_path: Path) -> None:
 
 def test_a_recipe_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, "shipped/pretrain/tiny.yaml", "seed: 9\n")
-    monkeypatch.setattr("bigtx.config.shipped.shipped_folder", lambda: tmp_path / "shipped")
+    monkeypatch.setattr("bigtx.config.runs.shipped_folder", lambda: tmp_path / "shipped")
     monkeypatch.chdir(tmp_path)
     assert read("pretrain/tiny.yaml").seed == read("configs/pretrain/tiny.yaml").seed == 9
     write(tmp_path, "pretrain/tiny.yaml", "seed: 10\n")

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from bigtx.config.load import parse_command_line, to_dict
-from bigtx.config.paths import with_absolute_paths, with_moved_paths
+from bigtx.config.runs import with_absolute_paths, with_moved_paths
 from bigtx.config.schema import FinetuneConfig, PretrainConfig
 from bigtx.utils.errors import ConfigError
 

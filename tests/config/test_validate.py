@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from bigtx.config.batches import micro_batch_size_of
 from bigtx.config.load import load
 from bigtx.config.schema import (
     ChatConfig,
@@ -16,13 +15,13 @@ from bigtx.config.schema import (
     PreferenceConfig,
     PrepareConfig,
     PretrainConfig,
+    RhythmConfig,
     SftConfig,
     TokenizerTrainConfig,
     TranscribeConfig,
     TranslateConfig,
 )
-from bigtx.config.schema.training import RhythmConfig
-from bigtx.config.validate_finetune import task_problems
+from bigtx.config.shape import micro_batch_size_of
 from bigtx.utils.errors import ConfigError
 
 
@@ -206,7 +205,7 @@ def of_task(task: Any, shape: Any = "decoder", bins: int = 0, **sections: Any) -
     """What is said of a fine-tuning's settings for its task."""
     config = FinetuneConfig(task=task, run_dir="run", model=ModelConfig(shape=shape), **sections)
     config.model.audio.num_mel_bins = bins
-    return list(map(str, task_problems(config)))
+    return list(map(str, config.task_problems()))
 
 
 @pytest.mark.parametrize(

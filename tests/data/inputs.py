@@ -14,7 +14,8 @@ from typing import Any
 import zstandard
 
 from bigtx.config.schema import InputConfig
-from bigtx.data.raw.read import Document, Reject, Rejects, read_documents
+from bigtx.data.raw.documents import Document, Reject, Rejects
+from bigtx.data.raw.read import read_documents
 
 
 def read_all(path: Path | str | list[str], **settings: Any) -> tuple[list[Document], list[Reject]]:

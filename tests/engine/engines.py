@@ -19,7 +19,7 @@ from bigtx.config.schema import (
     PretrainConfig,
     TrainConfig,
 )
-from bigtx.engine.engine import TaskLoss
+from bigtx.engine.task import TaskLoss
 from bigtx.model.experts import Experts, Routing
 from bigtx.model.initial import initial_value
 from bigtx.model.transformer import Transformer

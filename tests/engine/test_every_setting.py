@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from bigtx.config.deepspeed import deepspeed_config
 from bigtx.config.schema import LoraConfig, ModelConfig, OptimizerConfig, PretrainConfig, ScheduleConfig
 from bigtx.config.settings import leaves
-from bigtx.engine.deepspeed_config import deepspeed_config
 from bigtx.engine.fragments import Fragment
 from bigtx.engine.optimizers import Optimizer, parameter_groups
 from bigtx.engine.schedules import Schedule

@@ -9,9 +9,8 @@ import pytest
 import torch
 import yaml
 
-from bigtx.config.schema import PretrainConfig
+from bigtx.config.schema import DataConfig, PretrainConfig, SourceConfig
 from bigtx.config.schema.model import ModelConfig
-from bigtx.config.schema.training import DataConfig, SourceConfig
 from bigtx.engine.write_weights import save_weights
 from bigtx.interop.card import ModelFacts, write_card
 from bigtx.tokenizer.tokenizer import Tokenizer

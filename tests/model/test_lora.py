@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from bigtx.config.lora import adapted_matrices, useless_targets
-from bigtx.config.schema import ExpertsConfig, LoraConfig, ModelConfig
-from bigtx.config.validate_model import model_problems
+from bigtx.config.load import load
+from bigtx.config.runs import shipped_configs
+from bigtx.config.schema import ExpertsConfig, FinetuneConfig, LoraConfig, ModelConfig, PretrainConfig
+from bigtx.config.shape import adapted_matrices, useless_targets
 from bigtx.engine.optimizers import layer_factors, parameter_groups
 from bigtx.model.initial import initial_value
-from bigtx.model.layers import Adapter
+from bigtx.model.layers import Adapter, Linear
 from bigtx.model.size import count_parameters, flops_per_token, parameter_shapes
 from bigtx.model.transformer import Transformer
 
@@ -60,10 +61,26 @@ def test_new_adapters_change_nothing_and_trained_ones_what_a_sum_of_matrices_wou
     assert not torch.allclose(logits(adapted), logits(model_of(**SHAPES[name])[1]), atol=1e-3)
 
 
+@pytest.mark.parametrize("name", [name for name in shipped_configs() if not name.startswith("data/")])
+def test_the_names_of_matrices_are_those_of_the_module(name: str) -> None:
+    """Without a list of targets all matrices of the blocks have adapters, but for those that score and mix experts."""
+    schema = FinetuneConfig if name.startswith("finetune/") else PretrainConfig
+    model = load(schema, [name], check=False).model
+    config = dataclasses.replace(model, vocab_size=200, num_layers=min(3, model.num_layers), lora=LoraConfig(rank=1))
+    if model.num_decoder_layers:
+        config.num_decoder_layers = 2
+    with torch.device("meta"):
+        module = Transformer(config)
+    matrices = [key for key, part in module.named_modules() if isinstance(part, Linear) and ".blocks." in key]
+    assert sorted(adapted_matrices(config)) == sorted(
+        key for key in matrices if not key.endswith((".router", ".shared_gate"))
+    )
+
+
 def test_where_adapters_are() -> None:
     def ends(targets: list[str], **fields: Any) -> list[str]:
         config = dataclasses.replace(MODEL, num_layers=2, lora=LoraConfig(rank=1, targets=targets), **fields)
-        assert not useless_targets(config) and not list(model_problems(config))
+        assert not useless_targets(config) and not list(config.problems())
         return adapted_matrices(config)
 
     assert len(ends([])) == 2 * 7
@@ -93,9 +110,9 @@ def test_targets_that_find_nothing() -> None:
         (["mlp.up"], SHAPES["experts alone"], "matrices of a mixture's experts, and its router, have no adapters"),
     ):
         config = dataclasses.replace(MODEL, lora=LoraConfig(rank=2, targets=targets), **fields)
-        (problem,) = model_problems(config)
+        (problem,) = config.problems()
         assert problem.key == "model.lora.targets" and expected in str(problem), problem
-    (problem,) = model_problems(dataclasses.replace(MODEL, lora=LoraConfig(targets=["mlp.*"])))
+    (problem,) = dataclasses.replace(MODEL, lora=LoraConfig(targets=["mlp.*"])).problems()
     assert "has no effect without model.lora.rank" in str(problem)
 
 

@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bigtx.config.schema import ModelConfig
 from bigtx.model import loss as loss_module
-from bigtx.model.loss import Head, soft_capped
+from bigtx.model.logits import soft_capped
+from bigtx.model.loss import Head
 
 VOCAB_SIZE, HIDDEN, ROWS, LENGTH = 150, 24, 3, 13
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from bigtx.config.load import load
+from bigtx.config.runs import shipped_configs, shipped_folder
 from bigtx.config.schema import ExpertsConfig, FinetuneConfig, ModelConfig, PretrainConfig
 from bigtx.config.shape import padded_vocab_size
-from bigtx.config.shipped import shipped_configs, shipped_folder
 from bigtx.model.size import count_parameters, flops_per_token, parameter_shapes
 from bigtx.model.transformer import Transformer
 

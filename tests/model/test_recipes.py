@@ -10,8 +10,8 @@ import pytest
 
 from bigtx.config import shape
 from bigtx.config.load import load
+from bigtx.config.runs import shipped_folder
 from bigtx.config.schema import PretrainConfig
-from bigtx.config.shipped import shipped_folder
 from bigtx.model.plan import (
     BUS_BETWEEN_NODES,
     BUS_IN_NODE,

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from bigtx.config.load import load
+from bigtx.config.runs import shipped_folder
 from bigtx.config.schema import ModelConfig, PretrainConfig
-from bigtx.config.shipped import shipped_folder
 from bigtx.model.plan import (
     BYTES_PER_TOKEN,
     TOKENS_PER_PARAMETER,

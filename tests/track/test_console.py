@@ -12,7 +12,8 @@ from typing import TextIO
 
 import pytest
 
-from bigtx.track.console import Console, clock, shorten
+from bigtx.track.console import Console, shorten
+from bigtx.utils.units import clock
 
 FIGURES = {"train/loss": 3.21456, "perf/tokens_per_second": 45123.0, "perf/mfu": 0.3124, "perf/memory_gib": 12.34}
 

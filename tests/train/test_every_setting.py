@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from bigtx.config.batches import total_steps
 from bigtx.config.schema import (
     DataConfig,
     FinetuneConfig,
@@ -20,6 +19,7 @@ from bigtx.config.schema import (
     TrainConfig,
     ValidationConfig,
 )
+from bigtx.config.shape import total_steps
 from bigtx.finetuning.first_records import check_records
 from bigtx.finetuning.measure import Measurement
 from bigtx.finetuning.tasks.task import Examples

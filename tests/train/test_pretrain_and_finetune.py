@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from bigtx.config.batches import total_steps
 from bigtx.config.schema import (
     ClassifyConfig,
     ExpertsConfig,
@@ -20,6 +19,7 @@ from bigtx.config.schema import (
     ModelConfig,
     PretrainConfig,
 )
+from bigtx.config.shape import total_steps
 from bigtx.finetuning import base as base_module
 from bigtx.finetuning import run as finetune_run
 from bigtx.finetuning.base import BASE, other_classes, read_base_facts

@@ -1,24 +1,19 @@
-"""Every setting of a run, with its type, meaning, unit and default.
+"""Every setting of a run, with its type, meaning, unit and default, and every rule between settings.
 
-A field's docstring line is its documentation: `bigtx configs explain KEY` prints it, and so do config errors.
-Resume compares configs field by field; `change` says which changes it allows (see fields.py). OmegaConf reads the
-annotations at run time and knows Optional, not `X | None`.
+A field's docstring line is its documentation: `bigtx configs explain KEY` prints it, and so do config errors. A rule is
+in `problems()` of the section that it belongs to, and is checked when a config is loaded; so `--print-config`,
+`--dry-run` and the run refuse the same configs. Resume compares configs field by field; `change` says which changes it
+allows (see settings.py). OmegaConf reads the annotations at run time and knows Optional, not `X | None`.
 """
 
 from __future__ import annotations
 
 from bigtx.config.schema.finetuning import (
-    ChatConfig,
-    ClassifyConfig,
     FieldsConfig,
     FinetuneConfig,
     FinetuneTrainConfig,
-    PreferenceConfig,
     RecordsConfig,
     SelectionConfig,
-    SftConfig,
-    TranscribeConfig,
-    TranslateConfig,
 )
 from bigtx.config.schema.model import (
     AudioConfig,
@@ -36,22 +31,32 @@ from bigtx.config.schema.preparation import (
     PrepareConfig,
     TokenizerTrainConfig,
 )
-from bigtx.config.schema.training import (
+from bigtx.config.schema.pretraining import (
     DataConfig,
-    DistillConfig,
-    EngineConfig,
     ForeignConfig,
     ObjectiveConfig,
-    OptimizerConfig,
     PhaseConfig,
     PretrainConfig,
+    SourceConfig,
+    TrainConfig,
+    ValidationConfig,
+)
+from bigtx.config.schema.tasks import (
+    ChatConfig,
+    ClassifyConfig,
+    PreferenceConfig,
+    SftConfig,
+    TranscribeConfig,
+    TranslateConfig,
+)
+from bigtx.config.schema.training import (
+    DistillConfig,
+    EngineConfig,
+    OptimizerConfig,
     RhythmConfig,
     RunConfig,
     ScheduleConfig,
-    SourceConfig,
     TrackConfig,
-    TrainConfig,
-    ValidationConfig,
 )
 
 __all__ = [

@@ -1,11 +1,14 @@
-"""The Transformer: every field of its architecture."""
+"""The Transformer: every field of its architecture, and the rules between them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Optional
 
-from bigtx.config.fields import field, section
+from bigtx.config.nodes import Problem, idle, idle_settings
+from bigtx.config.settings import field, section
+from bigtx.config.shape import useless_targets
 
 
 @dataclass(kw_only=True)
@@ -26,6 +29,26 @@ class RopeScalingConfig:
     """yarn: rotations over original_length above which a frequency is not changed."""
     beta_slow: float = field(1.0, minimum=1e-3, maximum=1e6)
     """yarn: rotations over original_length below which a frequency is scaled fully."""
+
+    def problems(self, positions: str) -> Iterator[Problem]:
+        """Yield a problem for limits in the wrong order, and for positions that cannot be extended."""
+        if positions != "rope" and self.method != "none":
+            yield Problem(
+                "model.rope_scaling.method",
+                self.method,
+                f"stretches rotary positions, but model.positions={positions}; write none",
+            )
+        for method, low, high in (
+            ("llama3", "low_frequency_factor", "high_frequency_factor"),
+            ("yarn", "beta_slow", "beta_fast"),
+        ):
+            if self.method == method and getattr(self, low) >= getattr(self, high):
+                yield Problem(
+                    f"model.rope_scaling.{low}",
+                    str(getattr(self, low)),
+                    f"is not below model.rope_scaling.{high}={getattr(self, high)}; write a smaller number",
+                    related=(f"model.rope_scaling.{high}",),
+                )
 
 
 @dataclass(kw_only=True)
@@ -49,6 +72,32 @@ class ExpertsConfig:
     router_z_loss: float = field(0.0, minimum=0.0, change="by_name")
     """Weight of the squared log-partition of the router (arXiv:2202.08906: 1e-3)."""
 
+    def problems(self, model: ModelConfig) -> Iterator[Problem]:
+        """Yield a problem where experts do not fit the model, and for settings of experts without experts."""
+        if not self.num_experts:
+            yield from idle_settings(self, "model.experts", "without model.experts.num_experts=N")
+            return
+        count = str(self.num_experts)
+        if model.shape != "decoder":
+            yield Problem(
+                "model.experts.num_experts",
+                count,
+                f"only a decoder has experts, but model.shape={model.shape}; write 0, or model.shape=decoder",
+                related=("model.shape",),
+            )
+        if self.num_active > self.num_experts:
+            yield Problem(
+                "model.experts.num_active",
+                str(self.num_active),
+                f"is more than model.experts.num_experts={count}; write at most {count}",
+                related=("model.experts.num_experts",),
+            )
+        if model.mlp_bias:
+            what = "experts have no biases; write false, or model.experts.num_experts=0"
+            yield Problem("model.mlp_bias", "true", what)
+        if self.shared_gate and not self.shared_size:
+            yield idle("model.experts.shared_gate", "true", False, "without model.experts.shared_size=N")
+
 
 @dataclass(kw_only=True)
 class AudioConfig:
@@ -65,6 +114,25 @@ class AudioConfig:
     strides: list[int] = field(factory=lambda: [1, 2], minimum=1, maximum=64)
     """Strides of the convolutions over frames, of width 3; as many frames as their product become one column."""
 
+    def problems(self, model: ModelConfig) -> Iterator[Problem]:
+        """Yield a problem where audio does not fit the model, and for settings of audio without audio."""
+        if not self.num_mel_bins:
+            yield from idle_settings(self, "model.audio", "without model.audio.num_mel_bins=N")
+            return
+        if model.shape == "decoder":
+            yield Problem(
+                "model.audio.num_mel_bins",
+                str(self.num_mel_bins),
+                "audio needs an encoder, but model.shape=decoder; write 0, or model.shape=encoder_decoder or encoder",
+                related=("model.shape",),
+            )
+        if not self.strides:
+            yield Problem("model.audio.strides", "[]", "at least one convolution is needed; write its stride, e.g. [2]")
+        if model.shape == "encoder" and model.tie_embeddings:
+            yield Problem("model.tie_embeddings", "true", "an audio encoder has no table of tokens; write false")
+        if model.shape == "encoder" and model.bigram_rows:
+            yield Problem("model.bigram_rows", str(model.bigram_rows), "an audio encoder reads no tokens; write 0")
+
 
 @dataclass(kw_only=True)
 class LoraConfig:
@@ -79,6 +147,17 @@ class LoraConfig:
     """Probability of dropping an input of an adapter."""
     targets: list[str] = field(factory=list)
     """Globs of matrices in a block (attention.query, mlp.*) or in the model (decoder.blocks.3.*). Empty: all."""
+
+    def problems(self, model: ModelConfig) -> Iterator[Problem]:
+        """Yield a problem for a glob that matches no matrix, and for settings of adapters without adapters."""
+        if not self.rank:
+            yield from idle_settings(self, "model.lora", "without model.lora.rank=N")
+            return
+        for glob, near in useless_targets(model).items():
+            what = f"matches no matrix of a block; the names are {', '.join(near)}"
+            if model.experts.num_experts and "mlp".startswith(glob.rpartition(".")[0]):
+                what += " (the matrices of a mixture's experts, and its router, have no adapters)"
+            yield Problem("model.lora.targets", glob, what)
 
 
 @dataclass(kw_only=True)
@@ -192,3 +271,55 @@ class ModelConfig:
     """Standard deviation of the initial weights."""
     init: Literal["normal", "scaled", "zero_projections"] = "scaled"
     """Initial output projections of the sublayers: as the others, divided by sqrt(2 num_layers) (GPT-2), or zero."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield a problem for settings that do not fit each other, or that would have no effect."""
+        yield from self._head_problems()
+        if self.norm == "rms" and self.norm_bias:
+            yield Problem("model.norm_bias", "true", "an RMSNorm has no bias; write false, or model.norm=layer")
+        if self.positions == "relative" and self.relative_max_distance <= self.relative_num_buckets // 2:
+            yield Problem(
+                "model.relative_max_distance",
+                str(self.relative_max_distance),
+                f"half of model.relative_num_buckets={self.relative_num_buckets} are exact distances; write a larger "
+                "one",
+            )
+        yield from self.rope_scaling.problems(self.positions)
+        yield from self.experts.problems(self)
+        yield from self.lora.problems(self)
+        yield from self.audio.problems(self)
+        has_window = self.attention_window is not None
+        for name, has_effect, needed in (
+            ("num_decoder_layers", self.shape == "encoder_decoder", "shape=encoder_decoder"),
+            ("prefix_attention", self.shape == "decoder", "shape=decoder"),
+            ("global_attention_every", has_window, "attention_window=N"),
+            ("local_rope_theta", has_window and self.positions == "rope", "attention_window=N"),
+            ("bigram_size", self.bigram_rows > 0, "bigram_rows=N"),
+            ("position_offset", self.positions == "learned", "positions=learned"),
+        ):
+            if not has_effect:
+                yield from idle_settings(self, "model", f"without model.{needed}", [name])
+
+    def _head_problems(self) -> Iterator[Problem]:
+        width, heads = self.hidden_size, self.num_heads
+        if self.head_width is None and width % heads:
+            near = _nearby_divisors(width, heads)
+            what = f"does not divide model.hidden_size={width}; {near} do, or set model.head_width"
+            yield Problem("model.num_heads", str(heads), what)
+        elif self.positions == "rope" and (head_width := self.head_width or width // heads) % 2:
+            yield Problem(
+                "model.num_heads" if self.head_width is None else "model.head_width",
+                str(self.head_width or heads),
+                f"gives heads {head_width} wide, and rotary positions need an even width",
+            )
+        if self.num_kv_heads is not None and heads % self.num_kv_heads:
+            near = _nearby_divisors(heads, self.num_kv_heads)
+            yield Problem(
+                "model.num_kv_heads", str(self.num_kv_heads), f"does not divide model.num_heads={heads}; {near} do"
+            )
+
+
+def _nearby_divisors(number: int, wanted: int) -> str:
+    divisors = [size for size in range(1, number + 1) if number % size == 0]
+    nearest = sorted(divisors, key=lambda size: abs(size - wanted))[:2]
+    return " and ".join(str(size) for size in sorted(nearest))

@@ -1,11 +1,16 @@
-"""Preparation: from raw text to a tokenizer and to shards."""
+"""Preparation: from raw text to a tokenizer and to shards; the settings, and the rules between them."""
 
 from __future__ import annotations
 
+import glob
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Optional
 
-from bigtx.config.fields import field
+from bigtx.config.nodes import Problem
+from bigtx.config.settings import field
+from bigtx.utils.paths import is_url
 
 
 @dataclass(kw_only=True)
@@ -35,6 +40,12 @@ class InputConfig:
     max_rejects: float = field(0.001, minimum=0.0, maximum=1.0)
     """Share of unreadable documents above which the job ends with an error; each is listed in rejects.jsonl."""
 
+    def problems(self) -> Iterator[Problem]:
+        """Yield a problem for missing files."""
+        if not self.paths:
+            yield Problem("input.paths", "", "is empty; name files, folders or globs, e.g. input.paths=texts/")
+        yield from path_problems("input.paths", self.paths)
+
 
 @dataclass(kw_only=True)
 class TokenizerTrainConfig:
@@ -62,6 +73,13 @@ class TokenizerTrainConfig:
     a smaller share for scripts with thousands of characters, such as Chinese."""
     seed: int = field(1, minimum=0, maximum=2**63 - 1)
     """Seed of the sample."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield a problem for settings that do not fit each other, and for files that do not exist."""
+        yield from self.input.problems()
+        if not self.output:
+            what = "is not given; name the folder of the new tokenizer, e.g. output=runs/tokenizer"
+            yield Problem("output", "", what)
 
 
 @dataclass(kw_only=True)
@@ -138,6 +156,18 @@ class FilterConfig:
     min_sentences: Optional[int] = field(None, minimum=0)
     """Fewest sentences of the lines that remain; C4: 3."""
 
+    def problems(self) -> Iterator[Problem]:
+        """Yield a problem for limits in the wrong order."""
+        for name in ("words", "mean_word_length"):
+            least, most = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
+            if least is not None and most is not None and least > most:
+                yield Problem(
+                    f"filters.min_{name}",
+                    str(least),
+                    f"is above filters.max_{name}={most}, so no document could be kept",
+                    related=(f"filters.max_{name}",),
+                )
+
 
 @dataclass(kw_only=True)
 class NearDuplicateConfig:
@@ -206,3 +236,31 @@ class PrepareConfig:
     may take half of it for the filters and a tokenizer that has to read it as a whole; a longer one is rejected."""
     num_processes: int = field(0, minimum=0, maximum=1024)
     """Tokenizing processes; 0 uses every core."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield a problem for settings that do not fit each other, and for files that do not exist."""
+        yield from self.input.problems()
+        if not self.output:
+            yield Problem("output", "", "is not given; name the folder of the prepared corpus, e.g. output=runs/corpus")
+        yield from tokenizer_problems("tokenizer", self.tokenizer)
+        yield from self.filters.problems()
+        yield from path_problems("decontaminate.paths", self.decontaminate.paths)
+
+
+def path_problems(key: str, paths: Sequence[str]) -> Iterator[Problem]:
+    """Yield a problem for each path or pattern that names nothing; URLs and braces are expanded when they are read."""
+    for path in paths:
+        if is_url(path) or "{" in path or Path(path).exists():
+            continue
+        if not glob.has_magic(path):
+            yield Problem(key, path, "no such file or folder")
+        elif not any(glob.iglob(path, recursive=True)):
+            yield Problem(key, path, "matches no file")
+
+
+def tokenizer_problems(key: str, folder: str) -> Iterator[Problem]:
+    """Yield a problem for the folder of a tokenizer that is not given or does not exist."""
+    if not folder:
+        yield Problem(key, "", "is not given; name a folder written by `bigtx tokenizer train`")
+    elif not Path(folder).is_dir():
+        yield Problem(key, folder, "no such folder; name one written by `bigtx tokenizer train`")

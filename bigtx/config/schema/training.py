@@ -1,95 +1,21 @@
-"""A training run: data, objective, length, optimizer, engine and tracking."""
+"""What every training has: its steps, optimizer, schedule, engine, tracking and teacher, and the rules between them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Optional
 
-from bigtx.config.fields import field, section
+from bigtx.config.deepspeed import raw_problems
+from bigtx.config.nodes import Problem, idle_settings
+from bigtx.config.runs import CHECKPOINTS, why_no_run
 from bigtx.config.schema.model import ModelConfig
+from bigtx.config.settings import field, find, section, similar_keys
+from bigtx.utils.processes import world_size
+from bigtx.utils.shell import setting
+from bigtx.utils.units import Duration, parse_duration
 
-
-@dataclass(kw_only=True)
-class SourceConfig:
-    """One prepared corpus in the mixture."""
-
-    path: str = field("", kind="path", change="by_name")
-    """Folder written by `bigtx data prepare`, here or as a URL (https://, s3://, gs://)."""
-    weight: float = field(1.0, minimum=0.0, maximum=1e9)
-    """Share of the sequences, relative to the other sources' weights."""
-    max_epochs: Optional[float] = field(None, minimum=0.0, change="by_name")
-    """Refuse to start if the run would repeat this source more often. Empty: repeat as needed."""
-
-
-@dataclass(kw_only=True)
-class PhaseConfig:
-    """Other weights, starting at some point of the run."""
-
-    start: Optional[int] = field(None, kind="count", minimum=1)
-    """Tokens of the global order before the phase, e.g. 8B, including those of data.skip; rounded up to a sequence."""
-    weights: dict[str, float] = field(factory=dict, minimum=0.0, maximum=1e9)
-    """Weights by source; 0 reads none of it. Sources that are not named keep their own weight."""
-
-
-@dataclass(kw_only=True)
-class ForeignConfig:
-    """Plain webdataset text shards, tokenized on the fly instead of data.sources; exact resume needs prepared ones."""
-
-    paths: list[str] = field(factory=list, kind="path", change="by_name")
-    """Tar shards, also compressed: files or URLs, braces in quotes, e.g. ['https://host/{0000..0099}.tar']."""
-    tokenizer: str = field("", kind="path", change="by_name")
-    """Folder of the tokenizer."""
-    member: str = "txt"
-    """Suffix of the member that holds a sample's text; json: in its field text_field."""
-    text_field: str = "text"
-    """Key of the text in a JSON member."""
-    shuffle_buffer: int = field(1000, kind="count", minimum=0)
-    """Samples of each worker from which the next one is drawn; 0 keeps the shards' order."""
-    num_workers: int = field(1, minimum=1, maximum=1024)
-    """Tokenizing processes of each rank, at most as many as it has shards."""
-
-
-@dataclass(kw_only=True)
-class DataConfig:
-    """The training data."""
-
-    sources: dict[str, SourceConfig] = field(factory=dict)
-    """Prepared corpora by name."""
-    phases: dict[str, PhaseConfig] = field(factory=dict)
-    """Later weights of the sources, by the name of each phase; before the first phase, their own weights apply."""
-    skip: list[str] = field(factory=list, change="by_name")
-    """Sequences of the run to skip, e.g. after a loss spike: ranges START-END, where END is the first one that is read.
-    """
-    document_mask: bool = False
-    """Restrict attention and positions to each document of a packed row, and never predict across a boundary."""
-    prefetch_batches: int = field(4, minimum=0, maximum=65_536, change="free")
-    """Micro batches read ahead in a thread; 0 reads in the training loop."""
-    cache_dir: str = field("~/.cache/bigtx", change="free")
-    """Folder on this machine for blocks of remote corpora; all runs may share it."""
-    cache_size: int = field(21_474_836_480, kind="size", minimum=0, change="free")
-    """Most bytes in cache_dir; the least recently used blocks are deleted first."""
-    foreign: ForeignConfig = field(factory=ForeignConfig)
-
-
-@dataclass(kw_only=True)
-class ObjectiveConfig:
-    """The objective: what the model reads of a row of text, and what it predicts."""
-
-    name: Literal["causal", "fill_in_middle", "masked", "span_corruption", "prefix"] = "causal"
-    """causal and fill_in_middle for a decoder, masked for an encoder, span_corruption for an encoder-decoder, prefix
-    for a decoder with model.prefix_attention or an encoder-decoder."""
-    fill_in_middle_rate: float = field(0.5, minimum=0.0, maximum=1.0)
-    """fill_in_middle: share of the documents that are rearranged (arXiv:2207.14255); the others stay causal."""
-    suffix_first_rate: float = field(0.5, minimum=0.0, maximum=1.0)
-    """fill_in_middle: share of the rearranged ones whose suffix is first (SPM); in the others it is second (PSM)."""
-    mask_rate: float = field(0.15, minimum=0.001, maximum=0.9)
-    """masked: share of the tokens that are predicted (BERT: 0.15, arXiv:1810.04805; ModernBERT: 0.3)."""
-    whole_words: bool = True
-    """masked: whether all tokens of a word are chosen together."""
-    noise_density: float = field(0.15, minimum=0.001, maximum=0.9)
-    """span_corruption: share of the tokens that are removed (arXiv:1910.10683)."""
-    mean_span_length: float = field(3.0, minimum=1.0, maximum=1e6)
-    """span_corruption: mean number of tokens of a removed span."""
+LEAST_TIMEOUT_SECONDS, LARGEST_TIMEOUT_SECONDS = 1, 30 * 86_400
 
 
 @dataclass(kw_only=True)
@@ -114,37 +40,22 @@ class RhythmConfig:
     max_skipped_steps: int = field(20, minimum=0, change="free")
     """Consecutive steps with a non-finite loss or gradient after which the run ends with an error."""
 
+    def problems(self) -> Iterator[Problem]:
+        """Yield a problem for intervals that are not intervals of steps, tokens or time."""
+        for name in ("log_every", "checkpoint_every"):
+            yield from interval_problems(f"train.{name}", getattr(self, name))
 
-@dataclass(kw_only=True)
-class TrainConfig(RhythmConfig):
-    """The length and intervals of a run: give max_steps or max_tokens."""
-
-    max_tokens: Optional[int] = field(None, kind="count", minimum=1, change="by_name")
-    """Input tokens of the run, e.g. 10B; rounded up to whole steps."""
-    sequence_length: int = field(1024, kind="count", minimum=2, maximum=2**31 - 1)
-    """Tokens of a row of text; an objective that cuts it in two defines the lengths of the parts."""
-    z_loss: float = field(0.0, minimum=0.0, change="by_name")
-    """Weight of the loss of the squared log-partition, which keeps logits small (PaLM, arXiv:2204.02311: 1e-4)."""
-
-
-@dataclass(kw_only=True)
-class ValidationConfig:
-    """Loss on held-out text, and samples, inside a run."""
-
-    every: str = field("500 steps", kind="duration")
-    """How often, in addition to once at the end."""
-    at_start: bool = False
-    """Whether to measure before the first step too."""
-    sources: dict[str, SourceConfig] = field(factory=dict)
-    """Corpora whose validation split is read. Empty: those of data.sources that have one."""
-    max_sequences: int = field(256, kind="count", minimum=0)
-    """Sequences of each source, the same each time; 0 disables validation."""
-    sample_prompts: list[str] = field(factory=list)
-    """Texts that the model continues at each validation; shown, written to samples.jsonl and to the W&B table."""
-    sample_tokens: int = field(48, minimum=1, maximum=2**24)
-    """New tokens of each sample."""
-    sample_temperature: float = field(0.8, minimum=0.0, maximum=1e3)
-    """Temperature of the samples; 0 takes the most likely token."""
+    def division_problems(self, num_ranks: int) -> Iterator[Problem]:
+        """Yield a problem where so many ranks cannot share the global batch evenly."""
+        total = self.global_batch_size
+        if total % num_ranks:
+            below, above = total // num_ranks * num_ranks, -(-total // num_ranks) * num_ranks
+            fitting = f"{below} or {above}" if below else str(above)
+            yield Problem(
+                "train.global_batch_size",
+                str(total),
+                f"cannot be divided over {num_ranks} ranks; {fitting} can, or use another number of ranks",
+            )
 
 
 @dataclass(kw_only=True)
@@ -200,6 +111,30 @@ class ScheduleConfig:
     minimum_factor: float = field(0.1, minimum=0.0, maximum=1.0)
     """The rate at the end, as a factor on the peak."""
 
+    def problems(self, num_steps: int | None, tokens_per_step: int | None) -> Iterator[Problem]:
+        """Yield a problem where warm-up and decay are times, or are longer than a run whose length is known.
+
+        Args:
+            num_steps: the steps of the run; None if they are not known yet.
+            tokens_per_step: the tokens of a step; None if they are not known.
+        """
+        parts = {"schedule.warmup": self.warmup, "schedule.decay": self.decay}
+        shares = {}
+        for key, text in parts.items():
+            duration = duration_of(text)
+            if duration and duration.unit == "seconds":
+                yield Problem(key, text, "is a time; write steps, tokens or a share of the run, such as 5 %")
+            elif duration and (share := _share_of_run(duration, num_steps, tokens_per_step)) is not None:
+                shares[key] = share
+        if self.name != "warmup_stable_decay":
+            shares.pop("schedule.decay", None)
+        # The lengths of the run in steps and in tokens differ by rounding.
+        if sum(shares.values()) > 1 + 1e-6:
+            key = max(shares, key=lambda name: shares[name])
+            whole = " and ".join(f"{name}={parts[name]}" for name in shares)
+            what = f"{whole} are longer than the whole run; shorten them"
+            yield Problem(key, parts[key], what, related=("train.max_steps", *shares))
+
 
 @dataclass(kw_only=True)
 class EngineConfig:
@@ -225,6 +160,29 @@ class EngineConfig:
     """Elements in one reduction or gathering."""
     timeout: str = field("30 min", kind="duration")
     """How long a collective of any process group may wait for another rank: 1 s to 30 days."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield a problem for settings that DeepSpeed does not support together, and for an impossible timeout."""
+        if self.precision == "fp16" and self.zero_stage == 0:
+            yield Problem(
+                "engine.precision",
+                self.precision,
+                "needs engine.zero_stage of 1 to 3 (stage 1 costs nothing on one device): DeepSpeed's 16-bit wrapper "
+                "without ZeRO accumulates gradients in fp16",
+                related=("engine.zero_stage",),
+            )
+        if self.offload_optimizer != "none" and self.zero_stage == 0:
+            what = "needs engine.zero_stage 1, 2 or 3; it is 0"
+            yield Problem("engine.offload_optimizer", self.offload_optimizer, what)
+        if self.offload_parameters != "none" and self.zero_stage != 3:
+            what = f"needs engine.zero_stage=3; it is {self.zero_stage}"
+            yield Problem("engine.offload_parameters", self.offload_parameters, what)
+        waits = duration_of(self.timeout)
+        if waits and waits.unit != "seconds":
+            yield Problem("engine.timeout", self.timeout, "is not a time; write one such as 30 min")
+        elif waits and not LEAST_TIMEOUT_SECONDS <= waits.value <= LARGEST_TIMEOUT_SECONDS:
+            what = "is not between 1 s and 30 days; write a time such as 30 min"
+            yield Problem("engine.timeout", self.timeout, what)
 
 
 @dataclass(kw_only=True)
@@ -259,6 +217,22 @@ class DistillConfig:
     """Start with the teacher's embeddings, head and evenly spaced blocks (arXiv:1910.01108), not with random weights.
     """
 
+    def problems(self, begins_with: str, started_from: str | None) -> Iterator[Problem]:
+        """Yield a problem for a teacher that is not a run, and for settings of a teacher without a teacher.
+
+        Args:
+            begins_with: the setting that names the run whose weights the run starts with.
+            started_from: its value.
+        """
+        if self.teacher is None:
+            yield from idle_settings(self, "distill", "without distill.teacher")
+            return
+        if problem := why_no_run(self.teacher):
+            yield Problem("distill.teacher", self.teacher, problem)
+        if self.copy_layers and started_from is not None:
+            what = f"the weights already come from {begins_with}={started_from}; write false, or {begins_with}=null"
+            yield Problem("distill.copy_layers", "true", what, related=(begins_with,))
+
 
 @dataclass(kw_only=True)
 class RunConfig:
@@ -283,15 +257,97 @@ class RunConfig:
     deepspeed: dict[str, Any] = field(factory=dict, change="free")
     """Raw DeepSpeed keys for experienced users; one that contradicts a typed field is an error."""
 
+    def problems(self) -> Iterator[Problem]:
+        """Yield a problem for settings that do not fit each other, and for files that do not exist."""
+        if not self.run_dir:
+            yield Problem("run_dir", "", "is not given; name the folder of the run, e.g. run_dir=runs/first")
+        for key in self.allow_changes:
+            yield from self._allowed_change(key)
+        started_from = getattr(self, self.begins_with)
+        yield from self.model.problems()
+        yield from self.train.division_problems(world_size())
+        yield from self.train.problems()
+        yield from self.distill.problems(self.begins_with, started_from)
+        yield from self.engine.problems()
+        yield from raw_problems(self)
+        if self.model.lora.rank and started_from is None:
+            yield Problem(
+                "model.lora.rank",
+                str(self.model.lora.rank),
+                f"adapters need trained weights; name a run that has them, e.g. {self.begins_with}=runs/mine",
+                related=(self.begins_with,),
+            )
+        if self.optimizer.train_also and not self.model.lora.rank:
+            yield Problem(
+                "optimizer.train_also",
+                str(self.optimizer.train_also),
+                "has no effect without model.lora.rank=N, because all parameters are trained; write "
+                f"{setting('optimizer.train_also', [])}, and see optimizer.freeze",
+            )
 
-@dataclass(kw_only=True)
-class PretrainConfig(RunConfig):
-    """A pretraining run."""
+    def _allowed_change(self, key: str) -> Iterator[Problem]:
+        if key == CHECKPOINTS:
+            return  # Allows the run to start again without them.
+        found = find(type(self), key)
+        if found is None:
+            similar = similar_keys(type(self), key)
+            hint = f"; did you mean {' or '.join(similar)}?" if similar else ""
+            yield Problem("allow_changes", key, f"no such setting{hint}")
+        elif found.section:
+            yield Problem("allow_changes", key, "is a section; name its settings")
+        elif found.change == "never":
+            what = (
+                f"can never change within a run; start a new one in another run_dir, with {self.begins_with}=THIS_RUN"
+            )
+            yield Problem("allow_changes", key, what)
 
-    begins_with = "init_from"
-    init_from: Optional[str] = field(None, kind="path", change="never")
-    """Run or checkpoint folder whose weights start this run; data, schedule and optimizer are this run's own."""
-    data: DataConfig = section(DataConfig, change="never")
-    objective: ObjectiveConfig = section(ObjectiveConfig, change="never")
-    train: TrainConfig = section(TrainConfig, change="never")
-    validation: ValidationConfig = section(ValidationConfig, change="by_name")
+
+def run_length_problems(lengths: Mapping[str, float | None], example: str) -> Iterator[Problem]:
+    """Yield a problem where a run does not have exactly one length.
+
+    Args:
+        lengths: the values of the two settings that may give the length.
+        example: one of the settings with a value.
+    """
+    first, second = lengths
+    related = tuple(lengths)
+    if None not in lengths.values():
+        what = f"{second} is given too; write only one of them, or unset one by {first}=null or {second}=null"
+        yield Problem(first, "", what, related=related)
+    elif set(lengths.values()) == {None}:
+        yield Problem(first, "", f"is not given, nor is {second}; write one, e.g. {example}", related=related)
+    for key, length in lengths.items():
+        if length == 0:
+            yield Problem(key, "0", "trains nothing; write a number above 0")
+
+
+def interval_problems(key: str, text: str, *, shares: bool = False) -> Iterator[Problem]:
+    """Yield a problem for a text that is not an interval of a run.
+
+    Args:
+        shares: whether it may be a share of the run.
+    """
+    duration = duration_of(text)
+    if duration and duration.value == 0:
+        yield Problem(key, text, "is not an interval; write a duration above 0, such as 100 steps")
+    elif duration and duration.unit == "fraction" and not shares:
+        yield Problem(key, text, "is a share of the run; write steps, tokens or a time, such as 100 steps")
+
+
+def duration_of(text: str) -> Duration | None:
+    """Return a duration; None if the text is none, which the converter has reported."""
+    try:
+        return parse_duration(text)
+    except ValueError:
+        return None
+
+
+def _share_of_run(duration: Duration, num_steps: int | None, tokens_per_step: int | None) -> float | None:
+    """Convert a duration in steps, tokens or shares to a share of the run; None if the run's length is not known."""
+    if duration.unit == "fraction":
+        return duration.value
+    if not num_steps:
+        return None
+    if duration.unit == "steps":
+        return duration.value / num_steps
+    return duration.value / (num_steps * tokens_per_step) if tokens_per_step else None

@@ -26,7 +26,9 @@ from bigtx.data.corpus.shards import token_dtype
 from bigtx.data.prepare.chunks import RECORD_DTYPE, Chunk, Documents
 from bigtx.data.prepare.texts import Needs, TextPreparation
 from bigtx.data.raw.documents import Document, Reject, Rejects, in_batches
-from bigtx.data.raw.read import InputFile, read_file, split_file
+from bigtx.data.raw.files import split_file
+from bigtx.data.raw.read import read_file
+from bigtx.data.storage.access import InputFile
 from bigtx.data.text.ngrams import Signer
 from bigtx.data.text.rules import Dropped, TextRules
 from bigtx.data.workers import advance

@@ -59,7 +59,9 @@ from bigtx.data.prepare.recipe import (
     working,
 )
 from bigtx.data.prepare.texts import Needs, most_for_a_text
-from bigtx.data.raw.read import InputFile, Rejects, list_files
+from bigtx.data.raw.documents import Rejects
+from bigtx.data.raw.files import list_files
+from bigtx.data.storage.access import InputFile
 from bigtx.data.text.decontaminate import build_contamination_index, contamination_digest
 from bigtx.data.text.near import SignaturePart, find_near_duplicates
 from bigtx.data.text.rules import check_rules

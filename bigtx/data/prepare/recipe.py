@@ -24,7 +24,7 @@ from typing import Any
 from bigtx.config.load import load
 from bigtx.config.schema import PrepareConfig
 from bigtx.data.corpus.manifest import FORMAT_VERSION
-from bigtx.data.raw.read import InputFile
+from bigtx.data.storage.access import InputFile
 from bigtx.data.storage.remote import shown
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import DataError, LaunchError

@@ -17,9 +17,10 @@ from bigtx.data.corpus.shards import token_dtype
 from bigtx.data.prepare.encode import make_units
 from bigtx.data.prepare.job import REJECTS_NAME, REPORT_NAME, PartReport, Report
 from bigtx.data.prepare.texts import Needs, TextPreparation
-from bigtx.data.raw.files import describe_passed_over
+from bigtx.data.raw.documents import Reject, Rejects
+from bigtx.data.raw.files import describe_passed_over, list_files
 from bigtx.data.raw.formats import is_compressed
-from bigtx.data.raw.read import Reject, Rejects, list_files, read_file
+from bigtx.data.raw.read import read_file
 from bigtx.data.text.decontaminate import build_contamination_index
 from bigtx.data.text.rules import Dropped, TextRules, check_rules
 from bigtx.tokenizer.tokenizer import Tokenizer

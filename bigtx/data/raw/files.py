@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import BinaryIO
 
+from bigtx.config.nodes import Problem, raise_problems
 from bigtx.config.schema import InputConfig
 from bigtx.data.raw import own
 from bigtx.data.raw.formats import (
@@ -33,7 +34,7 @@ from bigtx.data.raw.rows import is_json_lines
 from bigtx.data.storage import buckets
 from bigtx.data.storage.access import CHUNK_BYTES, InputFile, is_remote, stat
 from bigtx.data.storage.remote import check_scheme, name_of, scheme_of, shown
-from bigtx.utils.errors import ConfigError, DataError
+from bigtx.utils.errors import DataError
 from bigtx.utils.files import NOT_A_FILE, no_file
 
 _BRACES = re.compile(r"\{(?:(\d{1,12})\.\.(\d{1,12})|([^{}]*,[^{}]*))\}")
@@ -79,7 +80,7 @@ def list_files(config: InputConfig, passed_over: Counter[str] | None = None, sec
         raise DataError(
             f"No input: {section}.paths is empty. Name files, folders or globs, e.g. {section}.paths=my/texts."
         )
-    _check_text_suffixes(config.text_suffixes)
+    raise_problems(suffix_problems(config))
     inputs = _Input(config, section)
     passed_over = Counter() if passed_over is None else passed_over
     files: dict[str, InputFile] = {}
@@ -271,13 +272,13 @@ def _known(path: str, candidates: list[str], inputs: _Input, passed_over: Counte
     return files
 
 
-def _check_text_suffixes(suffixes: Sequence[str]) -> None:
-    """Refuse suffixes that have no effect because their files are read in another way."""
-    for suffix in suffixes:
+def suffix_problems(config: InputConfig) -> Iterator[Problem]:
+    """Yield a problem for each suffix of text files that has no effect because its files are read in another way."""
+    for suffix in config.text_suffixes:
         kind = format_of(f"a{suffix}", ())
         if kind or is_compressed(f"a{suffix}"):
             what = f"{kind.value}, not as plain text" if kind else "archives or compressed files"
-            raise ConfigError(f"input.text_suffixes: files that end in {suffix} are read as {what}; leave it out.")
+            yield Problem("input.text_suffixes", "", f"files that end in {suffix} are read as {what}; leave it out")
 
 
 def _refuse_unknown(path: str, inputs: _Input) -> None:

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from bigtx.config.schema import DecontaminateConfig, InputConfig
-from bigtx.data.raw.documents import in_batches
-from bigtx.data.raw.read import Fields, Rejects, documents_of, list_files
+from bigtx.data.raw.documents import Rejects, in_batches
+from bigtx.data.raw.files import list_files
+from bigtx.data.raw.read import Fields, documents_of
 from bigtx.data.text.ngrams import hash_ngrams, hash_words, hash_words_in_parts, words_at
 from bigtx.utils.errors import DataError
 from bigtx.utils.files import write_atomic, write_json

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bigtx.config.nodes import raise_problems
 from bigtx.config.schema import FinetuneConfig
 from bigtx.data.records.record import BadRecordError, Record
 from bigtx.finetuning.tasks.task import Examples, Model, some_ids
@@ -69,15 +70,8 @@ def resolve_chat_format(config: FinetuneConfig, tokenizer: Tokenizer) -> Finetun
     """Return the config with the format of chats that the tokenizer supports.
 
     Raises:
-        ConfigError: the model is not a decoder, or the tokenizer does not support the format.
+        ConfigError: the tokenizer does not support the format.
     """
-    if config.model.shape != "decoder":
-        raise ConfigError(f"task={config.task} needs a decoder, and the model is an {config.model.shape}")
-    if config.model.prefix_attention:
-        raise ConfigError(
-            f"model.prefix_attention=true: with task={config.task} the answers of a chat would attend to themselves; "
-            "write model.prefix_attention=false, which does not change the weights"
-        )
     is_able = ASSISTANT in tokenizer.role_ids and not tokenizer.has_own_chat_template
     name = config.chat.format if config.chat.format != "auto" else "chat" if is_able else "plain"
     if name == "chat" and not is_able:
@@ -87,9 +81,9 @@ def resolve_chat_format(config: FinetuneConfig, tokenizer: Tokenizer) -> Finetun
             else f"has no chat role {ASSISTANT} (`bigtx tokenizer train` makes them, see chat_roles)"
         )
         raise ConfigError(f"chat.format=chat: the tokenizer {why}; write chat.format=plain")
-    if name == "plain" and not config.chat.separator:
-        raise ConfigError("chat.separator is empty: nothing would mark the end of a prompt")
-    return dataclasses.replace(config, chat=dataclasses.replace(config.chat, format=name))
+    chat = dataclasses.replace(config.chat, format=name)
+    raise_problems(chat.problems())
+    return dataclasses.replace(config, chat=chat)
 
 
 class ChatFormat:

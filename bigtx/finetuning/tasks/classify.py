@@ -15,7 +15,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigtx.config.schema import FinetuneConfig, ModelConfig
+from bigtx.config.schema.tasks import METRICS
 from bigtx.data.records.record import BadRecordError, Broken, Record
 from bigtx.engine.task import TaskLoss
 from bigtx.finetuning.tasks.scores import calibration_error, confusion, macro_f1
@@ -43,8 +44,7 @@ from bigtx.finetuning.tasks.task import (
 from bigtx.model.layers import pooling_weights
 from bigtx.model.loss import IGNORED
 from bigtx.tokenizer.tokenizer import Tokenizer
-from bigtx.track.tracker import Better
-from bigtx.utils.errors import ConfigError, DataError
+from bigtx.utils.errors import DataError
 
 NO_LABEL = -1
 
@@ -113,13 +113,7 @@ class Classify(RecordTask):
     """The task of classifying texts."""
 
     metric = "accuracy"
-    better: ClassVar[Mapping[str, Better]] = {
-        "accuracy": "higher",
-        "largest_class": "neither",
-        "macro_f1": "higher",
-        "loss": "lower",
-        "calibration_error": "lower",
-    }
+    better = METRICS["classify"]
 
     def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:
         super().__init__(config, tokenizer)
@@ -135,22 +129,15 @@ class Classify(RecordTask):
         """Return the config with the names of the classes, the number of logits, and the pooling.
 
         Raises:
-            ConfigError: the model is an encoder-decoder, or the pooling does not fit it.
             DataError: there are fewer than two classes.
         """
         shape, settings = config.model.shape, config.classify
-        if shape == "encoder_decoder":
-            raise ConfigError("task=classify needs an encoder or a decoder, and the model is an encoder_decoder")
         classes = settings.classes or _classes_of(records, config)
         head, pooling = config.model.class_head, settings.pooling
         if head is None and config.model.num_classes is None:
             head = _class_head(config.model)
         if pooling == "auto":
             pooling = "last" if shape == "decoder" else "first" if head == "pooler" else "mean"
-        if shape == "decoder" and pooling == "first":
-            raise ConfigError(
-                "classify.pooling=first: the first token of a decoder attends to no other token; write last or mean"
-            )
         return dataclasses.replace(
             config,
             classify=dataclasses.replace(settings, classes=classes, pooling=pooling),

@@ -22,7 +22,6 @@ from bigtx.data.records.record import Record
 from bigtx.finetuning.tasks.sft import ChatExample, Sft
 from bigtx.finetuning.tasks.task import Examples, Model, Prediction, some_ids
 from bigtx.tokenizer.tokenizer import Tokenizer
-from bigtx.utils.errors import ConfigError
 
 
 class Distill(Sft):
@@ -37,16 +36,7 @@ class Distill(Sft):
 
     @classmethod
     def resolve(cls, config: FinetuneConfig, tokenizer: Tokenizer, records: Sequence[Record]) -> FinetuneConfig:
-        """Return the config with a head of tokens.
-
-        Raises:
-            ConfigError: the model is not a decoder.
-        """
-        if config.model.shape != "decoder":
-            raise ConfigError(
-                f"task=distill needs a decoder, and the model is an {config.model.shape}; bigtx/pretrain.py with "
-                "distill.teacher distills any shape from a prepared corpus"
-            )
+        """Return the config with a head of tokens."""
         return super(Sft, cls).resolve(config, tokenizer, records)
 
     @property

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigtx.config.schema import FinetuneConfig
+from bigtx.config.schema.tasks import METRICS
 from bigtx.data.records.record import BadRecordError, Record
 from bigtx.engine.task import TaskLoss
 from bigtx.finetuning.tasks.chats import (
@@ -47,7 +48,6 @@ from bigtx.finetuning.tasks.task import (
 from bigtx.model.loss import IGNORED
 from bigtx.tokenizer.chat import ASSISTANT
 from bigtx.tokenizer.tokenizer import Tokenizer
-from bigtx.track.tracker import Better
 from bigtx.utils.errors import DataError
 
 
@@ -123,15 +123,7 @@ class Preference(RecordTask):
     """The task of preferring the better of two answers."""
 
     metric = "loss"
-    better: ClassVar[Mapping[str, Better]] = {
-        "loss": "lower",
-        "margin": "higher",
-        "accuracy": "higher",
-        "reward_margin": "higher",
-        "reward_accuracy": "higher",
-        "chosen_reward": "neither",
-        "rejected_reward": "neither",
-    }
+    better = METRICS["preference"]
     needs_reference = True
 
     def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:

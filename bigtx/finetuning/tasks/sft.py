@@ -10,13 +10,14 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bigtx.config.schema import FinetuneConfig
+from bigtx.config.schema.tasks import METRICS
 from bigtx.data.records.record import BadRecordError, Record
 from bigtx.engine.task import TaskLoss
 from bigtx.finetuning.tasks.chats import (
@@ -41,7 +42,6 @@ from bigtx.finetuning.tasks.task import (
 from bigtx.model.loss import IGNORED
 from bigtx.tokenizer.chat import ASSISTANT
 from bigtx.tokenizer.tokenizer import Tokenizer
-from bigtx.track.tracker import Better
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +129,7 @@ class Sft(RecordTask):
     """The task of answering prompts and chats."""
 
     metric = "loss"
-    better: ClassVar[Mapping[str, Better]] = {
-        "loss": "lower",
-        "perplexity": "lower",
-        "token_accuracy": "higher",
-        "exact_match": "higher",
-    }
+    better = METRICS["sft"]
     generates = True
     shows_by_predict = True
 

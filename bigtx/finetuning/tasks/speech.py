@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bigtx.config.schema import FinetuneConfig
-from bigtx.config.shape import frames_per_column
+from bigtx.config.shape import frames_per_column, num_columns
 from bigtx.data.recordings import AudioPlace, BadAudioError, Found, decode, num_resampled, read_header
 from bigtx.data.records.record import BadRecordError, Record
 from bigtx.data.spectrogram import LogMel, changes_waveform, generator, masked, perturbed
@@ -115,7 +115,7 @@ class SpeechFeatures:
         self.settings, self.seed = config.transcribe, config.seed
         self.too_long = config.data.too_long
         self.rate = config.model.audio.sample_rate
-        self.frames_per_column = frames_per_column(config.model)
+        self.model = config.model
         self.max_samples = max(1, math.floor(self.settings.max_seconds * self.rate))
         self.log_mel = LogMel(config.model.audio)
         self.changes_waveform = changes_waveform(self.settings)
@@ -162,7 +162,7 @@ class SpeechFeatures:
 
     def num_columns(self, num_samples: int) -> int:
         """Return the number of columns that the encoder reads for a number of samples."""
-        return -(-self.log_mel.num_frames(num_samples) // self.frames_per_column)
+        return num_columns(self.model, num_samples)
 
     def features(self, example: SpeechExample, number: int | None) -> Tensor:
         """Return the features of a recording, fp32 [F, M].
@@ -203,7 +203,7 @@ class SpeechFeatures:
         """Return the features of a batch, fp32 [B, F, M], and the numbers of frames, int64 [B]."""
         drawn: Sequence[int | None] = [None] * len(examples) if numbers is None else numbers
         parts = [self.features(example, number) for example, number in zip(examples, drawn, strict=True)]
-        multiple = LENGTH_MULTIPLE * self.frames_per_column
+        multiple = LENGTH_MULTIPLE * frames_per_column(self.model)
         frames = -(-max(len(part) for part in parts) // multiple) * multiple
         features = torch.zeros(len(parts), frames, parts[0].shape[1])
         for row, part in zip(features, parts, strict=True):

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from bigtx.config.schema import FinetuneConfig
+from bigtx.config.schema.tasks import Better
 from bigtx.data.recordings import AudioPlace, Found
 from bigtx.data.records.record import BadRecordError, Record
 from bigtx.engine.task import TaskLoss
 from bigtx.tokenizer.tokenizer import Tokenizer
-from bigtx.track.tracker import Better
 from bigtx.utils.errors import ConfigError
 
 Look = Callable[[Iterable[AudioPlace]], Mapping[AudioPlace, Found]]
@@ -91,17 +91,14 @@ class RecordTask(ABC):
 
     def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:
         """Args:
-            config: the result of `resolve`.
-
-        Raises:
-            ConfigError: validation.metric cannot select a checkpoint of the task.
+        config: the result of `resolve`.
         """
         self.config, self.tokenizer = config, tokenizer
         self.fields = config.data.fields
         self.max_length = config.data.max_length or config.model.max_sequence_length
         self.num_sides = 1
         """Texts of a record that share the model's length, each with at most `max_length` tokens."""
-        self.chosen_by = self._chosen_by()
+        self.chosen_by = config.validation.metric or self.metric
         """The metric that selects the best checkpoint."""
 
     @property
@@ -232,16 +229,6 @@ class RecordTask(ABC):
     def answer(self, record: Record) -> str:
         """Return the record's own answer, for tables of predictions; "" if it has none."""
         return ""
-
-    def _chosen_by(self) -> str:
-        name = self.config.validation.metric or self.metric
-        if self.better.get(name, "neither") != "neither":
-            return name
-        usable = [each for each, better in self.better.items() if better != "neither"]
-        raise ConfigError(
-            f"validation.metric={name!r} cannot select the best checkpoint of task={self.config.task}; write one of "
-            f"{', '.join(usable)}"
-        )
 
     @property
     def length_setting(self) -> str:

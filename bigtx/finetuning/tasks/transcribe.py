@@ -12,8 +12,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from bigtx.config import shape
 from bigtx.config.schema import FinetuneConfig
+from bigtx.config.schema.tasks import METRICS
 from bigtx.data.recordings import AudioPlace, require_speech
 from bigtx.data.records.record import BadRecordError, Record
 from bigtx.engine.task import TaskLoss
@@ -31,8 +32,6 @@ from bigtx.model.beam import Beam, beam_search
 from bigtx.model.cache import KeyValueCache, Text
 from bigtx.model.loss import IGNORED
 from bigtx.tokenizer.tokenizer import Tokenizer
-from bigtx.track.tracker import Better
-from bigtx.utils.errors import ConfigError
 
 APOSTROPHES = "'’"
 
@@ -41,7 +40,7 @@ class Transcribe(RecordTask):
     """The task of transcribing recordings."""
 
     metric = "wer"
-    better: ClassVar[Mapping[str, Better]] = {"wer": "lower", "cer": "lower", "loss": "lower"}
+    better = METRICS["transcribe"]
 
     def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:
         super().__init__(config, tokenizer)
@@ -58,17 +57,8 @@ class Transcribe(RecordTask):
 
         Raises:
             LaunchError: the extra `speech` is not installed.
-            ConfigError: the longest recording has more columns than the model has positions.
         """
         require_speech()
-        speech = SpeechFeatures(config)
-        most, positions = speech.num_columns(speech.max_samples), config.model.max_sequence_length
-        if config.model.positions == "learned" and most > positions:
-            raise ConfigError(
-                f"transcribe.max_seconds={config.transcribe.max_seconds:g} are {most:,} columns of the encoder, and "
-                f"the learned positions end at model.max_sequence_length={positions}; lower the first or raise the "
-                "second"
-            )
         return super().resolve(config, tokenizer, records)
 
     @property

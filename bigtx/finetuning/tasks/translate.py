@@ -9,15 +9,15 @@ The loss is only on the target and its end. The reported loss is without smoothi
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bigtx.config.schema import FinetuneConfig
+from bigtx.config.schema.tasks import METRICS
 from bigtx.data.records.record import Record
 from bigtx.engine.task import TaskLoss
 from bigtx.finetuning.tasks.task import (
@@ -35,8 +35,7 @@ from bigtx.finetuning.tasks.task import (
 from bigtx.model.beam import Beam, Found, beam_search
 from bigtx.model.loss import IGNORED
 from bigtx.tokenizer.tokenizer import Tokenizer
-from bigtx.track.tracker import Better
-from bigtx.utils.errors import ConfigError, LaunchError
+from bigtx.utils.errors import LaunchError
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +103,7 @@ class Translate(RecordTask):
     """The task of generating a target text for a source text."""
 
     metric = "bleu"
-    better: ClassVar[Mapping[str, Better]] = {"bleu": "higher", "chrf": "higher", "loss": "lower"}
+    better = METRICS["translate"]
     generates = True
 
     def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:
@@ -124,17 +123,8 @@ class Translate(RecordTask):
 
         Raises:
             LaunchError: the extra `translate` is not installed.
-            ConfigError: the model is an encoder, or both sides together are too long for it.
         """
         require_sacrebleu()
-        model, longest = config.model, config.data.max_length
-        if model.shape == "encoder":
-            raise ConfigError("task=translate needs an encoder_decoder or a decoder: an encoder cannot write texts")
-        if model.shape == "decoder" and longest and 2 * longest > model.max_sequence_length:
-            raise ConfigError(
-                f"data.max_length={longest} is for each side, and the decoder reads both in one text of at most "
-                f"model.max_sequence_length={model.max_sequence_length} tokens; lower the first or raise the second"
-            )
         return super().resolve(config, tokenizer, records)
 
     @property

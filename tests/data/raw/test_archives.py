@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from bigtx.config.schema import InputConfig
 from bigtx.data.raw import documents
-from bigtx.data.raw.read import Rejects, list_files, read_file, split_file
+from bigtx.data.raw.documents import Rejects
+from bigtx.data.raw.files import list_files, split_file
+from bigtx.data.raw.read import read_file
 
 
 def write(path: Path, content: bytes) -> Path:

@@ -11,7 +11,8 @@ from data.inputs import texts_of
 
 from bigtx.cli import main
 from bigtx.config.schema import InputConfig
-from bigtx.data.raw.read import InputFile, list_files
+from bigtx.data.raw.files import list_files
+from bigtx.data.storage.access import InputFile
 from bigtx.data.storage.remote import shown
 from bigtx.utils.errors import DataError
 

@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 
 from bigtx.config.schema import InputConfig
 from bigtx.data.raw import documents
-from bigtx.data.raw.documents import in_batches
-from bigtx.data.raw.read import EMPTY, InputFile, Reject, Rejects, list_files, read_documents, read_file, split_file
+from bigtx.data.raw.documents import EMPTY, Reject, Rejects, in_batches
+from bigtx.data.raw.files import list_files, split_file
+from bigtx.data.raw.read import read_documents, read_file
+from bigtx.data.storage.access import InputFile
 from bigtx.utils.errors import ConfigError, DataError
 
 

@@ -17,7 +17,10 @@ from hypothesis import strategies as st
 
 from bigtx.config.schema import InputConfig
 from bigtx.data.raw import readers
-from bigtx.data.raw.read import InputFile, Rejects, list_files, read_file, split_file
+from bigtx.data.raw.documents import Rejects
+from bigtx.data.raw.files import list_files, split_file
+from bigtx.data.raw.read import read_file
+from bigtx.data.storage.access import InputFile
 from bigtx.utils.errors import DataError
 
 # A field can hold anything but half a surrogate pair.

@@ -18,7 +18,7 @@ import pytest
 from data.inputs import gz, json_lines, parquet, read_all, tar, texts_of
 
 from bigtx.config.schema import InputConfig
-from bigtx.data.raw.read import list_files
+from bigtx.data.raw.files import list_files
 from bigtx.data.storage import buckets, remote
 from bigtx.utils.errors import DataError
 

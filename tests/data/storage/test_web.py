@@ -15,7 +15,9 @@ from data.web_double import LOGIN, Web, start
 
 from bigtx.cli import main
 from bigtx.config.schema import InputConfig, TokenizerTrainConfig
-from bigtx.data.raw.read import Reject, Rejects, list_files, read_file, split_file
+from bigtx.data.raw.documents import Reject, Rejects
+from bigtx.data.raw.files import list_files, split_file
+from bigtx.data.raw.read import read_file
 from bigtx.data.storage import remote, web
 from bigtx.data.storage.places import RemotePath
 from bigtx.data.storage.remote import TransientError

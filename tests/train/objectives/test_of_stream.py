@@ -11,7 +11,8 @@ import torch
 from bigtx.config.schema import DataConfig, ModelConfig, ObjectiveConfig, PretrainConfig, SourceConfig, TrainConfig
 from bigtx.data.stream.loader import TrainLoader, validation_batches
 from bigtx.data.stream.rows import Batch
-from bigtx.pretraining.objectives import Objective, make_objective
+from bigtx.pretraining.objective import Objective
+from bigtx.pretraining.objectives import make_objective
 from bigtx.tokenizer.tokenizer import Tokenizer
 
 # Blocks of 4,096 tokens end with a short row.

@@ -165,10 +165,6 @@ def test_packing_holds_every_chat_once_and_wastes_little() -> None:
 def test_what_a_model_or_tokenizer_cannot_do(tokenizer: Tokenizer, without_roles: Tokenizer) -> None:
     with pytest.raises(ConfigError, match="the tokenizer has no chat role assistant"):
         sft(without_roles, chat=ChatConfig(format="chat"))
-    encoder = config_of()
-    encoder.model.shape = "encoder"
-    with pytest.raises(ConfigError, match="needs a decoder"):
-        Sft.resolve(encoder, tokenizer, [])
     assert sft(tokenizer).config.chat.format == "chat" and sft(without_roles).config.chat.format == "plain"
 
 

@@ -259,12 +259,6 @@ def test_classes_are_those_of_the_training_records_sorted(tokenizer: Tokenizer) 
     assert Classify.resolve(config_of("ba"), tokenizer, records).classify.classes == ["b", "a"]
     with pytest.raises(DataError, match="have one class, 'good'"):
         Classify.resolve(config_of(""), tokenizer, records[:1])
-    for shape, pooling, said in (
-        ("encoder_decoder", "auto", "needs an encoder"),
-        ("decoder", "first", "attends to no other"),
-    ):
-        with pytest.raises(ConfigError, match=said):
-            make(tokenizer, shape=shape, pooling=pooling)
 
 
 @pytest.mark.parametrize(

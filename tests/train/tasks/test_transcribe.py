@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from pathlib import Path
@@ -23,7 +22,7 @@ from bigtx.model.beam import Beam
 from bigtx.model.loss import IGNORED
 from bigtx.model.transformer import Transformer
 from bigtx.tokenizer.tokenizer import Tokenizer
-from bigtx.utils.errors import ConfigError, DataError
+from bigtx.utils.errors import DataError
 
 
 @pytest.fixture(scope="module")
@@ -254,13 +253,6 @@ def test_columns_that_ctc_needs(tokenizer: Tokenizer) -> None:
                 task._check_columns(ids, round(0.1 * rate))
     make(tokenizer, "seq2seq")._check_columns([5] * 20, round(0.1 * rate))
     assert make(tokenizer, "seq2seq", num_beams=3, length_penalty=0.9).beam == Beam(size=3, length_penalty=0.9)
-
-
-def test_learned_positions_must_reach(tokenizer: Tokenizer) -> None:
-    config = make(tokenizer).config
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, positions="learned"))
-    with pytest.raises(ConfigError, match=r"1,500 columns .* model\.max_sequence_length=32"):
-        Transcribe.resolve(config, tokenizer, [])
 
 
 def test_a_recording_that_was_lost_meanwhile_is_named(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from bigtx.model.loss import IGNORED
 from bigtx.model.transformer import Transformer
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.tokenizer.train import train
-from bigtx.utils.errors import ConfigError, LaunchError
+from bigtx.utils.errors import LaunchError
 
 TEXTS = ["ein Haus aus Stein, a house of stone. der Fluss, the river. zwei Bäume, two trees. " * 3] * 20
 PAIRS = [
@@ -185,11 +185,6 @@ def test_what_is_refused(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) 
     ):
         with pytest.raises(BadRecordError, match=expected):
             task.encode(record)
-    with pytest.raises(ConfigError, match="both in one text"):
-        make(tokenizer, "decoder", data=RecordsConfig(max_length=33))
-    encoder = dataclasses.replace(task.config, model=dataclasses.replace(task.config.model, shape="encoder"))
-    with pytest.raises(ConfigError, match="an encoder cannot write texts"):
-        Translate.resolve(encoder, tokenizer, [])
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     with pytest.raises(LaunchError, match=r"bigtx\[translate\]"):
         require_sacrebleu()

@@ -1,15 +1,19 @@
 """Generate the DeepSpeed JSON from the typed config.
 
 Every key that matters is written out, because DeepSpeed's own defaults change between releases. Raw keys of the
-`deepspeed:` section are added at the end; one that contradicts a generated key is an error.
+`deepspeed:` section are added at the end; one that contradicts a generated key is a problem of the config.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
-from bigtx.config.schema import RunConfig
-from bigtx.utils.errors import ConfigError
+from bigtx.config.nodes import Problem, raise_problems
+from bigtx.utils.shell import written
+
+if TYPE_CHECKING:
+    from bigtx.config.schema import RunConfig
 
 DECIDED_BY = {
     "train_batch_size": "train.global_batch_size",
@@ -47,17 +51,32 @@ RELIED_ON = (
 PASSED_ON = ("aio", "comms_logger", "csv_monitor", "flops_profiler", "sparse_gradients", "tensorboard", "timers")
 """Sections that are not generated and may be given raw. DeepSpeed silently ignores a misspelled section."""
 
+OF_RANKS = ("deepspeed.train_micro_batch_size_per_gpu", "deepspeed.gradient_accumulation_steps")
+"""Settings whose generated value depends on the number of ranks, so that only a run can compare them with it."""
+
 
 def deepspeed_config(config: RunConfig, *, world_size: int) -> dict[str, Any]:
     """Return the JSON for `deepspeed.initialize`.
 
     Raises:
-        ConfigError: the typed fields contradict each other, or a raw key contradicts them or is unknown.
+        ConfigError: a raw key contradicts the typed fields or is unknown.
     """
+    generated = _generated(config, world_size)
+    raise_problems(_merge_raw(generated, config.deepspeed, ""))
+    return generated
+
+
+def raw_problems(config: RunConfig) -> Iterator[Problem]:
+    """Yield a problem for each raw key that contradicts a typed field or is unknown, for any number of ranks."""
+    for problem in _merge_raw(_generated(config, world_size=1), config.deepspeed, ""):
+        if problem.key not in OF_RANKS:
+            yield problem
+
+
+def _generated(config: RunConfig, world_size: int) -> dict[str, Any]:
     train, engine = config.train, config.engine
     stage, precision = engine.zero_stage, engine.precision
-    refuse_unsupported(config)
-    generated: dict[str, Any] = {
+    return {
         "train_batch_size": train.global_batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": train.global_batch_size // (world_size * train.micro_batch_size),
@@ -91,8 +110,6 @@ def deepspeed_config(config: RunConfig, *, world_size: int) -> dict[str, Any]:
         "memory_breakdown": False,
         "dump_state": False,
     }
-    _merge_raw(generated, config.deepspeed, "")
-    return generated
 
 
 def _zero(config: RunConfig) -> dict[str, Any]:
@@ -124,54 +141,34 @@ def _zero(config: RunConfig) -> dict[str, Any]:
     return zero
 
 
-def refuse_unsupported(config: RunConfig) -> None:
-    """Refuse settings that DeepSpeed does not support, or handles wrongly.
-
-    Raises:
-        ConfigError: two settings do not work together; the message says what to choose instead.
-    """
-    engine = config.engine
-    stage = engine.zero_stage
-    problems = []
-    if engine.precision == "fp16" and stage == 0:
-        problems.append(
-            "engine.precision=fp16 needs engine.zero_stage of 1 to 3 (stage 1 costs nothing on one device): "
-            "DeepSpeed's 16-bit wrapper without ZeRO accumulates gradients in fp16"
-        )
-    if engine.offload_optimizer == "cpu" and stage == 0:
-        problems.append("engine.offload_optimizer=cpu needs engine.zero_stage of 1 to 3")
-    if engine.offload_parameters == "cpu" and stage != 3:
-        problems.append("engine.offload_parameters=cpu needs engine.zero_stage=3")
-    if problems:
-        raise ConfigError("; ".join(problems))
-
-
-def _merge_raw(generated: dict[str, Any], raw: dict[str, Any], prefix: str) -> None:
+def _merge_raw(generated: dict[str, Any], raw: dict[str, Any], prefix: str) -> Iterator[Problem]:
+    """Add raw keys to the generated ones, and yield a problem for each key that cannot be added."""
     for key, value in raw.items():
         if value is None:
             continue  # null cancels a line of a file.
         path, ours = prefix + str(key), generated.get(key)
+        what = ""
         if path in DECIDED_BY or path in RELIED_ON:
             if ours != value:
-                raise ConfigError(_contradiction(path, value, ours))
+                what = _contradiction(path, ours)
         elif isinstance(ours, dict):
-            if not isinstance(value, dict):
-                raise ConfigError(f"deepspeed.{path}={value!r} must be a section; its keys are {', '.join(ours)}")
-            _merge_raw(ours, value, path + ".")
+            if isinstance(value, dict):
+                yield from _merge_raw(ours, value, path + ".")
+            else:
+                what = f"must be a section; its keys are {', '.join(ours)}"
         elif prefix or key in generated or key in PASSED_ON:
             generated[key] = value
         else:
             known = sorted({*generated, *PASSED_ON})
-            raise ConfigError(
-                f"deepspeed.{path} is not a key that bigtx passes to DeepSpeed; the known keys are {', '.join(known)}"
-            )
+            what = f"is not a key that bigtx passes to DeepSpeed; the known keys are {', '.join(known)}"
+        if what:
+            yield Problem(f"deepspeed.{path}", written(value), what)
 
 
-def _contradiction(path: str, value: Any, ours: Any) -> str:
-    given = f"deepspeed.{path}={value!r}"
+def _contradiction(path: str, ours: Any) -> str:
     if path in RELIED_ON:
         needed = "without this key" if ours is None else f"with {ours}"
-        return f"{given}: bigtx works only {needed}; leave it out, or write deepspeed.{path}=null"
+        return f"bigtx works only {needed}; leave it out, or write deepspeed.{path}=null"
     field = DECIDED_BY[path]
-    sets = "decides about this key" if ours is None else f"sets it to {ours!r}"
-    return f"{given} contradicts {field}, which {sets}; leave it out (deepspeed.{path}=null) and set {field} instead"
+    sets = "decides about this key" if ours is None else f"sets it to {written(ours)}"
+    return f"contradicts {field}, which {sets}; leave it out (deepspeed.{path}=null) and set {field} instead"
