@@ -25,11 +25,10 @@ from bigtx.engine.trainable import is_adapter
 from bigtx.engine.write_weights import SafetensorsWriter
 from bigtx.interop.classes import auto_class
 from bigtx.interop.exporter import without_adapters
+from bigtx.interop.families import family_of
 from bigtx.interop.family import Family
-from bigtx.interop.maps import Link
+from bigtx.interop.links import Link, foreign_shapes
 from bigtx.interop.read import ADAPTER_CONFIG, AUTO_CLASSES
-from bigtx.interop.target import family_of
-from bigtx.interop.vocabulary import foreign_shapes
 from bigtx.plan.parameters import parameter_shapes
 from bigtx.utils.errors import CheckpointError, ConfigError
 from bigtx.utils.files import write_json

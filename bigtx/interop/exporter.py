@@ -21,12 +21,11 @@ from bigtx.engine.merged import MergedCheckpoint
 from bigtx.engine.write_weights import SafetensorsWriter, groups
 from bigtx.interop.card import ModelFacts, write_card
 from bigtx.interop.classes import AUTO_CLASS, architecture, auto_class
+from bigtx.interop.families import describe
 from bigtx.interop.family import Family
-from bigtx.interop.maps import Link
+from bigtx.interop.links import Link, check_links, cut, foreign_shapes
 from bigtx.interop.read import CONFIG, GENERATION_CONFIG, INDEX, MAPPED_BYTES, SINGLE
-from bigtx.interop.target import describe
 from bigtx.interop.tokenizer import export_classifier_tokenizer, export_tokenizer
-from bigtx.interop.vocabulary import check_links, cut, foreign_shapes
 from bigtx.plan.parameters import parameter_shapes
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import CheckpointError, ConfigError

@@ -19,7 +19,7 @@ from bigtx.engine.merged import MergedCheckpoint
 from bigtx.engine.ranks import Ranks
 from bigtx.engine.saving import save_frozen
 from bigtx.engine.trainable import frozen_parameters
-from bigtx.interop.target import export_note
+from bigtx.interop.families import export_note
 from bigtx.model.initial import initial_value
 from bigtx.model.transformer import Transformer
 from bigtx.plan.parameters import count_parameters, flops_per_row, parameter_shapes
