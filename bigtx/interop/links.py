@@ -59,7 +59,7 @@ def split_rows(names: Sequence[str], key: str, sizes: Sequence[int] | None = Non
 
     def to_bigtx(tensors: list[Tensor]) -> list[Tensor]:
         fused = tensors[0].T if transpose else tensors[0]
-        parts = fused.chunk(len(names)) if sizes is None else fused.split(list(sizes))
+        parts = fused.chunk(len(names)) if sizes is None else torch.split(fused, list(sizes))
         return [part.contiguous() for part in parts]
 
     def to_foreign(tensors: list[Tensor]) -> list[Tensor]:
@@ -93,7 +93,7 @@ def swapped_halves(name: str, key: str, width: int) -> Link:
     """
 
     def swap(tensors: list[Tensor]) -> list[Tensor]:
-        heads = tensors[0].unflatten(0, (-1, 2, width // 2))
+        heads = torch.unflatten(tensors[0], 0, (-1, 2, width // 2))
         return [heads.flip(1).flatten(0, 2)]
 
     return Link((name,), (key,), swap, swap)

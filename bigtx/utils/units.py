@@ -6,6 +6,7 @@ A parser raises ValueError with a phrase that says what is wrong and what to wri
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Literal
@@ -127,6 +128,11 @@ def format_duration(duration: Duration) -> str:
                 return f"{_plain(Decimal(duration.value) / seconds)} {unit}"
         return f"{_plain(Decimal(repr(duration.value)))} s"
     return f"{int(duration.value)} {duration.unit}"
+
+
+def format_names(names: Sequence[str], most: int = 8) -> str:
+    """Format the first of some names, and the number of the others."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def _quantity(text: str, suffixes: dict[str, int], example: str) -> Decimal:

@@ -46,6 +46,7 @@ PLAIN = {
     "relu": "relu",
     "relu2": "relu2",
 }
+"""Feed-forwards with and without a gate by the names of their activations."""
 
 ATTENTION = {
     "attention.query": "self_attn.q_proj",
@@ -64,6 +65,7 @@ BLOCK = ATTENTION | {
     "mlp.down": "mlp.down_proj",
 }
 
+PLAIN_MLP = (NO_EXPERTS, *fixed(mlp_bias=False))
 NO_BIASES = fixed(attention_bias=False, attention_output_bias=False)
 BOTH_BIASES = (Entry("attention_bias", "attention_bias", False), OUTPUT_AS_INPUTS)
 """The biases of all four projections, by one key."""
@@ -122,9 +124,6 @@ class DividedHeads(Row):
         if config.hidden_size % config.num_heads:
             return [f"model.num_heads={config.num_heads}: the family needs a divisor of hidden_size"]
         return []
-
-
-NO_EXPERTS_NOR_BIAS = (NO_EXPERTS, *fixed(mlp_bias=False))
 
 
 def llama_kin(
@@ -271,17 +270,17 @@ FAMILIES: tuple[Family, ...] = (
     llama_kin(
         "mistral",
         "MistralForCausalLM",
-        llama_table(*NO_EXPERTS_NOR_BIAS, *NO_BIASES, Window(), num_kv_heads=8),
+        llama_table(*PLAIN_MLP, *NO_BIASES, Window(), num_kv_heads=8),
     ),
     llama_kin(
         "qwen2",
         "Qwen2ForCausalLM",
-        llama_table(*NO_EXPERTS_NOR_BIAS, *fixed(attention_bias=True, attention_output_bias=False), LayerWindows()),
+        llama_table(*PLAIN_MLP, *fixed(attention_bias=True, attention_output_bias=False), LayerWindows()),
     ),
     llama_kin(
         "qwen3",
         "Qwen3ForCausalLM",
-        llama_table(*NO_EXPERTS_NOR_BIAS, *BOTH_BIASES, LayerWindows(), qk_norm=True, head_width=128),
+        llama_table(*PLAIN_MLP, *BOTH_BIASES, LayerWindows(), qk_norm=True, head_width=128),
     ),
     GPT2(
         model_type="gpt2",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from bigtx.config.schema.model import ModelConfig
@@ -114,26 +113,20 @@ def bert_table(*own: Row, vocab_size: int, activations: Mapping[str, str]) -> tu
     )
 
 
-@dataclass(frozen=True, kw_only=True)
 class Bert(Family):
-    """BERT and RoBERTa.
-
-    Attributes:
-        head_key: the module of the head, which holds only the bias if the head is tied.
-    """
-
-    head_key: str
+    """BERT and RoBERTa. The module of a tied head holds only the bias."""
 
     def key(self, name: str, config: ModelConfig) -> str:
-        """Return the foreign key of a parameter; an untied head has a module of its own."""
-        key = super().key(name, config)
-        return f"{self.head_key}.decoder.weight" if name == "head.weight" and not config.tie_embeddings else key
+        """Return the foreign key of a parameter; the matrix of an untied head has a module of its own."""
+        if name == "head.weight" and not config.tie_embeddings:
+            return f"{self.outer['head']}.decoder.weight"
+        return super().key(name, config)
 
     def link(self, name: str, config: ModelConfig) -> Link | None:
         """Return the link of a parameter. transformers stores an untied head's bias twice, and reads the decoder's."""
-        if name != "head.bias" or config.tie_embeddings or config.num_classes is not None:
+        if name != "head.bias" or config.tie_embeddings:
             return super().link(name, config)
-        keys = (f"{self.head_key}.decoder.bias", f"{self.head_key}.bias")
+        keys = (f"{self.outer['head']}.decoder.bias", f"{self.outer['head']}.bias")
         return Link((name,), keys, lambda held: held[:1], lambda held: held * 2)
 
     def rename(self, key: str) -> str:
@@ -170,7 +163,7 @@ def bert(
     Args:
         outer: the names of the modules of the heads.
     """
-    embeddings, head = f"{model_type}.embeddings", outer["head"]
+    embeddings = f"{model_type}.embeddings"
     # The pooler, the prediction of the next sentence, and position numbers.
     unneeded = (rf"{model_type}\.pooler\..*", r"cls\.seq_relationship\..*", rf"{model_type}\.embeddings\.position_ids")
     return kind(
@@ -192,8 +185,7 @@ def bert(
         prefix=model_type,
         bare=("embeddings.", "encoder.", "pooler."),
         unneeded=unneeded,
-        copies=(rf"{re.escape(head)}\.decoder\.(weight|bias)",),
-        head_key=head,
+        copies=(rf"{re.escape(outer['head'])}\.decoder\.(weight|bias)",),
     )
 
 
