@@ -3,8 +3,8 @@
 All ranks predict records with answers, and the predictions give the metrics. Validation within a run and the
 measurement at its end use this module; `bigtx evaluate` does the same in one process.
 
-The reference model is the one before the first step. All ranks compute its numbers for each example once, in a file of
-the run folder, and every later start of the run reads them; if the file is missing, they are computed again from the
+The reference model is the model before the first step. All ranks compute its numbers for each example once, in a file
+of the run folder, and every later start of the run reads them; if the file is missing, they are computed again from the
 base. They are valid only for the same records, settings and base.
 """
 
