@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from bigtx.finetuning.prompts import Read
+    from bigtx.finetuning.tasks.chats import Read
     from bigtx.finetuning.tasks.task import RecordTask
     from bigtx.model.transformer import Transformer
     from bigtx.model.write import OnText, Written
@@ -124,7 +124,7 @@ class LoadedModel:
         """
         refuse_wordless(self.config)
         max_new_tokens = writing_options(options)["max_new_tokens"]
-        from bigtx.finetuning.prompts import read_prompt
+        from bigtx.finetuning.tasks.chats import read_prompt
 
         if not isinstance(prompt, str):
             refuse_chatless(self.config, str(run_dir_of(self.checkpoint)))

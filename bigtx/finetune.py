@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     from bigtx.train.command import CheckInputs, Train, run_training
 
     def check_inputs() -> CheckInputs[FinetuneConfig]:
-        from bigtx.finetuning.base import check_inputs
+        from bigtx.finetuning.checks import check_inputs
 
         return check_inputs
 

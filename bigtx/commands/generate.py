@@ -17,7 +17,7 @@ from bigtx.api import LoadedModel, load, refuse_chatless, refuse_wordless
 from bigtx.config.schema import FinetuneConfig
 from bigtx.config.schema.tasks import ANSWERING
 from bigtx.engine.trained import find
-from bigtx.finetuning.prediction_lines import as_line
+from bigtx.finetuning.prediction_output import as_line
 from bigtx.utils.arguments import Arguments
 from bigtx.utils.errors import ConfigError, DataError
 from bigtx.utils.files import open_file
@@ -25,7 +25,7 @@ from bigtx.utils.log import say_json
 from bigtx.utils.options import add_loading_options, add_writing_options, given_writing_options
 
 if TYPE_CHECKING:
-    from bigtx.finetuning.prompts import Read
+    from bigtx.finetuning.tasks.chats import Read
 
 BATCH_SIZE = 16
 """The number of prompts of a file that are continued in one batch."""

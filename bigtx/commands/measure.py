@@ -99,7 +99,7 @@ class Records(Evaluation):
         Raises:
             CheckpointError: the base is missing or has changed.
         """
-        from bigtx.finetuning.base_weights import untrained
+        from bigtx.finetuning.base import untrained
         from bigtx.finetuning.predictions import BATCH_SIZE, batches_by_length, in_order
 
         task, model = loaded.task, untrained(self.config, loaded.model, self._base())
@@ -137,14 +137,14 @@ class Records(Evaluation):
             print(f"error: {broken.describe()}:{broken.listed()}", file=sys.stderr)
 
     def _read(self) -> tuple[list[Record], Broken]:
+        from bigtx.data.records.read import read_records
         from bigtx.data.records.record import Broken
-        from bigtx.finetuning.records import read_all
 
         broken = Broken()
         if self.arguments.split:
             records = self._of_run(self.arguments.split)
         else:
-            records = read_all(self.arguments.data, broken, self.config.data.exclude)
+            records = list(read_records(self.arguments.data, broken, self.config.data.exclude))
         if not records and not broken.count:
             split = self.arguments.split
             if not split:

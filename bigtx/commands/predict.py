@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from bigtx.data.records.read import expand_path
 from bigtx.data.records.record import Record
 from bigtx.engine.trained import find
-from bigtx.finetuning.prediction_lines import Item, Output, arriving, as_line, fields_of, read_items, read_stdin
+from bigtx.finetuning.prediction_output import Item, Output, arriving, as_line, fields_of, read_items, read_stdin
 from bigtx.utils.arguments import Arguments
 from bigtx.utils.errors import ConfigError
 from bigtx.utils.options import add_loading_options, add_predicting_options, check_options
@@ -154,7 +154,7 @@ class _Job:
         """Return the function that writes to standard output: a table on a terminal, otherwise JSON lines."""
         if self.arguments.json or not sys.stdout.isatty():
             return lambda _, lines: _write_lines(lines)
-        from bigtx.finetuning.prediction_table import PredictionTable
+        from bigtx.finetuning.prediction_output import PredictionTable
 
         return PredictionTable(self.loaded().task, sys.stdout, shutil.get_terminal_size().columns).add
 

@@ -1,9 +1,11 @@
-"""The inputs of fine-tuning: the base's tokenizer, the teacher, and the records under their task."""
+"""The inputs of fine-tuning: the base's tokenizer, the teacher, the records under their task, and the length of the run
+that follows from them."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +13,7 @@ from bigtx.config.schema import FinetuneConfig
 from bigtx.data import recordings
 from bigtx.engine.checkpoint import step_folders
 from bigtx.finetuning import record_table
-from bigtx.finetuning.base import open_tokenizer
-from bigtx.finetuning.notes import describe_held_out, describe_length, total_steps
+from bigtx.finetuning.checks import open_tokenizer
 from bigtx.finetuning.records import TaskData, open_task_data
 from bigtx.finetuning.tasks.task import RecordTask
 from bigtx.tokenizer.tokenizer import Tokenizer
@@ -20,6 +21,12 @@ from bigtx.train import start
 from bigtx.train.context import RunContext
 from bigtx.train.teacher import Teacher
 from bigtx.utils import log
+from bigtx.utils.shell import setting
+
+FEW_STEPS = 30
+"""Fewer steps than this train little: most of them belong to the learning rate's warm-up and decay."""
+SOME_STEPS = 100
+"""The number of steps that the warning about too few steps suggests."""
 
 
 @dataclass(frozen=True)
@@ -118,3 +125,67 @@ def _describe(inputs: Inputs) -> None:
         )
     if not splits["validation"].records:
         log.say(describe_held_out(config))
+
+
+def total_steps(config: FinetuneConfig, num_rows: int) -> int:
+    """Return the number of optimizer steps of a run.
+
+    Args:
+        num_rows: the rows of an epoch: records, or packed rows of them.
+    """
+    train = config.train
+    if train.max_steps is not None:
+        return train.max_steps
+    assert train.epochs is not None
+    return max(train.min_steps, _steps_of_epochs(config, num_rows))
+
+
+def length_setting(config: FinetuneConfig, num_rows: int) -> str:
+    """Return the setting that determines the length of a run."""
+    if config.train.max_steps is not None:
+        return "train.max_steps"
+    return "train.min_steps" if config.train.min_steps > _steps_of_epochs(config, num_rows) else "train.epochs"
+
+
+def _steps_of_epochs(config: FinetuneConfig, num_rows: int) -> int:
+    assert config.train.epochs is not None
+    return max(1, -(-round(config.train.epochs * num_rows) // config.train.global_batch_size))
+
+
+def describe_length(config: FinetuneConfig, total_steps: int, num_rows: int) -> list[str]:
+    """Describe the steps and epochs of a run, with a warning if there are few steps.
+
+    Args:
+        total_steps: the number of steps of the whole run.
+        num_rows: the rows of an epoch: records, or packed rows of them.
+    """
+    train = config.train
+    size = train.global_batch_size
+    asked = ""
+    if train.epochs is not None:
+        asked = f" (train.epochs={train.epochs:g} in whole steps)"
+        if length_setting(config, num_rows) == "train.min_steps":
+            alone = _steps_of_epochs(config, num_rows)
+            asked = (
+                f" (train.min_steps={train.min_steps}, since train.epochs={train.epochs:g} would be {alone:,} steps)"
+            )
+    said = [f"{total_steps:,} steps of {size:,} make {total_steps * size / num_rows:.3g} epochs{asked}"]
+    if total_steps < FEW_STEPS:
+        advice = f"train.max_steps={SOME_STEPS}"
+        if train.epochs is not None:
+            advice = f"train.epochs={math.ceil(SOME_STEPS * size / num_rows)}, which makes {SOME_STEPS} steps or more"
+        said.append(
+            f"warning: {total_steps:,} steps are so few that the model will hardly learn anything; write e.g. "
+            f"{advice}, or a smaller train.global_batch_size"
+        )
+    return said
+
+
+def describe_held_out(config: FinetuneConfig) -> str:
+    """Return the message that there are no validation records, and why."""
+    data = config.data
+    why = "data.validation_fraction"
+    if data.validation_fraction and data.min_held_out:
+        why = f"{setting('data.validation_fraction', data.validation_fraction)} would hold out fewer than "
+        why += setting("data.min_held_out", data.min_held_out)
+    return f"no validation records: the newest checkpoint counts as the best ({why})"

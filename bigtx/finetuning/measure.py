@@ -1,28 +1,43 @@
-"""Measurement of a model on a task: all ranks predict records with answers, and the predictions give the metrics.
+"""What all ranks compute of records together: measurements, and the numbers of the reference model.
 
-Validation within a run and the measurement at its end use this module; `bigtx evaluate` does the same in one process.
+All ranks predict records with answers, and the predictions give the metrics. Validation within a run and the
+measurement at its end use this module; `bigtx evaluate` does the same in one process.
+
+The reference model is the model before the first step. All ranks compute its numbers for each example once, in a file
+of the run folder, and every later start of the run reads them; if the file is missing, they are computed again from the
+base. They are valid only for the same records, settings and base.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from bigtx.config.schema import FinetuneConfig
 from bigtx.engine.engine import Engine
 from bigtx.engine.ranks import Ranks
-from bigtx.finetuning.predictions import batches_by_length, in_order, shown_predictions
+from bigtx.finetuning.predictions import batches_by_length, evenly_spaced, in_order, shown_predictions
 from bigtx.finetuning.tasks.task import Examples, Model, Prediction, RecordTask
 from bigtx.track.tracker import Tracker
 from bigtx.train.state import RunState
-from bigtx.utils.errors import ConfigError
+from bigtx.utils.errors import ConfigError, LaunchError
+from bigtx.utils.files import write_atomic
 
 Predict = Callable[[Model, Sequence[Any], torch.device], list[Prediction]]
 """A task's `predict` or `predict_in_run`."""
 Result = TypeVar("Result")
+Reference = dict[str, np.ndarray]
+"""fp64 [examples, numbers] by split."""
+REFERENCE = "reference.safetensors"
 
 
 class Measurement:
@@ -32,10 +47,9 @@ class Measurement:
         self, config: FinetuneConfig, engine: Engine, ranks: Ranks, task: RecordTask, held_out: Examples
     ) -> None:
         self.config, self.engine, self.ranks, self.task = config, engine, ranks, task
-        limit = config.validation.max_records or len(held_out.records)
-        # Evenly spaced, so that all classes are measured if the records are sorted by class.
         total = len(held_out.records)
-        places = [number * total // min(limit, total) for number in range(min(limit, total))]
+        # Evenly spaced, so that all classes are measured if the records are sorted by class.
+        places = evenly_spaced(total, config.validation.max_records or total)
         self.held_out = Examples(
             [held_out.records[place] for place in places], [held_out.examples[place] for place in places]
         )
@@ -66,14 +80,13 @@ class Measurement:
     @torch.no_grad()
     def _shown(self, predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
         """Return some predictions with their records; the task predicts again if `predict_in_run` has no text."""
-        records, total = self.held_out.records, len(self.held_out.records)
+        records = self.held_out.records
         if not self.task.shows_by_predict:
             return shown_predictions(self.task, records, predictions, self.num_examples)
-        count = min(self.num_examples, total)
-        places = [number * total // count for number in range(count)]
+        places = evenly_spaced(len(records), self.num_examples)
         shown = [self.held_out.examples[place] for place in places]
         made = self._predict(shown, self.task.predict, generates=self.task.generates)
-        return shown_predictions(self.task, [records[place] for place in places], made, count)
+        return shown_predictions(self.task, [records[place] for place in places], made, len(places))
 
     @property
     def num_examples(self) -> int:
@@ -147,3 +160,56 @@ def _with_logits_of_first(model: Model) -> Model:
         return found
 
     return forward
+
+
+def make_reference(
+    engine: Engine, ranks: Ranks, task: RecordTask, splits: Mapping[str, Sequence[Any]], batch_size: int
+) -> Reference:
+    """Compute the numbers of all examples with the current model, on every rank; every rank must call it."""
+    engine.deepspeed.eval()
+    return {
+        name: np.array(by_all_ranks(engine, ranks, examples, task.refer, batch_size=batch_size), np.float64)
+        for name, examples in splits.items()
+        if examples
+    }
+
+
+def reference_key(**facts: Any) -> str:
+    """Return a hash of everything that determines a reference."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def read_reference(folder: Path, wanted: str) -> Reference | None:
+    """Return the reference of a run folder, or None if it is missing, damaged or of another key.
+
+    Args:
+        wanted: the result of `reference_key`.
+    """
+    path = folder / REFERENCE
+    try:
+        with safe_open(path, framework="numpy") as file:
+            facts = file.metadata() or {}
+            values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a file, not a dict
+    except (OSError, SafetensorError):
+        return None
+    return values if facts.get("key") == wanted and facts.get("sha256") == _digest(values) else None
+
+
+def write_reference(folder: Path, wanted: str, values: Reference) -> None:
+    """Write a reference into the run folder.
+
+    Raises:
+        LaunchError: the folder cannot be written.
+    """
+    path = folder / REFERENCE
+    try:
+        write_atomic(path, save(values, metadata={"key": wanted, "sha256": _digest(values)}))
+    except OSError as error:
+        raise LaunchError(f"{path} cannot be written: {error}") from error
+
+
+def _digest(values: Reference) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(values):
+        digest.update(name.encode() + values[name].tobytes())
+    return digest.hexdigest()

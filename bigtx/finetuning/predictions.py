@@ -14,7 +14,7 @@ import torch
 from bigtx.config.load import with_settings
 from bigtx.config.schema import FinetuneConfig, RunConfig
 from bigtx.data.records.record import BadRecordError, Record
-from bigtx.finetuning.tasks.task import Model, Prediction, RecordTask, public
+from bigtx.finetuning.tasks.task import Example, Model, Prediction, RecordTask, public
 from bigtx.utils.errors import ConfigError, DataError
 
 BATCH_SIZE = 32
@@ -66,12 +66,18 @@ def predict_all(
     return in_order(batches, parts, len(examples))
 
 
-def batches_by_length(examples: Sequence[Any], size: int) -> Iterator[list[int]]:
+def batches_by_length(examples: Sequence[Example], size: int) -> Iterator[list[int]]:
     """Yield the indices of examples in batches of similar length, the longest first, so that a lack of memory shows at
     once."""
     order = sorted(range(len(examples)), key=lambda place: -examples[place].length)
     for begin in range(0, len(order), size):
         yield order[begin : begin + size]
+
+
+def evenly_spaced(total: int, count: int) -> list[int]:
+    """Return at most `count` places of `total`."""
+    count = min(count, total)
+    return [number * total // count for number in range(count)]
 
 
 def in_order(batches: Sequence[list[int]], parts: Sequence[list[Result]], total: int) -> list[Result]:
@@ -87,9 +93,7 @@ def shown_predictions(
 ) -> list[dict[str, Any]]:
     """Return some evenly spaced predictions with their records, for a table."""
     rows = []
-    total = len(predictions)
-    for number in range(min(count, total)):
-        place = number * total // min(count, total)
+    for place in evenly_spaced(len(predictions), count):
         record, prediction = records[place], predictions[place]
         text = task.shown(record)
         shown = text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + " ..."

@@ -9,7 +9,7 @@ from bigtx.config.schema import FinetuneConfig
 from bigtx.data.recordings import look_at
 from bigtx.data.records.read import read_records
 from bigtx.data.records.record import BadRecordError, Broken, LeftOut, Record, split_records
-from bigtx.finetuning.first_records import SPLITS, advice_about
+from bigtx.finetuning.checks import SPLITS, advice_about
 from bigtx.finetuning.record_table import Table, arrange, identity, table_of
 from bigtx.finetuning.tasks import task_type
 from bigtx.finetuning.tasks.task import Examples, Look, RecordTask
@@ -116,11 +116,6 @@ def read_split(config: FinetuneConfig, name: str, table: Table | None = None) ->
     return [record for record in records if record]
 
 
-def read_all(paths: Sequence[str], broken: Broken, exclude: Sequence[str] = ()) -> list[Record]:
-    """Read all records of files, and add unreadable ones to `broken`; `exclude` as for `read_records`."""
-    return list(read_records(paths, broken, exclude))
-
-
 def encode(task: RecordTask, records: Sequence[Record], broken: Broken) -> Examples:
     """Encode records for a task, and add unusable ones to `broken`."""
     kept, examples = [], []
@@ -136,7 +131,7 @@ def encode(task: RecordTask, records: Sequence[Record], broken: Broken) -> Examp
 def _read_splits(config: FinetuneConfig, left_out: LeftOut, table: Table | None) -> dict[str, list[Record | None]]:
     """Return the records by split; with a table, in its order, and None in the place of each left out record."""
     data, broken = config.data, Broken(left_out)
-    read = {name: read_all(getattr(data, name), broken, data.exclude) for name in SPLITS}
+    read = {name: list(read_records(getattr(data, name), broken, data.exclude)) for name in SPLITS}
     broken.check(advice_about(broken, config))
     kept = {name: [record for record in records if record.where not in left_out] for name, records in read.items()}
     if table is None:

@@ -5,27 +5,30 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bigtx.config.schema import FinetuneConfig, ModelConfig
+from bigtx.config.load import load_run_config
+from bigtx.config.schema import FinetuneConfig, ModelConfig, RunConfig
+from bigtx.config.schema.tasks import ANSWERING
 from bigtx.data.records.loader import RecordLoader
 from bigtx.engine.checkpoint import Checkpoint, preferred
 from bigtx.engine.engine import Engine
 from bigtx.engine.schedules import Schedule
-from bigtx.engine.trainable import refuse_untrained
-from bigtx.finetuning import record_table, reference
-from bigtx.finetuning.base import BASE, other_classes, read_base_facts
-from bigtx.finetuning.base_weights import plan_transfer
-from bigtx.finetuning.inputs import Inputs, open_inputs
-from bigtx.finetuning.measure import Measurement
-from bigtx.finetuning.notes import (
-    describe_trained,
-    knows_chats,
-    length_setting,
-    untrained_roles,
+from bigtx.engine.trainable import is_trained, refuse_untrained
+from bigtx.finetuning import record_table
+from bigtx.finetuning.base import BASE, other_classes, plan_transfer, read_base_facts
+from bigtx.finetuning.inputs import Inputs, length_setting, open_inputs
+from bigtx.finetuning.measure import (
+    REFERENCE,
+    Measurement,
+    make_reference,
+    read_reference,
+    reference_key,
+    write_reference,
 )
 from bigtx.finetuning.tasks.task import Examples
 from bigtx.track.jsonl import plain
@@ -36,13 +39,15 @@ from bigtx.train.loop import Run
 from bigtx.train.start import Start
 from bigtx.train.state import RunState
 from bigtx.utils import log
-from bigtx.utils.errors import CheckpointError, ConfigError, LaunchError
+from bigtx.utils.errors import BigtxError, CheckpointError, ConfigError, LaunchError
 from bigtx.utils.files import read_object, write_json
-from bigtx.utils.shell import command
+from bigtx.utils.shell import command, setting
 from bigtx.utils.units import parse_duration
 
 RESULTS = "results.json"
 """The file in the run folder with the measurements of the best checkpoint, written at the end of the run."""
+TABLE = "embedding.weight"
+"""The parameter with a row for each token."""
 
 Splits = dict[str, Examples]
 
@@ -140,6 +145,50 @@ def set_first_weights(
     return start.facts_of(source) | transfer.to_dict()
 
 
+def describe_trained(config: FinetuneConfig, *, is_all: bool) -> str:
+    """Return the learning rate, and that all parameters are trained, if they are."""
+    rate = f"peak learning rate {config.optimizer.learning_rate:.3g}"
+    roles = ", with the embeddings of the chat roles" if knows_chats(config) else ""
+    return f"trained: all parameters{roles}; {rate}" if is_all else rate
+
+
+def untrained_roles(config: FinetuneConfig, base: str) -> str:
+    """Return the warning that the embeddings of chat roles are untrained and frozen, or "".
+
+    Args:
+        base: the run that the weights come from.
+    """
+    if not knows_chats(config) or is_trained(config, TABLE) or _knows_roles(base):
+        return ""
+    optimizer = config.optimizer
+    if config.model.lora.rank and is_trained(config, TABLE, also=[TABLE]):
+        key, names = "optimizer.train_also", [*optimizer.train_also, "embedding.*"]
+    else:
+        key, names = "optimizer.freeze", [name for name in optimizer.freeze if not fnmatchcase(TABLE, name)]
+    return (
+        f"warning: {base} was not trained on chats, so the embeddings of the chat roles are still random, and they "
+        f"are frozen in this run: the model cannot distinguish the roles; write {setting(key, names)}"
+    )
+
+
+def knows_chats(config: RunConfig) -> bool:
+    """Return whether a run trains on chats in the format with roles."""
+    return isinstance(config, FinetuneConfig) and config.chat.format == "chat" and config.task in ANSWERING
+
+
+def _knows_roles(base: str | None) -> bool:
+    """Return whether a run, or one of its bases, has trained the embeddings of chat roles; True if it is unknown."""
+    while base is not None:
+        try:
+            config = load_run_config(base)
+        except BigtxError:
+            return True
+        if knows_chats(config) and is_trained(config, TABLE):
+            return True
+        base = config.base if isinstance(config, FinetuneConfig) else None
+    return False
+
+
 def begin(
     context: RunContext[FinetuneConfig], inputs: Inputs, engine: Engine
 ) -> tuple[RunState, dict[str, Any], Splits]:
@@ -197,7 +246,7 @@ def with_reference(
     """
     config, task, splits, ranks = inputs.config, inputs.task, inputs.data.splits, context.ranks
     left_out = inputs.facts.get("left_out")
-    key = reference.key(
+    key = reference_key(
         records=[inputs.facts["data"], left_out] if left_out else inputs.facts["data"],
         tokenizer=inputs.tokenizer.fingerprint,
         base=base.get("manifest_sha256"),
@@ -206,14 +255,14 @@ def with_reference(
         chat=[config.chat.format, config.chat.separator],
         length=[config.data.too_long, task.max_length],
     )
-    found = ranks.once(lambda: reference.read(context.folder, key))
+    found = ranks.once(lambda: read_reference(context.folder, key))
     if found is None:
         log.say("reference: computing the base's log-probabilities of the records, once for the whole run")
         if not is_initial:
             _return_to_base(context, inputs, engine, base)
         examples = {name: split.examples for name, split in splits.items()}
-        made = reference.make(engine, ranks, task, examples, config.train.micro_batch_size)
-        ranks.on_first(lambda: reference.write(context.folder, key, made))
+        made = make_reference(engine, ranks, task, examples, config.train.micro_batch_size)
+        ranks.on_first(lambda: write_reference(context.folder, key, made))
         found = made
     referred = {
         name: list(map(task.with_reference, splits[name].examples, map(tuple, numbers.tolist())))
@@ -234,7 +283,7 @@ def _return_to_base(context: RunContext[FinetuneConfig], inputs: Inputs, engine:
         source.close()
         if source.manifest_sha256 != base.get("manifest_sha256"):
             raise CheckpointError(
-                f"{context.folder}: the file with the base's log-probabilities is missing ({reference.FILE}), and "
+                f"{context.folder}: the file with the base's log-probabilities is missing ({REFERENCE}), and "
                 f"{place} is not the base that {BASE} names; restore one of them, or start another run_dir"
             )
     set_first_weights(context, inputs, engine, place, keep_frozen=False)

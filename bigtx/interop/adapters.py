@@ -24,16 +24,15 @@ from bigtx.engine.checkpoint import Checkpoint
 from bigtx.engine.trainable import is_adapter
 from bigtx.engine.write_weights import SafetensorsWriter
 from bigtx.interop.classes import auto_class
-from bigtx.interop.exporter import without_adapters
+from bigtx.interop.exporter import check_checkpoint, without_adapters
+from bigtx.interop.families import family_of
 from bigtx.interop.family import Family
-from bigtx.interop.maps import Link
+from bigtx.interop.links import Link, foreign_shapes
 from bigtx.interop.read import ADAPTER_CONFIG, AUTO_CLASSES
-from bigtx.interop.target import family_of
-from bigtx.interop.vocabulary import foreign_shapes
-from bigtx.model.size import parameter_shapes
-from bigtx.utils.errors import CheckpointError, ConfigError
+from bigtx.utils.errors import ConfigError
 from bigtx.utils.files import new_folder, write_json
 from bigtx.utils.shell import command
+from bigtx.utils.units import format_names
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -124,20 +123,13 @@ def _open(checkpoint: Path, config: ModelConfig, kind: str) -> Checkpoint:
             "model"
         )
     opened = Checkpoint(checkpoint)
-    if problems := opened.verify():
-        raise CheckpointError(f"{checkpoint}: {'; '.join(problems)}; use another checkpoint of the run")
-    if opened.shapes != parameter_shapes(config):
-        raise CheckpointError(f"{checkpoint} does not fit the run's config.yaml; was it edited?")
+    check_checkpoint(opened, config, kind, next(iter(opened.manifest["parameters"])))
     others = [name for name in opened.manifest["parameters"] if not is_adapter(name)]
     if others:
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise ConfigError(
-            f"{checkpoint}: besides the adapters, {', '.join(others[:3])}{more} were trained, which the PEFT format "
-            f"leaves out; `{_export_of_all(checkpoint)}` writes the whole model, adapters merged"
+            f"{checkpoint}: besides the adapters, {format_names(others, 3)} were trained, which the PEFT format leaves "
+            f"out; `{_export_of_all(checkpoint)}` writes the whole model, adapters merged"
         )
-    kinds = opened.kinds(next(iter(opened.manifest["parameters"])))
-    if kind not in kinds:
-        raise CheckpointError(f"{checkpoint} has no {kind} weights (it has {', '.join(kinds)})")
     return opened
 
 

@@ -20,6 +20,7 @@ from bigtx.interop.classes import AUTO_CLASS
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.track.jsonl import parse_line, step_of
 from bigtx.utils.files import write_atomic
+from bigtx.utils.units import format_names
 from bigtx.utils.version import __version__
 
 UNKNOWN_LICENSE = "unknown"
@@ -151,10 +152,9 @@ def _class_rows(config: RunConfig) -> dict[str, Any]:
     if not isinstance(config, FinetuneConfig) or config.model.num_classes is None:
         return {}
     names = config.classify.classes
-    more = f" and {len(names) - 24:,} more" if len(names) > 24 else ""
     summary = {"first": "the first token", "last": "the last token", "mean": "the mean of all tokens"}
     return {
-        "Classes": ", ".join(name.replace("|", "\\|") for name in names[:24]) + more,
+        "Classes": format_names([name.replace("|", "\\|") for name in names], 24),
         "Summary of a text": summary[config.classify.pooling],
     }
 

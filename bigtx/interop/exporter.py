@@ -17,16 +17,15 @@ import torch
 from torch import Tensor
 
 from bigtx.config.schema import FinetuneConfig, LoraConfig, ModelConfig, RunConfig
-from bigtx.engine.checkpoint import MergedCheckpoint
+from bigtx.engine.checkpoint import Checkpoint, MergedCheckpoint
 from bigtx.engine.write_weights import SafetensorsWriter, groups
 from bigtx.interop.card import ModelFacts, write_card
 from bigtx.interop.classes import AUTO_CLASS, architecture, auto_class
+from bigtx.interop.families import describe
 from bigtx.interop.family import Family
-from bigtx.interop.maps import Link
+from bigtx.interop.links import Link, check_links, cut, foreign_shapes
 from bigtx.interop.read import CONFIG, GENERATION_CONFIG, INDEX, MAPPED_BYTES, SINGLE
-from bigtx.interop.target import describe
 from bigtx.interop.tokenizer import export_classifier_tokenizer, export_tokenizer
-from bigtx.interop.vocabulary import check_links, cut, foreign_shapes
 from bigtx.model.size import parameter_shapes
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import CheckpointError, ConfigError
@@ -129,6 +128,29 @@ def without_adapters(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, lora=LoraConfig())
 
 
+def check_checkpoint(opened: Checkpoint, config: ModelConfig, kind: str, trained: str) -> None:
+    """Check that a checkpoint can be exported.
+
+    Args:
+        kind: the weights of the export: master or ema.
+        trained: a parameter that was trained.
+
+    Raises:
+        CheckpointError: it is damaged, does not fit the config, or does not have these weights.
+    """
+    path = opened.path
+    if problems := opened.verify():
+        raise CheckpointError(f"{path}: {'; '.join(problems)}; use another checkpoint of the run")
+    if opened.shapes != parameter_shapes(config):
+        raise CheckpointError(f"{path} does not fit the run's config.yaml; was it edited?")
+    kinds = opened.kinds(trained)
+    if kind not in kinds:
+        raise CheckpointError(
+            f"{path} has no {kind} weights (it has {', '.join(kinds)}); an average of the weights is kept by "
+            "runs with optimizer.ema_decay"
+        )
+
+
 class _Source:
     """The parameters of a checkpoint, one at a time, without padding, and with adapters merged."""
 
@@ -136,16 +158,7 @@ class _Source:
         """Args: mapped_bytes: about how much is read of the files before they are opened again."""
         self.checkpoint, self.config, self.kind = MergedCheckpoint(path), config, kind
         self.mapped_bytes, self.num_read = mapped_bytes, 0
-        if problems := self.checkpoint.verify():
-            raise CheckpointError(f"{path}: {'; '.join(problems)}; use another checkpoint of the run")
-        if self.checkpoint.shapes != parameter_shapes(config):
-            raise CheckpointError(f"{path} does not fit the run's config.yaml; was it edited?")
-        kinds = self.checkpoint.kinds(next(iter(self.checkpoint.shapes)))
-        if kind not in kinds:
-            raise CheckpointError(
-                f"{path} has no {kind} weights (it has {', '.join(kinds)}); an average of the weights is kept by "
-                "runs with optimizer.ema_decay"
-            )
+        check_checkpoint(self.checkpoint, config, kind, next(iter(self.checkpoint.shapes)))
 
     def read(self, name: str) -> Tensor:
         """Return one parameter, fp32."""

@@ -20,9 +20,8 @@ from bigtx.engine.write_weights import PART_BYTES, save_weights
 from bigtx.interop.classes import pooling_of, read_classes, refuse_ambiguous_end
 from bigtx.interop.families import by_model_type
 from bigtx.interop.family import Family
-from bigtx.interop.maps import Link
+from bigtx.interop.links import Link, check_links, cut, foreign_shapes, padded
 from bigtx.interop.read import CONFIG, ForeignWeights, read_config, read_end_ids, refuse_differences
-from bigtx.interop.vocabulary import check_links, cut, foreign_shapes, padded
 from bigtx.model.initial import initial_value
 from bigtx.model.size import parameter_shapes
 from bigtx.tokenizer.tokenizer import Tokenizer

@@ -17,6 +17,7 @@ from torch import Tensor
 from bigtx.interop.classes import AUTO_CLASS
 from bigtx.utils.errors import CheckpointError, ConfigError
 from bigtx.utils.shell import command
+from bigtx.utils.units import format_names
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -31,8 +32,6 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _FLOATS = ("F64", "F32", "BF16", "F16")
 MAPPED_BYTES = 64 * 2**20
 """The number of bytes that are read of a file before it is opened again."""
-_SHOWN = 8
-"""The number of keys of a kind that an error lists."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -133,7 +132,7 @@ class ForeignWeights:
             self._read_header(name)
         if wrong := sorted(key for key, name in index.items() if self._files.get(key) != name):
             raise CheckpointError(
-                f"{folder / INDEX} does not fit the files: {_listed(wrong)} not in the shard that it names; "
+                f"{folder / INDEX} does not fit the files: {format_names(wrong)} not in the shard that it names; "
                 "copy the folder again"
             )
 
@@ -151,7 +150,7 @@ class ForeignWeights:
         wrong = [f"{key} ({self._dtypes[key]})" for key in keys if self._dtypes[key] not in _FLOATS]
         if wrong:
             raise CheckpointError(
-                f"{self.folder} has tensors that are not fp64, fp32, bf16 or fp16: {_listed(wrong)}; is it "
+                f"{self.folder} has tensors that are not fp64, fp32, bf16 or fp16: {format_names(wrong)}; is it "
                 "quantized? import the original weights"
             )
 
@@ -187,10 +186,10 @@ class ForeignWeights:
         if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()) or not index:
             raise CheckpointError(f"{self.folder / INDEX} has no weight_map; copy it again from its source")
         if outside := sorted({name for name in index.values() if Path(name).name != name}):
-            raise CheckpointError(f"{self.folder / INDEX} names files outside of its folder: {_listed(outside)}")
+            raise CheckpointError(f"{self.folder / INDEX} names files outside of its folder: {format_names(outside)}")
         if missing := sorted({name for name in index.values() if not (self.folder / name).is_file()}):
             raise CheckpointError(
-                f"{self.folder} lacks {_listed(missing)}, which {INDEX} names; fetch the missing shards"
+                f"{self.folder} lacks {format_names(missing)}, which {INDEX} names; fetch the missing shards"
             )
         return index
 
@@ -212,11 +211,11 @@ def _no_weights(folder: Path) -> CheckpointError:
     names = sorted(path.name for path in folder.iterdir())
     if pickles := [name for name in names if name.endswith(_PICKLES)]:
         return CheckpointError(
-            f"{folder} has its weights as pickle only ({_listed(pickles)}), which can run any code when it is opened; "
-            f"bigtx never opens one: look for a {SINGLE} of the same model, or convert it where you trust it"
+            f"{folder} has its weights as pickle only ({format_names(pickles)}), which can run any code when it is "
+            f"opened; bigtx never opens one: look for a {SINGLE} of the same model, or convert it where you trust it"
         )
     others = [name for name in names if name.endswith(".safetensors")]
-    found = f"; it has {_listed(others)}, which is not a complete model by its name" if others else ""
+    found = f"; it has {format_names(others)}, which is not a complete model by its name" if others else ""
     return CheckpointError(f"{folder} has no {SINGLE} and no {INDEX}{found}")
 
 
@@ -233,7 +232,7 @@ def refuse_differences(folder: Path, expected: dict[str, tuple[int, ...]], found
         if key in found and found[key] != shape
     ]
     parts = [
-        f"{len(keys)} {what}: {_listed(keys)}"
+        f"{len(keys)} {what}: {format_names(keys)}"
         for what, keys in (
             ("missing", missing),
             ("unknown, so the model computes more than bigtx would", unknown),
@@ -243,8 +242,3 @@ def refuse_differences(folder: Path, expected: dict[str, tuple[int, ...]], found
     ]
     if parts:
         raise CheckpointError(f"{folder} does not have the tensors that its {CONFIG} requires: {'; '.join(parts)}")
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

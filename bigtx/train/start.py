@@ -18,6 +18,7 @@ from bigtx.engine.engine import Engine, ReadRange
 from bigtx.engine.ranks import Ranks
 from bigtx.engine.saving import save_frozen
 from bigtx.engine.trainable import frozen_parameters
+from bigtx.interop.families import export_note
 from bigtx.model.initial import initial_value
 from bigtx.model.size import count_parameters, flops_per_row, parameter_shapes
 from bigtx.model.transformer import Transformer
@@ -163,7 +164,6 @@ def build_engine(config: RunConfig, tokenizer: Tokenizer) -> Engine:
         f"model: {format_count(count.total)} parameters; engine: ZeRO {config.engine.zero_stage}, "
         f"{config.engine.precision}, {config.optimizer.name}"
     )
-    from bigtx.interop.target import export_note
 
     if note := export_note(config, tokenizer):
         log.say(note)

@@ -6,6 +6,7 @@ A parser raises ValueError with a phrase that says what is wrong and what to wri
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Literal
@@ -115,6 +116,11 @@ def format_size(num_bytes: float) -> str:
     """Write bytes in at most three significant digits: 512 MiB, 1.5 GiB, 17 B; `parse_size` reads whole ones back."""
     text = _short(num_bytes, ((" TiB", 2**40), (" GiB", 2**30), (" MiB", 2**20), (" KiB", 2**10)))
     return text if text.endswith("iB") else f"{text} B"
+
+
+def format_names(names: Sequence[str], most: int = 8) -> str:
+    """Format the first of some names, and the number of the others."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def _quantity(text: str, suffixes: dict[str, int], example: str) -> Decimal:

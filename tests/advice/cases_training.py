@@ -18,8 +18,9 @@ from bigtx.data.records.record import BadRecordError, Record
 from bigtx.data.stream.sources import open_sources
 from bigtx.engine.schedules import resolve_steps
 from bigtx.finetuning import record_table
-from bigtx.finetuning.base import open_tokenizer
-from bigtx.finetuning.notes import describe_length, total_steps, untrained_roles
+from bigtx.finetuning.checks import open_tokenizer
+from bigtx.finetuning.inputs import describe_length, total_steps
+from bigtx.finetuning.run import untrained_roles
 from bigtx.finetuning.tasks.sft import Sft
 from bigtx.finetuning.tasks.speech import SpeechFeatures
 from bigtx.finetuning.tasks.translate import require_sacrebleu

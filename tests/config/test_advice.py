@@ -15,7 +15,7 @@ from bigtx.config.changes import compare, refuse
 from bigtx.config.load import from_dict, load, to_dict
 from bigtx.config.schema import FinetuneConfig, PrepareConfig, PretrainConfig, TokenizerTrainConfig
 from bigtx.config.settings import find
-from bigtx.finetuning import notes as finetune_notes
+from bigtx.finetuning import inputs as finetune_inputs
 from bigtx.pretraining.corpora import length_setting
 from bigtx.train.start import say_finished
 from bigtx.utils.errors import ConfigError
@@ -173,7 +173,7 @@ def test_a_finished_run_tells_how_to_train_on(
 ) -> None:
     base = PRETRAIN if schema is PretrainConfig else FINETUNE if length == "train.min_steps" else FINETUNE[:3]
     begun = load(schema, [*base, f"{length}=32768"])
-    found = finetune_notes.length_setting(begun, 27) if schema is FinetuneConfig else length_setting(begun)
+    found = finetune_inputs.length_setting(begun, 27) if schema is FinetuneConfig else length_setting(begun)
     say_finished(1, [found])
     words = shlex.split(re.findall(r"train longer: (.*);", capsys.readouterr().out)[0])
     resumed = load(schema, [*base, *(word.replace("=N", "=65536") for word in words)])

@@ -10,7 +10,7 @@ from bigtx.config.load import base_files, load
 from bigtx.config.runs import shipped_configs, shipped_folder
 from bigtx.config.schema import FinetuneConfig, ModelConfig, PrepareConfig, PretrainConfig, TokenizerTrainConfig
 from bigtx.finetuning.tasks.classify import Classify
-from bigtx.interop.target import family_of
+from bigtx.interop.families import family_of
 from bigtx.utils.errors import ConfigError
 
 SCHEMAS: dict[str, tuple[type, ...]] = {

@@ -27,8 +27,7 @@ from bigtx.engine.trained import find
 from bigtx.engine.write_weights import save_weights
 from bigtx.finetuning.tasks.classify import Classify
 from bigtx.interop.exporter import ExportSettings
-from bigtx.interop.families import families
-from bigtx.interop.target import export_note
+from bigtx.interop.families import export_note, families
 from bigtx.interop.verify import verify
 from bigtx.model.size import parameter_shapes
 from bigtx.model.transformer import Transformer

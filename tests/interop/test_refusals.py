@@ -374,6 +374,17 @@ def test_no_field_of_a_model_is_lost(model_type: str) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("model_type", "name"), [("mixtral", "experts.num_experts"), ("bert", "num_token_types")])
+def test_a_family_whose_key_is_a_size_refuses_zero(model_type: str, name: str) -> None:
+    """The key in config.json has to be at least 1, so 0 could not be read back."""
+    family = by_model_type(model_type)
+    config = family.read_config(make_config(model_type).to_dict())
+    assert family.problems(config) == []
+    section, _, field = name.rpartition(".")
+    setattr(getattr(config, section) if section else config, field, 0)
+    assert family.problems(config) == [f"model.{name}=0: the family has at least 1"]
+
+
 class _Ids:
     begin_id = end_id = pad_id = 0
     end_ids = (0,)

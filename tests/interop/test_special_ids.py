@@ -20,9 +20,8 @@ from bigtx.data.corpus.blocks import BlockReader
 from bigtx.data.corpus.manifest import Manifest
 from bigtx.data.records.record import Record
 from bigtx.finetuning.tasks.classify import Classify
-from bigtx.finetuning.tasks.distill import Distill
 from bigtx.finetuning.tasks.preference import Preference
-from bigtx.finetuning.tasks.sft import Sft
+from bigtx.finetuning.tasks.sft import Distill, Sft
 from bigtx.finetuning.tasks.translate import Translate
 from bigtx.interop.tokenizer import compare_tokenizers, export_tokenizer, import_tokenizer
 from bigtx.tokenizer.description import DESCRIPTION

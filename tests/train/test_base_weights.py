@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bigtx.config.schema import ModelConfig
-from bigtx.finetuning.base_weights import plan_transfer
+from bigtx.finetuning.base import plan_transfer
 from bigtx.model.transformer import Transformer
 from bigtx.utils.errors import ConfigError
 

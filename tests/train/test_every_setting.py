@@ -20,7 +20,7 @@ from bigtx.config.schema import (
     ValidationConfig,
 )
 from bigtx.config.shape import total_steps
-from bigtx.finetuning.first_records import check_records
+from bigtx.finetuning.checks import check_records
 from bigtx.finetuning.measure import Measurement
 from bigtx.finetuning.tasks.task import Examples
 from bigtx.pretraining import run as pretrain_run

@@ -18,14 +18,8 @@ from bigtx.config.schema import (
     OptimizerConfig,
     PretrainConfig,
 )
-from bigtx.finetuning.notes import (
-    FEW_STEPS,
-    describe_held_out,
-    describe_length,
-    length_setting,
-    total_steps,
-    untrained_roles,
-)
+from bigtx.finetuning.inputs import FEW_STEPS, describe_held_out, describe_length, length_setting, total_steps
+from bigtx.finetuning.run import untrained_roles
 from bigtx.utils.errors import ConfigError
 
 

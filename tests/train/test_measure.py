@@ -15,7 +15,7 @@ from engine.together import Together
 
 from bigtx.config.schema import FinetuneConfig
 from bigtx.data.records.record import BadRecordError
-from bigtx.finetuning import measure, reference
+from bigtx.finetuning import measure
 from bigtx.finetuning.measure import Measurement, by_all_ranks
 from bigtx.finetuning.predictions import (
     MAX_SHOWN,
@@ -253,21 +253,21 @@ def test_a_measurement_at_the_end_is_by_the_tasks_own_way() -> None:
 
 def test_a_reference_counts_only_as_it_was_written_and_for_its_own_inputs(tmp_path: Path) -> None:
     values = {"train": np.array([[1.0, 2.0], [0.1, 1e-300]]), "validation": np.array([[5.0]])}
-    own = reference.key(records={"train": "a"}, seed=1)
-    assert own == reference.key(seed=1, records={"train": "a"}) != reference.key(seed=2, records={"train": "a"})
-    assert reference.read(tmp_path, own) is None
-    reference.write(tmp_path, own, values)
-    found = reference.read(tmp_path, own)
+    own, other = (measure.reference_key(records={"train": "a"}, seed=seed) for seed in (1, 2))
+    assert own == measure.reference_key(seed=1, records={"train": "a"}) != other
+    assert measure.read_reference(tmp_path, own) is None
+    measure.write_reference(tmp_path, own, values)
+    found = measure.read_reference(tmp_path, own)
     assert found is not None and set(found) == set(values)
     for name, numbers in values.items():
         assert found[name].dtype == np.float64 and np.array_equal(found[name], numbers)
-    assert reference.read(tmp_path, reference.key(records={"train": "a"}, seed=2)) is None
-    path = tmp_path / reference.FILE
+    assert measure.read_reference(tmp_path, other) is None
+    path = tmp_path / measure.REFERENCE
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert reference.read(tmp_path, own) is None
+    assert measure.read_reference(tmp_path, own) is None
     path.write_bytes(content[:20])
-    assert reference.read(tmp_path, own) is None
+    assert measure.read_reference(tmp_path, own) is None
 
 
 def test_a_reference_is_what_the_model_says_of_each_example_in_its_order() -> None:
@@ -276,7 +276,7 @@ def test_a_reference_is_what_the_model_says_of_each_example_in_its_order() -> No
     own.deepspeed.eval = lambda: made.append(True)
     ranks = SimpleNamespace(rank=0, world_size=1, gather=lambda value: [value])
     splits = {"train": EXAMPLES, "validation": EXAMPLES[:2], "test": []}
-    found = reference.make(own, ranks, Task(), splits, 3)  # type: ignore[arg-type]
+    found = measure.make_reference(own, ranks, Task(), splits, 3)  # type: ignore[arg-type]
     assert made and set(found) == {"train", "validation"}
     assert found["train"].tolist() == [[float(number), -float(number)] for number in range(7)]
     assert found["validation"].dtype == np.float64 and found["validation"].tolist() == [[0.0, 0.0], [1.0, -1.0]]

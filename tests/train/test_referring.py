@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from bigtx.config.schema import FinetuneConfig
-from bigtx.finetuning import reference
 from bigtx.finetuning import run as run_module
+from bigtx.finetuning.measure import REFERENCE
 from bigtx.finetuning.tasks.task import Examples
 from bigtx.train import start
 from bigtx.train.start import Start
@@ -41,7 +41,7 @@ class Referring:
         self.engine: Any = None
         self.done: list[str] = []
         monkeypatch.setattr(log, "say", lambda text="": None)
-        monkeypatch.setattr(reference, "make", self._make)
+        monkeypatch.setattr(run_module, "make_reference", self._make)
         monkeypatch.setattr(run_module, "set_first_weights", self._set_first_weights)
 
     def _make(self, engine: Any, ranks: Any, task: Any, splits: dict[str, list[int]], size: int) -> Any:
@@ -74,7 +74,7 @@ def test_what_was_lost_or_is_of_something_else_is_asked_of_the_base_again(
     assert Referring(tmp_path, monkeypatch).refer(is_initial=True)
     referring = Referring(tmp_path, monkeypatch, **({change: ["x"]} if change in ("left_out", "data") else {}))
     if change == "file":
-        (tmp_path / reference.FILE).unlink()
+        (tmp_path / REFERENCE).unlink()
     elif change == "base":
         referring.base = {"manifest_sha256": "n"}
     elif change == "tokenizer":

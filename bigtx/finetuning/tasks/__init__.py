@@ -14,7 +14,7 @@ RECORD_TASKS = {
     "sft": "bigtx.finetuning.tasks.sft:Sft",
     "preference": "bigtx.finetuning.tasks.preference:Preference",
     "translate": "bigtx.finetuning.tasks.translate:Translate",
-    "distill": "bigtx.finetuning.tasks.distill:Distill",
+    "distill": "bigtx.finetuning.tasks.sft:Distill",
 }
 """The class of each `task` of fine-tuning."""
 

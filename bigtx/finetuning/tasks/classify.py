@@ -20,33 +20,24 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from bigtx.config.schema import FinetuneConfig, ModelConfig
 from bigtx.config.schema.tasks import METRICS
 from bigtx.data.records.record import BadRecordError, Broken, Record
 from bigtx.engine.task import TaskLoss
-from bigtx.finetuning.tasks.scores import calibration_error, confusion, macro_f1
-from bigtx.finetuning.tasks.task import (
-    LENGTH_MULTIPLE,
-    Examples,
-    Lengths,
-    Model,
-    Prediction,
-    RecordTask,
-    ids_of,
-    listed,
-    on_device,
-    padded,
-    pinned,
-    some_ids,
-)
+from bigtx.finetuning.tasks.batch import LENGTH_MULTIPLE, Batch, ids_of, padded, padding_segments, pinned
+from bigtx.finetuning.tasks.task import Examples, Lengths, Model, Prediction, RecordTask, some_ids
 from bigtx.model.layers import pooling_weights
 from bigtx.model.loss import IGNORED
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import DataError
+from bigtx.utils.units import format_names
 
 NO_LABEL = -1
+MAX_LISTED = 12
+"""The number of classes that a message names."""
+CALIBRATION_BINS = 15
+"""The number of bins, of equal width as in arXiv:1706.04599."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,44 +60,6 @@ class TextExample:
     def length(self) -> int:
         """Return the number of tokens."""
         return len(self.ids)
-
-
-@dataclass(frozen=True)
-class TextBatch:
-    """B texts of T columns.
-
-    Attributes:
-        tokens, segment_ids: int64 [B, T]; padding has another segment.
-        token_types: int64 [B, T], or None if the model has no token types.
-        pool: fp32 [B, T], the weight of each column.
-        labels: int64 [B], or IGNORED.
-        weights: fp32 [B], the weight of each text.
-        num_tokens: the number of tokens without padding.
-        sequence_ids: int64 [B], the numbers of the records in the run; None if nothing is drawn.
-    """
-
-    tokens: Tensor
-    segment_ids: Tensor
-    token_types: Tensor | None
-    pool: Tensor
-    labels: Tensor
-    weights: Tensor
-    num_tokens: int
-    sequence_ids: Tensor | None = None
-
-    @property
-    def num_labels(self) -> int:
-        """Return the number of texts with a label."""
-        return int((self.labels != IGNORED).sum())
-
-    def to(self, device: torch.device) -> TextBatch:
-        """Return the batch on a device."""
-        return on_device(self, device)
-
-    def inputs(self) -> dict[str, Tensor | None]:
-        """Return the arguments of the model."""
-        names = ("tokens", "segment_ids", "token_types", "pool", "sequence_ids")
-        return {name: getattr(self, name) for name in names}
 
 
 class Classify(RecordTask):
@@ -160,12 +113,12 @@ class Classify(RecordTask):
             f"{name!r} {' + '.join(f'{found[number]:,}' for found in counts.values())}"
             for number, name in enumerate(self.classes)
         ]
-        said = [f"{len(self.classes):,} classes, records of each ({' + '.join(counts)}): {listed(shown, 24)}"]
+        said = [f"{len(self.classes):,} classes, records of each ({' + '.join(counts)}): {format_names(shown, 24)}"]
         for split, found in counts.items():
             without = [repr(name) for number, name in enumerate(self.classes) if not found[number]]
             if without:
                 what = ", which the model cannot learn" if split == "train" else ""
-                said.append(f"warning: classes without a {split} record: {listed(without)}{what}")
+                said.append(f"warning: classes without a {split} record: {format_names(without, MAX_LISTED)}{what}")
         return said
 
     def begin(self, examples: Sequence[TextExample]) -> None:
@@ -200,23 +153,23 @@ class Classify(RecordTask):
         name = _needed_label(record, self.config)
         if name not in self.number:
             similar = difflib.get_close_matches(name, self.classes, 1, 0.6)
-            hint = f"did you mean {similar[0]!r}?" if similar else f"there are {listed(list(map(repr, self.classes)))}"
+            known = format_names(list(map(repr, self.classes)), MAX_LISTED)
+            hint = f"did you mean {similar[0]!r}?" if similar else f"there are {known}"
             raise BadRecordError(
                 f"the class {name!r} is unknown to the model: no training record has it, or classify.classes does not "
                 f"name it; {hint}"
             )
         return self.number[name]
 
-    def collate(self, examples: Sequence[TextExample], numbers: Sequence[int] | None = None) -> TextBatch:
+    def collate(self, examples: Sequence[TextExample], numbers: Sequence[int] | None = None) -> Batch:
         """Return a batch of texts."""
         tokens = padded([example.ids for example in examples], self.tokenizer.pad_id, multiple=LENGTH_MULTIPLE)
         lengths = np.array([len(example.ids) for example in examples])
-        is_text = np.arange(tokens.shape[1]) < lengths[:, None]  # B T
         labels = np.array([example.label if example.label >= 0 else IGNORED for example in examples])
         weights = np.where(labels >= 0, self.class_weights[np.maximum(labels, 0)], 0).astype(np.float32)
-        return TextBatch(
+        return Batch(
             tokens=tokens,
-            segment_ids=pinned((~is_text).astype(np.int64)),
+            segment_ids=padding_segments(lengths, tokens.shape[1]),
             token_types=padded([example.types for example in examples], 0, multiple=LENGTH_MULTIPLE)
             if self.has_types
             else None,
@@ -227,9 +180,10 @@ class Classify(RecordTask):
             sequence_ids=ids_of(numbers),
         )
 
-    def loss(self, model: Model, batch: TextBatch) -> TaskLoss:
+    def loss(self, model: Model, batch: Batch) -> TaskLoss:
         """Return the cross-entropy in nats; the reported loss is without smoothing and weights."""
-        logits = model(**batch.inputs())
+        assert batch.weights is not None
+        logits = model(**batch.inputs(labels=False))
         plain = F.cross_entropy(logits, batch.labels, ignore_index=IGNORED, reduction="none")
         smoothed = F.cross_entropy(
             logits,
@@ -244,7 +198,7 @@ class Classify(RecordTask):
     def predict(self, model: Model, examples: Sequence[TextExample], device: torch.device) -> list[Prediction]:
         """Return the most likely class, and the probability of each class."""
         batch = self.collate(examples).to(device)
-        probabilities = model(**batch.inputs()).double().softmax(dim=-1).cpu().numpy()
+        probabilities = model(**batch.inputs(labels=False)).double().softmax(dim=-1).cpu().numpy()
         found = []
         for example, row in zip(examples, probabilities, strict=True):
             prediction: Prediction = {
@@ -358,3 +312,31 @@ def _classes_of(records: Sequence[Record], config: FinetuneConfig) -> list[str]:
             "of the class"
         )
     return sorted(classes)
+
+
+def confusion(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
+    """Return the confusion matrix, int64 [classes, classes]: rows are true classes, columns predicted ones."""
+    matrix = np.zeros((num_classes, num_classes), np.int64)
+    np.add.at(matrix, (labels, predicted), 1)
+    return matrix
+
+
+def macro_f1(matrix: np.ndarray) -> float:
+    """Return the mean over classes of 2 TP / (2 TP + FP + FN), without classes that neither occur nor are predicted."""
+    hits = np.diag(matrix)
+    total = matrix.sum(axis=0) + matrix.sum(axis=1)
+    present = total > 0
+    return float((2 * hits[present] / total[present]).mean()) if present.any() else 0.0
+
+
+def calibration_error(probabilities: np.ndarray, labels: np.ndarray, num_bins: int = CALIBRATION_BINS) -> float:
+    """Return the expected calibration error (arXiv:1706.04599, equation 3): the mean gap of confidence and accuracy.
+
+    Args:
+        probabilities: fp64 [N, classes].
+        labels: int [N].
+    """
+    confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
+    bins = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
+    gaps = np.bincount(bins, weights=right - confidence, minlength=num_bins)
+    return float(np.abs(gaps).sum() / max(1, len(labels)))

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from bigtx.config.schema import FinetuneConfig
 from bigtx.config.schema.tasks import METRICS
 from bigtx.data.records.record import BadRecordError, Record
 from bigtx.engine.task import TaskLoss
+from bigtx.finetuning.tasks.batch import LENGTH_MULTIPLE, Batch, ids_of, padded, pinned
 from bigtx.finetuning.tasks.chats import (
     ChatFormat,
     Message,
@@ -33,18 +33,7 @@ from bigtx.finetuning.tasks.chats import (
     write_answers,
 )
 from bigtx.finetuning.tasks.sft import shown_prompt
-from bigtx.finetuning.tasks.task import (
-    LENGTH_MULTIPLE,
-    Examples,
-    Lengths,
-    Model,
-    Prediction,
-    RecordTask,
-    ids_of,
-    on_device,
-    padded,
-    pinned,
-)
+from bigtx.finetuning.tasks.task import Examples, Lengths, Model, Prediction, RecordTask
 from bigtx.model.loss import IGNORED
 from bigtx.tokenizer.chat import ASSISTANT
 from bigtx.tokenizer.tokenizer import Tokenizer
@@ -84,39 +73,6 @@ class PreferenceExample:
     def is_equal(self) -> bool:
         """Return whether both answers are equal, because the part in which they differ was cut."""
         return self.has_answers and np.array_equal(self.chosen, self.rejected)
-
-
-@dataclass(frozen=True)
-class PreferenceBatch:
-    """B pairs, in 2 B rows of T columns: first the chosen answers, then the rejected ones.
-
-    Attributes:
-        tokens, labels: int64 [2 B, T]; labels are the next tokens of answers, or IGNORED; padding is on the right.
-        reference: fp32 [B, 2], log-probabilities of chosen and rejected before the first step.
-        num_tokens: the number of tokens without padding.
-        sequence_ids: int64 [2 B], the numbers of the rows in the run, two of each record; None if nothing is drawn.
-        text_lengths: int64 [2 B], the number of columns of each row without padding.
-    """
-
-    tokens: Tensor
-    labels: Tensor
-    reference: Tensor
-    num_tokens: int
-    sequence_ids: Tensor | None
-    text_lengths: Tensor
-
-    @property
-    def num_labels(self) -> int:
-        """Return the number of pairs."""
-        return len(self.reference)
-
-    def to(self, device: torch.device) -> PreferenceBatch:
-        """Return the batch on a device."""
-        return on_device(self, device)
-
-    def inputs(self) -> dict[str, Tensor | None]:
-        """Return the arguments of the model."""
-        return {name: part for name, part in vars(self).items() if name not in ("reference", "num_tokens")}
 
 
 class Preference(RecordTask):
@@ -210,7 +166,7 @@ class Preference(RecordTask):
         content: str = rest[0]["content"]
         return content
 
-    def collate(self, examples: Sequence[PreferenceExample], numbers: Sequence[int] | None = None) -> PreferenceBatch:
+    def collate(self, examples: Sequence[PreferenceExample], numbers: Sequence[int] | None = None) -> Batch:
         """Return a batch of the chosen answers, then the rejected ones, each after its prompt."""
         rows = [np.concatenate([each.prompt, each.chosen]) for each in examples]
         rows += [np.concatenate([each.prompt, each.rejected]) for each in examples]
@@ -218,7 +174,7 @@ class Preference(RecordTask):
         for row, example in zip(labels, [*examples, *examples], strict=True):
             row[: len(example.prompt) - 1] = IGNORED
         reference = np.array([example.reference or (0.0, 0.0) for example in examples], np.float32)
-        return PreferenceBatch(
+        return Batch(
             tokens=padded([row[:-1] for row in rows], self.tokenizer.pad_id, multiple=LENGTH_MULTIPLE),
             labels=padded(labels, IGNORED, multiple=LENGTH_MULTIPLE),
             reference=pinned(reference),
@@ -227,8 +183,9 @@ class Preference(RecordTask):
             text_lengths=pinned(np.array([len(row) for row in labels])),
         )
 
-    def loss(self, model: Model, batch: PreferenceBatch) -> TaskLoss:
+    def loss(self, model: Model, batch: Batch) -> TaskLoss:
         """Return the loss summed over pairs; the reported loss is without smoothing."""
+        assert batch.reference is not None
         scores = model(**batch.inputs(), score_tokens=True)
         chosen, rejected = scores.log_probs.sum(dim=1).chunk(2)
         margin = self.settings.beta * ((chosen - rejected) - (batch.reference[:, 0] - batch.reference[:, 1]))

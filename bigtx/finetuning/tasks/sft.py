@@ -1,4 +1,5 @@
-"""Supervised fine-tuning of a decoder on answers to prompts and in chats; see chats.py for the formats.
+"""Supervised fine-tuning of a decoder: on answers to prompts and in chats (see chats.py for the formats), or, for
+distillation, on plain text.
 
 record ──encode──▶ ChatExample ──collate──▶ one row each, padded to the longest
                         └──pack──▶ PackedRow ──collate──▶ rows of one length, with document masks
@@ -14,12 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from bigtx.config.schema import FinetuneConfig
 from bigtx.config.schema.tasks import METRICS
 from bigtx.data.records.record import BadRecordError, Record
 from bigtx.engine.task import TaskLoss
+from bigtx.finetuning.tasks.batch import LENGTH_MULTIPLE, Batch, ids_of, padded, pinned
 from bigtx.finetuning.tasks.chats import (
     ChatFormat,
     resolve_chat_format,
@@ -27,18 +28,7 @@ from bigtx.finetuning.tasks.chats import (
     without_empty_answer,
     write_answers,
 )
-from bigtx.finetuning.tasks.task import (
-    LENGTH_MULTIPLE,
-    Examples,
-    Lengths,
-    Model,
-    Prediction,
-    RecordTask,
-    ids_of,
-    on_device,
-    padded,
-    pinned,
-)
+from bigtx.finetuning.tasks.task import Examples, Lengths, Model, Prediction, RecordTask, some_ids
 from bigtx.model.loss import IGNORED
 from bigtx.tokenizer.chat import ASSISTANT
 from bigtx.tokenizer.tokenizer import Tokenizer
@@ -88,41 +78,6 @@ class PackedRow:
     def num_cut(self) -> int:
         """Return the number of ids that were left out."""
         return sum(chat.num_cut for chat in self.chats)
-
-
-@dataclass(frozen=True)
-class ChatBatch:
-    """B rows of T columns.
-
-    Attributes:
-        tokens, labels: int64 [B, T]; labels are the next tokens, or IGNORED.
-        positions, segment_ids: int64 [B, T] for packed rows: positions restart and segment ids increase with each chat.
-            Otherwise None: no token attends to padding, because it is on the right.
-        num_tokens: the number of tokens without padding.
-        sequence_ids: int64 [B], the numbers of the records in the run; None if nothing is drawn.
-        text_lengths: int64 [B], the number of columns of each row without padding.
-    """
-
-    tokens: Tensor
-    labels: Tensor
-    positions: Tensor | None
-    segment_ids: Tensor | None
-    num_tokens: int
-    sequence_ids: Tensor | None
-    text_lengths: Tensor
-
-    @property
-    def num_labels(self) -> int:
-        """Return the number of tokens of answers."""
-        return int((self.labels != IGNORED).sum())
-
-    def to(self, device: torch.device) -> ChatBatch:
-        """Return the batch on a device."""
-        return on_device(self, device)
-
-    def inputs(self) -> dict[str, Tensor | None]:
-        """Return the arguments of the model."""
-        return {name: part for name, part in vars(self).items() if name != "num_tokens"}
 
 
 class Sft(RecordTask):
@@ -214,7 +169,7 @@ class Sft(RecordTask):
             for places in best_fit(lengths, self.row_length)
         ]
 
-    def collate(self, examples: Sequence[Any], numbers: Sequence[int] | None = None) -> ChatBatch:
+    def collate(self, examples: Sequence[Any], numbers: Sequence[int] | None = None) -> Batch:
         """Return a batch of chats, or of packed rows of one length."""
         is_packed = isinstance(examples[0], PackedRow)
         rows = [example.chats if is_packed else (example,) for example in examples]
@@ -227,7 +182,7 @@ class Sft(RecordTask):
             positions = padded(places, 0, multiple=multiple)
             numbers_of_chats = [np.repeat(np.arange(len(row)), [chat.length for chat in row]) for row in rows]
             segment_ids = padded(numbers_of_chats, max(map(len, rows)), multiple=multiple)
-        return ChatBatch(
+        return Batch(
             tokens=padded(tokens, self.tokenizer.pad_id, multiple=multiple),
             labels=padded(labels, IGNORED, multiple=multiple),
             positions=positions,
@@ -237,7 +192,7 @@ class Sft(RecordTask):
             text_lengths=pinned(np.array([len(row) for row in tokens])),
         )
 
-    def loss(self, model: Model, batch: ChatBatch) -> TaskLoss:
+    def loss(self, model: Model, batch: Batch) -> TaskLoss:
         """Return the cross-entropy of the answers in nats."""
         return TaskLoss.of(model(**batch.inputs()))
 
@@ -298,6 +253,64 @@ class Sft(RecordTask):
         """Return the mean columns of the rows of training."""
         mean = float(np.mean([example.length for example in examples]))
         return Lengths(0, mean, mean)
+
+
+class Distill(Sft):
+    """Learn the teacher's distribution over plain text; predictions are the likelihoods of texts.
+
+    The teacher works as for every task (see bigtx.train.teacher). A text is an answer without a prompt:
+
+        </s> text </s>      with loss on all but the first token, which marks the beginning of a text
+
+    (The tokenizer of an imported model may have its own begin ids instead.) Corpora that do not fit into memory, and
+    encoders and encoder-decoders, are distilled by pretraining with `distill.teacher`.
+    """
+
+    generates = False
+
+    def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:
+        super(Sft, self).__init__(config, tokenizer)  # A text has no chat format.
+        self.settings = config.sft
+        self.require_length(2)
+
+    @classmethod
+    def resolve(cls, config: FinetuneConfig, tokenizer: Tokenizer, records: Sequence[Record]) -> FinetuneConfig:
+        """Return the config with a head of tokens."""
+        return super(Sft, cls).resolve(config, tokenizer, records)
+
+    @property
+    def text_field(self) -> str | None:
+        """Return the field of the text."""
+        return self.fields.text
+
+    def encode(self, record: Record, *, for_training: bool = True) -> ChatExample:
+        """Encode a text, with the begin ids of the tokenizer (or an end id) before it, and an end id after it."""
+        ids = some_ids(self.tokenizer, self.fields.text, record.text(self.fields.text, setting="data.fields.text"))
+        before = self.tokenizer.begin_ids or [self.tokenizer.end_id]
+        kept = self.cut(ids, self.max_length - len(before))
+        whole = [*before, *kept, self.tokenizer.end_id]
+        is_answer = np.arange(len(whole)) >= len(before)
+        return ChatExample(np.array(whole, np.int32), is_answer, len(before), len(ids) - len(kept))
+
+    @torch.no_grad()
+    def predict(self, model: Model, examples: Sequence[ChatExample], device: torch.device) -> list[Prediction]:
+        """Return the mean cross-entropy of a text's tokens in nats, and their number."""
+        return [
+            {"loss": score["_loss_sum"] / score["_num_tokens"], "tokens": score["_num_tokens"]} | score
+            for score in self.predict_in_run(model, examples, device)
+        ]
+
+    def review(self, splits: Mapping[str, Examples]) -> list[str]:
+        """Return no warnings, since a text is not a chat."""
+        return []
+
+    def shown(self, record: Record) -> str:
+        """Return the text."""
+        return str(record.value(self.fields.text) or "")
+
+    def answer(self, record: Record) -> str:
+        """Return "", since a text has no answer."""
+        return ""
 
 
 def shown_prompt(prompt: Any) -> str:

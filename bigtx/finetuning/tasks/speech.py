@@ -1,6 +1,6 @@
 """Recordings as examples and batches of features, for `transcribe`.
 
-Record ──header──▶ SpeechExample ──decode, log-mel, augment──▶ SpeechBatch
+Record ──header──▶ SpeechExample ──decode, log-mel, augment──▶ features
                                           ▲ a cache of limited size
 """
 
@@ -23,8 +23,7 @@ from bigtx.config.shape import frames_per_column, num_columns
 from bigtx.data.recordings import AudioPlace, BadAudioError, Found, decode, num_resampled, read_header
 from bigtx.data.records.record import BadRecordError, Record
 from bigtx.data.spectrogram import LogMel, changes_waveform, generator, masked, perturbed
-from bigtx.finetuning.tasks.task import LENGTH_MULTIPLE, on_device
-from bigtx.model.loss import IGNORED
+from bigtx.finetuning.tasks.batch import LENGTH_MULTIPLE
 from bigtx.utils.errors import DataError
 
 
@@ -47,40 +46,6 @@ class SpeechExample:
     text: str
     ids: np.ndarray
     num_cut: int
-
-
-@dataclass(frozen=True)
-class SpeechBatch:
-    """B recordings of up to F frames and M mel bins.
-
-    Attributes:
-        features: fp32 [B, F, M]; padding is zeros.
-        feature_lengths: int64 [B], the number of frames.
-        target_tokens: int64 [B, T], the input of a decoder; None without one.
-        labels: int64 [B, T], the output of a decoder, or of an encoder with CTC; padding is IGNORED.
-        num_tokens: the number of columns of the encoder without padding.
-        sequence_ids: int64 [B], the numbers of the records in the run; None if nothing is drawn.
-    """
-
-    features: Tensor
-    feature_lengths: Tensor
-    target_tokens: Tensor | None
-    labels: Tensor
-    num_tokens: int
-    sequence_ids: Tensor | None = None
-
-    @property
-    def num_labels(self) -> int:
-        """Return the number of tokens of the texts."""
-        return int((self.labels != IGNORED).sum())
-
-    def to(self, device: torch.device) -> SpeechBatch:
-        """Return the batch on a device."""
-        return on_device(self, device)
-
-    def audio_inputs(self) -> dict[str, Tensor]:
-        """Return the arguments of the model, without the text."""
-        return {"features": self.features, "feature_lengths": self.feature_lengths}
 
 
 @dataclass

@@ -14,17 +14,17 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from bigtx.config.schema import FinetuneConfig
 from bigtx.config.schema.tasks import Better
 from bigtx.data.recordings import AudioPlace, Found
 from bigtx.data.records.record import BadRecordError, Record
 from bigtx.engine.task import TaskLoss
+from bigtx.finetuning.tasks.batch import Batch
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import ConfigError
 
@@ -34,8 +34,6 @@ Model = Callable[..., Any]
 """A Transformer, or an engine around one."""
 Prediction = dict[str, Any]
 """The prediction for a record, ready for JSON."""
-LENGTH_MULTIPLE = 16
-"""Batches are padded to a multiple of this number of columns, so that there are few shapes."""
 
 
 class Example(Protocol):
@@ -170,15 +168,15 @@ class RecordTask(ABC):
         return list(examples)
 
     @abstractmethod
-    def collate(self, examples: Sequence[Any], numbers: Sequence[int] | None = None) -> Any:
-        """Return a micro batch on the CPU, with `num_labels`, `num_tokens` and `to(device)`.
+    def collate(self, examples: Sequence[Any], numbers: Sequence[int] | None = None) -> Batch:
+        """Return a micro batch on the CPU.
 
         Args:
             numbers: the numbers of the records in the run, which determine all random draws; None to draw nothing.
         """
 
     @abstractmethod
-    def loss(self, model: Model, batch: Any) -> TaskLoss:
+    def loss(self, model: Model, batch: Batch) -> TaskLoss:
         """Return the loss of a micro batch, summed over its labels. A row's loss is independent of the other rows."""
 
     @abstractmethod
@@ -274,11 +272,6 @@ class RecordTask(ABC):
         return ids[:limit]
 
 
-def listed(names: Sequence[str], most: int = 12) -> str:
-    """Format the first of some names, and the number of the others."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
-
-
 def some_ids(tokenizer: Tokenizer, name: str, text: str) -> list[int]:
     """Encode the text of a record's field.
 
@@ -289,37 +282,6 @@ def some_ids(tokenizer: Tokenizer, name: str, text: str) -> list[int]:
     if not ids:
         raise BadRecordError(f"the tokenizer makes no token of the field {name!r}: {text[:40]!r}")
     return ids
-
-
-def padded(rows: Sequence[Sequence[int] | np.ndarray], fill: int, *, multiple: int = 1) -> Tensor:
-    """Pad rows on the right to the length of the longest, rounded up to a multiple; return int64 [B, T]."""
-    length = -(-max((len(row) for row in rows), default=0) // multiple) * multiple
-    result = np.full((len(rows), length), fill, np.int64)
-    for place, row in enumerate(rows):
-        result[place, : len(row)] = row
-    return pinned(result)
-
-
-Tensors = TypeVar("Tensors")
-
-
-def on_device(batch: Tensors, device: torch.device) -> Tensors:
-    """Return a dataclass with its tensors on a device; the copy is asynchronous if their memory is pinned."""
-    moved: dict[str, Any] = {
-        name: part.to(device, non_blocking=True) for name, part in vars(batch).items() if torch.is_tensor(part)
-    }
-    return dataclasses.replace(batch, **moved)  # type: ignore[type-var]
-
-
-def ids_of(numbers: Sequence[int] | None) -> Tensor | None:
-    """Return the numbers of the rows in the run as int64 [B], or None if nothing is drawn."""
-    return None if numbers is None else pinned(np.array(numbers, np.int64))
-
-
-def pinned(array: np.ndarray) -> Tensor:
-    """Return the array as a tensor, in pinned memory if there is a GPU."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory() if torch.cuda.is_available() else tensor
 
 
 def public(prediction: Mapping[str, Any]) -> Prediction:

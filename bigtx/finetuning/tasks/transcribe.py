@@ -26,8 +26,9 @@ from bigtx.config.schema.tasks import METRICS
 from bigtx.data.recordings import AudioPlace, require_speech
 from bigtx.data.records.record import BadRecordError, Record
 from bigtx.engine.task import TaskLoss
-from bigtx.finetuning.tasks.speech import SpeechBatch, SpeechExample, SpeechFeatures
-from bigtx.finetuning.tasks.task import Lengths, Look, Model, Prediction, RecordTask, ids_of, padded, some_ids
+from bigtx.finetuning.tasks.batch import Batch, ids_of, padded
+from bigtx.finetuning.tasks.speech import SpeechExample, SpeechFeatures
+from bigtx.finetuning.tasks.task import Lengths, Look, Model, Prediction, RecordTask, some_ids
 from bigtx.model.beam import Beam, beam_search
 from bigtx.model.cache import KeyValueCache, Text
 from bigtx.model.loss import IGNORED
@@ -115,7 +116,7 @@ class Transcribe(RecordTask):
                 "smaller model.audio.strides give more columns)"
             )
 
-    def collate(self, examples: Sequence[SpeechExample], numbers: Sequence[int] | None = None) -> SpeechBatch:
+    def collate(self, examples: Sequence[SpeechExample], numbers: Sequence[int] | None = None) -> Batch:
         """Return a batch of recordings."""
         features, lengths = self.speech.together(examples, numbers)
         texts = [example.ids.tolist() for example in examples]
@@ -124,25 +125,23 @@ class Transcribe(RecordTask):
             # The decoder reads its labels shifted by one.
             target_tokens = padded([[self.tokenizer.pad_id, *ids] for ids in texts], self.tokenizer.pad_id)
             texts = [[*ids, self.tokenizer.end_id] for ids in texts]
-        labels = padded(texts, IGNORED)
-        num_tokens = sum(example.length for example in examples)
-        return SpeechBatch(features, lengths, target_tokens, labels, num_tokens, ids_of(numbers))
+        return Batch(
+            features=features,
+            feature_lengths=lengths,
+            target_tokens=target_tokens,
+            labels=padded(texts, IGNORED),
+            num_tokens=sum(example.length for example in examples),
+            sequence_ids=ids_of(numbers),
+        )
 
-    def loss(self, model: Model, batch: SpeechBatch) -> TaskLoss:
+    def loss(self, model: Model, batch: Batch) -> TaskLoss:
         """Return the loss of all tokens of the texts in nats: cross-entropy, or CTC's negative log-likelihood."""
         if self.is_ctc:
-            losses = self._ctc_losses(model(**batch.audio_inputs(), sequence_ids=batch.sequence_ids), batch)
+            losses = self._ctc_losses(model(**batch.inputs(labels=False)), batch)
             return TaskLoss(losses.sum(), losses.detach().sum())
-        result = model(
-            **batch.audio_inputs(),
-            sequence_ids=batch.sequence_ids,
-            target_tokens=batch.target_tokens,
-            labels=batch.labels,
-            label_smoothing=self.settings.label_smoothing,
-        )
-        return TaskLoss.of(result)
+        return TaskLoss.of(model(**batch.inputs(), label_smoothing=self.settings.label_smoothing))
 
-    def _ctc_losses(self, logits: Tensor, batch: SpeechBatch) -> Tensor:
+    def _ctc_losses(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return the losses of the texts, fp32 [B], on the logits' device."""
         log_probabilities = logits.log_softmax(dim=-1).transpose(0, 1)  # S B V
         if torch.are_deterministic_algorithms_enabled():
@@ -157,8 +156,9 @@ class Transcribe(RecordTask):
             reduction="none",
         ).to(logits.device)
 
-    def _num_columns(self, batch: SpeechBatch) -> Tensor:
+    def _num_columns(self, batch: Batch) -> Tensor:
         """Return the numbers of columns of the encoder, int64 [B]."""
+        assert batch.feature_lengths is not None
         return -(-batch.feature_lengths // shape.frames_per_column(self.config.model))
 
     @torch.no_grad()
@@ -175,15 +175,13 @@ class Transcribe(RecordTask):
             found.append(prediction)
         return found
 
-    def _decode_ctc(self, model: Model, batch: SpeechBatch) -> tuple[list[list[int]], Tensor]:
+    def _decode_ctc(self, model: Model, batch: Batch) -> tuple[list[list[int]], Tensor]:
         """Return the most likely token of each column, without repeats and blanks, and the losses of the true texts."""
-        logits = model(**batch.audio_inputs())
+        logits = model(**batch.inputs(labels=False))
         rows = zip(logits.argmax(dim=-1).tolist(), self._num_columns(batch).tolist(), strict=True)
         return [collapse(row[:length], self.tokenizer.pad_id) for row, length in rows], self._ctc_losses(logits, batch)
 
-    def _search(
-        self, model: Model, examples: Sequence[SpeechExample], batch: SpeechBatch
-    ) -> tuple[list[list[int]], Tensor]:
+    def _search(self, model: Model, examples: Sequence[SpeechExample], batch: Batch) -> tuple[list[list[int]], Tensor]:
         """Return the best texts of the beam search, and the losses of the true texts."""
         config, sources = self.config.model, list[Text]()
 
@@ -192,9 +190,8 @@ class Transcribe(RecordTask):
             if tokens is None:
                 result: Tensor = model(**others)
                 return result
-            logits: Tensor = model(
-                **batch.audio_inputs(), **{key: others[key] for key in others if key != "segment_ids"}
-            )
+            rest = {key: value for key, value in others.items() if key != "segment_ids"}
+            logits: Tensor = model(**batch.inputs(labels=False), **rest)
             sources.append(others["cache"].source)
             return logits
 
@@ -210,7 +207,7 @@ class Transcribe(RecordTask):
             end_ids=self.tokenizer.end_ids,
             num_ids=self.tokenizer.vocab_size,
             start_id=self.tokenizer.pad_id,
-            device=batch.features.device,
+            device=batch.labels.device,
         )
         cache = KeyValueCache(shape.num_decoder_layers(config))
         cache.source = sources[0]

@@ -20,18 +20,8 @@ from bigtx.config.schema import FinetuneConfig
 from bigtx.config.schema.tasks import METRICS
 from bigtx.data.records.record import Record
 from bigtx.engine.task import TaskLoss
-from bigtx.finetuning.tasks.task import (
-    LENGTH_MULTIPLE,
-    Lengths,
-    Model,
-    Prediction,
-    RecordTask,
-    ids_of,
-    on_device,
-    padded,
-    pinned,
-    some_ids,
-)
+from bigtx.finetuning.tasks.batch import LENGTH_MULTIPLE, Batch, ids_of, padded, padding_segments, pinned
+from bigtx.finetuning.tasks.task import Lengths, Model, Prediction, RecordTask, some_ids
 from bigtx.model.beam import Beam, Found, beam_search
 from bigtx.model.loss import IGNORED
 from bigtx.tokenizer.tokenizer import Tokenizer
@@ -59,44 +49,6 @@ class PairExample:
         """Return the number of tokens of the longer side: sorting by it gives the least padding (10 % on Multi30k, and
         20 % when sorted by the sum)."""
         return max(len(self.source), len(self.target))
-
-
-@dataclass(frozen=True)
-class PairBatch:
-    """B pairs of S source and T target columns; for a decoder one row of T columns each.
-
-    Attributes:
-        tokens: int64 [B, S]; for a decoder both sides, [B, T].
-        segment_ids: int64 [B, S]: padding has another segment; None for a decoder.
-        target_tokens: int64 [B, T], the input of an encoder-decoder's decoder; None for a decoder.
-        prefix_mask: bool [B, T], the source in a decoder with prefix attention; else None.
-        labels: int64 [B, T].
-        num_tokens: the number of tokens that are read, without padding.
-        sequence_ids: int64 [B], the numbers of the records in the run; None if nothing is drawn.
-        text_lengths: int64 [B], for a decoder the number of columns of each row without padding; else None.
-    """
-
-    tokens: Tensor
-    segment_ids: Tensor | None
-    target_tokens: Tensor | None
-    prefix_mask: Tensor | None
-    labels: Tensor
-    num_tokens: int
-    sequence_ids: Tensor | None = None
-    text_lengths: Tensor | None = None
-
-    @property
-    def num_labels(self) -> int:
-        """Return the number of predicted tokens."""
-        return int((self.labels != IGNORED).sum())
-
-    def to(self, device: torch.device) -> PairBatch:
-        """Return the batch on a device."""
-        return on_device(self, device)
-
-    def inputs(self) -> dict[str, Tensor | None]:
-        """Return the arguments of the model."""
-        return {name: part for name, part in vars(self).items() if name != "num_tokens"}
 
 
 class Translate(RecordTask):
@@ -160,18 +112,17 @@ class Translate(RecordTask):
             return tokenizer.source_ids
         return tokenizer.begin_ids, [tokenizer.sentinel_ids[0] if tokenizer.sentinel_ids else tokenizer.end_id]
 
-    def collate(self, examples: Sequence[PairExample], numbers: Sequence[int] | None = None) -> PairBatch:
+    def collate(self, examples: Sequence[PairExample], numbers: Sequence[int] | None = None) -> Batch:
         """Return a batch of pairs."""
         if self.is_decoder:
             return self._rows(examples, numbers)
         tokens = self._padded([example.source for example in examples], self.tokenizer.pad_id)
         lengths = np.array([len(example.source) for example in examples])
-        return PairBatch(
+        return Batch(
             tokens=tokens,
-            segment_ids=pinned((np.arange(tokens.shape[1]) >= lengths[:, None]).astype(np.int64)),
+            segment_ids=padding_segments(lengths, tokens.shape[1]),
             # The decoder reads its labels shifted by one.
             target_tokens=self._padded([self._before(example) for example in examples], self.tokenizer.pad_id),
-            prefix_mask=None,
             labels=self._padded([example.target for example in examples], IGNORED),
             num_tokens=sum(len(example.source) + len(example.target) for example in examples),
             sequence_ids=ids_of(numbers),
@@ -180,7 +131,7 @@ class Translate(RecordTask):
     def _before(self, example: PairExample) -> np.ndarray:
         return np.concatenate(([self.tokenizer.pad_id], example.target[:-1]))
 
-    def _rows(self, examples: Sequence[PairExample], numbers: Sequence[int] | None) -> PairBatch:
+    def _rows(self, examples: Sequence[PairExample], numbers: Sequence[int] | None) -> Batch:
         """Return rows of source and target in one text; the labels are the next tokens of the target only."""
         texts = [np.concatenate((example.source, example.target)) for example in examples]
         # The labels start after the source's last token; there are none if the target is not known.
@@ -191,10 +142,8 @@ class Translate(RecordTask):
         if self.config.model.prefix_attention:
             lengths = np.array([len(example.source) for example in examples])
             prefix_mask = pinned(np.arange(tokens.shape[1]) < lengths[:, None])
-        return PairBatch(
+        return Batch(
             tokens=tokens,
-            segment_ids=None,
-            target_tokens=None,
             prefix_mask=prefix_mask,
             labels=self._padded(labels, IGNORED),
             num_tokens=int(text_lengths.sum()),
@@ -205,7 +154,7 @@ class Translate(RecordTask):
     def _padded(self, rows: Sequence[Sequence[int] | np.ndarray], fill: int) -> Tensor:
         return padded(rows, fill, multiple=self.multiple)
 
-    def loss(self, model: Model, batch: PairBatch) -> TaskLoss:
+    def loss(self, model: Model, batch: Batch) -> TaskLoss:
         """Return the smoothed cross-entropy in nats; the reported loss is without smoothing."""
         return TaskLoss.of(model(**batch.inputs(), label_smoothing=self.settings.label_smoothing))
 

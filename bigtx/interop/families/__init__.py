@@ -1,4 +1,5 @@
-"""The families of transformers models that bigtx reads and writes, one module for each group.
+"""The families of transformers models that bigtx reads and writes, and the choice of one for an export, which is known
+from a run's config and tokenizer before training.
 
 A module here ends with `FAMILIES`, its families in the order in which an export tries them.
 """
@@ -7,13 +8,15 @@ from __future__ import annotations
 
 import importlib
 from functools import cache
+from typing import Any
 
-from bigtx.config.schema.model import ModelConfig
-from bigtx.interop.classes import class_problems
+from bigtx.config.schema import ModelConfig, RunConfig
+from bigtx.interop.classes import class_problems, pooling_of, refuse_ambiguous_end, write_classes
 from bigtx.interop.family import Family
+from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import ConfigError
 
-MODULES = ("llama", "gpt2", "nanochat", "experts", "bert", "modernbert", "t5")
+MODULES = ("decoders", "experts", "encoders", "t5")
 """The modules in the order in which an export tries them: the first that can express a config is used."""
 
 
@@ -61,3 +64,43 @@ def choose(config: ModelConfig, name: str | None = None, *, pooling: str | None 
     raise ConfigError(
         f"no family of Hugging Face models that bigtx writes can express this model; nearest is {'; '.join(nearest)}"
     )
+
+
+def family_of(run: RunConfig, name: str | None = None) -> Family:
+    """Return the family of a run's model, by its config only.
+
+    Args:
+        name: the model_type to use; None uses the first that can express the model.
+
+    Raises:
+        ConfigError: the model does not read tokens, or no family can express it.
+    """
+    if run.model.audio.num_mel_bins:
+        raise ConfigError(
+            "the model reads audio (model.audio), but only models of tokens can be exported; use it by `bigtx predict`"
+        )
+    return choose(run.model, name, pooling=pooling_of(run))
+
+
+def describe(run: RunConfig, tokenizer: Tokenizer, name: str | None = None) -> tuple[Family, dict[str, Any]]:
+    """Return the family of a run's model, and the config.json of its export.
+
+    Args:
+        run: the run's config, with model.vocab_size set.
+        name: as in `family_of`.
+
+    Raises:
+        ConfigError: the model cannot be exported.
+    """
+    family = family_of(run, name)
+    refuse_ambiguous_end(pooling_of(run), tokenizer, tokenizer.pad_id)
+    return family, family.write_config(run.model, tokenizer) | write_classes(family, run)
+
+
+def export_note(run: RunConfig, tokenizer: Tokenizer) -> str | None:
+    """Return a note for users before a training whose model cannot be exported; None if it can."""
+    try:
+        describe(run, tokenizer)
+    except ConfigError as error:
+        return f"note: this model cannot be exported to transformers: {error}; everything else works"
+    return None

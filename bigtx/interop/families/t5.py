@@ -8,40 +8,16 @@ transformers before 5 distinguished the two by `tie_word_embeddings`; release 5 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
 from bigtx.config import shape
 from bigtx.config.schema.model import ModelConfig
-from bigtx.interop.families.common import special_ids
 from bigtx.interop.family import Family
-from bigtx.interop.fields import Fields, differing
-from bigtx.interop.maps import Link, same, spelled
-from bigtx.model.size import parameter_shapes
+from bigtx.interop.links import spelled
+from bigtx.interop.table import KEYS_OF_EACH_HEAD, NO_EXPERTS, Constant, Entry, Fields, Row, fixed
 from bigtx.tokenizer.tokenizer import Tokenizer
-
-FIXED: dict[str, Sequence[Any]] = {
-    "shape": ("encoder_decoder",),
-    "experts.num_experts": (0,),
-    "norm": ("rms",),
-    "norm_placement": ("pre",),
-    "embedding_norm": (False,),
-    "norm_scale": (True,),
-    "qk_norm": (False,),
-    "attention_scale": (1.0,),
-    "attention_window": (None,),
-    "positions": ("relative",),
-    "num_token_types": (0,),
-    "bigram_rows": (0,),
-    "attention_bias": (False,),
-    "attention_output_bias": (False,),
-    "mlp_bias": (False,),
-    "head_bias": (False,),
-    "head_transform": (False,),
-    "logit_soft_cap": (None,),
-}
 
 ACTIVATIONS = {
     "relu": "relu",
@@ -53,7 +29,7 @@ ACTIVATIONS = {
     "gated-gelu_new": "geglu_tanh",
     "gated-silu": "swiglu",
 }
-"""The feed-forwards by the names of their projections; of two names for one, the first is written."""
+"""The feed-forwards by the names of their projections."""
 
 HEAD = "lm_head.weight"
 _TABLE = "block.0.layer.0.SelfAttention.relative_attention_bias"
@@ -67,119 +43,89 @@ OUTER = {
 }
 
 
-class T5:
-    """T5ForConditionalGeneration."""
+class StartId(Row):
+    """The id with which generation starts: bigtx has that of padding."""
 
-    model_type = "t5"
-    architecture = "T5ForConditionalGeneration"
-    auto_class = "AutoModelForSeq2SeqLM"
-    classifier = None
-
-    def read_config(self, values: dict[str, Any]) -> ModelConfig:
-        """Return bigtx's config of a config.json.
-
-        Raises:
-            ConfigError: bigtx cannot express a value; the message names every such field.
-        """
-        fields = Fields(values)
-        fields.expect("is_encoder_decoder", True, "makes it only a part of the model")
-        begin = values.get("pad_token_id", 0)
+    def read(self, fields: Fields, config: ModelConfig) -> None:
+        """Add a problem if it is another one."""
+        begin = fields.values.get("pad_token_id", 0)
         fields.expect("decoder_start_token_id", begin, f"is not pad_token_id={begin}, with which generation starts")
+
+
+class Head(Row):
+    """The head: a tied one reads hidden states times 1 / sqrt(hidden_size)."""
+
+    def read(self, fields: Fields, config: ModelConfig) -> None:
+        """Set tie_embeddings and logit_scale."""
         tied = fields.flag("scale_decoder_outputs", fields.flag("tie_word_embeddings", True))
-        hidden_size, num_layers = fields.size("d_model", 512), fields.size("num_layers", 6)
-        config = ModelConfig(
-            shape="encoder_decoder",
-            vocab_size=fields.size("vocab_size", 32128),
-            hidden_size=hidden_size,
-            num_layers=num_layers,
-            num_decoder_layers=fields.size("num_decoder_layers", num_layers),
-            num_heads=fields.size("num_heads", 8),
-            head_width=fields.size("d_kv", 64),
-            mlp=fields.choice("feed_forward_proj", ACTIVATIONS, "relu"),  # type: ignore[arg-type]
-            mlp_size=fields.size("d_ff", 2048),
-            norm_eps=fields.number("layer_norm_epsilon", 1e-6),
-            attention_scale=1.0,
-            positions="relative",
-            relative_num_buckets=fields.size("relative_attention_num_buckets", 32),
-            relative_max_distance=fields.size("relative_attention_max_distance", 128),
-            # The length of the published models' training; the architecture has no limit.
-            max_sequence_length=fields.size("n_positions", 512),
-            tie_embeddings=tied,
-            logit_scale=hidden_size**-0.5 if tied else 1.0,
-            dropout=fields.number("dropout_rate", 0.1),
-        )
-        fields.finish()
-        return config
+        config.tie_embeddings, config.logit_scale = tied, config.hidden_size**-0.5 if tied else 1.0
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        """Return whether the input is scaled: transformers finds out by the files whether the head is tied."""
+        return dict.fromkeys(("tie_word_embeddings", "scale_decoder_outputs"), _is_scaled(config))
+
+    def problems(self, config: ModelConfig) -> list[str]:
+        """Return a factor that the family does not have."""
+        if config.logit_scale == 1.0 or (config.tie_embeddings and _is_scaled(config)):
+            return []
+        formula = "1 or 1 / sqrt(hidden_size)" if config.tie_embeddings else "1"
+        kind = "a tied" if config.tie_embeddings else "an untied"
+        return [f"model.logit_scale={config.logit_scale}: {kind} head of the family has {formula}"]
+
+
+def _is_scaled(config: ModelConfig) -> bool:
+    """Return whether the head reads hidden states times 1 / sqrt(hidden_size)."""
+    return math.isclose(config.logit_scale, config.hidden_size**-0.5, rel_tol=1e-6)
+
+
+TABLE = (
+    *fixed(shape="encoder_decoder"),
+    NO_EXPERTS,
+    *fixed(norm="rms", norm_placement="pre", embedding_norm=False, norm_scale=True, qk_norm=False),
+    Constant("is_encoder_decoder", True, "makes it only a part of the model"),
+    StartId(),
+    Entry("vocab_size", "vocab_size", 32128),
+    Entry("d_model", "hidden_size", 512),
+    Entry("num_layers", "num_layers", 6),
+    Entry("num_decoder_layers", "num_decoder_layers", lambda config: config.num_layers),
+    Entry("num_heads", "num_heads", 8),
+    KEYS_OF_EACH_HEAD,
+    Entry("d_kv", "head_width", 64),
+    Entry("d_ff", "mlp_size", 2048),
+    Entry("feed_forward_proj", "mlp", "relu", meanings=ACTIVATIONS),
+    Entry("layer_norm_epsilon", "norm_eps", 1e-6),
+    *fixed(attention_scale=1.0, attention_window=None, positions="relative", num_token_types=0, bigram_rows=0),
+    Entry("relative_attention_num_buckets", "relative_num_buckets", 32),
+    Entry("relative_attention_max_distance", "relative_max_distance", 128),
+    # The length of the published models' training; the architecture has no limit.
+    Entry("n_positions", "max_sequence_length", 512),
+    *fixed(attention_bias=False, attention_output_bias=False, mlp_bias=False),
+    *fixed(head_bias=False, head_transform=False, logit_soft_cap=None),
+    Head(),
+    Entry("dropout_rate", "dropout", 0.1),
+    Constant("initializer_factor", 1.0),
+    Constant("use_cache", True),
+)
+
+
+class T5(Family):
+    """T5ForConditionalGeneration."""
 
     def settled(self, config: ModelConfig, keys: Collection[str]) -> ModelConfig:
         """Tie the head where the files have none: release 5 of transformers ties every new T5, and
         then does not scale the input of the head of a 1.1."""
         return config if HEAD in keys else replace(config, tie_embeddings=True)
 
-    def problems(self, config: ModelConfig) -> list[str]:
-        """Return the fields that the family cannot express, each as "model.FIELD=VALUE: why"."""
-        allowed = {"num_kv_heads": (None, config.num_heads), "mlp": tuple(ACTIVATIONS.values())}
-        problems = differing(config, FIXED | allowed, {})
-        if config.logit_scale != 1.0 and not (config.tie_embeddings and _is_scaled(config)):
-            formula = "1 or 1 / sqrt(hidden_size)" if config.tie_embeddings else "1"
-            kind = "a tied" if config.tie_embeddings else "an untied"
-            problems.append(f"model.logit_scale={config.logit_scale}: {kind} head of the family has {formula}")
-        return problems
+    def special_ids(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        """Return the special ids for config.json: no text has a begin id."""
+        ids = super().special_ids(tokenizer) | {"decoder_start_token_id": tokenizer.pad_id}
+        return {name: i for name, i in ids.items() if name != "bos_token_id"}
 
-    def write_config(self, config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-        """Return the config.json of a config without problems."""
-        return {
-            "architectures": [self.architecture],
-            "model_type": self.model_type,
-            "vocab_size": config.vocab_size,
-            "d_model": config.hidden_size,
-            "d_kv": shape.head_width(config),
-            "d_ff": shape.mlp_size(config),
-            "num_layers": config.num_layers,
-            "num_decoder_layers": shape.num_decoder_layers(config),
-            "num_heads": config.num_heads,
-            "relative_attention_num_buckets": config.relative_num_buckets,
-            "relative_attention_max_distance": config.relative_max_distance,
-            "dropout_rate": config.dropout,
-            "layer_norm_epsilon": config.norm_eps,
-            "initializer_factor": 1.0,
-            "feed_forward_proj": next(name for name, kind in ACTIVATIONS.items() if kind == config.mlp),
-            "n_positions": config.max_sequence_length,
-            "is_encoder_decoder": True,
-            # transformers decides the scale by this; it finds out whether the head is tied by the files.
-            "tie_word_embeddings": _is_scaled(config),
-            "scale_decoder_outputs": _is_scaled(config),
-            "use_cache": True,
-            **{name: i for name, i in special_ids(tokenizer).items() if name != "bos_token_id"},
-            "decoder_start_token_id": tokenizer.pad_id,
-        }
-
-    def links(self, config: ModelConfig) -> list[Link]:
-        """Return every parameter of bigtx in exactly one link."""
-        gated = config.mlp in shape.GATED
-        blocks = {stack: _block(across=stack == "decoder", gated=gated) for stack in ("encoder", "decoder")}
-        links = []
-        for name in parameter_shapes(config):
-            stack = "encoder" if name.startswith("encoder.") else "decoder"
-            links.append(same(name, spelled(name, OUTER, blocks[stack], f"{stack}.block")))
-        return links
-
-    def rename(self, key: str) -> str:
-        """Return the key as it is: T5 has had no other spelling."""
-        return key
-
-    def unused(self, config: ModelConfig) -> Sequence[str]:
-        """Return the copies of the shared table, and a bias of the cross attention that the first release stored and
-        never read.
-        """
-        tied = r"(encoder|decoder)\.embed_tokens\.weight"
-        unread = r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
-        return (tied, unread, re.escape(HEAD)) if config.tie_embeddings else (tied, unread)
-
-
-def _is_scaled(config: ModelConfig) -> bool:
-    """Return whether the head reads hidden states times 1 / sqrt(hidden_size)."""
-    return math.isclose(config.logit_scale, config.hidden_size**-0.5, rel_tol=1e-6)
+    def key(self, name: str, config: ModelConfig) -> str:
+        """Return the foreign key of a parameter: the stacks number the sublayers of a block differently."""
+        stack = "encoder" if name.startswith("encoder.") else "decoder"
+        block = _block(across=stack == "decoder", gated=config.mlp in shape.GATED)
+        return spelled(name, self.outer, block, f"{stack}.block")
 
 
 def _block(*, across: bool, gated: bool) -> dict[str, str]:
@@ -196,4 +142,17 @@ def _block(*, across: bool, gated: bool) -> dict[str, str]:
     return modules | {f"mlp.{name}": f"{last}.DenseReluDense.{key}" for name, key in matrices.items()}
 
 
-FAMILIES: tuple[Family, ...] = (T5(),)
+FAMILIES: tuple[Family, ...] = (
+    T5(
+        model_type="t5",
+        architecture="T5ForConditionalGeneration",
+        auto_class="AutoModelForSeq2SeqLM",
+        table=TABLE,
+        outer=OUTER,
+        # Copies of the shared table, and a bias of the cross attention that the first release stored and never read.
+        unneeded=(
+            r"(encoder|decoder)\.embed_tokens\.weight",
+            r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
+        ),
+    ),
+)

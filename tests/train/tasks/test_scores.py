@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bigtx.finetuning.tasks.scores import calibration_error, confusion, macro_f1
+from bigtx.finetuning.tasks.classify import calibration_error, confusion, macro_f1
 
 
 def test_confusion_has_a_row_for_each_class() -> None:

@@ -14,8 +14,7 @@ from bigtx.config.schema import ChatConfig, FinetuneConfig, ModelConfig, Records
 from bigtx.data.records.record import BadRecordError, Record
 from bigtx.finetuning.tasks import chats as chats_module
 from bigtx.finetuning.tasks import sft as sft_module
-from bigtx.finetuning.tasks.distill import Distill
-from bigtx.finetuning.tasks.sft import PackedRow, Sft, best_fit
+from bigtx.finetuning.tasks.sft import Distill, PackedRow, Sft, best_fit
 from bigtx.model.loss import IGNORED
 from bigtx.model.transformer import Transformer
 from bigtx.tokenizer.huggingface_model import CHAT_TEMPLATE

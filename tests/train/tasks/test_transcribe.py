@@ -109,7 +109,7 @@ def test_the_loss_of_ctc_is_the_sum_over_all_paths(tokenizer: Tokenizer) -> None
     example = task.encode(record(wav(tone(400, 0.07)), "low"))
     assert example.length == 4
     batch, model = task.collate([example]), model_of(task)
-    log_probabilities = model(**batch.audio_inputs())[0, :4].log_softmax(-1).detach().double()
+    log_probabilities = model(**batch.inputs(labels=False))[0, :4].log_softmax(-1).detach().double()
     ids = example.ids.tolist()
     paths = itertools.product([task.tokenizer.pad_id, *set(ids)], repeat=4)
     total = sum(
@@ -139,7 +139,8 @@ def test_the_decoder_writes_what_the_model_finds_likeliest(tokenizer: Tokenizer,
         ids = [tokenizer.pad_id]
         while len(ids) <= min(task.max_length - 1, example.length + 1):
             batch = task.collate([example])
-            logits = model(**batch.audio_inputs(), target_tokens=torch.tensor([ids]))[0, -1, : tokenizer.vocab_size]
+            logits = model(**batch.inputs(labels=False), target_tokens=torch.tensor([ids]))
+            logits = logits[0, -1, : tokenizer.vocab_size]
             if int(logits.argmax()) == tokenizer.end_id:
                 break
             ids.append(int(logits.argmax()))
@@ -154,7 +155,7 @@ def test_the_loss_of_a_decoder_is_of_its_tokens_and_ends(tokenizer: Tokenizer) -
     model, plain, smoothed, count = model_of(task), 0.0, 0.0, 0
     for example in examples:
         ids = [*tokenizer.encode(example.text), tokenizer.end_id]
-        heard = task.collate([example]).audio_inputs()
+        heard = task.collate([example]).inputs(labels=False)
         logits = model(**heard, target_tokens=torch.tensor([[tokenizer.pad_id, *ids[:-1]]]))[0]
         for smoothing in (0.0, 0.2):
             loss = F.cross_entropy(logits, torch.tensor(ids), reduction="sum", label_smoothing=smoothing).item()

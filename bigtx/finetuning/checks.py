@@ -1,23 +1,63 @@
-"""A first check of the records of fine-tuning, without torch: whether there are any, with the fields of the task.
-
-The ranks read all records.
+"""The checks of fine-tuning before any rank is started, without torch: the base, its tokenizer, and the first records,
+which need the fields of the task. The ranks read all records.
 """
 
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
+from bigtx.config.runs import has_steps, run_dir_of
 from bigtx.config.schema import FinetuneConfig
 from bigtx.config.schema.finetuning import FieldsConfig
 from bigtx.data.records.read import PAIR, read_records
 from bigtx.data.records.record import MAX_TOLD, BadRecordError, Broken, LeftOut, Record
+from bigtx.engine.checkpoint import preferred
+from bigtx.engine.trained import TOKENIZER, read_tokenizer
 from bigtx.finetuning.tasks import FIELDS
-from bigtx.utils.errors import DataError
+from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.train.run_folder import check_teacher
+from bigtx.utils.errors import ConfigError, DataError
 from bigtx.utils.shell import setting
 
 NUM_CHECKED = 100
 """Number of records that are checked for each path."""
 SPLITS = ("train", "validation", "test")
+
+
+def check_inputs(config: FinetuneConfig, num_ranks: int) -> None:
+    """Check the base, its tokenizer and the first records, before any rank is started. This does not import torch.
+
+    Raises:
+        BigtxError: the ranks would refuse an input for a reason that is known without the model.
+    """
+    run_dir = Path(config.run_dir)
+    check_teacher(config)
+    if config.base and not has_steps(run_dir):
+        preferred(config.base)
+    open_tokenizer(config, run_dir)
+    check_records(config)
+
+
+def open_tokenizer(config: FinetuneConfig, run_dir: Path) -> Tokenizer | None:
+    """Return the tokenizer of the base, or the one that the config names; None if it is the teacher's.
+
+    Raises:
+        DataError, CheckpointError: the tokenizer cannot be used.
+        ConfigError: the base has another tokenizer than the config names.
+    """
+    own, base = run_dir / TOKENIZER, config.base
+    if base is None:
+        return Tokenizer.load(config.tokenizer) if config.tokenizer else None
+    if not (run_dir_of(base) / TOKENIZER).is_dir() and own.is_dir():
+        return Tokenizer.load(own)  # The base is gone, but the run has copies of what it needs.
+    tokenizer = read_tokenizer(base)
+    if config.tokenizer and Tokenizer.load(config.tokenizer).fingerprint != tokenizer.fingerprint:
+        raise ConfigError(
+            f"tokenizer={config.tokenizer}: the base {base} has another tokenizer, so the same ids would mean "
+            "different texts; leave tokenizer out, or write tokenizer=null"
+        )
+    return tokenizer
 
 
 def check_records(config: FinetuneConfig) -> None:

@@ -1,4 +1,4 @@
-"""Conversion between parameters of bigtx and tensors of a foreign checkpoint, one link at a time.
+"""Links between parameters of bigtx and tensors of a foreign checkpoint, and the shapes on both sides.
 
 A link's two functions only cut, join, transpose and reorder, so they lose nothing, and they run on meta tensors too:
 so the shapes of the tensors of a checkpoint are known before any byte of it is read.
@@ -13,7 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bigtx.config.schema.model import ModelConfig
+from bigtx.model.size import parameter_shapes
+
 Convert = Callable[[list[Tensor]], list[Tensor]]
+
+PADDED = ("embedding.weight", "head.weight", "head.bias")
+"""Parameters with a row for each token id; foreign ones have vocab_size rows, bigtx's a multiple of 128."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ def split_rows(names: Sequence[str], key: str, sizes: Sequence[int] | None = Non
 
     def to_bigtx(tensors: list[Tensor]) -> list[Tensor]:
         fused = tensors[0].T if transpose else tensors[0]
-        parts = fused.chunk(len(names)) if sizes is None else fused.split(list(sizes))
+        parts = fused.chunk(len(names)) if sizes is None else torch.split(fused, list(sizes))
         return [part.contiguous() for part in parts]
 
     def to_foreign(tensors: list[Tensor]) -> list[Tensor]:
@@ -87,7 +93,7 @@ def swapped_halves(name: str, key: str, width: int) -> Link:
     """
 
     def swap(tensors: list[Tensor]) -> list[Tensor]:
-        heads = tensors[0].unflatten(0, (-1, 2, width // 2))
+        heads = torch.unflatten(tensors[0], 0, (-1, 2, width // 2))
         return [heads.flip(1).flatten(0, 2)]
 
     return Link((name,), (key,), swap, swap)
@@ -109,3 +115,33 @@ def spelled(name: str, outer: Mapping[str, str], block: Mapping[str, str], layer
 
 def _transpose(tensors: list[Tensor]) -> list[Tensor]:
     return [tensors[0].T.contiguous()]
+
+
+def check_links(links: Sequence[Link], config: ModelConfig) -> None:
+    """Assert that every parameter is in exactly one link, and every key too."""
+    names = [name for link in links for name in link.names]
+    keys = [key for link in links for key in link.keys]
+    assert sorted(names) == sorted(parameter_shapes(config)), set(names) ^ set(parameter_shapes(config))
+    assert len(set(keys)) == len(keys), "two links have the same key"
+
+
+def foreign_shapes(links: Sequence[Link], config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every foreign tensor, in the order of the links."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    sizes = parameter_shapes(config)
+    for link in links:
+        tensors = [cut(name, torch.empty(sizes[name], device="meta"), config) for name in link.names]
+        made = link.to_foreign(tensors)
+        shapes |= {key: tuple(tensor.shape) for key, tensor in zip(link.keys, made, strict=True)}
+    return shapes
+
+
+def cut(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
+    """Return a parameter without the rows that pad the vocabulary."""
+    return tensor[: config.vocab_size] if name in PADDED else tensor
+
+
+def padded(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return a parameter with rows of zeros up to its shape."""
+    missing = shape[0] - tensor.shape[0]
+    return torch.cat((tensor, tensor.new_zeros(missing, *tensor.shape[1:]))) if missing else tensor
