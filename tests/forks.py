@@ -215,9 +215,10 @@ class _Fork(subprocess.Popen[Any]):
             self._close_pipe_fds(*(given[name] for name in ends))  # type: ignore[attr-defined]
 
     def _try_wait(self, wait_flags: int) -> tuple[int, int]:
-        if wait_flags & os.WNOHANG and not select.select([self._status], [], [], 0)[0]:
+        try:
+            answer = self._status.recv(32, socket.MSG_DONTWAIT if wait_flags & os.WNOHANG else 0)
+        except BlockingIOError:
             return 0, 0
-        answer = self._status.recv(32)
         self._status.close()
         return self.pid, int(answer) if answer else signal.SIGKILL
 
@@ -261,6 +262,8 @@ def serve(control: socket.socket) -> dict[str, Any] | None:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             _become(request, descriptors[:3], status)
+            for each in (control, *statuses.values()):
+                each.detach()  # `_become` has closed it: closing it again later would close another file.
             return request
         statuses[pid] = status
         for descriptor in descriptors[:3]:

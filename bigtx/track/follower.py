@@ -312,13 +312,6 @@ def _end_by_force_after(seconds: float) -> None:
     timer.start()
 
 
-if __name__ == "__main__":
-    status = main()
-    sys.stderr.flush()
-    # sys.exit would call W&B's exit hooks, which wait without limit for W&B's own process, even if it hangs.
-    os._exit(status)
-
-
 _MAGIC = b":W&B"
 _HEADER_BYTES = 7
 _BLOCK_BYTES = 32768
@@ -365,3 +358,10 @@ def last_step(folder: Path, run_id: str) -> int:
             if record.WhichOneof("record_type") == "history":
                 highest = max(highest, record.history.step.num)
     return highest
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stderr.flush()
+    # sys.exit would call W&B's exit hooks, which wait without limit for W&B's own process, even if it hangs.
+    os._exit(status)

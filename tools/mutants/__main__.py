@@ -261,11 +261,11 @@ def main(words: Sequence[str] | None = None) -> int:
     else:
         known = record(arguments.tests, arguments.jobs)
         plans = [plan(mutant, known, arguments.budget) for mutant in mutants]
-    with results.open("a", encoding="utf-8") as file:
-        for number, result in enumerate(run_all(plans, arguments.jobs), 1):
+    for number, result in enumerate(run_all(plans, arguments.jobs), 1):
+        # Not left open: forks of this process close all files, and must not close one again when they end.
+        with results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(result) + "\n")
-            file.flush()
-            _print(result, number, len(plans), as_json=arguments.json)
+        _print(result, number, len(plans), as_json=arguments.json)
     if not arguments.json:
         print_shares(results, list(PACKAGES))
     return 0
