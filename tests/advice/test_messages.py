@@ -12,7 +12,8 @@ from advice.test_advice_followed import CASES
 from config.test_advice import CASES as CONFIG_CASES
 from config.test_advice import places  # noqa: F401 - a fixture
 
-from bigtx.cli import COMMANDS, MEANT, main
+from bigtx.cli import COMMANDS, main
+from bigtx.commands.suggestions import MEANT
 from bigtx.config.load import load
 from bigtx.config.schema import FinetuneConfig, PrepareConfig, PretrainConfig, TokenizerTrainConfig
 from bigtx.config.settings import find, leaves
