@@ -29,10 +29,11 @@ from typing import Any, NoReturn, Self
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("numpy", "torch", "torch.distributed", "deepspeed", "omegaconf", "sentencepiece", "yaml", "wandb")
 """What the process imports before it forks."""
-SENSITIVE = ("PYTHON", "LD_", "OMP_", "MKL_", "KMP_", "TORCH", "DS_", "CUDA", "LANG", "LC_", "TZ", "COVERAGE")
+SENSITIVE = ("PYTHON", "LD_", "OMP_", "MKL_", "KMP_", "TORCH", "DS_", "CUDA", "LANG", "LC_", "TZ")
 """Beginnings of names of variables that the interpreter or the imported packages read when they start."""
 LARGEST_REQUEST = 1 << 18
 RECORDING = "BIGTX_MUTANTS_LINES"
+"""The variable by which tools/mutants records the lines that run."""
 PADDING = "-" * 8192
 """An argument of the process, whose place in memory holds the command lines of the forks."""
 
@@ -125,15 +126,11 @@ class _Server:
 
     def fits(self, variables: Mapping[str, str]) -> bool:
         """Return whether a new interpreter with these variables would import the same packages in the same way."""
-        if "COVERAGE_PROCESS_START" in variables:
-            return False
-        ours = dict(self.variables) | {"PYTHONPATH": ""}
         paths = variables.get("PYTHONPATH", "").split(os.pathsep)
-        if not {*paths} <= {str(ROOT), "", *self.paths}:
+        if "COVERAGE_PROCESS_START" in variables or not {*paths} <= {str(ROOT), "", *self.paths}:
             return False
-        theirs = {**variables, "PYTHONPATH": ""}
-        names = {name for name in (*ours, *theirs) if name.startswith(SENSITIVE)}
-        return all(ours.get(name) == theirs.get(name) for name in names)
+        names = {name for name in (*self.variables, *variables) if name.startswith(SENSITIVE)}
+        return all(self.variables.get(name) == variables.get(name) for name in names - {"PYTHONPATH"})
 
     def ask(self, request: dict[str, Any], descriptors: Sequence[int]) -> tuple[int, socket.socket]:
         """Have a fork made. Returns its process id and the socket on which its status will arrive."""
@@ -293,13 +290,9 @@ def _become(request: dict[str, Any], descriptors: Sequence[int], status: socket.
     status.send(str(os.getpid()).encode())
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
     status.detach()
-    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
-        standard = {"errors": "backslashreplace", "line_buffering": True} if name == "stderr" else {}
-        stream = open(number, mode, closefd=False)  # noqa: SIM115
-        if mode == "w":
-            stream.reconfigure(**({"line_buffering": stream.isatty()} | standard))
-        setattr(sys, name, stream)
-        setattr(sys, f"__{name}__", stream)
+    sys.stdin = sys.__stdin__ = open(0, closefd=False)  # noqa: SIM115 - open to the end of the process
+    sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     tempfile.tempdir = None
     if RECORDING in os.environ:
         import hook  # Of tools/mutants, which records the lines that each process of a test runs.

@@ -272,7 +272,7 @@ def _be_rank(arguments: Any, world: World) -> int:
 
 
 def _slower(pair: Pair, reports: Mapping[int, Mapping[str, Any]]) -> float:
-    """Return the lower of the two speeds that a pair of machines reports for its link; 0 if there is none."""
+    """Return the lower of the two speeds that a pair of machines reports for its link, or 0 without a report."""
     links = (link for node in pair if node in reports for link in reports[node]["links"])
     return min((speed for low, high, speed in links if (low, high) == pair), default=0.0)
 

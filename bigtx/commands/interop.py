@@ -11,7 +11,7 @@ from bigtx.utils.arguments import Arguments
 from bigtx.utils.errors import CheckpointError, ConfigError
 from bigtx.utils.log import said_aside, say, say_json
 from bigtx.utils.shell import command, settings
-from bigtx.utils.units import format_count, format_size, parse_size
+from bigtx.utils.units import format_count, format_names, format_size, parse_size
 
 if TYPE_CHECKING:
     from bigtx.interop.adapters import ExportedAdapters
@@ -75,11 +75,11 @@ def _say_imported(made: Imported, num_parameters: int) -> None:
     )
     if made.untrained:
         say(
-            f"New and untrained, because the model was saved without its head: {_listed(made.untrained)}. Fine-tuning "
-            "does not need this head; to predict masked tokens, train the run further first"
+            f"New and untrained, because the model was saved without its head: {format_names(made.untrained, 5)}. "
+            "Fine-tuning does not need this head; to predict masked tokens, train the run further first"
         )
     if made.dropped:
-        say(f"Dropped, because the model does not need them: {_listed(made.dropped)}")
+        say(f"Dropped, because the model does not need them: {format_names(made.dropped, 5)}")
     say(f"{made.tokenizer.vocab_size:,} token ids, {config.vocab_size:,} rows in the vocabulary")
     say(f"Wrote {made.checkpoint}")
 
@@ -275,8 +275,3 @@ def _shard_bytes(text: str) -> int:
 
 def _files(count: int) -> str:
     return "1 file" if count == 1 else f"{count:,} files"
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more

@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 
 from bigtx.config.schema import RunConfig
 from bigtx.utils.errors import ConfigError
+from bigtx.utils.units import format_names
 
 ADAPTERS = ("*.adapter.a", "*.adapter.b")
 WITH_ADAPTERS = (*ADAPTERS, "head.classes.*", "head.pooler.*")
@@ -74,7 +75,7 @@ def refuse_untrained(names: Iterable[str], frozen: Iterable[str], config: RunCon
     untrained = [name for name in names if name in still]
     if not untrained:
         return
-    shown = ", ".join(untrained[:5]) + (f" and {len(untrained) - 5} more" if len(untrained) > 5 else "")
+    shown = format_names(untrained, 5)
     advice = (
         "name them in optimizer.train_also"
         if config.model.lora.rank and not any(_matches(name, config.optimizer.freeze) for name in untrained)

@@ -101,7 +101,7 @@ class Borders:
         return None
 
     def _first(self, text: str, begin: int) -> int:
-        """Return the first border after `begin`; the text's end if there is none."""
+        """Return the first border after `begin`, or the text's end without a border."""
         for first in range(begin, len(text), _WINDOW):
             found = self._between(text[first : first + _WINDOW + 1])
             if len(found):

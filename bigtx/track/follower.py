@@ -343,7 +343,7 @@ def read_records(path: Path) -> Iterator[bytes]:
 
 
 def last_step(folder: Path, run_id: str) -> int:
-    """Return the highest step in all local logs of a run, -1 if there is none.
+    """Return the highest step in all local logs of a run, or -1 without any step.
 
     Args:
         folder: the run folder, which contains `wandb/`.

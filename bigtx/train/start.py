@@ -95,7 +95,7 @@ def open_teacher(config: RunConfig, ranks: Ranks) -> Teacher | None:
     """Find the teacher, if there is one.
 
     Raises:
-        BigtxError: there is none at `distill.teacher`.
+        BigtxError: `distill.teacher` is not a run or a checkpoint.
     """
     name = config.distill.teacher
     if not name:

@@ -139,7 +139,7 @@ class SelectionConfig:
     """Predictions written to predictions.jsonl and to the W&B table each time."""
 
     def problems(self, task: str) -> Iterator[Problem]:
-        """Yield a problem for an interval that is none, and for a metric that cannot select a checkpoint of a task."""
+        """Yield a problem for an invalid interval, and for a metric that cannot select a checkpoint of a task."""
         yield from interval_problems("validation.every", self.every, shares=True)
         usable = [name for name, better in METRICS[task].items() if better != "neither" and name not in AT_THE_END]
         if self.metric and self.metric not in usable:

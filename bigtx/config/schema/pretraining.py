@@ -264,7 +264,7 @@ class ValidationConfig:
     """Temperature of the samples; 0 takes the most likely token."""
 
     def problems(self) -> Iterator[Problem]:
-        """Yield a problem for corpora that cannot be measured, and for an interval that is none."""
+        """Yield a problem for corpora that cannot be measured, and for an invalid interval."""
         for name, source in self.sources.items():
             key = f"validation.sources.{name}"
             yield from source.problems(key, "validation")

@@ -335,7 +335,7 @@ def interval_problems(key: str, text: str, *, shares: bool = False) -> Iterator[
 
 
 def duration_of(text: str) -> Duration | None:
-    """Return a duration; None if the text is none, which the converter has reported."""
+    """Return a duration, or None for a text that is not one, which the converter has reported."""
     try:
         return parse_duration(text)
     except ValueError:

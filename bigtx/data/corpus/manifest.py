@@ -292,7 +292,7 @@ def _fetch_blocks(path: RemotePath, sha256: str) -> np.ndarray:
 
 
 def shard_problem(manifest: Manifest, shard: int) -> str | None:
-    """Return the fault of a shard by its size, as a phrase that names it; None if there is none."""
+    """Return the fault of a shard by its size, as a phrase that names it, or None for a shard without a fault."""
     path, expected = manifest.shard_path(shard), manifest.shards[shard].size
     try:
         size = path.size() if isinstance(path, RemotePath) else path.stat().st_size

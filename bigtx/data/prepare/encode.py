@@ -307,7 +307,7 @@ class Encoder:
 
 
 def _checksum_file(path: Path) -> int | None:
-    """Return the xxh3_64 of a file; None if there is none."""
+    """Return the xxh3_64 of a file, or None if the file is missing."""
     try:
         with open(path, "rb") as file:
             digest = xxhash.xxh3_64()

@@ -179,7 +179,7 @@ class Fields:
 
 
 def value_of(fields: Mapping[str, Any], name: str) -> Any:
-    """Return the value of a field; None if there is none."""
+    """Return the value of a field, or None if the document lacks it."""
     if name in fields or "." not in name:
         return fields.get(name)
     value: Any = fields

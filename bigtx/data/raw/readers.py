@@ -239,7 +239,7 @@ def read_parquet(file: InputFile, origin: Origin, options: Options, rejects: Rej
 
 
 def _kind_of(schema: Any, name: str) -> Any:
-    """Return the type of a column, or of a field in nested records; None if there is none."""
+    """Return the type of a column, or of a field in nested records, or None if it is missing."""
     if name in schema.names:
         return schema.field(name).type
     top, *inner = name.split(".")

@@ -50,7 +50,7 @@ class Record:
         return f"{self.file}, line {self.line}" if self.line else self.file
 
     def value(self, name: str) -> Any:
-        """Return the value of a field; None if there is none."""
+        """Return the value of a field, or None if the record lacks it."""
         return value_of(self.fields, name)
 
     def text(self, name: str, *, setting: str) -> str:

@@ -129,7 +129,7 @@ class Contamination:
             self._sets.append(_Set(n, hashes, screen))
 
     def find(self, text: str) -> str:
-        """Return the first n-gram of the text that is in an evaluation set, as words; empty if there is none."""
+        """Return the first n-gram of the text that is in an evaluation set, as words, or no words if no n-gram is."""
         found: dict[int, int] = {}
         for first, words in hash_words_in_parts(text, max(ngrams.n for ngrams in self._sets) - 1):
             for ngrams in self._sets:

@@ -302,7 +302,7 @@ class Limits:
         self.is_empty = not self._single and not any(limits for *_, limits in self._lists)
 
     def first_broken(self, text: str) -> tuple[str, str] | None:
-        """Return the first limit that a text violates: its name and the measured value; None if there is none."""
+        """Return the first limit that a text violates: its name and the measured value, or None if it violates none."""
         page = Page(text)
         for name, limit in self._single.items():
             measured = MEASURES[name](page)

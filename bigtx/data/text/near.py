@@ -360,7 +360,7 @@ def _write_result(partial: Path, found: _Partitions, num_documents: int) -> int:
 
 
 def _size(path: Path) -> int:
-    """Return the bytes of a file; 0 if there is none."""
+    """Return the size of a file in bytes, or 0 if the file is missing."""
     return path.stat().st_size if path.exists() else 0
 
 
