@@ -10,6 +10,7 @@ import struct
 import sys
 import termios
 import time
+from pathlib import Path
 
 import forks
 from doors import ROOT, environment
@@ -51,6 +52,16 @@ class Terminal:
             self.seen += part.decode("utf-8", "replace")
         before, found, self.seen = self.seen.partition(words)
         return before + found
+
+    def until_it_waits(self) -> None:
+        """Wait until the command waits for keys.
+
+        Python notices a signal between readline's prompt and this wait only at the next key.
+        """
+        stat, end = Path(f"/proc/{self.process.pid}/stat"), time.monotonic() + 300
+        while stat.read_text().rpartition(")")[2].split()[0] != "S":
+            assert time.monotonic() < end
+            time.sleep(0.01)
 
     def type(self, text: str) -> None:
         """Press keys."""

@@ -261,6 +261,7 @@ def test_a_terminal(run: Path, loaded: LoadedModel, tmp_path: Path) -> None:
     terminal.type(f"/save {tmp_path}/a.jsonl\r")
     terminal.until("saved as line 1")
     terminal.until("> ")
+    terminal.until_it_waits()
     terminal.type("\x03")
     assert terminal.end() == 128 + signal.SIGINT
     (saved,) = read_lines(tmp_path / "a.jsonl")
