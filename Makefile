@@ -19,8 +19,12 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 PYTEST := $(BIN)/python -m pytest
+# One process more than there are cores, because many tests wait for other processes; four at most. Each file of tests
+# runs in one of them, in the order of their collection.
+NUM_WORKERS = $(shell $(BIN)/python -c 'import os; print(min(4, (os.cpu_count() or 1) + 1))')
+WORKERS = -n $(NUM_WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help env demo test test-full mutants test-airgap test-slurm test-gpu lint format bench clean
+.PHONY: help env demo test test-full drill mutants test-airgap test-slurm test-gpu lint audit format bench clean
 .DEFAULT_GOAL := help
 # Two targets must not build the environment at the same time.
 .NOTPARALLEL:
@@ -34,13 +38,17 @@ env: $(READY_ENV) ## make the environment, .venv, with what training needs
 demo: $(READY_ENV) ## train a small model on the standard library's source code, from scratch to samples
 	@$(BIN)/python tools/demo.py
 
-test: lint ## lint, the tests that fit a commit, and fuzzing of the readers (15 to 25 minutes on 2 cores)
+test: lint ## lint, the tests that fit a commit, fuzzing of the readers, and some faults (about 15 minutes on 2 cores)
 	@tests/slurm/cluster ready || true
-	@$(PYTEST) -n logical --maxprocesses 4 --dist loadfile -m "not slow and not gpu"
+	@$(PYTEST) $(WORKERS) -m "not slow and not gpu"
 	@$(BIN)/python tools/fuzz_readers.py --seconds 120
+	@$(BIN)/python tools/drill --fast --quiet --jobs 2
 
 test-full: lint ## every test that this machine can run without a GPU
-	@$(PYTEST) -m "not gpu"
+	@$(PYTEST) $(WORKERS) -m "not gpu"
+
+drill: $(READY) ## the fault drill: all that bigtx promises when things fail, tried with real faults (about 25 minutes)
+	@$(BIN)/python tools/drill $(DRILL)
 
 mutants: $(READY) ## mutation testing: a sample of small changes of the core, each of which a test should notice
 	@$(BIN)/python tools/mutants $(MUTANTS)
@@ -52,8 +60,8 @@ test-slurm: $(READY) ## the tests on a real SLURM cluster on this machine; needs
 test-airgap: $(READY) ## installation, training and tests without a network, from wheels that it downloads first; needs root
 	@PYTHON=$(abspath $(BIN)/python) tests/airgap
 
-test-gpu: ## the tests and the throughput benchmark on this machine's GPU; without a GPU it says so and succeeds
-	@python="$(FOUND_PYTHON)"; $${python:-python3} tools/test_gpu
+test-gpu: ## what bigtx computes on this machine's GPU and how fast (8 minutes); without a GPU it says so and succeeds
+	@python="$(FOUND_PYTHON)"; $${python:-python3} tools/test_gpu $(TEST_GPU)
 
 lint: $(READY) ## ruff, mypy, the import rules, and a check for duplicated code
 	@$(BIN)/ruff check --quiet .
@@ -61,6 +69,11 @@ lint: $(READY) ## ruff, mypy, the import rules, and a check for duplicated code
 	@$(BIN)/mypy --no-error-summary
 	@$(BIN)/pylint bigtx tools
 	@$(BIN)/lint-imports > $(VENV)/lint-imports.log 2>&1 || { cat $(VENV)/lint-imports.log >&2; exit 1; }
+
+audit: $(READY) ## search the installed packages in the lists of known vulnerabilities; needs a network
+	@$(BIN)/python -c 'import pip_audit' 2>/dev/null || $(BIN)/python -m pip install --quiet pip-audit || { \
+		echo "pip-audit cannot be installed: is there a network?" >&2; exit 1; }
+	@$(BIN)/python tools/audit.py
 
 format: $(READY) ## fix what ruff can fix
 	@$(BIN)/ruff check --quiet --fix-only .

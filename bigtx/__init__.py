@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from bigtx.utils.version import __version__
+from bigtx.utils import __version__
 
 if TYPE_CHECKING:
     from bigtx.api import load

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
 from bigtx import __version__
+from bigtx.utils import imported
 from bigtx.utils.errors import ConfigError, exit_cleanly
-from bigtx.utils.processes import share_cores
+from bigtx.utils.processes import extend_segments, share_cores
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "tokenizer train": ("bigtx.commands.tokenizer:train_command", "train a sentencepiece tokenizer on text files"),
@@ -22,12 +22,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data verify": ("bigtx.commands.data:verify_command", "read all of a prepared corpus and check it"),
     "pretrain": ("bigtx.pretrain:main", "train a model on prepared corpora"),
     "finetune": ("bigtx.finetune:main", "train a model on records, for a task"),
+    "checkpoints": ("bigtx.commands.checkpoints:command", "show, check or prune the checkpoints of a run"),
+    "wandb sync": ("bigtx.commands.wandb:sync_command", "send to W&B what it does not have of runs"),
     "doctor": ("bigtx.commands.doctor:command", "check whether machines are fit to train"),
     "slurm submit": ("bigtx.commands.slurm:submit_command", "submit a job to a SLURM cluster"),
     "slurm render": ("bigtx.commands.slurm:render_command", "print the batch script of a job"),
     "slurm status": ("bigtx.commands.slurm:status_command", "show the starts and jobs of a run"),
-    "generate": ("bigtx.commands.generate:command", "continue prompts with a trained model"),
-    "chat": ("bigtx.commands.chat:command", "chat with a model that was trained on chats"),
+    "generate": ("bigtx.commands.generate:generate_command", "continue prompts with a trained model"),
+    "chat": ("bigtx.commands.generate:chat_command", "chat with a model that was trained on chats"),
     "predict": ("bigtx.commands.predict:command", "predict for records with a fine-tuned model"),
     "evaluate": ("bigtx.commands.evaluate:command", "measure a run on held-out data"),
     "import": ("bigtx.commands.interop:import_command", "turn a Hugging Face model into a run"),
@@ -42,7 +44,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 HEADINGS = {
     "From text to data": ("tokenizer", "data"),
-    "Training": ("pretrain", "finetune"),
+    "Training": ("pretrain", "finetune", "checkpoints", "wandb"),
     "On a cluster": ("doctor", "slurm"),
     "Using a model": ("generate", "chat", "predict", "evaluate", "import", "export"),
 }
@@ -72,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name is None:
         _refuse(arguments)
     share_cores()
+    extend_segments()
     return _resolve(name)(arguments[len(name.split()) :])
 
 
@@ -126,8 +129,7 @@ def _members(group: str) -> list[str]:
 
 
 def _resolve(name: str) -> Callable[[Sequence[str]], int]:
-    module, _, function = COMMANDS[name][0].partition(":")
-    command: Callable[[Sequence[str]], int] = getattr(importlib.import_module(module), function)
+    command: Callable[[Sequence[str]], int] = imported(COMMANDS[name][0])
     return command
 
 

@@ -23,23 +23,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
     # These are imported here, where Ctrl-C ends the command without a traceback.
     from bigtx.config.schema import FinetuneConfig
-    from bigtx.train.command import CheckInputs, Train, run_training
-
-    def check_inputs() -> CheckInputs[FinetuneConfig]:
-        from bigtx.finetuning.checks import check_inputs
-
-        return check_inputs
-
-    def train() -> Train[FinetuneConfig]:
-        from bigtx.finetuning.run import finetune
-
-        return finetune
+    from bigtx.train.command import run_training
 
     return run_training(
         FinetuneConfig,
         sys.argv[1:] if argv is None else argv,
-        check_inputs=check_inputs,
-        train=train,
+        check_inputs="bigtx.finetuning.checks:check_inputs",
+        train="bigtx.finetuning.run:finetune",
         program="bigtx finetune",
         example=EXAMPLE,
     )

@@ -23,23 +23,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
     # These are imported here, where Ctrl-C ends the command without a traceback.
     from bigtx.config.schema import PretrainConfig
-    from bigtx.train.command import CheckInputs, Train, run_training
-
-    def check_inputs() -> CheckInputs[PretrainConfig]:
-        from bigtx.pretraining.corpora import check_inputs
-
-        return check_inputs
-
-    def train() -> Train[PretrainConfig]:
-        from bigtx.pretraining.run import pretrain
-
-        return pretrain
+    from bigtx.train.command import run_training
 
     return run_training(
         PretrainConfig,
         sys.argv[1:] if argv is None else argv,
-        check_inputs=check_inputs,
-        train=train,
+        check_inputs="bigtx.pretraining.corpora:check_inputs",
+        train="bigtx.pretraining.run:pretrain",
         program="bigtx pretrain",
         example=EXAMPLE,
     )

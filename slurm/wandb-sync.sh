@@ -10,7 +10,7 @@
 [ $# -gt 0 ] || { sed -n '2,/^$/{/^#/s/^# \{0,1\}//p}' "$0" >&2; exit 2; }
 trap 'exit 0' INT TERM HUP
 while :; do
-  python -m bigtx.track.sync "$@" &
+  python -m bigtx wandb sync --changed "$@" &
   wait $!
   sleep "${BIGTX_SYNC_SECONDS:-60}" &
   wait $!

@@ -5,32 +5,20 @@ from __future__ import annotations
 import functools
 import json
 import os
-import shutil
-import signal
-import subprocess
 import tarfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# Before torch is imported anywhere: tests start several processes on few cores.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Where it is set, each of the processes that tests start would compile all of bigtx again.
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-# Nothing of a test run may reach a real W&B server, whoever is logged in here; a test that wants one brings its own.
-os.environ["WANDB_BASE_URL"] = "http://127.0.0.1:9"
-
 import hypothesis
 import pytest
+from surroundings import prepare_process
 
 if TYPE_CHECKING:
     from doors import Mount
 
-# A test run in the background of a script has SIGINT ignored, under nohup SIGHUP, and so would what it starts.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
+prepare_process()
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -80,6 +68,12 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put files that start several processes first: each takes long, and the last file of all runs on one worker."""
+    first = {item.path for item in items if item.get_closest_marker("dist")}
+    items.sort(key=lambda item: item.path not in first)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not _has_gpu():
         pytest.skip("needs a CUDA GPU")
@@ -88,32 +82,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small prepared corpus, made by the commands that a user types: 300 documents of invented sentences."""
-    import random
+    from corpora import make_corpus
 
-    from doors import bigtx
-
-    folder = tmp_path_factory.mktemp("corpus")
-    generator = random.Random(1)
-    words = [f"{a}{b}{c}" for a in "bdklmnprst" for b in "aeiou" for c in ("", "n", "r", "st")]
-    for number in range(300):
-        sentences = (" ".join(generator.choices(words, k=generator.randrange(4, 12))) for _ in range(30))
-        (folder / f"{number:03d}.txt").write_text(". ".join(sentences) + ".\n", encoding="utf-8")
-    for arguments in (
-        ["tokenizer", "train", f"input.paths=[{folder}]", f"output={folder / 'tokenizer'}", "vocab_size=512"],
-        [
-            "data",
-            "prepare",
-            f"input.paths=[{folder}]",
-            f"tokenizer={folder / 'tokenizer'}",
-            f"output={folder / 'data'}",
-            "validation_fraction=0.05",
-            "block_tokens=4096",
-            "num_processes=1",
-        ],
-    ):
-        done = bigtx(*arguments)
-        assert done.returncode == 0, done.stdout + done.stderr
-    return folder / "data"
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="session")
@@ -135,13 +106,12 @@ def encoder_base(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture
 def mount() -> Iterator[Mount]:
     """Mounts a tmpfs with options on a new folder, for the time of a test."""
+    from doors import tmpfs
+
     with ExitStack() as stack:
 
         def mount_tmpfs(folder: Path, options: str) -> None:
-            folder.mkdir(parents=True, exist_ok=True)
-            command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-            if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+            if not tmpfs(folder, options, stack):
                 pytest.skip("may not mount file systems")
-            stack.callback(subprocess.run, ["umount", "--lazy", str(folder)], check=True)
 
         yield mount_tmpfs

@@ -5,17 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import forks
 import pytest
+
+from bigtx.engine.checkpoint import list_checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [
@@ -24,15 +28,20 @@ TINY = [
     "model.num_heads=2",
     "train.sequence_length=64",
     "train.global_batch_size=8",
-    "train.micro_batch_size=2",
+    "train.micro_batch_size=4",
     "train.log_every=1 steps",
     "validation.max_sequences=8",
     "validation.every=1000 steps",
     "optimizer.learning_rate=1e-3",
+    "engine.precision=fp32",
     "engine.timeout=2 min",
-    "track.wandb=offline",
+    "track.wandb=off",
 ]
-"""A model and a rhythm for tests."""
+"""A model and a rhythm for tests. Most processors compute bf16 more slowly than fp32."""
+BF16 = ["engine.precision=bf16", "train.micro_batch_size=2"]
+"""The default precision, with more micro batches."""
+CONTAINER = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc"]
+"""Runs a command in its own namespace of process ids, as a container of this host does."""
 Mount = Callable[[Path, str], None]
 """Mounts a tmpfs with options on a folder: see the fixture `mount`."""
 
@@ -152,12 +161,18 @@ def last_step(run_dir: Path) -> int:
     return int(lines[-1]["step"]) if lines else 0
 
 
+def has_saved(run_dir: Path, step: int) -> bool:
+    """Whether a run has reached a step and has a checkpoint. It trains while a checkpoint is written."""
+    return last_step(run_dir) >= step and bool(list_checkpoints(run_dir))
+
+
 def losses(run_dir: Path) -> dict[int, float]:
     """Each step's training loss; fails if a step stands there twice."""
     found: dict[int, float] = {}
     for line in read_lines(run_dir / "metrics.jsonl"):
         assert line["step"] not in found, f"step {line['step']} twice"
-        found[line["step"]] = line["train/loss"]
+        if "train/loss" in line:  # A checkpoint becomes durable at a step that may log nothing else.
+            found[line["step"]] = line["train/loss"]
     return found
 
 
@@ -212,7 +227,24 @@ def same_weights(run_dir: Path, other: Path) -> None:
     assert hashes[0] == hashes[1]
 
 
-def kill_left_over(run_dir: Path) -> None:
-    """End what a killed launcher left behind (its ranks were killed with it, being of its group)."""
-    for pid in rank_pids(run_dir):
+def kill_run(process: subprocess.Popen[str], run_dir: Path) -> None:
+    """Kill (-9) a training in a session of its own, with all ranks, and wait until none of its processes is left."""
+    pids = all_pids(run_dir)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    for pid in rank_pids(run_dir):  # Of other process groups.
         os.kill(pid, signal.SIGKILL)
+    while {pid for pid, _ in _processes()}.intersection(pids):
+        time.sleep(0.01)  # Until they are gone, the kernel has not freed their locks.
+
+
+def tmpfs(folder: Path, options: str, stack: ExitStack) -> bool:
+    """Mount a tmpfs on a folder until the stack closes. Returns False where this user may not mount file systems."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        return False
+    # Lazily: W&B's processes may run a moment longer.
+    stack.callback(subprocess.run, ["umount", "--lazy", str(folder)], check=True)
+    return True

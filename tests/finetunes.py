@@ -5,9 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
 import tarfile
@@ -17,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import forks
-from doors import ROOT, TINY, environment, kill_left_over, last_step, pretrain, wait_for
+from doors import ROOT, TINY, environment, has_saved, kill_run, pretrain, wait_for
 
 SHAPES: dict[str, list[str]] = {
     "decoder": [],
@@ -145,9 +143,9 @@ def start_finetune(*arguments: str, ranks: int = 1) -> subprocess.Popen[str]:
 
 
 def kill_at(run_dir: Path, step: int, *arguments: str, ranks: int = 1) -> None:
-    """Begin a fine-tuning and kill all its processes (-9) once its metrics have reached a step."""
+    """Begin a fine-tuning and kill all its processes (-9) once it has a checkpoint and its metrics a step."""
     with started(run_dir, *arguments, ranks=ranks) as process:
-        wait_for(lambda: last_step(run_dir) >= step, process)
+        wait_for(lambda: has_saved(run_dir, step), process)
 
 
 @contextmanager
@@ -157,10 +155,7 @@ def started(run_dir: Path, *arguments: str, ranks: int = 1) -> Iterator[subproce
     try:
         yield process
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-        kill_left_over(run_dir)
+        kill_run(process, run_dir)
 
 
 def results(run_dir: Path) -> dict[str, Any]:

@@ -1,13 +1,15 @@
-"""Start commands of bigtx in forks of a process that has imported torch, DeepSpeed and W&B.
+"""Start commands of bigtx in forks of a process that has imported torch, DeepSpeed, W&B and most of bigtx.
 
 Such a command is a process of its own, with its own arguments, environment, files, signals and exit status, but it
-needs no seconds for imports. bigtx itself is imported in each fork. What could change the imported packages or the
-interpreter starts a new interpreter instead: other variables such as PYTHONPATH or LD_PRELOAD, and other programs.
+needs no seconds for imports. What could change the imported packages or the interpreter starts a new interpreter
+instead: other variables such as PYTHONPATH or LD_PRELOAD, and other programs. Trials of mutants import bigtx in each
+fork.
 """
 
 from __future__ import annotations
 
 import array
+import atexit
 import contextlib
 import fcntl
 import gc
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -29,6 +32,8 @@ from typing import Any, NoReturn, Self
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("numpy", "torch", "torch.distributed", "deepspeed", "omegaconf", "sentencepiece", "yaml", "wandb")
 """What the process imports before it forks."""
+PARTS = ("bigtx.api", "bigtx.cli", "bigtx.launch.supervisor", "bigtx.pretraining.run", "bigtx.finetuning.run")
+"""Parts of bigtx that it imports too. Python would warn about modules that commands name, such as bigtx.pretrain."""
 SENSITIVE = ("PYTHON", "LD_", "OMP_", "MKL_", "KMP_", "TORCH", "DS_", "CUDA", "LANG", "LC_", "TZ")
 """Beginnings of names of variables that the interpreter or the imported packages read when they start."""
 LARGEST_REQUEST = 1 << 18
@@ -113,9 +118,10 @@ class _Server:
     def start(cls) -> Self:
         """Start the process in a new interpreter."""
         variables, control, theirs = _prepare()
+        parts = () if RECORDING in os.environ else PARTS  # Else the lines that run at an import were not recorded.
         with theirs:
             subprocess.Popen(
-                [sys.executable, __file__, str(theirs.fileno()), PADDING],
+                [sys.executable, __file__, str(theirs.fileno()), *parts, PADDING],
                 env=variables,
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
@@ -157,8 +163,8 @@ def _server() -> _Server:
 def fork_server() -> None:
     """Make the server of this process by a fork, where this process has imported the packages and not bigtx.
 
-    The command line of this process must end with `PADDING`. Returns in this process only: forks for commands end with
-    SystemExit, which the caller must not catch.
+    The command line of this process must end with `PADDING`. Returns in this process only: the other one and its forks
+    end here, some with SystemExit, which the caller must not catch.
     """
     variables, control, theirs = _prepare()
     if os.fork():
@@ -320,8 +326,27 @@ def _serve_and_execute(control: socket.socket) -> NoReturn:
     gc.freeze()  # The forks' collections need not look at these objects, nor copy their pages.
     request = serve(control)
     if request:
-        execute(request["command"], request["variables"])
+        try:
+            execute(request["command"], request["variables"])
+        except SystemExit as end:
+            if end.code is not None and not isinstance(end.code, int):
+                raise
+            _end(end.code or 0)
+        _end(0)
     sys.exit(0)
+
+
+def _end(status: int) -> NoReturn:
+    """End this fork as an interpreter ends, but let the kernel free its objects: Python would copy each of their pages
+    to do so, which takes as long as a short training."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        sys.exit(status)  # Python explains it, and has a status for it.
+    os._exit(status & 0xFF)
 
 
 def execute(command: Sequence[str], variables: Mapping[str, str]) -> None:
@@ -338,12 +363,26 @@ def execute(command: Sequence[str], variables: Mapping[str, str]) -> None:
         runpy.run_path(command[1], run_name="__main__")
 
 
+def _read_schemas() -> None:
+    """Have OmegaConf read the schemas of the trainings, which it keeps."""
+    from bigtx.config.load import load
+    from bigtx.config.schema import FinetuneConfig, PretrainConfig
+
+    for schema in (PretrainConfig, FinetuneConfig):
+        load(schema, [], check=False)
+
+
 def main() -> None:
-    """Import the packages, then fork on request."""
-    sys.path.pop(0)  # The tests' folder, which commands of bigtx do not have.
-    for name in PACKAGES:
+    """Import the packages and the parts of bigtx that are given, then fork on request."""
+    sys.path[0] = str(ROOT)  # Instead of the tests' folder.
+    parts = sys.argv[2:-1]
+    for name in (*PACKAGES, *parts):
         with contextlib.suppress(ImportError):
             __import__(name)
+    if parts:
+        with contextlib.suppress(ImportError):
+            _read_schemas()
+    sys.path.pop(0)
     _serve_and_execute(socket.socket(fileno=int(sys.argv[1])))
 
 

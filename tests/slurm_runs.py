@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clusters import Cluster
-from doors import ROOT, TINY, all_pids, last_step, losses, pretrain, read_lines, same_weights
+from doors import BF16, ROOT, TINY, all_pids, has_saved, losses, pretrain, read_lines, same_weights
 
 STEPS = 30
 SCRIPTS = ROOT / "slurm"
@@ -20,7 +20,7 @@ def settings(corpus: Path, run_dir: Path, *more: str, ranks: int = 2) -> list[st
         ranks: of each node.
     """
     own = [f"data.sources.a.path={corpus}", "model.dropout=0.1", f"train.max_steps={STEPS}", f"run_dir={run_dir}"]
-    quiet = ["train.checkpoint_every=5 steps", "track.wandb=off"]
+    quiet = ["train.checkpoint_every=5 steps", *BF16]
     return [*TINY, *own, *quiet, *more, f"--ranks={ranks}"]
 
 
@@ -34,7 +34,7 @@ def run_straight(corpus: Path, run_dir: Path, *more: str, ranks: int = 4) -> Pat
 def submit_started(cluster: Cluster, words: Sequence[str], run_dir: Path, step: int = 7) -> int:
     """Submit a job whose run has made some steps."""
     job = cluster.submit(*words)
-    cluster.wait_for(lambda: last_step(run_dir) >= step, number=job)
+    cluster.wait_for(lambda: has_saved(run_dir, step), number=job)
     return job
 
 

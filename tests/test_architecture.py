@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from doors import ROOT, TINY, environment
+from doors import BF16, ROOT, TINY, environment
 
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 
@@ -19,7 +19,7 @@ def test_every_folder_has_its_line() -> None:
 
 
 def test_the_files_of_a_step(corpus: Path, tmp_path: Path) -> None:
-    named = [*TINY, "train.log_every=10 steps", "train.max_steps=4", "optimizer.name=adamw", "track.wandb=off"]
+    named = [*TINY, *BF16, "train.log_every=10 steps", "train.max_steps=4", "optimizer.name=adamw"]
     settings = [*named, f"data.sources.a.path={corpus}", f"run_dir={tmp_path / 'run'}"]
     command = [sys.executable, str(ROOT / "tests" / "traced_step.py"), str(tmp_path / "traced.json"), *settings]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(PYTHONPATH=str(ROOT)))
@@ -28,4 +28,4 @@ def test_the_files_of_a_step(corpus: Path, tmp_path: Path) -> None:
     assert [name.removeprefix("bigtx/") for name in re.findall(r"^    (bigtx/\S+)$", PAGE, re.MULTILINE)] == traced[
         "files"
     ]
-    assert len(traced["files"]) <= 20 and len(traced["modules"]) <= 125
+    assert len(traced["files"]) <= 17 and len(traced["modules"]) <= 90

@@ -31,10 +31,11 @@ KNOWN = {"ba ben bin": "so lan.", "da don": "ner nar, lin.", "ku kos?": "man mon
 
 @pytest.fixture(scope="module")
 def run(decoder_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The recipe for one's own chats, on three of them, with nothing but what it cannot know."""
+    """The recipe for one's own chats, on three of them, with nothing but what it cannot know, in fp32."""
     folder = tmp_path_factory.mktemp("chat")
     data = write_jsonl(folder / "chats.jsonl", [chat(question, answer) for question, answer in KNOWN.items()])
-    settings = [f"base={decoder_base}", f"data.train={data}", f"run_dir={folder / 'run'}", "track.wandb=off"]
+    settings = [f"base={decoder_base}", f"data.train={data}", f"run_dir={folder / 'run'}"]
+    settings += ["track.wandb=off", "engine.precision=fp32"]
     done = forks.run(
         finetune_command(["finetune/chat.yaml", *settings]), capture_output=True, text=True, env=environment()
     )

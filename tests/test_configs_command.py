@@ -11,7 +11,7 @@ from bigtx.config.load import load
 from bigtx.config.runs import shipped_configs
 from bigtx.config.schema import ModelConfig, PretrainConfig
 from bigtx.model.size import count_parameters
-from bigtx.utils.errors import ConfigError
+from bigtx.utils.errors import ConfigError, LaunchError
 from bigtx.utils.units import format_count
 
 
@@ -103,7 +103,7 @@ def test_copy_refuses(recipes: Path) -> None:
     with pytest.raises(ConfigError, match="is the recipe itself"):
         copy_command(["model/small.yaml", str(recipes)])
     (file := recipes.with_name("a-file")).write_text("precious")
-    with pytest.raises(ConfigError, match="cannot be written"):
+    with pytest.raises(LaunchError, match="cannot be written"):
         copy_command(["model/small.yaml", str(file)])
     assert file.read_text() == "precious"
 
@@ -117,7 +117,7 @@ def test_copy_refuses(recipes: Path) -> None:
         ),
         ("model.mlp", ["one of swiglu, geglu, geglu_tanh, gelu, gelu_tanh, relu, relu2", "cannot change"]),
         ("validation.patience", ["bigtx finetune", "It may change when a run is resumed, if"]),
-        ("engine", ["engine.zero_stage=1:", "engine.compile=false:"]),
+        ("engine", ["engine.zero_stage=1:", "engine.compile=auto:"]),
         ("data.sources", ["data.sources.NAME.path:"]),
         ("data.sources.wiki.weight", ["data.sources.wiki.weight=1.0"]),
         ("shard_size", ["bigtx data prepare", "a size (512 MiB, 1.5 GB)"]),

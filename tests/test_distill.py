@@ -16,10 +16,10 @@ import bigtx
 from bigtx.config.load import from_dict
 from bigtx.config.schema import DistillConfig, FinetuneConfig, ModelConfig
 from bigtx.engine.checkpoint import Checkpoint, MergedCheckpoint, preferred
-from bigtx.engine.task import TaskLoss
 from bigtx.finetuning.tasks import task_type
+from bigtx.model.loss import Loss
 from bigtx.model.transformer import Transformer
-from bigtx.pretraining.objective import LikelihoodTask
+from bigtx.pretraining.objectives import LikelihoodTask
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.train.teacher import Distilled
 
@@ -123,9 +123,9 @@ def test_classes_against_plain_torch() -> None:
     answers = {"student": torch.randn(3, 2, requires_grad=True), "teacher": torch.randn(3, 2)}
 
     class Own:
-        def loss(self, model: Any, batch: Any) -> TaskLoss:
+        def loss(self, model: Any, batch: Any) -> Loss:
             entropy = F.cross_entropy(model(tokens=None), batch.labels, ignore_index=-100, reduction="sum")
-            return TaskLoss(entropy, entropy.detach())
+            return Loss(entropy, entropy.detach())
 
     settings = DistillConfig(teacher="x", weight=0.25, temperature=3.0)
     task = Distilled(Own(), lambda tokens, on_demand: answers["teacher"], settings)  # type: ignore[arg-type]

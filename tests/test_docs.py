@@ -44,6 +44,17 @@ def test_recipes(page: Path) -> None:
     assert set(named) <= set(shipped_configs())
 
 
+def test_the_tests_that_pages_name_exist() -> None:
+    made = {
+        name
+        for file in (ROOT / "tests").rglob("*.py")
+        for name in re.findall(r"^def (test_\w+)", file.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    pages = [page.read_text(encoding="utf-8") for page in PAGES if page.name != "log.md"]
+    named = {name for text in pages for name in re.findall(r"`(test_\w+)`", text)}
+    assert len(named) > 50 and named <= made, sorted(named - made)
+
+
 def test_every_page_is_linked_to() -> None:
     """From another page, so that a reader finds it."""
     linked = {

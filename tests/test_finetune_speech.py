@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import shlex
 import tarfile
 from pathlib import Path
 
@@ -14,6 +13,8 @@ import soundfile
 from doors import bigtx, losses, read_lines, same_weights
 from finetunes import finetune, finetuned, kill_at, make_base, results, write_samples
 from sounds import METHODS, RATE, SETTINGS, WORDS, sayings, spoken, tone, wav, write_manifest, write_tokenizer
+
+from bigtx.utils.shell import setting
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +231,7 @@ def test_what_is_lost_while_a_run_rests_is_left_out_by_name(tokenizer: Path, tmp
     done = finetune(*on)
     assert done.returncode == 2 and "line 4: the recording" in done.stderr and "cut short" in done.stderr, done.stderr
     names = [f"{manifest}, line {line}" for line in (4, 6)]
-    assert shlex.quote(f"data.leave_out={json.dumps(names)}") in done.stderr
+    assert setting("data.leave_out", names) in done.stderr
     out = finetuned(*on, f"data.leave_out={json.dumps(names)}", ranks=2)
     assert f"left out (data.leave_out): {'; '.join(names)}" in out
     manifests = [json.loads(path.read_text()) for path in sorted((run_dir / "checkpoints").glob("*/manifest.json"))]

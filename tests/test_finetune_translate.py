@@ -146,7 +146,7 @@ def test_captions_are_translated(test_data: Path, tmp_path: Path) -> None:
         "tokenizer",
         "train",
         f"input.paths=[{folder}/train.de.gz,{folder}/train.en.gz]",
-        "input.text_suffixes=[.gz]",
+        "input.text_suffixes=[.de,.en]",
         "input.document_per_line=true",
         "whitespace_pieces=false",
         "vocab_size=8000",

@@ -19,7 +19,7 @@ from bigtx.pretraining.validation import BETTER, Validation
 
 PACKAGE = Path(bigtx.__file__).parent
 PAGE = PACKAGE.parent / "docs" / "metrics.md"
-GROUPS = ("train/", "perf/", "experts/", "validation/")
+GROUPS = ("train/", "perf/", "experts/", "checkpoint/", "validation/")
 NO_METRICS = {"validation/samples", "validation/predictions", "train/tokens"}
 """Tables of W&B, and its name for what metrics.jsonl calls `tokens`."""
 
@@ -76,7 +76,11 @@ def test_names_of_runs() -> None:
         for key in keys(ast.parse(path.read_text(encoding="utf-8")))
         if key.startswith(GROUPS) and key not in NO_METRICS
     }
-    page = {pattern(name) for heading in ("Training", "Validation of pretraining") for name in listed(heading)}
+    page = {
+        pattern(name)
+        for heading in ("Training", "Checkpoints", "Validation of pretraining")
+        for name in listed(heading)
+    }
     assert "train/loss" in logged and "validation/X/loss" in logged
     # The two names of fine-tuning's own metrics, which have a table of their own.
     assert logged == page | {"validation/X", "validation/best_X"}

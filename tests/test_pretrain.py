@@ -16,10 +16,12 @@ from typing import Any
 import forks
 import pytest
 from doors import (
+    BF16,
     TINY,
     bigtx,
     environment,
-    kill_left_over,
+    has_saved,
+    kill_run,
     last_step,
     losses,
     pretrain,
@@ -31,29 +33,24 @@ from doors import (
     wait_for,
 )
 
-from bigtx.track.follower import read_records
+from bigtx.track.client import read_log
 from bigtx.train.run_folder import WRITTEN
 
 pytestmark = pytest.mark.dist
+STEPS = 24
+WANDB = "track.wandb=offline"
 
 
 def test_all_launchers_say_who_they_are_and_leave_no_memory_taken(corpus: Path, tmp_path: Path) -> None:
     shared_memory = Path("/dev/shm")
     before = set(shared_memory.glob("deepspeed_*"))
-    alone = pretrain(
-        *TINY, f"data.sources.a.path={corpus}", f"run_dir={tmp_path / 'one'}", "train.max_steps=2", cwd=tmp_path
-    )
+    arguments = [*TINY, WANDB, f"data.sources.a.path={corpus}", "train.max_steps=2"]
+    # New interpreters, which users have, and forks have not.
+    command = pretrain_command([*arguments, f"run_dir={tmp_path / 'one'}"], 1)
+    alone = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment(), timeout=600)
     assert alone.returncode == 0, alone.stderr
     assert "1 rank;" in alone.stdout
-    two = pretrain(
-        *TINY,
-        f"data.sources.a.path={corpus}",
-        f"run_dir={tmp_path / 'two'}",
-        "train.max_steps=2",
-        ranks=2,
-        launcher=True,
-        cwd=tmp_path,
-    )
+    two = pretrain(*arguments, f"run_dir={tmp_path / 'two'}", ranks=2, launcher=True, cwd=tmp_path)
     assert two.returncode == 0, two.stdout + two.stderr
     assert "bigtx: 2 ranks, started by deepspeed; run folder" in two.stdout
     assert set(shared_memory.glob("deepspeed_*")) <= before
@@ -105,9 +102,10 @@ def uninterrupted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def resumable(corpus: Path, run_dir: Path, stage: int = 1) -> list[str]:
     return [
         *TINY,
+        *BF16,
         f"data.sources.a.path={corpus}",
         f"run_dir={run_dir}",
-        "train.max_steps=40",
+        f"train.max_steps={STEPS}",
         "optimizer.name=muon",
         "train.checkpoint_every=7 steps",
         "model.dropout=0.1",
@@ -116,17 +114,18 @@ def resumable(corpus: Path, run_dir: Path, stage: int = 1) -> list[str]:
 
 
 def test_killed_and_started_again_nothing_is_lost(corpus: Path, tmp_path: Path, uninterrupted: Path) -> None:
-    run_dir, stop_at = tmp_path / "run", random.randrange(8, 30)
-    process = start_pretrain(*resumable(corpus, run_dir), ranks=2)
-    wait_for(lambda: last_step(run_dir) >= stop_at, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    kill_left_over(run_dir)
+    run_dir, stop_at = tmp_path / "run", random.randrange(8, 14)
+    arguments = [*resumable(corpus, run_dir), WANDB]
+    process = start_pretrain(*arguments, ranks=2)
+    wait_for(lambda: has_saved(run_dir, stop_at), process)
+    kill_run(process, run_dir)
     run_id = (run_dir / "wandb_run_id").read_text()
-    done = pretrain(*resumable(corpus, run_dir), ranks=2)
+    done = pretrain(*arguments, ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resumed from" in done.stdout
     assert losses(run_dir) == losses(uninterrupted), f"killed at step {stop_at}"
+    phases = ["command", "imports", "ranks", "data", "folder", "engine", "weights", "tracker", "first_step"]
+    assert [list(event["seconds"]) for event in events(run_dir, "start_up")] == [phases] * 2
     assert (run_dir / "wandb_run_id").read_text() == run_id
     # The first start may have been killed before W&B had begun: the second one logs its steps, too.
     logs = sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"))
@@ -140,7 +139,7 @@ def wandb_records(path: Path) -> list[Any]:
     """Return the records of a W&B run's local log."""
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
-    return [Record.FromString(record) for record in read_records(path)]
+    return [Record.FromString(record) for record in read_log(path)]
 
 
 @pytest.mark.slow
@@ -149,10 +148,8 @@ def test_killed_and_started_again_at_the_other_stages(corpus: Path, tmp_path: Pa
     straight, run_dir = tmp_path / "straight", tmp_path / "run"
     assert pretrain(*resumable(corpus, straight, stage), ranks=2).returncode == 0
     process = start_pretrain(*resumable(corpus, run_dir, stage), ranks=2)
-    wait_for(lambda: last_step(run_dir) >= random.randrange(8, 30), process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    kill_left_over(run_dir)
+    wait_for(lambda: has_saved(run_dir, random.randrange(8, 14)), process)
+    kill_run(process, run_dir)
     assert pretrain(*resumable(corpus, run_dir, stage), ranks=2).returncode == 0
     assert losses(run_dir) == losses(straight)
     same_weights(run_dir, straight)
@@ -160,7 +157,7 @@ def test_killed_and_started_again_at_the_other_stages(corpus: Path, tmp_path: Pa
 
 def test_ctrl_c_saves_without_a_traceback(corpus: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    arguments = [*resumable(corpus, run_dir), "train.max_steps=100000", "train.log_every=4 steps"]
+    arguments = [*resumable(corpus, run_dir), WANDB, "train.max_steps=100000", "train.log_every=4 steps"]
     process = start_pretrain(*arguments, ranks=2)
     wait_for(lambda: last_step(run_dir) >= 3 and events(run_dir, "wandb"), process)
     os.killpg(process.pid, signal.SIGINT)
@@ -216,12 +213,14 @@ def test_stopped_before_the_first_step(corpus: Path, tmp_path: Path) -> None:
 
 def test_a_run_is_resumed_by_its_folder_alone(corpus: Path, tmp_path: Path, uninterrupted: Path) -> None:
     shutil.copytree(uninterrupted, tmp_path / "moved")
-    done = bigtx("pretrain", "moved", "train.max_steps=42", "--ranks", "2", cwd=tmp_path)
+    done = bigtx("pretrain", "moved", f"train.max_steps={STEPS + 2}", "--ranks", "2", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "resumed from moved/checkpoints/step-00000040" in done.stdout
-    assert max(losses(tmp_path / "moved")) == 42 and max(losses(uninterrupted)) == 40
+    assert f"resumed from moved/checkpoints/step-{STEPS:08d}" in done.stdout
+    assert max(losses(tmp_path / "moved")) == STEPS + 2 and max(losses(uninterrupted)) == STEPS
     changes = [event for event in read_lines(tmp_path / "moved" / "events.jsonl") if event["kind"] == "config_change"]
-    assert [(change["key"], change["old"], change["new"]) for change in changes] == [("train.max_steps", 40, 42)]
+    assert [(change["key"], change["old"], change["new"]) for change in changes] == [
+        ("train.max_steps", STEPS, STEPS + 2)
+    ]
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
@@ -253,7 +252,7 @@ def test_resumed_with_other_ranks_stage_and_precision(corpus: Path, tmp_path: Pa
     expected, found = losses(uninterrupted), losses(run_dir)
     assert found.keys() == expected.keys()
     manifest = json.loads((max((run_dir / "checkpoints").iterdir()) / "manifest.json").read_text())
-    assert manifest["state"]["sequences"] == 40 * 8
+    assert manifest["state"]["sequences"] == STEPS * 8
     # Another precision rounds otherwise; data and dropout are the same.
     assert all(abs(found[step] - expected[step]) < 0.3 for step in expected)
 
@@ -261,25 +260,23 @@ def test_resumed_with_other_ranks_stage_and_precision(corpus: Path, tmp_path: Pa
 def test_what_may_change_at_resume(corpus: Path, tmp_path: Path, uninterrupted: Path) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(uninterrupted, run_dir)
-    refused = pretrain(
-        *resumable(corpus, run_dir), "optimizer.learning_rate=5e-4", "train.max_steps=42", "model.num_layers=3"
-    )
+    changed = ["optimizer.learning_rate=5e-4", f"train.max_steps={STEPS + 2}"]
+    refused = pretrain(*resumable(corpus, run_dir), *changed, "model.num_layers=3")
     assert refused.returncode == 2
     for key in ("optimizer.learning_rate", "train.max_steps", "model.num_layers"):
         assert key in refused.stderr
     done = pretrain(
         *resumable(corpus, run_dir),
-        "optimizer.learning_rate=5e-4",
-        "train.max_steps=42",
+        *changed,
         "allow_changes=[optimizer.learning_rate,train.max_steps]",
         ranks=2,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert max(losses(run_dir)) == 42
+    assert max(losses(run_dir)) == STEPS + 2
     changes = {
         event["key"]: event["new"] for event in read_lines(run_dir / "events.jsonl") if event["kind"] == "config_change"
     }
-    assert changes == {"optimizer.learning_rate": 5e-4, "train.max_steps": 42}
+    assert changes == {"optimizer.learning_rate": 5e-4, "train.max_steps": STEPS + 2}
 
 
 def test_a_finished_run_says_so(corpus: Path, tmp_path: Path, uninterrupted: Path) -> None:
@@ -307,9 +304,7 @@ def test_two_runs_for_one_folder(corpus: Path, tmp_path: Path) -> None:
     process = start_pretrain(*resumable(corpus, run_dir), "train.max_steps=100000", ranks=2)
     wait_for(lambda: last_step(run_dir) >= 1, process)
     second = pretrain(*resumable(corpus, run_dir), "train.max_steps=100000")
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    kill_left_over(run_dir)
+    kill_run(process, run_dir)
     assert second.returncode == 2 and "is in use by process" in second.stderr and "Traceback" not in second.stderr
     assert second.stdout == "", "it looks before it begins anything"
     assert (

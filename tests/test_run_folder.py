@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from doors import losses, pretrain, read_lines
+from doors import Mount, losses, pretrain, read_lines
 from finetunes import base_arguments, finetune, labelled, write_jsonl
 
 import bigtx
@@ -52,12 +53,25 @@ def dangling(checkpoints: Path) -> None:
     checkpoints.symlink_to("/nowhere/disk")
 
 
-@pytest.mark.parametrize("harm", [gone, emptied, dangling])
-def test_checkpoints_that_are_gone(corpus: Path, run: Path, harm: Callable[[Path], None]) -> None:
-    harm(run / "checkpoints")
+def a_file(checkpoints: Path) -> None:
+    gone(checkpoints)
+    checkpoints.touch()
+
+
+def read_only(checkpoints: Path, mount: Mount) -> None:
+    emptied(checkpoints)
+    mount(checkpoints, "ro")
+
+
+TEXTS = {dangling: "link to /nowhere/disk", a_file: "is not a folder"}
+
+
+@pytest.mark.parametrize("harm", [gone, emptied, dangling, a_file, read_only])
+def test_checkpoints_that_are_gone(corpus: Path, run: Path, harm: Callable[..., None], mount: Mount) -> None:
+    harm(run / "checkpoints", *[mount] * (harm is read_only))
     before = contents(run)
     text = refused(*base_arguments(corpus, run))
-    assert ("link to /nowhere/disk" if harm is dangling else "allow_changes=[checkpoints]") in text
+    assert TEXTS.get(harm, "allow_changes=[checkpoints]") in text
     assert contents(run) == before
 
 
@@ -84,6 +98,19 @@ def test_checkpoints_on_another_disk(
     assert main(["evaluate", str(run), "--split", "validation", "--wandb", "off"]) == 0, capsys.readouterr().err
     done = pretrain(*base_arguments(corpus, run))
     assert done.returncode == 0 and "the run is finished" in done.stdout, done.stdout + done.stderr
+
+
+def test_metrics_that_are_damaged_or_missing_are_reported_once(corpus: Path, run: Path) -> None:
+    first, _, third, last = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text(first + third[:20] + "\n" + last)
+    allowed = "allow_changes=[train.max_steps]"
+    done = pretrain(*base_arguments(corpus, run, allowed, steps=6))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("warning: 2 of 4 lines of") == 1 and list(losses(run)) == [1, 4, 5, 6]
+    (event,) = (event for event in read_lines(run / "events.jsonl") if event["kind"] == "missing_lines")
+    assert (event["file"], event["missing"], event["of"], event["step"]) == ("metrics.jsonl", 2, 4, 4)
+    done = pretrain(*base_arguments(corpus, run, allowed, steps=7))
+    assert done.returncode == 0 and "lines of" not in done.stdout and list(losses(run)) == [1, 4, 5, 6, 7]
 
 
 def test_another_tokenizer_in_the_run(
@@ -139,10 +166,40 @@ def test_the_users_own_config_in_the_run_folder(corpus: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "content", ["\0" * 100, "[1]", "a: !!python/name:os.system ''"], ids=["zeros", "a list", "a tag"]
+    "content",
+    [
+        "\0" * 100,
+        "[1]",
+        "a: !!python/name:os.system ''",
+        "model: &a\n  hidden_size: [*a]\n",
+        "a: &a [x, x]\n"
+        + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in itertools.pairwise("abcdefghi")),
+        "model: " + "[" * 3000,
+    ],
+    ids=["zeros", "a list", "a tag", "a circle", "a billion", "deep"],
 )
 def test_a_damaged_config(corpus: Path, run: Path, capsys: pytest.CaptureFixture[str], content: str) -> None:
     (run / "config.yaml").write_text(content)
     assert f"{run / 'config.yaml'} " in refused(*base_arguments(corpus, run))
-    assert main(["generate", str(run), "--prompt", "ba"]) == 2
-    assert f"{run / 'config.yaml'} " in capsys.readouterr().err
+    for words in (
+        ["generate", str(run), "prompt=ba"],
+        ["evaluate", str(run), "split=validation"],
+        ["export", str(run), "output=out"],
+        ["predict", str(run), f"input={run / 'events.jsonl'}"],
+        ["chat", str(run)],
+    ):
+        assert main(words) == 2, words
+        assert f"{run / 'config.yaml'} " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line", [b"\0\n", b"\xff\n", b'{"step": "x", "kind": "start"}\n', b'{"kind": [5]}\n', b"[1]\n"]
+)
+def test_damaged_records_of_a_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], line: bytes) -> None:
+    """They are left out by every command that reads them."""
+    for name in ("metrics.jsonl", "events.jsonl", "samples.jsonl", "wandb_run_id", "run.lock"):
+        (run / name).write_bytes(line)
+    out = tmp_path / "out"
+    for words in (["slurm", "status"], ["wandb", "sync", "--dry-run"], ["export", f"output={out}", "--no-verify"]):
+        assert main([*words, str(run)]) == 0, capsys.readouterr().err
+    assert "Validation losses: not recorded" in (out / "README.md").read_text()

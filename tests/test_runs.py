@@ -41,15 +41,10 @@ def test_it_learns(sharded: Path) -> None:
     assert found[STEPS] < found[1] - 0.1
 
 
-def test_a_profiled_step_leaves_traces_of_all_ranks(sharded: Path) -> None:
-    for rank in (0, 1):
-        trace = json.loads((sharded / "profile" / f"rank-{rank:05d}.trace.json").read_text(encoding="utf-8"))
-        names = {event.get("name") for event in trace["traceEvents"]}
-        assert "aten::mm" in names
-    assert {path.name for path in (sharded / "profile").iterdir()} == {
-        "rank-00000.trace.json",
-        "rank-00001.trace.json",
-    }
+def test_a_profiled_step_leaves_a_trace_of_the_first_rank_of_the_machine(sharded: Path) -> None:
+    assert [path.name for path in (sharded / "profile").iterdir()] == ["rank-00000.trace.json"]
+    trace = json.loads((sharded / "profile" / "rank-00000.trace.json").read_text(encoding="utf-8"))
+    assert "aten::mm" in {event.get("name") for event in trace["traceEvents"]}
 
 
 def test_the_deepspeed_settings_lie_in_the_run(sharded: Path) -> None:

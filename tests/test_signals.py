@@ -17,10 +17,12 @@ from pathlib import Path
 import forks
 import pytest
 from doors import (
+    BF16,
     TINY,
     all_pids,
     environment,
     free_port,
+    has_saved,
     last_step,
     losses,
     pretrain_command,
@@ -40,7 +42,8 @@ SLOW = pytest.mark.slow
 
 
 def pretrain_arguments(corpus: Path, run_dir: Path) -> list[str]:
-    settings = [*TINY, f"data.sources.a.path={corpus}", "model.dropout=0.1", "track.wandb=off"]
+    # Slow steps: the signal has to arrive before the last one.
+    settings = [*TINY, *BF16, f"data.sources.a.path={corpus}", "model.dropout=0.1"]
     return [*settings, f"train.max_steps={STEPS}", "train.checkpoint_every=5 steps", f"run_dir={run_dir}"]
 
 
@@ -111,7 +114,7 @@ def run_dir(tmp_path: Path) -> Iterator[Path]:
 def hit(case: Case, run_dir: Path, victim: Callable[[subprocess.Popen[str]], int], number: int) -> tuple[int, str, str]:
     """Start the training, send one of its processes a signal in the middle, and wait until no process is left."""
     process = case.start(run_dir)
-    wait_for(lambda: last_step(run_dir) >= STOP_AT, process)
+    wait_for(lambda: has_saved(run_dir, STOP_AT), process)
     os.kill(victim(process), number)
     out, err = process.communicate(timeout=120)
     deadline = time.monotonic() + 60

@@ -78,6 +78,16 @@ def test_mistakes_are_found_before_anything_is_submitted(words: list[str], said:
     assert said in str(error.value)
 
 
+@pytest.mark.parametrize("kind", JOBS)
+def test_a_batch_script_holds_no_secret(tmp_path: Path, kind: str) -> None:
+    """Also in the words of jobs whose config is read only when they run."""
+    (tmp_path / "sweep").write_text("train.seed=1\n")
+    words = {"sweep": [str(tmp_path / "sweep"), str(tmp_path / "runs"), "pretrain"]}.get(kind, [])
+    with pytest.raises(ConfigError, match="looks like a secret") as caught:
+        render_command([kind, *words, "track.notes=hf_" + "a1B2" * 9])
+    assert "a1B2" not in str(caught.value)
+
+
 def test_a_site_file_that_fails_is_shown(tmp_path: Path, run_command: list[str]) -> None:
     (tmp_path / "site.sh").write_text("no-such-command-here\nfalse\n")
     with pytest.raises(ConfigError, match=r"ended with status 1: .*no-such-command-here: command not found"):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from doors import ROOT, TINY, environment
+from doors import BF16, ROOT, TINY, environment
 
 from bigtx.config.load import load, to_yaml
 from bigtx.config.schema import PretrainConfig
@@ -99,6 +99,7 @@ def test_a_mistake_in_words_or_paths_is_answered_without_torch(tmp_path: Path) -
 def test_a_run_imports_no_compiler_and_nothing_that_it_does_not_use(corpus: Path, tmp_path: Path, stage: int) -> None:
     settings = [
         *TINY,
+        *BF16,
         f"data.sources.a.path={corpus}",
         f"run_dir={tmp_path / 'run'}",
         f"engine.zero_stage={stage}",

@@ -1,10 +1,17 @@
-"""Fuzz all readers of rows: the items that are read plus those that count as lost must be the items of the file.
+"""Fuzz all readers of files that others wrote.
 
-    python tools/fuzz_readers.py --seconds 120             seeds depend on the commit
-    python tools/fuzz_readers.py --seconds 3600 --seed 7   other seeds
+    python tools/fuzz_readers.py --seconds 120                        seeds depend on the commit
+    python tools/fuzz_readers.py --seconds 3600 --seed 7              other seeds
+    python tools/fuzz_readers.py --readers checkpoint config          only some
+    python tools/fuzz_readers.py --readers config --trial 17 --keep DIR   one trial, and its files
 
-Random files are made of items that are known to be good or bad: texts, JSON lines, tables, archives of files and of
-samples, with random names, quotation marks, encodings, duplicates and compressions. Each file is read in three ways:
+The readers of `fuzz_folders.py` read examples with changed bytes or values, each for an equal share of the time: see
+`fuzz_bytes.py` for what they must not do.
+
+The readers of rows, for a quarter of the time: the items that are read plus those that count as lost must be the items
+of the file. Random files are made of items that are known to be good or bad: texts, JSON lines, tables, archives of
+files and of samples, with random names, quotation marks, encodings, duplicates and compressions. Each file is read in
+three ways:
 
 - `bigtx data prepare`: the good items are read unchanged, each other item counts as a reject, and nothing is added.
 - fine-tuning records: the same, with the records that cannot be used.
@@ -27,10 +34,12 @@ import tarfile
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import zstandard
+from fuzz_bytes import Failure, Reader, check_examples, files_of, trials
+from fuzz_folders import readers as make_readers
 from fuzz_inputs import MADE, Made
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
@@ -44,6 +53,11 @@ from bigtx.data.stream.foreign import read_texts
 from bigtx.utils.errors import DataError
 
 EXAMPLES_AT_ONCE = 200
+TRIALS_AT_ONCE = 5
+ROWS = "items"
+"""The name of the test of rows."""
+ROWS_SHARES = 4
+"""Its time, as a multiple of another reader's."""
 COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
     ".gz": lambda content: gzip.compress(content, mtime=0),
@@ -144,13 +158,58 @@ def check(folder: Path, made: Made, suffix: str, damage: tuple[str, float]) -> N
         path.unlink()
 
 
-def rounds(first_seed: int, seconds: float) -> Iterator[int]:
-    """Yield seeds until the time is over."""
-    end = time.monotonic() + seconds
-    number = first_seed
-    while time.monotonic() < end:
-        yield number
+def fuzz_rows(scratch: Path, first: int, seconds: float) -> str:
+    """Fuzz the readers of rows for a time. Returns what was done.
+
+    Raises:
+        AssertionError: an item is missing or was added; other errors are those of a reader.
+    """
+    end, number = time.monotonic() + seconds, first
+    while number == first or time.monotonic() < end:
+
+        @seed(number)
+        @settings(
+            max_examples=EXAMPLES_AT_ONCE,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+            phases=(Phase.generate, Phase.shrink),
+        )
+        @given(
+            MADE,
+            st.sampled_from(list(COMPRESSIONS)),
+            st.tuples(st.sampled_from(["", "cut", "flip"]), st.floats(0, 0.999)),
+        )
+        def try_one(made: Made, suffix: str, damage: tuple[str, float]) -> None:
+            check(scratch, made, suffix, damage)
+
+        try:
+            try_one()
+        except BaseException:
+            again = f"python tools/fuzz_readers.py --readers {ROWS} --seed {number} --seconds 1"
+            print(f"seed {number} fails: {again}", file=sys.stderr)
+            raise
         number += 1
+    return f"{ROWS}: {(number - first) * EXAMPLES_AT_ONCE:,} files in seeds {first} to {number - 1}"
+
+
+def fuzz_bytes(reader: Reader, scratch: Path, others: Sequence[bytes], first: int, seconds: float) -> int:
+    """Read changed files for a time, and show one failure of each kind. Returns the number of kinds."""
+    end, kinds, number = time.monotonic() + seconds, set[str](), first
+    while number == first or time.monotonic() < end:
+        for failure in trials(reader, range(number, number + TRIALS_AT_ONCE), scratch, others):
+            if failure and failure.what not in kinds:
+                kinds.add(failure.what)
+                show(reader, failure)
+        number += TRIALS_AT_ONCE
+    print(f"{reader.name}: {number - first:,} folders in trials {first} to {number - 1}", flush=True)
+    return len(kinds)
+
+
+def show(reader: Reader, failure: Failure) -> None:
+    """Print a failure, and the command that repeats it."""
+    again = f"python tools/fuzz_readers.py --readers {reader.name} --trial {failure.number} --keep FOLDER"
+    print(f"\n{reader.name}: {failure.what}\n{failure.details}\nTo write its files: {again}", file=sys.stderr)
 
 
 def seed_of_commit() -> int:
@@ -161,39 +220,37 @@ def seed_of_commit() -> int:
 
 def main() -> int:
     """Fuzz for the given time."""
-    parser = argparse.ArgumentParser(description="Fuzz the readers of rows.")
+    parser = argparse.ArgumentParser(description="Fuzz the readers of files that others wrote.")
     parser.add_argument("--seconds", type=float, default=120.0, help="how long (default: 120)")
     parser.add_argument("--seed", type=int, help="the first seed (default: from the commit)")
+    parser.add_argument("--readers", nargs="+", help="names of readers (default: all)")
+    parser.add_argument("--trial", type=int, help="read only this trial")
+    parser.add_argument("--keep", type=Path, help="a new folder for the files of the trial")
     options = parser.parse_args()
+    begin = time.monotonic()
     first = seed_of_commit() if options.seed is None else options.seed
-    count = 0
-    with tempfile.TemporaryDirectory() as scratch:
-        for number in rounds(first, options.seconds):
-
-            @seed(number)
-            @settings(
-                max_examples=EXAMPLES_AT_ONCE,
-                deadline=None,
-                database=None,
-                suppress_health_check=list(HealthCheck),
-                phases=(Phase.generate, Phase.shrink),
-            )
-            @given(
-                MADE,
-                st.sampled_from(list(COMPRESSIONS)),
-                st.tuples(st.sampled_from(["", "cut", "flip"]), st.floats(0, 0.999)),
-            )
-            def try_one(made: Made, suffix: str, damage: tuple[str, float]) -> None:
-                check(Path(scratch), made, suffix, damage)
-
-            try:
-                try_one()
-            except BaseException:
-                print(f"seed {number} fails: python tools/fuzz_readers.py --seed {number} --seconds 1", file=sys.stderr)
-                raise
-            count += EXAMPLES_AT_ONCE
-    print(f"{count:,} files in seeds {first} to {number}: nothing found")
-    return 0
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder) / "scratch"
+        scratch.mkdir()
+        readers = {reader.name: reader for reader in make_readers(Path(folder) / "examples")}
+        names = options.readers or [ROWS, *readers]
+        if unknown := [name for name in names if name != ROWS and name not in readers]:
+            parser.error(f"unknown: {', '.join(unknown)}; the readers are {', '.join([ROWS, *readers])}")
+        others = [content for reader in readers.values() for files in reader.examples for content in files.values()]
+        for reader in readers.values():
+            check_examples(reader, scratch)
+        if options.trial is not None:
+            if options.keep:
+                files_of(readers[names[0]], options.trial, options.keep, others)
+                print(f"the files of trial {options.trial} are in {options.keep}")
+            first, options.seconds = options.trial, 0.0
+        left = options.seconds - (time.monotonic() - begin)
+        seconds = left / (len(names) + ROWS_SHARES - 1 if ROWS in names else len(names))
+        if ROWS in names:
+            print(fuzz_rows(scratch, first, ROWS_SHARES * seconds), flush=True)
+        kinds = sum(fuzz_bytes(readers[name], scratch, others, first, seconds) for name in names if name != ROWS)
+    print(f"{kinds} kinds of failure" if kinds else "nothing found")
+    return 1 if kinds else 0
 
 
 if __name__ == "__main__":

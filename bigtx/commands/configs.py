@@ -25,9 +25,9 @@ from bigtx.model.plan import MFU, plan_lines, plan_run
 from bigtx.model.size import count_parameters
 from bigtx.utils import shell
 from bigtx.utils.arguments import Arguments
-from bigtx.utils.errors import ConfigError
+from bigtx.utils.errors import ConfigError, writes
 from bigtx.utils.hardware import peak_flops
-from bigtx.utils.log import say, say_json
+from bigtx.utils.log import say, say_json, say_result
 from bigtx.utils.shell import command
 from bigtx.utils.terminal import wrapped
 from bigtx.utils.units import format_count
@@ -100,9 +100,7 @@ def show_command(argv: Sequence[str]) -> int:
     parser.add_argument("name", metavar="NAME", help="a recipe of `bigtx configs list`, or a file")
     parser.add_argument("--resolved", action="store_true", help="with the settings of the files that it builds on")
     options = parser.parse_args(argv)
-    path = find_config(options.name)
-    if path is None:
-        raise _no_recipe(options.name)
+    path = _found(options.name)
     text = resolved_files(path) if options.resolved else path.read_text(encoding="utf-8")
     say(text.rstrip("\n"))
     return 0
@@ -127,15 +125,12 @@ def copy_command(argv: Sequence[str]) -> int:
     for source, target in copies.items():
         if target.exists() and (target.samefile(source) or target.read_bytes() != source.read_bytes()):
             what = "is the recipe itself" if target.samefile(source) else "exists already with other content"
-            raise ConfigError(
-                f"{target} {what}; name another folder: {command('bigtx', 'configs', 'copy', recipe)} output=FOLDER"
-            )
+            what = f"{target} {what}; name another folder: {command('bigtx', 'configs', 'copy', recipe)} output=FOLDER"
+            raise ConfigError(what)
     for source, target in copies.items():
-        try:
+        with writes(target, "; name another folder"):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
-        except OSError as error:
-            raise ConfigError(f"{target} cannot be written: {error.strerror}; name another folder") from error
         print(f"wrote {target}")
     copy = command(Path(options.output) / recipe)
     if recipe.startswith("finetune/"):
@@ -169,9 +164,7 @@ def plan_command(argv: Sequence[str]) -> int:
     parser.add_argument("--vocab-size", metavar="N", type=int, help="number of ids of the tokenizer (that of the file)")
     parser.add_json()
     options = parser.parse_args(argv)
-    path = find_config(options.name)
-    if path is None:
-        raise _no_recipe(options.name)
+    path = _found(options.name)
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", options.gpus):
         raise ConfigError(f"gpus={options.gpus}: write numbers of GPUs, e.g. gpus=8 or gpus=1,8,64")
     config, gpus = load(PretrainConfig, [str(path)], check=False), [int(number) for number in options.gpus.split(",")]
@@ -183,21 +176,21 @@ def plan_command(argv: Sequence[str]) -> int:
     if peak is None:
         raise ConfigError(f"gpu={options.gpu}: its peak in {config.engine.precision} is not known; write gpu=H100")
     plans = [plan_run(config, number, peak) for number in gpus]
-    if options.json:
-        say_json([dataclasses.asdict(plan) for plan in plans])
-        return 0
-    for line in plan_lines(config, plans, options.gpu):
-        say(line)
+    facts = [dataclasses.asdict(plan) for plan in plans]
+    say_result(options.json, lambda: facts, lambda: plan_lines(config, plans, options.gpu))
     return 0
 
 
+def _found(name: str) -> Path:
+    path = find_config(name)
+    if path is None:
+        raise _no_recipe(name)
+    return path
+
+
 def _no_recipe(name: str) -> ConfigError:
-    similar = similar_configs(name)
-    return ConfigError(f"no recipe {name!r}{f'; did you mean {_either(similar)}?' if similar else LISTED}")
-
-
-def _either(names: Sequence[str]) -> str:
-    return " or ".join(names)
+    similar = " or ".join(similar_configs(name))
+    return ConfigError(f"no recipe {name!r}{f'; did you mean {similar}?' if similar else LISTED}")
 
 
 def _kind_and_size(recipe: Recipe) -> tuple[int, int, str]:
@@ -244,9 +237,8 @@ def explain_command(argv: Sequence[str]) -> int:
     found = {title: find(schema, options.key) if options.key else None for title, schema in SCHEMAS.items()}
     if options.key and not any(found.values()):
         similar = [name for schema in SCHEMAS.values() for name in similar_keys(schema, options.key)]
-        hint = (
-            f"did you mean {_either(list(dict.fromkeys(similar)))}?" if similar else "`bigtx configs explain` shows all"
-        )
+        either = " or ".join(dict.fromkeys(similar))
+        hint = f"did you mean {either}?" if similar else "`bigtx configs explain` shows all"
         raise ConfigError(f"no setting {options.key!r}; {hint}")
     shown = {title: setting for title, setting in found.items() if setting is not None or not options.key}
     if options.json:
@@ -255,9 +247,7 @@ def explain_command(argv: Sequence[str]) -> int:
         return 0
     for number, (title, setting) in enumerate(shown.items()):
         say(f"{chr(10) if number else ''}{title}")
-        section = SCHEMAS[title] if setting is None else setting.section
-        lines = _section_lines(section, setting) if section or setting is None else _lines(setting, SCHEMAS[title])
-        for line, indent in lines:
+        for line, indent in _lines(SCHEMAS[title], setting):
             say(wrapped(line, " " * indent, "  ").rstrip())
     return 0
 
@@ -266,41 +256,33 @@ def _settings(schema: type, setting: Setting | None) -> list[Setting]:
     """Return a setting, or those of a section."""
     if setting is None:
         return list(members(schema).values())
-    if setting.section is None:
-        return [setting]
-    return list(members(setting.section, f"{setting.key}.", setting.change).values())
+    return list(setting.members().values()) if setting.section else [setting]
 
 
 def _facts(setting: Setting) -> dict[str, Any]:
-    section = setting.section is not None
     return {
         "key": setting.key,
-        "default": None if section else setting.default,
+        "default": None if setting.section else setting.default,
         "type": describe_type(setting),
         "resume": setting.change,
-        "meaning": (setting.section.__doc__ or "").strip() if setting.section else setting.doc,
+        "meaning": setting.about,
     }
 
 
-def _section_lines(section: type | None, setting: Setting | None) -> Iterator[tuple[str, int]]:
-    """Yield lines, each with the indentation of its continuation lines."""
-    assert section is not None
-    for line in (section.__doc__ or "").strip().splitlines():
-        yield line.strip(), 2
-    yield "", 2
-    prefix, change = (f"{setting.key}.", setting.change) if setting else ("", "never")
-    for member in members(section, prefix, change).values():
-        about = (member.section.__doc__ or "").strip() if member.section else member.doc
-        yield f"{member.key if member.section else _default(member)}: {about}", 6
-
-
-def _lines(setting: Setting, schema: type) -> Iterator[tuple[str, int]]:
+def _lines(schema: type, setting: Setting | None) -> Iterator[tuple[str, int]]:
+    """Yield lines about a setting or a section, each with the indentation of its continuation lines."""
+    if setting is None or setting.section:
+        about = setting.about if setting else (schema.__doc__ or "").strip()
+        for line in [*about.splitlines(), ""]:
+            yield line.strip(), 2
+        for member in _settings(schema, setting):
+            yield f"{member.key if member.section else _default(member)}: {member.about}", 6
+        return
     yield _default(setting), 2
     yield setting.doc, 2
     yield f"Write {describe_type(setting)}.", 2
-    if setting.named_section:
-        for member in members(setting.named_section, f"{setting.key}.NAME.").values():
-            yield f"{member.key}: {member.doc}", 6
+    for member in setting.members().values():
+        yield f"{member.key}: {member.doc}", 6
     if issubclass(schema, RunConfig):
         yield f"It {CHANGES[setting.change]}.", 2
 

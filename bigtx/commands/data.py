@@ -12,13 +12,11 @@ from bigtx.config.schema import PrepareConfig
 from bigtx.config.schema.pretraining import SPLITS
 from bigtx.utils.arguments import Arguments, take
 from bigtx.utils.errors import ConfigError
-from bigtx.utils.log import said_aside, say, say_json
+from bigtx.utils.log import said_aside, say, say_json, say_result
 
 PART = "part"
 FLAGS = PRINT_CONFIG | {"--dry-run": "estimate tokens, time and disk from a sample, and end"} | JSON
-ABOUT_PART = {
-    f"{PART}=I/N": "tokenize only part I of N; `bigtx data merge` makes the corpus from the parts",
-}
+ABOUT_PART = {f"{PART}=I/N": "tokenize only part I of N; `bigtx data merge` makes the corpus from the parts"}
 
 
 def _rules(config: PrepareConfig) -> Iterable[Problem]:
@@ -40,17 +38,13 @@ def prepare_command(argv: Sequence[str]) -> int:
         rules=_rules,
     )
     # Slow imports come after the check of the config.
-    from bigtx.data.prepare.job import PartReport, prepare
-    from bigtx.data.prepare.report import describe_part, describe_report, estimate, facts
+    from bigtx.data.prepare.job import prepare
+    from bigtx.data.prepare.report import describe_report, estimate, facts
 
     if parsed.dry_run:
         with said_aside(parsed.json):
             sampled = estimate(parsed.config)
-        if parsed.json:
-            say_json(sampled.facts())
-            return 0
-        for line in sampled.lines():
-            say(line)
+        say_result(parsed.json, sampled.facts, sampled.lines)
         return 0
     try:
         with said_aside(parsed.json):
@@ -58,11 +52,7 @@ def prepare_command(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         say("Interrupted. Nothing is lost: the same command resumes the job.")
         raise
-    if parsed.json:
-        say_json(facts(report))
-        return 0
-    for line in describe_part(report) if isinstance(report, PartReport) else describe_report(report):
-        say(line)
+    say_result(parsed.json, lambda: facts(report), lambda: describe_report(report))
     return 0
 
 
@@ -97,11 +87,7 @@ def merge_command(argv: Sequence[str]) -> int:
 
     with said_aside(options.json):
         report = merge(options.output, options.processes)
-    if options.json:
-        say_json(facts(report))
-        return 0
-    for line in describe_report(report):
-        say(line)
+    say_result(options.json, lambda: facts(report), lambda: describe_report(report))
     return 0
 
 
@@ -122,11 +108,7 @@ def inspect_command(argv: Sequence[str]) -> int:
 
     place = as_place(options.corpus)
     chosen = {"split": options.split, "num_samples": options.samples, "seed": options.seed}
-    if options.json:
-        say_json(inspect.facts(place, **chosen))
-        return 0
-    for line in inspect.describe(place, **chosen):
-        say(line)
+    say_result(options.json, lambda: inspect.facts(place, **chosen), lambda: inspect.describe(place, **chosen))
     return 0
 
 
@@ -143,11 +125,7 @@ def stats_command(argv: Sequence[str]) -> int:
     from bigtx.data.storage.places import as_place
 
     place = as_place(options.corpus)
-    if options.json:
-        say_json(inspect.statistics(place))
-        return 0
-    for line in inspect.describe_statistics(place):
-        say(line)
+    say_result(options.json, lambda: inspect.statistics(place), lambda: inspect.describe_statistics(place))
     return 0
 
 

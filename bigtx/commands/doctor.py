@@ -20,7 +20,7 @@ from typing import Any, Literal
 from packaging.requirements import Requirement
 
 from bigtx.config.load import RANKS, take_ranks
-from bigtx.launch.pairs import MOST_ROUNDS, SLOW_FRACTION, Pair, Verdict, judge, rounds, speeds_of
+from bigtx.launch.consistency import MOST_ROUNDS, SLOW_FRACTION, Pair, Verdict, judge, nearest_folder, rounds, speeds_of
 from bigtx.launch.supervisor import start_ranks
 from bigtx.launch.world import World, find_world
 from bigtx.utils import hardware, log
@@ -101,10 +101,8 @@ def _devices() -> Iterator[Check]:
     if not torch.cuda.is_available():
         if by_driver:
             built = f"it is built for CUDA {torch.version.cuda}" if torch.version.cuda else "it is built without CUDA"
-            text = (
-                f"{by_driver} GPUs, and torch uses none of them: {built}; install the build for this machine's driver"
-            )
-            yield Check("devices", "failed", text)
+            text = f"{by_driver} GPUs, and torch uses none of them: {built}"
+            yield Check("devices", "failed", f"{text}; install the build for this machine's driver")
         else:
             yield Check("devices", "ok", f"no GPU; {machine}")
         return
@@ -135,16 +133,12 @@ def _gpu(index: int, name: str) -> Iterator[Check]:
 
 def _compiler() -> Iterator[Check]:
     found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
-    if found:
-        yield Check("compiler", "ok", found)
-    else:
-        yield Check("compiler", "warning", "no C++ compiler; only torch.compile and DeepSpeed's own kernels need one")
+    missing = "no C++ compiler; only torch.compile and DeepSpeed's own kernels need one"
+    yield Check("compiler", "ok" if found else "warning", found or missing)
 
 
 def _disk(folder: Path) -> Iterator[Check]:
-    folder = folder.absolute()
-    while not folder.is_dir() and folder != folder.parent:
-        folder = folder.parent
+    folder = nearest_folder(folder)
     free = shutil.disk_usage(folder).free
     text = f"{format_size(free)} free in {folder}"
     if not os.access(folder, os.W_OK):
@@ -175,7 +169,7 @@ def _wandb() -> Iterator[Check]:
     if os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled"):
         yield Check("W&B", "ok", "offline, as requested")
         return
-    from bigtx.track.follower import choose_mode
+    from bigtx.track.client import choose_mode
 
     mode, reason, host = choose_mode("auto")
     if mode == "online":

@@ -22,11 +22,11 @@ from bigtx.config.schema import FinetuneConfig, PretrainConfig, RunConfig
 from bigtx.engine.trained import find
 from bigtx.track.jsonl import plain
 from bigtx.utils.arguments import Arguments
-from bigtx.utils.errors import ConfigError, LaunchError
+from bigtx.utils.errors import ConfigError, LaunchError, writes
 from bigtx.utils.files import read_object, write_json
 from bigtx.utils.log import said_aside, say_json
 from bigtx.utils.options import add_loading_options, add_predicting_options, check_options
-from bigtx.utils.terminal import visible
+from bigtx.utils.terminal import table, visible
 
 FOLDER = "evaluations"
 """The folder of the outputs in the run folder, if no other output is named."""
@@ -62,13 +62,9 @@ def command(argv: Sequence[str]) -> int:
         found = Corpora(arguments, checkpoint, config)
     result = found.measure()
     output = _output_path(arguments, checkpoint, result)
-    try:
+    with writes(output, "; write output=FILE.json to name another file"):
         output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output, plain(result))
-    except OSError as error:
-        raise LaunchError(
-            f"{output} cannot be written: {error.strerror}; write output=FILE.json to name another file"
-        ) from None
     with said_aside(arguments.json):
         print(_shown(result))
         print(f"written to {output}")
@@ -131,9 +127,8 @@ def _refuse_other_file(output: Path, arguments: argparse.Namespace, checkpoint: 
 
     before = read_object(output)
     if not before.keys() >= {"checkpoint", "manifest_sha256", "metrics"}:
-        raise ConfigError(
-            f"output={output} exists and is not an evaluation; write output=FILE.json to name another file"
-        )
+        what = f"output={output} exists and is not an evaluation; write output=FILE.json to name another file"
+        raise ConfigError(what)
     now = what_is_measured(arguments) | {"manifest_sha256": Checkpoint(checkpoint).manifest_sha256}
     if any(before.get(key) != value for key, value in now.items()):
         raise ConfigError(
@@ -159,21 +154,9 @@ def _shown(result: Mapping[str, Any]) -> str:
     lines += [f"  {name:<{width}}  {value:.4f}" for name, value in result["metrics"].items()]
     for name, rows in result.get("tables", {}).items():
         if rows and len(rows[0]) <= MAX_COLUMNS:
-            lines += [f"{name}:", *_table(rows)]
+            cells = [list(rows[0]), *(list(map(str, row.values())) for row in rows)]
+            lines += [f"{name}:", *(f"  {line}" for line in table(cells))]
     return "\n".join(map(visible, lines))
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    cells = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return [
-        "  "
-        + "  ".join(
-            cell.ljust(width) if place == 0 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in cells
-    ]
 
 
 def _track(
@@ -186,7 +169,7 @@ def _track(
     """Log the metrics to W&B, unless that is off.
 
     Raises:
-        LaunchError: the folder of the W&B run cannot be made.
+        LaunchError: the folder of the W&B run cannot be written.
     """
     from bigtx.track.tracker import Tracker
     from bigtx.train.run_folder import dump
@@ -196,13 +179,8 @@ def _track(
     if track.wandb == "off":
         return
     folder = output.with_suffix(".wandb")
-    try:
+    with writes(f"the W&B run in {folder}", "; write output=FILE.json to name another file, or wandb=off"):
         folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise LaunchError(
-            f"{folder} cannot be made, for the W&B run: {error.strerror}; write output=FILE.json to name "
-            "another file, or wandb=off"
-        ) from None
     facts = {key: value for key, value in result.items() if key not in ("metrics", "tables")}
     checkpoint = Path(result["checkpoint"])
     tracker = Tracker(
@@ -215,10 +193,8 @@ def _track(
         better={},
         name=f"{run_dir_of(checkpoint).name} {output.stem}",
         job_type="evaluate",
-        base={
-            "checkpoint": str(checkpoint),
-            **{key: result[key] for key in ("manifest_sha256", "wandb_run_id", "step")},
-        },
+        base={"checkpoint": str(checkpoint)}
+        | {key: result[key] for key in ("manifest_sha256", "wandb_run_id", "step")},
         stream=sys.stdout,
     )
     step, tokens = result["step"], result["tokens"]

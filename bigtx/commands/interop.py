@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from bigtx.utils.arguments import Arguments
 from bigtx.utils.errors import CheckpointError, ConfigError
 from bigtx.utils.log import said_aside, say, say_json
 from bigtx.utils.shell import command, settings
-from bigtx.utils.units import format_count, format_names, format_size, parse_size
+from bigtx.utils.units import counted, format_count, format_names, format_size, parse_size
 
 if TYPE_CHECKING:
     from bigtx.interop.adapters import ExportedAdapters
@@ -56,30 +56,31 @@ def _import_facts(run: Path, made: Imported, num_parameters: int) -> dict[str, A
         "num_layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "num_parameters": num_parameters,
-        "num_tensors": made.num_tensors,
+        "num_tensors": len(made.match.keys),
         "num_files": made.num_files,
         "num_token_ids": made.tokenizer.vocab_size,
         "vocab_size": config.vocab_size,
         "num_classes": config.num_classes,
-        "untrained": made.untrained,
-        "dropped": made.dropped,
+        "untrained": made.match.untrained,
+        "dropped": made.match.dropped,
     }
 
 
 def _say_imported(made: Imported, num_parameters: int) -> None:
     config = made.config
     say(
-        f"{made.model_type}: {made.num_tensors:,} tensors in {_files(made.num_files)} are "
+        f"{made.model_type}: {len(made.match.keys):,} tensors in {counted(made.num_files, 'file')} are "
         f"{format_count(num_parameters)} parameters ({config.shape}, {config.num_layers} layers, "
-        f"{config.hidden_size} wide), all imported" + (" except the head" if made.untrained else "")
+        f"{config.hidden_size} wide), all imported" + (" except the head" if made.match.untrained else "")
     )
-    if made.untrained:
+    if made.match.untrained:
         say(
-            f"New and untrained, because the model was saved without its head: {format_names(made.untrained, 5)}. "
-            "Fine-tuning does not need this head; to predict masked tokens, train the run further first"
+            "New and untrained, because the model was saved without its head: "
+            f"{format_names(made.match.untrained, 5)}. Fine-tuning does not need this head; to predict masked tokens, "
+            "train the run further first"
         )
-    if made.dropped:
-        say(f"Dropped, because the model does not need them: {format_names(made.dropped, 5)}")
+    if made.match.dropped:
+        say(f"Dropped, because the model does not need them: {format_names(made.match.dropped, 5)}")
     say(f"{made.tokenizer.vocab_size:,} token ids, {config.vocab_size:,} rows in the vocabulary")
     say(f"Wrote {made.checkpoint}")
 
@@ -119,39 +120,28 @@ def _export_model(options: argparse.Namespace) -> dict[str, Any]:
     """Export a run's model for transformers and compare. Return the result."""
     if options.base is not None:
         raise ConfigError("base= is for to=peft: with to=hf the export contains the base; leave base= out")
-    shard_bytes = _shard_bytes(options.max_shard_size)
+    size = _shard_bytes(options.max_shard_size)
     from bigtx.engine.trained import find_with_tokenizer
 
     checkpoint, run, tokenizer = find_with_tokenizer(options.run)  # Before torch is imported.
     from bigtx.interop.exporter import ExportSettings, export_model
-    from bigtx.interop.verify import require_transformers
+    from bigtx.interop.verify import require, verify
 
     if not options.no_verify:
-        require_transformers()
+        require("transformers", "huggingface")
     settings = ExportSettings(
-        dtype=options.dtype,
-        weights=options.weights,
-        family=options.family,
-        shard_bytes=shard_bytes,
-        license=options.license,
+        dtype=options.dtype, weights=options.weights, family=options.family, license=options.license, shard_bytes=size
     )
     made = export_model(checkpoint, run, tokenizer, options.output, settings)
-    size = format_size(sum(made.files.values()))
     say(
-        f"{checkpoint} as {made.architecture}: {made.num_tensors:,} tensors, "
-        f"{format_count(made.num_parameters)} parameters in {options.dtype}, {size} in {_files(len(made.files))}"
+        f"{checkpoint} as {made.architecture}: {made.num_tensors:,} tensors, {format_count(made.num_parameters)} "
+        f"parameters in {options.dtype}, {format_size(sum(made.files.values()))} in {counted(len(made.files), 'file')}"
     )
-    verdict = None
-    if options.no_verify:
-        say(f"Wrote {made.folder}; it was not compared with transformers (--no-verify)")
-    else:
-        from bigtx.interop.verify import verify
-
-        say(f"Wrote {made.folder}. Loading it with transformers, to compare")
-        verdict = verify(made.folder, made.family, checkpoint, run, tokenizer, settings)
-        _judge(made.folder, verdict, "The same token ids, and ")
+    arguments = made.folder, made.family, checkpoint, run, tokenizer, settings
+    why_not, also = "--no-verify" if options.no_verify else "", "The same token ids, and "
+    compared = _compare(made.folder, "transformers", why_not, lambda: verify(*arguments), also)
     say(f"Next, in Python: transformers.{made.auto_class}.from_pretrained({str(made.folder)!r})")
-    return _export_facts(options, checkpoint, made, verdict) | {
+    return _export_facts(options, checkpoint, made, compared) | {
         "architecture": made.architecture,
         "dtype": options.dtype,
         "num_tensors": made.num_tensors,
@@ -160,9 +150,9 @@ def _export_model(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _export_facts(
-    options: argparse.Namespace, checkpoint: Path, made: Exported | ExportedAdapters, verdict: Verdict | None
+    options: argparse.Namespace, checkpoint: Path, made: Exported | ExportedAdapters, compared: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Return the facts of both kinds of exports; `compared` is null if the comparison was skipped."""
+    """Return the facts of both kinds of exports."""
     return {
         "folder": str(made.folder),
         "to": options.to,
@@ -170,7 +160,7 @@ def _export_facts(
         "weights": options.weights,
         "model_type": made.family.model_type,
         "num_parameters": made.num_parameters,
-        "compared": verdict and {"num_logits": verdict.num_logits, "largest_difference": verdict.difference},
+        "compared": compared,
     }
 
 
@@ -184,59 +174,60 @@ def _export_adapters(options: argparse.Namespace) -> dict[str, Any]:
             "one, or the folder that `bigtx export BASE_RUN output=FOLDER` writes for the run's base"
         )
     if options.dtype != "fp32" or options.license is not None:
-        raise ConfigError(
-            "dtype= and license= are for to=hf; adapters are written in fp32, without a model card; leave them out"
-        )
+        what = "dtype= and license= are for to=hf; adapters are written in fp32, without a model card; leave them out"
+        raise ConfigError(what)
     checkpoint, run, tokenizer = find_with_tokenizer(options.run)  # Before torch is imported.
     from bigtx.interop.adapters import export_adapters
-    from bigtx.interop.verify import require_peft
+    from bigtx.interop.exporter import ExportSettings
+    from bigtx.interop.verify import require, verify
 
-    is_here = Path(options.base).is_dir()
-    if is_here and not options.no_verify:
-        require_peft()
-    made = export_adapters(
-        checkpoint, run, options.output, base=options.base, weights=options.weights, family_name=options.family
-    )
+    base = Path(options.base)
+    elsewhere = "" if base.is_dir() else f"{options.base} is not a folder on this machine"
+    why_not = "--no-verify" if options.no_verify else elsewhere
+    if not why_not:
+        require("peft", "peft")
+    settings = ExportSettings(weights=options.weights, family=options.family)
+    made = export_adapters(checkpoint, run, options.output, settings, base=options.base)
     say(
         f"{checkpoint}: adapters of rank {run.model.lora.rank} for {made.num_modules:,} modules of "
         f"{made.family.architecture}, {format_count(made.num_parameters)} parameters"
     )
-    verdict = None
-    if options.no_verify or not is_here:
-        why = "--no-verify" if options.no_verify else f"{options.base} is not a folder on this machine"
-        say(f"Wrote {made.folder}; it was not compared with PEFT ({why})")
-    else:
-        from bigtx.interop.verify import verify_adapters
-
-        say(f"Wrote {made.folder}. Loading it with PEFT, to compare")
-        base = Path(options.base)
-        verdict = verify_adapters(made.folder, base, made.family, checkpoint, run, tokenizer, options.weights)
-        _judge(made.folder, verdict)
+    arguments = made.folder, made.family, checkpoint, run, tokenizer, settings, base
+    compared = _compare(made.folder, "PEFT", why_not, lambda: verify(*arguments))
     say(f"Next, in Python: peft.PeftModel.from_pretrained(model, {str(made.folder)!r})")
-    return _export_facts(options, checkpoint, made, verdict) | {
-        "rank": run.model.lora.rank,
-        "num_modules": made.num_modules,
-    }
+    facts = {"rank": run.model.lora.rank, "num_modules": made.num_modules}
+    return _export_facts(options, checkpoint, made, compared) | facts
 
 
-def _judge(folder: Path, verdict: Verdict, also: str = "") -> None:
-    """Report how closely the export agrees with the run.
+def _compare(
+    folder: Path, library: str, why_not: str, verify: Callable[[], Verdict], also: str = ""
+) -> dict[str, Any] | None:
+    """Compare an export with the run, and report how closely they agree.
 
     Args:
+        library: the library that loads the export.
+        why_not: the reason to skip the comparison, if there is one.
         also: what else is the same.
+
+    Returns:
+        The figures of the comparison; None if it was skipped.
 
     Raises:
         CheckpointError: they do not agree.
     """
+    if why_not:
+        say(f"Wrote {folder}; it was not compared with {library} ({why_not})")
+        return None
+    say(f"Wrote {folder}. Loading it with {library}, to compare")
+    verdict = verify()
     if verdict.problems:
-        raise CheckpointError(
-            f"{folder} was written, but transformers gives other results than bigtx, so do not use it: "
-            f"{'; '.join(verdict.problems)}. The folder is kept for inspection"
-        )
+        what = f"{folder} was written, but transformers gives other results than bigtx, so do not use it"
+        raise CheckpointError(f"{what}: {'; '.join(verdict.problems)}. The folder is kept for inspection")
     say(
         f"{also}{verdict.num_logits:,} logits of {verdict.inputs} {'that ' if also else ''}differ by at most "
         f"{verdict.difference:.1e} of the largest"
     )
+    return {"num_logits": verdict.num_logits, "largest_difference": verdict.difference}
 
 
 def _export_parser() -> Arguments:
@@ -271,7 +262,3 @@ def _shard_bytes(text: str) -> int:
     if size < 1:
         raise ConfigError(f"max_shard_size={text}: write a size above 0, e.g. 5GB")
     return size
-
-
-def _files(count: int) -> str:
-    return "1 file" if count == 1 else f"{count:,} files"

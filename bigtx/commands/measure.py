@@ -39,7 +39,7 @@ class Evaluation:
     def result(self, metrics: Mapping[str, float], **facts: Any) -> dict[str, Any]:
         """Return the result that is written to the output."""
         from bigtx.engine.checkpoint import Checkpoint
-        from bigtx.utils.version import __version__
+        from bigtx.utils import __version__
 
         checkpoint = Checkpoint(self.checkpoint)
         return {
@@ -72,8 +72,7 @@ class Records(Evaluation):
         """
         from bigtx.data.recordings import look_at
         from bigtx.finetuning.predictions import BATCH_SIZE, predict_all, shown_predictions
-        from bigtx.finetuning.record_table import digest
-        from bigtx.finetuning.records import encode
+        from bigtx.finetuning.records import digest, encode
 
         records, broken = self._read()
         loaded = dataclasses.replace(self.load(), config=self.config)
@@ -100,13 +99,13 @@ class Records(Evaluation):
             CheckpointError: the base is missing or has changed.
         """
         from bigtx.finetuning.base import untrained
-        from bigtx.finetuning.predictions import BATCH_SIZE, batches_by_length, in_order
+        from bigtx.finetuning.predictions import BATCH_SIZE, by_batches
 
         task, model = loaded.task, untrained(self.config, loaded.model, self._base())
         device = next(model.parameters()).device
-        batches = list(batches_by_length(examples, self.arguments.batch_size or BATCH_SIZE))
-        found = [task.refer(model, [examples[place] for place in batch], device) for batch in batches]
-        return list(map(task.with_reference, examples, in_order(batches, found, len(examples))))
+        size = self.arguments.batch_size or BATCH_SIZE
+        found = by_batches(lambda batch: task.refer(model, batch, device), examples, size)
+        return list(map(task.with_reference, examples, found))
 
     def _base(self) -> Checkpoint | None:
         """Return the checkpoint that the run started from; None if it started from random weights."""
@@ -147,9 +146,8 @@ class Records(Evaluation):
             records = list(read_records(self.arguments.data, broken, self.config.data.exclude))
         if not records and not broken.count:
             split = self.arguments.split
-            if not split:
-                raise DataError("there are no records in these files")
-            raise DataError(f"the run has no {split} records; name others: data=FILE")
+            none = f"the run has no {split} records; name others: data=FILE"
+            raise DataError(none if split else "there are no records in these files")
         return records, broken
 
     def _of_run(self, split: str) -> list[Record]:
@@ -159,13 +157,12 @@ class Records(Evaluation):
             DataError: they have changed since the run.
         """
         from bigtx.engine.checkpoint import Checkpoint
-        from bigtx.finetuning import record_table
-        from bigtx.finetuning.records import read_split
+        from bigtx.finetuning.records import digest, identity, read_split, read_table
 
         run_dir = run_dir_of(self.checkpoint)
-        table = record_table.read(run_dir) if self.config.data.leave_out else None
+        table = read_table(run_dir) if self.config.data.leave_out else None
         records = read_split(self.config, split, table)
-        found = record_table.identity(table).get(split) if table else record_table.digest(records)
+        found = identity(table).get(split) if table else digest(records)
         if records and Checkpoint(self.checkpoint).manifest["data"].get(split) != found:
             raise DataError(
                 f"the {split} records are not those of the run: their files have changed since then; to measure on "
@@ -194,7 +191,7 @@ class Corpora(Evaluation):
         if not validation_sources(config):
             raise ConfigError("none of the run's corpora has held-out text; name a prepared one: data=FOLDER")
         # These import torch, which is slow, so mistakes are reported before.
-        from bigtx.pretraining.objective import LikelihoodTask
+        from bigtx.pretraining.objectives import LikelihoodTask
         from bigtx.pretraining.validation import Alone, Validation
 
         loaded = self.load()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import shutil
 import sys
@@ -22,12 +23,13 @@ from typing import TYPE_CHECKING, Any
 from bigtx.data.records.read import expand_path
 from bigtx.data.records.record import Record
 from bigtx.engine.trained import find
-from bigtx.finetuning.prediction_output import Item, Output, arriving, as_line, fields_of, read_items, read_stdin
+from bigtx.finetuning.prediction_output import Item, Output, arriving, fields_of, read_items, read_stdin, write_lines
+from bigtx.utils import __version__
 from bigtx.utils.arguments import Arguments
 from bigtx.utils.errors import ConfigError
 from bigtx.utils.options import add_loading_options, add_predicting_options, check_options
 from bigtx.utils.terminal import visible
-from bigtx.utils.version import __version__
+from bigtx.utils.units import counted
 
 if TYPE_CHECKING:
     from bigtx.api import LoadedModel
@@ -77,7 +79,7 @@ def command(argv: Sequence[str]) -> int:
         job.run(chunks, job.show())
     else:
         with Output(Path(arguments.output), job.facts()) as output:
-            job.run(chunks, lambda _, lines: output.write(_joined(lines)), output)
+            job.run(chunks, lambda _, lines: output.write(lines), output)
     return job.report()
 
 
@@ -124,7 +126,6 @@ class _Job:
         self.num_records = self.num_failed = self.num_cut = self.num_kept = 0
         self.shown: list[str] = []
         self.started = time.monotonic()
-        self._loaded: LoadedModel | None = None
 
     def facts(self) -> dict[str, Any]:
         """Return what an output file depends on, in addition to the records."""
@@ -146,17 +147,16 @@ class _Job:
         Raises:
             DataError: the task needs more of a record than one text.
         """
-        loaded = self.loaded()
         for number, text in enumerate(self.arguments.text, start=1):
-            yield Record(loaded.fields_of(text, number), "text", number)
+            yield Record(self.loaded.fields_of(text, number), "text", number)
 
     def show(self) -> Show:
         """Return the function that writes to standard output: a table on a terminal, otherwise JSON lines."""
         if self.arguments.json or not sys.stdout.isatty():
-            return lambda _, lines: _write_lines(lines)
+            return lambda _, lines: write_lines(lines)
         from bigtx.finetuning.prediction_output import PredictionTable
 
-        return PredictionTable(self.loaded().task, sys.stdout, shutil.get_terminal_size().columns).add
+        return PredictionTable(self.loaded.task, sys.stdout, shutil.get_terminal_size().columns).add
 
     def run(self, chunks: Iterable[list[Item]], show: Show, output: Output | None = None) -> None:
         """Predict for the records that are not in the output yet."""
@@ -182,16 +182,13 @@ class _Job:
     def _outcomes(self, records: Sequence[Record]) -> list[Outcome]:
         from bigtx.finetuning.predictions import predict_records
 
-        loaded = self.loaded()
+        loaded = self.loaded
         device = next(loaded.model.parameters()).device
         return predict_records(loaded.task, loaded.model, records, batch_size=self.batch_size, device=device)
 
+    @functools.cached_property
     def loaded(self) -> LoadedModel:
-        """Return the model, with the settings of the command; load it at the first call."""
-        self._loaded = self._loaded or self._load()
-        return self._loaded
-
-    def _load(self) -> LoadedModel:
+        """Return the model, with the settings of the command; it is loaded at the first use."""
         from bigtx.api import load
         from bigtx.finetuning.predictions import task_config
 
@@ -213,16 +210,16 @@ class _Job:
         """Print a summary on standard error. Return the exit status."""
         kept = f", {self.num_kept:,} of them already in the output" if self.num_kept else ""
         seconds = time.monotonic() - self.started
-        _say(f"[{self.checkpoint}: {_records(self.num_records)}{kept}, in {seconds:.1f} s]")
+        _say(f"[{self.checkpoint}: {counted(self.num_records, 'record')}{kept}, in {seconds:.1f} s]")
         if self.num_cut:
             _say(
-                f'[cut to the length that the model reads: {_records(self.num_cut)}; "num_cut" is the number of '
-                "tokens that were cut; with too_long=refuse such records are errors]"
+                f'[cut to the length that the model reads: {counted(self.num_cut, "record")}; "num_cut" is the number '
+                "of tokens that were cut; with too_long=refuse such records are errors]"
             )
         if not self.num_failed:
             return 0
         first = f", the first {MAX_SHOWN} of them" if self.num_failed > MAX_SHOWN else ""
-        _say(f'{_records(self.num_failed)} could not be used ("error" in the output){first}:')
+        _say(f'{counted(self.num_failed, "record")} could not be used ("error" in the output){first}:')
         for reason in self.shown:
             _say(f"  {reason}")
         return EXIT_SOME_FAILED
@@ -232,19 +229,6 @@ def _added(outcome: Outcome) -> dict[str, Any]:
     if outcome.prediction is None:
         return {"error": outcome.error}
     return {"prediction": outcome.prediction} | ({"num_cut": outcome.num_cut} if outcome.num_cut else {})
-
-
-def _records(count: int) -> str:
-    return f"{count:,} record" + "s" * (count != 1)
-
-
-def _joined(lines: Sequence[Mapping[str, Any]]) -> bytes:
-    return b"".join(map(as_line, lines))
-
-
-def _write_lines(lines: Sequence[Mapping[str, Any]]) -> None:
-    sys.stdout.buffer.write(_joined(lines))
-    sys.stdout.buffer.flush()
 
 
 def _say(text: str) -> None:

@@ -6,6 +6,7 @@ the command's arguments.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -22,6 +23,7 @@ from bigtx.config.schema import FinetuneConfig, PrepareConfig, PretrainConfig
 from bigtx.utils.arguments import JSON_HELP, Arguments, take
 from bigtx.utils.errors import CheckpointError, ConfigError, LaunchError
 from bigtx.utils.log import say, say_json
+from bigtx.utils.secrets import scrub_text
 from bigtx.utils.shell import command
 from bigtx.utils.terminal import columns, wrapped
 
@@ -70,6 +72,10 @@ ENDED = (
 """What SLURM calls jobs that have ended."""
 WAITING = ("pending", "configuring", "requeued")
 """What SLURM calls jobs that do not run yet, or not again."""
+
+
+FACTS_OF_START = {"time": "time", "job": "slurm_job", "host": "host", "ranks": "world_size", "step": "step"}
+"""What `status` shows of a start, and the keys of an event in events.jsonl."""
 
 
 @dataclass
@@ -216,9 +222,9 @@ def _read(verb: str, argv: Sequence[str]) -> _Job:
     default = os.environ.get("BIGTX_SITE") or shipped_folder() / "site" / "default.sh"
     site = Path(given["site"] or default).absolute()
     if not site.is_file():
-        raise ConfigError(
-            f"site={site}: no such file; copy {shipped_folder() / 'site' / 'default.sh'} and name the copy"
-        )
+        what = f"site={site}: no such file; copy {shipped_folder() / 'site' / 'default.sh'} and name the copy"
+        raise ConfigError(what)
+    _refuse_secrets(verb, words)
     job = _Job(kind, words, site)
     if kind in CONFIGS:
         job.output = _checked_output(kind, words)
@@ -231,6 +237,15 @@ def _read(verb: str, argv: Sequence[str]) -> _Job:
     if kind in ("pretrain", "finetune") and job.output:
         job.options["comment"] = COMMENT + str(Path(job.output).absolute())
     return job
+
+
+def _refuse_secrets(verb: str, words: Sequence[str]) -> None:
+    """Refuse words that look like a secret, also those of a job that checks its config only when it runs."""
+    if secret := next((word for word in words if scrub_text(word) != word), None):
+        raise ConfigError(
+            f"bigtx slurm {verb}: {scrub_text(secret)} looks like a secret, which the batch script and SLURM's list of "
+            "jobs would show; pass it as an environment variable"
+        )
 
 
 def _checked_output(kind: str, words: Sequence[str]) -> str:
@@ -329,33 +344,16 @@ def _submit(job: _Job) -> str:
 
 def _starts(run_dir: Path) -> list[dict[str, Any]]:
     """Read the starts of a run, each with its end if that is recorded."""
-    import json
+    from bigtx.track.jsonl import read_records
 
     starts: list[dict[str, Any]] = []
-    try:
-        lines = (run_dir / "events.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    for line in lines:
-        try:
-            event = json.loads(line)
+    for event in read_records(run_dir / "events.jsonl"):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # A damaged line.
             if event["kind"] == "start":
-                starts.append(
-                    {
-                        "time": event["time"],
-                        "job": event["slurm_job"],
-                        "restart": int(event["slurm_restart"]),
-                        "host": event["host"],
-                        "ranks": event["world_size"],
-                        "step": event["step"],
-                        "end": None,
-                        "end_step": None,
-                    }
-                )
+                facts = {name: event[key] for name, key in FACTS_OF_START.items()}
+                starts.append(facts | {"restart": int(event["slurm_restart"]), "end": None, "end_step": None})
             elif event["kind"] == "end" and starts:
                 starts[-1] |= {"end": event["status"], "end_step": event["step"]}
-        except (ValueError, KeyError, TypeError):
-            continue  # The line is incomplete because of a crash.
     return starts
 
 

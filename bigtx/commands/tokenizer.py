@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import os
-import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,22 +12,23 @@ from typing import Any
 
 from bigtx.config.load import JSON, PRINT_CONFIG, parse_command_line
 from bigtx.config.schema import TokenizerTrainConfig
-from bigtx.data.prepare.recipe import describe_inputs
+from bigtx.data.prepare.recipe import describe_inputs, differences
 from bigtx.data.raw.documents import Rejects
 from bigtx.data.raw.files import describe_passed_over, list_files, suffix_problems
 from bigtx.data.raw.read import read_documents
 from bigtx.data.storage.access import InputFile
 from bigtx.tokenizer import report
-from bigtx.tokenizer.description import DESCRIPTION
 from bigtx.tokenizer.huggingface_model import SENTENCEPIECE_NAMES, TOKENIZER_CONFIG
+from bigtx.tokenizer.special import DESCRIPTION
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.tokenizer.train import draw_sample, problems, train_on_sample
 from bigtx.utils.arguments import Arguments
 from bigtx.utils.errors import ConfigError, DataError
-from bigtx.utils.files import new_folder, open_file, refuse_filled, write_json
+from bigtx.utils.files import json_value, new_folder, read_text, refuse_filled, write_json
 from bigtx.utils.log import said_aside, say_json
+from bigtx.utils.processes import stopped_at_once
 from bigtx.utils.shell import command
-from bigtx.utils.units import format_size
+from bigtx.utils.units import counted, format_size
 
 RECIPE = "recipe.json"
 """The settings and input of a trained tokenizer; copies in runs and corpora do not have this file."""
@@ -78,16 +75,16 @@ def _train(config: TokenizerTrainConfig, input_settings: Sequence[str]) -> dict[
             f"({tokenizer.vocab_size:,} ids, fingerprint {tokenizer.fingerprint[:12]}).\nNext: {prepare}"
         )
         return report.facts(tokenizer, config.output) | {"reused": True}
-    print(f"Reading {_number(len(files), 'file')}, {format_size(sum(file.size for file in files))}")
+    print(f"Reading {counted(len(files), 'file')}, {format_size(sum(file.size for file in files))}")
     for line in describe_passed_over(passed_over):
         print(line)
     rejects = Rejects(config.input.max_rejects)
     sample = draw_sample(_texts(config, rejects), config.max_bytes, config.seed)
     rejects.check(sample.num_documents, len(files))
     rejected = f"; skipped: {rejects.describe()}" if rejects else ""
-    print(f"{_number(sample.num_documents, 'document')}, {format_size(sample.num_bytes)} of text{rejected}")
+    print(f"{counted(sample.num_documents, 'document')}, {format_size(sample.num_bytes)} of text{rejected}")
     print(f"Learning {config.vocab_size:,} pieces ({config.method}) from {format_size(sample.training_bytes)}")
-    with _interruptible():
+    with stopped_at_once():
         tokenizer = train_on_sample(config, sample)
     _save(tokenizer, config.output, recipe | {"fingerprint": tokenizer.fingerprint})
     texts = sample.held_out or [piece.decode() for piece in sample.training[:64]]
@@ -161,7 +158,7 @@ def inspect_command(argv: Sequence[str]) -> int:
     tokenizer = Tokenizer.load(options.folder)
     if options.json:
         texts = options.text or ([] if options.file else list(report.HARD_TEXTS.values()))
-        files = [{"file": str(path)} | report.measure(tokenizer, [_read_text(path)]).facts() for path in options.file]
+        files = [{"file": str(path)} | report.measure(tokenizer, [read_text(path)]).facts() for path in options.file]
         shown = {"texts": [report.text_facts(tokenizer, text) for text in texts], "files": files}
         say_json(report.facts(tokenizer, options.folder) | shown)
         return 0
@@ -172,7 +169,7 @@ def inspect_command(argv: Sequence[str]) -> int:
         print(f"\n{report.visible(text)}\n  {report.example(tokenizer, text)}\n  ids: {tokenizer.encode(text)}")
     for path in options.file:
         print(f"\n{path}:")
-        _print_figures(tokenizer, [_read_text(path)])
+        _print_figures(tokenizer, [read_text(path)])
     if not options.text and not options.file:
         print(f"\nHard texts:\n{report.examples(tokenizer)}")
     return 0
@@ -197,9 +194,8 @@ def _bring(path: Path) -> Tokenizer:
         return Tokenizer.from_huggingface(path)
     models = sorted(path.glob("*.model")) if path.is_dir() else [path]
     if len(models) != 1:
-        raise DataError(
-            f"{path} has no tokenizer.json and {len(models) or 'no'} sentencepiece .model files; name the file."
-        )
+        what = f"{path} has no tokenizer.json and {len(models) or 'no'} sentencepiece .model files; name the file."
+        raise DataError(what)
     # The model does not say which special ids belong around texts: transformers does, by the settings in its folder.
     folder = models[0].parent
     is_of_huggingface = any((folder / name).is_file() for name in (TOKENIZER_CONFIG, "config.json"))
@@ -227,7 +223,7 @@ def _same_as_trained(output: str, recipe: dict[str, Any]) -> Tokenizer:
     """
     tokenizer = Tokenizer.load(output)
     try:
-        found = json.loads((Path(output) / RECIPE).read_bytes())
+        found = json_value((Path(output) / RECIPE).read_bytes())
         settings, inputs = dict(found["settings"]), found["inputs"]
         known = found["fingerprint"] == tokenizer.fingerprint
     except (OSError, ValueError, KeyError, TypeError):
@@ -235,12 +231,9 @@ def _same_as_trained(output: str, recipe: dict[str, Any]) -> Tokenizer:
     if not known:
         raise _already_there(output)
     now, same_files = recipe["settings"], inputs == recipe["inputs"]
-    changes = [
-        f"{name} was {settings.get(name)!r} and is now {now.get(name)!r}"
-        for name in dict.fromkeys([*now, *settings])
-        # Another way to write the same files is not a difference.
-        if settings.get(name) != now.get(name) and not (name == "input.paths" and same_files)
-    ]
+    if same_files:
+        settings["input.paths"] = now["input.paths"]  # Another way to write the same files is not a difference.
+    changes = differences(settings, now)
     if not same_files and not changes:
         changes = ["the input files have been changed, moved or touched since then"]
     if changes:
@@ -272,35 +265,8 @@ def _save(tokenizer: Tokenizer, output: str, recipe: dict[str, Any] | None = Non
         tokenizer.save(folder)
 
 
-def _number(count: int, thing: str) -> str:
-    return f"{count:,} {thing}{'s' * (count != 1)}"
-
-
-def _read_text(path: Path) -> str:
-    try:
-        with open_file(path) as file:
-            return file.read().decode()
-    except OSError as error:
-        raise DataError(f"Cannot read {path}: {error.strerror}.") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8: {error.reason} at byte {error.start + 1}.") from None
-
-
 def _print_figures(tokenizer: Tokenizer, texts: list[str]) -> report.Measures:
     measures = report.measure(tokenizer, texts)
     print(report.figures(tokenizer, measures))
     print(f"  most of the text is in: {report.pieces_line(tokenizer, measures)}")
     return measures
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Make Ctrl-C end the process at once: otherwise the trainer's C++ code would not react for minutes."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

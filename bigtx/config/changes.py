@@ -10,10 +10,10 @@ from typing import Any
 
 from bigtx.config.schema import RunConfig
 from bigtx.config.settings import Change as Rule
-from bigtx.config.settings import Setting, find, members
+from bigtx.config.settings import Setting, walk
 from bigtx.utils import shell
 from bigtx.utils.errors import ConfigError
-from bigtx.utils.paths import is_url
+from bigtx.utils.files import is_url
 from bigtx.utils.units import parse_duration
 
 ABSENT = "(absent)"
@@ -42,15 +42,12 @@ def compare(old: dict[str, Any], new: Any) -> list[Change]:
         new: the config to resume with.
     """
     schema = type(new)
-    before = _flatten(schema, old)
-    after = _flatten(schema, dataclasses.asdict(new))
+    before, after = _by_key(schema, old), _by_key(schema, dataclasses.asdict(new))
     found = []
-    for key in dict.fromkeys((*after, *before)):
-        values = before.get(key, ABSENT), after.get(key, ABSENT)
-        setting = find(schema, key)
-        assert setting is not None
-        if not _same(setting, *values):
-            found.append(Change(key, *values, setting.change))
+    for key, (setting, _) in (after | before).items():
+        was, now = (side[key][1] if key in side else ABSENT for side in (before, after))
+        if not _same(setting, was, now):
+            found.append(Change(key, was, now, setting.change))
     return found
 
 
@@ -83,31 +80,45 @@ def refuse(changes: Sequence[Change], config: RunConfig) -> None:
     raise ConfigError("\n".join(lines))
 
 
-def _flatten(schema: type, values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values by dotted key; settings that the schema does not know (any more) are left out."""
-    flat: dict[str, Any] = {}
-    for name, setting in members(schema, prefix).items():
-        value = values.get(name, setting.default)
-        if setting.section:
-            inner = (
-                dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
-            )
-            flat |= _flatten(setting.section, inner, f"{prefix}{name}.")
-        elif setting.named_section:
-            for entry, inner in value.items():
-                flat |= _flatten(setting.named_section, inner, f"{prefix}{name}.{entry}.")
-        else:
-            flat[prefix + name] = value
-    return flat
+def refuse_other_origin(changes: Sequence[Change], config: RunConfig) -> None:
+    """Refuse a fork whose settings of model, data or batches differ from those of the run that it continues.
+
+    Args:
+        changes: the differences from that run's config.
+        config: the config of the fork.
+
+    Raises:
+        ConfigError: some settings must be the same; the message shows them as a diff.
+    """
+    fork = shell.setting("fork_from", config.fork_from)
+    free = ("run_dir", "fork_from", *config.free_in_fork)
+    never = [change for change in changes if change.rule == "never" and change.key not in free]
+    if never:
+        lines = [f"{fork}: a fork continues that run, so these settings must be the same:"]
+        lines += [_diff_line(change) for change in never]
+        weights = f"{config.begins_with}=THAT_RUN instead of fork_from"
+        lines.append(f"  Set them back, or start a new run from that one's weights: {weights}")
+        raise ConfigError("\n".join(lines))
+    if any(change.key == "train.global_batch_size" for change in changes) and config.train.max_steps is None:
+        length = shell.settings({"train.max_steps": "N", "train.max_tokens": None})
+        raise ConfigError(
+            f"{fork}: with another train.global_batch_size the length of the run must be given in steps, those of the "
+            f"other run included; write {length}"
+        )
+
+
+def _by_key(schema: type, values: dict[str, Any]) -> dict[str, tuple[Setting, Any]]:
+    """Return the settings with their values; entries that the schema does not know (any more) are left out."""
+    return {own.key: (own, held.get(own.name, own.default)) for own, held in walk(schema, values)}
 
 
 def _same(setting: Setting, old: Any, new: Any) -> bool:
     if old == new:
         return True
-    if setting.kind == "duration" and ABSENT not in (old, new):
+    if setting.kind == "duration" and not {None, ABSENT}.intersection((old, new)):
         return parse_duration(old) == parse_duration(new)
     if setting.kind == "path" and isinstance(old, list) and isinstance(new, list):
-        return [_place(member) for member in old] == [_place(member) for member in new]
+        return list(map(_place, old)) == list(map(_place, new))
     if setting.kind == "path" and isinstance(old, str) and isinstance(new, str) and ABSENT not in (old, new):
         return _place(old) == _place(new)
     return False

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from bigtx.config.nodes import Node, Problem
@@ -74,24 +75,20 @@ class Converter:
         if setting.named_section:
             return self._entries(setting, setting.named_section, node)
         if setting.type == dict[str, Any]:
-            return self._raw_mapping(setting.key, node)
+            _mapping(node, f"has keys and values; write e.g. {setting.key}.NAME=VALUE")
+            return {} if node.is_null else self._raw(setting.key, node)
         if setting.type == dict[str, float]:
             return self._numbers(setting, node)
         if node.is_null and setting.optional:
             return None
-        if typing.get_origin(setting.type) is list and setting.number:
-            return self._number_list(setting, node)
         if typing.get_origin(setting.type) is list:
-            return self._texts(setting, node)
+            return self._list(setting, node)
         return _scalar(setting, node)
 
     def _entries(self, setting: Setting, schema: type, node: Node) -> dict[str, Any]:
-        if node.is_null:
-            return {}
-        if not isinstance(node.content, dict):
-            raise ValueError(f"has entries by name; write e.g. {setting.key}.mine.{next(iter(members(schema)))}=...")
+        advice = f"has entries by name; write e.g. {setting.key}.mine.{next(iter(members(schema)))}=..."
         entries = {}
-        for name, member in node.content.items():
+        for name, member in _mapping(node, advice).items():
             key = f"{setting.key}.{name}"
             if not ENTRY_NAME.fullmatch(name):
                 self._report(key, member, f"{name!r} cannot be a name; use letters, digits, - and _")
@@ -101,62 +98,35 @@ class Converter:
                 entries[name] = self._section(schema, member, f"{key}.")
         return entries
 
-    def _texts(self, setting: Setting, node: Node) -> list[str]:
+    def _list(self, setting: Setting, node: Node) -> list[Any]:
+        key, number = setting.key, setting.number
+        if number and not isinstance(node.content, list):
+            raise ValueError(f"is a list of numbers; write e.g. {shell.setting(key, [1, 2])}")
         if isinstance(node.content, dict) or node.is_null:
-            raise ValueError(f"is a list; write {setting.key}=TEXT, or {shell.setting(setting.key, ['TEXT', 'TEXT'])}")
+            raise ValueError(f"is a list; write {key}=TEXT, or {shell.setting(key, ['TEXT', 'TEXT'])}")
+        read = functools.partial(_scalar, dataclasses.replace(setting, type=number)) if number else _member_text
         # One text is a list of one: brackets are a pattern for some shells and would need quotes.
-        members = node.content if isinstance(node.content, list) else [node]
-        texts = []
-        for index, member in enumerate(members):
-            key = f"{setting.key}[{index}]" if member is not node else setting.key
-            if not isinstance(member.content, str) or member.is_null:
-                self._report(key, member, "is not text; put it into quotes")
-            elif not self._is_secret(key, member):
-                try:
-                    _refuse_filling_in(member.content)
-                    texts.append(member.content)
-                except ValueError as error:
-                    self._report(key, member, str(error))
-        return texts
-
-    def _number_list(self, setting: Setting, node: Node) -> list[Any]:
-        if not isinstance(node.content, list):
-            raise ValueError(f"is a list of numbers; write e.g. {shell.setting(setting.key, [1, 2])}")
-        numbers = []
-        for index, member in enumerate(node.content):
-            key = f"{setting.key}[{index}]"
-            try:
-                numbers.append(_scalar(dataclasses.replace(setting, key=key, type=setting.number), member))
-            except ValueError as error:
-                self._report(key, member, str(error))
-        return numbers
+        nodes = node.content if isinstance(node.content, list) else [node]
+        given = {f"{key}[{index}]" if member is not node else key: member for index, member in enumerate(nodes)}
+        return [value for _, value in self._read(given, read)]
 
     def _numbers(self, setting: Setting, node: Node) -> dict[str, float]:
-        if node.is_null:
-            return {}
-        if not isinstance(node.content, dict):
-            raise ValueError(f"has numbers by name; write e.g. {setting.key}.mine=1")
-        numbers = {}
-        for name, member in node.content.items():
-            key = f"{setting.key}.{name}"
-            if self._is_secret(key, member):
-                continue
-            self.origins[key] = member.where
-            try:
-                # null removes a number of an earlier file.
-                if not member.is_null:
-                    numbers[name] = _scalar(dataclasses.replace(setting, key=key, type=float), member)
-            except ValueError as error:
-                self._report(key, member, str(error))
-        return numbers
+        advice, prefix = f"has numbers by name; write e.g. {setting.key}.mine=1", f"{setting.key}."
+        given = {prefix + name: member for name, member in _mapping(node, advice).items()}
+        self.origins |= {key: member.where for key, member in given.items()}
+        # null removes a number of an earlier file.
+        present = {key: member for key, member in given.items() if not member.is_null}
+        read = functools.partial(_scalar, dataclasses.replace(setting, type=float))
+        return {key.removeprefix(prefix): number for key, number in self._read(present, read)}
 
-    def _raw_mapping(self, key: str, node: Node) -> dict[str, Any]:
-        if node.is_null:
-            return {}
-        if not isinstance(node.content, dict):
-            raise ValueError(f"has keys and values; write e.g. {key}.NAME=VALUE")
-        values: dict[str, Any] = self._raw(key, node)
-        return values
+    def _read(self, given: dict[str, Node], read: Callable[[Node], Any]) -> Iterator[tuple[str, Any]]:
+        """Yield the values of several keys, without those that have a problem."""
+        for key, node in given.items():
+            if not self._is_secret(key, node):
+                try:
+                    yield key, read(node)
+                except ValueError as error:
+                    self._report(key, node, str(error))
 
     def _raw(self, key: str, node: Node) -> Any:
         """Return a value that no schema describes, by YAML 1.2's plain rules."""
@@ -181,27 +151,36 @@ class Converter:
             parent, _, name = key.rpartition(".")
             what += f"; in a file, {name} is on a line of its own below {parent}:"
         else:
-            similar = similar_keys(self.schema, key)
-            if similar:
-                what += f"; did you mean {' or '.join(similar)}?"
-            else:
-                what += "; `bigtx configs explain` shows them all"
+            similar = " or ".join(similar_keys(self.schema, key))
+            what += f"; did you mean {similar}?" if similar else "; `bigtx configs explain` shows them all"
         self._report(key, node, what)
 
     def _is_secret(self, key: str, node: Node) -> bool:
         text = node.content if isinstance(node.content, str) else ""
         # A key of the schema never holds a secret, even if its name looks so.
         if (is_secret_key(key.rpartition(".")[2]) and not find(self.schema, key)) or scrub_text(text) != text:
-            what = (
-                "looks like a secret, and a run writes its config into its folder; pass it as an environment variable"
-            )
-            self.problems.append(Problem(key, HIDDEN, what, node.where))
+            what = "looks like a secret, and a run writes its config into its folder"
+            self.problems.append(Problem(key, HIDDEN, f"{what}; pass it as an environment variable", node.where))
             return True
         return False
 
     def _report(self, key: str, node: Node, what: str) -> None:
         is_hidden = isinstance(node.content, str) and is_secret_key(key.rpartition(".")[2])
         self.problems.append(Problem(key, HIDDEN if is_hidden else node.text, what, node.where))
+
+
+def _mapping(node: Node, otherwise: str) -> dict[str, Node]:
+    """Return the content of a mapping, nothing for null; or raise an error with the text `otherwise`."""
+    if not node.is_null and not isinstance(node.content, dict):
+        raise ValueError(otherwise)
+    return node.content if isinstance(node.content, dict) else {}
+
+
+def _member_text(node: Node) -> str:
+    if not isinstance(node.content, str) or node.is_null:
+        raise ValueError("is not text; put it into quotes")
+    _refuse_filling_in(node.content)
+    return node.content
 
 
 def _refuse_filling_in(text: str) -> None:
@@ -248,11 +227,12 @@ def _text(setting: Setting, node: Node) -> str:
     return node.content
 
 
-def _boolean(text: str) -> bool:
+def _boolean(text: str, advice: str = "") -> bool:
     if text in BOOLEANS:
         return BOOLEANS[text]
     if text.lower() in YAML_BOOLEANS:
-        raise ValueError(f"is read in different ways by different programs; write {YAML_BOOLEANS[text.lower()]}")
+        what = f"is read in different ways by different programs; write {YAML_BOOLEANS[text.lower()]}{advice}"
+        raise ValueError(what)
     raise ValueError("is not true or false")
 
 
@@ -301,12 +281,8 @@ def _untyped(node: Node) -> Any:
         return text
     if node.is_null:
         return None
-    if text in BOOLEANS:
-        return BOOLEANS[text]
-    if text.lower() in YAML_BOOLEANS:
-        raise ValueError(
-            f"is read in different ways by different programs; write {YAML_BOOLEANS[text.lower()]}, or quotes"
-        )
+    if text in BOOLEANS or text.lower() in YAML_BOOLEANS:
+        return _boolean(text, ", or quotes")
     _refuse_surprise(text)
     if INTEGER.fullmatch(text):
         return int(text)

@@ -30,7 +30,6 @@ DECIDED_BY = {
     "zero_optimization.overlap_comm": "engine.overlap_communication",
     "zero_optimization.reduce_bucket_size": "engine.bucket_size",
     "zero_optimization.allgather_bucket_size": "engine.bucket_size",
-    "zero_optimization.stage3_prefetch_bucket_size": "engine.bucket_size",
     "activation_checkpointing": "engine.activation_checkpointing",
     "compile": "engine.compile",
     "optimizer": "optimizer",
@@ -42,26 +41,49 @@ RELIED_ON = (
     "data_types",
     "bf16.check_grad_overflow",
     "bf16.immediate_grad_update",
+    "gradient_predivide_factor",
+    "prescale_gradients",
+    "timers.throughput.enabled",
     "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer",
     "zero_optimization.mics_shard_size",
     "zero_optimization.zenflow",
+    "zero_optimization.zero_hpz_partition_size",
+    "zero_optimization.zero_quantized_gradients",
+    "zero_optimization.zero_quantized_nontrainable_weights",
+    "zero_optimization.zero_quantized_weights",
 )
-"""Keys that must keep the value that bigtx's steps and checkpoints need."""
-PASSED_ON = ("aio", "comms_logger", "csv_monitor", "flops_profiler", "sparse_gradients", "tensorboard", "timers")
+"""Keys that must keep the value that bigtx's steps, their speed and the checkpoints need."""
+PASSED_ON = ("aio", "comms_logger", "csv_monitor", "flops_profiler", "sparse_gradients", "tensorboard")
 """Sections that are not generated and may be given raw. DeepSpeed silently ignores a misspelled section."""
 
 OF_RANKS = ("deepspeed.train_micro_batch_size_per_gpu", "deepspeed.gradient_accumulation_steps")
 """Settings whose generated value depends on the number of ranks, so that only a run can compare them with it."""
 
 
-def deepspeed_config(config: RunConfig, *, world_size: int) -> dict[str, Any]:
+LEAST_LIVE = 1_000_000_000
+"""Parameters that a rank may hold gathered at stage 3 for a model of any size."""
+
+
+def live_parameters(largest_block: int) -> int:
+    """Return how many parameters a rank may hold gathered at stage 3: at least three blocks, so that two are gathered
+    while another one is in use.
+    """
+    return max(LEAST_LIVE, 3 * largest_block)
+
+
+def deepspeed_config(config: RunConfig, *, world_size: int, largest_block: int = 0) -> dict[str, Any]:
     """Return the JSON for `deepspeed.initialize`.
+
+    Args:
+        config: the config of the run.
+        world_size: the number of ranks.
+        largest_block: the parameters of the model's largest block, by which stage 3 gathers ahead.
 
     Raises:
         ConfigError: a raw key contradicts the typed fields or is unknown.
     """
-    generated = _generated(config, world_size)
+    generated = _generated(config, world_size, largest_block)
     raise_problems(_merge_raw(generated, config.deepspeed, ""))
     return generated
 
@@ -73,7 +95,7 @@ def raw_problems(config: RunConfig) -> Iterator[Problem]:
             yield problem
 
 
-def _generated(config: RunConfig, world_size: int) -> dict[str, Any]:
+def _generated(config: RunConfig, world_size: int, largest_block: int = 0) -> dict[str, Any]:
     train, engine = config.train, config.engine
     stage, precision = engine.zero_stage, engine.precision
     return {
@@ -85,7 +107,8 @@ def _generated(config: RunConfig, world_size: int) -> dict[str, Any]:
         "bf16": {
             "enabled": precision == "bf16" and stage > 0,
             "check_grad_overflow": True,
-            "immediate_grad_update": False,
+            # Each gradient is added to the fp32 sum, and freed, as soon as it is ready.
+            "immediate_grad_update": True,
         },
         "fp16": {
             "enabled": precision == "fp16",
@@ -104,7 +127,9 @@ def _generated(config: RunConfig, world_size: int) -> dict[str, Any]:
         "gradient_predivide_factor": 1.0,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": _zero(config),
+        "zero_optimization": _zero(config, largest_block),
+        # DeepSpeed's own timer waits for the device before and after every micro batch.
+        "timers": {"throughput": {"enabled": False}},
         "steps_per_print": None,
         "wall_clock_breakdown": False,
         "memory_breakdown": False,
@@ -112,7 +137,7 @@ def _generated(config: RunConfig, world_size: int) -> dict[str, Any]:
     }
 
 
-def _zero(config: RunConfig) -> dict[str, Any]:
+def _zero(config: RunConfig, largest_block: int) -> dict[str, Any]:
     engine = config.engine
     zero: dict[str, Any] = {
         "stage": engine.zero_stage,
@@ -130,9 +155,10 @@ def _zero(config: RunConfig) -> dict[str, Any]:
     if engine.zero_stage == 3:
         zero |= {
             "sub_group_size": 1_000_000_000,
-            "stage3_prefetch_bucket_size": engine.bucket_size,
+            # Blocks are gathered as a whole: with less than a block, a part of each would be gathered too late.
+            "stage3_prefetch_bucket_size": max(engine.bucket_size, 2 * largest_block),
             "stage3_param_persistence_threshold": 100_000,
-            "stage3_max_live_parameters": 1_000_000_000,
+            "stage3_max_live_parameters": live_parameters(largest_block),
             "stage3_max_reuse_distance": 1_000_000_000,
             "stage3_gather_16bit_weights_on_model_save": False,
         }

@@ -61,7 +61,7 @@ def load(schema: type[T], args: Sequence[str], *, check: bool = True) -> T:
     """Return the configuration that a command line asks for.
 
     Args:
-        schema: a dataclass of `schema.py`.
+        schema: a dataclass of `bigtx.config.schema`.
         args: YAML paths (a user's own or a recipe's name) and key=value items, mixed.
         check: whether to check that settings fit each other and that the files that they name exist.
 
@@ -75,11 +75,9 @@ def _load(
     schema: type[T], args: Sequence[str], *, check: bool, flags: Collection[str] = FLAGS, rules: Rules[T] | None = None
 ) -> tuple[T, list[Path]]:
     """Load a config as `load` does, and return it with the files that were read."""
-    tree, files, problems, whole = merged_tree(schema, args, flags)
-    converter = Converter(schema)
-    values = converter.convert(tree)
+    (tree, files, problems, whole), converter = merged_tree(schema, args, flags), Converter(schema)
+    config = _construct(schema, converter.convert(tree))
     problems += converter.problems
-    config = _construct(schema, values)
     if check and whole and isinstance(config, Checked):
         # A section with a problem would cause further problems: its missing values are defaults here.
         broken = {problem.key.partition(".")[0] for problem in problems}
@@ -100,10 +98,7 @@ def from_dict(schema: type[T], values: dict[str, Any], *, where: str = "") -> T:
     Raises:
         ConfigError: the schema does not allow a value; the message lists all such values.
     """
-    converter = Converter(schema)
-    config = _construct(schema, converter.convert(from_values(values, where)))
-    raise_problems(converter.problems)
-    return config
+    return _converted(schema, from_values(values, where), [])
 
 
 def load_run_config(folder: Path | str) -> RunConfig:
@@ -111,11 +106,13 @@ def load_run_config(folder: Path | str) -> RunConfig:
 
     Raises:
         CheckpointError: it is not a run.
-        ConfigError: the config has entries that this version of bigtx does not know.
+        ConfigError: the config has entries that this version of bigtx does not know, or no model can be built by it.
     """
-    values = read_values(folder)
+    values, where = read_values(folder), str(run_dir_of(folder) / CONFIG)
     schema = FinetuneConfig if "task" in values else PretrainConfig
-    return from_dict(schema, values, where=str(run_dir_of(folder) / CONFIG))
+    config = from_dict(schema, values, where=where)
+    raise_problems([dataclasses.replace(problem, where=where) for problem in config.model.head_problems()])
+    return config
 
 
 def with_settings(config: T, arguments: Sequence[str], *, sections: Sequence[str], also: Sequence[str] = ()) -> T:
@@ -133,9 +130,7 @@ def with_settings(config: T, arguments: Sequence[str], *, sections: Sequence[str
     free = [
         own.key
         for own in leaves(schema)
-        if (own.change == "free" and own.key.startswith(_dotted(sections)))
-        or own.key in also
-        or own.key.startswith(_dotted(also))
+        if (own.change == "free" and own.key.startswith(_dotted(sections))) or f"{own.key}.".startswith(_dotted(also))
     ]
     for argument in arguments:
         key = argument.partition("=")[0]
@@ -147,6 +142,10 @@ def with_settings(config: T, arguments: Sequence[str], *, sections: Sequence[str
             tree = merge(tree, read_argument(argument))
         except ProblemError as error:
             problems.append(error.problem)
+    return _converted(schema, tree, problems)
+
+
+def _converted(schema: type[T], tree: Node, problems: list[Problem]) -> T:
     converter = Converter(schema)
     values = converter.convert(tree)
     raise_problems([*problems, *converter.problems])
@@ -227,8 +226,7 @@ def _construct(schema: type[T], values: dict[str, Any]) -> T:
     from omegaconf import OmegaConf
 
     plain: type = schema
-    config = OmegaConf.merge(_defaults(plain), OmegaConf.create(values))
-    built = OmegaConf.to_object(config)
+    built = OmegaConf.to_object(OmegaConf.merge(_defaults(plain), OmegaConf.create(values)))
     assert isinstance(built, schema)
     return built
 
@@ -304,16 +302,10 @@ def parse_command_line(
         say(to_yaml(config).rstrip("\n"))
         raise SystemExit(0)
     if isinstance(config, RunConfig) and gives_config(Path(config.run_dir), files):
-        config.allow_changes += _keys_by_name(schema, arguments)
+        # After a run's own config, the settings that the command gives may change.
+        settings = (find(schema, argument.partition("=")[0]) for argument in arguments)
+        config.allow_changes += [setting.key for setting in settings if setting and setting.change == "by_name"]
     return Parsed(config, frozenset(given), files, num_ranks)
-
-
-def _keys_by_name(schema: type, arguments: Sequence[str]) -> list[str]:
-    """Return the settings of KEY=VALUE arguments that may change if they are named; after a run's own config they
-    are.
-    """
-    keys = (argument.partition("=")[0] for argument in arguments)
-    return [key for key in keys if (setting := find(schema, key)) and setting.change == "by_name"]
 
 
 def take_ranks(words: Sequence[str]) -> tuple[int | None, list[str]]:
@@ -333,7 +325,7 @@ def _help(schema: type, program: str, flags: Mapping[str, str], others: Mapping[
         "Files build on the defaults in the order given, KEY=VALUE on the files. A file may be a recipe of "
         "`bigtx configs list`. `bigtx configs explain KEY` explains a setting."
     )
-    settings = [(setting.key, _summary(setting.section, setting.doc)) for setting in members(schema).values()]
+    settings = [(setting.key, setting.about.partition("\n")[0]) for setting in members(schema).values()]
     switches = " ".join(f"[{flag}]" for flag in flags)
     lines = [
         wrapped(f"usage: {program} [FILE.yaml ...] [KEY=VALUE ...] {switches}", " " * 7, ""),
@@ -349,8 +341,3 @@ def _help(schema: type, program: str, flags: Mapping[str, str], others: Mapping[
         *columns(settings),
     ]
     return "\n".join(lines)
-
-
-def _summary(section: type | None, doc: str) -> str:
-    text = (section.__doc__ or "").strip() if section else doc
-    return text.splitlines()[0] if text else ""

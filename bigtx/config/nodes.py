@@ -17,13 +17,50 @@ import yaml
 from bigtx.utils.arguments import ASSIGNMENT
 from bigtx.utils.errors import ConfigError
 from bigtx.utils.secrets import HIDDEN, is_secret_key, scrub_text
-from bigtx.utils.shell import setting
+from bigtx.utils.shell import setting, written
 
 COMMAND_LINE = "command line"
+DEEPEST = 100
 NULLS = ("", "~", "null", "Null", "NULL")
 PLAIN_TAGS = {
     f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "timestamp", "seq", "map", "value")
 }
+
+
+class ShallowLoader(yaml.SafeLoader):
+    """A reader of plain YAML that is not nested so deeply that code that walks through it would fail."""
+
+    _level = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Return the next node, as the base class.
+
+        Raises:
+            yaml.MarkedYAMLError: it is nested too deeply.
+        """
+        if self._level == DEEPEST:
+            where = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(problem=f"it is nested more than {DEEPEST} levels deep", problem_mark=where)
+        self._level += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._level -= 1
+
+
+class SavedLoader(ShallowLoader):
+    """A reader of YAML that bigtx wrote: aliases, which could make a small file a huge value, are refused."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Return the next node, as the base class.
+
+        Raises:
+            yaml.MarkedYAMLError: it is an alias, or nested too deeply.
+        """
+        if self.check_event(yaml.AliasEvent):
+            where = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(problem="it has an alias (*), which bigtx never writes", problem_mark=where)
+        return super().compose_node(parent, index)
 
 
 @dataclass(frozen=True)
@@ -58,7 +95,7 @@ def idle(key: str, value: Any, default: Any, why: str) -> Problem:
         default: the value to write where the line cannot be left out because it is in a recipe.
         why: the end of the sentence, e.g. "without model.lora.rank=N".
     """
-    return Problem(key, str(value), f"has no effect {why}; leave it out, or write {setting(key, default)}")
+    return Problem(key, written(value), f"has no effect {why}; leave it out, or write {setting(key, default)}")
 
 
 def idle_settings(section: Any, key: str, why: str, names: Iterable[str] = ()) -> Iterator[Problem]:
@@ -138,11 +175,9 @@ class Node:
 
 def merge(below: Node, above: Node) -> Node:
     """Merge `above` over `below`: mappings key by key, anything else as a whole; an empty section changes nothing."""
-    if not isinstance(below.content, dict):
-        return above
-    if above.is_empty:
+    if isinstance(below.content, dict) and above.is_empty:
         return below
-    if not isinstance(above.content, dict):
+    if not isinstance(below.content, dict) or not isinstance(above.content, dict):
         return above
     content = dict(below.content)
     for key, node in above.content.items():
@@ -169,14 +204,8 @@ def read_yaml(path: Path, problems: list[Problem]) -> Node:
         return Node({}, str(path))
     tree = _Converter(str(path), problems).convert(root, "")
     if not isinstance(tree.content, dict):
-        raise ProblemError(
-            Problem(
-                "",
-                "",
-                "has no keys at the top; write lines such as train.max_steps as\n    train:\n      max_steps: 1000",
-                str(path),
-            )
-        )
+        what = "has no keys at the top; write lines such as train.max_steps as\n    train:\n      max_steps: 1000"
+        raise ProblemError(Problem("", "", what, str(path)))
     return tree
 
 
@@ -192,14 +221,13 @@ def read_argument(argument: str) -> Node:
         raise ProblemError(Problem("", "", f"{argument!r} is not a YAML file and not key=value", COMMAND_LINE))
     key, text = match["key"], match["value"]
     names = key.split(".")
+    visible = HIDDEN if any(map(is_secret_key, names)) else scrub_text(text)
     if not all(names):
-        hidden = HIDDEN if any(map(is_secret_key, names)) else scrub_text(text)
-        raise ProblemError(Problem(key, hidden, "a part of the key is empty", COMMAND_LINE))
-    shown = f"{key}={HIDDEN if any(map(is_secret_key, names)) else scrub_text(text)}"
+        raise ProblemError(Problem(key, visible, "a part of the key is empty", COMMAND_LINE))
     node = Node(text.strip(), COMMAND_LINE)
     if text.lstrip().startswith(("[", "{", "'", '"')):
         problems: list[Problem] = []
-        root = _compose(text, COMMAND_LINE, shown)
+        root = _compose(text, COMMAND_LINE, f"{key}={visible}")
         assert root is not None
         node = _Converter(COMMAND_LINE, problems).convert(root, key)
         if problems:
@@ -226,7 +254,7 @@ def from_values(value: Any, where: str) -> Node:
 
 def _compose(text: str, where: str, shown: str = "") -> yaml.Node | None:
     try:
-        return yaml.compose(text, Loader=yaml.SafeLoader)
+        return yaml.compose(text, Loader=ShallowLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{where}:{mark.line + 1}" if mark and where != COMMAND_LINE else where
@@ -253,10 +281,8 @@ class _Converter:
         where = self._where(node)
         # An alias gives the same object again, and may even contain itself.
         if id(node) in self.seen:
-            what = (
-                "uses a YAML alias (*), which bigtx does not read; write the value out, or build on a file with base:"
-            )
-            self._report(key, what, place or where)
+            what = "uses a YAML alias (*), which bigtx does not read"
+            self._report(key, f"{what}; write the value out, or build on a file with base:", place or where)
             return Node("", where)
         self.seen.add(id(node))
         if node.tag not in PLAIN_TAGS:

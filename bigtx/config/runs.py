@@ -6,6 +6,8 @@ and imports no slow package.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import difflib
 import os
 from collections.abc import Callable, Iterable
@@ -14,10 +16,10 @@ from typing import Any
 
 import yaml
 
-from bigtx.config.settings import members
+from bigtx.config.nodes import SavedLoader
+from bigtx.config.settings import walk
 from bigtx.utils.errors import CheckpointError
-from bigtx.utils.files import read_object
-from bigtx.utils.paths import MODEL, is_url, kind_of_folder
+from bigtx.utils.files import MODEL, is_url, kind_of_folder, read_object
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
@@ -40,9 +42,23 @@ def run_dir_of(folder: Path | str) -> Path:
     return folder.parent.parent if folder.parent.name == CHECKPOINTS else folder
 
 
+def checkpoint_named(name: str) -> Path:
+    """Return the folder of the checkpoint that RUN@STEP names; any other name is that of a folder."""
+    run, at, step = name.rpartition("@")
+    if not at or not step.isdecimal() or os.path.lexists(name):
+        return Path(name)
+    return Path(run) / CHECKPOINTS / f"step-{int(step):08d}"
+
+
 def has_steps(run_dir: Path) -> bool:
     """Return whether a run's folder has an entry with the name of a checkpoint."""
-    return any((run_dir / CHECKPOINTS).glob("step-*[0-9]"))
+    return newest_checkpoint(run_dir) is not None
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """Return the entry of a run's folder with the name of its last checkpoint, which may be damaged; None without
+    one."""
+    return max((run_dir / CHECKPOINTS).glob("step-*[0-9]"), default=None, key=lambda path: (len(path.name), path.name))
 
 
 def is_run(folder: Path) -> bool:
@@ -69,13 +85,13 @@ def read_values(folder: Path | str) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is not a folder; name a run's folder (its run_dir) or one of its checkpoints")
     path = run_dir_of(folder) / CONFIG
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=SavedLoader)
     except FileNotFoundError:
         kind = kind_of_folder(folder)
         advice = "`bigtx import` converts it to a run" if kind == MODEL else "name the run_dir of a training"
         what = f"it is {kind}" if kind else f"it has no {CONFIG}"
         raise CheckpointError(f"{folder} is not a run: {what}; {advice}") from None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{path} cannot be read: {reason}; restore it from a copy") from error
     if not isinstance(values, dict) or not isinstance(values.get("model", {}), dict):
@@ -94,6 +110,22 @@ def why_no_run(folder: str) -> str | None:
     except CheckpointError as error:
         return str(error)
     return None
+
+
+def why_no_checkpoint(name: str) -> str | None:
+    """Return why RUN, RUN@STEP or the folder of a checkpoint does not name a saved one, as the end of a sentence; None
+    if it does.
+    """
+    folder = checkpoint_named(name)
+    run = run_dir_of(folder)
+    if problem := why_no_run(str(run)):
+        return problem
+    steps = sorted(int(path.name.removeprefix("step-")) for path in (run / CHECKPOINTS).glob("step-*[0-9]"))
+    if not steps:
+        return "the run has saved no checkpoint"
+    if folder.is_dir():
+        return None
+    return f"the run has no checkpoint of that step; it has those of steps {', '.join(map(str, steps))}"
 
 
 def with_absolute_paths(schema: type, values: dict[str, Any]) -> dict[str, Any]:
@@ -119,19 +151,11 @@ def with_moved_paths(schema: type, values: dict[str, Any], old: Path, new: Path)
 
 
 def _mapped(schema: type, values: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
-    found = dict(values)
-    for name, setting in members(schema).items():
-        value = values.get(name)
-        if setting.section and isinstance(value, dict):
-            found[name] = _mapped(setting.section, value, change)
-        elif setting.named_section and isinstance(value, dict):
-            section = setting.named_section
-            found[name] = {
-                entry: _mapped(section, inner, change) if isinstance(inner, dict) else inner
-                for entry, inner in value.items()
-            }
-        elif setting.kind == "path" and name in values:
-            found[name] = _changed(value, change)
+    found = copy.deepcopy(values)
+    with contextlib.suppress(TypeError):  # A damaged section; the conversion of the values reports it.
+        for setting, held in walk(schema, found):
+            if setting.kind == "path" and setting.name in held:
+                held[setting.name] = _changed(held[setting.name], change)
     return found
 
 

@@ -16,13 +16,14 @@ import itertools
 import sys
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 Change = Literal["free", "by_name", "never"]
 """The changes that resume allows: any change; a change named in `allow_changes`; no change at all."""
 
+_hints = functools.cache(typing.get_type_hints)
 LARGEST = {int: 2**63 - 1, float: 1e38}
 """The largest number of each type where a field has no smaller maximum: about what int64 and fp32 hold."""
 
@@ -46,8 +47,7 @@ def field(
         minimum, maximum: inclusive bounds of a number, or of each number in a list or mapping. Every number has a
             minimum; where it has no maximum, `LARGEST` holds.
     """
-    bounds = {name: bound for name, bound in (("minimum", minimum), ("maximum", maximum)) if bound is not None}
-    metadata = {"kind": kind, "change": change} | bounds
+    metadata = {"kind": kind, "change": change, "minimum": minimum, "maximum": maximum}
     if factory is not dataclasses.MISSING:
         return dataclasses.field(default_factory=factory, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -119,6 +119,22 @@ class Setting:
     doc: str
 
     @property
+    def name(self) -> str:
+        """Return the last part of the key."""
+        return self.key.rpartition(".")[2]
+
+    @property
+    def about(self) -> str:
+        """Return what it means; for a section the docstring of its class."""
+        return (self.section.__doc__ or "").strip() if self.section else self.doc
+
+    def members(self) -> dict[str, Setting]:
+        """Return the settings of a section, or of an entry that the user names; none for other settings."""
+        inner = self.section or self.named_section
+        prefix = f"{self.key}." if self.section else f"{self.key}.{NAME}."
+        return members(inner, prefix, self.change) if inner else {}
+
+    @property
     def section(self) -> type | None:
         """Return the dataclass of a nested section."""
         return self.type if dataclasses.is_dataclass(self.type) else None
@@ -149,8 +165,7 @@ def members(schema: type, prefix: str = "", change: Change = "never") -> dict[st
         prefix: the prefix of their keys, with its dot.
         change: the mark of the section.
     """
-    hints = _hints(schema)
-    docs = documentation(schema)
+    hints, docs = _hints(schema), documentation(schema)
     found = {}
     for field in dataclasses.fields(schema):
         annotation, optional = _without_none(hints[field.name])
@@ -162,46 +177,66 @@ def members(schema: type, prefix: str = "", change: Change = "never") -> dict[st
             default=field.default if field.default_factory is dataclasses.MISSING else field.default_factory(),
             kind=marks.get("kind", ""),
             minimum=marks.get("minimum"),
-            maximum=marks.get("maximum", _largest(annotation)),
+            maximum=_largest(annotation) if marks.get("maximum") is None else marks["maximum"],
             change=marks.get("change") or change,
             doc=docs.get(field.name, ""),
         )
     return found
 
 
-def leaves(schema: type, prefix: str = "", change: Change = "never") -> Iterator[Setting]:
+def leaves(schema: type) -> Iterator[Setting]:
     """Yield every setting of a schema in its order; entries that the user names have `NAME` in their keys."""
-    for setting in members(schema, prefix, change).values():
+    return _leaves(members(schema))
+
+
+def _leaves(settings: Mapping[str, Setting]) -> Iterator[Setting]:
+    for setting in settings.values():
+        if not setting.section:
+            yield setting
+        yield from _leaves(setting.members())
+
+
+def walk(schema: type, values: Any, prefix: str = "", change: Change = "never") -> Iterator[tuple[Setting, Any]]:
+    """Yield every setting of nested values with the mapping that may hold its value, by its name.
+
+    Args:
+        values: nested dicts; a section that is missing counts as empty.
+
+    Raises:
+        TypeError: a section is not a dict.
+    """
+    values = _mapping(values)
+    for name, setting in members(schema, prefix, change).items():
         if setting.section:
-            yield from leaves(setting.section, setting.key + ".", setting.change)
-            continue
-        yield setting
-        if setting.named_section:
-            yield from leaves(setting.named_section, f"{setting.key}.{NAME}.", setting.change)
+            yield from walk(setting.section, values.get(name), f"{setting.key}.", setting.change)
+        elif setting.named_section:
+            for entry, inner in _mapping(values.get(name)).items():
+                yield from walk(setting.named_section, inner, f"{setting.key}.{entry}.", setting.change)
+        else:
+            yield setting, values
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict | None):
+        raise TypeError(f"{value!r} is not a mapping")
+    return value or {}
 
 
 def find(schema: type, key: str) -> Setting | None:
     """Return the setting of a key as a user writes it (`data.sources.wiki.path`), or the setting of a section."""
-    current: type | None = schema
-    setting: Setting | None = None
-    names = key.split(".")
+    setting, known, names = None, members(schema), key.split(".")
     while names:
-        if current is None:
-            return None
-        setting = members(current, _prefix(setting), setting.change if setting else "never").get(names.pop(0))
+        setting = known.get(names.pop(0))
         if setting is None:
             return None
-        current = setting.section
-        if setting.named_section and names:
-            name = names.pop(0)
-            setting = dataclasses.replace(setting, key=f"{setting.key}.{name}", type=setting.named_section)
-            current = setting.section
-        elif setting.type == dict[str, float] and names:
-            setting = dataclasses.replace(setting, key=f"{setting.key}.{names.pop(0)}", type=float)
+        inner = setting.named_section or (float if setting.type == dict[str, float] else None)
+        if names and inner:
+            setting = dataclasses.replace(setting, key=f"{setting.key}.{names.pop(0)}", type=inner)
+        known = setting.members() if setting.section else {}
     return setting
 
 
-def similar_keys(schema: type, key: str, *, limit: int = 3) -> list[str]:
+def similar_keys(schema: type, key: str) -> list[str]:
     """Return the keys that the user may have meant: the same name elsewhere, another framework's name, a few other
     letters.
     """
@@ -209,16 +244,14 @@ def similar_keys(schema: type, key: str, *, limit: int = 3) -> list[str]:
     section, _, name = key.rpartition(".")
     found = same_name_keys(schema, key, limit=len(known))
     in_section = {member.rpartition(".")[2]: member for member in known if member.rpartition(".")[0] == section}
-    found += [in_section[match] for match in difflib.get_close_matches(name, in_section, limit, 0.7)]
+    found += [in_section[match] for match in difflib.get_close_matches(name, in_section, 3, 0.7)]
     if not found:
-        last_names: dict[str, list[str]] = {}
-        for candidate in known:
-            last_names.setdefault(candidate.rpartition(".")[2], []).append(candidate)
-        for match in difflib.get_close_matches(name, last_names, limit, 0.75):
-            found += last_names[match]
+        last_names = [candidate.rpartition(".")[2] for candidate in known]
+        for match in difflib.get_close_matches(name, dict.fromkeys(last_names), 3, 0.75):
+            found += [candidate for candidate, last in zip(known, last_names, strict=True) if last == match]
     if not found:
-        found = difflib.get_close_matches(key, known, limit, 0.75)
-    return list(dict.fromkeys(found))[:limit]
+        found = difflib.get_close_matches(key, known, 3, 0.75)
+    return list(dict.fromkeys(found))[:3]
 
 
 def same_name_keys(schema: type, key: str, *, limit: int = 3) -> list[str]:
@@ -291,11 +324,6 @@ def _syntax_tree(module: types.ModuleType) -> ast.Module:
     return ast.parse(inspect.getsource(module))
 
 
-@functools.cache
-def _hints(schema: type) -> dict[str, Any]:
-    return typing.get_type_hints(schema)
-
-
 def _without_none(annotation: Any) -> tuple[Any, bool]:
     arguments = typing.get_args(annotation)
     if typing.get_origin(annotation) in (typing.Union, types.UnionType) and type(None) in arguments:
@@ -312,10 +340,6 @@ def _number_in(annotation: Any) -> type | None:
 def _largest(annotation: Any) -> float | None:
     number = _number_in(annotation)
     return LARGEST[number] if number else None
-
-
-def _prefix(setting: Setting | None) -> str:
-    return f"{setting.key}." if setting else ""
 
 
 def _parents(key: str) -> Iterator[str]:

@@ -6,12 +6,22 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal
 
+from bigtx.config.nodes import Problem
+from bigtx.utils.shell import setting
+
 if TYPE_CHECKING:
-    from bigtx.config.schema import AudioConfig, ModelConfig, ObjectiveConfig, PretrainConfig, RhythmConfig
+    from bigtx.config.schema import (
+        AudioConfig,
+        EngineConfig,
+        ModelConfig,
+        ObjectiveConfig,
+        PretrainConfig,
+        RhythmConfig,
+    )
 
 VOCABULARY_MULTIPLE = 128
 """Rows of the embedding and of the head are a multiple of this, so that their matrix products fill whole tiles."""
@@ -40,6 +50,32 @@ def num_kv_heads(config: ModelConfig) -> int:
     heads = config.num_heads if config.num_kv_heads is None else config.num_kv_heads
     assert config.num_heads % heads == 0, "num_kv_heads does not divide num_heads"
     return heads
+
+
+def outside_estimates(config: PretrainConfig) -> list[str]:
+    """Return the settings for which bigtx.model.plan does not estimate the memory of a run."""
+    model, engine = config.model, config.engine
+    found = {
+        f"model.shape={model.shape}": model.shape != "decoder",
+        "model.experts": model.experts.num_experts > 0,
+        "model.lora": model.lora.rank > 0,
+        f"engine.precision={engine.precision}": engine.precision == "fp32",
+        "engine.offload_optimizer": engine.offload_optimizer != "none",
+        "optimizer.ema_decay": config.optimizer.ema_decay is not None,
+    }
+    return [setting for setting, present in found.items() if present]
+
+
+def estimate_problems(engine: EngineConfig, uncovered: Sequence[str]) -> Iterator[Problem]:
+    """Yield a problem for an automatic choice that the estimate of the memory does not cover.
+
+    Args:
+        uncovered: what the estimate does not cover.
+    """
+    if engine.activation_checkpointing == "auto" and uncovered:
+        advice = setting("engine.activation_checkpointing", "full")
+        what = f"needs an estimate of the memory, which does not cover {', '.join(uncovered)}; write {advice}"
+        yield Problem("engine.activation_checkpointing", "auto", what, related=("model.shape",))
 
 
 def mlp_size(config: ModelConfig) -> int:

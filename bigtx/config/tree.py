@@ -132,24 +132,23 @@ def _over_base_model(tree: Node, problems: list[Problem]) -> Node:
 
 def _find(schema: type, name: str) -> Path:
     """Return the YAML file that an argument means; a run's folder means its config.yaml."""
-    path = find_config(name)
-    if path is None and issubclass(schema, RunConfig) and is_run(Path(name)) and (Path(name) / CONFIG).is_file():
+    if path := find_config(name):
+        return path
+    if issubclass(schema, RunConfig) and is_run(Path(name)) and (Path(name) / CONFIG).is_file():
         return _config_of_run(schema, Path(name))
     if kind := no_file(name):
         raise ProblemError(Problem("", "", f"{name!r} is {kind}, {NOT_A_FILE}: every rank reads it", COMMAND_LINE))
-    if path is None and Path(name).is_dir():
+    if Path(name).is_dir():
         keys = ("input.paths", "data.train", "data.sources.mine.path")
         key = next((key for key in keys if find(schema, key)), "run_dir")
         what = f"{name!r} is a folder, not a YAML file; did you mean {setting(key, name)}?"
         raise ProblemError(Problem("", "", what, COMMAND_LINE))
-    similar = similar_configs(name) if path is None else []
+    similar = similar_configs(name)
     is_recipe = any(Path(recipe).stem == name for recipe in similar)
-    if path is None and "=" not in name and find(schema, name) and not is_recipe:
+    if "=" not in name and find(schema, name) and not is_recipe:
         raise ProblemError(Problem("", "", f"{name!r} is a setting; write {name}=VALUE, without spaces", COMMAND_LINE))
-    if path is None:
-        hint = f"; did you mean {' or '.join(similar)}?" if similar else LISTED
-        raise ProblemError(Problem("", "", f"no file {name!r}, here or among the recipes{hint}", COMMAND_LINE))
-    return path
+    hint = f"; did you mean {' or '.join(similar)}?" if similar else LISTED
+    raise ProblemError(Problem("", "", f"no file {name!r}, here or among the recipes{hint}", COMMAND_LINE))
 
 
 def _config_of_run(schema: type, folder: Path) -> Path:
@@ -202,11 +201,10 @@ def _read_file(path: Path, problems: list[Problem], above: tuple[Path, ...], vis
         assert isinstance(node.content, str)
         file = path.parent / node.content
         if not file.is_file():
-            problems.append(
-                Problem(BASE, node.content, f"no file {file}; base: is relative to its own file", node.where)
-            )
-            continue
-        below = merge(below, _read_file(file, problems, (*above, path), visited))
+            what = f"no file {file}; base: is relative to its own file"
+            problems.append(Problem(BASE, node.content, what, node.where))
+        else:
+            below = merge(below, _read_file(file, problems, (*above, path), visited))
     return merge(below, Node(own, tree.where))
 
 

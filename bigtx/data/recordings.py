@@ -26,7 +26,7 @@ import numpy as np
 import xxhash
 
 from bigtx.utils.errors import LaunchError
-from bigtx.utils.files import open_file, write_atomic
+from bigtx.utils.files import json_value, open_file, write_atomic
 from bigtx.utils.hardware import num_cores
 from bigtx.utils.log import ProgressLine
 from bigtx.utils.units import clock
@@ -326,9 +326,9 @@ def _key(place: AudioPlace) -> Key | None:
 def _read(path: Path) -> dict[Key | None, Found]:
     """Return the good recordings in a file; the recordings of damaged lines are decoded again."""
     known: dict[Key | None, Found] = {}
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, TypeError):
         for line in path.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
-            *key, samples, rate = json.loads(line)
+            *key, samples, rate = json_value(line)
             known[tuple(key)] = (int(samples), int(rate))
     return known
 

@@ -2,7 +2,7 @@
 
     config ──▶ deepspeed_config ──▶ Engine (engine.py) ── train_step, evaluate
                                       │
-    optimizers, muon, schedules ──────┤
+    optimizers, muon ─────────────────┤
     trainable: what stays frozen ─────┤
                                       ▼
                 fragments: what this rank holds of each parameter

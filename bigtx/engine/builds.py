@@ -131,6 +131,7 @@ def leave_out_unused() -> None:
     """Keep DeepSpeed from preparing unused parts. Call this before DeepSpeed starts its process groups."""
     _compile_no_optimizer()
     _build_no_operators()
+    _report_no_memory()
 
 
 def _compile_no_optimizer() -> None:
@@ -159,3 +160,13 @@ def _build_no_operators() -> None:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__ = {}
+
+
+def _report_no_memory() -> None:
+    """Have DeepSpeed not report its memory twice for each parameter group, of which there is one for each bucket.
+
+    Each report also collects garbage.
+    """
+    from deepspeed.runtime import bf16_optimizer
+
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None

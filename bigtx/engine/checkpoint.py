@@ -7,11 +7,14 @@
 
 Kinds are `master` (fp32 weights) and the optimizer's states. Each rank writes the fragments that it owns. A reader
 reads the ranges that it needs, so a checkpoint can be read by any number of ranks, at any ZeRO stage, and by programs
-that do not use DeepSpeed. The frozen parameters are read through each checkpoint of the run, whose manifest has their
-hash, so a reader sees a whole model.
+that do not use DeepSpeed. The manifest says which file has which range (see manifest.py), so a reader opens only the
+files that it reads. Where it does not, as in older checkpoints, the reader opens all files and reads their headers.
+
+The frozen parameters are read through each checkpoint of the run, whose manifest has their hash, so a reader sees a
+whole model.
 
 A checkpoint that was written while steps were being skipped is *suspect*, and its manifest says so: its weights are
-those of the last step that was not skipped, which may have broken them. It is used only where there is no other one.
+those of the last step that was not skipped, which may have broken them. It is used only if the run has no other one.
 
 This module reads checkpoints, and saving.py writes them. It does not import deepspeed, and imports torch only when it
 reads a tensor.
@@ -19,8 +22,6 @@ reads a tensor.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import os
 import re
@@ -31,14 +32,13 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from bigtx.config.runs import run_dir_of
+from bigtx.engine.manifest import content_problem, overlapping
 from bigtx.engine.trainable import is_adapter
 from bigtx.utils.errors import CheckpointError
-from bigtx.utils.files import json_hash, sha256_file, unsealed, write_sealed
+from bigtx.utils.files import json_hash, json_value, sha256_file, unsealed, write_sealed
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from bigtx.engine.ranks import Ranks
 
 
 FORMAT_VERSION = 1
@@ -47,6 +47,8 @@ FROZEN = "frozen"
 WEIGHT_KINDS = ("master", "ema")
 """Kinds that are weights; a frozen parameter has one value for both."""
 MANIFEST = "manifest.json"
+EVERY = slice(None)
+"""All files of a checkpoint."""
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -60,27 +62,30 @@ class Checkpoint:
         files: path, size and hash of each file by name, including those of `frozen`.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, share: slice = EVERY) -> None:
         """Open a checkpoint.
 
         Args:
             path: a folder with a manifest.
+            share: which of the files, in the order of their names, to check. Ranks that open a checkpoint together
+                check each file once.
 
         Raises:
             CheckpointError: the manifest is missing or has another format, or a file is missing or has another size.
         """
         self.path = path
         self.manifest = read_manifest(path)
+        self._names = sorted(self.manifest["files"])
         self.files: dict[str, tuple[Path, dict[str, Any]]] = {
-            name: (path / name, entry) for name, entry in self.manifest["files"].items()
+            name: (path / name, self.manifest["files"][name]) for name in self._names
         }
-        problems = [problem for name in self.files if (problem := self._size_problem(name))]
+        problems = [problem for name in self._names[share] if (problem := self._size_problem(name))]
         if problems:
             raise CheckpointError(f"{path}: {'; '.join(problems)}; use another checkpoint of the run")
-        self.frozen = self._open_frozen()
+        self.frozen = self._open_frozen(share)
         if self.frozen is not None:
             self.files |= {f"{FROZEN}/{name}": file for name, file in self.frozen.files.items()}
-        self._index: dict[tuple[str, str], list[tuple[int, int, str, str]]] | None = None
+        self._index: dict[tuple[str, str], list[tuple[int, int, str]]] | None = None
         self._open: dict[str, Any] = {}
 
     @property
@@ -96,10 +101,10 @@ class Checkpoint:
 
     def kinds(self, name: str) -> list[str]:
         """Return the kinds that can be read of a parameter."""
-        index = self._read_headers()
         if self._is_frozen(name):
-            return [kind for kind in WEIGHT_KINDS if any(kind == other for _, other in index)]
-        return [kind for parameter, kind in index if parameter == name]
+            own = {kind for trained in self.manifest["parameters"] for kind in self._own_kinds(trained)}
+            return [kind for kind in WEIGHT_KINDS if kind in own]
+        return self._own_kinds(name)
 
     def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
         """Read the elements [start, stop) of a flattened parameter or state.
@@ -114,18 +119,18 @@ class Checkpoint:
             return self.frozen.read(name, "master", start, stop)
         import torch
 
-        index = self._read_headers()
-        result, covered = torch.empty(stop - start), 0
-        for first, last, file, key in index.get((name, kind), ()):
-            low, high = max(start, first), min(stop, last)
-            if low < high:
-                result[low - start : high - start] = self._open[file].get_slice(key)[low - first : high - first]
-                covered += high - low
+        places = [place for place in self._places(name, kind, start, stop) if place[0] < stop and place[1] > start]
+        covered = sum(min(stop, last) - max(start, first) for first, last, _ in places)
         if covered != stop - start:
             raise CheckpointError(
                 f"{self.path} holds {covered:,} of the {stop - start:,} elements [{start:,}, {stop:,}) "
                 f"of {kind} of {name}; it was written by a run with another model or optimizer"
             )
+        parts = [self._part(file, f"{name}|{first}|{kind}", last - first) for first, last, file in places]
+        result = torch.empty(stop - start)
+        for (first, last, _), part in zip(places, parts, strict=True):
+            low, high = max(start, first), min(stop, last)
+            result[low - start : high - start] = part[low - first : high - first]
         return result
 
     def close(self) -> None:
@@ -135,16 +140,16 @@ class Checkpoint:
         if self.frozen is not None:
             self.frozen.close()
 
-    def verify(self, names: Iterable[str] | None = None) -> list[str]:
+    def verify(self, share: slice = EVERY) -> list[str]:
         """Compare files with the hashes of the manifest.
 
         Args:
-            names: the names in `files` to read; all by default.
+            share: which of `files`, in the order of their names, to read.
 
         Returns:
             One sentence for each bad file.
         """
-        checked = (self._problem(name) for name in (self.files if names is None else names))
+        checked = (self._problem(name) for name in sorted(self.files)[share])
         return [problem for problem in checked if problem]
 
     def _problem(self, name: str) -> str | None:
@@ -166,13 +171,13 @@ class Checkpoint:
             return f"{name} has {file.stat().st_size:,} bytes instead of {entry['size']:,}"
         return None
 
-    def _open_frozen(self) -> Checkpoint | None:
+    def _open_frozen(self, share: slice) -> Checkpoint | None:
         expected = self.manifest.get("frozen_sha256")
         if expected is None:
             return None
         folder = run_dir_of(self.path) / FROZEN
         try:
-            frozen = Checkpoint(folder)
+            frozen = Checkpoint(folder, share=share)
         except CheckpointError as error:
             raise CheckpointError(
                 f"{self.path} holds only what its run trains, and the other weights are damaged: {error}; restore "
@@ -187,19 +192,61 @@ class Checkpoint:
     def _is_frozen(self, name: str) -> bool:
         return self.frozen is not None and name in self.frozen.manifest["parameters"]
 
-    def _read_headers(self) -> dict[tuple[str, str], list[tuple[int, int, str, str]]]:
-        if self._index is not None:
-            return self._index
-        index: dict[tuple[str, str], list[tuple[int, int, str, str]]] = {}
-        for file in sorted(self.manifest["files"]):
+    def _own_kinds(self, name: str) -> list[str]:
+        if (ranges := self.manifest.get("ranges")) is not None:
+            return ranges[name]["kinds"] if name in ranges else []
+        return [kind for parameter, kind in self._read_headers() if parameter == name]
+
+    def _places(self, name: str, kind: str, start: int, stop: int) -> Iterable[tuple[int, int, str]]:
+        """Return the ranges [first, last) of a parameter with elements of [start, stop), and the file of each."""
+        if (ranges := self.manifest.get("ranges")) is None:
+            return self._read_headers().get((name, kind), ())
+        if kind not in self._own_kinds(name):
+            return ()
+        numel = math.prod(self.manifest["parameters"][name])
+        found = overlapping(ranges[name]["files"], numel, start, stop)
+        return ((first, last, self._names[number]) for first, last, number in found)
+
+    def _part(self, file: str, key: str, length: int) -> Any:
+        """Return a tensor of a file, without reading it."""
+        try:
+            part = self._opened(file).get_slice(key)
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{self.path / file} does not have the range {key[:100]!r}, which {MANIFEST} names: {error}; use "
+                "another checkpoint of the run"
+            ) from error
+        if part.get_shape() != [length]:
+            raise CheckpointError(
+                f"{self.path / file}: {key[:100]!r} has the shape {part.get_shape()} instead of [{length}], which "
+                f"{MANIFEST} says; use another checkpoint of the run"
+            )
+        return part
+
+    def _opened(self, file: str) -> Any:
+        if file not in self._open:
             try:
-                handle = self._open[file] = safe_open(self.path / file, framework="pt")
+                self._open[file] = safe_open(self.path / file, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{self.path / file} cannot be read as safetensors: {error}") from error
+        return self._open[file]
+
+    def _read_headers(self) -> dict[tuple[str, str], list[tuple[int, int, str]]]:
+        if self._index is not None:
+            return self._index
+        index: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
+        for file in self._names:
+            handle = self._opened(file)
             for key in handle.keys():  # noqa: SIM118 - a file, not a dict
-                name, start, kind = key.split("|")
-                length = handle.get_slice(key).get_shape()[0]
-                index.setdefault((name, kind), []).append((int(start), int(start) + length, file, key))
+                try:
+                    name, start, kind = key.split("|")
+                    (length,) = handle.get_slice(key).get_shape()
+                    index.setdefault((name, kind), []).append((int(start), int(start) + length, file))
+                except ValueError:
+                    raise CheckpointError(
+                        f"{self.path / file} holds {key[:100]!r}, which is not a range of a parameter: bigtx did not "
+                        "write this file; use another checkpoint of the run"
+                    ) from None
         self._index = index
         return index
 
@@ -222,7 +269,7 @@ def newest(folder: Path | str) -> Path:
     """Return the newest complete checkpoint of a run that is not suspect; the newest of all where every one is suspect.
 
     Raises:
-        CheckpointError: there is none, or one that was read is damaged.
+        CheckpointError: the run has no complete checkpoint, or one that was read is damaged.
     """
     checkpoints = list_checkpoints(folder)
     place = Path(folder) / FOLDER
@@ -237,7 +284,7 @@ def preferred(folder: Path | str) -> Path:
     """Return the checkpoint that represents a run: the best one by the run's measurement, else the `newest`.
 
     Raises:
-        CheckpointError: there is none, or one that was read is damaged.
+        CheckpointError: the run has no complete checkpoint, or one that was read is damaged.
     """
     default = newest(folder)
     # A measurement of suspect weights is never the best, so the newest checkpoint that is not suspect has it.
@@ -278,60 +325,6 @@ def load_weights(checkpoint: Path | str, kind: str = "master") -> Iterator[tuple
         yield name, opened.read(name, kind, 0, math.prod(shape)).view(shape)
 
 
-def choose(folder: Path, ranks: Ranks, warn: Any) -> Checkpoint | None:
-    """Return the newest checkpoint whose files have the right hashes, a suspect one only if there is no other.
-
-    Each rank checks its share of the files.
-
-    Args:
-        folder: the run's folder, or a checkpoint's.
-        ranks: all ranks of the run.
-        warn: called on each rank with a sentence for each checkpoint that was refused or skipped.
-
-    Returns:
-        The checkpoint; None where the run has no checkpoint folder yet.
-
-    Raises:
-        CheckpointError: there are checkpoints, but all are damaged: the user must decide to start from step 0.
-    """
-    candidates, suspects = ranks.from_first(_candidates(folder))
-    for candidate in candidates:
-        problems: list[str] = []
-        checkpoint = None
-        try:
-            checkpoint = Checkpoint(candidate)
-            problems = checkpoint.verify(sorted(checkpoint.files)[ranks.rank :: ranks.world_size])
-        except CheckpointError as error:
-            problems = [str(error)]
-        problems = sorted({problem for found in ranks.gather(problems) for problem in found})
-        if not problems:
-            if suspects:
-                names = ", ".join(path.name for path in suspects)
-                others = "there is no other one" if candidate in suspects else f"{candidate.name} is used"
-                warn(f"{folder}: {names}: written while steps were being skipped (not finite); {others}")
-            return checkpoint
-        warn(f"{candidate} is damaged and is not used: {'; '.join(problems)}")
-    if candidates == [folder]:
-        raise CheckpointError(f"{folder} is damaged (see above); restore it from a copy, or use another checkpoint")
-    if candidates:
-        raise CheckpointError(
-            f"every checkpoint in {folder / FOLDER} is damaged (see above); restore one from a copy, or "
-            "start over in another run_dir"
-        )
-    return None
-
-
-def _candidates(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Return the folders to try in order, and the suspect ones among them, which come last."""
-    folders, suspects = step_folders(folder), []
-    for path in folders:
-        # A damaged one is reported when it is tried.
-        with contextlib.suppress(CheckpointError):
-            if is_suspect(read_manifest(path)):
-                suspects.append(path)
-    return [path for path in folders if path not in suspects] + suspects, suspects
-
-
 def read_manifest(path: Path) -> dict[str, Any]:
     """Read the manifest of a checkpoint, and check its hash and the folder's name.
 
@@ -339,10 +332,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
         CheckpointError: it is missing, damaged, of another format, or of another step than the folder's name says.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json_value((path / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} has no {MANIFEST}: it is not a whole checkpoint of bigtx") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path / MANIFEST} cannot be read: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT_VERSION:
         raise CheckpointError(f"{path / MANIFEST} is not of format {FORMAT_VERSION}, the one that this bigtx reads")
@@ -353,6 +346,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} holds the checkpoint of step {content.get('step')}, but its name is that of step "
             f"{step_of(path)}: it is a copy under another name, or was renamed; remove it, or restore its name"
+        )
+    if problem := content_problem(content):
+        raise CheckpointError(
+            f"{path / MANIFEST}: {problem}; bigtx does not write such a manifest; use another checkpoint of the run"
         )
     return content
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import math
-import os
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from torch import Tensor, nn
 
 from bigtx.config.deepspeed import deepspeed_config
-from bigtx.config.schema import FinetuneConfig, RunConfig
+from bigtx.config.schema import PretrainConfig, RunConfig
 from bigtx.engine.fragments import (
     Fragment,
     fill_unheld,
@@ -25,16 +26,21 @@ from bigtx.engine.fragments import (
     owned_fragments,
     refresh_model_weights,
 )
-from bigtx.engine.optimizers import Optimizer, parameter_groups
-from bigtx.engine.task import Task as Task
-from bigtx.engine.task import TaskLoss as TaskLoss
-from bigtx.engine.trainable import frozen_parameters
+from bigtx.engine.optimizers import HostNumber, Optimizer, Reduction, read_number, reduces
+from bigtx.engine.trainable import align_parts, freeze, in_buckets, parameter_groups
 from bigtx.model.experts import Routing, routing_loss, shares_of
+from bigtx.model.loss import Task
+from bigtx.model.size import largest_block
 from bigtx.utils.errors import ConfigError
+from bigtx.utils.hardware import gpu_mark, gpu_memory_bytes, use_deterministic_kernels
 from bigtx.utils.hashing import derive_seed
+from bigtx.utils.heartbeat import Phase, beat
 
 ReadRange = Callable[[str, str, int, int], Tensor]
 """(parameter name, kind, start, stop) -> fp32 [stop - start]: elements of a flattened parameter or of its state."""
+
+Refusal = Callable[[float, float], bool]
+"""(mean loss over all ranks, gradient norm) -> whether to leave out the update of a step."""
 
 LOSS_SCALE_NUMBERS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """The state of DeepSpeed's dynamic loss scaler; its other attributes are settings."""
@@ -47,14 +53,16 @@ class StepResult:
     Attributes:
         loss_sum: fp32 scalar on the device: the reported loss summed over the labels of all ranks.
         grad_norm: the global norm before clipping; infinite or NaN if the step was skipped.
-        skipped: whether a rank met a non-finite value, so that no rank changed its weights.
+        skipped: whether no rank changed its weights, because one met a non-finite value or the update was refused.
         routing: the routing of the tokens of all ranks, on the device; None without experts.
+        refused: whether the update was refused, although everything was finite.
     """
 
     loss_sum: Tensor
     grad_norm: float
     skipped: bool
     routing: Routing | None = None
+    refused: bool = False
 
 
 class Engine:
@@ -67,6 +75,7 @@ class Engine:
         frozen: the parameters that are not trained; they are in no fragment.
         fragments: the fragments that this rank holds.
         owned: the fragments that this rank writes to a checkpoint.
+        reduction: the reduction of gradients where it is not DeepSpeed's: at stage 1 in bf16.
         expert_counts: fp32 [layers, E], the tokens of each expert in the last step that was not skipped, over all
             ranks. The balance loss of the next step uses their shares. None before the first step.
     """
@@ -86,8 +95,11 @@ class Engine:
             use_deterministic_kernels()
         self.config = config
         self.expert_counts: Tensor | None = None
+        self._forwards: deque[tuple[Any, Any]] = deque(maxlen=64)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.deepspeed_config = deepspeed_config(config, world_size=self.world_size)
+        self.deepspeed_config = deepspeed_config(
+            config, world_size=self.world_size, largest_block=largest_block(config.model)
+        )
         refuse_unknown_keys(self.deepspeed_config)
         self.stage = config.engine.zero_stage
         self.replicated = self.stage == 0
@@ -97,17 +109,16 @@ class Engine:
         # ZeRO-3 cuts each parameter up as soon as it exists, so no rank ever holds the whole model.
         with deepspeed.zero.Init(config_dict_or_path=self.deepspeed_config) if self.stage == 3 else self.device:
             model = make_model()
-        self.frozen = _freeze(model, config)
-        model.activation_checkpointing = config.engine.activation_checkpointing  # type: ignore[assignment]
-        model.dropout_seed = derive_seed("dropout", config.seed)  # type: ignore[assignment]
+        self.frozen = freeze(model, config)
         if self.stage == 3:
             _gather_whole_blocks(model)
-        if config.engine.compile:
-            _compile(model, config, self.device)
+        _prepare(model, config, self.device, self.world_size)
         groups = parameter_groups(config.optimizer, model.named_parameters())
+        if reduces(config.engine):
+            groups = in_buckets(groups, config.engine.bucket_size)
+            align_parts()
         self.optimizer = Optimizer(groups, config.optimizer, arithmetic, self.device)
-        # Objects that are kept until the end of the run are excluded from garbage collection: DeepSpeed collects many
-        # times while it starts, and the loop should not pause to scan a million objects of imported modules.
+        # DeepSpeed collects garbage many times while it starts, and would scan a million objects of imported modules.
         gc.collect()
         gc.freeze()
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=self.deepspeed_config)
@@ -120,7 +131,9 @@ class Engine:
         self.owned = owned_fragments(
             self.fragments, replicated=self.replicated, rank=self.rank, world_size=self.world_size
         )
-        self.optimizer.bind(self.fragments, self._flats(), replicated=self.replicated)
+        self.reduction = Reduction(self.deepspeed, self.optimizer, config) if reduces(config.engine) else None
+        together = self.reduction is not None and self.world_size > 1
+        self.optimizer.bind(self.fragments, self._flats(), replicated=self.replicated, together=together)
 
     def _flats(self) -> list[tuple[int, Tensor]]:
         """Return (group, tensor) for each tensor that the base optimizer updates, in the same order on every rank."""
@@ -146,10 +159,12 @@ class Engine:
             read: reads from the source, which is initial values or a checkpoint. Every rank reads what it holds.
             states: whether to read the states too; otherwise they stay as at the start of a run.
         """
+        self.optimizer.wait_for_copy()
         with torch.no_grad():
             for _, flat in self._flats():
                 flat.zero_()  # Padding is never read, but must not hold a NaN.
             for fragment in self.fragments:
+                beat()
                 fragment.view(fragment.flat).copy_(read(fragment.name, "master", fragment.start, fragment.stop))
                 for kind in self.optimizer.state_kinds(fragment.group):
                     state = fragment.view(self.optimizer.state[fragment.flat][kind])
@@ -170,6 +185,8 @@ class Engine:
         num_labels: int,
         num_tokens: int,
         learning_rate_factor: float,
+        refuses: Refusal | None = None,
+        may_refuse: bool = True,
     ) -> StepResult:
         """Do forward, backward and update for one global batch.
 
@@ -180,52 +197,90 @@ class Engine:
             num_tokens: the number of tokens of the global batch, over all ranks: the losses of experts are a mean over
                 them.
             learning_rate_factor: factor on every group's peak rate.
+            refuses: called once in a step without non-finite values, with the same numbers on all ranks, which must
+                give the same answer.
+            may_refuse: whether the answer may be yes, so that the update has to wait for it.
 
         Returns:
             The result. The gradient is that of the loss sums over all ranks divided by `num_labels`.
         """
         self.deepspeed.train()
         self.optimizer.set_learning_rate_factor(learning_rate_factor)
-        # DeepSpeed averages gradients over ranks; the factor turns that mean into a sum.
-        scale = self.world_size / max(1, num_labels)
+        # DeepSpeed averages gradients over ranks; the factor turns that mean into a sum. Our reduction adds them.
+        factor = 1 if self.reduction else self.world_size
         routing: Routing | None = None
-        totals, norm = torch.zeros((), device=self.device), 0.0
+        totals = torch.zeros((), device=self.device)
         shares = None if self.expert_counts is None else shares_of(self.expert_counts)
         if self.config.engine.precision == "fp16":
             # Fixed for the step: DeepSpeed 0.19 would double the scale before it divides the gradient by it.
             self.deepspeed.optimizer.override_loss_scale(self.deepspeed.optimizer.loss_scaler.cur_scale)
         for index, batch in enumerate(micro_batches):
+            if index > 0:
+                self.deepspeed.step()  # Counts the micro batch before; only the last one makes an update.
+            beat(Phase.FORWARD)
+            begun = gpu_mark() if self.device.type == "cuda" else None
             loss = task.loss(self.deepspeed, batch)
-            totals, scaled = totals + loss.reported_sum.detach(), loss.loss_sum * scale
+            if begun:
+                self._forwards.append((begun, gpu_mark()))
+            totals, scaled = totals + loss.reported_sum.detach(), loss.loss_sum * (factor / max(1, num_labels))
             if loss.routing is not None:
                 own, experts = loss.routing.detach(), self.config.model.experts
                 routing = own if routing is None else routing + own
                 added = routing_loss(loss.routing, shares, experts)
-                scaled = scaled + added * (self.world_size / max(1, num_tokens))
+                scaled = scaled + added * (factor / max(1, num_tokens))
+            beat(Phase.BACKWARD)
             self.deepspeed.backward(scaled, scale_wrt_gas=False)
-            if self.replicated and index == len(micro_batches) - 1:
-                norm = self._clip_at_stage_0()
-            self.deepspeed.step()
+            beat(Phase.UPDATE)
         loss_sum, routing = _over_ranks(totals, routing)
-        if self.replicated:
-            skipped = not math.isfinite(norm)
-        else:
-            norm, skipped = float(self.deepspeed.get_global_grad_norm()), self.deepspeed.optimizer.overflow
+        norm, is_finite, is_refused = self._update(refuses, may_refuse, loss_sum, num_labels)
+        skipped = is_refused or not is_finite
         if routing is not None and not skipped:
             self.expert_counts = routing.counts
-        return StepResult(loss_sum, norm, skipped, routing)
+        return StepResult(loss_sum, norm, skipped, routing, is_refused)
+
+    def _update(
+        self, refuses: Refusal | None, may_refuse: bool, loss_sum: Tensor, num_labels: int
+    ) -> tuple[float, bool, bool]:
+        """Update the weights, unless that is refused or something is not finite. Return the norm of the gradient before
+        clipping, whether everything was finite, and whether the update was refused.
+        """
+        norm, loss = self._clip_at_stage_0() if self.replicated else math.nan, HostNumber(loss_sum)
+
+        @functools.cache  # The optimizer may ask several times.
+        def is_refused() -> bool:
+            # At the other stages the norm is known when the optimizer asks.
+            found = norm if self.replicated else read_number(self.deepspeed.optimizer._global_grad_norm)
+            if refuses is None or not math.isfinite(found):
+                return False
+            return refuses(float(loss) / max(1, num_labels), found)
+
+        self.optimizer.refuses = is_refused if refuses is not None and may_refuse else None
+        self.deepspeed.step()
+        if not self.replicated:
+            norm = read_number(self.deepspeed.get_global_grad_norm())
+        by_norm = self.replicated or self.reduction is not None
+        is_finite = math.isfinite(norm) if by_norm else not self.deepspeed.optimizer.overflow
+        return norm, is_finite, is_finite and is_refused()
+
+    def forward_seconds(self) -> float | None:
+        """Return the GPU's time per step for forward passes, by the last of them; None on a CPU."""
+        if not self._forwards:
+            return None
+        torch.cuda.synchronize()
+        seconds = sum(begun.elapsed_time(ended) for begun, ended in self._forwards) / 1000 / len(self._forwards)
+        return seconds * self.deepspeed.gradient_accumulation_steps()
 
     def _clip_at_stage_0(self) -> float:
         """Clip the reduced gradients, or drop them if their norm is not finite. Returns the norm before clipping."""
         parameters = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])  # type: ignore[misc]
-        limit = self.config.train.gradient_clipping
-        if not torch.isfinite(norm):
+        limit, found = self.config.train.gradient_clipping, read_number(norm)
+        if not math.isfinite(found):
             for parameter in parameters:
                 parameter.grad = None
         elif limit > 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-        return float(norm)
+        return found
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Any], task: Task) -> tuple[float, int]:
@@ -237,11 +292,12 @@ class Engine:
         self.deepspeed.eval()
         loss_sum, num_labels = torch.zeros((), dtype=torch.float64, device=self.device), 0
         for batch in batches:
+            beat()
             num_labels += batch.num_labels
             loss_sum += task.loss(self.deepspeed, batch.to(self.device)).reported_sum
         totals = torch.stack([loss_sum, torch.full_like(loss_sum, num_labels)])
         dist.all_reduce(totals)
-        return float(totals[0]), int(totals[1])
+        return read_number(totals[0]), int(read_number(totals[1]))
 
     def loss_scale(self) -> dict[str, float]:
         """Return the state of the dynamic loss scaler (fp16); an empty dictionary without one."""
@@ -260,13 +316,20 @@ class Engine:
         self.expert_counts = None if counts is None else torch.tensor(counts, device=self.device)
 
 
-def _freeze(model: nn.Module, config: RunConfig) -> list[str]:
-    """Turn off the gradients of the parameters that are not trained. Returns their names."""
-    parameters = dict(model.named_parameters())
-    frozen = frozen_parameters(config, parameters)
-    for name in frozen:
-        parameters[name].requires_grad_(False)
-    return frozen
+def _prepare(model: nn.Module, config: RunConfig, device: torch.device, world_size: int) -> None:
+    """Set what the backward pass recomputes, the seed of dropout, and whether blocks are compiled."""
+    recompute: str = config.engine.activation_checkpointing
+    if recompute == "auto" and isinstance(config, PretrainConfig):
+        from bigtx.model.plan import cheapest_recompute
+
+        recompute = cheapest_recompute(config, world_size, gpu_memory_bytes())
+    model.activation_checkpointing = recompute  # type: ignore[assignment]
+    model.dropout_seed = derive_seed("dropout", config.seed)  # type: ignore[assignment]
+    if compiles(config, device):
+        from bigtx.model.compiled import compile_model
+
+        # Rows of a corpus have one length, and rows of records have many.
+        compile_model(model, device, dynamic=False if isinstance(config, PretrainConfig) else None)
 
 
 def _gather_whole_blocks(model: nn.Module) -> None:
@@ -280,15 +343,10 @@ def _gather_whole_blocks(model: nn.Module) -> None:
             block.register_forward_pre_hook(_ask_for_gradient)
 
 
-def _compile(model: nn.Module, config: RunConfig, device: torch.device) -> None:
-    """Compile the blocks, and on a GPU the loss."""
-    # Rows of a corpus have one length. Rows of records have many; at the second length torch compiles for any length.
-    dynamic = None if isinstance(config, FinetuneConfig) else False
-    for block in model.blocks:  # type: ignore[union-attr]
-        # Only the forward: DeepSpeed's hooks would be traced too, and compiled again for each block.
-        block.forward = torch.compile(block.forward, dynamic=dynamic)
-    if device.type == "cuda" and hasattr(model.head, "compile_loss"):
-        model.head.compile_loss()  # type: ignore[operator]
+def compiles(config: RunConfig, device: torch.device) -> bool:
+    """Return whether engine.compile says so; auto is true for pretraining on a GPU."""
+    pays = device.type == "cuda" and isinstance(config, PretrainConfig)
+    return config.engine.compile == "true" or (config.engine.compile == "auto" and pays)
 
 
 def _ask_for_gradient(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -311,15 +369,6 @@ def _over_ranks(loss_sum: Tensor, routing: Routing | None) -> tuple[Tensor, Rout
     pieces = together.split([part.numel() for part in parts])
     summed = [piece.view_as(part) for piece, part in zip(pieces, parts, strict=True)]
     return summed[0], None if routing is None else Routing(*summed[1:])
-
-
-def use_deterministic_kernels() -> None:
-    """Have torch choose, for the rest of this process, kernels that give the same bits each time."""
-    # cuBLAS reads it when it is first used, and torch requires it.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    # It would fill all new memory with NaN, which finds code that reads uninitialized memory.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def refuse_unsupported_precision(precision: str) -> None:

@@ -11,12 +11,17 @@ There is one small adaptor for each wrapper. It reads DeepSpeed's internals, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from bigtx.engine.manifest import Range
+
+StateKinds = Callable[[int], Collection[str]]
+"""`Optimizer.state_kinds`: the kinds of the states of a parameter group."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,29 @@ def owned_fragments(fragments: list[Fragment], *, replicated: bool, rank: int, w
         if start < stop:
             owned.append(replace(fragment, start=start, numel=stop - start, offset=fragment.offset + start))
     return owned
+
+
+def ranges_of(fragments: Iterable[Fragment], state_kinds: StateKinds) -> list[Range]:
+    """Return the ranges that fragments cover, with the kinds that are saved of each.
+
+    Args:
+        fragments: the fragments.
+        state_kinds: `Optimizer.state_kinds`.
+    """
+    return [
+        (fragment.name, fragment.shape, ("master", *state_kinds(fragment.group)), fragment.start, fragment.stop)
+        for fragment in fragments
+    ]
+
+
+def num_bytes(fragments: Iterable[Fragment], state_kinds: StateKinds) -> int:
+    """Return the bytes of fragments with all their states, in fp32.
+
+    Args:
+        fragments: the fragments.
+        state_kinds: `Optimizer.state_kinds`.
+    """
+    return sum(4 * fragment.numel * (1 + len(state_kinds(fragment.group))) for fragment in fragments)
 
 
 def fill_unheld(parameter: nn.Parameter, name: str, read: Callable[[str, str, int, int], Tensor]) -> None:

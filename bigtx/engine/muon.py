@@ -3,12 +3,15 @@
 Each matrix is assigned to one rank. Every rank sends its parts of the matrix's momentum to that rank, which
 orthogonalises the whole matrix and sends the parts back. So a rank sends only its own share of the parameters twice a
 step, the work is divided over the ranks, and the update does not depend on how ZeRO partitions the parameters.
+
+The parts are exchanged in the dtype of the arithmetic, in one buffer for what a rank holds and one for what it works
+on. Matrices are orthogonalised in batches of a limited size, so that no other copy grows with the model.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +23,10 @@ from bigtx.engine.fragments import Fragment
 QUINTIC_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Coefficients of Keller Jordan's Newton-Schulz iteration: the polynomial is steep at zero, and singular values end
 between about 0.7 and 1.2 (https://kellerjordan.github.io/posts/muon)."""
+
+BATCH_ELEMENTS = 2**26
+"""The most elements of the matrices that are orthogonalised together, unless one has more: in bf16 128 MiB, and the
+iteration needs about five times that."""
 
 
 def orthogonalize(matrices: Tensor, num_iterations: int) -> Tensor:
@@ -35,7 +42,8 @@ def orthogonalize(matrices: Tensor, num_iterations: int) -> Tensor:
     a, b, c = QUINTIC_COEFFICIENTS
     tall = matrices.size(-2) > matrices.size(-1)
     x = matrices.mT if tall else matrices
-    x = x / (torch.linalg.matrix_norm(x.float(), keepdim=True).to(x.dtype) + 1e-7)
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    x = x / (norm.to(x.dtype) + 1e-7)
     for _ in range(num_iterations):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
@@ -49,12 +57,13 @@ def update_scale(shape: tuple[int, ...]) -> float:
 
 @dataclass(frozen=True)
 class _Part:
-    """Elements [start, start + numel) of matrix `matrix`, at `offset` of rank `rank`'s flat tensor."""
+    """Elements [start, start + numel) of matrix `matrix`, at `offset` of rank `rank`'s flat tensor number `flat`."""
 
     matrix: int
     rank: int
     start: int
     numel: int
+    flat: int
     offset: int
 
 
@@ -74,117 +83,118 @@ def _matrix_parts(fragment: Fragment) -> Iterator[_MatrixPart]:
 
 
 class MatrixExchange:
-    """The exchange of the matrices of one flat tensor that is spread over the ranks of a group.
+    """The exchange of the matrices of some flat tensors that are spread over the ranks of a group.
 
     Every rank builds it from the same global list of parts, in the same order, so no sizes are sent.
     """
 
-    def __init__(self, fragments: list[Fragment], group: dist.ProcessGroup | None) -> None:
+    def __init__(self, flats: Sequence[Tensor], fragments: list[Fragment], group: dist.ProcessGroup | None) -> None:
         """Exchange the list of parts with the other ranks.
 
         Args:
-            fragments: this rank's fragments of the matrices in one flat tensor.
+            flats: this rank's flat tensors of matrices.
+            fragments: this rank's fragments in them.
             group: the ranks that hold the other parts; None where this rank holds everything.
         """
         self.group = group
         self.rank = dist.get_rank(group) if group else 0
         self.world_size = dist.get_world_size(group) if group else 1
-        local = [part for fragment in fragments for part in _matrix_parts(fragment)]
+        number_of = {flat: number for number, flat in enumerate(flats)}
+        local = [(number_of[each.flat], part) for each in fragments for part in _matrix_parts(each)]
         gathered = [local]
         if self.world_size > 1:
             gathered = [[] for _ in range(self.world_size)]
             dist.all_gather_object(gathered, local, group=group)
-        keys = sorted({entry[0] for entries in gathered for entry in entries})
+        keys = sorted({part[0] for entries in gathered for _, part in entries})
         index = {key: number for number, key in enumerate(keys)}
         self.shapes: dict[int, tuple[int, int]] = {}
-        parts = []
+        parts: list[_Part] = []
         for rank, entries in enumerate(gathered):
-            for key, shape, start, numel, offset in entries:
+            for flat, (key, shape, start, numel, offset) in entries:
                 self.shapes[index[key]] = shape
-                parts.append(_Part(index[key], rank, start, numel, offset))
-        self.parts = sorted(parts, key=lambda part: (part.matrix, part.start))
-        self.worker = self._assign()
+                parts.append(_Part(index[key], rank, start, numel, flat, offset))
+        parts.sort(key=lambda part: (part.matrix, part.start))
+        holders: dict[int, list[int]] = defaultdict(list)
+        for part in parts:
+            holders[part.matrix].append(part.rank)
+        worker = assign(self.shapes, holders, self.world_size)
+        self.outgoing = sorted((each for each in parts if each.rank == self.rank), key=lambda each: worker[each.matrix])
+        self.incoming = sorted((each for each in parts if worker[each.matrix] == self.rank), key=lambda each: each.rank)
+        self.sent, self.received = [0] * self.world_size, [0] * self.world_size
+        for part in self.outgoing:
+            self.sent[worker[part.matrix]] += part.numel
+        for part in self.incoming:
+            self.received[part.rank] += part.numel
 
-    def _assign(self) -> dict[int, int]:
-        """Assign each matrix to a rank: the largest first, each to the rank with the least work."""
-        load = [0] * self.world_size
-        worker = {}
-        cost = {matrix: rows * columns * min(rows, columns) for matrix, (rows, columns) in self.shapes.items()}
-        for matrix in sorted(cost, key=lambda matrix: (-cost[matrix], matrix)):
-            worker[matrix] = load.index(min(load))
-            load[worker[matrix]] += cost[matrix]
-        return worker
-
-    def orthogonalize_(self, flat: Tensor, num_iterations: int, dtype: torch.dtype) -> None:
-        """Replace each matrix in `flat` (fp32, this rank's parts) by its orthogonalised update, in place.
+    def orthogonalize_(
+        self, updates: Sequence[Tensor], num_iterations: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Replace each matrix by its orthogonalised update, in place.
 
         Args:
-            flat: this rank's flat tensor.
+            updates: fp32, of one dimension: this rank's parts, at the places of the flat tensors.
             num_iterations: the number of Newton-Schulz iterations.
             dtype: the dtype of the exchange and of the arithmetic.
+            device: the device of the exchange and of the arithmetic.
         """
-        work = [part for part in self.parts if self.worker[part.matrix] == self.rank]
-        held = [part for part in self.parts if part.rank == self.rank]
-        outgoing = sorted(held, key=lambda part: self.worker[part.matrix])
-        incoming = sorted(work, key=lambda part: part.rank)
-
-        received = self._exchange(
-            [flat.narrow(0, part.offset, part.numel).to(dtype) for part in outgoing],
-            [self.worker[part.matrix] for part in outgoing],
-            [part.numel for part in incoming],
-            [part.rank for part in incoming],
-            flat,
-            dtype,
-        )
-        matrices = {
-            matrix: flat.new_empty(shape, dtype=dtype)
-            for matrix, shape in self.shapes.items()
-            if self.worker[matrix] == self.rank
-        }
-        for part, piece in zip(incoming, received, strict=True):
-            matrices[part.matrix].view(-1).narrow(0, part.start, part.numel).copy_(piece)
-        self._orthogonalize_batches(matrices, num_iterations)
-
-        returned = self._exchange(
-            [matrices[part.matrix].view(-1).narrow(0, part.start, part.numel) for part in incoming],
-            [part.rank for part in incoming],
-            [part.numel for part in outgoing],
-            [self.worker[part.matrix] for part in outgoing],
-            flat,
-            dtype,
-        )
-        for part, piece in zip(outgoing, returned, strict=True):
-            flat.narrow(0, part.offset, part.numel).copy_(piece)
-
-    def _orthogonalize_batches(self, matrices: dict[int, Tensor], num_iterations: int) -> None:
-        """Orthogonalise the matrices in place, those of one shape as a batch."""
-        by_shape = defaultdict(list)
-        for matrix, tensor in matrices.items():
-            by_shape[tensor.shape].append(matrix)
-        for shape, members in by_shape.items():
-            batch = orthogonalize(torch.stack([matrices[matrix] for matrix in members]), num_iterations)
-            batch *= update_scale(tuple(shape))
-            for matrix, update in zip(members, batch, strict=True):
-                matrices[matrix] = update.contiguous()
-
-    def _exchange(
-        self,
-        pieces: list[Tensor],
-        to_ranks: list[int],
-        sizes: list[int],
-        from_ranks: list[int],
-        like: Tensor,
-        dtype: torch.dtype,
-    ) -> list[Tensor]:
-        """Send `pieces` (ordered by rank), and return the pieces of `sizes` that the other ranks sent."""
+        held = [updates[part.flat].narrow(0, part.offset, part.numel) for part in self.outgoing]
         if self.world_size == 1:
-            return pieces
-        send_sizes, receive_sizes = [0] * self.world_size, [0] * self.world_size
-        for piece, rank in zip(pieces, to_ranks, strict=True):
-            send_sizes[rank] += piece.numel()
-        for size, rank in zip(sizes, from_ranks, strict=True):
-            receive_sizes[rank] += size
-        sent = torch.cat(pieces) if pieces else like.new_empty(0, dtype=dtype)
-        received = like.new_empty(sum(sizes), dtype=dtype)
-        dist.all_to_all_single(received, sent, receive_sizes, send_sizes, group=self.group)
-        return list(received.split(sizes)) if sizes else []
+            self._orthogonalize_batches(held, num_iterations, dtype, device)
+            return
+        sent = torch.empty(sum(self.sent), dtype=dtype, device=device)
+        received = torch.empty(sum(self.received), dtype=dtype, device=device)
+        for piece, part in zip(_pieces(sent, self.outgoing), held, strict=True):
+            piece.copy_(part)
+        dist.all_to_all_single(received, sent, self.received, self.sent, group=self.group)
+        self._orthogonalize_batches(_pieces(received, self.incoming), num_iterations, dtype, device)
+        dist.all_to_all_single(sent, received, self.sent, self.received, group=self.group)
+        for piece, part in zip(_pieces(sent, self.outgoing), held, strict=True):
+            part.copy_(piece)
+
+    def _orthogonalize_batches(
+        self, pieces: Sequence[Tensor], num_iterations: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Orthogonalise this rank's matrices, those of one shape in batches. The pieces are its `incoming` parts."""
+        parts_of: dict[int, list[tuple[slice, Tensor]]] = defaultdict(list)
+        for part, piece in zip(self.incoming, pieces, strict=True):
+            parts_of[part.matrix].append((slice(part.start, part.start + part.numel), piece))
+        by_shape = defaultdict(list)
+        for matrix in parts_of:
+            by_shape[self.shapes[matrix]].append(matrix)
+        for (rows, columns), members in by_shape.items():
+            size = max(1, BATCH_ELEMENTS // (rows * columns))
+            for batch in (members[start : start + size] for start in range(0, len(members), size)):
+                matrices = torch.empty(len(batch), rows, columns, dtype=dtype, device=device)
+                for matrix, target in zip(batch, matrices.flatten(1), strict=True):
+                    for place, piece in parts_of[matrix]:
+                        target[place].copy_(piece)
+                matrices = orthogonalize(matrices, num_iterations).contiguous().mul_(update_scale((rows, columns)))
+                for matrix, source in zip(batch, matrices.flatten(1), strict=True):
+                    for place, piece in parts_of[matrix]:
+                        piece.copy_(source[place])
+
+
+def assign(
+    shapes: Mapping[int, tuple[int, int]], holders: Mapping[int, Sequence[int]], num_ranks: int
+) -> dict[int, int]:
+    """Assign each matrix to a rank: the largest first, each to a rank with the least work, if possible to one that
+    holds a part of it: that part is not sent.
+
+    Args:
+        shapes: the rows and columns of each matrix.
+        holders: the ranks that hold its parts.
+        num_ranks: the number of ranks.
+    """
+    load = [0] * num_ranks
+    worker = {}
+    cost = {matrix: rows * columns * min(rows, columns) for matrix, (rows, columns) in shapes.items()}
+    for matrix in sorted(cost, key=lambda matrix: (-cost[matrix], matrix)):
+        least = min(load)
+        worker[matrix] = next((rank for rank in holders[matrix] if load[rank] == least), load.index(least))
+        load[worker[matrix]] += cost[matrix]
+    return worker
+
+
+def _pieces(buffer: Tensor, parts: Sequence[_Part]) -> Sequence[Tensor]:
+    """Return the parts in a buffer in which they follow each other."""
+    return buffer.split([part.numel for part in parts]) if parts else ()

@@ -1,8 +1,9 @@
-"""AdamW, and Muon with AdamW, as the base optimizer under every ZeRO stage.
+"""AdamW, and Muon with AdamW, as the base optimizer under every ZeRO stage; the reduction of gradients at stage 1; and
+the schedule of the learning rate.
 
 DeepSpeed gives the optimizer flat fp32 tensors with this rank's share of the master weights, and the reduced, unscaled
-and clipped gradient in `.grad`. It calls `step` once for each tensor. The gradient is already clipped, and
-`MatrixExchange` assembles Muon's matrices, so the update is the same at every stage and number of ranks.
+gradient in `.grad`. It is already clipped, except at stage 1 in bf16, where `Reduction` reduces it and `grad_scale`
+clips it. `MatrixExchange` assembles Muon's matrices, so the update is the same at every stage and number of ranks.
 
 The states are fp32. Their kinds are `exp_avg` and `exp_avg_sq` (AdamW), `momentum` (Muon), and `ema` where the config
 asks for it.
@@ -10,121 +11,28 @@ asks for it.
 
 from __future__ import annotations
 
+import functools
 import inspect
-import re
-from collections.abc import Callable, Iterable
+import math
+from collections import defaultdict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.adamw import adamw
 
-from bigtx.config.schema import OptimizerConfig
+from bigtx.config.schema import EngineConfig, OptimizerConfig, RunConfig, ScheduleConfig
 from bigtx.engine.fragments import Fragment
-from bigtx.engine.trainable import is_adapter
+from bigtx.utils.errors import ConfigError
+from bigtx.utils.hardware import gpu_mark
+from bigtx.utils.heartbeat import wait_for_ranks
+from bigtx.utils.units import parse_duration
 
 if TYPE_CHECKING:
     from bigtx.engine.muon import MatrixExchange
-
-_BLOCK = re.compile(r"(?P<stack>\w+)\.blocks\.(?P<layer>\d+)\.")
-_ABOVE_BLOCKS = ("head.", "encoder.norm.", "decoder.norm.")
-
-
-def parameter_groups(config: OptimizerConfig, parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
-    """Group parameters by how they are updated. Norms, biases and other vectors have no weight decay.
-
-    Args:
-        config: the config of the optimizer.
-        parameters: names and parameters; a parameter that ZeRO-3 has partitioned has its shape in `ds_shape`.
-
-    Returns:
-        Groups with `name`, `method`, `peak_learning_rate` and `weight_decay`. With a layer_decay several groups have
-        the same name, the one with the highest rate first.
-    """
-    parameters = list(parameters)
-    kinds = _kinds(config)
-    factors = layer_factors([name for name, _ in parameters], config.layer_decay)
-    groups: dict[tuple[str, float], dict[str, Any]] = {
-        (kind, factor): {**settings, "name": kind, "params": []}
-        for kind, settings in kinds.items()
-        for factor in sorted(set(factors.values()), reverse=True)
-    }
-    for name, parameter in parameters:
-        if parameter.requires_grad:
-            groups[_group_of(name, parameter), factors[name]]["params"].append(parameter)
-    for (_, factor), group in groups.items():
-        group["peak_learning_rate"] *= factor
-        group["lr"] = group["peak_learning_rate"]
-    return [group for group in groups.values() if group["params"]]
-
-
-def layer_factors(names: list[str], decay: float) -> dict[str, float]:
-    """Return factors on the learning rates of parameters (discriminative fine-tuning, arXiv:1801.06146).
-
-    The factor is 1 for the head, a stack's last norm and its last block. It is multiplied by `decay` for each block
-    below, and again for the embeddings and everything else before the first block.
-    """
-    blocks = {name: match for name in names if (match := _BLOCK.match(name))}
-    num_layers: dict[str, int] = {}
-    for match in blocks.values():
-        num_layers[match["stack"]] = max(num_layers.get(match["stack"], 0), int(match["layer"]) + 1)
-    depth = max(num_layers.values(), default=0)
-    factors = {}
-    for name in names:
-        if name in blocks:
-            match = blocks[name]
-            factors[name] = decay ** (num_layers[match["stack"]] - 1 - int(match["layer"]))
-        else:
-            factors[name] = 1.0 if name.startswith(_ABOVE_BLOCKS) else decay**depth
-    return factors
-
-
-def _kinds(config: OptimizerConfig) -> dict[str, dict[str, Any]]:
-    """Return the settings by which each kind of parameter is updated."""
-    embedding_decay = config.weight_decay if config.decay_embeddings else 0.0
-    assert config.learning_rate is not None, "the loader fills it in"
-    embedding_rate = config.learning_rate * config.embedding_learning_rate_scale
-    matrices: dict[str, Any] = {
-        "method": "adamw",
-        "peak_learning_rate": config.learning_rate,
-        "weight_decay": config.weight_decay,
-    }
-    if config.name == "muon":
-        matrices = {
-            "method": "muon",
-            "peak_learning_rate": config.muon_learning_rate,
-            "weight_decay": config.muon_weight_decay,
-        }
-    return {
-        "matrices": matrices,
-        "routers": {
-            "method": "adamw",
-            "peak_learning_rate": config.learning_rate,
-            "weight_decay": config.weight_decay,
-        },
-        # Also with Muon: the product of an adapter's two matrices acts on the activations, and orthogonal steps of both
-        # matrices do not make an orthogonal step of the product. One of them begins as zeros.
-        "adapters": {
-            "method": "adamw",
-            "peak_learning_rate": config.learning_rate,
-            "weight_decay": config.weight_decay,
-        },
-        "embeddings": {"method": "adamw", "peak_learning_rate": embedding_rate, "weight_decay": embedding_decay},
-        "vectors": {"method": "adamw", "peak_learning_rate": config.learning_rate, "weight_decay": 0.0},
-    }
-
-
-def _group_of(name: str, parameter: nn.Parameter) -> str:
-    if len(getattr(parameter, "ds_shape", parameter.shape)) < 2:
-        return "vectors"
-    if is_adapter(name):
-        return "adapters"
-    # Each of their rows makes one score, as the rows of a head do, which AdamW updates too. Muon would move all rows
-    # equally, including those of experts that receive almost no tokens.
-    if name.endswith((".router.weight", ".shared_gate.weight")):
-        return "routers"
-    return "matrices" if ".blocks." in name else "embeddings"
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -154,31 +62,50 @@ class Optimizer(torch.optim.Optimizer):
         self.arithmetic_dtype = arithmetic_dtype
         self.device = device
         self.exchanges: dict[Tensor, MatrixExchange] = {}
+        """By the first of the flat tensors whose matrices are exchanged together."""
+        self.grad_scale: Tensor | None = None
+        """What the gradients are divided by: fp32 scalar on the device. None if they are already clipped."""
+        self.found_inf: Tensor | None = None
+        """1 where a gradient is not finite, so that the update is left out, otherwise 0: fp32 scalar on the device."""
+        self.copied: torch.cuda.Event | None = None
+        """The end of a copy of weights and states that is in progress on a GPU."""
+        self.refuses: Callable[[], bool] | None = None
+        """Called before an update, on every rank with the same result: whether to leave it out."""
 
     def state_kinds(self, group: int) -> list[str]:
         """Return the names of the states that each element of a group has."""
         kinds = {"muon": ["momentum"], "adamw": ["exp_avg", "exp_avg_sq"]}[self.param_groups[group]["method"]]
         return kinds + (["ema"] if self.config.ema_decay is not None else [])
 
-    def bind(self, fragments: list[Fragment], flats: list[tuple[int, Tensor]], *, replicated: bool) -> None:
+    def bind(
+        self, fragments: list[Fragment], flats: list[tuple[int, Tensor]], *, replicated: bool, together: bool = False
+    ) -> None:
         """Create the states, and plan Muon's exchange.
 
         Args:
             fragments: the fragments of this rank.
             flats: (group, flat tensor) in the same order on every rank.
             replicated: whether every rank holds everything (ZeRO 0), so that no exchange is needed.
+            together: whether each `step` updates all flat tensors; then their matrices are exchanged together, so that
+                no rank waits for another rank's work on every single tensor.
         """
         for group, flat in flats:
             state = self.state[flat]
             for kind in self.state_kinds(group):
                 state[kind] = torch.zeros_like(flat, requires_grad=False)
             state["updates"] = torch.zeros((), dtype=torch.float32, device=flat.device)
-            if self.param_groups[group]["method"] == "muon":
-                from bigtx.engine.muon import MatrixExchange
+        self._together = together
+        by_muon = [flat for group, flat in flats if self.param_groups[group]["method"] == "muon"]
+        for members in self._exchanged(by_muon):
+            from bigtx.engine.muon import MatrixExchange
 
-                mine = [fragment for fragment in fragments if fragment.flat is flat]
-                process_group = None if replicated else dist.group.WORLD
-                self.exchanges[flat] = MatrixExchange(mine, process_group)
+            own = set(members)
+            held = [fragment for fragment in fragments if fragment.flat in own]
+            self.exchanges[members[0]] = MatrixExchange(members, held, None if replicated else dist.group.WORLD)
+
+    def _exchanged(self, flats: list[Tensor]) -> list[list[Tensor]]:
+        """Return the flat tensors of Muon in lists that are exchanged together."""
+        return [flats] if flats and self._together else [[flat] for flat in flats]
 
     def learning_rates(self) -> dict[str, float]:
         """Return the learning rate of each kind of parameter; with a layer_decay, that of the uppermost layer."""
@@ -202,22 +129,37 @@ class Optimizer(torch.optim.Optimizer):
         for state in self.state.values():
             state["updates"].fill_(value)
 
+    def wait_for_copy(self) -> None:
+        """Have the GPU change weights and states only after they were copied."""
+        if self.copied is not None:
+            torch.cuda.current_stream().wait_event(self.copied)
+            self.copied = None
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update every tensor that has a gradient."""
+        """Update every tensor that has a gradient, unless the update is refused or a gradient is not finite."""
         assert closure is None
-        for group in self.param_groups:
-            flats = [flat for flat in group["params"] if flat.grad is not None]
-            if group["method"] == "muon":
-                for flat in flats:
-                    self._muon(flat, group)
-            elif flats:
-                self._adamw(flats, group)
-            if self.config.ema_decay is not None:
-                for flat in flats:
-                    self.state[flat]["ema"].lerp_(flat, 1 - self.config.ema_decay)
+        if self.refuses is not None and self.refuses():
+            return
+        # torch's fused AdamW leaves out its update on the device. For the rest the host has to know.
+        must_know = self.found_inf is not None and (self.exchanges or self.config.ema_decay is not None)
+        if must_know and read_number(self.found_inf):
+            return
+        self.wait_for_copy()
+        group_of = {flat: group for group in self.param_groups for flat in group["params"] if flat.grad is not None}
+        adamw: dict[tuple[float, float], list[Tensor]] = defaultdict(list)
+        for flat, group in group_of.items():
+            if group["method"] == "adamw":
+                adamw[group["lr"], group["weight_decay"]].append(flat)
+        for (rate, decay), flats in adamw.items():
+            self._adamw(flats, rate, decay)
+        for flats in self._exchanged([flat for flat, group in group_of.items() if group["method"] == "muon"]):
+            self._muon(flats, [group_of[flat] for flat in flats])
+        if self.config.ema_decay is not None:
+            for flat in group_of:
+                self.state[flat]["ema"].lerp_(flat, 1 - self.config.ema_decay)
 
-    def _adamw(self, flats: list[Tensor], group: dict[str, Any]) -> None:
+    def _adamw(self, flats: list[Tensor], rate: float, decay: float) -> None:
         states = [self.state[flat] for flat in flats]
         adamw(
             flats,
@@ -227,21 +169,224 @@ class Optimizer(torch.optim.Optimizer):
             [],
             [state["updates"] for state in states],
             fused=True,
+            grad_scale=self.grad_scale,
+            found_inf=self.found_inf,
             amsgrad=False,
             maximize=False,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
+            lr=rate,
+            weight_decay=decay,
             beta1=self.config.beta1,
             beta2=self.config.beta2,
             eps=self.config.eps,
         )
 
-    def _muon(self, flat: Tensor, group: dict[str, Any]) -> None:
-        state, momentum = self.state[flat], self.config.muon_momentum
-        assert flat.grad is not None
-        state["momentum"].lerp_(flat.grad, 1 - momentum)
-        update = flat.grad.lerp(state["momentum"], momentum).view(-1).to(self.device)
-        self.exchanges[flat].orthogonalize_(update, self.config.muon_num_iterations, self.arithmetic_dtype)
-        flat.mul_(1 - group["lr"] * group["weight_decay"])
-        flat.add_(update.to(flat.device).view_as(flat), alpha=-group["lr"])
-        state["updates"] += 1
+    def _muon(self, flats: list[Tensor], groups: list[dict[str, Any]]) -> None:
+        momentum, updates = self.config.muon_momentum, []
+        for flat in flats:
+            assert flat.grad is not None
+            if self.grad_scale is not None:
+                flat.grad.div_(self.grad_scale)
+            state = self.state[flat]
+            state["momentum"].lerp_(flat.grad, 1 - momentum)
+            # The gradient is not used again, so the update takes its memory.
+            updates.append(flat.grad.lerp_(state["momentum"], momentum).view(-1))
+        self.exchanges[flats[0]].orthogonalize_(
+            updates, self.config.muon_num_iterations, self.arithmetic_dtype, self.device
+        )
+        for flat, group, update in zip(flats, groups, updates, strict=True):
+            flat.mul_(1 - group["lr"] * group["weight_decay"])
+            flat.add_(update.view_as(flat), alpha=-group["lr"])
+            self.state[flat]["updates"] += 1
+
+
+def reduces(config: EngineConfig) -> bool:
+    """Return whether `Reduction` reduces the gradients: under the settings for which DeepSpeed has a BF16_Optimizer."""
+    return (config.zero_stage, config.precision, config.offload_optimizer) == (1, "bf16", "none")
+
+
+class HostNumber:
+    """A number on its way from the device. `float` waits for the number, and not for what was queued after it."""
+
+    def __init__(self, number: Tensor) -> None:
+        self._number = torch.empty(number.shape, dtype=number.dtype, pin_memory=number.is_cuda)
+        self._number.copy_(number, non_blocking=True)
+        self._copied = gpu_mark() if number.is_cuda else None
+
+    def __float__(self) -> float:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return float(self._number)
+
+
+def read_number(number: Any) -> float:
+    """Return a number that may be on the device. Where it waits for a GPU, stacks show this."""
+    return float(HostNumber(number) if torch.is_tensor(number) else number)
+
+
+@dataclass
+class _Bucket:
+    """The gradients of a parameter group, which one collective reduces.
+
+    Attributes:
+        gradient: fp32 [ranks * part], the sum over this rank's micro batches; padded with zeros.
+        part: fp32 [part], a view of it: what this rank updates.
+        num_parameters: the number of parameters.
+        missing: parameters whose gradient is not complete yet.
+        reduced: [part], what the collective writes, in the dtype of the communication.
+        work: the collective in progress.
+    """
+
+    gradient: Tensor
+    part: Tensor
+    num_parameters: int
+    missing: int
+    reduced: Tensor | None = None
+    work: Any = None
+
+
+class Reduction:
+    """The reduction of gradients and the step of ZeRO-1 in bf16, in place of DeepSpeed's and in its buffers.
+
+    DeepSpeed would all-reduce the whole fp32 gradient after the backward pass. Here each parameter group is a bucket
+    (`in_buckets`), and each rank receives only its part of the sum. A bucket's collective begins when its gradients are
+    complete in the last micro batch, and runs while the backward pass continues: NCCL has its own stream, gloo its own
+    threads. All ranks begin them in the same order, even if their gradients become complete in different orders.
+
+    The gradients of the ranks are added, not averaged. Clipping, and leaving out a step that is not finite, are done on
+    the device by the optimizer.
+    """
+
+    def __init__(self, engine: Any, optimizer: Optimizer, config: RunConfig) -> None:
+        """Replace the reduction and the step of DeepSpeed.
+
+        Args:
+            engine: a `DeepSpeedEngine` with a `BF16_Optimizer`; each of its parameter groups is a bucket.
+            optimizer: the optimizer under it.
+            config: the config of the run.
+        """
+        wrapper = engine.optimizer
+        assert type(wrapper).__name__ == "BF16_Optimizer", type(wrapper)
+        # So its hooks, which are called before those below, add each gradient to the fp32 buffer and release it.
+        assert wrapper.immediate_grad_update and wrapper.grad_acc_dtype == torch.float32
+        engine.allreduce_gradients, wrapper.step = self._finish, self._step
+        self._engine, self._wrapper, self._optimizer = engine, wrapper, optimizer
+        self._clipping = config.train.gradient_clipping
+        self._group, self._dtype = wrapper.dp_process_group, engine.communication_data_type
+        self._norm: Tensor | None = None
+        place = {id(parameter): number for number, parameter in enumerate(engine.module.parameters())}
+        buckets: list[tuple[int, _Bucket]] = []
+        for number, parameters in enumerate(wrapper.bf16_groups):
+            part = wrapper.fp32_groups_gradient_flat_partition[number]
+            bucket = _Bucket(wrapper.fp32_groups_gradients_flat[number], part, len(parameters), len(parameters))
+            buckets.append((min(place[id(parameter)] for parameter in parameters), bucket))
+            wrapper.fp32_groups_flat_partition[number].grad = part
+            for parameter in parameters if config.engine.overlap_communication else ():
+                parameter.register_post_accumulate_grad_hook(functools.partial(self._complete, bucket))
+        # The gradient of a model's first parameter is complete last.
+        self._buckets = [bucket for _, bucket in sorted(buckets, key=lambda each: -each[0])]
+        self._waiting = deque(self._buckets)
+
+    def _complete(self, bucket: _Bucket, parameter: Tensor) -> None:
+        """Note that a parameter's gradient is in its bucket, and reduce the buckets that are complete."""
+        if not self._engine.is_gradient_accumulation_boundary():
+            return
+        bucket.missing -= 1
+        assert parameter.grad is None and bucket.missing >= 0
+        while self._waiting and not self._waiting[0].missing:
+            self._reduce(self._waiting.popleft())
+
+    def _reduce(self, bucket: _Bucket) -> None:
+        if dist.get_world_size(self._group) == 1:
+            return
+        bucket.reduced, sent = bucket.part, bucket.gradient
+        if self._dtype != sent.dtype:
+            bucket.reduced, sent = torch.empty_like(bucket.part, dtype=self._dtype), sent.to(self._dtype)
+        bucket.work = _reduce_scatter(bucket.reduced, sent, group=self._group, async_op=True)
+
+    @torch.no_grad()
+    def _finish(self) -> None:
+        """Wait for the sums, and compute the norm of the gradient. DeepSpeed calls it after each backward pass, before
+        any other collective.
+        """
+        if not self._engine.is_gradient_accumulation_boundary():
+            return
+        while self._waiting:  # Also buckets of which a parameter has no gradient.
+            self._reduce(self._waiting.popleft())
+        for bucket in self._buckets:
+            if bucket.work is not None:
+                wait_for_ranks(bucket.work)
+            if bucket.reduced is not None and bucket.reduced is not bucket.part:
+                bucket.part.copy_(bucket.reduced)
+            bucket.work, bucket.reduced, bucket.missing = None, None, bucket.num_parameters
+        self._waiting.extend(self._buckets)
+        squares = torch.stack(torch._foreach_norm([bucket.part for bucket in self._buckets])).square().sum()
+        dist.all_reduce(squares, group=self._group)
+        self._norm = squares.sqrt()
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        """Update this rank's part of the weights, and gather those of the others. DeepSpeed calls it."""
+        norm, self._norm = self._norm, None
+        assert norm is not None
+        self._wrapper.overflow, self._wrapper._global_grad_norm = False, HostNumber(norm)
+        self._optimizer.found_inf = (~norm.isfinite()).float()
+        if self._clipping > 0:
+            self._optimizer.grad_scale = ((norm + 1e-6) / self._clipping).clamp(min=1.0)
+        self._optimizer.step()
+        self._wrapper.update_lp_params()
+
+
+# `reduce_scatter_tensor` is deprecated since torch 2.13; 2.11 knows only this name.
+_reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def resolve_steps(text: str, *, total_steps: int, tokens_per_step: int, key: str) -> int:
+    """Return a duration of the config in optimizer steps, rounded to the nearest.
+
+    Args:
+        text: the duration: "500 steps", "2B tokens" or "5 %".
+        total_steps: the steps of the run.
+        tokens_per_step: the tokens of a step, for a duration in tokens.
+        key: the config key, for the error.
+
+    Raises:
+        ConfigError: the duration is a time, which has no fixed number of steps.
+    """
+    duration = parse_duration(text)
+    if duration.unit == "steps":
+        return round(duration.value)
+    if duration.unit == "tokens":
+        return round(duration.value / tokens_per_step)
+    if duration.unit == "fraction":
+        return round(duration.value * total_steps)
+    raise ConfigError(f"{key}={text!r} is a time; write steps, tokens or a share of the run, e.g. {key}='5 %'")
+
+
+class Schedule:
+    """The learning rate as a factor on its peak, a pure function of the step: a linear warm-up, followed by the chosen
+    shape.
+
+    cosine: from 1 to `minimum_factor` along half a cosine. warmup_stable_decay: 1, then a linear decrease to
+    `minimum_factor` over the last `decay` (arXiv:2404.06395). constant: 1.
+    """
+
+    def __init__(self, config: ScheduleConfig, *, total_steps: int, tokens_per_step: int) -> None:
+        sizes = {"total_steps": total_steps, "tokens_per_step": tokens_per_step}
+        self.name = config.name
+        self.minimum = config.minimum_factor
+        self.total_steps = total_steps
+        self.warmup_steps = resolve_steps(config.warmup, key="schedule.warmup", **sizes)
+        self.decay_steps = resolve_steps(config.decay, key="schedule.decay", **sizes)
+
+    def factor(self, step: int) -> float:
+        """Return the factor for the update that ends step `step` (the first is 1)."""
+        if step <= self.warmup_steps:
+            return step / self.warmup_steps
+        if self.name == "constant":
+            return 1.0
+        if self.name == "warmup_stable_decay":
+            remaining = max(0, self.total_steps - step)
+            share = 1.0 if remaining >= self.decay_steps else remaining / self.decay_steps
+            return self.minimum + (1 - self.minimum) * share
+        progress = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
+        return self.minimum + (1 - self.minimum) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -6,13 +6,16 @@ The values go over a separate gloo group on the CPU, so that the exchange does n
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import signal
 import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -21,7 +24,8 @@ from torch._C._distributed_c10d import Store
 
 from bigtx.utils.errors import BigtxError, LaunchError, say_from_any_rank
 from bigtx.utils.hardware import node_of_core
-from bigtx.utils.processes import hold_free_port, is_launched, stopped_at_once
+from bigtx.utils.heartbeat import beat, kernel_stack_of, state_of, wait_for_ranks
+from bigtx.utils.processes import STACKS_SIGNAL, hold_free_port, is_launched, start_of, stopped_at_once
 
 T = TypeVar("T")
 
@@ -32,6 +36,8 @@ STORE_SECONDS = 5.0
 """How long rank 0's store may take to answer. It does not answer while rank 0 is stopped."""
 GATHER_SECONDS = 3.0
 """How much later than the first rank the others may reach the time-out of the same collective."""
+STACKS_SECONDS = 0.3
+"""How long a rank that did not answer may take to write its stacks."""
 
 
 class Ranks:
@@ -41,6 +47,7 @@ class Ranks:
         rank: this process's number among all ranks.
         world_size: the number of ranks.
         local_rank: this process's number among the ranks of its machine.
+        places: each rank's host, process and the process's start (`start_of`).
     """
 
     def __init__(self, *, timeout_seconds: float) -> None:
@@ -76,25 +83,44 @@ class Ranks:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.local_rank = int(os.environ["LOCAL_RANK"])
         self._group = dist.new_group(backend="gloo")
-        if problem := shared_gpus(self.gather((socket.gethostname(), own_gpu()))):
+        own = (socket.gethostname(), own_gpu(), os.getpid(), start_of(os.getpid()))
+        gathered = self.gather(own)
+        self.places: list[tuple[str, int, str | None]] = [(host, pid, start) for host, _, pid, start in gathered]
+        if problem := shared_gpus([(host, gpu) for host, gpu, _, _ in gathered]):
             raise LaunchError(problem)
-        if deepspeed.get_accelerator().device_name() == "cpu":
-            self._keep_to_own_cores()
+        self._share_cores(binds=deepspeed.get_accelerator().device_name() == "cpu")
 
-    def _keep_to_own_cores(self) -> None:
+    def _share_cores(self, *, binds: bool) -> None:
         """Divide the cores between the ranks that were given the same ones, as launchers that bind their ranks do.
 
-        Without this, the system has run two ranks on one of two cores for minutes.
+        torch would start a thread for each core in every rank: with a GPU too, where an offloaded optimizer works.
+
+        Args:
+            binds: whether this rank keeps to its own cores; without this, the system has run two ranks on one of two
+                cores for minutes. The threads that feed a GPU may use all of them.
         """
-        if self.world_size == 1 or not hasattr(os, "sched_setaffinity"):
+        if not hasattr(os, "sched_setaffinity"):
             return
         # Cores that share memory are next to each other in this order, so that a rank's cores are on one NUMA node.
         cores = sorted(os.sched_getaffinity(0), key=lambda core: (node_of_core(core), core))
         own = (socket.gethostname(), cores)
         peers = [rank for rank, other in enumerate(self.gather(own)) if other == own]
         size, place = len(cores) // len(peers), peers.index(self.rank)
-        if size:
+        if binds and size and len(peers) > 1:
             os.sched_setaffinity(0, cores[place * size : (place + 1) * size])
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, size))
+
+    def is_first_of_host(self, *, among: int) -> bool:
+        """Return whether this is the first rank of its host, and its host one of the first so many.
+
+        Args:
+            among: the number of hosts.
+        """
+        firsts: dict[str, int] = {}
+        for rank, (host, *_) in enumerate(self.places):
+            firsts.setdefault(host, rank)
+        return self.rank in list(firsts.values())[:among]
 
     def notes_on_devices(self) -> list[str]:
         """Return a note for each machine that has more GPUs than ranks. All ranks must call it."""
@@ -110,20 +136,36 @@ class Ranks:
 
     def sum(self, numbers: Sequence[int]) -> list[int]:
         """Return the element-wise sums over all ranks."""
+        return self.begin_sum(numbers)()
+
+    def begin_sum(self, numbers: Sequence[int]) -> Callable[[], list[int]]:
+        """Begin to compute the element-wise sums over all ranks, in gloo's threads.
+
+        Returns:
+            A function that waits for the sums, and returns them.
+        """
         tensor = torch.tensor(list(numbers), dtype=torch.int64)
-        dist.all_reduce(tensor, group=self._group)
-        return tensor.tolist()
+        work = dist.all_reduce(tensor, group=self._group, async_op=True)
+
+        def sums() -> list[int]:
+            wait_for_ranks(work)
+            beat()
+            return tensor.tolist()
+
+        return sums
 
     def gather(self, value: Any) -> list[Any]:
         """Return on every rank the values of all ranks, in the order of ranks. The values must be small."""
         gathered: list[Any] = [None] * self.world_size
         dist.all_gather_object(gathered, value, group=self._group)
+        beat()
         return gathered
 
     def from_first(self, value: Any) -> Any:
         """Return rank 0's value on every rank."""
         values = [value]
         dist.broadcast_object_list(values, src=0, group=self._group)
+        beat()
         return values[0]
 
     def on_first(self, action: Callable[[], T]) -> T | None:
@@ -151,6 +193,27 @@ class Ranks:
         """
         return self.from_first(self.on_first(action))
 
+    def post(self, name: str, value: Any) -> None:
+        """Leave a value of JSON's types for rank 0, which `posted` returns. Any thread may call it.
+
+        Raises:
+            RuntimeError: rank 0 is gone.
+        """
+        dist.distributed_c10d._get_default_store().set(f"bigtx/{name}/{self.rank}", json.dumps(value))
+
+    def posted(self, name: str) -> list[Any] | None:
+        """Return on rank 0 what all ranks have left under a name, in their order; None until all have. The values are
+        then deleted.
+        """
+        store = dist.distributed_c10d._get_default_store()
+        keys = [f"bigtx/{name}/{rank}" for rank in range(self.world_size)]
+        if not store.check(keys):
+            return None
+        values = [json.loads(store.get(key)) for key in keys]
+        for key in keys:
+            store.delete_key(key)
+        return values
+
     def is_first_to_fail(self) -> bool:
         """Return whether this rank is the first to ask; the first one reports the failure for all.
 
@@ -174,6 +237,33 @@ class Ranks:
         return self._ask_first(
             missing, STORE_SECONDS + GATHER_SECONDS, otherwise=[0] if self._reports_without_first() else None
         )
+
+    def describe(self, ranks: Sequence[int]) -> list[str]:
+        """Return ranks with their hosts, and whether a process of this host is stopped."""
+        return [
+            f"rank {rank} on {self.places[rank][0]}"
+            + " (stopped: state T)" * (self._is_here(rank) and state_of(self.places[rank][1]) == "T")
+            for rank in ranks
+        ]
+
+    def end_silent(self, ranks: Sequence[int], folder: Path) -> None:
+        """Kill those of the ranks that are on this host, since the run is over, once their stacks are written.
+
+        Args:
+            folder: where the kernel's view of them is written; they write their own stacks to their logs.
+        """
+        for rank in filter(self._is_here, ranks):
+            pid, file = self.places[rank][1], folder / f"rank-{rank:05d}.txt"
+            with contextlib.suppress(OSError):
+                os.kill(pid, STACKS_SIGNAL)
+                time.sleep(STACKS_SECONDS)
+                if not file.exists():
+                    file.write_text(kernel_stack_of(pid))
+                os.kill(pid, signal.SIGKILL)
+
+    def _is_here(self, rank: int) -> bool:
+        host, pid, start = self.places[rank]
+        return host == socket.gethostname() and start is not None and start_of(pid) == start
 
     def _reports_without_first(self) -> bool:
         return self.rank == 1 or self.local_rank == 0
@@ -279,7 +369,7 @@ def shared_gpus(places: Sequence[tuple[str, str | None]]) -> str | None:
 
 
 def use_own_device() -> None:
-    """Select the accelerator of this process's local rank, or without accelerators its share of the cores.
+    """Select the accelerator of this process's local rank, if there are accelerators.
 
     By default each process would use the first accelerator. A launcher may show each process only its own one, as `srun
     --gpus-per-task=1` does; then the first one is right for every local rank. `shared_gpus` finds ranks that were shown
@@ -292,7 +382,6 @@ def use_own_device() -> None:
 
     accelerator = deepspeed.get_accelerator()
     if accelerator.device_name() == "cpu":
-        use_share_of_cores()
         return
     local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), accelerator.device_count()
     if count == 1 and local_rank > 0:
@@ -303,11 +392,3 @@ def use_own_device() -> None:
             "many ranks on it (bigtx --ranks, deepspeed --num_gpus), or show it more (CUDA_VISIBLE_DEVICES)"
         )
     accelerator.set_device(local_rank)
-
-
-def use_share_of_cores() -> None:
-    """Divide this machine's cores between its ranks, unless OMP_NUM_THREADS is set."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        local_ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        torch.set_num_threads(max(1, cores // local_ranks))

@@ -1,48 +1,47 @@
 """Save the state of an engine, in the format of checkpoint.py.
 
-A checkpoint is written under another name, made durable, checked to be complete, then renamed. A damaged checkpoint is
-renamed to `step-N.damaged` when a later save needs its name, and is never deleted. While steps are being skipped, only
-suspect checkpoints are deleted; the next good one replaces them all. The parameters that the run does not train are
-written once, before the first checkpoint.
+    training      copy ─▶ steps ─▶ steps ...
+    each rank          └▶ thread: write and hash the copy, fsync ─▶ store
+    rank 0                                                          └▶ thread: manifest, rename, fsync ─▶ prune
 
-A checkpoint that cannot be deleted causes a warning, and is tried again at the next checkpoint. A checkpoint may be a
-link. Then its target is deleted with it only if it is in the run's folder, where no other run uses it.
+A checkpoint is written under another name, made durable, checked to be complete, then renamed. The parameters that the
+run does not train are written once, before the first checkpoint. See retention.py for what is kept.
 
 This module does not import deepspeed itself; it is given an engine.
 """
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import math
 import os
 import shutil
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from bigtx.engine.checkpoint import (
-    FOLDER,
-    FORMAT_VERSION,
-    FROZEN,
-    is_suspect,
-    list_checkpoints,
-    read_manifest,
-    step_folders,
-    step_of,
-    write_manifest,
-)
-from bigtx.engine.write_weights import PART_BYTES, SafetensorsWriter, groups, write_part
+from bigtx.engine.checkpoint import FOLDER, FORMAT_VERSION, FROZEN, read_manifest, step_folders, write_manifest
+from bigtx.engine.fragments import num_bytes, ranges_of
+from bigtx.engine.manifest import Range, table_of
+from bigtx.engine.retention import Policy, free_space, prune, remove, set_aside, try_to
 from bigtx.utils.errors import CheckpointError
 from bigtx.utils.files import fsync_dir, json_hash
 from bigtx.utils.log import say
 
 if TYPE_CHECKING:
     from bigtx.engine.engine import Engine, ReadRange
+    from bigtx.engine.host_copy import HostCopy
     from bigtx.engine.ranks import Ranks
+    from bigtx.engine.write_weights import Entry
+
+POLL_SECONDS = 0.05
+"""How often a waiting thread looks whether others have finished."""
 
 
 def save_frozen(engine: Engine, ranks: Ranks, run_dir: Path, read: ReadRange) -> None:
@@ -59,31 +58,28 @@ def save_frozen(engine: Engine, ranks: Ranks, run_dir: Path, read: ReadRange) ->
     Raises:
         CheckpointError: on every rank, if one could not write.
     """
+    from bigtx.engine.write_weights import PART_BYTES, description_of, parts_of, write_part
+
     assert not step_folders(run_dir), "existing checkpoints need the frozen weights that are there"
     final = run_dir / FROZEN
     partial = final.with_name(final.name + ".partial")
     shapes = {name: shape for name, shape in engine.shapes().items() if name in engine.frozen}
-    sizes = {name: 4 * math.prod(shape) for name, shape in shapes.items()}
-    most = min(PART_BYTES, -(-sum(sizes.values()) // ranks.world_size))
+    share = -(-sum(4 * math.prod(shape) for shape in shapes.values()) // ranks.world_size)
+    parts = parts_of("part", shapes, min(PART_BYTES, share))
     files, failure = {}, _begin(partial, [partial, final], run_dir, ranks)
     _raise_first(ranks.gather(failure), partial, ranks)
     try:
-        for number, names in list(enumerate(groups(sizes, most)))[ranks.rank :: ranks.world_size]:
-            weights = (read(name, "master", 0, sizes[name] // 4) for name in names)
-            file = f"part-{number:05d}.safetensors"
-            files[file] = write_part(partial / file, {name: shapes[name] for name in names}, weights)
+        for file, part in list(parts.items())[ranks.rank :: ranks.world_size]:
+            weights = (read(name, "master", 0, math.prod(shape)) for name, shape in part.items())
+            files[file] = write_part(partial / file, part, weights)
     except OSError as error:
         failure = f"rank {ranks.rank} could not write {partial}: {error}"
     reports = ranks.gather((failure, files))
     _raise_first([report[0] for report in reports], partial, ranks)
     if ranks.rank == 0:
         try:
-            manifest = {
-                "format": FORMAT_VERSION,
-                "parameters": {name: list(shape) for name, shape in shapes.items()},
-                "files": {name: entry for _, written in reports for name, entry in written.items()},
-            }
-            write_manifest(partial, manifest)
+            files = {file: entry for _, written in reports for file, entry in written.items()}
+            write_manifest(partial, {"format": FORMAT_VERSION, **description_of(parts, files)})
             fsync_dir(partial)
             os.rename(partial, final)
             fsync_dir(final.parent)
@@ -92,132 +88,262 @@ def save_frozen(engine: Engine, ranks: Ranks, run_dir: Path, read: ReadRange) ->
     _raise_first(ranks.gather(failure), partial, ranks)
 
 
-def save(
-    engine: Engine, ranks: Ranks, run_dir: Path, facts: dict[str, Any], *, keep: int, is_skipping: bool = False
-) -> Path:
-    """Write a checkpoint of the engine. Every rank must call it.
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is durable, and what it has cost.
 
-    Args:
+    Attributes:
+        path: its folder.
+        wait_seconds: how long the training waited for the previous save.
+        stall_seconds: how long the training stood still in all, that wait included.
+        durable_seconds: from the beginning of the save until the checkpoint had its name.
+        num_bytes: the size of its files.
+    """
+
+    path: Path
+    wait_seconds: float
+    stall_seconds: float
+    durable_seconds: float
+    num_bytes: int
+
+    def metrics(self) -> dict[str, float]:
+        """Return the metrics of the save."""
+        return {
+            "checkpoint/wait_seconds": self.wait_seconds,
+            "checkpoint/stall_seconds": self.stall_seconds,
+            "checkpoint/durable_seconds": self.durable_seconds,
+            "checkpoint/gib": self.num_bytes / 2**30,
+        }
+
+
+@dataclass
+class _Save:
+    """A save in progress, as one rank sees it.
+
+    Attributes:
+        name: the same on all ranks, and different for each save of this start of the run.
+        final, partial: the checkpoint's folder, and its name until it is complete.
+        manifest: its content before the files are known; empty on ranks other than 0.
+        ranges: what this rank writes.
+        trained: the parameters that a checkpoint must have.
+        is_skipping: whether the step was skipped.
+        began: when the save began, by the monotonic clock.
+        failure: why there is no checkpoint, in words, once that is known.
+    """
+
+    name: str
+    final: Path
+    partial: Path
+    manifest: dict[str, Any]
+    ranges: list[Range]
+    trained: set[str]
+    is_skipping: bool
+    began: float
+    wait_seconds: float = 0.0
+    stall_seconds: float = 0.0
+    failure: str | None = None
+
+
+class Saver:
+    """A writer of the checkpoints of a run: one at a time, in a thread of each rank, while the training continues.
+
+    `save` copies what this rank owns into host memory and returns. The thread writes and hashes the copy. Threads do
+    not use the engine, whose optimizer has other parameter groups during a step, and make no collective calls: each
+    leaves its result in the store of rank 0, whose thread completes the checkpoint.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        ranks: Ranks,
+        run_dir: Path,
+        policy: Policy,
+        *,
+        in_background: bool = True,
+        when_saved: Callable[[Path], None] = lambda path: None,
+    ) -> None:
+        """Args:
         engine: the engine to save.
         ranks: all ranks of the run.
         run_dir: the run's folder.
-        facts: further content of the manifest: at least `step`, and `suspect` for a suspect checkpoint.
-        keep: the number of newest checkpoints to keep; older ones except the best are deleted once this one is
-            complete.
-        is_skipping: whether this step was skipped; then no good checkpoint is deleted.
+        policy: which checkpoints are kept.
+        in_background: whether to copy and return; otherwise `save` writes from the weights and waits.
+        when_saved: called on rank 0 with each checkpoint's folder, once it is durable, in the thread.
+        """
+        self.engine, self.ranks, self.run_dir, self.policy = engine, ranks, run_dir, policy
+        self.in_background, self.when_saved = in_background, when_saved
+        self._copy: HostCopy | None = None
+        self._num_saves, self._was_left_out = 0, False
+        self._thread: threading.Thread | None = None
+        self._current: _Save | None = None
+        self._saved: Saved | None = None
 
-    Returns:
-        The checkpoint's folder.
+    @property
+    def has_failed(self) -> bool:
+        """Return whether this rank knows that the save in progress has failed. Then all ranks must call `wait`."""
+        return self._current is not None and self._current.failure is not None
 
-    Raises:
-        CheckpointError: on every rank, if one could not write; older checkpoints are untouched.
-    """
-    final = run_dir / FOLDER / f"step-{facts['step']:08d}"
-    partial = final.with_name(final.name + ".partial")
-    name, entry = f"rank-{ranks.rank:05d}.safetensors", None
-    failure = _begin(partial, [*(run_dir / FOLDER).glob("step-*.partial")], run_dir, ranks)
-    _raise_first(ranks.gather(failure), partial, ranks)
-    try:
-        entry = _write_fragments(engine, partial / name)
-    except OSError as error:
-        failure = f"rank {ranks.rank} could not write {partial / name}: {error}"
-    reports = ranks.gather((failure, name, entry, _ranges(engine)))
-    _raise_first([report[0] for report in reports], partial, ranks)
+    def save(self, facts: dict[str, Any], *, is_skipping: bool = False, may_wait: bool = False) -> None:
+        """Begin to write a checkpoint. Every rank must call it.
 
-    if ranks.rank == 0:
+        The weights and states may change only after `Optimizer.wait_for_copy`, which each update calls.
+
+        Args:
+            facts: further content of the manifest: at least `step`, and `suspect` for a suspect checkpoint.
+            is_skipping: whether this step was skipped; then no good checkpoint is deleted.
+            may_wait: whether a checkpoint for which the disk has no space may be left out, with a warning; not if the
+                previous one was left out too.
+
+        Raises:
+            CheckpointError: on every rank, if the previous one could not be written, or this one cannot be begun; older
+                checkpoints are untouched.
+        """
+        began = time.monotonic()
+        self.wait()
+        waited = time.monotonic() - began
+        final = self.run_dir / FOLDER / f"step-{facts['step']:08d}"
+        self._num_saves += 1
+        save = _Save(
+            name=f"checkpoint-{self._num_saves}",
+            final=final,
+            partial=final.with_name(final.name + ".partial"),
+            manifest={},
+            ranges=ranges_of(self.engine.owned, self.engine.optimizer.state_kinds),
+            trained=set(self.engine.shapes()) - set(self.engine.frozen),
+            is_skipping=is_skipping,
+            began=began,
+            wait_seconds=waited,
+        )
+        leftovers = [*(self.run_dir / FOLDER).glob("step-*.partial")]
+        failure = self.ranks.from_first(_begin(save.partial, leftovers, self.run_dir, self.ranks))
+        _raise_first([failure], save.partial, self.ranks)
+        if not self._has_space(save, facts, may_wait=may_wait):
+            return
+        if self.ranks.rank == 0:
+            save.manifest = {"format": FORMAT_VERSION, **facts, **_facts_of_engine(self.engine, self.run_dir)}
+        content = self._content()
+        save.stall_seconds = time.monotonic() - began
+        self._current = save
+        self._thread = threading.Thread(target=self._write, args=(save, *content), name="checkpoint", daemon=True)
+        self._thread.start()
+        if not self.in_background:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the save in progress, if any, is durable. Every rank must call it.
+
+        Raises:
+            CheckpointError: on every rank, if one could not write; older checkpoints are untouched.
+        """
+        if self._thread is None or self._current is None:
+            return
+        # A collective call in each turn notices a rank that was lost.
+        while self.ranks.sum([self._thread.is_alive()])[0]:
+            self._thread.join(POLL_SECONDS)
+        self._thread = None
+        failure = self.ranks.from_first(self._current.failure)
+        if failure:
+            raise _unwritten(failure)
+
+    def take_saved(self) -> Saved | None:
+        """Return, once and on rank 0 only, the checkpoint that has become durable since the last call."""
+        saved, self._saved = self._saved, None
+        return saved
+
+    def _has_space(self, save: _Save, facts: dict[str, Any], *, may_wait: bool) -> bool:
+        """Free the space for the checkpoint; return False if there is too little and the checkpoint is left out.
+
+        Raises:
+            CheckpointError: on every rank, if there is too little and the checkpoint must not be left out.
+        """
+        own = num_bytes(self.engine.owned, self.engine.optimizer.state_kinds)
+        (needed,) = self.ranks.sum([own])
+        problem, best = None, facts.get("state", {}).get("best_step")
+        if self.ranks.rank == 0:
+            problem = free_space(self.run_dir, needed, self.policy, best=best, is_skipping=save.is_skipping)
+        problem = self.ranks.from_first(problem)
+        is_left_out, self._was_left_out = may_wait and problem is not None and not self._was_left_out, bool(problem)
+        if is_left_out:
+            if self.ranks.rank == 0:
+                shutil.rmtree(save.partial, ignore_errors=True)
+            say(
+                f"warning: the checkpoint of step {facts['step']} was not written: {problem}; the run continues, and "
+                "ends if there is no space for the next one either"
+            )
+        else:
+            _raise_first([problem], save.partial, self.ranks)
+        return not is_left_out
+
+    def _content(self) -> tuple[list[Entry], Iterable[Tensor]]:
+        """Return the names, shapes and types of this rank's tensors, and their content in pieces."""
+        pieces = _pieces(self.engine)
+        entries = [(name, tuple(piece.shape), piece.dtype) for name, piece in pieces.items()]
+        if not self.in_background:
+            return entries, pieces.values()
+        if self._copy is None:
+            from bigtx.engine.host_copy import HostCopy
+
+            self._copy = HostCopy()
+        return entries, self._copy.take(list(pieces.values()), self.engine.optimizer)
+
+    def _write(self, save: _Save, entries: list[Entry], content: Iterable[Tensor]) -> None:
+        """Write this rank's file, and on rank 0 complete the checkpoint. This runs in the thread."""
+        from bigtx.engine.write_weights import write_file
+
+        rank = self.ranks.rank
+        file, failure, entry = f"rank-{rank:05d}.safetensors", None, None
         try:
-            manifest = {
-                "format": FORMAT_VERSION,
-                **facts,
-                **_facts_of_whole_model(engine, run_dir),
-                "world_size": ranks.world_size,
-                "zero_stage": engine.stage,
-                "precision": engine.config.engine.precision,
-                "loss_scale": engine.loss_scale(),
-                "expert_counts": None if engine.expert_counts is None else engine.expert_counts.tolist(),
-                "num_updates": engine.optimizer.num_updates,
-                "parameters": _prove_coverage([report[3] for report in reports], engine),
-                "files": {name: entry for _, name, entry, _ in reports if entry},
-            }
-            write_manifest(partial, manifest)
-            fsync_dir(partial)
-            _set_aside(run_dir, from_step=facts["step"])
-            os.rename(partial, final)
-            fsync_dir(final.parent)
-        except (OSError, CheckpointError) as error:
-            failure = f"could not complete {final}: {error}"
-    _raise_first(ranks.gather(failure), partial, ranks)
-    if ranks.rank == 0:
-        best = facts.get("state", {}).get("best_step")
-        _prune(run_dir, keep=keep, best=best, is_skipping=is_skipping)
-    return final
+            entry = write_file(save.partial / file, entries, content) if entries else None
+        except Exception as error:
+            failure = f"rank {rank} could not write {save.partial / file}: {_said(error)}"
+        try:
+            self.ranks.post(save.name, [failure, file, entry, save.ranges])
+            if rank == 0:
+                self._complete(save)
+        except Exception as error:
+            save.failure = f"could not complete {save.final}: {_said(error)}"
+        if rank == 0 and save.failure:
+            shutil.rmtree(save.partial, ignore_errors=True)
+
+    def _complete(self, save: _Save) -> None:
+        """Write the manifest once all files are written, give the checkpoint its name, and delete older ones.
+
+        Raises:
+            OSError, CheckpointError: it cannot be completed.
+        """
+        while (reports := self.ranks.posted(save.name)) is None:
+            time.sleep(POLL_SECONDS)
+        save.failure = next((report[0] for report in reports if report[0]), None)
+        if save.failure:
+            return
+        files = {file: entry for _, file, entry, _ in reports if entry}
+        parameters, ranges = table_of({file: own for _, file, entry, own in reports if entry}, save.trained)
+        facts = {"world_size": self.ranks.world_size, "parameters": parameters, "files": files, "ranges": ranges}
+        manifest = save.manifest | facts
+        write_manifest(save.partial, manifest)
+        fsync_dir(save.partial)
+        set_aside(self.run_dir, from_step=manifest["step"])
+        os.rename(save.partial, save.final)
+        fsync_dir(save.final.parent)
+        seconds = time.monotonic() - save.began
+        num_bytes = sum(entry["size"] for entry in files.values())
+        stalled = save.stall_seconds if self.in_background else seconds
+        self._saved = Saved(save.final, save.wait_seconds, stalled, seconds, num_bytes)
+        self.when_saved(save.final)
+        best = manifest.get("state", {}).get("best_step")
+        prune(self.run_dir, self.policy, best=best, is_skipping=save.is_skipping)
 
 
-def _prune(run_dir: Path, *, keep: int, best: int | None, is_skipping: bool) -> None:
-    """Delete the checkpoints that are not needed after the one just written. Damaged ones are kept."""
-    good, suspects = list[Path](), list[Path]()
-    for path in list_checkpoints(run_dir):
-        with contextlib.suppress(CheckpointError):
-            (suspects if is_suspect(read_manifest(path)) else good).append(path)
-    needless = suspects[keep:] if is_skipping else [*good[keep:], *suspects]
-    for path in needless:
-        if step_of(path) != best:
-            _try_to(_delete, path, run_dir)
-
-
-def _try_to(free: Callable[[Path, Path], None], path: Path, run_dir: Path) -> None:
-    """Delete a path that is not needed. Where that fails, print a warning; the space is freed later."""
-    try:
-        free(path, run_dir)
-    except OSError as error:
-        say(
-            f"warning: {path} is not needed any more and cannot be deleted ({error.strerror or error}); it is tried "
-            "again at the next checkpoint"
-        )
-
-
-def _delete(checkpoint: Path, run_dir: Path) -> None:
-    """Rename a checkpoint, then delete it, so that a half deleted one does not look damaged."""
-    gone = checkpoint.with_name(checkpoint.name + ".partial")
-    os.rename(checkpoint, gone)
-    _try_to(_remove, gone, run_dir)
-
-
-def _remove(gone: Path, run_dir: Path) -> None:
-    """Remove a folder, or a link with its target if that is in the run's folder.
-
-    Raises:
-        OSError: it cannot be removed.
-    """
-    if not gone.is_symlink():
-        shutil.rmtree(gone)
-        return
-    target = gone.resolve()
-    if _is_unused_checkpoint(target, run_dir):
-        shutil.rmtree(target)
-    elif target.exists():
-        say(
-            f"warning: {gone.name.removesuffix('.partial')} is not needed any more and was a link to {target}, which "
-            "is not a checkpoint in the run's own folder: the link is deleted, and its target is kept"
-        )
-    gone.unlink()
-
-
-def _is_unused_checkpoint(folder: Path, run_dir: Path) -> bool:
-    """Return whether a folder in the run has files of a checkpoint, but is not a checkpoint of the run by its name."""
-    in_run = {run_dir.resolve(), (run_dir / FOLDER).resolve()}.intersection(folder.parents)
-    used = {path.resolve() for path in (run_dir / FROZEN, *step_folders(run_dir))}
-    return bool(
-        in_run
-        and folder not in used
-        and folder.is_dir()
-        and all(path.is_file() and path.suffix in (".safetensors", ".json") for path in folder.iterdir())
-    )
-
-
-def _facts_of_whole_model(engine: Engine, run_dir: Path) -> dict[str, Any]:
-    """Return what a reader needs for the whole model: the hash of the frozen weights, and the factor of adapters."""
-    facts: dict[str, Any] = {}
+def _facts_of_engine(engine: Engine, run_dir: Path) -> dict[str, Any]:
+    """Return the state of the engine besides its tensors, and what a reader needs for the whole model: the hash of the
+    frozen weights, and the factor of adapters."""
+    facts: dict[str, Any] = {
+        "zero_stage": engine.stage,
+        "precision": engine.config.engine.precision,
+        "loss_scale": engine.loss_scale(),
+        "expert_counts": None if engine.expert_counts is None else engine.expert_counts.tolist(),
+        "num_updates": engine.optimizer.num_updates,
+    }
     if engine.frozen:
         facts["frozen_sha256"] = json_hash(read_manifest(run_dir / FROZEN))
     lora = engine.config.model.lora
@@ -232,34 +358,15 @@ def _begin(partial: Path, leftovers: list[Path], run_dir: Path, ranks: Ranks) ->
         return None
     try:
         for leftover in filter(os.path.lexists, leftovers):
-            _try_to(_remove, leftover, run_dir)
+            try_to(remove, leftover, run_dir)
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         return f"could not make {partial}: {error}"
     return None
 
 
-def _set_aside(run_dir: Path, *, from_step: int) -> None:
-    """Rename the damaged and delete the suspect checkpoints of this step and of later ones.
-
-    They were refused when the run resumed from an earlier one.
-    """
-    for path in step_folders(run_dir):
-        if step_of(path) < from_step:
-            continue
-        with contextlib.suppress(CheckpointError):
-            if is_suspect(read_manifest(path)):
-                _delete(path, run_dir)
-                continue
-        damaged = path.with_name(path.name + ".damaged")
-        if damaged.is_symlink():
-            damaged.unlink()
-        shutil.rmtree(damaged, ignore_errors=True)
-        os.rename(path, damaged)
-
-
-def _write_fragments(engine: Engine, path: Path) -> dict[str, Any] | None:
-    """Write this rank's fragments durably. Returns size and hash of the file; None where this rank owns no fragment."""
+def _pieces(engine: Engine) -> dict[str, Tensor]:
+    """Return the fragments of this rank, in the order of its file: name and fp32 tensor [elements]."""
     pieces: dict[str, Tensor] = {}
     for fragment in engine.owned:
         states = engine.optimizer.state[fragment.flat]
@@ -269,41 +376,7 @@ def _write_fragments(engine: Engine, path: Path) -> dict[str, Any] | None:
         for kind, source in sources.items():
             assert source.dtype == torch.float32 and source.numel() == fragment.flat.numel()
             pieces[f"{fragment.name}|{fragment.start}|{kind}"] = fragment.view(source)
-    if not pieces:
-        return None
-    entries = [(name, tuple(piece.shape), piece.dtype) for name, piece in pieces.items()]
-    # safetensors' save_file is not used: it makes files that only their owner may read, and ignores the umask.
-    with SafetensorsWriter(path, entries) as writer:
-        for piece in pieces.values():
-            writer.write(piece.cpu())
-        return writer.finish()
-
-
-def _ranges(engine: Engine) -> list[tuple[str, tuple[int, ...], int, int]]:
-    return [(fragment.name, fragment.shape, fragment.start, fragment.stop) for fragment in engine.owned]
-
-
-def _prove_coverage(
-    ranges_by_rank: list[list[tuple[str, tuple[int, ...], int, int]]], engine: Engine
-) -> dict[str, list[int]]:
-    """Check that every trained parameter is covered exactly once. Returns the parameters' shapes.
-
-    All kinds of a fragment have the fragment's range (asserted where they are written), so one check is enough.
-    """
-    pieces: dict[str, list[tuple[int, int]]] = {}
-    shapes: dict[str, list[int]] = {}
-    for ranges in ranges_by_rank:
-        for name, shape, start, stop in ranges:
-            pieces.setdefault(name, []).append((start, stop))
-            shapes[name] = list(shape)
-    assert set(pieces) == set(engine.shapes()) - set(engine.frozen)
-    for name, parts in pieces.items():
-        end = 0
-        for start, stop in sorted(parts):
-            assert start == end, f"{name}: elements {end} to {start} are missing or written twice"
-            end = stop
-        assert end == torch.Size(shapes[name]).numel(), f"{name}: only {end} elements written"
-    return shapes
+    return pieces
 
 
 def _raise_first(failures: list[str | None], partial: Path, ranks: Ranks) -> None:
@@ -312,4 +385,16 @@ def _raise_first(failures: list[str | None], partial: Path, ranks: Ranks) -> Non
     if failure:
         if ranks.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"the checkpoint was not written, earlier ones are unchanged: {failure}")
+        raise _unwritten(failure)
+
+
+def _unwritten(failure: str) -> CheckpointError:
+    return CheckpointError(f"the checkpoint was not written, earlier ones are unchanged: {failure}")
+
+
+def _said(error: Exception) -> str:
+    """Return an error in words; one that is not of the disk is logged with its traceback."""
+    if isinstance(error, OSError | CheckpointError):
+        return str(error)
+    logging.getLogger(__name__).error("a checkpoint was not written", exc_info=error)
+    return f"{type(error).__name__}: {error}"

@@ -1,4 +1,5 @@
-"""Decide which parameters a run trains. The others are frozen: no gradient, no optimizer state and no master copy.
+"""Decide which parameters a run trains, and how each is updated. The others are frozen: no gradient, no optimizer state
+and no master copy.
 
 full fine-tuning, pretraining     all but optimizer.freeze
 with model.lora                   the adapters, the head of classes and optimizer.train_also, without optimizer.freeze
@@ -7,16 +8,34 @@ with model.lora                   the adapters, the head of classes and optimize
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
 
-from bigtx.config.schema import RunConfig
+from bigtx.config.schema import OptimizerConfig, RunConfig
 from bigtx.utils.errors import ConfigError
 from bigtx.utils.units import format_names
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+PART_MULTIPLE = 64
+"""The elements of a rank's part of a flat tensor are a multiple of this number: 128 bytes in bf16."""
+_BLOCK = re.compile(r"(?P<stack>\w+)\.blocks\.(?P<layer>\d+)\.")
+_ABOVE_BLOCKS = ("head.", "encoder.norm.", "decoder.norm.")
 ADAPTERS = ("*.adapter.a", "*.adapter.b")
 WITH_ADAPTERS = (*ADAPTERS, "head.classes.*", "head.pooler.*")
 """Parameters that are always trained with model.lora. A base rarely has a head of classes."""
+
+
+def freeze(model: nn.Module, config: RunConfig) -> list[str]:
+    """Turn off the gradients of the parameters that are not trained. Returns their names."""
+    parameters = dict(model.named_parameters())
+    frozen = frozen_parameters(config, parameters)
+    for name in frozen:
+        parameters[name].requires_grad_(False)
+    return frozen
 
 
 def is_adapter(name: str) -> bool:
@@ -94,3 +113,135 @@ def _near(glob: str, names: list[str]) -> str:
         return f"did you mean {' or '.join(similar)}?"
     parts = list(dict.fromkeys(".".join(name.split(".")[:2]) + ".*" for name in names))
     return f"there are {', '.join(parts[:8])}"
+
+
+def parameter_groups(config: OptimizerConfig, parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
+    """Group parameters by how they are updated. Norms, biases and other vectors have no weight decay.
+
+    Args:
+        config: the config of the optimizer.
+        parameters: names and parameters; a parameter that ZeRO-3 has partitioned has its shape in `ds_shape`.
+
+    Returns:
+        Groups with `name`, `method`, `peak_learning_rate` and `weight_decay`. With a layer_decay several groups have
+        the same name, the one with the highest rate first.
+    """
+    parameters = list(parameters)
+    kinds = _kinds(config)
+    factors = layer_factors([name for name, _ in parameters], config.layer_decay)
+    groups: dict[tuple[str, float], dict[str, Any]] = {
+        (kind, factor): {**settings, "name": kind, "params": []}
+        for kind, settings in kinds.items()
+        for factor in sorted(set(factors.values()), reverse=True)
+    }
+    for name, parameter in parameters:
+        if parameter.requires_grad:
+            groups[_group_of(name, parameter), factors[name]]["params"].append(parameter)
+    for (_, factor), group in groups.items():
+        group["peak_learning_rate"] *= factor
+        group["lr"] = group["peak_learning_rate"]
+    return [group for group in groups.values() if group["params"]]
+
+
+def layer_factors(names: list[str], decay: float) -> dict[str, float]:
+    """Return factors on the learning rates of parameters (discriminative fine-tuning, arXiv:1801.06146).
+
+    The factor is 1 for the head, a stack's last norm and its last block. It is multiplied by `decay` for each block
+    below, and again for the embeddings and everything else before the first block.
+    """
+    blocks = {name: match for name in names if (match := _BLOCK.match(name))}
+    num_layers: dict[str, int] = {}
+    for match in blocks.values():
+        num_layers[match["stack"]] = max(num_layers.get(match["stack"], 0), int(match["layer"]) + 1)
+    depth = max(num_layers.values(), default=0)
+    factors = {}
+    for name in names:
+        if name in blocks:
+            match = blocks[name]
+            factors[name] = decay ** (num_layers[match["stack"]] - 1 - int(match["layer"]))
+        else:
+            factors[name] = 1.0 if name.startswith(_ABOVE_BLOCKS) else decay**depth
+    return factors
+
+
+def _kinds(config: OptimizerConfig) -> dict[str, dict[str, Any]]:
+    """Return the settings by which each kind of parameter is updated."""
+    embedding_decay = config.weight_decay if config.decay_embeddings else 0.0
+    assert config.learning_rate is not None, "the loader fills it in"
+    embedding_rate = config.learning_rate * config.embedding_learning_rate_scale
+    matrices: dict[str, Any] = {
+        "method": "adamw",
+        "peak_learning_rate": config.learning_rate,
+        "weight_decay": config.weight_decay,
+    }
+    if config.name == "muon":
+        matrices = {
+            "method": "muon",
+            "peak_learning_rate": config.muon_learning_rate,
+            "weight_decay": config.muon_weight_decay,
+        }
+    return {
+        "matrices": matrices,
+        "routers": {
+            "method": "adamw",
+            "peak_learning_rate": config.learning_rate,
+            "weight_decay": config.weight_decay,
+        },
+        # Also with Muon: the product of an adapter's two matrices acts on the activations, and orthogonal steps of both
+        # matrices do not make an orthogonal step of the product. One of them begins as zeros.
+        "adapters": {
+            "method": "adamw",
+            "peak_learning_rate": config.learning_rate,
+            "weight_decay": config.weight_decay,
+        },
+        "embeddings": {"method": "adamw", "peak_learning_rate": embedding_rate, "weight_decay": embedding_decay},
+        "vectors": {"method": "adamw", "peak_learning_rate": config.learning_rate, "weight_decay": 0.0},
+    }
+
+
+def _group_of(name: str, parameter: nn.Parameter) -> str:
+    if len(getattr(parameter, "ds_shape", parameter.shape)) < 2:
+        return "vectors"
+    if is_adapter(name):
+        return "adapters"
+    # Each of their rows makes one score, as the rows of a head do, which AdamW updates too. Muon would move all rows
+    # equally, including those of experts that receive almost no tokens.
+    if name.endswith((".router.weight", ".shared_gate.weight")):
+        return "routers"
+    return "matrices" if ".blocks." in name else "embeddings"
+
+
+def in_buckets(groups: Sequence[dict[str, Any]], size: int) -> list[dict[str, Any]]:
+    """Split parameter groups, so that each has at most `size` elements or one parameter.
+
+    They are filled from the end of the model, where the gradients are complete first. So the smaller rest of a group is
+    reduced last, when no arithmetic is left to hide it.
+    """
+    buckets = []
+    for group in groups:
+        parts: list[list[Tensor]] = []
+        room = 0
+        for parameter in reversed(group["params"]):
+            if not parts or parameter.numel() > room:
+                parts.append([])
+                room = size
+            parts[-1].insert(0, parameter)
+            room -= parameter.numel()
+        buckets += [{**group, "params": part} for part in parts]
+    return buckets
+
+
+def align_parts() -> None:
+    """Have DeepSpeed's BF16_Optimizer cut flat tensors into parts of whole `PART_MULTIPLE` elements.
+
+    Its own parts are of whole 2 elements. Where the number of ranks does not divide the sizes of the matrices, as with
+    24 ranks, parts then begin between the units of 16 bytes in which NCCL and the fused AdamW read fastest.
+    """
+    from deepspeed.runtime import bf16_optimizer
+
+    def flatten(self: Any, tensors: list[Tensor], alignment: int) -> Tensor:
+        num_ranks = alignment // self.nccl_start_alignment_factor
+        flat: Tensor = self.flatten(bf16_optimizer.align_dense_tensors(tensors, PART_MULTIPLE * num_ranks))
+        return flat
+
+    bf16_optimizer.BF16_Optimizer._flatten_dense_tensors_aligned = flatten

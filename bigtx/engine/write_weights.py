@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bigtx.engine.checkpoint import FOLDER, FORMAT_VERSION, write_manifest
+from bigtx.engine.manifest import table_of
 from bigtx.utils.files import fsync_dir
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -28,8 +29,14 @@ DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 PART_BYTES = 4 * 2**30
 """The approximate size of the files of a written checkpoint."""
 
+BLOCK_BYTES = 16 * 2**20
+"""The bytes that are written and then hashed at once, while they are in the processor's cache or near it."""
+
 Entry = tuple[str, tuple[int, ...], torch.dtype]
 """Name, shape and type of a tensor."""
+
+Part = Mapping[str, tuple[int, ...]]
+"""The shapes of the parameters of one file, in their order."""
 
 
 class SafetensorsWriter:
@@ -60,7 +67,17 @@ class SafetensorsWriter:
         """Write the next tensor; its shape and type must be those of its entry."""
         name, shape, dtype = self._left.pop()
         assert (tuple(tensor.shape), tensor.dtype) == (shape, dtype), name
-        self._put(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+        self._put_content(tensor)
+
+    def write_joined(self, tensors: Tensor) -> None:
+        """Write the next tensors, which follow each other in one of the same type."""
+        left = tensors.numel()
+        while left > 0:
+            _, shape, dtype = self._left.pop()
+            assert dtype == tensors.dtype
+            left -= math.prod(shape)
+        assert left == 0, "the tensors end within an entry"
+        self._put_content(tensors)
 
     def finish(self) -> dict[str, Any]:
         """Make the file durable. Returns its `size` and `sha256`."""
@@ -77,6 +94,11 @@ class SafetensorsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+
+    def _put_content(self, tensor: Tensor) -> None:
+        data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
+        for start in range(0, len(data), BLOCK_BYTES):
+            self._put(data[start : start + BLOCK_BYTES])
 
     def _put(self, data: bytes | memoryview) -> None:
         self._file.write(data)
@@ -112,15 +134,10 @@ def save_weights(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        files, given = {}, iter(weights)
-        sizes = {name: 4 * math.prod(shape) for name, shape in shapes.items()}
-        for number, names in enumerate(groups(sizes, part_bytes)):
-            file = f"rank-{number:05d}.safetensors"
-            part = {name: shapes[name] for name in names}
-            files[file] = write_part(partial / file, part, _expected(given, part))
+        parts, given = parts_of("rank", shapes, part_bytes), iter(weights)
+        files = {file: write_part(partial / file, part, _expected(given, part)) for file, part in parts.items()}
         assert next(given, None) is None, "there are more weights than shapes"
-        parameters = {name: list(shape) for name, shape in shapes.items()}
-        write_manifest(partial, {"format": FORMAT_VERSION, **facts, "parameters": parameters, "files": files})
+        write_manifest(partial, {"format": FORMAT_VERSION, **facts, **description_of(parts, files)})
         fsync_dir(partial)
         os.rename(partial, final)
         fsync_dir(final.parent)
@@ -130,7 +147,7 @@ def save_weights(
     return final
 
 
-def _expected(given: Iterator[tuple[str, Tensor]], part: Mapping[str, tuple[int, ...]]) -> Iterator[Tensor]:
+def _expected(given: Iterator[tuple[str, Tensor]], part: Part) -> Iterator[Tensor]:
     """Yield the next weights, which must be those of a part, in its order."""
     for name, shape in part.items():
         came, weight = next(given)
@@ -138,7 +155,7 @@ def _expected(given: Iterator[tuple[str, Tensor]], part: Mapping[str, tuple[int,
         yield weight
 
 
-def write_part(path: Path, shapes: Mapping[str, tuple[int, ...]], weights: Iterable[Tensor]) -> dict[str, Any]:
+def write_part(path: Path, shapes: Part, weights: Iterable[Tensor]) -> dict[str, Any]:
     """Write whole fp32 weights as one file of a checkpoint, durably.
 
     Args:
@@ -150,10 +167,58 @@ def write_part(path: Path, shapes: Mapping[str, tuple[int, ...]], weights: Itera
         The file's `size` and `sha256`.
     """
     entries = [(f"{name}|0|master", (math.prod(shape),), torch.float32) for name, shape in shapes.items()]
+    return write_file(path, entries, (weight.reshape(-1) for weight in weights))
+
+
+def write_file(path: Path, entries: Sequence[Entry], content: Iterable[Tensor]) -> dict[str, Any]:
+    """Write tensors as one file, durably.
+
+    Args:
+        path: the file to create.
+        entries: all tensors of the file.
+        content: their content in the same order, each piece one tensor or several.
+
+    Returns:
+        The file's `size` and `sha256`.
+    """
+    # safetensors' save_file is not used: it makes files that only their owner may read, and ignores the umask.
     with SafetensorsWriter(path, entries) as writer:
-        for weight in weights:
-            writer.write(weight.reshape(-1))
+        for piece in content:
+            writer.write_joined(piece.cpu())
         return writer.finish()
+
+
+def parts_of(prefix: str, shapes: Mapping[str, tuple[int, ...]], part_bytes: int) -> dict[str, Part]:
+    """Divide fp32 parameters into files, in their order.
+
+    Args:
+        prefix: the beginning of the files' names.
+        shapes: the shape of each parameter.
+        part_bytes: the most bytes of a file that has several parameters.
+
+    Returns:
+        The shapes of the parameters of each file, by the file's name.
+    """
+    sizes = {name: 4 * math.prod(shape) for name, shape in shapes.items()}
+    return {
+        f"{prefix}-{number:05d}.safetensors": {name: shapes[name] for name in names}
+        for number, names in enumerate(groups(sizes, part_bytes))
+    }
+
+
+def description_of(parts: Mapping[str, Part], files: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return what a manifest says about files of whole weights: `parameters`, `files` and `ranges`.
+
+    Args:
+        parts: the result of `parts_of`.
+        files: the result of `write_part` for each file.
+    """
+    ranges = {
+        file: [(name, shape, ("master",), 0, math.prod(shape)) for name, shape in part.items()]
+        for file, part in parts.items()
+    }
+    parameters, table = table_of(ranges, {name for part in parts.values() for name in part})
+    return {"parameters": parameters, "files": dict(files), "ranges": table}
 
 
 def groups(sizes: Mapping[str, int], most: int) -> Iterator[list[str]]:

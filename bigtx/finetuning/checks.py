@@ -11,7 +11,7 @@ from bigtx.config.runs import has_steps, run_dir_of
 from bigtx.config.schema import FinetuneConfig
 from bigtx.config.schema.finetuning import FieldsConfig
 from bigtx.data.records.read import PAIR, read_records
-from bigtx.data.records.record import MAX_TOLD, BadRecordError, Broken, LeftOut, Record
+from bigtx.data.records.record import MAX_LISTED, BadRecordError, Broken, LeftOut, Record
 from bigtx.engine.checkpoint import preferred
 from bigtx.engine.trained import TOKENIZER, read_tokenizer
 from bigtx.finetuning.tasks import FIELDS
@@ -85,7 +85,7 @@ def check_records(config: FinetuneConfig) -> None:
 
 def advice_about(broken: Broken, config: FinetuneConfig) -> str:
     """Return advice about records that cannot be used."""
-    if broken.count > MAX_TOLD:
+    if broken.count > MAX_LISTED:
         return "Or leave them out: name them in data.leave_out."
     names = [*config.data.leave_out, *(where for where, _ in broken.first)]
     without, allowed = setting("data.leave_out", names), setting("allow_changes", ["data.leave_out"])

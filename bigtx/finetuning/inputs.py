@@ -1,20 +1,27 @@
-"""The inputs of fine-tuning: the base's tokenizer, the teacher, the records under their task, and the length of the run
-that follows from them."""
+"""The inputs of fine-tuning: the base's tokenizer, the teacher, the records under their task, the length of the run
+that follows from them, and its batches, which a thread prepares ahead.
+
+The order of the records is a pure function of (lengths, seed, batch size), so a position in it is one number.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from bigtx.config.schema import FinetuneConfig
 from bigtx.data import recordings
+from bigtx.data.stream.loader import Division, StepLoader
 from bigtx.engine.checkpoint import step_folders
-from bigtx.finetuning import record_table
 from bigtx.finetuning.checks import open_tokenizer
-from bigtx.finetuning.records import TaskData, open_task_data
+from bigtx.finetuning.records import Table, TaskData, open_task_data, read_table
 from bigtx.finetuning.tasks.task import RecordTask
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.train import start
@@ -100,12 +107,12 @@ def open_inputs(context: RunContext[FinetuneConfig]) -> Inputs:
     return inputs
 
 
-def _first_table(context: RunContext[FinetuneConfig]) -> record_table.Table | None:
+def _first_table(context: RunContext[FinetuneConfig]) -> Table | None:
     """Return the records with which the run started, if it has made steps and some are left out now."""
     if not context.config.data.leave_out or context.dry_run:
         return None
     folder = context.folder
-    return context.ranks.once(lambda: record_table.read(folder) if step_folders(folder) else None)
+    return context.ranks.once(lambda: read_table(folder) if step_folders(folder) else None)
 
 
 def _describe(inputs: Inputs) -> None:
@@ -189,3 +196,84 @@ def describe_held_out(config: FinetuneConfig) -> str:
         why = f"{setting('data.validation_fraction', data.validation_fraction)} would hold out fewer than "
         why += setting("data.min_held_out", data.min_held_out)
     return f"no validation records: the newest checkpoint counts as the best ({why})"
+
+
+WINDOW_BATCHES = 32
+"""Global batches whose records are sorted by length together, so that little padding is needed."""
+
+
+class RecordOrder:
+    """The record at each position i of a run.
+
+    Each epoch is a permutation of its own; a batch may cross the border of two. Within a window of
+    batches the records are sorted by length, then cut into global batches, whose order is drawn.
+    """
+
+    def __init__(self, lengths: np.ndarray, *, global_batch_size: int, seed: int) -> None:
+        """Args:
+        lengths: int [N], of each record; equal lengths leave the records unsorted.
+        """
+        assert len(lengths), "no records"
+        self._lengths, self._size, self._seed = lengths, global_batch_size, seed
+        self._window = functools.lru_cache(maxsize=1)(self._draw_window)
+        self._permutation = functools.lru_cache(maxsize=1)(self._permute)
+
+    def batch(self, number: int) -> np.ndarray:
+        """Return the records of a global batch, int64 [global_batch_size]; batch 0 is the first."""
+        window, place = divmod(number, WINDOW_BATCHES)
+        return self._window(window)[place * self._size : (place + 1) * self._size]
+
+    def _draw_window(self, window: int) -> np.ndarray:
+        span = WINDOW_BATCHES * self._size
+        numbers = np.arange(window * span, (window + 1) * span)
+        epochs, places = np.divmod(numbers, len(self._lengths))
+        own = np.unique(epochs).tolist()
+        records = np.concatenate([self._permutation(epoch)[places[epochs == epoch]] for epoch in own])
+        records = records[np.argsort(self._lengths[records], kind="stable")]
+        shuffled = self._generator("window", window).permutation(WINDOW_BATCHES)
+        return records.reshape(WINDOW_BATCHES, self._size)[shuffled].ravel()
+
+    def _permute(self, epoch: int) -> np.ndarray:
+        return self._generator("epoch", epoch).permutation(len(self._lengths))
+
+    def _generator(self, what: str, number: int) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(key=[self._seed, {"epoch": 0, "window": 1}[what] << 48 | number]))
+
+
+Collate = Callable[[Sequence[int], Sequence[int]], Any]
+"""(records, their numbers in the run) -> a micro batch on the CPU."""
+
+
+class RecordLoader(StepLoader):
+    """An endless iterator over optimizer steps."""
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        collate: Collate,
+        division: Division,
+        *,
+        seed: int,
+        start_sequence: int,
+        prefetch_batches: int,
+    ) -> None:
+        """Args:
+        lengths: int [N], of each record.
+        """
+        self._order = RecordOrder(lengths, global_batch_size=division.global_batch_size, seed=seed)
+        self._collate = collate
+        super().__init__(division, start_sequence, prefetch_batches)
+
+    def num_tokens(self, micro_batches: list[Any]) -> int:
+        """Return the number of tokens of records, without padding."""
+        return sum(batch.num_tokens for batch in micro_batches)
+
+    def _micro_batches(self, start_sequence: int) -> Iterator[Any]:
+        division, size = self._division, self._division.global_batch_size
+        assert start_sequence % size == 0
+        # Neighbours have about equal length: dealt in turns, they give every rank about the same work.
+        places = np.arange(size)[division.rank :: division.world_size].reshape(-1, division.micro_batch_size)
+        for step in itertools.count(start_sequence // size):
+            records = self._order.batch(step)
+            for own in places:
+                yield self._collate(records[own].tolist(), (step * size + own).tolist())

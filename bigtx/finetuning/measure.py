@@ -29,8 +29,9 @@ from bigtx.finetuning.predictions import batches_by_length, evenly_spaced, in_or
 from bigtx.finetuning.tasks.task import Examples, Model, Prediction, RecordTask
 from bigtx.track.tracker import Tracker
 from bigtx.train.state import RunState
-from bigtx.utils.errors import ConfigError, LaunchError
+from bigtx.utils.errors import ConfigError, writes
 from bigtx.utils.files import write_atomic
+from bigtx.utils.heartbeat import beat
 
 Predict = Callable[[Model, Sequence[Any], torch.device], list[Prediction]]
 """A task's `predict` or `predict_in_run`."""
@@ -54,6 +55,7 @@ class Measurement:
             [held_out.records[place] for place in places], [held_out.examples[place] for place in places]
         )
         self.metric = task.chosen_by
+        self.num_examples = config.validation.num_examples
 
     def report(self, tracker: Tracker, state: RunState) -> bool:
         """Measure and report, and return whether the model is the best so far."""
@@ -87,11 +89,6 @@ class Measurement:
         shown = [self.held_out.examples[place] for place in places]
         made = self._predict(shown, self.task.predict, generates=self.task.generates)
         return shown_predictions(self.task, [records[place] for place in places], made, len(places))
-
-    @property
-    def num_examples(self) -> int:
-        """Return the number of predictions to show."""
-        return self.config.validation.num_examples
 
     @torch.no_grad()
     def measure(self, held_out: Examples, *, in_run: bool = False) -> tuple[dict[str, float], list[Prediction]]:
@@ -133,6 +130,7 @@ def by_all_ranks(
     model = _with_logits_of_first(engine.deepspeed) if together else engine.deepspeed
 
     def of_batch(batch: list[int]) -> list[Result]:
+        beat()
         return predict(model, [examples[place] for place in batch], engine.device)
 
     batches = list(batches_by_length(examples, batch_size))
@@ -202,10 +200,8 @@ def write_reference(folder: Path, wanted: str, values: Reference) -> None:
         LaunchError: the folder cannot be written.
     """
     path = folder / REFERENCE
-    try:
+    with writes(path):
         write_atomic(path, save(values, metadata={"key": wanted, "sha256": _digest(values)}))
-    except OSError as error:
-        raise LaunchError(f"{path} cannot be written: {error}") from error
 
 
 def _digest(values: Reference) -> str:

@@ -4,6 +4,7 @@ answer, its probability, and the beginning of the text.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -11,15 +12,15 @@ import queue
 import shlex
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from bigtx.data.records.read import read_jsonl, read_records
 from bigtx.data.records.record import WHOLE_FILE, Broken, Record
-from bigtx.utils.errors import ConfigError, DataError, LaunchError
+from bigtx.utils.errors import ConfigError, DataError, LaunchError, writes
 from bigtx.utils.files import read_object, write_json
 from bigtx.utils.terminal import fitted, visible, width
 
@@ -142,6 +143,13 @@ def as_line(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
+def write_lines(values: Iterable[Mapping[str, Any]]) -> None:
+    """Write objects to standard output as JSON lines in UTF-8, for any encoding of the terminal."""
+    sys.stdout.flush()
+    sys.stdout.buffer.write(b"".join(map(as_line, values)))
+    sys.stdout.buffer.flush()
+
+
 class Output:
     """A file of JSON lines that a command with the same weights and input continues.
 
@@ -165,10 +173,8 @@ class Output:
             DataError: the file has other content.
             ConfigError: the file was started with other weights or settings.
         """
-        try:
+        with writes(f"output={self.path}"):
             self._file = open(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+b")
-        except OSError as error:
-            raise LaunchError(f"output={self.path} cannot be written: {error.strerror}") from None
         try:
             self._lock()
             self._check()
@@ -177,14 +183,10 @@ class Output:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Closing writes remaining data, which can fail.
+        with contextlib.suppress(OSError) if kind else self._writes():
             self._file.close()
-        except OSError as unwritten:  # Closing writes remaining data, which can fail.
-            if error is None:
-                raise self._unwritable(unwritten) from None
 
     def _lock(self) -> None:
         try:
@@ -199,10 +201,8 @@ class Output:
     def _check(self) -> None:
         """Compare with the weights and settings that the file was started with, or write them for a new file."""
         if not os.fstat(self._file.fileno()).st_size:
-            try:
+            with writes(self.about):
                 write_json(self.about, self._facts)
-            except OSError as error:
-                raise LaunchError(f"{self.about} cannot be written: {error.strerror}") from None
             return
         begun = read_object(self.about)
         if not begun:
@@ -251,25 +251,18 @@ class Output:
             lines.append(line)
         return lines
 
-    def write(self, lines: bytes) -> None:
-        """Append lines.
+    def write(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Append objects as lines.
 
         Raises:
             LaunchError: the file cannot be written, e.g. because the disk is full.
         """
-        try:
-            self._file.write(lines)
+        with self._writes():
+            self._file.write(b"".join(map(as_line, lines)))
             self._file.flush()
-        except OSError as error:
-            raise self._unwritable(error) from None
 
-    def _unwritable(self, error: OSError) -> LaunchError:
-        return LaunchError(
-            f"{self.path} cannot be written: {error.strerror}; the same command continues when that is repaired"
-        )
-
-    def flush(self) -> None:
-        """Do nothing, since every write is flushed."""
+    def _writes(self) -> AbstractContextManager[None]:
+        return writes(self.path, "; the same command continues when that is repaired")
 
     def finish(self) -> None:
         """Check that the file has no more lines than there are records, and sync it to the disk.
@@ -280,10 +273,8 @@ class Output:
         """
         if self._has_old_lines and self._file.read(1):
             raise DataError(f"{self.path} has more lines than the input has records; it belongs to another input")
-        try:
+        with self._writes():
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise self._unwritable(error) from None
 
 
 def _shown(key: str, value: Any) -> str:
@@ -296,7 +287,7 @@ def _shown(key: str, value: Any) -> str:
 def _parsed(raw: bytes) -> dict[str, Any] | None:
     try:
         value = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 

@@ -5,7 +5,7 @@ This module and the tasks do not import deepspeed, which prints to standard outp
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -61,9 +61,13 @@ def predict_all(
     task: RecordTask, model: Model, examples: Sequence[Any], *, batch_size: int, device: torch.device
 ) -> list[Prediction]:
     """Return a prediction for each example, with what `task.metrics` needs."""
-    batches = list(batches_by_length(examples, batch_size))
-    parts = [task.predict(model, [examples[place] for place in batch], device) for batch in batches]
-    return in_order(batches, parts, len(examples))
+    return by_batches(lambda batch: task.predict(model, batch, device), examples, batch_size)
+
+
+def by_batches(call: Callable[[list[Any]], list[Result]], examples: Sequence[Any], size: int) -> list[Result]:
+    """Return the results of a function of batches, in the order of the examples."""
+    batches = list(batches_by_length(examples, size))
+    return in_order(batches, [call([examples[place] for place in batch]) for batch in batches], len(examples))
 
 
 def batches_by_length(examples: Sequence[Example], size: int) -> Iterator[list[int]]:

@@ -1,21 +1,143 @@
-"""The records of fine-tuning: reading, splits, encoding, and their digest."""
+"""The records of fine-tuning: reading, splits, encoding, and the table of the records before the first step.
+
+The table is `records.jsonl.gz` in the run folder. A resumed run may leave out records that were lost or damaged since
+(data.leave_out). The table identifies the other records and shows whether they changed; their splits and their order
+remain the same. It has a line for each record, `[split, name, length, content]`, sorted by split and order.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gzip
+import hashlib
+import json
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
 
 from bigtx.config.schema import FinetuneConfig
 from bigtx.data.recordings import look_at
 from bigtx.data.records.read import read_records
 from bigtx.data.records.record import BadRecordError, Broken, LeftOut, Record, split_records
 from bigtx.finetuning.checks import SPLITS, advice_about
-from bigtx.finetuning.record_table import Table, arrange, identity, table_of
 from bigtx.finetuning.tasks import task_type
 from bigtx.finetuning.tasks.task import Examples, Look, RecordTask
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils import log
-from bigtx.utils.errors import DataError
+from bigtx.utils.errors import CheckpointError, DataError, writes
+from bigtx.utils.files import json_value, write_atomic
+
+TABLE_FILE = "records.jsonl.gz"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """An entry of the table.
+
+    Attributes:
+        split: train, validation or test.
+        name: the record's `Record.where`.
+        length: the length of its example, by which a run sorts records.
+        content: the result of `content_of`.
+    """
+
+    split: str
+    name: str
+    length: int
+    content: str
+
+
+Table = list[Row]
+
+
+def table_of(splits: Mapping[str, Sequence[Record]], lengths: Mapping[str, Sequence[int]]) -> Table:
+    """Return the table of records with the lengths of their examples."""
+    return [
+        Row(split, record.where, length, content_of(record))
+        for split, records in splits.items()
+        for record, length in zip(records, lengths[split], strict=True)
+    ]
+
+
+def identity(table: Iterable[Row]) -> dict[str, str]:
+    """Return the `digest` of the records of each split that has records."""
+    contents = defaultdict(list)
+    for row in table:
+        contents[row.split].append(row.content)
+    return {split: _digest(found) for split, found in contents.items()}
+
+
+def digest(records: Iterable[Record]) -> str:
+    """Return a hash of the fields of records, in their order."""
+    return _digest(map(content_of, records))
+
+
+def _digest(contents: Iterable[str]) -> str:
+    return hashlib.sha256("".join(contents).encode()).hexdigest()
+
+
+def content_of(record: Record) -> str:
+    """Return a hash of the fields of a record, 32 hexadecimal digits."""
+    fields = json.dumps(record.fields, sort_keys=True, default=str)
+    return xxhash.xxh3_128_hexdigest(fields.encode("utf-8", "surrogatepass"))
+
+
+def arrange(table: Table, records: Iterable[Record], left_out: LeftOut) -> list[Record | None]:
+    """Return the records in the order of a table, with None in the place of each left out record.
+
+    Raises:
+        DataError: records are new, changed or gone, and are not left out.
+    """
+    places: dict[str, list[int]] = defaultdict(list)
+    for place in reversed(range(len(table))):
+        places[table[place].name].append(place)
+    broken, found, changed = Broken(left_out), list[Record | None]([None] * len(table)), set[int]()
+    for record in records:
+        own = places.get(record.where)
+        if not own:
+            broken.add(record.file, record.line, "was not among the records when the run started")
+            continue
+        place = own.pop()
+        if table[place].content != content_of(record):
+            changed.add(place)
+            broken.add(record.file, record.line, "has changed since the run started")
+        else:
+            found[place] = record
+    for place, row in enumerate(table):
+        if found[place] is None and place not in changed:
+            broken.add(row.name, 0, "was among the records when the run started, and is gone")
+    broken.check("A resumed run needs the records that it started with: restore them, or add them to data.leave_out.")
+    return found
+
+
+def write_table(run_dir: Path, table: Table) -> None:
+    """Write a table into the run folder.
+
+    Raises:
+        LaunchError: the folder cannot be written.
+    """
+    lines = "".join(json.dumps([row.split, row.name, row.length, row.content]) + "\n" for row in table)
+    with writes(run_dir / TABLE_FILE):
+        write_atomic(run_dir / TABLE_FILE, gzip.compress(lines.encode(), mtime=0))
+
+
+def read_table(run_dir: Path) -> Table:
+    """Read the table of a run.
+
+    Raises:
+        CheckpointError: the table is missing or damaged.
+    """
+    path = run_dir / TABLE_FILE
+    try:
+        return [Row(*json_value(line)) for line in gzip.decompress(path.read_bytes()).splitlines()]
+    except (OSError, EOFError, ValueError, TypeError, zlib.error) as error:
+        raise CheckpointError(
+            f"{path}, the table of the run's records, cannot be read ({error}): without it no record can be left out. "
+            "Restore it or the records, or start another run_dir with base=THIS_RUN"
+        ) from error
 
 
 @dataclass(frozen=True)

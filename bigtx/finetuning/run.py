@@ -12,16 +12,15 @@ from typing import Any
 import numpy as np
 
 from bigtx.config.load import load_run_config
+from bigtx.config.runs import run_dir_of
 from bigtx.config.schema import FinetuneConfig, ModelConfig, RunConfig
 from bigtx.config.schema.tasks import ANSWERING
-from bigtx.data.records.loader import RecordLoader
 from bigtx.engine.checkpoint import Checkpoint, preferred
 from bigtx.engine.engine import Engine
-from bigtx.engine.schedules import Schedule
+from bigtx.engine.optimizers import Schedule
 from bigtx.engine.trainable import is_trained, refuse_untrained
-from bigtx.finetuning import record_table
 from bigtx.finetuning.base import BASE, other_classes, plan_transfer, read_base_facts
-from bigtx.finetuning.inputs import Inputs, length_setting, open_inputs
+from bigtx.finetuning.inputs import Inputs, RecordLoader, length_setting, open_inputs
 from bigtx.finetuning.measure import (
     REFERENCE,
     Measurement,
@@ -30,16 +29,18 @@ from bigtx.finetuning.measure import (
     reference_key,
     write_reference,
 )
+from bigtx.finetuning.records import write_table
 from bigtx.finetuning.tasks.task import Examples
 from bigtx.track.jsonl import plain
 from bigtx.train import start
 from bigtx.train.context import RunContext
-from bigtx.train.execute import execute, open_meter, open_tracker, with_teacher, write_description
+from bigtx.train.execute import execute, open_meter, open_saver, open_tracker, with_teacher, write_description
+from bigtx.train.guards import open_guards
 from bigtx.train.loop import Run
 from bigtx.train.start import Start
 from bigtx.train.state import RunState
 from bigtx.utils import log
-from bigtx.utils.errors import BigtxError, CheckpointError, ConfigError, LaunchError
+from bigtx.utils.errors import BigtxError, CheckpointError, ConfigError, writes
 from bigtx.utils.files import read_object, write_json
 from bigtx.utils.shell import command, setting
 from bigtx.utils.units import parse_duration
@@ -67,12 +68,14 @@ def finetune(context: RunContext[FinetuneConfig]) -> int:
         return 0
 
     engine = start.build_engine(config, inputs.tokenizer)
+    context.start_up.end("engine")
     log.say(describe_trained(config, is_all=not engine.frozen))
     weights = resume(context, inputs, engine, found) if found.checkpoint else begin(context, inputs, engine)
     state, base, splits = weights
 
     write_description(context, config, found, inputs.tokenizer, engine)
-    loader = open_loader(context, inputs, splits, state)
+    open_here = functools.partial(open_loader, context, inputs, splits, state)
+    loader = open_here()
     context.resources.callback(loader.close)
     steps, tokens = inputs.total_steps, round(config.train.global_batch_size * inputs.mean_tokens)
     tracker = open_tracker(
@@ -86,14 +89,17 @@ def finetune(context: RunContext[FinetuneConfig]) -> int:
         engine=engine,
         task=with_teacher(task, inputs.teacher, config, engine),
         loader=loader,
+        open_loader=open_here,
         schedule=Schedule(config.schedule, total_steps=steps, tokens_per_step=tokens),
         validation=measurement,
         tracker=tracker,
         meter=open_meter(config, ranks, found, inputs.flops_per_token()),
+        saver=open_saver(context, config, engine),
         state=state,
         facts=inputs.facts | {"wandb_run_id": ranks.from_first(tracker.wandb_run_id)},
         validate_every=validate_every(config, steps),
         patience=config.validation.patience,
+        guards=open_guards(config.guards, engine, ranks, found.checkpoint),
     )
     conclude = functools.partial(write_results, measurement=measurement, splits=splits, num_rows=len(inputs.rows))
     return execute(context, run, next_command=next_command(config, context.folder), conclude=conclude)
@@ -105,6 +111,7 @@ def is_finished(inputs: Inputs, found: Start, folder: Path) -> bool:
         return False
     config, state = inputs.config, found.checkpoint.manifest["state"]
     settings, patience = [length_setting(config, len(inputs.rows))], config.validation.patience
+    start.refuse_short_fork(found, inputs.total_steps, settings)
     if read_object(folder / RESULTS).get("tokens") != state["tokens"]:
         return False  # The results are from an earlier end or damaged: the best checkpoint is measured again.
     if patience is not None and state["measured_since_best"] >= patience:
@@ -208,11 +215,14 @@ def resume(
 ) -> tuple[RunState, dict[str, Any], Splits]:
     """Set the weights of the checkpoint, and return the same as `begin`."""
     context.state = state = start.saved_state(inputs.config, found)
-    base = context.ranks.once(lambda: read_base_facts(context.folder))
+    folder = run_dir_of(found.checkpoint.path) if found.origin and found.checkpoint else context.folder
+    base = context.ranks.once(lambda: read_base_facts(folder))
+    if found.origin:
+        keep_inputs(context, inputs, base)
     splits = inputs.data.splits
     if inputs.task.needs_reference:  # First, because it may need the weights of the base.
         splits = with_reference(context, inputs, engine, base, is_initial=False)
-    start.load_checkpoint(engine, found, state)
+    start.load_checkpoint(context, engine, found, state)
     forget_other_best(state, found, inputs)
     return state, base, splits
 
@@ -221,7 +231,7 @@ def keep_inputs(context: RunContext[FinetuneConfig], inputs: Inputs, base: dict[
     """Write the table of records and the facts of the base into the run folder."""
     if context.dry_run:
         return
-    context.ranks.on_first(lambda: record_table.write(context.folder, inputs.data.table))
+    context.ranks.on_first(lambda: write_table(context.folder, inputs.data.table))
     if base:
         context.ranks.on_first(lambda: _write(context.folder / BASE, base))
 
@@ -291,18 +301,15 @@ def _return_to_base(context: RunContext[FinetuneConfig], inputs: Inputs, engine:
 
 def open_loader(context: RunContext[FinetuneConfig], inputs: Inputs, splits: Splits, state: RunState) -> RecordLoader:
     """Return the loader of batches, starting at the state's position in the data."""
-    config, train, task = inputs.config, inputs.config.train, inputs.task
+    config, task = inputs.config, inputs.task
     rows = task.pack(splits["train"].examples) if task.needs_reference else inputs.rows
     # A record that replaces a left out one is sorted by the length of the latter, so that no other record moves.
     lengths = [row.length for row in rows] if config.sft.packing else inputs.data.lengths("train")
     return RecordLoader(
         np.array(lengths),
         lambda places, numbers: task.collate([rows[place] for place in places], numbers),
-        global_batch_size=train.global_batch_size,
-        micro_batch_size=train.micro_batch_size,
+        start.division_of(config, context.ranks),
         seed=config.seed,
-        rank=context.ranks.rank,
-        world_size=context.ranks.world_size,
         start_sequence=state.sequences,
         prefetch_batches=config.data.prefetch_batches,
     )
@@ -347,10 +354,8 @@ def write_results(run: Run, *, measurement: Measurement, splits: Splits, num_row
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:
-    try:
+    with writes(path):
         write_json(path, plain(value))
-    except OSError as error:
-        raise LaunchError(f"{path} cannot be written: {error}") from error
 
 
 def next_command(config: FinetuneConfig, folder: Path) -> str:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,10 +24,9 @@ from bigtx.engine.checkpoint import Checkpoint
 from bigtx.engine.trainable import is_adapter
 from bigtx.engine.write_weights import SafetensorsWriter
 from bigtx.interop.classes import auto_class
-from bigtx.interop.exporter import check_checkpoint, without_adapters
+from bigtx.interop.exporter import ExportSettings, check_checkpoint, without_adapters
 from bigtx.interop.families import family_of
-from bigtx.interop.family import Family
-from bigtx.interop.links import Link, foreign_shapes
+from bigtx.interop.family import Family, Link, foreign_shapes
 from bigtx.interop.read import ADAPTER_CONFIG, AUTO_CLASSES
 from bigtx.utils.errors import ConfigError
 from bigtx.utils.files import new_folder, write_json
@@ -74,30 +73,24 @@ class ExportedAdapters:
 
 
 def export_adapters(
-    checkpoint: Path,
-    run: RunConfig,
-    folder: Path,
-    *,
-    base: str,
-    weights: Literal["master", "ema"] = "master",
-    family_name: str | None = None,
+    checkpoint: Path, run: RunConfig, folder: Path, settings: ExportSettings, *, base: str
 ) -> ExportedAdapters:
     """Write a checkpoint's adapters in PEFT's format; the folder has its name once it is complete.
 
     Args:
         run: the run's config, with model.vocab_size set.
+        settings: the weights, and the family: the base's model_type.
         base: folder or name of the model in transformers' format to which PEFT is to add them.
-        family_name: the base's model_type; None uses the first that can express the model.
 
     Raises:
         ConfigError: there are no adapters, other parameters were trained too, or no family can express the model.
         CheckpointError: the checkpoint is damaged, or does not have these weights.
         LaunchError: the folder cannot be written.
     """
-    opened = _open(checkpoint, run.model, weights)
-    family, plain = family_of(run, family_name), without_adapters(run.model)
+    opened = _open(checkpoint, run.model, settings.weights)
+    family, plain = family_of(run, settings.family), without_adapters(run.model)
     links = family.links(plain)
-    adapters = [made for link in links if (made := _converted(link, opened, run.model, weights)) is not None]
+    adapters = [made for link in links if (made := _converted(link, opened, run.model, settings.weights)) is not None]
     opened.close()
     modules = [key.removesuffix(".weight") for key in foreign_shapes(links, plain) if key.endswith(".weight")]
     values = _config(adapters, modules, run.model, base, _TASK_TYPES.get(auto_class(family, plain)))
@@ -145,9 +138,7 @@ def _converted(link: Link, opened: Checkpoint, config: ModelConfig, kind: str) -
     shapes, rank = opened.shapes, config.lora.rank
     (key,) = link.keys
     columns = rank * len(adapted)
-    rows_of_a: list[Tensor] = []
-    rows_of_b: list[Tensor] = []
-    products: list[Tensor] = []
+    rows_of_a, rows_of_b, products = list[Tensor](), list[Tensor](), list[Tensor]()
     for name in link.names:
         outputs, inputs = shapes[name]
         spread, product = torch.zeros(outputs, columns), torch.zeros(outputs, inputs)

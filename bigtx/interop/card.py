@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -18,10 +17,13 @@ from bigtx.config.schema.model import ModelConfig
 from bigtx.engine.checkpoint import Checkpoint
 from bigtx.interop.classes import AUTO_CLASS
 from bigtx.tokenizer.tokenizer import Tokenizer
-from bigtx.track.jsonl import parse_line, step_of
+from bigtx.track.jsonl import read_records, step_of
+from bigtx.utils import __version__
 from bigtx.utils.files import write_atomic
 from bigtx.utils.units import format_names
-from bigtx.utils.version import __version__
+
+if TYPE_CHECKING:
+    from bigtx.interop.exporter import Exported, ExportSettings
 
 UNKNOWN_LICENSE = "unknown"
 """The hub's identifier of an unknown license."""
@@ -36,33 +38,16 @@ _NOT_RECORDED = "not recorded"
 _VALIDATION_LOSS = re.compile(r"validation/(.+)/(loss|bits_per_byte)")
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelFacts:
-    """The facts that the export itself knows.
-
-    Attributes:
-        name: the title of the model.
-        model_type, architecture, auto_class: transformers' names of the family, its class, and the class that loads it.
-        num_parameters: the parameters in the files; a tied table counts once.
-        dtype: the dtype of the files.
-        license: the hub's identifier, such as apache-2.0; None: not known.
-    """
-
-    name: str
-    model_type: str
-    architecture: str
-    auto_class: str
-    num_parameters: int
-    dtype: str
-    license: str | None = None
-
-
-def write_card(folder: Path, facts: ModelFacts, *, checkpoint: Path, config: RunConfig, tokenizer: Tokenizer) -> str:
+def write_card(
+    folder: Path, made: Exported, settings: ExportSettings, *, checkpoint: Path, config: RunConfig, tokenizer: Tokenizer
+) -> str:
     """Write README.md into an export.
 
     It contains the names of the data's sources, but no paths.
 
     Args:
+        made: the export, whose folder has the title of the model as its name.
+        settings: the options of the export.
         checkpoint: the exported checkpoint, in its run's folder, whose metrics.jsonl has the losses.
         config: the run's config, with model.vocab_size set.
 
@@ -75,30 +60,27 @@ def write_card(folder: Path, facts: ModelFacts, *, checkpoint: Path, config: Run
     """
     manifest = Checkpoint(checkpoint).manifest
     sections = {
-        "Model": _table(_model_rows(config.model, facts) | _class_rows(config)),
+        "Model": _table(_model_rows(config.model, made, settings.dtype) | _class_rows(config)),
         "Data": _data(config, manifest),
         "Training": _training(config, manifest),
         "Losses": _losses(run_dir_of(checkpoint) / "metrics.jsonl", manifest),
         "Tokenizer": _table(_tokenizer_rows(tokenizer)),
-        "How to use it": _usage(facts),
+        "How to use it": _usage(made.auto_class),
     }
-    title = f"# {facts.name}\n\n{_summary(facts, config, manifest)}"
+    front_matter = {
+        "license": settings.license or UNKNOWN_LICENSE,
+        "library_name": "transformers",
+        "pipeline_tag": _PIPELINES[made.auto_class],
+        "tags": ["bigtx", made.family.model_type],
+    }
+    title = f"# {made.folder.resolve().name}\n\n{_summary(made, config, manifest)}"
     body = "\n\n".join([title, *(f"## {name}\n\n{text}" for name, text in sections.items())])
-    text = f"---\n{yaml.safe_dump(_front_matter(facts), sort_keys=False)}---\n\n{body}\n"
+    text = f"---\n{yaml.safe_dump(front_matter, sort_keys=False)}---\n\n{body}\n"
     write_atomic(folder / "README.md", text)
     return text
 
 
-def _front_matter(facts: ModelFacts) -> dict[str, Any]:
-    return {
-        "license": facts.license or UNKNOWN_LICENSE,
-        "library_name": "transformers",
-        "pipeline_tag": _PIPELINES[facts.auto_class],
-        "tags": ["bigtx", facts.model_type],
-    }
-
-
-def _summary(facts: ModelFacts, config: RunConfig, manifest: Mapping[str, Any]) -> str:
+def _summary(made: Exported, config: RunConfig, manifest: Mapping[str, Any]) -> str:
     kind = {"decoder": "a decoder", "encoder": "an encoder", "encoder_decoder": "an encoder-decoder"}
     origin = f"Trained with bigtx ({_aim(config)}) and exported by bigtx {__version__}."
     if imported := manifest.get("imported"):
@@ -109,8 +91,8 @@ def _summary(facts: ModelFacts, config: RunConfig, manifest: Mapping[str, Any]) 
     elif base := config.base if isinstance(config, FinetuneConfig) else getattr(config, "init_from", None):
         origin += f" The training started from the weights of `{Path(base).name}`."
     return (
-        f"A Transformer, {kind[config.model.shape]}, of {facts.num_parameters:,} parameters, in the form of "
-        f"transformers' `{facts.architecture}`. {origin}"
+        f"A Transformer, {kind[config.model.shape]}, of {made.num_parameters:,} parameters, in the form of "
+        f"transformers' `{made.architecture}`. {origin}"
     )
 
 
@@ -123,13 +105,13 @@ def _aim(config: RunConfig) -> str:
     return f"{config.objective.name} objective"
 
 
-def _model_rows(model: ModelConfig, facts: ModelFacts) -> dict[str, Any]:
+def _model_rows(model: ModelConfig, made: Exported, dtype: str) -> dict[str, Any]:
     layers = {"encoder": shape.num_encoder_layers(model), "decoder": shape.num_decoder_layers(model)}
     experts, heads, width = model.experts, shape.num_kv_heads(model), shape.head_width(model)
     rows: dict[str, Any] = {
-        "Parameters": f"{facts.num_parameters:,}",
-        "Class in transformers": f"`{facts.architecture}`",
-        "Precision of the files": facts.dtype,
+        "Parameters": f"{made.num_parameters:,}",
+        "Class in transformers": f"`{made.architecture}`",
+        "Precision of the files": dtype,
         "Vocabulary": f"{model.vocab_size:,}",
         "Hidden size": f"{model.hidden_size:,}",
     }
@@ -162,16 +144,12 @@ def _class_rows(config: RunConfig) -> dict[str, Any]:
 def _data(config: RunConfig, manifest: Mapping[str, Any]) -> str:
     tokens = manifest.get("state", {}).get("tokens")
     read = f"Tokens read in training: {_NOT_RECORDED if tokens is None else f'{tokens:,}'}."
-    sources = config.data.sources if isinstance(config, PretrainConfig) else {}
     if isinstance(config, FinetuneConfig):
-        if not config.data.train:
-            return f"Records: {_NOT_RECORDED}. {read}"
         files = "\n".join(f"- `{Path(path).name}`" for path in config.data.train)
-        return f"Records of:\n\n{files}\n\n{read}"
-    if not sources:
-        return f"Sources: {_NOT_RECORDED}. {read}"
-    rows = "\n".join(f"| {name} | {source.weight:g} |" for name, source in sources.items())
-    return f"| Source | Weight |\n|---|---|\n{rows}\n\n{read}"
+        return f"Records of:\n\n{files}\n\n{read}" if files else f"Records: {_NOT_RECORDED}. {read}"
+    assert isinstance(config, PretrainConfig)
+    rows = "\n".join(f"| {name} | {source.weight:g} |" for name, source in config.data.sources.items())
+    return f"| Source | Weight |\n|---|---|\n{rows}\n\n{read}" if rows else f"Sources: {_NOT_RECORDED}. {read}"
 
 
 def _training(config: RunConfig, manifest: Mapping[str, Any]) -> str:
@@ -196,7 +174,7 @@ def _training(config: RunConfig, manifest: Mapping[str, Any]) -> str:
 def _losses(metrics: Path, manifest: Mapping[str, Any]) -> str:
     """Return the last validation losses up to the checkpoint's step."""
     last: dict[str, dict[str, Any]] = {}
-    for record in _records(metrics):
+    for record in read_records(metrics):
         if step_of(record) > manifest["step"]:
             continue
         now: dict[str, dict[str, Any]] = {}
@@ -208,22 +186,15 @@ def _losses(metrics: Path, manifest: Mapping[str, Any]) -> str:
         last |= now
     if not last:
         return f"Validation losses: {_NOT_RECORDED}."
-    rows = (
-        [name, f"{values['step']:,}", *(_number(values.get(key)) for key in ("loss", "bits_per_byte"))]
+    lines = (
+        f"| {name} | {values['step']:,} | {_number(values.get('loss'))} | {_number(values.get('bits_per_byte'))} |"
         for name, values in last.items()
     )
-    lines = (f"| {' | '.join(row)} |" for row in rows)
     return "\n".join(["| Validation text | Step | Loss | Bits per byte |", "|---|---|---|---|", *lines])
 
 
 def _number(value: float | None) -> str:
     return _NOT_RECORDED if value is None else f"{value:.4f}"
-
-
-def _records(path: Path) -> Iterable[dict[str, Any]]:
-    if path.is_file():
-        with open(path, "rb") as file:
-            yield from filter(None, map(parse_line, file))
 
 
 def _tokenizer_rows(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -237,15 +208,15 @@ def _tokenizer_rows(tokenizer: Tokenizer) -> dict[str, Any]:
     return rows
 
 
-def _usage(facts: ModelFacts) -> str:
+def _usage(auto_class: str) -> str:
     return f"""\
 With transformers; FOLDER is the folder of this file:
 
 ```python
-from transformers import AutoTokenizer, {facts.auto_class}
+from transformers import AutoTokenizer, {auto_class}
 
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
-model = {facts.auto_class}.from_pretrained("FOLDER")
+model = {auto_class}.from_pretrained("FOLDER")
 ```
 
 With bigtx, after `bigtx import FOLDER -o runs/imported`:

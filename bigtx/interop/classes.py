@@ -132,10 +132,8 @@ def read_classes(family: Family, values: Mapping[str, Any]) -> ClassifyConfig | 
     kind, names = values.get("problem_type"), _names(values)
     if kind not in (None, PROBLEM_TYPE) or len(names) < 2:
         what = f"problem_type={kind!r}" if len(names) > 1 else "one class, so it predicts a number"
-        raise ConfigError(
-            f"the {name} has {what}, but a classifier of bigtx assigns each text one of two or more classes; use "
-            "it with transformers, or import the model that it was trained from"
-        )
+        what = f"the {name} has {what}, but a classifier of bigtx assigns each text one of two or more classes"
+        raise ConfigError(f"{what}; use it with transformers, or import the model that it was trained from")
     if len(set(names)) < len(names) or not all(names):
         raise ConfigError("id2label has two classes with the same name, or one without a name; name each once")
     for pooling, fields in family.classifier.poolings.items():

@@ -19,11 +19,10 @@ from torch import Tensor
 from bigtx.config.schema import FinetuneConfig, LoraConfig, ModelConfig, RunConfig
 from bigtx.engine.checkpoint import Checkpoint, MergedCheckpoint
 from bigtx.engine.write_weights import SafetensorsWriter, groups
-from bigtx.interop.card import ModelFacts, write_card
+from bigtx.interop.card import write_card
 from bigtx.interop.classes import AUTO_CLASS, architecture, auto_class
 from bigtx.interop.families import describe
-from bigtx.interop.family import Family
-from bigtx.interop.links import Link, check_links, cut, foreign_shapes
+from bigtx.interop.family import Family, Link, check_links, cut, foreign_shapes
 from bigtx.interop.read import CONFIG, GENERATION_CONFIG, INDEX, MAPPED_BYTES, SINGLE
 from bigtx.interop.tokenizer import export_classifier_tokenizer, export_tokenizer
 from bigtx.model.size import parameter_shapes
@@ -99,28 +98,20 @@ def export_model(
     links = family.links(config)
     check_links(links, config)
     source = _Source(checkpoint, config, settings.weights, max(MAPPED_BYTES, settings.shard_bytes // 8))
-    shapes, dtype = foreign_shapes(links, config), DTYPES[settings.dtype]
-    num_parameters = sum(map(math.prod, shapes.values()))
-    facts = ModelFacts(
-        name=folder.resolve().name,
-        model_type=family.model_type,
-        architecture=architecture(family, config),
-        auto_class=auto_class(family, config),
-        num_parameters=num_parameters,
-        dtype=settings.dtype,
-        license=settings.license,
-    )
+    shapes, dtype, loader = foreign_shapes(links, config), DTYPES[settings.dtype], auto_class(family, config)
     with new_folder(folder) as partial:
         write_json(partial / CONFIG, values)
-        if generation := _generation_config(values, facts.auto_class):
+        if generation := _generation_config(values, loader):
             write_json(partial / GENERATION_CONFIG, generation)
         if isinstance(run, FinetuneConfig) and config.num_classes is not None:
             export_classifier_tokenizer(tokenizer, partial, run, model_type=family.model_type)
         else:
             export_tokenizer(tokenizer, partial, model_type=family.model_type, max_length=config.max_sequence_length)
-        write_card(partial, facts, checkpoint=checkpoint.absolute(), config=run, tokenizer=tokenizer)
         files = _write_shards(partial, source, links, shapes, dtype, settings.shard_bytes)
-    return Exported(folder, family, facts.architecture, facts.auto_class, len(shapes), num_parameters, files)
+        num_parameters = sum(map(math.prod, shapes.values()))
+        made = Exported(folder, family, architecture(family, config), loader, len(shapes), num_parameters, files)
+        write_card(partial, made, settings, checkpoint=checkpoint.absolute(), config=run, tokenizer=tokenizer)
+    return made
 
 
 def without_adapters(config: ModelConfig) -> ModelConfig:
@@ -145,10 +136,8 @@ def check_checkpoint(opened: Checkpoint, config: ModelConfig, kind: str, trained
         raise CheckpointError(f"{path} does not fit the run's config.yaml; was it edited?")
     kinds = opened.kinds(trained)
     if kind not in kinds:
-        raise CheckpointError(
-            f"{path} has no {kind} weights (it has {', '.join(kinds)}); an average of the weights is kept by "
-            "runs with optimizer.ema_decay"
-        )
+        what = f"{path} has no {kind} weights (it has {', '.join(kinds)})"
+        raise CheckpointError(f"{what}; an average of the weights is kept by runs with optimizer.ema_decay")
 
 
 class _Source:

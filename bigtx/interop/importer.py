@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from bigtx.config.load import to_yaml
-from bigtx.config.schema import ClassifyConfig, FinetuneConfig, PretrainConfig, RunConfig
+from bigtx.config.schema import ClassifyConfig, FinetuneConfig, PretrainConfig
 from bigtx.config.schema.model import ModelConfig
 from bigtx.engine.write_weights import PART_BYTES, save_weights
 from bigtx.interop.classes import pooling_of, read_classes, refuse_ambiguous_end
 from bigtx.interop.families import by_model_type
-from bigtx.interop.family import Family
-from bigtx.interop.links import Link, check_links, cut, foreign_shapes, padded
+from bigtx.interop.family import Family, Link, check_links, cut, foreign_shapes, padded
 from bigtx.interop.read import CONFIG, ForeignWeights, read_config, read_end_ids, refuse_differences
 from bigtx.model.initial import initial_value
 from bigtx.model.size import parameter_shapes
@@ -44,20 +43,16 @@ class Imported:
         model_type: the family.
         config: the config of the model.
         tokenizer: the tokenizer of the run.
-        num_tensors: foreign tensors that were imported.
+        match: the use of the foreign tensors.
         num_files: safetensors files that contain them.
-        dropped: foreign tensors that are not needed.
-        untrained: foreign tensors of the head that the folder lacks; the run has a new head.
         checkpoint: the folder of the checkpoint.
     """
 
     model_type: str
     config: ModelConfig
     tokenizer: Tokenizer
-    num_tensors: int
+    match: Match
     num_files: int
-    dropped: list[str]
-    untrained: list[str]
     checkpoint: Path
 
 
@@ -85,14 +80,17 @@ def import_model(
     try:
         family = by_model_type(values["model_type"])
         classify = read_classes(family, values)
-        config = _with_classes(family, family.read_config(values), classify)
+        config = family.read_config(values)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
+    if classify is not None and family.classifier is not None:
+        config = replace(config, num_classes=len(classify.classes), class_head=family.classifier.head)
     weights = ForeignWeights(source)
     spelled = _spellings(family, weights)
     config = family.settled(config, spelled)
     run = _run_config(run_dir, config, classify)
-    _check(run, source)
+    if problems := [str(problem) for problem in run.problems() if problem.key.startswith("model.")]:
+        raise ConfigError(f"{source / CONFIG} describes a model that bigtx cannot build: {'; '.join(problems)}")
     tokenizer = _tokenizer_of(tokenizer_folder or source, source, values, config)
     refuse_ambiguous_end(pooling_of(run), tokenizer, values.get("pad_token_id"))
     match = _match(family, config, weights, spelled)
@@ -110,24 +108,8 @@ def import_model(
         tensors = _converted(match.links, match.keys, weights, config)
         made = save_weights(folder, facts, shapes, tensors, part_bytes=part_bytes)
     weights.close()
-    return Imported(
-        model_type=family.model_type,
-        config=config,
-        tokenizer=tokenizer,
-        num_tensors=len(match.keys),
-        num_files=weights.num_files,
-        dropped=match.dropped,
-        untrained=match.untrained,
-        checkpoint=run_dir / made.relative_to(folder),
-    )
-
-
-def _with_classes(family: Family, config: ModelConfig, classify: ClassifyConfig | None) -> ModelConfig:
-    """Return the model with the head of a classifier, if it is one."""
-    if classify is None:
-        return config
-    assert family.classifier is not None
-    return replace(config, num_classes=len(classify.classes), class_head=family.classifier.head)
+    place = run_dir / made.relative_to(folder)
+    return Imported(family.model_type, config, tokenizer, match, weights.num_files, place)
 
 
 def _run_config(run_dir: Path, model: ModelConfig, classify: ClassifyConfig | None) -> PretrainConfig | FinetuneConfig:
@@ -144,38 +126,22 @@ def _tokenizer_of(folder: Path, source: Path, values: dict[str, Any], config: Mo
     """Return the tokenizer in a folder, with the end ids of the model's files.
 
     Raises:
-        DataError: there is none, or it has ids without rows in the model.
+        DataError: the tokenizer is missing, or it has ids without rows in the model.
     """
-    tokenizer = _read_tokenizer(folder)
+    from bigtx.interop.tokenizer import import_tokenizer
+
+    try:
+        tokenizer = import_tokenizer(folder)
+    except DataError as error:
+        advice = "A run needs its tokenizer; if it is in another folder, name it: tokenizer=FOLDER"
+        raise DataError(f"{error} {advice}") from None
     assert config.vocab_size is not None
     if tokenizer.vocab_size > config.vocab_size:
         raise DataError(
             f"the tokenizer in {folder} has {tokenizer.vocab_size:,} ids, more than the {config.vocab_size:,} rows "
             f"of the model by {source / CONFIG}; name the model's own: tokenizer=FOLDER"
         )
-    return _with_ends(tokenizer, read_end_ids(source, values))
-
-
-def _check(run: RunConfig, source: Path) -> None:
-    """Check the model by the rules of every config."""
-    if problems := [str(problem) for problem in run.problems() if problem.key.startswith("model.")]:
-        raise ConfigError(f"{source / CONFIG} describes a model that bigtx cannot build: {'; '.join(problems)}")
-
-
-def _read_tokenizer(folder: Path) -> Tokenizer:
-    from bigtx.interop.tokenizer import import_tokenizer
-
-    try:
-        return import_tokenizer(folder)
-    except DataError as error:
-        raise DataError(
-            f"{error} A run needs its tokenizer; if it is in another folder, name it: tokenizer=FOLDER"
-        ) from None
-
-
-def _with_ends(tokenizer: Tokenizer, named: list[int]) -> Tokenizer:
-    """Return the tokenizer with all ids that end a text: those of the model's files, and its own."""
-    ends = [i for i in named if 0 <= i < tokenizer.vocab_size]
+    ends = [i for i in read_end_ids(source, values) if 0 <= i < tokenizer.vocab_size]
     ends = ends if tokenizer.end_id in ends else [tokenizer.end_id, *ends]
     return tokenizer.changed(ends=ends) if len(ends) > 1 else tokenizer
 
@@ -191,7 +157,7 @@ def _spellings(family: Family, weights: ForeignWeights) -> dict[str, str]:
     return spelled
 
 
-class _Match(NamedTuple):
+class Match(NamedTuple):
     """The use of the tensors of a folder."""
 
     links: list[Link]
@@ -204,11 +170,11 @@ class _Match(NamedTuple):
 
     @property
     def untrained(self) -> list[str]:
-        """Return the keys that no file has."""
+        """Return the keys that no file has, of a head; the run has a new one."""
         return [key for link in self.links if not self.keys.keys() & link.keys for key in link.keys]
 
 
-def _match(family: Family, config: ModelConfig, weights: ForeignWeights, spelled: dict[str, str]) -> _Match:
+def _match(family: Family, config: ModelConfig, weights: ForeignWeights, spelled: dict[str, str]) -> Match:
     """Find the tensor of every key.
 
     Raises:
@@ -237,7 +203,7 @@ def _match(family: Family, config: ModelConfig, weights: ForeignWeights, spelled
     weights.check_kinds(spelled[name] for name in expected)
     if config.tie_embeddings and config.num_classes is None:
         _refuse_another_head(family, config, weights, spelled)
-    return _Match(links, {name: spelled[name] for name in expected}, dropped)
+    return Match(links, {name: spelled[name] for name in expected}, dropped)
 
 
 def _refuse_another_head(family: Family, config: ModelConfig, weights: ForeignWeights, spelled: dict[str, str]) -> None:
@@ -248,10 +214,9 @@ def _refuse_another_head(family: Family, config: ModelConfig, weights: ForeignWe
         for name in ("embedding.weight", "head.weight")
     )
     if embedding and head and not torch.equal(weights.read(embedding), weights.read(head)):
-        raise CheckpointError(
-            f"{weights.folder}: {CONFIG} ties the head to the embedding (tie_word_embeddings), but {head} has other "
-            f"numbers than {embedding}; if the model has a separate head, write false there"
-        )
+        what = f"{weights.folder}: {CONFIG} ties the head to the embedding (tie_word_embeddings)"
+        advice = "if the model has a separate head, write false there"
+        raise CheckpointError(f"{what}, but {head} has other numbers than {embedding}; {advice}")
 
 
 def _converted(

@@ -5,7 +5,6 @@ Nothing in it is executed: no pickle is opened and no code is imported, even if 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from bigtx.interop.classes import AUTO_CLASS
 from bigtx.utils.errors import CheckpointError, ConfigError
+from bigtx.utils.files import json_value
 from bigtx.utils.shell import command
 from bigtx.utils.units import format_names
 
@@ -49,14 +49,12 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise _adapters(folder)
     values = _read_json(folder / CONFIG)
     if "auto_map" in values:
-        raise ConfigError(
-            f"{folder / CONFIG} names its own code (auto_map: {', '.join(map(str, values['auto_map']))}), which "
-            "bigtx never runs; only models of transformers' own classes can be imported"
-        )
+        code = ", ".join(map(str, values["auto_map"]))
+        what = f"{folder / CONFIG} names its own code (auto_map: {code}), which bigtx never runs"
+        raise ConfigError(f"{what}; only models of transformers' own classes can be imported")
     if values.get("quantization_config"):
-        raise ConfigError(
-            f"{folder / CONFIG} has a quantization_config: its weights are quantized; import the original instead"
-        )
+        what = f"{folder / CONFIG} has a quantization_config: its weights are quantized; import the original instead"
+        raise ConfigError(what)
     if not isinstance(values.get("model_type"), str):
         raise ConfigError(f"{folder / CONFIG} names no model_type; is it the config.json of a transformers model?")
     return values
@@ -98,7 +96,7 @@ def read_end_ids(folder: Path, values: dict[str, Any]) -> list[int]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json_value(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(
             f"{path.parent} has no {path.name}; name the folder of a Hugging Face model, with its {CONFIG} and weights"
@@ -131,10 +129,8 @@ class ForeignWeights:
         for name in sorted(set(index.values())) if index else [SINGLE]:
             self._read_header(name)
         if wrong := sorted(key for key, name in index.items() if self._files.get(key) != name):
-            raise CheckpointError(
-                f"{folder / INDEX} does not fit the files: {format_names(wrong)} not in the shard that it names; "
-                "copy the folder again"
-            )
+            what = f"{folder / INDEX} does not fit the files: {format_names(wrong)} not in the shard that it names"
+            raise CheckpointError(f"{what}; copy the folder again")
 
     @property
     def num_files(self) -> int:
@@ -149,10 +145,8 @@ class ForeignWeights:
         """
         wrong = [f"{key} ({self._dtypes[key]})" for key in keys if self._dtypes[key] not in _FLOATS]
         if wrong:
-            raise CheckpointError(
-                f"{self.folder} has tensors that are not fp64, fp32, bf16 or fp16: {format_names(wrong)}; is it "
-                "quantized? import the original weights"
-            )
+            what = f"{self.folder} has tensors that are not fp64, fp32, bf16 or fp16: {format_names(wrong)}"
+            raise CheckpointError(f"{what}; is it quantized? import the original weights")
 
     def read(self, key: str) -> Tensor:
         """Return a whole tensor in fp32.
@@ -188,9 +182,8 @@ class ForeignWeights:
         if outside := sorted({name for name in index.values() if Path(name).name != name}):
             raise CheckpointError(f"{self.folder / INDEX} names files outside of its folder: {format_names(outside)}")
         if missing := sorted({name for name in index.values() if not (self.folder / name).is_file()}):
-            raise CheckpointError(
-                f"{self.folder} lacks {format_names(missing)}, which {INDEX} names; fetch the missing shards"
-            )
+            what = f"{self.folder} lacks {format_names(missing)}, which {INDEX} names; fetch the missing shards"
+            raise CheckpointError(what)
         return index
 
     def _read_header(self, name: str) -> None:
@@ -202,9 +195,8 @@ class ForeignWeights:
                     self.shapes[key], self._dtypes[key] = tuple(part.get_shape()), part.get_dtype()
                     self._files[key] = name
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{self.folder / name} is not a complete safetensors file ({error}); fetch it again"
-            ) from error
+            what = f"{self.folder / name} is not a complete safetensors file ({error}); fetch it again"
+            raise CheckpointError(what) from error
 
 
 def _no_weights(folder: Path) -> CheckpointError:
@@ -225,20 +217,16 @@ def refuse_differences(folder: Path, expected: dict[str, tuple[int, ...]], found
     Raises:
         CheckpointError: some are missing, unknown or of another shape; the message names them.
     """
-    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     wrong = [
         f"{key} {list(found[key])} instead of {list(shape)}"
         for key, shape in expected.items()
         if key in found and found[key] != shape
     ]
-    parts = [
-        f"{len(keys)} {what}: {format_names(keys)}"
-        for what, keys in (
-            ("missing", missing),
-            ("unknown, so the model computes more than bigtx would", unknown),
-            ("of another shape", wrong),
-        )
-        if keys
-    ]
+    differences = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unknown, so the model computes more than bigtx would": sorted(found.keys() - expected.keys()),
+        "of another shape": wrong,
+    }
+    parts = [f"{len(keys)} {what}: {format_names(keys)}" for what, keys in differences.items() if keys]
     if parts:
         raise CheckpointError(f"{folder} does not have the tensors that its {CONFIG} requires: {'; '.join(parts)}")

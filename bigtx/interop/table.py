@@ -7,6 +7,7 @@ family cannot express.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -90,9 +91,8 @@ class Fields:
             ConfigError: there are problems; the message names all of them.
         """
         if self.problems:
-            raise ConfigError(
-                f"config.json has fields that bigtx cannot express: {'; '.join(dict.fromkeys(self.problems))}"
-            )
+            what = f"config.json has fields that bigtx cannot express: {'; '.join(dict.fromkeys(self.problems))}"
+            raise ConfigError(what)
 
     def _given(self, key: str, default: Any) -> Any:
         value = self.values.get(key)
@@ -140,11 +140,8 @@ class Entry(Row):
         """Set the field."""
         default = self.default(config) if callable(self.default) else self.default
         kinds: dict[type, Callable[..., Any]] = {bool: fields.flag, float: fields.number, int: fields.size}
-        if self.meanings:
-            value = fields.choice(self.key, self.meanings, default)
-        else:
-            value = kinds[self._kind()](self.key, default)
-        put(config, self.field, value)
+        read = functools.partial(fields.choice, meanings=self.meanings) if self.meanings else kinds[self._kind()]
+        put(config, self.field, read(self.key, default=default))
 
     def _kind(self) -> type:
         return self.kind or (type(self.default) if isinstance(self.default, bool | float) else int)

@@ -35,7 +35,7 @@ from bigtx.tokenizer.sentencepiece_model import SentencePieceModel
 from bigtx.tokenizer.special import SPACE_MARK, Template, around, observed
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import DataError
-from bigtx.utils.files import write_atomic, write_json
+from bigtx.utils.files import json_value, write_atomic, write_json
 from bigtx.utils.shell import command
 
 READ_WITH_END = frozenset({"bert", "modernbert", "roberta", "t5"})
@@ -104,7 +104,7 @@ def export_tokenizer(
         DataError: the tokenizer cannot be converted.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    config: dict[str, Any] = json.loads(tokenizer.settings_files.get(TOKENIZER_CONFIG, b"{}"))
+    config: dict[str, Any] = json_value(tokenizer.settings_files.get(TOKENIZER_CONFIG, b"{}"))
     model = tokenizer.model
     if isinstance(model, SentencePieceModel):
         template = template or template_of_export(tokenizer, model_type)
@@ -175,20 +175,22 @@ def import_tokenizer(folder: Path) -> Tokenizer:
     on the model's type and the settings next to it.
 
     Raises:
-        DataError: there is none, or transformers uses it in another way.
+        DataError: the tokenizer is missing, or transformers uses it in another way.
     """
     if (folder / HuggingFaceModel.file_name).is_file():
         tokenizer = Tokenizer.from_huggingface(folder)
-        _refuse_differences(folder, HuggingFaceModel.file_name, _default_differences(tokenizer, folder))
+        try:
+            differences = list(_template_differences(tokenizer, load_tokenizer(folder), tokenizer.template))
+        except DataError:  # transformers is not installed, or cannot load the tokenizer.
+            return tokenizer
+        _refuse_differences(folder, HuggingFaceModel.file_name, differences)
         return tokenizer
     names = [name for name in SENTENCEPIECE_NAMES if (folder / name).is_file()]
     if not names:
-        raise DataError(
-            f"{folder} has no tokenizer: no {HuggingFaceModel.file_name} and no sentencepiece model "
-            f"({', '.join(SENTENCEPIECE_NAMES)})."
-        )
+        what = f"no {HuggingFaceModel.file_name} and no sentencepiece model ({', '.join(SENTENCEPIECE_NAMES)})"
+        raise DataError(f"{folder} has no tokenizer: {what}.")
     tokenizer = Tokenizer.from_sentencepiece(folder / names[0])
-    theirs = _load(folder)
+    theirs = load_tokenizer(folder)
     if theirs.is_fast:
         # The special ids of another backend's library cannot be read; then the comparison decides.
         tokenizer = tokenizer.changed(template=observed(lambda *texts: theirs(*texts).encodings[0]))
@@ -196,15 +198,6 @@ def import_tokenizer(folder: Path) -> Tokenizer:
     texts = [text for text in HARD_TEXTS if SPACE_MARK not in text]
     _refuse_differences(folder, names[0], _differences(tokenizer, theirs, texts, tokenizer.template))
     return tokenizer
-
-
-def _default_differences(tokenizer: Tokenizer, folder: Path) -> list[str]:
-    """Return where transformers, if it can load a folder's tokenizer, adds other special ids to texts."""
-    try:
-        theirs = _load(folder)
-    except DataError:
-        return []
-    return list(_template_differences(tokenizer, theirs, tokenizer.template))
 
 
 def _refuse_differences(folder: Path, name: str, differences: Sequence[str]) -> None:
@@ -230,7 +223,7 @@ def compare_tokenizers(tokenizer: Tokenizer, folder: Path) -> list[str]:
     Raises:
         DataError: transformers is not installed, or cannot load the folder.
     """
-    theirs = _load(folder)
+    theirs = load_tokenizer(folder)
     config = read_config(folder)
     if is_classifier(config):
         return _differences(tokenizer, theirs, HARD_TEXTS, tokenizer.whole_text)
@@ -266,13 +259,17 @@ def _tokenizer_class(model_type: str) -> str:
     return "" if model_type == "qwen2" else "PreTrainedTokenizerFast"
 
 
-def _load(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """Return transformers' own tokenizer of a folder.
+
+    Raises:
+        DataError: transformers is not installed, or cannot load the folder.
+    """
     try:
         from transformers import AutoTokenizer
     except ImportError:
-        raise DataError(
-            "The check of a tokenizer needs transformers, which is not installed: pip install 'bigtx[huggingface]'"
-        ) from None
+        what = "The check of a tokenizer needs transformers, which is not installed: pip install 'bigtx[huggingface]'"
+        raise DataError(what) from None
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # The underlying libraries raise bare Exception too.

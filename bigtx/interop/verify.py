@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from bigtx.engine.checkpoint import Checkpoint, MergedCheckpoint
 from bigtx.interop.classes import auto_class, pooling_of
 from bigtx.interop.exporter import DTYPES, ExportSettings, without_adapters
 from bigtx.interop.family import Family
-from bigtx.interop.tokenizer import HARD_TEXTS, compare_tokenizers
+from bigtx.interop.tokenizer import HARD_TEXTS, compare_tokenizers, load_tokenizer
 from bigtx.model.layers import pooling_weights
 from bigtx.model.transformer import Transformer
 from bigtx.tokenizer.tokenizer import Tokenizer
@@ -61,25 +62,15 @@ class Inputs(NamedTuple):
     theirs: dict[str, Tensor]
 
 
-def require_transformers() -> None:
-    """Check that transformers is installed.
+def require(package: str, extra: str) -> None:
+    """Check that the package that an export is compared with is installed.
+
+    Args:
+        extra: the extra of bigtx that installs it.
 
     Raises:
         LaunchError: it is not installed.
     """
-    _require("transformers", "huggingface")
-
-
-def require_peft() -> None:
-    """Check that PEFT is installed.
-
-    Raises:
-        LaunchError: it is not installed.
-    """
-    _require("peft", "peft")
-
-
-def _require(package: str, extra: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise LaunchError(
             f"an export is compared with {package}, which is not installed: pip install 'bigtx[{extra}]', or export "
@@ -88,7 +79,13 @@ def _require(package: str, extra: str) -> None:
 
 
 def verify(
-    folder: Path, family: Family, checkpoint: Path, run: RunConfig, tokenizer: Tokenizer, settings: ExportSettings
+    folder: Path,
+    family: Family,
+    checkpoint: Path,
+    run: RunConfig,
+    tokenizer: Tokenizer,
+    settings: ExportSettings,
+    base: Path | None = None,
 ) -> Verdict:
     """Load an export as its users do, and compare it with bigtx on random tokens; a classifier also on padded batches
     of texts and of pairs, as its own tokenizer makes them.
@@ -97,38 +94,23 @@ def verify(
     rounded as the export's are, so that only the arithmetic is compared; adapters stay separate from their matrices
     unless the sums were rounded.
 
+    Args:
+        base: if the export has adapters only: the model in transformers' format that PEFT adds them to. Its tokenizer
+            is not compared.
+
     Raises:
         CheckpointError: the checkpoint cannot be read.
     """
-    with _quiet():
-        problems = [f"tokenizer: {line}" for line in compare_tokenizers(tokenizer, folder)]
-        inputs = [_random_inputs(run, tokenizer)]
-        if isinstance(run, FinetuneConfig) and run.model.num_classes is not None:
-            inputs += _text_inputs(run, tokenizer, folder)
-    own = _own_logits(checkpoint, run.model, settings, inputs)
-    loader = auto_class(family, run.model)
-    verdict = _compared(own, lambda: _their_logits(folder, loader, inputs), problems)
+    problems, inputs = list[str](), [_random_inputs(run, tokenizer)]
+    if base is None:
+        with _quiet():
+            problems += [f"tokenizer: {line}" for line in compare_tokenizers(tokenizer, folder)]
+            if isinstance(run, FinetuneConfig) and run.model.num_classes is not None:
+                inputs += _text_inputs(run, tokenizer, folder)
+    own, loader = _own_logits(checkpoint, run.model, settings, inputs), auto_class(family, run.model)
+    compute = functools.partial(_their_logits, base or folder, loader, inputs, adapters=folder if base else None)
+    verdict = _compared(own, compute, problems)
     return replace(verdict, inputs="texts, pairs and random tokens") if len(inputs) > 1 else verdict
-
-
-def verify_adapters(
-    folder: Path,
-    base: Path,
-    family: Family,
-    checkpoint: Path,
-    run: RunConfig,
-    tokenizer: Tokenizer,
-    weights: Literal["master", "ema"],
-) -> Verdict:
-    """Compare adapters that PEFT adds to a base in transformers' format.
-
-    Raises:
-        CheckpointError: the checkpoint cannot be read.
-    """
-    inputs = [_random_inputs(run, tokenizer)]
-    own = _own_logits(checkpoint, run.model, ExportSettings(weights=weights), inputs)
-    loader = auto_class(family, run.model)
-    return _compared(own, lambda: _their_logits(base, loader, inputs, adapters=folder), [])
 
 
 def _compared(own: list[Tensor], compute: Callable[[], list[Tensor]], problems: list[str]) -> Verdict:
@@ -138,14 +120,12 @@ def _compared(own: list[Tensor], compute: Callable[[], list[Tensor]], problems: 
     except Exception as error:
         # An error of transformers is a defect of the export, not of this comparison.
         return Verdict([*problems, f"transformers cannot load or run it: {type(error).__name__}: {error}"], None, 0)
+    apart = []
     for mine, other in zip(own, theirs, strict=True):
         if mine.shape != other.shape:
             problems.append(f"logits have shape {list(other.shape)} in transformers and {list(mine.shape)} in bigtx")
             return Verdict(problems, None, 0)
-    apart = [
-        float((mine - other).abs().max() / mine.abs().max().clamp(min=1e-6))
-        for mine, other in zip(own, theirs, strict=True)
-    ]
+        apart.append(float((mine - other).abs().max() / mine.abs().max().clamp(min=1e-6)))
     difference = max(apart, key=lambda one: (not math.isfinite(one), one))
     if not math.isfinite(difference) or difference > TOLERANCE:
         problems.append(
@@ -177,9 +157,7 @@ def _random_inputs(run: RunConfig, tokenizer: Tokenizer) -> Inputs:
 
 def _text_inputs(run: FinetuneConfig, tokenizer: Tokenizer, folder: Path) -> list[Inputs]:
     """Return a padded batch of texts and one of pairs: as made by bigtx, and as made by the export's own tokenizer."""
-    from transformers import AutoTokenizer
-
-    theirs = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    theirs = load_tokenizer(folder)
     room = (min(theirs.model_max_length, _LONGEST_TEXT) - tokenizer.num_special(2)) // 2
     names = [str(token) for token in theirs.get_added_vocab()]
     plain = [text for text in HARD_TEXTS if not any(name in text for name in names)]
@@ -202,7 +180,7 @@ def _own_batch(run: FinetuneConfig, tokenizer: Tokenizer, rows: Sequence[Sequenc
         tokens[place, : len(ids)], types[place, : len(ids)] = ids, kinds
     batch = {
         "tokens": tokens,
-        "segment_ids": (np.arange(width) >= lengths[:, None]).astype(np.int64),
+        "segment_ids": np.arange(width) >= lengths[:, None],
         "pool": pooling_weights(run.classify.pooling, lengths, width),
     }
     if run.model.num_token_types > 1:

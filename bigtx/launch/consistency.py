@@ -1,7 +1,17 @@
-"""Check that the machines of a run have the same code, packages and settings. They exchange these when they connect.
+"""Check that the machines of a run have the same code, packages and settings, and find slow ones.
 
 Machines that differ would train something other than the user asked for, or wait for each other in a collective that
-only some of them reach.
+only some of them reach. They exchange these facts when they connect.
+
+Slow machines are found by all-reduces between pairs of machines:
+
+    round 1   n1–n2   n3–n4
+    round 2   n1–n3   n2–n4
+    round 3   n1–n4   n2–n3
+
+A slow machine makes each of its links slow. A sound machine has at least one fast link, to another sound machine, so
+the best of a machine's links shows how fast the machine is. Two machines have one link, which does not show which of
+them is slow.
 """
 
 from __future__ import annotations
@@ -11,13 +21,16 @@ import hashlib
 import os
 import platform
 import secrets
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bigtx.utils import hardware
+from bigtx.utils.units import format_names
 
 CLOCK_SECONDS = 5.0
 """A clock that differs by more causes a warning. bigtx itself does not depend on clocks, since steps are numbered."""
@@ -116,11 +129,8 @@ def named(hosts: Mapping[int, str], nodes: Iterable[int]) -> str:
     >>> named({0: "a", 1: "b"}, [1])
     'b (node 1)'
     """
-    nodes = list(nodes)
-    shown = ", ".join(
-        f"{hosts[node]} (node {node})" if node in hosts else f"node {node}" for node in nodes[:MOST_SHOWN]
-    )
-    return shown + (f" and {len(nodes) - MOST_SHOWN} more" if len(nodes) > MOST_SHOWN else "")
+    names = [f"{hosts[node]} (node {node})" if node in hosts else f"node {node}" for node in nodes]
+    return format_names(names, MOST_SHOWN)
 
 
 def _hash_of_code() -> str:
@@ -145,6 +155,12 @@ SEEN_SECONDS = 10.0
 _RETRY_SECONDS = 0.1
 
 
+def nearest_folder(path: Path) -> Path:
+    """Return a folder, or the nearest existing one above it."""
+    path = path.absolute()
+    return next((each for each in (path, *path.parents) if each.is_dir()), path)
+
+
 @contextlib.contextmanager
 def file_for_all(folder: Path) -> Iterator[Path | None]:
     """Create a file in a folder, or in the nearest existing one above it, until the context is closed.
@@ -154,10 +170,7 @@ def file_for_all(folder: Path) -> Iterator[Path | None]:
     Yields:
         The absolute path; None where the file cannot be written, which the run itself will report.
     """
-    folder = folder.absolute()
-    while not folder.is_dir() and folder != folder.parent:
-        folder = folder.parent
-    path = folder / f".bigtx-start-{secrets.token_hex(8)}"
+    path = nearest_folder(folder) / f".bigtx-start-{secrets.token_hex(8)}"
     try:
         path.touch(exist_ok=False)
     except OSError:
@@ -182,3 +195,72 @@ def sees(path: Path, seconds: float = SEEN_SECONDS) -> bool:
         if time.monotonic() >= deadline:
             return False
         time.sleep(_RETRY_SECONDS)
+
+
+MOST_ROUNDS = 3
+"""Links of each machine that are measured. Several are, so that one slow or busy partner does not count against it."""
+SLOW_FRACTION = 0.5
+"""A machine is slow below this fraction of the median. In a sound network the pairs differ by less."""
+
+Pair = tuple[int, int]
+"""The numbers of two machines, the lower one first."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The result of measuring the links.
+
+    Attributes:
+        silent: machines none of whose links gave an answer.
+        slow: machines whose links are all slow.
+        either: two machines whose link is slow or gives no answer; one of them or both are the cause.
+        median: the median of the machines' speeds, in bytes per second.
+    """
+
+    silent: tuple[int, ...]
+    slow: tuple[int, ...]
+    either: tuple[int, ...]
+    median: float
+
+    @property
+    def bad(self) -> list[int]:
+        """Return all machines to exclude."""
+        return sorted({*self.silent, *self.slow, *self.either})
+
+
+def rounds(num_nodes: int) -> list[list[Pair]]:
+    """Return pairs of machines for a few rounds. Each machine has another partner in each round.
+
+    The pairs of a round are measured at the same time. They follow the circle method of round-robin tournaments; of an
+    odd number of machines, one is idle in each round.
+    """
+    count = num_nodes + num_nodes % 2
+    found = []
+    for turn in range(min(MOST_ROUNDS, count - 1)):
+        circle = [(turn + place) % (count - 1) for place in range(count - 1)]
+        pairs = [(circle[0], count - 1), *((circle[place], circle[-place]) for place in range(1, count // 2))]
+        found.append(sorted((min(pair), max(pair)) for pair in pairs if max(pair) < num_nodes))
+    return found
+
+
+def judge(links: Mapping[Pair, float], floor: float = 0.0) -> Verdict:
+    """Decide which machines are slow or do not answer.
+
+    Args:
+        links: bytes per second of each pair that was measured; 0 where it gave no answer.
+        floor: the lowest sufficient speed in bytes per second, independent of the other machines.
+    """
+    speeds = speeds_of(links)
+    median = statistics.median(speeds.values())
+    least = max(floor, SLOW_FRACTION * median)
+    low = [node for node, speed in speeds.items() if speed < least or speed == 0]
+    if len(speeds) == 2:
+        return Verdict((), (), tuple(low), median)
+    silent = tuple(node for node in low if speeds[node] == 0)
+    return Verdict(silent, tuple(node for node in low if speeds[node] > 0), (), median)
+
+
+def speeds_of(links: Mapping[Pair, float]) -> dict[int, float]:
+    """Return the speed of each machine's best link, in bytes per second."""
+    nodes = sorted({node for pair in links for node in pair})
+    return {node: max(speed for pair, speed in links.items() if node in pair) for node in nodes}

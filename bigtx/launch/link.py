@@ -28,6 +28,7 @@ from bigtx.launch import consistency
 from bigtx.launch.consistency import named, why_different, why_wrong_clock
 from bigtx.launch.world import World
 from bigtx.utils.errors import LaunchError
+from bigtx.utils.files import json_value
 from bigtx.utils.hardware import host_name
 from bigtx.utils.log import say
 
@@ -37,6 +38,8 @@ ANSWER_SECONDS = 5.0
 """How long a machine may take to answer, in addition to the time that the request itself needs."""
 KEEPALIVE_SECONDS, KEEPALIVE_PROBES = 5, 3
 """The interval of TCP's probes, and how many a machine may leave unanswered before it counts as gone."""
+LONGEST_HOST_NAME = 255
+"""The limit of the domain name system."""
 LARGEST_MESSAGE = 1 << 20
 _RETRY_SECONDS = 0.25
 
@@ -90,8 +93,10 @@ class Link:
             if not peer.is_open:
                 arrived.append({"node": peer.node, "gone": True})
             for message in arrived:
+                if self.node == 0:
+                    message["node"] = peer.node  # Only the first machine forwards messages of others.
                 self._forward(message, source=peer)
-            messages += arrived
+            messages += [message for message in arrived if isinstance(message.get("node"), int)]
         return messages
 
     def close(self) -> None:
@@ -215,11 +220,17 @@ def _admit(world: World, connection: socket.socket, peers: dict[int, _Peer]) -> 
         LaunchError: the message contradicts what is started here; all connected machines receive the error.
     """
     peer = _Peer(-1, "?", connection)
-    hello = _first_message(peer, ANSWER_SECONDS)
-    if not hello or not isinstance(hello.get("node"), int):
+    hello = _first_message(peer, ANSWER_SECONDS) or {}
+    numbers = ("node", "num_nodes", "num_local")
+    is_hello = isinstance(hello.get("facts"), dict) and all(type(hello.get(name)) is int for name in numbers)
+    if not is_hello:
         connection.close()  # Another program, such as a port scanner.
         return
-    peer.node, peer.host, peer.facts = hello["node"], str(hello.get("host")), dict(hello.get("facts") or {})
+    peer.node, peer.host, peer.facts = (
+        hello["node"],
+        str(hello.get("host"))[:LONGEST_HOST_NAME],
+        {name: str(value) for name, value in hello["facts"].items()},
+    )
     own = {"num_nodes": world.num_nodes, "num_local": world.num_local}
     others = {name: hello.get(name) for name in own}
     known = peers.get(peer.node)
@@ -330,7 +341,7 @@ def _read(peer: _Peer) -> list[dict[str, Any]]:
     *lines, peer.received = peer.received.split(b"\n")
     messages = []
     try:
-        messages = [message for line in lines if isinstance(message := json.loads(line), dict)]
+        messages = [message for line in lines if isinstance(message := json_value(line), dict)]
     except ValueError:
         is_over = True
     peer.is_open = not is_over and len(peer.received) <= LARGEST_MESSAGE

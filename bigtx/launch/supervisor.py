@@ -12,6 +12,7 @@ again. It then waits until all have ended:
 - A rank that ends on request causes a request to all others: SIGTERM to one rank stops the run.
 - When a rank fails, the others have a few seconds to end. Then they are killed, including those that hang. The
   supervisor reports the rank that failed first, with the end of its log.
+- A rank that hangs is found by its heartbeats (see `watchdog.py`). All ranks are killed, and it is reported.
 - When the supervisor is killed, the kernel sends the ranks SIGTERM. They save a checkpoint and end.
 - On several machines the supervisors forward requests to stop and failures to each other. The first machine's
   supervisor reports the rank that failed first. When one supervisor is gone, the others ask their ranks to stop.
@@ -22,24 +23,26 @@ again. It then waits until all have ended:
 from __future__ import annotations
 
 import contextlib
-import json
+import math
 import os
 import signal
 import sys
 import time
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bigtx.launch.consistency import facts_of_machine, facts_of_settings
+from bigtx.launch.explain import explain_end, how_to_resume, read_facts
 from bigtx.launch.link import Link, meet
+from bigtx.launch.watchdog import Verdict, Watchdog
 from bigtx.launch.world import World
 from bigtx.utils import log, processes
-from bigtx.utils.errors import EXIT_INTERRUPTED, EXIT_REQUEUE
-from bigtx.utils.hardware import host_name
+from bigtx.utils.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEUE
+from bigtx.utils.heartbeat import STACKS, Beat
 from bigtx.utils.processes import hold_free_port, stop_signals
+from bigtx.utils.units import parse_duration
 
 FAREWELL_SECONDS = 4.0
 """How long the other ranks may take to end after one has failed; they cannot save a checkpoint without it."""
@@ -49,8 +52,6 @@ ORPHAN_SECONDS = 3.0
 """How long processes that ranks left running may take to end."""
 CONFER_SECONDS = 2 * FAREWELL_SECONDS + ORPHAN_SECONDS
 """How long the machines wait for each other's report of a failure."""
-LOG_LINES = 20
-"""How many lines of a failed rank's log are shown."""
 
 
 @dataclass
@@ -60,6 +61,8 @@ class _Rank:
     Attributes:
         pipe: the pipe through which it reports a failure.
         status: the exit status, or minus the signal that ended it, as `Popen.returncode`; None while it runs.
+        facts: what it reported before its end.
+        beat: its last heartbeat before its end.
     """
 
     number: int
@@ -67,6 +70,7 @@ class _Rank:
     pipe: int
     status: int | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    beat: Beat | None = None
 
 
 @dataclass
@@ -78,12 +82,14 @@ class _End:
         text: the message that explains a failure.
         lost: whether the end of another rank was the cause.
         said: whether the user has seen a message about the cause.
+        progress: of ranks that hang, the phases that they have begun; of several machines, the fewest are the cause.
     """
 
     status: int
     text: str = ""
     lost: bool = False
     said: bool = False
+    progress: int = 0
 
     @property
     def has_failed(self) -> bool:
@@ -109,7 +115,8 @@ def start_ranks(world: World, run_dir: Path, settings: Mapping[str, Any] | None 
         LaunchError: the machines do not find each other, or differ; see `meet`.
     """
     facts = facts_of_machine() | facts_of_settings(settings or {}) if world.num_nodes > 1 else {}
-    supervisor = _Supervisor(run_dir, meet(world, facts, run_dir))
+    timeout = parse_duration(settings["engine"]["timeout"]).value if settings else math.inf
+    supervisor = _Supervisor(run_dir, meet(world, facts, run_dir), Watchdog(world.num_local, timeout, run_dir))
     with hold_free_port() as held:
         port = world.port or held.getsockname()[1]
         for local_rank in range(world.num_local):
@@ -121,8 +128,9 @@ def start_ranks(world: World, run_dir: Path, settings: Mapping[str, Any] | None 
 class _Supervisor:
     """A parent of ranks, which it forks and waits for."""
 
-    def __init__(self, run_dir: Path, link: Link | None) -> None:
-        self._run_dir, self._link = run_dir, link
+    def __init__(self, run_dir: Path, link: Link | None, watchdog: Watchdog) -> None:
+        self._run_dir, self._link, self._watchdog = run_dir, link, watchdog
+        self._verdict: Verdict | None = None
         self._ends: dict[int, _End] = {}
         self._gone: set[int] = set()
         self._ranks: list[_Rank] = []
@@ -151,12 +159,14 @@ class _Supervisor:
         if pid := os.fork():
             os.close(writing)
             self._ranks.append(_Rank(int(environment["RANK"]), pid, reading))
+            self._watchdog.watch(int(environment["RANK"]), pid)
             return False
         for descriptor in (reading, *(other.pipe for other in self._ranks)):
             os.close(descriptor)
         if self._link:
             self._link.close()
         os.environ.update(environment)
+        self._watchdog.adopt_self(len(self._ranks))
         processes.set_supervised(launcher)
         processes.set_name(f"bigtx rank {environment['RANK']}")
         log.report_to(writing)
@@ -179,7 +189,7 @@ class _Supervisor:
                 self._ask(signal.Signals(received.si_signo))
         self._end_orphans()
         for rank in self._ranks:
-            rank.facts = _read_facts(rank.pipe)
+            rank.facts = read_facts(rank.pipe)
         return self._conclude()
 
     def _running(self) -> list[_Rank]:
@@ -187,7 +197,8 @@ class _Supervisor:
 
     def _patience(self) -> float:
         times = [at for at in (self._deadline, self._asks_at) if at is not None]
-        return max(0.0, min(times) - time.monotonic()) if times else 3600.0
+        left = min(times) - time.monotonic() if times else self._watchdog.interval
+        return max(0.0, left if self._deadline is not None else min(left, self._watchdog.interval))
 
     def _act_in_time(self) -> None:
         """Do the delayed actions whose time has come."""
@@ -197,6 +208,8 @@ class _Supervisor:
             self._ask(signal.SIGTERM)
         if self._deadline is not None and now >= self._deadline:
             self._kill()
+        if self._deadline is None and (verdict := self._watchdog.look()):
+            self._abort(verdict)
 
     def _ask(self, number: signal.Signals) -> None:
         """Ask all ranks to stop, on all machines, once."""
@@ -208,13 +221,25 @@ class _Supervisor:
         for rank in self._running():
             os.kill(rank.pid, number)
 
-    def _fail(self) -> None:
-        """Give all ranks a few seconds to end, on all machines."""
+    def _fail(self, *, waited: bool = False) -> None:
+        """Give all ranks a few seconds to end, on all machines.
+
+        Args:
+            waited: whether a rank has waited for another until the time-out.
+        """
         if self._deadline is not None:
             return
         self._deadline = time.monotonic() + FAREWELL_SECONDS
         if self._link:
-            self._link.send(failed=True)
+            self._link.send(failed=True, waited=waited)
+        if waited:
+            self._abort(self._watchdog.explain())
+
+    def _abort(self, verdict: Verdict) -> None:
+        """End all ranks at once, because some hang."""
+        self._verdict = verdict
+        self._fail()
+        self._kill()
 
     def _receive(self) -> None:
         """Act on the messages of other machines."""
@@ -223,7 +248,7 @@ class _Supervisor:
             if "request" in message:
                 self._ask(signal.Signals(message["request"]))
             elif "failed" in message:
-                self._fail()
+                self._fail(waited=bool(message.get("waited")))
             elif "end" in message:
                 self._ends[node] = _End(**message["end"])
             elif "gone" in message and node not in self._ends:
@@ -254,9 +279,10 @@ class _Supervisor:
 
     def _handle_end(self, rank: _Rank) -> None:
         """Ask the other ranks to stop, or give them a few seconds, where the end of a rank requires it."""
+        rank.beat = self._watchdog.end(rank.number)
         if self._has_failed(rank):
             self._first_failed.append(rank)
-            self._fail()
+            self._fail(waited=self._watchdog.has_waited(rank.number, rank.status))
         elif rank.status != 0 and self._request is None and self._asks_at is None:
             # The ranks have agreed on a stop, unless it came before they could.
             self._asks_at = time.monotonic() + AGREE_SECONDS
@@ -297,18 +323,19 @@ class _Supervisor:
         if not failed:
             return own.status
         # Ranks that lost another one fail because of it, and may be noticed first.
-        cause = next((end for end in failed if not end.lost), failed[0])
-        if not any(end.said for end in ends) and not self._first_machine_reports():
+        cause = min(failed, key=lambda end: (end.lost, end.progress))
+        first = self._ends.get(0)
+        first_reports = first is not None and first.has_failed and 0 not in self._gone
+        if not any(end.said for end in ends) and not first_reports:
             log.say_error(cause.text)
         return cause.status
 
-    def _first_machine_reports(self) -> bool:
-        """Return whether the first machine reports the failure."""
-        first = self._ends.get(0)
-        return first is not None and first.has_failed and 0 not in self._gone
-
     def _own_end(self) -> _End:
         """Return how this machine's ranks ended."""
+        if self._verdict:
+            where = f"The stacks of the ranks are in {self._run_dir / STACKS}."
+            text = f"LaunchError: {self._verdict.text}\n{where}\n{how_to_resume(self._run_dir)}"
+            return _End(EXIT_FAILED, text, lost=not self._verdict.culprits, progress=self._verdict.progress)
         if not self._first_failed:
             statuses = [rank.status or 0 for rank in self._ranks]
             if not any(statuses):
@@ -322,7 +349,7 @@ class _Supervisor:
         status = cause.status or 0
         return _End(
             status if status > 0 else 128 - status,
-            self._explain(cause),
+            explain_end(cause.number, status, cause.facts, self._run_dir, cause.beat, self._memory_kills),
             lost=bool(cause.facts.get("lost")),
             said=any(rank.facts.get("said") for rank in self._ranks),
         )
@@ -336,56 +363,3 @@ class _Supervisor:
             signal.sigtimedwait({signal.SIGIO}, left)
             self._receive()
         return [own, *self._ends.values()]
-
-    def _explain(self, rank: _Rank) -> str:
-        """Return a message about a failed rank: where, when and how it failed, with the end of its log."""
-        status, step = rank.status or 0, rank.facts.get("step") or _last_step(self._run_dir)
-        who = f"rank {rank.number} on {host_name()}"
-        when = f"after step {step:,}" if step else "before the first step"
-        if status < 0:
-            lines = [f"LaunchError: {who} was ended {when} by {_signal_name(-status)}{self._why_killed(-status)}"]
-        else:
-            lines = [f"{who} failed {when}: {rank.facts.get('error', f'it ended with status {status}')}"]
-        path = Path(rank.facts.get("log", self._run_dir / "logs" / f"rank-{rank.number:05d}.log"))
-        if tail := _last_lines(path):
-            lines += [f"The last lines of {path}:", *(f"  {line}" for line in tail)]
-        if step:
-            lines.append("The same command resumes from the last checkpoint.")
-        return "\n".join(lines)
-
-    def _why_killed(self, number: int) -> str:
-        is_memory = number == signal.SIGKILL and processes.out_of_memory_kills() > self._memory_kills
-        return ", because this machine's memory ran out" if is_memory else ""
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
-
-
-def _read_facts(pipe: int) -> dict[str, Any]:
-    """Return the facts that a rank reported before it ended."""
-    os.set_blocking(pipe, False)
-    facts: dict[str, Any] = {}
-    with open(pipe, "rb", closefd=True) as stream, contextlib.suppress(OSError, ValueError):
-        for line in (stream.read() or b"").splitlines():
-            facts |= json.loads(line)
-    return facts
-
-
-def _last_lines(path: Path) -> list[str]:
-    with contextlib.suppress(OSError), path.open(encoding="utf-8", errors="replace") as stream:
-        return [line.rstrip("\n") for line in deque(stream, LOG_LINES)]
-    return []
-
-
-def _last_step(run_dir: Path) -> int:
-    """Return the last step in a run's metrics; 0 without one."""
-    step = 0
-    with contextlib.suppress(OSError), (run_dir / "metrics.jsonl").open("rb") as stream:
-        for line in deque(stream, 5):
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                step = int(json.loads(line)["step"])
-    return step

@@ -7,8 +7,8 @@ kernels draw by the place in the batch, and would drop other weights in another 
 
 A mask (causal or in both directions, within a document, within a window, and with a visible prefix) is made once for a
 stack, from the places of its tokens, and shared by its blocks. Its form depends on the kernels: no mask if plain
-attention is enough; on CUDA the sparse blocks of FlexAttention, which skip hidden pairs; otherwise a tensor over all
-pairs.
+attention is enough; on CUDA, for documents, windows and prefixes, the sparse blocks of FlexAttention, which skip hidden
+pairs; otherwise, for example for mere padding, a tensor over all pairs, which torch's fused kernels read.
 
 Plain products (arXiv:1706.03762, equation 1) keep all weights in memory: for a CPU. torch's bf16 kernel takes several
 times longer in the backward pass, up to some hundred tokens. They are an operator of their own, so that torch.compile
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +29,11 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from bigtx.config import shape
 from bigtx.config.schema import ModelConfig
-from bigtx.model.cache import LayerCache
+from bigtx.model.embed import Rotation, rotate
 from bigtx.model.layers import Dropout, Linear, Norm, operator
-from bigtx.model.positions import Rotation, rotate
+
+if TYPE_CHECKING:
+    from bigtx.model.cache import LayerCache
 
 Visible = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(row, head, query, key) -> bool, as for FlexAttention."""
@@ -54,7 +56,25 @@ class Side(NamedTuple):
     columns: Tensor
     """int64 [B, T]: the order of tokens; windows are measured by their distance."""
     segment_ids: Tensor | None = None
-    """int64 [B, T]: a token attends only to tokens of its own segment."""
+    """[B, T]: a token attends only to tokens of its own segment. int64: several texts; bool: a text and its padding."""
+
+    @property
+    def has_texts(self) -> bool:
+        """Return whether a row may have several texts, so that most pairs of its tokens are hidden."""
+        return self.segment_ids is not None and self.segment_ids.dtype != torch.bool
+
+
+MAX_DENSE = 4096**2
+"""The most pairs of a row for which mere padding has a mask over all pairs: 16 MiB for each row."""
+
+
+MIN_SPARSE_WIDTH = 16
+"""The narrowest heads for which FlexAttention has kernels on a GPU."""
+
+
+def has_sparse_kernels(x: Tensor) -> bool:
+    """Return whether FlexAttention has kernels for x that skip hidden pairs, forward and backward."""
+    return x.is_cuda
 
 
 def make_mask(
@@ -76,13 +96,15 @@ def make_mask(
         prefix: bool [B, S], keys that the whole segment attends to despite `causal`.
         bias: the bias of the scores, [B, H, T, S].
         in_order: whether both sides have the columns 0, 1, 2, ...; they do not if keys come from a cache.
-        sparse: whether to use FlexAttention, which has no dropout and gets no bias from bigtx.
+        sparse: whether FlexAttention may be used, which has no dropout and gets no bias from bigtx.
     """
     assert (queries.segment_ids is None) == (keys.segment_ids is None), "both sides have segments, or neither"
     plain = queries.segment_ids is None and window is None and prefix is None and in_order
     if plain and bias is None:
         return Mask(causal)
-    if sparse and bias is None and in_order:
+    skips = window is not None or prefix is not None or queries.has_texts or keys.has_texts
+    skips = skips or queries.columns.shape[1] * keys.columns.shape[1] > MAX_DENSE
+    if sparse and skips and bias is None and in_order:
         return Mask(causal, blocks=block_mask(queries, keys, causal=causal, window=window, prefix=prefix))
     if plain and not causal:
         return Mask(causal, bias)
@@ -196,13 +218,7 @@ def _(
 
 @operator("bigtx::attention_products_backward")
 def _attend_backward(
-    grad: Tensor,
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    kept: Tensor | None,
-    weights: Tensor,
-    scale: float,
+    grad: Tensor, queries: Tensor, keys: Tensor, values: Tensor, kept: Tensor | None, weights: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of queries, keys, values and scores [B, H, T, S]."""
     of_values = _dropped(weights, kept).transpose(-2, -1) @ grad
@@ -213,20 +229,9 @@ def _attend_backward(
 
 @torch.library.register_fake(_attend_backward)
 def _(
-    grad: Tensor,
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    kept: Tensor | None,
-    weights: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        queries.new_empty(queries.shape),
-        keys.new_empty(keys.shape),
-        values.new_empty(values.shape),
-        weights.new_empty(weights.shape),
-    )
+    grad: Tensor, queries: Tensor, keys: Tensor, values: Tensor, kept: Tensor | None, weights: Tensor, scale: float
+) -> tuple[Tensor, ...]:
+    return tuple(part.new_empty(part.shape) for part in (queries, keys, values, weights))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -249,13 +254,12 @@ torch.library.register_autograd(_attend, _gradients, setup_context=_keep)
 class Attention(nn.Module):
     """Attention to the own text or to a source; H query heads share K key and value heads (arXiv:2305.13245)."""
 
-    def __init__(self, config: ModelConfig, name: str = "attention") -> None:
-        """Args: name: of the module within its block."""
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads = config.num_heads, shape.num_kv_heads(config)
         self.width = shape.head_width(config)
         self.scale = config.attention_scale
-        self.dropout = Dropout(shape.attention_dropout(config), f"weights of {name}")
+        self.dropout = Dropout(shape.attention_dropout(config), "weights of attention")
         size, queries, keys = config.hidden_size, self.num_heads * self.width, self.num_kv_heads * self.width
         self.query = Linear(size, queries, bias=config.attention_bias)
         self.key = Linear(size, keys, bias=config.attention_bias)
@@ -325,7 +329,8 @@ class Attention(nn.Module):
     def _weigh(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Mask, kept: Tensor | None) -> Tensor:
         grouped = self.num_kv_heads != self.num_heads
         if mask.blocks is not None:
-            flex = _compiled_flex_attention() if queries.is_cuda else flex_attention
+            is_program = torch.compiler.is_compiling() or not has_sparse_kernels(queries)
+            flex = flex_attention if is_program else _compiled_flex_attention()
             return flex(queries, keys, values, block_mask=mask.blocks, scale=self.scale, enable_gqa=grouped)
         if kept is not None or products_are_faster(queries, keys):
             scale = self.width**-0.5 if self.scale is None else self.scale
@@ -333,12 +338,7 @@ class Attention(nn.Module):
             return attend(queries, keys, values, mask.scores, causal=mask.causal, scale=scale, kept=kept)
         if mask.scores is None:
             return F.scaled_dot_product_attention(
-                queries,
-                keys,
-                values,
-                is_causal=mask.causal,
-                scale=self.scale,
-                enable_gqa=grouped,
+                queries, keys, values, is_causal=mask.causal, scale=self.scale, enable_gqa=grouped
             )
         scores = mask.scores.to(queries.dtype) if mask.scores.is_floating_point() else mask.scores
         # No CUDA kernel supports a mask and grouped heads together, and the fallback keeps all scores in memory.
@@ -353,5 +353,7 @@ class Attention(nn.Module):
 
 @functools.cache
 def _compiled_flex_attention() -> Any:
-    """Compile FlexAttention, even if the blocks are not compiled: without it, all scores are in memory."""
-    return torch.compile(flex_attention, dynamic=False)
+    """Compile FlexAttention for blocks that are not compiled: otherwise all scores would be in memory."""
+    from bigtx.model.compiled import program
+
+    return program(flex_attention)

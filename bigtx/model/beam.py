@@ -17,10 +17,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bigtx.config import shape
 from bigtx.config.schema import ModelConfig
-from bigtx.model.cache import KeyValueCache
-from bigtx.model.decode import read_next, read_texts
+from bigtx.model.decode import Reader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +117,9 @@ def beam_search(
     all_searches = searches = [_Search(limit) for limit in max_new_tokens]
     if not searches:
         return []
-    size = beam.size
-    cache, logits, positions = _read_prompts(forward, config, prompt_ids, size, start_id, device)
+    assert all(prompt_ids), "a prompt needs at least one token"
+    size, reader = beam.size, Reader(forward, config, device)
+    logits, positions = _read_prompts(reader, [list(ids) for ids in prompt_ids], size, start_id)
     # There is only one text so far: the other rows of its beam are not used yet.
     scores = torch.full((len(searches), size), float("-inf"), device=device)
     scores[:, 0] = 0.0
@@ -136,39 +135,28 @@ def beam_search(
         if len(left) < len(searches):
             kept = torch.tensor(left, device=device)
             scores, texts, rows = scores[kept], texts[kept], rows[kept]
-            positions = positions.view(-1, size)[kept].view(-1, 1)
+            positions = positions.view(-1, size)[kept].flatten()
             searches = [searches[place] for place in left]
-            cache.keep(rows.flatten())
+            reader.cache.keep(rows.flatten())
         elif size > 1:
-            cache.exchange(rows.flatten())
-        logits = read_next(forward, texts[:, :, -1].reshape(-1, 1), positions, cache, config)  # BK V
+            reader.cache.exchange(rows.flatten())
+        logits = reader.read_next(texts[:, :, -1].flatten(), positions)  # BK V
         positions = positions + 1
 
 
-def _read_prompts(
-    forward: Callable[..., Tensor],
-    config: ModelConfig,
-    prompt_ids: Sequence[Sequence[int]],
-    size: int,
-    start_id: int | None,
-    device: torch.device | str,
-) -> tuple[KeyValueCache, Tensor, Tensor]:
-    """Read the prompts once.
-
-    Returns:
-        The cache, the logits [BK, V] and the positions int64 [BK, 1] of the next tokens, for each text of each beam.
+def _read_prompts(reader: Reader, prompts: list[list[int]], size: int, start_id: int | None) -> tuple[Tensor, Tensor]:
+    """Read the prompts once; return the logits [BK, V] and the positions int64 [BK] of the next tokens, for each text
+    of each beam.
     """
-    assert all(prompt_ids), "a prompt needs at least one token"
-    prompts = begun = [list(ids) for ids in prompt_ids]
-    if config.shape == "encoder_decoder":
+    texts = prompts
+    if reader.config.shape == "encoder_decoder":
         assert start_id is not None, "an encoder-decoder's text starts with a start id"
-        begun = [[start_id] for _ in prompts]
-    cache = KeyValueCache(shape.num_decoder_layers(config))
-    lengths = [len(ids) for ids in begun]
-    logits = read_texts(forward, begun, cache, config, device, sources=prompts, prefix_lengths=lengths)  # B V
-    cache.keep(torch.arange(len(prompts), device=device).repeat_interleave(size))
-    positions = torch.tensor(lengths, device=device).repeat_interleave(size)[:, None]
-    return cache, logits.repeat_interleave(size, dim=0), positions
+        texts = [[start_id] for _ in prompts]
+    lengths = [len(ids) for ids in texts]
+    logits = reader.read(texts, sources=prompts, prefix_lengths=lengths)  # B V
+    beams = torch.arange(len(prompts), device=logits.device).repeat_interleave(size)
+    reader.cache.keep(beams)
+    return logits[beams], torch.tensor(lengths, device=logits.device)[beams]
 
 
 def _go_on(

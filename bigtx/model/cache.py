@@ -6,31 +6,28 @@ B rows, T tokens being read, S columns in use, K key heads, C head width, D hidd
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-class Text(NamedTuple):
-    """The hidden states of tokens in a stack, with their positions and segments."""
-
-    x: Tensor
-    """The hidden states [B, T, D]."""
-    positions: Tensor
-    """int64 [B or 1, T], the position of each token in its text."""
-    segment_ids: Tensor | None = None
-    """int64 [B, T]: the text of a row that a token belongs to; it attends only to that text."""
+from bigtx.model.embed import Text
 
 
 class KeyValueCache:
     """The keys and values of earlier tokens.
 
+    On a GPU attention reads a multiple of 64 columns, of which causality hides the unused ones: cuDNN prepares for each
+    new length, which takes longer than a token.
+
     Attributes:
         layers: the cache of each block of the decoder.
         source: in an encoder-decoder, the encoder's states of the rows' sources, once it has read them.
     """
+
+    MULTIPLE: ClassVar[dict[str, int]] = {"cuda": 64}
+    """By type of device, the multiple of columns in use."""
 
     def __init__(self, num_layers: int) -> None:
         self.source: Text | None = None
@@ -41,12 +38,12 @@ class KeyValueCache:
 
     def place(self, positions: Tensor) -> Tensor:
         """Set the positions of the next tokens, int64 [B, T]; return the positions [S] of all columns in use."""
-        self.positions = positions
-        self.num_columns = max(self.num_columns, int(positions.max()) + 1)
+        self.positions, multiple = positions, self.MULTIPLE.get(positions.device.type, 1)
+        self.num_columns = max(self.num_columns, -(-(int(positions.max()) + 1) // multiple) * multiple)
         return torch.arange(self.num_columns, device=positions.device)
 
     def tokens_before(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Store tokens [B, T]; return those one position before them, any value where there is none."""
+        """Store tokens [B, T]; return those one position before them, arbitrary ones at the first position."""
         missing = int(positions.max()) + 1 - self.tokens.shape[-1]
         if not len(self.tokens):
             self.tokens = tokens.new_zeros(len(tokens), missing)
@@ -58,7 +55,9 @@ class KeyValueCache:
     def keep(self, rows: Tensor) -> None:
         """Remove all rows except these, int64 [rows]."""
         if self.source is not None:
-            self.source = Text(*(None if part is None else part[rows] for part in self.source))  # type: ignore[arg-type]
+            x, positions, segment_ids = self.source
+            positions = positions[rows] if len(positions) == len(x) else positions  # Else one row for all.
+            self.source = Text(x[rows], positions, None if segment_ids is None else segment_ids[rows])
         if len(self.tokens):
             self.tokens = self.tokens[rows]
         for layer in self.layers:

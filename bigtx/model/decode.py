@@ -143,27 +143,28 @@ def decode_tokens(
     limit = config.max_sequence_length
     rows = [_new_row(index, list(ids), start_id, config, sampling) for index, ids in enumerate(prompt_ids, first_index)]
     results = [row.new_ids for row in rows]
-    cache: KeyValueCache | None = None
+    reader: Reader | None = None
     while rows and max_new_tokens > 0:
-        if cache is None:
-            cache = KeyValueCache(shape.num_decoder_layers(config))
-            logits = _read_windows(forward, rows, cache, config, device)  # B V
+        windows = [row.window() for row in rows]
+        if reader is None:
+            reader, prefix_lengths = Reader(forward, config, device), [row.prompt_length - row.start for row in rows]
+            logits = reader.read(windows, sources=[row.source for row in rows], prefix_lengths=prefix_lengths)  # B V
         else:
-            logits = _read_last(forward, rows, cache, config, device)  # B V
-        tokens = sampling.draw(logits[:, :num_ids], [row.generator for row in rows])
-        tokens = agree(tokens) if agree else tokens
+            logits = reader.read_next([ids[-1] for ids in windows], [len(ids) - 1 for ids in windows])  # B V
+        drawn = sampling.draw(logits[:, :num_ids], [row.generator for row in rows])
+        drawn = agree(drawn) if agree else drawn
         kept = [
             place
-            for place, (row, token) in enumerate(zip(rows, tokens, strict=True))
+            for place, (row, token) in enumerate(zip(rows, drawn, strict=True))
             if token not in end_ids and row.take(token, max_new_tokens, on_token)
         ]
         if len(kept) < len(rows):
             rows = [rows[place] for place in kept]
-            cache.keep(torch.tensor(kept, dtype=torch.long, device=device))
+            reader.cache.keep(torch.tensor(kept, dtype=torch.long, device=device))
         for row in rows:
             if len(row.window()) > limit:
                 row.start = len(row.ids) - max(1, limit // 2)
-                cache = None
+                reader = None
     return results
 
 
@@ -176,92 +177,56 @@ def _new_row(index: int, ids: list[int], start_id: int | None, config: ModelConf
     return _Row(index, ids, len(ids), max(0, len(ids) - limit), [], generator)
 
 
-def _read_windows(
-    forward: Callable[..., Tensor],
-    rows: list[_Row],
-    cache: KeyValueCache,
-    config: ModelConfig,
-    device: torch.device | str,
-) -> Tensor:
-    """Read every row's window, and its source if there is one, into an empty cache; return the next logits [B, V]."""
-    return read_texts(
-        forward,
-        [row.window() for row in rows],
-        cache,
-        config,
-        device,
-        sources=[row.source for row in rows],
-        prefix_lengths=[row.prompt_length - row.start for row in rows],
-    )
+class Reader:
+    """Reads texts with a Transformer into a cache of its own.
 
-
-def read_texts(
-    forward: Callable[..., Tensor],
-    texts: Sequence[list[int]],
-    cache: KeyValueCache,
-    config: ModelConfig,
-    device: torch.device | str,
-    *,
-    sources: Sequence[list[int]],
-    prefix_lengths: Sequence[int],
-) -> Tensor:
-    """Read texts of at least one token into an empty cache; return the next logits [B, V] of each.
-
-    Args:
-        sources: the input of the encoder of an encoder-decoder; otherwise unused.
-        prefix_lengths: for a model with prefix attention, the length of the prefix of each text, in tokens.
+    Attributes:
+        cache: the cache, which is empty until `read`.
     """
-    tokens = padded_ids(texts, device)
-    positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
-    columns = torch.tensor([[len(text) - 1] for text in texts], device=device)
-    if config.shape == "encoder_decoder":
-        # All decoder tokens are in segment 0; padding of the source is in another, which no token attends to.
-        segment_ids = padded_ids([[0] * len(source) for source in sources], device, fill=1)
+
+    def __init__(self, forward: Callable[..., Tensor], config: ModelConfig, device: torch.device | str) -> None:
+        self.config, self.cache = config, KeyValueCache(shape.num_decoder_layers(config))
+        self._forward, self._device = forward, device
+
+    def read(
+        self, texts: Sequence[list[int]], *, sources: Sequence[list[int]], prefix_lengths: Sequence[int]
+    ) -> Tensor:
+        """Read texts of at least one token; return the next logits [B, V] of each.
+
+        Args:
+            sources: the input of the encoder of an encoder-decoder; otherwise unused.
+            prefix_lengths: for a model with prefix attention, the length of the prefix of each text, in tokens.
+        """
+        tokens = self._padded(texts)
+        positions = torch.arange(tokens.shape[1], device=self._device).expand_as(tokens)
+        columns = torch.tensor([[len(text) - 1] for text in texts], device=self._device)
+        if self.config.shape == "encoder_decoder":
+            # No token attends to the padding of the source.
+            segment_ids = self._padded([[0] * len(source) for source in sources], fill=1).bool()
+            read = {"segment_ids": segment_ids, "target_tokens": tokens, "target_positions": positions}
+            return self._logits(self._padded(sources), columns=columns, **read)
+        prefix_mask = None
+        if self.config.prefix_attention:
+            prefix_mask = positions < torch.tensor(prefix_lengths, device=self._device)[:, None]
+        return self._logits(tokens, positions=positions, prefix_mask=prefix_mask, columns=columns)
+
+    def read_next(self, tokens: Tensor | list[int], positions: Tensor | list[int]) -> Tensor:
+        """Read one more token of each text, [B], at its position, [B]; return the next logits [B, V]."""
+        tokens, positions = (torch.as_tensor(each, device=self._device)[:, None] for each in (tokens, positions))
+        if self.config.shape == "encoder_decoder":
+            return self._logits(None, target_tokens=tokens, target_positions=positions)
+        return self._logits(tokens, positions=positions)
+
+    def _logits(self, tokens: Tensor | None, **others: Tensor | None) -> Tensor:
         with _uncompiled():
-            return forward(
-                padded_ids(sources, device),
-                segment_ids=segment_ids,
-                target_tokens=tokens,
-                target_positions=positions,
-                cache=cache,
-                columns=columns,
-            )[:, 0]
-    prefix_mask = None
-    if config.prefix_attention:
-        prefix_mask = positions < torch.tensor(prefix_lengths, device=device)[:, None]
-    with _uncompiled():
-        return forward(tokens, positions=positions, prefix_mask=prefix_mask, cache=cache, columns=columns)[:, 0]
+            return self._forward(tokens, cache=self.cache, **others)[:, 0]
 
-
-def padded_ids(rows: Sequence[list[int]], device: torch.device | str, fill: int = 0) -> Tensor:
-    """Return int64 [B, T]. Any token can be padding: its column is overwritten by the row's own token before that row
-    reads it.
-    """
-    longest = max(map(len, rows))
-    return torch.tensor([row + [fill] * (longest - len(row)) for row in rows], device=device)
-
-
-def _read_last(
-    forward: Callable[..., Tensor],
-    rows: list[_Row],
-    cache: KeyValueCache,
-    config: ModelConfig,
-    device: torch.device | str,
-) -> Tensor:
-    """Read every row's newest token; return the next logits [B, V]."""
-    tokens = torch.tensor([[row.ids[-1]] for row in rows], device=device)
-    positions = torch.tensor([[len(row.window()) - 1] for row in rows], device=device)
-    return read_next(forward, tokens, positions, cache, config)
-
-
-def read_next(
-    forward: Callable[..., Tensor], tokens: Tensor, positions: Tensor, cache: KeyValueCache, config: ModelConfig
-) -> Tensor:
-    """Read one more token of each text, [B, 1], at its position, [B, 1]; return the next logits [B, V]."""
-    with _uncompiled():
-        if config.shape == "encoder_decoder":
-            return forward(None, target_tokens=tokens, target_positions=positions, cache=cache)[:, 0]
-        return forward(tokens, positions=positions, cache=cache)[:, 0]
+    def _padded(self, rows: Sequence[list[int]], fill: int = 0) -> Tensor:
+        """Return int64 [B, T]. Any token can be padding: its column is overwritten by the row's own token before that
+        row reads it.
+        """
+        longest = max(map(len, rows))
+        return torch.tensor([row + [fill] * (longest - len(row)) for row in rows], device=self._device)
 
 
 def _uncompiled() -> contextlib.AbstractContextManager[None]:

@@ -2,12 +2,18 @@
 
 The front end of a spectrogram is convolutions over frames (arXiv:2212.04356). A convolution is computed as a matrix
 product of concatenated neighbouring frames: the same arithmetic, in a form that is fast in bf16 on every device. Shape
-letters: B batch, T tokens of a text, S columns, D hidden size, F frames of a recording, M mel bins.
+letters: B batch (1 if all rows agree), T tokens of a text, S columns or key tokens, D hidden size, C head width, H
+heads, F frames of a recording, M mel bins.
+
+Positions are rotations, sinusoids, or T5's relative buckets. They are computed in fp32, once per forward pass, and
+shared by all blocks. There are no tables in buffers: DeepSpeed would cast them to bf16, in which position 257 and
+position 258 are the same number.
 """
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +21,22 @@ from torch import Tensor, nn
 
 from bigtx.config import shape
 from bigtx.config.schema import ModelConfig
-from bigtx.model.cache import KeyValueCache, Text
 from bigtx.model.layers import Bigrams, Dropout, Embedding, Linear, Norm
-from bigtx.model.positions import sinusoids
+
+if TYPE_CHECKING:
+    from bigtx.model.cache import KeyValueCache
+
+
+class Text(NamedTuple):
+    """The hidden states of tokens in a stack, with their positions and segments."""
+
+    x: Tensor
+    """The hidden states [B, T, D]."""
+    positions: Tensor
+    """int64 [B or 1, T], the position of each token in its text."""
+    segment_ids: Tensor | None = None
+    """[B, T]: the text of a row that a token belongs to; it attends only to that text. int64, or bool, True, for
+    padding."""
 
 
 class Embedder(nn.Module):
@@ -66,7 +85,9 @@ class Embedder(nn.Module):
             own = x.split([tokens.shape[1] for tokens in read], dim=1)
             parts += map(Text, own, placed, [segment_ids for _, _, segment_ids in texts])
         x = torch.cat([part.x for part in parts], dim=1)
-        x = self._placed(x, torch.cat([part.positions for part in parts], dim=1), token_types)
+        num_rows = max(len(part.positions) for part in parts)
+        positions = torch.cat([part.positions.expand(num_rows, -1) for part in parts], dim=1)
+        x = self._placed(x, positions, token_types)
         lengths = [part.positions.shape[1] for part in parts]
         # Each by itself: the place of the target next to the source depends on the padding of the source.
         dropped = (drop(own, seeds) for drop, own in zip(self.dropouts, x.split(lengths, dim=1), strict=False))
@@ -81,7 +102,7 @@ class Embedder(nn.Module):
         assert self.audio is not None and lengths is not None, "only a model with an audio front end reads audio"
         x, num_columns = self.audio(features, lengths)
         positions = _counted(x[..., 0])
-        return Text(x, positions, (positions >= num_columns[:, None]).long())
+        return Text(x, positions, positions >= num_columns[:, None])
 
     def _placed(self, x: Tensor, positions: Tensor, token_types: Tensor | None) -> Tensor:
         """Return embeddings with their positions added."""
@@ -105,8 +126,8 @@ def _before(tokens: Tensor, positions: Tensor, cache: KeyValueCache | None) -> T
 
 
 def _counted(columns: Tensor) -> Tensor:
-    """Return int64 [B, T]: 0, 1, ... in every row of columns [B, T]."""
-    return torch.arange(columns.shape[1], device=columns.device).expand_as(columns)
+    """Return int64 [1, T]: 0, 1, ... for every row of columns [B, T]."""
+    return torch.arange(columns.shape[1], device=columns.device)[None]
 
 
 class FrontEnd(nn.Module):
@@ -142,3 +163,95 @@ def _silenced(x: Tensor, lengths: Tensor) -> Tensor:
     """Return x [B, F, C] with zeros after the ends of recordings."""
     inside = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
     return x * inside[..., None].to(x.dtype)
+
+
+Rotation = tuple[Tensor, Tensor]
+"""cos and sin of each position's angles, each fp32 [B, 1, T, C/2]."""
+
+
+def rotation(config: ModelConfig, positions: Tensor, *, local: bool = False) -> Rotation:
+    """Return the rotary angles (arXiv:2104.09864) of positions [B, T], in blocks with a window (`local`) or without."""
+    theta = (config.local_rope_theta if local else None) or config.rope_theta
+    frequencies, magnitude = rotary_frequencies(config, theta, positions.device)
+    angles = positions[:, None, :, None].float() * frequencies  # B 1 T C/2
+    return angles.cos() * magnitude, angles.sin() * magnitude
+
+
+def rotate(x: Tensor, by: Rotation) -> Tensor:
+    """Rotate x [B, heads, T, C] in fp32: dimension i rotates with i + C/2, the layout of Llama's published weights.
+
+    Returns:
+        The rotated x, of x's type.
+    """
+    cos, sin = by
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def rotary_frequencies(config: ModelConfig, theta: float, device: torch.device | str) -> tuple[Tensor, float]:
+    """Return the radians per position of each pair of dimensions, fp32 [C/2], and YaRN's factor on cos and
+    sin.
+    """
+    width, scaling = shape.head_width(config), config.rope_scaling
+    assert width % 2 == 0, "rotary positions rotate pairs of dimensions: the head width must be even"
+    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
+    frequencies = theta**-exponents
+    if scaling.method == "none":
+        return frequencies, 1.0
+    stretched = frequencies / scaling.factor
+    if scaling.method == "linear":
+        return stretched, 1.0
+    if scaling.method == "llama3":
+        # The share of each frequency that is not changed, by its rotations within the original length.
+        turns = scaling.original_length * frequencies / (2 * math.pi)
+        low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+        kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+        return stretched + (frequencies - stretched) * kept, 1.0
+    low, high = (_yarn_dimension(config, theta, width, beta) for beta in (scaling.beta_fast, scaling.beta_slow))
+    low, high = max(math.floor(low), 0), min(math.ceil(high), width - 1)
+    index = torch.arange(width // 2, dtype=torch.float32, device=device)
+    kept = 1.0 - ((index - low) / max(high - low, 1e-3)).clamp(0.0, 1.0)
+    return stretched + (frequencies - stretched) * kept, 0.1 * math.log(scaling.factor) + 1.0
+
+
+def _yarn_dimension(config: ModelConfig, theta: float, width: int, turns: float) -> float:
+    """Return the pair of dimensions with this many rotations within the original length (arXiv:2309.00071, section
+    3.2).
+    """
+    per_radian = config.rope_scaling.original_length / (turns * 2 * math.pi)
+    return width * math.log(per_radian) / (2 * math.log(theta))
+
+
+def sinusoids(positions: Tensor, size: int) -> Tensor:
+    """Return fixed waves (arXiv:1706.03762), fp32 [B, T, size], of positions [B, T]: sines, then cosines."""
+    half = (size + 1) // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=positions.device) / half
+    angles = positions[..., None].float() * 10_000.0**-exponents  # B T D/2
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)[..., :size]
+
+
+class RelativeBias(nn.Module):
+    """T5's bias on attention scores by bucketed distance (arXiv:1910.10683), one table for all blocks of a stack."""
+
+    def __init__(self, config: ModelConfig, *, both_ways: bool) -> None:
+        """Args: both_ways: whether tokens attend to later ones; half of the buckets are for these."""
+        super().__init__()
+        self.num_buckets = config.relative_num_buckets
+        self.max_distance = config.relative_max_distance
+        self.both_ways = both_ways
+        self.table = Embedding(config.relative_num_buckets, config.num_heads)
+
+    def forward(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+        """Return the bias [B, H, T, S] for query positions [B, T] and key positions [B, S]."""
+        behind = query_positions[:, :, None] - key_positions[:, None, :]  # B T S
+        return self.table(self.bucket(behind)).permute(0, 3, 1, 2)
+
+    def bucket(self, behind: Tensor) -> Tensor:
+        """Return the bucket of each distance back (negative for keys ahead): exact if small, else by its logarithm."""
+        num_buckets = self.num_buckets // 2 if self.both_ways else self.num_buckets
+        exact = num_buckets // 2
+        distance = behind.abs() if self.both_ways else behind.clamp(min=0)
+        octaves = torch.log(distance.clamp(min=1).float() / exact) / math.log(self.max_distance / exact)
+        far = (exact + (octaves * (num_buckets - exact)).long()).clamp(max=num_buckets - 1)
+        bucket = torch.where(distance < exact, distance, far)
+        return bucket + num_buckets * (behind < 0) if self.both_ways else bucket

@@ -116,7 +116,7 @@ class Linear(nn.Linear):
     """torch's linear map without its own initial values.
 
     Attributes:
-        adapter: the adapter that adds to its product, if any (see lora.py).
+        adapter: the adapter that adds to its product, if any (an `Adapter`).
     """
 
     def __init__(self, num_inputs: int, num_outputs: int, *, bias: bool = True) -> None:

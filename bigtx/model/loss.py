@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,15 +28,15 @@ IGNORED = -100
 """The label of a position that is not predicted."""
 
 CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**27}
-"""The number of logits of a chunk, for which large products run faster: 16 MiB in bf16 on a CPU, 512 MiB in fp32 on a
-GPU.
-"""
+"""The number of logits of a chunk, for which large products run faster: in bf16 16 MiB on a CPU, 256 MiB on a GPU."""
 
 PIECE_LOGITS = 2**18
 """The number of logits that a CPU converts to gradients at once: in fp32 they fit into a core's cache."""
 
 MIN_CHUNK_TOKENS = 128
 """The least tokens of a chunk: with a large vocabulary, smaller ones mostly add to the weight's gradient."""
+CHUNK_MULTIPLE = 128
+"""On a GPU the tokens of a chunk are a multiple of this number, so that products fill whole tiles."""
 TAUGHT_COPIES = 4
 """The number of tensors of a chunk's size in memory if a teacher's logits are compared, in place of one."""
 
@@ -46,24 +46,30 @@ and the loss's gradient [n, P]."""
 
 
 class Loss(NamedTuple):
-    """What the model returns for labels."""
+    """The loss of a batch, summed over its labels: what the model returns for labels, and a task for a batch."""
 
     loss_sum: Tensor
-    """fp32 scalar with a gradient: cross-entropy in nats, smoothed and with z-loss if set, summed over predicted
-    tokens."""
-    cross_entropy_sum: Tensor
-    """fp32 scalar without a gradient: the plain cross-entropy."""
+    """fp32 scalar with a gradient; for labels, the cross-entropy in nats, smoothed and with z-loss if set."""
+    reported_sum: Tensor
+    """fp32 scalar without a gradient: the part of the loss that is reported; for labels, the plain cross-entropy."""
     routing: Routing | None = None
-    """The routing of the tokens, if there are experts."""
+    """The routing of the tokens, if there are experts; the engine adds the losses that it causes."""
+
+
+class Task(Protocol):
+    """The meaning of a batch; see bigtx.finetuning.tasks."""
+
+    def loss(self, model: Callable[..., Any], batch: Any) -> Loss:
+        """Return the loss of a batch."""
 
 
 class TokenScores(NamedTuple):
     """What the model returns for labels that are scored one by one."""
 
     log_probs: Tensor
-    """fp32 [B, T] with a gradient: the log-probability of each label in nats; 0 where there is none."""
+    """fp32 [B, T] with a gradient: the log-probability of each label in nats; 0 without a label."""
     is_likeliest: Tensor
-    """bool [B, T]: whether no id is more likely than the label; False where there is none."""
+    """bool [B, T]: whether no id is more likely than the label; False without a label."""
     routing: Routing | None = None
     """The routing of the tokens, if there are experts."""
 
@@ -114,11 +120,6 @@ class Head(nn.Module):
         self.norm = Norm.of(config) if config.head_transform else None
         self.weight = nn.Parameter(torch.empty(rows, size)) if tied_to is None else tied_to
         self.bias = nn.Parameter(torch.empty(rows)) if config.head_bias else None
-
-    def compile_loss(self) -> None:
-        """Compile the passes over a chunk of logits, which are limited by memory bandwidth on a GPU."""
-        self.chunk_loss = torch.compile(chunk_loss_and_gradient, dynamic=False)
-        self.divergence = torch.compile(divergence_and_gradient, dynamic=False)
 
     def forward(
         self,
@@ -210,10 +211,7 @@ class ChunkedLoss(torch.autograd.Function):
         Returns:
             The loss and the cross-entropy, fp32 scalars.
         """
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        hidden_grad = torch.empty_like(hidden) if wants_hidden else None
-        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        bias_grad = torch.zeros_like(weight[:, 0], dtype=torch.float32) if wants_bias else None
+        grads = _Gradients(ctx.needs_input_grad[:3], hidden, weight)
         sums = torch.zeros(2, dtype=torch.float32, device=hidden.device)
         arithmetic = _arithmetic(hidden)
         matrix, offsets = weight.to(arithmetic), None if bias is None else bias.to(arithmetic)
@@ -222,13 +220,8 @@ class ChunkedLoss(torch.autograd.Function):
             inputs = hidden[chunk].to(arithmetic)
             loss, cross_entropy, grad = per_chunk(F.linear(inputs, matrix, offsets), targets[chunk])
             sums += torch.stack((loss, cross_entropy))
-            if hidden_grad is not None:
-                hidden_grad[chunk] = grad @ matrix
-            if weight_grad is not None:
-                weight_grad += grad.t() @ inputs
-            if bias_grad is not None:
-                bias_grad += grad.sum(dim=0, dtype=torch.float32)
-        ctx.grads = (hidden_grad, weight_grad, bias_grad)
+            grads.add(chunk, grad, inputs, matrix)
+        ctx.grads = grads.found
         ctx.dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
         loss, cross_entropy = sums.unbind()
         ctx.mark_non_differentiable(cross_entropy)
@@ -287,10 +280,7 @@ class ChunkedLogProbs(torch.autograd.Function):
         """Compute each chunk's logits again, and from them its gradients."""
         hidden, weight, bias, labels, log_partition = ctx.saved_tensors
         arithmetic, vocab_size, soft_cap = ctx.settings
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        hidden_grad = torch.empty_like(hidden) if wants_hidden else None
-        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        bias_grad = torch.zeros_like(weight[:, 0], dtype=torch.float32) if wants_bias else None
+        grads = _Gradients(ctx.needs_input_grad[:3], hidden, weight)
         matrix, offsets = weight.to(arithmetic), None if bias is None else bias.to(arithmetic)
         factors = torch.where(labels != IGNORED, upstream[0], 0.0)[:, None]  # N 1
         for chunk in _chunks(hidden, weight):
@@ -300,14 +290,33 @@ class ChunkedLogProbs(torch.autograd.Function):
             grad = scores.sub_(log_partition[chunk][:, None]).exp_().mul_(-factor)
             grad = grad.scatter_add_(1, labels[chunk].clamp(min=0)[:, None], factor)
             grad = (grad if slope is None else grad.mul_(slope)).to(arithmetic)
-            if hidden_grad is not None:
-                hidden_grad[chunk] = grad @ matrix
-            if weight_grad is not None:
-                weight_grad += grad.t() @ inputs
-            if bias_grad is not None:
-                bias_grad += grad.sum(dim=0, dtype=torch.float32)
-        grads = zip((hidden_grad, weight_grad, bias_grad), (hidden, weight, bias), strict=True)
-        return *(None if grad is None else grad.to(part.dtype) for grad, part in grads), None, None, None
+            grads.add(chunk, grad, inputs, matrix)
+        found = zip(grads.found, (hidden, weight, bias), strict=True)
+        return *(None if grad is None else grad.to(part.dtype) for grad, part in found), None, None, None
+
+
+class _Gradients:
+    """The gradients of hidden [N, D], and of weight [P, D] and bias [P] in fp32; None for each that is not wanted."""
+
+    def __init__(self, wanted: tuple[bool, ...], hidden: Tensor, weight: Tensor) -> None:
+        self.found = (
+            torch.empty_like(hidden) if wanted[0] else None,
+            torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None,
+            torch.zeros_like(weight[:, 0], dtype=torch.float32) if wanted[2] else None,
+        )
+
+    def add(self, chunk: slice, grad: Tensor, inputs: Tensor, matrix: Tensor) -> None:
+        """Add a chunk with the gradient [n, P] of its logits, which are inputs [n, D] times matrix [P, D]."""
+        hidden, weight, bias = self.found
+        if hidden is not None:
+            hidden[chunk] = grad @ matrix
+        if weight is not None and grad.is_cuda and grad.dtype != torch.float32 and torch.version.hip is None:
+            # The product of 16-bit matrices is added to the fp32 sum in the kernel, without rounding and a copy.
+            torch.addmm(weight, grad.t(), inputs, out_dtype=torch.float32, out=weight)
+        elif weight is not None:
+            weight += grad.t() @ inputs
+        if bias is not None:
+            bias += grad.sum(dim=0, dtype=torch.float32)
 
 
 def _arithmetic(hidden: Tensor) -> torch.dtype:
@@ -317,10 +326,18 @@ def _arithmetic(hidden: Tensor) -> torch.dtype:
 
 
 def _chunks(hidden: Tensor, weight: Tensor, num_copies: int = 1) -> Iterator[slice]:
-    """Yield the slices of hidden [N, D] whose logits under weight [P, D] are computed at once, in so many copies."""
-    limit = CHUNK_LOGITS.get(hidden.device.type, CHUNK_LOGITS["cuda"]) // num_copies
-    size = max(MIN_CHUNK_TOKENS, limit // weight.shape[0])
-    return (slice(start, start + size) for start in range(0, hidden.shape[0], size))
+    """Yield the slices of hidden [N, D] whose logits under weight [P, D] are computed at once, in so many copies.
+
+    They have one size if a few more of them make that possible: a compiled loss has a program for each size.
+    """
+    device, num_tokens = hidden.device.type, hidden.shape[0]
+    limit = CHUNK_LOGITS.get(device, CHUNK_LOGITS["cuda"]) // num_copies // weight.shape[0]
+    unit = 1 if device == "cpu" else CHUNK_MULTIPLE
+    units = -(-num_tokens // unit)
+    fewest = max(1, -(-units // max(1, max(MIN_CHUNK_TOKENS, limit) // unit)))
+    counts = range(fewest, fewest + fewest // 4 + 1)
+    size = unit * -(-units // next((count for count in counts if units % count == 0), fewest))
+    return (slice(start, start + size) for start in range(0, num_tokens, max(1, size)))
 
 
 def _scores(logits: Tensor, vocab_size: int, soft_cap: float | None) -> tuple[Tensor, Tensor | None]:
@@ -332,12 +349,7 @@ def _scores(logits: Tensor, vocab_size: int, soft_cap: float | None) -> tuple[Te
 
 
 def chunk_loss_and_gradient(
-    logits: Tensor,
-    labels: Tensor,
-    vocab_size: int,
-    soft_cap: float | None,
-    z_loss: float,
-    label_smoothing: float = 0.0,
+    logits: Tensor, labels: Tensor, vocab_size: int, soft_cap: float | None, z_loss: float, label_smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute cross-entropy plus z_loss * logsumexp^2 (PaLM, arXiv:2204.02311), in fp32.
 

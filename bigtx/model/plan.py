@@ -9,7 +9,7 @@ stores under bigtx's settings. Activations are what torch stores of a block for 
 tensor with the method of arXiv:2205.05198, section 4.1, for bigtx's block; a test compares them with what torch stores
 on a CPU. Buffers and the loss are upper bounds from the code.
 
-Communication is what DeepSpeed 0.19 sends under bigtx's settings, at the bandwidths below, without overlap with
+Communication is what bigtx (stage 1 in bf16) and DeepSpeed 0.19 send, at the bandwidths below, without overlap with
 arithmetic. In practice they overlap in part, so a step takes between the longer of the two and their sum. None of these
 estimates was measured on a GPU.
 """
@@ -19,12 +19,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from bigtx.config import shape
+from bigtx.config.deepspeed import live_parameters
 from bigtx.config.schema import ModelConfig, PretrainConfig
-from bigtx.config.shape import micro_batch_size_of, total_steps
-from bigtx.model.size import count_parameters, flops_per_token, parameter_shapes, stacks
+from bigtx.config.shape import micro_batch_size_of, outside_estimates, total_steps
+from bigtx.model.size import count_parameters, flops_per_token, largest_block, parameter_shapes, stacks
+from bigtx.utils import log
 from bigtx.utils.errors import ConfigError
 
 Recompute = Literal["none", "selective", "full"]
@@ -36,21 +38,8 @@ RESERVE = 2_000_000_000
 BUCKET = 50_000_000
 """Elements of a reduction: the default of engine.bucket_size."""
 
-MAX_LIVE = 1_000_000_000
-"""Elements that ZeRO-3 may hold gathered at once (config/deepspeed.py)."""
-
 CHUNK_LOGITS = 2**27
 """Logits that the loss makes at once on a GPU (model/loss.py)."""
-
-TOKENS_PER_PARAMETER = 20
-"""Training tokens per parameter at which a compute budget is spent best (Hoffmann et al. 2022, arXiv:2203.15556,
-table 3)."""
-
-BYTES_PER_TOKEN = 4
-"""Approximate UTF-8 bytes of English text per token, with a vocabulary of 16k to 50k."""
-
-USEFUL_EPOCHS = 4
-"""Repetitions up to which text is worth nearly as much as new text (Muennighoff et al. 2023, arXiv:2305.16264)."""
 
 
 def bytes_per_parameter(stage: int, num_ranks: int, num_states: int = 2) -> float:
@@ -66,8 +55,8 @@ def bytes_per_parameter(stage: int, num_ranks: int, num_states: int = 2) -> floa
         return 4 + 4 + 2 + states
     # Master weights and states are partitioned at stages 1 to 3.
     shared = 4 + states
-    if stage == 1:  # Not partitioned: weights and gradient in 16 bits, accumulated gradient in fp32.
-        return 2 + 2 + 4 + shared / num_ranks
+    if stage == 1:  # Not partitioned: weights in 16 bits, gradient in fp32. Gradients in 16 bits are freed one by one.
+        return 2 + 4 + shared / num_ranks
     if stage == 2:  # Not partitioned: weights. Gradients in 16 bits are freed bucket by bucket.
         return 2 + (4 + shared) / num_ranks
     return (2 + 4 + shared) / num_ranks
@@ -102,7 +91,7 @@ def buffer_bytes(config: ModelConfig, *, stage: int, bucket: int = BUCKET) -> in
     bits at stages 2 and 3, and the gathered weights at stage 3."""
     total = count_parameters(config).total
     buckets = 2 * (2 + 4) * min(bucket, total) if stage >= 2 else 0
-    return buckets + (2 * min(MAX_LIVE, total) if stage == 3 else 0)
+    return buckets + (2 * min(live_parameters(largest_block(config)), total) if stage == 3 else 0)
 
 
 def activation_bytes(config: ModelConfig, *, num_tokens: int, recompute: Recompute, stage: int = 1) -> int:
@@ -151,35 +140,6 @@ def loss_bytes(config: ModelConfig, *, num_tokens: int) -> int:
     logits = min(CHUNK_LOGITS, max(128, CHUNK_LOGITS // rows) * rows, num_tokens * rows)
     head = rows * hidden
     return num_tokens * 12 * hidden + 4 * head + max(8 * logits, 6 * head)
-
-
-def training_bytes(config: ModelConfig, *, stage: int, num_ranks: int, num_tokens: int, recompute: Recompute) -> int:
-    """Compute the total bytes on each GPU in a training step with AdamW in bf16.
-
-    Args:
-        config: the model, a decoder with its vocab_size.
-        stage, num_ranks: as for `state_bytes`.
-        num_tokens, recompute: as for `activation_bytes`.
-    """
-    return (
-        state_bytes(config, stage=stage, num_ranks=num_ranks, optimizer="adamw")
-        + buffer_bytes(config, stage=stage)
-        + activation_bytes(config, num_tokens=num_tokens, recompute=recompute, stage=stage)
-        + loss_bytes(config, num_tokens=num_tokens)
-        + RESERVE
-    )
-
-
-def training_seconds(config: ModelConfig, *, num_tokens: float, sequence_length: int, flops_per_second: float) -> float:
-    """Compute the seconds of training.
-
-    Args:
-        config: the model, with its vocab_size.
-        num_tokens: the tokens of the whole run.
-        sequence_length: train.sequence_length.
-        flops_per_second: FLOP/s that all devices together reach: their peak times the MFU.
-    """
-    return num_tokens * flops_per_token(config, sequence_length) / flops_per_second
 
 
 MFU = 0.4
@@ -234,46 +194,66 @@ def plan_run(config: PretrainConfig, num_gpus: int, peak: float) -> Plan:
     _refuse_others(config)
     for problem in train.division_problems(num_gpus):
         raise ConfigError(f"gpus={num_gpus}: {problem.key}={problem.value} {problem.what}")
+    stage, recompute = engine.zero_stage, engine.activation_checkpointing
+    if recompute == "auto":
+        raise ConfigError(
+            "engine.activation_checkpointing=auto depends on the memory of a GPU, which the plan does not know; write "
+            "engine.activation_checkpointing=full"
+        )
     micro_batch_size = micro_batch_size_of(train, num_gpus)
     micro_batches = train.global_batch_size // (num_gpus * micro_batch_size)
     num_tokens = micro_batch_size * train.sequence_length
-    stage, recompute = engine.zero_stage, engine.activation_checkpointing
-    states = state_bytes(model, stage=stage, num_ranks=num_gpus, optimizer=config.optimizer.name)
-    activations = activation_bytes(model, num_tokens=num_tokens, recompute=recompute, stage=stage)
-    other = buffer_bytes(model, stage=stage, bucket=engine.bucket_size) + loss_bytes(model, num_tokens=num_tokens)
-    arithmetic = training_seconds(
-        model,
-        num_tokens=train.global_batch_size * train.sequence_length,
-        sequence_length=train.sequence_length,
-        flops_per_second=MFU * peak * num_gpus,
-    )
+    memory = memory_of(config, num_gpus, num_tokens, recompute)
+    flops = train.global_batch_size * train.sequence_length * flops_per_token(model, train.sequence_length)
+    arithmetic = flops / (MFU * peak * num_gpus)
     communication = communication_seconds(
         model, stage=stage, num_gpus=num_gpus, micro_batches=micro_batches, bucket=engine.bucket_size
     )
-    return Plan(
-        num_gpus=num_gpus,
-        micro_batch_size=micro_batch_size,
-        micro_batches=micro_batches,
-        states=states,
-        activations=activations,
-        memory=states + activations + other + RESERVE,
-        arithmetic=arithmetic,
-        communication=communication,
-        run=arithmetic * total_steps(config),
-    )
+    bytes_of = memory.states, memory.activations, memory.total
+    seconds = arithmetic, communication, arithmetic * total_steps(config)
+    return Plan(num_gpus, micro_batch_size, micro_batches, *bytes_of, *seconds)
+
+
+class Memory(NamedTuple):
+    """Bytes of each GPU; the total includes buffers, the loss and the reserve."""
+
+    states: int
+    activations: int
+    total: int
+
+
+def memory_of(config: PretrainConfig, num_gpus: int, num_tokens: int, recompute: Recompute) -> Memory:
+    """Estimate the memory of a run whose micro batches have `num_tokens` tokens."""
+    model, engine = config.model, config.engine
+    stage = engine.zero_stage
+    states = state_bytes(model, stage=stage, num_ranks=num_gpus, optimizer=config.optimizer.name)
+    activations = activation_bytes(model, num_tokens=num_tokens, recompute=recompute, stage=stage)
+    other = buffer_bytes(model, stage=stage, bucket=engine.bucket_size) + loss_bytes(model, num_tokens=num_tokens)
+    return Memory(states, activations, states + activations + other + RESERVE)
+
+
+def cheapest_recompute(config: PretrainConfig, num_gpus: int, memory: int | None) -> Recompute:
+    """Return what engine.activation_checkpointing=auto means: the first of none, selective and full that fits.
+
+    Args:
+        config: a config without `outside_estimates`, with its micro batch size.
+        num_gpus: the number of GPUs of all machines.
+        memory: bytes of a GPU; None without one.
+    """
+    num_tokens = micro_batch_size_of(config.train, num_gpus) * config.train.sequence_length
+    choices: tuple[Recompute, ...] = ("none", "selective", "full")
+    for choice in choices:
+        needed = memory_of(config, num_gpus, num_tokens, choice).total
+        if memory is None or needed <= memory:
+            break
+    if memory is not None:
+        by = f"by estimate it needs {_gigabytes(needed)} of the GPU's {_gigabytes(memory)} GB"
+        log.say(f"engine.activation_checkpointing=auto is {choice}: {by}")
+    return choice
 
 
 def _refuse_others(config: PretrainConfig) -> None:
-    model, engine = config.model, config.engine
-    uncounted = {
-        f"model.shape={model.shape}": model.shape != "decoder",
-        "model.experts": model.experts.num_experts > 0,
-        "model.lora": model.lora.rank > 0,
-        f"engine.precision={engine.precision}": engine.precision == "fp32",
-        "engine.offload_optimizer": engine.offload_optimizer != "none",
-        "optimizer.ema_decay": config.optimizer.ema_decay is not None,
-    }
-    if found := [setting for setting, present in uncounted.items() if present]:
+    if found := outside_estimates(config):
         raise ConfigError(
             f"{', '.join(found)}: the plan covers only decoders in 16 bits without experts, adapters, offloading and "
             "ema; `bigtx pretrain ... --dry-run` measures a step of any config"
@@ -283,7 +263,7 @@ def _refuse_others(config: PretrainConfig) -> None:
 def communication_seconds(config: ModelConfig, *, stage: int, num_gpus: int, micro_batches: int, bucket: int) -> float:
     """Compute the seconds of communication in a step.
 
-    A gradient has 4 bytes, a weight 2. An all-reduce consists of a reduce-scatter and an all-gather.
+    A gradient has 4 bytes, a weight 2. An all-reduce (stages 0 and 2) consists of a reduce-scatter and an all-gather.
 
     Args:
         config: the model, with its vocab_size.
@@ -296,7 +276,7 @@ def communication_seconds(config: ModelConfig, *, stage: int, num_gpus: int, mic
     # Bytes per parameter and passes around the ring, for each micro batch and once per step.
     in_micro_batch, in_step = {
         0: ((0, 0), (4 + 4, 2 * buckets)),
-        1: ((0, 0), (4 + 4 + 2, 3)),
+        1: ((0, 0), (4 + 2, 2 * buckets)),
         2: ((4 + 4, 2 * buckets), (2, buckets)),
         3: ((2 + 2 + 4, 2 * blocks + buckets), (0, 0)),
     }[stage]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 from bigtx.config import shape
@@ -27,49 +28,121 @@ class Counts:
     active: int
 
 
+class _Shapes(dict[str, tuple[int, ...]]):
+    """The names and shapes of parameters, in the order of the modules."""
+
+    def linear(self, name: str, inputs: int, outputs: int, *, bias: bool) -> None:
+        """Add a linear map."""
+        self[f"{name}.weight"] = (outputs, inputs)
+        if bias:
+            self[f"{name}.bias"] = (outputs,)
+
+    def norm(self, name: str, config: ModelConfig) -> None:
+        """Add a norm of the residual stream."""
+        if config.norm_scale:
+            self[f"{name}.weight"] = (config.hidden_size,)
+        if config.norm_bias and config.norm == "layer":
+            self[f"{name}.bias"] = (config.hidden_size,)
+
+    def attention(self, name: str, config: ModelConfig) -> None:
+        """Add the projections of attention, and the norms of its queries and keys."""
+        hidden, width = config.hidden_size, shape.head_width(config)
+        queries, keys = config.num_heads * width, shape.num_kv_heads(config) * width
+        for part, outputs in (("query", queries), ("key", keys), ("value", keys)):
+            self.linear(f"{name}.{part}", hidden, outputs, bias=config.attention_bias)
+        self.linear(f"{name}.output", queries, hidden, bias=config.attention_output_bias)
+        if config.qk_norm and config.norm_scale:
+            self[f"{name}.query_norm.weight"] = self[f"{name}.key_norm.weight"] = (width,)
+
+    def mlp(self, name: str, config: ModelConfig, inner: int) -> None:
+        """Add a feed-forward."""
+        for part in _inner_parts(config):
+            self.linear(f"{name}.{part}", config.hidden_size, inner, bias=config.mlp_bias)
+        self.linear(f"{name}.down", inner, config.hidden_size, bias=config.mlp_bias)
+
+    def experts(self, name: str, config: ModelConfig) -> None:
+        """Add a mixture of experts."""
+        experts, hidden, inner = config.experts, config.hidden_size, shape.expert_size(config)
+        self.linear(f"{name}.router", hidden, experts.num_experts, bias=False)
+        for part in _inner_parts(config):
+            self[f"{name}.{part}"] = (experts.num_experts, inner, hidden)
+        self[f"{name}.down"] = (experts.num_experts, hidden, inner)
+        if experts.shared_size:
+            self.mlp(f"{name}.shared", config, experts.shared_size)
+        if experts.shared_size and experts.shared_gate:
+            self.linear(f"{name}.shared_gate", hidden, 1, bias=False)
+
+
+def _inner_parts(config: ModelConfig) -> tuple[str, ...]:
+    return ("gate", "up") if config.mlp in shape.GATED else ("up",)
+
+
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return name and shape of every parameter, as in the model's `named_parameters()`."""
-    hidden, rows = config.hidden_size, shape.padded_vocab_size(config)
-    shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (rows, hidden)} if shape.has_embedding(config) else {}
-    shapes |= _bigram_shapes(config) | _audio_shapes(config)
+    shapes = _Shapes()
+    _add_inputs(shapes, config)
+    for stack, num_layers in stacks(config).items():
+        if config.positions == "relative":
+            shapes[f"{stack}.relative_bias.table.weight"] = (config.relative_num_buckets, config.num_heads)
+        for index in range(num_layers):
+            _add_block(shapes, f"{stack}.blocks.{index}", config)
+        if config.norm_placement == "pre":
+            shapes.norm(f"{stack}.norm", config)
+    for name in adapted_matrices(config):
+        outputs, inputs = shapes[f"{name}.weight"]
+        shapes |= {f"{name}.adapter.a": (config.lora.rank, inputs), f"{name}.adapter.b": (outputs, config.lora.rank)}
+    _add_head(shapes, config)
+    return shapes
+
+
+def _add_inputs(shapes: _Shapes, config: ModelConfig) -> None:
+    hidden = config.hidden_size
+    if shape.has_embedding(config):
+        shapes["embedding.weight"] = (shape.padded_vocab_size(config), hidden)
+    if config.bigram_rows:
+        shapes["bigrams.table.weight"] = (config.bigram_rows, width := shape.bigram_size(config))
+        if width != hidden:
+            shapes["bigrams.widen.weight"] = (hidden, width)
+    # The convolutions of the front end are matrices over the frames that they cover.
+    for index in range(len(config.audio.strides) if config.audio.num_mel_bins else 0):
+        inputs = shape.CONVOLUTION_WIDTH * (hidden if index else config.audio.num_mel_bins)
+        shapes.linear(f"audio.convolutions.{index}", inputs, hidden, bias=True)
     if config.positions == "learned":
         shapes["position_embedding.weight"] = (config.max_sequence_length + config.position_offset, hidden)
     if config.num_token_types:
         shapes["type_embedding.weight"] = (config.num_token_types, hidden)
     if config.embedding_norm:
-        shapes |= _norm_shapes("embedding_norm", config)
-    for stack, num_layers in stacks(config).items():
-        if config.positions == "relative":
-            shapes[f"{stack}.relative_bias.table.weight"] = (config.relative_num_buckets, config.num_heads)
-        for index in range(num_layers):
-            block = _block_shapes(config, stack, index)
-            shapes |= {f"{stack}.blocks.{index}.{name}": size for name, size in block.items()}
-        if config.norm_placement == "pre":
-            shapes |= _norm_shapes(f"{stack}.norm", config)
-    shapes |= _adapter_shapes(config, shapes)
+        shapes.norm("embedding_norm", config)
+
+
+def _add_block(shapes: _Shapes, name: str, config: ModelConfig) -> None:
+    if not (config.embedding_norm and config.norm_placement == "pre" and name.endswith(".0")):
+        shapes.norm(f"{name}.attention_norm", config)
+    shapes.attention(f"{name}.attention", config)
+    if name.startswith("decoder") and config.shape == "encoder_decoder":
+        shapes.norm(f"{name}.cross_attention_norm", config)
+        shapes.attention(f"{name}.cross_attention", config)
+    shapes.norm(f"{name}.mlp_norm", config)
+    if config.experts.num_experts:
+        shapes.experts(f"{name}.mlp", config)
+    else:
+        shapes.mlp(f"{name}.mlp", config, shape.mlp_size(config))
+
+
+def _add_head(shapes: _Shapes, config: ModelConfig) -> None:
+    hidden, rows, form = config.hidden_size, shape.padded_vocab_size(config), shape.class_head(config)
     if shape.has_transform(config):
-        shapes |= _linear_shapes("head.transform", hidden, hidden, config.mlp_bias) | _norm_shapes("head.norm", config)
+        shapes.linear("head.transform", hidden, hidden, bias=config.mlp_bias)
+        shapes.norm("head.norm", config)
     if config.num_classes is not None:
-        return shapes | _class_head_shapes(config, config.num_classes)
+        if form == "pooler":
+            shapes.linear("head.pooler", hidden, hidden, bias=True)
+        shapes.linear("head.classes", hidden, config.num_classes, bias=form != "score")
+        return
     if not config.tie_embeddings:
         shapes["head.weight"] = (rows, hidden)
     if config.head_bias:
         shapes["head.bias"] = (rows,)
-    return shapes
-
-
-def _class_head_shapes(config: ModelConfig, num_classes: int) -> dict[str, tuple[int, ...]]:
-    form, hidden = shape.class_head(config), config.hidden_size
-    pooler = _linear_shapes("head.pooler", hidden, hidden, bias=True) if form == "pooler" else {}
-    return pooler | _linear_shapes("head.classes", hidden, num_classes, bias=form != "score")
-
-
-def _adapter_shapes(config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    adapters: dict[str, tuple[int, ...]] = {}
-    for name in adapted_matrices(config):
-        outputs, inputs = shapes[f"{name}.weight"]
-        adapters |= {f"{name}.adapter.a": (config.lora.rank, inputs), f"{name}.adapter.b": (outputs, config.lora.rank)}
-    return adapters
 
 
 def stacks(config: ModelConfig) -> dict[str, int]:
@@ -78,109 +151,29 @@ def stacks(config: ModelConfig) -> dict[str, int]:
     return {name: count for name, count in layers.items() if count}
 
 
-def _bigram_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    hidden, width = config.hidden_size, shape.bigram_size(config)
-    shapes: dict[str, tuple[int, ...]] = {}
-    if config.bigram_rows:
-        shapes["bigrams.table.weight"] = (config.bigram_rows, width)
-        if width != hidden:
-            shapes["bigrams.widen.weight"] = (hidden, width)
-    return shapes
-
-
-def _audio_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return the convolutions of the front end, as matrices over the frames that they cover."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for index in range(len(config.audio.strides) if config.audio.num_mel_bins else 0):
-        inputs = config.hidden_size if index else config.audio.num_mel_bins
-        name = f"audio.convolutions.{index}"
-        shapes |= _linear_shapes(name, shape.CONVOLUTION_WIDTH * inputs, config.hidden_size, bias=True)
-    return shapes
-
-
-def _block_shapes(config: ModelConfig, stack: str, index: int) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    if not (config.embedding_norm and config.norm_placement == "pre" and index == 0):
-        shapes |= _norm_shapes("attention_norm", config)
-    shapes |= _attention_shapes("attention", config)
-    if stack == "decoder" and config.shape == "encoder_decoder":
-        shapes |= _norm_shapes("cross_attention_norm", config) | _attention_shapes("cross_attention", config)
-    shapes |= _norm_shapes("mlp_norm", config)
-    if config.experts.num_experts:
-        return shapes | _expert_shapes(config)
-    return shapes | _mlp_shapes("mlp", config, shape.mlp_size(config))
-
-
-def _attention_shapes(name: str, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    hidden, width = config.hidden_size, shape.head_width(config)
-    queries, keys = config.num_heads * width, shape.num_kv_heads(config) * width
-    shapes: dict[str, tuple[int, ...]] = {}
-    for part, outputs in (("query", queries), ("key", keys), ("value", keys)):
-        shapes |= _linear_shapes(f"{name}.{part}", hidden, outputs, config.attention_bias)
-    shapes |= _linear_shapes(f"{name}.output", queries, hidden, config.attention_output_bias)
-    if config.qk_norm and config.norm_scale:
-        shapes |= {f"{name}.query_norm.weight": (width,), f"{name}.key_norm.weight": (width,)}
-    return shapes
-
-
-def _mlp_shapes(name: str, config: ModelConfig, inner: int) -> dict[str, tuple[int, ...]]:
-    hidden, bias = config.hidden_size, config.mlp_bias
-    shapes: dict[str, tuple[int, ...]] = {}
-    for part in ("gate", "up") if config.mlp in shape.GATED else ("up",):
-        shapes |= _linear_shapes(f"{name}.{part}", hidden, inner, bias)
-    return shapes | _linear_shapes(f"{name}.down", inner, hidden, bias)
-
-
-def _expert_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    experts, hidden, inner = config.experts, config.hidden_size, shape.expert_size(config)
-    shapes = _linear_shapes("mlp.router", hidden, experts.num_experts, bias=False)
-    for part in ("gate", "up") if config.mlp in shape.GATED else ("up",):
-        shapes[f"mlp.{part}"] = (experts.num_experts, inner, hidden)
-    shapes["mlp.down"] = (experts.num_experts, hidden, inner)
-    if experts.shared_size:
-        shapes |= _mlp_shapes("mlp.shared", config, experts.shared_size)
-    if experts.shared_size and experts.shared_gate:
-        shapes |= _linear_shapes("mlp.shared_gate", hidden, 1, bias=False)
-    return shapes
-
-
-def _linear_shapes(name: str, inputs: int, outputs: int, bias: bool) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (outputs, inputs)}
-    if bias:
-        shapes[f"{name}.bias"] = (outputs,)
-    return shapes
-
-
-def _norm_shapes(name: str, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    if config.norm_scale:
-        shapes[f"{name}.weight"] = (config.hidden_size,)
-    if config.norm_bias and config.norm == "layer":
-        shapes[f"{name}.bias"] = (config.hidden_size,)
-    return shapes
+def largest_block(config: ModelConfig) -> int:
+    """Count the parameters of the largest block."""
+    sizes: Counter[str] = Counter()
+    for name, dimensions in parameter_shapes(config).items():
+        stack, in_block, rest = name.partition(".blocks.")
+        if in_block:
+            sizes[f"{stack}.{rest.split('.')[0]}"] += math.prod(dimensions)
+    return max(sizes.values())
 
 
 def count_parameters(config: ModelConfig) -> Counts:
     """Count the parameters of a model whose vocab_size is set."""
-    total = sum(math.prod(size) for size in parameter_shapes(config).values())
-    sizes = _of_stacks(config)
-    blocks = sum(sizes.values())
+    sizes = {name: math.prod(size) for name, size in parameter_shapes(config).items()}
+    front_end = sum(size for name, size in sizes.items() if name.startswith("audio."))
+    others = sum(size for name, size in sizes.items() if _is_of_stack(name)) + front_end
     idle = sum(size for name, size in sizes.items() if name.endswith(_OF_EXPERTS)) * _idle_share(config)
-    front_end = sum(math.prod(size) for size in _audio_shapes(config).values())
-    return Counts(
-        total=total,
-        embedding=total - blocks - front_end,
-        non_embedding=blocks + front_end,
-        active=total - round(idle),
-    )
+    total = sum(sizes.values())
+    return Counts(total=total, embedding=total - others, non_embedding=others, active=total - round(idle))
 
 
-def _of_stacks(config: ModelConfig) -> dict[str, int]:
-    """Return the sizes of the parameters of the blocks and of the norms after the stacks."""
-    shapes = {
-        name: size for name, size in parameter_shapes(config).items() if name.startswith(("encoder.", "decoder."))
-    }
-    return {name: math.prod(size) for name, size in shapes.items() if ".relative_bias." not in name}
+def _is_of_stack(name: str) -> bool:
+    """Return whether a parameter is in a block, or in the norm after a stack."""
+    return name.startswith(("encoder.", "decoder.")) and ".relative_bias." not in name
 
 
 _OF_EXPERTS = (".mlp.gate", ".mlp.up", ".mlp.down")
@@ -206,21 +199,22 @@ def flops_per_row(config: ModelConfig, *, source: int, target: int, predicted: i
         target: the number of tokens that the decoder reads; 0 without a decoder.
         predicted: the number of columns whose logits are computed.
     """
-    arithmetic = 0.0
-    for name, size in _of_stacks(config).items():
-        used = size * (1.0 - _idle_share(config)) if name.endswith(_OF_EXPERTS) else size
+    arithmetic, frames = 0.0, source * shape.frames_per_column(config)
+    for name, size in parameter_shapes(config).items():
+        if name == "bigrams.widen.weight":
+            arithmetic += 6 * math.prod(size) * (source + target)
+        elif name.startswith("audio.") and name.endswith(".weight"):
+            frames //= config.audio.strides[int(name.split(".")[2])]
+            arithmetic += 6 * math.prod(size) * frames
+        if not _is_of_stack(name):
+            continue
+        used = math.prod(size) * (1.0 - _idle_share(config) if name.endswith(_OF_EXPERTS) else 1.0)
         # Keys and values of the cross attention are computed from the source.
         reads_source = (
             name.startswith("encoder.") or ".cross_attention.key." in name or ".cross_attention.value." in name
         )
         per_weight = 4 if config.lora.rank and ".adapter." not in name else 6
         arithmetic += per_weight * used * (source if reads_source else target)
-    arithmetic += 6 * math.prod(_bigram_shapes(config).get("bigrams.widen.weight", (0,))) * (source + target)
-    frames = source * shape.frames_per_column(config)
-    for name, convolution in _audio_shapes(config).items():
-        if name.endswith(".weight"):
-            frames //= config.audio.strides[int(name.split(".")[2])]
-            arithmetic += 6 * math.prod(convolution) * frames
     head = (shape.padded_vocab_size(config) + config.head_transform * config.hidden_size) * config.hidden_size
     counts = stacks(config)
     pairs = counts.get("encoder", 0) * source**2 + counts.get("decoder", 0) * target**2

@@ -18,23 +18,25 @@ tokens, D hidden size, H heads, K key heads, C head width, V vocabulary, M colum
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from bigtx.config import shape
 from bigtx.config.schema import ModelConfig
-from bigtx.model.attention import Attention, Mask, Side, make_mask
-from bigtx.model.cache import KeyValueCache, LayerCache, Text
-from bigtx.model.embed import Embedder
+from bigtx.model.attention import MIN_SPARSE_WIDTH, Attention, Mask, Side, has_sparse_kernels, make_mask
+from bigtx.model.embed import Embedder, RelativeBias, Rotation, Text, rotation
 from bigtx.model.experts import Experts, Routing
 from bigtx.model.initial import initial_value
 from bigtx.model.layers import MLP, Dropout, Norm, add_adapters, fold
 from bigtx.model.logits import LogitsOnDemand, SoftTargets
 from bigtx.model.loss import ClassifierHead, Head, Loss, TokenScores
-from bigtx.model.positions import RelativeBias, Rotation, rotation
+
+if TYPE_CHECKING:
+    from bigtx.model.cache import KeyValueCache, LayerCache
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -161,9 +163,10 @@ class Stack(nn.Module):
         recompute: Recompute = "none",
         seeds: Tensor | None = None,
         text_lengths: Tensor | None = None,
+        sparse: bool = True,
     ) -> tuple[Tensor, Routing | None]:
         """Return the hidden states [B, T, D] of a text, and the routing of its tokens if there are experts."""
-        around = self._surroundings(text, source, prefix_mask, cache)
+        around = self._surroundings(text, source, prefix_mask, cache, sparse)
         if text_lengths is not None and self.config.experts.num_experts:
             columns = torch.arange(text.x.shape[1], device=text.x.device)
             around = around._replace(is_text=columns < text_lengths[:, None])
@@ -178,7 +181,7 @@ class Stack(nn.Module):
         return x if self.norm is None else self.norm(x), Routing.of_stack(routings) if routings else None
 
     def _surroundings(
-        self, text: Text, source: Text | None, prefix_mask: Tensor | None, cache: KeyValueCache | None
+        self, text: Text, source: Text | None, prefix_mask: Tensor | None, cache: KeyValueCache | None, sparse: bool
     ) -> Surroundings:
         config, positions = self.config, text.positions
         if cache is None:
@@ -188,7 +191,10 @@ class Stack(nn.Module):
             assert text.segment_ids is None, "a cache has one text per row"
             key_positions = cache.place(positions)[None]  # 1 S
             queries, keys = Side(positions), Side(key_positions)
-        sparse = text.x.is_cuda and not (self.training and shape.attention_dropout(config))
+            if prefix_mask is not None:
+                prefix_mask = F.pad(prefix_mask, (0, key_positions.shape[1] - prefix_mask.shape[1]))
+        sparse = sparse and has_sparse_kernels(text.x) and shape.head_width(config) >= MIN_SPARSE_WIDTH
+        sparse = sparse and not (self.training and shape.attention_dropout(config))
         mask = functools.partial(
             make_mask,
             queries,
@@ -213,12 +219,65 @@ def _side(text: Text) -> Side:
 
 def _source_mask(text: Text, source: Text, *, sparse: bool) -> Mask:
     """Return the mask of the source for the decoder: its own segment; a side without segments has segment 0."""
-    if (text.segment_ids is None) != (source.segment_ids is None):
+    given = [side.segment_ids for side in (text, source) if side.segment_ids is not None]
+    if len(given) == 1:
         text, source = (
-            side if side.segment_ids is not None else side._replace(segment_ids=torch.zeros_like(side.positions))
+            side._replace(segment_ids=torch.zeros(side.x.shape[:2], dtype=given[0].dtype, device=side.x.device))
+            if side.segment_ids is None
+            else side
             for side in (text, source)
         )
     return make_mask(_side(text), _side(source), causal=False, sparse=sparse)
+
+
+class Inputs(NamedTuple):
+    """The arguments of a Transformer: its input, and the kind of its output."""
+
+    tokens: Tensor | None = None
+    """int64 [B, T]; in an encoder-decoder the source [B, S], or None once the cache has its states."""
+    labels: Tensor | None = None
+    """int64 [B, T] or [B, M], the target of each column: for a decoder already shifted, so that labels[b, t] is the
+    successor of tokens[b, t]; -100 is ignored."""
+    features: Tensor | None = None
+    """fp32 [B, F, M], the input of an audio encoder in place of tokens: spectrograms."""
+    feature_lengths: Tensor | None = None
+    """int64 [B], the number of frames of each row."""
+    positions: Tensor | None = None
+    """int64 [B, T] within each text; by default 0, 1, ... in every row. Needed with a cache."""
+    segment_ids: Tensor | None = None
+    """[B, T]; a token attends only to tokens of its own segment. int64, or bool if they separate only padding."""
+    token_types: Tensor | None = None
+    """int64 [B, T]; by default 0."""
+    prefix_mask: Tensor | None = None
+    """bool [B, T]: tokens that all tokens of their segment attend to, earlier ones too."""
+    sequence_ids: Tensor | None = None
+    """int64 [B], each row's number in the run: with `dropout_seed` it determines dropout in training. Without them
+    torch's generator does."""
+    text_lengths: Tensor | None = None
+    """int64 [B], for a decoder: the tokens of each row; the padding after them is not counted for experts."""
+    target_tokens: Tensor | None = None
+    """int64 [B, T], the input of the decoder of an encoder-decoder; a token attends to the source tokens of its own
+    segment, which is 0 by default."""
+    target_positions: Tensor | None = None
+    """The positions of these tokens, as above."""
+    target_segment_ids: Tensor | None = None
+    """The segments of these tokens, as above."""
+    columns: Tensor | None = None
+    """int64 [B, M], the only columns of each row whose logits are requested."""
+    pool: Tensor | None = None
+    """fp32 [B, T], for a model with classes: the weight of each column in the summary of its row."""
+    cache: KeyValueCache | None = None
+    """Keys and values of earlier tokens of the decoder, extended by this call."""
+    z_loss: float = 0.0
+    """The weight of the squared log-partition (PaLM, arXiv:2204.02311)."""
+    label_smoothing: float = 0.0
+    """The share of each label that is spread over the vocabulary (arXiv:1512.00567)."""
+    score_tokens: bool = False
+    """Whether to return each label's own log-probability instead of the loss."""
+    soft_targets: SoftTargets | None = None
+    """The soft targets of a teacher, in the order of the labels: they are a share of the loss."""
+    on_demand: bool = False
+    """Whether to return logits that are computed on demand, a chunk at a time."""
 
 
 class Transformer(Embedder):
@@ -251,109 +310,70 @@ class Transformer(Embedder):
             parameter.copy_(initial_value(name, tuple(parameter.shape), self.config, seed))
 
     def forward(
-        self,
-        tokens: Tensor | None = None,
-        labels: Tensor | None = None,
-        *,
-        features: Tensor | None = None,
-        feature_lengths: Tensor | None = None,
-        positions: Tensor | None = None,
-        segment_ids: Tensor | None = None,
-        token_types: Tensor | None = None,
-        prefix_mask: Tensor | None = None,
-        sequence_ids: Tensor | None = None,
-        text_lengths: Tensor | None = None,
-        target_tokens: Tensor | None = None,
-        target_positions: Tensor | None = None,
-        target_segment_ids: Tensor | None = None,
-        columns: Tensor | None = None,
-        pool: Tensor | None = None,
-        cache: KeyValueCache | None = None,
-        z_loss: float = 0.0,
-        label_smoothing: float = 0.0,
-        score_tokens: bool = False,
-        soft_targets: SoftTargets | None = None,
-        on_demand: bool = False,
+        self, tokens: Tensor | None = None, labels: Tensor | None = None, **others: Any
     ) -> Tensor | Loss | TokenScores | LogitsOnDemand:
         """Predict: each token's successor, or in an encoder the token itself.
 
         Args:
-            tokens: int64 [B, T]; in an encoder-decoder the source [B, S], or None once the cache has its states.
-            labels: int64 [B, T] or [B, M], the target of each column: for a decoder already shifted, so
-                that labels[b, t] is the successor of tokens[b, t]; -100 is ignored.
-            features, feature_lengths: fp32 [B, F, M] and int64 [B], the input of an audio encoder in place of tokens:
-                spectrograms, and the number of frames of each row.
-            positions: int64 [B, T] within each text; by default 0, 1, ... in every row. Needed with a cache.
-            segment_ids: int64 [B, T]; a token attends only to tokens of its own segment.
-            token_types: int64 [B, T]; by default 0.
-            prefix_mask: bool [B, T]: tokens that all tokens of their segment attend to, earlier ones too.
-            sequence_ids: int64 [B], each row's number in the run: with `dropout_seed` it determines dropout in
-                training. Without them torch's generator does.
-            text_lengths: int64 [B], for a decoder: the tokens of each row; the padding after them is not counted for
-                experts.
-            target_tokens, target_positions, target_segment_ids: the same [B, T], for the input of the decoder of an
-                encoder-decoder; a token attends to the source tokens of its own segment, which is 0 by default.
-            columns: int64 [B, M], the only columns of each row whose logits are requested.
-            pool: fp32 [B, T], for a model with classes: the weight of each column in the summary of its row.
-            cache: keys and values of earlier tokens of the decoder, extended by this call.
-            z_loss: the weight of the squared log-partition (PaLM, arXiv:2204.02311).
-            label_smoothing: the share of each label that is spread over the vocabulary (arXiv:1512.00567).
-            score_tokens: whether to return each label's own log-probability instead of the loss.
-            soft_targets: the soft targets of a teacher, in the order of the labels: they are a share of the loss.
-            on_demand: whether to return logits that are computed on demand, a chunk at a time.
+            tokens, labels, others: the fields of `Inputs`.
 
         Returns:
             With labels, a `Loss` or `TokenScores`; else logits, fp32 [B, T, V], or [B, M, V] with `columns`, or
             [B, classes]; or `LogitsOnDemand`, of B T or B M tokens in a row.
         """
-        recompute = self.activation_checkpointing
-        seeds = self._row_seeds(sequence_ids, features if tokens is None else tokens)
-        if self.encoder is None or self.decoder is None:
-            read = [] if tokens is None else [(tokens, positions, segment_ids)]
-            heard = self.hear(features, feature_lengths)
-            (text,) = self.embed(*read, token_types=token_types, heard=heard, cache=cache, seeds=seeds)
-            if self.decoder is None:
-                assert self.encoder is not None
-                x, routing = self.encoder(text, recompute=recompute, seeds=seeds)
-            else:
-                x, routing = self.decoder(
-                    text,
-                    prefix_mask=prefix_mask,
-                    cache=cache,
-                    recompute=recompute,
-                    seeds=seeds,
-                    text_lengths=text_lengths,
-                )
-        else:
-            assert target_tokens is not None
-            target = (target_tokens, target_positions, target_segment_ids)
-            source = None if cache is None else cache.source
-            if source is None:
-                read = [target] if tokens is None else [(tokens, positions, segment_ids), target]
-                heard = self.hear(features, feature_lengths)
-                source, text = self.embed(*read, heard=heard, cache=cache, seeds=seeds)
-                source = source._replace(x=self.encoder(source, recompute=recompute, seeds=seeds)[0])
-            else:
-                (text,) = self.embed(target, cache=cache)
-            if cache is not None:
-                cache.source = source
-            x, routing = self.decoder(text, source, cache=cache, recompute=recompute, seeds=seeds)
-        if columns is not None:
-            x = x[torch.arange(x.shape[0], device=x.device)[:, None], columns]  # B M D
+        inputs = Inputs(tokens, labels, **others)
+        seeds = self._row_seeds(inputs)
+        has_source = self.encoder is not None and self.decoder is not None
+        x, routing = self._read_source_and_target(inputs, seeds) if has_source else self._read_text(inputs, seeds)
+        if inputs.columns is not None:
+            x = x[torch.arange(x.shape[0], device=x.device)[:, None], inputs.columns]  # B M D
         if isinstance(self.head, ClassifierHead):
-            assert pool is not None, "a model with classes needs `pool`"
-            return self.head((pool.to(x.dtype)[:, None] @ x).squeeze(1), seeds)
-        if on_demand:
+            assert inputs.pool is not None, "a model with classes needs `pool`"
+            return self.head((inputs.pool.to(x.dtype)[:, None] @ x).squeeze(1), seeds)
+        if inputs.on_demand:
             return self.head.on_demand(x)
-        result = self.head(x, labels, z_loss, label_smoothing, score_tokens, soft_targets)
+        result = self.head(x, labels, inputs.z_loss, inputs.label_smoothing, inputs.score_tokens, inputs.soft_targets)
         return result if isinstance(result, Tensor) else result._replace(routing=routing)
 
-    def _row_seeds(self, sequence_ids: Tensor | None, read: Tensor | None) -> Tensor | None:
+    def _read_text(self, inputs: Inputs, seeds: Tensor | None) -> tuple[Tensor, Routing | None]:
+        """Return the last hidden states [B, T, D] of the only stack, and the routing of the tokens."""
+        read = [] if inputs.tokens is None else [(inputs.tokens, inputs.positions, inputs.segment_ids)]
+        heard = self.hear(inputs.features, inputs.feature_lengths)
+        (text,) = self.embed(*read, token_types=inputs.token_types, heard=heard, cache=inputs.cache, seeds=seeds)
+        shared: dict[str, Any] = {"recompute": self.activation_checkpointing, "seeds": seeds}
+        if self.decoder is not None:
+            of_decoder = {"prefix_mask": inputs.prefix_mask, "cache": inputs.cache, "text_lengths": inputs.text_lengths}
+            return self.decoder(text, sparse=inputs.cache is None, **of_decoder, **shared)
+        assert self.encoder is not None
+        return self.encoder(text, **shared)
+
+    def _read_source_and_target(self, inputs: Inputs, seeds: Tensor | None) -> tuple[Tensor, Routing | None]:
+        """Return the last hidden states [B, T, D] of the decoder of an encoder-decoder, and the routing of its tokens.
+        The encoder reads the source, unless the cache has its states."""
+        assert self.encoder is not None and self.decoder is not None and inputs.target_tokens is not None
+        target = (inputs.target_tokens, inputs.target_positions, inputs.target_segment_ids)
+        # With a cache blocks run uncompiled, and FlexAttention would hold all scores.
+        cache, recompute, sparse = inputs.cache, self.activation_checkpointing, inputs.cache is None
+        source = None if cache is None else cache.source
+        if source is None:
+            read = [] if inputs.tokens is None else [(inputs.tokens, inputs.positions, inputs.segment_ids)]
+            heard = self.hear(inputs.features, inputs.feature_lengths)
+            source, text = self.embed(*read, target, heard=heard, cache=cache, seeds=seeds)
+            source = source._replace(x=self.encoder(source, recompute=recompute, seeds=seeds, sparse=sparse)[0])
+        else:
+            (text,) = self.embed(target, cache=cache)
+        if cache is not None:
+            cache.source = source
+        return self.decoder(text, source, cache=cache, recompute=recompute, seeds=seeds, sparse=sparse)
+
+    def _row_seeds(self, inputs: Inputs) -> Tensor | None:
         """Return int64 [B], the seeds of dropout of the rows; None without dropout."""
         rates = (self.config.dropout, shape.attention_dropout(self.config), self.config.lora.dropout)
         if not self.training or not any(rates):
             return None
+        sequence_ids = inputs.sequence_ids
         if sequence_ids is None:
+            read = inputs.features if inputs.tokens is None else inputs.tokens
             assert read is not None
             sequence_ids = torch.randint(2**62, (len(read),), device=read.device)
         return fold(sequence_ids, self.dropout_seed)
@@ -369,6 +389,7 @@ _KEPT_OPERATIONS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.higher_order.flex_attention,
 }
 """Matrix products and attention: almost all arithmetic of a block, with a fraction of its activations."""
 

@@ -1,39 +1,23 @@
-"""Generation of texts: tokens are drawn and decoded one by one, up to the end of a text."""
+"""Generation of texts: tokens are drawn and decoded one by one, up to the end of a text or a stop text."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
 from bigtx.config.schema import ModelConfig
 from bigtx.model.decode import Agree, Sampling, decode_tokens
-from bigtx.tokenizer.stops import StopStream, StreamDecoder
+
+if TYPE_CHECKING:
+    from bigtx.tokenizer.huggingface_model import WindowStream
+    from bigtx.tokenizer.sentencepiece_model import Utf8Stream
+    from bigtx.tokenizer.tokenizer import Tokenizer
 
 OnText = Callable[[int, str], None]
 """Called with (index of the prompt, text) whenever more of a text is complete; the pieces together are the text."""
-
-
-class Codec(Protocol):
-    """The part of a tokenizer that writing needs: see bigtx.tokenizer.tokenizer."""
-
-    vocab_size: int
-    end_ids: list[int]
-    pad_id: int
-
-    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of texts to continue, special ones included; at least one each."""
-        ...
-
-    def encode_sources(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of texts that an encoder reads, special ones included; at least one each."""
-        ...
-
-    def stream(self, after: Sequence[int] = ()) -> StreamDecoder:
-        """Return a decoder for ids that come one by one, after others."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -66,7 +50,7 @@ class Written:
 
 def write(
     model: nn.Module,
-    tokenizer: Codec,
+    tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     *,
     max_new_tokens: int,
@@ -123,8 +107,55 @@ def write(
     return written
 
 
-def plain_prompts(config: ModelConfig, tokenizer: Codec, texts: Sequence[str]) -> list[Prompt]:
+def plain_prompts(config: ModelConfig, tokenizer: Tokenizer, texts: Sequence[str]) -> list[Prompt]:
     """Return prompts of texts to continue, where an empty one is a new document, or of sources."""
     if config.shape == "encoder_decoder":
         return [Prompt(ids, goes_on=False) for ids in tokenizer.encode_sources(texts)]
     return [Prompt(ids, goes_on=True) for ids in tokenizer.encode_prompts(texts)]
+
+
+class StopStream:
+    """A stream decoder that ends before the first of some stop texts.
+
+    Text that may be the start of a stop text is held back until this is known, so no part of a stop text is returned,
+    independent of the borders of the tokens.
+
+    Attributes:
+        has_stopped: whether a stop text was found; after that, no text is returned.
+    """
+
+    def __init__(self, decoder: Utf8Stream | WindowStream, stops: Sequence[str] = ()) -> None:
+        """Args: stops: the stop texts, none of them empty."""
+        assert all(stops)
+        self._decoder, self._stops = decoder, tuple(stops)
+        self._held = ""
+        self.has_stopped = False
+
+    def push(self, i: int) -> str:
+        """Return the text that id `i` completes, often empty."""
+        return self._take(self._decoder.push(i))
+
+    def flush(self) -> str:
+        """Return the rest at the end."""
+        text = self._take(self._decoder.flush()) + self._held
+        self._held = ""
+        return text
+
+    def _take(self, text: str) -> str:
+        if self.has_stopped:
+            return ""
+        text = self._held + text
+        # The stop text that is complete first ends it, whether its characters arrive together or one by one.
+        found = [(begin + len(stop), begin) for stop in self._stops if (begin := text.find(stop)) >= 0]
+        if found:
+            self.has_stopped, self._held = True, ""
+            return text[: min(found)[1]]
+        kept = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - kept :]
+        return text[: len(text) - kept]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest end of `text` that `stop` starts with, except all of `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((length for length in range(longest, 0, -1) if text.endswith(stop[:length])), 0)

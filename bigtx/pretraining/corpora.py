@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING
 from bigtx.config.runs import has_steps
 from bigtx.config.schema import PretrainConfig, SourceConfig
 from bigtx.config.shape import total_steps
+from bigtx.data.corpus.blocks import TOKENIZER, load_tokenizer
 from bigtx.data.corpus.manifest import Manifest, has_split
-from bigtx.data.corpus.splits import TOKENIZER, load_tokenizer
 from bigtx.data.storage.places import Cache, Place, as_place
-from bigtx.data.stream.sources import check_sources, epochs
+from bigtx.data.stream.order import check_sources, epochs
 from bigtx.engine.checkpoint import preferred
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.train.run_folder import check_teacher
 from bigtx.utils.errors import ConfigError
-from bigtx.utils.paths import is_url
+from bigtx.utils.files import is_url
 from bigtx.utils.units import format_count
 
 if TYPE_CHECKING:

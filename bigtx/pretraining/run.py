@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,22 +12,24 @@ from bigtx.config.shape import total_steps
 from bigtx.data.stream.loader import StepLoader
 from bigtx.engine.checkpoint import MergedCheckpoint, is_suspect
 from bigtx.engine.engine import Engine
+from bigtx.engine.optimizers import Schedule
 from bigtx.engine.ranks import Ranks
-from bigtx.engine.schedules import Schedule
 from bigtx.engine.trainable import is_adapter
+from bigtx.pretraining import make_objective
 from bigtx.pretraining.corpora import RunData, length_setting, open_run_data, with_vocabulary
-from bigtx.pretraining.objective import LikelihoodTask, Objective
-from bigtx.pretraining.objectives import make_objective
+from bigtx.pretraining.objectives import LikelihoodTask, Objective
 from bigtx.pretraining.validation import BETTER, Validation
 from bigtx.train import start
-from bigtx.train.context import RunContext, num_ranks
-from bigtx.train.execute import execute, open_meter, open_tracker, with_teacher, write_description
+from bigtx.train.context import RunContext
+from bigtx.train.execute import execute, open_meter, open_saver, open_tracker, with_teacher, write_description
+from bigtx.train.guards import open_guards
 from bigtx.train.loop import Run
 from bigtx.train.start import Start
 from bigtx.train.state import RunState
 from bigtx.utils import log
 from bigtx.utils.errors import CheckpointError, ConfigError
 from bigtx.utils.shell import command
+from bigtx.utils.units import counted
 
 if TYPE_CHECKING:
     from bigtx.train.teacher import Teacher
@@ -64,11 +67,12 @@ def pretrain(context: RunContext[PretrainConfig]) -> int:
         return 0
 
     engine = start.build_engine(config, data.tokenizer)
+    context.start_up.end("engine")
     base: dict[str, Any] = {}
     if found.checkpoint:
         context.state = state = start.saved_state(config, found)
         state.pass_over(config.data.skip)
-        start.load_checkpoint(engine, found, state)
+        start.load_checkpoint(context, engine, found, state)
     else:
         context.state = state = start.first_state(
             config, skipped_sequences=config.data.skip, owes_validation=config.validation.at_start
@@ -76,7 +80,8 @@ def pretrain(context: RunContext[PretrainConfig]) -> int:
         base = set_first_weights(context, inputs, engine)
 
     write_description(context, config, found, data.tokenizer, engine)
-    loader = open_loader(inputs, ranks, state, found)
+    open_here = functools.partial(open_loader, inputs, ranks, state, found)
+    loader = open_here()
     context.resources.callback(loader.close)
     steps, rows = total_steps(config), config.train.global_batch_size
     tracker = open_tracker(
@@ -90,13 +95,16 @@ def pretrain(context: RunContext[PretrainConfig]) -> int:
         engine=engine,
         task=with_teacher(task, inputs.teacher, config, engine),
         loader=loader,
+        open_loader=open_here,
         schedule=Schedule(config.schedule, total_steps=steps, tokens_per_step=rows * config.train.sequence_length),
         validation=open_validation(config, engine, ranks, task, data),
         tracker=tracker,
         meter=open_meter(config, ranks, found, flops),
+        saver=open_saver(context, config, engine),
         state=state,
         facts=inputs.facts | {"wandb_run_id": ranks.from_first(tracker.wandb_run_id)},
         validate_every=config.validation.every,
+        guards=open_guards(config.guards, engine, ranks, found.checkpoint),
     )
     return execute(context, run, next_command=next_command(config, context.folder))
 
@@ -126,7 +134,9 @@ def is_finished(config: PretrainConfig, found: Start) -> bool:
 
     Raises:
         CheckpointError: the run has made all its steps, but its only checkpoints are suspect.
+        ConfigError: a fork has no step left.
     """
+    start.refuse_short_fork(found, total_steps(config), [length_setting(config)])
     if found.checkpoint is None or found.checkpoint.manifest["state"]["step"] < total_steps(config):
         return False
     if is_suspect(found.checkpoint.manifest):
@@ -180,12 +190,9 @@ def open_loader(inputs: Inputs, ranks: Ranks, state: RunState, found: Start) -> 
         _announce_rereading(state, ranks, found.checkpoint.manifest["world_size"])
     return inputs.data.loader_type()(
         config.data,
+        start.division_of(config, ranks),
         sequence_length=train.sequence_length,
-        global_batch_size=train.global_batch_size,
-        micro_batch_size=train.micro_batch_size,
         seed=config.seed,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
         start_sequence=state.sequences,
         pad_id=inputs.data.tokenizer.pad_id,
         prepare=inputs.objective.prepare,
@@ -195,7 +202,7 @@ def open_loader(inputs: Inputs, ranks: Ranks, state: RunState, found: Start) -> 
 def _announce_rereading(state: RunState, ranks: Ranks, before: int) -> None:
     """Print that foreign shards, which have no index, are read again up to the state's position."""
     other = (
-        f", and with {num_ranks(ranks.world_size)} instead of {before} the shards are split differently"
+        f", and with {counted(ranks.world_size, 'rank')} instead of {before} the shards are split differently"
         if before != ranks.world_size
         else ""
     )
@@ -208,7 +215,7 @@ def _announce_rereading(state: RunState, ranks: Ranks, before: int) -> None:
 def open_validation(
     config: PretrainConfig, engine: Engine, ranks: Ranks, task: LikelihoodTask, data: RunData
 ) -> Validation:
-    """Open the held-out text, and print a note if there is none."""
+    """Open the held-out text, and print a note if the corpora have no such text."""
     validation = Validation(config, engine, ranks, task, data.tokenizer)
     if not validation.sources and config.validation.max_sequences:
         log.say(

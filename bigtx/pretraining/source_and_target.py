@@ -17,11 +17,12 @@ from abc import abstractmethod
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from bigtx.config.schema import PretrainConfig
 from bigtx.config.shape import noise_counts, side_lengths
 from bigtx.data.stream.rows import IGNORED_LABEL, Batch
-from bigtx.pretraining.objective import Lengths, Objective, documents_of, filled, positions_of, tensor
+from bigtx.pretraining.objectives import Lengths, Objective, documents_of, filled, positions_of, tensor
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import ConfigError
 
@@ -116,20 +117,19 @@ class Sides:
             tokens=tensor(self.tokens, self.batch),
             labels=tensor(self.labels, self.batch),
             positions=tensor(self.positions, self.batch) if self.document_mask else None,
-            segment_ids=tensor(self.segments, self.batch) if apart else None,
+            segment_ids=self._apart(self.segments) if apart else None,
             target_tokens=tensor(self.target_tokens, self.batch),
             target_positions=tensor(self.target_positions, self.batch) if self.document_mask else None,
-            target_segment_ids=tensor(self.target_segments, self.batch) if apart else None,
+            target_segment_ids=self._apart(self.target_segments) if apart else None,
         )
+
+    def _apart(self, segments: np.ndarray) -> torch.Tensor:
+        """Return the segments [B, T] for the model: of documents, or only of padding."""
+        return tensor(segments if self.document_mask else segments == PADDING_SEGMENT, self.batch)
 
 
 class DecoderPrefix(Objective):
     """The objective of a decoder: a row, or each of its separate documents, is split at a random position."""
-
-    @property
-    def lengths(self) -> Lengths:
-        """Return the whole row, in the decoder."""
-        return Lengths(0, self.length, self.length)
 
     def describe(self) -> str:
         """Return a short description."""

@@ -10,11 +10,12 @@ import torch
 
 from bigtx.config.schema import PretrainConfig
 from bigtx.config.schema.tasks import Better
-from bigtx.data.stream.loader import ValidationBatches, validation_batches
-from bigtx.engine.task import Task
+from bigtx.data.stream.loader import ValidationBatches
+from bigtx.data.stream.rows import RowFormat
+from bigtx.model.loss import Task
 from bigtx.model.transformer import Transformer
+from bigtx.pretraining import make_objective
 from bigtx.pretraining.corpora import place_of, refuse_other_tokenizer, validation_sources
-from bigtx.pretraining.objectives import make_objective
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.track.tracker import Tracker
 from bigtx.train.state import RunState
@@ -70,16 +71,19 @@ class Validation:
         """
         self.config, self.engine, self.ranks, self.task, self.tokenizer = config, engine, ranks, task, tokenizer
         self.objective = make_objective(config, tokenizer, purpose="validation")
+        form = RowFormat(
+            sequence_length=config.train.sequence_length,
+            pad_id=tokenizer.pad_id,
+            document_mask=config.data.document_mask,
+        )
         self.sources = {
-            name: validation_batches(
+            name: ValidationBatches(
                 place_of(config, source),
-                sequence_length=config.train.sequence_length,
+                form,
                 micro_batch_size=config.train.micro_batch_size,
                 max_sequences=config.validation.max_sequences,
                 rank=ranks.rank,
                 world_size=ranks.world_size,
-                document_mask=config.data.document_mask,
-                pad_id=tokenizer.pad_id,
                 prepare=self.objective.prepare,
             )
             for name, source in validation_sources(config).items()
@@ -103,15 +107,9 @@ class Validation:
             tracker.message(f"validation at step {state.step}: {', '.join(shown)}")
         prompts = list(self.config.validation.sample_prompts)
         if prompts:
-            completions = self._sample(prompts, state.step)
-            tracker.samples(
-                state.step,
-                state.tokens,
-                [
-                    {"prompt": prompt, "completion": completion}
-                    for prompt, completion in zip(prompts, completions, strict=True)
-                ],
-            )
+            written = zip(prompts, self._sample(prompts, state.step), strict=True)
+            rows = [{"prompt": prompt, "completion": completion} for prompt, completion in written]
+            tracker.samples(state.step, state.tokens, rows)
         return False
 
     def measure(self) -> dict[str, float]:

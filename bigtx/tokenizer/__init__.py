@@ -9,8 +9,3 @@ A tokenizer is a folder: `tokenizer.model` (sentencepiece) or `tokenizer.json` (
 the same ids. `bigtx tokenizer train` adds `recipe.json`: the settings and the input that it was made from. The settings
 of a Hugging Face tokenizer (`tokenizer_config.json` and similar files) are kept unchanged.
 """
-
-from bigtx.tokenizer.stops import StreamDecoder
-from bigtx.tokenizer.tokenizer import Tokenizer
-
-__all__ = ["StreamDecoder", "Tokenizer"]

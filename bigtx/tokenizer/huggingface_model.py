@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from bigtx.tokenizer import special
 from bigtx.tokenizer.special import SpecialIds, Template, observed
 from bigtx.utils.errors import DataError
+from bigtx.utils.files import json_value
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -24,7 +24,7 @@ class HuggingFaceModel:
     """A `tokenizer.json` that encodes and decodes without adding special ids or reading them from the text."""
 
     kind = "huggingface"
-    file_name = "tokenizer.json"
+    file_name = special.MODEL_FILES[kind]
     memory_per_byte = 256
     """The most memory that encoding needs for each byte of UTF-8: 57 to 222 were measured (docs/log.md)."""
     words = None
@@ -47,7 +47,7 @@ class HuggingFaceModel:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
         except Exception as error:  # The library raises bare Exception.
-            raise DataError(f"not a Hugging Face tokenizer.json: {error}") from None
+            raise DataError(f"not a Hugging Face tokenizer.json: {error!s:.300}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
@@ -103,21 +103,20 @@ class HuggingFaceModel:
         """
         added = {token.content: i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
 
-        def named(role: str) -> int | None:
-            value = settings.get(role)
-            text = value.get("content") if isinstance(value, dict) else value
-            return self._tokenizer.token_to_id(text) if isinstance(text, str) else None
+        def named(*roles: str) -> int | None:
+            """Return the id of the first of some roles that has one."""
+            values = (settings.get(role) for role in roles)
+            texts = (value.get("content") if isinstance(value, dict) else value for value in values)
+            ids = (self._tokenizer.token_to_id(text) for text in texts if isinstance(text, str))
+            return next((i for i in ids if i is not None), None)
 
-        end = named("eos_token")
-        end = named("sep_token") if end is None else end
+        end = named("eos_token", "sep_token")
         if end is None:
             raise DataError(
                 "no end-of-text token: the folder needs a tokenizer_config.json or special_tokens_map.json that names "
                 "eos_token (or sep_token), since it ends every document"
             )
-        begin = named("bos_token")
-        begin = named("cls_token") if begin is None else begin
-        pad = named("pad_token")
+        begin, pad = named("bos_token", "cls_token"), named("pad_token")
         sentinels = (added.get(special.sentinel(number)) for number in range(special.NUM_SENTINELS))
         return SpecialIds(
             pad=end if pad is None else pad,
@@ -173,7 +172,7 @@ def read_settings_files(folder: Path) -> dict[str, bytes]:
             continue
         try:
             files[path.name] = path.read_bytes()
-            content = json.loads(files[path.name]) if path.suffix == ".json" else {}
+            content = json_value(files[path.name]) if path.suffix == ".json" else {}
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}") from None
         except ValueError as error:
@@ -191,6 +190,6 @@ def settings_of(files: Mapping[str, bytes]) -> dict[str, Any]:
     """
     settings: dict[str, Any] = {}
     for name in (TOKENIZER_CONFIG, "special_tokens_map.json"):
-        content = json.loads(files.get(name, b"{}"))
+        content = json_value(files.get(name, b"{}"))
         settings |= {key: value for key, value in content.items() if value is not None}
     return settings

@@ -131,15 +131,13 @@ def figures(tokenizer: Tokenizer, measures: Measures) -> str:
     """Return a paragraph and a table: bytes per token, losses, and the kinds of pieces."""
     vocabulary = Counter(kind_of(tokenizer, i) for i in range(tokenizer.vocab_size))
     used: Counter[str] = Counter()
-    num_used = 0
     for i, count in measures.tokens.items():
         used[kind_of(tokenizer, i)] += count
-        num_used += 1
     lossy = measures.num_texts - measures.num_lossless
     lines = [
         f"{measures.bytes_per_token:.3f} bytes per token "
         f"({measures.num_bytes:,} bytes, {measures.num_tokens:,} tokens, {measures.num_texts:,} texts); "
-        f"{num_used / tokenizer.vocab_size:.0%} of the vocabulary is used",
+        f"{len(measures.tokens) / tokenizer.vocab_size:.0%} of the vocabulary is used",
         f"{used['single bytes'] / max(1, measures.num_tokens):.3%} of the tokens are single bytes; "
         + ("every text is restored exactly" if not lossy else f"{lossy:,} texts are not restored exactly"),
         f"encodes {measures.num_bytes / 1e6 / max(measures.seconds, 1e-9):.1f} MB/s on one core",

@@ -32,7 +32,7 @@ class SentencePieceModel:
     """
 
     kind = "sentencepiece"
-    file_name = "tokenizer.model"
+    file_name = special.MODEL_FILES[kind]
     memory_per_byte = 64
     """Memory that encoding takes for each byte of UTF-8, at most: 27 to 57 were measured (docs/log.md)."""
 
@@ -48,7 +48,8 @@ class SentencePieceModel:
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             loaded = bool(data) and self._processor.LoadFromSerializedProto(data)
-        except RuntimeError:
+            self._processor.id_to_piece(list(range(self._processor.vocab_size())))
+        except (RuntimeError, UnicodeDecodeError):  # The second: a piece, or the text of the first, is not UTF-8.
             loaded = False
         if not loaded:
             raise DataError("not a sentencepiece model, or a damaged one")

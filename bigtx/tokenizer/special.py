@@ -1,15 +1,20 @@
-"""The special ids, which have no text: their names and their purposes.
+"""The parts of a tokenizer besides its model: special ids, the places of them around texts and in chats, and the file
+that describes a tokenizer's folder.
 
-Text can never produce them: `<mask>` in a document is five characters, not the mask.
+Special ids have no text. Text can never produce them: `<mask>` in a document is five characters, not the mask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+import hashlib
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from bigtx.utils.errors import DataError
+from bigtx.utils.files import json_value, kind_of_folder, open_file
 
 PAD = "<pad>"
 UNKNOWN = "<unk>"
@@ -106,6 +111,11 @@ class Template:
         return [part.id for part in self.single[self._place :] if part.id is not None]
 
     @property
+    def ids(self) -> set[int]:
+        """Return every special id."""
+        return {part.id for part in (*self.single, *self.pair) if part.id is not None}
+
+    @property
     def _place(self) -> int:
         return [part.id for part in self.single].index(None)
 
@@ -189,3 +199,138 @@ def _parts(encoding: Any) -> tuple[Part, ...]:
             parts.append(Part(None, type_id))
         last = text
     return tuple(parts)
+
+
+MODEL_FILES = {"sentencepiece": "tokenizer.model", "huggingface": "tokenizer.json"}
+"""The file of the model of each kind of tokenizer."""
+
+DESCRIPTION = "bigtx_tokenizer.json"
+"""The file that makes a folder a tokenizer of bigtx; it is written last."""
+
+FORMAT = 2
+PLAIN_FORMAT = 1
+"""The format of tokenizers without a template and with one end id; earlier releases read it."""
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return the content of a tokenizer's file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        with open_file(path) as file:
+            return file.read()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _what_instead(folder: Path) -> str:
+    """Return the kind of a folder without a tokenizer, and what to do."""
+    inside = folder / "tokenizer"
+    kind = kind_of_folder(folder)
+    if kind and (inside / DESCRIPTION).exists():
+        return f"it is {kind}, whose tokenizer is {inside}; name that."
+    return (
+        f"it has no {DESCRIPTION}. Train one with `bigtx tokenizer train`, or import a sentencepiece or Hugging "
+        "Face tokenizer with `bigtx tokenizer import PATH output=FOLDER`."
+    )
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """Return the description of the tokenizer in a folder.
+
+    Raises:
+        DataError: it is missing or damaged, or a newer bigtx wrote it.
+    """
+    path = folder / DESCRIPTION
+    if not path.exists():
+        raise DataError(f"No tokenizer in {folder}: {_what_instead(folder)}")
+    try:
+        description = json_value(read_bytes(path))
+        known = description["format"] in (PLAIN_FORMAT, FORMAT) and description["kind"] in list(MODEL_FILES)
+        template = Template.from_dict(description["template"]) if description.get("template") else None
+        _check_ids(SpecialIds(**description["special"]), template)
+        description["fingerprint"].encode()
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise DataError(f"{path} is damaged; copy the tokenizer again from its source.") from None
+    if not known:
+        what = f"{path} has format {description.get('format')!r:.40} and kind {description.get('kind')!r:.40}"
+        raise DataError(f"{what}, which this bigtx does not know; update bigtx.")
+    return dict(description)
+
+
+def _check_ids(special: SpecialIds, template: Template | None) -> None:
+    """Check the ids of a description.
+
+    Raises:
+        ValueError, TypeError, AttributeError: some are not ids.
+    """
+    ids = [special.pad, special.begin, special.end, *special.all(), *(template.ids if template else ())]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise ValueError("an id is a number from 0")
+
+
+def fingerprint(kind: str, model: bytes, special: SpecialIds, template: Template | None) -> str:
+    """Return the SHA-256 over a tokenizer's kind, the bytes of its model, the special ids and the template."""
+    # The ids that end a text in generation do not change the ids of texts.
+    values = replace(special, ends=[]).to_dict() | ({"template": template.to_dict()} if template else {})
+    digest = hashlib.sha256(f"{kind}\n{json.dumps(values, sort_keys=True)}\n".encode())
+    digest.update(model)
+    return digest.hexdigest()
+
+
+ASSISTANT = "assistant"
+"""The role of a model's answers."""
+
+_FORMAT = """\
+{%- for message in messages %}
+{%- if message['role'] not in roles %}
+{{- raise_exception('unknown role ' ~ message['role'] ~ '; this tokenizer knows ' ~ roles | join(', ')) }}
+{%- endif %}
+{{- '<|' + message['role'] + '|>' + message['content'] + end }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{%- if 'assistant' not in roles %}
+{{- raise_exception('there is no role assistant to answer in') }}
+{%- endif %}
+{{- '<|assistant|>' }}
+{%- endif %}
+"""
+
+
+def check_messages(messages: Sequence[Mapping[str, Any]], roles: Collection[str]) -> None:
+    """Refuse messages that are not a valid chat.
+
+    Args:
+        roles: the roles for which the tokenizer has a piece.
+
+    Raises:
+        DataError: there is no message, or one lacks a known role or a text.
+    """
+    known = ", ".join(roles)
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise DataError(
+            f"A chat is a list of messages, each with a role and a content, and has at least one; not {messages!r:.80}."
+        )
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, Mapping):
+            raise DataError(f"Message {number} of a chat is {message!r:.80}; it needs a role and a content.")
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(role, str) or role not in roles:
+            raise DataError(f"Message {number} of a chat has the role {role!r:.80}; this tokenizer knows {known}.")
+        if not isinstance(content, str):
+            raise DataError(f"Message {number} of a chat ({role}) has the content {content!r:.80}; it must be a text.")
+
+
+def chat_template(roles: Collection[str], end: str, begin: str = "") -> str:
+    """Return the format of `Tokenizer.encode_chat` as a chat_template.jinja of Hugging Face tokenizers.
+
+    Args:
+        end: the piece that ends a message.
+        begin: the first pieces of a chat.
+    """
+    # JSON's strings and lists are valid in Jinja too.
+    names, quoted = json.dumps(list(roles)), json.dumps(end, ensure_ascii=False)
+    first = f"{{{{- {json.dumps(begin, ensure_ascii=False)} }}}}\n" if begin else ""
+    return f"{{%- set roles = {names} %}}\n{{%- set end = {quoted} %}}\n{first}{_FORMAT}"

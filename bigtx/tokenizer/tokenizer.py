@@ -3,32 +3,44 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bigtx.tokenizer.chat import ASSISTANT, chat_template, check_messages
-from bigtx.tokenizer.description import DESCRIPTION, FORMAT, PLAIN_FORMAT, read_bytes, read_description
-from bigtx.tokenizer.huggingface_model import CHAT_TEMPLATE, HuggingFaceModel, read_settings_files, settings_of
-from bigtx.tokenizer.sentencepiece_model import SentencePieceModel
-from bigtx.tokenizer.special import CHAT_ROLES, Part, SpecialIds, Template, around
-from bigtx.tokenizer.stops import StreamDecoder
-from bigtx.tokenizer.words import utf8_length
+from bigtx.tokenizer.sentencepiece_model import SentencePieceModel, Utf8Stream
+from bigtx.tokenizer.special import (
+    ASSISTANT,
+    CHAT_ROLES,
+    DESCRIPTION,
+    FORMAT,
+    MODEL_FILES,
+    PLAIN_FORMAT,
+    Part,
+    SpecialIds,
+    Template,
+    around,
+    chat_template,
+    check_messages,
+    fingerprint,
+    read_bytes,
+    read_description,
+)
+from bigtx.tokenizer.words import refuse_surrogates, utf8_length
 from bigtx.utils.errors import DataError
 from bigtx.utils.files import write_atomic, write_json
 
-_Model = SentencePieceModel | HuggingFaceModel
+if TYPE_CHECKING:
+    from bigtx.tokenizer.huggingface_model import HuggingFaceModel, WindowStream
 
 
 class Tokenizer:
     """A tokenizer, which converts text to ids and back.
 
     Attributes:
+        model: the model that encodes.
         vocab_size: the number of ids, 0 .. vocab_size - 1.
         fingerprint: SHA-256 over the kind, the model's bytes, the special ids and the template; equal ones give the
             x
@@ -43,14 +55,14 @@ class Tokenizer:
 
     def __init__(
         self,
-        model: _Model,
+        model: SentencePieceModel | HuggingFaceModel,
         special: SpecialIds,
         origin: dict[str, Any] | None = None,
         settings_files: Mapping[str, bytes] | None = None,
         template: Template | None = None,
     ) -> None:
         """Build a tokenizer from its parts; use `train`, `load` or one of the `from_` functions instead."""
-        self._model = model
+        self.model = model
         self.special = special
         self.origin = origin or {}
         self.settings_files = dict(settings_files or {})
@@ -61,7 +73,7 @@ class Tokenizer:
         self.end_ids = special.ends or [special.end]
         self.template = template
         self.begin_ids = template.before if template else []
-        self.fingerprint = _fingerprint(model, special, template)
+        self.fingerprint = fingerprint(model.kind, model.data, special, template)
 
     @classmethod
     def load(cls, folder: Path | str) -> Tokenizer:
@@ -72,13 +84,22 @@ class Tokenizer:
         """
         folder = Path(folder)
         description = read_description(folder)
-        kind = description["kind"]
-        model_type: type[_Model] = SentencePieceModel if kind == SentencePieceModel.kind else HuggingFaceModel
-        path = folder / model_type.file_name
-        model = model_type(read_bytes(path))
-        files = read_settings_files(folder) if kind == HuggingFaceModel.kind else {}
+        path, files = folder / MODEL_FILES[description["kind"]], {}
+        model: SentencePieceModel | HuggingFaceModel
+        if description["kind"] == SentencePieceModel.kind:
+            model = SentencePieceModel(read_bytes(path))
+        else:
+            from bigtx.tokenizer.huggingface_model import HuggingFaceModel, read_settings_files
+
+            model, files = HuggingFaceModel(read_bytes(path)), read_settings_files(folder)
         template = Template.from_dict(description["template"]) if description.get("template") else None
         tokenizer = cls(model, SpecialIds(**description["special"]), description.get("origin"), files, template)
+        ids = tokenizer.special.all() | (template.ids if template else set())
+        if max(ids) >= tokenizer.vocab_size:
+            raise DataError(
+                f"The tokenizer in {folder} is damaged or was edited: {DESCRIPTION} has the id {max(ids)}, but "
+                f"{path.name} has {tokenizer.vocab_size} ids. Copy it again from its source."
+            )
         if tokenizer.fingerprint != description["fingerprint"]:
             raise DataError(
                 f"The tokenizer in {folder} is damaged or was edited: {path.name} and {DESCRIPTION} do not belong "
@@ -121,6 +142,8 @@ class Tokenizer:
         Raises:
             DataError: it cannot be read, names no end-of-text token, or the extra `huggingface` is not installed.
         """
+        from bigtx.tokenizer.huggingface_model import HuggingFaceModel, read_settings_files, settings_of
+
         path = Path(path)
         path = path / HuggingFaceModel.file_name if path.is_dir() else path
         try:
@@ -134,19 +157,19 @@ class Tokenizer:
     def changed(self, *, ends: Sequence[int] | None = None, template: Template | None = None) -> Tokenizer:
         """Return the tokenizer with other end ids or another template; None keeps them."""
         special = self.special if ends is None else dataclasses.replace(self.special, ends=list(ends))
-        return Tokenizer(self._model, special, self.origin, self.settings_files, template or self.template)
+        return Tokenizer(self.model, special, self.origin, self.settings_files, template or self.template)
 
     def save(self, folder: Path | str) -> None:
         """Write the tokenizer's files; create the folder if needed."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / self._model.file_name, self._model.data)
+        write_atomic(folder / self.model.file_name, self.model.data)
         for name, content in self.settings_files.items():
             write_atomic(folder / name, content)
         is_plain = self.template is None and not self.special.ends
         description = {
             "format": PLAIN_FORMAT if is_plain else FORMAT,
-            "kind": self._model.kind,
+            "kind": self.model.kind,
             "vocab_size": self.vocab_size,
             "fingerprint": self.fingerprint,
             "special": self.special.to_dict(),
@@ -159,12 +182,7 @@ class Tokenizer:
     @property
     def kind(self) -> str:
         """Return `sentencepiece` or `huggingface`."""
-        return self._model.kind
-
-    @property
-    def model(self) -> SentencePieceModel | HuggingFaceModel:
-        """Return the model that encodes, for conversion to another format."""
-        return self._model
+        return self.model.kind
 
     @property
     def chat_template(self) -> str | None:
@@ -177,6 +195,10 @@ class Tokenizer:
     @property
     def has_own_chat_template(self) -> bool:
         """Return whether it was imported with a chat template, a program that bigtx does not run."""
+        if not self.settings_files:
+            return False
+        from bigtx.tokenizer.huggingface_model import CHAT_TEMPLATE, settings_of
+
         if content := self.settings_files.get(CHAT_TEMPLATE):
             return content.decode(errors="replace") != self.chat_template
         return "chat_template" in settings_of(self.settings_files)
@@ -186,7 +208,7 @@ class Tokenizer:
         """Return the most bytes of memory that encoding needs for each byte of UTF-8 that the model has to read at
         once.
         """
-        return self._model.memory_per_byte
+        return self.model.memory_per_byte
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text; no special ids are added, and the text cannot produce any."""
@@ -252,11 +274,11 @@ class Tokenizer:
             DataError: a text has half a surrogate pair, which is not a character.
         """
         try:
-            if self._model.words is None:
-                return self._model.encode_batch(texts)
-            ids, lengths = self._model.words.encode(texts)
+            if self.model.words is None:
+                return self.model.encode_batch(texts)
+            ids, lengths = self.model.words.encode(texts)
         except (TypeError, RuntimeError):
-            _refuse_surrogates(texts)
+            refuse_surrogates(texts)
             raise
         return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] if len(texts) else []
 
@@ -266,7 +288,7 @@ class Tokenizer:
         The BPE models that bigtx trains encode a long text in parts, cut between characters that are adjacent in
         no piece, which changes no id; the longest part counts. All other models read the whole text.
         """
-        words = self._model.words
+        words = self.model.words
         parts = words.borders.cut(text) if words else [text]
         return self.memory_per_byte * max(map(utf8_length, parts))
 
@@ -291,9 +313,8 @@ class Tokenizer:
         if not add_generation_prompt:
             return ids
         if ASSISTANT not in self.role_ids:
-            raise DataError(
-                f"There is no role {ASSISTANT} for the answer; this tokenizer knows {', '.join(self.role_ids)}."
-            )
+            what = f"There is no role {ASSISTANT} for the answer; this tokenizer knows {', '.join(self.role_ids)}."
+            raise DataError(what)
         return [*ids, self.role_ids[ASSISTANT]]
 
     def encode_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[list[int]]:
@@ -308,9 +329,8 @@ class Tokenizer:
                 "transformers' apply_chat_template encode its chats."
             )
         if not self.role_ids:
-            raise DataError(
-                "This tokenizer has no chat roles; train one with e.g. 'chat_roles=[system,user,assistant,tool]'."
-            )
+            what = "This tokenizer has no chat roles; train one with e.g. 'chat_roles=[system,user,assistant,tool]'."
+            raise DataError(what)
         check_messages(messages, self.role_ids)
         contents = self.encode_batch([message["content"] for message in messages])
         return [
@@ -332,14 +352,14 @@ class Tokenizer:
             DataError: as in `encode_batch`.
         """
         before, after = self._around_document()
-        if self._model.words is None or before:
+        if self.model.words is None or before:
             encoded = [[*before, *ids, *after] for ids in self.encode_batch(texts)]
             lengths = np.array([len(ids) for ids in encoded], np.int64)
             return np.fromiter(chain.from_iterable(encoded), np.uint32, int(lengths.sum())), lengths
         try:
-            return self._model.words.encode(texts, after)
+            return self.model.words.encode(texts, after)
         except (TypeError, RuntimeError):
-            _refuse_surrogates(texts)
+            refuse_surrogates(texts)
             raise
 
     def _around_document(self) -> tuple[list[int], list[int]]:
@@ -362,34 +382,18 @@ class Tokenizer:
         """
         if len(ids) and min(ids) < 0:
             raise ValueError(f"{min(ids)} is not a token id")
-        return self._model.decode(ids, keep_special, after)
+        return self.model.decode(ids, keep_special, after)
 
-    def stream(self, after: Sequence[int] = ()) -> StreamDecoder:
+    def stream(self, after: Sequence[int] = ()) -> Utf8Stream | WindowStream:
         """Return a decoder for ids that come one by one, as in generation; together they return the text of `decode`,
         except for bytes that are not UTF-8: a character before them has been returned already.
         """
-        return self._model.stream(after)
+        return self.model.stream(after)
 
     def id_to_piece(self, i: int) -> str:
         """Return the piece of an id as in its model."""
-        return self._model.piece(i)
+        return self.model.piece(i)
 
     def is_byte(self, i: int) -> bool:
         """Return whether an id is a byte of a character that has no piece of its own."""
-        return self._model.is_byte(i)
-
-
-def _fingerprint(model: _Model, special: SpecialIds, template: Template | None) -> str:
-    # The ids that end a text in generation do not change the ids of texts.
-    values = dataclasses.replace(special, ends=[]).to_dict() | ({"template": template.to_dict()} if template else {})
-    digest = hashlib.sha256(f"{model.kind}\n{json.dumps(values, sort_keys=True)}\n".encode())
-    digest.update(model.data)
-    return digest.hexdigest()
-
-
-def _refuse_surrogates(texts: Sequence[str]) -> None:
-    for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f"A text has half a surrogate pair, at character {error.start + 1}.") from None
+        return self.model.is_byte(i)

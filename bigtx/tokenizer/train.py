@@ -135,17 +135,8 @@ def train(config: TokenizerTrainConfig, documents: Iterable[str]) -> Tokenizer:
         ConfigError: the vocabulary is too large or too small for the text, or a role's name or a symbol is not valid.
         DataError: there is no text.
     """
-    check(config)
-    return train_on_sample(config, draw_sample(documents, config.max_bytes, config.seed))
-
-
-def check(config: TokenizerTrainConfig) -> None:
-    """Find mistakes that would otherwise be noticed only after the input is read.
-
-    Raises:
-        ConfigError: as in `train`.
-    """
     raise_problems(problems(config))
+    return train_on_sample(config, draw_sample(documents, config.max_bytes, config.seed))
 
 
 def problems(config: TokenizerTrainConfig) -> Iterator[Problem]:
@@ -163,13 +154,11 @@ def problems(config: TokenizerTrainConfig) -> Iterator[Problem]:
     needed = _num_given(config)
     if config.vocab_size <= needed:
         symbols = ", the user-defined symbols" if config.user_defined_symbols else ""
-        yield Problem(
-            "vocab_size",
-            str(config.vocab_size),
+        what = (
             f"is too small: the reserved ids{symbols} and the 256 bytes alone are {needed:,}. Useful sizes start at "
-            "about 2,000; 16,384 to 131,072 are usual",
-            related=("chat_roles", "user_defined_symbols"),
+            "about 2,000; 16,384 to 131,072 are usual"
         )
+        yield Problem("vocab_size", str(config.vocab_size), what, related=("chat_roles", "user_defined_symbols"))
 
 
 def _num_given(config: TokenizerTrainConfig) -> int:
@@ -212,17 +201,9 @@ def train_on_sample(config: TokenizerTrainConfig, sample: Sample) -> Tokenizer:
         )
     except RuntimeError as error:
         raise _explain(str(error), config, sample) from error
-    origin = {
-        "method": config.method,
-        "seed": config.seed,
-        "split_digits": config.split_digits,
-        "whitespace_pieces": config.whitespace_pieces,
-        "user_defined_symbols": config.user_defined_symbols,
-        "character_coverage": config.character_coverage,
-        "num_documents": sample.num_documents,
-        "num_bytes": sample.num_bytes,
-        "training_bytes": sample.training_bytes,
-    }
+    settings = ("method", "seed", "split_digits", "whitespace_pieces", "user_defined_symbols", "character_coverage")
+    origin = {name: getattr(config, name) for name in settings}
+    origin |= {name: getattr(sample, name) for name in ("num_documents", "num_bytes", "training_bytes")}
     data = _round_scores(model.getvalue()) if config.method == "unigram" else model.getvalue()
     return Tokenizer.from_sentencepiece_bytes(data, config.chat_roles, origin)
 
@@ -269,10 +250,8 @@ def _explain(message: str, config: TokenizerTrainConfig, sample: Sample) -> Exce
         most, setting = int(found[1]), find(TokenizerTrainConfig, "vocab_size")
         assert setting is not None and setting.minimum is not None
         if most < setting.minimum:
-            return DataError(
-                f"{text} are too few for a tokenizer: they have at most {most:,} different pieces, but "
-                f"the smallest vocabulary has {setting.minimum:g}. Add more text."
-            )
+            what = f"{text} are too few for a tokenizer: they have at most {most:,} different pieces"
+            return DataError(f"{what}, but the smallest vocabulary has {setting.minimum:g}. Add more text.")
         return ConfigError(
             f"vocab_size={config.vocab_size} is larger than {text} allow: they have at most {most:,} "
             f"different pieces. Add more text, or set vocab_size={most} or less."
@@ -293,10 +272,8 @@ def _too_small(needed: int, config: TokenizerTrainConfig, sample: Sample) -> Con
     coverage = _coverage_for((config.vocab_size - _num_given(config)) // 2, config, sample)
     if coverage is None:
         return ConfigError(f"{problem}.")
-    return ConfigError(
-        f"{problem}, or character_coverage={coverage:g}: the rarest characters are then encoded as bytes, and half of "
-        f"this vocabulary is left for longer pieces."
-    )
+    effect = "the rarest characters are then encoded as bytes, and half of this vocabulary is left for longer pieces"
+    return ConfigError(f"{problem}, or character_coverage={coverage:g}: {effect}.")
 
 
 def _coverage_for(most: int, config: TokenizerTrainConfig, sample: Sample) -> float | None:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 
 from bigtx.tokenizer.special import SPACE_MARK
+from bigtx.utils.errors import DataError
 
 UNSPACED = (
     (0x0E00, 0x0EFF),  # Thai, Lao
@@ -245,3 +246,16 @@ def cut(text: str, limit: int) -> Iterator[str]:
 def utf8_length(text: str) -> int:
     """Return the number of bytes of a text in UTF-8."""
     return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
+
+
+def refuse_surrogates(texts: Sequence[str]) -> None:
+    """Refuse texts that are not valid Unicode.
+
+    Raises:
+        DataError: a text has half a surrogate pair, which is not a character.
+    """
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"A text has half a surrogate pair, at character {error.start + 1}.") from None

@@ -42,11 +42,12 @@ class Console:
         self._write(self._erase() + "".join(f"{visible(line, keep=_TAB)}\n" for line in text.split("\n")) + self._bar)
 
     def begin(self, step: int) -> None:
-        """Show the bar before the first step, which may take long. Has no effect unless the stream is a terminal.
+        """Show the bar before the next step, which may take long. Has no effect unless the stream is a terminal.
 
         Args:
-            step: optimizer steps done before this start of the run.
+            step: optimizer steps done, in an earlier start of the run or before it returned to a checkpoint.
         """
+        self._times.clear()
         if self._is_terminal:
             erase, self._bar = self._erase(), self._fit(step, [])
             self._write(erase + self._bar)

@@ -9,13 +9,15 @@ is copied or read, and the manifest shows whether the folder is still the same.
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
-from collections.abc import Mapping
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigtx.config.runs import run_dir_of
-from bigtx.track.jsonl import MODEL_EVENT, Record, parse_line
+from bigtx.track.jsonl import MODEL_EVENT, Record, is_stamped, parse_line
 
 if TYPE_CHECKING:
     from wandb import Run
@@ -27,68 +29,63 @@ _MEASURED_ONCE = ("best/", "test/", "evaluate/")
 
 
 class Tail:
-    """A reader of a growing file's new lines, and of its last line again when that was changed."""
+    """A reader of a growing file's new lines. A file of the same name that replaces it is read from its beginning.
 
-    def __init__(self, path: Path) -> None:
+    Attributes:
+        num_damaged: the number of lines that are not valid records.
+        was_replaced: whether the last call found another file of the same name.
+    """
+
+    def __init__(self, path: Path, is_valid: Callable[[Record], bool]) -> None:
+        """Begin with the first line.
+
+        Args:
+            is_valid: whether a record has what its file's records have.
+        """
         self._path = path
+        self._is_valid = is_valid
         self._start = 0
-        self._last = b""
+        self._inode = 0
+        self.num_damaged = 0
+        self.was_replaced = False
 
-    def read(self) -> list[Record]:
-        """Return the records that are new since the last call."""
+    def read(self, *, but_last: bool = False) -> list[Record]:
+        """Return the records that are new since the last call.
+
+        Args:
+            but_last: leave the last line for a later call, because it may still be rewritten.
+        """
         try:
             with self._path.open("rb") as file:
+                inode = os.fstat(file.fileno()).st_ino
+                self.was_replaced = self._inode not in (0, inode)
+                if self.was_replaced:
+                    self._start = 0
+                self._inode = inode
                 file.seek(self._start)
                 text = file.read()
         except OSError:
             return []
-        whole = text[: text.rfind(b"\n") + 1]
-        lines = whole.splitlines(keepends=True)
-        if not lines:
-            return []
-        new = lines[1:] if lines[0] == self._last else lines
-        self._last = lines[-1]
-        self._start += len(whole) - len(self._last)
-        return [record for line in new if (record := parse_line(line)) is not None]
-
-
-class Table:
-    """The rows of a step as a W&B table. They may arrive in several parts.
-
-    Attributes:
-        name: the table's name in W&B.
-    """
-
-    def __init__(self, name: str, path: Path) -> None:
-        self.name = name
-        self._tail = Tail(path)
-        self._step = -1
-        self._rows: list[Record] = []
-
-    def read(self) -> list[Record]:
-        """Return the rows that are new since the last call."""
-        return self._tail.read()
-
-    def take(self, records: list[Record]) -> Any:
-        """Return a table of all rows of a step, including new ones.
-
-        A logged table cannot change, so a larger one replaces it.
-        """
-        import wandb
-
-        if records[-1]["step"] != self._step:
-            self._step, self._rows = records[-1]["step"], []
-        self._rows += records
-        names = [name for name in dict.fromkeys(key for row in self._rows for key in row) if name != "time"]
-        rows = [[_cell(row.get(name)) for name in names] for row in self._rows]
-        return wandb.Table(columns=[*names], data=rows, allow_mixed_types=True)
+        lines = text[: text.rfind(b"\n") + 1].splitlines(keepends=True)
+        if but_last:
+            lines = lines[:-1]
+        self._start += sum(map(len, lines))
+        found = [record for line in lines if (record := parse_line(line)) is not None and self._is_valid(record)]
+        self.num_damaged += len(lines) - len(found)
+        return found
 
 
 class Copier:
     """A copy of the run's lines in W&B, in the order of their steps.
 
+    A step is copied once it is complete, in one row: W&B accepts nothing more for a step that it has stored. The last
+    line of metrics.jsonl may be extended, and rows of a step are written before the next step's metrics. So a step is
+    complete when a later line of metrics exists, or when the run has ended.
+
     Attributes:
         model: the event that names the run's checkpoint for other runs; None until it has arrived.
+        last_step: the last step that W&B has; -1 without any.
+        num_sent: the number of steps that were copied.
     """
 
     def __init__(self, run: Run, folder: Path, first_step: int, better: Mapping[str, str]) -> None:
@@ -102,51 +99,69 @@ class Copier:
         """
         self._run = run
         self._better = better
-        self._first_step = first_step
-        self._metrics = Tail(folder / "metrics.jsonl")
-        self._tables = [
-            Table("validation/samples", folder / "samples.jsonl"),
-            Table("validation/predictions", folder / "predictions.jsonl"),
-        ]
-        self._events = Tail(folder / "events.jsonl")
-        self.model: Record | None = None
-        self._last: Record | None = None
+        self._metrics = Tail(folder / "metrics.jsonl", is_stamped)
+        self._tables = {
+            f"validation/{name}": Tail(folder / f"{name}.jsonl", is_stamped) for name in ("samples", "predictions")
+        }
+        self._events = Tail(folder / "events.jsonl", lambda event: isinstance(event.get("kind"), str))
+        self._waiting: dict[int, dict[str, list[Record]]] = {}
         self._known: set[str] = set()
         self._event_counts: Counter[str] = Counter()
+        self.model: Record | None = None
+        self.last_step = first_step - 1
+        self.num_sent = 0
 
-    def copy(self) -> None:
-        """Copy new lines. Errors of W&B are passed on."""
-        # Rows of a step are written before the next step's metrics, so in this order no row of a step is missed.
-        metrics = _by_step(self._metrics.read())
-        rows = [(table, _by_step(table.read())) for table in self._tables]
-        for step in sorted({step for found in (metrics, *(of for _, of in rows)) for step in found}):
-            if step < self._first_step:
-                continue
-            for record in metrics.get(step, ()):
-                self._log_metrics(record)
-            for table, found in rows:
-                if step in found:
-                    # W&B has one time for a step; the one of its metrics is used, if there are any.
-                    stamp = self._last if self._last and self._last["step"] == step else found[step][-1]
-                    self._log(stamp, {table.name: table.take(found[step])})
-        events = [event for event in self._events.read() if "kind" in event]
+    @property
+    def num_damaged(self) -> int:
+        """Return the number of damaged lines, which are not copied."""
+        return sum(tail.num_damaged for tail in (self._metrics, *self._tables.values(), self._events))
+
+    def copy(self, *, is_final: bool = False) -> None:
+        """Copy the steps that are complete and new. Errors of W&B are passed on.
+
+        Args:
+            is_final: whether no line will be added to any step.
+        """
+        metrics = self._metrics.read(but_last=not is_final)
+        if self._metrics.was_replaced:
+            # The run has returned to an earlier step. W&B keeps the steps that it has; the others are read again.
+            self._waiting.clear()
+        for name, records in [("", metrics), *((name, tail.read()) for name, tail in self._tables.items())]:
+            for record in records:
+                if record["step"] > self.last_step:
+                    self._waiting.setdefault(record["step"], {}).setdefault(name, []).append(record)
+        complete = math.inf if is_final else max((record["step"] for record in metrics), default=-1)
+        for step in sorted(step for step in self._waiting if step <= complete):
+            self._log(step, self._waiting.pop(step))
+        events = self._events.read()
         self.model = next((event for event in reversed(events) if event["kind"] == MODEL_EVENT), self.model)
         if events:
-            self._event_counts.update(record["kind"] for record in events)
+            self._event_counts.update(event["kind"] for event in events)
             self._run.summary.update({f"events/{kind}": count for kind, count in self._event_counts.items()})
 
-    def _log_metrics(self, record: Record) -> None:
-        self._last = record
-        values = {name: _number(value) for name, value in record.items() if name not in _STAMP}
-        for name in values.keys() - self._known:
+    def _log(self, step: int, found: dict[str, list[Record]]) -> None:
+        """Log the row of a step: its metrics and its tables."""
+        stamp = (found.get("") or next(iter(found.values())))[-1]
+        metrics = {name: value for record in found.pop("", ()) for name, value in record.items() if name not in _STAMP}
+        for name in metrics.keys() - self._known:
             self._known.add(name)
             better = self._better.get(name.rpartition("/")[2])
             if better in _SUMMARIES and not name.startswith(_MEASURED_ONCE):
                 self._run.define_metric(name, step_metric="train/tokens", summary=_SUMMARIES[better])
-        self._log(record, values)
+        values = {name: _number(value) for name, value in metrics.items()}
+        values |= {name: _table(rows) for name, rows in found.items()}
+        stamped = {**values, "train/tokens": stamp["tokens"], "_timestamp": stamp["time"]}
+        self._run.log(stamped, step=step, commit=True)
+        self.last_step = step
+        self.num_sent += 1
 
-    def _log(self, record: Record, values: dict[str, Any]) -> None:
-        self._run.log({**values, "train/tokens": record["tokens"], "_timestamp": record["time"]}, step=record["step"])
+
+def _table(rows: list[Record]) -> Any:
+    import wandb
+
+    names = [name for name in dict.fromkeys(key for row in rows for key in row) if name != "time"]
+    cells = [[_cell(row.get(name)) for name in names] for row in rows]
+    return wandb.Table(columns=[*names], data=cells, allow_mixed_types=True)
 
 
 def _number(value: Any) -> Any:
@@ -156,13 +171,6 @@ def _number(value: Any) -> Any:
 def _cell(value: Any) -> Any:
     """Return a value for a table's cell. A column has one type, so lists and dictionaries become text."""
     return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value
-
-
-def _by_step(records: list[Record]) -> dict[int, list[Record]]:
-    found: defaultdict[int, list[Record]] = defaultdict(list)
-    for record in records:
-        found[record["step"]].append(record)
-    return found
 
 
 LINK_EVENT = "wandb_base"
@@ -204,7 +212,7 @@ def link_base(run: Run, base: Record, *, is_online: bool) -> Record:
         is_online: whether W&B is online.
 
     Returns:
-        An event with the artifact, or with the reason why there is none.
+        An event with the artifact, or with the reason why it is missing.
     """
     run.summary.update({f"base/{key}": value for key, value in base.items() if value != ""})
     artifact = ""

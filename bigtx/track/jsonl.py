@@ -10,12 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bigtx.utils.errors import LaunchError
-from bigtx.utils.files import write_atomic
+from bigtx.utils.errors import LaunchError, writes
+from bigtx.utils.files import json_value, write_atomic
 
 Record = dict[str, Any]
 MODEL_EVENT = "model"
 """The kind of event that names a run's checkpoint for other runs."""
+EVENTS = "events.jsonl"
+RECORD_FILES = ("metrics.jsonl", "samples.jsonl", "predictions.jsonl", EVENTS)
+"""The files of a run's records."""
+TASK_FILE = "wandb_task.json"
+"""The file with what W&B needs besides the records: the config, the names, and which values of metrics are better."""
 
 
 class JsonLines:
@@ -25,6 +30,9 @@ class JsonLines:
     "-Infinity", which `float()` reads.
 
     When the disk is full, records are kept in memory, `warn` is called once, and every later call tries again.
+
+    Attributes:
+        num_lines: the number of lines, including those in memory.
     """
 
     def __init__(self, path: Path, *, warn: Callable[[str], None], up_to_step: int | None = None) -> None:
@@ -42,15 +50,18 @@ class JsonLines:
         self._warn = warn
         self._warned = False
         self._unwritten = b""
-        try:
+        self._open(up_to_step)
+
+    def _open(self, up_to_step: int | None) -> None:
+        path = self._path
+        with writes(path, "; repair the folder or choose another"):
             kept = _keep_whole_lines(path, up_to_step)
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise LaunchError(f"cannot write {path}: {error.strerror}. Repair the folder or choose another.") from None
         last_line = kept[-1] if kept else b""
         self._end = sum(map(len, kept))
         self._last_start = self._end - len(last_line)
         self._last: Record = parse_line(last_line) or {}
+        self.num_lines = len(kept)
 
     def append(self, record: Record) -> None:
         """Write one record as a new line."""
@@ -62,6 +73,7 @@ class JsonLines:
         self._unwritten += b"".join(lines)
         self._flush(len(lines[-1]))
         self._last = records[-1]
+        self.num_lines += len(lines)
 
     def merge(self, record: Record) -> None:
         """Write a record. If the last line has the same step, it is extended by the record."""
@@ -71,10 +83,40 @@ class JsonLines:
                 self._unwritten = self._unwritten[: -len(_line(self._last))]
             else:
                 self._end = self._last_start
+            self.num_lines -= 1
         self.append(record)
 
+    def unwritten(self) -> list[Record]:
+        """Return the records that are only in memory, because the disk is full."""
+        return [record for line in self._unwritten.splitlines(keepends=True) if (record := parse_line(line))]
+
+    def place(self) -> str:
+        """Return the path of the open file, which may have been moved; "" if it was deleted, or if that is unknown."""
+        with contextlib.suppress(OSError):
+            path = os.readlink(f"/proc/self/fd/{self._file}")
+            return path if os.path.exists(path) else ""
+        return ""
+
+    def rewind(self, step: int) -> None:
+        """Remove the records of later steps. The file becomes another one of the same name, as readers can see.
+
+        Raises:
+            LaunchError: The file cannot be written.
+        """
+        unwritten = _whole_lines(self._unwritten, step)
+        os.close(self._file)
+        with contextlib.suppress(OSError):  # On a full disk the file is only cut.
+            write_atomic(self._path, b"".join(_whole_lines(self._path.read_bytes(), step)))
+        self._open(step)
+        self._unwritten = b"".join(unwritten)
+        self.num_lines += len(unwritten)
+        if unwritten:
+            self._last = parse_line(unwritten[-1]) or {}
+
     def close(self) -> None:
-        """Close the file."""
+        """Try again to write what is in memory, and close the file."""
+        if self._unwritten:
+            self._flush(len(_line(self._last)))
         os.close(self._file)
 
     def _flush(self, last_length: int) -> None:
@@ -90,7 +132,7 @@ class JsonLines:
                 os.ftruncate(self._file, self._end)
             if not self._warned:
                 self._warned = True
-                self._warn(f"cannot write {self._path}: {error.strerror}; the run continues and tries again later")
+                self._warn(f"cannot write {self._path}: {error.strerror}")
             return
         self._end += len(text)
         self._last_start = self._end - last_length
@@ -102,10 +144,40 @@ def parse_line(line: bytes) -> Record | None:
     if not line.endswith(b"\n"):
         return None
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
+        record = json_value(line)
+    except ValueError:
         return None
     return record if isinstance(record, dict) else None
+
+
+def read_records(path: Path) -> list[Record]:
+    """Return the records of a file. Damaged lines are left out; without the file there is no record."""
+    try:
+        text = path.read_bytes()
+    except OSError:
+        return []
+    return [record for line in text.splitlines(keepends=True) if (record := parse_line(line)) is not None]
+
+
+def append_missing(path: Path, records: list[Record]) -> None:
+    """Append the records that the file lacks, because its disk was full when they were made.
+
+    Raises:
+        LaunchError: the file still cannot be written.
+    """
+
+    def refuse(text: str) -> None:
+        raise LaunchError(
+            f"{path} lacks {len(missing)} lines, which a checkpoint holds: {text}. Free space on its disk"
+        )
+
+    # A line may have been extended since, but its time is the same.
+    known = {(str(record.get("step")), str(record.get("time"))) for record in read_records(path)}
+    missing = [record for record in records if (str(record["step"]), str(record["time"])) not in known]
+    if missing:
+        file = JsonLines(path, warn=refuse)
+        file.extend(missing)
+        file.close()
 
 
 def step_of(record: Record) -> float:
@@ -114,20 +186,33 @@ def step_of(record: Record) -> float:
     return step if isinstance(step, int) else math.inf
 
 
+def is_stamped(record: Record) -> bool:
+    """Return whether a record has a step, tokens and a time, as every record of metrics, samples and predictions."""
+    return type(record.get("step")) is int and all(
+        type(record.get(name)) in (int, float) for name in ("tokens", "time")
+    )
+
+
 def _keep_whole_lines(path: Path, up_to_step: int | None) -> list[bytes]:
     """Remove incomplete lines and those of later steps from the file. Returns the remaining lines."""
     text = path.read_bytes() if path.exists() else b""
-    kept = []
-    for line in text.splitlines(keepends=True):
-        record = parse_line(line)
-        if record is not None and (up_to_step is None or step_of(record) <= up_to_step):
-            kept.append(line)
+    kept = _whole_lines(text, up_to_step)
     wanted = b"".join(kept)
     if text.startswith(wanted):
         if wanted != text:
             os.truncate(path, len(wanted))
     else:
         write_atomic(path, wanted)
+    return kept
+
+
+def _whole_lines(text: bytes, up_to_step: int | None) -> list[bytes]:
+    """Return the lines that are records, up to a step."""
+    kept = []
+    for line in text.splitlines(keepends=True):
+        record = parse_line(line)
+        if record is not None and (up_to_step is None or step_of(record) <= up_to_step):
+            kept.append(line)
     return kept
 
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from bigtx.config.schema import TrackConfig
 from bigtx.config.schema.tasks import Better
 from bigtx.track.console import Console, open_nowhere, shorten
-from bigtx.track.jsonl import MODEL_EVENT, JsonLines
-from bigtx.track.wandb_run import WandbRun, read_or_make_run_id
+from bigtx.track.jsonl import EVENTS, MODEL_EVENT, RECORD_FILES, TASK_FILE, JsonLines, append_missing, plain
+from bigtx.utils.errors import LaunchError
+from bigtx.utils.files import inode_of, write_sealed
 from bigtx.utils.secrets import scrub
+from bigtx.utils.shell import command
 
-"""Which of two values of a metric is better."""
+if TYPE_CHECKING:
+    from bigtx.track.wandb_run import WandbRun
+
 _SHOWN_SAMPLE_LENGTH = 600
 
 
@@ -27,6 +32,7 @@ class Tracker:
 
     Attributes:
         wandb_run_id: the W&B run's id, "" where W&B is off.
+        lost: what could not be written to the folder until `close`, in words; "" if everything is there.
     """
 
     def __init__(
@@ -40,6 +46,7 @@ class Tracker:
         total_steps: int,
         better: Mapping[str, Better],
         resumed_step: int = 0,
+        saved: Mapping[str, Any] | None = None,
         name: str = "",
         job_type: str = "pretrain",
         base: Mapping[str, Any] | None = None,
@@ -58,6 +65,7 @@ class Tracker:
                 of metrics that have one.
             resumed_step: the step whose checkpoint was loaded; 0 starts at the beginning, and removes the records of
                 earlier starts.
+            saved: what `state` returned when that checkpoint was saved; None if that is unknown.
             name: W&B's display name; "" stands for the run folder's name.
             job_type: W&B's job type.
             base: the source of the weights: `checkpoint` (its folder), `manifest_sha256`, `step` and `wandb_run_id`
@@ -67,24 +75,26 @@ class Tracker:
         Raises:
             LaunchError: The run folder cannot be written.
         """
-        self.wandb_run_id = ""
+        self.wandb_run_id = self.lost = ""
         self._wandb: WandbRun | None = None
         self._is_writer = rank == 0
         if not self._is_writer:
             return
+        self._run_dir, self._inode, self._job_type = Path(run_dir), inode_of(Path(run_dir)), job_type
         folder = Path(run_dir).resolve()
         self._console = Console(stream or open_nowhere(), total_steps=total_steps)
         self._has_warned = False
         up_to_step = resumed_step or -1
-        self._metrics = JsonLines(folder / "metrics.jsonl", warn=self._warn, up_to_step=up_to_step)
-        self._samples = JsonLines(folder / "samples.jsonl", warn=self._warn, up_to_step=up_to_step)
-        self._predictions = JsonLines(folder / "predictions.jsonl", warn=self._warn, up_to_step=up_to_step)
-        self._events = JsonLines(folder / "events.jsonl", warn=self._warn)
+        self._files = {
+            name: JsonLines(folder / name, warn=self._warn, up_to_step=None if name == EVENTS else up_to_step)
+            for name in RECORD_FILES
+        }
+        self._metrics, self._samples, self._predictions, self._events = self._files.values()
         self._step = resumed_step
-        if config.wandb != "off" and os.environ.get("WANDB_MODE") != "disabled":
-            named = {"name": name or folder.name, "job_type": job_type}
-            about = {**run_config, "environment": dict(environment)}
-            self._start_wandb(folder, config, named, about, resumed_step=resumed_step, better=better, base=base)
+        self._report_missing_lines(saved or {})
+        named = {"name": name or folder.name, "job_type": job_type}
+        about = {**run_config, "environment": dict(environment)}
+        self._start_wandb(folder, config, named, about, resumed_step=resumed_step, better=better, base=base)
 
     def _start_wandb(
         self,
@@ -97,24 +107,19 @@ class Tracker:
         better: Mapping[str, Better],
         base: Mapping[str, Any] | None,
     ) -> None:
-        """Start the process that copies the records to W&B.
+        """Write what W&B needs besides the records, for `bigtx wandb sync`. Unless W&B is off, start the process that
+        copies the records to it.
 
         Args:
             named: the display name and the job type.
             about: the config of the run in W&B.
             resumed_step, better, base: see `__init__`.
         """
-        own = read_or_make_run_id(folder)
-        self.wandb_run_id = own.id
-        if own.original:
-            original = {"checkpoint": own.original_folder, "manifest_sha256": "", "step": resumed_step}
-            base = base or original | {"wandb_run_id": own.original}
-            about = {**about, "copied_from": {"wandb_run_id": own.original, "folder": own.original_folder}}
-            self._note("wandb_copy", original=own.original, folder=own.original_folder)
-            self._console.message(
-                f"W&B: this folder is a copy of {own.original_folder}, whose run there is {own.original}; the copy is "
-                f"the run {own.id}"
-            )
+        is_off = config.wandb == "off" or os.environ.get("WANDB_MODE") == "disabled"
+        if not is_off and (original := self._choose_run_id(folder)):
+            about = {**about, "copied_from": original}
+            source = {"checkpoint": original["folder"], "manifest_sha256": "", "step": resumed_step}
+            base = base or source | {"wandb_run_id": original["wandb_run_id"]}
         init = {
             "id": self.wandb_run_id,
             "dir": str(folder),
@@ -125,14 +130,29 @@ class Tracker:
             **named,
             "config": scrub({**about} | ({"base_run": base} if base else {})),
         }
-        task = {
-            "mode": config.wandb,
-            "resumed_step": resumed_step,
-            "init": init,
-            "base": scrub(base or {}),
-            "better": dict(better),
-        }
-        self._wandb = WandbRun(folder, task, show=self._console.message, note=self._note)
+        task = {"init": init, "base": scrub(base or {}), "better": dict(better)}
+        with contextlib.suppress(OSError):  # The next start writes it.
+            write_sealed(folder / TASK_FILE, plain(task))
+        if not is_off:
+            from bigtx.track.wandb_run import WandbRun
+
+            own = {"mode": config.wandb, "resumed_step": resumed_step}
+            self._wandb = WandbRun(folder, task | own, show=self._console.message, note=self._note)
+
+    def _choose_run_id(self, folder: Path) -> dict[str, str]:
+        """Read or make the folder's W&B id. Return the run that the folder is a copy of; empty if it is not a copy."""
+        from bigtx.track.wandb_run import read_or_make_run_id
+
+        own = read_or_make_run_id(folder)
+        self.wandb_run_id = own.id
+        if not own.original:
+            return {}
+        self._note("wandb_copy", original=own.original, folder=own.original_folder)
+        self._console.message(
+            f"W&B: this folder is a copy of {own.original_folder}, whose run there is {own.original}; the copy is "
+            f"the run {own.id}"
+        )
+        return {"wandb_run_id": own.original, "folder": own.original_folder}
 
     @property
     def wandb_mode(self) -> str:
@@ -152,6 +172,7 @@ class Tracker:
         if not self._is_writer:
             return
         self._step = step
+        self.check_folder()
         self._metrics.merge({"step": step, "tokens": tokens, "time": _now(), **metrics})
         self._poll()
 
@@ -217,10 +238,52 @@ class Tracker:
         if self._is_writer:
             self._console.message(text)
 
+    def rewind(self, step: int) -> None:
+        """Remove the metrics, samples and predictions of later steps: the run has returned to this one.
+
+        W&B cannot remove steps: it keeps those that it has, and continues after them.
+
+        Raises:
+            LaunchError: a file cannot be written.
+        """
+        if not self._is_writer:
+            return
+        self._step = step
+        for file in (self._metrics, self._samples, self._predictions):
+            file.rewind(step)
+        self._console.begin(step)
+
     def begin(self) -> None:
         """Show that the steps begin: on a terminal, draw the bar at the step of the resume."""
         if self._is_writer:
             self._console.begin(self._step)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint records of the files: how many lines they have, and those only in memory."""
+        if not self._is_writer:
+            return {}
+        return {name: {"lines": file.num_lines, "unwritten": file.unwritten()} for name, file in self._files.items()}
+
+    def check_folder(self) -> None:
+        """Check that the run folder is at its place. Nothing may be written to a new folder at that path.
+
+        Raises:
+            LaunchError: it was moved or deleted.
+        """
+        if not self._is_writer or inode_of(self._run_dir) == self._inode:
+            return
+        place = self._metrics.place()
+        self._note("moved", place=place)
+        if not place:
+            raise LaunchError(
+                f"{self._run_dir} was deleted while the run trained (step {self._step:,}), so the run has ended; start "
+                "it again with a run_dir that nothing deletes"
+            )
+        again = command("bigtx", self._job_type, Path(place).parent)
+        raise LaunchError(
+            f"{self._run_dir} was moved to {Path(place).parent} while the run trained (step {self._step:,}), so the "
+            f"run has ended. Everything is in the new place; to resume from the last checkpoint there: {again}"
+        )
 
     def progress(self, step: int, tokens: int, figures: Mapping[str, float]) -> None:
         """Show the progress of the run; see `Console.progress` for the figures."""
@@ -228,23 +291,45 @@ class Tracker:
             self._console.progress(step, tokens, figures)
             self._poll()
 
-    def close(self, status: Literal["finished", "stopped", "failed"], step: int | None = None) -> None:
+    def close(
+        self,
+        status: Literal["finished", "stopped", "failed"],
+        step: int | None = None,
+        *,
+        owes_validation: bool = False,
+    ) -> None:
         """Record how the run ended, and close everything. A W&B server that does not answer takes 3 s at most.
 
         Args:
             status: finished (all steps are done), stopped (on request, to be resumed later) or failed (an error).
             step: optimizer steps done; None for the number of the last call.
+            owes_validation: whether a resume adds measurements to the last line, so that W&B receives that line later.
         """
         if not self._is_writer:
             return
         self._is_writer = False
         self._step = self._step if step is None else step
-        self._note("end", status=status)
+        self._note("end", status=status, **({"owes_validation": True} if owes_validation else {}))
         self._console.close()
         if self._wandb:
-            self._wandb.close(status)
-        for file in (self._metrics, self._samples, self._predictions, self._events):
+            self._wandb.close(status, is_complete=not owes_validation)
+        for file in self._files.values():
             file.close()
+        lost = [f"{count} of {name}" for name, file in self._files.items() if (count := len(file.unwritten()))]
+        self.lost = (
+            f"the disk of {self._run_dir} is full, and lines could not be written: {', '.join(lost)}" if lost else ""
+        )
+
+    def _report_missing_lines(self, saved: Mapping[str, Any]) -> None:
+        """Report lines that a checkpoint counted and that are gone now."""
+        for name, file in self._files.items():
+            num_saved = saved.get(name, {}).get("lines", 0)
+            if name != EVENTS and (missing := num_saved - file.num_lines) > 0:
+                self._note("missing_lines", file=name, missing=missing, of=num_saved)
+                self._console.message(
+                    f"warning: {missing} of {num_saved} lines of {self._run_dir / name} up to step {self._step} are "
+                    "missing or damaged; the run continues without them"
+                )
 
     def _note(self, kind: str, **facts: Any) -> None:
         self._events.append({"step": self._step, "time": _now(), "kind": kind, **scrub(facts)})
@@ -253,11 +338,29 @@ class Tracker:
         # A full disk affects all files, so one warning is enough.
         if not self._has_warned:
             self._has_warned = True
-            self._console.message(f"warning: {text}")
+            self._console.message(
+                f"warning: {text}; the run continues and tries again later. Until then, its lines are in memory and in "
+                "its checkpoints"
+            )
 
     def _poll(self) -> None:
         if self._wandb:
             self._wandb.poll()
+
+
+def restore_lines(folder: Path, saved: Mapping[str, Any]) -> None:
+    """Write the lines that are only in a checkpoint, because the disk was full when they were made.
+
+    Args:
+        folder: the run folder.
+        saved: see `Tracker`.
+
+    Raises:
+        LaunchError: they still cannot be written.
+    """
+    for name in RECORD_FILES:
+        if records := saved.get(name, {}).get("unwritten"):
+            append_missing(folder / name, records)
 
 
 def _now() -> float:

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from bigtx.track.jsonl import Record, parse_line
-from bigtx.utils.files import write_atomic
+from bigtx.track.jsonl import TASK_FILE, Record, parse_line
+from bigtx.utils.files import read_object, write_atomic
 from bigtx.utils.secrets import scrub
 from bigtx.utils.shell import command
 
@@ -59,6 +59,7 @@ class WandbRun:
         """
         self.mode = ""
         self._folder = folder
+        self._later = command("bigtx", "wandb", "sync", folder)
         self._task = {**task, "pid": os.getpid()}
         self._show = show
         self._note = note
@@ -83,12 +84,16 @@ class WandbRun:
             self._close_pipes()
             self._give_up(self._error or f"its process ended; see {self._folder / 'logs' / 'wandb.log'}")
 
-    def close(self, status: str) -> None:
-        """Report to the follower how the run ended, and wait a few seconds until it has finished."""
+    def close(self, status: str, *, is_complete: bool = True) -> None:
+        """Report to the follower how the run ended, and wait a few seconds until it has finished.
+
+        Args:
+            status, is_complete: see `bigtx.track.client.End`.
+        """
         self.poll()
         if self._starter is None:
             return
-        self._send({"status": status})
+        self._send({"status": status, "is_complete": is_complete})
         if not self._ends_within(WAIT_SECONDS):
             host_answers = self.mode == "online" and answers(self._host, timeout=PROBE_SECONDS)
             if not (host_answers and self._ends_within(UPLOAD_SECONDS)):
@@ -97,8 +102,8 @@ class WandbRun:
             self._handle(report)
         if self._error:
             self._show(
-                f"warning: W&B failed ({' '.join(self._error.split())}); the last data may be missing there, and is "
-                f"complete in {self._folder}. See {self._folder / 'logs' / 'wandb.log'}"
+                f"warning: W&B failed ({' '.join(self._error.split())}); the last data may be missing there. "
+                f"To send it: {self._later}. See {self._folder / 'logs' / 'wandb.log'}"
             )
         self._close_pipes()
         self._starter = None
@@ -129,7 +134,10 @@ class WandbRun:
         self._starter = None
         self.mode = "off"
         self._note("wandb_off", error=reason)
-        self._show(f"warning: W&B is turned off for the rest of this run ({reason}); metrics.jsonl is still written")
+        self._show(
+            f"warning: W&B is turned off for the rest of this run ({reason}); metrics.jsonl is still written. "
+            f"To send it later: {self._later}"
+        )
 
     def _handle(self, report: Record) -> None:
         report = scrub(report)
@@ -147,14 +155,10 @@ class WandbRun:
             text = f"W&B: {report['url']}"
         else:
             warning = "warning: " if self._task["mode"] == "online" else ""
-            later = f"wandb sync {command(self._folder / 'wandb')}/offline-run-*"
-            text = f"{warning}W&B offline, {report['why']}; later: {later}"
+            text = f"{warning}W&B offline, {report['why']}; later: {self._later}"
         if text != self._shown:  # W&B starts again when it was killed.
             self._shown = text
             self._show(text)
-        replayed_from = self._task["resumed_step"] + 1
-        if report["first_step"] > replayed_from:
-            self._note("wandb_replayed_steps", first=replayed_from, last=report["first_step"] - 1)
 
     def _receive(self) -> None:
         assert self._starter is not None and self._starter.stdout is not None
@@ -223,12 +227,11 @@ def read_or_make_run_id(folder: Path) -> RunId:
     the original that was moved or restored; any other folder counts as a copy.
     """
     folder = folder.resolve()
-    run_id, before = _read_id(folder), _read_place(folder)
+    run_id, before = read_run_id(folder), _read_place(folder)
     now = _Place(str(folder), socket.gethostname(), str(folder.stat().st_ino))
     is_copy = bool(run_id) and (_is_copy_here(folder, run_id, before) or _is_copy_from_elsewhere(before, now))
     if not run_id or is_copy:
-        made = secrets.token_hex(6)
-        write_atomic(folder / ID_FILE, f"{made}\n")
+        made = make_run_id(folder)
     if before != now:
         write_atomic(folder / PLACE_FILE, "\n".join([*now, ""]))
     if is_copy:
@@ -237,10 +240,24 @@ def read_or_make_run_id(folder: Path) -> RunId:
     return RunId(run_id or made)
 
 
+def read_run_id(folder: Path) -> str:
+    """Return the id of a run folder; "" if it has none. Where the file is damaged, the last start has recorded it."""
+    init = read_object(folder / TASK_FILE).get("init")
+    recorded = str(init.get("id")) if isinstance(init, dict) else ""
+    return next(filter(RUN_ID.fullmatch, (_read(folder / ID_FILE), recorded)), "")
+
+
+def make_run_id(folder: Path) -> str:
+    """Give a run folder a new id."""
+    made = secrets.token_hex(6)
+    write_atomic(folder / ID_FILE, f"{made}\n")
+    return made
+
+
 def _is_copy_here(folder: Path, run_id: str, before: _Place) -> bool:
     """Return whether the original exists here and has the same id."""
     original = Path(before.path or folder)
-    return not _same_folder(original, folder) and _read_id(original) == run_id
+    return not _same_folder(original, folder) and read_run_id(original) == run_id
 
 
 def _is_copy_from_elsewhere(before: _Place, now: _Place) -> bool:
@@ -251,11 +268,6 @@ def _is_copy_from_elsewhere(before: _Place, now: _Place) -> bool:
 def _read_place(folder: Path) -> _Place:
     lines = _read(folder / PLACE_FILE).splitlines()
     return _Place(*lines[:3]) if lines else _Place("")
-
-
-def _read_id(folder: Path) -> str:
-    line = _read(folder / ID_FILE)
-    return line if RUN_ID.fullmatch(line) else ""
 
 
 def _read(path: Path) -> str:

@@ -7,7 +7,7 @@ config, checked ─▶ this process is a rank (of deepspeed, torchrun, srun): it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from bigtx.config.load import Parsed, parse_command_line, to_dict
@@ -16,21 +16,16 @@ from bigtx.launch.supervisor import start_ranks
 from bigtx.launch.world import World, find_world, watch_launchers
 from bigtx.train.context import Config, RunContext
 from bigtx.train.run_folder import check_folder, check_settings
-from bigtx.utils import processes
+from bigtx.utils import imported, processes
 from bigtx.utils.errors import LaunchError, say_from_any_rank
-
-CheckInputs = Callable[[Config, int], None]
-"""A check of the run's inputs, given the config and the number of ranks. It does not import torch."""
-Train = Callable[[RunContext[Config]], int]
-"""A function that trains and returns the exit status."""
 
 
 def run_training(
     schema: type[Config],
     argv: Sequence[str],
     *,
-    check_inputs: Callable[[], CheckInputs[Config]],
-    train: Callable[[], Train[Config]],
+    check_inputs: str,
+    train: str,
     program: str,
     example: str,
 ) -> int:
@@ -39,8 +34,10 @@ def run_training(
     Args:
         schema: the class of the config.
         argv: the arguments without the program's name.
-        check_inputs, train: import and return the functions. `check_inputs` is imported once the config is valid;
-            `train`, which imports torch, is imported in each rank once requests to stop are handled.
+        check_inputs: the name of the function that checks the run's inputs, given the config and the number of ranks.
+            It is imported once the config is valid, and does not import torch.
+        train: the name of the function that trains in a `RunContext` and returns the exit status. It is imported, with
+            torch, in each rank once requests to stop are handled.
         program, example: texts for the help.
 
     Returns:
@@ -58,13 +55,15 @@ def run_training(
         if not parsed.dry_run:
             check_folder(parsed.config, parsed.files)
             check_settings(parsed.config)
-        check_inputs()(parsed.config, world.size)
+        imported(check_inputs)(parsed.config, world.size)
         status = start_ranks(world, Path(parsed.config.run_dir), to_dict(parsed.config))
         if status is not None:
             return status
     processes.share_cores()
+    processes.extend_segments()
     with RunContext(parsed.config, dry_run=parsed.dry_run, files=parsed.files) as context:
-        return train()(context)
+        exit_status: int = imported(train)(context)
+        return exit_status
 
 
 def _find_world(parsed: Parsed[Config]) -> World | None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
 import re
 import shutil
 import signal
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,10 +24,20 @@ from typing import TYPE_CHECKING, Generic, Literal, NoReturn, Self, TypeVar
 
 from bigtx.config.schema import RunConfig
 from bigtx.train.run_folder import check_folder
-from bigtx.utils import log, processes
-from bigtx.utils.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEUE, BigtxError, LaunchError, say_from_any_rank
+from bigtx.utils import heartbeat, log, processes
+from bigtx.utils.errors import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_REQUEUE,
+    BigtxError,
+    LaunchError,
+    say_from_any_rank,
+    writes,
+)
+from bigtx.utils.hardware import host_name
+from bigtx.utils.heartbeat import STACKS, Phase, Vigil
 from bigtx.utils.processes import stop_signals
-from bigtx.utils.units import parse_duration
+from bigtx.utils.units import counted, format_names, parse_duration
 
 if TYPE_CHECKING:
     from bigtx.engine.ranks import Ranks
@@ -106,11 +118,31 @@ class StopRequest:
                 raise EarlyStop(self.exit_status)
 
 
+class StartUp:
+    """The seconds that each phase of a start takes, from the command to the end of the first step.
+
+    Attributes:
+        seconds: by phase, in order. The first is `command`: the config, the checks and the start of the ranks.
+    """
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+        self.seconds = {"command": round(processes.age_of_command(), 2)}
+
+    def end(self, phase: str) -> None:
+        """End a phase; the next one starts."""
+        now = time.monotonic()
+        self.seconds[phase] = round(now - self._since, 2)
+        self._since = now
+
+
 Config = TypeVar("Config", bound=RunConfig)
 
 LOST_RANK = re.compile(r"Connection (closed|reset) by peer|Broken pipe|NCCL (communicator was aborted|error)")
 """What torch.distributed's backends report when another process is gone."""
-SILENT_RANK = re.compile(r"Timed out waiting|wait timeout after|collective operation timeout")
+SILENT_RANK = re.compile(
+    r"Timed out waiting|Application timeout|Operation timed out!|wait timeout after|collective operation timeout"
+)
 """What the backends report when another process has not answered in time."""
 
 
@@ -126,6 +158,7 @@ class RunContext(Generic[Config]):
         stop: the user's or the scheduler's request to stop.
         state: the progress of the run, once it is known.
         status: how this start of the run ended, for events.jsonl and W&B.
+        start_up: the seconds of each phase up to the first step.
         resources: what is closed on exit, in reverse order.
         damaged: why checkpoints were refused.
     """
@@ -140,6 +173,7 @@ class RunContext(Generic[Config]):
         self.status: Literal["finished", "stopped", "failed"] = "failed"
         self.resources = ExitStack()
         self.damaged: list[str] = []
+        self.start_up = StartUp()
         self._has_ranks = False
         self._training_tracker: Tracker | None = None
 
@@ -154,18 +188,14 @@ class RunContext(Generic[Config]):
             self.folder = Path(tempfile.mkdtemp(prefix="bigtx-dry-run-"))
             track = dataclasses.replace(self.config.track, wandb="off")
             self.config = dataclasses.replace(self.config, run_dir=str(self.folder), track=track)
-        try:
+        with writes(f"run_dir={self.config.run_dir!r}", "; name another folder"):
             if not self.dry_run and not processes.is_supervised():
                 check_folder(self.config, self.files)
             log.setup(self.folder, processes.rank())
-        except OSError as error:
-            raise LaunchError(
-                f"run_dir={self.config.run_dir!r} cannot be written: {error}; name another folder"
-            ) from error
         launcher, nodes = processes.launcher_name(), processes.num_nodes()
         where = f" on {nodes} machines" if nodes > 1 else ""
         started = f", started by {launcher}" if launcher else ""
-        log.say(f"bigtx: {num_ranks(processes.world_size())}{where}{started}; run folder {self.folder}")
+        log.say(f"bigtx: {counted(processes.world_size(), 'rank')}{where}{started}; run folder {self.folder}")
         self.stop = StopRequest(self._answer_request)
         return self
 
@@ -177,8 +207,14 @@ class RunContext(Generic[Config]):
         """
         from bigtx.engine.ranks import Ranks
 
-        self.ranks = Ranks(timeout_seconds=parse_duration(self.config.engine.timeout).value)
+        self.start_up.end("imports")
+        timeout = parse_duration(self.config.engine.timeout).value
+        self.ranks = Ranks(timeout_seconds=timeout)
         self._has_ranks = True
+        if not processes.is_supervised():
+            heartbeat.offer_stacks(2)  # The log.
+            self.resources.callback(heartbeat.watch_self(timeout, self._end_stuck))
+        self.start_up.end("ranks")
         for note in self.ranks.notes_on_devices():
             log.say(note)
         return self.ranks
@@ -252,27 +288,45 @@ class RunContext(Generic[Config]):
             self._print_once(error)
 
     def _explain_silence(self, error: RuntimeError) -> NoReturn:
-        """Raise an error that names the ranks that did not answer in time; each other rank logs its stack."""
+        """Raise an error that names the ranks that did not answer in time; each other rank logs its stack.
+
+        A supervisor knows more about them, and prints it.
+        """
+        from bigtx.launch.explain import how_to_resume
+
         logging.getLogger(__name__).error("this rank waited for another until engine.timeout", exc_info=error)
-        silent = self.ranks.silent()
-        who = f"rank {', '.join(map(str, silent))}" if silent else "a rank, or the network,"
-        lost = LaunchError(
-            f"{who} did not answer within engine.timeout={self.config.engine.timeout}: it is stopped, hangs or is too "
-            f"slow; {self.folder / 'logs'} shows where each of the others waited for it. The same command resumes "
-            "from the last checkpoint"
-        )
-        lost.exit_status = EXIT_FAILED
-        if silent is not None:
+        stacks, step = self.folder / STACKS, heartbeat.own_heart().step
+        heartbeat.write_stacks(stacks, self.ranks.rank, traceback.format_exc())
+        heartbeat.beat(Phase.TIMED_OUT)
+        what = f"did not answer within engine.timeout={self.config.engine.timeout}"
+        lost = LaunchError(f"another rank {what}")
+        if not log.report(lost=True, error=str(lost)) and (silent := self.ranks.silent()) is not None:
+            who = format_names(self.ranks.describe(silent)) if silent else "a rank, or the network,"
+            lost = LaunchError(
+                f"{who} {what}, {f'in step {step:,}' if step else 'before the first step'}: it is stopped, hangs or is "
+                f"too slow; {stacks} shows where each of the others waited for it. {how_to_resume(self.folder)}"
+            )
             say_from_any_rank(lost)
-        lost.reported = True
+            self.ranks.end_silent(silent, stacks)
+        lost.exit_status, lost.reported = EXIT_FAILED, True
         raise lost from error
+
+    def _end_stuck(self, vigil: Vigil, stack: str) -> None:
+        """Print that this rank hangs, write its stacks, and end the process. A thread calls it."""
+        from bigtx.launch.explain import how_to_resume
+        from bigtx.launch.watchdog import Sight, describe
+
+        path = heartbeat.write_stacks(self.folder / STACKS, self.ranks.rank)
+        place = heartbeat.place_in(stack, vigil.beat.phase)
+        on_gpu = heartbeat.waits_for_gpu(stack)
+        sight = Sight(self.ranks.rank, vigil.beat, vigil.still, place=place, is_stuck=True, is_on_gpu=on_gpu)
+        culprits = [] if on_gpu else [sight]
+        text = describe(culprits, [sight], host_name(), parse_duration(self.config.engine.timeout).value)
+        if self.ranks.is_first_to_fail():
+            say_from_any_rank(LaunchError(f"{text}\nThe stacks are in {path}.\n{how_to_resume(self.folder)}"))
+        os._exit(EXIT_FAILED)
 
     def _print_once(self, error: BigtxError) -> None:
         if self.ranks.is_first_to_fail():
             say_from_any_rank(error)
         error.reported = True
-
-
-def num_ranks(count: int) -> str:
-    """Return a number of ranks in words."""
-    return f"{count} rank" + "s" * (count != 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,20 +13,23 @@ from bigtx.config.schema.tasks import Better
 from bigtx.engine.checkpoint import Checkpoint, preferred
 from bigtx.engine.engine import Engine
 from bigtx.engine.ranks import Ranks
-from bigtx.engine.task import Task
+from bigtx.engine.retention import Policy
+from bigtx.engine.saving import Saver
+from bigtx.model.loss import Task
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.track.tracker import Tracker
 from bigtx.train import loop
 from bigtx.train.context import Config, RunContext
 from bigtx.train.loop import Run
-from bigtx.train.meter import Meter
 from bigtx.train.run_folder import BASE_FACTS, describe_run, dump
 from bigtx.train.start import Start
-from bigtx.train.state import RunState
+from bigtx.train.state import Meter, RunState
 from bigtx.utils import hardware, log, processes
+from bigtx.utils.errors import LaunchError
 from bigtx.utils.units import format_count
 
 if TYPE_CHECKING:
+    from bigtx.train.health import Health
     from bigtx.train.teacher import Teacher
 
 
@@ -40,12 +44,13 @@ def open_tracker(
     job_type: Literal["pretrain", "finetune"],
     base: dict[str, Any],
 ) -> Tracker:
-    """Start the metrics, the events and W&B, and record how this start of the run began.
+    """Start the metrics, the events and W&B, and record how this start of the run began: also from which other run.
 
     Args:
         better: whether lower or higher is better for each metric, by its name without group.
         base: see `facts_of`; empty where the run began from its seed.
     """
+    origin = start.origin or base
     tracker = Tracker(
         context.folder,
         config.track,
@@ -55,8 +60,9 @@ def open_tracker(
         total_steps=total_steps,
         better=better,
         resumed_step=state.step,
+        saved=start.tracked,
         job_type=job_type,
-        base={key: base[key] for key in BASE_FACTS} if base else None,
+        base={key: origin[key] for key in BASE_FACTS} if origin else None,
         stream=log.console(),
     )
     context.resources.callback(lambda: tracker.close(context.status, state.step))
@@ -65,7 +71,9 @@ def open_tracker(
     tracker.event(state.step, "start", host=start.environment["host"], world_size=world_size, **place)
     for text in context.damaged:
         tracker.event(state.step, "refused_checkpoint", text=text)
-    if start.checkpoint:
+    if start.origin:
+        tracker.event(**start.origin, kind="fork")
+    elif start.checkpoint:
         name, stage = start.checkpoint.path.name, config.engine.zero_stage
         tracker.event(state.step, "resume", checkpoint=name, world_size=world_size, zero_stage=stage)
     for change in start.changed:
@@ -81,6 +89,7 @@ def write_description(
     Raises:
         LaunchError: the folder cannot be written.
     """
+    context.start_up.end("weights")
     given, deepspeed = context.as_given(config), engine.deepspeed_config
     context.ranks.on_first(
         lambda: describe_run(given, tokenizer=tokenizer, deepspeed=deepspeed, environment=start.environment)
@@ -100,6 +109,20 @@ def open_meter(config: RunConfig, ranks: Ranks, start: Start, flops_per_token: f
     if start.checkpoint:
         meter.restore(start.checkpoint.manifest["meter"])
     return meter
+
+
+def open_saver(context: RunContext[Config], config: RunConfig, engine: Engine) -> Saver:
+    """Return the writer of the run's checkpoints."""
+    train = config.train
+    policy = Policy(newest=train.keep_checkpoints, every=train.keep_every)
+    saver = Saver(engine, context.ranks, context.folder, policy, in_background=train.async_checkpoints)
+    if train.copy_checkpoints_to and context.ranks.rank == 0 and not context.dry_run:
+        from bigtx.engine.copies import CheckpointCopier
+
+        copier = CheckpointCopier(context.folder, train.copy_checkpoints_to)
+        context.resources.callback(lambda: copier.close(wait=context.status != "failed"))
+        saver.when_saved = copier.submit
+    return saver
 
 
 def with_teacher(task: Task, teacher: Teacher | None, config: RunConfig, engine: Engine) -> Task:
@@ -122,8 +145,12 @@ def execute(
         next_command: a command that uses the finished run.
         conclude: called after the last step.
     """
+    context.resources.callback(lambda: run.loader.close())  # A return to a checkpoint opens another loader.
     if context.dry_run:
         return _try_one_step(context, run)
+    run.look_after = _look_after(run)
+    context.start_up.end("tracker")
+    run.start_up = context.start_up
     with context.training(run.tracker):
         is_finished = loop.train(run, context.stop)
     context.stop.forget_file()  # The next start must not stop because of this request.
@@ -136,6 +163,7 @@ def execute(
     if run.ranks.rank == 0:
         _announce_model(run)
     _close_tracker(context, run, "finished")
+    run.ranks.on_first(lambda: _refuse_lost_lines(run))
     log.say(
         f"finished: {run.state.step:,} steps, {format_count(run.state.tokens)} tokens, in {context.folder}\n"
         f"next: {next_command}"
@@ -143,10 +171,35 @@ def execute(
     return 0
 
 
+def _look_after(run: Run) -> Callable[[int, float, Tracker], dict[str, float]]:
+    """Return `Health.look` of the run, whose module is imported at the first log step."""
+
+    @functools.cache
+    def opened() -> Health:
+        from bigtx.train.health import Health
+
+        return Health(run.ranks, run.engine, run.run_dir)
+
+    return lambda step, seconds, tracker: opened().look(step, seconds, tracker)
+
+
 def _close_tracker(context: RunContext[Config], run: Run, status: Literal["finished", "stopped"]) -> None:
     """Close the tracker, so that W&B prints its last messages before the run prints its own."""
     context.status = status
-    run.tracker.close(status, run.state.step)
+    run.tracker.close(status, run.state.step, owes_validation=run.state.owes_validation)
+
+
+def _refuse_lost_lines(run: Run) -> None:
+    """Report lines that the disk did not take until the end of the run.
+
+    Raises:
+        LaunchError: there are such lines.
+    """
+    if run.tracker.lost:
+        raise LaunchError(
+            f"the run made all its steps, but {run.tracker.lost}. Its last checkpoint holds the lines of its steps: "
+            "free space, and repeat the command, which writes them"
+        )
 
 
 def _announce_model(run: Run) -> None:
@@ -156,11 +209,7 @@ def _announce_model(run: Run) -> None:
 
 
 def _try_one_step(context: RunContext[Config], run: Run) -> int:
-    micro_batches = next(run.loader)
-    num_labels, num_tokens = run.ranks.sum(
-        [sum(batch.num_labels for batch in micro_batches), run.loader.num_tokens(micro_batches)]
-    )
-    result = loop.train_step(run, micro_batches, num_labels, num_tokens)
+    result = loop.train_step(run, loop.read_step(run)())
     metrics = run.meter.metrics()
     context.status = "finished"
     log.say(

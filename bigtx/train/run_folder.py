@@ -13,16 +13,17 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigtx.config import changes
 from bigtx.config.load import to_dict, yaml_of
 from bigtx.config.runs import (
     CHECKPOINTS,
     CONFIG,
     ENVIRONMENT,
+    checkpoint_named,
     gives_config,
     has_steps,
     is_run,
@@ -32,8 +33,8 @@ from bigtx.config.runs import (
 )
 from bigtx.config.schema import FinetuneConfig, PretrainConfig, RunConfig
 from bigtx.utils import processes
-from bigtx.utils.errors import CheckpointError, ConfigError, LaunchError
-from bigtx.utils.files import read_object, write_atomic, write_json
+from bigtx.utils.errors import CheckpointError, ConfigError, LaunchError, writes
+from bigtx.utils.files import RUN, kind_of_own, read_object, write_atomic, write_json
 from bigtx.utils.locks import FolderLock, refuse_if_held
 from bigtx.utils.secrets import scrub
 from bigtx.utils.shell import setting
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 GIVEN_CONFIG = "config.given.yaml"
 """The copy of a user's own RUN/config.yaml, which the run's config replaces."""
 METRICS = "metrics.jsonl"
-WANDB = ("wandb_run_id", "wandb_run_place")
+WANDB = ("wandb_run_id", "wandb_run_place", "wandb_task.json")
 HISTORY = (METRICS, "samples.jsonl", "predictions.jsonl", "events.jsonl", "results.json", "base.json", *WANDB)
 """Files that record the course of the run, besides its config."""
 FOLDERS = ("tokenizer", "frozen", "frozen.partial")
@@ -117,7 +118,8 @@ def are_checkpoints_gone(run_dir: Path) -> bool:
 
 def _inputs(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Return each path that the run reads, with the setting that names it."""
-    named: list[tuple[str, str | None]] = [("distill.teacher", config.distill.teacher)]
+    fork = None if config.fork_from is None else str(checkpoint_named(config.fork_from))
+    named: list[tuple[str, str | None]] = [("distill.teacher", config.distill.teacher), ("fork_from", fork)]
     if isinstance(config, FinetuneConfig):
         named += [("base", config.base), ("tokenizer", config.tokenizer)]
         for split in ("train", "validation", "test"):
@@ -148,9 +150,7 @@ def _refuse_other_files(run_dir: Path, *, is_given: bool) -> None:
 
 def _other_kind(folder: Path) -> str | None:
     """Return what a folder is, if bigtx or another library wrote it and it is not a run."""
-    from bigtx.data.raw.own import RUN, kind_of
-
-    kind = kind_of(str(folder), os.listdir(folder))
+    kind = kind_of_own(str(folder), os.listdir(folder))
     if kind not in (None, RUN):
         return kind
     if {"format", "sha256"} <= read_object(folder / "manifest.json").keys():
@@ -231,12 +231,10 @@ def open_run_folder(config: RunConfig, *, files: Iterable[Path], environment: di
         CheckpointError: the folder holds something else, or its config is missing.
     """
     run_dir = Path(config.run_dir)
-    try:
+    with writes(f"run_dir={config.run_dir!r}", "; name another folder"), ExitStack() as stack:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = FolderLock(run_dir)
-    except OSError as error:
-        raise LaunchError(f"run_dir={config.run_dir!r} cannot be written: {error}; name another folder") from error
-    try:
+        stack.callback(lock.release)
         changed = _changed_settings(run_dir, config)
         if not is_run(run_dir):
             if gives_config(run_dir, files):
@@ -244,13 +242,9 @@ def open_run_folder(config: RunConfig, *, files: Iterable[Path], environment: di
             # After this line the folder counts as a run, even if this start fails.
             write_json(run_dir / ENVIRONMENT, scrub(environment))
         begins_again = CHECKPOINTS in config.allow_changes and are_checkpoints_gone(run_dir)
-        return Opened(lock, changed, _set_history_aside(run_dir) if begins_again else None)
-    except OSError as error:
-        lock.release()
-        raise LaunchError(f"run_dir={config.run_dir!r} cannot be written: {error}") from error
-    except BaseException:
-        lock.release()
-        raise
+        opened = Opened(lock, changed, _set_history_aside(run_dir) if begins_again else None)
+        stack.pop_all()  # The lock is held until the run ends.
+        return opened
 
 
 def _set_history_aside(run_dir: Path) -> Path:
@@ -306,22 +300,42 @@ def check_settings(config: RunConfig) -> None:
 
 
 def _changed_settings(run_dir: Path, config: RunConfig, but: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Return the settings that differ from the run so far, all of them allowed; empty if no step was saved.
+    """Return the settings that differ from the run so far, all of them allowed; where no step was saved, from the run
+    that this one forks, or none.
 
     Args:
         but: settings that are not compared.
     """
-    saved = saved_values(run_dir)
+    saved, place = saved_values(run_dir), run_dir
+    if saved is None and config.fork_from is not None:
+        place = run_dir_of(checkpoint_named(config.fork_from))
+        saved = _values_of_origin(place, config)
     if saved is None:
         return []
+    from bigtx.config import changes
+
     try:
         found = [change for change in changes.compare(saved, config) if change.key not in but]
     except (AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{run_dir / CONFIG} is damaged; restore it from a copy") from error
-    changes.refuse(found, config)
+        raise CheckpointError(f"{place / CONFIG} is damaged; restore it from a copy") from error
+    if place == run_dir:
+        changes.refuse(found, config)
+    else:
+        changes.refuse_other_origin(found, config)
     return [
         {"key": change.key, "old": change.old, "new": change.new} for change in found if change.key not in NOT_COMPARED
     ]
+
+
+def _values_of_origin(place: Path, config: RunConfig) -> dict[str, Any]:
+    values = read_values(place)
+    if ("task" in values) != isinstance(config, FinetuneConfig):
+        kind = "fine-tuning" if "task" in values else "pretraining"
+        raise ConfigError(
+            f"fork_from={config.fork_from}: that run is a {kind}, and a fork is of the same kind; to start from its "
+            f"weights alone, write {config.begins_with}={place} instead"
+        )
+    return values
 
 
 def describe_run(
@@ -333,15 +347,13 @@ def describe_run(
         LaunchError: the folder cannot be written.
     """
     run_dir = Path(config.run_dir)
-    try:
+    with writes(f"run_dir={config.run_dir!r}"):
         (run_dir / CHECKPOINTS).mkdir(exist_ok=True)
         write_atomic(run_dir / CHECKPOINTS / MARK, README)
         write_atomic(run_dir / CONFIG, yaml_of(with_absolute_paths(type(config), to_dict(config))))
         write_json(run_dir / "deepspeed.json", deepspeed)
         write_json(run_dir / ENVIRONMENT, scrub(environment))
         tokenizer.save(run_dir / "tokenizer")
-    except OSError as error:
-        raise LaunchError(f"run_dir={config.run_dir!r} cannot be written: {error}") from error
 
 
 def dump(config: RunConfig) -> dict[str, Any]:

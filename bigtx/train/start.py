@@ -10,24 +10,26 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from bigtx.config.schema import RunConfig
+from bigtx.config.runs import checkpoint_named
+from bigtx.config.schema import ModelConfig, RunConfig
 from bigtx.config.shape import micro_batch_size_of
-from bigtx.engine import checkpoint
+from bigtx.data.stream.loader import Division
+from bigtx.engine import checkpoint, retention
 from bigtx.engine.checkpoint import Checkpoint, MergedCheckpoint
 from bigtx.engine.engine import Engine, ReadRange
 from bigtx.engine.ranks import Ranks
 from bigtx.engine.saving import save_frozen
 from bigtx.engine.trainable import frozen_parameters
-from bigtx.interop.families import export_note
 from bigtx.model.initial import initial_value
 from bigtx.model.size import count_parameters, flops_per_row, parameter_shapes
 from bigtx.model.transformer import Transformer
 from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.track.tracker import restore_lines
 from bigtx.train.context import Config, RunContext
 from bigtx.train.run_folder import open_run_folder
 from bigtx.train.state import HARMLESS_SKIPS, RunState
 from bigtx.utils import hardware, log, shell
-from bigtx.utils.errors import CheckpointError
+from bigtx.utils.errors import CheckpointError, ConfigError
 from bigtx.utils.units import format_count
 
 if TYPE_CHECKING:
@@ -41,16 +43,23 @@ class Start:
     Attributes:
         environment: versions, commit and hardware.
         checkpoint: the one to resume from; None where no step was saved.
-        changed: settings that differ from the run so far, each allowed by name.
+        changed: settings that differ from the run so far, each allowed by name; at a fork, from the other run.
+        origin: `facts_of` the checkpoint if it is another run's, which this one continues; else empty.
     """
 
     environment: dict[str, Any]
     checkpoint: Checkpoint | None
     changed: list[dict[str, Any]]
+    origin: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def tracked(self) -> dict[str, Any]:
+        """Return what the run's own checkpoint says of its records (`Tracker.state`); empty at a fork."""
+        return self.checkpoint.manifest.get("tracked", {}) if self.checkpoint and not self.origin else {}
 
 
 def open_folder(context: RunContext[Config], config: Config, facts: dict[str, Any]) -> Start:
-    """Lock the run folder, and find the checkpoint to resume from.
+    """Lock the run folder, and find the checkpoint to resume from, or the one of another run to fork.
 
     Args:
         config: the complete config.
@@ -60,6 +69,7 @@ def open_folder(context: RunContext[Config], config: Config, facts: dict[str, An
         LaunchError, ConfigError: see `open_run_folder`.
         CheckpointError: see `checkpoint.choose`; or the run was trained with other inputs.
     """
+    context.start_up.end("data")
     ranks, environment = context.ranks, hardware.describe()
     given = context.as_given(config)
     opened = ranks.on_first(lambda: open_run_folder(given, files=context.files, environment=environment))
@@ -71,10 +81,44 @@ def open_folder(context: RunContext[Config], config: Config, facts: dict[str, An
                 f"{opened.aside}"
             )
     changed = ranks.from_first(opened.changed if opened else None)
-    found = checkpoint.choose(context.folder, ranks, context.note_damaged)
+    found, origin = retention.choose(context.folder, ranks, context.note_damaged), {}
+    if found is None and config.fork_from is not None:
+        found = _open_fork(context, config.fork_from)
+        origin = facts_of(found)
     if found:
         _refuse_other_inputs(found, facts, config)
-    return Start(environment, found, changed)
+    start = Start(environment, found, changed, origin)
+    ranks.on_first(lambda: restore_lines(context.folder, start.tracked))
+    context.start_up.end("folder")
+    return start
+
+
+def _open_fork(context: RunContext[Config], name: str) -> Checkpoint:
+    found = retention.choose(checkpoint_named(name), context.ranks, context.note_damaged)
+    if found is None:
+        raise CheckpointError(f"fork_from={name}: the run has no checkpoint; name a run that has saved one")
+    if "num_updates" not in found.manifest:
+        raise CheckpointError(
+            f"fork_from={name}: {found.path} holds only weights, and no optimizer states; start from the weights by "
+            f"{context.config.begins_with}={found.path}"
+        )
+    return found
+
+
+def refuse_short_fork(found: Start, total_steps: int, settings: Sequence[str]) -> None:
+    """Refuse a fork that would end before it begins.
+
+    Args:
+        settings: the names of the settings that give the length.
+
+    Raises:
+        ConfigError: the run has no step left.
+    """
+    if found.origin and found.origin["step"] >= total_steps:
+        raise ConfigError(
+            f"fork_from: {found.origin['checkpoint']} is at step {found.origin['step']:,}, and this run would end at "
+            f"step {total_steps:,}; write a larger {' or '.join(settings)}, or fork an earlier checkpoint"
+        )
 
 
 def _refuse_other_inputs(found: Checkpoint, facts: dict[str, Any], config: RunConfig) -> None:
@@ -118,6 +162,16 @@ def complete(config: Config, ranks: Ranks, teacher: Teacher | None) -> Config:
     return teacher.complete(config) if teacher else config
 
 
+def division_of(config: RunConfig, ranks: Ranks) -> Division:
+    """Return the division of each global batch over the ranks and their micro batches."""
+    return Division(
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+
+
 def check_teacher_fits(
     teacher: Teacher | None, config: RunConfig, tokenizer: Tokenizer, longest: int
 ) -> dict[str, str]:
@@ -151,6 +205,23 @@ def flops_of(config: RunConfig, teacher: Teacher | None, *, source: int, target:
     return own + teacher.flops_per_row(**lengths) if teacher else own
 
 
+SIZES = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "mlp_size", "max_sequence_length")
+"""Settings of a model that may have any value in a Llama."""
+
+
+def export_note(config: RunConfig, tokenizer: Tokenizer) -> str | None:
+    """Return a note for users before a training whose model cannot be exported; None if it can."""
+    if all(getattr(config.model, name) == value for name, value in vars(ModelConfig()).items() if name not in SIZES):
+        return None  # The default is a Llama, so the families of models are not needed.
+    from bigtx.interop.families import describe
+
+    try:
+        describe(config, tokenizer)
+    except ConfigError as error:
+        return f"note: this model cannot be exported to transformers: {error}; everything else works"
+    return None
+
+
 def build_engine(config: RunConfig, tokenizer: Tokenizer) -> Engine:
     """Build the model and its DeepSpeed engine; the weights are not set yet.
 
@@ -164,7 +235,6 @@ def build_engine(config: RunConfig, tokenizer: Tokenizer) -> Engine:
         f"model: {format_count(count.total)} parameters; engine: ZeRO {config.engine.zero_stage}, "
         f"{config.engine.precision}, {config.optimizer.name}"
     )
-
     if note := export_note(config, tokenizer):
         log.say(note)
     if frozen:
@@ -188,21 +258,37 @@ def saved_state(config: RunConfig, start: Start) -> RunState:
     assert start.checkpoint
     harmless = HARMLESS_SKIPS.get(config.engine.precision, 0)
     state = RunState.from_dict(start.checkpoint.manifest["state"] | {"harmless_skips": harmless})
+    if start.origin:
+        state.forget_best()  # The best checkpoint is in the other run.
     if start.changed:
-        state.skipped_in_a_row = 0  # The changed settings may help, so max_skipped_steps counts from zero.
+        # The changed settings may help, so max_skipped_steps and guards.patience count from zero.
+        state.skipped_in_a_row = state.spikes_in_a_row = 0
     return state
 
 
-def load_checkpoint(engine: Engine, start: Start, state: RunState) -> None:
-    """Set the weights and the optimizer's states from the checkpoint, and close it."""
-    assert start.checkpoint
-    manifest = start.checkpoint.manifest
-    engine.fill(start.checkpoint.read, states=True)
+def set_states(engine: Engine, source: Checkpoint) -> None:
+    """Set the weights and the optimizer's states from a checkpoint."""
+    manifest = source.manifest
+    engine.fill(source.read, states=True)
     engine.optimizer.num_updates = manifest["num_updates"]
     engine.set_loss_scale(manifest["loss_scale"])
     engine.set_expert_counts(manifest.get("expert_counts"))
+
+
+def load_checkpoint(context: RunContext[Config], engine: Engine, start: Start, state: RunState) -> None:
+    """Set the weights and the optimizer's states from the checkpoint that the run continues, and close it.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit the model; or the frozen weights of a fork could not be written.
+    """
+    assert start.checkpoint
+    set_states(engine, start.checkpoint)
+    if start.origin and engine.frozen and not context.dry_run:
+        save_frozen(engine, context.ranks, context.folder, start.checkpoint.read)
     start.checkpoint.close()
-    log.say(f"resumed from {start.checkpoint.path} ({format_count(state.tokens)} tokens)")
+    log.say(
+        f"{'forked' if start.origin else 'resumed'} from {start.checkpoint.path} ({format_count(state.tokens)} tokens)"
+    )
 
 
 def initial_weights(engine: Engine, config: RunConfig, teacher: Teacher | None) -> ReadRange:
@@ -244,9 +330,9 @@ def open_other_run(context: RunContext[Config], folder: str) -> MergedCheckpoint
     """
     # One choice for all ranks: the other run may save meanwhile.
     path = context.ranks.once(lambda: checkpoint.preferred(folder))
-    source = checkpoint.choose(path, context.ranks, context.note_damaged)
+    source = retention.choose(path, context.ranks, context.note_damaged)
     assert source is not None
-    return MergedCheckpoint(source.path)
+    return MergedCheckpoint(source.path, share=slice(0))  # Its files are verified.
 
 
 def facts_of(source: Checkpoint) -> dict[str, Any]:

@@ -20,10 +20,9 @@ from torch import Tensor
 
 from bigtx.config.schema import DistillConfig, FinetuneConfig, RunConfig
 from bigtx.engine.checkpoint import Checkpoint, MergedCheckpoint
-from bigtx.engine.task import Task, TaskLoss
 from bigtx.engine.trained import find_with_tokenizer, read_model
 from bigtx.model.logits import SoftTargets, divergence
-from bigtx.model.loss import IGNORED
+from bigtx.model.loss import IGNORED, Loss, Task
 from bigtx.model.size import count_parameters, flops_per_row, stacks
 from bigtx.utils.errors import ConfigError
 from bigtx.utils.units import format_count
@@ -185,7 +184,7 @@ class Distilled:
         """
         self.task, self.teacher, self.settings = task, teacher, settings
 
-    def loss(self, model: Callable[..., Any], batch: Any) -> TaskLoss:
+    def loss(self, model: Callable[..., Any], batch: Any) -> Loss:
         """Return (1 - w) times the task's loss plus w T^2 times the divergence of the student from the teacher. The
         reported loss is the task's."""
         taught = TaughtModel(model, self.teacher, self.settings)

@@ -298,15 +298,17 @@ class _Reader:
         option = self.options.get(_name(word))
         if option is not None:
             return f"{word} has no value; write {shown(option)}" + ", without spaces" * (option.nargs != 0)
-        needed = [*self._missing_options(), *(option for option in self.parser.options() if option.nargs != 0)]
+        needed = [group[0] for group in self._missing_options()]
+        needed += [option for option in self.parser.options() if option.nargs != 0]
         example = f", e.g. {shown(needed[0])}" if needed else ""
         word = scrub_text(word) if len(word) <= 40 else scrub_text(word)[:37] + "..."
         return f"{word!r} is one word too many; an option is written NAME=VALUE{example}"
 
-    def _missing_options(self) -> list[argparse.Action]:
-        either = [group[0] for group in self.parser.alternatives() if not any(one in self.given for one in group)]
-        required = [option for option in self.parser.options() if option.required and option not in self.given]
-        return [*required, *either]
+    def _missing_options(self) -> list[list[argparse.Action]]:
+        """Return the groups of options of which one is needed and none is given."""
+        required = [[option] for option in self.parser.options() if option.required]
+        needed = [*required, *self.parser.alternatives()]
+        return [group for group in needed if not any(option in self.given for option in group)]
 
     def _check_whole(self) -> None:
         """Find what is missing, unless something else is wrong, which it may follow from."""
@@ -317,10 +319,7 @@ class _Reader:
         if self.problems:
             return
         missing = [shown(word) for word in self.parser.words() if word.required and word not in self.given]
-        missing += [shown(option) for option in self.parser.options() if option.required and option not in self.given]
-        for group in self.parser.alternatives():
-            if not any(option in self.given for option in group):
-                missing.append(" or ".join(shown(option) for option in group))
+        missing += [" or ".join(map(shown, group)) for group in self._missing_options()]
         if missing:
             verb = "is" if len(missing) == 1 else "are"
             self.problems.append(f"{' and '.join(missing)} {verb} missing; write {self.parser.form()}")
@@ -362,7 +361,7 @@ def _members(value: str) -> list[str]:
 
     try:
         members = yaml.load(value, Loader=yaml.BaseLoader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         return [value]
     return members if members and all(isinstance(member, str) for member in members) else [value]
 

@@ -7,10 +7,11 @@ assertion.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from bigtx.utils import log, terminal
 
@@ -23,6 +24,11 @@ EXIT_REQUEUE = 75
 EXIT_INTERRUPTED = 130
 
 
+LONGEST_MESSAGE = 4000
+"""Characters of a message. Longer ones quote a damaged or hostile file; they are cut in the middle."""
+_END_OF_MESSAGE = 1000
+
+
 class BigtxError(Exception):
     """A fault that the user can fix; the message says what is wrong, where, and what to do.
 
@@ -33,6 +39,13 @@ class BigtxError(Exception):
 
     reported = False
     exit_status = EXIT_USER_ERROR
+
+    def __init__(self, message: str = "") -> None:
+        if len(message) > LONGEST_MESSAGE:
+            mark = f" [... {len(message):,} characters, shortened ...] "
+            start = LONGEST_MESSAGE - _END_OF_MESSAGE - len(mark)
+            message = f"{message[:start]}{mark}{message[-_END_OF_MESSAGE:]}"
+        super().__init__(message)
 
 
 class ConfigError(BigtxError):
@@ -63,6 +76,24 @@ def say_from_any_rank(error: BigtxError) -> None:
     """Print an error, on any rank, and note that it is printed."""
     log.say_error(f"{type(error).__name__}: {error}", any_rank=True)
     error.reported = True
+
+
+@contextlib.contextmanager
+def writes(place: object, advice: str = "") -> Iterator[None]:
+    """Report an error of the system as a place that cannot be written.
+
+    Args:
+        place: a file or a folder, or the setting that names it.
+        advice: the end of the sentence.
+
+    Raises:
+        LaunchError: it cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        inner = f" ({error.filename})" if error.filename and str(error.filename) not in str(place) else ""
+        raise LaunchError(f"{place} cannot be written: {error.strerror or error}{inner}{advice}") from error
 
 
 def exit_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:

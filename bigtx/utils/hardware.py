@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import gc
 import importlib.metadata
 import importlib.util
 import os
@@ -13,10 +14,12 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bigtx.utils.version import __version__
+from bigtx.utils import __version__
+from bigtx.utils.processes import number_in
 
 PEAK_FLOPS: tuple[tuple[str, dict[str, float]], ...] = (
     # Dense FLOP/s without sparsity, fp32 without TF32, as others quote the maker's page or data sheet that is named
@@ -125,6 +128,13 @@ def _count_by_driver() -> int:
     return count.value if cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
 
 
+def gpu_memory_bytes() -> int | None:
+    """Return the bytes of memory of the current GPU; None without one."""
+    import torch
+
+    return int(torch.cuda.get_device_properties().total_memory) if torch.cuda.is_available() else None
+
+
 def node_of_core(core: int) -> int:
     """Return the group of cores with memory of its own (NUMA node) that a core belongs to; 0 where there is one
     group.
@@ -147,6 +157,23 @@ def memory_bytes() -> int:
     except OSError:
         return total
     return total if limit == "max" else min(total, int(limit))
+
+
+def free_memory_bytes() -> int:
+    """Return the bytes of memory that are free: the machine's, or its container's if those are fewer."""
+    free = 1024 * (number_in("/proc/meminfo", "MemAvailable:") or 0)
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        files = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return free
+    return free if limit == "max" else min(free, int(limit) - used + int(files.get("inactive_file", 0)))
+
+
+def anonymous_bytes() -> int:
+    """Return the bytes of this process's own memory, without files that are mapped."""
+    return 1024 * (number_in("/proc/self/status", "RssAnon:") or 0)
 
 
 def packages() -> dict[str, str]:
@@ -233,8 +260,32 @@ def _accelerators() -> dict[str, Any]:
     devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return {
         "cuda": torch.version.cuda,
+        "driver": _driver_version(),
+        "cudnn": torch.backends.cudnn.version(),
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        "attention": attention_kernel("cuda"),
         "gpus": [{"name": device.name, "memory_bytes": device.total_memory} for device in devices],
     }
+
+
+def _driver_version() -> str | None:
+    """Return the version of NVIDIA's driver, or None."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"\d+(\.\d+)+", Path("/proc/driver/nvidia/version").read_text())
+        return found[0] if found else None
+    return None
+
+
+def attention_kernel(device: str) -> str:
+    """Return the name of the kernel that torch chooses for causal attention in bf16 with heads 128 wide. It depends on
+    the GPU and on versions: a library of the system in place of torch's own may silently choose a slower one.
+    """
+    import torch
+    from torch.nn.attention import SDPBackend
+
+    heads = torch.empty(1, 1, 1024, 128, dtype=torch.bfloat16, device=device)
+    chosen = torch._fused_sdp_choice(heads, heads, heads, is_causal=True)
+    return str(SDPBackend(chosen).name).lower()
 
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
@@ -254,3 +305,35 @@ def keep_freed_memory() -> None:
     mallopt(M_MMAP_MAX, 0)
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(M_TOP_PAD, 2**26)
+
+
+@contextlib.contextmanager
+def rare_collections() -> Iterator[None]:
+    """Turn off automatic garbage collection, which would pause each rank at another step."""
+    gc.collect()
+    gc.freeze()  # What exists now stays until the end of the run, and need not be scanned again.
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def use_deterministic_kernels() -> None:
+    """Have torch choose, for the rest of this process, kernels that give the same bits each time."""
+    import torch
+
+    # cuBLAS reads it when it is first used, and torch requires it.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # It would fill all new memory with NaN, which finds code that reads uninitialized memory.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def gpu_mark() -> Any:
+    """Return an event of CUDA at this point in the work of the current GPU."""
+    import torch
+
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event

@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from bigtx.utils.errors import LaunchError
+from bigtx.utils.files import json_value
 from bigtx.utils.processes import slurm_place, start_of
 
 LOCK_NAME = "run.lock"
@@ -216,10 +217,10 @@ def _who(holder: dict[str, Any]) -> str:
 
 
 def _read(descriptor: int) -> dict[str, Any]:
-    """Return the record of the holder; empty where there is none that names a process."""
+    """Return the record of the holder; empty if no record names a process."""
     try:
-        holder = json.loads(os.pread(descriptor, 65536, 0))
-    except (OSError, ValueError, RecursionError):
+        holder = json_value(os.pread(descriptor, 65536, 0))
+    except (OSError, ValueError):
         return {}
     return holder if isinstance(holder, dict) and isinstance(holder.get("pid"), int) else {}
 

@@ -6,6 +6,8 @@ everything.
     print(), C code on fd 1 and 2 ──▶ <run>/logs/rank-00000.log
     errors that end the process ────▶ both
 
+Secrets that Python code writes there are hidden (see `secrets`); what C code writes is not read.
+
 Before `setup` nothing is redirected and `say` is a print.
 
 A rank that has a supervisor reports its failure, and leaves the screen to the supervisor: where all ranks fail
@@ -24,7 +26,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,18 +34,19 @@ from typing import Any, TextIO
 
 from bigtx.utils import terminal
 from bigtx.utils.processes import rank
+from bigtx.utils.secrets import scrub_text
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 NOISY = ("DeepSpeed", "torch", "wandb", "py.warnings")
 
 
 class Stream(io.TextIOWrapper):
-    """A text stream whose reader or disk may disappear: text that cannot be written is dropped."""
+    """A text stream without secrets, whose reader or disk may disappear: text that cannot be written is dropped."""
 
     def write(self, text: str, /) -> int:
         """Write through at once, or drop the text."""
         with contextlib.suppress(OSError):
-            super().write(text)
+            super().write(scrub_text(text))
         return len(text)
 
     def flush(self) -> None:
@@ -85,6 +88,8 @@ def report(**facts: Any) -> bool:
     """
     if _supervisor is None:
         return False
+    if "error" in facts:
+        facts["error"] = scrub_text(facts["error"])
     with contextlib.suppress(OSError):
         os.write(_supervisor, json.dumps(facts).encode() + b"\n")
     return True
@@ -166,6 +171,15 @@ def say_json(value: Any) -> None:
     say(json.dumps(value, indent=2))
 
 
+def say_result(as_json: bool, facts: Callable[[], Any], lines: Callable[[], Iterable[str]]) -> None:
+    """Show a result as JSON or as lines of text; only what is shown is computed."""
+    if as_json:
+        say_json(facts())
+    else:
+        for line in lines():
+            say(line)
+
+
 @contextlib.contextmanager
 def said_aside(aside: bool) -> Iterator[None]:
     """Send what is said meanwhile to standard error, if asked, so that standard output has only the JSON."""
@@ -174,7 +188,10 @@ def said_aside(aside: bool) -> Iterator[None]:
 
 
 def say_error(text: str, *, any_rank: bool = False) -> None:
-    """Show why this process ends: on the true standard error (rank 0 only, or any rank), and in the log."""
+    """Show why this process ends: on the true standard error (rank 0 only, or any rank), and in the log.
+    Secrets in it are hidden.
+    """
+    text = scrub_text(text)
     if any_rank or rank() == 0:
         print(text, file=_active.errors if _active else sys.stderr, flush=True)
         report(said=True)

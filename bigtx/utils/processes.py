@@ -12,11 +12,14 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 """The signals that ask a run to stop; SIGHUP means that its terminal or the connection to it has closed."""
+STACKS_SIGNAL = signal.SIGUSR2
+"""The signal at which a rank writes the stacks of its threads."""
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
@@ -118,6 +121,16 @@ def share_cores() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # About 20 microseconds.
 
 
+def extend_segments() -> None:
+    """Have CUDA's allocator extend its segments of memory; call this before torch is imported.
+
+    By default a freed segment can be used again only for tensors that fit into it, so batches of many lengths need more
+    memory than the largest of them. A value in the environment has precedence.
+    """
+    if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def launcher_name() -> str | None:
     """Return the program that started the run, for people; None for `bigtx` itself, or plain Python."""
     if _is_supervised or not is_launched():
@@ -145,6 +158,12 @@ def start_of(pid: int) -> str | None:
     except OSError:
         return None
     return None if fields[0] in "ZX" else f"{boot}/{fields[19]}"
+
+
+def age_of_command() -> float:
+    """Return the seconds since the command of this process started: its supervisor, if it has one."""
+    pid = os.getppid() if is_supervised() else os.getpid()
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(_stat(pid)[19]) / os.sysconf("SC_CLK_TCK")
 
 
 def parent_of(pid: int) -> int:
@@ -215,7 +234,7 @@ def descendants() -> list[int]:
     found: list[int] = []
     waiting = [os.getpid()]
     while waiting:
-        below = [pid for pid in _children(waiting.pop()) if _session_of(pid) == session]
+        below = [pid for pid in children(waiting.pop()) if _session_of(pid) == session]
         found += below
         waiting += below
     return found
@@ -229,11 +248,16 @@ def set_name(name: str) -> None:
 
 def out_of_memory_kills() -> int:
     """Count the processes that the kernel ended when memory ran out, in this container or since the machine started."""
-    for path, key in (("/sys/fs/cgroup/memory.events", "oom_kill"), ("/proc/vmstat", "oom_kill")):
-        with contextlib.suppress(OSError, ValueError):
-            lines = (line.split() for line in Path(path).read_text().splitlines())
-            return next(int(words[1]) for words in lines if words[0] == key)
-    return 0
+    counts = (number_in(path, "oom_kill") for path in ("/sys/fs/cgroup/memory.events", "/proc/vmstat"))
+    return next((count for count in counts if count is not None), 0)
+
+
+def number_in(path: str, name: str) -> int | None:
+    """Return the number that follows a name in a file of the kernel; None if the file or the name is missing."""
+    with contextlib.suppress(OSError, ValueError):
+        lines = (line.split() for line in Path(path).read_text().splitlines())
+        return next((int(words[1]) for words in lines if words[0] == name), None)
+    return None
 
 
 def _session_of(pid: int) -> int | None:
@@ -242,7 +266,8 @@ def _session_of(pid: int) -> int | None:
     return None
 
 
-def _children(pid: int) -> list[int]:
+def children(pid: int) -> list[int]:
+    """Return the processes that a process has started and that are running."""
     found: list[int] = []
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):

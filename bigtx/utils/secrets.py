@@ -6,10 +6,13 @@ password inside a URL), or because the environment holds it under such a key (th
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import re
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import quote
 
 HIDDEN = "<hidden>"
 
@@ -28,13 +31,14 @@ _SECRET_SHAPE = re.compile(
     r"|\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,}"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END [A-Z ]*PRIVATE KEY-----|$)"
     r"|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)"
-    r"|(?<=[?&])(X-Amz-(Signature|Credential|Security-Token)|sig|token|access_token|api_key)=[^&\s]+",
+    r"|(?<=[?&])[\w.-]*?(signature|credential|sig|token|secret|passw(or)?d|pwd|api[-_]?key|auth)=[^&\s]+"
+    r"|(?<=\bbearer\s)[\w.~+/-]{16,}=*|(?<=\bauthorization:\sbasic\s)[\w+/-]+=*",
     re.DOTALL | re.IGNORECASE,
 )
 # Options in a command line, a config or JSON: --api-key VALUE, password: VALUE, "token": "VALUE". A key begins where a
 # word begins, so that the search does not start at each letter of a long word.
 _OPTION = re.compile(r"(?<![\w.-])(?P<key>[\w.-]*[A-Za-z_])(?P<sign>[\"']?\s*[=:]\s*|\s+)")
-_VALUE = re.compile(r"(?P<quote>[\"'])?(?P<value>(?(quote)[^\"'\n]{8,}|[^\s,;'\"]{8,}))")
+_VALUE = re.compile(r"(?P<quote>[\"'])?(?P<value>(?(quote)[^\"'\n]{8,}|(?!\()[^\s,;'\"]{8,}))")
 
 _SHORTEST_SECRET = 8
 
@@ -58,11 +62,22 @@ def scrub_text(text: str) -> str:
 
 
 def _environment_secrets() -> list[str]:
+    return _secrets_among(tuple(os.environ.items()))
+
+
+@functools.lru_cache(maxsize=1)
+def _secrets_among(variables: tuple[tuple[str, str], ...]) -> list[str]:
     # PWD is every shell's working folder, and all paths below it would be hidden.
-    variables = {key: value for key, value in os.environ.items() if key != "PWD" and is_secret_key(key)}
-    secrets = {value for value in variables.values() if len(value) >= _SHORTEST_SECRET}
+    values = [value for key, value in variables if key != "PWD" and _is_secret_variable(key)]
+    # In a URL and in JSON, a secret may be written in another way.
+    forms = {form for value in values for form in (value, quote(value, safe=""), json.dumps(value)[1:-1])}
     # Where one secret contains another, the longer one goes first.
-    return sorted(secrets, key=len, reverse=True)
+    return sorted((form for form in forms if len(form) >= _SHORTEST_SECRET), key=len, reverse=True)
+
+
+def _is_secret_variable(key: str) -> bool:
+    # Among settings, `key` is also the name of an entry; a variable such as OPENAI_KEY holds one.
+    return is_secret_key(key) or key.upper().endswith(("_KEY", "_PAT", "CONNECTION_STRING"))
 
 
 def _scrub(value: Any, secrets: list[str]) -> Any:

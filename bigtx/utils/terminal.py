@@ -9,7 +9,7 @@ import os
 import sys
 import textwrap
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, TextIO
 
 WIDTH = 80
@@ -73,6 +73,18 @@ def columns(rows: Iterable[tuple[str, str]]) -> list[str]:
             first = " " * margin
         lines.append(wrapped(meaning, " " * margin, first).rstrip())
     return lines
+
+
+def table(rows: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
+    """Return rows of cells as lines with aligned columns.
+
+    Args:
+        rows: the heads and the rows, each with as many cells.
+        left: the number of columns that are aligned to the left; the others have numbers.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = [str.ljust] * left + [str.rjust] * (len(widths) - left)
+    return ["  ".join(side(cell, size) for side, cell, size in zip(sides, row, widths, strict=True)) for row in rows]
 
 
 class Output(io.FileIO):

@@ -25,6 +25,8 @@ SECONDS = {
     **dict.fromkeys(("d", "day", "days"), 86400),
 }
 
+_TIMES = (("d", 86400), ("h", 3600), ("min", 60))
+_COUNTED: dict[str, Unit] = {"step": "steps", "steps": "steps", "token": "tokens", "tokens": "tokens"}
 COUNT_EXAMPLE = "a whole number such as 500, 64k, 1.5M or 10B"
 SIZE_EXAMPLE = "a size such as 512 MiB, 1.5 GB or a number of bytes"
 LARGEST = 2**63 - 1
@@ -47,6 +49,16 @@ class Duration:
 
     value: float
     unit: Unit
+
+    def share_of(self, num_steps: int | None, tokens_per_step: int | None) -> float | None:
+        """Return the share of a run that steps, tokens or a share are; None if the run's length is not known."""
+        if self.unit == "fraction":
+            return self.value
+        if not num_steps:
+            return None
+        if self.unit == "steps":
+            return self.value / num_steps
+        return self.value / (num_steps * tokens_per_step) if tokens_per_step else None
 
 
 def parse_count(text: str) -> int:
@@ -83,13 +95,19 @@ def parse_duration(text: str) -> Duration:
     if match is None:
         raise ValueError(f"has no unit; write {DURATION_EXAMPLE}")
     amount, unit = match[1], match[2].lower()
-    if unit in ("step", "steps"):
-        return Duration(float(_whole(amount, COUNT_SUFFIXES, DURATION_EXAMPLE)), "steps")
-    if unit in ("token", "tokens"):
-        return Duration(float(_whole(amount, COUNT_SUFFIXES, DURATION_EXAMPLE)), "tokens")
+    if unit in _COUNTED:
+        return Duration(float(_whole(amount, COUNT_SUFFIXES, DURATION_EXAMPLE)), _COUNTED[unit])
     if unit in SECONDS:
         return Duration(float(_quantity(amount, {"": 1}, DURATION_EXAMPLE) * SECONDS[unit]), "seconds")
     raise ValueError(f"has no unit that bigtx knows; write {DURATION_EXAMPLE}")
+
+
+def duration_of(text: str) -> Duration | None:
+    """Return a duration, or None for a text that is not one."""
+    try:
+        return parse_duration(text)
+    except ValueError:
+        return None
 
 
 def parse_range(text: str) -> tuple[int, int]:
@@ -116,6 +134,17 @@ def format_size(num_bytes: float) -> str:
     """Write bytes in at most three significant digits: 512 MiB, 1.5 GiB, 17 B; `parse_size` reads whole ones back."""
     text = _short(num_bytes, ((" TiB", 2**40), (" GiB", 2**30), (" MiB", 2**20), (" KiB", 2**10)))
     return text if text.endswith("iB") else f"{text} B"
+
+
+def format_time(seconds: float) -> str:
+    """Return a time in at most three significant digits: 45 s, 3.5 h."""
+    unit, length = next(((unit, length) for unit, length in _TIMES if seconds >= length), ("s", 1))
+    return f"{_three_digits(seconds / length)} {unit}"
+
+
+def counted(count: int, thing: str) -> str:
+    """Return a number of things in words: 1 file, 2,000 files."""
+    return f"{count:,} {thing}{'s' * (count != 1)}"
 
 
 def format_names(names: Sequence[str], most: int = 8) -> str:
@@ -152,12 +181,8 @@ def _short(value: float, suffixes: tuple[tuple[str, int], ...]) -> str:
 
 
 def _three_digits(value: float) -> str:
-    return _plain(Decimal(f"{value:.3g}")) if abs(value) < 1000 else f"{value:.0f}"
-
-
-def _plain(value: Decimal) -> str:
     """Write a number without an exponent and without trailing zeros."""
-    text = f"{value:f}"
+    text = f"{Decimal(f'{value:.3g}'):f}" if abs(value) < 1000 else f"{value:.0f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 

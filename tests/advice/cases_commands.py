@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from advice.desk import Attempt, Cases, Desk
+from collections.abc import Sequence
+
+from advice.desk import Attempt, Cases, Desk, Outcome
 
 CASES = Cases()
 
@@ -36,6 +38,11 @@ def an_option_as_a_word(desk: Desk) -> Attempt:
 @CASES.case("; a path with = in it is written ", r"written (\./PATH)$", fill={"PATH": "qqqqqqqq=new"})
 def a_path_like_an_option(desk: Desk) -> Attempt:
     return line("bigtx configs copy pretrain/small.yaml", "qqqqqqqq=new", desk)
+
+
+@CASES.case(": the newest checkpoint is always kept; write ", r"write (prune=1) or more$")
+def to_keep_no_checkpoint(desk: Desk) -> Attempt:
+    return line("bigtx checkpoints decoder", "prune=0", desk)
 
 
 @CASES.case(
@@ -84,6 +91,17 @@ def a_plan_for_some_gpus(desk: Desk) -> Attempt:
 @CASES.case(" is not known; write ", r"write (gpu=H100)$", sources=[" is not known; write gpu=H100"])
 def a_plan_for_an_unknown_gpu(desk: Desk) -> Attempt:
     return line("bigtx configs plan pretrain/gpt-1.3b.yaml", "gpu=Abacus", desk)
+
+
+@CASES.case(" depends on the memory of a GPU, which the plan does not know; write ", r"write (engine\.\S+)$")
+def a_plan_for_a_choice_by_memory(desk: Desk) -> Attempt:
+    def attempt(words: Sequence[str]) -> Outcome:
+        choice = words[0].partition("=")[2] if words else "auto"
+        settings = "model: {num_layers: 2}\ntrain: {max_steps: 10, global_batch_size: 8}\n"
+        desk.write("own.yaml", f"{settings}engine: {{activation_checkpointing: {choice}}}\n")
+        return desk.run("bigtx configs plan own.yaml gpus=1 vocab_size=50304")
+
+    return attempt
 
 
 @CASES.case(" does not say how many ids its tokenizer has; write ", r"write (vocab_size=50304),")

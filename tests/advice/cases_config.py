@@ -79,6 +79,11 @@ def another_boolean_of_deepspeed(desk: Desk) -> Attempt:
     return config(desk, PretrainConfig, *PRETRAIN, "deepspeed.aio=yes", key="deepspeed.aio")
 
 
+@CASES.case("stays high for so long is not a spike any more; write ", r"write (guards\.patience=\d+) or")
+def more_patience_than_a_spike_lasts(desk: Desk) -> Attempt:
+    return config(desk, PretrainConfig, *PRETRAIN, "guards.patience=65")
+
+
 @CASES.case("would be an octal number in YAML; write ", r"write (\d+) \(")
 def an_octal_number(desk: Desk) -> Attempt:
     return config(desk, PretrainConfig, *PRETRAIN, "seed=010", key="seed")
@@ -237,3 +242,13 @@ def a_gate_of_nothing(desk: Desk) -> Attempt:
 @CASES.case("is not possible for ", r"write (\w+)", sources=["is not possible for {what}; write"])
 def an_objective_of_another_shape(desk: Desk) -> Attempt:
     return config(desk, PretrainConfig, *PRETRAIN, "objective.name=masked", key="objective.name")
+
+
+@CASES.case("does not cover fine-tuning; write ", r"write (engine\.\S+)$", sources=["which does not cover "])
+def memory_of_a_fine_tuning(desk: Desk) -> Attempt:
+    return config(desk, FinetuneConfig, *FINETUNE, "engine.activation_checkpointing=auto")
+
+
+@CASES.case("needs an estimate of the memory, which does not cover ", r"write (engine\.\S+)$")
+def memory_without_an_estimate(desk: Desk) -> Attempt:
+    return config(desk, PretrainConfig, *PRETRAIN, "engine.precision=fp32", "engine.activation_checkpointing=auto")

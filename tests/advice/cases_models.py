@@ -11,8 +11,8 @@ from pathlib import Path
 
 from advice.desk import Attempt, Cases, Desk, Outcome, call
 
-from bigtx.interop.tokenizer import _load, import_tokenizer
-from bigtx.interop.verify import require_peft, require_transformers
+from bigtx.interop.tokenizer import import_tokenizer, load_tokenizer
+from bigtx.interop.verify import require
 
 CASES = Cases()
 SHORT = {"text": "red apple", "label": "joy"}
@@ -131,7 +131,7 @@ def an_evaluation_of_another_suffix(desk: Desk) -> Attempt:
     " cannot be written: ",
     r"write (output=FILE.json)",
     fill={"FILE": "other"},
-    sources=[" cannot be written: {error.strerror}; write output="],
+    sources=["; write output=FILE.json to name another file"],
 )
 def an_evaluation_that_cannot_be_written(desk: Desk) -> Attempt:
     desk.write("file", "")
@@ -293,13 +293,13 @@ def no_transformers(desk: Desk) -> Attempt:
     desk.take("decoder")
     desk.without("transformers")
     export = desk.command("bigtx export decoder output=new --no-verify")
-    return lambda words: export([]) if words else call(require_transformers)
+    return lambda words: export([]) if words else call(require, "transformers", "huggingface")
 
 
 @CASES.case("an export is compared with ", r"(pip install \S+),")
 def no_peft(desk: Desk) -> Attempt:
     desk.without("peft")
-    return lambda words: call(require_peft)
+    return lambda words: call(require, "peft", "peft")
 
 
 @CASES.case("; write dtype=bf16 or ", r"write (dtype=bf16)", r"or (dtype=fp32)")
@@ -311,7 +311,7 @@ def weights_beyond_fp16(desk: Desk) -> Attempt:
 @CASES.case("needs transformers, which is not installed", r"(pip install \S+)$")
 def no_transformers_for_a_tokenizer(desk: Desk) -> Attempt:
     desk.without("transformers")
-    return lambda words: call(_load, Path("x")) if "transformers" in desk.hidden else Outcome(False, "")
+    return lambda words: call(load_tokenizer, Path("x")) if "transformers" in desk.hidden else Outcome(False, "")
 
 
 @CASES.case("Let transformers write its own version", r"(python -c .*?\)\S)( A run|$)", slow=True)
@@ -349,7 +349,7 @@ def records_that_have_changed(desk: Desk) -> Attempt:
     return lambda words: attempt(words or ["split=validation"])
 
 
-@CASES.case(" cannot be made, for the W&B run: ", r"(wandb=off)$")
+@CASES.case("the W&B run in ", r"(wandb=off)$")
 def no_folder_for_wandb(desk: Desk) -> Attempt:
     desk.write("out.wandb", "")
     return evaluate(desk, "data=in.jsonl output=out.json wandb=offline")

@@ -15,21 +15,23 @@ from bigtx.config.load import load
 from bigtx.config.schema import FinetuneConfig, PretrainConfig
 from bigtx.data.recordings import AudioPlace, require_speech
 from bigtx.data.records.record import BadRecordError, Record
-from bigtx.data.stream.sources import open_sources
-from bigtx.engine.schedules import resolve_steps
-from bigtx.finetuning import record_table
+from bigtx.data.stream.order import open_sources
+from bigtx.engine.optimizers import resolve_steps
 from bigtx.finetuning.checks import open_tokenizer
 from bigtx.finetuning.inputs import describe_length, total_steps
+from bigtx.finetuning.records import read_table
 from bigtx.finetuning.run import untrained_roles
 from bigtx.finetuning.tasks.sft import Sft
 from bigtx.finetuning.tasks.speech import SpeechFeatures
 from bigtx.finetuning.tasks.translate import require_sacrebleu
-from bigtx.pretraining.objectives import make_objective
+from bigtx.pretraining import make_objective
 from bigtx.pretraining.run import open_inputs
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.train import start
 from bigtx.train.context import RunContext
-from bigtx.train.run_folder import check_run_dir
+from bigtx.train.guards import roll_back
+from bigtx.train.run_folder import check_run_dir, check_settings
+from bigtx.train.state import RunState
 from bigtx.utils.processes import launcher_problem
 from bigtx.utils.units import parse_count, parse_duration, parse_range
 
@@ -121,6 +123,19 @@ def no_source(desk: Desk) -> Attempt:
     )
 
 
+@CASES.case("allow more with guards.max_roll_backs=", r"with (guards\.max_roll_backs=\d+)$")
+def too_many_returns_to_a_checkpoint(desk: Desk) -> Attempt:
+    desk.take("corpus")
+
+    def attempt(words: Sequence[str]) -> Outcome:
+        config = load(PretrainConfig, [*PRETRAIN, *MODEL, "guards.max_roll_backs=3", *words])
+        run: Any = SimpleNamespace(config=config, run_dir=desk.folder, ranks=ALONE, state=RunState(roll_backs=3))
+        run.saver = SimpleNamespace(wait=lambda: None)
+        return call(lambda: roll_back(run, "5 spikes in a row"))
+
+    return attempt
+
+
 @CASES.case(" ids; write model.vocab_size=", r"write (model\.vocab_size=\d+)")
 def another_vocabulary_than_the_teacher(desk: Desk) -> Attempt:
     desk.take("corpus", "decoder")
@@ -163,21 +178,51 @@ def a_time_for_a_schedule(desk: Desk) -> Attempt:
     return attempt
 
 
+def open_folder(given: Sequence[str]) -> Outcome:
+    """What is said about the folder of a run with another tokenizer than the run had."""
+
+    def attempt() -> None:
+        config = load(PretrainConfig, given)
+        context = RunContext(config)
+        context.ranks = ALONE
+        with context.resources:
+            start.open_folder(context, config, {"tokenizer": "other"})
+
+    with written():
+        return call(attempt)
+
+
 @CASES.case(" than the config names: ", r"with (\S+=THIS_RUN)", fill={"THIS_RUN": "decoder"})
 def other_data_than_the_run_had(desk: Desk) -> Attempt:
     desk.take("decoder", "corpus")
 
-    def attempt(words: Sequence[str]) -> Outcome:
-        def open_folder() -> None:
-            given = [*PRETRAIN, *words] if words else ["decoder/config.yaml", "run_dir=decoder", "train.max_steps=2"]
-            config = load(PretrainConfig, [*given, "allow_changes=[train.max_steps]"])
-            context = RunContext(config)
-            context.ranks = ALONE
-            with context.resources:
-                start.open_folder(context, config, {"tokenizer": "other"})
+    resumed, longer = ["decoder/config.yaml", "run_dir=decoder", "train.max_steps=2"], "allow_changes=[train.max_steps]"
+    return lambda words: open_folder([*([*PRETRAIN, *words] if words else resumed), longer])
 
-        with written():
-            return call(open_folder)
+
+@CASES.case(" holds only weights, and no optimizer states", r"by (init_from=\S+)$")
+def a_fork_of_an_imported_run(desk: Desk) -> Attempt:
+    desk.take("decoder", "corpus")
+
+    fork = ["decoder/config.yaml", *PRETRAIN[1:3], "fork_from=decoder"]
+    return lambda words: open_folder([*PRETRAIN, *words] if words else fork)
+
+
+@CASES.case("with another train.global_batch_size the length", r"write (train\.max_steps=N .*)$", fill={"=N ": "=9 "})
+def a_fork_with_other_batches_and_a_length_in_tokens(desk: Desk) -> Attempt:
+    desk.take("decoder")
+    given = ["decoder/config.yaml", *PRETRAIN[1:2], "fork_from=decoder", "train.global_batch_size=6"]
+    given += ["train.max_tokens=1M", "train.max_steps=null"]
+    return lambda words: call(lambda: check_settings(load(PretrainConfig, [*given, *words], check=False)))
+
+
+@CASES.case(", and a fork is of the same kind; ", r"write (base=\S+) instead$")
+def a_fork_of_another_kind(desk: Desk) -> Attempt:
+    desk.take("decoder")
+
+    def attempt(words: Sequence[str]) -> Outcome:
+        given = [*FINETUNE, *(words or ["base=decoder", "fork_from=decoder"])]
+        return call(lambda: check_settings(load(FinetuneConfig, given, check=False)))
 
     return attempt
 
@@ -187,7 +232,7 @@ def no_table_of_records(desk: Desk) -> Attempt:
     desk.take("decoder")
     desk.lines("records.jsonl", {"prompt": "a", "response": "b"})
     begin = finetune()
-    return lambda words: begin(words) if words else call(record_table.read, desk.folder)
+    return lambda words: begin(words) if words else call(read_table, desk.folder)
 
 
 def written_as(parse: Callable[[str], object], text: str) -> Callable[[Desk], Attempt]:

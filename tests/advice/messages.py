@@ -51,12 +51,14 @@ class Message(NamedTuple):
     text: str
 
 
-def messages() -> Iterator[Message]:
+@functools.cache
+def messages() -> list[Message]:
     """All texts of the package that are more than a word, without docstrings, help and assertions."""
-    for path in sorted(PACKAGE.rglob("*.py")):
-        name = path.relative_to(PACKAGE).as_posix()
-        for number, text in _texts(ast.parse(path.read_text(encoding="utf-8"))):
-            yield Message(f"{name}:{number}", text)
+    return [
+        Message(f"{path.relative_to(PACKAGE).as_posix()}:{number}", text)
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for number, text in _texts(ast.parse(path.read_text(encoding="utf-8")))
+    ]
 
 
 @functools.cache

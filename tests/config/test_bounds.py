@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import typing
 from typing import Any
 
@@ -16,7 +17,7 @@ from bigtx.config.settings import NAME, Setting, leaves, members
 from bigtx.utils.errors import ConfigError
 
 TOPS = (PretrainConfig, FinetuneConfig, PrepareConfig, TokenizerTrainConfig)
-SECTIONS = [getattr(schema, name) for name in schema.__all__]
+SECTIONS = [section for name, section in vars(schema).items() if name.endswith("Config")]
 
 
 def is_number(annotation: Any) -> bool:
@@ -55,6 +56,17 @@ def every_number() -> list[tuple[type, Setting]]:
     ]
 
 
+def groups() -> list[tuple[type, list[Setting]]]:
+    """The numbers of each schema, few enough at a time for one message about all of them."""
+    found = every_number()
+    return [
+        (top, own[start : start + 15])
+        for top in TOPS
+        for own in [[setting for schema, setting in found if schema is top]]
+        for start in range(0, len(own), 15)
+    ]
+
+
 def written(setting: Setting, number: object) -> str:
     """How a number is given to a setting on the command line."""
     form = {list: "[{}]", dict: "{{a: {}}}"}.get(typing.get_origin(setting.type), "{}")
@@ -63,8 +75,7 @@ def written(setting: Setting, number: object) -> str:
 
 @pytest.mark.parametrize("text", ["nan", ".nan", "inf", "-inf", ".inf", "1e999"])
 def test_what_is_not_finite_is_refused_everywhere(text: str) -> None:
-    for top in TOPS:
-        settings = [setting for schema, setting in every_number() if schema is top]
+    for top, settings in groups():
         with pytest.raises(ConfigError) as caught:
             load(top, [written(setting, text) for setting in settings], check=False)
         for setting in settings:
@@ -73,19 +84,27 @@ def test_what_is_not_finite_is_refused_everywhere(text: str) -> None:
         load(PretrainConfig, [f"deepspeed.a.b={text}"], check=False)
 
 
+def beyond(setting: Setting) -> tuple[float, float]:
+    """A number below a setting's bounds, and one above them."""
+    assert setting.minimum is not None and setting.maximum is not None
+    if setting.number is int:
+        return int(setting.minimum) - 1, int(setting.maximum) + 1
+    below = setting.minimum - 1e-21
+    return below if below != setting.minimum else setting.minimum - abs(setting.minimum) / 2, 2 * setting.maximum
+
+
 def test_numbers_beyond_their_bounds_are_refused() -> None:
-    for top, setting in every_number():
-        assert setting.minimum is not None and setting.maximum is not None
-        is_whole = setting.number is int
-        below = int(setting.minimum) - 1 if is_whole else setting.minimum - 1e-21
-        if not is_whole and below == setting.minimum:
-            below = setting.minimum - abs(setting.minimum) / 2
-        above = int(setting.maximum) + 1 if is_whole else 2 * setting.maximum
-        for number in (below, above):
-            with pytest.raises(ConfigError, match=r"is too (small|large)|is not a"):
-                load(top, [written(setting, number)], check=False)
-        for number in (setting.minimum, setting.maximum):
-            load(top, [written(setting, repr(number))], check=False)
+    for top, settings in groups():
+        for side in range(2):
+            with pytest.raises(ConfigError) as caught:
+                load(top, [written(setting, beyond(setting)[side]) for setting in settings], check=False)
+            lines = str(caught.value).splitlines()
+            for setting in settings:
+                # A setting of a dict is named with its key.
+                found = [line for line in lines if re.match(rf"\W*{re.escape(setting.key)}(\.a|\[0\])?=", line)]
+                assert len(found) == 1 and re.search(r"is too (small|large)|is not a", found[0]), (setting.key, lines)
+        for bound in ("minimum", "maximum"):
+            load(top, [written(setting, repr(getattr(setting, bound))) for setting in settings], check=False)
 
 
 def test_values_of_python_are_bounded_too() -> None:

@@ -60,6 +60,11 @@ def test_raw_keys_are_added() -> None:
         ({"scheduler": {"type": "WarmupLR"}}, "schedule"),
         ({"activation_checkpointing": {"partition_activations": True}}, "engine.activation_checkpointing"),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, "fp32"),
+        ({"timers": {"throughput": {"enabled": True}}}, "bigtx works only with False"),
+        ({"prescale_gradients": True}, "bigtx works only with False"),
+        ({"gradient_predivide_factor": 2.0}, "bigtx works only with 1.0"),
+        ({"zero_optimization": {"zero_hpz_partition_size": 8}}, "bigtx works only without this key"),
+        ({"zero_optimization": {"zero_quantized_weights": True}}, "bigtx works only without this key"),
         ({"bf16": True}, "must be a section"),
         ({"zero_optimisation": {"stage": 1}}, "zero_optimization"),
     ],
@@ -95,7 +100,7 @@ def test_the_arithmetic_of_each_stage_and_precision(
     config = PretrainConfig(run_dir="unused", engine=EngineConfig(zero_stage=stage, precision=precision))
     config.train.global_batch_size, config.train.micro_batch_size, config.train.gradient_clipping = 48, 4, 0.5
     made = deepspeed_config(config, world_size=3)
-    assert made["bf16"] == {"enabled": bf16, "check_grad_overflow": True, "immediate_grad_update": False}
+    assert made["bf16"] == {"enabled": bf16, "check_grad_overflow": True, "immediate_grad_update": True}
     assert made["fp16"] == {
         "enabled": fp16,
         "loss_scale": 0,
@@ -110,6 +115,7 @@ def test_the_arithmetic_of_each_stage_and_precision(
     assert made["data_types"] == {"grad_accum_dtype": "fp32"} and made["communication_data_type"] == "fp32"
     batches = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     assert [made[name] for name in batches] == [48, 4, 4]
+    assert made["timers"] == {"throughput": {"enabled": False}}
     assert not made["prescale_gradients"] and made["gradient_predivide_factor"] == 1.0
 
 
@@ -148,3 +154,16 @@ def test_what_is_sharded_and_where_it_is_kept(stage: int, parameters: Any) -> No
     if parameters == "cpu":
         expected["offload_param"] = on_cpu
     assert made == expected
+
+
+def test_blocks_are_gathered_ahead_as_a_whole() -> None:
+    """Stage 3 of a model with blocks of 400M parameters, and of one with small blocks."""
+    config = PretrainConfig(run_dir="unused", engine=EngineConfig(zero_stage=3))
+    large = deepspeed_config(config, world_size=1, largest_block=400_000_000)["zero_optimization"]
+    small = deepspeed_config(config, world_size=1, largest_block=7_000_000)["zero_optimization"]
+    names = ("stage3_prefetch_bucket_size", "stage3_max_live_parameters")
+    assert [large[name] for name in names] == [800_000_000, 1_200_000_000]
+    assert [small[name] for name in names] == [50_000_000, 1_000_000_000]
+    raw = {"zero_optimization": {"stage3_prefetch_bucket_size": 5}}
+    config.deepspeed = raw
+    assert deepspeed_config(config, world_size=1)["zero_optimization"]["stage3_prefetch_bucket_size"] == 5

@@ -8,7 +8,7 @@ import pytest
 
 from bigtx.config.load import load_run_config
 from bigtx.config.runs import run_dir_of
-from bigtx.utils.errors import BigtxError
+from bigtx.utils.errors import BigtxError, ConfigError
 
 
 def test_the_run_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,4 +41,20 @@ def test_the_run_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_damaged_config_is_one_paragraph(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.yaml").write_text(content)
     with pytest.raises(BigtxError, match=r"config\.yaml"):
+        load_run_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "{hidden_size: 8, num_heads: 3}",
+        "{hidden_size: 8, num_heads: 16}",
+        "{hidden_size: 12, num_heads: 4}",
+        "{head_width: 3, hidden_size: 8}",
+        "{hidden_size: 8, num_heads: 4, num_kv_heads: 3}",
+    ],
+)
+def test_a_config_by_which_no_model_can_be_built_is_refused(tmp_path: Path, model: str) -> None:
+    (tmp_path / "config.yaml").write_text(f"model: {model}")
+    with pytest.raises(ConfigError, match=r"^model\.\w+=\d+ \(.*config\.yaml\): "):
         load_run_config(tmp_path)

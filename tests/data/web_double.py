@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import http.server
 import re
@@ -97,7 +98,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
         if fault == "slow":
             time.sleep(0.5)
-        self.wfile.write(sent)
+        with contextlib.suppress(ConnectionError):  # The client may have seen enough.
+            self.wfile.write(sent)
 
 
 def start(web: Web) -> http.server.ThreadingHTTPServer:

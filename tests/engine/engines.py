@@ -19,9 +19,9 @@ from bigtx.config.schema import (
     PretrainConfig,
     TrainConfig,
 )
-from bigtx.engine.task import TaskLoss
 from bigtx.model.experts import Experts, Routing
 from bigtx.model.initial import initial_value
+from bigtx.model.loss import Loss
 from bigtx.model.transformer import Transformer
 
 SEQUENCE_LENGTH = 32
@@ -70,6 +70,7 @@ class Case:
     train_also: tuple[str, ...] = ()
     layer_decay: float = 1.0
     deterministic: bool = False
+    overlap: bool = True
     seed: int = 0
     deepspeed: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -79,6 +80,13 @@ class Case:
         return any(fnmatchcase(name, glob) for glob in trained) and not any(
             fnmatchcase(name, glob) for glob in self.freeze
         )
+
+    def plain(self) -> Case:
+        """The case without what the plain loop has no use for: cases that are equal then have the same plain loop."""
+        by_autocast = self.precision == "bf16" and self.stage == 0
+        left_out = {"offload", "offload_parameters", "recompute", "compile", "ema", "deterministic", "overlap"}
+        defaults = {field.name: field.default for field in dataclasses.fields(self) if field.name in left_out}
+        return dataclasses.replace(self, **defaults, stage=0 if by_autocast else 1, deepspeed={})
 
     def rate(self, name: str) -> float:
         """What layer_decay makes of a learning rate; the models here have two layers a stack."""
@@ -117,10 +125,11 @@ class Case:
                 zero_stage=self.stage,
                 precision=self.precision,  # type: ignore[arg-type]
                 bucket_size=20_000,
+                overlap_communication=self.overlap,
                 offload_optimizer="cpu" if self.offload else "none",
                 offload_parameters="cpu" if self.offload_parameters else "none",
                 activation_checkpointing=self.recompute,  # type: ignore[arg-type]
-                compile=self.compile,
+                compile="true" if self.compile else "false",
                 deterministic=self.deterministic,
             ),
             deepspeed=self.deepspeed,
@@ -160,12 +169,13 @@ class RowsTask:
         """What the decoder of an encoder-decoder reads."""
         return batch.tokens if self.shape == "encoder_decoder" else None
 
-    def loss(self, model: Any, batch: Rows) -> TaskLoss:
+    def loss(self, model: Any, batch: Rows) -> Loss:
         """As bigtx.finetuning.tasks.LikelihoodTask."""
         target_tokens = self.target_tokens(batch)
-        return TaskLoss.of(
-            model(batch.tokens, labels=batch.labels, target_tokens=target_tokens, sequence_ids=batch.sequence_ids)
+        loss: Loss = model(
+            batch.tokens, labels=batch.labels, target_tokens=target_tokens, sequence_ids=batch.sequence_ids
         )
+        return loss
 
 
 def global_batch(step: int) -> Rows:
@@ -189,12 +199,20 @@ def slice_of_rank(batch: Rows, rank: int, world_size: int, accumulation: int) ->
 
 
 def run_engine(
-    case: Case, ranks: Any, steps: int, *, poison: dict[int, int] | None = None, start: int = 0, engine: Any = None
+    case: Case,
+    ranks: Any,
+    steps: int,
+    *,
+    poison: dict[int, int] | None = None,
+    start: int = 0,
+    engine: Any = None,
+    refuses: Any = None,
 ) -> tuple[Any, list[float], list[bool]]:
     """Train a new engine, or go on with one. Returns it, the mean loss of each step, and which were skipped.
 
     Args:
         poison: step -> rank whose embedding is made NaN for that step's forward.
+        refuses: as for `Engine.train_step`.
     """
     from bigtx.engine.engine import Engine
 
@@ -214,6 +232,7 @@ def run_engine(
             num_labels=batch.num_labels,
             num_tokens=batch.tokens.numel(),
             learning_rate_factor=1.0,
+            refuses=refuses,
         )
         losses.append(float(result.loss_sum) / batch.num_labels)
         skipped.append(result.skipped)
@@ -229,7 +248,7 @@ def initial_read(engine: Any, config: PretrainConfig) -> Any:
 class PoisonedTask(RowsTask):
     """A task whose loss is NaN."""
 
-    def loss(self, model: Any, batch: Rows) -> TaskLoss:
+    def loss(self, model: Any, batch: Rows) -> Loss:
         """The loss times NaN."""
         loss = super().loss(model, batch)
         return loss._replace(loss_sum=loss.loss_sum * float("nan"), reported_sum=loss.reported_sum * float("nan"))

@@ -56,6 +56,8 @@ def cases(accumulations: tuple[int, ...]) -> list[dict[str, Any]]:
 class Saved:
     """Checkpoints of engines of one precision, one of each stage and optimizer, and the losses that followed."""
 
+    BEFORE, AFTER = 3, 4  # Steps before a checkpoint and after it.
+
     def __init__(
         self,
         tmp_path: Path,
@@ -75,8 +77,8 @@ class Saved:
             (stage, optimizer): {
                 "case": self.case(stage, optimizer, world_size),
                 "folder": str(tmp_path / f"{stage}-{precision}-{optimizer}"),
-                "before": 4,
-                "after": 10,
+                "before": self.BEFORE,
+                "after": self.AFTER,
             }
             for stage, optimizer in itertools.product(stages, optimizers)
         }
@@ -95,8 +97,8 @@ class Saved:
                 world_size,
                 "resume",
                 gpus=self.gpus,
-                before=4,
-                after=10,
+                before=self.BEFORE,
+                after=self.AFTER,
                 cases=[self.case(target, optimizer, world_size) for _, target, optimizer in targets],
                 folders=[self.runs[source, optimizer]["folder"] for source, _, optimizer in targets],
             )
@@ -111,6 +113,10 @@ class Saved:
         assert {"ema", "momentum" if optimizer == "muon" else "exp_avg"} <= set(answer["kinds"]), label
         if world_size == self.world_size and source == target:
             assert losses == expected, label
+            own = [[name for name in files if name.startswith("rank-")] for files in answer["files"]]
+            # At stage 0 each rank holds all weights.
+            each = [[f"rank-{rank:05d}.safetensors"] for rank in range(world_size)]
+            assert source == 0 or own == each, label
             return
         # The first loss differs by the order of sums alone. Later ones by what AdamW and Newton-Schulz make of it.
         first, later = {"fp32": (1e-6, 2e-5), "bf16": (5e-3, 2e-2)}[self.precision]

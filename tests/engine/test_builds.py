@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from deepspeed.runtime import bf16_optimizer
 from doors import TINY, pretrain
 from torch.utils.file_baton import FileBaton
 
@@ -127,6 +128,13 @@ def test_on_a_network_file_system_a_quiet_folder_is_nobodys(lock: Path, monkeypa
         assert builds.is_left_over(lock, file.fileno())
         (lock.parent / "part.o").touch()
         assert not builds.is_left_over(lock, file.fileno()), "another machine has just compiled a part"
+
+
+def test_deepspeed_reports_no_memory_of_each_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of its two reports for a group would collect garbage and print lines at the start."""
+    monkeypatch.setattr(bf16_optimizer, "see_memory_usage", pytest.fail)
+    builds._report_no_memory()
+    bf16_optimizer.see_memory_usage("before initializing group 1", force=True)
 
 
 def test_torch_asks_us(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,13 +13,17 @@ import pytest
 from engine.ranks import OPTIMIZERS, PRECISIONS, STAGES, Saved, cases, check_parity, run_ranks
 
 from bigtx.engine import checkpoint
+from bigtx.engine.trainable import PART_MULTIPLE
 from bigtx.utils.errors import CheckpointError
+
+LEAST_FALL = 0.05
+"""Of the loss in four steps. The slow tests make ten."""
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (2, 4)])
 def test_parity_with_a_plain_loop(tmp_path: Path, world_size: int, accumulation: int) -> None:
-    check_parity(run_ranks(tmp_path, world_size, "parity", cases=cases((accumulation,)), steps=10))
+    check_parity(run_ranks(tmp_path, world_size, "parity", cases=cases((accumulation,)), steps=4), LEAST_FALL)
 
 
 @pytest.mark.dist
@@ -54,14 +58,14 @@ def test_parity_of_encoders_and_encoder_decoders_and_experts(tmp_path: Path) -> 
         for stage, shape in itertools.product(STAGES, ("encoder", "encoder_decoder", "experts"))
         for precision, optimizer in (("fp32", "muon"), ("bf16", "adamw"))
     ]
-    check_parity(run_ranks(tmp_path, 2, "parity", cases=tried, steps=10))
+    check_parity(run_ranks(tmp_path, 2, "parity", cases=tried, steps=4), LEAST_FALL)
 
 
 @pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_parity_of_every_combination(tmp_path: Path, world_size: int) -> None:
-    every = cases((1, 4))
+    every = cases((1, 4 if world_size < 4 else 2))
     extra = [
         {"stage": stage, "precision": precision, "accumulation": 2, "optimizer": optimizer, "tied": True}
         for stage, precision, optimizer in itertools.product(STAGES, PRECISIONS, OPTIMIZERS)
@@ -70,7 +74,53 @@ def test_parity_of_every_combination(tmp_path: Path, world_size: int) -> None:
         {"stage": stage, "precision": "bf16", "accumulation": 2, "optimizer": optimizer, "offload": True}
         for stage, optimizer in itertools.product((1, 2, 3), OPTIMIZERS)
     ]
-    check_parity(run_ranks(tmp_path, world_size, "parity", cases=every + extra + offloaded, steps=10))
+    # The longest of these tests: after ten steps tied weights differ by up to 2.4e-5, from rounding alone.
+    check_parity(run_ranks(tmp_path, world_size, "parity", cases=every + extra + offloaded, steps=10), slack=1.5)
+
+
+STAGE_1: dict[str, Any] = {"stage": 1, "precision": "bf16"}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_our_reduction_gives_what_deepspeed_s_gives(tmp_path: Path, world_size: int) -> None:
+    """To the last bit without clipping: two ranks add in either order alike, and the factor between a mean and a sum is
+    a power of two. Clipping divides where DeepSpeed multiplies, and takes the norm in another order."""
+    tried = [STAGE_1 | {"optimizer": optimizer, "accumulation": 2} for optimizer in OPTIMIZERS]
+    tried = [case | {"clipping": clipping} for case in tried for clipping in (0.0, 1e6, 0.5)]
+    answers = run_ranks(tmp_path, world_size, "against_deepspeed", cases=tried, steps=4)
+    for case, answer in zip(tried, answers, strict=True):
+        if case["clipping"] == 0.5:
+            assert answer["losses"] == pytest.approx(answer["expected"], abs=2e-3), case
+            assert answer["losses"] != pytest.approx(answers[0]["losses"], abs=1e-4) or case["optimizer"] == "muon"
+        else:
+            assert answer["equal"] and answer["losses"] == answer["expected"], case
+
+
+@pytest.mark.dist
+def test_gradients_are_reduced_while_the_backward_pass_continues(tmp_path: Path) -> None:
+    """A trace of two ranks shows collectives before the last gradient is complete. A rank on which a parameter has no
+    gradient begins them in the same order."""
+    raw = {"communication_data_type": "bf16"}
+    tried = [STAGE_1 | {"accumulation": 2} | case for case in ({}, {"overlap": False}, {"deepspeed": raw})]
+    without = "decoder.blocks.1.mlp.up.weight"
+    overlapped, after, narrow = run_ranks(tmp_path, 2, "reductions", cases=tried, without=without)
+    for answer in (overlapped, after, narrow):
+        first, last = answer["sent"]
+        assert first == last and len(first) == answer["groups"] > 5
+        assert 2 * answer["numel"] <= sum(numel for _, numel in first)
+        assert not any(numel % (2 * PART_MULTIPLE) for _, numel in first)
+    assert all(2 < number < overlapped["groups"] for number in overlapped["before the last gradient"][:1]), overlapped
+    assert after["before the last gradient"] == [0, 0]
+    dtypes = [{dtype for dtype, _ in answer["sent"][0]} for answer in (overlapped, narrow)]
+    assert dtypes == [{"torch.float32"}, {"torch.bfloat16"}]
+
+
+@pytest.mark.dist
+def test_parity_with_gradients_that_are_sent_in_16_bits(tmp_path: Path) -> None:
+    raw = {"communication_data_type": "bf16"}
+    tried = [STAGE_1 | {"optimizer": optimizer, "accumulation": 2, "deepspeed": raw} for optimizer in OPTIMIZERS]
+    check_parity(run_ranks(tmp_path, 2, "parity", cases=tried, steps=4), LEAST_FALL)
 
 
 PARTS: dict[str, dict[str, Any]] = {
@@ -101,12 +151,27 @@ def test_parity_where_parts_are_trained(tmp_path: Path) -> None:
 def test_parity_where_parts_are_trained_in_every_combination(tmp_path: Path) -> None:
     tried = [*parts("adamw"), *parts("muon", precision="bf16"), *parts("adamw", precision="bf16", recompute="full")]
     tried += [
-        {"stage": stage, "shape": shape, "rank": 4, "accumulation": 2, "tied": True}
+        {
+            "stage": stage,
+            "precision": "fp32",
+            "optimizer": "adamw",
+            "shape": shape,
+            "rank": 4,
+            "accumulation": 2,
+            "tied": True,
+        }
         | ({"freeze": ["encoder.*"]} if shape == "encoder_decoder" else {})
         for stage, shape in itertools.product(STAGES, ("encoder", "encoder_decoder", "experts"))
     ]
     tried += [
-        {"stage": stage, "rank": 4, "precision": "bf16", "offload": True, "offload_parameters": stage == 3}
+        {
+            "stage": stage,
+            "precision": "bf16",
+            "optimizer": "adamw",
+            "rank": 4,
+            "offload": True,
+            "offload_parameters": stage == 3,
+        }
         for stage in (1, 2, 3)
     ]
     check_parity(run_ranks(tmp_path, 2, "parity", cases=tried, steps=3), least_fall=-0.01)
@@ -138,8 +203,13 @@ def test_a_nan_on_one_rank_changes_no_weight(tmp_path: Path) -> None:
         for stage, precision in itertools.product(STAGES, PRECISIONS)
         for optimizer in ("muon",)
     ]
-    for answer in run_ranks(tmp_path, 2, "poison", cases=poisoned):
-        assert answer == {"unchanged": True, "updates": 2, "finite_after": True, "skipped_others": False}
+    # With a loss scale at which nothing overflows.
+    scale = {"fp16": {"initial_scale_power": 8}}
+    poisoned += [{"stage": stage, "precision": "fp16", "deepspeed": scale} for stage in (1, 2, 3)]
+    skipped = {"skipped": True, "asked": True, "same_loss": True}
+    unharmed = {"unchanged": True, "updates": 2, "finite_after": True, "skipped_others": False}
+    for case, answer in zip(poisoned, run_ranks(tmp_path, 2, "poison", cases=poisoned), strict=True):
+        assert answer == skipped | unharmed, case
 
 
 @pytest.mark.dist

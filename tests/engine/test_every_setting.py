@@ -13,9 +13,8 @@ from bigtx.config.deepspeed import deepspeed_config
 from bigtx.config.schema import LoraConfig, ModelConfig, OptimizerConfig, PretrainConfig, ScheduleConfig
 from bigtx.config.settings import leaves
 from bigtx.engine.fragments import Fragment
-from bigtx.engine.optimizers import Optimizer, parameter_groups
-from bigtx.engine.schedules import Schedule
-from bigtx.engine.trainable import frozen_parameters
+from bigtx.engine.optimizers import Optimizer, Schedule
+from bigtx.engine.trainable import frozen_parameters, parameter_groups
 
 NAMES = {
     "embedding.weight": (6, 4),
@@ -136,7 +135,7 @@ def test_the_schedule(key: str) -> None:
         ("train.gradient_clipping", 0.5, {}, {"gradient_clipping"}),
         ("train.global_batch_size", 64, {}, {"train_batch_size", "gradient_accumulation_steps"}),
         ("train.micro_batch_size", 8, {}, {"train_micro_batch_size_per_gpu", "gradient_accumulation_steps"}),
-        ("deepspeed", {"timers": {"throughput": {}}}, {}, {"timers.throughput"}),
+        ("deepspeed", {"comms_logger": {"enabled": True}}, {}, {"comms_logger.enabled"}),
     ],
 )
 def test_what_deepspeed_is_told(key: str, value: Any, context: dict[str, Any], keys: set[str]) -> None:

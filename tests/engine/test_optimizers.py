@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from bigtx.config.schema import OptimizerConfig
+from bigtx.engine import muon
 from bigtx.engine.fragments import Fragment
-from bigtx.engine.muon import orthogonalize, update_scale
-from bigtx.engine.optimizers import Optimizer, layer_factors, parameter_groups
+from bigtx.engine.muon import assign, orthogonalize, update_scale
+from bigtx.engine.optimizers import Optimizer
+from bigtx.engine.trainable import align_parts, in_buckets, layer_factors, parameter_groups
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "embedding.weight": (4, 2),
@@ -240,6 +247,68 @@ def test_experts_are_orthogonalised_one_by_one() -> None:
     torch.testing.assert_close(own[name].detach(), expected, atol=1e-6, rtol=0)
 
 
+class Memory(TorchDispatchMode):
+    """The most bytes of tensors that operations have made and that were there at the same time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation, and count."""
+        result = operation(*args, **(kwargs or {}))
+        inputs = {id(storage) for storage in _storages((args, kwargs))}
+        for storage in _storages(result):
+            if id(storage) not in inputs:
+                reference = StorageWeakRef(storage)
+                self._storages.setdefault(reference.cdata, (reference, storage.nbytes()))
+        self._storages = {key: held for key, held in self._storages.items() if not held[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._storages.values()))
+        return result
+
+
+def _storages(values: Any) -> list[torch.UntypedStorage]:
+    return [value.untyped_storage() for value in tree_leaves(values) if isinstance(value, Tensor)]
+
+
+@pytest.mark.parametrize("num_flats", [1, 40])
+def test_muon_needs_memory_for_a_few_matrices_whatever_the_size_of_the_model(
+    monkeypatch: pytest.MonkeyPatch, num_flats: int
+) -> None:
+    """Two matrices are orthogonalised together, although all of them are exchanged together."""
+    size, count = 32, 40
+    monkeypatch.setattr(muon, "BATCH_ELEMENTS", 2 * size**2)
+    flats = [nn.Parameter(torch.ones(count // num_flats * size**2)) for _ in range(num_flats)]
+    settings = {"method": "muon", "name": "matrices", "peak_learning_rate": 0.04, "weight_decay": 0.25}
+    optimizer = Optimizer(
+        [{"params": flats, **settings}], OptimizerConfig(name="muon"), torch.float32, torch.device("cpu")
+    )
+    offsets = [(flat, offset) for flat in flats for offset in range(0, flat.numel(), size**2)]
+    fragments = [
+        Fragment(f"matrix {number}", (size, size), 0, size**2, 0, flat, offset)
+        for number, (flat, offset) in enumerate(offsets)
+    ]
+    optimizer.bind(fragments, [(0, flat) for flat in flats], replicated=True, together=True)
+    optimizer.set_learning_rate_factor(0.5)
+    gradients = torch.arange(count * size**2, dtype=torch.float32).sin().split([flat.numel() for flat in flats])
+    for flat, gradient in zip(flats, gradients, strict=True):
+        flat.grad = gradient.clone()
+    with Memory() as memory:
+        optimizer.step()
+    of_matrix = 4 * size**2
+    assert 2 * of_matrix <= memory.peak <= 17 * of_matrix < count * of_matrix / 2
+    matrices = torch.cat([flat.detach() for flat in flats]).view(count, size, size)
+    expected = orthogonalize((0.05 * 0.95 + 0.05) * torch.cat(gradients).view(count, size, size), 5)
+    torch.testing.assert_close(matrices, (1 - 0.02 * 0.25) - 0.02 * expected)
+
+
+def test_a_matrix_is_worked_on_where_a_part_of_it_is_if_that_rank_has_no_more_work() -> None:
+    shapes = {0: (4, 4), 1: (4, 4), 2: (4, 4), 3: (2, 4)}
+    assert assign(shapes, {0: [3, 4], 1: [3, 4], 2: [5], 3: [0]}, 6) == {0: 3, 1: 4, 2: 5, 3: 0}
+    assert assign(shapes, {0: [1], 1: [1], 2: [1], 3: [1]}, 2) == {0: 1, 1: 0, 2: 1, 3: 0}
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_the_average_follows_the_weights_after_their_update(name: str) -> None:
     own = {"decoder.norm.weight": nn.Parameter(torch.full((2,), 2.0)), KINDS["matrices"][0]: nn.Parameter(torch.eye(2))}
@@ -273,3 +342,59 @@ def test_what_has_no_gradient_stays() -> None:
     own = parameters()
     bound(own, ema_decay=0.5).step()
     assert all(torch.equal(parameter, torch.full_like(parameter, 2.0)) for parameter in own.values())
+
+
+def test_buckets_are_filled_from_the_end_and_keep_the_settings() -> None:
+    sizes = {"a": 5, "b": 2, "c": 3, "d": 9, "e": 1}
+    groups = [{"name": "matrices", "lr": 0.5, "params": [torch.empty(size) for size in sizes.values()]}]
+    groups.append({"name": "vectors", "lr": 0.1, "params": [torch.empty(1)]})
+    buckets = in_buckets(groups, 6)
+    assert [(bucket["name"], bucket["lr"]) for bucket in buckets] == [("matrices", 0.5)] * 4 + [("vectors", 0.1)]
+    assert [[len(each) for each in bucket["params"]] for bucket in buckets] == [[1], [9], [2, 3], [5], [1]]
+
+
+def test_parts_of_any_number_of_ranks_are_aligned() -> None:
+    """DeepSpeed asks for 2 elements times the ranks."""
+    align_parts()
+    wrapper = SimpleNamespace(nccl_start_alignment_factor=2, flatten=lambda tensors: torch.cat(tensors))
+    for num_ranks, expected in ((1, 128), (24, 24 * 64), (2, 128)):
+        made = BF16_Optimizer._flatten_dense_tensors_aligned(wrapper, [torch.ones(100), torch.ones(7)], 2 * num_ranks)
+        assert made.numel() == expected and made.sum() == 107
+
+
+@pytest.mark.parametrize("fields", [{}, {"ema_decay": 0.5}, {"name": "muon"}])
+def test_a_step_that_is_not_finite_changes_nothing(fields: dict[str, Any]) -> None:
+    own = parameters()
+    optimizer = bound(own, **fields)
+    for grad, scale, found in ((1.0, 1.0, 0.0), (math.inf, math.inf, 1.0), (math.nan, math.nan, 1.0)):
+        for parameter in own.values():
+            parameter.grad = torch.full_like(parameter, grad)
+        before = {name: parameter.detach().clone() for name, parameter in own.items()}
+        states = {name: {kind: state.clone() for kind, state in optimizer.state[own[name]].items()} for name in own}
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(found)
+        optimizer.step()
+        equal = [torch.equal(parameter, before[name]) for name, parameter in own.items()]
+        assert all(equal) if found else not any(equal)
+        if found:
+            assert all(
+                torch.equal(optimizer.state[own[name]][kind], states[name][kind])
+                for name in own
+                for kind in states[name]
+            )
+    assert optimizer.num_updates == 1
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_gradients_are_divided_by_the_scale(name: str) -> None:
+    results = []
+    for scale in (None, torch.tensor(4.0)):
+        own = parameters()
+        optimizer = bound(own, name=name, eps=0.25, muon_momentum=0.5)
+        optimizer.grad_scale = scale
+        for gradient in (1.0, 0.5):
+            for parameter in own.values():
+                parameter.grad = torch.full_like(parameter, gradient if scale is None else 4 * gradient)
+            optimizer.step()
+        results.append([parameter.detach() for parameter in own.values()])
+    for plain, scaled in zip(*results, strict=True):
+        assert torch.equal(plain, scaled)

@@ -86,48 +86,48 @@ def test_what_rank_0_does_is_known_to_all(monkeypatch: pytest.MonkeyPatch) -> No
         ([0, 1], [{0, 1}] * 3),  # Fewer than ranks: all keep all.
     ],
 )
+@pytest.mark.parametrize("binds", [True, False])
 def test_ranks_part_the_cores_that_they_share(
-    monkeypatch: pytest.MonkeyPatch, cores: list[int], expected: list[set[int]]
+    monkeypatch: pytest.MonkeyPatch, cores: list[int], expected: list[set[int]], binds: bool
 ) -> None:
-    """Even cores are on one half of the machine, odd ones on the other."""
-    three = some_ranks(3)
+    """Even cores are on one half of the machine, odd ones on the other. With GPUs only the threads are divided."""
+    three, threads = some_ranks(3), list[int]()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(ranks.torch, "set_num_threads", threads.append)
     for rank, one in enumerate(three):
         kept = set(cores)
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(cores))
         monkeypatch.setattr(os, "sched_setaffinity", lambda pid, own, kept=kept: (kept.clear(), kept.update(own)))
         monkeypatch.setattr(ranks, "node_of_core", lambda core: core % 2)
         monkeypatch.setattr(one, "gather", lambda value: [value] * 3)
-        one._keep_to_own_cores()
-        assert kept == expected[rank]
+        one._share_cores(binds=binds)
+        assert kept == (expected[rank] if binds else set(cores))
+    assert threads == [max(1, len(cores) // 3)] * 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    three[0]._share_cores(binds=binds)
+    assert len(threads) == 3, "the user's value has precedence"
 
 
 def test_cores_that_a_launcher_has_parted_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each rank was given other ones, and the ranks of another host are no peers."""
-    kept: list[Any] = []
+    """Each rank was given other ones, and the ranks of another host are no peers: a thread for each own core."""
+    kept, threads = list[Any](), list[int]()
     first, _, third = some_ranks(3)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(ranks.torch, "set_num_threads", threads.append)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
     monkeypatch.setattr(os, "sched_setaffinity", lambda pid, own: kept.append(set(own)))
     monkeypatch.setattr(ranks, "node_of_core", lambda core: 0)
     monkeypatch.setattr(first, "gather", lambda value: [value, (value[0], [2, 3]), ("elsewhere", [0, 1])])
-    first._keep_to_own_cores()
-    assert kept == [{0, 1}]
-    third.world_size = 1
-    third._keep_to_own_cores()
-    assert kept == [{0, 1}]
+    first._share_cores(binds=True)
+    third.rank, third.world_size = 0, 1
+    monkeypatch.setattr(third, "gather", lambda value: [value])
+    third._share_cores(binds=True)
+    assert kept == [] and threads == [2, 2]
 
 
-@pytest.mark.parametrize(("local", "threads"), [({"LOCAL_SIZE": "4"}, 2), ({"LOCAL_WORLD_SIZE": "16"}, 1), ({}, 8)])
-def test_threads_are_divided_among_the_ranks_of_a_machine(
-    monkeypatch: pytest.MonkeyPatch, local: dict[str, str], threads: int
-) -> None:
-    taken: list[int] = []
-    for name in ("OMP_NUM_THREADS", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in local.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
-    monkeypatch.setattr(ranks.torch, "set_num_threads", taken.append)
-    ranks.use_share_of_cores()
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    ranks.use_share_of_cores()
-    assert taken == [threads]
+def test_one_rank_of_each_of_the_first_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    six = some_ranks(6)
+    for one in six:
+        one.places = [(host, 100, None) for host in ("b", "b", "a", "b", "c", "a")]
+    assert [one.rank for one in six if one.is_first_of_host(among=2)] == [0, 2]
+    assert [one.rank for one in six if one.is_first_of_host(among=9)] == [0, 2, 4]

@@ -5,7 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+import shutil
+import signal
+import threading
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,8 +18,11 @@ import torch
 from engine.together import Together
 from torch import Tensor
 
-from bigtx.engine import checkpoint, saving
-from bigtx.engine.fragments import Fragment, owned_fragments
+from bigtx.engine import checkpoint, host_copy, retention, saving, write_weights
+from bigtx.engine.fragments import Fragment, owned_fragments, ranges_of
+from bigtx.engine.manifest import table_of
+from bigtx.engine.retention import Policy
+from bigtx.engine.saving import Saver
 from bigtx.engine.write_weights import save_weights
 from bigtx.utils.errors import CheckpointError
 
@@ -34,7 +41,7 @@ def engine_of(rank: int, world_size: int, *, frozen: tuple[str, ...] = (), offse
         fragments.append(Fragment(name, shape, 0, numel, 0, flat, 0))
     return SimpleNamespace(
         owned=owned_fragments(fragments, replicated=True, rank=rank, world_size=world_size),
-        optimizer=SimpleNamespace(state=state, state_kinds=lambda group: ["momentum"], num_updates=7),
+        optimizer=SimpleNamespace(state=state, state_kinds=lambda group: ["momentum"], num_updates=7, copied=None),
         shapes=lambda: SHAPES,
         frozen=list(frozen),
         stage=0,
@@ -46,12 +53,22 @@ def engine_of(rank: int, world_size: int, *, frozen: tuple[str, ...] = (), offse
     )
 
 
-def save(run_dir: Path, step: int, *, world_size: int = 1, keep: int = 9, **facts: Any) -> list[Any]:
+def save(
+    run_dir: Path, step: int, *, world_size: int = 1, keep: int = 9, in_background: bool = True, **facts: Any
+) -> list[Any]:
+    """Each rank's checkpoint, or its error."""
+
     def one(ranks: Any) -> Path:
-        engine = engine_of(ranks.rank, world_size)
-        return saving.save(engine, ranks, run_dir, {"step": step, **facts}, keep=keep)
+        saver = Saver(engine_of(ranks.rank, world_size), ranks, run_dir, Policy(keep), in_background=in_background)
+        saver.save({"step": step, **facts})
+        saver.wait()
+        return path_of(run_dir, step)
 
     return Together(world_size).run(one)
+
+
+def path_of(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
 def names(run_dir: Path) -> list[str]:
@@ -87,6 +104,59 @@ def test_what_is_saved_is_read_whatever_the_number_of_ranks(tmp_path: Path, worl
     assert manifest == {"step": 30, "best": "x", "world_size": world_size, "zero_stage": 0, "precision": "bf16"}
     assert opened.manifest["loss_scale"] == {"cur_scale": 4.0} and opened.manifest["num_updates"] == 7
     assert opened.manifest["expert_counts"] == [[1.0, 3.0]] and opened.manifest["adapter_scale"] == 8.0
+
+
+def ranks_apart(rank: int, world_size: int) -> Any:
+    """A rank that meets no others: only its own findings are known."""
+    return SimpleNamespace(
+        rank=rank, world_size=world_size, from_first=lambda value: value, gather=lambda value: [value]
+    )
+
+
+@pytest.mark.parametrize("rank", range(3))
+def test_a_rank_resumes_with_its_own_file_alone(tmp_path: Path, rank: int) -> None:
+    """The other files are gone: whoever looks at them, or opens them, fails."""
+    (path, *_) = save(tmp_path, 10, world_size=3)
+    for other in set(path.glob("*.safetensors")) - {path / f"rank-{rank:05d}.safetensors"}:
+        other.unlink()
+    opened = retention.choose(tmp_path, ranks_apart(rank, 3), print)
+    assert opened is not None
+    engine = engine_of(rank, 3)
+    assert engine.owned
+    for fragment in engine.owned:
+        master = fragment.view(fragment.flat)
+        assert torch.equal(opened.read(fragment.name, "master", fragment.start, fragment.stop), master)
+        assert torch.equal(opened.read(fragment.name, "momentum", fragment.start, fragment.stop), -master)
+    with pytest.raises(CheckpointError, match=r"rank-0000\d.safetensors cannot be read"):
+        opened.read("a", "master", 0, 12)
+
+
+def test_frozen_weights_are_read_from_the_files_that_have_them_alone(tmp_path: Path) -> None:
+    assert save_frozen(tmp_path, 2, ("a", "b", "c")) == [None, None]
+    names = sorted(path.name for path in (tmp_path / "frozen").glob("part-*"))
+    assert len(names) == 2
+    (tmp_path / "frozen" / names[1]).unlink()
+    opened = checkpoint.Checkpoint(tmp_path / "frozen", share=slice(0, None, 2))
+    assert torch.equal(opened.read("a", "master", 0, 12), torch.arange(12.0))
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_checkpoint_whose_manifest_has_no_ranges_is_read_by_its_headers(tmp_path: Path, world_size: int) -> None:
+    (path, *_) = save(tmp_path, 30, world_size=world_size)
+    whole = checkpoint.Checkpoint(path)
+    manifest = {key: value for key, value in whole.manifest.items() if key != "ranges"}
+    assert len(manifest) == len(whole.manifest) - 1
+    checkpoint.write_manifest(path, manifest)
+    older = checkpoint.Checkpoint(path)
+    for name, shape in SHAPES.items():
+        numel = torch.Size(shape).numel()
+        assert older.kinds(name) == whole.kinds(name) == ["master", "momentum"]
+        for kind in whole.kinds(name):
+            assert torch.equal(older.read(name, kind, 0, numel), whole.read(name, kind, 0, numel))
+    with pytest.raises(CheckpointError, match="holds 5 of the 6 elements"):
+        older.read("b", "master", 0, 6)
+    with pytest.raises(CheckpointError, match="holds 5 of the 6 elements"):
+        whole.read("b", "master", 0, 6)
 
 
 class Calls:
@@ -165,11 +235,13 @@ def save_frozen(run_dir: Path, world_size: int, frozen: tuple[str, ...]) -> list
 def test_what_is_frozen_is_written_once_and_read_through_every_checkpoint(tmp_path: Path, world_size: int) -> None:
     assert save_frozen(tmp_path, world_size, ("a", "c")) == [None] * world_size
 
-    def one(ranks: Any) -> Path:
-        engine = engine_of(ranks.rank, world_size, frozen=("a", "c"))
-        return saving.save(engine, ranks, tmp_path, {"step": 5}, keep=1)
+    def one(ranks: Any) -> None:
+        saver = Saver(engine_of(ranks.rank, world_size, frozen=("a", "c")), ranks, tmp_path, Policy(1))
+        saver.save({"step": 5})
+        saver.wait()
 
-    opened = checkpoint.Checkpoint(Together(world_size).run(one)[0])
+    assert Together(world_size).run(one) == [None] * world_size
+    opened = checkpoint.Checkpoint(path_of(tmp_path, 5))
     assert opened.shapes == SHAPES and opened.verify() == []
     assert opened.kinds("a") == ["master"] and opened.kinds("b") == ["master", "momentum"]
     assert torch.equal(opened.read("a", "master", 2, 12), torch.arange(2.0, 12.0))
@@ -182,14 +254,14 @@ def test_where_one_rank_cannot_write_all_say_so_and_nothing_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
     save(tmp_path, 10, world_size=3)
-    write = saving._write_fragments
+    write = write_weights.write_file
 
-    def full(engine: Any, path: Path) -> Any:
+    def full(path: Path, *content: Any) -> Any:
         if path.name == f"rank-{failing:05d}.safetensors":
             raise OSError(28, "No space left on device")
-        return write(engine, path)
+        return write(path, *content)
 
-    monkeypatch.setattr(saving, "_write_fragments", full)
+    monkeypatch.setattr(write_weights, "write_file", full)
     for error in save(tmp_path, 20, world_size=3, keep=1):
         assert isinstance(error, CheckpointError)
         assert f"rank {failing} could not write" in str(error) and "No space left" in str(error)
@@ -217,11 +289,232 @@ def test_where_the_name_cannot_be_given_all_say_so(tmp_path: Path, monkeypatch: 
 )
 def test_elements_that_are_not_covered_once_are_no_checkpoint(second: dict[str, Any]) -> None:
     engines = [engine_of(rank, 2) for rank in range(2)]
-    assert saving._prove_coverage([saving._ranges(engine) for engine in engines], engines[0]) == {
-        name: list(shape) for name, shape in SHAPES.items()
-    }
+
+    def listed() -> Any:
+        ranges = {
+            f"rank-{rank:05d}.safetensors": ranges_of(engine.owned, engine.optimizer.state_kinds)
+            for rank, engine in enumerate(engines)
+        }
+        return table_of(ranges, SHAPES.keys())
+
+    shapes, table = listed()
+    assert shapes == {name: list(shape) for name, shape in SHAPES.items()}
+    assert table["b"] == {"kinds": ["master", "momentum"], "files": [[0, 2, 3]]}
+    assert table["c"] == {"kinds": ["master", "momentum"], "files": [[0, 1, 1]]}
     engines[1].owned[0] = dataclasses.replace(engines[1].owned[0], **second)
     with pytest.raises(AssertionError):
-        saving._prove_coverage([saving._ranges(engine) for engine in engines], engines[0])
+        listed()
+    engines[:] = [engine_of(0, 1)]
+    engines[0].owned.pop()
     with pytest.raises(AssertionError):
-        saving._prove_coverage([saving._ranges(engine_of(0, 1))[:-1]], engines[0])
+        listed()
+
+
+def test_a_checkpoint_in_the_background_has_the_bytes_of_one_that_is_waited_for(tmp_path: Path) -> None:
+    manifests = []
+    for name, in_background in (("a", True), ("b", False)):
+        path = save(tmp_path / name, 10, world_size=3, in_background=in_background)[0]
+        manifests.append(checkpoint.read_manifest(path))
+    assert manifests[0] == manifests[1]
+
+
+class Held:
+    """A disk that writes a rank's file only once it is let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.free, self.reached, self.failing = threading.Event(), threading.Event(), False
+        write = write_weights.write_file
+
+        def held(*arguments: Any) -> Any:
+            self.reached.set()
+            assert self.free.wait(30)
+            if self.failing:
+                raise OSError(5, "Input/output error")
+            return write(*arguments)
+
+        monkeypatch.setattr(write_weights, "write_file", held)
+
+
+def alone(run_dir: Path, engine: Any, **settings: Any) -> Saver:
+    """The saver of a run of one rank."""
+    single: Any = SimpleNamespace(rank=0, world_size=1, gather=lambda value: [value], from_first=lambda value: value)
+    posted: list[Any] = []
+    single.sum, single.post = list, lambda name, value: posted.append(value)
+    single.posted = lambda name: [posted.pop()]
+    return Saver(engine, single, run_dir, Policy(9), **settings)
+
+
+def test_weights_may_change_while_their_copy_is_written_into_the_same_buffer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, engine = Held(monkeypatch), engine_of(0, 1)
+    saver = alone(tmp_path, engine)
+    buffers = set()
+    for step in (1, 2, 3):
+        saver.save({"step": step})
+        assert names(tmp_path)[-1].endswith(".partial")
+        for fragment in engine.owned:
+            fragment.flat.add_(1000)
+        held.free.set()
+        saver.wait()
+        expected = torch.arange(12) + 1000.0 * (step - 1)
+        assert torch.equal(checkpoint.Checkpoint(path_of(tmp_path, step)).read("a", "master", 0, 12), expected)
+        buffers.add(saver._copy._buffer.data_ptr())
+        held.free.clear()
+    assert len(buffers) == 1
+
+
+def test_nothing_is_asked_of_the_engine_while_its_copy_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most stages DeepSpeed's optimizer has one parameter group, not all, while it makes a step."""
+    held, engine = Held(monkeypatch), engine_of(0, 1)
+    saver = alone(tmp_path, engine)
+    saver.save({"step": 1})
+    for name in vars(engine):
+        setattr(engine, name, None)
+    held.free.set()
+    saver.wait()
+    assert checkpoint.Checkpoint(path_of(tmp_path, 1)).kinds("a") == ["master", "momentum"]
+
+
+@pytest.mark.parametrize(("status", "num_kernels"), [(0, 0), (2, 1)])
+def test_memory_that_cannot_be_locked_fails_no_later_kernel(
+    monkeypatch: pytest.MonkeyPatch, status: int, num_kernels: int
+) -> None:
+    """CUDA keeps an error until it is read: by one kernel, whose error is ignored."""
+    kernels = []
+
+    def raises(size: int, device: str) -> None:
+        kernels.append(device)
+        raise RuntimeError("CUDA error: out of memory")
+
+    runtime = SimpleNamespace(cudaHostRegister=lambda *arguments: status, cudaError=SimpleNamespace(success=0))
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(host_copy.torch, "ones", raises)
+    host_copy._pin(torch.empty(8))
+    assert kernels == ["cuda"] * num_kernels
+
+
+def test_a_save_waits_for_the_previous_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held(monkeypatch)
+    saver = alone(tmp_path, engine_of(0, 1))
+    saver.save({"step": 1})
+    second = threading.Thread(target=saver.save, args=({"step": 2},))
+    second.start()
+    second.join(0.2)
+    assert second.is_alive() and names(tmp_path) == ["step-00000001.partial"]
+    held.free.set()
+    second.join()
+    saver.wait()
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+    saved = saver.take_saved()
+    assert saved and saved.path.name == "step-00000002" and saver.take_saved() is None
+    assert 0.1 < saved.wait_seconds <= saved.stall_seconds < saved.durable_seconds
+    assert saved.num_bytes == (saved.path / "rank-00000.safetensors").stat().st_size
+
+
+def test_a_failure_in_the_background_is_known_before_the_next_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held(monkeypatch)
+    saver = alone(tmp_path, engine_of(0, 1))
+    saver.save({"step": 1})
+    assert not saver.has_failed
+    held.failing = True
+    held.free.set()
+    saver._thread.join()
+    assert saver.has_failed
+    with pytest.raises(CheckpointError, match=r"rank 0 could not write .*Input/output error"):
+        saver.wait()
+    assert names(tmp_path) == []
+
+
+def test_an_error_of_the_program_in_the_background_is_no_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError("of the program")
+
+    monkeypatch.setattr(write_weights, "write_file", broken)
+    assert all("ZeroDivisionError: of the program" in str(error) for error in save(tmp_path, 20, world_size=2))
+    assert "Traceback" in caplog.text
+    monkeypatch.undo()
+    monkeypatch.setattr(saving, "table_of", broken)
+    assert all("ZeroDivisionError" in str(error) for error in save(tmp_path, 20, world_size=2))
+    assert names(tmp_path) == []
+
+
+def test_killed_at_each_point_of_a_save_the_previous_checkpoint_is_used(tmp_path: Path) -> None:
+    """Each point at which names or durable content change: the process is killed there, and the next one goes on."""
+    for point in itertools.count():
+        run_dir = tmp_path / str(point)
+        save(run_dir, 10, world_size=2, state={"best_step": None})
+        save(run_dir, 20, world_size=2)
+        child = os.fork()
+        if child == 0:
+            _kill_at(point)
+            save(run_dir, 30, world_size=2, keep=1)
+            os._exit(7)
+        status = os.waitpid(child, 0)[1]
+        good = [path for path in checkpoint.list_checkpoints(run_dir) if not checkpoint.Checkpoint(path).verify()]
+        assert good == checkpoint.list_checkpoints(run_dir) and good[0].name >= "step-00000020"
+        save(run_dir, 40, world_size=2, keep=2)
+        assert names(run_dir)[-1] == "step-00000040" and not [*run_dir.rglob("*.partial")]
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 7 and good[0].name == "step-00000030"
+            break
+        assert os.WTERMSIG(status) == signal.SIGKILL
+    assert point > 15
+
+
+def _kill_at(point: int) -> None:
+    """Kill this process just before the call of this number that changes files."""
+    calls = itertools.count()
+
+    def counted(call: Any) -> Any:
+        def counting(*arguments: Any, **settings: Any) -> Any:
+            if next(calls) == point:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments, **settings)
+
+        return counting
+
+    for name in ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "open"):
+        setattr(os, name, counted(getattr(os, name)))
+
+
+def test_each_of_200_flipped_bytes_is_found_before_anything_is_used(tmp_path: Path) -> None:
+    (path, *_) = save(tmp_path, 10, world_size=2, data="abc")
+    files = sorted(path.iterdir())
+    assert len(files) == 3
+    random = Random(1)
+    for _ in range(200):
+        file = random.choice(files)
+        content = bytearray(file.read_bytes())
+        content[random.randrange(len(content))] ^= 1 << random.randrange(8)
+        before = file.read_bytes()
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError):
+            next(checkpoint.load_weights(path))
+        file.write_bytes(before)
+    assert next(checkpoint.load_weights(path))[0] == "a"
+
+
+def test_a_checkpoint_without_space_is_left_out_once_but_not_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saver, free = alone(tmp_path, engine_of(0, 1)), 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    saver.save({"step": 1}, may_wait=True)
+    assert "the checkpoint of step 1 was not written: a checkpoint needs" in capsys.readouterr().out
+    assert names(tmp_path) == []
+    with pytest.raises(CheckpointError, match="earlier ones are unchanged: a checkpoint needs"):
+        saver.save({"step": 2}, may_wait=True)
+    free = 2**30
+    saver.save({"step": 3}, may_wait=True)
+    free = 0
+    saver.save({"step": 4}, may_wait=True)
+    with pytest.raises(CheckpointError, match="free"):
+        saver.save({"step": 5})
+    assert names(tmp_path) == ["step-00000003"]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bigtx.config.schema import ScheduleConfig
-from bigtx.engine.schedules import Schedule, resolve_steps
+from bigtx.engine.optimizers import Schedule, resolve_steps
 from bigtx.utils.errors import ConfigError
 
 

@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from engine.ranks import check_parity, run_ranks
+
+from bigtx.config.schema import EngineConfig, FinetuneConfig, PretrainConfig
+from bigtx.engine.engine import compiles
 
 pytestmark = pytest.mark.dist
 
@@ -173,6 +177,17 @@ def test_every_combination(tmp_path: Path, world_size: int) -> None:
     check_recomputation(answers["recompute"])
     check_recomputation(answers["recompute bf16"])
     check_parity(answers["offload"], least_fall=0.2)
+
+
+@pytest.mark.parametrize("choice", ["auto", "true", "false"])
+def test_auto_compiles_pretraining_on_a_gpu(choice: Any) -> None:
+    found = {
+        (kind, device): compiles(schema(engine=EngineConfig(compile=choice)), torch.device(device))
+        for kind, schema in (("pretrain", PretrainConfig), ("finetune", FinetuneConfig))
+        for device in ("cpu", "cuda")
+    }
+    expected = {"auto": {("pretrain", "cuda")}, "true": set(found), "false": set()}[choice]
+    assert {case for case, is_compiled in found.items() if is_compiled} == expected
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ class Together:
     def __init__(self, world_size: int) -> None:
         self.world_size, self._values = world_size, [None] * world_size
         self._barrier = threading.Barrier(world_size, timeout=30)
+        self._posted: dict[tuple[str, int], Any] = {}
 
     def run(self, act: Callable[[Any], Any]) -> list[Any]:
         """What each rank's act gives, or raises."""
@@ -23,6 +25,9 @@ class Together:
             ranks = SimpleNamespace(rank=rank, world_size=self.world_size)
             ranks.gather = lambda value: self._gather(rank, value)
             ranks.from_first = lambda value: self._gather(rank, value)[0]
+            ranks.sum = lambda numbers: [sum(column) for column in zip(*self._gather(rank, numbers), strict=True)]
+            ranks.post = lambda name, value: self._posted.update({(name, rank): json.loads(json.dumps(value))})
+            ranks.posted = self._take_posted
             try:
                 found[rank] = act(ranks)
             except Exception as error:
@@ -34,6 +39,12 @@ class Together:
         for thread in threads:
             thread.join()
         return found
+
+    def _take_posted(self, name: str) -> list[Any] | None:
+        keys = [(name, rank) for rank in range(self.world_size)]
+        if not all(key in self._posted for key in keys):
+            return None
+        return [self._posted.pop(key) for key in keys]
 
     def _gather(self, rank: int, value: Any) -> list[Any]:
         self._values[rank] = value

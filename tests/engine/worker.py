@@ -11,10 +11,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from device import asynchronous_device
 from engines import (
     LARGE_MODEL,
     Case,
@@ -27,22 +29,28 @@ from engines import (
     whole_parameters,
 )
 
-from bigtx.engine import checkpoint
+from bigtx.engine import checkpoint, optimizers, retention
+from bigtx.engine.checkpoint import list_checkpoints
 from bigtx.engine.engine import Engine
 from bigtx.engine.ranks import Ranks
-from bigtx.engine.saving import save as save_checkpoint
-from bigtx.engine.saving import save_frozen
+from bigtx.engine.retention import Policy
+from bigtx.engine.saving import Saver, save_frozen
 from bigtx.model.transformer import Transformer
+from bigtx.train.start import set_states
 
 
 def parity(ranks: Ranks, cases: list[dict[str, Any]], steps: int) -> list[dict[str, Any]]:
-    """Each case's greatest difference from the plain loop."""
+    """Each case's greatest difference from the plain loop, which equal cases share."""
     answers = []
+    known: dict[str, tuple[dict[str, torch.Tensor], list[float]]] = {}
     for fields in cases:
         case = Case(**fields)
         engine, losses, skipped = run_engine(case, ranks, steps)
         weights = whole_parameters(engine, ranks)
-        masters, expected = plain_loop(case, steps, engine.device) if ranks.rank == 0 else ({}, [])
+        plain = repr(case.plain())
+        if ranks.rank == 0 and plain not in known:
+            known[plain] = plain_loop(case.plain(), steps, engine.device)
+        masters, expected = known.get(plain, ({}, []))
         answers.append(
             {
                 **fields,
@@ -59,12 +67,18 @@ def parity(ranks: Ranks, cases: list[dict[str, Any]], steps: int) -> list[dict[s
 
 
 def save(ranks: Ranks, case: dict[str, Any], folder: str, before: int, after: int) -> dict[str, Any]:
-    """Train, save, and go on as if nothing had happened."""
+    """Train, save, go on as if nothing had happened; then return to the checkpoint and do the first of that again."""
     engine, losses, skipped = run_engine(Case(**case), ranks, before)
     if engine.frozen:
         save_frozen(engine, ranks, Path(folder), initial_read(engine, engine.config))
-    path = save_checkpoint(engine, ranks, Path(folder), {"step": before}, keep=2)
+    saver = Saver(engine, ranks, Path(folder), Policy(2))
+    saver.save({"step": before})
     _, later, skipped_later = run_engine(Case(**case), ranks, after, start=before, engine=engine)
+    saver.wait()
+    path = list_checkpoints(folder)[0]
+    set_states(engine, checkpoint.Checkpoint(path))
+    _, again, _ = run_engine(Case(**case), ranks, min(2, after), start=before, engine=engine)
+    assert again == later[:2], f"{case}: {again} after the return, {later[:2]} before"
     engine.deepspeed.destroy()
     return {
         "checkpoint": str(path),
@@ -83,10 +97,12 @@ def resume(
     for fields, folder in zip(cases, folders, strict=True):
         case = Case(**fields)
         config = case.config(ranks.world_size)
-        opened = checkpoint.choose(Path(folder), ranks, print)
+        opened = retention.choose(Path(folder), ranks, print)
         assert opened is not None
         engine = Engine(config, lambda config=config: Transformer(config.model))
-        engine.fill(opened.read, states=True)
+        with mock.patch.object(checkpoint, "safe_open", wraps=checkpoint.safe_open) as open_file:
+            engine.fill(opened.read, states=True)
+        files = ranks.gather([Path(call.args[0]).name for call in open_file.call_args_list])
         engine.optimizer.num_updates = opened.manifest["num_updates"]
         engine.set_loss_scale(opened.manifest["loss_scale"])
         engine.set_expert_counts(opened.manifest["expert_counts"])
@@ -103,7 +119,7 @@ def resume(
                 equal &= torch.equal(value.view(-1), opened.read(name, kind, 0, value.numel()))
         _, later, skipped = run_engine(case, ranks, after, start=before, engine=engine)
         losses = [loss.hex() for loss in later]
-        answers.append({"kinds": kinds, "equal": equal, "later": losses, "skipped_later": skipped})
+        answers.append({"kinds": kinds, "equal": equal, "files": files, "later": losses, "skipped_later": skipped})
         engine.deepspeed.destroy()
     return answers
 
@@ -134,6 +150,70 @@ def average(ranks: Ranks, cases: list[dict[str, Any]], steps: int) -> list[float
                 expected[name] = case.ema * expected[name] + (1 - case.ema) * weight
         kept = whole_parameters(engine, ranks, "ema")
         answers.append(max(float((kept[name] - expected[name]).abs().max()) for name in expected))
+        engine.deepspeed.destroy()
+    return answers
+
+
+def against_deepspeed(ranks: Ranks, cases: list[dict[str, Any]], steps: int) -> list[dict[str, Any]]:
+    """Each case's losses with our reduction and with DeepSpeed's, and whether the weights are equal to the last bit."""
+    answers = []
+    for fields in cases:
+        engine, losses, _ = run_engine(Case(**fields), ranks, steps)
+        weights = whole_parameters(engine, ranks)
+        engine.deepspeed.destroy()
+        case = Case(**fields, overlap=False)  # Without the engine's hooks.
+        engine, _, _ = run_engine(case, ranks, 0)
+        del engine.deepspeed.allreduce_gradients, engine.deepspeed.optimizer.step
+        engine.reduction = None
+        _, expected, _ = run_engine(case, ranks, steps, engine=engine)
+        others = whole_parameters(engine, ranks)
+        engine.deepspeed.destroy()
+        equal = all(torch.equal(weights[name], others[name]) for name in others)
+        answers.append({"losses": losses, "expected": expected, "equal": equal})
+    return answers
+
+
+def reductions(ranks: Ranks, cases: list[dict[str, Any]], without: str) -> list[dict[str, Any]]:
+    """What a step reduces, and when, by its trace.
+
+    Args:
+        without: a parameter that has no gradient on the last rank.
+    """
+    answers = []
+    for fields in cases:
+        case = Case(**fields)
+        engine, _, _ = run_engine(case, ranks, 1)
+        parameter = dict(engine.module.named_parameters())[without]
+        sent: list[tuple[str, int]] = []
+        original = optimizers._reduce_scatter
+
+        def recording(part: Any, whole: Any, sent: Any = sent, do: Any = original, **named: Any) -> Any:
+            sent.append((str(whole.dtype), whole.numel()))
+            return do(part, whole, **named)
+
+        optimizers._reduce_scatter = recording
+        parameter.requires_grad_(ranks.rank < ranks.world_size - 1)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+            run_engine(case, ranks, 1, start=1, engine=engine)
+        optimizers._reduce_scatter = original
+        parameter.requires_grad_(True)
+        begins = {
+            what: [event.time_range.start for event in trace.events() if what in event.name]
+            for what in ("c10d::_reduce_scatter_base_", "AccumulateGrad")
+        }
+        answers.append(
+            {
+                "sent": ranks.gather(sent),
+                "groups": len(engine.optimizer.param_groups),
+                "before the last gradient": ranks.gather(
+                    sum(begin < max(begins["AccumulateGrad"]) for begin in begins["c10d::_reduce_scatter_base_"])
+                ),
+                "names": sorted(
+                    {event.name for event in trace.events() if "c10d" in event.name or "gloo" in event.name}
+                ),
+                "numel": sum(fragment.numel for fragment in engine.fragments),
+            }
+        )
         engine.deepspeed.destroy()
     return answers
 
@@ -192,18 +272,30 @@ def several(ranks: Ranks, scenarios: dict[str, list[Any]]) -> dict[str, Any]:
 
 
 def poison(ranks: Ranks, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A NaN on the last rank at step 2: what it does to the weights."""
+    """A NaN on the last rank at step 2, then a refused update: what they do to the weights."""
     answers = []
     for fields in cases:
         case = Case(**fields)
         engine, _, first = run_engine(case, ranks, 2)
         before = whole_parameters(engine, ranks)
-        run_engine(case, ranks, 1, start=2, engine=engine, poison={2: ranks.world_size - 1})
+        poisoned = {2: ranks.world_size - 1}
+        asked: list[tuple[float, float]] = []
+
+        def refuses(loss: float, norm: float, asked: list[tuple[float, float]] = asked) -> bool:
+            asked.append((loss, norm))
+            return True
+
+        _, _, nan = run_engine(case, ranks, 1, start=2, engine=engine, poison=poisoned, refuses=refuses)
+        asked_of_nan = len(asked)
+        _, refused_losses, refused = run_engine(case, ranks, 1, start=2, engine=engine, refuses=refuses)
         after = whole_parameters(engine, ranks)
         updates = engine.optimizer.num_updates
         _, losses, later = run_engine(case, ranks, 2, start=3, engine=engine)
         answers.append(
             {
+                "skipped": ranks.gather((nan, refused)) == [([True], [True])] * ranks.world_size,
+                "asked": asked_of_nan == 0 and len(asked) == 1 and 0 < asked[0][1] < 100,
+                "same_loss": asked[0][0] == refused_losses[0] and len(set(ranks.gather(asked[0]))) == 1,
                 "unchanged": all(torch.equal(before[name], after[name]) for name in before),
                 "updates": updates,
                 "finite_after": all(loss == loss for loss in losses),
@@ -219,11 +311,28 @@ def cores(ranks: Ranks) -> list[list[int]]:
     return ranks.gather(sorted(os.sched_getaffinity(0)))
 
 
+def waits(ranks: Ranks, cases: list[dict[str, Any]]) -> list[dict[str, dict[str, int]]]:
+    """How often, and where, one step of each case waits for a device whose work is asynchronous, and reads its values.
+    DeepSpeed's timer would begin to wait at the third step."""
+    answers = []
+    for fields in cases:
+        with asynchronous_device() as found:
+            engine, _, _ = run_engine(Case(**fields), ranks, 3)
+            found.clear()
+            run_engine(Case(**fields), ranks, 1, start=3, engine=engine)
+            answers.append({"waits": dict(found.waits), "reads": dict(found.reads)})
+            engine.deepspeed.destroy()
+    return answers
+
+
 def agree(ranks: Ranks) -> dict[str, Any]:
     """What ranks make of values of their own."""
     rank = ranks.rank
     done = ranks.on_first(lambda: f"done by {rank}")
+    begun = ranks.begin_sum([rank, 7])
+    between = ranks.sum([5])
     return {
+        "begun before": ranks.gather(begun() + between),
         "sums": ranks.gather(ranks.sum([rank + 1, 10, 2**40])),
         "gathered": ranks.gather(ranks.gather({"rank": rank})),
         "first": ranks.gather(ranks.from_first(f"of {rank}")),
@@ -246,6 +355,8 @@ SCENARIOS: dict[str, Any] = {
         parity,
         train,
         average,
+        against_deepspeed,
+        reductions,
         evaluate,
         save,
         resume,
@@ -253,6 +364,7 @@ SCENARIOS: dict[str, Any] = {
         start_within,
         several,
         cores,
+        waits,
         agree,
         time_outs,
     )

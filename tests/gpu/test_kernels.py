@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bigtx.config.schema import DataConfig, ModelConfig, SourceConfig
-from bigtx.data.stream.loader import TrainLoader
+from bigtx.data.stream.loader import Division, TrainLoader
 from bigtx.model.attention import Attention, Mask
+from bigtx.model.compiled import compile_loss
+from bigtx.model.embed import rotation
 from bigtx.model.layers import dropout_mask, fold
 from bigtx.model.loss import CHUNK_LOGITS, Head
-from bigtx.model.positions import rotation
 from bigtx.model.transformer import Transformer
 
 pytestmark = pytest.mark.gpu
@@ -24,7 +26,7 @@ pytestmark = pytest.mark.gpu
 LENGTH = 512
 
 
-def attend(kernel: SDPBackend, mask: str, num_kv_heads: int, head_width: int) -> tuple[Tensor, Tensor]:
+def attend(kernel: SDPBackend | None, mask: str, num_kv_heads: int, head_width: int) -> tuple[Tensor, Tensor]:
     """An attention's output and its input's gradient in bf16, computed by this kernel or not at all."""
     config = ModelConfig(
         vocab_size=256, hidden_size=8 * head_width, num_layers=1, num_heads=8, num_kv_heads=num_kv_heads
@@ -36,7 +38,7 @@ def attend(kernel: SDPBackend, mask: str, num_kv_heads: int, head_width: int) ->
     attention.to("cuda", torch.bfloat16)
     x = torch.randn(2, LENGTH, config.hidden_size).to("cuda", torch.bfloat16).requires_grad_()
     angles = rotation(config, torch.arange(LENGTH, device="cuda")[None])
-    with sdpa_kernel([kernel]):
+    with sdpa_kernel([kernel]) if kernel else contextlib.nullcontext():
         result = attention(x, Mask(True, make_mask(mask)), angles)
         result.backward(torch.ones_like(result) / result.numel() ** 0.5)
     assert x.grad is not None
@@ -61,12 +63,19 @@ def make_mask(kind: str) -> Tensor | None:
     ("mask", "kernel"),
     [
         ("causal", SDPBackend.FLASH_ATTENTION),
+        ("causal", SDPBackend.CUDNN_ATTENTION),
+        ("documents", SDPBackend.CUDNN_ATTENTION),
         ("documents", SDPBackend.EFFICIENT_ATTENTION),
         ("bias", SDPBackend.EFFICIENT_ATTENTION),
+        *((mask, kernel) for mask in ("causal", "documents", "bias") for kernel in (SDPBackend.CUDNN_ATTENTION, None)),
     ],
 )
-def test_attention_never_holds_all_scores(mask: str, kernel: SDPBackend, num_kv_heads: int, head_width: int) -> None:
-    """The kernel takes what the model hands it (torch refuses otherwise), and agrees with plain arithmetic."""
+def test_attention_never_holds_all_scores(
+    mask: str, kernel: SDPBackend | None, num_kv_heads: int, head_width: int
+) -> None:
+    """The kernel, or the one that torch prefers, takes what the model hands it (torch refuses otherwise), and agrees
+    with plain arithmetic.
+    """
     computed = attend(kernel, mask, num_kv_heads, head_width)
     expected = attend(SDPBackend.MATH, mask, num_kv_heads, head_width)
     for ours, plain in zip(computed, expected, strict=True):
@@ -135,7 +144,7 @@ def test_the_compiled_loss_is_the_loss(dtype: torch.dtype, monkeypatch: pytest.M
         labels = torch.randint(0, 1000, (3, 50), device="cuda")
         labels[0, :20] = -100
         if compiled:
-            head.compile_loss()
+            compile_loss(head)
         result: Any = head(hidden, labels, 1e-3)
         result.loss_sum.backward()
         assert hidden.grad is not None and head.weight.grad is not None
@@ -148,12 +157,9 @@ def test_the_compiled_loss_is_the_loss(dtype: torch.dtype, monkeypatch: pytest.M
 def test_batches_come_pinned_and_arrive_whole(corpus: Path) -> None:
     loader = TrainLoader(
         DataConfig(sources={"a": SourceConfig(path=str(corpus))}, document_mask=True),
+        Division(global_batch_size=8, micro_batch_size=4),
         sequence_length=64,
-        global_batch_size=8,
-        micro_batch_size=4,
         seed=1,
-        rank=0,
-        world_size=1,
         start_sequence=0,
         pad_id=0,
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from doors import ROOT, TINY, bigtx, losses, pretrain, read_lines
+from doors import BF16, ROOT, TINY, bigtx, losses, pretrain, read_lines
 
 pytestmark = pytest.mark.gpu
 
@@ -90,6 +90,7 @@ def test_the_gpu_computes_what_the_cpu_computes(trained: Path) -> None:
 def test_plain_python_finds_the_gpu(corpus: Path, tmp_path: Path) -> None:
     done = pretrain(
         *TINY,
+        *BF16,
         f"data.sources.a.path={corpus}",
         f"run_dir={tmp_path / 'run'}",
         "train.max_steps=9",
@@ -105,6 +106,7 @@ def test_started_again_it_repeats_the_losses_bit_for_bit(corpus: Path, tmp_path:
     straight, again = tmp_path / "straight", tmp_path / "again"
     settings = [
         *TINY,
+        *BF16,
         f"data.sources.a.path={corpus}",
         "train.max_steps=40",
         "train.checkpoint_every=20 steps",

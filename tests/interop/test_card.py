@@ -12,16 +12,19 @@ import yaml
 from bigtx.config.schema import DataConfig, PretrainConfig, SourceConfig
 from bigtx.config.schema.model import ModelConfig
 from bigtx.engine.write_weights import save_weights
-from bigtx.interop.card import ModelFacts, write_card
+from bigtx.interop.card import write_card
+from bigtx.interop.exporter import Exported, ExportSettings
+from bigtx.interop.families import by_model_type
 from bigtx.tokenizer.tokenizer import Tokenizer
 
-FACTS = ModelFacts(
-    name="Small Talk",
-    model_type="llama",
+MADE = Exported(
+    folder=Path("Small Talk"),
+    family=by_model_type("llama"),
     architecture="LlamaForCausalLM",
     auto_class="AutoModelForCausalLM",
+    num_tensors=1,
     num_parameters=12_345,
-    dtype="bf16",
+    files={},
 )
 MODEL = ModelConfig(vocab_size=500, hidden_size=64, num_layers=3, num_heads=4, num_kv_heads=2)
 RECORDS: list[dict[str, Any]] = [
@@ -44,8 +47,9 @@ def tokenizer(tmp_path: Path) -> Tokenizer:
 def card(folder: Path, tokenizer: Tokenizer, config: PretrainConfig, manifest: dict[str, Any], **facts: Any) -> str:
     weights = {"embedding.weight": (2, 2)}
     checkpoint = save_weights(folder / "run", manifest, weights, ((name, torch.zeros(2, 2)) for name in weights))
-    settings = {"checkpoint": checkpoint, "config": config, "tokenizer": tokenizer}
-    text = write_card(folder, dataclasses.replace(FACTS, **facts), **settings)
+    settings = ExportSettings(dtype="bf16", license=facts.pop("license", None))
+    made = dataclasses.replace(MADE, **facts)
+    text = write_card(folder, made, settings, checkpoint=checkpoint, config=config, tokenizer=tokenizer)
     assert (folder / "README.md").read_text(encoding="utf-8") == text
     return text
 

@@ -27,12 +27,13 @@ from bigtx.engine.trained import find
 from bigtx.engine.write_weights import save_weights
 from bigtx.finetuning.tasks.classify import Classify
 from bigtx.interop.exporter import ExportSettings
-from bigtx.interop.families import export_note, families
+from bigtx.interop.families import choose, families
 from bigtx.interop.verify import verify
 from bigtx.model.size import parameter_shapes
 from bigtx.model.transformer import Transformer
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.tokenizer.train import train
+from bigtx.train.start import SIZES, export_note
 
 transformers = pytest.importorskip("transformers")
 
@@ -303,6 +304,13 @@ def test_what_no_family_has_is_said_before_the_training_and_at_the_export(
     assert message in note and note.endswith("; everything else works")
     assert main(["export", str(run), "-o", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_model_that_differs_from_the_default_only_by_sizes_can_be_exported() -> None:
+    """So its training does not look for a family."""
+    sizes = dict(zip(SIZES, (777, 96, 3, 4, 2, 100, 77), strict=True))
+    for given in (sizes, *({name: value} for name, value in sizes.items())):
+        assert choose(ModelConfig(**{"vocab_size": 100, **given})).model_type == "llama"
 
 
 def test_the_comparison_sees_another_summary(

@@ -106,7 +106,7 @@ def test_an_export_is_what_was_imported(variant: str, tokenizer: Tokenizer, tmp_
     exported = to_foreign(loaded, tmp_path / "exported")
 
     before, after = tensors(folder), tensors(exported)
-    assert after.keys() == before.keys() - set(imported.dropped)
+    assert after.keys() == before.keys() - set(imported.match.dropped)
     idle = {key for key in after if key.endswith(("predictions.bias", "lm_head.bias"))}
     assert [key for key in after.keys() - idle if not torch.equal(after[key], before[key])] == []
 
@@ -194,7 +194,7 @@ def test_what_pretraining_added_to_bert_is_dropped_by_name(tokenizer: Tokenizer,
     }
     save_file(spelled | copies, folder / "model.safetensors", {"format": "pt"})
     loaded, imported = to_bigtx(folder, tmp_path / "run")
-    assert sorted(imported.dropped) == sorted(
+    assert sorted(imported.match.dropped) == sorted(
         [
             *copies,
             "bert.pooler.dense.bias",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from doors import TINY, bigtx, pretrain
+from doors import BF16, TINY, bigtx, pretrain
 
 import bigtx as library
 
@@ -48,7 +48,7 @@ def test_two_ranks_to_transformers(corpus: Path, tmp_path: Path, shape: str, sta
     transformers = pytest.importorskip("transformers")
     run_dir, folder = tmp_path / "run", tmp_path / "exported"
     settings = [f"data.sources.a.path={corpus}", f"run_dir={run_dir}", "train.max_steps=4", "track.wandb=off"]
-    done = pretrain(*TINY, *SHAPES[shape], *settings, f"engine.zero_stage={stage}", ranks=2)
+    done = pretrain(*TINY, *BF16, *SHAPES[shape], *settings, f"engine.zero_stage={stage}", ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     done = bigtx("export", str(run_dir), "--to", "hf", "-o", str(folder))
     assert done.returncode == 0, done.stdout + done.stderr

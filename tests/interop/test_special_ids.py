@@ -24,7 +24,7 @@ from bigtx.finetuning.tasks.preference import Preference
 from bigtx.finetuning.tasks.sft import Distill, Sft
 from bigtx.finetuning.tasks.translate import Translate
 from bigtx.interop.tokenizer import compare_tokenizers, export_tokenizer, import_tokenizer
-from bigtx.tokenizer.description import DESCRIPTION
+from bigtx.tokenizer.special import DESCRIPTION
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import DataError
 

@@ -80,7 +80,7 @@ def test_kills_for_want_of_memory_are_counted_where_the_kernel_says_so(
 def test_processes_of_another_session_are_no_descendants(monkeypatch: pytest.MonkeyPatch) -> None:
     below = {os.getpid(): [2, 3], 2: [4], 3: [5], 4: [], 5: []}
     sessions = {0: 1, 2: 1, 3: 7, 4: 1, 5: 1}
-    monkeypatch.setattr(processes, "_children", below.__getitem__)
+    monkeypatch.setattr(processes, "children", below.__getitem__)
     monkeypatch.setattr(os, "getsid", sessions.__getitem__)
     assert sorted(processes.descendants()) == [2, 4]
 

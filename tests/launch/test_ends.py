@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
@@ -13,8 +14,10 @@ from typing import Any
 import pytest
 
 from bigtx.launch import supervisor
+from bigtx.launch.explain import _last_lines, _last_step, _signal_name, read_facts
 from bigtx.launch.link import LARGEST_MESSAGE, Link, _Peer
-from bigtx.launch.supervisor import _End, _last_lines, _last_step, _Rank, _read_facts, _signal_name
+from bigtx.launch.supervisor import _End, _Rank
+from bigtx.launch.watchdog import Watchdog
 from bigtx.launch.world import World
 from bigtx.utils import log, processes
 
@@ -30,7 +33,8 @@ class Machine(supervisor._Supervisor):
         self._run_dir, self._link = run_dir, None
         self._ends, self._gone, self._first_failed, self._killed = {}, set(), [], set()
         self._request = self._deadline = self._asks_at = None
-        self._memory_kills = 0
+        self._memory_kills, self._verdict = 0, None
+        self._watchdog = Watchdog(max(1, len(statuses)), math.inf, run_dir)
         self._ranks = [_Rank(number, 1000 + number, -1, status) for number, status in enumerate(statuses)]
         for number, known in facts.items():
             self._ranks[int(number.removeprefix("rank"))].facts = known
@@ -42,6 +46,8 @@ class Machine(supervisor._Supervisor):
         monkeypatch.setattr(log, "say_error", self.said.append)
         monkeypatch.setattr(log, "say_stopped", self.said.append)
         monkeypatch.setattr(processes, "out_of_memory_kills", lambda: 0)
+        for rank in self._ranks:
+            self._watchdog.watch(rank.number, rank.pid)
         for rank in self._ranks:
             if rank.status is not None:
                 self._handle_end(rank)
@@ -168,7 +174,7 @@ def test_a_failure_is_said_with_its_step_and_the_end_of_its_log(
         f"{where} failed after step 1,200: ValueError: no",
         f"The last lines of {path}:",
         *(f"  line {number}" for number in range(5, 25)),
-        "The same command resumes from the last checkpoint.",
+        "No checkpoint was saved: the same command starts at the first step.",
     ]
     (tmp_path / "metrics.jsonl").write_text('{"step": 7}\n{"step": 8}\n{"st')
     assert explained(tmp_path, monkeypatch, -KILL)[0] == f"LaunchError: {where} was ended after step 8 by SIGKILL"
@@ -218,7 +224,7 @@ def test_other_machines_requests_and_failures_are_taken_and_own_ones_told(
     link = linked(machine, {"node": 1, "request": int(signal.SIGUSR1)}, {"node": 2, "failed": True})
     machine._receive()
     assert machine.killed == [(1000, signal.SIGUSR1)] and machine._deadline == 100.0 + supervisor.FAREWELL_SECONDS
-    assert link.sent == [{"request": signal.SIGUSR1}, {"failed": True}]
+    assert link.sent == [{"request": signal.SIGUSR1}, {"failed": True, "waited": False}]
 
 
 def test_a_machine_that_is_gone_without_a_word_is_a_failure_and_one_that_has_ended_is_none(
@@ -290,7 +296,7 @@ def test_facts_of_a_rank_add_up_and_half_a_line_costs_itself_alone() -> None:
     reading, writing = os.pipe()
     os.write(writing, b'{"step": 7, "lost": true}\n{"error": "E", "step": 8}\n{"ste')
     os.close(writing)
-    assert _read_facts(reading) == {"step": 8, "lost": True, "error": "E"}
+    assert read_facts(reading) == {"step": 8, "lost": True, "error": "E"}
 
 
 def test_the_last_step_and_the_last_lines(tmp_path: Path) -> None:

@@ -250,5 +250,43 @@ def test_machines_that_are_missing_are_named_by_the_launcher() -> None:
     assert caught.value.broken_hosts == ("b", "c")
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"[" * 5000 + b"\n",
+        b'{"node": "1"}\n',
+        b'{"node": true, "facts": {}}\n',
+        b'{"node": 1, "num_nodes": 2, "num_local": 1, "facts": [7]}\n',
+        b'{"node": 1, "num_nodes": "' + 5000 * b"a" + b'", "num_local": 1, "facts": {}}\n',
+    ],
+)
+def test_another_program_at_the_port_is_not_admitted(said: bytes) -> None:
+    ours, theirs = connected()
+    with ours, theirs:
+        theirs.sendall(said)
+        theirs.shutdown(socket.SHUT_WR)
+        peers: dict[int, Any] = {}
+        link._admit(World(1, 2, 0, "127.0.0.1", 1), ours, peers)
+        assert peers == {}
+
+
+def test_a_machine_speaks_only_for_itself() -> None:
+    ours, theirs = connected()
+    with ours, theirs:
+        first = link.Link(0, {}, [link._Peer(1, "a", ours)])
+        theirs.sendall(b'{"node": 2, "request": 15}\n{"request": 15}\n')
+        theirs.shutdown(socket.SHUT_WR)
+        received = [message["node"] for message in first.receive()]
+        assert received == [1, 1]
+
+
+def connected() -> tuple[socket.socket, socket.socket]:
+    """The two ends of a connection."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        theirs = socket.create_connection(server.getsockname())
+        return server.accept()[0], theirs
+
+
 def test_the_longest_wait_is_less_than_a_minute() -> None:
     assert link.MEET_SECONDS + 5 < 60

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from bigtx.launch.pairs import MOST_ROUNDS, judge, rounds
+from bigtx.launch.consistency import MOST_ROUNDS, judge, rounds
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 6, 7, 8, 31, 128])

@@ -98,7 +98,7 @@ def test_the_rank_that_failed_first_is_explained(command: Command) -> None:
     assert (status, out) == (1, "")
     assert err.startswith("rank 1 on ") and "failed after step 7: RuntimeError: no such thing\n" in err
     assert "rank-00001.log" in err and "  words for the log" in err and "Traceback (most recent call last)" in err
-    assert "lost the connection" not in err and "The same command resumes from the last checkpoint." in err
+    assert "lost the connection" not in err and "the same command starts at the first step" in err
 
 
 def test_a_killed_rank_is_explained_and_nothing_outlives_it(command: Command) -> None:

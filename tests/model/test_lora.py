@@ -12,7 +12,7 @@ from bigtx.config.load import load
 from bigtx.config.runs import shipped_configs
 from bigtx.config.schema import ExpertsConfig, FinetuneConfig, LoraConfig, ModelConfig, PretrainConfig
 from bigtx.config.shape import adapted_matrices, useless_targets
-from bigtx.engine.optimizers import layer_factors, parameter_groups
+from bigtx.engine.trainable import layer_factors, parameter_groups
 from bigtx.model.initial import initial_value
 from bigtx.model.layers import Adapter, Linear
 from bigtx.model.size import count_parameters, flops_per_token, parameter_shapes

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bigtx.config.schema import ModelConfig
 from bigtx.model import loss as loss_module
+from bigtx.model.compiled import compile_loss
 from bigtx.model.logits import soft_capped
 from bigtx.model.loss import Head
 
@@ -72,9 +73,9 @@ def test_equals_float64(
     expected, entropy = plain(exact_head, exact_hidden, labels, z_loss, label_smoothing)
     (expected * 0.3).backward()
 
-    assert result.loss_sum.dtype == result.cross_entropy_sum.dtype == torch.float32
+    assert result.loss_sum.dtype == result.reported_sum.dtype == torch.float32
     assert result.loss_sum.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert result.cross_entropy_sum.item() == pytest.approx(entropy.item(), rel=1e-5)
+    assert result.reported_sum.item() == pytest.approx(entropy.item(), rel=1e-5)
     torch.testing.assert_close(found, (exact_hidden.grad, exact_head.weight.grad), rtol=1e-4, atol=1e-5)
     assert not head.weight.grad[VOCAB_SIZE:].any(), "padding of the vocabulary is no part of the partition"
 
@@ -194,8 +195,33 @@ def test_compiled_loss() -> None:
     for compiled in (False, True):
         head, hidden, labels = inputs(logit_soft_cap=20.0)
         if compiled:
-            head.compile_loss()
+            compile_loss(head)
         result = head(hidden, labels, 1e-3, 0.1)
         result.loss_sum.backward()
-        results.append((result.loss_sum, result.cross_entropy_sum, hidden.grad, head.weight.grad))
+        results.append((result.loss_sum, result.reported_sum, hidden.grad, head.weight.grad))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "rows"), [(32_768, 50_304), (8_192, 128_256), (640, 50_304), (39, 128), (32_896, 50_304)]
+)
+def test_chunks_on_a_gpu_fill_tiles_and_have_one_size(num_tokens: int, rows: int) -> None:
+    hidden, weight = torch.empty(num_tokens, 0, device="meta"), torch.empty(rows, 0, device="meta")
+    found = list(loss_module._chunks(hidden, weight))
+    assert [part.start for part in found[1:]] == [part.stop for part in found[:-1]]
+    assert found[0].start == 0 and found[-1].start < num_tokens <= found[-1].stop
+    sizes = {part.stop - part.start for part in found}
+    assert len(sizes) == 1 and not sizes.pop() % 128
+    assert found[0].stop * rows <= loss_module.CHUNK_LOGITS["cuda"]
+    if num_tokens in (32_768, 8_192):
+        assert found[-1].stop == num_tokens, "the last chunk has the same size"
+
+
+def test_chunks_on_a_cpu_are_as_large_as_they_may_be() -> None:
+    hidden, weight = torch.empty(4096, 1), torch.empty(50_304, 1)
+    assert len(list(loss_module._chunks(hidden, weight))) == -(-4096 // (2**23 // 50_304))
+
+
+def test_this_torch_adds_products_in_fp32() -> None:
+    """The overload that the weight's gradient needs on a GPU."""
+    assert "dtype_out" in torch.ops.aten.addmm.overloads()

@@ -15,7 +15,7 @@ from bigtx.config.load import load
 from bigtx.config.runs import shipped_configs, shipped_folder
 from bigtx.config.schema import ExpertsConfig, FinetuneConfig, ModelConfig, PretrainConfig
 from bigtx.config.shape import padded_vocab_size
-from bigtx.model.size import count_parameters, flops_per_token, parameter_shapes
+from bigtx.model.size import count_parameters, flops_per_token, largest_block, parameter_shapes
 from bigtx.model.transformer import Transformer
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs" / "model").glob("*.yaml"))
@@ -49,6 +49,15 @@ def test_every_recipe_builds(name: str) -> None:
     model = load(PretrainConfig, [str(shipped_folder() / name)], check=False).model
     model.vocab_size = model.vocab_size or 1000
     assert parameter_shapes(model) == torch_shapes(model)
+
+
+def test_the_largest_block() -> None:
+    """A block of a decoder that reads a source is larger than one of its encoder."""
+    config = ModelConfig(shape="encoder_decoder", vocab_size=500, hidden_size=32, num_layers=2, tie_embeddings=True)
+    with torch.device("meta"):
+        model = Transformer(config)
+    sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in model.blocks]
+    assert largest_block(config) == max(sizes) and len(set(sizes)) == 2
 
 
 @pytest.mark.parametrize("name", [name for name in shipped_configs() if not name.startswith("model/")])

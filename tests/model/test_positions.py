@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bigtx.config.schema import ModelConfig, RopeScalingConfig
-from bigtx.model.positions import RelativeBias, rotary_frequencies, rotate, rotation, sinusoids
+from bigtx.model.embed import RelativeBias, rotary_frequencies, rotate, rotation, sinusoids
 
 
 def config(**scaling: object) -> ModelConfig:

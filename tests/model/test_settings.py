@@ -11,7 +11,7 @@ import torch
 
 from bigtx.config.schema import ModelConfig
 from bigtx.config.settings import leaves
-from bigtx.data.spectrogram import LogMel
+from bigtx.finetuning.tasks.speech import LogMel
 from bigtx.model.experts import routing_loss
 from bigtx.model.transformer import Transformer
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bigtx.model import attention as masks
 from bigtx.model.attention import Attention, Mask, Side, block_mask, dense_mask, make_mask
+from bigtx.model.cache import KeyValueCache
 from bigtx.model.decode import Sampling, decode_tokens
 from bigtx.model.transformer import Transformer
 from tests.model.test_transformer import random_tokens, tiny_config, tiny_model
@@ -161,6 +162,32 @@ def test_plain_attention_where_it_will_do(monkeypatch: pytest.MonkeyPatch) -> No
     assert make_mask(side, side, causal=True, window=3, sparse=True).blocks is not None
 
 
+def test_sparse_blocks_only_where_most_pairs_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    columns = torch.arange(8)[None]
+    padded, packed = Side(columns, columns > 5), Side(columns, columns // 3)
+    for side, settings, is_sparse in (
+        (padded, {}, False),
+        (packed, {}, True),
+        (padded, {"window": 2}, True),
+        (padded, {"causal": True, "prefix": columns < 3}, True),
+        (packed, {"bias": torch.zeros(1, 2, 8, 8)}, False),
+        (packed, {"in_order": False}, False),
+    ):
+        mask = make_mask(side, side, sparse=True, **{"causal": False} | settings)  # type: ignore[arg-type]
+        assert (mask.blocks is not None, mask.scores is not None) == (is_sparse, not is_sparse), settings
+    monkeypatch.setattr(masks, "MAX_DENSE", 8 * 7)
+    assert make_mask(padded, padded, causal=False, sparse=True).blocks is not None
+
+
+@pytest.mark.parametrize("kind", ["encoder-decoder", "T5"])
+def test_padding_is_marked_by_booleans_as_by_numbers(kind: str) -> None:
+    model, source, target = tiny_model(**KINDS[kind]), random_tokens(2, 8), random_tokens(2, 6, seed=2)
+    is_padding = torch.arange(8) >= torch.tensor([[8], [5]])
+    logits = [model(source, segment_ids=ids, target_tokens=target) for ids in (is_padding, is_padding.long())]
+    assert torch.equal(*logits)
+    torch.testing.assert_close(logits[0][1:], model(source[1:, :5], target_tokens=target[1:]), rtol=1e-4, atol=1e-4)
+
+
 def greedy_again(model: Transformer, source: list[int] | None, ids: list[int], count: int) -> list[int]:
     """The likeliest continuation, everything computed anew for each token."""
     start = len(ids)
@@ -177,8 +204,14 @@ def greedy_again(model: Transformer, source: list[int] | None, ids: list[int], c
     return ids[start:]
 
 
+@pytest.mark.parametrize("multiple", [1, 64])
 @pytest.mark.parametrize("kind", ["T5", "original", "encoder-decoder", "decoder, window", "prefix"])
-def test_generation_with_a_cache_is_generation_without(kind: str) -> None:
+def test_generation_with_a_cache_is_generation_without(
+    kind: str, multiple: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if attention reads unused columns of the cache, as on a GPU."""
+    monkeypatch.setitem(KeyValueCache.MULTIPLE, "cpu", multiple)
+    assert len(KeyValueCache(1).place(torch.tensor([[4]]))) == max(5, multiple)
     model = tiny_model(**{**KINDS, "prefix": {"prefix_attention": True}}[kind])
     prompts = [random_tokens(1, length, seed=length)[0].tolist() for length in (7, 3, 11)]
     with torch.no_grad():

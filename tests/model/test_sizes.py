@@ -12,16 +12,13 @@ from bigtx.config.load import load
 from bigtx.config.runs import shipped_folder
 from bigtx.config.schema import ModelConfig, PretrainConfig
 from bigtx.model.plan import (
-    BYTES_PER_TOKEN,
-    TOKENS_PER_PARAMETER,
-    USEFUL_EPOCHS,
+    RESERVE,
     Recompute,
     activation_bytes,
+    buffer_bytes,
     bytes_per_parameter,
     loss_bytes,
     state_bytes,
-    training_bytes,
-    training_seconds,
 )
 from bigtx.model.size import count_parameters, flops_per_token
 from bigtx.utils.hardware import peak_flops
@@ -30,6 +27,13 @@ PAGE = Path(__file__).parents[2] / "docs" / "sizes.md"
 SIZES = ["1m", "8m", "10m", "30m", "125m", "350m", "760m", "1.3b", "3b", "7b", "13b", "30b", "70b"]
 ROW = 2048
 MFU = 0.4
+TOKENS_PER_PARAMETER = 20
+"""Training tokens per parameter at which a compute budget is spent best (Hoffmann et al. 2022, arXiv:2203.15556,
+table 3)."""
+BYTES_PER_TOKEN = 4
+"""Approximate UTF-8 bytes of English text per token, with a vocabulary of 16k to 50k."""
+USEFUL_EPOCHS = 4
+"""Repetitions up to which text is worth nearly as much as new text (Muennighoff et al. 2023, arXiv:2305.16264)."""
 Table = list[list[str]]
 
 
@@ -113,13 +117,16 @@ def activations() -> Table:
     ]
 
 
+def training_bytes(model: ModelConfig, ranks: int, stage: int, recompute: Recompute) -> int:
+    """On each GPU, in a step with AdamW in bf16."""
+    states = state_bytes(model, stage=stage, num_ranks=ranks, optimizer="adamw")
+    activations = activation_bytes(model, num_tokens=ROW, recompute=recompute, stage=stage)
+    return states + buffer_bytes(model, stage=stage) + activations + loss_bytes(model, num_tokens=ROW) + RESERVE
+
+
 def largest(memory: int, ranks: int, stage: int, recompute: Recompute) -> str:
     """The largest shipped decoder that fits."""
-    fitting = [
-        size
-        for size, model in MODELS.items()
-        if training_bytes(model, stage=stage, num_ranks=ranks, num_tokens=ROW, recompute=recompute) <= memory * 1e9
-    ]
+    fitting = [size for size, model in MODELS.items() if training_bytes(model, ranks, stage, recompute) <= memory * 1e9]
     return fitting[-1]
 
 
@@ -150,9 +157,7 @@ def times() -> Table:
             peak = peak_flops(device, "bf16")
             assert peak
             speed = MFU * count * peak
-            row.append(
-                duration(training_seconds(model, num_tokens=tokens, sequence_length=ROW, flops_per_second=speed))
-            )
+            row.append(duration(tokens * flops_per_token(model, ROW) / speed))
         rows.append(row)
     return rows
 
@@ -177,7 +182,7 @@ def laptops() -> Table:
     rows = []
     for size in SIZES[:4]:
         tokens = TOKENS_PER_PARAMETER * parameters(size)
-        seconds = training_seconds(MODELS[size], num_tokens=tokens, sequence_length=128, flops_per_second=speed)
+        seconds = tokens * flops_per_token(MODELS[size], 128) / speed
         rate = tokens / seconds
         rows.append([size, f"{rate:,.0f}", figure(tokens), duration(seconds), figure(rate * 3600)])
     return rows

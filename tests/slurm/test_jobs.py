@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from clusters import Cluster
-from doors import ROOT, TINY, all_pids, bigtx, last_step, read_lines
+from doors import ROOT, TINY, all_pids, bigtx, has_saved, last_step, read_lines
 from finetunes import RHYTHM, WORDS, finetuned, labelled, results, write_jsonl
 from slurm_runs import SCRIPTS, check_finished, environment_of, events, name_of, pids_with, submit_started
 
@@ -44,7 +44,7 @@ def test_a_node_that_crashes_and_returns(cluster: Cluster, pretraining: list[str
     run_dir = tmp_path / "run"
     arguments = [*pretraining, "train.max_steps=30", f"run_dir={run_dir}", "--ranks=2"]
     job = cluster.submit("--nodes=2", str(SCRIPTS / "pretrain.sbatch"), *arguments)
-    cluster.wait_for(lambda: last_step(run_dir) >= 7, number=job)
+    cluster.wait_for(lambda: has_saved(run_dir, 7), number=job)
     cluster.crash(2)
     cluster.wait_for(lambda: all_pids(run_dir) == [], timeout=60)
     cluster.start(2)
@@ -142,7 +142,7 @@ def test_a_cancelled_job_saves_and_is_not_requeued(cluster: Cluster, pretraining
     run_dir = tmp_path / "run"
     arguments = [*pretraining, "train.max_steps=3000", f"run_dir={run_dir}", "--ranks=2"]
     job = cluster.submit("--nodes=2", str(SCRIPTS / "pretrain.sbatch"), *arguments)
-    cluster.wait_for(lambda: last_step(run_dir) >= 7, number=job)
+    cluster.wait_for(lambda: has_saved(run_dir, 7), number=job)
     cluster.run("scancel", str(job))
     end = cluster.wait_for_end(job)
     assert (end["JobState"], end["Restarts"]) == ("CANCELLED", "0"), cluster.logs()

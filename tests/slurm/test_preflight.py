@@ -21,7 +21,7 @@ RATE = "20mbit"
 def pretraining(corpus: Path, tmp_path: Path) -> list[str]:
     """A run that two or three nodes can share."""
     own = [f"data.sources.a.path={corpus}", f"run_dir={tmp_path / 'runs' / 'mine'}", "train.max_steps=3"]
-    return [*TINY, *own, "train.global_batch_size=6", "track.wandb=off", "--ranks=1"]
+    return [*TINY, *own, "train.global_batch_size=6", "train.micro_batch_size=2", "--ranks=1"]
 
 
 @pytest.fixture

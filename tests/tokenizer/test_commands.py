@@ -188,7 +188,7 @@ def test_inspect_refuses_what_it_cannot_read(tmp_path: Path, bpe: Tokenizer) -> 
     (tmp_path / "latin").write_bytes(b"\xe9")
     with pytest.raises(DataError, match="not UTF-8"):
         inspect_command([str(tmp_path), "--file", str(tmp_path / "latin")])
-    with pytest.raises(DataError, match="Cannot read"):
+    with pytest.raises(DataError, match="gone cannot be read"):
         inspect_command([str(tmp_path), "--file", str(tmp_path / "gone")])
     assert inspect_command([str(tmp_path)]) == 0
 

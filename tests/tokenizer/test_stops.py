@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from bigtx.config.schema import TokenizerTrainConfig
-from bigtx.tokenizer.stops import StopStream
+from bigtx.model.write import StopStream
 from bigtx.tokenizer.train import train
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentencepiece import sentencepiece_model_pb2
 
-from bigtx.tokenizer.description import DESCRIPTION
+from bigtx.tokenizer.special import DESCRIPTION
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.tokenizer.words import cut
 from bigtx.utils.errors import DataError
@@ -131,8 +132,16 @@ def test_the_fingerprint_is_of_the_kind_the_model_and_the_special_ids(
         (lambda folder: (folder / "tokenizer.model").write_bytes(b"x" * 1000), "not a sentencepiece model"),
         (lambda folder: edit(folder, "format", 99), "format 99"),
         (lambda folder: edit(folder, "kind", "magic"), "kind 'magic'"),
+        (lambda folder: (folder / DESCRIPTION).write_text('{"format": 9, "special": {}}'), "is damaged"),
+        (lambda folder: without(folder, "kind"), "format 9 and kind None"),
         (lambda folder: edit(folder, "special", {"pad": 1}), "is damaged"),
         (lambda folder: edit(folder, "fingerprint", "0" * 64), "do not belong together"),
+        (lambda folder: edit(folder, "fingerprint", ["0"]), "is damaged"),
+        (lambda folder: edit(folder, "kind", ["x"] * 1000), r"kind \['x'.{0,60}, which this"),
+        (lambda folder: edit_id(folder, "pad", "0"), "is damaged"),
+        (lambda folder: edit_id(folder, "end", -1), "is damaged"),
+        (lambda folder: edit_id(folder, "roles", []), "is damaged"),
+        (lambda folder: edit_id(folder, "mask", 10**9), "has the id 1000000000, but tokenizer.model has"),
     ],
 )
 def test_a_damaged_folder_is_refused(bpe: Tokenizer, tmp_path: Path, damage, message: str) -> None:
@@ -145,6 +154,28 @@ def test_a_damaged_folder_is_refused(bpe: Tokenizer, tmp_path: Path, damage, mes
 def edit(folder: Path, key: str, value: object) -> None:
     description = json.loads((folder / DESCRIPTION).read_text())
     (folder / DESCRIPTION).write_text(json.dumps(description | {key: value}))
+
+
+def without(folder: Path, key: str) -> None:
+    """A description of a later format that lacks a key."""
+    description = json.loads((folder / DESCRIPTION).read_text()) | {"format": 9}
+    del description[key]
+    (folder / DESCRIPTION).write_text(json.dumps(description))
+
+
+def edit_id(folder: Path, name: str, value: object) -> None:
+    special = json.loads((folder / DESCRIPTION).read_text())["special"]
+    edit(folder, "special", special | {name: value})
+
+
+@pytest.mark.parametrize("ids", [[500], [500, 501]], ids=["a piece", "the library's message about a duplicate"])
+def test_a_model_whose_piece_is_not_text_is_refused(bpe: Tokenizer, tmp_path: Path, ids: list[int]) -> None:
+    proto = sentencepiece_model_pb2.ModelProto.FromString(bpe.model.data)
+    for i in ids:
+        proto.pieces[i].piece = "a duplicate"
+    (tmp_path / "a.model").write_bytes(proto.SerializeToString().replace(b"a duplicate", b"\xff" * 11))
+    with pytest.raises(DataError, match="not a sentencepiece model"):
+        Tokenizer.from_sentencepiece(tmp_path / "a.model")
 
 
 def test_one_flipped_byte_of_the_model_is_found(bpe: Tokenizer, tmp_path: Path) -> None:

@@ -17,8 +17,7 @@ from bigtx.track import Tracker
 
 
 def kill_core(folder: Path, number: int) -> None:
-    """Send a signal to W&B's own process, the child of a follower that is none of this process' descendants."""
-    assert not psutil.Process().children(recursive=True)
+    """Send a signal to W&B's own process, the child of a follower."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.cmdline()[-2:] == ["bigtx.track.follower", str(folder)]:
@@ -66,6 +65,7 @@ def main() -> None:
         if step == options.get("wait_at"):
             wait_for_mode(tracker)
         if step == options.get("kill_core_at"):
+            assert not psutil.Process().children(recursive=True), "the follower is a descendant"
             kill_core(folder, signal.SIGKILL)
         if step == options.get("stop_core_at"):
             kill_core(folder, signal.SIGSTOP)
@@ -93,4 +93,5 @@ def main() -> None:
     print(f"CLOSED {tracker.wandb_mode} {time.monotonic() - started:.3f}")
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -137,5 +137,42 @@ def test_writes_that_fail(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(LaunchError, match="cannot write"):
+    with pytest.raises(LaunchError, match="cannot be written"):
         JsonLines(tmp_path / "file" / "metrics.jsonl", warn=Warnings())
+
+
+def test_a_rewound_file_is_another_one_without_the_later_steps(path: Path) -> None:
+    file = JsonLines(path, warn=Warnings())
+    for step in (1, 2, 3, 4):
+        file.merge({"step": step, "time": 0.0, "x": step})
+    inode = path.stat().st_ino
+    file.rewind(2)
+    assert path.stat().st_ino != inode and [record["step"] for record in read(path)] == [1, 2]
+    file.merge({"step": 2, "time": 9.0, "y": 5})
+    file.merge({"step": 3, "time": 9.0, "x": 33})
+    file.close()
+    assert read(path) == [
+        {"step": 1, "time": 0.0, "x": 1},
+        {"step": 2, "time": 0.0, "x": 2, "y": 5},
+        {"step": 3, "time": 9.0, "x": 33},
+    ]
+
+
+def test_lines_that_were_not_written_yet_are_rewound_too(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = JsonLines(path, warn=Warnings())
+    file.append({"step": 1})
+    with monkeypatch.context() as full:
+        full.setattr(os, "pwrite", fail_with(errno.ENOSPC))
+        for step in (2, 3, 4):
+            file.append({"step": step})
+    file.rewind(3)
+    file.append({"step": 5})
+    file.close()
+    assert [record["step"] for record in read(path)] == [1, 2, 3, 5]
+
+
+def fail_with(number: int) -> Any:
+    def fail(*arguments: Any) -> int:
+        raise OSError(number, os.strerror(number))
+
+    return fail

@@ -1,7 +1,8 @@
-"""Offline runs brought to W&B while they train: `wandb sync` gives all steps again each time."""
+"""`bigtx wandb sync` against a server double: each step arrives once, whatever happened before."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -18,6 +19,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_wandb import GUARD_SECONDS, KEY, dead_url, read_jsonl, run_program, steps
 from wandb_double import WandbDouble
 
+from bigtx.config.schema import TrackConfig
+from bigtx.track import Tracker
+from bigtx.track.wandb_run import make_run_id
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -33,20 +38,37 @@ def settings(folder: Path, url: str) -> dict[str, str]:
     return own | {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": url}
 
 
-def bring(folder: Path, url: str) -> subprocess.CompletedProcess[str]:
-    return forks.run(
-        [sys.executable, "-m", "bigtx.track.sync", str(folder.parent)],
-        env=settings(folder, url),
-        capture_output=True,
+def start_sync(*words: str | Path, url: str, **changes: str) -> subprocess.Popen[str]:
+    return forks.start(
+        [sys.executable, "-m", "bigtx", "wandb", "sync", *map(str, words)],
+        env=settings(Path(words[0]), url) | changes,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=GUARD_SECONDS,
     )
 
 
+def sync(*words: str | Path, url: str, **changes: str) -> subprocess.CompletedProcess[str]:
+    """`bigtx wandb sync WORDS`, to its end."""
+    process = start_sync(*words, url=url, **changes)
+    out, err = process.communicate(timeout=GUARD_SECONDS)
+    assert "Traceback" not in out + err, out + err
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
 def offline_run(folder: Path, last_step: int) -> dict[str, bytes]:
-    """A run without a network, and its files as it has written them."""
-    folder.parent.mkdir()
-    run_program(folder, last_step=last_step)
+    """The files of a run that W&B has not seen, and their contents."""
+    folder.mkdir(parents=True)
+    facts: dict[str, Any] = {
+        "run_config": {"model": {"hidden_size": 8}},
+        "environment": {},
+        "better": {"loss": "lower"},
+    }
+    tracker = Tracker(folder, TrackConfig(wandb="off"), **facts, rank=0, total_steps=last_step)
+    for step in range(1, last_step + 1):
+        tracker.log(step, step * 100, {"train/loss": 1 / step})
+    tracker.close("finished")
+    make_run_id(folder)
     return {path.name: path.read_bytes() for path in folder.glob("*.jsonl")}
 
 
@@ -58,30 +80,127 @@ def go_back(folder: Path, whole: dict[str, bytes], step: int) -> None:
         (folder / name).write_bytes(b"".join(lines))
 
 
-def test_a_run_is_brought_as_it_grows_and_no_step_twice(folder: Path) -> None:
+def test_a_run_is_sent_as_it_grows_and_no_step_twice(folder: Path) -> None:
     whole = offline_run(folder, 12)
+    segment = folder / "wandb" / "offline-run-1" / "run-1.wandb"
+    segment.parent.mkdir(parents=True)
+    segment.touch()
     with WandbDouble() as server:
         for step in (5, 9):
             go_back(folder, whole, step)
-            assert bring(folder, server.url).returncode == 0
+            assert sync(folder.parent, "--changed", url=server.url).returncode == 0
             (run,) = server.runs.values()
             assert steps(run.history) == list(range(1, step + 1))
-        # Nothing is new.
-        assert bring(folder, server.url).stdout == ""
-        # No network: it waits for the next round.
+        assert sync(folder.parent, "--changed", url=server.url).stdout == ""
         for name, text in whole.items():
             (folder / name).write_bytes(text)
-        refused = bring(folder, dead_url())
-        assert refused.returncode == 1 and "1 run(s) are waiting" in refused.stdout
-        assert "Traceback" not in refused.stderr
-        assert bring(folder, server.url).returncode == 0
-    assert list(folder.glob("wandb/offline-run-*/*.wandb.synced")), "`wandb sync` passes over it"
+        (line,) = json.loads(sync(folder, "--json", "--dry-run", url=dead_url()).stdout)
+        assert (line["status"], line["last_step"], line["waiting"]) == ("planned", 9, 3)
+        (line,) = json.loads(sync(folder, "--json", url=server.url).stdout)
+        assert (line["status"], line["sent"], line["last_step"], line["waiting"]) == ("sent", 3, 12, 0)
+        again = sync(folder, url=server.url)
+        assert "W&B has every step already" in again.stdout
+    assert segment.with_suffix(".wandb.synced").exists(), "`wandb sync` skips it"
     (run_id,) = server.runs
-    assert run_id == (folder / "wandb_run_id").read_text().strip()
+    assert run_id == (folder / "wandb_run_id").read_text().strip() == line["wandb_run_id"]
     assert steps(run.history) == [line["step"] for line in read_jsonl(folder / "metrics.jsonl")]
-    assert run.exit_codes == [1, 1, 0]
+    assert run.exit_codes == [1, 1, 0, 0]
     assert run.config["model"]["value"] == {"hidden_size": 8}
-    assert KEY.encode() not in (folder / "wandb" / "task.json").read_bytes()
+    assert KEY.encode() not in (folder / "wandb_task.json").read_bytes()
+
+
+def test_a_sync_that_is_killed_half_way(folder: Path) -> None:
+    offline_run(folder, 40)
+    with WandbDouble() as server:
+        server.most_steps = 1
+        process = start_sync(folder, url=server.url)
+        deadline = time.monotonic() + GUARD_SECONDS
+        while not server.silent and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.kill()
+        process.communicate()
+        server.most_steps, server.silent = None, False
+        assert sync(folder, url=server.url).returncode == 0
+    (run,) = server.runs.values()
+    assert steps(run.history) == list(range(1, 41)) and run.exit_codes[-1] == 0
+
+
+def test_a_run_whose_wandb_failed_or_was_off(folder: Path, tmp_path: Path) -> None:
+    """W&B cannot be imported during the training; another run turns W&B off. Both are sent in one command."""
+    off = folder.parent / "off"
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "wandb.py").write_text("raise RuntimeError('broken on purpose')")
+    folder.parent.mkdir()
+    run_program(folder, last_step=20, step_seconds=0.1, env={"PYTHONPATH": f"{broken}:{ROOT}"})
+    command = [sys.executable, str(ROOT / "tests/track/program.py")]
+    options = json.dumps({"folder": str(off), "last_step": 7, "wandb": "off"})
+    subprocess.run([*command, options], env=settings(folder, dead_url()), check=True, stdout=subprocess.DEVNULL)
+    assert not (off / "wandb").exists()
+    with WandbDouble() as server:
+        done = sync(folder, off, "--json", url=server.url)
+        assert done.returncode == 0, done.stderr
+    sent = {Path(line["run"]): line for line in json.loads(done.stdout)}
+    for path, last in ((folder, 20), (off, 7)):
+        run_id = (path / "wandb_run_id").read_text().strip()
+        assert sent[path]["wandb_run_id"] == run_id and sent[path]["sent"] == last
+        assert steps(server.runs[run_id].history) == list(range(1, last + 1))
+
+
+def test_what_the_command_refuses(folder: Path, tmp_path: Path) -> None:
+    """Each in one paragraph, with status 2."""
+    offline_run(folder, 3)
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    for place in (nothing, tmp_path / "gone"):
+        done = sync(place, url=dead_url())
+        assert done.returncode == 2 and done.stderr.startswith("ConfigError: ") and str(place) in done.stderr
+    refused = {
+        "does not answer": sync(folder, url=dead_url()),
+        "wandb login": sync(folder, url=dead_url(), WANDB_API_KEY=""),
+        "unset WANDB_MODE": sync(folder, url=dead_url(), WANDB_MODE="offline"),
+    }
+    for text, done in refused.items():
+        assert done.returncode == 2 and text in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    with WandbDouble() as server:
+        run_id = (folder / "wandb_run_id").read_text().strip()
+        server.deleted.add(run_id)
+        done = sync(folder, url=server.url)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--new" in done.stderr, done.stderr
+        assert sync(folder, "--new", url=server.url).returncode == 0
+        (new,) = server.runs
+        assert new != run_id and new == (folder / "wandb_run_id").read_text().strip()
+        (folder / "wandb_run_id").write_bytes(b"\xff\0")
+        assert sync(folder, url=server.url).returncode == 0 and list(server.runs) == [new]
+        (folder / "wandb_task.json").write_bytes(b"\xff\0")
+        done = sync(folder, url=server.url)
+        assert done.returncode == 2 and "wandb_task.json is damaged" in done.stderr
+
+
+def test_the_last_step_of_a_run_that_owes_a_measurement_is_sent_with_it(folder: Path) -> None:
+    whole = offline_run(folder, 5)
+    lines = [line for line in whole["events.jsonl"].splitlines(keepends=True) if json.loads(line)["kind"] != "end"]
+    end = {"step": 5, "time": 1.0, "kind": "end", "status": "stopped", "owes_validation": True}
+    (folder / "events.jsonl").write_bytes(b"".join(lines) + json.dumps(end).encode() + b"\n")
+    with WandbDouble() as server:
+        (line,) = json.loads(sync(folder, "--json", url=server.url).stdout)
+        (run,) = server.runs.values()
+        assert (line["sent"], line["waiting"], steps(run.history)) == (4, 1, [1, 2, 3, 4])
+        *before, last = read_jsonl(folder / "metrics.jsonl")
+        text = "".join(json.dumps(record) + "\n" for record in [*before, last | {"validation/loss": 0.5}])
+        (folder / "metrics.jsonl").write_text(text)
+        (folder / "events.jsonl").write_bytes(whole["events.jsonl"])
+        assert sync(folder, url=server.url).returncode == 0
+        assert steps(run.history) == [1, 2, 3, 4, 5] and run.history[-1]["validation/loss"] == 0.5
+
+
+def test_a_run_that_its_own_training_sends_is_left_alone(folder: Path) -> None:
+    offline_run(folder, 3)
+    (folder / "wandb").mkdir()
+    with WandbDouble() as server, (folder / "wandb" / ".online.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = sync(folder, url=server.url)
+    assert done.returncode == 0 and "already" in done.stdout and server.runs == {}
 
 
 @pytest.mark.slow

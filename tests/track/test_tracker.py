@@ -108,10 +108,12 @@ def test_what_wandb_is_told_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     def run(folder: Path, task: dict[str, Any], show: Any, note: Any) -> Any:
         tasks.append(task)
-        return SimpleNamespace(mode="offline", poll=lambda: polls.append(1), close=ends.append)
+        return SimpleNamespace(
+            mode="offline", poll=lambda: polls.append(1), close=lambda status, **_: ends.append(status)
+        )
 
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setattr("bigtx.track.tracker.WandbRun", run)
+    monkeypatch.setattr("bigtx.track.wandb_run.WandbRun", run)
     folder = tmp_path / "mine"
     folder.mkdir()
     config = TrackConfig(wandb="offline", project="p", entity="e", group="g", tags=["t"])
@@ -150,7 +152,7 @@ def test_what_wandb_is_told_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_copy_of_a_run_is_linked_to_the_original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tasks: list[dict[str, Any]] = []
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setattr("bigtx.track.tracker.WandbRun", lambda folder, task, show, note: tasks.append(task))
+    monkeypatch.setattr("bigtx.track.wandb_run.WandbRun", lambda folder, task, show, note: tasks.append(task))
     first, copy, stream = tmp_path / "first", tmp_path / "copy", io.StringIO()
     first.mkdir()
     facts: dict[str, Any] = {"run_config": {}, "environment": {}, "rank": 0, "total_steps": 10, "better": {}}
@@ -211,7 +213,7 @@ def test_wandb_is_told_what_the_config_says(
         def __init__(self, folder: Path, task: dict[str, Any], **calls: Any) -> None:
             tasks.append(task)
 
-    monkeypatch.setattr("bigtx.track.tracker.WandbRun", FakeRun)
+    monkeypatch.setattr("bigtx.track.wandb_run.WandbRun", FakeRun)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     for changes in ({}, {setting: value}):
         facts: dict[str, Any] = {"run_config": {}, "environment": {}, "rank": 0, "total_steps": 1, "better": {}}

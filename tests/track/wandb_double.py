@@ -35,6 +35,8 @@ class WandbDouble:
         refuse: answer every question with "unauthorized".
         silent: swallow every request: accept, read, never answer.
         hush_file: be silent from when this file exists.
+        deleted: ids of runs that were deleted, which W&B does not take again.
+        most_steps: be silent as soon as a run has so many steps, if it is not None.
     """
 
     def __init__(self) -> None:
@@ -45,6 +47,8 @@ class WandbDouble:
         self.refuse = False
         self.silent = False
         self.hush_file: Path | None = None
+        self.deleted: set[str] = set()
+        self.most_steps: int | None = None
         self._stopping = threading.Event()
         double = self
 
@@ -75,6 +79,7 @@ class WandbDouble:
             lines = [json.loads(line) for line in chunk["content"]] if name.endswith((".jsonl", ".json")) else []
             if name == "wandb-history.jsonl":
                 run.history[chunk["offset"] : chunk["offset"] + len(lines)] = lines
+                self.silent = self.silent or (self.most_steps is not None and len(run.history) >= self.most_steps)
             elif name == "wandb-summary.json":
                 run.summary = lines[-1]
         if request.get("complete"):
@@ -274,6 +279,10 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send({"errors": [{"message": "unauthorized"}]}, 401)
                 return
             request = json.loads(body)
+            if double.deleted & {str(value) for value in (request.get("variables") or {}).values()}:
+                message = "run was previously created and deleted; try a new run name"
+                self._send({"errors": [{"message": message}]}, 409)
+                return
             operation = re.search(r"(?:query|mutation)\s+(\w+)", request.get("query", ""))
             self._send({"data": double.answer(operation[1] if operation else "", request.get("variables") or {})})
         else:

@@ -35,7 +35,7 @@ class Attempt:
         vars(self).update(fields)
 
     def note(self, text: str) -> Callable[..., None]:
-        return lambda *arguments: self.told.append(" ".join([text, *map(str, arguments)]))
+        return lambda *arguments, **facts: self.told.append(" ".join([text, *map(str, arguments)]))
 
     def run(self) -> int:
         """Do what the function of a kind of run does."""
@@ -51,14 +51,19 @@ class Attempt:
             if found.checkpoint:
                 found.changed.extend(self.changed)
                 context.state = start.saved_state(config, found)
-                start.load_checkpoint(self.engine, found, context.state)
+                start.load_checkpoint(context, self.engine, found, context.state)
             else:
                 context.state = start.first_state(config)
-            tracker = SimpleNamespace(close=self.note("close tracker"), message=self.note("message"))
+            tracker = SimpleNamespace(lost="", close=self.note("close tracker"), message=self.note("message"))
             context.resources.callback(lambda: tracker.close(context.status, context.state.step))
-            context.resources.callback(self.note("close loader"))
             run: Any = SimpleNamespace(
-                state=context.state, tracker=tracker, ranks=context.ranks, run_dir=context.folder, in_loop=self.in_loop
+                state=context.state,
+                tracker=tracker,
+                ranks=context.ranks,
+                engine=self.engine,
+                run_dir=context.folder,
+                loader=SimpleNamespace(close=self.note("close loader")),
+                in_loop=self.in_loop,
             )
             return execute(context, run, next_command="next", conclude=lambda run: self.told.append("conclude"))
 
@@ -74,6 +79,8 @@ class Attempt:
             gather=lambda value: [value],
             is_first_to_fail=lambda: self.speaks,
             silent=lambda: [3, 5],
+            describe=lambda ranks: [f"rank {rank}" for rank in ranks],
+            end_silent=lambda ranks, folder: None,
             barrier=self.note("barrier"),
             close=self.note("leave"),
         )
@@ -81,6 +88,7 @@ class Attempt:
     def _engine(self) -> Any:
         return SimpleNamespace(
             optimizer=SimpleNamespace(num_updates=0),
+            owned=[],
             frozen=[],
             fill=lambda read, states: self.told.append(f"fill from {read} states={states}"),
             set_loss_scale=self.note("loss scale"),

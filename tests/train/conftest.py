@@ -12,7 +12,7 @@ import pytest
 from train.attempts import Attempt
 
 from bigtx.config.schema import PretrainConfig
-from bigtx.engine import checkpoint as checkpoint_module
+from bigtx.engine import retention
 from bigtx.train import context, execute, loop
 from bigtx.train.state import RunState
 from bigtx.utils import hardware, log
@@ -54,7 +54,7 @@ def resumed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     def use(**manifest: Any) -> Any:
         found = saved(**manifest)
         found.close = lambda: found.closed.append(True)
-        monkeypatch.setattr(checkpoint_module, "choose", lambda folder, ranks, warn: found)
+        monkeypatch.setattr(retention, "choose", lambda folder, ranks, warn: found)
         return found
 
     return use

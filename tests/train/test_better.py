@@ -70,7 +70,7 @@ class FakeRun:
     def define_metric(self, name: str, *, step_metric: str, summary: str) -> None:
         self.kept[name] = summary
 
-    def log(self, values: dict[str, Any], step: int) -> None:
+    def log(self, values: dict[str, Any], step: int, commit: bool) -> None:
         for name, value in values.items():
             self.values.setdefault(name, []).append(value)
 
@@ -98,7 +98,7 @@ def test_all_that_compares_values_agrees(tmp_path: Path, name: str, metric: str,
     assert is_out_of_patience(run) == (better == "higher")
 
     wandb = FakeRun()
-    Copier(wandb, tmp_path, 0, task.better).copy()  # type: ignore[arg-type]
+    Copier(wandb, tmp_path, 0, task.better).copy(is_final=True)  # type: ignore[arg-type]
     first, last = wandb.kept[f"validation/{metric}"].split(",")
     assert {"min": min, "max": max}[first](wandb.values[f"validation/{metric}"]) == best_value and last == "last"
     assert set(wandb.kept) == {f"validation/{metric}"}, "the best so far is no series of which one keeps a best"
@@ -117,5 +117,5 @@ def test_what_has_no_direction_chooses_nothing(name: str, metric: str) -> None:
 def test_what_is_measured_once_has_no_best(tmp_path: Path, group: str) -> None:
     FakeTracker(tmp_path).log(1, 1, {f"{group}/loss": 1.0, "validation/books/loss": 1.0, "train/grad_norm": 1.0})
     run = FakeRun()
-    Copier(run, tmp_path, 0, BETTER).copy()  # type: ignore[arg-type]
+    Copier(run, tmp_path, 0, BETTER).copy(is_final=True)  # type: ignore[arg-type]
     assert run.kept == {"validation/books/loss": "min,last"}

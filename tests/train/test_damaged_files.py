@@ -21,7 +21,7 @@ def finished_run() -> tuple[Any, Any]:
     state = {"tokens": 7, "step": 3, "measured_since_best": 0}
     settings = SimpleNamespace(train=SimpleNamespace(max_steps=3), validation=SimpleNamespace(patience=None))
     inputs = SimpleNamespace(config=settings, rows=[], total_steps=3)
-    return inputs, SimpleNamespace(checkpoint=SimpleNamespace(manifest={"state": state}))
+    return inputs, SimpleNamespace(origin={}, checkpoint=SimpleNamespace(manifest={"state": state}))
 
 
 @pytest.mark.parametrize("content", CONTENTS)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bigtx.config.schema import PretrainConfig
-from bigtx.engine.task import TaskLoss
+from bigtx.model.loss import Loss
 from bigtx.pretraining.validation import Alone, Validation
 from bigtx.train.state import RunState
 
@@ -118,9 +118,9 @@ class Numbers:
 class Identity:
     """A task whose loss differs from what it reports."""
 
-    def loss(self, model: Any, batch: Numbers) -> TaskLoss:
+    def loss(self, model: Any, batch: Numbers) -> Loss:
         losses = model(batch.values)
-        return TaskLoss(losses.sum() * 100, losses.sum())
+        return Loss(losses.sum() * 100, losses.sum())
 
 
 def test_a_model_alone_sums_what_is_reported_without_dropout() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -20,12 +20,14 @@ from bigtx.config.schema import (
     ValidationConfig,
 )
 from bigtx.config.shape import total_steps
+from bigtx.engine.retention import Policy
 from bigtx.finetuning.checks import check_records
 from bigtx.finetuning.measure import Measurement
 from bigtx.finetuning.tasks.task import Examples
 from bigtx.pretraining import run as pretrain_run
 from bigtx.pretraining import validation as validation_module
 from bigtx.pretraining.corpora import RunData, length_setting, place_of, validation_sources
+from bigtx.train.execute import open_saver
 from bigtx.utils.errors import ConfigError, DataError
 
 
@@ -101,3 +103,11 @@ def test_folders_of_records_that_are_left_out(tmp_path: Path) -> None:
     check_records(FinetuneConfig(data=RecordsConfig(train=[str(tmp_path)])))
     with pytest.raises(DataError):
         check_records(FinetuneConfig(data=RecordsConfig(train=[str(tmp_path)], exclude=["a.jsonl"])))
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+def test_how_checkpoints_are_written(tmp_path: Path, is_async: bool) -> None:
+    config = PretrainConfig(train=TrainConfig(async_checkpoints=is_async, keep_checkpoints=5, keep_every="9 steps"))
+    context: Any = SimpleNamespace(ranks=None, folder=tmp_path)
+    saver = open_saver(context, config, engine=cast(Any, None))
+    assert saver.in_background is is_async and saver.policy == Policy(5, "9 steps")

@@ -11,9 +11,9 @@ import pytest
 from finetunes import labelled, write_jsonl
 
 from bigtx.config.schema import FinetuneConfig, ModelConfig, RecordsConfig, TokenizerTrainConfig
-from bigtx.data.records.loader import RecordLoader
-from bigtx.finetuning import record_table
-from bigtx.finetuning.records import TaskData, open_task_data
+from bigtx.data.stream.loader import Division
+from bigtx.finetuning.inputs import RecordLoader
+from bigtx.finetuning.records import TABLE_FILE, TaskData, open_task_data, read_table, write_table
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.tokenizer.train import train
 from bigtx.utils.errors import CheckpointError, DataError
@@ -45,11 +45,8 @@ def order(data: TaskData) -> list[str]:
     loader = RecordLoader(
         np.array(data.lengths("train")),
         lambda places, _: [records[place].where for place in places],
-        global_batch_size=4,
-        micro_batch_size=2,
+        Division(global_batch_size=4, micro_batch_size=2),
         seed=1,
-        rank=0,
-        world_size=1,
         start_sequence=0,
         prefetch_batches=0,
     )
@@ -72,7 +69,7 @@ def test_the_share_that_is_held_out(config: FinetuneConfig, tokenizer: Tokenizer
 def test_the_others_keep_their_places(tmp_path: Path, config: FinetuneConfig, tokenizer: Tokenizer, split: str) -> None:
     config.data.split = split  # type: ignore[assignment]
     whole = open_task_data(config, tokenizer)
-    record_table.write(tmp_path, whole.table)
+    write_table(tmp_path, whole.table)
     lines = {name: [record.line for record in each.records] for name, each in whole.splits.items()}
     lost = [lines["train"][3], lines["train"][4], lines["train"][-1], lines["validation"][0]]
     path = Path(config.data.train[0])
@@ -82,7 +79,7 @@ def test_the_others_keep_their_places(tmp_path: Path, config: FinetuneConfig, to
     path.write_text("\n".join(raw) + "\n")
     with pytest.raises(DataError, match=r"(?s)4 records cannot be used.*data\.leave_out="):
         open_task_data(config, tokenizer)
-    table = record_table.read(tmp_path)
+    table = read_table(tmp_path)
     found = open_task_data(without(config, *lost), tokenizer, table=table)
     assert found.identity == whole.identity and [r.line for r in found.splits["test"].records] == lines["test"]
     assert [record.line for record in found.splits["validation"].records] == lines["validation"][1:]
@@ -111,12 +108,12 @@ def test_the_others_must_be_what_they_were(tmp_path: Path, config: FinetuneConfi
     with pytest.raises(DataError, match="no such record"):
         open_task_data(without(config, 3, "b.jsonl"), tokenizer)
     with pytest.raises(CheckpointError, match=r"records\.jsonl\.gz"):
-        record_table.read(tmp_path)
-    record_table.write(tmp_path, table)
-    stored = tmp_path / record_table.FILE
+        read_table(tmp_path)
+    write_table(tmp_path, table)
+    stored = tmp_path / TABLE_FILE
     stored.write_bytes(stored.read_bytes()[:-9])
     with pytest.raises(CheckpointError, match="cannot be read"):
-        record_table.read(tmp_path)
+        read_table(tmp_path)
 
 
 def test_what_has_no_tokens_is_told_before_the_start(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,26 +16,33 @@ import torch
 
 from bigtx.engine.engine import StepResult
 from bigtx.track.tracker import Tracker
-from bigtx.train import loop, meter
-from bigtx.train.context import StopRequest
+from bigtx.train import loop, state
+from bigtx.train.context import StartUp, StopRequest
 from bigtx.train.loop import Run
-from bigtx.train.meter import Meter
-from bigtx.train.state import RunState
-from bigtx.utils.errors import BigtxError
+from bigtx.train.state import Meter, RolledBack, RunState
+from bigtx.utils.errors import BigtxError, CheckpointError
 
 
 @dataclass
 class Ranks:
-    """This one and another, which brings as many labels and tokens, and may ask to stop at a step."""
+    """This one and another, which brings as many labels and tokens, and may ask to stop at a step: while it is made,
+    the next one is agreed on. `told` has the agreements, in their order."""
 
     rank: int = 0
     stops_at: int = 0
-    calls: int = 0
+    told: list[str] = dataclasses.field(default_factory=list)
 
-    def sum(self, numbers: list[int]) -> list[int]:
-        self.calls += 1
-        labels, tokens, votes, seconds = numbers
-        return [2 * labels, 2 * tokens, int(votes) + (self.calls == self.stops_at), seconds]
+    def begin_sum(self, numbers: list[int]) -> Callable[[], list[int]]:
+        number = sum(line.startswith("begin") for line in self.told) + 1
+        self.told.append(f"begin {number}")
+        labels, tokens, votes, seconds, failed = numbers
+        votes = int(votes) + (number == self.stops_at + 1)
+
+        def sums() -> list[int]:
+            self.told.append(f"end {number}")
+            return [2 * labels, 2 * tokens, votes, seconds, int(failed)]
+
+        return sums
 
 
 @dataclass
@@ -43,13 +52,12 @@ class Loader:
     next_sequence: int = 0
     wait_seconds: float = 0.0
 
-    def __iter__(self) -> Iterator[list[Any]]:
-        while True:
-            self.next_sequence += 8
-            self.wait_seconds += 0.5
-            batch = SimpleNamespace(num_labels=3)
-            batch.to = lambda device, batch=batch: batch
-            yield [batch, batch]
+    def __next__(self) -> list[Any]:
+        self.next_sequence += 8
+        self.wait_seconds += 0.5
+        batch = SimpleNamespace(num_labels=3)
+        batch.to = lambda device, batch=batch: batch
+        return [batch, batch]
 
     def num_tokens(self, micro_batches: list[Any]) -> int:
         return 5 * len(micro_batches)
@@ -64,6 +72,8 @@ class Life:
         self.logged: dict[int, dict[str, float]] = {}
         self.told: list[dict[str, Any]] = []
         self.saved: list[dict[str, Any]] = []
+        self.waited_at: list[int] = []
+        self.has_failed = False
         self.factors: list[float] = []
         self.asked: list[tuple[int, int]] = []
         self.shown: list[tuple[int, int, float]] = []
@@ -74,12 +84,13 @@ class Life:
         self.rates = {"matrices": 0.02, "vectors": 0.001}
         clock = SimpleNamespace(monotonic=lambda: self.now)
         monkeypatch.setattr(loop, "time", clock)
-        monkeypatch.setattr(meter, "time", clock)
+        monkeypatch.setattr(state, "time", clock)
         monkeypatch.setattr(loop, "keep_freed_memory", lambda: None)
-        monkeypatch.setattr(loop.saving, "save", self.save)
         self.train_settings = {"log_every": "1 steps", "checkpoint_every": "1000 steps"}
         self.validate_every, self.patience, self.total_steps = "1000 steps", None, 10
+        self.start_up: StartUp | None = None
         self.after_step: Callable[[int], None] = lambda step: None
+        self.guards: Any = None
 
     def train_step(self, micro_batches: list[Any], task: Any, **fields: Any) -> StepResult:
         self.now += 2.0
@@ -90,26 +101,38 @@ class Life:
         bad = step in self.not_finite
         return StepResult(torch.tensor(math.nan if bad else 24.0), math.inf if bad else 0.5, skipped=bad)
 
+    def open_loader(self) -> Any:
+        return Loader(next_sequence=self.state.sequences)
+
     def report(self, tracker: Any, state: RunState) -> bool:
         self.now += 100.0
         self.events.append(f"measure {state.step}")
         return state.step in self.values and state.judge(self.values[state.step], lower=True)
 
-    def save(self, engine: Any, ranks: Any, run_dir: Path, facts: dict[str, Any], **fields: Any) -> Path:
-        assert (engine, ranks, run_dir) == (self.run.engine, self.ranks, self.run_dir)
+    def save(self, facts: dict[str, Any], **fields: Any) -> None:
+        """Stand for a saver's."""
         self.now += self.save_seconds
         self.events.append(f"save {facts['step']}")
         self.saved.append(facts | fields)
-        return run_dir
+
+    def wait(self) -> None:
+        self.waited_at.append(self.state.step)
+        if self.has_failed:
+            raise CheckpointError("the disk is full")
+
+    def take_saved(self) -> None:
+        return None
 
     def train(self) -> bool:
         optimizer = SimpleNamespace(learning_rates=lambda: self.rates)
-        train = SimpleNamespace(max_skipped_steps=2, keep_checkpoints=3, **self.train_settings)
+        train = SimpleNamespace(max_skipped_steps=2, **self.train_settings)
         tracker = SimpleNamespace(
             begin=lambda: self.events.append("begin"),
             log=lambda step, tokens, metrics: self.logged.update({step: {"tokens": tokens, **metrics}}),
             progress=lambda step, tokens, metrics: self.shown.append((step, tokens, metrics["train/loss"])),
             message=lambda text: self.events.append(text),
+            check_folder=lambda: None,
+            state=lambda: {"metrics.jsonl": {"lines": len(self.logged), "unwritten": []}},
             event=lambda step, kind, **facts: self.told.append({"step": step, "kind": kind, **facts}),
         )
         self.run = Run(
@@ -121,15 +144,19 @@ class Life:
                 SimpleNamespace(device=torch.device("cpu"), optimizer=optimizer, train_step=self.train_step),
             ),
             task=cast(Any, None),
-            loader=cast(Any, Loader(next_sequence=self.state.sequences)),
+            loader=self.open_loader(),
+            open_loader=self.open_loader,
             schedule=cast(Any, SimpleNamespace(total_steps=self.total_steps, factor=lambda step: step / 100)),
             validation=self,
             tracker=cast(Tracker, tracker),
             meter=Meter(flops_per_token=1.0, peak_flops=None),
+            saver=cast(Any, self),
             state=self.state,
             facts={"data": "abc"},
             validate_every=self.validate_every,
             patience=self.patience,
+            start_up=self.start_up,
+            guards=self.guards,
         )
         return loop.train(self.run, cast(StopRequest, self.stop))
 
@@ -176,7 +203,7 @@ def test_a_stop_between_measurements_owes_none(life: Life) -> None:
 
 
 def test_a_stop_at_the_last_step_finishes_the_run(life: Life) -> None:
-    life.ranks.stops_at = life.total_steps
+    life.after_step = lambda step: setattr(life.stop, "requested", step == life.total_steps)
     assert life.train()
     assert life.events == ["begin", "measure 10", "save 10"] and not life.state.owes_validation
 
@@ -206,6 +233,15 @@ def test_at_its_own_end_a_run_is_not_called_an_early_stop(life: Life) -> None:
     life.validate_every, life.patience, life.total_steps = "1 steps", 2, 3
     life.values = {1: 1.0, 2: 2.0, 3: 3.0}
     assert life.train() and life.told == []
+
+
+def test_where_the_seconds_of_a_start_went_is_recorded_after_its_first_step(life: Life) -> None:
+    life.state, life.start_up = RunState(step=4), StartUp()
+    life.start_up.end("engine")
+    assert life.train()
+    (told,) = [event for event in life.told if event["kind"] == "start_up"]
+    assert told["step"] == 5 and list(told["seconds"]) == ["command", "engine", "first_step"]
+    assert all(seconds >= 0 for seconds in told["seconds"].values())
 
 
 def test_a_run_at_its_end_does_nothing(life: Life) -> None:
@@ -283,7 +319,7 @@ def test_a_run_that_ends_in_skipped_steps_is_not_finished(life: Life, harmless: 
     else:
         assert life.train()
     (saved,) = life.saved
-    assert saved.get("suspect", False) is is_refused and saved["is_skipping"] and saved["keep"] == 3
+    assert saved.get("suspect", False) is is_refused and saved["is_skipping"]
 
 
 def test_a_checkpoint_knows_the_run_the_state_and_the_open_window(life: Life) -> None:
@@ -307,3 +343,102 @@ def test_a_rhythm_of_time_goes_by_the_clock_of_rank_0(life: Life, rank: int, sav
     life.save_seconds = 0.0
     assert life.train()
     assert [event for event in life.events if event.startswith("save")] == saves
+
+
+def test_a_run_ends_when_its_last_checkpoint_is_durable(life: Life) -> None:
+    life.ranks.stops_at = 4
+    assert not life.train()
+    assert life.events[-1] == "save 4" and life.waited_at == [4]
+    life.waited_at, life.not_finite = [], {6, 7, 8}
+    with pytest.raises(BigtxError, match="3 steps in a row"):
+        life.train()
+    assert life.waited_at == [8], "an error of all ranks does not cost the checkpoint that is being written"
+
+
+def test_a_save_that_failed_ends_the_run_at_the_next_step(life: Life) -> None:
+    life.train_settings["checkpoint_every"] = "3 steps"
+    life.after_step = lambda step: setattr(life, "has_failed", step >= 5)
+    with pytest.raises(CheckpointError, match="full"):
+        life.train()
+    assert life.state.step == 6 and life.events[-1] == "save 3"
+
+
+def test_the_ranks_agree_on_a_step_while_the_one_before_is_made(life: Life) -> None:
+    """Each agreement begins before the forward pass of the step before, and is collected after its update."""
+    life.total_steps = 3
+    life.after_step = lambda step: life.ranks.told.append(f"step {step}")
+    assert life.train()
+    assert life.ranks.told == [
+        *("begin 1", "end 1"),
+        *("begin 2", "step 1", "end 2"),
+        *("begin 3", "step 2", "end 3"),
+        "step 3",
+    ]
+
+
+def test_python_collects_no_garbage_within_steps(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only at steps that all ranks know, and after a measurement."""
+    found: list[bool] = []
+    collected: list[int] = []
+    monkeypatch.setattr(loop, "COLLECT_EVERY", 4)
+    monkeypatch.setattr(gc, "collect", lambda: collected.append(life.state.step))
+    life.after_step = lambda step: found.append(gc.isenabled())
+    life.validate_every = "5 steps"
+    assert life.train()
+    assert found == [False] * 10 and collected == [0, 4, 5, 8, 10] and gc.isenabled()
+
+
+class Returning:
+    """Guards that return the run from step 6 to step 4 once, as if step 4 had a checkpoint."""
+
+    def __init__(self, life: Life) -> None:
+        self.life, self.asked, self.returns, self.may_refuse = life, list[tuple[int, int]](), [6], True
+
+    def before_step(self, state: RunState, elapsed: float) -> None:
+        self.asked.append((state.step, int(elapsed)))
+
+    def refuses(self, loss: float, norm: float) -> bool:
+        return False
+
+    def after_step(self, run: Run, *, sequences: str, refused: bool) -> None:
+        if run.state.step in self.returns:
+            self.returns.clear()
+            run.state.restore(RunState(step=4, tokens=80, sequences=48, owes_validation=True).to_dict())
+            run.loader = run.open_loader()
+            raise RolledBack
+
+    def before_save(self, run: Run) -> None:
+        self.life.events.append(f"compare {run.state.step}")
+
+    def to_dict(self) -> dict[str, list[float]]:
+        return {"losses": [1.0]}
+
+
+def test_a_run_that_returns_does_the_steps_again(life: Life) -> None:
+    """What is due goes by the steps and tokens of the checkpoint. A validation that it owes is made."""
+    life.guards = Returning(life)
+    life.train_settings = {"log_every": "40 tokens", "checkpoint_every": "3 steps"}
+    assert life.train()
+    assert [step for step, _ in life.guards.asked] == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7, 8, 9]
+    assert [event for event in life.events if event != "begin"] == [
+        *("compare 3", "save 3", "measure 4", "compare 6", "save 6", "compare 9", "save 9"),
+        *("measure 10", "compare 10", "save 10"),
+    ]
+    assert [step for step, *_ in life.shown] == [2, 4, 6, 8, 10]
+    assert life.saved[1]["state"]["sequences"] == 48 + 2 * 8 and life.saved[1]["guards"] == {"losses": [1.0]}
+    assert life.logged[10]["train/roll_backs"] == 0 == life.logged[10]["train/spikes"]
+
+
+def test_a_refused_update_is_no_non_finite_step(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
+    life.total_steps = 3
+    real = life.train_step
+    life.guards = Returning(life)
+
+    def refused(*arguments: Any, **fields: Any) -> StepResult:
+        assert fields["refuses"] == life.guards.refuses and fields["may_refuse"]
+        result = real(*arguments, **fields)
+        return dataclasses.replace(result, skipped=True, refused=True) if life.state.step == 1 else result
+
+    monkeypatch.setattr(life, "train_step", refused)
+    assert life.train()
+    assert life.state.skipped_steps == 0 and life.told == [] and math.isnan(life.logged[2]["train/loss"])

@@ -12,8 +12,8 @@ import torch
 
 from bigtx.engine.engine import StepResult
 from bigtx.model.experts import Routing, shares_of
-from bigtx.train import meter as meter_module
-from bigtx.train.meter import Meter, memory_gib
+from bigtx.train import state
+from bigtx.train.state import Meter, memory_gib
 
 
 def routed(counts: list[list[float]], *, skipped: bool = False) -> StepResult:
@@ -65,7 +65,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
-        monkeypatch.setattr(meter_module.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(state.time, "monotonic", lambda: self.now)
 
     def pass_(self, seconds: float) -> None:
         self.now += seconds
@@ -134,3 +134,16 @@ def test_memory_is_the_peak_of_this_process() -> None:
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
     assert peak is not None
     assert memory_gib() == pytest.approx(int(peak[1]) / 2**20, rel=0.02)
+
+
+def test_a_meter_that_returns_to_a_checkpoint_forgets_what_came_after_it(clock: Clock) -> None:
+    meter = new_meter()
+    step(meter, clock, 5.0, 1.0, num_labels=3, num_tokens=1000, wait_seconds=4.0)
+    saved = meter.to_dict()
+    meter.add(routed([[3, 1]]), num_labels=4, num_tokens=8, wait_seconds=7.0)
+    meter.restore(saved)
+    assert meter.to_dict() == saved and not meter.routing.steps
+    step(meter, clock, 2.0, 2.0, num_labels=1, num_tokens=10, wait_seconds=0.5)
+    metrics = meter.metrics()
+    assert metrics["train/loss"] == 3.0 / 4 and metrics["perf/tokens_per_second"] == 5.0
+    assert metrics["perf/data_wait_fraction"] == 0.25, "of a new loader"

@@ -20,6 +20,7 @@ from bigtx.config.schema import (
     PretrainConfig,
 )
 from bigtx.config.shape import total_steps
+from bigtx.data.stream.loader import Division
 from bigtx.finetuning import base as base_module
 from bigtx.finetuning import run as finetune_run
 from bigtx.finetuning.base import BASE, other_classes, read_base_facts
@@ -144,31 +145,30 @@ def test_weights_of_another_run_are_taken_where_it_has_them(tmp_path: Path, monk
 @pytest.mark.parametrize("is_foreign", [True, False])
 def test_rows_are_read_from_the_states_place_on(said: list[str], is_foreign: bool) -> None:
     config = pretrain(micro_batch_size=1)
+    config.train.global_batch_size = 4
     config.seed, config.data.foreign.paths = 9, ["a.tar"] * is_foreign
-    data = SimpleNamespace(tokenizer=SimpleNamespace(pad_id=3), loader_type=lambda: lambda data, **given: (data, given))
+    loader_type = lambda: lambda data, division, **given: (data, division, given)  # noqa: E731
+    data = SimpleNamespace(tokenizer=SimpleNamespace(pad_id=3), loader_type=loader_type)
     inputs: Any = SimpleNamespace(config=config, data=data, objective=SimpleNamespace(prepare="prepare"))
     ranks: Any = SimpleNamespace(rank=1, world_size=4)
+    division = Division(global_batch_size=4, micro_batch_size=1, rank=1, world_size=4)
     expected = {
         "sequence_length": 50,
-        "global_batch_size": 2,
-        "micro_batch_size": 1,
         "seed": 9,
-        "rank": 1,
-        "world_size": 4,
         "start_sequence": 16,
         "pad_id": 3,
         "prepare": "prepare",
     }
     state = RunState(sequences=16)
     loader: Any = pretrain_run.open_loader(inputs, ranks, state, found())
-    assert loader == (config.data, expected) and said == []
+    assert loader == (config.data, division, expected) and said == []
     for before, words in (
         (4, "the run's position; exact"),
         (2, "with 4 ranks instead of 2 the shards are split differently"),
     ):
         said.clear()
         loader = pretrain_run.open_loader(inputs, ranks, state, found(at(8, world_size=before)))
-        assert loader == (config.data, expected) and len(said) == is_foreign
+        assert loader == (config.data, division, expected) and len(said) == is_foreign
         assert not is_foreign or ("reading 16 rows again" in said[0] and words in said[0])
 
 

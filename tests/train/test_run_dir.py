@@ -71,7 +71,7 @@ def test_a_corpus_that_is_being_made_and_a_part_of_one_are_no_run_dir(folder: Pa
 
 
 def test_a_checkpoint_is_no_run_dir(folder: Path) -> None:
-    write_manifest(folder, {"format": 1})
+    write_manifest(folder, {"format": 1, "parameters": {}, "files": {}})
     with pytest.raises(ConfigError, match="a checkpoint"):
         check_run_dir(PretrainConfig(run_dir=str(folder)))
 

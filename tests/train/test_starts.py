@@ -112,8 +112,10 @@ def test_an_error_of_the_user_is_said_by_the_first_rank_and_nobody_is_waited_for
         ("[gloo] Connection closed by peer [10.0.0.1]:1", "lost the connection to another rank"),
         ("Connection reset by peer", "lost the connection to another rank"),
         ("NCCL communicator was aborted", "lost the connection to another rank"),
-        ("Timed out waiting 20000ms for recv", "rank 3, 5 did not answer within engine.timeout=30 min"),
-        ("Watchdog caught collective operation timeout", "rank 3, 5 did not answer"),
+        ("Timed out waiting 20000ms for recv", "rank 3, rank 5 did not answer within engine.timeout=30 min"),
+        # The second of two collectives that a rank waits for, after the first has reached the time-out.
+        ("Application timeout caused pair closure", "rank 3, rank 5 did not answer"),
+        ("Watchdog caught collective operation timeout", "rank 3, rank 5 did not answer"),
     ],
 )
 def test_a_rank_that_is_gone_or_silent_is_no_fault_of_this_one(

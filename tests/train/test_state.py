@@ -7,7 +7,7 @@ import math
 import pytest
 
 from bigtx.train.state import HARMLESS_SKIPS, Cadence, RunState
-from bigtx.utils.errors import ConfigError
+from bigtx.utils.errors import CheckpointError, ConfigError
 
 
 def test_a_state_comes_back_as_it_was_saved() -> None:
@@ -23,9 +23,15 @@ def test_a_state_of_before_windows_has_none() -> None:
     assert RunState.from_dict(saved).skipped_sequences == []
 
 
+def test_a_state_of_a_later_version_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="has novelty, which this bigtx does not know; resume with the version"):
+        RunState.from_dict(RunState().to_dict() | {"novelty": 1})
+
+
 def test_a_new_run_has_done_nothing() -> None:
     saved = RunState().to_dict()
     zero = ("step", "sequences", "tokens", "skipped_steps", "skipped_in_a_row", "harmless_skips", "measured_since_best")
+    zero += ("spikes", "spikes_in_a_row", "roll_backs")
     nothing = {"skipped_sequences": [], "best_step": None, "best_value": None, "owes_validation": False}
     assert saved == dict.fromkeys(zero, 0) | nothing
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -11,6 +12,15 @@ from pathlib import Path
 
 import pytest
 from doors import ROOT, environment
+
+from bigtx.utils.errors import (
+    LONGEST_MESSAGE,
+    BigtxError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    LaunchError,
+)
 
 WORK = """
 import sys
@@ -122,3 +132,14 @@ def test_ctrl_c_while_modules_are_imported(tmp_path: Path, arguments: list[str])
     variables = environment(PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=60, env=variables)
     assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGINT, "", "")
+
+
+@pytest.mark.parametrize("kind", [BigtxError, ConfigError, DataError, CheckpointError, LaunchError])
+def test_a_long_message_is_cut_in_the_middle(kind: type[BigtxError]) -> None:
+    """It names the file at its start and says at its end what to do, whatever a damaged file made it quote."""
+    exact = "x" * LONGEST_MESSAGE
+    assert str(kind(exact)) == exact
+    message = str(kind(f"a/manifest.json is damaged ({'y' * 100_000}); prepare it again"))
+    assert len(message) == LONGEST_MESSAGE and "[... 100,047 characters, shortened ...]" in message
+    assert message.startswith("a/manifest.json is damaged (yyy") and message.endswith("yyy); prepare it again")
+    assert str(pickle.loads(pickle.dumps(kind(message)))) == message

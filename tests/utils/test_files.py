@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bigtx.utils import files
-from bigtx.utils.files import read_object, sha256_file, write_atomic, write_json
+from bigtx.utils.files import json_value, read_object, sha256_file, write_atomic, write_json
 
 
 def test_write_atomic_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -19,6 +19,32 @@ def test_write_atomic_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
     write_atomic(path, b"second")
     assert path.read_bytes() == b"second"
     assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[" * 5000, "nested more than 100"),
+        ("[" * 101 + "]" * 101, "nested more than 100"),
+        ('{"a":' * 400 + "1" + "}" * 400, "nested more than 100"),
+        (r'{"a": ["\ud800"]}', "half a surrogate pair"),
+        (r'{"\uDFFF": 1}', "half a surrogate pair"),
+        ("{", "Expecting"),
+        (b"\xff", "decode"),
+    ],
+)
+def test_json_that_others_wrote_is_refused(tmp_path: Path, text: str | bytes, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        json_value(text)
+    path = tmp_path / "a.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert read_object(path) == {}
+
+
+def test_json_that_others_wrote_is_read() -> None:
+    deep = "[" * 99 + "]" * 99
+    assert json_value(deep) == json.loads(deep)
+    assert json_value(rb'{"a": "\ud83d\ude00 \\ud800", "b": [1, null]}') == {"a": "\U0001f600 \\ud800", "b": [1, None]}
 
 
 def test_a_full_disk_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

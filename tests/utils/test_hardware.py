@@ -47,6 +47,11 @@ def test_the_description_is_json_without_secrets(monkeypatch: pytest.MonkeyPatch
     assert described["gpus"] == [] or described["gpus"][0]["name"]
 
 
+def test_the_kernel_of_attention_has_a_name() -> None:
+    """The name that the record of a run with a GPU contains."""
+    assert hardware.attention_kernel("cpu") in ("flash_attention", "math")
+
+
 def test_the_commit_is_that_of_the_clone() -> None:
     if not (ROOT / ".git").exists():
         pytest.skip("not a git clone")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from doors import CONTAINER
 
 from bigtx.utils import locks
 from bigtx.utils.errors import LaunchError
@@ -29,10 +30,6 @@ else:
     sys.stdin.readline()
     lock.release()
 """
-
-
-CONTAINER = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc"]
-"""Runs a command in a namespace of process ids of its own, as a container of this host does."""
 
 
 def holder(folder: Path, *prefix: str) -> subprocess.Popen[str]:

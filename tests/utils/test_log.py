@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from bigtx.utils import log
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -77,6 +81,36 @@ def test_a_crash_in_c_shows_where_on_the_screen(tmp_path: Path) -> None:
     done, _ = run(tmp_path, "os.abort()")
     assert done.returncode == -6
     assert "Fatal Python error: Aborted" in done.stderr
+
+
+SPILLED = """
+print("printed", os.environ["A_TOKEN"])
+logging.getLogger("torch").info("logged %s", os.environ["A_TOKEN"])
+warnings.warn("https://me:hunter2@host/x?X-Amz-Signature=abc123")
+thread = threading.Thread(target=lambda: open(os.environ["A_TOKEN"]), name="reader")
+thread.start()
+thread.join()
+log.say_error("refused: " + os.environ["A_TOKEN"])
+raise RuntimeError("password=correct-horse " + os.environ["A_TOKEN"])
+"""
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_no_secret_reaches_the_screen_or_the_log(tmp_path: Path, rank: str) -> None:
+    """Printed, logged, warned about, in a thread's traceback, in an error, in the traceback at the end."""
+    done, logged = run(tmp_path, SPILLED, RANK=rank, WORLD_SIZE="2", A_TOKEN="battery-staple")
+    for words in ("printed <hidden>", "logged <hidden>", "'<hidden>'", "refused: <hidden>", "password=<hidden>"):
+        assert words in logged, logged
+    for text in (done.stdout, done.stderr, logged):
+        assert not any(secret in text for secret in ("battery-staple", "hunter2", "abc123", "correct-horse"))
+
+
+def test_what_a_supervisor_shows_has_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A_TOKEN", "battery-staple")
+    received, sent = os.pipe()
+    monkeypatch.setattr(log, "_supervisor", sent)
+    log.report(error="cannot open battery-staple", step=3)
+    assert json.loads(os.read(received, 1000)) == {"error": "cannot open <hidden>", "step": 3}
 
 
 def test_a_user_error_reaches_the_screen_once(tmp_path: Path) -> None:

@@ -43,6 +43,14 @@ def test_waiting_threads_sleep_soon_unless_told_otherwise(monkeypatch: pytest.Mo
     assert environment["GOMP_SPINCOUNT"] == "1000"
 
 
+@pytest.mark.parametrize("name", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_segments_are_extended_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch, name: str | None) -> None:
+    environment = {} if name is None else {name: "backend:native"}
+    monkeypatch.setattr(os, "environ", environment)
+    processes.extend_segments()
+    assert environment == ({name: "backend:native"} if name else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
+
+
 WHOLE = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 

@@ -95,6 +95,11 @@ def test_nested(monkeypatch: pytest.MonkeyPatch) -> None:
             "https://host/k?sig=a%3D&token=b&access_token=c&api_key=d",
             f"https://host/k?{HIDDEN}&{HIDDEN}&{HIDDEN}&{HIDDEN}",
         ),
+        ("gs://b/k?X-Goog-Signature=abc&X-Goog-Date=1", f"gs://b/k?{HIDDEN}&X-Goog-Date=1"),
+        ("https://cdn/k?Expires=1&Signature=a~b-c&Key-Pair-Id=K", f"https://cdn/k?Expires=1&{HIDDEN}&Key-Pair-Id=K"),
+        ("Authorization: Bearer abcdefghij0123456789", f"Authorization: Bearer {HIDDEN}"),
+        ("Authorization: Basic dXNlcjpwYXNz", f"Authorization: Basic {HIDDEN}"),
+        ("the bearer of this letter; basic authorization", "the bearer of this letter; basic authorization"),
         ("https://:hunter2@host/x", f"https://{HIDDEN}@host/x"),
         ("https://host/a@b:c", "https://host/a@b:c"),
         ("--max-tokens 10000000", "--max-tokens 10000000"),
@@ -121,6 +126,17 @@ def test_a_long_text_takes_a_moment() -> None:
     """In a time that grows as the text does; by its square it would be many minutes."""
     for text in ("a" * 100_000, "a." * 50_000, "a " * 50_000, "a=" * 50_000, "-" * 100_000):
         assert scrub_text(text) == text
+
+
+def test_a_variable_is_hidden_in_each_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is, in a URL and in JSON; also under names that mean a secret only among variables."""
+    monkeypatch.setenv("SERVICE_PASSWORD", 'a b/c"d@efg')
+    assert scrub_text('x a b/c"d@efg y') == f"x {HIDDEN} y"
+    assert scrub_text("https://host/a%20b%2Fc%22d%40efg/x") == f"https://host/{HIDDEN}/x"
+    assert scrub_text('{"a": "a b/c\\"d@efg"}') == f'{{"a": "{HIDDEN}"}}'
+    monkeypatch.setenv("OPENAI_KEY", "a-key-of-a-service")
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", "Endpoint=x;Account=y")
+    assert scrub_text("a-key-of-a-service, Endpoint=x;Account=y") == f"{HIDDEN}, {HIDDEN}"
 
 
 def test_a_secret_that_contains_another_is_hidden_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,8 @@ import inspect
 import json
 import statistics
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -87,6 +88,51 @@ def packed_segments(rows: int, length: int, mean: int) -> Tensor:
     return begins.long().cumsum(dim=1)
 
 
+def measure(
+    names: Iterable[str],
+    *,
+    rows: int,
+    length: int,
+    heads: int,
+    kv_heads: int,
+    head_width: int,
+    mean_document: int = 500,
+    rounds: int = 20,
+) -> dict[str, float]:
+    """Return the median milliseconds of a forward and backward pass by kernel, measured in turn in bf16.
+
+    Args:
+        names: the kernels.
+        rows, length, heads, kv_heads, head_width: the shape of attention.
+        mean_document: the mean tokens of a document.
+        rounds: how often each kernel is measured, after three passes that compile.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    segments = packed_segments(rows, length, mean_document).to(device)
+    torch.manual_seed(1)
+    queries, keys, values = (
+        torch.randn(rows, number, length, head_width).to(device, torch.bfloat16).requires_grad_()
+        for number in (heads, kv_heads, kv_heads)
+    )
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds + 3):
+        for name, times in found.items():
+            wait_for_device()
+            start = time.perf_counter()
+            result = KERNELS[name](queries, keys, values, segments)
+            result.backward(torch.ones_like(result))
+            wait_for_device()
+            if number >= 3:
+                times.append(1e3 * (time.perf_counter() - start))
+    return {name: round(statistics.median(times), 3) for name, times in found.items()}
+
+
+def wait_for_device() -> None:
+    """Wait until a GPU has done all that it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def main() -> None:
     """Measure the kernels in turn."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -97,36 +143,10 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("tools/bench/attention.py compares kernels of a GPU, and this machine has none")
-    segments = packed_segments(options.rows, options.length, options.mean_document).cuda()
-    torch.manual_seed(1)
-    queries, keys, values = (
-        torch.randn(options.rows, heads, options.length, options.head_width).to("cuda", torch.bfloat16).requires_grad_()
-        for heads in (options.heads, options.kv_heads, options.kv_heads)
-    )
-    found: dict[str, list[float]] = {name: [] for name in KERNELS}
-    for number in range(options.rounds + 3):
-        for name, kernel in KERNELS.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            result = kernel(queries, keys, values, segments)
-            result.backward(torch.ones_like(result))
-            end.record()
-            torch.cuda.synchronize()
-            if number >= 3:  # The first passes compile.
-                found[name].append(start.elapsed_time(end))
-    milliseconds = {name: round(statistics.median(times), 3) for name, times in found.items()}
-    print(
-        json.dumps(
-            {
-                "torch": torch.__version__,
-                "gpu": torch.cuda.get_device_name(),
-                **vars(options),
-                "milliseconds": milliseconds,
-                "over_causal": {name: round(time / milliseconds["causal"], 3) for name, time in milliseconds.items()},
-            },
-            indent=2,
-        )
-    )
+    milliseconds = measure(KERNELS, **vars(options))
+    over_causal = {name: round(took / milliseconds["causal"], 3) for name, took in milliseconds.items()}
+    facts = {"torch": torch.__version__, "gpu": torch.cuda.get_device_name(), **vars(options)}
+    print(json.dumps({**facts, "milliseconds": milliseconds, "over_causal": over_causal}, indent=2))
 
 
 if __name__ == "__main__":

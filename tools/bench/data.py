@@ -396,16 +396,13 @@ def write_huge_corpus(folder: Path) -> None:
 def make_loader(corpus: str, start_sequence: int) -> Any:
     """Make our loader as a run does: one rank, micro batches of 8."""
     from bigtx.config.schema import DataConfig, SourceConfig
-    from bigtx.data.stream.loader import TrainLoader
+    from bigtx.data.stream.loader import Division, TrainLoader
 
     return TrainLoader(
         DataConfig(sources={"bench": SourceConfig(path=corpus)}),
+        Division(global_batch_size=64, micro_batch_size=8),
         sequence_length=SEQUENCE_LENGTH,
-        global_batch_size=64,
-        micro_batch_size=8,
         seed=1,
-        rank=0,
-        world_size=1,
         start_sequence=start_sequence,
         pad_id=0,
     )

@@ -102,7 +102,7 @@ def make_corpus(folder: Path) -> Path:
         [*bigtx, "tokenizer", "train", inputs, f"output={tokenizer}", "vocab_size=2k"],
         [*bigtx, "data", "prepare", inputs, f"tokenizer={tokenizer}", f"output={corpus}"],
     ):
-        done = subprocess.run(command, env=_environment(), capture_output=True, text=True)
+        done = subprocess.run(command, env=with_clone(), capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"{' '.join(command)}\nended with status {done.returncode}:\n{done.stdout}{done.stderr}")
     return corpus
@@ -118,7 +118,7 @@ def start(command: list[str], corpus: Path, run_dir: Path) -> dict[str, float]:
     words = [*command, "pretrain/small.yaml", *(f"{key}={value}" for key, value in settings.items())]
     screen, end = pty.openpty()
     began, seconds, shown = time.monotonic(), {}, b""
-    process = subprocess.Popen(words, env=_environment(), stdin=subprocess.DEVNULL, stdout=end, stderr=end)
+    process = subprocess.Popen(words, env=with_clone(), stdin=subprocess.DEVNULL, stdout=end, stderr=end)
     os.close(end)
     while chunk := _read(screen):
         shown += chunk
@@ -159,10 +159,10 @@ def _read(screen: int) -> bytes:
 
 
 def _runs(command: list[str]) -> bool:
-    return subprocess.run(command, env=_environment(), capture_output=True).returncode == 0
+    return subprocess.run(command, env=with_clone(), capture_output=True).returncode == 0
 
 
-def _environment() -> dict[str, str]:
+def with_clone() -> dict[str, str]:
     """Return the user's environment, with this clone's bigtx and the tools of this Python's environment."""
     paths = {"PYTHONPATH": str(ROOT), "PATH": str(Path(sys.executable).parent)}
     joined = {name: os.pathsep.join(filter(None, [path, os.environ.get(name)])) for name, path in paths.items()}

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from bigtx.config.schema import ModelConfig
 from bigtx.model.beam import Beam, beam_search
-from bigtx.model.cache import KeyValueCache, Text
-from bigtx.model.positions import sinusoids
+from bigtx.model.cache import KeyValueCache
+from bigtx.model.embed import Text, sinusoids
 from bigtx.tokenizer.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent.parent

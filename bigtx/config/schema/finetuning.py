@@ -25,6 +25,7 @@ from bigtx.config.schema.tasks import (
 )
 from bigtx.config.schema.training import RhythmConfig, RunConfig, interval_problems, run_length_problems
 from bigtx.config.settings import field, section
+from bigtx.config.shape import estimate_problems
 
 
 @dataclass(kw_only=True)
@@ -40,7 +41,7 @@ class FieldsConfig:
     messages: str = "messages"
     """sft: the chat, a list of {role, content}."""
     prompt: str = "prompt"
-    """sft and preference: the prompt, where there is no chat: a text or a chat."""
+    """sft and preference without a field of chats: the prompt, a text or a chat."""
     response: str = "response"
     """sft: the answer to the prompt."""
     chosen: str = "chosen"
@@ -172,13 +173,11 @@ class FinetuneConfig(RunConfig):
         """Yield a problem for settings that do not fit each other, and for files that do not exist."""
         yield from super().problems()
         if self.base is None and self.tokenizer is None and self.distill.teacher is None:
-            yield Problem(
-                "base",
-                "",
+            what = (
                 "is not given; name the run to start from, e.g. base=runs/mine, or the tokenizer of a model from the "
-                "seed",
-                related=("tokenizer",),
+                "seed"
             )
+            yield Problem("base", "", what, related=("tokenizer",))
         if self.tokenizer is not None:
             yield from tokenizer_problems("tokenizer", self.tokenizer)
         yield from self.data.problems(self.run_dir)
@@ -186,6 +185,7 @@ class FinetuneConfig(RunConfig):
         yield from self.schedule.problems(self.train.max_steps, None)
         yield from self.task_problems()
         yield from self._teacher()
+        yield from estimate_problems(self.engine, ["fine-tuning"])
 
     def task_problems(self) -> Iterator[Problem]:
         """Yield a problem for settings of another task, and for those that do not fit the task."""

@@ -33,21 +33,16 @@ class RopeScalingConfig:
     def problems(self, positions: str) -> Iterator[Problem]:
         """Yield a problem for limits in the wrong order, and for positions that cannot be extended."""
         if positions != "rope" and self.method != "none":
-            yield Problem(
-                "model.rope_scaling.method",
-                self.method,
-                f"stretches rotary positions, but model.positions={positions}; write none",
-            )
+            what = f"stretches rotary positions, but model.positions={positions}; write none"
+            yield Problem("model.rope_scaling.method", self.method, what)
         for method, low, high in (
             ("llama3", "low_frequency_factor", "high_frequency_factor"),
             ("yarn", "beta_slow", "beta_fast"),
         ):
             if self.method == method and getattr(self, low) >= getattr(self, high):
+                what = f"is not below model.rope_scaling.{high}={getattr(self, high)}; write a smaller number"
                 yield Problem(
-                    f"model.rope_scaling.{low}",
-                    str(getattr(self, low)),
-                    f"is not below model.rope_scaling.{high}={getattr(self, high)}; write a smaller number",
-                    related=(f"model.rope_scaling.{high}",),
+                    f"model.rope_scaling.{low}", str(getattr(self, low)), what, related=(f"model.rope_scaling.{high}",)
                 )
 
 
@@ -79,18 +74,12 @@ class ExpertsConfig:
             return
         count = str(self.num_experts)
         if model.shape != "decoder":
-            yield Problem(
-                "model.experts.num_experts",
-                count,
-                f"only a decoder has experts, but model.shape={model.shape}; write 0, or model.shape=decoder",
-                related=("model.shape",),
-            )
+            what = f"only a decoder has experts, but model.shape={model.shape}; write 0, or model.shape=decoder"
+            yield Problem("model.experts.num_experts", count, what, related=("model.shape",))
         if self.num_active > self.num_experts:
+            what = f"is more than model.experts.num_experts={count}; write at most {count}"
             yield Problem(
-                "model.experts.num_active",
-                str(self.num_active),
-                f"is more than model.experts.num_experts={count}; write at most {count}",
-                related=("model.experts.num_experts",),
+                "model.experts.num_active", str(self.num_active), what, related=("model.experts.num_experts",)
             )
         if model.mlp_bias:
             what = "experts have no biases; write false, or model.experts.num_experts=0"
@@ -120,12 +109,8 @@ class AudioConfig:
             yield from idle_settings(self, "model.audio", "without model.audio.num_mel_bins=N")
             return
         if model.shape == "decoder":
-            yield Problem(
-                "model.audio.num_mel_bins",
-                str(self.num_mel_bins),
-                "audio needs an encoder, but model.shape=decoder; write 0, or model.shape=encoder_decoder or encoder",
-                related=("model.shape",),
-            )
+            what = "audio needs an encoder, but model.shape=decoder; write 0, or model.shape=encoder_decoder or encoder"
+            yield Problem("model.audio.num_mel_bins", str(self.num_mel_bins), what, related=("model.shape",))
         if not self.strides:
             yield Problem("model.audio.strides", "[]", "at least one convolution is needed; write its stride, e.g. [2]")
         if model.shape == "encoder" and model.tie_embeddings:
@@ -274,16 +259,15 @@ class ModelConfig:
 
     def problems(self) -> Iterator[Problem]:
         """Yield a problem for settings that do not fit each other, or that would have no effect."""
-        yield from self._head_problems()
+        yield from self.head_problems()
         if self.norm == "rms" and self.norm_bias:
             yield Problem("model.norm_bias", "true", "an RMSNorm has no bias; write false, or model.norm=layer")
         if self.positions == "relative" and self.relative_max_distance <= self.relative_num_buckets // 2:
-            yield Problem(
-                "model.relative_max_distance",
-                str(self.relative_max_distance),
+            what = (
                 f"half of model.relative_num_buckets={self.relative_num_buckets} are exact distances; write a larger "
-                "one",
+                "one"
             )
+            yield Problem("model.relative_max_distance", str(self.relative_max_distance), what)
         yield from self.rope_scaling.problems(self.positions)
         yield from self.experts.problems(self)
         yield from self.lora.problems(self)
@@ -300,17 +284,19 @@ class ModelConfig:
             if not has_effect:
                 yield from idle_settings(self, "model", f"without model.{needed}", [name])
 
-    def _head_problems(self) -> Iterator[Problem]:
+    def head_problems(self) -> Iterator[Problem]:
+        """Yield a problem for numbers with which no model can be built."""
         width, heads = self.hidden_size, self.num_heads
         if self.head_width is None and width % heads:
             near = _nearby_divisors(width, heads)
             what = f"does not divide model.hidden_size={width}; {near} do, or set model.head_width"
             yield Problem("model.num_heads", str(heads), what)
         elif self.positions == "rope" and (head_width := self.head_width or width // heads) % 2:
+            what = f"gives heads {head_width} wide, and rotary positions need an even width"
             yield Problem(
                 "model.num_heads" if self.head_width is None else "model.head_width",
                 str(self.head_width or heads),
-                f"gives heads {head_width} wide, and rotary positions need an even width",
+                what,
             )
         if self.num_kv_heads is not None and heads % self.num_kv_heads:
             near = _nearby_divisors(heads, self.num_kv_heads)

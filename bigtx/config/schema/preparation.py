@@ -10,7 +10,7 @@ from typing import Literal, Optional
 
 from bigtx.config.nodes import Problem
 from bigtx.config.settings import field
-from bigtx.utils.paths import is_url
+from bigtx.utils.files import is_url
 
 
 @dataclass(kw_only=True)
@@ -161,12 +161,8 @@ class FilterConfig:
         for name in ("words", "mean_word_length"):
             least, most = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
             if least is not None and most is not None and least > most:
-                yield Problem(
-                    f"filters.min_{name}",
-                    str(least),
-                    f"is above filters.max_{name}={most}, so no document could be kept",
-                    related=(f"filters.max_{name}",),
-                )
+                what = f"is above filters.max_{name}={most}, so no document could be kept"
+                yield Problem(f"filters.min_{name}", str(least), what, related=(f"filters.max_{name}",))
 
 
 @dataclass(kw_only=True)

@@ -15,8 +15,8 @@ from bigtx.config.schema.model import ModelConfig
 from bigtx.config.schema.preparation import tokenizer_problems
 from bigtx.config.schema.training import RhythmConfig, RunConfig, interval_problems, run_length_problems
 from bigtx.config.settings import field, section
-from bigtx.config.shape import side_lengths
-from bigtx.utils.paths import is_url, kind_of_folder, url_problem
+from bigtx.config.shape import estimate_problems, outside_estimates, side_lengths
+from bigtx.utils.files import is_url, kind_of_folder, url_problem
 from bigtx.utils.shell import setting, settings
 from bigtx.utils.units import parse_range
 
@@ -127,12 +127,11 @@ class DataConfig:
             yield from self._beside_foreign()
             yield from self.foreign.problems()
         elif not self.sources:
-            yield Problem(
-                "data.sources",
-                "",
+            what = (
                 "is empty; name a prepared corpus, e.g. data.sources.mine.path=runs/corpus "
-                "(`bigtx data prepare` writes one)",
+                "(`bigtx data prepare` writes one)"
             )
+            yield Problem("data.sources", "", what)
         else:
             for name, source in self.sources.items():
                 yield from source.problems(f"data.sources.{name}", "train")
@@ -162,13 +161,11 @@ class DataConfig:
                 sequence = -(-phase.start // sequence_length)
                 other = starts.setdefault(sequence, name)
                 if other != name:
-                    yield Problem(
-                        f"{key}.start",
-                        str(phase.start),
+                    what = (
                         f"starts at sequence {sequence:,}, as does data.phases.{other}; leave one of them out, e.g. by "
-                        f"{setting(f'data.phases.{name}', None)}",
-                        related=("train.sequence_length",),
+                        f"{setting(f'data.phases.{name}', None)}"
                     )
+                    yield Problem(f"{key}.start", str(phase.start), what, related=("train.sequence_length",))
             for source in phase.weights:
                 if source not in self.sources:
                     similar = difflib.get_close_matches(source, self.sources, 3, 0.6)
@@ -278,6 +275,7 @@ class PretrainConfig(RunConfig):
     """A pretraining run."""
 
     begins_with = "init_from"
+    free_in_fork = ("init_from", "train.global_batch_size")
     init_from: Optional[str] = field(None, kind="path", change="never")
     """Run or checkpoint folder whose weights start this run; data, schedule and optimizer are this run's own."""
     data: DataConfig = section(DataConfig, change="never")
@@ -299,12 +297,10 @@ class PretrainConfig(RunConfig):
         yield from self.data.problems(train.sequence_length)
         yield from self.validation.problems()
         if model.shape == "encoder" and self.validation.sample_prompts:
-            yield Problem(
-                "validation.sample_prompts",
-                str(self.validation.sample_prompts),
-                f"an encoder (model.shape) generates no text; write {setting('validation.sample_prompts', [])}",
-            )
+            what = f"an encoder (model.shape) generates no text; write {setting('validation.sample_prompts', [])}"
+            yield Problem("validation.sample_prompts", str(self.validation.sample_prompts), what)
         yield from self._row_length()
+        yield from estimate_problems(self.engine, outside_estimates(self))
         tokens_per_step = train.global_batch_size * train.sequence_length
         # Rounded up to whole steps, like the length of the run.
         num_steps = -(-train.max_tokens // tokens_per_step) if train.max_tokens else train.max_steps

@@ -203,12 +203,12 @@ class TranscribeConfig:
         if model.positions == "learned" and model.audio.num_mel_bins:
             longest = num_columns(model, math.floor(self.max_seconds * model.audio.sample_rate))
             if longest > most:
-                yield Problem(
-                    "transcribe.max_seconds",
-                    f"{self.max_seconds:g}",
+                what = (
                     f"these are {longest:,} columns of the encoder, and the learned positions end at "
-                    f"model.max_sequence_length={most}; lower the first or raise the second",
-                    related=("model.max_sequence_length",),
+                    f"model.max_sequence_length={most}; lower the first or raise the second"
+                )
+                yield Problem(
+                    "transcribe.max_seconds", f"{self.max_seconds:g}", what, related=("model.max_sequence_length",)
                 )
 
 

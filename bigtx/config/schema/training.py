@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Optional
 
 from bigtx.config.deepspeed import raw_problems
 from bigtx.config.nodes import Problem, idle_settings
-from bigtx.config.runs import CHECKPOINTS, why_no_run
+from bigtx.config.runs import CHECKPOINTS, has_steps, why_no_checkpoint, why_no_run
 from bigtx.config.schema.model import ModelConfig
 from bigtx.config.settings import field, find, section, similar_keys
+from bigtx.utils.files import is_url, url_problem
 from bigtx.utils.processes import world_size
 from bigtx.utils.shell import setting
-from bigtx.utils.units import Duration, parse_duration
+from bigtx.utils.units import duration_of
 
 LEAST_TIMEOUT_SECONDS, LARGEST_TIMEOUT_SECONDS = 1, 30 * 86_400
 
@@ -37,6 +39,15 @@ class RhythmConfig:
     """How often a checkpoint is written; one is always written at the end and after a stop request."""
     keep_checkpoints: int = field(2, minimum=1, change="free")
     """Newest checkpoints that are kept."""
+    keep_every: Optional[str] = field(None, kind="duration", change="free")
+    """Also keep the first checkpoint at or after each multiple of this, in steps or tokens, e.g. 10000 steps. Empty:
+    none."""
+    copy_checkpoints_to: Optional[str] = field(None, kind="path", change="free")
+    """Folder, or URL of an object store (s3://, gs://), to which each checkpoint is copied in the background, with what
+    else makes a run of it. Nothing is deleted there, and an error is a warning. Empty: no copy."""
+    async_checkpoints: bool = field(True, change="free")
+    """Write checkpoints while the training continues, from a copy in host memory. false needs no memory for the copy,
+    e.g. with offloaded states, and stops the training meanwhile."""
     max_skipped_steps: int = field(20, minimum=0, change="free")
     """Consecutive steps with a non-finite loss or gradient after which the run ends with an error."""
 
@@ -44,6 +55,20 @@ class RhythmConfig:
         """Yield a problem for intervals that are not intervals of steps, tokens or time."""
         for name in ("log_every", "checkpoint_every"):
             yield from interval_problems(f"train.{name}", getattr(self, name))
+        if self.keep_every is not None:
+            yield from interval_problems("train.keep_every", self.keep_every)
+            duration = duration_of(self.keep_every)
+            if duration and duration.unit == "seconds":
+                yield Problem(
+                    "train.keep_every", self.keep_every, "is a time; write steps or tokens, such as 10B tokens"
+                )
+
+        if self.copy_checkpoints_to and is_url(self.copy_checkpoints_to):
+            problem = url_problem(self.copy_checkpoints_to)
+            if problem is None and not self.copy_checkpoints_to.startswith(("s3://", "gs://")):
+                problem = "cannot be written; write s3:// or gs://, or a folder"
+            if problem:
+                yield Problem("train.copy_checkpoints_to", self.copy_checkpoints_to, problem)
 
     def division_problems(self, num_ranks: int) -> Iterator[Problem]:
         """Yield a problem where so many ranks cannot share the global batch evenly."""
@@ -51,11 +76,8 @@ class RhythmConfig:
         if total % num_ranks:
             below, above = total // num_ranks * num_ranks, -(-total // num_ranks) * num_ranks
             fitting = f"{below} or {above}" if below else str(above)
-            yield Problem(
-                "train.global_batch_size",
-                str(total),
-                f"cannot be divided over {num_ranks} ranks; {fitting} can, or use another number of ranks",
-            )
+            what = f"cannot be divided over {num_ranks} ranks; {fitting} can, or use another number of ranks"
+            yield Problem("train.global_batch_size", str(total), what)
 
 
 @dataclass(kw_only=True)
@@ -124,7 +146,7 @@ class ScheduleConfig:
             duration = duration_of(text)
             if duration and duration.unit == "seconds":
                 yield Problem(key, text, "is a time; write steps, tokens or a share of the run, such as 5 %")
-            elif duration and (share := _share_of_run(duration, num_steps, tokens_per_step)) is not None:
+            elif duration and (share := duration.share_of(num_steps, tokens_per_step)) is not None:
                 shares[key] = share
         if self.name != "warmup_stable_decay":
             shares.pop("schedule.decay", None)
@@ -143,46 +165,83 @@ class EngineConfig:
     zero_stage: int = field(1, minimum=0, maximum=3)
     """What is sharded over ranks. 0: nothing; 1: optimizer states; 2: gradients too; 3: parameters too."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Arithmetic of the model; master weights, optimizer states and gradient accumulation are always fp32."""
+    """Arithmetic of the model (fp32: without TF32); master weights, states and gradient sums are always fp32."""
     offload_optimizer: Literal["none", "cpu"] = "none"
     """Where the optimizer's states are kept and its step runs (stages 1 to 3)."""
     offload_parameters: Literal["none", "cpu"] = "none"
     """Where parameters that are not in use are kept (stage 3)."""
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """What the backward pass recomputes: nothing, all except matrix products and attention, or each whole block."""
-    compile: bool = False
-    """torch.compile of each block: slower to start, faster steps."""
+    activation_checkpointing: Literal["auto", "none", "selective", "full"] = "none"
+    """What the backward pass recomputes: nothing, all except matrix products and attention, or each whole block. auto:
+    the first of these that fits the GPU's memory, by the estimate of `bigtx configs plan`."""
+    compile: Literal["auto", "true", "false"] = "auto"
+    """torch.compile of blocks and, on a GPU, of the loss: faster steps, slower start. auto: pretraining on a GPU."""
     deterministic: bool = False
     """Use deterministic kernels on GPUs too, so that a resumed run equals an uninterrupted one; slower."""
     overlap_communication: bool = True
-    """Reduce gradients during the backward pass (CUDA)."""
+    """Reduce gradients during the backward pass, not after it (stages 1 to 3)."""
     bucket_size: int = field(50_000_000, kind="count", minimum=1)
-    """Elements in one reduction or gathering."""
+    """Elements in one reduction or gathering (stages 1 to 3)."""
     timeout: str = field("30 min", kind="duration")
     """How long a collective of any process group may wait for another rank: 1 s to 30 days."""
 
     def problems(self) -> Iterator[Problem]:
         """Yield a problem for settings that DeepSpeed does not support together, and for an impossible timeout."""
         if self.precision == "fp16" and self.zero_stage == 0:
-            yield Problem(
-                "engine.precision",
-                self.precision,
-                "needs engine.zero_stage of 1 to 3 (stage 1 costs nothing on one device): DeepSpeed's 16-bit wrapper "
-                "without ZeRO accumulates gradients in fp16",
-                related=("engine.zero_stage",),
-            )
+            what = "needs engine.zero_stage of 1 to 3 (1 costs nothing): without ZeRO DeepSpeed adds gradients in fp16"
+            yield Problem("engine.precision", self.precision, what, related=("engine.zero_stage",))
         if self.offload_optimizer != "none" and self.zero_stage == 0:
-            what = "needs engine.zero_stage 1, 2 or 3; it is 0"
-            yield Problem("engine.offload_optimizer", self.offload_optimizer, what)
+            yield Problem(
+                "engine.offload_optimizer", self.offload_optimizer, "needs engine.zero_stage 1, 2 or 3; it is 0"
+            )
         if self.offload_parameters != "none" and self.zero_stage != 3:
-            what = f"needs engine.zero_stage=3; it is {self.zero_stage}"
-            yield Problem("engine.offload_parameters", self.offload_parameters, what)
+            why = f"needs engine.zero_stage=3; it is {self.zero_stage}"
+            yield Problem("engine.offload_parameters", self.offload_parameters, why)
+        if self.zero_stage == 0:
+            why = "at engine.zero_stage=0, where DeepSpeed reduces all gradients after the backward pass"
+            yield from idle_settings(self, "engine", why, ("overlap_communication", "bucket_size"))
         waits = duration_of(self.timeout)
         if waits and waits.unit != "seconds":
             yield Problem("engine.timeout", self.timeout, "is not a time; write one such as 30 min")
         elif waits and not LEAST_TIMEOUT_SECONDS <= waits.value <= LARGEST_TIMEOUT_SECONDS:
             what = "is not between 1 s and 30 days; write a time such as 30 min"
             yield Problem("engine.timeout", self.timeout, what)
+
+
+@dataclass(kw_only=True)
+class GuardsConfig:
+    """What a run does about spikes of the loss, and about ranks whose copies of the weights differ."""
+
+    spike: Literal["off", "warn", "skip", "roll_back"] = "warn"
+    """What happens at a step whose loss is a spike. warn: it is reported; skip: its update is also left out; roll_back:
+    after guards.patience spikes in a row the run also returns to its last good checkpoint and skips the data since."""
+    window: int = field(128, minimum=8, maximum=4096)
+    """The latest steps that a loss is compared with. No loss is a spike before half of them were made."""
+    deviations: float = field(6.0, minimum=1.0)
+    """A spike is so many standard deviations above the window's median. A standard deviation is estimated as 1.4826
+    times the median absolute deviation, but as at least 1 % of the median."""
+    gradient_deviations: Optional[float] = field(None, minimum=1.0)
+    """The same for the norm of the gradient. Empty: it is not compared."""
+    patience: int = field(3, minimum=1)
+    """roll_back: spikes in a row after which the run returns; the update of each is left out."""
+    skip_steps: int = field(0, kind="count", minimum=0)
+    """roll_back: further steps whose data is skipped, after the last spike."""
+    max_roll_backs: int = field(5, minimum=0)
+    """How often a run may return to a checkpoint: for spikes, for more than train.max_skipped_steps (both only with
+    roll_back), and for different copies of the weights. The next time it ends with an error."""
+    verify_replicas_every: Optional[str] = field("1000 steps", kind="duration")
+    """How often, and before each checkpoint, ranks compare checksums of their copies of the weights; at ZeRO stage 3
+    there are no copies. If they differ, the run returns to its last checkpoint. Empty: never."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield a problem for an interval that is not one of steps, tokens or time, and for too much patience."""
+        if 2 * self.patience > self.window:
+            what = (
+                f"is more than half of guards.window={self.window}: a loss that stays high for so long is not a spike "
+                f"any more; write {setting('guards.patience', self.window // 2)} or less"
+            )
+            yield Problem("guards.patience", str(self.patience), what, related=("guards.window",))
+        if self.verify_replicas_every is not None:
+            yield from interval_problems("guards.verify_replicas_every", self.verify_replicas_every)
 
 
 @dataclass(kw_only=True)
@@ -200,7 +259,8 @@ class TrackConfig:
     tags: list[str] = field(factory=list)
     """W&B tags."""
     profile_step: Optional[int] = field(None, minimum=1)
-    """Write a profiler trace and (CUDA) a memory snapshot of this step into the run folder. Empty: none."""
+    """Write a profiler trace and (CUDA) a memory snapshot of this step into the run folder, of the first rank of the
+    first two machines. Empty: none."""
 
 
 @dataclass(kw_only=True)
@@ -240,10 +300,15 @@ class RunConfig:
 
     begins_with: ClassVar[str]
     """The setting that names the run whose weights this run starts with."""
+    free_in_fork: ClassVar[tuple[str, ...]] = ()
+    """Settings that can never change within a run, but between a run and its fork."""
     run_dir: str = field("", kind="path", change="free")
     """Folder of the run; the same command with the same folder resumes the run."""
     seed: int = field(1, minimum=0, maximum=2**63 - 1, change="never")
     """Seed of the initial weights, the data order, dropout and samples."""
+    fork_from: Optional[str] = field(None, kind="path", change="never")
+    """Continue another run in this run_dir, from its checkpoint: RUN@STEP, a checkpoint's folder, or RUN for the newest
+    one, with its optimizer states, step and position in the data; the schedule may differ. Empty: a new run."""
     allow_changes: list[str] = field(factory=list, change="free")
     """Keys that may differ from the run being resumed, e.g. [optimizer.learning_rate, train.max_steps]; recorded.
     `checkpoints`: a run whose checkpoints are missing may start again at step 0; its earlier output is kept."""
@@ -253,6 +318,7 @@ class RunConfig:
     schedule: ScheduleConfig = section(ScheduleConfig, change="by_name")
     distill: DistillConfig = section(DistillConfig, change="by_name")
     engine: EngineConfig = section(EngineConfig, change="free")
+    guards: GuardsConfig = section(GuardsConfig, change="free")
     track: TrackConfig = section(TrackConfig, change="free")
     deepspeed: dict[str, Any] = field(factory=dict, change="free")
     """Raw DeepSpeed keys for experienced users; one that contradicts a typed field is an error."""
@@ -269,21 +335,21 @@ class RunConfig:
         yield from self.train.problems()
         yield from self.distill.problems(self.begins_with, started_from)
         yield from self.engine.problems()
+        yield from self.guards.problems()
         yield from raw_problems(self)
-        if self.model.lora.rank and started_from is None:
-            yield Problem(
-                "model.lora.rank",
-                str(self.model.lora.rank),
-                f"adapters need trained weights; name a run that has them, e.g. {self.begins_with}=runs/mine",
-                related=(self.begins_with,),
-            )
+        # A run with steps has left its origin, which may be gone.
+        is_fork = self.fork_from is not None and not has_steps(Path(self.run_dir))
+        if is_fork and (problem := why_no_checkpoint(str(self.fork_from))):
+            yield Problem("fork_from", str(self.fork_from), problem)
+        if self.model.lora.rank and started_from is None and self.fork_from is None:
+            what = f"adapters need trained weights; name a run that has them, e.g. {self.begins_with}=runs/mine"
+            yield Problem("model.lora.rank", str(self.model.lora.rank), what, related=(self.begins_with,))
         if self.optimizer.train_also and not self.model.lora.rank:
-            yield Problem(
-                "optimizer.train_also",
-                str(self.optimizer.train_also),
+            what = (
                 "has no effect without model.lora.rank=N, because all parameters are trained; write "
-                f"{setting('optimizer.train_also', [])}, and see optimizer.freeze",
+                f"{setting('optimizer.train_also', [])}, and see optimizer.freeze"
             )
+            yield Problem("optimizer.train_also", str(self.optimizer.train_also), what)
 
     def _allowed_change(self, key: str) -> Iterator[Problem]:
         if key == CHECKPOINTS:
@@ -332,22 +398,3 @@ def interval_problems(key: str, text: str, *, shares: bool = False) -> Iterator[
         yield Problem(key, text, "is not an interval; write a duration above 0, such as 100 steps")
     elif duration and duration.unit == "fraction" and not shares:
         yield Problem(key, text, "is a share of the run; write steps, tokens or a time, such as 100 steps")
-
-
-def duration_of(text: str) -> Duration | None:
-    """Return a duration, or None for a text that is not one, which the converter has reported."""
-    try:
-        return parse_duration(text)
-    except ValueError:
-        return None
-
-
-def _share_of_run(duration: Duration, num_steps: int | None, tokens_per_step: int | None) -> float | None:
-    """Convert a duration in steps, tokens or shares to a share of the run; None if the run's length is not known."""
-    if duration.unit == "fraction":
-        return duration.value
-    if not num_steps:
-        return None
-    if duration.unit == "steps":
-        return duration.value / num_steps
-    return duration.value / (num_steps * tokens_per_step) if tokens_per_step else None

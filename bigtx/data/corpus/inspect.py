@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from bigtx.data.corpus.blocks import open_reader
+from bigtx.data.corpus.blocks import load_tokenizer, open_reader, open_splits
 from bigtx.data.corpus.manifest import Manifest
-from bigtx.data.corpus.splits import load_tokenizer, open_splits
 from bigtx.data.storage.places import Place
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import DataError
+from bigtx.utils.terminal import table
 from bigtx.utils.units import format_count, format_size
 
 _BLOCKS_READ = 64
@@ -99,24 +99,20 @@ def _draw(sample: Sample, num_samples: int, seed: int) -> list[int]:
 def describe_splits(manifests: list[Manifest]) -> Iterator[str]:
     """Yield a table of splits."""
     heads = ("", "documents", "tokens", "text", "bytes/token", "blocks", "shards", "on disk")
-    yield _row(heads)
-    for manifest in manifests:
-        yield _row(
-            (
-                manifest.split,
-                f"{manifest.num_documents:,}",
-                format_count(manifest.num_tokens),
-                format_size(manifest.num_bytes),
-                f"{manifest.bytes_per_token:.2f}",
-                f"{len(manifest.blocks):,}",
-                f"{len(manifest.shards):,}",
-                format_size(sum(shard.size for shard in manifest.shards)),
-            )
+    rows = [
+        (
+            manifest.split,
+            f"{manifest.num_documents:,}",
+            format_count(manifest.num_tokens),
+            format_size(manifest.num_bytes),
+            f"{manifest.bytes_per_token:.2f}",
+            f"{len(manifest.blocks):,}",
+            f"{len(manifest.shards):,}",
+            format_size(sum(shard.size for shard in manifest.shards)),
         )
-
-
-def _row(cells: tuple[str, ...]) -> str:
-    return f"{cells[0]:<10}" + "".join(f"{cell:>13}" for cell in cells[1:])
+        for manifest in manifests
+    ]
+    yield from table([heads, *rows])
 
 
 def _describe_shards(manifest: Manifest) -> Iterator[str]:
@@ -177,12 +173,8 @@ def describe_lengths(manifest: Manifest, lengths: np.ndarray) -> Iterator[str]:
     if len(lengths) == 0:
         yield "No document is complete in the blocks that were read."
         return
-    quartiles = "  ".join(
-        f"{name} {value:,.0f}"
-        for name, value in zip(
-            ("shortest", "25 %", "median", "75 %", "longest"), np.percentile(lengths, [0, 25, 50, 75, 100]), strict=True
-        )
-    )
+    named = zip(("shortest", "25 %", "median", "75 %", "longest"), np.percentile(lengths, _QUANTILES), strict=True)
+    quartiles = "  ".join(f"{name} {value:,.0f}" for name, value in named)
     yield f"Tokens of a document in {manifest.split}{part}: mean {lengths.mean():,.0f}  {quartiles}"
     bins = list(length_bins(lengths))
     largest = max(count for _, _, count in bins)
@@ -248,24 +240,12 @@ def _of_split(manifest: Manifest) -> dict[str, Any]:
 
 def _describe_groups(manifest: Manifest) -> Iterator[str]:
     """Yield a table of sources and languages, the largest first."""
-    rows = sorted(manifest.groups, key=lambda group: -int(group.get("tokens", 0)))
-    names = [(_name(group.get("source")), _name(group.get("language"))) for group in rows]
-    widths = [max(len(head), *(len(name[column]) for name in names)) for column, head in enumerate(_HEADS)]
-    yield (
-        f"{manifest.split + ', by source':<{widths[0]}}  {'language':<{widths[1]}}"
-        f"{'documents':>13}{'tokens':>13}{'share':>9}{'text':>13}{'bytes/token':>13}"
-    )
-    for (source, language), group in zip(names, rows, strict=True):
-        documents, tokens, num_bytes = (int(group.get(key, 0)) for key in ("documents", "tokens", "bytes"))
-        yield (
-            f"{source:<{widths[0]}}  {language:<{widths[1]}}{documents:>13,}{format_count(tokens):>13}"
-            f"{tokens / max(1, manifest.num_tokens):>9.2%}{format_size(num_bytes):>13}"
-            f"{num_bytes / max(1, tokens):>13.2f}"
+    rows = [(f"{manifest.split}, by source", "language", "documents", "tokens", "share", "text", "bytes/token")]
+    for group in sorted(manifest.groups, key=lambda group: -int(group.get("tokens", 0))):
+        source, language = (
+            "not known" if group.get(key) is None else str(group[key]) for key in ("source", "language")
         )
-
-
-_HEADS = ("validation, by source", "language")
-
-
-def _name(value: object) -> str:
-    return "not known" if value is None else str(value)
+        documents, tokens, num_bytes = (int(group.get(key, 0)) for key in ("documents", "tokens", "bytes"))
+        share, ratio = f"{tokens / max(1, manifest.num_tokens):.2%}", f"{num_bytes / max(1, tokens):.2f}"
+        rows.append((source, language, f"{documents:,}", format_count(tokens), share, format_size(num_bytes), ratio))
+    yield from table(rows, left=2)

@@ -16,8 +16,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
-import json
 import re
+import tokenize
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -26,9 +26,9 @@ from typing import Any
 
 import numpy as np
 
-from bigtx.data.storage.places import DamagedError, Place, RemotePath, as_place
+from bigtx.data.storage.places import Content, DamagedError, Place, RemotePath, as_place, map_file
 from bigtx.utils.errors import DataError
-from bigtx.utils.files import SEAL, sha256_file, unsealed, write_sealed
+from bigtx.utils.files import SEAL, json_value, sha256_file, unsealed, write_sealed
 
 FORMAT = "bigtx-blocks"
 FORMAT_VERSION = 1
@@ -64,6 +64,13 @@ _ASKED_AT_ONCE = 32
 def padded_size(num_bytes: int) -> int:
     """Return how many bytes a file of so many bytes takes in a tar, without its tar header."""
     return (num_bytes + TAR_UNIT - 1) // TAR_UNIT * TAR_UNIT
+
+
+_FIELDS: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("split", "tokenizer_fingerprint"), str),
+    **dict.fromkeys(("vocab_size", "end_id", "block_tokens", "num_tokens", "num_documents", "num_bytes"), int),
+}
+"""The fields of a manifest that its file has under the same names, and their types."""
 
 
 @dataclass(frozen=True)
@@ -134,16 +141,9 @@ class Manifest:
         content = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
-            "split": self.split,
+            **{name: getattr(self, name) for name in _FIELDS},
             "dtype": self.dtype.str,
-            "vocab_size": self.vocab_size,
-            "end_id": self.end_id,
-            "tokenizer_fingerprint": self.tokenizer_fingerprint,
-            "block_tokens": self.block_tokens,
             "num_blocks": len(self.blocks),
-            "num_tokens": self.num_tokens,
-            "num_documents": self.num_documents,
-            "num_bytes": self.num_bytes,
             "blocks_sha256": sha256_file(path),
             "shards": [vars(shard) for shard in self.shards],
             "recipe": self.recipe,
@@ -168,9 +168,9 @@ class Manifest:
         content = _read_content(folder)
         try:
             manifest = _from_content(folder, content)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, tokenize.TokenError) as error:  # The last by numpy.
             path = folder / MANIFEST_NAME
-            message = f"{path} is damaged ({type(error).__name__}: {error}); {AGAIN}."
+            message = f"{path} is damaged ({type(error).__name__}: {error!s:.300}); {AGAIN}."
             raise DataError(message) from error
         name = str(folder).rpartition("/")[2]
         if name in SPLITS and manifest.split != name:
@@ -195,7 +195,7 @@ def _read_content(folder: Place) -> dict[str, Any]:
     if isinstance(folder, Path) and not folder.is_dir():
         raise DataError(f"There is no prepared split at {folder}; `bigtx data prepare` writes one.")
     try:
-        content = json.loads(path.read_bytes())
+        content = json_value(path.read_bytes())
     except FileNotFoundError:
         raise DataError(
             f"{folder} has no {MANIFEST_NAME}: it is not a prepared split, or lost that file. Name a folder written "
@@ -203,7 +203,7 @@ def _read_content(folder: Place) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(f"{path} is not valid JSON ({error}); {AGAIN}.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DataError(f"{path} is not a manifest of `bigtx data prepare` (its `format` is not {FORMAT!r}).")
@@ -234,16 +234,9 @@ def _from_content(folder: Place, content: dict[str, Any]) -> Manifest:
     if dtype not in (np.dtype("<u2"), np.dtype("<u4")):
         raise ValueError(f"dtype {content['dtype']!r}")
     return Manifest(
+        **{name: kind(content[name]) for name, kind in _FIELDS.items()},
         folder=folder,
-        split=str(content["split"]),
         dtype=dtype,
-        vocab_size=int(content["vocab_size"]),
-        end_id=int(content["end_id"]),
-        tokenizer_fingerprint=str(content["tokenizer_fingerprint"]),
-        block_tokens=int(content["block_tokens"]),
-        num_tokens=int(content["num_tokens"]),
-        num_documents=int(content["num_documents"]),
-        num_bytes=int(content["num_bytes"]),
         shards=shards,
         blocks=_load_blocks(folder / BLOCKS_NAME, str(content["blocks_sha256"]), int(content["num_blocks"])),
         recipe=dict(content["recipe"]),
@@ -253,30 +246,8 @@ def _from_content(folder: Place, content: dict[str, Any]) -> Manifest:
 
 
 def _load_blocks(path: Place, sha256: str, num_blocks: int) -> np.ndarray:
-    blocks = _fetch_blocks(path, sha256) if isinstance(path, RemotePath) else _map_blocks(path, sha256)
-    if blocks.dtype != BLOCK_DTYPE or blocks.shape != (num_blocks,):
-        raise ValueError(f"{BLOCKS_NAME} holds {blocks.shape} records of {blocks.dtype}")
-    return blocks
-
-
-def _map_blocks(path: Path, sha256: str) -> np.ndarray:
-    if not path.is_file():
-        raise DataError(f"{path} is missing; restore it or {AGAIN}.")
-    if sha256_file(path) != sha256:
-        raise DataError(
-            f"{path} was changed or damaged since it was written (its SHA-256 is not the manifest's); "
-            f"restore it or {AGAIN}."
-        )
-    return np.load(path, mmap_mode="r", allow_pickle=False)
-
-
-def _fetch_blocks(path: RemotePath, sha256: str) -> np.ndarray:
-    if not re.fullmatch("[0-9a-f]{64}", sha256):
-        raise ValueError(f"blocks_sha256 {sha256!r}")
     try:
-        content = path.cache.get(
-            f"{sha256[:32]}/{BLOCKS_NAME}", path.read_bytes, lambda found: hashlib.sha256(found).hexdigest() == sha256
-        )
+        content = _fetch_table(path, sha256) if isinstance(path, RemotePath) else _map_table(path, sha256)
     except FileNotFoundError:
         raise DataError(f"{path} is missing; restore it or {AGAIN}.") from None
     except DamagedError:
@@ -284,11 +255,30 @@ def _fetch_blocks(path: RemotePath, sha256: str) -> np.ndarray:
             f"{path} was changed or damaged since it was written (its SHA-256 is not the manifest's); "
             f"restore it or {AGAIN}."
         ) from None
+    # Not `np.load`: it also reads archives and pickles, and fails in other ways at each of them.
     start = io.BytesIO(content[:4096])
     if np.lib.format.read_magic(start) != (1, 0):
         raise ValueError(f"{BLOCKS_NAME} has another version")
     shape, _, dtype = np.lib.format.read_array_header_1_0(start)
-    return np.frombuffer(content, dtype, shape[0], start.tell())
+    if dtype != BLOCK_DTYPE or shape != (num_blocks,):
+        raise ValueError(f"{BLOCKS_NAME} holds {shape} records of {dtype}")
+    return np.frombuffer(content, dtype, num_blocks, start.tell())
+
+
+def _map_table(path: Path, sha256: str) -> Content:
+    if not path.is_file():
+        raise FileNotFoundError
+    if sha256_file(path) != sha256:
+        raise DamagedError
+    return map_file(path)
+
+
+def _fetch_table(path: RemotePath, sha256: str) -> Content:
+    if not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise ValueError(f"blocks_sha256 {sha256!r}")
+    return path.cache.get(
+        f"{sha256[:32]}/{BLOCKS_NAME}", path.read_bytes, lambda found: hashlib.sha256(found).hexdigest() == sha256
+    )
 
 
 def shard_problem(manifest: Manifest, shard: int) -> str | None:
@@ -309,21 +299,21 @@ def check_sizes(manifest: Manifest) -> None:
     Raises:
         DataError: shards are missing or have other sizes; of many remote ones, only some are checked.
     """
-    problem: Callable[[int], str | None] = functools.partial(shard_problem, manifest)
-    if isinstance(manifest.folder, RemotePath):
-        asked = min(len(manifest.shards), _ASKED_SHARDS)
-        chosen = [number * len(manifest.shards) // asked for number in range(asked)]
-        with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
-            found = list(pool.map(problem, chosen))
-    else:
-        found = [problem(index) for index in range(len(manifest.shards))]
-    problems = [text for text in found if text]
+    count = len(manifest.shards)
+    asked = min(count, _ASKED_SHARDS) if isinstance(manifest.folder, RemotePath) else count
+    chosen = [number * count // asked for number in range(asked)]
+    with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
+        problems = [text for text in pool.map(functools.partial(shard_problem, manifest), chosen) if text]
     if problems:
-        named = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise DataError(
-            f"The shards of {manifest.folder} are not those of its manifest: {named}. "
+            f"The shards of {manifest.folder} are not those of its manifest: {first_problems(problems)}. "
             f"Copy them again from where they were prepared, or {AGAIN}."
         )
+
+
+def first_problems(problems: list[str]) -> str:
+    """Return the first few of some problems, and the number of the others."""
+    return "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
 
 
 def _check_blocks(manifest: Manifest) -> None:

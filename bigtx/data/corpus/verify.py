@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from bigtx.data.corpus.blocks import block_views, is_block
+from bigtx.data.corpus.blocks import TOKENIZER, block_views, is_block, load_tokenizer, open_splits
 from bigtx.data.corpus.manifest import (
     AGAIN,
     BLOCKS_NAME,
@@ -26,13 +26,12 @@ from bigtx.data.corpus.manifest import (
     has_split,
     shard_problem,
 )
-from bigtx.data.corpus.splits import TOKENIZER, load_tokenizer, open_splits
 from bigtx.data.storage.places import Place, open_stream
 from bigtx.data.workers import Workers, advance
 from bigtx.utils.errors import DataError
 from bigtx.utils.hardware import num_cores
 from bigtx.utils.log import ProgressLine
-from bigtx.utils.units import clock, format_size
+from bigtx.utils.units import clock, counted, format_size
 
 _PROBLEMS_SHOWN = 5
 """The number of problems of one shard that are listed; the others are counted."""
@@ -47,14 +46,6 @@ class Verified:
     num_bytes: int = 0
     seconds: float = 0.0
     problems: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _ShardTask:
-    """One shard to read."""
-
-    folder: Place
-    shard: int
 
 
 @dataclass
@@ -95,7 +86,7 @@ def verify(place: Place, num_processes: int = 0) -> Verified:
 
     processes = max(1, min(num_processes or num_cores(), len(tasks)))
     with Workers(processes, _nothing, show) as workers:
-        found = list(workers.map(_check_shard, [_ShardTask(manifest.folder, shard) for manifest, shard in tasks]))
+        found = list(workers.map(_check_shard, [(manifest.folder, shard) for manifest, shard in tasks]))
     line.clear()
     for shard_result in found:
         result.problems += shard_result.problems
@@ -155,17 +146,17 @@ def _manifest(folder: Place) -> Manifest:
     return Manifest.load(folder, check_shards=False)
 
 
-def _check_shard(task: _ShardTask) -> _ShardResult:
+def _check_shard(task: tuple[Place, int]) -> _ShardResult:
     """Read one shard from its beginning to its end."""
-    manifest = _manifest(task.folder)
-    result = _ShardResult()
-    problem = shard_problem(manifest, task.shard)
+    folder, shard = task
+    manifest, result = _manifest(folder), _ShardResult()
+    problem = shard_problem(manifest, shard)
     if problem:
         return _ShardResult(problems=[problem])
-    path = manifest.shard_path(task.shard)
+    path = manifest.shard_path(shard)
     try:
         with open_stream(path) as stream:
-            for text in _read_shard(manifest, task.shard, stream, result):
+            for text in _read_shard(manifest, shard, stream, result):
                 result.problems.append(f"{path}: {text}")
     except (DataError, OSError) as error:
         result.problems.append(f"{path} cannot be read: {error}")
@@ -271,10 +262,10 @@ def describe(place: Place, result: Verified) -> str:
     """
     size = f"{result.num_shards:,} shards, {result.num_blocks:,} blocks, {format_size(result.num_bytes)}"
     if result.problems:
-        count = f"{len(result.problems)} problem{'s' * (len(result.problems) > 1)}"
         listed = "".join(f"\n  {problem}" for problem in result.problems)
         raise DataError(
-            f"{place} differs from what was written ({size} read): {count}.{listed}\n"
+            f"{place} differs from what was written ({size} read): {counted(len(result.problems), 'problem')}."
+            f"{listed}\n"
             f"Copy the damaged files again from where they were prepared, or {AGAIN}."
         )
     speed = result.num_bytes / max(result.seconds, 1e-6) / 1e6

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,16 +23,14 @@ from typing import Any
 import numpy as np
 
 from bigtx.config.schema import PrepareConfig
-from bigtx.data.corpus.manifest import BLOCK_DTYPE, Manifest, Shard
+from bigtx.data.corpus.manifest import BLOCK_DTYPE, SPLITS, Manifest, Shard
 from bigtx.data.corpus.shards import ShardWriter, blocks_of_a_shard, token_dtype
-from bigtx.data.prepare.chunks import Documents
+from bigtx.data.prepare.chunks import CHUNKS_NAME, Chunks, Documents, save_chunks
 from bigtx.data.prepare.encode import UnitResult
-from bigtx.data.prepare.ranges import CHUNKS_NAME, Chunks, save_chunks
 from bigtx.data.workers import Workers, advance
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.files import write_atomic, write_json
 
-SPLITS = ("train", "validation")
 PLAN_NAME = "plan.json"
 
 
@@ -42,39 +41,31 @@ class Count:
     Attributes:
         removed: the documents left out, by rule.
         smallest, largest: text hashes of the kept documents.
-        documents, tokens, bytes: [2] of each split.
-        groups: by index into `Chunks.groups`, [2 splits] of [documents, tokens, bytes].
+        groups: by index into `Chunks.groups`, int64 [2 splits, 3] of documents, tokens and bytes.
     """
 
-    removed: dict[str, int]
+    removed: Counter[str]
     smallest: int
     largest: int
-    documents: list[int]
-    tokens: list[int]
-    bytes: list[int]
-    groups: dict[str, list[list[int]]]
+    groups: dict[int, np.ndarray]
+
+    @property
+    def sums(self) -> np.ndarray:
+        """Return the sum over the groups, int64 [2 splits, 3]."""
+        return sum(self.groups.values(), np.zeros((len(SPLITS), 3), np.int64))
 
 
 def count_range(work: Path, held_out_below: int, number: int) -> Count:
     """Count a range of keys."""
     records, _, removed = _chunks(work).records(number)
     held_out = records["text_hash"] < np.uint64(held_out_below)
-    hashes = records["text_hash"] if len(records) else np.array([2**64 - 1], np.uint64)
-    by_split = [records[~held_out], records[held_out]]
     groups = {
-        str(group): [_sums(part[part["group"] == group]) for part in by_split]
+        group: np.array([_sums(records[(records["group"] == group) & split]) for split in (~held_out, held_out)])
         for group in np.unique(records["group"]).tolist()
     }
-    sums = [_sums(part) for part in by_split]
-    return Count(
-        removed,
-        int(hashes.min()),
-        int(hashes.max()) if len(records) else 0,
-        [count for count, _, _ in sums],
-        [count for _, count, _ in sums],
-        [count for _, _, count in sums],
-        groups,
-    )
+    hashes = records["text_hash"]
+    smallest, largest = hashes.min(initial=np.uint64(2**64 - 1)), hashes.max(initial=np.uint64(0))
+    return Count(Counter(removed), int(smallest), int(largest), groups)
 
 
 def _sums(records: np.ndarray) -> list[int]:
@@ -84,16 +75,12 @@ def _sums(records: np.ndarray) -> list[int]:
 
 def add_up(counts: list[Count]) -> Count:
     """Return the counts of the whole corpus."""
-    total = Count({}, 2**64 - 1, 0, [0, 0], [0, 0], [0, 0], {})
+    total = Count(Counter(), 2**64 - 1, 0, {})
     for count in counts:
-        for rule, number in count.removed.items():
-            total.removed[rule] = total.removed.get(rule, 0) + number
+        total.removed.update(count.removed)
         total.smallest, total.largest = min(total.smallest, count.smallest), max(total.largest, count.largest)
-        for name in ("documents", "tokens", "bytes"):
-            setattr(total, name, [a + b for a, b in zip(getattr(total, name), getattr(count, name), strict=True)])
         for group, sums in count.groups.items():
-            held = total.groups.setdefault(group, [[0, 0, 0], [0, 0, 0]])
-            total.groups[group] = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(held, sums, strict=True)]
+            total.groups[group] = total.groups.get(group, 0) + sums
     return total
 
 
@@ -215,15 +202,14 @@ class Assembly:
         self._workers, self._show = workers, show
 
     def run(
-        self,
-        results: list[UnitResult],
-        tokenizer: Tokenizer,
-        recipe: dict[str, Any],
-        *,
-        near: Path | None,
-        range_bytes: int,
+        self, results: list[UnitResult], tokenizer: Tokenizer, recipe: dict[str, Any], near: Path | None, memory: int
     ) -> Count:
-        """Count, plan and write; return the counts of the corpus."""
+        """Count, plan and write; return the counts of the corpus.
+
+        Args:
+            near: the file that marks the near duplicates.
+            memory: bytes of tokens of a range of keys.
+        """
         _chunks.cache_clear()
         _plan.cache_clear()
         self._forget_other_inputs(results)
@@ -232,7 +218,7 @@ class Assembly:
         if (self._work / CHUNKS_NAME).exists():
             chunks = Chunks.load(self._work)
         else:
-            chunks = save_chunks(self._work, results, self._config, dtype, near=near, range_bytes=range_bytes)
+            chunks = save_chunks(self._work, results, self._config, dtype, near=near, range_bytes=memory)
         counts, held_out_below = self._count(chunks)
         total = add_up(counts)
         plan = self._save_plan(counts, held_out_below, dtype)
@@ -242,8 +228,8 @@ class Assembly:
         write = functools.partial(write_shards, self._work, self._corpus)
         for number, _ in enumerate(self._workers.map(write, tasks), start=1):
             self._show(f"writing shards: {number / len(tasks):.0%}", number / len(tasks))
-        for split, name in enumerate(SPLITS):
-            self._finish(split, name, plan, total, chunks, tokenizer, recipe)
+        for split in range(len(SPLITS)):
+            self._finish(split, plan, total, chunks, tokenizer, recipe)
         return total
 
     def _forget_other_inputs(self, results: list[UnitResult]) -> None:
@@ -277,38 +263,29 @@ class Assembly:
             threshold = exact
 
     def _save_plan(self, counts: list[Count], held_out_below: int, dtype: np.dtype[Any]) -> Plan:
-        tokens = np.array([count.tokens for count in counts], np.int64).T
-        before = np.concatenate([np.zeros((len(SPLITS), 1), np.int64), np.cumsum(tokens, axis=1)], axis=1)
+        tokens = np.stack([count.sums[:, 1] for count in counts], axis=1)
+        before = np.pad(np.cumsum(tokens, axis=1), ((0, 0), (1, 0)))
         shard_blocks = blocks_of_a_shard(self._config.shard_size, self._config.block_tokens, dtype)
         plan = Plan(held_out_below, before.tolist(), self._config.block_tokens, shard_blocks)
         write_atomic(self._work / PLAN_NAME, json.dumps(vars(plan)))
         return plan
 
     def _finish(
-        self,
-        split: int,
-        name: str,
-        plan: Plan,
-        total: Count,
-        chunks: Chunks,
-        tokenizer: Tokenizer,
-        recipe: dict[str, Any],
+        self, split: int, plan: Plan, total: Count, chunks: Chunks, tokenizer: Tokenizer, recipe: dict[str, Any]
     ) -> None:
         """Write a split's block table and manifest; a split without documents is not written."""
+        name, (num_documents, num_tokens, num_bytes) = SPLITS[split], total.sums[split].tolist()
         folder = self._corpus / name
-        if not total.documents[split]:
+        if not num_documents:
             folder.rmdir()
             return
         paths = [entry_path(self._work, name, shard) for shard in range(plan.num_shards(split))]
         rows = [np.load(path.with_suffix(".npy"), allow_pickle=False) for path in paths]
         shards = [Shard(**json.loads(path.read_bytes())) for path in paths]
+        keys = ("source", "language", "documents", "tokens", "bytes")
         groups = [
-            {
-                "source": chunks.groups[int(index)][0],
-                "language": chunks.groups[int(index)][1],
-                **dict(zip(("documents", "tokens", "bytes"), sums[split], strict=True)),
-            }
-            for index, sums in sorted(total.groups.items(), key=lambda item: int(item[0]))
+            dict(zip(keys, (*chunks.groups[index], *sums[split].tolist()), strict=True))
+            for index, sums in sorted(total.groups.items())
             if sums[split][0]
         ]
         Manifest(
@@ -319,9 +296,9 @@ class Assembly:
             end_id=tokenizer.end_id,
             tokenizer_fingerprint=tokenizer.fingerprint,
             block_tokens=plan.block_tokens,
-            num_tokens=total.tokens[split],
-            num_documents=total.documents[split],
-            num_bytes=total.bytes[split],
+            num_tokens=num_tokens,
+            num_documents=num_documents,
+            num_bytes=num_bytes,
             shards=tuple(shards),
             blocks=np.concatenate(rows).astype(BLOCK_DTYPE),
             recipe=recipe,

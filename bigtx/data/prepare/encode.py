@@ -23,25 +23,23 @@ import xxhash
 
 from bigtx.config.schema import InputConfig, PrepareConfig
 from bigtx.data.corpus.shards import token_dtype
-from bigtx.data.prepare.chunks import RECORD_DTYPE, Chunk, Documents
-from bigtx.data.prepare.texts import Needs, TextPreparation
+from bigtx.data.prepare.chunks import RECORD_DTYPE, Chunk, Documents, chunk_path
 from bigtx.data.raw.documents import Document, Reject, Rejects, in_batches
 from bigtx.data.raw.files import split_file
 from bigtx.data.raw.read import read_file
 from bigtx.data.storage.access import InputFile
 from bigtx.data.text.ngrams import Signer
-from bigtx.data.text.rules import Dropped, TextRules
+from bigtx.data.text.rules import Dropped, Needs, TextPreparation, TextRules
 from bigtx.data.workers import advance
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.tokenizer.words import utf8_length
+from bigtx.utils.files import json_value
 from bigtx.utils.hashing import hash64
 
 NUM_EXAMPLES = 3
 """The number of documents that are shown for each rule that removed some."""
 
 _EXAMPLE_CHARACTERS = 200
-_BATCH_CHARACTERS = 1 << 17
-"""Characters of text that are tokenized at once."""
 _UNITS_OF_AN_INPUT = 256
 _UNIT_BYTES = (1 << 20, 64 << 20)
 """Smallest and largest unit of work."""
@@ -151,7 +149,7 @@ class UnitResult:
     def load(work: Path, number: int) -> UnitResult | None:
         """Return a unit's result; None if it has none that can be read."""
         try:
-            content = json.loads(result_path(work, number).read_bytes())
+            content = json_value(result_path(work, number).read_bytes())
             content["chunks"] = [tuple(chunk) for chunk in content["chunks"]]
             content["groups"] = [(source, language) for source, language in content["groups"]]
             content["rejects"] = [Reject(**reject) for reject in content["rejects"]]
@@ -179,11 +177,6 @@ def load_whole(work: Path, dtype: np.dtype[Any], number: int) -> UnitResult | No
 def result_path(work: Path, number: int) -> Path:
     """Return the path of a unit's result."""
     return work / f"{number:06d}.json"
-
-
-def chunk_path(work: Path, number: int, index: int) -> Path:
-    """Return the path of a unit's chunk, without its suffixes."""
-    return work / f"{number:06d}-{index:04d}"
 
 
 def signatures_path(work: Path, number: int) -> Path:
@@ -238,7 +231,7 @@ class Encoder:
         gathered: list[Documents] = []
         groups: dict[tuple[str | None, str | None], int] = {}
         documents = self._documents(unit, rejects, result)
-        for batch in in_batches(documents, lambda placed: len(placed[1].text), _BATCH_CHARACTERS):
+        for batch in in_batches(documents, lambda placed: len(placed[1].text)):
             with self._texts.turn(document.text for _, document in batch):
                 gathered.append(self._encode_batch(batch, result, groups))
                 if self._signer:
@@ -265,7 +258,7 @@ class Encoder:
                 elif isinstance(outcome, Reject):
                     rejects.add(outcome)
                 else:
-                    yield place, document.with_text(outcome)
+                    yield place, document._replace(text=outcome)
                 del document, outcome  # They may be long, and the next one is read now.
 
     def _encode_batch(

@@ -32,7 +32,7 @@ from bigtx.config.load import to_yaml
 from bigtx.config.schema import PrepareConfig
 from bigtx.data.corpus.manifest import Manifest
 from bigtx.data.corpus.shards import token_dtype
-from bigtx.data.prepare.assemble import Assembly, Count
+from bigtx.data.prepare.assemble import Assembly
 from bigtx.data.prepare.encode import (
     EncodeJob,
     Removed,
@@ -56,15 +56,13 @@ from bigtx.data.prepare.recipe import (
     part_folder,
     partial_folder,
     unit_settings_digest,
-    working,
 )
-from bigtx.data.prepare.texts import Needs, most_for_a_text
 from bigtx.data.raw.documents import Rejects
 from bigtx.data.raw.files import list_files
 from bigtx.data.storage.access import InputFile
 from bigtx.data.text.decontaminate import build_contamination_index, contamination_digest
 from bigtx.data.text.near import SignaturePart, find_near_duplicates
-from bigtx.data.text.rules import check_rules
+from bigtx.data.text.rules import Needs, check_rules, most_for_a_text
 from bigtx.data.workers import Workers
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import DataError
@@ -81,7 +79,7 @@ _BUFFERS_OF_A_PROCESS = 8
 _BUFFER_BYTES = (1 << 20, 48 << 20)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Report:
     """The result of `prepare` or `merge`.
 
@@ -144,14 +142,17 @@ def prepare(config: PrepareConfig, part: tuple[int, int] = (1, 1)) -> Report | P
         _check_memory(output, config.memory)
         shutil.rmtree(partial_folder(output), ignore_errors=True)  # The job was killed between the two last steps.
         return Report(output, *_open_splits(output), passed_over=passed_over, reused=True)
-    with working(output), part_folder(output, part) as folder:
+    with part_folder(output, part) as folder:
         (folder / RECIPE_NAME).unlink(missing_ok=True)  # It is written again when every unit matches it.
         recipe, contamination = _recipe(config, tokenizer, files, folder)
         with _Job(output, config, recipe, contamination) as job:
             tokenizer.save(job.tokenizer)
             num_units, results = job.encode(files, part)
             if part == (1, 1):
-                return _timed(job.assemble(results), begin, passed_over)
+                report = job.assemble(results)
+                report.seconds = time.monotonic() - begin
+                report.passed_over += passed_over
+                return report
         write_atomic(folder / CONFIG_NAME, to_yaml(config))
         write_json(folder / RECIPE_NAME, recipe | {"num_units": num_units})
         missing = [number for number in range(1, part[1] + 1) if not is_done(output, (number, part[1]))]
@@ -181,7 +182,7 @@ def merge(output: str, num_processes: int = 0) -> Report:
     recipe, config = common_recipe(target, num_parts)
     num_units = recipe.pop("num_units")
     config.output, config.num_processes = str(target), num_processes
-    with working(target), part_folder(target, (0, num_parts)), _Job(target, config, recipe, None) as job:
+    with part_folder(target, (0, num_parts)), _Job(target, config, recipe, None) as job:
         results = job.load(num_units)
         lost = [number for number, result in enumerate(results) if result is None]
         if lost:
@@ -191,33 +192,35 @@ def merge(output: str, num_processes: int = 0) -> Report:
                 "run `bigtx data prepare` again with " + ", ".join(f"part={number}/{num_parts}" for number in parts)
             )
         report = job.assemble([result for result in results if result])
-    return _timed(report, begin, Counter())
+    report.seconds = time.monotonic() - begin
+    return report
 
 
 class _Job:
     """One process's work on a corpus: its folders, its worker processes and its progress line."""
 
     def __init__(self, output: Path, config: PrepareConfig, recipe: dict[str, Any], contamination: Path | None) -> None:
-        self._output, self._config, self._recipe, self._contamination = output, config, recipe, contamination
+        self._output, self._config, self._recipe = output, config, recipe
         self._partial = partial_folder(output)
         self.work = self._partial / "work"
         self.work.mkdir(exist_ok=True)
         self.tokenizer = self._partial / "tokenizer"
-        self._num_processes = config.num_processes or num_cores()
+        processes = config.num_processes or num_cores()
         smallest, largest = _BUFFER_BYTES
-        self._buffer = min(max(config.memory // (self._num_processes * _BUFFERS_OF_A_PROCESS), smallest), largest)
+        self._buffer = min(max(config.memory // (processes * _BUFFERS_OF_A_PROCESS), smallest), largest)
         self._line = ProgressLine()
         self._stored = self._done = 0
         self._tokenizing_since: float | None = None
-        self._workers: Workers | None = None
+        digest = unit_settings_digest(recipe)
+        encode = EncodeJob(config, processes, self.work, self.tokenizer, contamination, digest, self._buffer)
+        self._workers = Workers(processes, functools.partial(set_up, encode), self._show_tokenizing)
 
     def __enter__(self) -> _Job:
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._line.clear()
-        if self._workers:
-            self._workers.__exit__(*error)
+        self._workers.__exit__(*error)
 
     def encode(self, files: list[InputFile], part: tuple[int, int]) -> tuple[int, list[UnitResult]]:
         """Tokenize a share of all units; return the number of all units, and this share's results."""
@@ -232,7 +235,7 @@ class _Job:
                     yield unit
 
         results = []
-        for result in self._get_workers().map(encode_unit, own_units()):
+        for result in self._workers.map(encode_unit, own_units()):
             self._done += result.size
             results.append(result)
         self._tokenizing_since = None
@@ -242,7 +245,7 @@ class _Job:
     def load(self, num_units: int) -> list[UnitResult | None]:
         """Return the results of all units from the parts; None where one is missing or damaged."""
         dtype = token_dtype(Tokenizer.load(self.tokenizer).vocab_size)
-        return list(self._get_workers().map(functools.partial(load_whole, self.work, dtype), range(num_units)))
+        return list(self._workers.map(functools.partial(load_whole, self.work, dtype), range(num_units)))
 
     def assemble(self, results: list[UnitResult]) -> Report:
         """Make the corpus from all units' results, and rename it to the output."""
@@ -262,14 +265,17 @@ class _Job:
         rejects = self._list_rejects(results, corpus)
         tokenizer = Tokenizer.load(self.tokenizer)
         tokenizer.save(corpus / "tokenizer")
-        assembly = Assembly(self.work, corpus, self._config, self._get_workers(), self._line.show)
+        assembly = Assembly(self.work, corpus, self._config, self._workers, self._line.show)
         recipe = {name: value for name, value in self._recipe.items() if name != "inputs"}
-        total = assembly.run(results, tokenizer, recipe, near=self._near_duplicates(results), range_bytes=self._buffer)
+        total = assembly.run(results, tokenizer, recipe, self._near_duplicates(results), self._buffer)
         self._line.clear()
         for rule, number in total.removed.items():
             if number:
                 removed[rule] = Removed(number)
-        _check_kept(total, removed)
+        num_kept = int(total.sums[:, 0].sum())
+        if num_kept == 0:
+            named = ", ".join(f"{what.documents:,} by {rule}" for rule, what in removed.items())
+            raise DataError(f"No document is left: {named} were removed. Relax those rules, or add more text.")
         num_read = sum(result.num_read for result in results)
         content = {
             "documents_read": num_read,
@@ -277,14 +283,12 @@ class _Job:
             "cut_or_damaged_files": rejects.num_cut,
             "empty": rejects.num_empty,
             "removed": {rule: asdict(what) for rule, what in removed.items()},
-            "kept": sum(total.documents),
+            "kept": num_kept,
             "memory": asdict(needs),
         }
         write_json(corpus / REPORT_NAME, content)
         write_json(corpus / RECIPE_NAME, self._recipe)
-        if self._workers:
-            self._workers.__exit__(None, None, None)
-            self._workers = None
+        self._workers.__exit__()
         fsync_dir(corpus)
         corpus.rename(self._output)
         fsync_dir(self._output.parent)
@@ -296,21 +300,6 @@ class _Job:
             removed,
             passed_over=sum((Counter(result.passed_over) for result in results), Counter()),
         )
-
-    def _get_workers(self) -> Workers:
-        if self._workers is None:
-            digest = unit_settings_digest(self._recipe)
-            job = EncodeJob(
-                self._config,
-                self._num_processes,
-                self.work,
-                self.tokenizer,
-                self._contamination,
-                digest,
-                self._buffer,
-            )
-            self._workers = Workers(self._num_processes, functools.partial(set_up, job), self._show_tokenizing)
-        return self._workers
 
     def _show_tokenizing(self, text_bytes: int, tokens: int) -> None:
         if self._tokenizing_since is None:
@@ -365,17 +354,6 @@ def _check_memory(output: Path, memory: int) -> None:
             f"be kept. Set memory={needs.memory_mib()}MiB, which leaves it unchanged, choose another `output`, or "
             "remove the folder if it is not needed."
         )
-
-
-def _check_kept(total: Count, removed: dict[str, Removed]) -> None:
-    if sum(total.documents) == 0:
-        named = ", ".join(f"{what.documents:,} by {rule}" for rule, what in removed.items())
-        raise DataError(f"No document is left: {named} were removed. Relax those rules, or add more text.")
-
-
-def _timed(report: Report, begin: float, passed_over: Counter[str]) -> Report:
-    passed_over = passed_over + report.passed_over
-    return Report(**(vars(report) | {"seconds": time.monotonic() - begin, "passed_over": passed_over}))
 
 
 def _open_splits(output: Path) -> tuple[Manifest, Manifest | None]:

@@ -28,7 +28,7 @@ from bigtx.data.storage.access import InputFile
 from bigtx.data.storage.remote import shown
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import DataError, LaunchError
-from bigtx.utils.files import read_object
+from bigtx.utils.files import json_value, read_object
 from bigtx.utils.locks import FolderLock
 
 RECIPE_NAME = "recipe.json"
@@ -85,7 +85,7 @@ def check_existing(output: Path, recipe: dict[str, Any]) -> None:
     """
     advice = "Choose another `output`, or remove the folder if it is not needed."
     try:
-        found = json.loads((output / RECIPE_NAME).read_bytes())
+        found = json_value((output / RECIPE_NAME).read_bytes())
         found["inputs"]
     except (OSError, ValueError, KeyError, TypeError):
         raise DataError(f"{output} exists and is not a corpus of `bigtx data prepare`. {advice}") from None
@@ -110,12 +110,24 @@ CONFIG_NAME = "config.yaml"
 
 
 @contextmanager
-def working(output: Path) -> Iterator[None]:
-    """Turn errors of the system (a full disk, a read-only folder) into messages; finished work is kept."""
+def part_folder(output: Path, part: tuple[int, int]) -> Iterator[Path]:
+    """Lock and yield the folder of a part (part 0 merges), so that a second job cannot work on the same part.
+
+    Errors of the system (a full disk, a read-only folder) become messages; finished work is kept.
+
+    Raises:
+        DataError: another job holds it, or the preparation was started in another number of parts.
+    """
     partial = partial_folder(output)
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        yield
+        lock = _lock(output, part)
+        try:
+            yield _folder(output, part)
+        finally:
+            lock.release()
+            if (output / RECIPE_NAME).exists():  # The corpus is complete, and no job works on it any more.
+                shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         # numpy's error for an incomplete write has only the missing amount.
@@ -126,39 +138,26 @@ def working(output: Path) -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def part_folder(output: Path, part: tuple[int, int]) -> Iterator[Path]:
-    """Lock and yield the folder of a part (part 0 merges), so that a second job cannot work on the same part.
-
-    Raises:
-        DataError: another job holds it, or the preparation was started in another number of parts.
-    """
-    found = list(partial_folder(output).iterdir())
+def _lock(output: Path, part: tuple[int, int]) -> FolderLock:
+    partial = partial_folder(output)
+    found = list(partial.iterdir())
     others = [path for path in found if fnmatch(path.name, "part-*-of-*")]
     if found and not others:
         raise DataError(
-            f"{partial_folder(output)} is where {output} is prepared, but has other content; move that away, or name "
-            "another output."
+            f"{partial} is where {output} is prepared, but has other content; move that away, or name another output."
         )
     for other in others:
         if not other.name.endswith(f"-of-{part[1]}"):
             count = other.name.rpartition("-")[2]
             raise DataError(
-                f"{partial_folder(output)} was started in {count} part{'s' * (count != '1')}, and this command would "
-                f"use {part[1]}. Continue with the number of the start, or remove that folder and start over."
+                f"{partial} was started in {count} part{'s' * (count != '1')}, and this command would use {part[1]}. "
+                "Continue with the number of the start, or remove that folder and start over."
             )
-    folder = _folder(output, part)
-    folder.mkdir(exist_ok=True)
+    _folder(output, part).mkdir(exist_ok=True)
     try:
-        lock = FolderLock(folder)
+        return FolderLock(_folder(output, part))
     except LaunchError as error:
         raise DataError(f"Another `bigtx data` command is writing {output}: {error}") from error
-    try:
-        yield folder
-    finally:
-        lock.release()
-        if (output / RECIPE_NAME).exists():  # The corpus is complete, and no job works on it any more.
-            shutil.rmtree(partial_folder(output), ignore_errors=True)
 
 
 def partial_folder(output: Path) -> Path:

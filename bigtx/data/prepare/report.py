@@ -16,29 +16,27 @@ from bigtx.data.corpus.inspect import counts, describe_splits
 from bigtx.data.corpus.shards import token_dtype
 from bigtx.data.prepare.encode import make_units
 from bigtx.data.prepare.job import REJECTS_NAME, REPORT_NAME, PartReport, Report
-from bigtx.data.prepare.texts import Needs, TextPreparation
-from bigtx.data.raw.documents import Reject, Rejects
+from bigtx.data.raw.documents import BATCH_CHARACTERS, Reject, Rejects
 from bigtx.data.raw.files import describe_passed_over, list_files
 from bigtx.data.raw.formats import is_compressed
 from bigtx.data.raw.read import read_file
 from bigtx.data.text.decontaminate import build_contamination_index
-from bigtx.data.text.rules import Dropped, TextRules, check_rules
+from bigtx.data.text.rules import Dropped, Needs, TextPreparation, TextRules, check_rules
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.tokenizer.words import utf8_length
 from bigtx.utils.errors import DataError
 from bigtx.utils.hardware import num_cores
 from bigtx.utils.shell import command, settings
-from bigtx.utils.units import format_count, format_size
+from bigtx.utils.units import counted, format_count, format_size, format_time
 
 SAMPLE_SECONDS = 10.0
 SAMPLE_BYTES = 32 << 20
 """Text of the sample, unless time runs out first."""
-_BATCH_CHARACTERS = 1 << 17
 _WORK_BYTES_PER_DOCUMENT = 48
 """The bytes of the record of each document while the documents are shuffled."""
 
 
-@dataclass(frozen=True)
+@dataclass(kw_only=True)
 class Estimate:
     """The counts of the sample, and the estimate of the whole input from it.
 
@@ -54,14 +52,14 @@ class Estimate:
     """
 
     stored_bytes: int
-    sampled_bytes: int
+    sampled_bytes: int = 0
     num_processes: int
-    documents: int
-    text_bytes: int
-    tokens: int
-    removed: int
-    rejects: int
-    seconds: float
+    documents: int = 0
+    text_bytes: int = 0
+    tokens: int = 0
+    removed: int = 0
+    rejects: int = 0
+    seconds: float = 0.0
     token_bytes: int
 
     @property
@@ -87,7 +85,7 @@ class Estimate:
         yield "The whole input, estimated from this sample (without the search for duplicates):"
         yield f"  documents  about {format_count(self.documents * self.factor)}"
         yield f"  tokens     about {format_count(tokens)}"
-        yield f"  time       about {_duration(seconds)} in {self.num_processes} processes"
+        yield f"  time       about {format_time(max(1.0, seconds))} in {self.num_processes} processes"
         yield f"  disk       about {format_size(round(disk))}, and {format_size(round(work))} more for temporary files"
 
     def facts(self) -> dict[str, Any]:
@@ -119,62 +117,50 @@ def _sample(config: PrepareConfig, tokenizer: Tokenizer, texts: TextPreparation)
     files = list_files(config.input)
     units = list(make_units(files, config.input))
     random.Random(config.seed).shuffle(units)
-    rejects, needs = Rejects(max_share=1.0), Needs()
-    stored = documents = text_bytes = tokens = removed = 0
-    begin = time.monotonic()
+    rejects, needs, begin = Rejects(max_share=1.0), Needs(), time.monotonic()
+    found = Estimate(
+        stored_bytes=sum(file.size for file in files),
+        num_processes=config.num_processes or num_cores(),
+        token_bytes=token_dtype(tokenizer.vocab_size).itemsize,
+    )
 
     def is_enough() -> bool:
-        return time.monotonic() - begin > SAMPLE_SECONDS or text_bytes >= SAMPLE_BYTES
+        return time.monotonic() - begin > SAMPLE_SECONDS or found.text_bytes >= SAMPLE_BYTES
 
     for file in (file for unit in units for _, file in unit.files):
         batch: list[str] = []
-        before = text_bytes
+        before = found.text_bytes
         for document in read_file(file, config.input, rejects):
             outcome = texts.apply(document, needs)
             if isinstance(outcome, Dropped):
-                removed += 1
+                found.removed += 1
                 continue
             if isinstance(outcome, Reject):
                 rejects.add(outcome)
                 continue
             batch.append(outcome)
-            documents += 1
-            text_bytes += utf8_length(outcome)
-            if sum(map(len, batch)) >= _BATCH_CHARACTERS:
-                tokens += len(tokenizer.encode_documents(batch)[0])
+            found.documents += 1
+            found.text_bytes += utf8_length(outcome)
+            if sum(map(len, batch)) >= BATCH_CHARACTERS:
+                found.tokens += len(tokenizer.encode_documents(batch)[0])
                 batch = []
                 if is_enough():
                     # The position in a compressed file is not known: text shrinks to about a third.
-                    stored += min(file.size, (text_bytes - before) // (3 if is_compressed(file.path) else 1))
+                    text_bytes = found.text_bytes - before
+                    found.sampled_bytes += min(file.size, text_bytes // (3 if is_compressed(file.path) else 1))
                     break
         else:
-            stored += file.size
-        tokens += len(tokenizer.encode_documents(batch)[0])
+            found.sampled_bytes += file.size
+        found.tokens += len(tokenizer.encode_documents(batch)[0])
         if is_enough():
             break
-    if not tokens:
+    if not found.tokens:
         raise DataError(
             f"No text in the {len(files):,} files sampled; check input.paths and the rules.{rejects.first()}"
         )
-    return Estimate(
-        stored_bytes=sum(file.size for file in files),
-        sampled_bytes=max(1, stored),
-        num_processes=config.num_processes or num_cores(),
-        documents=documents,
-        text_bytes=text_bytes,
-        tokens=tokens,
-        removed=removed,
-        rejects=rejects.count,
-        seconds=time.monotonic() - begin,
-        token_bytes=token_dtype(tokenizer.vocab_size).itemsize,
-    )
-
-
-def _duration(seconds: float) -> str:
-    for unit, length in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{max(1, round(seconds))} seconds"
+    found.sampled_bytes, found.rejects = max(1, found.sampled_bytes), rejects.count
+    found.seconds = time.monotonic() - begin
+    return found
 
 
 FEW_DOCUMENTS, FEW_TOKENS = 20, 100_000
@@ -201,8 +187,11 @@ def facts(report: Report | PartReport) -> dict[str, Any]:
     }
 
 
-def describe_report(report: Report) -> Iterator[str]:
+def describe_report(report: Report | PartReport) -> Iterator[str]:
     """Yield the end report of `bigtx data prepare`, line by line."""
+    if isinstance(report, PartReport):
+        yield from describe_part(report)
+        return
     if report.reused:
         yield f"{report.output} is prepared already, with these settings and this input; there is nothing to do."
     else:
@@ -247,10 +236,7 @@ def _describe_held_out(report: Report) -> Iterator[str]:
         return
     held_out = report.validation.num_documents
     total = held_out + report.train.num_documents
-    yield (
-        f"Held out for validation: {held_out:,} document{'s' * (held_out != 1)} ({held_out / total:.2%}), "
-        "by a hash of the text."
-    )
+    yield f"Held out for validation: {counted(held_out, 'document')} ({held_out / total:.2%}), by a hash of the text."
     if held_out < FEW_DOCUMENTS and total >= 3 * FEW_DOCUMENTS and report.validation.num_tokens < FEW_TOKENS:
         # A hash chooses them, so a fraction that is just enough could again be too small.
         fraction = float(f"{min(0.5, 2 * FEW_DOCUMENTS / total):.1g}")

@@ -23,9 +23,6 @@ _ZEROS = bytes(_UNIT)
 _MAX_HEADER_BYTES = 1 << 20
 """Longest extended header that is read."""
 
-_REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
-_LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
-_DEVICES = (tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
 _PAX_HEADERS = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 
 _LEADS_OUT = re.compile(r"(.*[/\\])?\.\.([/\\].*)?\Z", re.DOTALL)
@@ -79,16 +76,6 @@ class _MemberBytes(io.RawIOBase):
         return len(content)
 
 
-@dataclass
-class _Header:
-    """A member's header, with the values of the extended headers before it."""
-
-    name: str
-    size: int
-    type: bytes
-    is_sparse: bool
-
-
 def read_members(archive: BinaryIO, file: str, rejects: Rejects) -> Iterator[Member]:
     """Yield the members of an archive except folders, in its order; those that must not be read have the reason.
 
@@ -108,16 +95,15 @@ def read_members(archive: BinaryIO, file: str, rejects: Rejects) -> Iterator[Mem
 def _read_members(archive: BinaryIO, file: str, rejects: Rejects) -> Iterator[Member]:
     offset = 0
     common: dict[str, str] = {}
-    while found := _next_header(archive, offset, common):
-        header, length = found
-        has_content = header.type not in (*_LINKS, *_DEVICES, tarfile.DIRTYPE)
+    while header := _next_header(archive, offset, common):
+        has_content = not (header.islnk() or header.issym() or header.isdev() or header.isdir())
         size = header.size if has_content else 0
         content = _MemberBytes(archive, size, header.name)
-        if header.type != tarfile.DIRTYPE:
+        if not header.isdir():
             reader = cast(BinaryIO, io.BufferedReader(content, min(CHUNK_BYTES, size + 1)))
-            yield Member(header.name.lstrip("/"), _refusal(header), offset, reader, offset + length, size)
+            yield Member(header.name.lstrip("/"), _refusal(header), offset, reader, header.offset_data, size)
         _skip(archive, content.left + -size % _UNIT, header.name)
-        offset += length + size + -size % _UNIT
+        offset = header.offset_data + size + -size % _UNIT
     while rest := archive.read(CHUNK_BYTES):
         if rest.strip(b"\0"):
             reason = "bytes after its end are not read; are there several archives in one file?"
@@ -125,10 +111,11 @@ def _read_members(archive: BinaryIO, file: str, rejects: Rejects) -> Iterator[Me
             return
 
 
-def _next_header(archive: BinaryIO, offset: int, common: dict[str, str]) -> tuple[_Header, int] | None:
-    """Return the next member's header, and its length with all extended headers; None at the end-of-archive marker."""
+def _next_header(archive: BinaryIO, offset: int, common: dict[str, str]) -> tarfile.TarInfo | None:
+    """Return the next member's header, with the values of the extended headers before it; None at the end-of-archive
+    marker.
+    """
     own: dict[str, str] = {}
-    begin = offset
     while True:
         block = read_up_to(archive, _UNIT)
         if not block:
@@ -157,25 +144,25 @@ def _next_header(archive: BinaryIO, offset: int, common: dict[str, str]) -> tupl
             continue
         if info.type == tarfile.GNUTYPE_SPARSE:
             offset += _skip_sparse_map(archive, block)
-        told = common | own
-        size = told.get("size", "")
-        name = told.get("path", info.name).removesuffix("/")
-        is_sparse = info.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse") for key in own)
-        header = _Header(name, int(size) if size.isdecimal() else info.size, info.type, is_sparse)
-        return header, offset - begin
+        headers = common | own
+        size = headers.get("size", "")
+        info.size = int(size) if size.isdecimal() else info.size
+        info.name = headers.get("path", info.name).removesuffix("/")
+        info.offset_data, info.pax_headers = offset, own
+        return info
 
 
-def _refusal(header: _Header) -> str:
+def _refusal(header: tarfile.TarInfo) -> str:
     """Return why a member is not read; "" if it is read."""
     if not header.name.strip("/") or _LEADS_OUT.match(header.name):
         return "a path that leads out of the archive"
-    if header.type in _LINKS:
+    if header.islnk() or header.issym():
         return "a link, which is not followed"
-    if header.type in _DEVICES:
+    if header.isdev():
         return "a device or pipe"
-    if header.is_sparse:
+    if header.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse") for key in header.pax_headers):
         return "a sparse file"
-    if header.type not in (*_REGULAR, tarfile.DIRTYPE):
+    if not header.isfile() and not header.isdir():
         return f"a member of unknown type {header.type.decode('latin-1')!r}"
     return ""
 
@@ -184,9 +171,12 @@ def _extended(archive: BinaryIO, info: tarfile.TarInfo) -> bytes:
     """Return the content of an extended header, padded as in the archive."""
     if info.size > _MAX_HEADER_BYTES:
         raise DamagedArchiveError(f"an extended header of {info.size:,} bytes; the rest is lost")
-    padded = info.size + -info.size % _UNIT
-    content = read_up_to(archive, padded)
-    if len(content) < padded:
+    return _exactly(archive, info.size + -info.size % _UNIT)
+
+
+def _exactly(archive: BinaryIO, num_bytes: int) -> bytes:
+    content = read_up_to(archive, num_bytes)
+    if len(content) < num_bytes:
         raise DamagedArchiveError("truncated inside a header")
     return content
 
@@ -209,9 +199,7 @@ def _skip_sparse_map(archive: BinaryIO, header: bytes) -> int:
     """Skip GNU tar's further blocks of holes; return their bytes."""
     num_bytes, goes_on = 0, header[482]
     while goes_on:
-        block = read_up_to(archive, _UNIT)
-        if len(block) < _UNIT:
-            raise DamagedArchiveError("truncated inside a header")
+        block = _exactly(archive, _UNIT)
         num_bytes, goes_on = num_bytes + _UNIT, block[504]
     return num_bytes
 

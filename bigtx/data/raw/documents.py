@@ -9,10 +9,13 @@ from typing import NamedTuple, TypeVar
 
 from bigtx.utils.errors import DataError
 from bigtx.utils.terminal import visible
+from bigtx.utils.units import counted
 
 MAX_DOCUMENT_BYTES = 256 << 20
 """A longer document is rejected: it would have to fit into memory."""
 
+BATCH_CHARACTERS = 1 << 17
+"""Characters of text that are processed at once."""
 EMPTY = "empty"
 """The reason that is counted separately: a file may be empty."""
 
@@ -40,10 +43,6 @@ class Document(NamedTuple):
     source: str | None = None
     language: str | None = None
     number: int = 0
-
-    def with_text(self, text: str) -> Document:
-        """Return the document with another text."""
-        return self._replace(text=text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +112,7 @@ class Rejects:
         return ", and ".join(parts)
 
     def _unfinished(self) -> str:
-        return f"{self.num_cut:,} file{'s' * (self.num_cut > 1)} that cannot be read to the end"
+        return f"{counted(self.num_cut, 'file')} that cannot be read to the end"
 
     def lost(self, num_documents: int, num_files: int) -> int:
         """Estimate how many documents are missing: after each cut, as many as a file has on average.
@@ -149,8 +148,11 @@ class Rejects:
             raise DataError(f"The input has no documents{empty}; check input.paths.{self.first()}")
 
 
-def in_batches(items: Iterable[Item], length: Callable[[Item], int], characters: int) -> Iterator[list[Item]]:
-    """Yield the items in lists that end where their texts have at least so many characters together.
+def in_batches(
+    items: Iterable[Item], length: Callable[[Item], int], characters: int | None = None
+) -> Iterator[list[Item]]:
+    """Yield the items in lists that end where their texts have at least so many characters together, by default
+    `BATCH_CHARACTERS`.
 
     An item may have hundreds of megabytes, so none is kept here while the next one is read.
 
@@ -163,7 +165,7 @@ def in_batches(items: Iterable[Item], length: Callable[[Item], int], characters:
         batch.append(item)
         size += length(item)
         del item
-        if size >= characters:
+        if size >= (characters or BATCH_CHARACTERS):
             yield batch
             batch, size = [], 0
     if batch:

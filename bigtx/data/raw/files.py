@@ -19,23 +19,15 @@ from typing import BinaryIO
 
 from bigtx.config.nodes import Problem, raise_problems
 from bigtx.config.schema import InputConfig
-from bigtx.data.raw import own
-from bigtx.data.raw.formats import (
-    COMPRESSION_SUFFIXES,
-    SUFFIXES,
-    Format,
-    format_of,
-    is_compressed,
-    suffix_of,
-    why_unknown,
-)
+from bigtx.data.raw import formats
+from bigtx.data.raw.formats import Format
 from bigtx.data.raw.readers import check_package, row_group_ranges
 from bigtx.data.raw.rows import is_json_lines
 from bigtx.data.storage import buckets
 from bigtx.data.storage.access import CHUNK_BYTES, InputFile, is_remote, stat
 from bigtx.data.storage.remote import check_scheme, name_of, scheme_of, shown
 from bigtx.utils.errors import DataError
-from bigtx.utils.files import NOT_A_FILE, no_file
+from bigtx.utils.files import MADE, NOT_A_FILE, is_own_file, kind_of_own, no_file, own_of, refuse_own
 
 _BRACES = re.compile(r"\{(?:(\d{1,12})\.\.(\d{1,12})|([^{}]*,[^{}]*))\}")
 _MAX_EXPANDED = 1_000_000
@@ -87,16 +79,16 @@ def list_files(config: InputConfig, passed_over: Counter[str] | None = None, sec
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
         paths = [expanded for path in config.paths for expanded in _expanded(path, inputs)]
         # Each file of a web server needs a request, and there may be many.
-        asked = {path: pool.submit(_stat_named, path, inputs) for path in paths if scheme_of(path).startswith("http")}
+        web = [path for path in paths if _is_of_web(path)]
+        asked = {path: pool.submit(_files_of, path, inputs, passed_over) for path in web}
         try:
             for path in paths:
-                found = [asked[path].result()] if path in asked else _files_of(path, inputs, passed_over)
-                for file in found:
+                for file in asked[path].result() if path in asked else _files_of(path, inputs, passed_over):
                     files.setdefault(file.path if is_remote(file.path) else os.path.abspath(file.path), file)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
     for file in files.values():
-        if format_of(name_of(file.path), config.text_suffixes) is Format.PARQUET:
+        if formats.format_of(name_of(file.path), config.text_suffixes) is Format.PARQUET:
             check_package(file.shown, config.exclude if inputs.has_suffixes else None)
             break
     return list(files.values())
@@ -104,11 +96,11 @@ def list_files(config: InputConfig, passed_over: Counter[str] | None = None, sec
 
 def describe_passed_over(counts: Counter[str]) -> Iterator[str]:
     """Yield the counts of files that were not read, as lines of text."""
-    others = Counter({suffix: number for suffix, number in counts.items() if suffix != own.MADE})
+    others = Counter({suffix: number for suffix, number in counts.items() if suffix != MADE})
     if others:
         yield f"Skipped, by their suffix: {counts_by_suffix(others)}; see input.text_suffixes."
-    if counts[own.MADE]:
-        yield f"Skipped: {counts[own.MADE]:,} folders or files made by bigtx."
+    if counts[MADE]:
+        yield f"Skipped: {counts[MADE]:,} folders or files made by bigtx."
 
 
 def counts_by_suffix(counts: Counter[str]) -> str:
@@ -125,17 +117,20 @@ def split_file(file: InputFile, config: InputConfig, part_bytes: int) -> list[In
     of lines is read once for that, at the speed of the disk, to number them; so remote files are returned as they are,
     like all others.
     """
-    kind = format_of(file.path, config.text_suffixes)
-    if is_remote(file.path) or is_compressed(file.path) or file.size <= part_bytes:
+    kind = formats.format_of(file.path, config.text_suffixes)
+    if is_remote(file.path) or formats.is_compressed(file.path) or file.size <= part_bytes:
         return [file]
-    if kind is Format.PARQUET:
-        return row_group_ranges(file, part_bytes)
-    if (
-        kind is Format.JSON_LINES
-        or (kind is Format.TEXT and config.document_per_line)
-        or (kind is Format.JSON and _holds_json_lines(file))
-    ):
-        return _line_ranges(file, part_bytes)
+    try:
+        if kind is Format.PARQUET:
+            return row_group_ranges(file, part_bytes)
+        if (
+            kind is Format.JSON_LINES
+            or (kind is Format.TEXT and config.document_per_line)
+            or (kind is Format.JSON and _holds_json_lines(file))
+        ):
+            return _line_ranges(file, part_bytes)
+    except OSError:
+        pass  # The reader reports what is wrong with it.
     return [file]
 
 
@@ -180,12 +175,23 @@ def _expanded(path: str, inputs: _Input) -> list[str]:
     return paths
 
 
+def _is_of_web(path: str) -> bool:
+    return scheme_of(path).startswith("http")
+
+
 def _files_of(path: str, inputs: _Input, passed_over: Counter[str]) -> list[InputFile]:
     """Return the files that a path means, with their sizes and versions."""
+    if _is_of_web(path):
+        if "*" in name_of(path):
+            raise DataError(
+                f"{shown(path)} in {inputs.paths}: a web server does not list its files. Name them, e.g. with "
+                "{000..010}."
+            )
+        _refuse_unknown(path, inputs)
     try:
         if not is_remote(path):
             return _local_files(path, inputs, passed_over)
-        if glob.has_magic(path):
+        if glob.has_magic(path) and not _is_of_web(path):
             base, candidates = _fixed_part(path), buckets.glob(path)
             for folder in [found for found, (size, _) in candidates.items() if size < 0]:
                 candidates.pop(folder)
@@ -194,7 +200,7 @@ def _files_of(path: str, inputs: _Input, passed_over: Counter[str]) -> list[Inpu
             size, version = stat(path)
             if size >= 0:
                 _refuse_unknown(path, inputs)
-                return [InputFile(path, size, version=version, name=path.rpartition("/")[2])]
+                return [InputFile(path, size, version=version, name=name_of(path).rpartition("/")[2])]
             base, candidates = path.rstrip("/"), buckets.find(path)
     except OSError as error:
         raise _unreachable(path, inputs, error) from None
@@ -208,7 +214,7 @@ def _files_of(path: str, inputs: _Input, passed_over: Counter[str]) -> list[Inpu
 
 def _local_files(path: str, inputs: _Input, passed_over: Counter[str]) -> list[InputFile]:
     if os.path.isdir(path):
-        own.refuse_own(path, inputs.paths)
+        refuse_own(path, inputs.paths)
         base, candidates = path, list(_walk(path, inputs, passed_over))
     elif kind := no_file(path):
         raise DataError(f"{path} (named in {inputs.paths}) is {kind}, {NOT_A_FILE}.")
@@ -219,13 +225,13 @@ def _local_files(path: str, inputs: _Input, passed_over: Counter[str]) -> list[I
         base = _fixed_part(path)
         candidates, known = [], dict[str, bool]()
         for match in sorted(glob.glob(path, recursive=True)):
-            if _is_excluded(os.path.relpath(match, base), inputs.config.exclude) or own.own_of(match, base, known):
+            if _is_excluded(os.path.relpath(match, base), inputs.config.exclude) or own_of(match, base, known):
                 continue
             if os.path.isdir(match):
                 candidates += _walk(match, inputs, passed_over)
             elif not no_file(match):
                 candidates.append(match)
-        passed_over.update({own.MADE: sum(known.values())} if any(known.values()) else {})
+        passed_over.update({MADE: sum(known.values())} if any(known.values()) else {})
     else:
         raise DataError(f"There is no file or folder {path} (named in {inputs.paths}).")
     return [_local(found, os.path.relpath(found, base)) for found in _known(path, candidates, inputs, passed_over)]
@@ -239,34 +245,20 @@ def _local(path: str, name: str) -> InputFile:
     return InputFile(path, size, version=version, name=name)
 
 
-def _stat_named(url: str, inputs: _Input) -> InputFile:
-    """Return a file of a web server."""
-    if "*" in name_of(url):
-        raise DataError(
-            f"{shown(url)} in {inputs.paths}: a web server does not list its files. Name them, e.g. with {{000..010}}."
-        )
-    _refuse_unknown(url, inputs)
-    try:
-        size, version = stat(url)
-    except OSError as error:
-        raise _unreachable(url, inputs, error) from None
-    return InputFile(url, size, version=version, name=name_of(url).rpartition("/")[2])
-
-
 def _unreachable(path: str, inputs: _Input, error: OSError) -> DataError:
     return DataError(f"{shown(path)} (named in {inputs.paths}) cannot be read: {error.strerror or error}.")
 
 
 def _known(path: str, candidates: list[str], inputs: _Input, passed_over: Counter[str]) -> list[str]:
     """Return those of a folder's or glob's files that are read, sorted; the others are counted."""
-    files = sorted({found for found in candidates if format_of(found, inputs.config.text_suffixes)})
-    others = Counter(suffix_of(found) for found in set(candidates).difference(files))
+    files = sorted({found for found in candidates if formats.format_of(found, inputs.config.text_suffixes)})
+    others = Counter(formats.suffix_of(found) for found in set(candidates).difference(files))
     passed_over.update(others)
     if not files:
         inside = f"; it has {counts_by_suffix(others)}" if others else ""
         suffixes = "the suffixes of text files in input.text_suffixes, or " if inputs.has_suffixes else ""
         raise DataError(
-            f"No text in {path}: no file in it ends in {_listed([*inputs.config.text_suffixes, *SUFFIXES])} "
+            f"No text in {path}: no file in it ends in {_listed([*inputs.config.text_suffixes, *formats.SUFFIXES])} "
             f"(plain or compressed){inside}. Name {suffixes}another folder."
         )
     return files
@@ -275,8 +267,8 @@ def _known(path: str, candidates: list[str], inputs: _Input, passed_over: Counte
 def suffix_problems(config: InputConfig) -> Iterator[Problem]:
     """Yield a problem for each suffix of text files that has no effect because its files are read in another way."""
     for suffix in config.text_suffixes:
-        kind = format_of(f"a{suffix}", ())
-        if kind or is_compressed(f"a{suffix}"):
+        kind = formats.format_of(f"a{suffix}", ())
+        if kind or formats.is_compressed(f"a{suffix}"):
             what = f"{kind.value}, not as plain text" if kind else "archives or compressed files"
             yield Problem("input.text_suffixes", "", f"files that end in {suffix} are read as {what}; leave it out")
 
@@ -284,15 +276,15 @@ def suffix_problems(config: InputConfig) -> Iterator[Problem]:
 def _refuse_unknown(path: str, inputs: _Input) -> None:
     """Refuse a file that is named itself and has an unknown suffix."""
     name = name_of(path)
-    if format_of(name, inputs.config.text_suffixes):
+    if formats.format_of(name, inputs.config.text_suffixes):
         return
     suffixes = inputs.config.text_suffixes
     named = f"input.text_suffixes ({_listed(suffixes)})" if inputs.has_suffixes else _listed(suffixes)
     raise DataError(
         f"The format of {shown(path)} is not known: its name does not end in one of "
-        f"{_listed(SUFFIXES)}, or in one of {named}, "
-        f"plain or with one of {_listed(COMPRESSION_SUFFIXES)}: "
-        f"{why_unknown(name, suffixes if inputs.has_suffixes else None)}."
+        f"{_listed(formats.SUFFIXES)}, or in one of {named}, "
+        f"plain or with one of {_listed(formats.COMPRESSION_SUFFIXES)}: "
+        f"{formats.why_unknown(name, suffixes if inputs.has_suffixes else None)}."
     )
 
 
@@ -313,16 +305,16 @@ def _walk(folder: str, inputs: _Input, passed_over: Counter[str]) -> Iterator[st
         except OSError as error:
             raise DataError(f"Cannot read the folder {current}: {error.strerror}.") from error
         names = {entry.name for entry in entries}
-        if current != folder and own.kind_of(current, names):
-            passed_over[own.MADE] += 1
+        if current != folder and kind_of_own(current, names):
+            passed_over[MADE] += 1
             continue
         for entry in entries:
             if entry.name.startswith(".") or _is_excluded(os.path.relpath(entry.path, folder), inputs.config.exclude):
                 continue
             if entry.is_dir():
                 pending.append(entry.path)
-            elif own.is_own_file(entry.path, names):
-                passed_over[own.MADE] += 1
+            elif is_own_file(entry.path, names):
+                passed_over[MADE] += 1
             elif entry.is_file() or (entry.is_symlink() and not no_file(entry.path)):
                 # A broken link is rejected by name when it is read; pipes and devices are not texts.
                 yield entry.path
@@ -353,27 +345,21 @@ def _listed(suffixes: tuple[str, ...] | list[str]) -> str:
 
 def _line_ranges(file: InputFile, part_bytes: int) -> list[InputFile]:
     parts: list[InputFile] = []
-    try:
-        with open(file.path, "rb") as stream:
-            start, first_line = 0, 1
-            while start < file.size:
-                num_lines = _skip_lines(stream, min(part_bytes, file.size - start))
-                end = stream.tell()
-                if end == start:
-                    break  # The file has become shorter; the reader reports it.
-                parts.append(replace(file, size=end - start, start=start, end=end, first_line=first_line))
-                start, first_line = end, first_line + num_lines
-    except OSError:
-        return [file]  # The reader reports what is wrong with it.
+    with open(file.path, "rb") as stream:
+        start, first_line = 0, 1
+        while start < file.size:
+            num_lines = _skip_lines(stream, min(part_bytes, file.size - start))
+            end = stream.tell()
+            if end == start:
+                break  # The file has become shorter; the reader reports it.
+            parts.append(replace(file, size=end - start, start=start, end=end, first_line=first_line))
+            start, first_line = end, first_line + num_lines
     return parts
 
 
 def _holds_json_lines(file: InputFile) -> bool:
-    try:
-        with open(file.path, "rb") as stream:
-            return is_json_lines(stream.read(CHUNK_BYTES))
-    except OSError:
-        return False  # The reader reports what is wrong with it.
+    with open(file.path, "rb") as stream:
+        return is_json_lines(stream.read(CHUNK_BYTES))
 
 
 def _skip_lines(stream: BinaryIO, num_bytes: int) -> int:

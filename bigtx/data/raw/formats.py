@@ -130,7 +130,7 @@ def decompressed(raw: BinaryIO, path: str) -> BinaryIO:
     """
     suffix = posixpath.splitext(_full(path))[1]
     if suffix == ".gz":
-        return io.BufferedReader(_GzReader(raw), CHUNK_BYTES)
+        return io.BufferedReader(_GzReader(fileobj=raw, mode="rb"), CHUNK_BYTES)
     decompressor = {".zst": _zst, ".zstd": _zst, ".bz2": bz2.BZ2Decompressor, ".xz": _xz}.get(suffix)
     return io.BufferedReader(_FramesReader(raw, decompressor), CHUNK_BYTES) if decompressor else raw
 
@@ -158,19 +158,10 @@ def read_up_to(stream: BinaryIO, num_bytes: int) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-class _GzReader(io.RawIOBase):
+class _GzReader(gzip.GzipFile):
     """A reader of successive gzip members; it returns all valid bytes before it raises, unlike `GzipFile.read`."""
 
-    def __init__(self, source: BinaryIO) -> None:
-        self._file = gzip.GzipFile(fileobj=source, mode="rb")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        content = self._file.read1(len(buffer))
-        buffer[: len(content)] = content
-        return len(content)
+    readinto = gzip.GzipFile.readinto1
 
 
 class _FramesReader(io.RawIOBase):

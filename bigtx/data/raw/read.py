@@ -24,41 +24,15 @@ from decimal import Decimal
 from typing import Any
 
 from bigtx.config.schema import InputConfig
-from bigtx.data.raw import documents
-from bigtx.data.raw.documents import EMPTY, MAX_DOCUMENT_BYTES, Document, Reject, Rejects
-from bigtx.data.raw.files import list_files, split_file
-from bigtx.data.raw.formats import (
-    READ_ERRORS,
-    BadRowError,
-    Format,
-    decode,
-    decompressed,
-    format_of,
-    is_compressed,
-    refuse_nuls,
-    refuse_surrogates,
-    unreadable,
-)
+from bigtx.data.raw import documents, formats
+from bigtx.data.raw.documents import EMPTY, Document, Reject, Rejects
+from bigtx.data.raw.files import list_files
+from bigtx.data.raw.formats import BadRowError, Format
 from bigtx.data.raw.readers import STREAM_READERS, read_parquet
 from bigtx.data.raw.rows import Options, Origin, Row, too_long
 from bigtx.data.raw.samples import read_archive
 from bigtx.data.storage.access import InputFile, open_binary
 from bigtx.data.storage.remote import name_of
-
-__all__ = [
-    "EMPTY",
-    "MAX_DOCUMENT_BYTES",
-    "Document",
-    "InputFile",
-    "Reject",
-    "Rejects",
-    "documents_of",
-    "list_files",
-    "read_documents",
-    "read_file",
-    "read_rows",
-    "split_file",
-]
 
 
 def read_documents(config: InputConfig, rejects: Rejects) -> Iterator[Document]:
@@ -86,7 +60,7 @@ def read_file(file: InputFile, config: InputConfig, rejects: Rejects) -> Iterato
 def read_rows(file: InputFile, options: Options, rejects: Rejects) -> Iterator[Row]:
     """Yield the rows of one file or range; raises nothing that the input could cause."""
     path = name_of(file.path)
-    kind = format_of(path, options.text_suffixes)
+    kind = formats.format_of(path, options.text_suffixes)
     if kind is Format.JSON and file.end is not None:
         kind = Format.JSON_LINES  # Other formats are not cut into ranges.
     num_bytes = None if file.end is None else file.size
@@ -98,17 +72,17 @@ def read_rows(file: InputFile, options: Options, rejects: Rejects) -> Iterator[R
         return
     try:
         stored = open_binary(file)
-    except READ_ERRORS as error:
-        rejects.add(Reject(origin.file, 0, unreadable(error), lost))
+    except formats.READ_ERRORS as error:
+        rejects.add(Reject(origin.file, 0, formats.unreadable(error), lost))
         return
     with closing(stored):
         if file.size == 0:
-            is_cut = is_compressed(path) or kind in (Format.PARQUET, Format.TAR)
+            is_cut = formats.is_compressed(path) or kind in (Format.PARQUET, Format.TAR)
             reject = Reject(origin.file, 0, "truncated: no bytes", lost) if is_cut else Reject(origin.file, 0, EMPTY)
             rejects.add(reject)
             return
         stored.seek(file.start)
-        with closing(decompressed(stored, path)) as stream:
+        with closing(formats.decompressed(stored, path)) as stream:
             if kind is Format.TAR:
                 yield from read_archive(stream, origin, options, rejects)
             elif kind is not None:
@@ -173,8 +147,8 @@ class Fields:
             raise BadRowError(EMPTY)
         if len(text) > documents.MAX_DOCUMENT_BYTES:
             raise BadRowError(too_long())
-        refuse_surrogates(text)
-        refuse_nuls(text)
+        formats.refuse_surrogates(text)
+        formats.refuse_nuls(text)
         return Document(text, row.file, row.line, identity or row.id, source, language, row.number)
 
 
@@ -197,7 +171,7 @@ def _label(fields: Mapping[str, Any], name: str) -> str | None:
         return None
     text = _text_in(value)
     if text is not None:
-        refuse_surrogates(text)
+        formats.refuse_surrogates(text)
         return text
     if isinstance(value, _NUMBERS) and not isinstance(value, bool):
         return str(value)
@@ -210,7 +184,7 @@ def _text_in(value: Any) -> str | None:
     Raises:
         BadRowError: bytes that are not UTF-8.
     """
-    return decode(value) if isinstance(value, bytes) else value if isinstance(value, str) else None
+    return formats.decode(value) if isinstance(value, bytes) else value if isinstance(value, str) else None
 
 
 def _kind_of(value: Any) -> str:

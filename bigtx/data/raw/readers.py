@@ -8,22 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, BinaryIO
 
-from bigtx.data.raw import documents
+from bigtx.data.raw import documents, formats
 from bigtx.data.raw.documents import Reject, Rejects
-from bigtx.data.raw.formats import (
-    READ_ERRORS,
-    BadRowError,
-    Format,
-    check_texts,
-    other_encoding,
-    unreadable,
-    without_signature,
-)
+from bigtx.data.raw.formats import BadRowError, Format
 from bigtx.data.raw.rows import Options, Origin, Reader, Row, read_json, read_json_lines, read_text
 from bigtx.data.storage.access import CHUNK_BYTES, InputFile, open_binary
 from bigtx.utils.errors import DataError
@@ -33,17 +26,8 @@ MAX_FIELD_CHARACTERS = 1 << 26
 """A longer field is rejected: reading it needs four bytes per character, more than once."""
 
 
-def read_csv(stream: BinaryIO, origin: Origin, options: Options, rejects: Rejects) -> Iterator[Row]:
-    """Yield a row for each record, with the columns separated by commas."""
-    return _read_table(stream, origin, options, rejects, ",")
-
-
-def read_tsv(stream: BinaryIO, origin: Origin, options: Options, rejects: Rejects) -> Iterator[Row]:
-    """Yield a row for each record, with the columns separated by tabs."""
-    return _read_table(stream, origin, options, rejects, "\t")
-
-
-def _read_table(stream: BinaryIO, origin: Origin, options: Options, rejects: Rejects, delimiter: str) -> Iterator[Row]:
+def read_table(stream: BinaryIO, origin: Origin, options: Options, rejects: Rejects, delimiter: str) -> Iterator[Row]:
+    """Yield a row for each record."""
     records = _records(stream, origin, options, rejects, delimiter)
     _, header, _ = next(records, (0, None, 0))
     if header is None:
@@ -67,7 +51,7 @@ def _read_table(stream: BinaryIO, origin: Origin, options: Options, rejects: Rej
 def _header_problem(header: list[str], wanted: list[str], options: Options) -> str:
     """Return why no row can be read by this first line; "" if nothing is wrong with it."""
     try:
-        check_texts(header)
+        formats.check_texts(header)
     except BadRowError as error:
         return f"the first line cannot be read: {error}"
     if options.columns is not None and options.text_field not in header:
@@ -103,8 +87,8 @@ def _records(
             is_open = is_quoted and num_lines > 1
             advice = options.see("quoted_fields", "=false", "; if quotation marks are text: ") if is_open else ""
             rejects.add(Reject(origin.file, line, f"{error}{advice}", lost=num_lines))
-        except READ_ERRORS as error:
-            rejects.add(Reject(origin.file, lines.number + 1, unreadable(error), lost=None))
+        except formats.READ_ERRORS as error:
+            rejects.add(Reject(origin.file, lines.number + 1, formats.unreadable(error), lost=None))
             return
         else:
             if record:  # An empty line between records is not a record.
@@ -136,15 +120,15 @@ class _Lines:
                 self.num_marks += raw.count(b'"')
             raise BadRowError(f"a line above the limit of {limit >> 20} MiB")
         if self.number == 1:
-            if encoding := other_encoding(raw):
+            if encoding := formats.other_encoding(raw):
                 raise OSError(encoding)
-            raw = without_signature(raw)
+            raw = formats.without_signature(raw)
         return raw.decode(errors="surrogateescape")
 
     def leave_quotation(self) -> None:
         """Skip to the end of a quotation that was given up; otherwise the rest of its lines would be read as rows."""
         # If reading fails, the next line fails again.
-        with contextlib.suppress(*READ_ERRORS):
+        with contextlib.suppress(*formats.READ_ERRORS):
             while self.num_marks % 2 and (raw := self._stream.readline(CHUNK_BYTES)):
                 self.number += raw.endswith(b"\n")
                 self.num_marks += raw.count(b'"')
@@ -154,8 +138,8 @@ STREAM_READERS: dict[Format, Reader] = {
     Format.TEXT: read_text,
     Format.JSON: read_json,
     Format.JSON_LINES: read_json_lines,
-    Format.CSV: read_csv,
-    Format.TSV: read_tsv,
+    Format.CSV: functools.partial(read_table, delimiter=","),
+    Format.TSV: functools.partial(read_table, delimiter="\t"),
 }
 """Readers of streams from start to end; parquet and archives need more (`read_parquet`, samples.py)."""
 
@@ -216,16 +200,10 @@ def read_parquet(file: InputFile, origin: Origin, options: Options, rejects: Rej
         except Exception as error:
             rejects.add(Reject(origin.file, 0, _damaged(error), lost=None))
             return
-        tops = {name if name in names else name.partition(".")[0] for name in wanted}
+        if reason := _column_problem(names, wanted, options):
+            rejects.add(Reject(origin.file, 0, reason, lost=None))
+            return
         text = options.text_field
-        if not {text, text.partition(".")[0]} & set(names):
-            reason = f"no column {text!r} (its columns: {', '.join(sorted(names)[:8])}){options.see('text_field')}"
-            rejects.add(Reject(origin.file, 0, reason, lost=None))
-            return
-        if twice := sorted(name for name in tops if names.count(name) > 1):
-            reason = f"it has columns of the same name: {', '.join(map(repr, twice))}"
-            rejects.add(Reject(origin.file, 0, reason, lost=None))
-            return
         groups = range(file.start, parquet.num_row_groups if file.end is None else file.end)
         if not _is_text(kind := _kind_of(parquet.schema_arrow, text)):
             lost = sum(parquet.metadata.row_group(group).num_rows for group in groups)
@@ -236,6 +214,16 @@ def read_parquet(file: InputFile, origin: Origin, options: Options, rejects: Rej
         for group in groups:
             yield from _read_group(parquet, group, first_row, wanted, origin, rejects)
             first_row += parquet.metadata.row_group(group).num_rows
+
+
+def _column_problem(names: list[str], wanted: list[str], options: Options) -> str:
+    """Return why no row can be read from these columns; "" if nothing is wrong with them."""
+    text = options.text_field
+    if not {text, text.partition(".")[0]} & set(names):
+        return f"no column {text!r} (its columns: {', '.join(sorted(names)[:8])}){options.see('text_field')}"
+    tops = {name if name in names else name.partition(".")[0] for name in wanted}
+    twice = sorted(name for name in tops if names.count(name) > 1)
+    return f"it has columns of the same name: {', '.join(map(repr, twice))}" if twice else ""
 
 
 def _kind_of(schema: Any, name: str) -> Any:

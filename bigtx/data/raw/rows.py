@@ -9,23 +9,14 @@ A plain text is a row of one field, which `Options.text_field` names.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, BinaryIO, NamedTuple
 
-from bigtx.data.raw import documents
+from bigtx.data.raw import documents, formats
 from bigtx.data.raw.documents import EMPTY, Reject, Rejects
-from bigtx.data.raw.formats import (
-    READ_ERRORS,
-    BadRowError,
-    decode,
-    parse_json,
-    read_up_to,
-    unreadable,
-    without_signature,
-)
+from bigtx.data.raw.formats import BadRowError
 from bigtx.data.storage.access import CHUNK_BYTES
 
 _BLANK = b" \t\r\n"
@@ -52,6 +43,7 @@ class Origin:
 
 
 MakeValue = Callable[[Any, BinaryIO], Any]
+FieldsOf = Callable[[bytes], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -100,6 +92,17 @@ class Options:
         """Return whether all members of a sample form one row."""
         return bool(self.members)
 
+    def text_fields(self, raw: bytes) -> dict[str, str]:
+        """Return the fields of a plain text.
+
+        Raises:
+            BadRowError: it is empty, or not a text.
+        """
+        text = formats.decode(raw)
+        if not text:
+            raise BadRowError(EMPTY)
+        return {self.text_field: text}
+
     def describe(self) -> str:
         """Return the suffixes of members that are read."""
         return f".{self.only}" if self.only else ", ".join([".json", *self.text_suffixes, *self.members])
@@ -128,13 +131,17 @@ Reader = Callable[[BinaryIO, Origin, Options, Rejects], Iterator[Row]]
 
 def read_text(stream: BinaryIO, origin: Origin, options: Options, rejects: Rejects) -> Iterator[Row]:
     """Yield the rows of a text file: one row, or one per line with `document_per_line`."""
-    if options.document_per_line:
-        yield from _read_text_lines(stream, origin, options, rejects)
+    if not options.document_per_line:
+        advice = options.see("document_per_line", "=true", "; to read each line as a document: ")
+        whole = read_whole(stream, origin, rejects, advice)
+        if whole is not None:
+            yield from _row(formats.without_signature(whole), origin, 1, rejects, options.text_fields, origin.name)
         return
-    advice = options.see("document_per_line", "=true", "; to read each line as a document: ")
-    raw = read_whole(stream, origin, rejects, advice)
-    if raw is not None:
-        yield from text_row(without_signature(raw), origin, 1, options, rejects, origin.name)
+    for line, raw in lines(stream, origin, rejects):
+        raw = raw.removesuffix(b"\n").removesuffix(b"\r")
+        if raw.strip(b"\r"):
+            yield from _row(raw, origin, line, rejects, options.text_fields, f"{origin.name}:{line}")
+        del raw
 
 
 def read_json_lines(stream: BinaryIO, origin: Origin, options: Options, rejects: Rejects) -> Iterator[Row]:
@@ -160,7 +167,7 @@ def read_json(stream: BinaryIO, origin: Origin, options: Options, rejects: Rejec
         else:
             rest = read_whole(stream, origin, rejects, lost=None)
             if rest is not None:
-                yield from json_row(b"".join([*blank, raw, rest]), origin, line, rejects)
+                yield from _row(b"".join([*blank, raw, rest]), origin, line, rejects, formats.parse_json)
             return
     if blank:
         rejects.add(Reject(origin.file, 0, EMPTY))
@@ -168,7 +175,7 @@ def read_json(stream: BinaryIO, origin: Origin, options: Options, rejects: Rejec
 
 def is_json_lines(head: bytes) -> bool:
     """Return whether a JSON file with this beginning has an object in each line."""
-    first = next((line for line in without_signature(head).split(b"\n") if line.strip(_BLANK)), b"")
+    first = next((line for line in formats.without_signature(head).split(b"\n") if line.strip(_BLANK)), b"")
     return _is_json_line(first)
 
 
@@ -186,14 +193,14 @@ def lines(stream: BinaryIO, origin: Origin, rejects: Rejects) -> Iterator[tuple[
                 return
             line, position = line + 1, position + len(raw)
             if len(raw) <= limit:
-                yield line, without_signature(raw) if line == 1 else raw
+                yield line, formats.without_signature(raw) if line == 1 else raw
                 del raw
                 continue
             rejects.add(Reject(origin.file, line, too_long()))
             while not raw.endswith(b"\n") and (raw := stream.readline(CHUNK_BYTES)):
                 position += len(raw)
-    except READ_ERRORS as error:
-        rejects.add(Reject(origin.file, line + 1, unreadable(error), lost=None))
+    except formats.READ_ERRORS as error:
+        rejects.add(Reject(origin.file, line + 1, formats.unreadable(error), lost=None))
 
 
 def read_whole(
@@ -206,9 +213,9 @@ def read_whole(
         lost: as in `Reject`, if they cannot be read to the end.
     """
     try:
-        raw = read_up_to(stream, documents.MAX_DOCUMENT_BYTES + 1)
-    except READ_ERRORS as error:
-        rejects.add(Reject(origin.file, 0, unreadable(error), lost))
+        raw = formats.read_up_to(stream, documents.MAX_DOCUMENT_BYTES + 1)
+    except formats.READ_ERRORS as error:
+        rejects.add(Reject(origin.file, 0, formats.unreadable(error), lost))
         return None
     if len(raw) > documents.MAX_DOCUMENT_BYTES:
         rejects.add(Reject(origin.file, 1, too_long() + advice))
@@ -216,27 +223,16 @@ def read_whole(
     return raw
 
 
-def text_row(raw: bytes, origin: Origin, line: int, options: Options, rejects: Rejects, name: str) -> Iterator[Row]:
-    """Yield the row of a plain text, unless it is rejected."""
+def _row(
+    raw: bytes, origin: Origin, line: int, rejects: Rejects, fields_of: FieldsOf, name: str | None = None
+) -> Iterator[Row]:
+    """Yield the row of some bytes, unless they are rejected."""
     try:
-        text = decode(raw)
-    except BadRowError as error:
-        rejects.add(Reject(origin.file, line, str(error)))
-        return
-    if text:
-        yield Row({options.text_field: text}, origin.file, line, origin.number + line, name)
-    else:
-        rejects.add(Reject(origin.file, line, EMPTY))
-
-
-def json_row(raw: bytes, origin: Origin, line: int, rejects: Rejects) -> Iterator[Row]:
-    """Yield the row of a JSON object, unless it is rejected."""
-    try:
-        record = parse_json(raw)
+        fields = fields_of(raw)
     except BadRowError as error:
         rejects.add(Reject(origin.file, line, str(error)))
     else:
-        yield Row(record, origin.file, line, origin.number + line)
+        yield Row(fields, origin.file, line, origin.number + line, name)
 
 
 def too_long() -> str:
@@ -244,15 +240,10 @@ def too_long() -> str:
     return f"longer than {documents.MAX_DOCUMENT_BYTES >> 20} MiB"
 
 
-def rows_of_bytes(raw: bytes, origin: Origin, options: Options, rejects: Rejects) -> Iterator[Row]:
-    """Read bytes in memory as `read_json` reads a file."""
-    yield from read_json(io.BytesIO(raw), origin, options, rejects)
-
-
 def _json_rows(numbered: Iterator[tuple[int, bytes]], origin: Origin, rejects: Rejects) -> Iterator[Row]:
     for line, raw in numbered:
         if raw.strip(_BLANK):
-            yield from json_row(raw, origin, line, rejects)
+            yield from _row(raw, origin, line, rejects, formats.parse_json)
         del raw
 
 
@@ -260,11 +251,3 @@ def _is_json_line(raw: bytes) -> bool:
     # This holds for a line that is broken inside too: the next ones may be valid.
     stripped = raw.strip(_BLANK)
     return stripped.startswith(b"{") and stripped.endswith(b"}")
-
-
-def _read_text_lines(stream: BinaryIO, origin: Origin, options: Options, rejects: Rejects) -> Iterator[Row]:
-    for line, raw in lines(stream, origin, rejects):
-        raw = raw.removesuffix(b"\n").removesuffix(b"\r")
-        if raw.strip(b"\r"):
-            yield from text_row(raw, origin, line, options, rejects, f"{origin.name}:{line}")
-        del raw

@@ -12,6 +12,7 @@ are never read.
 
 from __future__ import annotations
 
+import io
 import posixpath
 from collections import Counter
 from collections.abc import Iterator
@@ -20,22 +21,13 @@ from typing import Any, BinaryIO
 
 import xxhash
 
-from bigtx.data.raw import documents
+from bigtx.data.raw import documents, formats
 from bigtx.data.raw.archives import DamagedArchiveError, Member, read_members
 from bigtx.data.raw.documents import EMPTY, Reject, Rejects
 from bigtx.data.raw.files import counts_by_suffix, is_left_out
-from bigtx.data.raw.formats import (
-    BadRowError,
-    Format,
-    decompressed,
-    format_of,
-    parse_json,
-    suffix_inside,
-    suffix_of,
-    without_compression,
-)
+from bigtx.data.raw.formats import BadRowError, Format
 from bigtx.data.raw.readers import STREAM_READERS
-from bigtx.data.raw.rows import Options, Origin, Row, read_whole, rows_of_bytes
+from bigtx.data.raw.rows import Options, Origin, Row, read_json, read_whole
 
 _APART = "it is separate from the other members of its sample; write the members of a sample one after the other"
 
@@ -118,7 +110,7 @@ class _Archive:
         last = posixpath.basename(name)
         if options.strict and ("." not in last or last.startswith("__")):
             return  # Not a sample by webdataset's convention: without a suffix, or about the shard itself.
-        if suffix_inside(name).removeprefix(".") in options.forbidden:
+        if formats.suffix_inside(name).removeprefix(".") in options.forbidden:
             reason = "files that may run code when loaded are refused"
             self._rejects.add(Reject(f"{self._origin.file}/{name}", 0, reason))
             return
@@ -126,8 +118,8 @@ class _Archive:
             yield from self._finish_run(is_whole=True)
             self._begin_run(name)
         kind = self._kind(name)
-        if kind is None and suffix_inside(name) not in options.members:
-            self._passed_over[suffix_of(name)] += 1
+        if kind is None and formats.suffix_inside(name) not in options.members:
+            self._passed_over[formats.suffix_of(name)] += 1
             self._run.others.append(last.removeprefix(posixpath.basename(self._run.key)))
             return
         self._run.is_empty = False
@@ -156,11 +148,11 @@ class _Archive:
         """Return the format of a member, if it is read."""
         only = self._options.only
         if only is None:
-            kind = format_of(name, self._options.text_suffixes)
+            kind = formats.format_of(name, self._options.text_suffixes)
             return kind if kind in STREAM_READERS else None
-        if not without_compression(name).lower().endswith(f".{only}"):
+        if not formats.without_compression(name).lower().endswith(f".{only}"):
             return None
-        return Format.JSON if suffix_inside(name) == ".json" else Format.TEXT
+        return Format.JSON if formats.suffix_inside(name) == ".json" else Format.TEXT
 
     def _begin_run(self, name: str) -> None:
         self._run = _Run(_key(name))
@@ -172,7 +164,7 @@ class _Archive:
         options, rejects, run, stem = self._options, self._rejects, self._run, _stem(name)
         # No two lines of an archive have one number, unless a member has more than 2^32 of them.
         origin = Origin(f"{self._origin.file}/{name}", name, number=(member.offset // 512) << 32)
-        stream = decompressed(member.stream, name)
+        stream = formats.decompressed(member.stream, name)
         if kind is Format.JSON:
             raw = read_whole(stream, origin, rejects, lost=None)
             if raw is None:
@@ -187,7 +179,7 @@ class _Archive:
                 rejects.add(Reject(origin.file, 0, _APART))
                 return
         if kind is None:
-            target, make = options.members[suffix_inside(name)]
+            target, make = options.members[formats.suffix_inside(name)]
             try:
                 value = make(member, stream)
             except BadRowError as error:
@@ -238,7 +230,7 @@ class _Archive:
                 pass  # The member of its name was rejected.
             elif is_whole:  # Otherwise its text may be after the truncation.
                 self._lone_records.add(_hash(stem))
-                yield from rows_of_bytes(raw, origin, self._options, self._rejects)
+                yield from read_json(io.BytesIO(raw), origin, self._options, self._rejects)
         self._stems.update(map(_hash, (run.key, *run.stems) if run.stems else ()))
         yield from self._joined(found) if self._options.is_joined else self._texts(found)
 
@@ -255,7 +247,7 @@ class _Archive:
             if stem in found:
                 raise BadRowError(f"a second record of the sample {stem!r}")
             found[stem] = None
-            found[stem] = parse_json(raw)
+            found[stem] = formats.parse_json(raw)
         except BadRowError as error:
             self._rejects.add(Reject(origin.file, 1, str(error)))
 
@@ -281,8 +273,8 @@ class _Archive:
 
 
 def _nearest(found: dict[str, dict[str, Any] | None], stem: str, key: str) -> dict[str, Any] | None:
-    """Return the record of a stem, or of the longest one that it continues; empty if there is none, None if it is
-    broken.
+    """Return the record of a stem, or of the longest one that it continues; empty if no record fits, None if the
+    record is broken.
     """
     return next((found[owner] for owner in _owners(stem, key) if owner in found), {})
 
@@ -296,7 +288,7 @@ def _owners(stem: str, key: str) -> Iterator[str]:
 
 
 def _stem(name: str) -> str:
-    return posixpath.splitext(without_compression(name))[0]
+    return posixpath.splitext(formats.without_compression(name))[0]
 
 
 def _key(name: str) -> str:

@@ -25,29 +25,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from bigtx.data.raw import documents, own
+from bigtx.data.raw import documents, formats
 from bigtx.data.raw.archives import Member
 from bigtx.data.raw.documents import Rejects
-from bigtx.data.raw.formats import (
-    READ_ERRORS,
-    BadRowError,
-    check_texts,
-    decode,
-    decompressed,
-    is_compressed,
-    read_up_to,
-    suffix_inside,
-    unreadable,
-    why_unknown,
-    without_signature,
-)
+from bigtx.data.raw.formats import BadRowError
 from bigtx.data.raw.read import read_rows
 from bigtx.data.raw.rows import Options, Origin, Row, lines, read_json_lines, too_long
 from bigtx.data.recordings import AUDIO_SUFFIXES, AudioPlace
 from bigtx.data.records.record import WHOLE_FILE, Broken, Record
 from bigtx.data.storage.access import InputFile
 from bigtx.utils.errors import DataError
-from bigtx.utils.files import NOT_A_FILE, no_file, open_file
+from bigtx.utils.files import NOT_A_FILE, no_file, open_file, refuse_own, without_own
 
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".tar")
 TEXT_SUFFIXES = (".txt", ".md")
@@ -80,7 +68,7 @@ def expand_path(path: str) -> list[str]:
     """Return the files and folders that a path or a glob means; two parallel files stay one path.
 
     Raises:
-        DataError: there is none.
+        DataError: they do not exist.
     """
     if kind := no_file(path):
         raise DataError(f"{path} is {kind}, {NOT_A_FILE} (or, for `bigtx predict`, pass it by `input=-`)")
@@ -112,16 +100,16 @@ def _read_path(path: str, broken: Broken, exclude: Sequence[str]) -> Iterator[Re
 
 def _read_folder(folder: Path, broken: Broken, exclude: Sequence[str]) -> Iterator[Record]:
     left_out = (".*", *exclude)
-    own.refuse_own(str(folder))
+    refuse_own(str(folder))
     entries = sorted(
         (
             folder / name
-            for name in own.without_own(str(folder), os.listdir(folder))
+            for name in without_own(str(folder), os.listdir(folder))
             if not any(fnmatch.fnmatchcase(name, pattern) for pattern in left_out) and not no_file(folder / name)
         ),
         key=_by_name,
     )
-    files = [entry for entry in entries if suffix_inside(entry.name) in RECORD_SUFFIXES]
+    files = [entry for entry in entries if formats.suffix_inside(entry.name) in RECORD_SUFFIXES]
     if files:
         for file in files:
             yield from _read_file(str(file), broken, exclude)
@@ -154,7 +142,7 @@ def _by_name(path: Path) -> list[Any]:
 
 
 def _is_text(path: Path) -> bool:
-    return suffix_inside(path.name) in TEXT_SUFFIXES and not path.name.startswith(".")
+    return formats.suffix_inside(path.name) in TEXT_SUFFIXES and not path.name.startswith(".")
 
 
 def _is_recording(name: str) -> bool:
@@ -166,7 +154,7 @@ def _recording(path: Path, broken: Broken) -> Iterator[Record]:
     try:
         fields = {"audio": AudioPlace(path.name, str(path), 0, path.stat().st_size)}
     except OSError as error:
-        broken.add(str(path), 0, unreadable(error))
+        broken.add(str(path), 0, formats.unreadable(error))
         return
     text = path.with_suffix(".txt")
     if text.is_file():
@@ -185,10 +173,10 @@ def _read_file(path: str, broken: Broken, exclude: Sequence[str]) -> Iterator[Re
     if _is_recording(path):
         yield from _recording(Path(path), broken)
         return
-    if suffix_inside(path) not in RECORD_SUFFIXES:
-        suffixes = ", ".join(RECORD_SUFFIXES + AUDIO_SUFFIXES)
+    if formats.suffix_inside(path) not in RECORD_SUFFIXES:
         raise DataError(
-            f"the format of {path} is not known: its name does not end in one of {suffixes}; {why_unknown(path)}"
+            f"the format of {path} is not known: its name does not end in one of "
+            f"{', '.join(RECORD_SUFFIXES + AUDIO_SUFFIXES)}; {formats.why_unknown(path)}"
         )
     members: dict[str, Any] = {".cls": ("label", _label)}
     members |= dict.fromkeys(AUDIO_SUFFIXES, ("audio", _Recordings(path)))
@@ -200,7 +188,7 @@ def _rows(path: str, options: Options, broken: Broken) -> Iterator[Row]:
     try:
         size = os.stat(path).st_size
     except OSError as error:
-        broken.add(path, 0, unreadable(error))
+        broken.add(path, 0, formats.unreadable(error))
         return
     yield from read_rows(InputFile(path, size), options, broken.rejects())
 
@@ -211,7 +199,7 @@ def _records(rows: Iterator[Row], broken: Broken) -> Iterator[Record]:
         # A file or sample as a whole has a name, and lines have numbers.
         line = row.line if row.id is None else WHOLE_FILE
         try:
-            check_texts(row.fields)
+            formats.check_texts(row.fields)
         except BadRowError as error:
             broken.add(row.file, line, str(error))
         else:
@@ -219,14 +207,14 @@ def _records(rows: Iterator[Row], broken: Broken) -> Iterator[Record]:
 
 
 def _label(member: Member, stream: BinaryIO) -> str:
-    return decode(without_signature(_bytes_of(stream))).strip()
+    return formats.decode(formats.without_signature(_bytes_of(stream))).strip()
 
 
 class _Recordings:
     """The places of the recordings of an archive; those of a compressed one are kept in memory."""
 
     def __init__(self, archive: str) -> None:
-        self._archive, self._is_packed = archive, is_compressed(archive)
+        self._archive, self._is_packed = archive, formats.is_compressed(archive)
 
     def __call__(self, member: Member, stream: BinaryIO) -> AudioPlace:
         content = _bytes_of(stream) if self._is_packed else None
@@ -240,9 +228,9 @@ def _bytes_of(stream: BinaryIO) -> bytes:
         BadRowError: there are too many, or they cannot be read.
     """
     try:
-        raw = read_up_to(stream, documents.MAX_DOCUMENT_BYTES + 1)
-    except READ_ERRORS as error:
-        raise BadRowError(unreadable(error)) from None
+        raw = formats.read_up_to(stream, documents.MAX_DOCUMENT_BYTES + 1)
+    except formats.READ_ERRORS as error:
+        raise BadRowError(formats.unreadable(error)) from None
     if len(raw) > documents.MAX_DOCUMENT_BYTES:
         raise BadRowError(too_long())
     return raw
@@ -258,11 +246,11 @@ def _read_side_by_side(path: str, broken: Broken) -> Iterator[Record]:
         rejects = Rejects(1.0, broken.reject)
         try:
             with open_file(file) as stored:
-                sides.append(list(lines(decompressed(stored, file), Origin(file, file), rejects)))
+                sides.append(list(lines(formats.decompressed(stored, file), Origin(file, file), rejects)))
         except FileNotFoundError:
             raise DataError(f"no file {file}, which is one of the two files of {path!r}") from None
         except OSError as error:
-            broken.add(file, 0, unreadable(error))
+            broken.add(file, 0, formats.unreadable(error))
             return
         if rejects:
             return
@@ -274,7 +262,7 @@ def _read_side_by_side(path: str, broken: Broken) -> Iterator[Record]:
         texts = []
         for file, raw in zip(files, (source, target), strict=True):
             try:
-                texts.append(decode(raw.removesuffix(b"\n").removesuffix(b"\r")))
+                texts.append(formats.decode(raw.removesuffix(b"\n").removesuffix(b"\r")))
             except BadRowError as error:
                 broken.add(file, line, str(error))
         if len(texts) == len(files):

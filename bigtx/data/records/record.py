@@ -18,8 +18,9 @@ from bigtx.data.raw.formats import suffix_inside
 from bigtx.data.raw.read import value_of
 from bigtx.utils.errors import DataError
 from bigtx.utils.terminal import visible
+from bigtx.utils.units import counted
 
-MAX_TOLD = 5
+MAX_LISTED = 5
 """The number of broken records that an error lists."""
 MAX_FIELDS = 8
 """The number of fields of a record that an error lists."""
@@ -126,9 +127,7 @@ class LeftOut:
     def __contains__(self, where: object) -> bool:
         name = str(where)
         parts = [name, name.rpartition(", line ")[0]] if ", line " in name else [name]
-        for at, sign in enumerate(name):
-            if sign == "/":
-                parts.append(name[:at])
+        parts += [name[:at] for at, sign in enumerate(name) if sign == "/"]
         found = self.names.intersection(parts)
         self.met |= found
         return bool(found)
@@ -156,7 +155,7 @@ class Broken:
         if where in self._left_out:
             return
         self.count += 1
-        if len(self.first) < MAX_TOLD:
+        if len(self.first) < MAX_LISTED:
             self.first.append((where, reason))
 
     def reject(self, reject: Reject) -> None:
@@ -184,8 +183,8 @@ class Broken:
 
     def describe(self) -> str:
         """Return the count in words."""
-        more = f", the first {MAX_TOLD} of them" if self.count > MAX_TOLD else ""
-        return f"{self.count:,} record{'s' * (self.count > 1)} cannot be used{more}"
+        more = f", the first {MAX_LISTED} of them" if self.count > MAX_LISTED else ""
+        return f"{counted(self.count, 'record')} cannot be used{more}"
 
     def listed(self) -> str:
         """Return the first of them, one per line; a reason is not repeated."""

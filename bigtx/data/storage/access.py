@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import BinaryIO, cast
 
-from bigtx.data.storage.remote import RefusedError, scheme_of, shown
+from bigtx.data.storage.remote import RefusedError, TransientError, scheme_of, shown
 from bigtx.utils.files import open_file
 
 CHUNK_BYTES = 1 << 20
 """The bytes of one read."""
-_BUCKET_CHUNK_BYTES = 8 << 20
-"""The bytes of one request to an object store, whose responses are slow."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +77,8 @@ def read_range(url: str, start: int | None = None, end: int | None = None) -> by
         OSError: a retry does not help.
     """
     content: bytes = _module_for(scheme_of(url)).read_range(url, start, end)
+    if start is not None and end is not None and len(content) != end - start:
+        raise TransientError(f"{len(content):,} bytes arrived instead of {end - start:,}")
     return content
 
 
@@ -104,16 +104,9 @@ def open_binary(file: InputFile, *, seeks: bool = False) -> BinaryIO:
             truncated.
     """
     scheme = scheme_of(file.path)
-    if scheme in ("http", "https"):
-        from bigtx.data.storage import web
-
-        web_file = web.WebFile(file.path, file.size, file.version, needs_ranges=seeks)
-        return cast(BinaryIO, io.BufferedReader(web_file, CHUNK_BYTES))
     if scheme:
-        from bigtx.data.storage import buckets
-
-        chunk = CHUNK_BYTES if seeks else _BUCKET_CHUNK_BYTES
-        return cast(BinaryIO, io.BufferedReader(buckets.BucketFile(file.path, file.size, file.version), chunk))
+        remote = _module_for(scheme).StoredFile(file.path, file.size, file.version, seeks=seeks)
+        return cast(BinaryIO, io.BufferedReader(remote, remote.chunk_bytes))
     stream = open_file(file.path, min(CHUNK_BYTES, max(file.size, 512)))
     if file.version and str(os.fstat(stream.fileno()).st_mtime_ns) != file.version:
         stream.close()

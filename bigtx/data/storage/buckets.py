@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from bigtx.data.storage.remote import RefusedError, RemoteFile, TransientError, retried, scheme_of, without_secrets
@@ -30,7 +31,7 @@ def file_system(scheme: str) -> Any:
         module = importlib.import_module(package)
     except ImportError as error:
         raise DataError(
-            f"Reading {scheme}:// needs {package}, which is missing ({error.name}): pip install 'bigtx[{scheme}]'."
+            f"Access to {scheme}:// needs {package}, which is missing ({error.name}): pip install 'bigtx[{scheme}]'."
         ) from None
     found = getattr(module, name)(use_listings_cache=False, skip_instance_cache=True, **_SETTINGS[scheme])
     if scheme == "s3":
@@ -57,7 +58,7 @@ def glob(pattern: str) -> dict[str, tuple[int, str]]:
     return _objects(pattern, lambda: file_system(scheme_of(pattern)).glob(pattern, detail=True))
 
 
-def read_range(url: str, start: int | None = None, end: int | None = None) -> bytes:
+def read_range(url: str, start: int | None, end: int | None) -> bytes:
     """Return an object's bytes, or those from start to end (exclusive), in one request.
 
     Raises:
@@ -66,32 +67,47 @@ def read_range(url: str, start: int | None = None, end: int | None = None) -> by
         OSError: a retry does not help.
     """
     content: bytes = _answer(url, lambda: file_system(scheme_of(url)).cat_file(url, start=start, end=end))
-    if start is not None and end is not None and len(content) != end - start:
-        raise TransientError(f"{len(content):,} bytes arrived instead of {end - start:,}")
     return content
 
 
-class BucketFile(RemoteFile):
+def put(file: Path, url: str) -> None:
+    """Upload a file, with retries, and compare the size that has arrived.
+
+    Raises:
+        OSError: it could not be uploaded.
+    """
+
+    def upload() -> None:
+        system = file_system(scheme_of(url))
+        _answer(url, lambda: system.put_file(str(file), url))
+        arrived, _ = _described(_answer(url, lambda: system.info(url)))
+        if arrived != file.stat().st_size:
+            raise TransientError(f"{arrived:,} bytes arrived instead of {file.stat().st_size:,}")
+
+    retried(upload, url)
+
+
+class StoredFile(RemoteFile):
     """An object.
 
     Args:
         version: the version from `stat`; "" accepts any.
+        seeks: whether the reader jumps in the file.
 
     Raises:
         OSError: it cannot be opened, or differs from the one that `stat` found.
     """
 
-    def __init__(self, url: str, size: int, version: str) -> None:
+    def __init__(self, url: str, size: int, version: str, *, seeks: bool = False) -> None:
         super().__init__(url, size)
+        if not seeks:
+            self.chunk_bytes = 8 << 20  # Responses of object stores are slow.
         if version and stat(url) != (size, version):
             raise RefusedError("it was changed since it was listed")
 
     def fetch(self, buffer: memoryview) -> int:
         """Request exactly the bytes that the buffer can hold."""
-        begin, end = self.position, self.position + len(buffer)
-        content = _answer(
-            self.path, lambda: file_system(scheme_of(self.path)).cat_file(self.path, start=begin, end=end)
-        )
+        content = read_range(self.path, self.position, self.position + len(buffer))
         buffer[: len(content)] = content
         return len(content)
 

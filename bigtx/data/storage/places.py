@@ -7,7 +7,7 @@ own files; never from a config or a manifest. The cache is a bounded folder, sha
     <folder>/partial/                        files that are being written
     <folder>/locks/                          locks for fetching and for counting
     <folder>/total                           bytes of all files, including those that are being written
-    <folder>/tokenizers/                     small, and not bounded (corpus/splits.py)
+    <folder>/tokenizers/                     small, and not bounded (corpus/blocks.py)
 
 A file's modification time is the time of its last use; the least recently used files are removed first. A file that a
 process has mapped remains readable there after it was removed.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import mmap
 import os
 import random
@@ -25,20 +26,19 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 import xxhash
 
-from bigtx.data.storage import access
-from bigtx.data.storage.remote import TransientError, told_if_silent
 from bigtx.utils.errors import DataError
-from bigtx.utils.files import open_file
+from bigtx.utils.files import is_url, open_file, url_problem
 from bigtx.utils.locks import alone
 from bigtx.utils.log import say
-from bigtx.utils.paths import is_url, url_problem
 
 Content = bytes | mmap.mmap
+
 
 DEFAULT_FOLDER, DEFAULT_SIZE = "~/.cache/bigtx", 20 << 30
 _NUM_LOCKS = 256
@@ -50,6 +50,17 @@ _STALE_SECONDS = 3600.0
 
 class DamagedError(Exception):
     """A piece that was fetched twice, and was damaged each time."""
+
+
+def map_file(path: Path | str) -> mmap.mmap:
+    """Map a file into memory, to read it.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it is empty.
+    """
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 class Cache:
@@ -101,8 +112,7 @@ class Cache:
     def _find(self, path: Path, is_good: Callable[[Content], bool]) -> Content | None:
         """Return a file's content; remove a damaged one."""
         try:
-            with open(path, "rb") as file:
-                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            content = map_file(path)
         except (OSError, ValueError):
             return None
         if not is_good(content):
@@ -196,6 +206,7 @@ TRIES = 9
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 30.0
 
 
+@dataclass(frozen=True)
 class RemotePath:
     """A file or folder by its URL; `/` and `str` work as for a local `Path`.
 
@@ -207,27 +218,18 @@ class RemotePath:
         DataError: the protocol is not supported, or the URL has credentials.
     """
 
-    def __init__(self, url: str, cache: Cache | None = None) -> None:
-        problem = url_problem(url)
-        if problem:
-            raise DataError(f"{url} {problem}.")
-        self.url = url.rstrip("/")
-        self.cache = cache or Cache()
+    url: str
+    cache: Cache = field(default_factory=Cache, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if problem := url_problem(self.url):
+            raise DataError(f"{self.url} {problem}.")
 
     def __truediv__(self, name: str) -> RemotePath:
         return RemotePath(f"{self.url}/{name}", self.cache)
 
     def __str__(self) -> str:
         return self.url
-
-    def __repr__(self) -> str:
-        return f"RemotePath({self.url!r})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, RemotePath) and self.url == other.url
-
-    def __hash__(self) -> int:
-        return hash(self.url)
 
     def read_bytes(
         self,
@@ -247,25 +249,15 @@ class RemotePath:
             FileNotFoundError: there is no such file.
             DataError: it cannot be read, or has no such range; the message names the URL.
         """
+        from bigtx.data.storage.access import read_range
+        from bigtx.data.storage.remote import retried
 
-        with told_if_silent(self.url, tries):
-            return self._tried(start, end, tries, given_up or threading.Event())
-
-    def _tried(self, start: int | None, end: int | None, tries: int, given_up: threading.Event) -> bytes:
-        for attempt in itertools.count(1):
-            try:
-                return access.read_range(self.url, start, end)
-            except FileNotFoundError:
-                raise
-            except TransientError as error:
-                if attempt == tries or given_up.is_set():
-                    raise DataError(f"{self.url} cannot be read: {error}.") from error
-            except OSError as error:
-                raise DataError(f"{self.url} cannot be read: {error}.") from error
-            longest = min(FIRST_WAIT_SECONDS * 2 ** (attempt - 1), LONGEST_WAIT_SECONDS)
-            # Many processes fail at the same moment, and should not retry at the same moment.
-            given_up.wait(random.uniform(0.5, 1.0) * longest)
-        raise AssertionError("the loop ends by return or error only")
+        longest = (min(FIRST_WAIT_SECONDS * 2**number, LONGEST_WAIT_SECONDS) for number in range(tries - 1))
+        # Many processes fail at the same moment, and should not retry at the same moment.
+        waits = [random.uniform(0.5, 1.0) * seconds for seconds in longest]
+        pause = (given_up or threading.Event()).wait
+        with self._named_in_errors():
+            return retried(lambda: read_range(self.url, start, end), self.url, waits, math.inf, pause)
 
     def size(self) -> int:
         """Return the file's size in bytes.
@@ -274,8 +266,15 @@ class RemotePath:
             FileNotFoundError: there is no such file.
             DataError: the server cannot be reached, or does not report the size.
         """
+        from bigtx.data.storage.access import stat
+
+        with self._named_in_errors():
+            return stat(self.url)[0]
+
+    @contextlib.contextmanager
+    def _named_in_errors(self) -> Iterator[None]:
         try:
-            return access.stat(self.url)[0]
+            yield
         except FileNotFoundError:
             raise
         except OSError as error:
@@ -302,7 +301,7 @@ def as_place(place: str | Path | RemotePath, cache: Cache | None = None) -> Plac
     """
     if isinstance(place, RemotePath):
         return place
-    return RemotePath(str(place), cache) if is_url(str(place)) else Path(place)
+    return RemotePath(str(place).rstrip("/"), cache or Cache()) if is_url(str(place)) else Path(place)
 
 
 def open_stream(place: Place) -> BinaryIO:
@@ -312,6 +311,8 @@ def open_stream(place: Place) -> BinaryIO:
         OSError: it cannot be read; reading raises it too.
     """
     if isinstance(place, RemotePath):
-        size, version = access.stat(place.url)
-        return access.open_binary(access.InputFile(place.url, size, version=version))
+        from bigtx.data.storage.access import InputFile, open_binary, stat
+
+        size, version = stat(place.url)
+        return open_binary(InputFile(place.url, size, version=version))
     return open_file(place)

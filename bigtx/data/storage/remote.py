@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from bigtx.utils.errors import DataError
+from bigtx.utils.files import is_url, url_problem
 from bigtx.utils.log import say
-from bigtx.utils.paths import is_url, url_problem
 from bigtx.utils.secrets import HIDDEN, scrub_text
 
 BACK_OFF_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0)
@@ -22,7 +21,7 @@ LONGEST_SECONDS = 120.0
 SAY_AFTER_SECONDS = 5.0
 """The time after which a place that does not respond is reported."""
 
-_told: set[str] = set()
+_reported: set[str] = set()
 
 Result = TypeVar("Result")
 
@@ -70,50 +69,49 @@ def without_secrets(said: str, path: str) -> str:
     return scrub_text(said.replace(path, shown(path)))
 
 
-@contextlib.contextmanager
-def told_if_silent(path: str, num_tries: int) -> Iterator[None]:
-    """Report a path that is waited for if it takes long, once for each path.
-
-    Args:
-        num_tries: the number of attempts before it is given up.
-    """
-
-    def tell() -> None:
-        if path not in _told:
-            _told.add(path)
-            say(
-                f"waiting for {scrub_text(shown(path))}, which has not responded for {SAY_AFTER_SECONDS:g} s; "
-                f"it is given up after {num_tries} tries"
-            )
-
-    timer = threading.Timer(SAY_AFTER_SECONDS, tell)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def retried(call: Callable[[], Result], path: str) -> Result:
-    """Return the result of the call, with a retry after each of BACK_OFF_SECONDS.
+def retried(
+    call: Callable[[], Result],
+    path: str,
+    waits: Sequence[float] | None = None,
+    longest: float = LONGEST_SECONDS,
+    pause: Callable[[float], object] | None = None,
+) -> Result:
+    """Return the result of the call, with a retry after each wait. A path that is waited for is reported if it takes
+    long, once for each path.
 
     Args:
         path: the requested path.
+        waits: seconds; None: BACK_OFF_SECONDS.
+        longest: the seconds after which there is no retry.
+        pause: the function that waits, and returns whether to give up; None: sleep.
 
     Raises:
         TransientError: the last attempt failed.
     """
-    end = time.monotonic() + LONGEST_SECONDS
-    with told_if_silent(path, len(BACK_OFF_SECONDS) + 1):
-        for seconds in BACK_OFF_SECONDS:
+    waits = BACK_OFF_SECONDS if waits is None else waits
+    end = time.monotonic() + longest
+
+    def report() -> None:
+        if path not in _reported:
+            _reported.add(path)
+            say(
+                f"waiting for {scrub_text(shown(path))}, which has not responded for {SAY_AFTER_SECONDS:g} s; "
+                f"it is given up after {len(waits) + 1} tries"
+            )
+
+    timer = threading.Timer(SAY_AFTER_SECONDS, report)
+    timer.daemon = True
+    timer.start()
+    try:
+        for seconds in waits:
             try:
                 return call()
             except TransientError:
-                if time.monotonic() + seconds > end:
+                if time.monotonic() + seconds > end or (pause or time.sleep)(seconds):
                     raise
-                time.sleep(seconds)
         return call()
+    finally:
+        timer.cancel()
 
 
 class RefusedError(OSError):
@@ -124,7 +122,12 @@ class RemoteFile(io.RawIOBase):
     """A remote file of known size, read at its position; it is wrapped into an `io.BufferedReader` for use.
 
     After a lost connection, reading continues at the same byte.
+
+    Attributes:
+        chunk_bytes: the bytes to request at once.
     """
+
+    chunk_bytes = 1 << 20
 
     def __init__(self, path: str, size: int) -> None:
         self.path = path

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import http
 import http.client
 import netrc
 import ssl
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from bigtx.data.storage.remote import RefusedError, RemoteFile, TransientError, name_of, retried, without_secrets
-from bigtx.utils.version import __version__
+from bigtx.utils import __version__
 
 TIMEOUT_SECONDS = 60.0
 """The time that a server may take to respond."""
@@ -37,7 +39,7 @@ def stat(url: str) -> tuple[int, str]:
     Raises:
         OSError: it cannot be reached, or the server does not report its size.
     """
-    with retried(lambda: _open(url, "bytes=0-0"), url) as response:
+    with retried(lambda: _open(url, 0, 1), url) as response:
         size = _total_size(response)
         if size is None:
             raise RefusedError("its server does not report its size; copy it and read the copy")
@@ -52,36 +54,28 @@ def read_range(url: str, start: int | None = None, end: int | None = None) -> by
         TransientError: a retry may help.
         OSError: a retry does not help, e.g. because the file ends before `end`.
     """
-    is_part = start is not None and end is not None
-    try:
-        with _open(url, f"bytes={start}-{end - 1}" if is_part else None) as response:  # type: ignore[operator]
-            if is_part and response.status != http.HTTPStatus.PARTIAL_CONTENT:
-                raise RefusedError("its server does not send parts of files, or the file is shorter than expected")
-            if is_part and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-                raise RefusedError("its server sends a part of it that was not requested")
-            content: bytes = response.read()
-    except (OSError, http.client.HTTPException) as error:
-        raise _sorted_out(error, url) from None
-    if is_part and len(content) != end - start:  # type: ignore[operator]
-        raise TransientError(f"{len(content):,} bytes arrived instead of {end - start:,}")  # type: ignore[operator]
-    return content
+    with _sorted_errors(url), _open(url, start, end) as response:
+        if start is not None and response.status != http.HTTPStatus.PARTIAL_CONTENT:
+            raise RefusedError("its server does not send parts of files, or the file is shorter than expected")
+        content: bytes = response.read()
+        return content
 
 
-class WebFile(RemoteFile):
+class StoredFile(RemoteFile):
     """A file of a web server.
 
     Args:
         version: the version from `stat`; "" accepts any.
-        needs_ranges: refuse to skip bytes by reading them if the server does not support ranges.
+        seeks: refuse to skip bytes by reading them if the server does not support ranges.
 
     Raises:
         OSError: it cannot be opened, or differs from the file that `stat` found.
     """
 
-    def __init__(self, url: str, size: int, version: str, *, needs_ranges: bool = False) -> None:
+    def __init__(self, url: str, size: int, version: str, *, seeks: bool = False) -> None:
         super().__init__(url, size)
         self._expected_version = version
-        self._needs_ranges = needs_ranges
+        self._seeks = seeks
         self._response: Any = None
         self._response_position = 0
 
@@ -106,18 +100,15 @@ class WebFile(RemoteFile):
 
     def _connect(self) -> None:
         self._disconnect()
-        response = _open(self.path, f"bytes={self.position}-" if self.position else None)
+        response = _open(self.path, self.position or None)
         self._response, self._response_position = response, self.position
         if self._expected_version and _version(response) != self._expected_version:
             self._disconnect()
             raise RefusedError(self._why_other_version())
         if _total_size(response) not in (None, self.size):
             raise RefusedError(f"it has {_total_size(response):,} bytes, but had {self.size:,} when it was listed")
-        if response.status == http.HTTPStatus.PARTIAL_CONTENT:
-            if not response.headers.get("Content-Range", "").startswith(f"bytes {self.position}-"):
-                raise RefusedError("its server sends a part of it that was not requested")
-        elif self.position:
-            if self._needs_ranges:
+        if self.position and response.status != http.HTTPStatus.PARTIAL_CONTENT:
+            if self._seeks:
                 raise RefusedError(
                     "its server cannot send parts of files, which parquet needs; copy it and read the copy"
                 )
@@ -128,7 +119,7 @@ class WebFile(RemoteFile):
         machines.
         """
         for _ in range(_ASKED_FOR_VERSION):
-            with _open(self.path, "bytes=0-0") as response:
+            with _open(self.path, 0, 1) as response:
                 if _version(response) == self._expected_version:
                     return _MIRRORS
         return "it was changed since it was listed"
@@ -170,19 +161,27 @@ def _opener() -> urllib.request.OpenerDirector:
     return opener
 
 
-def _open(url: str, byte_range: str | None) -> Any:
-    """Return the response of a server, 416 (for an empty file) included; an `http.client.HTTPResponse` or similar."""
-    try:
+def _open(url: str, start: int | None = None, end: int | None = None) -> Any:
+    """Return the response of a server, 416 (for an empty file) included; an `http.client.HTTPResponse` or similar.
+
+    Args:
+        start, end: the bytes to request, `end` exclusive; None: from the first, to the last.
+    """
+    with _sorted_errors(url):
         request = _request(url)
-        if byte_range:
-            request.add_header("Range", byte_range)
-        return _unencoded(_opener().open(request, timeout=TIMEOUT_SECONDS), url)
-    except urllib.error.HTTPError as error:
-        if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-            return error
-        raise _sorted_out(error, url) from None
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise _sorted_out(error, url) from None
+        if start is not None:
+            request.add_header("Range", f"bytes={start}-{'' if end is None else end - 1}")
+        try:
+            response = _unencoded(_opener().open(request, timeout=TIMEOUT_SECONDS), url)
+        except urllib.error.HTTPError as error:
+            if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+                return error
+            raise
+        sent = response.headers.get("Content-Range", "")
+        if response.status == http.HTTPStatus.PARTIAL_CONTENT and not sent.startswith(f"bytes {start or 0}-"):
+            response.close()
+            raise RefusedError("its server sends a part of it that was not requested")
+        return response
 
 
 def _unencoded(response: Any, url: str) -> Any:
@@ -200,9 +199,8 @@ def _unencoded(response: Any, url: str) -> Any:
 def _request(url: str) -> urllib.request.Request:
     parts = urlsplit(url)
     path = quote(parts.path, safe="/%:=&+,;@!$'()*~")
-    request = urllib.request.Request(urlunsplit((parts.scheme, parts.netloc, path, parts.query, "")))
-    request.add_header("User-Agent", f"bigtx/{__version__}")
-    request.add_header("Accept-Encoding", "identity")
+    headers = {"User-Agent": f"bigtx/{__version__}", "Accept-Encoding": "identity"}
+    request = urllib.request.Request(urlunsplit((parts.scheme, parts.netloc, path, parts.query, "")), headers=headers)
     login = _login_from_netrc(parts.hostname or "")
     if login:
         # Not for redirects: another host must not get it.
@@ -218,6 +216,15 @@ def _login_from_netrc(host: str) -> str:
     except (OSError, netrc.NetrcParseError):
         return ""
     return f"{found[0]}:{found[2]}" if found else ""
+
+
+@contextlib.contextmanager
+def _sorted_errors(url: str) -> Iterator[None]:
+    """Convert the errors of a request to temporary and permanent ones."""
+    try:
+        yield
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise _sorted_out(error, url) from None
 
 
 def _sorted_out(error: Exception, url: str) -> OSError:
@@ -245,10 +252,10 @@ def _sorted_out(error: Exception, url: str) -> OSError:
 def _total_size(response: Any) -> int | None:
     """Return the bytes of the whole file, if the response says so."""
     if response.status in (http.HTTPStatus.PARTIAL_CONTENT, http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE):
-        told = response.headers.get("Content-Range", "").rpartition("/")[2]
+        size = response.headers.get("Content-Range", "").rpartition("/")[2]
     else:
-        told = response.headers.get("Content-Length", "")
-    return int(told) if told.isdecimal() else None
+        size = response.headers.get("Content-Length", "")
+    return int(size) if size.isdecimal() else None
 
 
 def _version(response: Any) -> str:

@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import braceexpand
 import numpy as np
 
 from bigtx.config.schema import ForeignConfig, InputConfig
-from bigtx.data.corpus.manifest import TAR_UNIT
-from bigtx.data.raw.documents import EMPTY, Reject, Rejects
+from bigtx.data.corpus.manifest import TAR_UNIT, first_problems
+from bigtx.data.raw.documents import EMPTY, Reject, Rejects, in_batches
 from bigtx.data.raw.formats import READ_ERRORS, decompressed, is_compressed, unreadable
 from bigtx.data.raw.read import Fields
 from bigtx.data.raw.rows import Origin
@@ -40,8 +40,6 @@ Row = tuple[np.ndarray, np.ndarray]
 """int32 tokens [T + 1], and where in them documents start, int64 ascending."""
 
 EXECUTABLE_SUFFIXES = ("pickle", "pkl", "pt", "pth", "pyd")
-_BATCH_CHARACTERS = 1 << 17
-"""Characters of text that are tokenized at once."""
 _CHECKS_AT_ONCE = 32
 
 
@@ -82,9 +80,7 @@ def check_shards(config: ForeignConfig, world_size: int) -> str:
         found = list(pool.map(_check_shard, shards))
     problems = [problem for _, problem in found if problem]
     if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        named = "; ".join(problems[:5]) + more
-        raise DataError(f"data.foreign.paths: {named}. Restore these shards, or leave them out.")
+        raise DataError(f"data.foreign.paths: {first_problems(problems)}. Restore these shards, or leave them out.")
     names = sorted((shard.rpartition("/")[2], size) for shard, (size, _) in zip(shards, found, strict=True))
     return hashlib.sha256(json.dumps([names, config.member, config.text_field]).encode()).hexdigest()
 
@@ -176,7 +172,7 @@ class RowStream:
         """
         tokenizer = Tokenizer.load(self.config.tokenizer)
         length, tokens, starts = self.sequence_length, np.empty(0, np.int32), np.empty(0, np.int64)
-        for batch in self._batches():
+        for batch in in_batches(self._endless_texts(), len):
             ids, lengths = tokenizer.encode_documents(batch)
             starts = np.concatenate([starts, len(tokens) + np.cumsum(lengths) - lengths])
             tokens = np.concatenate([tokens, ids])
@@ -187,22 +183,15 @@ class RowStream:
             used = num_rows * length
             tokens, starts = tokens[used:].copy(), starts[np.searchsorted(starts, used) :] - used
 
-    def _batches(self) -> Iterator[list[str]]:
-        """Yield lists of texts that are tokenized together, epoch after epoch."""
-        batch: list[str] = []
-        size = epoch = 0
-        while True:
+    def _endless_texts(self) -> Iterator[str]:
+        """Yield the texts of this worker's shards, epoch after epoch."""
+        for epoch in itertools.count():
             is_empty = True
             for text in self._texts(epoch):
                 is_empty = False
-                batch.append(text)
-                size += len(text)
-                if size >= _BATCH_CHARACTERS:
-                    yield batch
-                    batch, size = [], 0
+                yield text
             if is_empty:
                 raise DataError("The shards of data.foreign.paths have no text: every sample is empty.")
-            epoch += 1
 
     def _texts(self, epoch: int) -> Iterator[str]:
         """Yield the texts of this worker's shards in one epoch."""
@@ -224,8 +213,3 @@ class RowStream:
 def num_workers(config: ForeignConfig, world_size: int) -> int:
     """Return the number of workers of each rank: no more than it has shards."""
     return max(1, min(config.num_workers, len(expand(config.paths)) // world_size))
-
-
-def load_tokenizer(config: ForeignConfig) -> Tokenizer:
-    """Return the tokenizer of `data.foreign.tokenizer`."""
-    return Tokenizer.load(Path(config.tokenizer))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import itertools
 import multiprocessing
 import queue
 import signal
@@ -18,9 +19,9 @@ import numpy as np
 from bigtx.config.schema import DataConfig
 from bigtx.data.corpus.blocks import BlockReader
 from bigtx.data.stream.foreign import Row, RowStream, num_workers
-from bigtx.data.stream.loader import StepLoader
+from bigtx.data.stream.loader import Division, RowLoader
 from bigtx.data.stream.order import Places
-from bigtx.data.stream.rows import Batch, Prepare, RowFormat, as_they_are, read_rows
+from bigtx.data.stream.rows import Batch, read_rows
 from bigtx.data.workers import end_with_parent
 from bigtx.utils.errors import BigtxError, DataError
 from bigtx.utils.processes import STOP_SIGNALS
@@ -31,7 +32,7 @@ _PARCELS_AHEAD = 4
 _POLL_SECONDS = 1.0
 
 
-class ForeignLoader(StepLoader):
+class ForeignLoader(RowLoader):
     """The steps of a run on foreign shards.
 
     Its state is the number of sequences consumed too, but to return to a position it reads everything before it again.
@@ -39,70 +40,32 @@ class ForeignLoader(StepLoader):
 
     Args:
         data: the config, with its section `foreign` and how rows are cut.
-        The others are those of `TrainLoader`.
+        The others are those of `RowLoader`.
 
     Raises:
         DataError: a shard is refused; raised by `next`.
     """
 
-    def __init__(
-        self,
-        data: DataConfig,
-        *,
-        sequence_length: int,
-        global_batch_size: int,
-        micro_batch_size: int,
-        seed: int,
-        rank: int,
-        world_size: int,
-        start_sequence: int,
-        pad_id: int,
-        prepare: Prepare = as_they_are,
-    ) -> None:
-        self._global_batch_size = global_batch_size
-        self._micro_batch_size = micro_batch_size
-        self._num_micro_batches = global_batch_size // (world_size * micro_batch_size)
-        self._rank = rank
-        self._form = RowFormat(
-            sequence_length=sequence_length,
-            pad_id=pad_id,
-            document_mask=data.document_mask,
-        )
-        self._prepare = prepare
-        stream = RowStream(
-            data.foreign, sequence_length, seed, rank, world_size, 0, num_workers(data.foreign, world_size)
-        )
+    def _open(self, data: DataConfig, division: Division, seed: int, start_sequence: int) -> None:
+        length, world_size = self._form.sequence_length, division.world_size
+        workers = num_workers(data.foreign, world_size)
+        stream = RowStream(data.foreign, length, seed, division.rank, world_size, 0, workers)
         self._workers = _Workers(stream, skip_rows=start_sequence // world_size)
-        super().__init__(
-            self._micro_batches(start_sequence),
-            num_micro_batches=self._num_micro_batches,
-            start_sequence=start_sequence,
-            prefetch_batches=data.prefetch_batches,
-        )
-
-    def num_tokens(self, micro_batches: list[Batch]) -> int:
-        """Return the number of whole rows."""
-        return len(micro_batches) * self._micro_batch_size * self._form.sequence_length
-
-    def _sequence_after_step(self) -> int:
-        return self.next_sequence + self._global_batch_size
 
     def close(self) -> None:
         """End the processes and the reading thread."""
         self._workers.close()
         super().close()
 
-    def _micro_batches(self, step_start: int) -> Iterator[Batch]:
-        rows, size = self._workers.rows(), self._micro_batch_size
-        own = self._num_micro_batches * size
+    def _micro_batches(self, start_sequence: int) -> Iterator[Batch]:
+        rows, division, size = self._workers.rows(), self._division, self._division.micro_batch_size
         zeros = np.zeros(size, np.int64)
         places = Places(zeros, zeros, np.arange(size), zeros)
-        while True:
-            first = step_start + self._rank * own
-            for begin in range(first, first + own, size):
+        for step_start in itertools.count(start_sequence, division.global_batch_size):
+            first = step_start + division.rank * division.rows_of_step
+            for begin in range(first, first + division.rows_of_step, size):
                 reader = cast(BlockReader, _RowReader([next(rows) for _ in range(size)]))
                 yield self._prepare(read_rows([reader], places, np.arange(begin, begin + size), size, self._form))
-            step_start += self._global_batch_size
 
 
 @dataclasses.dataclass(frozen=True)

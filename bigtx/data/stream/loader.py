@@ -13,6 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
@@ -23,9 +24,8 @@ from bigtx.data.corpus.blocks import BlockReader, RemoteBlockReader, open_reader
 from bigtx.data.corpus.manifest import Manifest
 from bigtx.data.storage.places import Place, as_place
 from bigtx.data.stream.mixture import MAX_SPAN
-from bigtx.data.stream.order import Places, SkippedWindows, rows_of_blocks
+from bigtx.data.stream.order import Places, SkippedWindows, check_sources, make_order, rows_of_blocks
 from bigtx.data.stream.rows import Batch, Prepare, RowFormat, as_they_are, read_rows
-from bigtx.data.stream.sources import check_sources, make_order
 from bigtx.utils.errors import ConfigError
 
 _STEPS_AHEAD, _TOKENS_AHEAD = 8, 1 << 22
@@ -62,17 +62,36 @@ LOCATED_ROWS = 1024
 """Rows of one rank that are located at once, unless a step has more."""
 
 
-def check_division(global_batch_size: int, micro_batch_size: int, world_size: int) -> None:
-    """Refuse a global batch that ranks cannot share evenly.
+@dataclass(frozen=True, kw_only=True)
+class Division:
+    """The division of each global batch over ranks and micro batches.
+
+    Attributes:
+        global_batch_size: sequences of a step over all ranks.
+        micro_batch_size: rows B of a batch.
+        rank, world_size: the slice of each global batch to read.
 
     Raises:
-        ConfigError: it does not divide into ranks and micro batches.
+        ConfigError: the global batch cannot be divided into ranks and micro batches.
     """
-    if global_batch_size % (world_size * micro_batch_size):
-        raise ConfigError(
-            f"train.global_batch_size={global_batch_size} cannot be divided into {world_size} ranks with micro "
-            f"batches of {micro_batch_size}: choose train.micro_batch_size so that their product divides it."
-        )
+
+    global_batch_size: int
+    micro_batch_size: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.global_batch_size % (self.world_size * self.micro_batch_size):
+            raise ConfigError(
+                f"train.global_batch_size={self.global_batch_size} cannot be divided into {self.world_size} ranks with "
+                f"micro batches of {self.micro_batch_size}: choose train.micro_batch_size so that their product "
+                "divides it."
+            )
+
+    @property
+    def rows_of_step(self) -> int:
+        """Return the sequences that a rank reads in a step."""
+        return self.global_batch_size // self.world_size
 
 
 class StepLoader(ABC):
@@ -83,16 +102,16 @@ class StepLoader(ABC):
         wait_seconds: the time that `next` has waited for data.
     """
 
-    def __init__(
-        self, batches: Iterator[Batch], *, num_micro_batches: int, start_sequence: int, prefetch_batches: int
-    ) -> None:
+    def __init__(self, division: Division, start_sequence: int, prefetch_batches: int) -> None:
         """Args:
-        batches: this rank's micro batches of all steps.
-        prefetch_batches: how many of them are read ahead, in a thread; 0: none.
+        start_sequence: the first sequence of the global order to read.
+        prefetch_batches: how many micro batches are read ahead, in a thread; 0: none.
         """
         self.next_sequence = start_sequence
         self.wait_seconds = 0.0
-        self._num_micro_batches = num_micro_batches
+        self._division = division
+        self._num_micro_batches = division.rows_of_step // division.micro_batch_size
+        batches = self._micro_batches(start_sequence)
         self._prefetcher = Prefetcher(batches, prefetch_batches) if prefetch_batches else None
         self._batches = self._prefetcher or batches
 
@@ -111,8 +130,12 @@ class StepLoader(ABC):
         """Return the number of input tokens of a step on this rank."""
 
     @abstractmethod
+    def _micro_batches(self, start_sequence: int) -> Iterator[Batch]:
+        """Yield this rank's micro batches of all steps from start_sequence on."""
+
     def _sequence_after_step(self) -> int:
         """Return the next sequence after those of a step."""
+        return self.next_sequence + self._division.global_batch_size
 
     def close(self) -> None:
         """End the reading thread."""
@@ -120,68 +143,57 @@ class StepLoader(ABC):
             self._prefetcher.close()
 
 
-class TrainLoader(StepLoader):
-    """The steps of a run on prepared corpora.
+class RowLoader(StepLoader):
+    """The steps of a run on rows of text; a subclass opens the data.
 
     Args:
         data: the config of the mixture.
         sequence_length: tokens T of a row.
-        global_batch_size: sequences of a step over all ranks.
-        micro_batch_size: rows B of a batch.
         seed: the seed of the run.
-        rank, world_size: the slice of each global batch to read.
         start_sequence: the first sequence of the global order to read.
         pad_id: the id that fills short rows.
         prepare: the objective's function of the rows.
 
     Raises:
-        ConfigError: the global batch cannot be divided into ranks and micro batches.
-        DataError: `check_sources` refuses the sources; from `next`: a block is damaged.
+        DataError: the data cannot be used; from `next`: a part of it is damaged.
     """
 
     def __init__(
         self,
         data: DataConfig,
+        division: Division,
         *,
         sequence_length: int,
-        global_batch_size: int,
-        micro_batch_size: int,
         seed: int,
-        rank: int,
-        world_size: int,
         start_sequence: int,
         pad_id: int,
         prepare: Prepare = as_they_are,
     ) -> None:
-        check_division(global_batch_size, micro_batch_size, world_size)
-        sources = check_sources(data, sequence_length=sequence_length)
-        self._readers = [open_reader(source.manifest) for source in sources]
-        self._skipped = SkippedWindows(data.skip)
-        self._order = make_order(data, sources, sequence_length=sequence_length, seed=seed)
-        self._form = RowFormat(
-            sequence_length=sequence_length,
-            pad_id=pad_id,
-            document_mask=data.document_mask,
-        )
+        self._form = RowFormat(sequence_length=sequence_length, pad_id=pad_id, document_mask=data.document_mask)
         self._prepare = prepare
-        self._global_batch_size = global_batch_size
-        self._micro_batch_size = micro_batch_size
-        self._num_micro_batches = global_batch_size // (world_size * micro_batch_size)
-        self._rank = rank
-        self._world_size = world_size
-        super().__init__(
-            self._micro_batches(start_sequence),
-            num_micro_batches=self._num_micro_batches,
-            start_sequence=start_sequence,
-            prefetch_batches=data.prefetch_batches,
-        )
+        self._open(data, division, seed, start_sequence)
+        super().__init__(division, start_sequence, data.prefetch_batches)
 
     def num_tokens(self, micro_batches: list[Batch]) -> int:
         """Return the number of whole rows."""
-        return len(micro_batches) * self._micro_batch_size * self._form.sequence_length
+        return len(micro_batches) * self._division.micro_batch_size * self._form.sequence_length
+
+    @abstractmethod
+    def _open(self, data: DataConfig, division: Division, seed: int, start_sequence: int) -> None:
+        """Open the data."""
+
+
+class TrainLoader(RowLoader):
+    """The steps of a run on prepared corpora: `check_sources` refuses those that cannot be used."""
+
+    def _open(self, data: DataConfig, division: Division, seed: int, start_sequence: int) -> None:
+        sources = check_sources(data, sequence_length=self._form.sequence_length)
+        self._readers = [open_reader(source.manifest) for source in sources]
+        self._skipped = SkippedWindows(data.skip)
+        self._order = make_order(data, sources, sequence_length=self._form.sequence_length, seed=seed)
 
     def _sequence_after_step(self) -> int:
-        return self._skipped.after(self.next_sequence, self._global_batch_size)
+        return self._skipped.after(self.next_sequence, self._division.global_batch_size)
 
     def close(self) -> None:
         """End the reading thread."""
@@ -190,10 +202,9 @@ class TrainLoader(StepLoader):
         super().close()
 
     def _micro_batches(self, start_sequence: int) -> Iterator[Batch]:
-        """Yield this rank's micro batches of all steps from start_sequence on."""
-        size = self._micro_batch_size
+        division, size = self._division, self._division.micro_batch_size
         located = ((sequences, self._order.places(sequences)) for sequences in self._slices(start_sequence))
-        ahead = rows_ahead(self._num_micro_batches * size, self._world_size, self._form.sequence_length)
+        ahead = rows_ahead(division.rows_of_step, division.world_size, self._form.sequence_length)
         for sequences, places in tell_ahead(located, self._readers, ahead):
             for begin in range(0, len(sequences), size):
                 part = slice(begin, begin + size)
@@ -202,12 +213,12 @@ class TrainLoader(StepLoader):
 
     def _slices(self, position: int) -> Iterator[np.ndarray]:
         """Yield this rank's sequences, of as many steps at a time as is quick to locate together."""
-        own = self._num_micro_batches * self._micro_batch_size
-        num_steps = max(1, min(LOCATED_ROWS // own, MAX_SPAN // self._global_batch_size))
+        division, own = self._division, self._division.rows_of_step
+        num_steps = max(1, min(LOCATED_ROWS // own, MAX_SPAN // division.global_batch_size))
         while True:
-            steps = self._skipped.read_from(position, num_steps * self._global_batch_size)
+            steps = self._skipped.read_from(position, num_steps * division.global_batch_size)
             position = int(steps[-1]) + 1
-            yield steps.reshape(num_steps, self._world_size, own)[:, self._rank].ravel()
+            yield steps.reshape(num_steps, division.world_size, own)[:, division.rank].ravel()
 
 
 class Prefetcher:
@@ -263,10 +274,18 @@ class Prefetcher:
 
 
 class ValidationBatches(Sequence[Batch]):
-    """This rank's batches of a validation split: rows at even distances over the whole split, in order.
+    """This rank's batches of rows of a corpus's validation split: at even distances over the whole split, in order.
 
     Every rank has the same number of batches, so that collectives match; rows beyond the end are padding without
     labels.
+
+    Args:
+        path: the folder or URL of the corpus, as in `data.sources.NAME.path`.
+        max_sequences: the most rows over all ranks.
+        prepare: the objective's function of the rows.
+
+    Raises:
+        DataError: the corpus has no complete validation split.
 
     Attributes:
         manifest: the manifest of the split; `bytes_per_token` converts a loss per token to one per byte.
@@ -275,27 +294,24 @@ class ValidationBatches(Sequence[Batch]):
 
     def __init__(
         self,
-        manifest: Manifest,
+        path: str | Place,
+        form: RowFormat,
         *,
         micro_batch_size: int,
         max_sequences: int,
         rank: int,
         world_size: int,
-        form: RowFormat,
         prepare: Prepare = as_they_are,
     ) -> None:
-        self.manifest = manifest
-        self._form = form
-        self._prepare = prepare
-        self._ends = np.cumsum(rows_of_blocks(manifest.blocks["tokens"], form.sequence_length))
+        self.manifest = Manifest.load(as_place(path) / "validation")
+        # The rows up to the end of each block.
+        self._ends = np.cumsum(rows_of_blocks(self.manifest.blocks["tokens"], form.sequence_length))
         self.num_sequences = min(max_sequences, int(self._ends[-1]))
-        self._micro_batch_size = micro_batch_size
-        self._rank = rank
-        self._world_size = world_size
-        self._reader = open_reader(manifest)
+        self._reader, self._form, self._prepare = open_reader(self.manifest), form, prepare
+        self._size, self._rank, self._world_size = micro_batch_size, rank, world_size
 
     def __len__(self) -> int:
-        return -(-self.num_sequences // (self._micro_batch_size * self._world_size))
+        return -(-self.num_sequences // (self._size * self._world_size))
 
     def __getitem__(self, index: int) -> Batch:  # type: ignore[override]
         if not 0 <= index < len(self):
@@ -303,50 +319,13 @@ class ValidationBatches(Sequence[Batch]):
         for coming in range(index, min(index + BATCHES_AHEAD, len(self))):
             self._reader.expect(self._locate(coming)[1].block.tolist())
         numbers, places = self._locate(index)
-        return self._prepare(read_rows([self._reader], places, numbers, self._micro_batch_size, self._form))
+        return self._prepare(read_rows([self._reader], places, numbers, self._size, self._form))
 
     def _locate(self, index: int) -> tuple[np.ndarray, Places]:
         """Return the numbers of a batch's rows among all that are read, and their places."""
-        first = (index * self._world_size + self._rank) * self._micro_batch_size
-        numbers = np.arange(first, min(first + self._micro_batch_size, self.num_sequences))
+        first = (index * self._world_size + self._rank) * self._size
+        numbers = np.arange(first, min(first + self._size, self.num_sequences))
         rows = numbers * int(self._ends[-1]) // self.num_sequences
         blocks = np.searchsorted(self._ends, rows, side="right")
         before = np.where(blocks > 0, self._ends[blocks - 1], 0)
         return numbers, Places(np.zeros_like(rows), np.zeros_like(rows), blocks, rows - before)
-
-
-def validation_batches(
-    path: str | Place,
-    *,
-    sequence_length: int,
-    micro_batch_size: int,
-    max_sequences: int,
-    rank: int,
-    world_size: int,
-    document_mask: bool,
-    pad_id: int,
-    prepare: Prepare = as_they_are,
-) -> ValidationBatches:
-    """Return this rank's share of `max_sequences` rows of a prepared corpus's validation split.
-
-    Args:
-        path: the folder or URL of the corpus, as in `data.sources.NAME.path`.
-        prepare: the objective's function of the rows.
-
-    Raises:
-        DataError: the corpus has no complete validation split.
-    """
-    form = RowFormat(
-        sequence_length=sequence_length,
-        pad_id=pad_id,
-        document_mask=document_mask,
-    )
-    return ValidationBatches(
-        Manifest.load(as_place(path) / "validation"),
-        micro_batch_size=micro_batch_size,
-        max_sequences=max_sequences,
-        rank=rank,
-        world_size=world_size,
-        form=form,
-        prepare=prepare,
-    )

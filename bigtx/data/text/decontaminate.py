@@ -30,7 +30,6 @@ from bigtx.utils.files import write_atomic, write_json
 INDEX_NAME = "contamination"
 _VERSION = 1
 """The version of the words and hashes: a new version changes the digest."""
-_BATCH_CHARACTERS = 1 << 17
 _MERGE_HASHES = 1 << 23
 _BLOCK = 1 << 16
 """The number of n-grams that are looked up at once."""
@@ -151,7 +150,7 @@ def _batches(config: DecontaminateConfig) -> Iterator[list[str]]:
     settings = InputConfig(paths=config.paths, text_field=config.text_field, document_per_line=config.document_per_line)
     fields = Fields(settings, "decontaminate", ("text_field", "document_per_line"))
     documents = documents_of(list_files(settings, section="decontaminate"), fields, rejects)
-    yield from in_batches((document.text for document in documents), len, _BATCH_CHARACTERS)
+    yield from in_batches((document.text for document in documents), len)
     if rejects:
         raise DataError(
             f"Not all texts of decontaminate.paths can be read ({rejects.describe()}), so their n-grams could not be "

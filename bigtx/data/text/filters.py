@@ -90,9 +90,9 @@ GOPHER_REPETITION: dict[str, float] = {
     "max_duplicate_paragraphs": 0.3,
     "max_duplicate_paragraph_characters": 0.2,
 }
-TOP_NGRAMS = (2, (0.2, 0.18, 0.16))
-DUPLICATE_NGRAMS = (5, (0.15, 0.14, 0.13, 0.12, 0.11, 0.1))
-"""The shortest n-gram of a list of limits, and Gopher's limits."""
+TOP_NGRAMS = (0.2, 0.18, 0.16)
+DUPLICATE_NGRAMS = (0.15, 0.14, 0.13, 0.12, 0.11, 0.1)
+"""Gopher's limits for n-grams of 2 to 4 and of 5 to 10 words."""
 
 _STOP_WORDS = {
     written: word
@@ -291,13 +291,10 @@ class Limits:
             limits["min_sentences"] = 3
         limits |= {name: given for name in MEASURES if (given := getattr(config, name)) is not None}
         self._single = {name: limit for name, limit in limits.items() if limit is not None}
-        gopher = config.gopher_repetition
+        top, duplicates = (TOP_NGRAMS, DUPLICATE_NGRAMS) if config.gopher_repetition else ((), ())
         self._lists = [
-            (name, measure, first, config_limits or (usual if gopher else ()))
-            for name, measure, (first, usual), config_limits in (
-                ("max_top_ngrams", top_ngram, TOP_NGRAMS, config.max_top_ngrams),
-                ("max_duplicate_ngrams", duplicate_ngrams, DUPLICATE_NGRAMS, config.max_duplicate_ngrams),
-            )
+            ("max_top_ngrams", top_ngram, 2, config.max_top_ngrams or top),
+            ("max_duplicate_ngrams", duplicate_ngrams, 5, config.max_duplicate_ngrams or duplicates),
         ]
         self.is_empty = not self._single and not any(limits for *_, limits in self._lists)
 

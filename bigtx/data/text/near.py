@@ -27,6 +27,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bigtx.config.schema import NearDuplicateConfig
+from bigtx.data.storage.places import map_file
 from bigtx.data.text.ngrams import NOTHING, SIGNATURE_DTYPE
 from bigtx.utils.errors import DataError
 from bigtx.utils.files import fsync_dir
@@ -103,10 +104,10 @@ def find_near_duplicates(
     found = _Partitions(
         partial / "found", ROW_DTYPE, num_documents * config.num_bands * ROW_DTYPE.itemsize, memory_bytes
     )
-    with found:
-        finder = _GroupFinder(signatures, config.threshold, found, memory_bytes)
-        for path in _write_entries(signatures, partial / "keys", config, memory_bytes):
-            finder.search(path)
+    finder = _GroupFinder(signatures, config.threshold, found, memory_bytes)
+    for path in _write_entries(signatures, partial / "keys", config, memory_bytes):
+        finder.search(path)
+    found.flush()
     num_removed = _write_result(partial, found, num_documents)
     shutil.rmtree(partial / "keys")
     shutil.rmtree(partial / "found")
@@ -150,19 +151,12 @@ class _Partitions:
                     records[begin:end].tofile(file)
 
     def path(self, number: int) -> Path:
-        """Return the file of a number; there is none if it has no records."""
+        """Return the file of a number, which exists if the number has records."""
         return self._folder / f"{number:06d}"
 
     def paths(self) -> Iterator[tuple[int, Path]]:
         """Return the numbers and files that exist, in the order of the numbers."""
         return ((number, self.path(number)) for number in range(self.count) if self.path(number).exists())
-
-    def __enter__(self) -> _Partitions:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.flush()
 
 
 class _Signatures:
@@ -211,8 +205,7 @@ class _Signatures:
         if number not in self._open:
             if len(self._open) >= _OPEN_PARTS:
                 self._open.popitem(last=False)[1].close()
-            with open(self._parts[number].path, "rb") as file:
-                self._open[number] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._open[number] = map_file(self._parts[number].path)
             self._open[number].madvise(mmap.MADV_RANDOM)
         self._open.move_to_end(number)
         return self._open[number]
@@ -225,15 +218,15 @@ def _write_entries(
     entries = signatures.num_documents * config.num_bands
     partitions = _Partitions(folder, _ENTRY_DTYPE, entries * _ENTRY_DTYPE.itemsize, memory_bytes)
     chunk = max(1, memory_bytes // 8 // (signatures.row_bytes + config.num_bands * 8 * _ENTRY_DTYPE.itemsize))
-    with partitions:
-        for first, rows in signatures.read(chunk):
-            speaking = np.flatnonzero((rows != NOTHING).any(axis=1))
-            records = np.empty(len(speaking), _ENTRY_DTYPE)
-            records["document"] = speaking + first
-            for band in range(config.num_bands):
-                columns = rows[speaking, band * config.rows_per_band : (band + 1) * config.rows_per_band]
-                records["key"] = hash64(band, *columns.T)
-                partitions.add(records["key"] % np.uint64(partitions.count), records.copy())
+    for first, rows in signatures.read(chunk):
+        speaking = np.flatnonzero((rows != NOTHING).any(axis=1))
+        records = np.empty(len(speaking), _ENTRY_DTYPE)
+        records["document"] = speaking + first
+        for band in range(config.num_bands):
+            columns = rows[speaking, band * config.rows_per_band : (band + 1) * config.rows_per_band]
+            records["key"] = hash64(band, *columns.T)
+            partitions.add(records["key"] % np.uint64(partitions.count), records.copy())
+    partitions.flush()
     return (path for _, path in partitions.paths())
 
 

@@ -1,24 +1,34 @@
-"""All rules for a text between reading and tokenizing.
+"""The steps between reading and tokenizing of a document's text, and the documents that are too long for `memory`.
 
     text ──clean──▶ ──language──▶ ──C4's lines──▶ ──limits──▶ ──decontaminate──▶ text, or Dropped
 
 Cleaning repairs wrongly decoded characters and replaces personal data. The language is that of the text's metadata,
 else what py3langid says (naive Bayes over byte n-grams, Lui 2012).
+
+Most steps process a text in parts. The filters, and a tokenizer that has to read it as a whole, need a multiple of
+its size. One text may use half of `memory` for this, and only one process at a time works on such a text. So which
+documents are too long depends on `memory` only, not on the number of processes.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from ipaddress import AddressValueError, IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 from bigtx.config.schema import CleanConfig, FilterConfig, PrepareConfig
+from bigtx.config.settings import find
+from bigtx.data.raw.documents import Document, Reject
 from bigtx.data.text.decontaminate import Contamination
 from bigtx.data.text.filters import C4Lines, Limits
+from bigtx.data.workers import alone
+from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.tokenizer.words import utf8_length
 from bigtx.utils.errors import ConfigError
+from bigtx.utils.units import format_size
 
 EMAIL = "email@example.com"
 IPV4 = "192.0.2.1"
@@ -29,28 +39,20 @@ IPV6 = "2001:db8::1"
 _EMAIL = re.compile(r"(?<![\w.%+-])[\w.%+-]{1,64}@(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.)+[^\W\d_]{2,63}")
 _OCTET = r"(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 _IPV4 = re.compile(rf"(?<![\w.]){_OCTET}(?:\.{_OCTET}){{3}}(?!\.?\w)")
-_LIKE_IPV4 = re.compile(r"[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]")  # A quick test that there is none.
+_LIKE_IPV4 = re.compile(r"[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]")  # A quick test for texts without addresses.
 # All addresses that are assigned so far start with the bits 001 (RFC 4291, 2.4).
 _IPV6 = re.compile(r"(?<![\w:.])[23][0-9A-Fa-f]{3}:(?:[0-9A-Fa-f]{0,4}:){1,6}[0-9A-Fa-f]{0,4}(?![\w:])")
 
 # Not public (RFC 6890 and its updates); our own table, because Python's table changes between releases.
-_RESERVED_IPV4 = [
-    IPv4Network("0.0.0.0/8"),
-    IPv4Network("10.0.0.0/8"),
-    IPv4Network("100.64.0.0/10"),
-    IPv4Network("127.0.0.0/8"),
-    IPv4Network("169.254.0.0/16"),
-    IPv4Network("172.16.0.0/12"),
-    IPv4Network("192.0.0.0/24"),
-    IPv4Network("192.0.2.0/24"),
-    IPv4Network("192.168.0.0/16"),
-    IPv4Network("198.18.0.0/15"),
-    IPv4Network("198.51.100.0/24"),
-    IPv4Network("203.0.113.0/24"),
-    IPv4Network("224.0.0.0/4"),
-    IPv4Network("240.0.0.0/4"),
+_RESERVED = [
+    ip_network(network)
+    for network in (
+        *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16"),
+        *("172.16.0.0/12", "192.0.0.0/24", "192.0.2.0/24", "192.168.0.0/16", "198.18.0.0/15"),
+        *("198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4"),
+        *("2001:db8::/32", "3fff::/20"),
+    )
 ]
-_RESERVED_IPV6 = [IPv6Network("2001:db8::/32"), IPv6Network("3fff::/20")]
 
 # ASCII text with none of these needs no repair: neither entities nor control characters.
 _DOUBTFUL_ASCII = re.compile(r"[&\x00-\x08\x0b\x0e-\x1f\x7f]")
@@ -108,21 +110,17 @@ def replace_ip_addresses(text: str) -> str:
     and stay.
     """
     if _LIKE_IPV4.search(text):
-        text = _IPV4.sub(_public_ipv4, text)
-    return _IPV6.sub(_public_ipv6, text) if ":" in text else text
+        text = _IPV4.sub(_public, text)
+    return _IPV6.sub(_public, text) if ":" in text else text
 
 
-def _public_ipv4(match: re.Match[str]) -> str:
-    address = IPv4Address(match[0])
-    return match[0] if any(address in network for network in _RESERVED_IPV4) else IPV4
-
-
-def _public_ipv6(match: re.Match[str]) -> str:
+def _public(match: re.Match[str]) -> str:
     try:
-        address = IPv6Address(match[0])
-    except AddressValueError:
+        address = ip_address(match[0])
+    except ValueError:
         return match[0]
-    return match[0] if any(address in network for network in _RESERVED_IPV6) else IPV6
+    is_reserved = any(address in network for network in _RESERVED)
+    return match[0] if is_reserved else IPV4 if address.version == 4 else IPV6
 
 
 _CHARACTERS = 512
@@ -150,7 +148,7 @@ class LanguageFilter:
         """Return why a text is not kept; empty if it is.
 
         Args:
-            language: the text's language by its metadata; it is detected only if there is none.
+            language: the text's language by its metadata; if it is empty, the language is detected.
         """
         if language:
             known = primary_language(language)
@@ -261,3 +259,94 @@ def check_rules(config: PrepareConfig) -> None:
             f"filters.languages has {', '.join(unknown)}, which cannot be detected; write two-letter codes of ISO 639: "
             f"{', '.join(known)}"
         )
+
+
+_NEVER_LARGE = 1 << 18
+"""Characters that every process may hold in addition to its buffers."""
+
+
+@dataclass
+class Needs:
+    """The bytes of memory that documents need: they determine with which `memory` the same documents are kept.
+
+    Attributes:
+        kept: the most that a document that was kept needed.
+        rejected: the least that a rejected document would have needed; None if no document was rejected.
+    """
+
+    kept: int = 0
+    rejected: int | None = None
+
+    def add(self, other: Needs) -> None:
+        """Add the documents of others."""
+        self.kept = max(self.kept, other.kept)
+        if other.rejected is not None:
+            self.rejected = min(other.rejected, self.rejected or other.rejected)
+
+    def allows(self, memory: int) -> bool:
+        """Return whether the same documents are kept with another `memory`."""
+        most = most_for_a_text(memory)
+        return self.kept <= most and (self.rejected is None or self.rejected > most)
+
+    def memory_mib(self) -> int:
+        """Return the least `memory`, in MiB, with which the same documents are kept."""
+        setting = find(PrepareConfig, "memory")
+        assert setting is not None and setting.minimum is not None
+        return max(-(-2 * self.kept >> 20), int(setting.minimum) >> 20)
+
+    @property
+    def agree(self) -> bool:
+        """Return whether there is any `memory` with which these documents are kept and rejected."""
+        return self.rejected is None or self.rejected > self.kept
+
+
+def most_for_a_text(memory: int) -> int:
+    """Return the bytes that one text may take of all `memory`."""
+    return memory // 2
+
+
+class TextPreparation:
+    """The rules, and the search for texts that are too long for memory.
+
+    Args:
+        rules: the rules of the config.
+        num_processes: the number of processes that share the memory.
+    """
+
+    def __init__(self, config: PrepareConfig, tokenizer: Tokenizer, rules: TextRules, num_processes: int) -> None:
+        self._most = most_for_a_text(config.memory)
+        self._large = max(_NEVER_LARGE, self._most // num_processes // tokenizer.memory_per_byte)
+        self._tokenizer = tokenizer
+        self._rules = rules
+
+    def turn(self, texts: Iterable[str]) -> AbstractContextManager[object]:
+        """Wait until no other process works on a large text, if one of the texts is large."""
+        return alone() if any(len(text) > self._large for text in texts) else nullcontext()
+
+    def apply(self, document: Document, needs: Needs) -> str | Dropped | Reject:
+        """Return the text to tokenize, or why the document is left out.
+
+        Args:
+            needs: counts what the document needs.
+        """
+        text = document.text
+        with self.turn([text]):
+            if not self._rules.is_empty:
+                if reject := self._reject(document, self._rules.memory_for(text), "the filters", needs):
+                    return reject
+                outcome = self._rules.apply(text, document.language)
+                if isinstance(outcome, Dropped):
+                    return outcome
+                text = outcome
+            return self._reject(document, self._tokenizer.memory_for(text), "the tokenizer", needs) or text
+
+    def _reject(self, document: Document, needed: int, who: str, needs: Needs) -> Reject | None:
+        if needed <= self._most:
+            needs.add(Needs(needed))
+            return None
+        needs.add(Needs(rejected=needed))
+        reason = (
+            f"too long for memory={format_size(2 * self._most)}: {who} would need up to {format_size(needed)} for its "
+            f"{len(document.text):,} characters; memory={-(-2 * needed >> 20)}MiB is enough"
+        )
+        return Reject(document.file, document.line, reason)

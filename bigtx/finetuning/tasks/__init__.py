@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from bigtx.utils import imported
 
 if TYPE_CHECKING:
     from bigtx.finetuning.tasks.task import RecordTask
@@ -31,6 +32,5 @@ FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
 
 def task_type(name: str) -> type[RecordTask]:
     """Return the class of a task."""
-    module, _, attribute = RECORD_TASKS[name].partition(":")
-    found: type[RecordTask] = getattr(importlib.import_module(module), attribute)
+    found: type[RecordTask] = imported(RECORD_TASKS[name])
     return found

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from bigtx.model.loss import IGNORED
 
-LENGTH_MULTIPLE = 16
-"""Batches are padded to a multiple of this number of columns, so that there are few shapes."""
+LENGTH_MULTIPLE, GPU_LENGTH_MULTIPLE = 16, 64
+"""Batches are padded to a multiple of the first number of columns, so that there are few shapes. On a GPU, those longer
+than the second number are padded to a multiple of that: kernels work on tiles, and are prepared for each shape.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +29,9 @@ class Batch:
         tokens: int64 [B, T].
         features, feature_lengths: fp32 [B, F, M], recordings of up to F frames and M mel bins, padded with zeros; int64
             [B], their numbers of frames.
-        positions, segment_ids: int64 [B, T]. Positions restart with each text of a row; padding, and each text of a
-            row, is a segment.
+        positions: int64 [B, T]; they restart with each text of a row.
+        segment_ids: int64 [B, T], where each text of a row is a segment, and the padding is one; or bool [B, T], True
+            for padding, where a row has one text.
         token_types: int64 [B, T].
         prefix_mask: bool [B, T], the source in a decoder with prefix attention.
         target_tokens: int64 [B, T], the input of an encoder-decoder's decoder.
@@ -37,6 +40,8 @@ class Batch:
         text_lengths: int64 [B], for a decoder the number of columns of each row without padding.
         weights: fp32 [B], the weight of each text in the loss.
         reference: fp32 [B / 2, 2], the log-probabilities of both answers of each pair before the first step.
+        ctc_lengths: the columns of the encoder, and the labels, of each row. They stay on the host, where CTC's kernel
+            reads them.
     """
 
     labels: Tensor
@@ -54,6 +59,7 @@ class Batch:
     text_lengths: Tensor | None = None
     weights: Tensor | None = None
     reference: Tensor | None = None
+    ctc_lengths: tuple[list[int], list[int]] | None = None
 
     @property
     def num_labels(self) -> int:
@@ -78,9 +84,15 @@ class Batch:
         return {name: part for name, part in vars(self).items() if torch.is_tensor(part)}
 
 
-def padded(rows: Sequence[Sequence[int] | np.ndarray], fill: int, *, multiple: int = 1) -> Tensor:
-    """Pad rows on the right to the length of the longest, rounded up to a multiple; return int64 [B, T]."""
-    length = -(-max((len(row) for row in rows), default=0) // multiple) * multiple
+def padded_length(longest: int, most: int) -> int:
+    """Round the length of the longest row up (see `LENGTH_MULTIPLE`), but not above the `most` of the model."""
+    multiple = GPU_LENGTH_MULTIPLE if longest > GPU_LENGTH_MULTIPLE and torch.cuda.is_available() else LENGTH_MULTIPLE
+    return max(longest, min(-(-longest // multiple) * multiple, most))
+
+
+def padded(rows: Sequence[Sequence[int] | np.ndarray], fill: int, *, length: int | None = None) -> Tensor:
+    """Pad rows on the right to a length, by default that of the longest; return int64 [B, T]."""
+    length = max((len(row) for row in rows), default=0) if length is None else length
     result = np.full((len(rows), length), fill, np.int64)
     for place, row in enumerate(rows):
         result[place, : len(row)] = row
@@ -88,8 +100,8 @@ def padded(rows: Sequence[Sequence[int] | np.ndarray], fill: int, *, multiple: i
 
 
 def padding_segments(lengths: np.ndarray, num_columns: int) -> Tensor:
-    """Return segment ids, int64 [B, T], that separate texts of these lengths, int64 [B], from padding."""
-    return pinned((np.arange(num_columns) >= lengths[:, None]).astype(np.int64))
+    """Return segment ids, bool [B, T], that separate texts of these lengths, int64 [B], from padding."""
+    return pinned(np.arange(num_columns) >= lengths[:, None])
 
 
 def ids_of(numbers: Sequence[int] | None) -> Tensor | None:

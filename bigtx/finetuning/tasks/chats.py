@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,10 +25,10 @@ from bigtx.config.nodes import raise_problems
 from bigtx.config.schema import FinetuneConfig, RunConfig
 from bigtx.config.schema.tasks import ANSWERING
 from bigtx.data.records.record import BadRecordError, Record
-from bigtx.finetuning.tasks.task import Examples, Model, some_ids
+from bigtx.finetuning.tasks.task import Examples, Model, RecordTask, some_ids
 from bigtx.model.decode import Sampling, decode_tokens
 from bigtx.model.write import Prompt, plain_prompts
-from bigtx.tokenizer.chat import ASSISTANT
+from bigtx.tokenizer.special import ASSISTANT
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import ConfigError, DataError
 
@@ -190,6 +191,35 @@ class ChatFormat:
         return Chat(prompt, is_learned, kept, num_cut, len(parts) - len(kept_parts), lost_start)
 
 
+class ChatTask(RecordTask):
+    """The base of tasks on chats."""
+
+    def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:
+        super().__init__(config, tokenizer)
+        self.format = ChatFormat(config, tokenizer, self.max_length)
+        self.require_length(self.format.min_length)
+
+    @classmethod
+    def resolve(cls, config: FinetuneConfig, tokenizer: Tokenizer, records: Sequence[Record]) -> FinetuneConfig:
+        """Return the config with the format of chats and a head of tokens.
+
+        Raises:
+            ConfigError: the model is not a decoder, or the tokenizer does not support the format.
+        """
+        return super().resolve(resolve_chat_format(config, tokenizer), tokenizer, records)
+
+    @abstractmethod
+    def divide(self, record: Record, for_training: bool) -> tuple[Any, Any]:
+        """Return the prompt or the chat of a record, and what answers it."""
+
+    def shown(self, record: Record) -> str:
+        """Return the prompt, or the chat before the answer."""
+        prompt, _ = self.divide(record, for_training=False)
+        if isinstance(prompt, str):
+            return prompt
+        return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
 def without_empty_answer(messages: Any) -> Any:
     """Return a chat for prediction without an empty last answer; other values are returned unchanged."""
     if isinstance(messages, list) and messages and isinstance(messages[-1], Mapping):
@@ -271,11 +301,7 @@ class _PromptSampling(Sampling):
 
 
 def write_answers(
-    model: Model,
-    config: FinetuneConfig,
-    tokenizer: Tokenizer,
-    prompts: Sequence[list[int]],
-    device: torch.device,
+    model: Model, config: FinetuneConfig, tokenizer: Tokenizer, prompts: Sequence[list[int]], device: torch.device
 ) -> list[str]:
     """Generate the model's answers to prompts, and return their texts."""
     sampling = _PromptSampling(

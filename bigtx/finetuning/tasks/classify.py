@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,11 +25,10 @@ import torch.nn.functional as F
 from bigtx.config.schema import FinetuneConfig, ModelConfig
 from bigtx.config.schema.tasks import METRICS
 from bigtx.data.records.record import BadRecordError, Broken, Record
-from bigtx.engine.task import TaskLoss
-from bigtx.finetuning.tasks.batch import LENGTH_MULTIPLE, Batch, ids_of, padded, padding_segments, pinned
+from bigtx.finetuning.tasks.batch import Batch, ids_of, padding_segments, pinned
 from bigtx.finetuning.tasks.task import Examples, Lengths, Model, Prediction, RecordTask, some_ids
 from bigtx.model.layers import pooling_weights
-from bigtx.model.loss import IGNORED
+from bigtx.model.loss import IGNORED, Loss
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import DataError
 from bigtx.utils.units import format_names
@@ -163,16 +163,14 @@ class Classify(RecordTask):
 
     def collate(self, examples: Sequence[TextExample], numbers: Sequence[int] | None = None) -> Batch:
         """Return a batch of texts."""
-        tokens = padded([example.ids for example in examples], self.tokenizer.pad_id, multiple=LENGTH_MULTIPLE)
+        tokens = self.padded([example.ids for example in examples], self.tokenizer.pad_id)
         lengths = np.array([len(example.ids) for example in examples])
         labels = np.array([example.label if example.label >= 0 else IGNORED for example in examples])
         weights = np.where(labels >= 0, self.class_weights[np.maximum(labels, 0)], 0).astype(np.float32)
         return Batch(
             tokens=tokens,
             segment_ids=padding_segments(lengths, tokens.shape[1]),
-            token_types=padded([example.types for example in examples], 0, multiple=LENGTH_MULTIPLE)
-            if self.has_types
-            else None,
+            token_types=self.padded([example.types for example in examples], 0) if self.has_types else None,
             pool=pinned(pooling_weights(self.pooling, lengths, tokens.shape[1])),
             labels=pinned(labels.astype(np.int64)),
             weights=pinned(weights),
@@ -180,19 +178,13 @@ class Classify(RecordTask):
             sequence_ids=ids_of(numbers),
         )
 
-    def loss(self, model: Model, batch: Batch) -> TaskLoss:
+    def loss(self, model: Model, batch: Batch) -> Loss:
         """Return the cross-entropy in nats; the reported loss is without smoothing and weights."""
         assert batch.weights is not None
         logits = model(**batch.inputs(labels=False))
-        plain = F.cross_entropy(logits, batch.labels, ignore_index=IGNORED, reduction="none")
-        smoothed = F.cross_entropy(
-            logits,
-            batch.labels,
-            ignore_index=IGNORED,
-            reduction="none",
-            label_smoothing=self.settings.label_smoothing,
-        )
-        return TaskLoss((smoothed * batch.weights).sum(), plain.detach().sum())
+        losses = functools.partial(F.cross_entropy, logits, batch.labels, ignore_index=IGNORED, reduction="none")
+        plain, smoothed = losses(), losses(label_smoothing=self.settings.label_smoothing)
+        return Loss((smoothed * batch.weights).sum(), plain.detach().sum())
 
     @torch.no_grad()
     def predict(self, model: Model, examples: Sequence[TextExample], device: torch.device) -> list[Prediction]:
@@ -211,8 +203,7 @@ class Classify(RecordTask):
     def metrics(self, predictions: Sequence[Prediction]) -> dict[str, float]:
         """Return the accuracy, the share of the largest class (the accuracy of always predicting that class), macro F1,
         the mean cross-entropy in nats, and the expected calibration error."""
-        labels, probabilities = self._arrays(predictions)
-        matrix = confusion(labels, probabilities.argmax(axis=1), len(self.classes))
+        labels, probabilities, matrix = self._arrays(predictions)
         of_label = np.maximum(probabilities[np.arange(len(labels)), labels], np.finfo(np.float64).tiny)
         return {
             "accuracy": float(np.trace(matrix) / max(1, matrix.sum())),
@@ -224,8 +215,7 @@ class Classify(RecordTask):
 
     def tables(self, predictions: Sequence[Prediction]) -> dict[str, list[dict[str, Any]]]:
         """Return the confusion matrix: the number of records by true and predicted class."""
-        labels, probabilities = self._arrays(predictions)
-        matrix = confusion(labels, probabilities.argmax(axis=1), len(self.classes))
+        *_, matrix = self._arrays(predictions)
         return {
             "confusion": [
                 {"class": name} | {f"as {other}": int(count) for other, count in zip(self.classes, row, strict=True)}
@@ -233,10 +223,11 @@ class Classify(RecordTask):
             ]
         }
 
-    def _arrays(self, predictions: Sequence[Prediction]) -> tuple[np.ndarray, np.ndarray]:
+    def _arrays(self, predictions: Sequence[Prediction]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the labels, the probabilities of the classes, and the confusion matrix."""
         labels = np.array([prediction["_label"] for prediction in predictions])
-        rows = [[prediction["probabilities"][name] for name in self.classes] for prediction in predictions]
-        return labels, np.array(rows)
+        rows = np.array([[each["probabilities"][name] for name in self.classes] for each in predictions])
+        return labels, rows, confusion(labels, rows.argmax(axis=1), len(self.classes))
 
     def answer(self, record: Record) -> str:
         """Return the name of the record's class."""
@@ -244,7 +235,7 @@ class Classify(RecordTask):
 
     def lengths(self, examples: Sequence[TextExample]) -> Lengths:
         """Return the mean tokens of a text, in the model's only stack."""
-        mean = float(np.mean([example.length for example in examples]))
+        mean = self.mean_tokens(examples)
         return Lengths(0, mean, 0) if self.config.model.shape == "decoder" else Lengths(mean, 0, 0)
 
 

@@ -4,7 +4,7 @@ formats.
     margin = beta ((log p(chosen) - log q(chosen)) - (log p(rejected) - log q(rejected)))
     loss   = -(1 - e) log sigmoid(margin) - e log sigmoid(-margin)
 
-p is the model, q the model before the first step: its log-probabilities are computed once (reference.py). e is
+p is the model, q the model before the first step: its log-probabilities are computed once (measure.py). e is
 preference.label_smoothing, the probability that a pair is labeled the wrong way round.
 """
 
@@ -22,20 +22,17 @@ import torch.nn.functional as F
 from bigtx.config.schema import FinetuneConfig
 from bigtx.config.schema.tasks import METRICS
 from bigtx.data.records.record import BadRecordError, Record
-from bigtx.engine.task import TaskLoss
-from bigtx.finetuning.tasks.batch import LENGTH_MULTIPLE, Batch, ids_of, padded, pinned
+from bigtx.finetuning.tasks.batch import Batch, ids_of, pinned
 from bigtx.finetuning.tasks.chats import (
-    ChatFormat,
+    ChatTask,
     Message,
-    resolve_chat_format,
     review_chats,
     without_empty_answer,
     write_answers,
 )
-from bigtx.finetuning.tasks.sft import shown_prompt
-from bigtx.finetuning.tasks.task import Examples, Lengths, Model, Prediction, RecordTask
-from bigtx.model.loss import IGNORED
-from bigtx.tokenizer.chat import ASSISTANT
+from bigtx.finetuning.tasks.task import Examples, Lengths, Model, Prediction
+from bigtx.model.loss import IGNORED, Loss
+from bigtx.tokenizer.special import ASSISTANT
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import DataError
 
@@ -75,7 +72,7 @@ class PreferenceExample:
         return self.has_answers and np.array_equal(self.chosen, self.rejected)
 
 
-class Preference(RecordTask):
+class Preference(ChatTask):
     """The task of preferring the better of two answers."""
 
     metric = "loss"
@@ -85,21 +82,10 @@ class Preference(RecordTask):
     def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:
         super().__init__(config, tokenizer)
         self.settings = config.preference
-        self.format = ChatFormat(config, tokenizer, self.max_length)
-        self.require_length(self.format.min_length)
-
-    @classmethod
-    def resolve(cls, config: FinetuneConfig, tokenizer: Tokenizer, records: Sequence[Record]) -> FinetuneConfig:
-        """Return the config with the format of chats and a head of tokens.
-
-        Raises:
-            ConfigError: the model is not a decoder, or the tokenizer does not support the format.
-        """
-        return super().resolve(resolve_chat_format(config, tokenizer), tokenizer, records)
 
     def encode(self, record: Record, *, for_training: bool = True) -> PreferenceExample:
         """Encode a prompt and both answers; for prediction the answers may be missing."""
-        prompt, answers = self._divide(record, for_training)
+        prompt, answers = self.divide(record, for_training)
         sides = zip((self.fields.chosen, self.fields.rejected), answers, strict=False)  # Prompts without answers.
         ids = [self.format.answer(field, answer) for field, answer in sides]
         if for_training and ids[0] == ids[1]:
@@ -135,7 +121,7 @@ class Preference(RecordTask):
             said.append(f"warning: {what}")
         return said
 
-    def _divide(self, record: Record, for_training: bool) -> tuple[str | Sequence[Message], list[str]]:
+    def divide(self, record: Record, for_training: bool) -> tuple[str | Sequence[Message], list[str]]:
         """Return the prompt, and both answers or none."""
         fields = self.fields
         sides = [record.value(name) for name in (fields.chosen, fields.rejected)]
@@ -175,15 +161,15 @@ class Preference(RecordTask):
             row[: len(example.prompt) - 1] = IGNORED
         reference = np.array([example.reference or (0.0, 0.0) for example in examples], np.float32)
         return Batch(
-            tokens=padded([row[:-1] for row in rows], self.tokenizer.pad_id, multiple=LENGTH_MULTIPLE),
-            labels=padded(labels, IGNORED, multiple=LENGTH_MULTIPLE),
+            tokens=self.padded([row[:-1] for row in rows], self.tokenizer.pad_id),
+            labels=self.padded(labels, IGNORED),
             reference=pinned(reference),
             num_tokens=sum(map(len, labels)),
             sequence_ids=ids_of(numbers and [2 * number + side for side in range(2) for number in numbers]),
             text_lengths=pinned(np.array([len(row) for row in labels])),
         )
 
-    def loss(self, model: Model, batch: Batch) -> TaskLoss:
+    def loss(self, model: Model, batch: Batch) -> Loss:
         """Return the loss summed over pairs; the reported loss is without smoothing."""
         assert batch.reference is not None
         scores = model(**batch.inputs(), score_tokens=True)
@@ -191,7 +177,7 @@ class Preference(RecordTask):
         margin = self.settings.beta * ((chosen - rejected) - (batch.reference[:, 0] - batch.reference[:, 1]))
         plain, wrong = -F.logsigmoid(margin), -F.logsigmoid(-margin)
         smoothing = self.settings.label_smoothing
-        return TaskLoss(((1 - smoothing) * plain + smoothing * wrong).sum(), plain.detach().sum(), scores.routing)
+        return Loss(((1 - smoothing) * plain + smoothing * wrong).sum(), plain.detach().sum(), scores.routing)
 
     @torch.no_grad()
     def refer(
@@ -250,13 +236,9 @@ class Preference(RecordTask):
             **found,
         }
 
-    def shown(self, record: Record) -> str:
-        """Return the prompt."""
-        return shown_prompt(self._divide(record, for_training=False)[0])
-
     def answer(self, record: Record) -> str:
         """Return the better answer."""
-        answers = self._divide(record, for_training=False)[1]
+        answers = self.divide(record, for_training=False)[1]
         return answers[0] if answers else ""
 
     def lengths(self, examples: Sequence[PreferenceExample]) -> Lengths:

@@ -7,9 +7,10 @@ record ──encode──▶ ChatExample ──collate──▶ one row each, pa
 
 from __future__ import annotations
 
+import functools
 import math
 from bisect import bisect_left, insort
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,18 +20,11 @@ import torch
 from bigtx.config.schema import FinetuneConfig
 from bigtx.config.schema.tasks import METRICS
 from bigtx.data.records.record import BadRecordError, Record
-from bigtx.engine.task import TaskLoss
-from bigtx.finetuning.tasks.batch import LENGTH_MULTIPLE, Batch, ids_of, padded, pinned
-from bigtx.finetuning.tasks.chats import (
-    ChatFormat,
-    resolve_chat_format,
-    review_chats,
-    without_empty_answer,
-    write_answers,
-)
+from bigtx.finetuning.tasks.batch import Batch, ids_of, padded, pinned
+from bigtx.finetuning.tasks.chats import ChatTask, review_chats, without_empty_answer, write_answers
 from bigtx.finetuning.tasks.task import Examples, Lengths, Model, Prediction, RecordTask, some_ids
-from bigtx.model.loss import IGNORED
-from bigtx.tokenizer.chat import ASSISTANT
+from bigtx.model.loss import IGNORED, Loss
+from bigtx.tokenizer.special import ASSISTANT
 from bigtx.tokenizer.tokenizer import Tokenizer
 
 
@@ -80,12 +74,11 @@ class PackedRow:
         return sum(chat.num_cut for chat in self.chats)
 
 
-class Sft(RecordTask):
-    """The task of answering prompts and chats."""
+class OneText(RecordTask):
+    """The base of tasks with a loss on some tokens of one text."""
 
     metric = "loss"
     better = METRICS["sft"]
-    generates = True
     shows_by_predict = True
 
     def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:
@@ -94,68 +87,12 @@ class Sft(RecordTask):
         self.row_length = config.sft.row_length or self.max_length
         if self.settings.packing:
             self.max_length = min(self.max_length, self.row_length)
-        self.format = ChatFormat(config, tokenizer, self.max_length)
-        self.require_length(self.format.min_length)
 
     @property
     def length_setting(self) -> str:
         """Return the setting that `max_length` comes from."""
         is_of_row = self.settings.packing and self.settings.row_length == self.max_length
         return "sft.row_length" if is_of_row else super().length_setting
-
-    @classmethod
-    def resolve(cls, config: FinetuneConfig, tokenizer: Tokenizer, records: Sequence[Record]) -> FinetuneConfig:
-        """Return the config with the format of chats and a head of tokens.
-
-        Raises:
-            ConfigError: the model is not a decoder, or the tokenizer does not support the format.
-        """
-        return super().resolve(resolve_chat_format(config, tokenizer), tokenizer, records)
-
-    @property
-    def text_field(self) -> str | None:
-        """Return the field of the prompt."""
-        return self.fields.prompt
-
-    def encode(self, record: Record, *, for_training: bool = True) -> ChatExample:
-        """Encode a chat, or a prompt and its response."""
-        prompt, answer = self._divide(record, for_training)
-        is_chat = record.value(self.fields.messages) is not None
-        field = self.fields.messages if is_chat else self.fields.response
-        answers = [] if answer is None else [self.format.answer(field, answer)]
-        chat = self.format.fit(self.format.parts(prompt, learn=self.settings.answers == "all"), answers)
-        answer_ids = chat.answers[0] if chat.answers else []
-        return ChatExample(
-            np.array(chat.prompt + answer_ids, np.int32),
-            np.array(chat.is_learned + [True] * len(answer_ids)) if answer_ids else np.zeros(len(chat.prompt), bool),
-            len(chat.prompt),
-            chat.num_cut,
-            chat.lost_start,
-        )
-
-    def _divide(self, record: Record, for_training: bool) -> tuple[Any, str | None]:
-        """Return the prompt or the messages before the last answer, and that answer."""
-        fields = self.fields
-        messages = record.value(fields.messages)
-        if messages is None:
-            prompt = self.format.prompt(record, fields.prompt)
-            given = for_training or record.has_text(fields.response)
-            return prompt, record.text(fields.response, setting="data.fields.response") if given else None
-        if not for_training:
-            messages = without_empty_answer(messages)
-        messages = self.format.check(messages, fields.messages)
-        answered = [place for place, message in enumerate(messages) if message["role"] == ASSISTANT]
-        if not answered and for_training:
-            raise BadRecordError(
-                f"{fields.messages}: there is no message of the role {ASSISTANT}, so there is nothing to learn"
-            )
-        if not for_training and messages[-1]["role"] != ASSISTANT:
-            return messages, None
-        return messages[: answered[-1]], messages[answered[-1]]["content"]
-
-    def review(self, splits: Mapping[str, Examples]) -> list[str]:
-        """Return warnings about parts of the chats that are not trained on."""
-        return review_chats(splits, [self.fields.messages, self.fields.prompt])
 
     def pack(self, examples: Sequence[ChatExample]) -> list[Any]:
         """Pack chats into rows if `sft.packing` is set."""
@@ -173,18 +110,19 @@ class Sft(RecordTask):
         """Return a batch of chats, or of packed rows of one length."""
         is_packed = isinstance(examples[0], PackedRow)
         rows = [example.chats if is_packed else (example,) for example in examples]
-        multiple = self.row_length if is_packed else LENGTH_MULTIPLE
+        pad: Callable[..., torch.Tensor]
+        pad = functools.partial(padded, length=self.row_length) if is_packed else self.padded
         tokens = [np.concatenate([chat.ids[:-1] for chat in row]) for row in rows]
         labels = [np.concatenate([_labels(chat) for chat in row]) for row in rows]
         positions = segment_ids = None
         if is_packed:
             places = [np.concatenate([np.arange(chat.length) for chat in row]) for row in rows]
-            positions = padded(places, 0, multiple=multiple)
+            positions = pad(places, 0)
             numbers_of_chats = [np.repeat(np.arange(len(row)), [chat.length for chat in row]) for row in rows]
-            segment_ids = padded(numbers_of_chats, max(map(len, rows)), multiple=multiple)
+            segment_ids = pad(numbers_of_chats, max(map(len, rows)))
         return Batch(
-            tokens=padded(tokens, self.tokenizer.pad_id, multiple=multiple),
-            labels=padded(labels, IGNORED, multiple=multiple),
+            tokens=pad(tokens, self.tokenizer.pad_id),
+            labels=pad(labels, IGNORED),
             positions=positions,
             segment_ids=segment_ids,
             num_tokens=sum(map(len, tokens)),
@@ -192,23 +130,10 @@ class Sft(RecordTask):
             text_lengths=pinned(np.array([len(row) for row in tokens])),
         )
 
-    def loss(self, model: Model, batch: Batch) -> TaskLoss:
+    def loss(self, model: Model, batch: Batch) -> Loss:
         """Return the cross-entropy of the answers in nats."""
-        return TaskLoss.of(model(**batch.inputs()))
-
-    @torch.no_grad()
-    def predict(self, model: Model, examples: Sequence[ChatExample], device: torch.device) -> list[Prediction]:
-        """Return the answer that the model generates, and the likelihood of a known answer."""
-        prompts = [example.ids[: example.prompt_length].tolist() for example in examples]
-        written = write_answers(model, self.config, self.tokenizer, prompts, device)
-        known: list[Prediction] = [{} for _ in examples]
-        places = [place for place, example in enumerate(examples) if example.has_answer]
-        if places:
-            scores = self.predict_in_run(model, [examples[place] for place in places], device)
-            for place, score in zip(places, scores, strict=True):
-                answer = self.tokenizer.decode(examples[place].ids[examples[place].prompt_length :].tolist())
-                known[place] = score | {"_is_exact": written[place].strip() == answer.strip()}
-        return [{"response": text} | score for text, score in zip(written, known, strict=True)]
+        loss: Loss = model(**batch.inputs())
+        return loss
 
     @property
     def generates_in_run(self) -> bool:
@@ -240,22 +165,82 @@ class Sft(RecordTask):
         exact = [prediction["_is_exact"] for prediction in predictions if "_is_exact" in prediction]
         return found | ({"exact_match": sum(exact) / len(exact)} if exact else {})
 
-    def shown(self, record: Record) -> str:
-        """Return the prompt, or the chat before its last answer."""
-        prompt, _ = self._divide(record, for_training=False)
-        return shown_prompt(prompt)
-
-    def answer(self, record: Record) -> str:
-        """Return the known answer."""
-        return self._divide(record, for_training=False)[1] or ""
-
     def lengths(self, examples: Sequence[Any]) -> Lengths:
         """Return the mean columns of the rows of training."""
-        mean = float(np.mean([example.length for example in examples]))
+        mean = self.mean_tokens(examples)
         return Lengths(0, mean, mean)
 
 
-class Distill(Sft):
+class Sft(ChatTask, OneText):
+    """The task of answering prompts and chats."""
+
+    generates = True
+
+    @property
+    def text_field(self) -> str | None:
+        """Return the field of the prompt."""
+        return self.fields.prompt
+
+    def encode(self, record: Record, *, for_training: bool = True) -> ChatExample:
+        """Encode a chat, or a prompt and its response."""
+        prompt, answer = self.divide(record, for_training)
+        is_chat = record.value(self.fields.messages) is not None
+        field = self.fields.messages if is_chat else self.fields.response
+        answers = [] if answer is None else [self.format.answer(field, answer)]
+        chat = self.format.fit(self.format.parts(prompt, learn=self.settings.answers == "all"), answers)
+        answer_ids = chat.answers[0] if chat.answers else []
+        return ChatExample(
+            np.array(chat.prompt + answer_ids, np.int32),
+            np.array(chat.is_learned + [True] * len(answer_ids)) if answer_ids else np.zeros(len(chat.prompt), bool),
+            len(chat.prompt),
+            chat.num_cut,
+            chat.lost_start,
+        )
+
+    def divide(self, record: Record, for_training: bool) -> tuple[Any, str | None]:
+        """Return the prompt or the messages before the last answer, and that answer."""
+        fields = self.fields
+        messages = record.value(fields.messages)
+        if messages is None:
+            prompt = self.format.prompt(record, fields.prompt)
+            given = for_training or record.has_text(fields.response)
+            return prompt, record.text(fields.response, setting="data.fields.response") if given else None
+        if not for_training:
+            messages = without_empty_answer(messages)
+        messages = self.format.check(messages, fields.messages)
+        answered = [place for place, message in enumerate(messages) if message["role"] == ASSISTANT]
+        if not answered and for_training:
+            raise BadRecordError(
+                f"{fields.messages}: there is no message of the role {ASSISTANT}, so there is nothing to learn"
+            )
+        if not for_training and messages[-1]["role"] != ASSISTANT:
+            return messages, None
+        return messages[: answered[-1]], messages[answered[-1]]["content"]
+
+    def review(self, splits: Mapping[str, Examples]) -> list[str]:
+        """Return warnings about parts of the chats that are not trained on."""
+        return review_chats(splits, [self.fields.messages, self.fields.prompt])
+
+    @torch.no_grad()
+    def predict(self, model: Model, examples: Sequence[ChatExample], device: torch.device) -> list[Prediction]:
+        """Return the answer that the model generates, and the likelihood of a known answer."""
+        prompts = [example.ids[: example.prompt_length].tolist() for example in examples]
+        written = write_answers(model, self.config, self.tokenizer, prompts, device)
+        known: list[Prediction] = [{} for _ in examples]
+        places = [place for place, example in enumerate(examples) if example.has_answer]
+        if places:
+            scores = self.predict_in_run(model, [examples[place] for place in places], device)
+            for place, score in zip(places, scores, strict=True):
+                answer = self.tokenizer.decode(examples[place].ids[examples[place].prompt_length :].tolist())
+                known[place] = score | {"_is_exact": written[place].strip() == answer.strip()}
+        return [{"response": text} | score for text, score in zip(written, known, strict=True)]
+
+    def answer(self, record: Record) -> str:
+        """Return the known answer."""
+        return self.divide(record, for_training=False)[1] or ""
+
+
+class Distill(OneText):
     """Learn the teacher's distribution over plain text; predictions are the likelihoods of texts.
 
     The teacher works as for every task (see bigtx.train.teacher). A text is an answer without a prompt:
@@ -266,17 +251,9 @@ class Distill(Sft):
     encoders and encoder-decoders, are distilled by pretraining with `distill.teacher`.
     """
 
-    generates = False
-
     def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:
-        super(Sft, self).__init__(config, tokenizer)  # A text has no chat format.
-        self.settings = config.sft
+        super().__init__(config, tokenizer)
         self.require_length(2)
-
-    @classmethod
-    def resolve(cls, config: FinetuneConfig, tokenizer: Tokenizer, records: Sequence[Record]) -> FinetuneConfig:
-        """Return the config with a head of tokens."""
-        return super(Sft, cls).resolve(config, tokenizer, records)
 
     @property
     def text_field(self) -> str | None:
@@ -299,25 +276,6 @@ class Distill(Sft):
             {"loss": score["_loss_sum"] / score["_num_tokens"], "tokens": score["_num_tokens"]} | score
             for score in self.predict_in_run(model, examples, device)
         ]
-
-    def review(self, splits: Mapping[str, Examples]) -> list[str]:
-        """Return no warnings, since a text is not a chat."""
-        return []
-
-    def shown(self, record: Record) -> str:
-        """Return the text."""
-        return str(record.value(self.fields.text) or "")
-
-    def answer(self, record: Record) -> str:
-        """Return "", since a text has no answer."""
-        return ""
-
-
-def shown_prompt(prompt: Any) -> str:
-    """Return a prompt or a chat as one text."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
 def _labels(chat: ChatExample) -> np.ndarray:

@@ -18,13 +18,14 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from bigtx.config.schema import FinetuneConfig
 from bigtx.config.schema.tasks import Better
 from bigtx.data.recordings import AudioPlace, Found
 from bigtx.data.records.record import BadRecordError, Record
-from bigtx.engine.task import TaskLoss
-from bigtx.finetuning.tasks.batch import Batch
+from bigtx.finetuning.tasks.batch import Batch, padded, padded_length
+from bigtx.model.loss import Loss
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import ConfigError
 
@@ -176,7 +177,7 @@ class RecordTask(ABC):
         """
 
     @abstractmethod
-    def loss(self, model: Model, batch: Batch) -> TaskLoss:
+    def loss(self, model: Model, batch: Batch) -> Loss:
         """Return the loss of a micro batch, summed over its labels. A row's loss is independent of the other rows."""
 
     @abstractmethod
@@ -222,7 +223,7 @@ class RecordTask(ABC):
 
     def shown(self, record: Record) -> str:
         """Return a short text of the record, for tables of predictions."""
-        return str(record.fields.get(self.fields.text, ""))
+        return str(record.value(self.text_field or self.fields.text) or "")
 
     def answer(self, record: Record) -> str:
         """Return the record's own answer, for tables of predictions; "" if it has none."""
@@ -270,6 +271,17 @@ class RecordTask(ABC):
             head = limit // 2
             return ids[:head] + ids[len(ids) - (limit - head) :]
         return ids[:limit]
+
+    def padded(self, rows: Sequence[Sequence[int] | np.ndarray], fill: int, *, are_short: bool = False) -> Tensor:
+        """Pad rows on the right to a common length of which there are few; return int64 [B, T].
+
+        Args:
+            are_short: whether padding costs a CPU more than many shapes.
+        """
+        if are_short and not torch.cuda.is_available():
+            return padded(rows, fill)
+        longest = max((len(row) for row in rows), default=0)
+        return padded(rows, fill, length=padded_length(longest, self.config.model.max_sequence_length))
 
 
 def some_ids(tokenizer: Tokenizer, name: str, text: str) -> list[int]:

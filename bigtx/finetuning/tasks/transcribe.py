@@ -25,13 +25,13 @@ from bigtx.config.schema import FinetuneConfig
 from bigtx.config.schema.tasks import METRICS
 from bigtx.data.recordings import AudioPlace, require_speech
 from bigtx.data.records.record import BadRecordError, Record
-from bigtx.engine.task import TaskLoss
-from bigtx.finetuning.tasks.batch import Batch, ids_of, padded
+from bigtx.finetuning.tasks.batch import Batch, ids_of
 from bigtx.finetuning.tasks.speech import SpeechExample, SpeechFeatures
 from bigtx.finetuning.tasks.task import Lengths, Look, Model, Prediction, RecordTask, some_ids
 from bigtx.model.beam import Beam, beam_search
-from bigtx.model.cache import KeyValueCache, Text
-from bigtx.model.loss import IGNORED
+from bigtx.model.cache import KeyValueCache
+from bigtx.model.embed import Text
+from bigtx.model.loss import IGNORED, Loss
 from bigtx.tokenizer.tokenizer import Tokenizer
 
 APOSTROPHES = "'’"
@@ -120,46 +120,50 @@ class Transcribe(RecordTask):
         """Return a batch of recordings."""
         features, lengths = self.speech.together(examples, numbers)
         texts = [example.ids.tolist() for example in examples]
-        target_tokens = None
-        if not self.is_ctc:
+        target_tokens, ctc_lengths = None, None
+        if self.is_ctc:
+            columns = -(-lengths // shape.frames_per_column(self.config.model))
+            ctc_lengths = (columns.tolist(), [len(ids) for ids in texts])
+        else:
             # The decoder reads its labels shifted by one.
-            target_tokens = padded([[self.tokenizer.pad_id, *ids] for ids in texts], self.tokenizer.pad_id)
+            rows = [[self.tokenizer.pad_id, *ids] for ids in texts]
+            target_tokens = self.padded(rows, self.tokenizer.pad_id, are_short=True)
             texts = [[*ids, self.tokenizer.end_id] for ids in texts]
         return Batch(
             features=features,
             feature_lengths=lengths,
             target_tokens=target_tokens,
-            labels=padded(texts, IGNORED),
+            labels=self.padded(texts, IGNORED, are_short=True),
             num_tokens=sum(example.length for example in examples),
             sequence_ids=ids_of(numbers),
+            ctc_lengths=ctc_lengths,
         )
 
-    def loss(self, model: Model, batch: Batch) -> TaskLoss:
+    def loss(self, model: Model, batch: Batch) -> Loss:
         """Return the loss of all tokens of the texts in nats: cross-entropy, or CTC's negative log-likelihood."""
         if self.is_ctc:
             losses = self._ctc_losses(model(**batch.inputs(labels=False)), batch)
-            return TaskLoss(losses.sum(), losses.detach().sum())
-        return TaskLoss.of(model(**batch.inputs(), label_smoothing=self.settings.label_smoothing))
+            return Loss(losses.sum(), losses.detach().sum())
+        loss: Loss = model(**batch.inputs(), label_smoothing=self.settings.label_smoothing)
+        return loss
 
     def _ctc_losses(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return the losses of the texts, fp32 [B], on the logits' device."""
         log_probabilities = logits.log_softmax(dim=-1).transpose(0, 1)  # S B V
         if torch.are_deterministic_algorithms_enabled():
             log_probabilities = log_probabilities.cpu()  # The gradient of CTC is not deterministic on GPUs.
-        device = log_probabilities.device
+        columns: Any  # Lists, of which torch's annotation does not know.
+        labels: Any
+        assert batch.ctc_lengths is not None
+        columns, labels = batch.ctc_lengths
         return F.ctc_loss(
             log_probabilities,
-            batch.labels.clamp(min=0).to(device),
-            self._num_columns(batch).to(device),
-            (batch.labels != IGNORED).sum(dim=1).to(device),
+            batch.labels.clamp(min=0).to(log_probabilities.device),
+            columns,
+            labels,
             blank=self.tokenizer.pad_id,
             reduction="none",
         ).to(logits.device)
-
-    def _num_columns(self, batch: Batch) -> Tensor:
-        """Return the numbers of columns of the encoder, int64 [B]."""
-        assert batch.feature_lengths is not None
-        return -(-batch.feature_lengths // shape.frames_per_column(self.config.model))
 
     @torch.no_grad()
     def predict(self, model: Model, examples: Sequence[SpeechExample], device: torch.device) -> list[Prediction]:
@@ -178,7 +182,8 @@ class Transcribe(RecordTask):
     def _decode_ctc(self, model: Model, batch: Batch) -> tuple[list[list[int]], Tensor]:
         """Return the most likely token of each column, without repeats and blanks, and the losses of the true texts."""
         logits = model(**batch.inputs(labels=False))
-        rows = zip(logits.argmax(dim=-1).tolist(), self._num_columns(batch).tolist(), strict=True)
+        assert batch.ctc_lengths is not None
+        rows = zip(logits.argmax(dim=-1).tolist(), batch.ctc_lengths[0], strict=True)
         return [collapse(row[:length], self.tokenizer.pad_id) for row, length in rows], self._ctc_losses(logits, batch)
 
     def _search(self, model: Model, examples: Sequence[SpeechExample], batch: Batch) -> tuple[list[list[int]], Tensor]:
@@ -243,7 +248,7 @@ class Transcribe(RecordTask):
 
     def lengths(self, examples: Sequence[SpeechExample]) -> Lengths:
         """Return the mean columns of the encoder, and the mean tokens of the text with its end."""
-        columns = float(np.mean([example.length for example in examples]))
+        columns = self.mean_tokens(examples)
         if self.is_ctc:
             return Lengths(columns, 0, columns)
         tokens = 1 + float(np.mean([len(example.ids) for example in examples]))

@@ -19,11 +19,10 @@ from torch import Tensor
 from bigtx.config.schema import FinetuneConfig
 from bigtx.config.schema.tasks import METRICS
 from bigtx.data.records.record import Record
-from bigtx.engine.task import TaskLoss
-from bigtx.finetuning.tasks.batch import LENGTH_MULTIPLE, Batch, ids_of, padded, padding_segments, pinned
+from bigtx.finetuning.tasks.batch import Batch, ids_of, padding_segments, pinned
 from bigtx.finetuning.tasks.task import Lengths, Model, Prediction, RecordTask, some_ids
 from bigtx.model.beam import Beam, Found, beam_search
-from bigtx.model.loss import IGNORED
+from bigtx.model.loss import IGNORED, Loss
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import LaunchError
 
@@ -67,7 +66,7 @@ class Translate(RecordTask):
         self.max_length = config.data.max_length or config.model.max_sequence_length // self.num_sides
         self.require_length(len(tokenizer.encode(self.settings.prefix)) + 2)
         # Sentences are short: padding costs more than many different shapes, unless each shape is compiled.
-        self.multiple = LENGTH_MULTIPLE if config.engine.compile else 1
+        self.are_short = config.engine.compile != "true"
 
     @classmethod
     def resolve(cls, config: FinetuneConfig, tokenizer: Tokenizer, records: Sequence[Record]) -> FinetuneConfig:
@@ -152,11 +151,12 @@ class Translate(RecordTask):
         )
 
     def _padded(self, rows: Sequence[Sequence[int] | np.ndarray], fill: int) -> Tensor:
-        return padded(rows, fill, multiple=self.multiple)
+        return self.padded(rows, fill, are_short=self.are_short)
 
-    def loss(self, model: Model, batch: Batch) -> TaskLoss:
+    def loss(self, model: Model, batch: Batch) -> Loss:
         """Return the smoothed cross-entropy in nats; the reported loss is without smoothing."""
-        return TaskLoss.of(model(**batch.inputs(), label_smoothing=self.settings.label_smoothing))
+        loss: Loss = model(**batch.inputs(), label_smoothing=self.settings.label_smoothing)
+        return loss
 
     def predict(self, model: Model, examples: Sequence[PairExample], device: torch.device) -> list[Prediction]:
         """Return the best text of a beam search."""
@@ -239,10 +239,6 @@ class Translate(RecordTask):
         return (
             Lengths(0, source + target - 1, source + target - 1) if self.is_decoder else Lengths(source, target, target)
         )
-
-    def shown(self, record: Record) -> str:
-        """Return the source."""
-        return str(record.value(self.fields.source) or "")
 
     def answer(self, record: Record) -> str:
         """Return the target."""

@@ -6,7 +6,6 @@ A module here ends with `FAMILIES`, its families in the order in which an export
 
 from __future__ import annotations
 
-import importlib
 from functools import cache
 from typing import Any
 
@@ -16,19 +15,16 @@ from bigtx.interop.family import Family
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import ConfigError
 
-MODULES = ("decoders", "experts", "encoders", "t5")
-"""The modules in the order in which an export tries them: the first that can express a config is used."""
-
 
 @cache
 def families() -> dict[str, Family]:
-    """Return every family by its model_type."""
-    found: dict[str, Family] = {}
-    for name in MODULES:
-        for family in importlib.import_module(f"{__name__}.{name}").FAMILIES:
-            assert family.model_type not in found
-            found[family.model_type] = family
-    return found
+    """Return every family by its model_type, in the order in which an export tries them: the first that can express a
+    config is used.
+    """
+    from bigtx.interop.families import decoders, encoders, experts, t5
+
+    every = [family for module in (decoders, experts, encoders, t5) for family in module.FAMILIES]
+    return {family.model_type: family for family in every}
 
 
 def by_model_type(model_type: str) -> Family:
@@ -61,9 +57,8 @@ def choose(config: ModelConfig, name: str | None = None, *, pooling: str | None 
         raise ConfigError(f"the family {name} cannot express this model: {', '.join(problems[0][1])}")
     fewest = min(len(found) for _, found in problems)
     nearest = [f"{family.model_type}: {', '.join(found)}" for family, found in problems if len(found) == fewest]
-    raise ConfigError(
-        f"no family of Hugging Face models that bigtx writes can express this model; nearest is {'; '.join(nearest)}"
-    )
+    what = f"no family of Hugging Face models that bigtx writes can express this model; nearest is {'; '.join(nearest)}"
+    raise ConfigError(what)
 
 
 def family_of(run: RunConfig, name: str | None = None) -> Family:
@@ -95,12 +90,3 @@ def describe(run: RunConfig, tokenizer: Tokenizer, name: str | None = None) -> t
     family = family_of(run, name)
     refuse_ambiguous_end(pooling_of(run), tokenizer, tokenizer.pad_id)
     return family, family.write_config(run.model, tokenizer) | write_classes(family, run)
-
-
-def export_note(run: RunConfig, tokenizer: Tokenizer) -> str | None:
-    """Return a note for users before a training whose model cannot be exported; None if it can."""
-    try:
-        describe(run, tokenizer)
-    except ConfigError as error:
-        return f"note: this model cannot be exported to transformers: {error}; everything else works"
-    return None

@@ -8,8 +8,7 @@ from bigtx.config import shape
 from bigtx.config.schema.model import ModelConfig
 from bigtx.interop.classes import ENDING, decoder_classifier
 from bigtx.interop.families.positions import LayerWindows, Rope, Window
-from bigtx.interop.family import Family
-from bigtx.interop.links import Link, swapped_halves
+from bigtx.interop.family import Family, Link, swapped_halves
 from bigtx.interop.table import (
     NO_EXPERTS,
     OUTPUT_AS_INPUTS,
@@ -39,13 +38,7 @@ DECODER = fixed(
 )
 
 GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh", "gelu_new": "geglu_tanh"}
-PLAIN = {
-    "gelu_new": "gelu_tanh",
-    "gelu": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-    "relu2": "relu2",
-}
+PLAIN = {"gelu_new": "gelu_tanh", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "relu2": "relu2"}
 """Feed-forwards with and without a gate by the names of their activations."""
 
 ATTENTION = {
@@ -267,20 +260,14 @@ FAMILIES: tuple[Family, ...] = (
             DividedHeads(),
         ),
     ),
-    llama_kin(
-        "mistral",
-        "MistralForCausalLM",
-        llama_table(*PLAIN_MLP, *NO_BIASES, Window(), num_kv_heads=8),
-    ),
+    llama_kin("mistral", "MistralForCausalLM", llama_table(*PLAIN_MLP, *NO_BIASES, Window(), num_kv_heads=8)),
     llama_kin(
         "qwen2",
         "Qwen2ForCausalLM",
         llama_table(*PLAIN_MLP, *fixed(attention_bias=True, attention_output_bias=False), LayerWindows()),
     ),
     llama_kin(
-        "qwen3",
-        "Qwen3ForCausalLM",
-        llama_table(*PLAIN_MLP, *BOTH_BIASES, LayerWindows(), qk_norm=True, head_width=128),
+        "qwen3", "Qwen3ForCausalLM", llama_table(*PLAIN_MLP, *BOTH_BIASES, LayerWindows(), qk_norm=True, head_width=128)
     ),
     GPT2(
         model_type="gpt2",

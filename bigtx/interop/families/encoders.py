@@ -14,8 +14,7 @@ from typing import Any
 from bigtx.config.schema.model import ModelConfig
 from bigtx.interop.classes import ENDING, Classifier
 from bigtx.interop.families.positions import FULL, SLIDING, layer_types, read_interval
-from bigtx.interop.family import Family
-from bigtx.interop.links import Link
+from bigtx.interop.family import Family, Link
 from bigtx.interop.table import (
     NO_EXPERTS,
     OUTPUT_AS_INPUTS,
@@ -131,10 +130,8 @@ class Bert(Family):
 
     def rename(self, key: str) -> str:
         """Return the keys of the first BERT releases, and of a model that was saved without its head."""
-        for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
-            if key.endswith(old):
-                key = key.removesuffix(old) + new
-        return super().rename(key)
+        key = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", key)
+        return super().rename(re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", key))
 
 
 class Roberta(Bert):

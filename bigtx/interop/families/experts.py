@@ -11,8 +11,7 @@ from typing import Any
 from bigtx.config.schema.model import ModelConfig
 from bigtx.interop.families.decoders import BOTH_BIASES, NO_BIASES, llama_kin, llama_table
 from bigtx.interop.families.positions import LayerWindows, SwitchedWindow, Window
-from bigtx.interop.family import Family
-from bigtx.interop.links import Link, spelled, stacked
+from bigtx.interop.family import Family, Link, spelled, stacked
 from bigtx.interop.table import Constant, Entry, Fields, Fixed, Row, fixed
 
 MATRICES = ("gate", "up", "down")

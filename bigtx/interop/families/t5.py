@@ -14,8 +14,7 @@ from typing import Any
 
 from bigtx.config import shape
 from bigtx.config.schema.model import ModelConfig
-from bigtx.interop.family import Family
-from bigtx.interop.links import spelled
+from bigtx.interop.family import Family, spelled
 from bigtx.interop.table import KEYS_OF_EACH_HEAD, NO_EXPERTS, Constant, Entry, Fields, Row, fixed
 from bigtx.tokenizer.tokenizer import Tokenizer
 

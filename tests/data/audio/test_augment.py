@@ -7,7 +7,7 @@ import torch
 from sounds import tone
 
 from bigtx.config.schema import TranscribeConfig
-from bigtx.data.spectrogram import NOISE_RANGE_DB, changes_waveform, generator, masked, perturbed
+from bigtx.finetuning.tasks.speech import NOISE_RANGE_DB, changes_waveform, generator, masked, perturbed
 
 
 def test_masks_are_drawn_from_the_number_and_stay_within_their_shares() -> None:

@@ -8,7 +8,7 @@ import torch
 from sounds import tone
 
 from bigtx.config.schema import AudioConfig
-from bigtx.data.spectrogram import LogMel, mel_filters
+from bigtx.finetuning.tasks.speech import LogMel, mel_filters
 
 
 @pytest.mark.parametrize(("bins", "rate", "fft"), [(80, 16_000, 400), (40, 8000, 512), (128, 44_100, 2048)])

@@ -54,6 +54,9 @@ def test_good_ones_are_remembered_and_bad_ones_are_not(tmp_path: Path, decoded: 
     assert set(recordings.look_at(places, memory=memory).values()) == {good} and len(decoded) == 5, (
         "a damaged memory is none"
     )
+    for damaged in ('[["a"], 0, 1, 1, 1, 1]', "7", "[1]", '["a", 1, null]', "[" * 5000):
+        memory.write_text(f"{damaged}\n")
+        assert len(recordings.look_at(places, memory=memory)) == 5
     memory.unlink()
     memory.mkdir()
     assert len(recordings.look_at(places, memory=memory)) == 5, "one that cannot be written is none either"

@@ -19,7 +19,8 @@ from bigtx.data.corpus.blocks import open_reader
 from bigtx.data.corpus.manifest import Manifest, has_split
 from bigtx.data.storage import buckets, places
 from bigtx.data.storage.places import Cache, DamagedError, RemotePath, as_place
-from bigtx.data.stream.loader import TrainLoader, validation_batches
+from bigtx.data.stream.loader import Division, TrainLoader, ValidationBatches
+from bigtx.data.stream.rows import RowFormat
 from bigtx.utils.errors import DataError
 
 
@@ -48,12 +49,9 @@ def steps(path: str, cache_dir: Path, *, rank: int = 0, world_size: int = 1) -> 
     data = DataConfig(sources={"a": SourceConfig(path=path)}, cache_dir=str(cache_dir), document_mask=True)
     loader = TrainLoader(
         data,
+        Division(global_batch_size=8, micro_batch_size=2, rank=rank, world_size=world_size),
         sequence_length=16,
-        global_batch_size=8,
-        micro_batch_size=2,
         seed=5,
-        rank=rank,
-        world_size=world_size,
         start_sequence=24,
         pad_id=0,
     )
@@ -66,10 +64,10 @@ def test_batches_are_those_of_the_local_corpus(tmp_path: Path, served: Served) -
     for rank in range(2):
         expected = steps(str(tmp_path / "web" / "corpus"), tmp_path, rank=rank, world_size=2)
         assert steps(f"{served.url}/corpus", tmp_path / "cache", rank=rank, world_size=2) == expected
-    arguments = {"sequence_length": 16, "micro_batch_size": 2, "max_sequences": 10, "document_mask": False, "pad_id": 0}
+    form = RowFormat(sequence_length=16, pad_id=0, document_mask=False)
     for rank in range(2):
         here, there = (
-            validation_batches(corpus, rank=rank, world_size=2, **arguments)
+            ValidationBatches(corpus, form, micro_batch_size=2, max_sequences=10, rank=rank, world_size=2)
             for corpus in (tmp_path / "web" / "corpus", place(served, tmp_path / "cache"))
         )
         assert [batch.tokens.tolist() for batch in here] == [batch.tokens.tolist() for batch in there]

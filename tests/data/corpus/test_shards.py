@@ -15,7 +15,7 @@ from corpora import write_split
 from bigtx.data.corpus.blocks import BlockReader
 from bigtx.data.corpus.manifest import Manifest
 from bigtx.utils.errors import DataError
-from bigtx.utils.files import write_sealed
+from bigtx.utils.files import sha256_file, write_sealed
 
 
 def read_all(manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:
@@ -123,9 +123,18 @@ def break_json(folder: Path) -> None:
     (folder / "manifest.json").write_text("{")
 
 
+def change_header(folder: Path) -> None:
+    """As an attacker does: a header that numpy's parser cannot read, under a hash that fits."""
+    path = folder / "blocks.npy"
+    content = path.read_bytes()
+    path.write_bytes(content[:40] + bytes(40) + content[80:])
+    change_manifest(blocks_sha256=sha256_file(path))(folder)
+
+
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
+        (change_header, r"manifest.json is damaged \(TokenError"),
         (remove, "000001.tar is missing"),
         (truncate, r"000000.tar has [\d,]+ bytes instead of"),
         (change_table, "blocks.npy was changed"),

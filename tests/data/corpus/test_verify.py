@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import pickle
 import random
 import re
 import shutil
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import xxhash
-from corpora import write_split
+from corpora import DAMAGE, write_split
 from doors import TINY, bigtx, losses, pretrain
 from servers import flipped, serve
 
@@ -27,6 +28,7 @@ from bigtx.data.corpus.verify import verify
 from bigtx.data.storage.places import as_place
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.tokenizer.train import train
+from bigtx.utils.errors import DataError
 from bigtx.utils.files import write_sealed
 
 WORDS = [f"{a}{b}{c}" for a in "bdklmnprst" for b in "aeiou" for c in ("", "n", "r", "st")]
@@ -77,42 +79,10 @@ def test_every_flipped_byte_is_found(corpus_copy: Path) -> None:
         assert any("block" in problem for problem in problems) or place >= len(content) - 1024
 
 
-def flip(place: int):
-    def change(folder: Path) -> None:
-        path = folder / "train" / "000001.tar"
-        content = bytearray(path.read_bytes())
-        content[place] ^= 1
-        path.write_bytes(content)
-
-    return change
-
-
-def cut(num_bytes: int):
-    def change(folder: Path) -> None:
-        path = folder / "train" / "000001.tar"
-        path.write_bytes(path.read_bytes()[:num_bytes])
-
-    return change
-
-
-def remove(folder: Path) -> None:
-    (folder / "train" / "000001.tar").unlink()
-
-
-DAMAGE = {
-    "header": (flip(3), "Block|block"),
-    "payload": (flip(900), "Block|block"),
-    "member": (cut(2 * 1024 + 512), "instead of"),
-    "inside": (cut(1000), "instead of"),
-    "empty": (cut(0), "has 0 bytes instead of"),
-    "missing": (remove, "is missing"),
-}
-
-
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damaged_shards_are_named_by_verify(corpus_copy: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
     change, said = DAMAGE[kind]
-    change(corpus_copy)
+    change(corpus_copy / "train" / "000001.tar")
     assert run("verify", str(corpus_copy), "--processes", "1") == 2
     told = capsys.readouterr().err
     assert "DataError" in told and "000001.tar" in told and any(part in told for part in said.split("|")), told
@@ -124,7 +94,7 @@ def test_damaged_shards_are_named_by_verify(corpus_copy: Path, capsys: pytest.Ca
 )
 def test_damaged_shards_end_a_training_and_are_named(corpus_copy: Path, tmp_path: Path, kind: str) -> None:
     change, said = DAMAGE[kind]
-    change(corpus_copy)
+    change(corpus_copy / "train" / "000001.tar")
     done = pretrain(*TINY, f"data.sources.a.path={corpus_copy}", f"run_dir={tmp_path / 'run'}", "train.max_steps=1000")
     assert done.returncode == 2, done.stdout + done.stderr
     assert "000001.tar" in done.stderr and any(part in done.stderr for part in said.split("|")), done.stderr
@@ -219,9 +189,12 @@ def test_a_manifest_without_its_last_shard(corpus_copy: Path) -> None:
     assert verify(as_place(corpus_copy), 1).problems == [f"{folder}: the last document has no end"]
 
 
-def reseal(folder: Path, blocks: np.ndarray, **changes: Any) -> None:
-    """Write a table and a manifest of which every hash is right."""
-    np.save(folder / "blocks.npy", blocks)
+def reseal(folder: Path, blocks: np.ndarray | bytes, **changes: Any) -> None:
+    """Write a table, or the bytes of its file, and a manifest of which every hash is right."""
+    if isinstance(blocks, bytes):
+        (folder / "blocks.npy").write_bytes(blocks)
+    else:
+        np.save(folder / "blocks.npy", blocks)
     raw = json.loads((folder / "manifest.json").read_text())
     raw["blocks_sha256"] = hashlib.sha256((folder / "blocks.npy").read_bytes()).hexdigest()
     write_sealed(folder / "manifest.json", raw | changes)
@@ -248,6 +221,49 @@ def test_a_wrong_table_with_right_hashes_is_found(corpus_copy: Path, field: str,
     reseal(folder, blocks)
     problems = verify(as_place(corpus_copy), 1).problems
     assert any(re.search(said, problem) for problem in problems), problems
+
+
+def npy(header: str, version: int = 1, magic: bytes = b"\x93NUMPY") -> bytes:
+    return magic + bytes([version, 0]) + len(header).to_bytes(2, "little") + header.encode("latin-1")
+
+
+BLOCKS_FILE = [
+    b"",
+    b"\x93NUMPY",
+    b"\x93NUMPY\1\0\xff\xff",
+    b"PK\3\4" + bytes(100),
+    b"PK\5\6" + bytes(18),  # An archive without members.
+    b"cos\nsystem\n(S'true'\ntR.",
+    npy("{'descr': '|O', 'fortran_order': False, 'shape': (1,), }\n") + pickle.dumps([1]),
+    npy("{'descr': '<u4', 'fortran_order': False, 'shape': (), }\n") + bytes(4),
+    npy("{'descr': '<u4', 'fortran_order': False, 'shape': (-1,), }\n") + bytes(4),
+    npy("{'descr': [('a', '<u4', (1 << 60,))], 'fortran_order': False, 'shape': (1,), }\n"),
+    npy("{'descr': '<u4', 'fortran_order': False, 'shape': (1,), }\n", version=3),
+    npy("[" * 9000),
+    npy("{'descr': None}"),
+    npy("\0\xff"),
+]
+"""Files in the place of a block table that none is."""
+
+
+@pytest.mark.parametrize("content", BLOCKS_FILE, ids=range(len(BLOCKS_FILE)))
+def test_what_is_no_table_is_refused(
+    corpus_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    reseal(corpus_copy / "train", content)
+    with serve(corpus_copy) as served:
+        for place in (str(corpus_copy), served.url):
+            with pytest.raises(DataError, match=r"manifest.json is damaged"):
+                Manifest.load(as_place(f"{place}/train"))
+
+
+def test_a_table_that_ends_early_is_refused(corpus_copy: Path) -> None:
+    content = (corpus_copy / "train" / "blocks.npy").read_bytes()
+    for length in range(0, len(content), 7):
+        reseal(corpus_copy / "train", content[:length])
+        with pytest.raises(DataError, match=r"manifest.json is damaged"):
+            Manifest.load(corpus_copy / "train")
 
 
 MANIFEST: dict[str, tuple[Any, str]] = {
@@ -305,7 +321,7 @@ def test_a_manifest_that_was_edited_is_refused(corpus_copy: Path, field: str) ->
 
 
 def test_all_problems_are_named_together(corpus_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flip(900)(corpus_copy)
+    DAMAGE["payload"][0](corpus_copy / "train" / "000001.tar")
     (corpus_copy / "train" / "000002.tar").unlink()
     (corpus_copy / "validation" / "blocks.npy").write_bytes(b"")
     model = next((corpus_copy / "tokenizer").glob("*.model"))

@@ -29,6 +29,7 @@ from bigtx.data.prepare import assemble, encode
 from bigtx.data.prepare import job as prepare_module
 from bigtx.data.prepare.job import PartReport, merge, prepare
 from bigtx.data.prepare.report import describe_part, describe_report
+from bigtx.data.raw import documents
 from bigtx.data.raw.files import list_files
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.tokenizer.train import train
@@ -167,7 +168,7 @@ def test_the_bytes_do_not_depend_on_processes_units_chunks_or_ranges(
         prepare(make_config(tmp_path, tokenizer, output=str(tmp_path / name), num_processes=num_processes))
         assert contents(tmp_path / name) == expected
     monkeypatch.setattr(prepare_module, "_BUFFER_BYTES", (3000, 3000))
-    monkeypatch.setattr(encode, "_BATCH_CHARACTERS", 700)
+    monkeypatch.setattr(documents, "BATCH_CHARACTERS", 700)
     prepare(make_config(tmp_path, tokenizer, output=str(tmp_path / "small")))
     assert contents(tmp_path / "small") == expected
 
@@ -473,20 +474,26 @@ def test_only_one_job_writes_a_corpus(tmp_path: Path, tokenizer: Path, texts: li
         prepare(make_config(tmp_path, tokenizer))
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
+    """What a job of several units of work is given, all but its output, and the corpus that it makes."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    (folder / "input").mkdir()
+    (folder / "input" / "a.txt").write_text("\n".join(make_texts(24_000)))
+    given = [f"input.paths=[{folder}/input]", f"tokenizer={tokenizer}", "input.document_per_line=true"]
+    given.append("num_processes=2")
+    done = bigtx("data", "prepare", *given, f"output={folder}/corpus")
+    assert done.returncode == 0, done.stderr
+    return given, folder / "corpus"
+
+
 @pytest.mark.dist
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_job_leaves_nothing_that_could_be_taken_for_good(
-    tmp_path: Path, tokenizer: Path, sent: signal.Signals
+    tmp_path: Path, uninterrupted: tuple[list[str], Path], sent: signal.Signals
 ) -> None:
-    (tmp_path / "input").mkdir()
-    (tmp_path / "input" / "a.txt").write_text("\n".join(make_texts(60_000)))
-    arguments = [
-        f"input.paths=[{tmp_path}/input]",
-        f"output={tmp_path}/corpus",
-        f"tokenizer={tokenizer}",
-        "input.document_per_line=true",
-        "num_processes=2",
-    ]
+    given, whole = uninterrupted
+    arguments = [*given, f"output={tmp_path}/corpus"]
     program = "import sys; from bigtx.cli import main; sys.exit(main(sys.argv[1:]))"
     job = subprocess.Popen(
         [sys.executable, "-c", program, "data", "prepare", *arguments],
@@ -521,10 +528,9 @@ def test_an_interrupted_job_leaves_nothing_that_could_be_taken_for_good(
     ):
         time.sleep(0.05)
     assert time.monotonic() < deadline, "a tokenizing process outlived the job"
-    for output in ("corpus", "one"):
-        done = bigtx("data", "prepare", *(argument.replace("/corpus", f"/{output}") for argument in arguments))
-        assert done.returncode == 0, done.stderr
-    assert contents(tmp_path / "corpus") == contents(tmp_path / "one")
+    done = bigtx("data", "prepare", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "corpus") == contents(whole)
 
 
 @pytest.mark.slow

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bigtx.data.records.loader import WINDOW_BATCHES, RecordLoader, RecordOrder
+from bigtx.data.stream.loader import Division
+from bigtx.finetuning.inputs import WINDOW_BATCHES, RecordLoader, RecordOrder
 
 
 @pytest.mark.parametrize("count", [1, 7, 100, 1000])
@@ -44,11 +45,8 @@ def steps_of(world_size: int, micro: int, start: int = 0, count: int = 3) -> lis
         loader = RecordLoader(
             np.arange(1, 38),
             lambda places, numbers: Batch(list(places), list(numbers)),
-            global_batch_size=8,
-            micro_batch_size=micro,
+            Division(global_batch_size=8, micro_batch_size=micro, rank=rank, world_size=world_size),
             seed=1,
-            rank=rank,
-            world_size=world_size,
             start_sequence=start * 8,
             prefetch_batches=0,
         )

@@ -14,12 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from corpora import write_shard
 from doors import TINY, losses, pretrain
 from servers import first, serve, status
 
 from bigtx.config.schema import DataConfig, ForeignConfig, TokenizerTrainConfig
 from bigtx.data.stream.foreign import RowStream, check_shards, expand, read_texts
 from bigtx.data.stream.foreign_loader import ForeignLoader
+from bigtx.data.stream.loader import Division
 from bigtx.data.stream.rows import IGNORED_LABEL, Batch
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.tokenizer.train import train
@@ -32,15 +34,6 @@ WORDS = [f"{a}{b}{c}" for a in "bdklmnprst" for b in "aeiou" for c in ("", "n", 
 def make_texts(count: int, seed: int = 0) -> list[str]:
     generator = random.Random(seed)
     return [f"{number} " + " ".join(generator.choices(WORDS, k=generator.randrange(3, 30))) for number in range(count)]
-
-
-def write_shard(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    with tarfile.open(path, "w") as shard:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            shard.addfile(info, io.BytesIO(content))
-    return path
 
 
 def write_shards(folder: Path, texts: list[str], count: int) -> list[str]:
@@ -123,12 +116,9 @@ def load(
 ) -> list[Batch]:
     loader = ForeignLoader(
         DataConfig(foreign=config, document_mask=mask),
+        Division(global_batch_size=8, micro_batch_size=2, rank=rank, world_size=world_size),
         sequence_length=LENGTH,
-        global_batch_size=8,
-        micro_batch_size=2,
         seed=1,
-        rank=rank,
-        world_size=world_size,
         start_sequence=start,
         pad_id=0,
     )
@@ -375,8 +365,8 @@ def test_lists_of_shards(tmp_path: Path) -> None:
 def test_a_killed_process_is_told(tmp_path: Path, tokenizer: Path, broken: Path) -> None:
     config = ForeignConfig(paths=[str(broken)], tokenizer=str(tokenizer))
     data = DataConfig(foreign=config)
-    settings = {"global_batch_size": 2, "micro_batch_size": 2, "seed": 1, "pad_id": 0, "start_sequence": 0}
-    loader = ForeignLoader(data, sequence_length=LENGTH, rank=0, world_size=1, **settings)
+    division = Division(global_batch_size=2, micro_batch_size=2)
+    loader = ForeignLoader(data, division, sequence_length=LENGTH, seed=1, pad_id=0, start_sequence=0)
     next(loader)
     loader._workers._processes[0].kill()
     with pytest.raises(DataError, match="ended with status -9"):

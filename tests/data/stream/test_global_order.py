@@ -11,8 +11,8 @@ import pytest
 from corpora import write_split
 
 from bigtx.config.schema import DataConfig, PhaseConfig, SourceConfig
-from bigtx.data.stream.loader import TrainLoader
-from bigtx.data.stream.sources import check_sources, epochs, make_order
+from bigtx.data.stream.loader import Division, TrainLoader
+from bigtx.data.stream.order import check_sources, epochs, make_order
 
 LENGTH, BLOCK, GLOBAL_BATCH, NUM_STEPS = 16, 256, 192, 8
 TOKENS = {"books": 9_000, "code": 2_001, "web": 21_700}
@@ -49,12 +49,11 @@ def read(
     loaders = [
         TrainLoader(
             data,
+            Division(
+                global_batch_size=GLOBAL_BATCH, micro_batch_size=micro_batch_size, rank=rank, world_size=world_size
+            ),
             sequence_length=LENGTH,
-            global_batch_size=GLOBAL_BATCH,
-            micro_batch_size=micro_batch_size,
             seed=5,
-            rank=rank,
-            world_size=world_size,
             start_sequence=start,
             pad_id=0,
         )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from bigtx.config.schema import DecontaminateConfig
+from bigtx.data.raw import documents
 from bigtx.data.text import decontaminate
 from bigtx.data.text import ngrams as words_module
 from bigtx.data.text.decontaminate import Contamination, build_contamination_index, contamination_digest
@@ -96,7 +97,7 @@ def test_sets_are_read_in_every_format_and_order(tmp_path: Path, monkeypatch: py
     other = tmp_path / "other"
     other.mkdir()
     (other / "set.txt").write_text("\n".join(reversed(texts)) + "\n" + texts[3].upper() + "\n")
-    monkeypatch.setattr(decontaminate, "_BATCH_CHARACTERS", 300)
+    monkeypatch.setattr(documents, "BATCH_CHARACTERS", 300)
     monkeypatch.setattr(decontaminate, "_MERGE_HASHES", 20)
     config = DecontaminateConfig(paths=[str(other / "set.txt")], document_per_line=True)
     assert contamination_digest(build_contamination_index(config, other)) == digest

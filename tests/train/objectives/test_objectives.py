@@ -11,8 +11,8 @@ import torch
 from bigtx.config.schema import DataConfig, ModelConfig, ObjectiveConfig, PretrainConfig, TrainConfig
 from bigtx.config.shape import noise_counts
 from bigtx.data.stream.rows import IGNORED_LABEL, Batch
-from bigtx.pretraining.objective import Objective
-from bigtx.pretraining.objectives import make_objective
+from bigtx.pretraining import make_objective
+from bigtx.pretraining.objectives import Objective
 from bigtx.tokenizer.special import SpecialIds
 from bigtx.utils.errors import ConfigError
 

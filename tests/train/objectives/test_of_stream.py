@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from bigtx.config.schema import DataConfig, ModelConfig, ObjectiveConfig, PretrainConfig, SourceConfig, TrainConfig
-from bigtx.data.stream.loader import TrainLoader, validation_batches
-from bigtx.data.stream.rows import Batch
-from bigtx.pretraining.objective import Objective
-from bigtx.pretraining.objectives import make_objective
+from bigtx.data.stream.loader import Division, TrainLoader, ValidationBatches
+from bigtx.data.stream.rows import Batch, RowFormat
+from bigtx.pretraining import make_objective
+from bigtx.pretraining.objectives import Objective
 from bigtx.tokenizer.tokenizer import Tokenizer
 
 # Blocks of 4,096 tokens end with a short row.
@@ -59,12 +59,9 @@ def read(
                 document_mask=objective.document_mask,
                 prefetch_batches=2,
             ),
+            Division(global_batch_size=GLOBAL_BATCH, micro_batch_size=micro_batch_size, rank=rank, world_size=ranks),
             sequence_length=LENGTH,
-            global_batch_size=GLOBAL_BATCH,
-            micro_batch_size=micro_batch_size,
             seed=1,
-            rank=rank,
-            world_size=ranks,
             start_sequence=first_step * GLOBAL_BATCH,
             pad_id=objective.tokenizer.pad_id,
             prepare=objective.prepare,
@@ -95,15 +92,13 @@ def test_ranks_micro_batches_and_resume_change_no_row(corpus: Path, name: str, d
 @pytest.mark.parametrize("name", KINDS)
 def test_validation_asks_the_same_each_time(corpus: Path, name: str) -> None:
     def measured(micro_batch_size: int) -> dict[int, Row]:
-        batches = validation_batches(
+        batches = ValidationBatches(
             str(corpus),
-            sequence_length=LENGTH,
+            RowFormat(sequence_length=LENGTH, pad_id=0, document_mask=False),
             micro_batch_size=micro_batch_size,
             max_sequences=8,
             rank=0,
             world_size=1,
-            document_mask=False,
-            pad_id=0,
             prepare=objective_of(corpus, name, document_mask=False, purpose="validation").prepare,
         )
         assert all(batch.num_labels > 0 for batch in batches)

@@ -193,7 +193,7 @@ def test_what_is_refused(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) 
 def test_batches_for_compiled_blocks_have_few_shapes(tokenizer: Tokenizer) -> None:
     task = make(tokenizer)
     task = Translate(
-        dataclasses.replace(task.config, engine=dataclasses.replace(task.config.engine, compile=True)), tokenizer
+        dataclasses.replace(task.config, engine=dataclasses.replace(task.config.engine, compile="true")), tokenizer
     )
     batch = task.collate([task.encode(pair(*texts)) for texts in PAIRS])
     assert batch.tokens.shape[1] % 16 == batch.labels.shape[1] % 16 == 0
