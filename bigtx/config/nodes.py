@@ -114,17 +114,24 @@ def idle_settings(section: Any, key: str, why: str, names: Iterable[str] = ()) -
             yield idle(f"{key}.{name}", value, default, why)
 
 
+MOST_PROBLEMS = 20
+"""The number of problems that a message lists."""
+
+
 def raise_problems(problems: Iterable[Problem]) -> None:
     """Raise an error if there are problems.
 
     Raises:
-        ConfigError: there are problems; the message lists them.
+        ConfigError: there are problems; the message lists the first of them, and says how many there are.
     """
     lines = list(dict.fromkeys(str(problem) for problem in problems))
     if len(lines) == 1:
         raise ConfigError(lines[0])
     if lines:
-        raise ConfigError(f"{len(lines)} problems in the configuration:" + "".join(f"\n  {line}" for line in lines))
+        shown = [f"{len(lines)} problems in the configuration:", *lines[:MOST_PROBLEMS]]
+        if len(lines) > MOST_PROBLEMS:
+            shown.append(f"and {len(lines) - MOST_PROBLEMS} more")
+        raise ConfigError("\n  ".join(shown))
 
 
 class ProblemError(Exception):

@@ -226,6 +226,14 @@ def test_every_problem_is_reported_with_its_place(tmp_path: Path) -> None:
     assert "train.max_steps=abc (command line)" in message
 
 
+def test_of_many_problems_the_first_are_shown_whole(tmp_path: Path) -> None:
+    lines = refusal(*(f"train.a{number}={number}" for number in range(100))).splitlines()
+    assert (lines[0], lines[-1]) == ("100 problems in the configuration:", "  and 80 more")
+    assert [f"train.a{number}" in line for number, line in enumerate(lines[1:-1])] == [True] * 20
+    at_the_limit = refusal(*(f"train.a{number}={number}" for number in range(20))).splitlines()
+    assert len(at_the_limit) == 21 and "train.a19" in at_the_limit[-1]
+
+
 def test_base_files_are_found_from_where_they_are_named(tmp_path: Path) -> None:
     write(tmp_path, "model/small.yaml", "model: {num_layers: 2, num_heads: 2}\n")
     write(tmp_path, "common.yaml", "base: model/small.yaml\nseed: 5\nmodel: {num_heads: 4}\n")
