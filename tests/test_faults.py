@@ -129,7 +129,8 @@ def test_a_run_dir_that_cannot_be_written(corpus: Path, tmp_path: Path, where: s
 def test_a_run_folder_that_is_moved_while_the_run_trains(corpus: Path, tmp_path: Path) -> None:
     """The run ends at once; nothing is made at the old place, and the new one resumes without loss."""
     run_dir, moved = tmp_path / "run", tmp_path / "moved"
-    arguments = run_of(corpus, run_dir, "train.checkpoint_every=5 steps", *BF16)
+    # So that no checkpoint is being written when the folder is moved, which would be the error.
+    arguments = run_of(corpus, run_dir, "train.checkpoint_every=40 steps", *BF16)
     process = start_pretrain(*arguments, "train.max_steps=100000", ranks=2)
     with killed_afterwards(process, run_dir):
         wait_for(lambda: list_checkpoints(run_dir), process)

@@ -12,7 +12,7 @@ import pytest
 from doors import ROOT, TINY, environment, losses, pretrain, read_lines, same_weights
 from finetunes import RHYTHM, labelled, make_base, write_jsonl
 
-from bigtx.engine.checkpoint import list_checkpoints, read_manifest
+from bigtx.engine.checkpoint import Checkpoint, list_checkpoints, read_manifest
 
 pytestmark = pytest.mark.dist
 
@@ -116,6 +116,25 @@ def test_a_warning_changes_nothing(corpus: Path, tmp_path: Path) -> None:
     assert events(unguarded, "spike") == [] and "train/spikes" not in read_lines(unguarded / "metrics.jsonl")[0]
     assert losses(run_dir) == losses(unguarded)
     same_weights(run_dir, unguarded)
+
+
+def test_a_step_is_saved_again_whose_checkpoint_was_suspect(corpus: Path, tmp_path: Path) -> None:
+    """A streak of spikes, and one of skipped steps, into which the save of step 15 falls."""
+    back, resumed = tmp_path / "back", tmp_path / "resumed"
+    changes = ["guards.spike=roll_back", "guards.patience=3", "train.max_steps=20"]
+    done = struck({"loud": [104, 128, 3.0]}, *run_of(corpus, back, *changes))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(events(back, "roll_back")) == 1
+    changes = ["train.max_skipped_steps=2", "train.max_steps=20"]
+    done = struck({"loud": [104, 10_000, float("nan")]}, *run_of(corpus, resumed, *changes))
+    assert done.returncode == 2 and list_checkpoints(resumed)[0].name == "step-00000015"
+    assert read_manifest(list_checkpoints(resumed)[0])["suspect"]
+    done = pretrain(*run_of(corpus, resumed, *changes))
+    assert done.returncode == 0, done.stdout + done.stderr
+    for run_dir in (back, resumed):
+        found = list_checkpoints(run_dir)
+        assert [path.name for path in found] == ["step-00000020", "step-00000015"]
+        assert not any(read_manifest(path).get("suspect") or Checkpoint(path).verify() for path in found)
 
 
 def test_too_many_returns_end_the_run(corpus: Path, tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from bigtx.utils.files import fsync_dir, is_url
 from bigtx.utils.log import say
 from bigtx.utils.secrets import scrub_text
 
-END_SECONDS = 600.0
-"""How long the end of a run waits for the copy of its last checkpoint."""
+END_SECONDS = {"finished": 600.0, "stopped": 30.0}
+"""How long the end of a run waits for the copy of its last checkpoint. A request to stop leaves little time."""
 DESCRIPTION = ("config.yaml", "tokenizer", FROZEN)
 """What a checkpoint needs besides itself, in the run's folder."""
 
@@ -49,7 +49,7 @@ class CheckpointCopier:
         self._changed = threading.Condition()
         self._next: Path | None = None
         self._is_busy = self._is_closed = False
-        self._sizes: dict[Path, int] = {}
+        self._copied: dict[Path, tuple[int, int, int]] = {}
         threading.Thread(target=self._work, name="copies", daemon=True).start()
 
     def submit(self, checkpoint: Path) -> None:
@@ -58,17 +58,22 @@ class CheckpointCopier:
             self._next = checkpoint
             self._changed.notify_all()
 
-    def close(self, *, wait: bool) -> None:
+    def finish(self, seconds: float) -> bool:
+        """Wait some seconds at most; return whether all checkpoints are copied."""
+        with self._changed:
+            return self._changed.wait_for(self._is_idle, seconds)
+
+    def close(self, *, warn: bool) -> None:
         """End the thread.
 
         Args:
-            wait: whether to wait for the last checkpoint, `END_SECONDS` at most.
+            warn: whether to print a warning if the last checkpoint is not copied.
         """
         with self._changed:
-            is_left = not self._changed.wait_for(self._is_idle, END_SECONDS if wait else 0)
+            is_left = not self._is_idle()
             self._is_closed = True
             self._changed.notify_all()
-        if is_left and wait:
+        if is_left and warn:
             say(f"warning: the last checkpoint is not copied to {self._shown} yet; it is in {self.run_dir / FOLDER}")
 
     @property
@@ -98,7 +103,9 @@ class CheckpointCopier:
                     say(f"warning: {checkpoint.name} could not be copied to {self._shown}: {why}; the run continues")
 
     def _copy(self, checkpoint: Path) -> None:
-        """Copy what has another size than when it was copied last, the manifest last.
+        """Copy what is not the file that was copied last, the manifest last.
+
+        After a roll back, a step's files are written again with the same sizes.
 
         Raises:
             OSError: a file could not be copied.
@@ -106,10 +113,11 @@ class CheckpointCopier:
         files = [file for name in DESCRIPTION for file in _files(self.run_dir / name)]
         files += sorted(_files(checkpoint), key=lambda file: file.name == MANIFEST)
         for file in files:
-            size = file.stat().st_size
-            if self._sizes.get(file) != size:
+            facts = file.stat()
+            version = (facts.st_size, facts.st_mtime_ns, facts.st_ino)
+            if self._copied.get(file) != version:
                 self._put(file, file.relative_to(self.run_dir).as_posix())
-                self._sizes[file] = size
+                self._copied[file] = version
 
     def _put(self, file: Path, name: str) -> None:
         if is_url(self.place):

@@ -13,12 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from bigtx.engine.manifest import Range
+
+if TYPE_CHECKING:
+    from bigtx.engine.optimizers import Optimizer
 
 StateKinds = Callable[[int], Collection[str]]
 """`Optimizer.state_kinds`: the kinds of the states of a parameter group."""
@@ -104,6 +107,17 @@ def num_bytes(fragments: Iterable[Fragment], state_kinds: StateKinds) -> int:
         state_kinds: `Optimizer.state_kinds`.
     """
     return sum(4 * fragment.numel * (1 + len(state_kinds(fragment.group))) for fragment in fragments)
+
+
+def pieces_of(fragments: Iterable[Fragment], optimizer: Optimizer) -> dict[str, Tensor]:
+    """Return the masters and states of fragments, in the order of a rank's file: name and fp32 tensor [elements]."""
+    pieces: dict[str, Tensor] = {}
+    for fragment in fragments:
+        states, kinds = optimizer.state[fragment.flat], optimizer.state_kinds(fragment.group)
+        for kind, source in {"master": fragment.flat, **{kind: states[kind] for kind in kinds}}.items():
+            assert source.dtype == torch.float32 and source.numel() == fragment.flat.numel()
+            pieces[f"{fragment.name}|{fragment.start}|{kind}"] = fragment.view(source)
+    return pieces
 
 
 def fill_unheld(parameter: nn.Parameter, name: str, read: Callable[[str, str, int, int], Tensor]) -> None:

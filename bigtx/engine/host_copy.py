@@ -17,6 +17,7 @@ class HostCopy:
     def __init__(self) -> None:
         self._buffer: Tensor | None = None
         self._stream: torch.cuda.Stream | None = None
+        self._device = 0
 
     def take(self, pieces: Sequence[Tensor], optimizer: Optimizer) -> Iterable[Tensor]:
         """Copy the pieces one after another.
@@ -36,18 +37,20 @@ class HostCopy:
             self._buffer = torch.empty(sum(sizes))
             if is_on_gpu:
                 _pin(self._buffer)
-                self._stream = torch.cuda.Stream()
+                self._stream, self._device = torch.cuda.Stream(), torch.cuda.current_device()
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())
         with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             for target, piece in zip(self._buffer.split(sizes), pieces, strict=True):
                 target.copy_(piece, non_blocking=True)
         optimizer.copied = None if self._stream is None else self._stream.record_event()
-        return _after(optimizer.copied, self._buffer)
+        return _after(optimizer.copied, self._buffer, self._device)
 
 
-def _after(event: torch.cuda.Event | None, buffer: Tensor) -> Iterator[Tensor]:
+def _after(event: torch.cuda.Event | None, buffer: Tensor, device: int) -> Iterator[Tensor]:
     if event is not None:
+        # A thread begins on GPU 0, where a wait would make another CUDA context.
+        torch.cuda.set_device(device)
         event.synchronize()
     yield buffer
 

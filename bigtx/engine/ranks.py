@@ -67,6 +67,7 @@ class Ranks:
         use_own_device()
         leave_out_unused()
         take_turns()
+        self.timeout_seconds = timeout_seconds
         timeout = timedelta(seconds=timeout_seconds)
         wait_in_every_group(timeout)
         try:

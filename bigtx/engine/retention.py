@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 SPARE_BYTES = 2**20
 """Space for the manifest and the headers of a checkpoint."""
+GONE = ".old.partial"
+"""The end of the name of a checkpoint that is being deleted. A new one of the same step may be written as .partial."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +113,11 @@ def free_space(run_dir: Path, num_bytes: int, policy: Policy, *, best: int | Non
     """
     folder, needed = run_dir / FOLDER, num_bytes + SPARE_BYTES
     needless = policy.needless(run_dir, best=best, is_skipping=is_skipping, before_save=True)
-    while shutil.disk_usage(folder).free < needed and needless:
-        try_to(delete, needless.pop(), run_dir)
-    free = shutil.disk_usage(folder).free
+    try:
+        while (free := shutil.disk_usage(folder).free) < needed and needless:
+            try_to(delete, needless.pop(), run_dir)
+    except OSError as error:
+        return f"the free space of {folder} is not known: {error}"
     if free >= needed:
         return None
     return f"a checkpoint needs {format_size(needed)}, and the disk of {folder} has {format_size(free)} free"
@@ -132,7 +136,7 @@ def try_to(free: Callable[[Path, Path], None], path: Path, run_dir: Path) -> Non
 
 def delete(checkpoint: Path, run_dir: Path) -> None:
     """Rename a checkpoint, then delete it, so that a half deleted one does not look damaged."""
-    gone = checkpoint.with_name(checkpoint.name + ".partial")
+    gone = checkpoint.with_name(checkpoint.name + GONE)
     os.rename(checkpoint, gone)
     try_to(remove, gone, run_dir)
 
@@ -151,7 +155,7 @@ def remove(gone: Path, run_dir: Path) -> None:
         shutil.rmtree(target)
     elif target.exists():
         say(
-            f"warning: {gone.name.removesuffix('.partial')} is not needed any more and was a link to {target}, which "
+            f"warning: {gone.name.partition('.')[0]} is not needed any more and was a link to {target}, which "
             "is not a checkpoint in the run's own folder: the link is deleted, and its target is kept"
         )
     gone.unlink()
@@ -167,6 +171,35 @@ def _is_unused_checkpoint(folder: Path, run_dir: Path) -> bool:
         and folder.is_dir()
         and all(path.is_file() and path.suffix in (".safetensors", ".json") for path in folder.iterdir())
     )
+
+
+def begin_folder(partial: Path, leftovers: list[Path], run_dir: Path, ranks: Ranks) -> str | None:
+    """Make an empty folder on rank 0. Returns a message if that failed."""
+    if ranks.rank != 0:
+        return None
+    try:
+        for leftover in filter(os.path.lexists, leftovers):
+            try_to(remove, leftover, run_dir)
+        # Not the run's folder, which may have been moved away.
+        partial.parent.mkdir(exist_ok=True)
+        partial.mkdir(exist_ok=True)
+    except OSError as error:
+        return f"could not make {partial}: {error}"
+    return None
+
+
+def raise_first(failures: list[str | None], partial: Path, ranks: Ranks) -> None:
+    """Clean up and raise an error on every rank if any rank failed."""
+    failure = next((failure for failure in failures if failure), None)
+    if failure:
+        if ranks.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise unwritten(failure)
+
+
+def unwritten(failure: str) -> CheckpointError:
+    """Return the error of a save that failed, for the reason given in words."""
+    return CheckpointError(f"the checkpoint was not written, earlier ones are unchanged: {failure}")
 
 
 def set_aside(run_dir: Path, *, from_step: int) -> None:

@@ -18,21 +18,22 @@ import os
 import shutil
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from bigtx.engine.checkpoint import FOLDER, FORMAT_VERSION, FROZEN, read_manifest, step_folders, write_manifest
-from bigtx.engine.fragments import num_bytes, ranges_of
+from bigtx.engine.fragments import num_bytes, pieces_of, ranges_of
 from bigtx.engine.manifest import Range, table_of
-from bigtx.engine.retention import Policy, free_space, prune, remove, set_aside, try_to
+from bigtx.engine.retention import Policy, begin_folder, free_space, prune, raise_first, set_aside, unwritten
 from bigtx.utils.errors import CheckpointError
 from bigtx.utils.files import fsync_dir, json_hash
 from bigtx.utils.log import say
+from bigtx.utils.units import format_names, format_time
 
 if TYPE_CHECKING:
     from bigtx.engine.engine import Engine, ReadRange
@@ -66,8 +67,8 @@ def save_frozen(engine: Engine, ranks: Ranks, run_dir: Path, read: ReadRange) ->
     shapes = {name: shape for name, shape in engine.shapes().items() if name in engine.frozen}
     share = -(-sum(4 * math.prod(shape) for shape in shapes.values()) // ranks.world_size)
     parts = parts_of("part", shapes, min(PART_BYTES, share))
-    files, failure = {}, _begin(partial, [partial, final], run_dir, ranks)
-    _raise_first(ranks.gather(failure), partial, ranks)
+    files, failure = {}, begin_folder(partial, [partial, final], run_dir, ranks)
+    raise_first(ranks.gather(failure), partial, ranks)
     try:
         for file, part in list(parts.items())[ranks.rank :: ranks.world_size]:
             weights = (read(name, "master", 0, math.prod(shape)) for name, shape in part.items())
@@ -75,7 +76,7 @@ def save_frozen(engine: Engine, ranks: Ranks, run_dir: Path, read: ReadRange) ->
     except OSError as error:
         failure = f"rank {ranks.rank} could not write {partial}: {error}"
     reports = ranks.gather((failure, files))
-    _raise_first([report[0] for report in reports], partial, ranks)
+    raise_first([report[0] for report in reports], partial, ranks)
     if ranks.rank == 0:
         try:
             files = {file: entry for _, written in reports for file, entry in written.items()}
@@ -85,7 +86,7 @@ def save_frozen(engine: Engine, ranks: Ranks, run_dir: Path, read: ReadRange) ->
             fsync_dir(final.parent)
         except OSError as error:
             failure = f"could not complete {final}: {error}"
-    _raise_first(ranks.gather(failure), partial, ranks)
+    raise_first(ranks.gather(failure), partial, ranks)
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,10 @@ class _Save:
         trained: the parameters that a checkpoint must have.
         is_skipping: whether the step was skipped.
         began: when the save began, by the monotonic clock.
-        failure: why there is no checkpoint, in words, once that is known.
+        written: the bytes that this rank has written.
+        failure: why there is no checkpoint, in words, once this rank knows it.
+        has_reported: whether this rank has reported what it wrote.
+        is_given_up: whether the report of another rank will not arrive.
     """
 
     name: str
@@ -141,7 +145,14 @@ class _Save:
     began: float
     wait_seconds: float = 0.0
     stall_seconds: float = 0.0
+    written: int = 0
     failure: str | None = None
+    has_reported: bool = False
+    is_given_up: bool = False
+
+    def note(self, num_bytes: int) -> None:
+        """Count bytes that were written."""
+        self.written += num_bytes
 
 
 class Saver:
@@ -176,7 +187,7 @@ class Saver:
         self._num_saves, self._was_left_out = 0, False
         self._thread: threading.Thread | None = None
         self._current: _Save | None = None
-        self._saved: Saved | None = None
+        self._saved: deque[Saved] = deque()
 
     @property
     def has_failed(self) -> bool:
@@ -215,8 +226,8 @@ class Saver:
             wait_seconds=waited,
         )
         leftovers = [*(self.run_dir / FOLDER).glob("step-*.partial")]
-        failure = self.ranks.from_first(_begin(save.partial, leftovers, self.run_dir, self.ranks))
-        _raise_first([failure], save.partial, self.ranks)
+        failure = self.ranks.from_first(begin_folder(save.partial, leftovers, self.run_dir, self.ranks))
+        raise_first([failure], save.partial, self.ranks)
         if not self._has_space(save, facts, may_wait=may_wait):
             return
         if self.ranks.rank == 0:
@@ -233,22 +244,44 @@ class Saver:
         """Wait until the save in progress, if any, is durable. Every rank must call it.
 
         Raises:
-            CheckpointError: on every rank, if one could not write; older checkpoints are untouched.
+            CheckpointError: on every rank, if one could not write, or if none has written anything for
+                `engine.timeout`; older checkpoints are untouched.
         """
-        if self._thread is None or self._current is None:
+        save, thread = self._current, self._thread
+        if thread is None or save is None:
             return
+        last, since, is_late = -1, time.monotonic(), False
         # A collective call in each turn notices a rank that was lost.
-        while self.ranks.sum([self._thread.is_alive()])[0]:
-            self._thread.join(POLL_SECONDS)
+        while True:
+            facts = [thread.is_alive(), save.failure is not None, save.written, is_late]
+            num_alive, num_failed, written, is_too_late = self.ranks.sum(facts)
+            if not num_alive:
+                break
+            if is_too_late:
+                raise unwritten(self._hanging(save))
+            save.is_given_up = num_failed > 0
+            if written != last:
+                last, since = written, time.monotonic()
+            # The clock of one rank decides for all.
+            is_late = self.ranks.rank == 0 and time.monotonic() - since > self.ranks.timeout_seconds
+            thread.join(POLL_SECONDS)
         self._thread = None
-        failure = self.ranks.from_first(self._current.failure)
+        # Rank 0 fails for the others' sake, too: their own words say more.
+        failure = next((failure for failure in reversed(self.ranks.gather(save.failure)) if failure), None)
         if failure:
-            raise _unwritten(failure)
+            raise unwritten(failure)
+
+    def _hanging(self, save: _Save) -> str:
+        """Return which ranks have not ended their part of a save, in words. The last part is that of rank 0."""
+        late = [rank for rank, has_reported in enumerate(self.ranks.gather(save.has_reported)) if not has_reported]
+        return (
+            f"nothing was written to {save.partial} within {format_time(self.ranks.timeout_seconds)} (engine.timeout), "
+            f"and {format_names(self.ranks.describe(late or [0]))} did not finish; find out whether the disk answers"
+        )
 
     def take_saved(self) -> Saved | None:
-        """Return, once and on rank 0 only, the checkpoint that has become durable since the last call."""
-        saved, self._saved = self._saved, None
-        return saved
+        """Return, once and on rank 0 only, the next checkpoint that has become durable."""
+        return self._saved.popleft() if self._saved else None
 
     def _has_space(self, save: _Save, facts: dict[str, Any], *, may_wait: bool) -> bool:
         """Free the space for the checkpoint; return False if there is too little and the checkpoint is left out.
@@ -271,12 +304,12 @@ class Saver:
                 "ends if there is no space for the next one either"
             )
         else:
-            _raise_first([problem], save.partial, self.ranks)
+            raise_first([problem], save.partial, self.ranks)
         return not is_left_out
 
     def _content(self) -> tuple[list[Entry], Iterable[Tensor]]:
         """Return the names, shapes and types of this rank's tensors, and their content in pieces."""
-        pieces = _pieces(self.engine)
+        pieces = pieces_of(self.engine.owned, self.engine.optimizer)
         entries = [(name, tuple(piece.shape), piece.dtype) for name, piece in pieces.items()]
         if not self.in_background:
             return entries, pieces.values()
@@ -288,20 +321,21 @@ class Saver:
 
     def _write(self, save: _Save, entries: list[Entry], content: Iterable[Tensor]) -> None:
         """Write this rank's file, and on rank 0 complete the checkpoint. This runs in the thread."""
-        from bigtx.engine.write_weights import write_file
-
         rank = self.ranks.rank
         file, failure, entry = f"rank-{rank:05d}.safetensors", None, None
         try:
-            entry = write_file(save.partial / file, entries, content) if entries else None
+            from bigtx.engine.write_weights import write_file
+
+            entry = write_file(save.partial / file, entries, content, save.note) if entries else None
         except Exception as error:
             failure = f"rank {rank} could not write {save.partial / file}: {_said(error)}"
         try:
             self.ranks.post(save.name, [failure, file, entry, save.ranges])
+            save.has_reported = True
             if rank == 0:
                 self._complete(save)
         except Exception as error:
-            save.failure = f"could not complete {save.final}: {_said(error)}"
+            save.failure = f"rank {rank} could not complete {save.final}: {_said(error)}"
         if rank == 0 and save.failure:
             shutil.rmtree(save.partial, ignore_errors=True)
 
@@ -312,6 +346,8 @@ class Saver:
             OSError, CheckpointError: it cannot be completed.
         """
         while (reports := self.ranks.posted(save.name)) is None:
+            if save.is_given_up:
+                raise CheckpointError("the report of another rank is missing")
             time.sleep(POLL_SECONDS)
         save.failure = next((report[0] for report in reports if report[0]), None)
         if save.failure:
@@ -325,10 +361,11 @@ class Saver:
         set_aside(self.run_dir, from_step=manifest["step"])
         os.rename(save.partial, save.final)
         fsync_dir(save.final.parent)
+        save.note(1)  # Old checkpoints may take long to delete.
         seconds = time.monotonic() - save.began
         num_bytes = sum(entry["size"] for entry in files.values())
         stalled = save.stall_seconds if self.in_background else seconds
-        self._saved = Saved(save.final, save.wait_seconds, stalled, seconds, num_bytes)
+        self._saved.append(Saved(save.final, save.wait_seconds, stalled, seconds, num_bytes))
         self.when_saved(save.final)
         best = manifest.get("state", {}).get("best_step")
         prune(self.run_dir, self.policy, best=best, is_skipping=save.is_skipping)
@@ -350,46 +387,6 @@ def _facts_of_engine(engine: Engine, run_dir: Path) -> dict[str, Any]:
     if lora.rank:
         facts["adapter_scale"] = lora.alpha / lora.rank
     return facts
-
-
-def _begin(partial: Path, leftovers: list[Path], run_dir: Path, ranks: Ranks) -> str | None:
-    """Make an empty folder on rank 0. Returns a message if that failed."""
-    if ranks.rank != 0:
-        return None
-    try:
-        for leftover in filter(os.path.lexists, leftovers):
-            try_to(remove, leftover, run_dir)
-        partial.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        return f"could not make {partial}: {error}"
-    return None
-
-
-def _pieces(engine: Engine) -> dict[str, Tensor]:
-    """Return the fragments of this rank, in the order of its file: name and fp32 tensor [elements]."""
-    pieces: dict[str, Tensor] = {}
-    for fragment in engine.owned:
-        states = engine.optimizer.state[fragment.flat]
-        sources = {"master": fragment.flat} | {
-            kind: states[kind] for kind in engine.optimizer.state_kinds(fragment.group)
-        }
-        for kind, source in sources.items():
-            assert source.dtype == torch.float32 and source.numel() == fragment.flat.numel()
-            pieces[f"{fragment.name}|{fragment.start}|{kind}"] = fragment.view(source)
-    return pieces
-
-
-def _raise_first(failures: list[str | None], partial: Path, ranks: Ranks) -> None:
-    """Clean up and raise an error on every rank if any rank failed."""
-    failure = next((failure for failure in failures if failure), None)
-    if failure:
-        if ranks.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise _unwritten(failure)
-
-
-def _unwritten(failure: str) -> CheckpointError:
-    return CheckpointError(f"the checkpoint was not written, earlier ones are unchanged: {failure}")
 
 
 def _said(error: Exception) -> str:

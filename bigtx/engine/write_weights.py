@@ -11,7 +11,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -34,6 +34,9 @@ BLOCK_BYTES = 16 * 2**20
 
 Entry = tuple[str, tuple[int, ...], torch.dtype]
 """Name, shape and type of a tensor."""
+
+Note = Callable[[int], None]
+"""A function that is told the bytes of each block that was written."""
 
 Part = Mapping[str, tuple[int, ...]]
 """The shapes of the parameters of one file, in their order."""
@@ -60,6 +63,7 @@ class SafetensorsWriter:
         self._left = list(reversed(entries))
         self._file = open(path, "xb")  # noqa: SIM115 - `__exit__` closes it
         self._hash, self._size = hashlib.sha256(), 0
+        self.note: Note = lambda num_bytes: None
         self._put(len(content).to_bytes(8, "little"))
         self._put(content)
 
@@ -104,6 +108,7 @@ class SafetensorsWriter:
         self._file.write(data)
         self._hash.update(data)
         self._size += len(data)
+        self.note(len(data))
 
 
 def save_weights(
@@ -170,19 +175,23 @@ def write_part(path: Path, shapes: Part, weights: Iterable[Tensor]) -> dict[str,
     return write_file(path, entries, (weight.reshape(-1) for weight in weights))
 
 
-def write_file(path: Path, entries: Sequence[Entry], content: Iterable[Tensor]) -> dict[str, Any]:
+def write_file(
+    path: Path, entries: Sequence[Entry], content: Iterable[Tensor], note: Note = lambda num_bytes: None
+) -> dict[str, Any]:
     """Write tensors as one file, durably.
 
     Args:
         path: the file to create.
         entries: all tensors of the file.
         content: their content in the same order, each piece one tensor or several.
+        note: called with the number of bytes of each block that was written.
 
     Returns:
         The file's `size` and `sha256`.
     """
     # safetensors' save_file is not used: it makes files that only their owner may read, and ignores the umask.
     with SafetensorsWriter(path, entries) as writer:
+        writer.note = note
         for piece in content:
             writer.write_joined(piece.cpu())
         return writer.finish()

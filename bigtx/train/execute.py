@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,6 +30,7 @@ from bigtx.utils.errors import LaunchError
 from bigtx.utils.units import format_count
 
 if TYPE_CHECKING:
+    from bigtx.engine.copies import CheckpointCopier
     from bigtx.train.health import Health
     from bigtx.train.teacher import Teacher
 
@@ -116,13 +118,33 @@ def open_saver(context: RunContext[Config], config: RunConfig, engine: Engine) -
     train = config.train
     policy = Policy(newest=train.keep_checkpoints, every=train.keep_every)
     saver = Saver(engine, context.ranks, context.folder, policy, in_background=train.async_checkpoints)
-    if train.copy_checkpoints_to and context.ranks.rank == 0 and not context.dry_run:
+    if train.copy_checkpoints_to and not context.dry_run:
         from bigtx.engine.copies import CheckpointCopier
 
-        copier = CheckpointCopier(context.folder, train.copy_checkpoints_to)
-        context.resources.callback(lambda: copier.close(wait=context.status != "failed"))
-        saver.when_saved = copier.submit
+        copier = CheckpointCopier(context.folder, train.copy_checkpoints_to) if context.ranks.rank == 0 else None
+        context.resources.callback(lambda: _end_copies(context, copier))
+        if copier:
+            saver.when_saved = copier.submit
     return saver
+
+
+def _end_copies(context: RunContext[Config], copier: CheckpointCopier | None) -> None:
+    """Wait for the copy of the last checkpoint, unless the run has failed. Every rank must call it.
+
+    Args:
+        copier: the copier, on rank 0.
+    """
+    from bigtx.engine.copies import END_SECONDS
+
+    seconds = END_SECONDS.get(context.status, 0.0)
+    deadline = time.monotonic() + seconds
+    is_copying = seconds > 0
+    while is_copying:
+        # In turns, so that the other ranks do not reach the time-out of a collective call.
+        is_done = copier is None or copier.finish(1.0) or time.monotonic() > deadline
+        is_copying = bool(context.ranks.sum([not is_done])[0])
+    if copier:
+        copier.close(warn=seconds > 0)
 
 
 def with_teacher(task: Task, teacher: Teacher | None, config: RunConfig, engine: Engine) -> Task:

@@ -24,11 +24,6 @@ EXIT_REQUEUE = 75
 EXIT_INTERRUPTED = 130
 
 
-LONGEST_MESSAGE = 4000
-"""Characters of a message. Longer ones quote a damaged or hostile file; they are cut in the middle."""
-_END_OF_MESSAGE = 1000
-
-
 class BigtxError(Exception):
     """A fault that the user can fix; the message says what is wrong, where, and what to do.
 
@@ -41,11 +36,7 @@ class BigtxError(Exception):
     exit_status = EXIT_USER_ERROR
 
     def __init__(self, message: str = "") -> None:
-        if len(message) > LONGEST_MESSAGE:
-            mark = f" [... {len(message):,} characters, shortened ...] "
-            start = LONGEST_MESSAGE - _END_OF_MESSAGE - len(mark)
-            message = f"{message[:start]}{mark}{message[-_END_OF_MESSAGE:]}"
-        super().__init__(message)
+        super().__init__(terminal.shortened(message))
 
 
 class ConfigError(BigtxError):

@@ -89,7 +89,8 @@ def report(**facts: Any) -> bool:
     if _supervisor is None:
         return False
     if "error" in facts:
-        facts["error"] = scrub_text(facts["error"])
+        # A supervisor reads the pipe when the rank has ended: what is written must fit into it.
+        facts["error"] = terminal.shortened(scrub_text(facts["error"]))
     with contextlib.suppress(OSError):
         os.write(_supervisor, json.dumps(facts).encode() + b"\n")
     return True

@@ -28,6 +28,19 @@ def visible(text: str, *, keep: str = "") -> str:
     return "".join(sign if sign.isprintable() or sign in keep else repr(sign)[1:-1] for sign in text)
 
 
+LONGEST_MESSAGE = 4000
+"""Characters of a message. Longer ones quote a damaged or hostile file, or a compiler; they are cut in the middle."""
+_END_OF_MESSAGE = 1000
+
+
+def shortened(text: str) -> str:
+    """Return a message, without its middle if it is longer than `LONGEST_MESSAGE`."""
+    if len(text) <= LONGEST_MESSAGE:
+        return text
+    mark = f" [... {len(text):,} characters, shortened ...] "
+    return f"{text[: LONGEST_MESSAGE - _END_OF_MESSAGE - len(mark)]}{mark}{text[-_END_OF_MESSAGE:]}"
+
+
 def width(text: str) -> int:
     """Return the number of columns that a printable text takes: Chinese characters and the like take two, combining
     marks none.

@@ -18,7 +18,7 @@ import torch
 from engine.together import Together
 from safetensors.torch import save_file
 
-from bigtx.engine import checkpoint, retention, saving
+from bigtx.engine import checkpoint, retention
 from bigtx.engine.checkpoint import load_weights, read_manifest, write_manifest
 from bigtx.engine.manifest import content_problem, overlapping, table_of
 from bigtx.engine.ranks import Ranks
@@ -265,7 +265,9 @@ def test_an_error_while_pruning_is_a_warning_and_space_is_freed_later(
     assert "step-00000030" in names(tmp_path)
     leftovers = [*(tmp_path / "checkpoints").glob("*.partial")]
     assert len(leftovers) == (0 if call == "rename" else 2)
-    saving._begin(tmp_path / "checkpoints" / "step-00000040.partial", leftovers, tmp_path, cast(Ranks, Alone()))
+    retention.begin_folder(
+        tmp_path / "checkpoints" / "step-00000040.partial", leftovers, tmp_path, cast(Ranks, Alone())
+    )
     retention.prune(tmp_path, Policy(1), best=None, is_skipping=False)
     assert names(tmp_path) == ["step-00000030", "step-00000040.partial"]
     assert capsys.readouterr().out == ""

@@ -12,12 +12,13 @@ from typing import Any, cast
 import fsspec
 import pytest
 from engine.test_checkpoints import write
+from engine.test_saving import alone, engine_of
 
 from bigtx.config.schema import PretrainConfig, TrainConfig
 from bigtx.data.storage import buckets, remote
 from bigtx.engine import checkpoint, copies
 from bigtx.engine.copies import CheckpointCopier
-from bigtx.train.execute import open_saver
+from bigtx.train.execute import _end_copies, open_saver
 
 
 @pytest.fixture
@@ -65,9 +66,8 @@ def step(run_dir: Path, number: int) -> Path:
 def test_a_copy_is_a_run(run: Path, tmp_path: Path) -> None:
     config = PretrainConfig(train=TrainConfig(copy_checkpoints_to=str(tmp_path / "copy")))
     closing: list[Any] = []
-    context: Any = SimpleNamespace(
-        ranks=SimpleNamespace(rank=0), folder=run, dry_run=False, status="finished", resources=SimpleNamespace()
-    )
+    context: Any = SimpleNamespace(folder=run, dry_run=False, status="finished", resources=SimpleNamespace())
+    context.ranks = SimpleNamespace(rank=0, sum=list)
     context.resources.callback = closing.append
     saver = open_saver(context, config, engine=cast(Any, None))
     saver.when_saved(step(run, 20))
@@ -84,9 +84,8 @@ def test_the_manifest_is_uploaded_last_and_what_is_there_only_once(run: Path, st
     copier = CheckpointCopier(run, "s3://bucket/copy/")
     for number in (10, 20):
         copier.submit(step(run, number))
-        with copier._changed:
-            copier._changed.wait_for(copier._is_idle, 30)
-    copier.close(wait=True)
+        assert copier.finish(30)
+    copier.close(warn=True)
     files = ["rank-00000.safetensors", "manifest.json"]
     uploaded = [f"checkpoints/step-000000{number}/{file}" for number in (10, 20) for file in files]
     assert store.names == ["config.yaml", "tokenizer/model", *uploaded]
@@ -96,16 +95,62 @@ def test_what_arrives_incomplete_is_sent_again(run: Path, store: Any, capsys: py
     store.lost = 2
     copier = CheckpointCopier(run, "s3://bucket/copy")
     copier.submit(step(run, 20))
-    copier.close(wait=True)
+    assert copier.finish(30)
+    copier.close(warn=True)
     assert store.names[:4] == ["config.yaml"] * 3 + ["tokenizer/model"] and store.names[-1].endswith("manifest.json")
     assert capsys.readouterr().out == ""
+
+
+def test_a_step_that_was_written_again_is_copied_again(tmp_path: Path) -> None:
+    """A run that returned to an earlier checkpoint writes a step again, with files of the same sizes."""
+    run_dir, copy = tmp_path / "run", tmp_path / "copy"
+    run_dir.mkdir()
+    copier = CheckpointCopier(run_dir, str(copy))
+    for offset in (0.0, 7.0):
+        saver = alone(run_dir, engine_of(0, 1, offset=offset))
+        saver.save({"step": 20, "suspect": offset == 0.0})
+        saver.wait()
+        copier.submit(step(run_dir, 20))
+        assert copier.finish(30)
+    copier.close(warn=True)
+    assert checkpoint.Checkpoint(step(copy, 20)).verify() == []
+    for file in step(run_dir, 20).iterdir():
+        assert (step(copy, 20) / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize(("status", "is_awaited"), [("finished", True), ("stopped", True), ("failed", False)])
+def test_the_other_ranks_wait_for_the_last_copy_in_turns(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: str, is_awaited: bool
+) -> None:
+    free, copyfile, turns = threading.Event(), shutil.copyfile, list[bool]()
+
+    def held(*arguments: Any) -> Any:
+        assert free.wait(30)
+        return copyfile(*arguments)
+
+    def counted(numbers: list[int]) -> list[int]:
+        turns.append(bool(numbers[0]))
+        if len(turns) == 2:
+            free.set()
+        return numbers
+
+    monkeypatch.setattr(copies.shutil, "copyfile", held)
+    copier = CheckpointCopier(run, str(tmp_path / "copy"))
+    copier.submit(step(run, 20))
+    context: Any = SimpleNamespace(status=status, ranks=SimpleNamespace(sum=counted))
+    _end_copies(context, copier)
+    free.set()
+    assert turns[:2] == [True, True] * is_awaited and turns[-1:] == [False] * is_awaited
+    other: Any = SimpleNamespace(status=status, ranks=SimpleNamespace(sum=lambda numbers: [0]))
+    _end_copies(other, None)
 
 
 def test_an_error_is_a_warning_without_secrets(run: Path, store: Any, capsys: pytest.CaptureFixture[str]) -> None:
     store.lost = 100
     copier = CheckpointCopier(run, "s3://bucket/copy")
     copier.submit(step(run, 20))
-    copier.close(wait=True)
+    assert copier.finish(30)
+    copier.close(warn=True)
     said = capsys.readouterr().out
     assert said.count("warning: step-00000020 could not be copied to s3://bucket/copy") == 1
     assert "0 bytes arrived instead of 8" in said and "the run continues" in said
@@ -114,7 +159,8 @@ def test_an_error_is_a_warning_without_secrets(run: Path, store: Any, capsys: py
     )
     copier = CheckpointCopier(run, "s3://bucket/copy")
     copier.submit(step(run, 20))
-    copier.close(wait=True)
+    assert copier.finish(30)
+    copier.close(warn=True)
     said = capsys.readouterr().out
     assert "could not be copied" in said and "abcdefghijklmnop" not in said
 
@@ -139,6 +185,7 @@ def test_a_checkpoint_that_was_deleted_in_time_is_left_out(
     copier.submit(step(run, 20))
     copier.submit(step(run, 30))
     free.set()
-    copier.close(wait=True)
+    assert copier.finish(30)
+    copier.close(warn=True)
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "copy")] == ["step-00000030"]
     assert capsys.readouterr().out == ""

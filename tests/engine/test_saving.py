@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -54,9 +55,17 @@ def engine_of(rank: int, world_size: int, *, frozen: tuple[str, ...] = (), offse
 
 
 def save(
-    run_dir: Path, step: int, *, world_size: int = 1, keep: int = 9, in_background: bool = True, **facts: Any
+    run_dir: Path,
+    step: int,
+    *,
+    world_size: int = 1,
+    keep: int = 9,
+    in_background: bool = True,
+    timeout_seconds: float = 60.0,
+    **facts: Any,
 ) -> list[Any]:
     """Each rank's checkpoint, or its error."""
+    run_dir.mkdir(exist_ok=True)
 
     def one(ranks: Any) -> Path:
         saver = Saver(engine_of(ranks.rank, world_size), ranks, run_dir, Policy(keep), in_background=in_background)
@@ -64,7 +73,7 @@ def save(
         saver.wait()
         return path_of(run_dir, step)
 
-    return Together(world_size).run(one)
+    return Together(world_size, timeout_seconds=timeout_seconds).run(one)
 
 
 def path_of(run_dir: Path, step: int) -> Path:
@@ -200,7 +209,7 @@ def test_a_checkpoint_is_durable_before_it_has_its_name(tmp_path: Path, monkeypa
     new, old = "checkpoints/step-00000020", "checkpoints/step-00000010"
     assert calls.found == [
         *durable("checkpoints", f"{new}.partial", new, "rank-00000.safetensors"),
-        f"rename to {old}.partial",  # The one before goes when this one is safe.
+        f"rename to {old}.old.partial",  # The one before goes when this one is safe.
     ]
     assert names(tmp_path) == ["step-00000020"]
 
@@ -339,7 +348,7 @@ def alone(run_dir: Path, engine: Any, **settings: Any) -> Saver:
     """The saver of a run of one rank."""
     single: Any = SimpleNamespace(rank=0, world_size=1, gather=lambda value: [value], from_first=lambda value: value)
     posted: list[Any] = []
-    single.sum, single.post = list, lambda name, value: posted.append(value)
+    single.timeout_seconds, single.sum, single.post = 60.0, list, lambda name, value: posted.append(value)
     single.posted = lambda name: [posted.pop()]
     return Saver(engine, single, run_dir, Policy(9), **settings)
 
@@ -408,10 +417,105 @@ def test_a_save_waits_for_the_previous_one(tmp_path: Path, monkeypatch: pytest.M
     second.join()
     saver.wait()
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
-    saved = saver.take_saved()
+    first, saved = saver.take_saved(), saver.take_saved()
+    assert first and first.path.name == "step-00000001"
     assert saved and saved.path.name == "step-00000002" and saver.take_saved() is None
-    assert 0.1 < saved.wait_seconds <= saved.stall_seconds < saved.durable_seconds
+    assert saved.wait_seconds <= saved.stall_seconds < saved.durable_seconds
     assert saved.num_bytes == (saved.path / "rank-00000.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_step_that_is_saved_again_replaces_its_suspect_checkpoint(tmp_path: Path, in_background: bool) -> None:
+    """As after a roll back, or a resume, past a streak of skipped steps that a save fell into."""
+    save(tmp_path, 10)
+    saver = alone(tmp_path, engine_of(0, 1), in_background=in_background)
+    saver.save({"step": 20, "suspect": True}, is_skipping=True)
+    saver.wait()
+    assert names(tmp_path) == ["step-00000010", "step-00000020"]
+    saver = alone(tmp_path, engine_of(0, 1, offset=7.0), in_background=in_background)
+    saver.save({"step": 20})
+    saver.wait()
+    assert names(tmp_path) == ["step-00000010", "step-00000020"]
+    assert not checkpoint.is_suspect(checkpoint.read_manifest(path_of(tmp_path, 20)))
+    assert checkpoint.Checkpoint(path_of(tmp_path, 20)).verify() == []
+
+
+def test_a_suspect_checkpoint_makes_space_for_its_own_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 10)
+    saver = alone(tmp_path, engine_of(0, 1))
+    saver.save({"step": 20, "suspect": True}, is_skipping=True)
+    saver.wait()
+    free = [0, 2**40, 2**40]
+    monkeypatch.setattr(retention.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free.pop(0)))
+    monkeypatch.setattr(Policy, "needless", lambda policy, *_, **__: [path_of(tmp_path, 20)])
+    saver.save({"step": 20})
+    monkeypatch.setattr(Policy, "needless", lambda policy, *_, **__: [])
+    saver.wait()
+    assert names(tmp_path) == ["step-00000010", "step-00000020"]
+    assert not checkpoint.is_suspect(checkpoint.read_manifest(path_of(tmp_path, 20)))
+
+
+def test_free_space_that_is_not_known_is_said_on_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(folder: Path) -> Any:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(retention.shutil, "disk_usage", fails)
+    for error in save(tmp_path, 10, world_size=2):
+        assert isinstance(error, CheckpointError) and "is not known" in str(error) and "Input/output" in str(error)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("hanging", [0, 1])
+def test_a_disk_that_does_not_answer_ends_the_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hanging: int
+) -> None:
+    """The wait is no collective call that could reach its time-out, and each of its turns is progress to others."""
+    free, write = threading.Event(), write_weights.write_file
+
+    def held(path: Path, *content: Any) -> Any:
+        if path.name == f"rank-{hanging:05d}.safetensors":
+            free.wait(60)
+        return write(path, *content)
+
+    monkeypatch.setattr(write_weights, "write_file", held)
+    errors = save(tmp_path, 10, world_size=2, timeout_seconds=0.3)
+    free.set()
+    for error in errors:
+        assert isinstance(error, CheckpointError), error
+        assert f"within 0.3 s (engine.timeout), and rank {hanging} on here did not finish" in str(error)
+
+
+def test_a_slow_disk_that_writes_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer in all than the time-out; each block is progress."""
+    put = write_weights.SafetensorsWriter._put
+
+    def slow(writer: Any, data: Any) -> None:
+        time.sleep(0.1)
+        put(writer, data)
+
+    monkeypatch.setattr(write_weights.SafetensorsWriter, "_put", slow)
+    monkeypatch.setattr(write_weights, "BLOCK_BYTES", 8)
+    began = time.monotonic()
+    assert save(tmp_path, 10, timeout_seconds=1.0) == [path_of(tmp_path, 10)]
+    assert time.monotonic() - began > 1.0
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+def test_a_rank_that_cannot_report_its_file_ends_the_save_of_all(tmp_path: Path, lost: int) -> None:
+    def one(ranks: Any) -> None:
+        if ranks.rank == lost:
+            ranks.post = refuses
+        saver = Saver(engine_of(ranks.rank, 3), ranks, tmp_path, Policy(9))
+        saver.save({"step": 5})
+        saver.wait()
+
+    def refuses(name: str, value: Any) -> None:
+        raise RuntimeError("connection reset")
+
+    for error in Together(3).run(one):
+        assert isinstance(error, CheckpointError), error
+        assert f"rank {lost} could not complete" in str(error) and "connection reset" in str(error)
+    assert names(tmp_path) == []
 
 
 def test_a_failure_in_the_background_is_known_before_the_next_save(

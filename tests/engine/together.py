@@ -12,7 +12,8 @@ from typing import Any
 class Together:
     """Ranks in threads of one process."""
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, *, timeout_seconds: float = 60.0) -> None:
+        self.timeout_seconds = timeout_seconds
         self.world_size, self._values = world_size, [None] * world_size
         self._barrier = threading.Barrier(world_size, timeout=30)
         self._posted: dict[tuple[str, int], Any] = {}
@@ -22,7 +23,8 @@ class Together:
         found: list[Any] = [None] * self.world_size
 
         def one(rank: int) -> None:
-            ranks = SimpleNamespace(rank=rank, world_size=self.world_size)
+            ranks = SimpleNamespace(rank=rank, world_size=self.world_size, timeout_seconds=self.timeout_seconds)
+            ranks.describe = lambda ranks: [f"rank {rank} on here" for rank in ranks]
             ranks.gather = lambda value: self._gather(rank, value)
             ranks.from_first = lambda value: self._gather(rank, value)[0]
             ranks.sum = lambda numbers: [sum(column) for column in zip(*self._gather(rank, numbers), strict=True)]

@@ -14,13 +14,13 @@ import pytest
 from doors import ROOT, environment
 
 from bigtx.utils.errors import (
-    LONGEST_MESSAGE,
     BigtxError,
     CheckpointError,
     ConfigError,
     DataError,
     LaunchError,
 )
+from bigtx.utils.terminal import LONGEST_MESSAGE
 
 WORK = """
 import sys

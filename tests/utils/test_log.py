@@ -113,6 +113,15 @@ def test_what_a_supervisor_shows_has_no_secret(monkeypatch: pytest.MonkeyPatch) 
     assert json.loads(os.read(received, 1000)) == {"error": "cannot open <hidden>", "step": 3}
 
 
+def test_a_long_error_fits_into_the_pipe_that_nobody_reads_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    received, sent = os.pipe()
+    monkeypatch.setattr(log, "_supervisor", sent)
+    os.set_blocking(sent, False)  # A write that does not fit would be lost here, and would hang a rank.
+    assert log.report(error="begin " + "\u2620" * 300_000 + " end")
+    said = json.loads(os.read(received, 1_000_000))["error"]
+    assert said.startswith("begin ") and said.endswith(" end") and "300,010 characters, shortened" in said
+
+
 def test_a_user_error_reaches_the_screen_once(tmp_path: Path) -> None:
     code = """
 from bigtx.utils.errors import DataError, exit_cleanly

@@ -36,7 +36,7 @@ def kill_in_save(scene: Scene) -> str:
             num_kills += 1
     run.resume()
     # Training continues while a save is written, until the next save, which waits for it.
-    run.check_nothing_lost(2 * run.interval)
+    run.check_nothing_lost()
     run.check_whole()
     expect(num_kills >= (3 if scene.is_fast else 10), f"only {num_kills} operations")
     return f"{num_kills} kills in one run, nothing lost"

@@ -12,8 +12,8 @@ The fault is an object with these keys, all optional:
     sleep     seconds by which each step takes longer, in its first forward pass
     flip      [rank, step, parameter]: after that step the rank's copy of the parameter has a wrong bit, once in each
               process
-    kill      [roll_backs, step]: all ranks are killed after that step, in a run that has returned to a checkpoint so
-              often
+    kill      [roll_backs, step]: all ranks are killed after that step, once its checkpoint, if any, is durable, in a
+              run that has returned to a checkpoint so often
 
 A label is the operation and the path, with N for the number of a step: `os.rename step-N.partial`.
 """
@@ -126,6 +126,7 @@ def change_steps(fault: dict[str, Any]) -> None:
             del fault["flip"]
             flip_bit(run.engine, name)
         if "kill" in fault and fault["kill"] == [run.state.roll_backs, run.state.step]:
+            run.saver.wait()
             run.ranks.barrier()
             os.kill(os.getpid(), signal.SIGKILL)
         return result

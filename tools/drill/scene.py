@@ -27,6 +27,7 @@ from doors import (
     all_pids,
     bigtx,
     environment,
+    has_saved,
     last_step,
     pretrain_command,
     rank_pids,
@@ -144,8 +145,10 @@ class Training:
         return self
 
     def reach(self, step: int) -> Self:
-        """Wait until a step is logged."""
-        return self.wait_for(lambda: last_step(self.run_dir) >= step)
+        """Wait until a step is logged and, if one is due by then, a checkpoint is durable."""
+        if step < self.interval:
+            return self.wait_for(lambda: last_step(self.run_dir) >= step)
+        return self.wait_for(lambda: has_saved(self.run_dir, step))
 
     def wait_for(self, condition: Callable[[], object]) -> Self:
         """Wait until a condition holds while the command runs."""
@@ -254,12 +257,13 @@ class Training:
         """Compare the finished run with an unbroken one of the same config.
 
         Args:
-            most: the most steps that a resume may repeat; by default those between two checkpoints.
+            most: the most steps that a resume may repeat; by default those of two intervals between checkpoints, as a
+                run may end while one is written.
             tolerance: the largest difference of a loss, where the weights need not be equal; see `differences`.
         """
         found = differences(self.run_dir, self.scene.reference(self), tolerance=tolerance)
         expect(not found, "; ".join(found))
-        allowed = self.interval if most is None else most
+        allowed = 2 * self.interval if most is None else most
         expect(all(steps <= allowed for steps in self.lost), f"steps repeated: {self.lost}, allowed: {allowed}")
 
 

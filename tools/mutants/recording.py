@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic as now  # Tests replace time.monotonic by clocks of their own.
 from typing import Any
 
 import hook
@@ -44,13 +44,13 @@ class Contexts:
     def pytest_fixture_setup(self, fixturedef: Any) -> Iterator[None]:
         """Record a fixture separately from the test that is the first to use it."""
         key = _key(fixturedef)
-        start = time.monotonic()
+        start = now()
         self._enter(key)
         try:
             return (yield)
         finally:
             self._leave()
-            self._write({"fixture": key, "seconds": time.monotonic() - start})
+            self._write({"fixture": key, "seconds": now() - start})
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
