@@ -209,8 +209,8 @@ def test_a_machine_that_sees_another_folder_is_named(tmp_path: Path, monkeypatch
 def test_a_machine_that_hangs_while_it_looks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     over = threading.Event()
     monkeypatch.setattr(consistency, "SEEN_SECONDS", 0.2)
-    monkeypatch.setattr(link, "ANSWER_SECONDS", 0.5)
-    monkeypatch.setattr(consistency, "sees", lambda path: over.wait(3))
+    monkeypatch.setattr(link, "ANSWER_SECONDS", 2.0)
+    monkeypatch.setattr(consistency, "sees", lambda path: over.wait(30))
     port = free_port()
 
     def hang() -> None:
