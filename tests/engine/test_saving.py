@@ -494,7 +494,7 @@ def test_a_slow_disk_that_writes_is_waited_for(tmp_path: Path, monkeypatch: pyte
         put(writer, data)
 
     monkeypatch.setattr(write_weights.SafetensorsWriter, "_put", slow)
-    monkeypatch.setattr(write_weights, "BLOCK_BYTES", 16)
+    monkeypatch.setattr(write_weights, "BLOCK_BYTES", 8)
     began = time.monotonic()
     assert save(tmp_path, 10, timeout_seconds=2.0) == [path_of(tmp_path, 10)]
     assert time.monotonic() - began > 2.0, "the test tests nothing"
