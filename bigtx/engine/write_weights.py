@@ -36,7 +36,7 @@ Entry = tuple[str, tuple[int, ...], torch.dtype]
 """Name, shape and type of a tensor."""
 
 Note = Callable[[int], None]
-"""A function that is told the bytes of each block that was written."""
+"""A function that is called with the number of bytes of each block that was written."""
 
 Part = Mapping[str, tuple[int, ...]]
 """The shapes of the parameters of one file, in their order."""
