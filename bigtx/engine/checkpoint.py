@@ -165,11 +165,13 @@ class Checkpoint:
 
     def _size_problem(self, name: str) -> str | None:
         file, entry = self.files[name]
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != entry["size"]:
-            return f"{name} has {file.stat().st_size:,} bytes instead of {entry['size']:,}"
-        return None
+        try:
+            if not file.is_file():
+                return f"{name} is missing"
+            size = file.stat().st_size
+        except OSError as error:
+            return f"{name} cannot be read: {error}"
+        return None if size == entry["size"] else f"{name} has {size:,} bytes instead of {entry['size']:,}"
 
     def _open_frozen(self, share: slice) -> Checkpoint | None:
         expected = self.manifest.get("frozen_sha256")

@@ -317,6 +317,21 @@ def test_files_are_as_the_umask_has_them(corpus: Path, decoder_base: Path) -> No
 ENTRY = {"size": 1, "sha256": "0"}
 
 
+def test_a_file_that_the_system_does_not_show_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, 10)
+    file = next((tmp_path / "checkpoints" / "step-00000010").glob("*.safetensors"))
+    stat = Path.stat
+
+    def refuses(path: Path, **settings: Any) -> Any:
+        if path == file:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, **settings)
+
+    monkeypatch.setattr(Path, "stat", refuses)
+    with pytest.raises(CheckpointError, match=f"{file.name} cannot be read: .*Permission denied"):
+        checkpoint.Checkpoint(file.parent)
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
