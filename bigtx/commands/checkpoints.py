@@ -77,8 +77,7 @@ def command(argv: Sequence[str]) -> int:
         BigtxError: it is not a run, or another process uses it.
     """
     parser = Arguments(
-        prog="bigtx checkpoints",
-        description="Show the checkpoints of a run, newest first; check their hashes; delete those not needed.",
+        "checkpoints", "Show the checkpoints of a run, newest first; check their hashes; delete those not needed."
     )
     parser.add_argument("run", metavar="RUN", help="the run's folder")
     parser.add_argument("--verify", action="store_true", help="read all files and compare them with their hashes")
@@ -88,7 +87,6 @@ def command(argv: Sequence[str]) -> int:
         type=int,
         help="delete all but the newest N good ones, the best, the permanent ones (train.keep_every) and damaged ones",
     )
-    parser.add_json()
     options = parser.parse_args(argv)
     run_dir, config = Path(options.run), load_run_config(options.run)
     if run_dir_of(run_dir) != run_dir.resolve():

@@ -217,8 +217,8 @@ def command(argv: Sequence[str]) -> int:
 
 def _parser() -> Arguments:
     parser = Arguments(
-        prog="bigtx doctor",
-        description="Check whether this machine can train. `srun --ntasks-per-node=1 bigtx doctor` also checks whether "
+        "doctor",
+        "Check whether this machine can train. `srun --ntasks-per-node=1 bigtx doctor` also checks whether "
         "all machines of a job have the same code and packages and see the same folder, and measures their all-reduce.",
         epilog=wrapped(
             f"{RANKS} N starts N ranks on each machine (one for each GPU). The status is 1 where a check failed, and 2 "
@@ -239,7 +239,6 @@ def _parser() -> Arguments:
         metavar="GB",
         help=f"a machine is slow below this speed, in GB/s (by default only below {SLOW_FRACTION} of the median)",
     )
-    parser.add_json()
     return parser
 
 

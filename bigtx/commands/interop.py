@@ -20,17 +20,16 @@ if TYPE_CHECKING:
     from bigtx.interop.verify import Verdict
 
 
-def import_command(argv: Sequence[str]) -> int:
+def import_command(argv: Sequence[str]) -> None:
     """Turn a Hugging Face model into a run, and report what was imported."""
     parser = Arguments(
-        prog="bigtx import",
-        description="Turn a model in Hugging Face's format into a run, to generate with, to train further and to "
+        "import",
+        "Turn a model in Hugging Face's format into a run, to generate with, to train further and to "
         "fine-tune. Nothing in the folder is executed.",
     )
     parser.add_argument("source", metavar="FOLDER", type=Path, help="with config.json, safetensors and the tokenizer")
     parser.add_argument("-o", "--output", metavar="RUN", type=Path, required=True, help="folder of the new run")
     parser.add_argument("--tokenizer", metavar="FOLDER", type=Path, help="the tokenizer, if it is in another folder")
-    parser.add_json()
     options = parser.parse_args(argv)
     from bigtx.interop.importer import import_model
     from bigtx.model.size import count_parameters
@@ -40,10 +39,9 @@ def import_command(argv: Sequence[str]) -> int:
     num_parameters = count_parameters(made.config).total
     if options.json:
         say_json(_import_facts(options.output, made, num_parameters))
-        return 0
+        return
     _say_imported(made, num_parameters)
     _say_next(options.output, made)
-    return 0
 
 
 def _import_facts(run: Path, made: Imported, num_parameters: int) -> dict[str, Any]:
@@ -102,7 +100,7 @@ def _say_next(run: Path, made: Imported) -> None:
     say(f"  {command('bigtx', 'pretrain', run / 'config.yaml')} {settings(values)}")
 
 
-def export_command(argv: Sequence[str]) -> int:
+def export_command(argv: Sequence[str]) -> None:
     """Export a run for transformers, and compare the export with the run.
 
     Raises:
@@ -113,7 +111,6 @@ def export_command(argv: Sequence[str]) -> int:
         facts = _export_adapters(options) if options.to == "peft" else _export_model(options)
     if options.json:
         say_json(facts)
-    return 0
 
 
 def _export_model(options: argparse.Namespace) -> dict[str, Any]:
@@ -232,8 +229,8 @@ def _compare(
 
 def _export_parser() -> Arguments:
     parser = Arguments(
-        prog="bigtx export",
-        description="Write a run's checkpoint as a folder that transformers loads without bigtx's code, with merged "
+        "export",
+        "Write a run's checkpoint as a folder that transformers loads without bigtx's code, with merged "
         "adapters, or write only its adapters for PEFT; then load the folder and compare ids and logits.",
     )
     parser.add_argument("run", metavar="RUN", help="folder of a run, or of one of its checkpoints")
@@ -250,7 +247,6 @@ def _export_parser() -> Arguments:
     parser.add_argument(
         "--no-verify", action="store_true", help="skip the comparison (it needs 8 bytes of memory per parameter)"
     )
-    parser.add_json()
     return parser
 
 

@@ -85,11 +85,12 @@ def command(argv: Sequence[str]) -> int:
 
 def _parser() -> Arguments:
     parser = Arguments(
-        prog="bigtx predict",
-        description="Predict for records with a fine-tuned run. The output has a JSON line for each record, in the "
+        "predict",
+        "Predict for records with a fine-tuned run. The output has a JSON line for each record, in the "
         'order of the input, with the record\'s own fields and "prediction", or "error" if the record cannot be used '
         "(the exit status is then 1). A terminal shows a table with the answer, its probability, and the beginning of "
         "the text.",
+        json="JSON lines on a terminal too",
     )
     parser.add_argument("run", metavar="RUN", help="folder of a fine-tuned run, or of one of its checkpoints")
     parser.add_argument(
@@ -101,7 +102,6 @@ def _parser() -> Arguments:
         help=".jsonl, .csv, .tsv or .tar files (also .gz, .zst), folders, globs; -: JSON lines from standard input",
     )
     parser.add_argument("--text", metavar="TEXT", action="append", default=[], help="a text; may be repeated")
-    parser.add_json("JSON lines on a terminal too")
     parser.add_argument(
         "--output", metavar="FILE", help="the file to write; the same command resumes (standard output)"
     )

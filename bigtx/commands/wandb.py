@@ -66,15 +66,14 @@ def sync_command(argv: Sequence[str]) -> int:
         BigtxError: no run could be found, or W&B cannot be reached.
     """
     parser = Arguments(
-        prog="bigtx wandb sync",
-        description="Send to W&B what it does not have of runs: after a training without a network, without a key or "
+        "wandb sync",
+        "Send to W&B what it does not have of runs: after a training without a network, without a key or "
         "without W&B, and where W&B failed. Each step is sent once, also if the command is repeated.",
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="a run, or a folder with runs in it")
     parser.add_argument("--new", action="store_true", help="send all of it to a new W&B run")
     parser.add_argument("--changed", action="store_true", help="skip runs without new lines since they were last sent")
     parser.add_argument("--dry-run", action="store_true", help="show what would be sent; contact no server")
-    parser.add_json()
     options = parser.parse_args(argv)
     folders = [folder for place in options.runs for folder in find_runs(Path(place))]
     if options.changed:
