@@ -69,7 +69,9 @@ def bigtx(
     )
 
 
-def as_json(capsys: pytest.CaptureFixture[str], command: Callable[[Sequence[str]], int | None], words: Sequence[str]) -> Any:
+def as_json(
+    capsys: pytest.CaptureFixture[str], command: Callable[[Sequence[str]], int | None], words: Sequence[str]
+) -> Any:
     """What a command prints with `--json`, where standard output holds nothing else."""
     capsys.readouterr()
     assert not command([*words, "--json"])

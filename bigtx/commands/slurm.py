@@ -180,16 +180,11 @@ def _asks_for_help(verb: str, argv: Sequence[str]) -> bool:
         "settings in FILE."
     )
     example = "pretrain pretrain/gpt-125m.yaml data.sources.mine.path=corpus run_dir=runs/mine nodes=2"
-    lines = [
-        f"usage: bigtx slurm {verb} JOB [NAME=VALUE ...] WORDS ...",
-        "",
-        wrapped(about),
-        "",
-        wrapped(f"e.g. bigtx slurm {verb} {example}", " " * 7, "  "),
-        "",
-        *columns((OWN | ({"--json": JSON_HELP} if verb == "submit" else {})).items()),
-    ]
-    say("\n".join(lines))
+    options = OWN | ({"--json": JSON_HELP} if verb == "submit" else {})
+    say(f"usage: bigtx slurm {verb} JOB [NAME=VALUE ...] WORDS ...\n")
+    say(wrapped(about) + "\n")
+    say(wrapped(f"e.g. bigtx slurm {verb} {example}", " " * 7, "  ") + "\n")
+    say("\n".join(columns(options.items())))
     return True
 
 

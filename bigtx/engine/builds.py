@@ -17,7 +17,7 @@ from pathlib import Path
 
 from torch.utils import file_baton
 
-from bigtx.utils.locks import is_local, open_or_make, try_lock
+from bigtx.utils.locks import is_at, is_local, open_or_make, try_lock
 from bigtx.utils.log import say
 
 QUIET_SECONDS = 600.0
@@ -49,7 +49,7 @@ class Turn:
                 return False
             # A file without the system's lock may be another program's, so `_stays` checks it for a moment.
             is_free = try_lock(descriptor) is not False
-            if is_free and _is_same(descriptor, self.path) and (is_new or _stays(self.path, descriptor)):
+            if is_free and is_at(self.path, descriptor) and (is_new or _stays(self.path, descriptor)):
                 self._descriptor = descriptor
                 return True
             os.close(descriptor)
@@ -103,7 +103,7 @@ def _stays(path: Path, descriptor: int) -> bool:
     if not is_left_over(path, descriptor):
         return False
     time.sleep(POLL_SECONDS)
-    return _is_same(descriptor, path)
+    return is_at(path, descriptor)
 
 
 def _is_open_elsewhere(descriptor: int) -> bool:
@@ -118,13 +118,6 @@ def _is_open_elsewhere(descriptor: int) -> bool:
                     if os.path.samestat(link.stat(), own):
                         return True
     return False
-
-
-def _is_same(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def leave_out_unused() -> None:

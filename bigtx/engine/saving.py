@@ -31,7 +31,7 @@ from bigtx.engine.fragments import num_bytes, ranges_of
 from bigtx.engine.manifest import Range, table_of
 from bigtx.engine.retention import Policy, free_space, prune, remove, set_aside, try_to
 from bigtx.utils.errors import CheckpointError
-from bigtx.utils.files import fsync_dir, json_hash
+from bigtx.utils.files import fsync_dir, json_hash, publish
 from bigtx.utils.log import say
 
 if TYPE_CHECKING:
@@ -80,9 +80,7 @@ def save_frozen(engine: Engine, ranks: Ranks, run_dir: Path, read: ReadRange) ->
         try:
             files = {file: entry for _, written in reports for file, entry in written.items()}
             write_manifest(partial, {"format": FORMAT_VERSION, **description_of(parts, files)})
-            fsync_dir(partial)
-            os.rename(partial, final)
-            fsync_dir(final.parent)
+            publish(partial, final)
         except OSError as error:
             failure = f"could not complete {final}: {error}"
     _raise_first(ranks.gather(failure), partial, ranks)

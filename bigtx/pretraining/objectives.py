@@ -56,9 +56,9 @@ class Objective(ABC):
         # Validation makes the same draws for all seeds.
         self._key = derive_seed("objective", config.seed if purpose == "train" else 0, purpose)
 
-    @abstractmethod
     def prepare(self, batch: Batch) -> Batch:
-        """Return the model's batch for a batch of the stream."""
+        """Return the model's batch for a batch of the stream: by default the same."""
+        return batch
 
     @property
     def lengths(self) -> Lengths:
@@ -131,10 +131,6 @@ class Causal(Objective):
     """Predict each next token."""
 
     bits_per_byte = True
-
-    def prepare(self, batch: Batch) -> Batch:
-        """Return the batch unchanged."""
-        return batch
 
     def describe(self) -> str:
         """Return a short description."""

@@ -289,6 +289,17 @@ def new_folder(folder: Path) -> Iterator[Path]:
         fsync_dir(partial.parent)
 
 
+def publish(partial: Path, final: Path) -> None:
+    """Give a complete folder its name, so that it stays after a loss of power.
+
+    Raises:
+        OSError: it could not be renamed.
+    """
+    fsync_dir(partial)
+    os.rename(partial, final)
+    fsync_dir(final.parent)
+
+
 def without_own(folder: str, names: Sequence[str]) -> list[str]:
     """Return the names of files and folders that bigtx did not make.
 

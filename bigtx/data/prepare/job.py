@@ -66,7 +66,7 @@ from bigtx.data.text.rules import Needs, check_rules, most_for_a_text
 from bigtx.data.workers import Workers
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import DataError
-from bigtx.utils.files import fsync_dir, write_atomic, write_json
+from bigtx.utils.files import publish, write_atomic, write_json
 from bigtx.utils.hardware import num_cores
 from bigtx.utils.log import ProgressLine
 from bigtx.utils.units import clock, format_count, format_size
@@ -289,9 +289,7 @@ class _Job:
         write_json(corpus / REPORT_NAME, content)
         write_json(corpus / RECIPE_NAME, self._recipe)
         self._workers.__exit__()
-        fsync_dir(corpus)
-        corpus.rename(self._output)
-        fsync_dir(self._output.parent)
+        publish(corpus, self._output)
         return Report(
             self._output,
             *_open_splits(self._output),
@@ -336,8 +334,7 @@ class _Job:
             return None
         self._line.show("searching for near duplicates")
         parts = [SignaturePart(signatures_path(self.work, result.number), result.num_documents) for result in results]
-        found = find_near_duplicates(parts, self.work, self._config.near_duplicates, self._config.memory)
-        return found.folder / "removed"
+        return find_near_duplicates(parts, self.work, self._config.near_duplicates, self._config.memory) / "removed"
 
 
 def _check_memory(output: Path, memory: int) -> None:

@@ -86,8 +86,8 @@ class Transcribe(RecordTask):
         kept = self.cut(ids, self.max_length if self.is_ctc else self.max_length - 1)
         if for_training:
             self._check_columns(kept, samples)
-        length = self.speech.num_columns(samples)
-        num_cut = self.speech.num_columns(num_cut) + len(ids) - len(kept)
+        length = shape.num_columns(self.config.model, samples)
+        num_cut = shape.num_columns(self.config.model, num_cut) + len(ids) - len(kept)
         example = SpeechExample(place, record.where, length, text, np.array(kept, np.int32), num_cut)
         if not for_training:
             self.speech.check(example)  # One bad recording must not end the predictions for others.
@@ -109,7 +109,7 @@ class Transcribe(RecordTask):
         if not self.is_ctc:
             return
         needed = len(ids) + sum(first == second for first, second in itertools.pairwise(ids))
-        columns = self.speech.num_columns(int(num_samples / (1.0 + self.settings.speed_change)))
+        columns = shape.num_columns(self.config.model, int(num_samples / (1.0 + self.settings.speed_change)))
         if needed > columns:
             raise BadRecordError(
                 f"its text needs {needed} columns for CTC, and the recording has {columns} (is it the right text? "
