@@ -167,7 +167,7 @@ def to_yaml(config: Any) -> str:
 
 
 def yaml_of(values: Any) -> str:
-    """Return the values of a configuration (`to_dict`), or a tree of them, as a YAML file that `load` reads back as the same."""
+    """Return values of a configuration (`to_dict`, or a tree) as a YAML file that `load` reads back as the same."""
     # Non-ASCII text is escaped: YAML reads some characters (U+0085, U+2028) as line ends and would return a space.
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=120)
 

@@ -315,7 +315,7 @@ class TextPreparation:
 
     def __init__(self, config: PrepareConfig, tokenizer: Tokenizer, rules: TextRules, num_processes: int) -> None:
         self._most = most_for_a_text(config.memory)
-        self._large = max(_NEVER_LARGE, self._most // num_processes // tokenizer.memory_per_byte)
+        self._large = max(_NEVER_LARGE, self._most // num_processes // tokenizer.model.memory_per_byte)
         self._tokenizer = tokenizer
         self._rules = rules
 

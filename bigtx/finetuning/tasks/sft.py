@@ -176,10 +176,7 @@ class Sft(ChatTask, OneText):
 
     generates = True
 
-    @property
-    def text_field(self) -> str | None:
-        """Return the field of the prompt."""
-        return self.fields.prompt
+    text_from = "prompt"
 
     def encode(self, record: Record, *, for_training: bool = True) -> ChatExample:
         """Encode a chat, or a prompt and its response."""
@@ -255,10 +252,7 @@ class Distill(OneText):
         super().__init__(config, tokenizer)
         self.require_length(2)
 
-    @property
-    def text_field(self) -> str | None:
-        """Return the field of the text."""
-        return self.fields.text
+    text_from = "text"
 
     def encode(self, record: Record, *, for_training: bool = True) -> ChatExample:
         """Encode a text, with the begin ids of the tokenizer (or an end id) before it, and an end id after it."""
