@@ -90,9 +90,7 @@ class Objective(ABC):
 
 def documents_of(batch: Batch, row: int, length: int) -> np.ndarray:
     """Return the document of each token of a row's text, int64 [length]; zeros where documents are not kept apart."""
-    if batch.segment_ids is None:
-        return np.zeros(length, np.int64)
-    return batch.segment_ids.numpy()[row, :length]
+    return np.zeros(length, np.int64) if batch.segment_ids is None else batch.segment_ids.numpy()[row, :length]
 
 
 def tensor(array: np.ndarray, batch: Batch) -> torch.Tensor:

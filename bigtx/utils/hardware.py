@@ -90,10 +90,8 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     Returns:
         None for a device or a precision that the table does not hold.
     """
-    for name, peaks in PEAK_FLOPS:
-        if re.search(rf"\b{re.escape(name)}\b", device_name, re.IGNORECASE):
-            return peaks.get(precision)
-    return None
+    found = (peaks for name, peaks in PEAK_FLOPS if re.search(rf"\b{re.escape(name)}\b", device_name, re.IGNORECASE))
+    return next(found, {}).get(precision)
 
 
 def num_cores() -> int:

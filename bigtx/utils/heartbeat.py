@@ -240,10 +240,10 @@ def waits_for_gpu(stacks: str) -> bool:
     """Return whether the main thread waits for its GPU. Its own kernel may hang, or a collective that waits for another
     rank's GPU: the host cannot distinguish them.
     """
-    for path, _, function in _FRAME.findall(main_thread(stacks))[:_NEAREST]:
-        if function in _READS_OF_DEEPSPEED or (function == "synchronize" and _SYNCHRONIZE.search(path)):
-            return True
-    return False
+    return any(
+        function in _READS_OF_DEEPSPEED or (function == "synchronize" and _SYNCHRONIZE.search(path))
+        for path, _, function in _FRAME.findall(main_thread(stacks))[:_NEAREST]
+    )
 
 
 def wait_for_ranks(work: Any) -> None:

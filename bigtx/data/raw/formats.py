@@ -356,9 +356,7 @@ def _encoding_by_nuls(raw: bytes) -> str:
         (False, True, False, True): "UTF-16LE",
         (True, False, True, False): "UTF-16BE",
     }.get(tuple(nuls))  # type: ignore[arg-type]
-    if name is None:
-        return ""
-    return f"{name[:6]} text without a byte order mark; {_convert(name)}"
+    return "" if name is None else f"{name[:6]} text without a byte order mark; {_convert(name)}"
 
 
 def _convert(name: str) -> str:

@@ -46,9 +46,7 @@ class C4Lines:
         """Return why a text is not a page of prose; empty if it may be one."""
         if self._c4 and "{" in text:
             return "a curly bracket"
-        if self._c4 and "lorem ipsum" in text.lower():
-            return "lorem ipsum"
-        return ""
+        return "lorem ipsum" if self._c4 and "lorem ipsum" in text.lower() else ""
 
     def keep(self, text: str) -> str:
         """Return the suitable lines, without white space around them and without citation marks."""

@@ -93,9 +93,7 @@ def unicode_repair() -> Callable[[str], str]:
     )
 
     def repair(text: str) -> str:
-        if text.isascii() and not _DOUBTFUL_ASCII.search(text):
-            return text
-        return fix_text(text, config)
+        return text if text.isascii() and not _DOUBTFUL_ASCII.search(text) else fix_text(text, config)
 
     return repair
 
