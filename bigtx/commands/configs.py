@@ -71,8 +71,7 @@ class Recipe:
 
 def list_command(argv: Sequence[str]) -> None:
     """Print the recipes by kind and size, with the purpose of each."""
-    parser = Arguments("configs list", "The recipes that come with bigtx.")
-    as_json = parser.parse_args(argv).json
+    as_json = Arguments("configs list", "The recipes that come with bigtx.").parse_args(argv).json
     recipes = sorted(map(_recipe, shipped_configs()), key=_kind_and_size)
     if as_json:
         say_json([dataclasses.asdict(recipe) for recipe in recipes])
@@ -265,16 +264,14 @@ def _lines(schema: type, setting: Setting | None) -> Iterator[tuple[str, int]]:
     """Yield lines about a setting or a section, each with the indentation of its continuation lines."""
     if setting is None or setting.section:
         about = setting.about if setting else (schema.__doc__ or "").strip()
-        for line in [*about.splitlines(), ""]:
-            yield line.strip(), 2
+        yield from ((line.strip(), 2) for line in [*about.splitlines(), ""])
         for member in _settings(schema, setting):
             yield f"{member.key if member.section else _default(member)}: {member.about}", 6
         return
     yield _default(setting), 2
     yield setting.doc, 2
     yield f"Write {describe_type(setting)}.", 2
-    for member in setting.members().values():
-        yield f"{member.key}: {member.doc}", 6
+    yield from ((f"{member.key}: {member.doc}", 6) for member in setting.members().values())
     if issubclass(schema, RunConfig):
         yield f"It {CHANGES[setting.change]}.", 2
 

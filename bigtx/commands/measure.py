@@ -197,8 +197,7 @@ class Corpora(Evaluation):
         loaded = self.load()
         config = dataclasses.replace(config, model=loaded.config.model)
         alone = Alone(loaded.model)
-        task = LikelihoodTask(z_loss=0.0)
-        validation = Validation(config, alone, alone, task, loaded.tokenizer)
+        validation = Validation(config, alone, alone, LikelihoodTask(z_loss=0.0), loaded.tokenizer)
         metrics = {name.removeprefix("validation/"): value for name, value in validation.measure().items()}
         return self.result(metrics, rows=config.validation.max_sequences)
 

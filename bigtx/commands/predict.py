@@ -172,19 +172,16 @@ class _Job:
             output.finish()
 
     def _predict(self, chunk: Sequence[Item]) -> list[dict[str, Any]]:
-        records = [item for item in chunk if isinstance(item, Record)]
-        outcomes = iter(self._outcomes(records))
+        from bigtx.finetuning.predictions import predict_records
+
+        records, loaded = [item for item in chunk if isinstance(item, Record)], self.loaded
+        device = next(loaded.model.parameters()).device
+        found = predict_records(loaded.task, loaded.model, records, batch_size=self.batch_size, device=device)
+        outcomes = iter(found)
         return [
             fields_of(item) | (_added(next(outcomes)) if isinstance(item, Record) else {"error": item.error})
             for item in chunk
         ]
-
-    def _outcomes(self, records: Sequence[Record]) -> list[Outcome]:
-        from bigtx.finetuning.predictions import predict_records
-
-        loaded = self.loaded
-        device = next(loaded.model.parameters()).device
-        return predict_records(loaded.task, loaded.model, records, batch_size=self.batch_size, device=device)
 
     @functools.cached_property
     def loaded(self) -> LoadedModel:

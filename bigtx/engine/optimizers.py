@@ -91,8 +91,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         for group, flat in flats:
             state = self.state[flat]
-            for kind in self.state_kinds(group):
-                state[kind] = torch.zeros_like(flat, requires_grad=False)
+            state |= {kind: torch.zeros_like(flat, requires_grad=False) for kind in self.state_kinds(group)}
             state["updates"] = torch.zeros((), dtype=torch.float32, device=flat.device)
         self._together = together
         by_muon = [flat for group, flat in flats if self.param_groups[group]["method"] == "muon"]

@@ -254,8 +254,7 @@ class Saver:
         Raises:
             CheckpointError: on every rank, if there is too little and the checkpoint must not be left out.
         """
-        own = num_bytes(self.engine.owned, self.engine.optimizer.state_kinds)
-        (needed,) = self.ranks.sum([own])
+        (needed,) = self.ranks.sum([num_bytes(self.engine.owned, self.engine.optimizer.state_kinds)])
         problem, best = None, facts.get("state", {}).get("best_step")
         if self.ranks.rank == 0:
             problem = free_space(self.run_dir, needed, self.policy, best=best, is_skipping=save.is_skipping)

@@ -313,12 +313,9 @@ def answers(url: str, *, timeout: float, proxies: dict[str, str] | None = None) 
 
 def _answers(url: str, timeout: float, proxies: dict[str, str]) -> bool:
     host = urlsplit(url).hostname or ""
-    if host == "localhost" or host.startswith("127.") or host == "::1":
-        chosen: dict[str, str] = {}
-    else:
-        chosen = {**urllib.request.getproxies(), **proxies}
-        if urllib.request.proxy_bypass(host):
-            chosen = {}
+    is_here = host == "localhost" or host.startswith("127.") or host == "::1"
+    goes_direct = is_here or urllib.request.proxy_bypass(host)
+    chosen = {} if goes_direct else {**urllib.request.getproxies(), **proxies}
     opener = urllib.request.build_opener(urllib.request.ProxyHandler(chosen))
     try:
         opener.open(f"{url.rstrip('/')}/healthz", timeout=timeout).close()

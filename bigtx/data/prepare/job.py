@@ -269,9 +269,7 @@ class _Job:
         recipe = {name: value for name, value in self._recipe.items() if name != "inputs"}
         total = assembly.run(results, tokenizer, recipe, self._near_duplicates(results), self._buffer)
         self._line.clear()
-        for rule, number in total.removed.items():
-            if number:
-                removed[rule] = Removed(number)
+        removed |= {rule: Removed(number) for rule, number in total.removed.items() if number}
         num_kept = int(total.sums[:, 0].sum())
         if num_kept == 0:
             named = ", ".join(f"{what.documents:,} by {rule}" for rule, what in removed.items())

@@ -112,8 +112,9 @@ class OneText(RecordTask):
         rows = [example.chats if is_packed else (example,) for example in examples]
         pad: Callable[..., torch.Tensor]
         pad = functools.partial(padded, length=self.row_length) if is_packed else self.padded
+        # A label is the next token if that is part of an answer.
         tokens = [np.concatenate([chat.ids[:-1] for chat in row]) for row in rows]
-        labels = [np.concatenate([_labels(chat) for chat in row]) for row in rows]
+        labels = [np.concatenate([np.where(chat.is_answer[1:], chat.ids[1:], IGNORED) for chat in row]) for row in rows]
         positions = segment_ids = None
         if is_packed:
             places = [np.concatenate([np.arange(chat.length) for chat in row]) for row in rows]
@@ -270,11 +271,6 @@ class Distill(OneText):
             {"loss": score["_loss_sum"] / score["_num_tokens"], "tokens": score["_num_tokens"]} | score
             for score in self.predict_in_run(model, examples, device)
         ]
-
-
-def _labels(chat: ChatExample) -> np.ndarray:
-    """Return the next token of each token if that is part of an answer, else IGNORED."""
-    return np.where(chat.is_answer[1:], chat.ids[1:], IGNORED)
 
 
 def best_fit(lengths: np.ndarray, size: int) -> list[list[int]]:
