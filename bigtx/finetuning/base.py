@@ -92,7 +92,7 @@ class Transfer:
         def read(name: str, kind: str, start: int, stop: int) -> Tensor:
             if name in self.resized:
                 rows, total = self.resized[name]
-                border = rows * (self._numel(name) // total)
+                border = rows * (torch.Size(self.shapes[name]).numel() // total)
                 parts = []
                 if start < border:
                     parts.append(source.read(_origin(name, self.stack), kind, start, min(stop, border)))
@@ -105,9 +105,6 @@ class Transfer:
 
         new = set(self.new)
         return read
-
-    def _numel(self, name: str) -> int:
-        return torch.Size(self.shapes[name]).numel()
 
 
 def plan_transfer(

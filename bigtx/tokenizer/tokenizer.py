@@ -176,7 +176,7 @@ class Tokenizer:
             "origin": self.origin,
         }
         if self.template is not None:
-            description["template"] = self.template.to_dict()
+            description["template"] = dataclasses.asdict(self.template)
         write_json(folder / DESCRIPTION, description)
 
     @property
