@@ -27,7 +27,7 @@ from bigtx.utils import hardware, log
 from bigtx.utils.arguments import Arguments
 from bigtx.utils.errors import LaunchError
 from bigtx.utils.files import write_atomic
-from bigtx.utils.log import say, say_json
+from bigtx.utils.log import say_result
 from bigtx.utils.processes import rank
 from bigtx.utils.terminal import wrapped
 from bigtx.utils.units import format_size
@@ -279,15 +279,13 @@ def _conclude(
     silent = [node for node in range(len(hosts)) if node not in reports]
     bad = [hosts[node] for node in sorted({*verdict.bad, *unfit, *silent})]
     _write_bad(arguments.output, bad)
-    if arguments.json:
-        machines = [{"host": report["host"], "checks": report["checks"]} for report in reports.values()]
-        shown = [
-            {"hosts": [hosts[low], hosts[high]], "gb_per_second": speed / GIGA} for (low, high), speed in links.items()
-        ]
-        say_json({"fit": not bad, "bad": bad, "machines": machines, "links": shown})
-    else:
-        for line in [*_lines_of_checks(reports, len(hosts) > 1), *_lines_of_links(hosts, links, verdict, silent)]:
-            say(line)
+    machines = [{"host": report["host"], "checks": report["checks"]} for report in reports.values()]
+    shown = [
+        {"hosts": [hosts[low], hosts[high]], "gb_per_second": speed / GIGA} for (low, high), speed in links.items()
+    ]
+    facts = {"fit": not bad, "bad": bad, "machines": machines, "links": shown}
+    lines = [*_lines_of_checks(reports, len(hosts) > 1), *_lines_of_links(hosts, links, verdict, silent)]
+    say_result(arguments.json, lambda: facts, lambda: lines)
     return EXIT_UNFIT if bad else 0
 
 

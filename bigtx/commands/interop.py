@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigtx.utils.arguments import Arguments
 from bigtx.utils.errors import CheckpointError, ConfigError
-from bigtx.utils.log import said_aside, say, say_json
+from bigtx.utils.log import said_aside, say, say_json, say_result
 from bigtx.utils.shell import command, settings
 from bigtx.utils.units import counted, format_count, format_names, format_size, parse_size
 
@@ -37,11 +37,9 @@ def import_command(argv: Sequence[str]) -> None:
     with said_aside(options.json):
         made = import_model(options.source, options.output, tokenizer_folder=options.tokenizer)
     num_parameters = count_parameters(made.config).total
-    if options.json:
-        say_json(_import_facts(options.output, made, num_parameters))
-        return
-    _say_imported(made, num_parameters)
-    _say_next(options.output, made)
+    facts = _import_facts(options.output, made, num_parameters)
+    lines = [*_describe_imported(made, num_parameters), *_next_commands(options.output, made)]
+    say_result(options.json, lambda: facts, lambda: lines)
 
 
 def _import_facts(run: Path, made: Imported, num_parameters: int) -> dict[str, Any]:
@@ -64,40 +62,40 @@ def _import_facts(run: Path, made: Imported, num_parameters: int) -> dict[str, A
     }
 
 
-def _say_imported(made: Imported, num_parameters: int) -> None:
+def _describe_imported(made: Imported, num_parameters: int) -> Iterator[str]:
     config = made.config
-    say(
+    yield (
         f"{made.model_type}: {len(made.match.keys):,} tensors in {counted(made.num_files, 'file')} are "
         f"{format_count(num_parameters)} parameters ({config.shape}, {config.num_layers} layers, "
         f"{config.hidden_size} wide), all imported" + (" except the head" if made.match.untrained else "")
     )
     if made.match.untrained:
-        say(
+        yield (
             "New and untrained, because the model was saved without its head: "
             f"{format_names(made.match.untrained, 5)}. Fine-tuning does not need this head; to predict masked tokens, "
             "train the run further first"
         )
     if made.match.dropped:
-        say(f"Dropped, because the model does not need them: {format_names(made.match.dropped, 5)}")
-    say(f"{made.tokenizer.vocab_size:,} token ids, {config.vocab_size:,} rows in the vocabulary")
-    say(f"Wrote {made.checkpoint}")
+        yield f"Dropped, because the model does not need them: {format_names(made.match.dropped, 5)}"
+    yield f"{made.tokenizer.vocab_size:,} token ids, {config.vocab_size:,} rows in the vocabulary"
+    yield f"Wrote {made.checkpoint}"
 
 
-def _say_next(run: Path, made: Imported) -> None:
-    """Print the commands with which the new run is used and trained further."""
+def _next_commands(run: Path, made: Imported) -> Iterator[str]:
+    """Yield the commands with which the new run is used and trained further."""
     config = made.config
     if config.num_classes is not None:
-        say(f"It sorts texts into {config.num_classes:,} classes; their names are in {run / 'config.yaml'}")
-        say(f"Next: {command('bigtx', 'predict', run, 'input=FILE')}")
+        yield f"It sorts texts into {config.num_classes:,} classes; their names are in {run / 'config.yaml'}"
+        yield f"Next: {command('bigtx', 'predict', run, 'input=FILE')}"
         tuning = {"base": run, "data.train": "FILES", "run_dir": "runs/next", "train.epochs": 3}
-        say(f"To train further: {command('bigtx', 'finetune', run / 'config.yaml')} {settings(tuning)}")
+        yield f"To train further: {command('bigtx', 'finetune', run / 'config.yaml')} {settings(tuning)}"
         return
     if config.shape == "decoder":
-        say(f"Next: {command('bigtx', 'generate', run, 'prompt=Once upon a time')}")
+        yield f"Next: {command('bigtx', 'generate', run, 'prompt=Once upon a time')}"
     prepare = settings({"input.paths": "TEXTS", "tokenizer": run / "tokenizer", "output": "CORPUS"})
-    say(f"To train further: bigtx data prepare {prepare}")
+    yield f"To train further: bigtx data prepare {prepare}"
     values = {"init_from": run, "run_dir": "runs/next", "data.sources.mine.path": "CORPUS", "train.max_steps": 1000}
-    say(f"  {command('bigtx', 'pretrain', run / 'config.yaml')} {settings(values)}")
+    yield f"  {command('bigtx', 'pretrain', run / 'config.yaml')} {settings(values)}"
 
 
 def export_command(argv: Sequence[str]) -> None:

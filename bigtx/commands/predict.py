@@ -26,7 +26,7 @@ from bigtx.engine.trained import find
 from bigtx.finetuning.prediction_output import Item, Output, arriving, fields_of, read_items, read_stdin, write_lines
 from bigtx.utils import __version__
 from bigtx.utils.arguments import Arguments
-from bigtx.utils.errors import ConfigError
+from bigtx.utils.errors import EXIT_SOME_FAILED, ConfigError
 from bigtx.utils.options import add_loading_options, add_predicting_options, check_options
 from bigtx.utils.terminal import visible
 from bigtx.utils.units import counted
@@ -42,7 +42,6 @@ CHUNK_BATCHES = 8
 """Batches of a chunk, within which records are sorted by length, and which is written as a whole."""
 MAX_SHOWN = 5
 """Errors that are also printed on standard error."""
-EXIT_SOME_FAILED = 1
 
 
 def command(argv: Sequence[str]) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 from bigtx.config.load import JSON, PRINT_CONFIG, parse_command_line
 from bigtx.config.schema import TokenizerTrainConfig
-from bigtx.data.prepare.recipe import describe_inputs, differences
+from bigtx.data.prepare.recipe import RECIPE_NAME, describe_inputs, differences
 from bigtx.data.raw.documents import Rejects
 from bigtx.data.raw.files import describe_passed_over, list_files, suffix_problems
 from bigtx.data.raw.read import read_documents
@@ -29,9 +29,6 @@ from bigtx.utils.log import said_aside, say_json
 from bigtx.utils.processes import stopped_at_once
 from bigtx.utils.shell import command
 from bigtx.utils.units import counted, format_size
-
-RECIPE = "recipe.json"
-"""The settings and input of a trained tokenizer; copies in runs and corpora do not have this file."""
 
 _SAY_EVERY_SECONDS = 10.0
 
@@ -215,7 +212,7 @@ def _same_as_trained(output: str, recipe: dict[str, Any]) -> Tokenizer:
     """
     tokenizer = Tokenizer.load(output)
     try:
-        found = json_value((Path(output) / RECIPE).read_bytes())
+        found = json_value((Path(output) / RECIPE_NAME).read_bytes())
         settings, inputs = dict(found["settings"]), found["inputs"]
         known = found["fingerprint"] == tokenizer.fingerprint
     except (OSError, ValueError, KeyError, TypeError):
@@ -252,8 +249,8 @@ def _refuse_unusable(output: str) -> None:
 
 def _save(tokenizer: Tokenizer, output: str, recipe: dict[str, Any] | None = None) -> None:
     with new_folder(Path(output)) as folder:
-        if recipe:
-            write_json(folder / RECIPE, recipe)
+        if recipe:  # Copies in runs and corpora do not have this file.
+            write_json(folder / RECIPE_NAME, recipe)
         tokenizer.save(folder)
 
 

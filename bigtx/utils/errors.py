@@ -18,6 +18,8 @@ from bigtx.utils import log, terminal
 EXIT_OUTPUT_LOST = 1
 EXIT_FAILED = 1
 """The exit status of a run that lost a rank: the user made no mistake, and the same command resumes."""
+EXIT_SOME_FAILED = 1
+"""The exit status of a command that could not use some of its records."""
 EXIT_USER_ERROR = 2
 EXIT_REQUEUE = 75
 """The exit status of a run that saved and stopped on request: run the same command again (sysexits' EX_TEMPFAIL)."""

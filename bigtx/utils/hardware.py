@@ -137,9 +137,8 @@ def node_of_core(core: int) -> int:
     """Return the group of cores with memory of its own (NUMA node) that a core belongs to; 0 where there is one
     group.
     """
-    for path in Path(f"/sys/devices/system/cpu/cpu{core}").glob("node[0-9]*"):
-        return int(path.name.removeprefix("node"))
-    return 0
+    paths = Path(f"/sys/devices/system/cpu/cpu{core}").glob("node[0-9]*")
+    return next((int(path.name.removeprefix("node")) for path in paths), 0)
 
 
 def num_core_groups() -> int:
