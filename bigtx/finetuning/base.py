@@ -152,11 +152,10 @@ def other_classes(config: FinetuneConfig, base: str, names: Iterable[str]) -> li
         names: parameters that both the base and the run have.
     """
     head = [name for name in names if name.startswith("head.classes.")]
-    if not head:
-        return []
-    theirs = load_run_config(base)
-    if isinstance(theirs, FinetuneConfig) and theirs.classify.classes == config.classify.classes:
-        return []
+    if head:
+        theirs = load_run_config(base)
+        if isinstance(theirs, FinetuneConfig) and theirs.classify.classes == config.classify.classes:
+            return []
     return head
 
 

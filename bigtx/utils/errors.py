@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -72,6 +73,12 @@ class LaunchError(BigtxError):
     def __init__(self, text: str = "", broken_hosts: Iterable[str] = ()) -> None:
         super().__init__(text)
         self.broken_hosts = tuple(broken_hosts)
+
+
+def require(package: str, message: str, kind: type[BigtxError] = LaunchError) -> None:
+    """Raise an error of a kind with the message, unless the package is installed."""
+    if importlib.util.find_spec(package) is None:
+        raise kind(message)
 
 
 def say_from_any_rank(error: BigtxError) -> None:

@@ -8,7 +8,6 @@ The loss is only on the target and its end. The reported loss is without smoothi
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,7 +23,7 @@ from bigtx.finetuning.tasks.task import Lengths, Model, Prediction, RecordTask, 
 from bigtx.model.beam import Beam, Found
 from bigtx.model.loss import IGNORED, Loss
 from bigtx.tokenizer.tokenizer import Tokenizer
-from bigtx.utils.errors import LaunchError
+from bigtx.utils.errors import require
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +239,5 @@ def require_sacrebleu() -> None:
     Raises:
         LaunchError: sacrebleu is not installed.
     """
-    if importlib.util.find_spec("sacrebleu") is None:
-        raise LaunchError(
-            "task=translate measures with sacrebleu, which is not installed: pip install 'bigtx[translate]'"
-        )
+    what = "task=translate measures with sacrebleu, which is not installed: pip install 'bigtx[translate]'"
+    require("sacrebleu", what)
