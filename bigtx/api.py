@@ -201,12 +201,10 @@ class LoadedModel:
             batch_size=batch_size or BATCH_SIZE,
             device=next(self.model.parameters()).device,
         )
-        predictions = []
         for outcome in outcomes:
             if outcome.prediction is None:
                 raise DataError(outcome.error)
-            predictions.append(outcome.prediction)
-        return predictions
+        return [outcome.prediction for outcome in outcomes if outcome.prediction is not None]
 
     def fields_of(self, given: Mapping[str, Any] | str, number: int) -> Mapping[str, Any]:
         """Return the fields of a record, which is given as a mapping of fields or as a text.

@@ -53,7 +53,7 @@ OTHER = "Other"
 
 
 @exit_cleanly
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int | None:
     """Run one command.
 
     Args:
@@ -92,7 +92,7 @@ def help_command(argv: Sequence[str]) -> int:
     elif name == "help":
         print("usage: bigtx help [COMMAND]\n\nExplain a command and its options, as `bigtx COMMAND --help` does.")
     elif name is not None:
-        return _resolve(name)(["--help"])
+        _resolve(name)(["--help"])
     elif members := _members(" ".join(words)):
         print(f"usage: bigtx {words[0]} COMMAND [NAME=VALUE ...]\n\n{_table(members)}")
     else:
@@ -104,8 +104,7 @@ def version_command(argv: Sequence[str]) -> int:
     """Print the version; with `--json` also those of Python and packages, which are not imported."""
     from bigtx.utils.arguments import Arguments
 
-    parser = Arguments(prog="bigtx version", description="Print the version; as JSON also those of packages.")
-    parser.add_json()
+    parser = Arguments("version", "Print the version; as JSON also those of packages.")
     if not parser.parse_args(argv).json:
         print(f"bigtx {__version__}")
         return 0
@@ -128,8 +127,8 @@ def _members(group: str) -> list[str]:
     return [name for name in COMMANDS if name.startswith(f"{group} ")]
 
 
-def _resolve(name: str) -> Callable[[Sequence[str]], int]:
-    command: Callable[[Sequence[str]], int] = imported(COMMANDS[name][0])
+def _resolve(name: str) -> Callable[[Sequence[str]], int | None]:
+    command: Callable[[Sequence[str]], int | None] = imported(COMMANDS[name][0])
     return command
 
 

@@ -69,10 +69,12 @@ def bigtx(
     )
 
 
-def as_json(capsys: pytest.CaptureFixture[str], command: Callable[[Sequence[str]], int], words: Sequence[str]) -> Any:
+def as_json(
+    capsys: pytest.CaptureFixture[str], command: Callable[[Sequence[str]], int | None], words: Sequence[str]
+) -> Any:
     """What a command prints with `--json`, where standard output holds nothing else."""
     capsys.readouterr()
-    assert command([*words, "--json"]) == 0
+    assert not command([*words, "--json"])
     return json.loads(capsys.readouterr().out)
 
 

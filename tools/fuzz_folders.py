@@ -139,9 +139,8 @@ class _Examples:
         write_table(self.run, [Row("train", "a.txt", 4, "0" * 32)])
 
 
-def _command(command: Callable[[list[str]], int], *words: str) -> None:
-    status = command(list(words))
-    assert status == 0, words
+def _command(command: Callable[[list[str]], None], *words: str) -> None:
+    command(list(words))
 
 
 def _files_in(folder: Path) -> Files:

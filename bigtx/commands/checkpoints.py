@@ -15,7 +15,7 @@ from bigtx.engine.retention import Policy, delete, read_good_and_suspect
 from bigtx.utils.arguments import Arguments
 from bigtx.utils.errors import BigtxError, CheckpointError, ConfigError, LaunchError
 from bigtx.utils.locks import FolderLock
-from bigtx.utils.log import say, say_json
+from bigtx.utils.log import say_result
 from bigtx.utils.units import format_count, format_size, format_time
 
 EXIT_SOME_DAMAGED = 1
@@ -77,8 +77,7 @@ def command(argv: Sequence[str]) -> int:
         BigtxError: it is not a run, or another process uses it.
     """
     parser = Arguments(
-        prog="bigtx checkpoints",
-        description="Show the checkpoints of a run, newest first; check their hashes; delete those not needed.",
+        "checkpoints", "Show the checkpoints of a run, newest first; check their hashes; delete those not needed."
     )
     parser.add_argument("run", metavar="RUN", help="the run's folder")
     parser.add_argument("--verify", action="store_true", help="read all files and compare them with their hashes")
@@ -88,7 +87,6 @@ def command(argv: Sequence[str]) -> int:
         type=int,
         help="delete all but the newest N good ones, the best, the permanent ones (train.keep_every) and damaged ones",
     )
-    parser.add_json()
     options = parser.parse_args(argv)
     run_dir, config = Path(options.run), load_run_config(options.run)
     if run_dir_of(run_dir) != run_dir.resolve():
@@ -100,12 +98,8 @@ def command(argv: Sequence[str]) -> int:
             raise ConfigError(f"prune={options.prune}: the newest checkpoint is always kept; write prune=1 or more")
         deleted = _prune(run_dir, Policy(options.prune, every))
     rows = list(_rows(run_dir, Policy(1, every), verify=options.verify))
-    if options.json:
-        shown = [asdict(row) for row in rows]
-        say_json({"run": str(run_dir.absolute()), "deleted": deleted, "checkpoints": shown})
-    else:
-        for line in _lines(run_dir, rows, deleted, verified=options.verify):
-            say(line)
+    facts = {"run": str(run_dir.absolute()), "deleted": deleted, "checkpoints": [asdict(row) for row in rows]}
+    say_result(options.json, lambda: facts, lambda: _lines(run_dir, rows, deleted, verified=options.verify))
     return EXIT_SOME_DAMAGED if any(row.problems for row in rows) else 0
 
 

@@ -69,15 +69,13 @@ class Recipe:
     parameters: int | None
 
 
-def list_command(argv: Sequence[str]) -> int:
+def list_command(argv: Sequence[str]) -> None:
     """Print the recipes by kind and size, with the purpose of each."""
-    parser = Arguments(prog="bigtx configs list", description="The recipes that come with bigtx.")
-    parser.add_json()
-    as_json = parser.parse_args(argv).json
+    as_json = Arguments("configs list", "The recipes that come with bigtx.").parse_args(argv).json
     recipes = sorted(map(_recipe, shipped_configs()), key=_kind_and_size)
     if as_json:
         say_json([dataclasses.asdict(recipe) for recipe in recipes])
-        return 0
+        return
     width = max((len(recipe.name) for recipe in recipes), default=0)
     for recipe in recipes:
         size = format_count(recipe.parameters) if recipe.parameters else ""
@@ -87,32 +85,30 @@ def list_command(argv: Sequence[str]) -> int:
         wrapped("The size is in parameters, with the vocabulary that the file names. No size: the model is the base's.")
     )
     say("Use one by its name, or copy it to change it: bigtx configs copy NAME")
-    return 0
 
 
-def show_command(argv: Sequence[str]) -> int:
+def show_command(argv: Sequence[str]) -> None:
     """Print a recipe's YAML; with --resolved, including the settings of the files that it builds on.
 
     Raises:
         ConfigError: there is no such recipe or file.
     """
-    parser = Arguments(prog="bigtx configs show", description="Print a recipe, or a file of your own.")
+    parser = Arguments("configs show", "Print a recipe, or a file of your own.", json="")
     parser.add_argument("name", metavar="NAME", help="a recipe of `bigtx configs list`, or a file")
     parser.add_argument("--resolved", action="store_true", help="with the settings of the files that it builds on")
     options = parser.parse_args(argv)
     path = _found(options.name)
     text = resolved_files(path) if options.resolved else path.read_text(encoding="utf-8")
     say(text.rstrip("\n"))
-    return 0
 
 
-def copy_command(argv: Sequence[str]) -> int:
+def copy_command(argv: Sequence[str]) -> None:
     """Copy a recipe and the files that it builds on, so that its `base:` lines remain valid.
 
     Raises:
         ConfigError: there is no such recipe, or another file has the name of a copy.
     """
-    parser = Arguments(prog="bigtx configs copy", description="Copy a recipe and the files that it builds on.")
+    parser = Arguments("configs copy", "Copy a recipe and the files that it builds on.", json="")
     parser.add_argument("name", metavar="NAME", help="a recipe of `bigtx configs list`")
     parser.add_argument(
         "output", metavar="FOLDER", nargs="?", default="configs", help="folder for the copies (configs)"
@@ -144,25 +140,23 @@ def copy_command(argv: Sequence[str]) -> int:
         print(f"\nEdit it, then run: bigtx pretrain {copy} {given}run_dir=runs/mine")
         if given:
             print("CORPUS is the output folder of a `bigtx data prepare`.")
-    return 0
 
 
-def plan_command(argv: Sequence[str]) -> int:
+def plan_command(argv: Sequence[str]) -> None:
     """Print the memory, time and communication of pretraining on some numbers of GPUs.
 
     Raises:
         ConfigError: there is no such recipe or file, or the estimate does not cover it.
     """
     parser = Arguments(
-        prog="bigtx configs plan",
-        description="Estimate pretraining from its config: memory of each GPU, micro batches, time and communication, "
+        "configs plan",
+        "Estimate pretraining from its config: memory of each GPU, micro batches, time and communication, "
         f"at {MFU:.0%} of the GPU's peak; see docs/sizes.md.",
     )
     parser.add_argument("name", metavar="NAME", help="a recipe of `bigtx configs list`, or a file")
     parser.add_argument("--gpus", metavar="N,N", default="1,8,64", help="numbers of GPUs (1,8,64)")
     parser.add_argument("--gpu", metavar="NAME", default="H100", help="the name of the GPU (H100)")
     parser.add_argument("--vocab-size", metavar="N", type=int, help="number of ids of the tokenizer (that of the file)")
-    parser.add_json()
     options = parser.parse_args(argv)
     path = _found(options.name)
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", options.gpus):
@@ -178,7 +172,6 @@ def plan_command(argv: Sequence[str]) -> int:
     plans = [plan_run(config, number, peak) for number in gpus]
     facts = [dataclasses.asdict(plan) for plan in plans]
     say_result(options.json, lambda: facts, lambda: plan_lines(config, plans, options.gpu))
-    return 0
 
 
 def _found(name: str) -> Path:
@@ -222,17 +215,16 @@ def _about(line: str) -> str:
     return re.split(r"[:;]|\.$", text)[0]
 
 
-def explain_command(argv: Sequence[str]) -> int:
+def explain_command(argv: Sequence[str]) -> None:
     """Print the meaning of a setting or a section.
 
     Raises:
         ConfigError: no schema has the key.
     """
-    parser = Arguments(prog="bigtx configs explain", description="The meaning of a setting, its type and its default.")
+    parser = Arguments("configs explain", "The meaning of a setting, its type and its default.")
     parser.add_argument(
         "key", metavar="KEY", nargs="?", help="a setting or a section, e.g. train.max_steps or model (all)"
     )
-    parser.add_json()
     options = parser.parse_args(argv)
     found = {title: find(schema, options.key) if options.key else None for title, schema in SCHEMAS.items()}
     if options.key and not any(found.values()):
@@ -244,12 +236,11 @@ def explain_command(argv: Sequence[str]) -> int:
     if options.json:
         facts = {title: [_facts(one) for one in _settings(SCHEMAS[title], setting)] for title, setting in shown.items()}
         say_json(facts)
-        return 0
+        return
     for number, (title, setting) in enumerate(shown.items()):
         say(f"{chr(10) if number else ''}{title}")
         for line, indent in _lines(SCHEMAS[title], setting):
             say(wrapped(line, " " * indent, "  ").rstrip())
-    return 0
 
 
 def _settings(schema: type, setting: Setting | None) -> list[Setting]:
@@ -273,16 +264,14 @@ def _lines(schema: type, setting: Setting | None) -> Iterator[tuple[str, int]]:
     """Yield lines about a setting or a section, each with the indentation of its continuation lines."""
     if setting is None or setting.section:
         about = setting.about if setting else (schema.__doc__ or "").strip()
-        for line in [*about.splitlines(), ""]:
-            yield line.strip(), 2
+        yield from ((line.strip(), 2) for line in [*about.splitlines(), ""])
         for member in _settings(schema, setting):
             yield f"{member.key if member.section else _default(member)}: {member.about}", 6
         return
     yield _default(setting), 2
     yield setting.doc, 2
     yield f"Write {describe_type(setting)}.", 2
-    for member in setting.members().values():
-        yield f"{member.key}: {member.doc}", 6
+    yield from ((f"{member.key}: {member.doc}", 6) for member in setting.members().values())
     if issubclass(schema, RunConfig):
         yield f"It {CHANGES[setting.change]}.", 2
 

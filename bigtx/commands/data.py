@@ -25,7 +25,7 @@ def _rules(config: PrepareConfig) -> Iterable[Problem]:
     return suffix_problems(config.input)
 
 
-def prepare_command(argv: Sequence[str]) -> int:
+def prepare_command(argv: Sequence[str]) -> None:
     """Turn raw text into tokenized shards, and print a report."""
     part, rest = _take_part(argv)
     parsed = parse_command_line(
@@ -45,7 +45,7 @@ def prepare_command(argv: Sequence[str]) -> int:
         with said_aside(parsed.json):
             sampled = estimate(parsed.config)
         say_result(parsed.json, sampled.facts, sampled.lines)
-        return 0
+        return
     try:
         with said_aside(parsed.json):
             report = prepare(parsed.config, part)
@@ -53,7 +53,6 @@ def prepare_command(argv: Sequence[str]) -> int:
         say("Interrupted. Nothing is lost: the same command resumes the job.")
         raise
     say_result(parsed.json, lambda: facts(report), lambda: describe_report(report))
-    return 0
 
 
 def _take_part(argv: Sequence[str]) -> tuple[tuple[int, int], list[str]]:
@@ -72,15 +71,13 @@ def _take_part(argv: Sequence[str]) -> tuple[tuple[int, int], list[str]]:
     return (number, count), rest
 
 
-def merge_command(argv: Sequence[str]) -> int:
+def merge_command(argv: Sequence[str]) -> None:
     """Merge the parts of a preparation into one corpus."""
     parser = Arguments(
-        prog="bigtx data merge",
-        description="Merge the parts that `bigtx data prepare ... part=I/N` has tokenized into one corpus.",
+        "data merge", "Merge the parts that `bigtx data prepare ... part=I/N` has tokenized into one corpus."
     )
     parser.add_argument("output", metavar="OUTPUT", help="the `output` of the parts")
     parser.add_argument("--processes", metavar="N", type=int, default=0, help="0 (the default) uses every core")
-    parser.add_json()
     options = parser.parse_args(argv)
     from bigtx.data.prepare.job import merge
     from bigtx.data.prepare.report import describe_report, facts
@@ -88,20 +85,14 @@ def merge_command(argv: Sequence[str]) -> int:
     with said_aside(options.json):
         report = merge(options.output, options.processes)
     say_result(options.json, lambda: facts(report), lambda: describe_report(report))
-    return 0
 
 
-def inspect_command(argv: Sequence[str]) -> int:
+def inspect_command(argv: Sequence[str]) -> None:
     """Show a prepared corpus."""
-    parser = Arguments(
-        prog="bigtx data inspect",
-        description="Show a prepared corpus: its shards, counts, lengths and decoded samples.",
-    )
-    _add_corpus(parser)
+    parser = _corpus_parser("data inspect", "Show a prepared corpus: its shards, counts, lengths and decoded samples.")
     parser.add_argument("--samples", metavar="N", type=int, default=3, help="documents to decode (3)")
     parser.add_argument("--split", choices=SPLITS, default="train", help="the split to show (train)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="chooses the samples (0)")
-    parser.add_json()
     options = parser.parse_args(argv)
     from bigtx.data.corpus import inspect
     from bigtx.data.storage.places import as_place
@@ -109,35 +100,28 @@ def inspect_command(argv: Sequence[str]) -> int:
     place = as_place(options.corpus)
     chosen = {"split": options.split, "num_samples": options.samples, "seed": options.seed}
     say_result(options.json, lambda: inspect.facts(place, **chosen), lambda: inspect.describe(place, **chosen))
-    return 0
 
 
-def stats_command(argv: Sequence[str]) -> int:
+def stats_command(argv: Sequence[str]) -> None:
     """Show statistics of a prepared corpus."""
-    parser = Arguments(
-        prog="bigtx data stats",
-        description="Show statistics of a prepared corpus: documents and tokens, by source and language, and lengths.",
+    parser = _corpus_parser(
+        "data stats", "Show statistics of a prepared corpus: documents and tokens, by source and language, and lengths."
     )
-    _add_corpus(parser)
-    parser.add_json()
     options = parser.parse_args(argv)
     from bigtx.data.corpus import inspect
     from bigtx.data.storage.places import as_place
 
     place = as_place(options.corpus)
     say_result(options.json, lambda: inspect.statistics(place), lambda: inspect.describe_statistics(place))
-    return 0
 
 
-def verify_command(argv: Sequence[str]) -> int:
+def verify_command(argv: Sequence[str]) -> None:
     """Read all of a prepared corpus and check that it is unchanged."""
-    parser = Arguments(
-        prog="bigtx data verify",
-        description="Read all of a prepared corpus and compare it with its hashes, its block table and its tokenizer.",
+    parser = _corpus_parser(
+        "data verify",
+        "Read all of a prepared corpus and compare it with its hashes, its block table and its tokenizer.",
     )
-    _add_corpus(parser)
     parser.add_argument("--processes", metavar="N", type=int, default=0, help="0 (the default) uses every core")
-    parser.add_json()
     options = parser.parse_args(argv)
     from bigtx.data.corpus import verify
     from bigtx.data.storage.places import as_place
@@ -150,8 +134,10 @@ def verify_command(argv: Sequence[str]) -> int:
     outcome = verify.describe(place, result)
     if not options.json:
         say(outcome)
-    return 0
 
 
-def _add_corpus(parser: Arguments) -> None:
+def _corpus_parser(command: str, about: str) -> Arguments:
+    """Return the parser of a command that takes a prepared corpus."""
+    parser = Arguments(command, about)
     parser.add_argument("corpus", metavar="CORPUS", help="a folder written by `bigtx data prepare`, or the URL of one")
+    return parser

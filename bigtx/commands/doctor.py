@@ -27,7 +27,7 @@ from bigtx.utils import hardware, log
 from bigtx.utils.arguments import Arguments
 from bigtx.utils.errors import LaunchError
 from bigtx.utils.files import write_atomic
-from bigtx.utils.log import say, say_json
+from bigtx.utils.log import say_result
 from bigtx.utils.processes import rank
 from bigtx.utils.terminal import wrapped
 from bigtx.utils.units import format_size
@@ -217,8 +217,8 @@ def command(argv: Sequence[str]) -> int:
 
 def _parser() -> Arguments:
     parser = Arguments(
-        prog="bigtx doctor",
-        description="Check whether this machine can train. `srun --ntasks-per-node=1 bigtx doctor` also checks whether "
+        "doctor",
+        "Check whether this machine can train. `srun --ntasks-per-node=1 bigtx doctor` also checks whether "
         "all machines of a job have the same code and packages and see the same folder, and measures their all-reduce.",
         epilog=wrapped(
             f"{RANKS} N starts N ranks on each machine (one for each GPU). The status is 1 where a check failed, and 2 "
@@ -239,7 +239,6 @@ def _parser() -> Arguments:
         metavar="GB",
         help=f"a machine is slow below this speed, in GB/s (by default only below {SLOW_FRACTION} of the median)",
     )
-    parser.add_json()
     return parser
 
 
@@ -280,15 +279,13 @@ def _conclude(
     silent = [node for node in range(len(hosts)) if node not in reports]
     bad = [hosts[node] for node in sorted({*verdict.bad, *unfit, *silent})]
     _write_bad(arguments.output, bad)
-    if arguments.json:
-        machines = [{"host": report["host"], "checks": report["checks"]} for report in reports.values()]
-        shown = [
-            {"hosts": [hosts[low], hosts[high]], "gb_per_second": speed / GIGA} for (low, high), speed in links.items()
-        ]
-        say_json({"fit": not bad, "bad": bad, "machines": machines, "links": shown})
-    else:
-        for line in [*_lines_of_checks(reports, len(hosts) > 1), *_lines_of_links(hosts, links, verdict, silent)]:
-            say(line)
+    machines = [{"host": report["host"], "checks": report["checks"]} for report in reports.values()]
+    shown = [
+        {"hosts": [hosts[low], hosts[high]], "gb_per_second": speed / GIGA} for (low, high), speed in links.items()
+    ]
+    facts = {"fit": not bad, "bad": bad, "machines": machines, "links": shown}
+    lines = [*_lines_of_checks(reports, len(hosts) > 1), *_lines_of_links(hosts, links, verdict, silent)]
+    say_result(arguments.json, lambda: facts, lambda: lines)
     return EXIT_UNFIT if bad else 0
 
 

@@ -76,8 +76,8 @@ def command(argv: Sequence[str]) -> int:
 
 def _parser() -> Arguments:
     parser = Arguments(
-        prog="bigtx evaluate",
-        description="Measure a run on held-out data: a fine-tuned run by the metrics of its task, on records with "
+        "evaluate",
+        "Measure a run on held-out data: a fine-tuned run by the metrics of its task, on records with "
         "answers (the exit status is 1 if some of them cannot be used); a pretrained run by its loss, on the "
         "validation split of prepared corpora.",
     )
@@ -98,7 +98,6 @@ def _parser() -> Arguments:
         choices=["auto", "online", "offline", "off"],
         help="mode of W&B for this evaluation (that of the run)",
     )
-    parser.add_json()
     return parser
 
 

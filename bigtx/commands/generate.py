@@ -36,11 +36,8 @@ BATCH_SIZE = 16
 """The number of prompts of a file that are continued in one batch."""
 
 
-def generate_command(argv: Sequence[str]) -> int:
+def generate_command(argv: Sequence[str]) -> None:
     """Run `bigtx generate`.
-
-    Returns:
-        The exit status.
 
     Raises:
         BigtxError: the run, the prompts or the settings cannot be used.
@@ -62,14 +59,14 @@ def generate_command(argv: Sequence[str]) -> int:
         job.answer_file(arguments.prompts_file, records)
     else:
         job.answer(arguments.prompt, as_json=arguments.json, shows_prompt=shows_prompt)
-    return 0
 
 
 def _generate_parser() -> Arguments:
     parser = Arguments(
-        prog="bigtx generate",
-        description="Continue prompts with a trained model, or answer them if it was fine-tuned to answer: one prompt, "
+        "generate",
+        "Continue prompts with a trained model, or answer them if it was fine-tuned to answer: one prompt, "
         "whose text is shown as it grows, or a file of prompts, whose texts are JSON lines on standard output.",
+        json="the text of a single prompt as a JSON object, when it is complete",
     )
     parser.add_argument("run", metavar="RUN", help="folder of a run, or of one of its checkpoints")
     prompts = parser.add_mutually_exclusive_group(required=True)
@@ -83,7 +80,6 @@ def _generate_parser() -> Arguments:
     parser.add_argument("--raw", action="store_true", help="continue the prompt as plain text, also with a chat model")
     add_writing_options(parser)
     add_loading_options(parser)
-    parser.add_json("the text of a single prompt as a JSON object, when it is complete")
     return parser
 
 
@@ -174,11 +170,8 @@ _COMMANDS = columns(
 HELP = "\n".join([*_COMMANDS, "Ctrl-C ends an answer. A message that starts with / is written with //"])
 
 
-def chat_command(argv: Sequence[str]) -> int:
+def chat_command(argv: Sequence[str]) -> None:
     """Run `bigtx chat`.
-
-    Returns:
-        The exit status.
 
     Raises:
         BigtxError: the run or the settings cannot be used, or a line from a pipe cannot be answered.
@@ -192,19 +185,18 @@ def chat_command(argv: Sequence[str]) -> int:
         _talk(chat)
     else:
         _answer_lines(chat)
-    return 0
 
 
 def _chat_parser() -> Arguments:
     parser = Arguments(
-        prog="bigtx chat",
-        description="Chat with a run that was trained on chats (finetune/chat.yaml). If standard input is not a "
+        "chat",
+        "Chat with a run that was trained on chats (finetune/chat.yaml). If standard input is not a "
         "terminal, each line of it is a message; the answers are written to standard output.",
+        json="a JSON object for each answer",
         epilog=f"While it runs:\n{HELP}",
     )
     parser.add_argument("run", metavar="RUN", help="folder of a run, or of one of its checkpoints")
     parser.add_argument("--system", metavar="TEXT", help="a system prompt, at the beginning of the chat (none)")
-    parser.add_json("a JSON object for each answer")
     add_writing_options(parser)
     add_loading_options(parser)
     return parser

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigtx.utils.arguments import Arguments
 from bigtx.utils.errors import CheckpointError, ConfigError
-from bigtx.utils.log import said_aside, say, say_json
+from bigtx.utils.log import said_aside, say, say_json, say_result
 from bigtx.utils.shell import command, settings
 from bigtx.utils.units import counted, format_count, format_names, format_size, parse_size
 
@@ -20,17 +20,16 @@ if TYPE_CHECKING:
     from bigtx.interop.verify import Verdict
 
 
-def import_command(argv: Sequence[str]) -> int:
+def import_command(argv: Sequence[str]) -> None:
     """Turn a Hugging Face model into a run, and report what was imported."""
     parser = Arguments(
-        prog="bigtx import",
-        description="Turn a model in Hugging Face's format into a run, to generate with, to train further and to "
+        "import",
+        "Turn a model in Hugging Face's format into a run, to generate with, to train further and to "
         "fine-tune. Nothing in the folder is executed.",
     )
     parser.add_argument("source", metavar="FOLDER", type=Path, help="with config.json, safetensors and the tokenizer")
     parser.add_argument("-o", "--output", metavar="RUN", type=Path, required=True, help="folder of the new run")
     parser.add_argument("--tokenizer", metavar="FOLDER", type=Path, help="the tokenizer, if it is in another folder")
-    parser.add_json()
     options = parser.parse_args(argv)
     from bigtx.interop.importer import import_model
     from bigtx.model.size import count_parameters
@@ -38,12 +37,9 @@ def import_command(argv: Sequence[str]) -> int:
     with said_aside(options.json):
         made = import_model(options.source, options.output, tokenizer_folder=options.tokenizer)
     num_parameters = count_parameters(made.config).total
-    if options.json:
-        say_json(_import_facts(options.output, made, num_parameters))
-        return 0
-    _say_imported(made, num_parameters)
-    _say_next(options.output, made)
-    return 0
+    facts = _import_facts(options.output, made, num_parameters)
+    lines = [*_describe_imported(made, num_parameters), *_next_commands(options.output, made)]
+    say_result(options.json, lambda: facts, lambda: lines)
 
 
 def _import_facts(run: Path, made: Imported, num_parameters: int) -> dict[str, Any]:
@@ -66,43 +62,43 @@ def _import_facts(run: Path, made: Imported, num_parameters: int) -> dict[str, A
     }
 
 
-def _say_imported(made: Imported, num_parameters: int) -> None:
+def _describe_imported(made: Imported, num_parameters: int) -> Iterator[str]:
     config = made.config
-    say(
+    yield (
         f"{made.model_type}: {len(made.match.keys):,} tensors in {counted(made.num_files, 'file')} are "
         f"{format_count(num_parameters)} parameters ({config.shape}, {config.num_layers} layers, "
         f"{config.hidden_size} wide), all imported" + (" except the head" if made.match.untrained else "")
     )
     if made.match.untrained:
-        say(
+        yield (
             "New and untrained, because the model was saved without its head: "
             f"{format_names(made.match.untrained, 5)}. Fine-tuning does not need this head; to predict masked tokens, "
             "train the run further first"
         )
     if made.match.dropped:
-        say(f"Dropped, because the model does not need them: {format_names(made.match.dropped, 5)}")
-    say(f"{made.tokenizer.vocab_size:,} token ids, {config.vocab_size:,} rows in the vocabulary")
-    say(f"Wrote {made.checkpoint}")
+        yield f"Dropped, because the model does not need them: {format_names(made.match.dropped, 5)}"
+    yield f"{made.tokenizer.vocab_size:,} token ids, {config.vocab_size:,} rows in the vocabulary"
+    yield f"Wrote {made.checkpoint}"
 
 
-def _say_next(run: Path, made: Imported) -> None:
-    """Print the commands with which the new run is used and trained further."""
+def _next_commands(run: Path, made: Imported) -> Iterator[str]:
+    """Yield the commands with which the new run is used and trained further."""
     config = made.config
     if config.num_classes is not None:
-        say(f"It sorts texts into {config.num_classes:,} classes; their names are in {run / 'config.yaml'}")
-        say(f"Next: {command('bigtx', 'predict', run, 'input=FILE')}")
+        yield f"It sorts texts into {config.num_classes:,} classes; their names are in {run / 'config.yaml'}"
+        yield f"Next: {command('bigtx', 'predict', run, 'input=FILE')}"
         tuning = {"base": run, "data.train": "FILES", "run_dir": "runs/next", "train.epochs": 3}
-        say(f"To train further: {command('bigtx', 'finetune', run / 'config.yaml')} {settings(tuning)}")
+        yield f"To train further: {command('bigtx', 'finetune', run / 'config.yaml')} {settings(tuning)}"
         return
     if config.shape == "decoder":
-        say(f"Next: {command('bigtx', 'generate', run, 'prompt=Once upon a time')}")
+        yield f"Next: {command('bigtx', 'generate', run, 'prompt=Once upon a time')}"
     prepare = settings({"input.paths": "TEXTS", "tokenizer": run / "tokenizer", "output": "CORPUS"})
-    say(f"To train further: bigtx data prepare {prepare}")
+    yield f"To train further: bigtx data prepare {prepare}"
     values = {"init_from": run, "run_dir": "runs/next", "data.sources.mine.path": "CORPUS", "train.max_steps": 1000}
-    say(f"  {command('bigtx', 'pretrain', run / 'config.yaml')} {settings(values)}")
+    yield f"  {command('bigtx', 'pretrain', run / 'config.yaml')} {settings(values)}"
 
 
-def export_command(argv: Sequence[str]) -> int:
+def export_command(argv: Sequence[str]) -> None:
     """Export a run for transformers, and compare the export with the run.
 
     Raises:
@@ -113,7 +109,6 @@ def export_command(argv: Sequence[str]) -> int:
         facts = _export_adapters(options) if options.to == "peft" else _export_model(options)
     if options.json:
         say_json(facts)
-    return 0
 
 
 def _export_model(options: argparse.Namespace) -> dict[str, Any]:
@@ -232,8 +227,8 @@ def _compare(
 
 def _export_parser() -> Arguments:
     parser = Arguments(
-        prog="bigtx export",
-        description="Write a run's checkpoint as a folder that transformers loads without bigtx's code, with merged "
+        "export",
+        "Write a run's checkpoint as a folder that transformers loads without bigtx's code, with merged "
         "adapters, or write only its adapters for PEFT; then load the folder and compare ids and logits.",
     )
     parser.add_argument("run", metavar="RUN", help="folder of a run, or of one of its checkpoints")
@@ -250,7 +245,6 @@ def _export_parser() -> Arguments:
     parser.add_argument(
         "--no-verify", action="store_true", help="skip the comparison (it needs 8 bytes of memory per parameter)"
     )
-    parser.add_json()
     return parser
 
 

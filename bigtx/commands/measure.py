@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from bigtx.config.runs import run_dir_of
 from bigtx.config.schema import FinetuneConfig, PretrainConfig
-from bigtx.utils.errors import CheckpointError, ConfigError, DataError
+from bigtx.utils.errors import EXIT_SOME_FAILED, CheckpointError, ConfigError, DataError
 from bigtx.utils.files import read_object
 
 if TYPE_CHECKING:
     from bigtx.api import LoadedModel
     from bigtx.data.records.record import Broken, Record
     from bigtx.engine.checkpoint import Checkpoint
-
-EXIT_SOME_FAILED = 1
 
 
 class Evaluation:
@@ -197,8 +195,7 @@ class Corpora(Evaluation):
         loaded = self.load()
         config = dataclasses.replace(config, model=loaded.config.model)
         alone = Alone(loaded.model)
-        task = LikelihoodTask(z_loss=0.0)
-        validation = Validation(config, alone, alone, task, loaded.tokenizer)
+        validation = Validation(config, alone, alone, LikelihoodTask(z_loss=0.0), loaded.tokenizer)
         metrics = {name.removeprefix("validation/"): value for name, value in validation.measure().items()}
         return self.result(metrics, rows=config.validation.max_sequences)
 

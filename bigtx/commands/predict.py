@@ -26,7 +26,7 @@ from bigtx.engine.trained import find
 from bigtx.finetuning.prediction_output import Item, Output, arriving, fields_of, read_items, read_stdin, write_lines
 from bigtx.utils import __version__
 from bigtx.utils.arguments import Arguments
-from bigtx.utils.errors import ConfigError
+from bigtx.utils.errors import EXIT_SOME_FAILED, ConfigError
 from bigtx.utils.options import add_loading_options, add_predicting_options, check_options
 from bigtx.utils.terminal import visible
 from bigtx.utils.units import counted
@@ -42,7 +42,6 @@ CHUNK_BATCHES = 8
 """Batches of a chunk, within which records are sorted by length, and which is written as a whole."""
 MAX_SHOWN = 5
 """Errors that are also printed on standard error."""
-EXIT_SOME_FAILED = 1
 
 
 def command(argv: Sequence[str]) -> int:
@@ -85,11 +84,12 @@ def command(argv: Sequence[str]) -> int:
 
 def _parser() -> Arguments:
     parser = Arguments(
-        prog="bigtx predict",
-        description="Predict for records with a fine-tuned run. The output has a JSON line for each record, in the "
+        "predict",
+        "Predict for records with a fine-tuned run. The output has a JSON line for each record, in the "
         'order of the input, with the record\'s own fields and "prediction", or "error" if the record cannot be used '
         "(the exit status is then 1). A terminal shows a table with the answer, its probability, and the beginning of "
         "the text.",
+        json="JSON lines on a terminal too",
     )
     parser.add_argument("run", metavar="RUN", help="folder of a fine-tuned run, or of one of its checkpoints")
     parser.add_argument(
@@ -101,7 +101,6 @@ def _parser() -> Arguments:
         help=".jsonl, .csv, .tsv or .tar files (also .gz, .zst), folders, globs; -: JSON lines from standard input",
     )
     parser.add_argument("--text", metavar="TEXT", action="append", default=[], help="a text; may be repeated")
-    parser.add_json("JSON lines on a terminal too")
     parser.add_argument(
         "--output", metavar="FILE", help="the file to write; the same command resumes (standard output)"
     )
@@ -172,19 +171,16 @@ class _Job:
             output.finish()
 
     def _predict(self, chunk: Sequence[Item]) -> list[dict[str, Any]]:
-        records = [item for item in chunk if isinstance(item, Record)]
-        outcomes = iter(self._outcomes(records))
+        from bigtx.finetuning.predictions import predict_records
+
+        records, loaded = [item for item in chunk if isinstance(item, Record)], self.loaded
+        device = next(loaded.model.parameters()).device
+        found = predict_records(loaded.task, loaded.model, records, batch_size=self.batch_size, device=device)
+        outcomes = iter(found)
         return [
             fields_of(item) | (_added(next(outcomes)) if isinstance(item, Record) else {"error": item.error})
             for item in chunk
         ]
-
-    def _outcomes(self, records: Sequence[Record]) -> list[Outcome]:
-        from bigtx.finetuning.predictions import predict_records
-
-        loaded = self.loaded
-        device = next(loaded.model.parameters()).device
-        return predict_records(loaded.task, loaded.model, records, batch_size=self.batch_size, device=device)
 
     @functools.cached_property
     def loaded(self) -> LoadedModel:

@@ -97,7 +97,7 @@ class _Job:
     output: str | None = None
 
 
-def submit_command(argv: Sequence[str]) -> int:
+def submit_command(argv: Sequence[str]) -> None:
     """Submit a job, and print the next commands.
 
     Raises:
@@ -105,7 +105,7 @@ def submit_command(argv: Sequence[str]) -> int:
         LaunchError: sbatch is missing, or refuses the job.
     """
     if _asks_for_help("submit", argv):
-        return 0
+        return
     is_json = "--json" in argv
     job = _read("submit", [word for word in argv if word != "--json"])
     number, merge_number = _submit(job), None
@@ -116,7 +116,7 @@ def submit_command(argv: Sequence[str]) -> int:
         merge_number = _submit(merge)
     if is_json:
         say_json({"kind": name, "job": number, "merge_job": merge_number, "log": f"{log}.log", "output": job.output})
-        return 0
+        return
     say(f"{name}: job {number}\nlog: {log}.log, of the command itself {log}-node0.log")
     if merge_number:
         say(f"merge: job {merge_number}, when all parts are done")
@@ -124,10 +124,9 @@ def submit_command(argv: Sequence[str]) -> int:
         say(f"next: {command('bigtx', 'slurm', 'status', job.output)}")
         say(f"to stop it with a checkpoint and resume it later: {command('touch', Path(job.output) / 'STOP')}")
     say(f"to cancel it: {command('scancel', number)}")
-    return 0
 
 
-def render_command(argv: Sequence[str]) -> int:
+def render_command(argv: Sequence[str]) -> None:
     """Print the batch script that `submit` would submit.
 
     Raises:
@@ -135,21 +134,16 @@ def render_command(argv: Sequence[str]) -> int:
     """
     if not _asks_for_help("render", argv):
         say(_render(_read("render", argv)).rstrip("\n"))
-    return 0
 
 
-def status_command(argv: Sequence[str]) -> int:
+def status_command(argv: Sequence[str]) -> None:
     """Print the starts of a run with their ends, and the jobs that SLURM still lists.
 
     Raises:
         CheckpointError: the folder is not a run, and SLURM lists no job for it.
     """
-    parser = Arguments(
-        prog="bigtx slurm status",
-        description="Show the starts of a run with their ends, and the jobs that SLURM still lists.",
-    )
+    parser = Arguments("slurm status", "Show the starts of a run with their ends, and the jobs that SLURM still lists.")
     parser.add_argument("run", metavar="RUN", help="a run's folder")
-    parser.add_json()
     arguments = parser.parse_args(argv)
     starts = _starts(Path(arguments.run))
     jobs = _known_jobs(Path(arguments.run), {start["job"] for start in starts})
@@ -157,7 +151,7 @@ def status_command(argv: Sequence[str]) -> int:
         raise CheckpointError(f"{arguments.run} is not a run, and no job is queued for it; name a run's folder")
     if arguments.json:
         say_json({"starts": starts, "jobs": jobs})
-        return 0
+        return
     over = [each["job"] for each in jobs if each["state"] in (*ENDED, *WAITING)]
     for start in starts:
         job = f"job {start['job']} (restart {start['restart']})" if start["job"] else "outside SLURM"
@@ -173,7 +167,6 @@ def status_command(argv: Sequence[str]) -> int:
         say(f"job {each['job']}: {each['state']}" + (f" ({each['reason']})" if each["reason"] != "None" else ""))
     if all(each["state"] in ENDED for each in jobs):
         say("no job of this run is queued or running")
-    return 0
 
 
 def _asks_for_help(verb: str, argv: Sequence[str]) -> bool:
@@ -187,16 +180,11 @@ def _asks_for_help(verb: str, argv: Sequence[str]) -> bool:
         "settings in FILE."
     )
     example = "pretrain pretrain/gpt-125m.yaml data.sources.mine.path=corpus run_dir=runs/mine nodes=2"
-    lines = [
-        f"usage: bigtx slurm {verb} JOB [NAME=VALUE ...] WORDS ...",
-        "",
-        wrapped(about),
-        "",
-        wrapped(f"e.g. bigtx slurm {verb} {example}", " " * 7, "  "),
-        "",
-        *columns((OWN | ({"--json": JSON_HELP} if verb == "submit" else {})).items()),
-    ]
-    say("\n".join(lines))
+    options = OWN | ({"--json": JSON_HELP} if verb == "submit" else {})
+    say(f"usage: bigtx slurm {verb} JOB [NAME=VALUE ...] WORDS ...\n")
+    say(wrapped(about) + "\n")
+    say(wrapped(f"e.g. bigtx slurm {verb} {example}", " " * 7, "  ") + "\n")
+    say("\n".join(columns(options.items())))
     return True
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from bigtx.config.load import JSON, PRINT_CONFIG, parse_command_line
 from bigtx.config.schema import TokenizerTrainConfig
-from bigtx.data.prepare.recipe import describe_inputs, differences
+from bigtx.data.prepare.recipe import RECIPE_NAME, describe_inputs, differences
 from bigtx.data.raw.documents import Rejects
 from bigtx.data.raw.files import describe_passed_over, list_files, suffix_problems
 from bigtx.data.raw.read import read_documents
@@ -30,13 +30,10 @@ from bigtx.utils.processes import stopped_at_once
 from bigtx.utils.shell import command
 from bigtx.utils.units import counted, format_size
 
-RECIPE = "recipe.json"
-"""The settings and input of a trained tokenizer; copies in runs and corpora do not have this file."""
-
 _SAY_EVERY_SECONDS = 10.0
 
 
-def train_command(argv: Sequence[str]) -> int:
+def train_command(argv: Sequence[str]) -> None:
     """Train a tokenizer on text files, and print a report."""
     parsed = parse_command_line(
         TokenizerTrainConfig,
@@ -51,7 +48,6 @@ def train_command(argv: Sequence[str]) -> int:
         facts = _train(parsed.config, [item for item in argv if item.startswith("input.")])
     if parsed.json:
         say_json(facts)
-    return 0
 
 
 def _train(config: TokenizerTrainConfig, input_settings: Sequence[str]) -> dict[str, Any]:
@@ -108,12 +104,9 @@ def _train(config: TokenizerTrainConfig, input_settings: Sequence[str]) -> dict[
     }
 
 
-def import_command(argv: Sequence[str]) -> int:
+def import_command(argv: Sequence[str]) -> None:
     """Import a tokenizer that was made elsewhere."""
-    parser = Arguments(
-        prog="bigtx tokenizer import",
-        description="Import a tokenizer that was made elsewhere, with unchanged ids.",
-    )
+    parser = Arguments("tokenizer import", "Import a tokenizer that was made elsewhere, with unchanged ids.")
     parser.add_argument(
         "path",
         metavar="PATH",
@@ -121,7 +114,6 @@ def import_command(argv: Sequence[str]) -> int:
         help="a sentencepiece .model file, or a Hugging Face tokenizer.json or its folder",
     )
     parser.add_argument("-o", "--output", metavar="FOLDER", required=True, help="folder of the tokenizer")
-    parser.add_json()
     options = parser.parse_args(argv)
     if (Path(options.output) / DESCRIPTION).exists():
         raise _already_there(options.output)
@@ -131,7 +123,7 @@ def import_command(argv: Sequence[str]) -> int:
     changed = [name for name, text in report.HARD_TEXTS.items() if tokenizer.decode(tokenizer.encode(text)) != text]
     if options.json:
         say_json(report.facts(tokenizer, options.output) | {"loses_something_of": changed})
-        return 0
+        return
     print(
         f"{tokenizer.vocab_size:,} ids ({tokenizer.kind}): {options.output} (fingerprint {tokenizer.fingerprint[:12]})"
     )
@@ -140,12 +132,11 @@ def import_command(argv: Sequence[str]) -> int:
     if changed:
         print(f"Decoding does not restore: {', '.join(changed)}")
     print(f"Next: {command('bigtx', 'tokenizer', 'inspect', options.output)}")
-    return 0
 
 
-def inspect_command(argv: Sequence[str]) -> int:
+def inspect_command(argv: Sequence[str]) -> None:
     """Show how a tokenizer encodes texts."""
-    parser = Arguments(prog="bigtx tokenizer inspect", description="Show how a tokenizer encodes texts.")
+    parser = Arguments("tokenizer inspect", "Show how a tokenizer encodes texts.")
     parser.add_argument(
         "folder", metavar="FOLDER", help="folder written by `bigtx tokenizer train` or `bigtx tokenizer import`"
     )
@@ -153,7 +144,6 @@ def inspect_command(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--file", metavar="FILE", action="append", type=Path, default=[], help="a file to measure; may be repeated"
     )
-    parser.add_json()
     options = parser.parse_args(argv)
     tokenizer = Tokenizer.load(options.folder)
     if options.json:
@@ -161,7 +151,7 @@ def inspect_command(argv: Sequence[str]) -> int:
         files = [{"file": str(path)} | report.measure(tokenizer, [read_text(path)]).facts() for path in options.file]
         shown = {"texts": [report.text_facts(tokenizer, text) for text in texts], "files": files}
         say_json(report.facts(tokenizer, options.folder) | shown)
-        return 0
+        return
     print(f"{options.folder}: {tokenizer.kind}, {tokenizer.vocab_size:,} ids, fingerprint {tokenizer.fingerprint}")
     print(f"Special ids: {report.special_line(tokenizer)}")
     print(f"Around texts: {report.template_line(tokenizer)}")
@@ -172,7 +162,6 @@ def inspect_command(argv: Sequence[str]) -> int:
         _print_figures(tokenizer, [read_text(path)])
     if not options.text and not options.file:
         print(f"\nHard texts:\n{report.examples(tokenizer)}")
-    return 0
 
 
 def _texts(config: TokenizerTrainConfig, rejects: Rejects) -> Iterator[str]:
@@ -223,7 +212,7 @@ def _same_as_trained(output: str, recipe: dict[str, Any]) -> Tokenizer:
     """
     tokenizer = Tokenizer.load(output)
     try:
-        found = json_value((Path(output) / RECIPE).read_bytes())
+        found = json_value((Path(output) / RECIPE_NAME).read_bytes())
         settings, inputs = dict(found["settings"]), found["inputs"]
         known = found["fingerprint"] == tokenizer.fingerprint
     except (OSError, ValueError, KeyError, TypeError):
@@ -260,8 +249,8 @@ def _refuse_unusable(output: str) -> None:
 
 def _save(tokenizer: Tokenizer, output: str, recipe: dict[str, Any] | None = None) -> None:
     with new_folder(Path(output)) as folder:
-        if recipe:
-            write_json(folder / RECIPE, recipe)
+        if recipe:  # Copies in runs and corpora do not have this file.
+            write_json(folder / RECIPE_NAME, recipe)
         tokenizer.save(folder)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bigtx.track.jsonl import EVENTS, RECORD_FILES, TASK_FILE, Record, is_stamped, read_records
+from bigtx.track.wandb_run import make_run_id, read_or_make_run_id, read_run_id
 from bigtx.utils.arguments import Arguments
 from bigtx.utils.errors import BigtxError, CheckpointError, ConfigError, LaunchError, writes
 from bigtx.utils.files import read_object, unsealed, write_json, write_sealed
@@ -66,15 +67,14 @@ def sync_command(argv: Sequence[str]) -> int:
         BigtxError: no run could be found, or W&B cannot be reached.
     """
     parser = Arguments(
-        prog="bigtx wandb sync",
-        description="Send to W&B what it does not have of runs: after a training without a network, without a key or "
+        "wandb sync",
+        "Send to W&B what it does not have of runs: after a training without a network, without a key or "
         "without W&B, and where W&B failed. Each step is sent once, also if the command is repeated.",
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="a run, or a folder with runs in it")
     parser.add_argument("--new", action="store_true", help="send all of it to a new W&B run")
     parser.add_argument("--changed", action="store_true", help="skip runs without new lines since they were last sent")
     parser.add_argument("--dry-run", action="store_true", help="show what would be sent; contact no server")
-    parser.add_json()
     options = parser.parse_args(argv)
     folders = [folder for place in options.runs for folder in find_runs(Path(place))]
     if options.changed:
@@ -138,11 +138,13 @@ def plan(folder: Path) -> Result:
     from bigtx.track.copier import Tail
 
     sent = read_object(folder / SENT)
-    is_known = sent.get("wandb_run_id") == _run_id(folder) and isinstance(sent.get("last_step"), int)
+    is_known = sent.get("wandb_run_id") == read_run_id(folder) and isinstance(sent.get("last_step"), int)
     last = sent["last_step"] if is_known else -1
     metrics = Tail(folder / "metrics.jsonl", is_stamped)
     waiting = sum(record["step"] > last for record in metrics.read())
-    return Result(str(folder), "planned", _run_id(folder), last_step=last, waiting=waiting, damaged=metrics.num_damaged)
+    return Result(
+        str(folder), "planned", read_run_id(folder), last_step=last, waiting=waiting, damaged=metrics.num_damaged
+    )
 
 
 def try_to_send(folder: Path, *, is_new: bool) -> Result:
@@ -151,7 +153,7 @@ def try_to_send(folder: Path, *, is_new: bool) -> Result:
         return send(folder.resolve(), is_new=is_new)
     except BigtxError as error:
         say_error(f"{type(error).__name__}: {error}")
-        return Result(str(folder), "failed", _run_id(folder), error=str(error))
+        return Result(str(folder), "failed", read_run_id(folder), error=str(error))
 
 
 def send(folder: Path, *, is_new: bool) -> Result:
@@ -170,9 +172,11 @@ def send(folder: Path, *, is_new: bool) -> Result:
     task, end = _read_task(folder), _end_of(folder)
     with writes(folder / "wandb", "; make it writable"), reserve(folder) as is_free:
         if not is_free:
-            return Result(str(folder), "live", _run_id(folder))
+            return Result(str(folder), "live", read_run_id(folder))
         before = _sizes(folder)
-        task["init"]["id"] = _choose_id(folder, is_new=is_new)
+        # A copy that has not trained since has the lines of the original, so it may use the original's id.
+        own = make_run_id(folder) if is_new else read_run_id(folder) or read_or_make_run_id(folder).id
+        task["init"]["id"] = own
         write_sealed(folder / TASK_FILE, task)  # A second record of the id, for the case that its file is damaged.
         result = _copy(folder, task, end)
         sent = {"wandb_run_id": result.wandb_run_id, "last_step": result.last_step, "sizes": before}
@@ -242,22 +246,6 @@ def _read_task(folder: Path) -> Record:
             f"{folder / TASK_FILE} is damaged; restore it from a copy, or resume the run, which writes it again"
         )
     return task
-
-
-def _run_id(folder: Path) -> str:
-    """Return the run's W&B id; "" if it has none yet."""
-    from bigtx.track.wandb_run import read_run_id
-
-    return read_run_id(folder)
-
-
-def _choose_id(folder: Path, *, is_new: bool) -> str:
-    from bigtx.track.wandb_run import make_run_id, read_or_make_run_id
-
-    if is_new:
-        return make_run_id(folder)
-    # A copy that has not trained since has the lines of the original, so it may use the original's id.
-    return _run_id(folder) or read_or_make_run_id(folder).id
 
 
 def _sizes(folder: Path) -> dict[str, int]:

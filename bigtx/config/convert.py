@@ -81,9 +81,7 @@ class Converter:
             return self._numbers(setting, node)
         if node.is_null and setting.optional:
             return None
-        if typing.get_origin(setting.type) is list:
-            return self._list(setting, node)
-        return _scalar(setting, node)
+        return self._list(setting, node) if typing.get_origin(setting.type) is list else _scalar(setting, node)
 
     def _entries(self, setting: Setting, schema: type, node: Node) -> dict[str, Any]:
         advice = f"has entries by name; write e.g. {setting.key}.mine.{next(iter(members(schema)))}=..."

@@ -166,8 +166,8 @@ def to_yaml(config: Any) -> str:
     return yaml_of(to_dict(config))
 
 
-def yaml_of(values: dict[str, Any]) -> str:
-    """Return the values of a configuration (`to_dict`) as a YAML file that `load` reads back as the same."""
+def yaml_of(values: Any) -> str:
+    """Return values of a configuration (`to_dict`, or a tree) as a YAML file that `load` reads back as the same."""
     # Non-ASCII text is escaped: YAML reads some characters (U+0085, U+2028) as line ends and would return a space.
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=120)
 
@@ -178,7 +178,7 @@ def resolved_files(path: Path) -> str:
     Raises:
         ConfigError: one of them cannot be read.
     """
-    return yaml.dump(read_file_and_bases(path)[0], Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=120)
+    return yaml_of(read_file_and_bases(path)[0])
 
 
 class _Dumper(yaml.SafeDumper):
@@ -327,17 +327,12 @@ def _help(schema: type, program: str, flags: Mapping[str, str], others: Mapping[
     )
     settings = [(setting.key, setting.about.partition("\n")[0]) for setting in members(schema).values()]
     switches = " ".join(f"[{flag}]" for flag in flags)
-    lines = [
+    paragraphs = [
         wrapped(f"usage: {program} [FILE.yaml ...] [KEY=VALUE ...] {switches}", " " * 7, ""),
-        "",
         wrapped((schema.__doc__ or "").strip()),
-        "",
         wrapped(about),
-        "",
-        *([wrapped(f"e.g. {program} {example}", " " * 7, "  "), ""] if example else []),
-        *columns([*others.items(), *flags.items()]),
-        "",
-        "Settings and sections:",
-        *columns(settings),
+        *([wrapped(f"e.g. {program} {example}", " " * 7, "  ")] if example else []),
+        "\n".join(columns([*others.items(), *flags.items()])),
+        "\n".join(["Settings and sections:", *columns(settings)]),
     ]
-    return "\n".join(lines)
+    return "\n\n".join(paragraphs)

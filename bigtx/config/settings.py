@@ -308,8 +308,7 @@ def documentation(schema: type) -> dict[str, str]:
     """Return the docstring below each field of a dataclass, by field name, including inherited fields."""
     inherited = [documentation(parent) for parent in schema.__bases__ if dataclasses.is_dataclass(parent)]
     docs = {name: doc for parent in inherited for name, doc in parent.items()}
-    module = sys.modules[schema.__module__]
-    tree = _syntax_tree(module)
+    tree = _syntax_tree(sys.modules[schema.__module__])
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == schema.__name__)
     for statement, following in itertools.pairwise(body):
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
@@ -344,6 +343,4 @@ def _largest(annotation: Any) -> float | None:
 
 def _parents(key: str) -> Iterator[str]:
     parts = key.split(".")
-    for length in range(1, len(parts)):
-        if parts[length - 1] != NAME:
-            yield ".".join(parts[:length])
+    return (".".join(parts[:length]) for length in range(1, len(parts)) if parts[length - 1] != NAME)

@@ -84,9 +84,7 @@ def mlp_size(config: ModelConfig) -> int:
     """
     if config.mlp_size is not None:
         return config.mlp_size
-    if config.mlp in GATED:
-        return -(-8 * config.hidden_size // (3 * 64)) * 64
-    return 4 * config.hidden_size
+    return -(-8 * config.hidden_size // (3 * 64)) * 64 if config.mlp in GATED else 4 * config.hidden_size
 
 
 def expert_size(config: ModelConfig) -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from torch.utils import file_baton
 
-from bigtx.utils.locks import is_local, open_or_make, try_lock
+from bigtx.utils.locks import is_at, is_local, open_or_make, try_lock
 from bigtx.utils.log import say
 
 QUIET_SECONDS = 600.0
@@ -49,7 +49,7 @@ class Turn:
                 return False
             # A file without the system's lock may be another program's, so `_stays` checks it for a moment.
             is_free = try_lock(descriptor) is not False
-            if is_free and _is_same(descriptor, self.path) and (is_new or _stays(self.path, descriptor)):
+            if is_free and is_at(self.path, descriptor) and (is_new or _stays(self.path, descriptor)):
                 self._descriptor = descriptor
                 return True
             os.close(descriptor)
@@ -103,7 +103,7 @@ def _stays(path: Path, descriptor: int) -> bool:
     if not is_left_over(path, descriptor):
         return False
     time.sleep(POLL_SECONDS)
-    return _is_same(descriptor, path)
+    return is_at(path, descriptor)
 
 
 def _is_open_elsewhere(descriptor: int) -> bool:
@@ -120,53 +120,25 @@ def _is_open_elsewhere(descriptor: int) -> bool:
     return False
 
 
-def _is_same(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
-
-
 def leave_out_unused() -> None:
     """Keep DeepSpeed from preparing unused parts. Call this before DeepSpeed starts its process groups."""
-    _compile_no_optimizer()
-    _build_no_operators()
-    _report_no_memory()
+    import deepspeed
+    from deepspeed.runtime import bf16_optimizer, compiler
 
-
-def _compile_no_optimizer() -> None:
-    """Import DeepSpeed's Muon as plain functions.
-
-    Every ZeRO engine imports it to check the type of its optimizer, and three of its functions are compiled where they
-    are defined. That imports all of torch's compiler. bigtx has another Muon; see optimizers.py.
-    """
-    from deepspeed.runtime import compiler
-
+    # Every ZeRO engine imports DeepSpeed's Muon to check the type of its optimizer, and three of its functions are
+    # compiled where they are defined. That imports all of torch's compiler, so here they are imported as plain
+    # functions. bigtx has another Muon; see optimizers.py.
     compile_before = compiler.compile
     compiler.compile = lambda: compiler.dummy_decorator
     try:
-        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+        import deepspeed.runtime.zero.muon.muon_optimizer
     finally:
         compiler.compile = compile_before
-
-
-def _build_no_operators() -> None:
-    """Have DeepSpeed find no operators that can be built.
-
-    It would try a compiler for each of them, although it uses only one: an all-reduce by shared memory for inference.
-    That one needs a compiler at the first start, and leaves 67 MB in /dev/shm for each rank of each run, until the
-    machine has no memory left. Operators that a setting asks for, such as those of offloading, are not affected.
-    """
-    import deepspeed
-
+    # DeepSpeed would try a compiler for each of its operators, although it uses only one: an all-reduce by shared
+    # memory for inference. That one needs a compiler at the first start, and leaves 67 MB in /dev/shm for each rank of
+    # each run, until the machine has no memory left. Operators that a setting asks for, such as those of offloading,
+    # are not affected.
     deepspeed.ops.__compatible_ops__ = {}
-
-
-def _report_no_memory() -> None:
-    """Have DeepSpeed not report its memory twice for each parameter group, of which there is one for each bucket.
-
-    Each report also collects garbage.
-    """
-    from deepspeed.runtime import bf16_optimizer
-
+    # It would report its memory twice for each parameter group, of which there is one for each bucket. Each report also
+    # collects garbage.
     bf16_optimizer.see_memory_usage = lambda *_, **__: None

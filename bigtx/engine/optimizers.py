@@ -91,8 +91,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         for group, flat in flats:
             state = self.state[flat]
-            for kind in self.state_kinds(group):
-                state[kind] = torch.zeros_like(flat, requires_grad=False)
+            state |= {kind: torch.zeros_like(flat, requires_grad=False) for kind in self.state_kinds(group)}
             state["updates"] = torch.zeros((), dtype=torch.float32, device=flat.device)
         self._together = together
         by_muon = [flat for group, flat in flats if self.param_groups[group]["method"] == "muon"]
@@ -109,10 +108,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def learning_rates(self) -> dict[str, float]:
         """Return the learning rate of each kind of parameter; with a layer_decay, that of the uppermost layer."""
-        rates: dict[str, float] = {}
-        for group in self.param_groups:
-            rates[group["name"]] = max(group["lr"], rates.get(group["name"], 0.0))
-        return rates
+        # Of groups with the same name, the first has the highest rate.
+        return {group["name"]: group["lr"] for group in reversed(self.param_groups)}
 
     def set_learning_rate_factor(self, factor: float) -> None:
         """Scale every group's peak rate."""

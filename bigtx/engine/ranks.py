@@ -84,8 +84,7 @@ class Ranks:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.local_rank = int(os.environ["LOCAL_RANK"])
         self._group = dist.new_group(backend="gloo")
-        own = (socket.gethostname(), own_gpu(), os.getpid(), start_of(os.getpid()))
-        gathered = self.gather(own)
+        gathered = self.gather((socket.gethostname(), own_gpu(), os.getpid(), start_of(os.getpid())))
         self.places: list[tuple[str, int, str | None]] = [(host, pid, start) for host, _, pid, start in gathered]
         if problem := shared_gpus([(host, gpu) for host, gpu, _, _ in gathered]):
             raise LaunchError(problem)

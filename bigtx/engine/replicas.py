@@ -114,9 +114,5 @@ def _factors(device: torch.device) -> Tensor:
 
 def _of_majority(copies: list[dict[str, int]]) -> dict[str, int]:
     """Return the checksums that more than half of the ranks have."""
-    right = {}
-    for name in copies[0]:
-        value, count = Counter(own[name] for own in copies).most_common(1)[0]
-        if 2 * count > len(copies):
-            right[name] = value
-    return right
+    common = {name: Counter(own[name] for own in copies).most_common(1)[0] for name in copies[0]}
+    return {name: value for name, (value, count) in common.items() if 2 * count > len(copies)}

@@ -267,10 +267,5 @@ def choose(folder: Path, ranks: Ranks, warn: Any) -> Checkpoint | None:
 
 def _candidates(folder: Path) -> tuple[list[Path], list[Path]]:
     """Return the folders to try in order, and the suspect ones among them, which come last."""
-    folders, suspects = step_folders(folder), []
-    for path in folders:
-        # A damaged one is reported when it is tried.
-        with contextlib.suppress(CheckpointError):
-            if is_suspect(read_manifest(path)):
-                suspects.append(path)
-    return [path for path in folders if path not in suspects] + suspects, suspects
+    suspects = list(read_good_and_suspect(folder)[1])  # Damaged ones are reported when they are tried.
+    return [path for path in step_folders(folder) if path not in suspects] + suspects, suspects

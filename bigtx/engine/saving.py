@@ -31,7 +31,7 @@ from bigtx.engine.fragments import num_bytes, pieces_of, ranges_of
 from bigtx.engine.manifest import Range, table_of
 from bigtx.engine.retention import Policy, begin_folder, free_space, prune, raise_first, set_aside, unwritten
 from bigtx.utils.errors import CheckpointError
-from bigtx.utils.files import fsync_dir, json_hash
+from bigtx.utils.files import fsync_dir, json_hash, publish
 from bigtx.utils.log import say
 from bigtx.utils.units import format_names, format_time
 
@@ -81,9 +81,7 @@ def save_frozen(engine: Engine, ranks: Ranks, run_dir: Path, read: ReadRange) ->
         try:
             files = {file: entry for _, written in reports for file, entry in written.items()}
             write_manifest(partial, {"format": FORMAT_VERSION, **description_of(parts, files)})
-            fsync_dir(partial)
-            os.rename(partial, final)
-            fsync_dir(final.parent)
+            publish(partial, final)
         except OSError as error:
             failure = f"could not complete {final}: {error}"
     raise_first(ranks.gather(failure), partial, ranks)
@@ -289,8 +287,7 @@ class Saver:
         Raises:
             CheckpointError: on every rank, if there is too little and the checkpoint must not be left out.
         """
-        own = num_bytes(self.engine.owned, self.engine.optimizer.state_kinds)
-        (needed,) = self.ranks.sum([own])
+        (needed,) = self.ranks.sum([num_bytes(self.engine.owned, self.engine.optimizer.state_kinds)])
         problem, best = None, facts.get("state", {}).get("best_step")
         if self.ranks.rank == 0:
             problem = free_space(self.run_dir, needed, self.policy, best=best, is_skipping=save.is_skipping)

@@ -169,34 +169,21 @@ def _kinds(config: OptimizerConfig) -> dict[str, dict[str, Any]]:
     embedding_decay = config.weight_decay if config.decay_embeddings else 0.0
     assert config.learning_rate is not None, "the loader fills it in"
     embedding_rate = config.learning_rate * config.embedding_learning_rate_scale
-    matrices: dict[str, Any] = {
-        "method": "adamw",
-        "peak_learning_rate": config.learning_rate,
-        "weight_decay": config.weight_decay,
-    }
-    if config.name == "muon":
-        matrices = {
-            "method": "muon",
-            "peak_learning_rate": config.muon_learning_rate,
-            "weight_decay": config.muon_weight_decay,
-        }
+    usual = _settings("adamw", config.learning_rate, config.weight_decay)
+    muon = _settings("muon", config.muon_learning_rate, config.muon_weight_decay)
     return {
-        "matrices": matrices,
-        "routers": {
-            "method": "adamw",
-            "peak_learning_rate": config.learning_rate,
-            "weight_decay": config.weight_decay,
-        },
+        "matrices": muon if config.name == "muon" else usual,
+        "routers": usual,
         # Also with Muon: the product of an adapter's two matrices acts on the activations, and orthogonal steps of both
         # matrices do not make an orthogonal step of the product. One of them begins as zeros.
-        "adapters": {
-            "method": "adamw",
-            "peak_learning_rate": config.learning_rate,
-            "weight_decay": config.weight_decay,
-        },
-        "embeddings": {"method": "adamw", "peak_learning_rate": embedding_rate, "weight_decay": embedding_decay},
-        "vectors": {"method": "adamw", "peak_learning_rate": config.learning_rate, "weight_decay": 0.0},
+        "adapters": usual,
+        "embeddings": _settings("adamw", embedding_rate, embedding_decay),
+        "vectors": _settings("adamw", config.learning_rate, 0.0),
     }
+
+
+def _settings(method: str, rate: float | None, decay: float | None) -> dict[str, Any]:
+    return {"method": method, "peak_learning_rate": rate, "weight_decay": decay}
 
 
 def _group_of(name: str, parameter: nn.Parameter) -> str:

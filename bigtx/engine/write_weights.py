@@ -13,7 +13,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from bigtx.engine.checkpoint import FOLDER, FORMAT_VERSION, write_manifest
 from bigtx.engine.manifest import table_of
-from bigtx.utils.files import fsync_dir
+from bigtx.utils.files import publish
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """Names in safetensors files of the types that are written here."""
@@ -94,9 +93,7 @@ class SafetensorsWriter:
     def __enter__(self) -> SafetensorsWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def _put_content(self, tensor: Tensor) -> None:
@@ -143,9 +140,7 @@ def save_weights(
         files = {file: write_part(partial / file, part, _expected(given, part)) for file, part in parts.items()}
         assert next(given, None) is None, "there are more weights than shapes"
         write_manifest(partial, {"format": FORMAT_VERSION, **facts, **description_of(parts, files)})
-        fsync_dir(partial)
-        os.rename(partial, final)
-        fsync_dir(final.parent)
+        publish(partial, final)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -92,7 +92,7 @@ class Transfer:
         def read(name: str, kind: str, start: int, stop: int) -> Tensor:
             if name in self.resized:
                 rows, total = self.resized[name]
-                border = rows * (self._numel(name) // total)
+                border = rows * (torch.Size(self.shapes[name]).numel() // total)
                 parts = []
                 if start < border:
                     parts.append(source.read(_origin(name, self.stack), kind, start, min(stop, border)))
@@ -105,9 +105,6 @@ class Transfer:
 
         new = set(self.new)
         return read
-
-    def _numel(self, name: str) -> int:
-        return torch.Size(self.shapes[name]).numel()
 
 
 def plan_transfer(
@@ -155,11 +152,10 @@ def other_classes(config: FinetuneConfig, base: str, names: Iterable[str]) -> li
         names: parameters that both the base and the run have.
     """
     head = [name for name in names if name.startswith("head.classes.")]
-    if not head:
-        return []
-    theirs = load_run_config(base)
-    if isinstance(theirs, FinetuneConfig) and theirs.classify.classes == config.classify.classes:
-        return []
+    if head:
+        theirs = load_run_config(base)
+        if isinstance(theirs, FinetuneConfig) and theirs.classify.classes == config.classify.classes:
+            return []
     return head
 
 

@@ -275,5 +275,4 @@ class RecordLoader(StepLoader):
         places = np.arange(size)[division.rank :: division.world_size].reshape(-1, division.micro_batch_size)
         for step in itertools.count(start_sequence // size):
             records = self._order.batch(step)
-            for own in places:
-                yield self._collate(records[own].tolist(), (step * size + own).tolist())
+            yield from (self._collate(records[own].tolist(), (step * size + own).tolist()) for own in places)

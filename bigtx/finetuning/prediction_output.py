@@ -5,7 +5,6 @@ answer, its probability, and the beginning of the text.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import queue
@@ -22,6 +21,7 @@ from bigtx.data.records.read import read_jsonl, read_records
 from bigtx.data.records.record import WHOLE_FILE, Broken, Record
 from bigtx.utils.errors import ConfigError, DataError, LaunchError, writes
 from bigtx.utils.files import read_object, write_json
+from bigtx.utils.locks import try_lock
 from bigtx.utils.terminal import fitted, visible, width
 
 if TYPE_CHECKING:
@@ -189,14 +189,10 @@ class Output:
             self._file.close()
 
     def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if try_lock(self._file.fileno()) is False:
             raise LaunchError(
                 f"another process writes {self.path}; wait for it, or write output=FILE to name another file"
-            ) from None
-        except OSError:
-            return  # A file system without locks.
+            )
 
     def _check(self) -> None:
         """Compare with the weights and settings that the file was started with, or write them for a new file."""

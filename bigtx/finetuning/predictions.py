@@ -71,11 +71,10 @@ def by_batches(call: Callable[[list[Any]], list[Result]], examples: Sequence[Any
 
 
 def batches_by_length(examples: Sequence[Example], size: int) -> Iterator[list[int]]:
-    """Yield the indices of examples in batches of similar length, the longest first, so that a lack of memory shows at
+    """Return the indices of examples in batches of similar length, the longest first, so that a lack of memory shows at
     once."""
     order = sorted(range(len(examples)), key=lambda place: -examples[place].length)
-    for begin in range(0, len(order), size):
-        yield order[begin : begin + size]
+    return (order[begin : begin + size] for begin in range(0, len(order), size))
 
 
 def evenly_spaced(total: int, count: int) -> list[int]:

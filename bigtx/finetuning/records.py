@@ -234,8 +234,7 @@ def read_split(config: FinetuneConfig, name: str, table: Table | None = None) ->
     Raises:
         DataError: as `open_task_data`.
     """
-    records = _read_splits(config, LeftOut(config.data.leave_out), table)[name]
-    return [record for record in records if record]
+    return [record for record in _read_splits(config, LeftOut(config.data.leave_out), table)[name] if record]
 
 
 def encode(task: RecordTask, records: Sequence[Record], broken: Broken) -> Examples:

@@ -51,9 +51,7 @@ def decoder_classifier(architecture: str) -> Classifier:
 
 def pooling_of(run: RunConfig) -> str | None:
     """Return how a run's classifier summarizes a text; None if the run has no classifier."""
-    if isinstance(run, FinetuneConfig) and run.model.num_classes is not None:
-        return run.classify.pooling
-    return None
+    return run.classify.pooling if isinstance(run, FinetuneConfig) and run.model.num_classes is not None else None
 
 
 def auto_class(family: Family, config: ModelConfig) -> str:

@@ -31,7 +31,6 @@ from bigtx.utils.errors import CheckpointError, ConfigError
 from bigtx.utils.files import new_folder, write_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """The dtypes by their names in config.json."""
 
 SHARD_BYTES = 5 * 10**9
@@ -94,7 +93,7 @@ def export_model(
     """
     config = without_adapters(run.model)
     family, values = describe(run, tokenizer, settings.family)
-    values["dtype"] = _NAMES[settings.dtype]
+    values["dtype"] = str(DTYPES[settings.dtype]).removeprefix("torch.")
     links = family.links(config)
     check_links(links, config)
     source = _Source(checkpoint, config, settings.weights, max(MAPPED_BYTES, settings.shard_bytes // 8))

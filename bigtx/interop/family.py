@@ -49,11 +49,6 @@ def same(name: str, key: str) -> Link:
     return Link((name,), (key,), list, list)
 
 
-def transposed(name: str, key: str) -> Link:
-    """Link a matrix that the other side stores as [inputs, outputs]."""
-    return Link((name,), (key,), _transpose, _transpose)
-
-
 def split_rows(names: Sequence[str], key: str, *, transpose: bool) -> Link:
     """Link parameters of one shape that the other side stores as one tensor, one below the other.
 
@@ -74,14 +69,7 @@ def split_rows(names: Sequence[str], key: str, *, transpose: bool) -> Link:
 
 def stacked(name: str, keys: Sequence[str]) -> Link:
     """Link one parameter [E, ...] that the other side stores as E tensors [...]."""
-
-    def to_bigtx(tensors: list[Tensor]) -> list[Tensor]:
-        return [torch.stack(tensors)]
-
-    def to_foreign(tensors: list[Tensor]) -> list[Tensor]:
-        return list(tensors[0].unbind())
-
-    return Link((name,), tuple(keys), to_bigtx, to_foreign)
+    return Link((name,), tuple(keys), lambda tensors: [torch.stack(tensors)], lambda tensors: list(tensors[0].unbind()))
 
 
 def swapped_halves(name: str, key: str, width: int) -> Link:
@@ -114,10 +102,6 @@ def spelled(name: str, outer: Mapping[str, str], block: Mapping[str, str], layer
     module, _, part = name.rpartition(".")
     found = re.fullmatch(r"(?:encoder|decoder)\.blocks\.(\d+)\.(.+)", module)
     return f"{layers}.{found[1]}.{block[found[2]]}.{part}" if found else f"{outer[module]}.{part}"
-
-
-def _transpose(tensors: list[Tensor]) -> list[Tensor]:
-    return [tensors[0].T.contiguous()]
 
 
 def check_links(links: Sequence[Link], config: ModelConfig) -> None:
@@ -166,6 +150,7 @@ class Family:
         outer, block: the foreign names of bigtx's modules, outside of blocks and in a block.
         layers: the foreign name of the list of blocks.
         fused: modules of a block that are one module there, under the name of the first.
+        transposed: parts of the names of parameters whose matrices are stored as [inputs, outputs] there.
         bare: the beginnings of the keys of a model that was saved without its head, which lack `prefix`.
         unneeded: regular expressions of whole foreign keys that may exist and are not needed: buffers, poolers. Import
             reports them as dropped.
@@ -181,6 +166,7 @@ class Family:
     block: Mapping[str, str] = field(default_factory=dict)
     layers: str = "model.layers"
     fused: tuple[tuple[str, ...], ...] = ()
+    transposed: tuple[str, ...] = ()
     prefix: str = "model"
     bare: tuple[str, ...] = ()
     unneeded: tuple[str, ...] = ()
@@ -232,7 +218,7 @@ class Family:
 
     def link(self, name: str, config: ModelConfig) -> Link | None:
         """Return the link of a parameter; None if it is part of another link."""
-        transpose = self.transposes(name)
+        transpose = name.endswith(".weight") and any(part in name for part in self.transposed)
         for first, *others in self.fused:
             if any(f".{module}." in name for module in others):
                 return None
@@ -240,15 +226,11 @@ class Family:
                 names = [name, *(name.replace(first, module) for module in others)]
                 return split_rows(names, self.key(name, config), transpose=transpose)
         key = self.key(name, config)
-        return transposed(name, key) if transpose else same(name, key)
+        return split_rows([name], key, transpose=True) if transpose else same(name, key)
 
     def key(self, name: str, config: ModelConfig) -> str:
         """Return the foreign key of a parameter."""
         return spelled(name, self.outer, self.block, self.layers)
-
-    def transposes(self, name: str) -> bool:
-        """Return whether the other side stores a parameter as [inputs, outputs]."""
-        return False
 
     def rename(self, key: str) -> str:
         """Return an older spelling of a foreign key (another prefix, gamma for weight) as `links` spells it; else the

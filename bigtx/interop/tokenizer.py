@@ -34,7 +34,7 @@ from bigtx.tokenizer.huggingface_model import (
 from bigtx.tokenizer.sentencepiece_model import SentencePieceModel
 from bigtx.tokenizer.special import SPACE_MARK, Template, around, observed
 from bigtx.tokenizer.tokenizer import Tokenizer
-from bigtx.utils.errors import DataError
+from bigtx.utils.errors import DataError, require
 from bigtx.utils.files import json_value, write_atomic, write_json
 from bigtx.utils.shell import command
 
@@ -265,11 +265,10 @@ def load_tokenizer(folder: Path) -> Any:
     Raises:
         DataError: transformers is not installed, or cannot load the folder.
     """
-    try:
-        from transformers import AutoTokenizer
-    except ImportError:
-        what = "The check of a tokenizer needs transformers, which is not installed: pip install 'bigtx[huggingface]'"
-        raise DataError(what) from None
+    what = "The check of a tokenizer needs transformers, which is not installed: pip install 'bigtx[huggingface]'"
+    require("transformers", what, DataError)
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # The underlying libraries raise bare Exception too.

@@ -13,7 +13,7 @@ from typing import Any
 from bigtx.config.runs import newest_checkpoint
 from bigtx.utils import processes
 from bigtx.utils.hardware import host_name
-from bigtx.utils.heartbeat import WORDS, Beat, Phase
+from bigtx.utils.heartbeat import Beat, Phase
 
 LOG_LINES = 20
 """How many lines of a failed rank's log are shown."""
@@ -34,7 +34,7 @@ def explain_end(number: int, status: int, facts: dict[str, Any], run_dir: Path, 
     who = f"rank {number} on {host_name()}"
     when = f"after step {step:,}" if step else "before the first step"
     if status < 0:
-        doing = f" ({WORDS[beat.phase]})" if beat and beat.phase != Phase.STARTING else ""
+        doing = f" ({beat.phase.words})" if beat and beat.phase != Phase.STARTING else ""
         lines = [f"LaunchError: {who} was ended {when}{doing} by {_signal_name(-status)}{_why_killed(-status, kills)}"]
     else:
         lines = [f"{who} failed {when}: {facts.get('error', f'it ended with status {status}')}"]

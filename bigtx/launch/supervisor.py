@@ -141,11 +141,9 @@ class _Supervisor:
         self._killed: set[int] = set()
         self._memory_kills = processes.out_of_memory_kills()
         processes.adopt_orphans()
-        self._watched = {signal.SIGCHLD, *stop_signals()}
+        self._watched = {signal.SIGCHLD, signal.SIGIO, *stop_signals()}
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # If it were ignored, the exit status would be lost.
         # These signals stay pending until `wait` takes them, so none is lost.
-        if link:
-            self._watched.add(signal.SIGIO)
         signal.pthread_sigmask(signal.SIG_BLOCK, self._watched)
         if link:
             link.signal_arrivals()
@@ -265,17 +263,12 @@ class _Supervisor:
 
     def _reap(self) -> None:
         """Record every process that has ended."""
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
-            for rank in self._ranks:
-                if rank.pid == pid:
-                    rank.status = os.waitstatus_to_exitcode(status)
-                    self._handle_end(rank)
+        with contextlib.suppress(ChildProcessError):
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                for rank in self._ranks:
+                    if rank.pid == ended[0]:
+                        rank.status = os.waitstatus_to_exitcode(ended[1])
+                        self._handle_end(rank)
 
     def _handle_end(self, rank: _Rank) -> None:
         """Ask the other ranks to stop, or give them a few seconds, where the end of a rank requires it."""

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from bigtx.utils import heartbeat
 from bigtx.utils.hardware import host_name
-from bigtx.utils.heartbeat import STACKS, WORDS, Beat, Phase, Vigil
+from bigtx.utils.heartbeat import STACKS, Beat, Phase, Vigil
 from bigtx.utils.processes import STACKS_SIGNAL
 
 ANSWER_SECONDS = 2.0
@@ -145,7 +145,7 @@ def _describe_culprit(sight: Sight, host: str, limit: str) -> str:
         why = f"it is in a call{place} that does not return: a kernel, the device, a file or a lock"
     else:
         why = f"it is{place or ' somewhere'}, and has not reached the collective in which the others wait"
-    doing = f"{_step(sight.beat)}, {WORDS[sight.beat.phase]}"
+    doing = f"{_step(sight.beat)}, {sight.beat.phase.words}"
     return f"rank {sight.rank} on {host} {verb} {doing}: no progress within {limit}; {why}"
 
 
@@ -154,7 +154,7 @@ def _waiting(sight: Sight) -> str:
         return "waited for it until the time-out"
     if sight.is_on_gpu:
         return f"waited for its GPU at {sight.place}"
-    return f"waited for it in {sight.collective}" if sight.collective else f"was {WORDS[sight.beat.phase]}"
+    return f"waited for it in {sight.collective}" if sight.collective else f"was {sight.beat.phase.words}"
 
 
 def _step(beat: Beat) -> str:

@@ -181,9 +181,7 @@ def expert_products(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     x, weights = x.to(dtype), weights.to(dtype)
-    if _has_kernel(weights):
-        return F.grouped_mm(x, weights.mT, offs=ends.int())
-    return _loop(x, weights, ends)
+    return F.grouped_mm(x, weights.mT, offs=ends.int()) if _has_kernel(weights) else _loop(x, weights, ends)
 
 
 def _has_kernel(weights: Tensor) -> bool:

@@ -208,6 +208,4 @@ def with_vocabulary(config: PretrainConfig, data: RunData) -> PretrainConfig:
 
 def length_setting(config: PretrainConfig) -> str:
     """Return the setting that determines the length of pretraining."""
-    if config.train.max_steps is not None:
-        return "train.max_steps"
-    return "train.max_tokens"
+    return "train.max_steps" if config.train.max_steps is not None else "train.max_tokens"

@@ -56,9 +56,9 @@ class Objective(ABC):
         # Validation makes the same draws for all seeds.
         self._key = derive_seed("objective", config.seed if purpose == "train" else 0, purpose)
 
-    @abstractmethod
     def prepare(self, batch: Batch) -> Batch:
-        """Return the model's batch for a batch of the stream."""
+        """Return the model's batch for a batch of the stream: by default the same."""
+        return batch
 
     @property
     def lengths(self) -> Lengths:
@@ -90,9 +90,7 @@ class Objective(ABC):
 
 def documents_of(batch: Batch, row: int, length: int) -> np.ndarray:
     """Return the document of each token of a row's text, int64 [length]; zeros where documents are not kept apart."""
-    if batch.segment_ids is None:
-        return np.zeros(length, np.int64)
-    return batch.segment_ids.numpy()[row, :length]
+    return np.zeros(length, np.int64) if batch.segment_ids is None else batch.segment_ids.numpy()[row, :length]
 
 
 def tensor(array: np.ndarray, batch: Batch) -> torch.Tensor:
@@ -131,10 +129,6 @@ class Causal(Objective):
     """Predict each next token."""
 
     bits_per_byte = True
-
-    def prepare(self, batch: Batch) -> Batch:
-        """Return the batch unchanged."""
-        return batch
 
     def describe(self) -> str:
         """Return a short description."""

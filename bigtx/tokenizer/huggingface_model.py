@@ -8,7 +8,7 @@ from typing import Any
 
 from bigtx.tokenizer import special
 from bigtx.tokenizer.special import SpecialIds, Template, observed
-from bigtx.utils.errors import DataError
+from bigtx.utils.errors import DataError, require
 from bigtx.utils.files import json_value
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -36,13 +36,13 @@ class HuggingFaceModel:
         Raises:
             DataError: the library is missing, or the content is not a tokenizer.
         """
-        try:
-            import tokenizers
-        except ImportError:
-            raise DataError(
-                "Hugging Face tokenizers are read by the package tokenizers, which is not installed: "
-                "pip install 'bigtx[huggingface]'"
-            ) from None
+        what = (
+            "Hugging Face tokenizers are read by the package tokenizers, which is not installed: "
+            "pip install 'bigtx[huggingface]'"
+        )
+        require("tokenizers", what, DataError)
+        import tokenizers
+
         self.data = data
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(data)

@@ -138,10 +138,6 @@ class Template:
         """Return how many special ids are added to one text, or to two."""
         return len(self._parts(num_texts)) - num_texts
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the template as JSON-ready data."""
-        return {"single": [list(part) for part in self.single], "pair": [list(part) for part in self.pair]}
-
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Template:
         """Return the inverse of `to_dict`.
@@ -274,7 +270,7 @@ def _check_ids(special: SpecialIds, template: Template | None) -> None:
 def fingerprint(kind: str, model: bytes, special: SpecialIds, template: Template | None) -> str:
     """Return the SHA-256 over a tokenizer's kind, the bytes of its model, the special ids and the template."""
     # The ids that end a text in generation do not change the ids of texts.
-    values = replace(special, ends=[]).to_dict() | ({"template": template.to_dict()} if template else {})
+    values = replace(special, ends=[]).to_dict() | ({"template": asdict(template)} if template else {})
     digest = hashlib.sha256(f"{kind}\n{json.dumps(values, sort_keys=True)}\n".encode())
     digest.update(model)
     return digest.hexdigest()

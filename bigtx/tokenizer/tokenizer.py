@@ -176,7 +176,7 @@ class Tokenizer:
             "origin": self.origin,
         }
         if self.template is not None:
-            description["template"] = self.template.to_dict()
+            description["template"] = dataclasses.asdict(self.template)
         write_json(folder / DESCRIPTION, description)
 
     @property
@@ -202,13 +202,6 @@ class Tokenizer:
         if content := self.settings_files.get(CHAT_TEMPLATE):
             return content.decode(errors="replace") != self.chat_template
         return "chat_template" in settings_of(self.settings_files)
-
-    @property
-    def memory_per_byte(self) -> int:
-        """Return the most bytes of memory that encoding needs for each byte of UTF-8 that the model has to read at
-        once.
-        """
-        return self.model.memory_per_byte
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text; no special ids are added, and the text cannot produce any."""
@@ -290,7 +283,7 @@ class Tokenizer:
         """
         words = self.model.words
         parts = words.borders.cut(text) if words else [text]
-        return self.memory_per_byte * max(map(utf8_length, parts))
+        return self.model.memory_per_byte * max(map(utf8_length, parts))
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False) -> list[int]:
         """Return the ids of a chat: for each message the id of its role, those of its content, and the end id.

@@ -35,13 +35,13 @@ class JsonLines:
         num_lines: the number of lines, including those in memory.
     """
 
-    def __init__(self, path: Path, *, warn: Callable[[str], None], up_to_step: int | None = None) -> None:
+    def __init__(self, path: Path, *, warn: Callable[[str], None], up_to_step: float = math.inf) -> None:
         """Open or create the file. Remove a line that a crash left incomplete, and steps that will be repeated.
 
         Args:
             path: the file.
             warn: prints a warning.
-            up_to_step: the last step to keep; None keeps all.
+            up_to_step: the last step to keep.
 
         Raises:
             LaunchError: The file cannot be written.
@@ -52,7 +52,7 @@ class JsonLines:
         self._unwritten = b""
         self._open(up_to_step)
 
-    def _open(self, up_to_step: int | None) -> None:
+    def _open(self, up_to_step: float) -> None:
         path = self._path
         with writes(path, "; repair the folder or choose another"):
             kept = _keep_whole_lines(path, up_to_step)
@@ -193,7 +193,7 @@ def is_stamped(record: Record) -> bool:
     )
 
 
-def _keep_whole_lines(path: Path, up_to_step: int | None) -> list[bytes]:
+def _keep_whole_lines(path: Path, up_to_step: float) -> list[bytes]:
     """Remove incomplete lines and those of later steps from the file. Returns the remaining lines."""
     text = path.read_bytes() if path.exists() else b""
     kept = _whole_lines(text, up_to_step)
@@ -206,14 +206,10 @@ def _keep_whole_lines(path: Path, up_to_step: int | None) -> list[bytes]:
     return kept
 
 
-def _whole_lines(text: bytes, up_to_step: int | None) -> list[bytes]:
+def _whole_lines(text: bytes, up_to_step: float) -> list[bytes]:
     """Return the lines that are records, up to a step."""
-    kept = []
-    for line in text.splitlines(keepends=True):
-        record = parse_line(line)
-        if record is not None and (up_to_step is None or step_of(record) <= up_to_step):
-            kept.append(line)
-    return kept
+    records = ((line, parse_line(line)) for line in text.splitlines(keepends=True))
+    return [line for line, record in records if record is not None and step_of(record) <= up_to_step]
 
 
 def _line(record: Record) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import textwrap
 import time
@@ -86,7 +87,7 @@ class Tracker:
         self._has_warned = False
         up_to_step = resumed_step or -1
         self._files = {
-            name: JsonLines(folder / name, warn=self._warn, up_to_step=None if name == EVENTS else up_to_step)
+            name: JsonLines(folder / name, warn=self._warn, up_to_step=math.inf if name == EVENTS else up_to_step)
             for name in RECORD_FILES
         }
         self._metrics, self._samples, self._predictions, self._events = self._files.values()
@@ -153,11 +154,6 @@ class Tracker:
             f"the run {own.id}"
         )
         return {"wandb_run_id": own.original, "folder": own.original_folder}
-
-    @property
-    def wandb_mode(self) -> str:
-        """Return W&B's mode: "online", "offline", "" until it is known (a few seconds), or "off"."""
-        return self._wandb.mode if self._wandb else "off"
 
     def log(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
         """Write metrics of a step to metrics.jsonl, from which they are copied to W&B.

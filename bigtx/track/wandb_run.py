@@ -78,8 +78,7 @@ class WandbRun:
             return
         self._starter.poll()  # Removes the ended process from the table of processes.
         self._receive()
-        for report in self._reports():
-            self._handle(report)
+        self._handle_reports()
         if self._has_ended:
             self._close_pipes()
             self._give_up(self._error or f"its process ended; see {self._folder / 'logs' / 'wandb.log'}")
@@ -98,8 +97,7 @@ class WandbRun:
             host_answers = self.mode == "online" and answers(self._host, timeout=PROBE_SECONDS)
             if not (host_answers and self._ends_within(UPLOAD_SECONDS)):
                 self._show(f"W&B is still writing {self._folder / 'wandb'}, in the background")
-        for report in self._reports():
-            self._handle(report)
+        self._handle_reports()
         if self._error:
             self._show(
                 f"warning: W&B failed ({' '.join(self._error.split())}); the last data may be missing there. "
@@ -167,9 +165,12 @@ class WandbRun:
                 self._text += chunk
             self._has_ended = True
 
-    def _reports(self) -> list[Record]:
+    def _handle_reports(self) -> None:
+        """Handle the reports that have arrived completely."""
         *lines, self._text = self._text.split(b"\n")
-        return [record for line in lines if (record := parse_line(line + b"\n")) is not None]
+        for line in lines:
+            if (report := parse_line(line + b"\n")) is not None:
+                self._handle(report)
 
     def _send(self, record: Record) -> None:
         assert self._starter is not None and self._starter.stdin is not None
@@ -313,12 +314,9 @@ def answers(url: str, *, timeout: float, proxies: dict[str, str] | None = None) 
 
 def _answers(url: str, timeout: float, proxies: dict[str, str]) -> bool:
     host = urlsplit(url).hostname or ""
-    if host == "localhost" or host.startswith("127.") or host == "::1":
-        chosen: dict[str, str] = {}
-    else:
-        chosen = {**urllib.request.getproxies(), **proxies}
-        if urllib.request.proxy_bypass(host):
-            chosen = {}
+    is_here = host == "localhost" or host.startswith("127.") or host == "::1"
+    goes_direct = is_here or urllib.request.proxy_bypass(host)
+    chosen = {} if goes_direct else {**urllib.request.getproxies(), **proxies}
     opener = urllib.request.build_opener(urllib.request.ProxyHandler(chosen))
     try:
         opener.open(f"{url.rstrip('/')}/healthz", timeout=timeout).close()

@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import TYPE_CHECKING, Generic, Literal, NoReturn, Self, TypeVar
 
 from bigtx.config.schema import RunConfig
@@ -247,9 +247,7 @@ class RunContext(Generic[Config]):
         elif self._training_tracker:
             self._training_tracker.message("stopping: a checkpoint is saved after this step")
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, *others: object) -> None:
         """Close what was opened. The first rank with an error of the user prints it."""
         self.stop.defer()
         if self.stop.came_early:

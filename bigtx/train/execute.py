@@ -149,9 +149,7 @@ def _end_copies(context: RunContext[Config], copier: CheckpointCopier | None) ->
 
 def with_teacher(task: Task, teacher: Teacher | None, config: RunConfig, engine: Engine) -> Task:
     """Return the task that the loop trains. Measurements within the run use the task without the teacher."""
-    if teacher is None:
-        return task
-    return teacher.teach(task, config.distill, engine.device, config.engine.precision)
+    return task if teacher is None else teacher.teach(task, config.distill, engine.device, config.engine.precision)
 
 
 def execute(

@@ -11,6 +11,7 @@ The comparison of copies (engine/replicas.py) is imported when it is needed.
 from __future__ import annotations
 
 import math
+import statistics
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -72,22 +73,16 @@ class Window:
         """
         median = limit = math.nan
         if 2 * len(self.values) >= (self.values.maxlen or 0):
-            median = _median(self.values)
+            median = statistics.median(self.values)
             limit = median + self._deviations * LEAST_DEVIATION * abs(median)
             if value > limit:  # Most values are not, and need no deviation.
-                deviation = DEVIATION_OF_NORMAL * _median([abs(other - median) for other in self.values])
+                deviation = DEVIATION_OF_NORMAL * statistics.median(abs(other - median) for other in self.values)
                 limit = max(limit, median + self._deviations * deviation)
         if math.isfinite(value):
             self.values.append(value)
             if not value > limit:
                 return None
         return Spike(self._what, value, median, limit)
-
-
-def _median(values: list[float] | deque[float]) -> float:
-    ordered = sorted(values)
-    half = len(ordered) // 2
-    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
 
 
 class Guards:

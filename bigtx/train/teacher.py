@@ -158,9 +158,7 @@ class Teacher:
             )
 
         def read(name: str, kind: str, start: int, stop: int) -> Tensor:
-            if name in known:
-                return source.read(known[name], kind, start, stop)
-            return initial(name, kind, start, stop)
+            return source.read(known[name], kind, start, stop) if name in known else initial(name, kind, start, stop)
 
         return read
 

@@ -85,8 +85,16 @@ class Arguments(argparse.ArgumentParser):
     Options are added as for argparse: `add_argument("--top-k", type=int, help=...)` reads `top_k=5`.
     """
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(allow_abbrev=False, add_help=False, **settings)
+    def __init__(self, command: str, about: str = "", *, json: str = JSON_HELP, epilog: str = "") -> None:
+        """Args:
+        command: the command without `bigtx`.
+        about: what it does.
+        json: the help of `--json`; "" for a command that shows nothing as JSON.
+        epilog: the end of its help.
+        """
+        super().__init__(f"bigtx {command}", description=about, epilog=epilog, allow_abbrev=False, add_help=False)
+        if json:
+            self.add_argument("--json", action="store_true", help=json)
         self.add_argument("-h", "--help", action="help", help="print this")
 
     def parse_known_args(  # type: ignore[override]
@@ -109,14 +117,6 @@ class Arguments(argparse.ArgumentParser):
         """
         raise ConfigError(f"{self.prog}: {message}")
 
-    def add_json(self, meaning: str = JSON_HELP) -> None:
-        """Add the switch of every command that shows something.
-
-        Args:
-            meaning: its help.
-        """
-        self.add_argument("--json", action="store_true", help=meaning)
-
     def alternatives(self) -> list[list[argparse.Action]]:
         """Return the groups of options of which exactly one is given."""
         return [group._group_actions for group in self._mutually_exclusive_groups if group.required]
@@ -130,8 +130,9 @@ class Arguments(argparse.ArgumentParser):
         return [action for action in self._actions if not action.option_strings]
 
     def options(self) -> list[argparse.Action]:
-        """Return what is given with a name."""
-        return [action for action in self._actions if action.option_strings]
+        """Return what is given with a name; the switches of every command come last."""
+        options = [action for action in self._actions if action.option_strings]
+        return sorted(options, key=lambda option: option.dest in ("json", "help"))
 
     def form(self) -> str:
         """Return the command with all that it needs."""
@@ -152,7 +153,7 @@ class Arguments(argparse.ArgumentParser):
     def format_help(self) -> str:
         """Return the command, what it does, each name with its meaning within 80 columns, and the epilog as it is."""
         rows = []
-        for action in sorted(self._actions, key=lambda action: action.dest == "help"):
+        for action in [*self.words(), *self.options()]:
             short = [option for option in action.option_strings if not option.startswith("--")]
             name = ", ".join([*short, shown(action)]) if action.nargs == 0 else shown(action)
             meaning = (action.help or "") % (vars(action) | {"prog": self.prog})

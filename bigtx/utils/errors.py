@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +19,8 @@ from bigtx.utils import log, terminal
 EXIT_OUTPUT_LOST = 1
 EXIT_FAILED = 1
 """The exit status of a run that lost a rank: the user made no mistake, and the same command resumes."""
+EXIT_SOME_FAILED = 1
+"""The exit status of a command that could not use some of its records."""
 EXIT_USER_ERROR = 2
 EXIT_REQUEUE = 75
 """The exit status of a run that saved and stopped on request: run the same command again (sysexits' EX_TEMPFAIL)."""
@@ -61,6 +64,12 @@ class LaunchError(BigtxError):
     def __init__(self, text: str = "", broken_hosts: Iterable[str] = ()) -> None:
         super().__init__(text)
         self.broken_hosts = tuple(broken_hosts)
+
+
+def require(package: str, message: str, kind: type[BigtxError] = LaunchError) -> None:
+    """Raise an error of a kind with the message, unless the package is installed."""
+    if importlib.util.find_spec(package) is None:
+        raise kind(message)
 
 
 def say_from_any_rank(error: BigtxError) -> None:

@@ -83,10 +83,7 @@ def url_problem(url: str) -> str | None:
 
 def kind_of_folder(folder: Path | str) -> str | None:
     """Return a folder's kind in words; None where its names do not show it."""
-    for kind, names in MARKS:
-        if all((Path(folder) / name).is_file() for name in names):
-            return kind
-    return None
+    return next((kind for kind, names in MARKS if all((Path(folder) / name).is_file() for name in names)), None)
 
 
 def no_file(path: Path | str) -> str | None:
@@ -289,6 +286,17 @@ def new_folder(folder: Path) -> Iterator[Path]:
         fsync_dir(partial.parent)
 
 
+def publish(partial: Path, final: Path) -> None:
+    """Give a complete folder its name, so that it stays after a loss of power.
+
+    Raises:
+        OSError: it could not be renamed.
+    """
+    fsync_dir(partial)
+    os.rename(partial, final)
+    fsync_dir(final.parent)
+
+
 def without_own(folder: str, names: Sequence[str]) -> list[str]:
     """Return the names of files and folders that bigtx did not make.
 
@@ -378,15 +386,12 @@ def is_own_file(path: str, beside: Collection[str]) -> bool:
 
 
 def _names_blocks(split: str) -> bool:
-    begin = _begin(os.path.join(split, "manifest.json"))
-    return b'"bigtx-blocks"' in begin
+    return b'"bigtx-blocks"' in _begin(os.path.join(split, "manifest.json"))
 
 
 def _begin(path: str) -> bytes:
-    if not os.path.isfile(path):
-        return b""
-    try:
-        with open(path, "rb") as file:
-            return file.read(_LOOKED_AT)
-    except OSError:
-        return b""
+    with contextlib.suppress(OSError):
+        if os.path.isfile(path):
+            with open(path, "rb") as file:
+                return file.read(_LOOKED_AT)
+    return b""

@@ -90,10 +90,8 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     Returns:
         None for a device or a precision that the table does not hold.
     """
-    for name, peaks in PEAK_FLOPS:
-        if re.search(rf"\b{re.escape(name)}\b", device_name, re.IGNORECASE):
-            return peaks.get(precision)
-    return None
+    found = (peaks for name, peaks in PEAK_FLOPS if re.search(rf"\b{re.escape(name)}\b", device_name, re.IGNORECASE))
+    return next(found, {}).get(precision)
 
 
 def num_cores() -> int:
@@ -139,9 +137,8 @@ def node_of_core(core: int) -> int:
     """Return the group of cores with memory of its own (NUMA node) that a core belongs to; 0 where there is one
     group.
     """
-    for path in Path(f"/sys/devices/system/cpu/cpu{core}").glob("node[0-9]*"):
-        return int(path.name.removeprefix("node"))
-    return 0
+    paths = Path(f"/sys/devices/system/cpu/cpu{core}").glob("node[0-9]*")
+    return next((int(path.name.removeprefix("node")) for path in paths), 0)
 
 
 def num_core_groups() -> int:

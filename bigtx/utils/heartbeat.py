@@ -30,32 +30,27 @@ _RECORD = struct.Struct("=qqqqq")
 class Phase(IntEnum):
     """What a rank is doing. The marks of all ranks follow each other in the same order."""
 
-    STARTING = 0
-    DATA = 1
-    AGREEING = 2
-    FORWARD = 3
-    BACKWARD = 4
-    UPDATE = 5
-    LOGGING = 6
-    VALIDATION = 7
-    SAVING = 8
-    ENDING = 9
-    TIMED_OUT = 10
+    def __new__(cls, number: int, words: str = "") -> Phase:
+        """Make a phase; `words` say in messages what the rank is doing."""
+        phase = int.__new__(cls, number)
+        phase._value_, phase.words = number, words
+        return phase
+
+    words: str
+
+    STARTING = 0, "in the start of the run"
+    DATA = 1, "waiting for data"
+    AGREEING = 2, "waiting for the other ranks"
+    FORWARD = 3, "in the forward pass"
+    BACKWARD = 4, "in the backward pass and the reduction of gradients"
+    UPDATE = 5, "in the reduction of gradients and the optimizer"
+    LOGGING = 6, "writing metrics"
+    VALIDATION = 7, "in a validation"
+    SAVING = 8, "saving a checkpoint"
+    ENDING = 9, "in the end of the run"
+    TIMED_OUT = 10, "waiting for another rank until the time-out"
 
 
-WORDS = {
-    Phase.STARTING: "in the start of the run",
-    Phase.DATA: "waiting for data",
-    Phase.AGREEING: "waiting for the other ranks",
-    Phase.FORWARD: "in the forward pass",
-    Phase.BACKWARD: "in the backward pass and the reduction of gradients",
-    Phase.UPDATE: "in the reduction of gradients and the optimizer",
-    Phase.LOGGING: "writing metrics",
-    Phase.VALIDATION: "in a validation",
-    Phase.SAVING: "saving a checkpoint",
-    Phase.ENDING: "in the end of the run",
-    Phase.TIMED_OUT: "waiting for another rank until the time-out",
-}
 JUDGED = frozenset(Phase) - {Phase.STARTING, Phase.AGREEING, Phase.ENDING, Phase.TIMED_OUT}
 """Phases in which a rank can be seen to hang without another rank that waits for it. In the others it may do one thing
 for long, such as a build or a download, or it waits for other ranks itself."""
@@ -245,10 +240,10 @@ def waits_for_gpu(stacks: str) -> bool:
     """Return whether the main thread waits for its GPU. Its own kernel may hang, or a collective that waits for another
     rank's GPU: the host cannot distinguish them.
     """
-    for path, _, function in _FRAME.findall(main_thread(stacks))[:_NEAREST]:
-        if function in _READS_OF_DEEPSPEED or (function == "synchronize" and _SYNCHRONIZE.search(path)):
-            return True
-    return False
+    return any(
+        function in _READS_OF_DEEPSPEED or (function == "synchronize" and _SYNCHRONIZE.search(path))
+        for path, _, function in _FRAME.findall(main_thread(stacks))[:_NEAREST]
+    )
 
 
 def wait_for_ranks(work: Any) -> None:

@@ -16,7 +16,6 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from bigtx.utils.errors import LaunchError
@@ -60,7 +59,7 @@ class FolderLock:
         """Give the lock back; a file that is no longer ours, or that was deleted, is left alone."""
         if self._descriptor < 0:
             return
-        if _read(self._descriptor) == self._owner and self._is_in_place(self._descriptor):
+        if _read(self._descriptor) == self._owner and is_at(self.path, self._descriptor):
             with contextlib.suppress(OSError):
                 self.path.unlink()
         _held.discard(self._descriptor)
@@ -70,9 +69,7 @@ class FolderLock:
     def __enter__(self) -> FolderLock:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
     def _take(self) -> LaunchError | None:
@@ -89,7 +86,7 @@ class FolderLock:
             return _nameless(self.path)  # Its holder has just released it.
         try:
             is_free, holder = try_lock(descriptor), _read(descriptor)
-            if not self._is_in_place(descriptor):
+            if not is_at(self.path, descriptor):
                 return _nameless(self.path)  # Its holder has just released it.
             if is_free is False:
                 if _lives_here(holder):
@@ -106,12 +103,6 @@ class FolderLock:
         finally:
             if self._descriptor != descriptor:
                 os.close(descriptor)
-
-    def _is_in_place(self, descriptor: int) -> bool:
-        try:
-            return os.path.samestat(os.fstat(descriptor), os.stat(self.path))
-        except FileNotFoundError:
-            return False
 
     def _refuse_if_alive(self, holder: dict[str, Any], *, has_lock: bool) -> None:
         """Check the holder that the file names, with the lock held or on a file system without locks."""
@@ -188,6 +179,14 @@ def open_or_make(path: Path) -> tuple[int, bool]:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644), True
     except FileExistsError:
         return os.open(path, os.O_RDWR | os.O_CLOEXEC), False
+
+
+def is_at(path: Path, descriptor: int) -> bool:
+    """Return whether an open file is still the one at its path: not deleted, and not replaced."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _let_go_of_folders() -> None:

@@ -92,9 +92,7 @@ def _scrub(value: Any, secrets: list[str]) -> Any:
 
 def _scrub_member(key: Any, value: Any, secrets: list[str]) -> Any:
     is_secret = isinstance(key, str) and "=" not in key and is_secret_key(key.lstrip("-"))
-    if is_secret and isinstance(value, str) and value:
-        return HIDDEN
-    return _scrub(value, secrets)
+    return HIDDEN if is_secret and isinstance(value, str) and value else _scrub(value, secrets)
 
 
 def _scrub_text(text: str, secrets: list[str]) -> str:

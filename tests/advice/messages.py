@@ -40,7 +40,7 @@ COPYABLE = re.compile(
     r"|\b(?:pip install|iconv|jq|ffmpeg|ulimit|unset) "
 )
 """What a user can copy: a setting with a value, a command, an option, or what the package writes as such."""
-NO_MESSAGES = ("add_argument", "add_json", "columns", "compile", "Arguments", "parse_command_line")
+NO_MESSAGES = ("add_argument", "columns", "compile", "Arguments", "parse_command_line")
 """Calls whose texts are help and patterns."""
 
 

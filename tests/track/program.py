@@ -35,8 +35,12 @@ def fill_disk(folder: Path) -> None:
                     pass
 
 
+def mode_of(tracker: Tracker) -> str:
+    return tracker._wandb.mode if tracker._wandb else "off"
+
+
 def wait_for_mode(tracker: Tracker) -> None:
-    while not tracker.wandb_mode:
+    while not mode_of(tracker):
         time.sleep(0.05)
         tracker.progress(0, 0, {})
 
@@ -90,7 +94,7 @@ def main() -> None:
         tracker.model(options["last_step"], Path(options["model"]), "the-manifest-hash")
     started = time.monotonic()
     tracker.close(options.get("status", "finished"))
-    print(f"CLOSED {tracker.wandb_mode} {time.monotonic() - started:.3f}")
+    print(f"CLOSED {mode_of(tracker)} {time.monotonic() - started:.3f}")
 
 
 if __name__ == "__main__":

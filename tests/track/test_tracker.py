@@ -50,7 +50,7 @@ def test_all_that_a_run_says(tmp_path: Path) -> None:
     assert (change["kind"], change["new"], change["api_key"]) == ("config_change", 1e-4, "<hidden>")
     assert (end["kind"], end["status"]) == ("end", "finished")
     assert "  def ▸f(x):\n    pass\\x1b[2J\n" in stream.getvalue()
-    assert tracker.wandb_mode == "off" and tracker.wandb_run_id == ""
+    assert tracker._wandb is None and tracker.wandb_run_id == ""
     assert not (tmp_path / "wandb").exists()
 
 
@@ -136,7 +136,7 @@ def test_what_wandb_is_told_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "name": "mine",
         "job_type": "finetune",
     }
-    assert tracker.wandb_run_id and tracker.wandb_mode == "offline"
+    assert tracker.wandb_run_id and tracker._wandb and tracker._wandb.mode == "offline"
     tracker.log(1, 1, {})
     tracker.samples(1, 1, [{"prompt": "", "completion": ""}])
     tracker.predictions(1, 1, [{"label": "a"}])
@@ -146,7 +146,7 @@ def test_what_wandb_is_told_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     tracker.close("stopped")
     assert ends == ["stopped"]
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert Tracker(folder, config, run_config={}, environment={}, **facts).wandb_mode == "off" and len(tasks) == 1
+    assert Tracker(folder, config, run_config={}, environment={}, **facts)._wandb is None and len(tasks) == 1
 
 
 def test_a_copy_of_a_run_is_linked_to_the_original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

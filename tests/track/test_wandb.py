@@ -296,7 +296,8 @@ def test_a_moved_folder_is_not_made_again_at_its_old_place(folder: Path) -> None
         tracker.log(step, step, {"train/loss": 1.0})
         tracker.samples(step, step, [{"prompt": "a", "completion": "b"}])
     deadline = time.monotonic() + GUARD_SECONDS
-    while not tracker.wandb_mode and time.monotonic() < deadline:
+    assert tracker._wandb
+    while not tracker._wandb.mode and time.monotonic() < deadline:
         time.sleep(0.05)
         tracker.progress(3, 3, {})
     moved = folder.rename(folder.parent / "moved")

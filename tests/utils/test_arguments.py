@@ -13,7 +13,7 @@ from bigtx.utils.terminal import WIDTH
 
 
 def parser() -> Arguments:
-    made = Arguments(prog="bigtx try", description="Try the grammar. " * 12)
+    made = Arguments("try", "Try the grammar. " * 12)
     made.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
     data = made.add_mutually_exclusive_group(required=True)
     data.add_argument("--prompt", metavar="TEXT", help="the text to continue")
@@ -23,7 +23,6 @@ def parser() -> Arguments:
     made.add_argument("--max-new-tokens", metavar="N", type=int, default=128, help="tokens (128)")
     made.add_argument("--weights", choices=["master", "ema"], default="master", help="100%% of them (master)")
     made.add_argument("--output", metavar="FOLDER", help="folder to make")
-    made.add_json()
     return made
 
 
@@ -157,5 +156,5 @@ def test_a_name_that_is_not_there() -> None:
 
 
 def test_what_stands_below_the_options_is_shown_as_it_is() -> None:
-    shown = Arguments(prog="bigtx try", epilog="While it runs:\n  /quit   end").format_help()
+    shown = Arguments("try", epilog="While it runs:\n  /quit   end").format_help()
     assert shown.endswith("print this\n\nWhile it runs:\n  /quit   end\n")

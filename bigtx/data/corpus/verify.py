@@ -88,8 +88,7 @@ def verify(place: Place, num_processes: int = 0) -> Verified:
     with Workers(processes, _nothing, show) as workers:
         found = list(workers.map(_check_shard, [(manifest.folder, shard) for manifest, shard in tasks]))
     line.clear()
-    for shard_result in found:
-        result.problems += shard_result.problems
+    result.problems += [problem for shard in found for problem in shard.problems]
     for manifest in manifests:
         own = [part for (of, _), part in zip(tasks, found, strict=True) if of is manifest]
         result.problems += _check_edges(manifest, own)

@@ -79,8 +79,7 @@ def add_up(counts: list[Count]) -> Count:
     for count in counts:
         total.removed.update(count.removed)
         total.smallest, total.largest = min(total.smallest, count.smallest), max(total.largest, count.largest)
-        for group, sums in count.groups.items():
-            total.groups[group] = total.groups.get(group, 0) + sums
+        total.groups |= {group: total.groups.get(group, 0) + sums for group, sums in count.groups.items()}
     return total
 
 

@@ -258,10 +258,8 @@ class Chunks:
         """Return which of the sorted records are kept: the first of each text, without near duplicates."""
         copies = np.zeros(len(records), bool)
         if self.exact and len(records):
-            same = np.ones(len(records) - 1, bool)
-            for name in ("key", "text_hash", "text_hash_high"):
-                same &= records[name][1:] == records[name][:-1]
-            copies[1:] = same
+            identity = records[["key", "text_hash", "text_hash_high"]]
+            copies[1:] = identity[1:] == identity[:-1]
         near = np.zeros(len(records), bool)
         if self.near and len(records):
             near = np.memmap(self.near, bool, "r")[numbers] & ~copies

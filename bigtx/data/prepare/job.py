@@ -66,7 +66,7 @@ from bigtx.data.text.rules import Needs, check_rules, most_for_a_text
 from bigtx.data.workers import Workers
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import DataError
-from bigtx.utils.files import fsync_dir, write_atomic, write_json
+from bigtx.utils.files import publish, write_atomic, write_json
 from bigtx.utils.hardware import num_cores
 from bigtx.utils.log import ProgressLine
 from bigtx.utils.units import clock, format_count, format_size
@@ -269,9 +269,7 @@ class _Job:
         recipe = {name: value for name, value in self._recipe.items() if name != "inputs"}
         total = assembly.run(results, tokenizer, recipe, self._near_duplicates(results), self._buffer)
         self._line.clear()
-        for rule, number in total.removed.items():
-            if number:
-                removed[rule] = Removed(number)
+        removed |= {rule: Removed(number) for rule, number in total.removed.items() if number}
         num_kept = int(total.sums[:, 0].sum())
         if num_kept == 0:
             named = ", ".join(f"{what.documents:,} by {rule}" for rule, what in removed.items())
@@ -289,9 +287,7 @@ class _Job:
         write_json(corpus / REPORT_NAME, content)
         write_json(corpus / RECIPE_NAME, self._recipe)
         self._workers.__exit__()
-        fsync_dir(corpus)
-        corpus.rename(self._output)
-        fsync_dir(self._output.parent)
+        publish(corpus, self._output)
         return Report(
             self._output,
             *_open_splits(self._output),
@@ -336,8 +332,7 @@ class _Job:
             return None
         self._line.show("searching for near duplicates")
         parts = [SignaturePart(signatures_path(self.work, result.number), result.num_documents) for result in results]
-        found = find_near_duplicates(parts, self.work, self._config.near_duplicates, self._config.memory)
-        return found.folder / "removed"
+        return find_near_duplicates(parts, self.work, self._config.near_duplicates, self._config.memory) / "removed"
 
 
 def _check_memory(output: Path, memory: int) -> None:

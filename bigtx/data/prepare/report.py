@@ -62,17 +62,20 @@ class Estimate:
     seconds: float = 0.0
     token_bytes: int
 
-    @property
-    def factor(self) -> float:
-        """Return the ratio of the whole input to the sample."""
-        return self.stored_bytes / self.sampled_bytes
+    def whole(self) -> dict[str, float]:
+        """Return the estimate: documents, tokens, seconds and bytes of the whole input."""
+        factor = self.stored_bytes / self.sampled_bytes
+        return {
+            "documents": round(self.documents * factor),
+            "tokens": round(self.tokens * factor),
+            "seconds": self.seconds * factor / self.num_processes,
+            "bytes_on_disk": round(self.tokens * factor * self.token_bytes),
+        }
 
     def lines(self) -> Iterator[str]:
         """Yield the estimate as text."""
-        tokens = self.tokens * self.factor
-        disk = tokens * self.token_bytes
-        work = disk + self.documents * self.factor * _WORK_BYTES_PER_DOCUMENT
-        seconds = self.seconds * self.factor / self.num_processes
+        documents, tokens, seconds, disk = self.whole().values()
+        work = disk + documents * _WORK_BYTES_PER_DOCUMENT
         share = self.sampled_bytes / self.stored_bytes
         yield (
             f"Sampled {format_size(self.sampled_bytes)} of {format_size(self.stored_bytes)} ({share:.2%}): "
@@ -83,21 +86,14 @@ class Estimate:
             total = self.documents + self.removed + self.rejects
             yield f"Of {total:,} documents the rules leave out {self.removed:,}, and {self.rejects:,} cannot be read."
         yield "The whole input, estimated from this sample (without the search for duplicates):"
-        yield f"  documents  about {format_count(self.documents * self.factor)}"
+        yield f"  documents  about {format_count(documents)}"
         yield f"  tokens     about {format_count(tokens)}"
         yield f"  time       about {format_time(max(1.0, seconds))} in {self.num_processes} processes"
-        yield f"  disk       about {format_size(round(disk))}, and {format_size(round(work))} more for temporary files"
+        yield f"  disk       about {format_size(disk)}, and {format_size(work)} more for temporary files"
 
     def facts(self) -> dict[str, Any]:
-        """Return the sample as plain data, and the estimate: documents, tokens, seconds and bytes of the whole."""
-        tokens = self.tokens * self.factor
-        whole = {
-            "documents": round(self.documents * self.factor),
-            "tokens": round(tokens),
-            "seconds": self.seconds * self.factor / self.num_processes,
-            "bytes_on_disk": round(tokens * self.token_bytes),
-        }
-        return {"sample": dataclasses.asdict(self), "estimate": whole}
+        """Return the sample and the estimate as plain data."""
+        return {"sample": dataclasses.asdict(self), "estimate": self.whole()}
 
 
 def estimate(config: PrepareConfig) -> Estimate:

@@ -199,8 +199,7 @@ def _skip_sparse_map(archive: BinaryIO, header: bytes) -> int:
     """Skip GNU tar's further blocks of holes; return their bytes."""
     num_bytes, goes_on = 0, header[482]
     while goes_on:
-        block = _exactly(archive, _UNIT)
-        num_bytes, goes_on = num_bytes + _UNIT, block[504]
+        num_bytes, goes_on = num_bytes + _UNIT, _exactly(archive, _UNIT)[504]
     return num_bytes
 
 

@@ -158,8 +158,7 @@ def expand_braces(path: str) -> Iterator[str]:
     else:
         options = listed.split(",")
     for option in options:
-        for rest in expand_braces(path[match.end() :]):
-            yield f"{path[: match.start()]}{option}{rest}"
+        yield from (f"{path[: match.start()]}{option}{rest}" for rest in expand_braces(path[match.end() :]))
 
 
 def _expanded(path: str, inputs: _Input) -> list[str]:

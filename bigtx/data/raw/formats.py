@@ -348,17 +348,14 @@ def _encoding_by_nuls(raw: bytes) -> str:
         return ""
     if not raw.strip(b"\0"):
         return "only NULs, as in a file after a crash; it is not text"
-    shares = [raw[place::4].count(0) / (len(raw) / 4) for place in range(4)]
-    nuls = [share > 0.5 for share in shares]
+    nuls = tuple(raw[place::4].count(0) > len(raw) / 8 for place in range(4))
     name = {
         (False, True, True, True): "UTF-32LE",
         (True, True, True, False): "UTF-32BE",
         (False, True, False, True): "UTF-16LE",
         (True, False, True, False): "UTF-16BE",
-    }.get(tuple(nuls))  # type: ignore[arg-type]
-    if name is None:
-        return ""
-    return f"{name[:6]} text without a byte order mark; {_convert(name)}"
+    }.get(nuls)  # type: ignore[arg-type]
+    return "" if name is None else f"{name[:6]} text without a byte order mark; {_convert(name)}"
 
 
 def _convert(name: str) -> str:

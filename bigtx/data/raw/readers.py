@@ -57,9 +57,7 @@ def _header_problem(header: list[str], wanted: list[str], options: Options) -> s
     if options.columns is not None and options.text_field not in header:
         return f"no column {options.text_field!r} (its columns: {', '.join(header[:8])}){options.see('text_field')}"
     twice = sorted({name for name in wanted if header.count(name) > 1})
-    if twice:
-        return f"the first line has duplicate columns: {', '.join(map(repr, twice[:8]))}"
-    return ""
+    return f"the first line has duplicate columns: {', '.join(map(repr, twice[:8]))}" if twice else ""
 
 
 def _records(

@@ -204,8 +204,7 @@ def _request(url: str) -> urllib.request.Request:
     login = _login_from_netrc(parts.hostname or "")
     if login:
         # Not for redirects: another host must not get it.
-        coded = base64.b64encode(login.encode()).decode()
-        request.add_unredirected_header("Authorization", f"Basic {coded}")
+        request.add_unredirected_header("Authorization", f"Basic {base64.b64encode(login.encode()).decode()}")
     return request
 
 

@@ -88,8 +88,7 @@ def check_shards(config: ForeignConfig, world_size: int) -> str:
 def _check_shard(shard: str) -> tuple[int, str | None]:
     """Return a shard's size, and its fault."""
     try:
-        place = as_place(shard)
-        size, end = _size_and_end(place)
+        size, end = _size_and_end(as_place(shard))
     except FileNotFoundError:
         return 0, f"{shard} is missing"
     except OSError as error:
@@ -127,8 +126,7 @@ def read_texts(shard: str, config: ForeignConfig) -> Iterator[str]:
     rejects = Rejects(0.0, _refuse)
     try:
         with open_stream(as_place(shard)) as stored:
-            stream = decompressed(stored, name_of(shard))
-            rows = read_archive(stream, Origin(shard, shard), options, rejects)
+            rows = read_archive(decompressed(stored, name_of(shard)), Origin(shard, shard), options, rejects)
             yield from (document.text for document in fields.documents(rows, rejects))
     except READ_ERRORS as error:
         raise DataError(f"{shard} is refused: {unreadable(error)}.") from error

@@ -142,14 +142,12 @@ class _Workers:
             try:
                 parcel = self._queues[number].get(timeout=_POLL_SECONDS)
             except queue.Empty:
-                if is_alive:
+                if is_alive or self._closed.is_set():
                     continue
-                if not self._closed.is_set():
-                    raise DataError(
-                        f"A process that tokenizes data.foreign ended with status {process.exitcode}, most often "
-                        "because memory ran out; lower data.foreign.num_workers or data.foreign.shuffle_buffer."
-                    ) from None
-                break
+                raise DataError(
+                    f"A process that tokenizes data.foreign ended with status {process.exitcode}, most often "
+                    "because memory ran out; lower data.foreign.num_workers or data.foreign.shuffle_buffer."
+                ) from None
             if isinstance(parcel, BaseException):
                 raise parcel
             return list(parcel)

@@ -136,11 +136,6 @@ class Order:
         self.seed = seed
         self.mixture = Mixture(phases)
 
-    def place(self, sequence: int) -> tuple[int, int, int, int]:
-        """Return the source index, epoch, block and row of one sequence of the run."""
-        source, epoch, block, row = (int(array[0]) for array in self.places(np.array([sequence])))
-        return source, epoch, block, row
-
     def places(self, sequences: np.ndarray) -> Places:
         """Return the places of sequences of the run (int64, ascending)."""
         places = Places(*(np.empty(len(sequences), np.int64) for _ in Places._fields))

@@ -46,9 +46,7 @@ class C4Lines:
         """Return why a text is not a page of prose; empty if it may be one."""
         if self._c4 and "{" in text:
             return "a curly bracket"
-        if self._c4 and "lorem ipsum" in text.lower():
-            return "lorem ipsum"
-        return ""
+        return "lorem ipsum" if self._c4 and "lorem ipsum" in text.lower() else ""
 
     def keep(self, text: str) -> str:
         """Return the suitable lines, without white space around them and without citation marks."""
@@ -157,11 +155,6 @@ class Page:
         return bool((ngrams[1:] == ngrams[:-1]).any())
 
 
-def num_words(page: Page) -> float:
-    """Return the number of words."""
-    return len(page.words)
-
-
 def mean_word_length(page: Page) -> float:
     """Return the mean number of characters of a word."""
     return int(page.ends[-1]) / max(1, len(page.words))
@@ -193,26 +186,6 @@ def alphabetic_words(page: Page) -> float:
 def stop_words(page: Page) -> float:
     """Return how many of Gopher's eight English words are in the text."""
     return len({_STOP_WORDS[word] for word in _STOP_WORDS.keys() & page.vocabulary.keys()})
-
-
-def duplicate_lines(page: Page) -> float:
-    """Return the share of lines that are equal to an earlier one."""
-    return _repeated(page.lines)
-
-
-def duplicate_line_characters(page: Page) -> float:
-    """Return the share by characters."""
-    return _repeated_characters(page.lines)
-
-
-def duplicate_paragraphs(page: Page) -> float:
-    """Return the share of paragraphs that are equal to an earlier one."""
-    return _repeated(page.paragraphs)
-
-
-def duplicate_paragraph_characters(page: Page) -> float:
-    """Return the share by characters."""
-    return _repeated_characters(page.paragraphs)
 
 
 def sentences(page: Page) -> float:
@@ -260,8 +233,8 @@ def duplicate_ngrams(page: Page, n: int) -> float:
 
 
 MEASURES: dict[str, Callable[[Page], float]] = {
-    "min_words": num_words,
-    "max_words": num_words,
+    "min_words": lambda page: len(page.words),
+    "max_words": lambda page: len(page.words),
     "min_mean_word_length": mean_word_length,
     "max_mean_word_length": mean_word_length,
     "max_symbol_ratio": symbol_ratio,
@@ -269,10 +242,10 @@ MEASURES: dict[str, Callable[[Page], float]] = {
     "max_ellipsis_lines": ellipsis_lines,
     "min_alphabetic_words": alphabetic_words,
     "min_stop_words": stop_words,
-    "max_duplicate_lines": duplicate_lines,
-    "max_duplicate_line_characters": duplicate_line_characters,
-    "max_duplicate_paragraphs": duplicate_paragraphs,
-    "max_duplicate_paragraph_characters": duplicate_paragraph_characters,
+    "max_duplicate_lines": lambda page: _repeated(page.lines),
+    "max_duplicate_line_characters": lambda page: _repeated_characters(page.lines),
+    "max_duplicate_paragraphs": lambda page: _repeated(page.paragraphs),
+    "max_duplicate_paragraph_characters": lambda page: _repeated_characters(page.paragraphs),
     "min_sentences": sentences,
 }
 """The measure of each limit; quick ones first."""
@@ -322,9 +295,11 @@ def _figure(value: float) -> str:
 
 
 def _repeated(parts: list[str]) -> float:
+    """Return the share of parts that are equal to an earlier one."""
     return (len(parts) - len(set(parts))) / max(1, len(parts))
 
 
 def _repeated_characters(parts: list[str]) -> float:
+    """Return the share by characters."""
     total = sum(map(len, parts))
     return (total - sum(map(len, set(parts)))) / max(1, total)

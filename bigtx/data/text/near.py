@@ -30,7 +30,7 @@ from bigtx.config.schema import NearDuplicateConfig
 from bigtx.data.storage.places import map_file
 from bigtx.data.text.ngrams import NOTHING, SIGNATURE_DTYPE
 from bigtx.utils.errors import DataError
-from bigtx.utils.files import fsync_dir
+from bigtx.utils.files import publish
 from bigtx.utils.hashing import hash64
 
 MAX_ROUNDS = 64
@@ -55,31 +55,9 @@ class SignaturePart:
     num_documents: int
 
 
-@dataclass(frozen=True)
-class NearDuplicates:
-    """The result of the search: two files in a folder.
-
-    Attributes:
-        folder: the folder with `rows`, ROW_DTYPE sorted by duplicate, one for each, with its nearest leader, the
-            earliest of them if several are as near; and `removed`, one byte for each document, 1 for duplicates.
-    """
-
-    folder: Path
-    num_documents: int
-    num_removed: int
-
-    def rows(self) -> np.ndarray:
-        """Return ROW_DTYPE [num_removed], mapped into memory."""
-        return _map(self.folder / "rows", ROW_DTYPE)
-
-    def removed(self) -> np.ndarray:
-        """Return bool [num_documents], mapped into memory."""
-        return _map(self.folder / "removed", np.dtype(bool))
-
-
 def find_near_duplicates(
     parts: list[SignaturePart], folder: Path, config: NearDuplicateConfig, memory_bytes: int
-) -> NearDuplicates:
+) -> Path:
     """Find the documents that are near duplicates of an earlier one.
 
     Files of a killed call are removed, and the folder `near` appears complete or not at all.
@@ -88,6 +66,10 @@ def find_near_duplicates(
         parts: the parts in reading order; documents are numbered from 0 through all of them.
         folder: a folder `near` is made in it with the result; temporary files need 16 bytes for each document and band.
         memory_bytes: about how much memory to use, for any number of documents; at least 4 MiB are used.
+
+    Returns:
+        The folder `near` with two files: `rows`, ROW_DTYPE sorted by duplicate, one for each, with its nearest leader,
+        the earliest of them if several are as near; and `removed`, one byte for each document, 1 for duplicates.
 
     Raises:
         DataError: a part does not have its expected size.
@@ -108,13 +90,11 @@ def find_near_duplicates(
     for path in _write_entries(signatures, partial / "keys", config, memory_bytes):
         finder.search(path)
     found.flush()
-    num_removed = _write_result(partial, found, num_documents)
+    _write_result(partial, found, num_documents)
     shutil.rmtree(partial / "keys")
     shutil.rmtree(partial / "found")
-    fsync_dir(partial)
-    partial.rename(final)
-    fsync_dir(folder)
-    return NearDuplicates(final, num_documents, num_removed)
+    publish(partial, final)
+    return final
 
 
 class _Partitions:
@@ -330,9 +310,8 @@ def _read_entries(path: Path, count: int) -> Iterator[np.ndarray]:
             yield entries
 
 
-def _write_result(partial: Path, found: _Partitions, num_documents: int) -> int:
-    """Keep one row for each duplicate; return the number of duplicates."""
-    num_removed = 0
+def _write_result(partial: Path, found: _Partitions, num_documents: int) -> None:
+    """Keep one row for each duplicate."""
     with open(partial / "rows", "wb") as file, open(partial / "removed", "wb") as marks:
         marks.truncate(num_documents)
         for _, path in found.paths():
@@ -340,7 +319,6 @@ def _write_result(partial: Path, found: _Partitions, num_documents: int) -> int:
             rows = rows[np.lexsort((rows["leader"], -rows["similarity"], rows["duplicate"]))]
             rows = rows[np.diff(rows["duplicate"], prepend=~rows["duplicate"][:1]) != 0]
             rows.tofile(file)
-            num_removed += len(rows)
             first, last = int(rows["duplicate"][0]), int(rows["duplicate"][-1])
             removed = np.zeros(last - first + 1, bool)
             removed[(rows["duplicate"] - np.uint64(first)).astype(np.int64)] = True
@@ -349,13 +327,8 @@ def _write_result(partial: Path, found: _Partitions, num_documents: int) -> int:
         for written in (file, marks):
             written.flush()
             os.fsync(written.fileno())
-    return num_removed
 
 
 def _size(path: Path) -> int:
     """Return the size of a file in bytes, or 0 if the file is missing."""
     return path.stat().st_size if path.exists() else 0
-
-
-def _map(path: Path, dtype: np.dtype) -> np.ndarray:
-    return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)

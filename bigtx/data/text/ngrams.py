@@ -135,8 +135,7 @@ def _pieces(texts: list[str]) -> Iterator[tuple[int, int, str]]:
             yield first, number - 1, "\n".join(texts[first:number])
             first, size = number, 0
         if len(text) > PIECE_CHARACTERS:
-            for part in _parts(text):
-                yield number, number, part
+            yield from ((number, number, part) for part in _parts(text))
             first = number + 1
         else:
             size += len(text) + 1

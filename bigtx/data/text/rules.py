@@ -27,7 +27,7 @@ from bigtx.data.text.filters import C4Lines, Limits
 from bigtx.data.workers import alone
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.tokenizer.words import utf8_length
-from bigtx.utils.errors import ConfigError
+from bigtx.utils.errors import ConfigError, require
 from bigtx.utils.units import format_size
 
 EMAIL = "email@example.com"
@@ -93,9 +93,7 @@ def unicode_repair() -> Callable[[str], str]:
     )
 
     def repair(text: str) -> str:
-        if text.isascii() and not _DOUBTFUL_ASCII.search(text):
-            return text
-        return fix_text(text, config)
+        return text if text.isascii() and not _DOUBTFUL_ASCII.search(text) else fix_text(text, config)
 
     return repair
 
@@ -239,20 +237,14 @@ def check_rules(config: PrepareConfig) -> None:
     Raises:
         ConfigError: a package is not installed, or a language cannot be detected.
     """
-    try:
-        Cleaner(config.clean)
-    except ImportError:
-        raise ConfigError(
-            "clean.repair_unicode=true needs ftfy, which is not installed: pip install 'bigtx[clean]'"
-        ) from None
+    if config.clean.repair_unicode:
+        what = "clean.repair_unicode=true needs ftfy, which is not installed: pip install 'bigtx[clean]'"
+        require("ftfy", what, ConfigError)
     if not config.filters.languages:
         return
-    try:
-        known = LanguageFilter(config.filters).labels
-    except ImportError:
-        raise ConfigError(
-            "filters.languages needs py3langid, which is not installed: pip install 'bigtx[language]'"
-        ) from None
+    what = "filters.languages needs py3langid, which is not installed: pip install 'bigtx[language]'"
+    require("py3langid", what, ConfigError)
+    known = LanguageFilter(config.filters).labels
     unknown = [language for language in config.filters.languages if primary_language(language) not in known]
     if unknown:
         raise ConfigError(
@@ -315,7 +307,7 @@ class TextPreparation:
 
     def __init__(self, config: PrepareConfig, tokenizer: Tokenizer, rules: TextRules, num_processes: int) -> None:
         self._most = most_for_a_text(config.memory)
-        self._large = max(_NEVER_LARGE, self._most // num_processes // tokenizer.memory_per_byte)
+        self._large = max(_NEVER_LARGE, self._most // num_processes // tokenizer.model.memory_per_byte)
         self._tokenizer = tokenizer
         self._rules = rules
 

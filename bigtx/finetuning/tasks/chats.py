@@ -180,7 +180,8 @@ class ChatFormat:
             )
         kept_parts = _recent(parts, limit - needed)
         prompt = [token for part in kept_parts for token in part.ids]
-        is_learned = [flag for part in kept_parts for flag in _learned(part)]
+        # The first id of a part, its role, is part of the input, so it carries no loss.
+        is_learned = [part.is_learned and place > 0 for part in kept_parts for place in range(len(part.ids))]
         allowed = max(limit - needed, limit // 2 - len(role) - len(begin))
         lost_start = len(prompt) > allowed
         if lost_start:
@@ -270,11 +271,6 @@ def _ignored_keys(record: Record, fields: Sequence[str]) -> set[str]:
     if chats:
         found |= {key for key in FIELDS_OF_CHATS if record.fields.get(key) not in EMPTY}
     return found
-
-
-def _learned(part: Part) -> list[bool]:
-    # The role is part of the input, so it carries no loss.
-    return [False] + [part.is_learned] * (len(part.ids) - 1)
 
 
 def _recent(parts: Sequence[Part], limit: int) -> list[Part]:

@@ -11,6 +11,7 @@ preference.label_smoothing, the probability that a pair is labeled the wrong way
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -258,9 +259,5 @@ def _is_empty(side: Any) -> bool:
 
 def _common(sides: Sequence[Any]) -> list[Message]:
     """Return the messages that both chats begin with."""
-    shared = []
-    for first, second in zip(*sides, strict=False):
-        if first != second:
-            break
-        shared.append(first)
-    return shared
+    shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*sides, strict=False))
+    return [first for first, _ in shared]

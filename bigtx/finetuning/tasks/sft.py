@@ -112,8 +112,9 @@ class OneText(RecordTask):
         rows = [example.chats if is_packed else (example,) for example in examples]
         pad: Callable[..., torch.Tensor]
         pad = functools.partial(padded, length=self.row_length) if is_packed else self.padded
+        # A label is the next token if that is part of an answer.
         tokens = [np.concatenate([chat.ids[:-1] for chat in row]) for row in rows]
-        labels = [np.concatenate([_labels(chat) for chat in row]) for row in rows]
+        labels = [np.concatenate([np.where(chat.is_answer[1:], chat.ids[1:], IGNORED) for chat in row]) for row in rows]
         positions = segment_ids = None
         if is_packed:
             places = [np.concatenate([np.arange(chat.length) for chat in row]) for row in rows]
@@ -176,10 +177,7 @@ class Sft(ChatTask, OneText):
 
     generates = True
 
-    @property
-    def text_field(self) -> str | None:
-        """Return the field of the prompt."""
-        return self.fields.prompt
+    text_from = "prompt"
 
     def encode(self, record: Record, *, for_training: bool = True) -> ChatExample:
         """Encode a chat, or a prompt and its response."""
@@ -255,10 +253,7 @@ class Distill(OneText):
         super().__init__(config, tokenizer)
         self.require_length(2)
 
-    @property
-    def text_field(self) -> str | None:
-        """Return the field of the text."""
-        return self.fields.text
+    text_from = "text"
 
     def encode(self, record: Record, *, for_training: bool = True) -> ChatExample:
         """Encode a text, with the begin ids of the tokenizer (or an end id) before it, and an end id after it."""
@@ -276,11 +271,6 @@ class Distill(OneText):
             {"loss": score["_loss_sum"] / score["_num_tokens"], "tokens": score["_num_tokens"]} | score
             for score in self.predict_in_run(model, examples, device)
         ]
-
-
-def _labels(chat: ChatExample) -> np.ndarray:
-    """Return the next token of each token if that is part of an answer, else IGNORED."""
-    return np.where(chat.is_answer[1:], chat.ids[1:], IGNORED)
 
 
 def best_fit(lengths: np.ndarray, size: int) -> list[list[int]]:

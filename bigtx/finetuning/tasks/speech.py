@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from bigtx.config.schema import AudioConfig, FinetuneConfig, TranscribeConfig
-from bigtx.config.shape import frames_per_column, hop_length, num_columns, num_frames
+from bigtx.config.shape import frames_per_column, hop_length, num_frames
 from bigtx.data.recordings import AudioPlace, BadAudioError, Found, decode, num_resampled, read_header, resampled
 from bigtx.data.records.record import BadRecordError, Record
 from bigtx.finetuning.tasks.batch import padded_length
@@ -61,10 +61,6 @@ class LogMel:
         self.window = torch.hann_window(self.window_length)
         self.filters = torch.from_numpy(mel_filters(config.num_mel_bins, rate, self.fft)).float()
 
-    def num_frames(self, num_samples: int) -> int:
-        """Return the number of frames of so many samples: one starts with every hop."""
-        return num_frames(self.config, num_samples)
-
     def __call__(self, wave: np.ndarray) -> Tensor:
         """Return features fp32 [F, M] of a waveform fp32 [L]; frame f is centred on sample f * hop, with zeros
         outside.
@@ -78,7 +74,7 @@ class LogMel:
             center=True,
             pad_mode="constant",
             return_complex=True,
-        )[:, : self.num_frames(len(wave))]
+        )[:, : num_frames(self.config, len(wave))]
         power = (self.filters @ spectrum.abs().square()).clamp(min=LEAST_POWER).log10()  # M F
         power = power.clamp(min=float(power.max()) - DYNAMIC_RANGE)
         power = (power - power.mean()) / power.std(correction=0).clamp(min=LEAST_DEVIATION)
@@ -258,10 +254,6 @@ class SpeechFeatures:
                 "are allowed; data.too_long=truncate cuts it"
             )
         return min(samples, self.max_samples), max(0, samples - self.max_samples)
-
-    def num_columns(self, num_samples: int) -> int:
-        """Return the number of columns that the encoder reads for a number of samples."""
-        return num_columns(self.model, num_samples)
 
     def features(self, example: SpeechExample, number: int | None) -> Tensor:
         """Return the features of a recording, fp32 [F, M].

@@ -25,6 +25,7 @@ from bigtx.config.schema.tasks import Better
 from bigtx.data.recordings import AudioPlace, Found
 from bigtx.data.records.record import BadRecordError, Record
 from bigtx.finetuning.tasks.batch import Batch, padded, padded_length
+from bigtx.model import beam
 from bigtx.model.loss import Loss
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import ConfigError
@@ -100,10 +101,13 @@ class RecordTask(ABC):
         self.chosen_by = config.validation.metric or self.metric
         """The metric that selects the best checkpoint."""
 
+    text_from: ClassVar[str] = ""
+    """The member of data.fields whose text is enough for a prediction; "" if a prediction needs other fields."""
+
     @property
     def text_field(self) -> str | None:
         """Return the field whose text is enough for a prediction; None if a prediction needs other fields."""
-        return None
+        return getattr(self.fields, self.text_from) if self.text_from else None
 
     shows_by_predict: ClassVar[bool] = False
     """Whether `predict_in_run` omits the texts of predictions, so that shown ones are made by `predict`."""
@@ -195,6 +199,22 @@ class RecordTask(ABC):
     def generates_in_run(self) -> bool:
         """Return whether `predict_in_run` generates, as `generates` does for `predict`."""
         return self.generates
+
+    def best_texts(
+        self, forward: Model, prompts: Sequence[list[int]], limits: list[int], search: beam.Beam, device: torch.device
+    ) -> list[beam.Found]:
+        """Return the best text after each prompt, of at most as many tokens as its limit; see `beam_search`."""
+        return beam.beam_search(
+            forward,
+            self.config.model,
+            prompts,
+            max_new_tokens=limits,
+            beam=search,
+            end_ids=self.tokenizer.end_ids,
+            num_ids=self.tokenizer.vocab_size,
+            start_id=self.tokenizer.pad_id,
+            device=device,
+        )
 
     def refer(self, model: Model, examples: Sequence[Any], device: torch.device) -> list[tuple[float, ...]]:
         """Return the numbers of each example that training needs from the model before the first step, the same number

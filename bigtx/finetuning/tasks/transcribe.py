@@ -28,7 +28,7 @@ from bigtx.data.records.record import BadRecordError, Record
 from bigtx.finetuning.tasks.batch import Batch, ids_of
 from bigtx.finetuning.tasks.speech import SpeechExample, SpeechFeatures
 from bigtx.finetuning.tasks.task import Lengths, Look, Model, Prediction, RecordTask, some_ids
-from bigtx.model.beam import Beam, beam_search
+from bigtx.model.beam import Beam
 from bigtx.model.cache import KeyValueCache
 from bigtx.model.embed import Text
 from bigtx.model.loss import IGNORED, Loss
@@ -86,8 +86,8 @@ class Transcribe(RecordTask):
         kept = self.cut(ids, self.max_length if self.is_ctc else self.max_length - 1)
         if for_training:
             self._check_columns(kept, samples)
-        length = self.speech.num_columns(samples)
-        num_cut = self.speech.num_columns(num_cut) + len(ids) - len(kept)
+        length = shape.num_columns(self.config.model, samples)
+        num_cut = shape.num_columns(self.config.model, num_cut) + len(ids) - len(kept)
         example = SpeechExample(place, record.where, length, text, np.array(kept, np.int32), num_cut)
         if not for_training:
             self.speech.check(example)  # One bad recording must not end the predictions for others.
@@ -109,7 +109,7 @@ class Transcribe(RecordTask):
         if not self.is_ctc:
             return
         needed = len(ids) + sum(first == second for first, second in itertools.pairwise(ids))
-        columns = self.speech.num_columns(int(num_samples / (1.0 + self.settings.speed_change)))
+        columns = shape.num_columns(self.config.model, int(num_samples / (1.0 + self.settings.speed_change)))
         if needed > columns:
             raise BadRecordError(
                 f"its text needs {needed} columns for CTC, and the recording has {columns} (is it the right text? "
@@ -188,7 +188,7 @@ class Transcribe(RecordTask):
 
     def _search(self, model: Model, examples: Sequence[SpeechExample], batch: Batch) -> tuple[list[list[int]], Tensor]:
         """Return the best texts of the beam search, and the losses of the true texts."""
-        config, sources = self.config.model, list[Text]()
+        sources: list[Text] = []
 
         def forward(tokens: Tensor | None, **others: Any) -> Tensor:
             """Call the model with the recordings in the first call, in place of the source tokens of the search."""
@@ -202,19 +202,10 @@ class Transcribe(RecordTask):
 
         # A text has at most as many tokens as its recording has columns, usually of 20 ms: speech is never faster, and
         # the limit ends the text of a model that has not learned to end it.
-        limit = [min(self.max_length - 1, example.length + 1) for example in examples]
-        found = beam_search(
-            forward,
-            config,
-            [[self.tokenizer.pad_id]] * len(examples),
-            max_new_tokens=limit,
-            beam=self.beam,
-            end_ids=self.tokenizer.end_ids,
-            num_ids=self.tokenizer.vocab_size,
-            start_id=self.tokenizer.pad_id,
-            device=batch.labels.device,
-        )
-        cache = KeyValueCache(shape.num_decoder_layers(config))
+        limits = [min(self.max_length - 1, example.length + 1) for example in examples]
+        prompts = [[self.tokenizer.pad_id]] * len(examples)
+        found = self.best_texts(forward, prompts, limits, self.beam, batch.labels.device)
+        cache = KeyValueCache(shape.num_decoder_layers(self.config.model))
         cache.source = sources[0]
         target = batch.target_tokens
         assert target is not None

@@ -8,7 +8,6 @@ The loss is only on the target and its end. The reported loss is without smoothi
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,10 +20,10 @@ from bigtx.config.schema.tasks import METRICS
 from bigtx.data.records.record import Record
 from bigtx.finetuning.tasks.batch import Batch, ids_of, padding_segments, pinned
 from bigtx.finetuning.tasks.task import Lengths, Model, Prediction, RecordTask, some_ids
-from bigtx.model.beam import Beam, Found, beam_search
+from bigtx.model.beam import Beam, Found
 from bigtx.model.loss import IGNORED, Loss
 from bigtx.tokenizer.tokenizer import Tokenizer
-from bigtx.utils.errors import LaunchError
+from bigtx.utils.errors import require
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +55,7 @@ class Translate(RecordTask):
     metric = "bleu"
     better = METRICS["translate"]
     generates = True
+    text_from = "source"
 
     def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:
         super().__init__(config, tokenizer)
@@ -82,11 +82,6 @@ class Translate(RecordTask):
     def limit(self) -> str:
         """Return the limit of each side."""
         return f"{self.max_length:,} tokens of a side (data.max_length)"
-
-    @property
-    def text_field(self) -> str | None:
-        """Return the field of the source."""
-        return self.fields.source
 
     def encode(self, record: Record, *, for_training: bool = True) -> PairExample:
         """Encode both texts."""
@@ -188,16 +183,9 @@ class Translate(RecordTask):
             min(self.max_length - 1, round(settings.max_ratio * len(example.source)) + settings.max_added)
             for example in examples
         ]
-        return beam_search(
-            model,
-            self.config.model,
-            [example.source.tolist() for example in examples],
-            max_new_tokens=limits,
-            beam=Beam(size=num_beams, length_penalty=settings.length_penalty),
-            end_ids=self.tokenizer.end_ids,
-            num_ids=self.tokenizer.vocab_size,
-            start_id=self.tokenizer.pad_id,
-            device=device,
+        prompts = [example.source.tolist() for example in examples]
+        return self.best_texts(
+            model, prompts, limits, Beam(size=num_beams, length_penalty=settings.length_penalty), device
         )
 
     def _losses(self, model: Model, examples: Sequence[PairExample], device: torch.device) -> list[float]:
@@ -251,7 +239,5 @@ def require_sacrebleu() -> None:
     Raises:
         LaunchError: sacrebleu is not installed.
     """
-    if importlib.util.find_spec("sacrebleu") is None:
-        raise LaunchError(
-            "task=translate measures with sacrebleu, which is not installed: pip install 'bigtx[translate]'"
-        )
+    what = "task=translate measures with sacrebleu, which is not installed: pip install 'bigtx[translate]'"
+    require("sacrebleu", what)

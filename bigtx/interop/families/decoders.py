@@ -197,14 +197,6 @@ GPT2_TABLE = (
 )
 
 
-class GPT2(Family):
-    """LayerNorm, learned positions, biases everywhere, and matrices that are stored as [inputs, outputs]."""
-
-    def transposes(self, name: str) -> bool:
-        """Return whether a parameter is a matrix of a block."""
-        return name.endswith(".weight") and (".attention." in name or ".mlp." in name)
-
-
 class SoftCap(Row):
     """NanoChat's `final_logit_softcapping`: 15 if config.json has none; null means no cap."""
 
@@ -269,7 +261,7 @@ FAMILIES: tuple[Family, ...] = (
     llama_kin(
         "qwen3", "Qwen3ForCausalLM", llama_table(*PLAIN_MLP, *BOTH_BIASES, LayerWindows(), qk_norm=True, head_width=128)
     ),
-    GPT2(
+    Family(
         model_type="gpt2",
         architecture="GPT2LMHeadModel",
         auto_class=AUTO_CLASS,
@@ -292,6 +284,7 @@ FAMILIES: tuple[Family, ...] = (
         },
         layers="transformer.h",
         fused=(("attention.query", "attention.key", "attention.value"),),
+        transposed=(".attention.", ".mlp."),
         prefix="transformer",
         bare=("wte.", "wpe.", "h.", "ln_f."),
         # The causal masks that old releases saved.

@@ -234,9 +234,9 @@ def test_rules_duplicates_and_groups_are_accounted_for(
         "near_duplicates.threshold=0.7",
         f"decontaminate.paths=[{tmp_path}/exam.txt]",
     ]
-    assert prepare_command([*arguments, "--dry-run"]) == 0
+    prepare_command([*arguments, "--dry-run"])
     assert "the rules leave out 2" in capsys.readouterr().out
-    assert prepare_command(arguments) == 0
+    prepare_command(arguments)
     shown = capsys.readouterr().out
     report = json.loads((tmp_path / "corpus" / "report.json").read_text())
     counts = {rule: removed["documents"] for rule, removed in report["removed"].items()}
@@ -578,12 +578,12 @@ def test_the_commands(tmp_path: Path, tokenizer: Path, texts: list[str], capsys:
     with pytest.raises(SystemExit):
         prepare_command([*arguments, "--print-config"])
     assert "block_tokens: 1000" in capsys.readouterr().out
-    assert prepare_command(arguments) == 0
+    prepare_command(arguments)
     shown = capsys.readouterr().out
     assert (
         "Prepared" in shown and "Held out for validation" in shown and f"bigtx data inspect {tmp_path}/corpus" in shown
     )
-    assert inspect_command([f"{tmp_path}/corpus", "samples=2", "split=validation"]) == 0
+    inspect_command([f"{tmp_path}/corpus", "samples=2", "split=validation"])
     shown = capsys.readouterr().out
     held_out = Manifest.load(tmp_path / "corpus" / "validation")
     assert f"{held_out.num_documents:,}" in shown and "000000.tar" in shown and "median" in shown
@@ -601,13 +601,14 @@ def test_the_commands(tmp_path: Path, tokenizer: Path, texts: list[str], capsys:
     assert inspected["samples"][0]["text"] in texts and inspected["splits"] == prepared["splits"]
     assert stats["splits"][0]["tokens"] == prepared["splits"][0]["tokens"] and prepared["reused"]
     assert verified["problems"] == [] and estimated["estimate"]["documents"] > 0
-    assert prepare_command([*arguments, f"output={tmp_path}/none", "--dry-run"]) == 0
+    prepare_command([*arguments, f"output={tmp_path}/none", "--dry-run"])
     shown = capsys.readouterr().out
     assert "Sampled" in shown and "tokens     about" in shown and not list(tmp_path.glob("none*"))
     parts = [*arguments, f"output={tmp_path}/parts"]
-    assert prepare_command([*parts, "--part", "1/2"]) == prepare_command([*parts, "part=2/2"]) == 0
+    prepare_command([*parts, "--part", "1/2"])
+    prepare_command([*parts, "part=2/2"])
     assert f"bigtx data merge {tmp_path}/parts" in capsys.readouterr().out
-    assert merge_command([f"{tmp_path}/parts"]) == 0
+    merge_command([f"{tmp_path}/parts"])
     assert contents(tmp_path / "parts") == contents(tmp_path / "corpus")
     for wrong in ("3/2", "0/2", "1/1", "one"):
         with pytest.raises(ConfigError, match="I/N"):

@@ -164,4 +164,4 @@ def test_a_phase_begins_with_a_whole_sequence(data: DataConfig, start: int, firs
     phases = {"late": PhaseConfig(start=start, weights={"books": 0.0, "web": 1.0})}
     switched = DataConfig(sources=sources, phases=phases)
     order = make_order(switched, check_sources(switched, sequence_length=LENGTH), sequence_length=LENGTH, seed=1)
-    assert [order.place(sequence)[0] for sequence in range(first - 2, first + 2)] == [0, 0, 1, 1]
+    assert order.places(np.arange(first - 2, first + 2)).source.tolist() == [0, 0, 1, 1]

@@ -25,7 +25,7 @@ WORDS = st.lists(st.sampled_from(["a", "bb", "ccc", "dddd"]), max_size=30)
 @pytest.mark.parametrize(
     ("measure", "text", "expected"),
     [
-        (filters.num_words, "one  two\nthree", 3),
+        (filters.MEASURES["min_words"], "one  two\nthree", 3),
         (filters.mean_word_length, "a bbb ccccc", 3),
         (filters.symbol_ratio, "#a #b c... d… e…", 0.6),
         (filters.symbol_ratio, "#a #b c d", 0.5),
@@ -34,10 +34,10 @@ WORDS = st.lists(st.sampled_from(["a", "bb", "ccc", "dddd"]), max_size=30)
         (filters.alphabetic_words, "one 2 3! -- 4th", 0.4),
         (filters.stop_words, "The cat and THE dog, be with me", 4),
         (filters.stop_words, "them bean toad", 0),
-        (filters.duplicate_lines, "a\nb\n a \n\na\nc", 0.4),
-        (filters.duplicate_line_characters, "aaaa\nb\naaaa\nc", 0.4),
-        (filters.duplicate_paragraphs, "a\nb\n\nc\n \na\nb", 1 / 3),
-        (filters.duplicate_paragraph_characters, "aaa\n\nb\n\naaa\n\nccc", 0.3),
+        (filters.MEASURES["max_duplicate_lines"], "a\nb\n a \n\na\nc", 0.4),
+        (filters.MEASURES["max_duplicate_line_characters"], "aaaa\nb\naaaa\nc", 0.4),
+        (filters.MEASURES["max_duplicate_paragraphs"], "a\nb\n\nc\n \na\nb", 1 / 3),
+        (filters.MEASURES["max_duplicate_paragraph_characters"], "aaa\n\nb\n\naaa\n\nccc", 0.3),
         (filters.sentences, 'One. Two? "Three!" 3.14 four (five.) e.g.this 终。', 5),
         (lambda page: filters.top_ngram(page, 2), "x y aa b x y c x y", 6 / 10),
         (lambda page: filters.top_ngram(page, 2), "a b c d", 0),

@@ -7,6 +7,7 @@ import random
 import tarfile
 import tracemalloc
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 
 from bigtx.config.schema import NearDuplicateConfig
 from bigtx.data.text import near
-from bigtx.data.text.near import ROW_DTYPE, NearDuplicates, SignaturePart, find_near_duplicates
+from bigtx.data.text.near import ROW_DTYPE, SignaturePart, find_near_duplicates
 from bigtx.data.text.ngrams import NOTHING, Signer
 from bigtx.utils.errors import DataError
 
@@ -32,10 +33,31 @@ def write_parts(folder: Path, signatures: np.ndarray, num_parts: int = 1) -> lis
     return parts
 
 
+@dataclass(frozen=True)
+class Found:
+    """The files that a search leaves."""
+
+    folder: Path
+
+    def rows(self) -> np.ndarray:
+        return np.fromfile(self.folder / "rows", ROW_DTYPE)
+
+    def removed(self) -> np.ndarray:
+        return np.fromfile(self.folder / "removed", bool)
+
+    @property
+    def num_removed(self) -> int:
+        return len(self.rows())
+
+
+def find(parts: list[SignaturePart], folder: Path) -> Found:
+    return Found(find_near_duplicates(parts, folder, SMALL, 1 << 20))
+
+
 def search(
     folder: Path, signatures: np.ndarray, config: NearDuplicateConfig, num_parts: int = 1, memory: int = 64 << 20
-) -> NearDuplicates:
-    return find_near_duplicates(write_parts(folder, signatures, num_parts), folder, config, memory)
+) -> Found:
+    return Found(find_near_duplicates(write_parts(folder, signatures, num_parts), folder, config, memory))
 
 
 def by_definition(signatures: np.ndarray, config: NearDuplicateConfig) -> list[tuple[int, int, float]]:
@@ -227,27 +249,25 @@ def test_texts_without_words_are_near_to_nothing(tmp_path: Path) -> None:
 
 
 def test_no_documents_have_no_duplicates(tmp_path: Path) -> None:
-    found = find_near_duplicates([], tmp_path, SMALL, 1 << 20)
-    assert (found.num_documents, found.num_removed, len(found.rows()), len(found.removed())) == (0, 0, 0, 0)
+    found = find([], tmp_path)
+    assert (len(found.rows()), len(found.removed())) == (0, 0)
 
 
 def test_signatures_that_were_cut_short_are_named(tmp_path: Path) -> None:
     parts = write_parts(tmp_path, draw_signatures(10, 6, seed=1))
     parts[0].path.write_bytes(parts[0].path.read_bytes()[:-1])
     with pytest.raises(DataError, match=r"part-1-0 has 119 bytes, but its signatures need 120"):
-        find_near_duplicates(parts, tmp_path, SMALL, 1 << 20)
+        find(parts, tmp_path)
     parts[0].path.unlink()
     with pytest.raises(DataError, match="has 0 bytes"):
-        find_near_duplicates(parts, tmp_path, SMALL, 1 << 20)
+        find(parts, tmp_path)
 
 
 def test_a_part_without_documents_needs_no_file(tmp_path: Path) -> None:
     parts = write_parts(tmp_path, draw_signatures(100, 6, seed=2), num_parts=2)
-    expected = find_near_duplicates(parts, tmp_path, SMALL, 1 << 20).rows().tolist()
+    expected = find(parts, tmp_path).rows().tolist()
     empty = SignaturePart(tmp_path / "absent", 0)
-    assert (
-        find_near_duplicates([empty, parts[0], empty, parts[1]], tmp_path, SMALL, 1 << 20).rows().tolist() == expected
-    )
+    assert find([empty, parts[0], empty, parts[1]], tmp_path).rows().tolist() == expected
 
 
 def test_how_similar_two_documents_have_to_be(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from sounds import RATE, WORDS, sayings, spoken, tone, wav, write_tokenizer
 
 from bigtx.config.schema import AudioConfig, FinetuneConfig, ModelConfig, RecordsConfig, TranscribeConfig
+from bigtx.config.shape import num_columns
 from bigtx.data.recordings import AudioPlace
 from bigtx.data.records.record import BadRecordError, Record
 from bigtx.finetuning.tasks.speech import Cache
@@ -236,7 +237,7 @@ def test_texts_are_cut_with_room_for_their_end(tokenizer: Tokenizer) -> None:
 def test_columns_that_ctc_needs(tokenizer: Tokenizer) -> None:
     """One for each token, and one for the blank between two equal ones; of what is left when it is played faster."""
     task, rate = make(tokenizer), RATE
-    assert task.speech.num_columns(round(0.1 * rate)) == 5
+    assert num_columns(task.config.model, round(0.1 * rate)) == 5
     for ids, speed_change, fits in (
         ([5, 6, 5, 6, 5], 0.0, True),
         ([5, 6, 5, 6, 5, 6], 0.0, False),
