@@ -70,7 +70,7 @@ def is_run(folder: Path) -> bool:
 
 
 def runs_near(folder: Path, most: int = 3) -> list[Path]:
-    """Return the runs of which a folder that is no run holds the checkpoints, or that it contains: the newest first."""
+    """Return the runs that a user may mean by another folder: that of its checkpoints, or the newest ones inside it."""
     if folder.name == CHECKPOINTS and is_run(folder.parent):
         return [folder.parent]
     inside = [path.parent for path in folder.glob(f"*/{CONFIG}") if is_run(path.parent)]

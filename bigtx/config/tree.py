@@ -22,7 +22,16 @@ from bigtx.config.nodes import (
     read_argument,
     read_yaml,
 )
-from bigtx.config.runs import CONFIG, LISTED, find_config, is_run, read_values, runs_near, similar_configs, with_moved_paths
+from bigtx.config.runs import (
+    CONFIG,
+    LISTED,
+    find_config,
+    is_run,
+    read_values,
+    runs_near,
+    similar_configs,
+    with_moved_paths,
+)
 from bigtx.config.schema import FinetuneConfig, RunConfig
 from bigtx.config.settings import find, same_name_keys, similar_keys
 from bigtx.utils.arguments import ASSIGNMENT, is_option, may_be_value
@@ -34,9 +43,9 @@ from bigtx.utils.shell import command, setting
 BASE = "base"
 _SHORT = {"o": "output"}
 _ELSEWHERE = {
-    "config": "a file is named without one: bigtx pretrain FILE.yaml ...",
-    "resume": "the folder of a run resumes it: bigtx pretrain RUN",
-    "resume_from_checkpoint": "the folder of a run resumes it: bigtx pretrain RUN",
+    "config": "name the file alone, without an option",
+    "resume": "to resume a run, name its folder alone, without an option",
+    "resume_from_checkpoint": "to resume a run, name its folder alone, without an option",
     **dict.fromkeys(("devices", "gpus", "nproc", "nproc_per_node", "num_gpus"), "did you mean --ranks N?"),
 }
 """Options of other programs, too far from our names for a comparison of letters."""

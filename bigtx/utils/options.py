@@ -122,7 +122,9 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights", choices=["master", "ema"], default="master", help="ema: the averaged copy (master)"
     )
-    parser.add_argument("--device", type=_device, default="auto", help="auto, cpu, cuda, cuda:1, ... (auto: a GPU if there is one)")
+    parser.add_argument(
+        "--device", type=_device, default="auto", help="auto, cpu, cuda, cuda:1, ... (auto: a GPU if there is one)"
+    )
 
 
 def _device(name: str) -> str:

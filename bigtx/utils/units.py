@@ -155,7 +155,7 @@ def format_names(names: Sequence[str], most: int = 8) -> str:
 def _quantity(text: str, suffixes: dict[str, int], example: str) -> Decimal:
     match = QUANTITY.fullmatch(text.strip())
     if match is None and QUANTITY.fullmatch(text.strip().removeprefix("-")):
-        raise ValueError(f"is below 0; write {example}")
+        raise ValueError("is too small: it is below 0")
     if match is None:
         raise ValueError(f"is not {example}")
     factor = suffixes.get(match["suffix"].lower())
