@@ -106,13 +106,6 @@ def an_unknown_option(desk: Desk) -> Attempt:
     return lambda words: desk.run(f"bigtx data prepare {' '.join(words) or '--qqqqqqqq'}")
 
 
-@CASES.case("did you mean --ranks N?", r"mean (--ranks N)\?$", fill={"N": "1"})
-def ranks_in_the_words_of_others(desk: Desk) -> Attempt:
-    desk.take("corpus")
-    line = "bigtx pretrain pretrain/small.yaml data.sources.a.path=corpus run_dir=new --print-config"
-    return lambda words: desk.run(f"{line} {' '.join(words) or '--gpus=1'}")
-
-
 @CASES.case(
     "it is a Hugging Face model; `bigtx import`",
     r"`(bigtx import)`",
