@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from doors import as_json
 
+from bigtx.cli import main
 from bigtx.commands.configs import copy_command, explain_command, list_command, plan_command, show_command
 from bigtx.config.load import load
 from bigtx.config.runs import shipped_configs
@@ -143,6 +144,19 @@ def test_explain_all_and_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert "optimizer: AdamW" in shown and "vocab_size=16384" in shown
     with pytest.raises(ConfigError, match=r"did you mean model\.hidden_size"):
         explain_command(["hiden_size"])
+
+
+def test_a_plan_compares_only_numbers_of_gpus_that_share_the_batch(capsys: pytest.CaptureFixture[str]) -> None:
+    plans = as_json(capsys, plan_command, ["pretrain/small.yaml"])  # Its batch has 16 sequences.
+    assert [plan["num_gpus"] for plan in plans] == [1, 8]
+
+
+def test_explanations_are_whole_sentences(capsys: pytest.CaptureFixture[str]) -> None:
+    assert explain_command(["fork_from"]) == 0
+    explained = capsys.readouterr().out
+    assert "RUN for the newest one," in " ".join(explained.split()) and "  " not in explained.replace("\n  ", "")
+    assert main(["help", "pretrain"]) == 0
+    assert "RUN for the newest one, with its optimizer states" in " ".join(capsys.readouterr().out.split())
 
 
 def test_plan(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from advice.shelf import Shelf
-from doors import as_json
+from doors import ROOT, as_json, environment
 
 from bigtx.cli import COMMANDS, main
 from bigtx.commands import evaluate, generate, interop
@@ -48,6 +49,15 @@ def test_an_evaluation_is_what_its_file_holds(shelf: Shelf, tmp_path: Path, caps
     shown = as_json(capsys, evaluate.command, words)
     assert shown.pop("output") == str(tmp_path / "out.json")
     assert shown == json.loads((tmp_path / "out.json").read_text()) and shown["metrics"]
+
+
+def test_an_evaluation_of_a_pretrained_run_prints_nothing_else(shelf: Shelf, tmp_path: Path) -> None:
+    # Not a fork, which would have imported deepspeed: that prints to standard output when it is imported.
+    words = ["evaluate", str(shelf.decoder), "wandb=off", f"output={tmp_path / 'out.json'}", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "bigtx", *words], capture_output=True, text=True, env=environment(PYTHONPATH=str(ROOT))
+    )
+    assert done.returncode == 0 and "metrics" in json.loads(done.stdout), done.stdout + done.stderr
 
 
 def test_an_evaluation_of_records_some_of_which_cannot_be_used(

@@ -62,6 +62,12 @@ def finetuning(*words: str, says: str | tuple[str, ...], base: str = "base", **o
     return Mistake(("finetune", *settings, *words), (says,) if isinstance(says, str) else says, **others)
 
 
+def preparing(*words: str, says: str) -> Mistake:
+    """A mistake of `bigtx data prepare` among settings that are right."""
+    settings = ("input.paths=texts", "tokenizer=base/tokenizer", "output=new")
+    return Mistake(("data", "prepare", *settings, *words), (says,))
+
+
 def both(name: str, *words: str, says: str | tuple[str, ...], **others: Any) -> dict[str, Mistake]:
     """The same mistake through both commands."""
     return {
@@ -95,6 +101,36 @@ MISTAKES: dict[str, Mistake] = {
     **both(
         "a list that the shell divided", "allow_changes=[seed,", "seed]", says="quote it: 'allow_changes=[seed, seed]'"
     ),
+    **both("the ranks in other words", "--gpus", "2", says="did you mean --ranks N?"),
+    **both("to resume in other words", "--resume", "base", says="name its folder alone"),
+    **both("a file with an option", "--config", "mine.yaml", says="name the file alone"),
+    **both("a decimal comma", "optimizer.learning_rate=0,001", says="in digits, e.g. 0.001"),
+    **both(
+        "a length below 0", "train.max_steps=-1", says="train.max_steps=-1 (command line): is too small: it is below 0"
+    ),
+    **both("no unit", "train.checkpoint_every=500", says="has no unit; write a duration such as 500 steps"),
+    **both("a switch as a mode", "track.wandb=true", says="is not one of auto, online, offline, off"),
+    "a share in percent": preparing("validation_fraction=5%", says="in digits, e.g. 0.05"),
+    "a share that is too large": preparing("validation_fraction=5", says="the most is 0.5"),
+    "settings as options": Mistake(
+        ("data", "prepare", "--input", "texts", "--tokenizer", "base/tokenizer", "--output", "new"),
+        ("KEY=VALUE: input.paths=texts", "KEY=VALUE: tokenizer=base/tokenizer", "KEY=VALUE: output=new"),
+    ),
+    "a corpus as an option": pretraining("--data", "corpus", says="KEY=VALUE: data.sources.mine.path=corpus"),
+    "a recipe of fine-tuning": Mistake(
+        ("pretrain", "finetune/chat.yaml", "base=base", "data.train=records.jsonl", "run_dir=new"),
+        ("did you mean bigtx finetune finetune/chat.yaml?",),
+    ),
+    "a recipe of pretraining": Mistake(
+        ("finetune", "pretrain/small.yaml", CORPUS, "run_dir=new"),
+        ("did you mean bigtx pretrain pretrain/small.yaml?",),
+    ),
+    "a recipe that is misspelt": Mistake(("configs", "show", "pretrian/small.yaml"), ("did you mean pretrain/small",)),
+    "a command that is misspelt": Mistake(("data", "inspct", "corpus"), ("did you mean bigtx data inspect?",)),
+    "a prompt without its name": Mistake(("generate", "base", "Once upon"), ("one word too many", "e.g. prompt=TEXT")),
+    "a GPU as a device": Mistake(
+        ("generate", "base", "prompt=x", "device=gpu"), ("device=gpu: is not a device", "auto, cpu, cuda")
+    ),
     **both("a secret", "track.project=hf_" + "a1B2" * 9, says="secret"),
     "train": Mistake(("train", CORPUS), ("no command 'train'", "`bigtx pretrain` trains a model", "`bigtx finetune`")),
     "fine-tune": Mistake(("fine-tune",), ("did you mean bigtx finetune?",)),
@@ -122,6 +158,16 @@ MISTAKES: dict[str, Mistake] = {
         "data.train=unlabelled.jsonl", says=("unlabelled.jsonl, line 1: no field 'label'", "see data.fields.label")
     ),
     "texts without labels": finetuning("data.train=texts", says=("texts/0.txt: no field 'label'",)),
+    "a home folder": corpus("~/corpus", f"data.sources.a.path={Path.home() / 'corpus'}"),
+    "the checkpoints of a run as a base": finetuning(base="base/checkpoints", says="did you mean base?"),
+    "a folder of runs as a base": finetuning(base="shelf", says="did you mean shelf/base?"),
+    "a folder of runs": Mistake(("pretrain", "shelf"), ("'shelf' is not a run; did you mean shelf/base?",)),
+    "RUN@STEP as a run": Mistake(("generate", "stepped@7", "prompt=x"), ("mean stepped/checkpoints/step-00000007?",)),
+    "a folder that is no run, to W&B": Mistake(("wandb", "sync", "texts"), ("texts is not a run", "name the run_dir")),
+    "a model that is missing": Mistake(("import", "nowhere", "output=new"), ("nowhere is not a folder",)),
+    "an export into a folder in use": Mistake(("export", "base", "output=texts"), ("texts exists already",)),
+    "columns with other names": finetuning("data.train=named.csv", says=("no field 'text'", "review, sentiment")),
+    "columns between semicolons": finetuning("data.train=divided.csv", says="it seems to have ';' between its columns"),
     "records of another task": finetuning("task=sft", says=("no field 'prompt'", "see data.fields.prompt")),
     "records that are missing": finetuning("data.train=nowhere", says="data.train=nowhere"),
     "an empty folder of records": finetuning("data.train=empty", says="empty has no records"),
@@ -134,6 +180,9 @@ MISTAKES: dict[str, Mistake] = {
     **both("a run_dir under a file", "run_dir=notes/run", says=("run_dir=notes/run", "name another folder")),
     **both("the base as run_dir", "run_dir=corpus", says=("run_dir=corpus", "name another")),
     **both("a run_dir in use", "run_dir=held", says=("held is in use by process", "wait for it, stop it, or use")),
+    "a run of another kind": finetuning(
+        "run_dir=shelf/base", says=("holds another run, a pretraining", "another fold")
+    ),
     "another batch size": resumed("train.global_batch_size=16", says=("train.global_batch_size: 8 -> 16", "run_dir")),
     "another model": resumed("model.num_layers=3", says=("model.num_layers: 2 -> 3", "init_from=THIS_RUN")),
     "another seed": resumed("seed=7", says=("seed: ", "cannot change within one run")),
@@ -165,6 +214,10 @@ def desk(corpus: Path, decoder_base: Path, tmp_path_factory: pytest.TempPathFact
         (folder / name).mkdir()
     for number in range(3):
         (folder / "texts" / f"{number}.txt").write_text("no label here")
+    shutil.copytree(decoder_base, folder / "shelf" / "base")
+    (folder / "stepped" / "checkpoints" / "step-00000007").mkdir(parents=True)
+    (folder / "named.csv").write_text("review,sentiment\ngood,pos\nbad,neg\n")
+    (folder / "divided.csv").write_text("text;label\ngood;pos\nbad;neg\n")
     (folder / "notes").write_text("no folder")
     (folder / "empty.jsonl").touch()
     return folder

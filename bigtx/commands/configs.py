@@ -20,7 +20,7 @@ from bigtx.config.schema import (
     RunConfig,
     TokenizerTrainConfig,
 )
-from bigtx.config.settings import Setting, describe_type, find, members, similar_keys
+from bigtx.config.settings import Setting, describe_type, find, members, paragraphs, similar_keys
 from bigtx.model.plan import MFU, plan_lines, plan_run
 from bigtx.model.size import count_parameters
 from bigtx.utils import shell
@@ -50,6 +50,8 @@ CHANGES = {
     "by_name": "may change when a run is resumed, if allow_changes names it",
     "never": "cannot change within a run",
 }
+USUAL_GPUS = (1, 8, 64)
+"""Numbers of GPUs that `bigtx configs plan` compares, without those that cannot share the batch."""
 _SIZE = re.compile(r"# parameters: [\d,]+ with a vocabulary of (?P<vocabulary>[\d,]+)")
 
 
@@ -154,14 +156,16 @@ def plan_command(argv: Sequence[str]) -> None:
         f"at {MFU:.0%} of the GPU's peak; see docs/sizes.md.",
     )
     parser.add_argument("name", metavar="NAME", help="a recipe of `bigtx configs list`, or a file")
-    parser.add_argument("--gpus", metavar="N,N", default="1,8,64", help="numbers of GPUs (1,8,64)")
+    parser.add_argument("--gpus", metavar="N,N", help="numbers of GPUs (of 1, 8 and 64 those that divide the batch)")
     parser.add_argument("--gpu", metavar="NAME", default="H100", help="the name of the GPU (H100)")
     parser.add_argument("--vocab-size", metavar="N", type=int, help="number of ids of the tokenizer (that of the file)")
     options = parser.parse_args(argv)
     path = _found(options.name)
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", options.gpus):
+    if options.gpus and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", options.gpus):
         raise ConfigError(f"gpus={options.gpus}: write numbers of GPUs, e.g. gpus=8 or gpus=1,8,64")
-    config, gpus = load(PretrainConfig, [str(path)], check=False), [int(number) for number in options.gpus.split(",")]
+    config = load(PretrainConfig, [str(path)], check=False)
+    gpus = [int(number) for number in options.gpus.split(",")] if options.gpus else []
+    gpus = gpus or [number for number in USUAL_GPUS if not any(config.train.division_problems(number))]
     size = options.vocab_size or config.model.vocab_size or _vocabulary(path)
     if size is None:
         raise ConfigError(f"{path} does not say how many ids its tokenizer has; write vocab_size=50304, for example")
@@ -263,7 +267,7 @@ def _facts(setting: Setting) -> dict[str, Any]:
 def _lines(schema: type, setting: Setting | None) -> Iterator[tuple[str, int]]:
     """Yield lines about a setting or a section, each with the indentation of its continuation lines."""
     if setting is None or setting.section:
-        about = setting.about if setting else (schema.__doc__ or "").strip()
+        about = setting.about if setting else paragraphs(schema.__doc__ or "")
         yield from ((line.strip(), 2) for line in [*about.splitlines(), ""])
         for member in _settings(schema, setting):
             yield f"{member.key if member.section else _default(member)}: {member.about}", 6

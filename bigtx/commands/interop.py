@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from bigtx.utils.arguments import Arguments
 from bigtx.utils.errors import CheckpointError, ConfigError
+from bigtx.utils.files import refuse_filled
 from bigtx.utils.log import said_aside, say, say_json, say_result
 from bigtx.utils.shell import command, settings
 from bigtx.utils.units import counted, format_count, format_names, format_size, parse_size
@@ -31,6 +32,10 @@ def import_command(argv: Sequence[str]) -> None:
     parser.add_argument("-o", "--output", metavar="RUN", type=Path, required=True, help="folder of the new run")
     parser.add_argument("--tokenizer", metavar="FOLDER", type=Path, help="the tokenizer, if it is in another folder")
     options = parser.parse_args(argv)
+    from bigtx.interop.read import read_config
+
+    read_config(options.source)  # Before torch is imported.
+    refuse_filled(options.output)
     from bigtx.interop.importer import import_model
     from bigtx.model.size import count_parameters
 
@@ -105,6 +110,7 @@ def export_command(argv: Sequence[str]) -> None:
         BigtxError: the run cannot be exported, or transformers gives other results for the export.
     """
     options = _export_parser().parse_args(argv)
+    refuse_filled(options.output)
     with said_aside(options.json):
         facts = _export_adapters(options) if options.to == "peft" else _export_model(options)
     if options.json:

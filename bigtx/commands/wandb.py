@@ -103,11 +103,8 @@ def find_runs(place: Path) -> list[Path]:
     if (place / TASK_FILE).is_file():
         return found[:1]
     if not found:
-        what = f"has no {TASK_FILE}" if place.is_dir() else "is not a folder"
-        raise ConfigError(
-            f"{place} {what}, which every training writes into its run folder; name the run_dir of a training, or a "
-            "folder that contains such folders"
-        )
+        what = f"is not a run: it has no {TASK_FILE}" if place.is_dir() else "is not a folder"
+        raise ConfigError(f"{place} {what}; name the run_dir of a training, or a folder that contains such folders")
     return found
 
 

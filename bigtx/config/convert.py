@@ -14,6 +14,7 @@ from typing import Any
 from bigtx.config.nodes import Node, Problem
 from bigtx.config.settings import Setting, find, members, show_number, similar_keys
 from bigtx.utils import shell, units
+from bigtx.utils.files import at_home
 from bigtx.utils.secrets import HIDDEN, is_secret_key, scrub_text
 
 INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*(_[0-9]+)*)")
@@ -103,6 +104,8 @@ class Converter:
         if isinstance(node.content, dict) or node.is_null:
             raise ValueError(f"is a list; write {key}=TEXT, or {shell.setting(key, ['TEXT', 'TEXT'])}")
         read = functools.partial(_scalar, dataclasses.replace(setting, type=number)) if number else _member_text
+        if setting.kind == "path":
+            read = _member_path
         # One text is a list of one: brackets are a pattern for some shells and would need quotes.
         nodes = node.content if isinstance(node.content, list) else [node]
         given = {f"{key}[{index}]" if member is not node else key: member for index, member in enumerate(nodes)}
@@ -181,6 +184,10 @@ def _member_text(node: Node) -> str:
     return node.content
 
 
+def _member_path(node: Node) -> str:
+    return at_home(_member_text(node))
+
+
 def _refuse_filling_in(text: str) -> None:
     """Refuse texts that OmegaConf, which builds the config in the end, would interpret."""
     if "${" in text:
@@ -222,7 +229,7 @@ def _text(setting: Setting, node: Node) -> str:
         raise ValueError("has no value; write '' for an empty text")
     if setting.kind == "duration":
         units.parse_duration(node.content)
-    return node.content
+    return at_home(node.content) if setting.kind == "path" else node.content
 
 
 def _boolean(text: str, advice: str = "") -> bool:
@@ -247,7 +254,15 @@ def _float(text: str) -> float:
         if math.isfinite(value):
             return value
     _refuse_surprise(text)
-    raise ValueError("is not a number; write it in digits, e.g. 0.5 or 3e-4")
+    raise ValueError(f"is not a number; write it in digits, e.g. {_number_meant(text) or '0.5 or 3e-4'}")
+
+
+def _number_meant(text: str) -> str:
+    """Return the number that a share such as `5 %`, or a number with a decimal comma, means; "" for other texts."""
+    number = text.removesuffix("%").rstrip().replace(",", ".")
+    if not FLOAT.fullmatch(number) or number == text:
+        return ""
+    return f"{float(number) / 100:g}" if text.endswith("%") else number
 
 
 def _refuse_surprise(text: str) -> None:

@@ -86,10 +86,26 @@ def _load(
         for problem in itertools.chain(config.problems(), rules(config) if rules else ()):
             if not broken & {key.partition(".")[0] for key in (problem.key, *problem.related)}:
                 problems.append(dataclasses.replace(problem, where=converter.origins.get(problem.key, "")))
+    if problems:
+        _refuse_other_recipe(schema, files)
     raise_problems(problems)
     if isinstance(config, RunConfig) and config.optimizer.learning_rate is None:
         config.optimizer.learning_rate = learning_rate_for(config.model)
     return config, files
+
+
+def _refuse_other_recipe(schema: type, files: Iterable[Path]) -> None:
+    """Refuse a recipe, or its copy, that another command takes.
+
+    Raises:
+        ConfigError: one of the files is such a recipe.
+    """
+    takes: dict[str, type] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
+    for file in files:
+        folder = file.absolute().parent
+        if folder.parent.name == "configs" and takes.get(folder.name, schema) is not schema:
+            recipe = f"{folder.name}/{file.name}"
+            raise ConfigError(f"{recipe} is a recipe of another command; did you mean bigtx {folder.name} {recipe}?")
 
 
 def from_dict(schema: type[T], values: dict[str, Any], *, where: str = "") -> T:

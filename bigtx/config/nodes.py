@@ -16,6 +16,7 @@ import yaml
 
 from bigtx.utils.arguments import ASSIGNMENT
 from bigtx.utils.errors import ConfigError
+from bigtx.utils.files import at_home
 from bigtx.utils.secrets import HIDDEN, is_secret_key, scrub_text
 from bigtx.utils.shell import setting, written
 
@@ -231,7 +232,7 @@ def read_argument(argument: str) -> Node:
     visible = HIDDEN if any(map(is_secret_key, names)) else scrub_text(text)
     if not all(names):
         raise ProblemError(Problem(key, visible, "a part of the key is empty", COMMAND_LINE))
-    node = Node(text.strip(), COMMAND_LINE)
+    node = Node(at_home(text.strip()), COMMAND_LINE)
     if text.lstrip().startswith(("[", "{", "'", '"')):
         problems: list[Problem] = []
         root = _compose(text, COMMAND_LINE, f"{key}={visible}")

@@ -69,6 +69,14 @@ def is_run(folder: Path) -> bool:
     return has_steps(folder) or (isinstance(packages, dict) and "bigtx" in packages)
 
 
+def runs_near(folder: Path, most: int = 3) -> list[Path]:
+    """Return the runs that a user may mean by another folder: that of its checkpoints, or the newest ones inside it."""
+    if folder.name == CHECKPOINTS and is_run(folder.parent):
+        return [folder.parent]
+    inside = [path.parent for path in folder.glob(f"*/{CONFIG}") if is_run(path.parent)]
+    return sorted(inside, key=lambda path: path.stat().st_mtime, reverse=True)[:most]
+
+
 def gives_config(run_dir: Path, files: Iterable[Path]) -> bool:
     """Return whether a command names the file that is at the path of the run's config."""
     own = run_dir / CONFIG
@@ -82,13 +90,19 @@ def read_values(folder: Path | str) -> dict[str, Any]:
         CheckpointError: the folder does not exist, is not a run, or has a damaged config.
     """
     if not Path(folder).is_dir():
-        raise CheckpointError(f"{folder} is not a folder; name a run's folder (its run_dir) or one of its checkpoints")
+        checkpoint = checkpoint_named(str(folder))
+        advice = "name a run's folder (its run_dir) or one of its checkpoints"
+        raise CheckpointError(
+            f"{folder} is not a folder; " + (f"did you mean {checkpoint}?" if checkpoint.is_dir() else advice)
+        )
     path = run_dir_of(folder) / CONFIG
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=SavedLoader)
     except FileNotFoundError:
         kind = kind_of_folder(folder)
         advice = "`bigtx import` converts it to a run" if kind == MODEL else "name the run_dir of a training"
+        if runs := runs_near(Path(folder)):
+            advice = f"did you mean {' or '.join(map(str, runs))}?"
         what = f"it is {kind}" if kind else f"it has no {CONFIG}"
         raise CheckpointError(f"{folder} is not a run: {what}; {advice}") from None
     except (OSError, ValueError, yaml.YAMLError) as error:

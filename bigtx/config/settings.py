@@ -126,7 +126,7 @@ class Setting:
     @property
     def about(self) -> str:
         """Return what it means; for a section the docstring of its class."""
-        return (self.section.__doc__ or "").strip() if self.section else self.doc
+        return paragraphs(self.section.__doc__ or "") if self.section else self.doc
 
     def members(self) -> dict[str, Setting]:
         """Return the settings of a section, or of an entry that the user names; none for other settings."""
@@ -303,6 +303,11 @@ def show_number(number: float) -> str:
     return str(number) if isinstance(number, int) else f"{number:g}"
 
 
+def paragraphs(docstring: str) -> str:
+    """Return a docstring with each paragraph on one line, for a reader that divides the lines again."""
+    return "\n".join(" ".join(part.split()) for part in docstring.split("\n\n")).strip()
+
+
 @functools.cache
 def documentation(schema: type) -> dict[str, str]:
     """Return the docstring below each field of a dataclass, by field name, including inherited fields."""
@@ -314,7 +319,7 @@ def documentation(schema: type) -> dict[str, str]:
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
             value = following.value if isinstance(following, ast.Expr) else None
             if isinstance(value, ast.Constant) and isinstance(value.value, str):
-                docs[statement.target.id] = value.value
+                docs[statement.target.id] = paragraphs(value.value)
     return docs
 
 

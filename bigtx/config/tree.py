@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,17 +22,33 @@ from bigtx.config.nodes import (
     read_argument,
     read_yaml,
 )
-from bigtx.config.runs import CONFIG, LISTED, find_config, is_run, read_values, similar_configs, with_moved_paths
+from bigtx.config.runs import (
+    CONFIG,
+    LISTED,
+    find_config,
+    is_run,
+    read_values,
+    runs_near,
+    similar_configs,
+    with_moved_paths,
+)
 from bigtx.config.schema import FinetuneConfig, RunConfig
 from bigtx.config.settings import find, same_name_keys, similar_keys
 from bigtx.utils.arguments import ASSIGNMENT, is_option, may_be_value
 from bigtx.utils.errors import CheckpointError
-from bigtx.utils.files import NOT_A_FILE, no_file
+from bigtx.utils.files import NOT_A_FILE, at_home, no_file
 from bigtx.utils.secrets import is_secret_key, scrub_text
 from bigtx.utils.shell import command, setting
 
 BASE = "base"
 _SHORT = {"o": "output"}
+_ELSEWHERE = {
+    "config": "name the file alone, without an option",
+    "resume": "to resume a run, name its folder alone, without an option",
+    "resume_from_checkpoint": "to resume a run, name its folder alone, without an option",
+    **dict.fromkeys(("devices", "gpus", "nproc", "nproc_per_node", "num_gpus"), "did you mean --ranks N?"),
+}
+"""Options of other programs, too far from our names for a comparison of letters."""
 _CLOSING = {"[": "]", "{": "}"}
 
 
@@ -64,7 +81,7 @@ def merged_tree(schema: type, args: Sequence[str], flags: Collection[str]) -> Me
     whole = not problems
     tree = Node({}, "defaults")
     for wants_files in (True, False):
-        for argument, value in _with_values(args):
+        for argument, value in _with_values(schema, args):
             is_file = not ASSIGNMENT.fullmatch(argument) and not is_option(argument)
             if is_file is not wants_files:
                 continue
@@ -110,7 +127,7 @@ def _over_base_model(tree: Node, problems: list[Problem]) -> Node:
     base, run_dir = tree.content.get("base"), tree.content.get("run_dir")
     if base is None or base.is_null or not isinstance(base.content, str):
         return tree
-    source = base.content
+    source = at_home(base.content)
     if not Path(source).is_dir() and run_dir and isinstance(run_dir.content, str):
         if not (Path(run_dir.content) / CONFIG).is_file():
             problems.append(Problem("base", source, "no such folder; name a run or one of its checkpoints", base.where))
@@ -138,6 +155,9 @@ def _find(schema: type, name: str) -> Path:
         return _config_of_run(schema, Path(name))
     if kind := no_file(name):
         raise ProblemError(Problem("", "", f"{name!r} is {kind}, {NOT_A_FILE}: every rank reads it", COMMAND_LINE))
+    if runs := runs_near(Path(name)) if issubclass(schema, RunConfig) else []:
+        what = f"{name!r} is not a run; did you mean {' or '.join(map(str, runs))}?"
+        raise ProblemError(Problem("", "", what, COMMAND_LINE))
     if Path(name).is_dir():
         keys = ("input.paths", "data.train", "data.sources.mine.path")
         key = next((key for key in keys if find(schema, key)), "run_dir")
@@ -228,7 +248,7 @@ def _base_names(base: Node | None) -> list[Node]:
     return nodes
 
 
-def _with_values(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+def _with_values(schema: type, words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
     """Yield each word, and with an option its value: that of `--steps=5`, or that of `--steps 5`, whose second word is
     left out.
 
@@ -243,7 +263,9 @@ def _with_values(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
             option, _, value = word.partition("=")
             yield option, value
         else:
-            yield word, rest.pop(0) if rest and may_be_value(rest[0]) else None
+            is_word = bool(rest) and not (is_option(rest[0]) or ASSIGNMENT.fullmatch(rest[0]))
+            is_value = is_word and (may_be_value(rest[0]) or bool(_keys(schema, word)))
+            yield word, rest.pop(0) if is_value else None
 
 
 def _undivided(words: Sequence[str]) -> tuple[list[str], list[Problem]]:
@@ -273,9 +295,10 @@ def _refusal(schema: type, option: str, value: str | None, flags: Collection[str
         flags: the switches that the program knows.
     """
     name = option.lstrip("-").replace("-", "_")
+    if meant := _ELSEWHERE.get(name):
+        return Problem(option, "", f"no such option; {meant}", COMMAND_LINE)
     name = _SHORT.get(name, name)
-    keys = [name] if find(schema, name) else same_name_keys(schema, name)
-    if keys:
+    if keys := _keys(schema, option):
         shown = value if value is not None and _may_be_shown(name, value) else "VALUE"
         return Problem(option, "", f"settings are written KEY=VALUE: {_either(setting(key, shown) for key in keys)}")
     if similar := difflib.get_close_matches(option, flags, 1, 0.8):
@@ -283,6 +306,19 @@ def _refusal(schema: type, option: str, value: str | None, flags: Collection[str
     keys = similar_keys(schema, name) if name else []
     meant = f"did you mean {_either(f'{key}=VALUE' for key in keys)}?" if keys else "--help shows all"
     return Problem(option, "", f"no such option; settings are written KEY=VALUE; {meant}", COMMAND_LINE)
+
+
+def _keys(schema: type, option: str) -> list[str]:
+    """Return the settings that an option may mean: for a section that begins with a path, that path."""
+    name = option.lstrip("-").replace("-", "_")
+    name = _SHORT.get(name, name)
+    known = find(schema, name)
+    if known is None:
+        return same_name_keys(schema, name)
+    first = next(iter(known.members().values()), known)
+    if first.named_section:
+        first = replace(next(iter(first.members().values())), key=f"{first.key}.mine.path")
+    return [first.key if first.kind == "path" else name]
 
 
 def _may_be_shown(name: str, value: str) -> bool:

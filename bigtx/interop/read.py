@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from bigtx.interop.classes import AUTO_CLASS
 from bigtx.utils.errors import CheckpointError, ConfigError
 from bigtx.utils.files import json_value
 from bigtx.utils.shell import command
 from bigtx.utils.units import format_names
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -164,6 +165,8 @@ class ForeignWeights:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.folder / file} cannot be read: {error}") from error
         self._num_read += tensor.nbytes
+        import torch  # Errors about the folder appear before it is imported.
+
         return tensor.to(torch.float32, copy=True)
 
     def close(self) -> None:

@@ -18,12 +18,12 @@ from bigtx.pretraining import make_objective
 from bigtx.pretraining.corpora import place_of, refuse_other_tokenizer, validation_sources
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.track.tracker import Tracker
-from bigtx.train.state import RunState
 from bigtx.utils.hashing import derive_seed
 
 if TYPE_CHECKING:
     from bigtx.engine.engine import Engine
     from bigtx.engine.ranks import Ranks
+    from bigtx.train.state import RunState
 
 
 class Alone:

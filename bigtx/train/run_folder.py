@@ -312,6 +312,8 @@ def _changed_settings(run_dir: Path, config: RunConfig, but: Sequence[str] = ())
         saved = _values_of_origin(place, config)
     if saved is None:
         return []
+    if place == run_dir:
+        _refuse_other_kind(saved, config)
     from bigtx.config import changes
 
     try:
@@ -325,6 +327,14 @@ def _changed_settings(run_dir: Path, config: RunConfig, but: Sequence[str] = ())
     return [
         {"key": change.key, "old": change.old, "new": change.new} for change in found if change.key not in NOT_COMPARED
     ]
+
+
+def _refuse_other_kind(saved: dict[str, Any], config: RunConfig) -> None:
+    """Refuse the folder of a run of another kind or task; nearly all settings differ, so a list of them hides that."""
+    before, now = saved.get("task"), getattr(config, "task", None)
+    if before != now:
+        kind = f"a fine-tuning with task={before}" if before else "a pretraining"
+        raise ConfigError(f"run_dir={config.run_dir} holds another run, {kind}; name another folder")
 
 
 def _values_of_origin(place: Path, config: RunConfig) -> dict[str, Any]:

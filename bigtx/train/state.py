@@ -5,17 +5,19 @@ from __future__ import annotations
 import resource
 import time
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from bigtx.data.stream.order import SkippedWindows
-from bigtx.engine.engine import StepResult
 from bigtx.engine.optimizers import read_number
 from bigtx.model.experts import Routing
 from bigtx.utils.errors import CheckpointError, ConfigError
 from bigtx.utils.shell import settings
 from bigtx.utils.units import parse_duration
+
+if TYPE_CHECKING:
+    from bigtx.engine.engine import StepResult
 
 HARMLESS_SKIPS = {"fp16": 2}
 """By precision: how many skipped steps in a row do not indicate broken weights. fp16 skips so many whenever its loss

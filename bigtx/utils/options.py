@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -121,7 +122,15 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights", choices=["master", "ema"], default="master", help="ema: the averaged copy (master)"
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto: a GPU if there is one)")
+    parser.add_argument(
+        "--device", type=_device, default="auto", help="auto, cpu, cuda, cuda:1, ... (auto: a GPU if there is one)"
+    )
+
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"(?!gpu)[a-z]+(:\d+)?", name):
+        raise argparse.ArgumentTypeError("is not a device; the devices are auto, cpu, cuda, cuda:1, ...")
+    return name
 
 
 def add_predicting_options(parser: argparse.ArgumentParser) -> None:

@@ -154,6 +154,8 @@ def format_names(names: Sequence[str], most: int = 8) -> str:
 
 def _quantity(text: str, suffixes: dict[str, int], example: str) -> Decimal:
     match = QUANTITY.fullmatch(text.strip())
+    if match is None and QUANTITY.fullmatch(text.strip().removeprefix("-")):
+        raise ValueError("is too small: it is below 0")
     if match is None:
         raise ValueError(f"is not {example}")
     factor = suffixes.get(match["suffix"].lower())

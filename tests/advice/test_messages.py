@@ -29,6 +29,7 @@ EXCEPTIONS: Mapping[str, str] = {
     "pretrain pretrain/gpt-125m.yaml data.sources.mine.path=corpus": "the usage of bigtx slurm",
     "tokenize only part I of N": "the usage of bigtx data prepare",
     "finetune/imdb.yaml base=runs/mine data.train=reviews": "the usage of bigtx finetune",
+    "did you mean --ranks N?": "a launch of ranks, which these cases do not start",
     "; /help shows the commands, Ctrl-D ends the chat": "tests/test_chat.py does so on a terminal",
     "(train.min_steps={train.min_steps}, since train.epochs=": NO_ADVICE,
     " would hold out fewer than ": NO_ADVICE,

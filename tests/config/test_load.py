@@ -441,3 +441,15 @@ def test_a_learning_rate_of_null_follows_the_width(width: int, rate: float) -> N
     assert load(PretrainConfig, settings, check=False).optimizer.learning_rate == rate
     given = load(PretrainConfig, [settings[1], "optimizer.learning_rate=0.5"], check=False)
     assert given.optimizer.learning_rate == 0.5, "a number is taken as it is"
+
+
+def test_the_home_folder_in_paths_of_files_and_of_the_command_line(tmp_path: Path) -> None:
+    # A shell replaces ~ only at the start of a word; a folder named ~ would be made, and removed with all of a home.
+    home = Path.home()
+    text = "run_dir: ~/run\ndata: {foreign: {paths: [~/a, '~/b', c~/d]}}\n"
+    config = load(PretrainConfig, [str(write(tmp_path, "mine.yaml", text)), "init_from=~/first"], check=False)
+    assert (config.run_dir, config.init_from) == (str(home / "run"), str(home / "first"))
+    assert config.data.foreign.paths == [str(home / "a"), str(home / "b"), "c~/d"]
+    prepared = load(PrepareConfig, ["input.paths=[~/a]", "output=~/corpus", "tokenizer=~/t"], check=False)
+    assert (prepared.input.paths, prepared.output) == ([str(home / "a")], str(home / "corpus"))
+    assert prepared.tokenizer == str(home / "t")

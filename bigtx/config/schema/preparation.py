@@ -17,7 +17,7 @@ from bigtx.utils.files import is_url
 class InputConfig:
     """Raw text: the files, and the place of the text in them."""
 
-    paths: list[str] = field(factory=list)
+    paths: list[str] = field(factory=list, kind="path")
     """Files, folders, globs, {000..010}: text, .jsonl, .csv, .tsv, .parquet, .tar; also https://, s3://, gs://."""
     text_field: str = "text"
     """Key or column of the text; a name with dots leads through nested records: article.body."""
@@ -52,7 +52,7 @@ class TokenizerTrainConfig:
     """Training of a sentencepiece tokenizer on text files."""
 
     input: InputConfig = field(factory=InputConfig)
-    output: str = ""
+    output: str = field("", kind="path")
     """Folder of the new tokenizer."""
     vocab_size: int = field(16_384, kind="count", minimum=384, maximum=2**31 - 1)
     """Number of ids, including the reserved ones (105 and the chat roles) and the 256 bytes."""
@@ -192,7 +192,7 @@ class NearDuplicateConfig:
 class DecontaminateConfig:
     """Filter that leaves out documents that share an n-gram of words with evaluation sets. None by default."""
 
-    paths: list[str] = field(factory=list)
+    paths: list[str] = field(factory=list, kind="path")
     """Evaluation sets: files, folders or globs, in the formats of input.paths."""
     text_field: str = "text"
     """Key of the text in JSON lines."""
@@ -209,9 +209,9 @@ class PrepareConfig:
     """Preparation of text files as tokenized shards."""
 
     input: InputConfig = field(factory=InputConfig)
-    output: str = ""
+    output: str = field("", kind="path")
     """Folder of the prepared corpus."""
-    tokenizer: str = ""
+    tokenizer: str = field("", kind="path")
     """Folder of the tokenizer."""
     clean: CleanConfig = field(factory=CleanConfig)
     filters: FilterConfig = field(factory=FilterConfig)
