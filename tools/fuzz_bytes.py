@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bigtx.utils.errors import LONGEST_MESSAGE
+from bigtx.utils.terminal import LONGEST_MESSAGE
 
 Files = dict[str, bytes]
 """The content of each file, by its path in the folder."""
