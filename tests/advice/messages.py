@@ -40,6 +40,18 @@ COPYABLE = re.compile(
     r"|\b(?:pip install|iconv|jq|ffmpeg|ulimit|unset) "
 )
 """What a user can copy: a setting with a value, a command, an option, or what the package writes as such."""
+VERBS = (
+    "add|allow|ask|begin|change|check|choose|close|continue|convert|copy|create|delete|drop|edit|export|fetch|fix|free"
+    "|give|import|increase|install|keep|leave|let|look|lower|make|mount|move|name|need|open|pass|pick|point|prepare"
+    "|print|put|raise|read|reduce|relax|remove|rename|repair|repeat|replace|restore|resume|run|save|see|select|send"
+    "|set|shorten|show|shrink|split|start|stop|submit|take|train|try|turn|unset|update|upgrade|use|wait|write"
+)
+"""Of what a user can do."""
+IMPERATIVE = re.compile(
+    rf"(?:^[\s(;,]*|[;:.?!(][ )]|, (?:or |and |then )?|\b(?:or|and) )(?i:{VERBS}) |\bdid you mean\b|; see ",
+    re.MULTILINE,
+)
+"""Where a text tells a user to do something."""
 NO_MESSAGES = ("add_argument", "add_json", "columns", "compile", "Arguments", "parse_command_line")
 """Calls whose texts are help and patterns."""
 
@@ -63,8 +75,8 @@ def messages() -> list[Message]:
 
 @functools.cache
 def advice() -> list[Message]:
-    """The texts that advise what can be copied."""
-    return [message for message in messages() if COPYABLE.search(message.text)]
+    """The texts that advise something."""
+    return [each for each in messages() if COPYABLE.search(each.text) or IMPERATIVE.search(each.text)]
 
 
 def constants() -> Iterator[Message]:
