@@ -158,6 +158,7 @@ def of_another_tokenizer(shown: str, schema: Any, *given: str, key: str) -> None
     def make(desk: Desk) -> Attempt:
         return config(desk, schema, *given, then=[f"{key}=made"])
 
+    make.__name__ = "a_tokenizer_that_is_not_given" if shown == GIVEN else "a_tokenizer_that_is_not_there"
     CASES.case(shown, r"`(bigtx tokenizer train)`", fill=TOKENIZER)(make)
 
 

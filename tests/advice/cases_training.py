@@ -110,7 +110,7 @@ def checkpoints_that_are_gone(desk: Desk) -> Attempt:
 
 
 @CASES.case(" is smaller than the tokenizer's ", r"write (model\.vocab_size=null)")
-def too_small_a_vocabulary(desk: Desk) -> Attempt:
+def too_few_ids_of_a_model(desk: Desk) -> Attempt:
     desk.take("corpus")
     return pretrain("model.vocab_size=300")
 
@@ -247,7 +247,7 @@ def written_as(parse: Callable[[str], object], text: str) -> Callable[[Desk], At
     def make(desk: Desk) -> Attempt:
         return attempt
 
-    make.__name__ = f"a_quantity_such_as_{text[:9]}"
+    make.__name__ = f"{parse.__name__}_of_{text[:9]}"
     return make
 
 
