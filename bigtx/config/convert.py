@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from bigtx.config.nodes import Node, Problem
-from bigtx.config.settings import Setting, find, members, show_number, similar_keys
+from bigtx.config.settings import Setting, example_list, examples, find, members, show_number, similar_keys
 from bigtx.utils import shell, units
 from bigtx.utils.files import at_home
 from bigtx.utils.secrets import HIDDEN, is_secret_key, scrub_text
@@ -100,7 +101,7 @@ class Converter:
     def _list(self, setting: Setting, node: Node) -> list[Any]:
         key, number = setting.key, setting.number
         if number and not isinstance(node.content, list):
-            raise ValueError(f"is a list of numbers; write e.g. {shell.setting(key, [1, 2])}")
+            raise ValueError(f"is a list of numbers; write e.g. {shell.setting(key, example_list(setting))}")
         if isinstance(node.content, dict) or node.is_null:
             raise ValueError(f"is a list; write {key}=TEXT, or {shell.setting(key, ['TEXT', 'TEXT'])}")
         read = functools.partial(_scalar, dataclasses.replace(setting, type=number)) if number else _member_text
@@ -208,11 +209,21 @@ def _scalar(setting: Setting, node: Node) -> Any:
         raise ValueError("has no value")
     if not node.plain:
         raise ValueError("is text in quotes; write it without them")
-    readers: dict[type, Callable[[str], Any]] = {bool: _boolean, int: _integer, float: _float}
-    marked = {"count": units.parse_count, "size": units.parse_size}
-    value = (marked.get(setting.kind) or readers[setting.type])(node.content)
+    if setting.type is bool:
+        return _boolean(node.content)
+    if setting.kind == "count":
+        value: float = units.parse_count(node.content, f"a whole number such as {_either(setting)}")
+    elif setting.kind == "size":
+        value = units.parse_size(node.content, f"a size such as {_either(setting)}")
+    else:
+        value = _number(setting, node.content)
     _check_bounds(setting, value)
     return value
+
+
+def _either(setting: Setting) -> str:
+    *others, last = examples(setting)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _choice(text: str, choices: tuple[str, ...]) -> str:
@@ -228,7 +239,7 @@ def _text(setting: Setting, node: Node) -> str:
     if node.is_null and not (node.is_empty and node.where == "command line"):
         raise ValueError("has no value; write '' for an empty text")
     if setting.kind == "duration":
-        units.parse_duration(node.content)
+        units.parse_duration(node.content, f"a duration such as {_either(setting)}")
     return at_home(node.content) if setting.kind == "path" else node.content
 
 
@@ -241,35 +252,39 @@ def _boolean(text: str, advice: str = "") -> bool:
     raise ValueError("is not true or false")
 
 
-def _integer(text: str) -> int:
-    if INTEGER.fullmatch(text):
+def _number(setting: Setting, text: str) -> float:
+    if INTEGER.fullmatch(text) and setting.type is int:
         return int(text)
-    _refuse_surprise(text)
-    raise ValueError("is not a whole number; write it in digits, e.g. 8")
+    if FLOAT.fullmatch(text) and setting.type is float and math.isfinite(value := float(text)):
+        return value
+    if SEXAGESIMAL.fullmatch(text):
+        raise ValueError(f"would be a number to base 60 in YAML; write a plain number, e.g. {_either(setting)}")
+    if LEADING_ZERO.fullmatch(text):
+        _check_bounds(setting, int(_decimal(text)))
+    _refuse_octal(text)
+    what = "a whole number" if setting.type is int else "a number"
+    raise ValueError(f"is not {what}; write it in digits, e.g. {_number_meant(setting, text) or _either(setting)}")
 
 
-def _float(text: str) -> float:
-    if FLOAT.fullmatch(text):
-        value = float(text)
-        if math.isfinite(value):
-            return value
-    _refuse_surprise(text)
-    raise ValueError(f"is not a number; write it in digits, e.g. {_number_meant(text) or '0.5 or 3e-4'}")
-
-
-def _number_meant(text: str) -> str:
+def _number_meant(setting: Setting, text: str) -> str:
     """Return the number that a share such as `5 %`, or a number with a decimal comma, means; "" for other texts."""
     number = text.removesuffix("%").rstrip().replace(",", ".")
-    if not FLOAT.fullmatch(number) or number == text:
+    if setting.type is not float or number == text or not FLOAT.fullmatch(number):
         return ""
-    return f"{float(number) / 100:g}" if text.endswith("%") else number
+    value = float(number) / 100 if text.endswith("%") else float(number)
+    with contextlib.suppress(ValueError):
+        _check_bounds(setting, value)
+        return f"{value:g}"
+    return ""
 
 
-def _refuse_surprise(text: str) -> None:
-    if SEXAGESIMAL.fullmatch(text):
-        raise ValueError("would be a number to base 60 in YAML; write a plain number, or put a text into quotes")
+def _decimal(text: str) -> str:
+    return "-" * text.startswith("-") + (text.replace("_", "").lstrip("+-0") or "0")
+
+
+def _refuse_octal(text: str) -> None:
     if LEADING_ZERO.fullmatch(text):
-        raise ValueError(f"would be an octal number in YAML; write {text.replace('_', '').lstrip('+-0') or '0'}")
+        raise ValueError(f"would be an octal number in YAML; write {_decimal(text)}")
 
 
 def _check_bounds(setting: Setting, value: float) -> None:
@@ -296,9 +311,11 @@ def _untyped(node: Node) -> Any:
         return None
     if text in BOOLEANS or text.lower() in YAML_BOOLEANS:
         return _boolean(text, ", or quotes")
-    _refuse_surprise(text)
+    _refuse_octal(text)
     if INTEGER.fullmatch(text):
         return int(text)
-    if NOT_FINITE.fullmatch(text):
+    if SEXAGESIMAL.fullmatch(text):
+        raise ValueError("would be a number to base 60 in YAML; write a plain number, or put a text into quotes")
+    if NOT_FINITE.fullmatch(text) or (FLOAT.fullmatch(text) and math.isinf(float(text))):
         raise ValueError("is not a finite number; write one in digits, or put a text into quotes")
-    return _float(text) if FLOAT.fullmatch(text) else text
+    return float(text) if FLOAT.fullmatch(text) else text

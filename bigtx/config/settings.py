@@ -13,12 +13,15 @@ import difflib
 import functools
 import inspect
 import itertools
+import math
 import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from bigtx.utils.units import COUNTS, DURATIONS, SIZES, Unit, parse_count, parse_size
 
 Change = Literal["free", "by_name", "never"]
 """The changes that resume allows: any change; a change named in `allow_changes`; no change at all."""
@@ -35,6 +38,7 @@ def field(
     change: Change | Literal[""] = "",
     minimum: float | None = None,
     maximum: float | None = None,
+    units: Sequence[Unit] = ("steps", "tokens", "seconds", "fraction"),
     factory: Any = dataclasses.MISSING,
 ) -> Any:
     """Return a schema field with properties that the type cannot express.
@@ -46,8 +50,9 @@ def field(
         change: how far resume lets the value change; "" means as its section says.
         minimum, maximum: inclusive bounds of a number, or of each number in a list or mapping. Every number has a
             minimum; where it has no maximum, `LARGEST` holds.
+        units: those in which a duration may be given.
     """
-    metadata = {"kind": kind, "change": change, "minimum": minimum, "maximum": maximum}
+    metadata = {"kind": kind, "change": change, "minimum": minimum, "maximum": maximum, "units": units}
     if factory is not dataclasses.MISSING:
         return dataclasses.field(default_factory=factory, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -102,7 +107,7 @@ class Setting:
         key: dotted, from the top.
         type: the annotation without Optional.
         optional: whether null is a valid value.
-        kind, minimum: as in `field`.
+        kind, minimum, units: as in `field`.
         maximum: as in `field`, or the maximum of the type.
         change: the changes that resume allows, inherited from the section if the field has none.
         doc: the docstring below the field in the schema.
@@ -115,6 +120,7 @@ class Setting:
     kind: str
     minimum: float | None
     maximum: float | None
+    units: Sequence[Unit]
     change: Change
     doc: str
 
@@ -178,6 +184,7 @@ def members(schema: type, prefix: str = "", change: Change = "never") -> dict[st
             kind=marks.get("kind", ""),
             minimum=marks.get("minimum"),
             maximum=_largest(annotation) if marks.get("maximum") is None else marks["maximum"],
+            units=marks.get("units", ()),
             change=marks.get("change") or change,
             doc=docs.get(field.name, ""),
         )
@@ -276,19 +283,14 @@ def describe_type(setting: Setting) -> str:
         return "a section"
     if setting.named_section:
         return "entries by name, each a section"
-    marked = {
-        "count": "a count (500, 64k, 1.5M, 10B)",
-        "size": "a size (512 MiB, 1.5 GB)",
-        "duration": "a duration (500 steps, 2B tokens, 30 min, 5 %)",
-    }
     plain = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     if setting.choices:
         text = "one of " + ", ".join(setting.choices)
-    elif setting.kind in marked:
-        text = marked[setting.kind]
+    elif setting.kind in ("count", "size", "duration"):
+        text = f"a {setting.kind} ({', '.join(examples(setting))})"
     elif typing.get_origin(setting.type) is list:
-        examples = {float: "a list of numbers: [0.2, 0.1]", int: "a list of whole numbers: [1, 2]"}
-        text = examples[setting.number] if setting.number else "a text, or a list of them: [a, b]"
+        numbers = f"a list of {'whole ' * (setting.number is int)}numbers: {example_list(setting)}"
+        text = numbers if setting.number else "a text, or a list of them: [a, b]"
     else:
         text = "numbers by name" if setting.type == dict[str, float] else plain.get(setting.type, "keys and values")
     if setting.minimum is not None:
@@ -298,9 +300,31 @@ def describe_type(setting: Setting) -> str:
     return text + (", or null" if setting.optional else "")
 
 
+def examples(setting: Setting) -> list[str]:
+    """Return values that a setting of a number, a count, a size or a duration accepts, as people write them."""
+    if setting.kind == "duration":
+        return [DURATIONS[unit] for unit in setting.units]
+    read: Callable[[str], float]
+    texts, read = {
+        "count": (COUNTS, parse_count),
+        "size": (SIZES, parse_size),
+        "": (("8",), float) if setting.type is int else (("0.5", "3e-4"), float),
+    }[setting.kind]
+    least = -math.inf if setting.minimum is None else setting.minimum
+    most = math.inf if setting.maximum is None else setting.maximum
+    other = setting.default if isinstance(setting.default, int | float) else least
+    return [text for text in texts if least <= read(text) <= most] or [show_number(other)]
+
+
+def example_list(setting: Setting) -> list[float]:
+    """Return a list that a setting of numbers accepts."""
+    return list(setting.default or ([1, 2] if setting.number is int else [0.2, 0.1]))
+
+
 def show_number(number: float) -> str:
-    """Return a number for a message: a whole one in all its digits."""
-    return str(number) if isinstance(number, int) else f"{number:g}"
+    """Return a number for a message: a whole one in all its digits, and another one so that it is read back."""
+    short = f"{number:g}"
+    return str(number) if isinstance(number, int) or float(short) != number else short
 
 
 def paragraphs(docstring: str) -> str:

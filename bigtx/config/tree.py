@@ -44,8 +44,7 @@ BASE = "base"
 _SHORT = {"o": "output"}
 _ELSEWHERE = {
     "config": "name the file alone, without an option",
-    "resume": "to resume a run, name its folder alone, without an option",
-    "resume_from_checkpoint": "to resume a run, name its folder alone, without an option",
+    **dict.fromkeys(("resume", "resume_from_checkpoint"), "to resume a run, name its folder alone, without an option"),
     **dict.fromkeys(("devices", "gpus", "nproc", "nproc_per_node", "num_gpus"), "did you mean --ranks N?"),
 }
 """Options of other programs, too far from our names for a comparison of letters."""

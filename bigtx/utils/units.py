@@ -27,6 +27,11 @@ SECONDS = {
 
 _TIMES = (("d", 86400), ("h", 3600), ("min", 60))
 _COUNTED: dict[str, Unit] = {"step": "steps", "steps": "steps", "token": "tokens", "tokens": "tokens"}
+COUNTS = ("500", "64k", "1.5M", "10B")
+SIZES = ("512 MiB", "1.5 GB")
+DURATIONS: dict[Unit, str] = {"steps": "500 steps", "tokens": "2B tokens", "seconds": "30 min", "fraction": "5 %"}
+"""Examples, as people write them."""
+INTERVALS: tuple[Unit, ...] = ("steps", "tokens", "seconds")
 COUNT_EXAMPLE = "a whole number such as 500, 64k, 1.5M or 10B"
 SIZE_EXAMPLE = "a size such as 512 MiB, 1.5 GB or a number of bytes"
 LARGEST = 2**63 - 1
@@ -61,25 +66,28 @@ class Duration:
         return self.value / (num_steps * tokens_per_step) if tokens_per_step else None
 
 
-def parse_count(text: str) -> int:
+def parse_count(text: str, example: str = COUNT_EXAMPLE) -> int:
     """Read `500`, `64k`, `1.5M`, `10B`, `2T` (powers of 1000) or `64Ki`, `1Mi` (powers of 1024) as a whole number.
+
+    Args:
+        example: what the message of an error says to write; in the functions below too.
 
     Raises:
         ValueError: the text is not a count, or the count is negative or fractional.
     """
-    return _whole(text, COUNT_SUFFIXES, COUNT_EXAMPLE)
+    return _whole(text, COUNT_SUFFIXES, example)
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, example: str = SIZE_EXAMPLE) -> int:
     """Read `512 MiB`, `1.5 GB` or a plain number as bytes.
 
     Raises:
         ValueError: the text is not a size.
     """
-    return _whole(text, SIZE_SUFFIXES, SIZE_EXAMPLE)
+    return _whole(text, SIZE_SUFFIXES, example)
 
 
-def parse_duration(text: str) -> Duration:
+def parse_duration(text: str, example: str = DURATION_EXAMPLE) -> Duration:
     """Read `500 steps`, `2B tokens`, `30 min`, `1.5 h`, `5 %` as a Duration.
 
     Raises:
@@ -87,19 +95,19 @@ def parse_duration(text: str) -> Duration:
     """
     words = text.strip()
     if words.endswith("%"):
-        percent = _quantity(words[:-1].strip(), {"": 1}, DURATION_EXAMPLE)
+        percent = _quantity(words[:-1].strip(), {"": 1}, example)
         if percent > 100:
-            raise ValueError(f"is more than the run; write at most 100 %, or {DURATION_EXAMPLE}")
+            raise ValueError(f"is more than the run; write {example}")
         return Duration(float(percent / 100), "fraction")
     match = re.fullmatch(r"(.*?)\s*([A-Za-z]+)", words, re.DOTALL)
     if match is None:
-        raise ValueError(f"has no unit; write {DURATION_EXAMPLE}")
+        raise ValueError(f"has no unit; write {example}")
     amount, unit = match[1], match[2].lower()
     if unit in _COUNTED:
-        return Duration(float(_whole(amount, COUNT_SUFFIXES, DURATION_EXAMPLE)), _COUNTED[unit])
+        return Duration(float(_whole(amount, COUNT_SUFFIXES, example)), _COUNTED[unit])
     if unit in SECONDS:
-        return Duration(float(_quantity(amount, {"": 1}, DURATION_EXAMPLE) * SECONDS[unit]), "seconds")
-    raise ValueError(f"has no unit that bigtx knows; write {DURATION_EXAMPLE}")
+        return Duration(float(_quantity(amount, {"": 1}, example) * SECONDS[unit]), "seconds")
+    raise ValueError(f"has no unit that bigtx knows; write {example}")
 
 
 def duration_of(text: str) -> Duration | None:

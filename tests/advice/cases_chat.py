@@ -29,7 +29,6 @@ def talk(desk: Desk, *lines: str, run: str = "chats") -> Attempt:
     r"chats\. (bigtx finetune \S+ \S+ \S+ \S+) trains",
     r"; (bigtx generate decoder prompt='\.\.\.') continues",
     fill={"CHATS": "records", "NEW": "runs/new", "'...'": "red max_new_tokens=2"},
-    sources=[" and was not trained on chats. ", "prompt='...' continues a text"],
 )
 def a_chat_with_a_pretrained_run(desk: Desk) -> Attempt:
     desk.lines("records.jsonl", {"messages": []})
@@ -42,7 +41,6 @@ def a_chat_with_a_pretrained_run(desk: Desk) -> Attempt:
     " answers single prompts, not chats of several turns",
     r"; (bigtx generate answers prompt='\.\.\.') gives",
     fill={"'...'": "red max_new_tokens=2"},
-    sources=["prompt='...' gives such an answer"],
 )
 def a_chat_with_a_run_of_single_answers(desk: Desk) -> Attempt:
     refused = talk(desk, "red apple", run="answers")([])
@@ -62,6 +60,6 @@ def a_chat_saved_without_a_name(desk: Desk) -> Attempt:
     return save
 
 
-@CASES.case("there is no command ", r"; (/help) shows", r"with //: (//\w+)$", sources=["; /help shows all. A message "])
+@CASES.case("there is no command ", r"; (/help) shows", r"with //: (//\w+)$")
 def an_unknown_command_of_a_chat(desk: Desk) -> Attempt:
     return talk(desk, "/apple")

@@ -15,7 +15,7 @@ def line(start: str, wrong: str, desk: Desk) -> Attempt:
     return lambda words: desk.run(f"{start} {' '.join(words) or wrong}")
 
 
-@CASES.case(" takes no value; write ", r"write (--json)$", sources=["{written} takes no value; write "])
+@CASES.case(" takes no value; write ", r"write (--json)$")
 def a_switch_with_a_value(desk: Desk) -> Attempt:
     return line("bigtx data stats corpus", "--json=yes", desk)
 
@@ -49,7 +49,6 @@ def to_keep_no_checkpoint(desk: Desk) -> Attempt:
     " missing; write ",
     r"(prompt=TEXT) or",
     r"or (prompts_file=FILE) is",
-    sources=[" missing; write {self.parser.form()}"],
     fill={"TEXT": "red", "FILE": "prompts.txt"},
 )
 def an_option_that_is_missing(desk: Desk) -> Attempt:
@@ -57,7 +56,7 @@ def an_option_that_is_missing(desk: Desk) -> Attempt:
     return line("bigtx generate decoder max_new_tokens=2", "", desk)
 
 
-@CASES.case("no command 'data qqqqqqqq'; ", r"`(bigtx data)`", sources=["no command {written}; {meant or f'`bigtx "])
+@CASES.case("no command 'data qqqqqqqq'; ", r"`(bigtx data)`")
 def an_unknown_command_of_a_group(desk: Desk) -> Attempt:
     return desk.once("bigtx data qqqqqqqq")
 
@@ -65,7 +64,6 @@ def an_unknown_command_of_a_group(desk: Desk) -> Attempt:
 @CASES.case(
     " is a file of settings, not a command; write ",
     r"write (bigtx pretrain .*)$",
-    sources=[" is a file of settings, not a command", "{use} {shell.command("],
 )
 def a_recipe_as_a_command(desk: Desk) -> Attempt:
     desk.take("corpus")
@@ -75,7 +73,6 @@ def a_recipe_as_a_command(desk: Desk) -> Attempt:
 @CASES.case(
     " is a file of settings, not a command; write ",
     r"write (bigtx pretrain FILE model/decoder-1m.yaml)$",
-    sources=["bigtx pretrain FILE"],
     fill={"FILE": "pretrain/small.yaml data.sources.a.path=corpus run_dir=runs/new"},
 )
 def a_recipe_of_a_model_as_a_command(desk: Desk) -> Attempt:
@@ -88,7 +85,7 @@ def a_plan_for_some_gpus(desk: Desk) -> Attempt:
     return line("bigtx configs plan pretrain/gpt-1.3b.yaml", "gpus=some", desk)
 
 
-@CASES.case(" is not known; write ", r"write (gpu=H100)$", sources=[" is not known; write gpu=H100"])
+@CASES.case(" is not known; write ", r"write (gpu=H100)$")
 def a_plan_for_an_unknown_gpu(desk: Desk) -> Attempt:
     return line("bigtx configs plan pretrain/gpt-1.3b.yaml", "gpu=Abacus", desk)
 

@@ -110,7 +110,6 @@ def an_unknown_option(desk: Desk) -> Attempt:
     "it is a Hugging Face model; `bigtx import`",
     r"`(bigtx import)`",
     value="foreign output=made",
-    sources=["`bigtx import` converts it to a run"],
 )
 def a_model_that_is_no_run(desk: Desk) -> Attempt:
     desk.without("transformers")
@@ -159,6 +158,7 @@ def of_another_tokenizer(shown: str, schema: Any, *given: str, key: str) -> None
     def make(desk: Desk) -> Attempt:
         return config(desk, schema, *given, then=[f"{key}=made"])
 
+    make.__name__ = "a_tokenizer_that_is_not_given" if shown == GIVEN else "a_tokenizer_that_is_not_there"
     CASES.case(shown, r"`(bigtx tokenizer train)`", fill=TOKENIZER)(make)
 
 
@@ -239,12 +239,12 @@ def a_gate_of_nothing(desk: Desk) -> Attempt:
     return config(desk, PretrainConfig, *PRETRAIN, "model.experts.num_experts=4", "model.experts.shared_gate=true")
 
 
-@CASES.case("is not possible for ", r"write (\w+)", sources=["is not possible for {what}; write"])
+@CASES.case("is not possible for ", r"write (\w+)")
 def an_objective_of_another_shape(desk: Desk) -> Attempt:
     return config(desk, PretrainConfig, *PRETRAIN, "objective.name=masked", key="objective.name")
 
 
-@CASES.case("does not cover fine-tuning; write ", r"write (engine\.\S+)$", sources=["which does not cover "])
+@CASES.case("does not cover fine-tuning; write ", r"write (engine\.\S+)$")
 def memory_of_a_fine_tuning(desk: Desk) -> Attempt:
     return config(desk, FinetuneConfig, *FINETUNE, "engine.activation_checkpointing=auto")
 

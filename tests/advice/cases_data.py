@@ -68,7 +68,6 @@ def prepare_encoded(desk: Desk, encoding: str) -> Attempt:
     " text; convert it to UTF-8: iconv",
     r"(iconv .*)$",
     fill={"FILE": "old.txt", "NEW": "texts/b.txt"},
-    sources=["convert it to UTF-8: iconv"],
 )
 def another_encoding(desk: Desk) -> Attempt:
     return prepare_encoded(desk, "utf-16")
@@ -78,13 +77,12 @@ def another_encoding(desk: Desk) -> Attempt:
     " text without a byte order mark; convert it",
     r"(iconv .*)$",
     fill={"FILE": "old.txt", "NEW": "texts/b.txt"},
-    sources=["convert it to UTF-8: iconv"],
 )
 def another_encoding_without_a_mark(desk: Desk) -> Attempt:
     return prepare_encoded(desk, "utf-16-le")
 
 
-@CASES.case("No input: input.paths is empty", r"e\.g\. (\S+)\.$", fill={"my/texts": "texts"}, sources=["No input: "])
+@CASES.case("No input: input.paths is empty", r"e\.g\. (\S+)\.$", fill={"my/texts": "texts"})
 def no_input(desk: Desk) -> Attempt:
     from bigtx.data.raw.files import list_files
 
@@ -140,7 +138,6 @@ def the_next_part(desk: Desk) -> Attempt:
 @CASES.case(
     "Not all parts of ",
     r"with (part=\S+) first",
-    sources=["part={number}/{num_parts}", " are done: run `bigtx data prepare`"],
 )
 def a_missing_part(desk: Desk) -> Attempt:
     attempt = prepare(desk, f"{PREPARE} part=1/2")
@@ -195,13 +192,12 @@ def a_lost_unit(desk: Desk) -> Attempt:
     "Next:",
     r"^  (bigtx data inspect .*)$",
     r"^  (\S+ .*pretrain .*)$",
-    sources=["'inspect', report.output", "pretrain/small.yaml {settings("],
 )
 def a_prepared_corpus(desk: Desk) -> Attempt:
     return prepare(desk, PREPARE.replace("=new", "='my corpus'"))
 
 
-@CASES.case("Next:", r"^  (bigtx data merge .*)$", sources=["'merge', report.output"])
+@CASES.case("Next:", r"^  (bigtx data merge .*)$")
 def the_last_part(desk: Desk) -> Attempt:
     attempt = prepare(desk, PREPARE)
     assert not attempt(["part=1/2"]).refused
@@ -249,7 +245,6 @@ def no_split(desk: Desk) -> Attempt:
     "or lost that file. Name a folder",
     r"(bigtx data prepare)`",
     fill=MADE,
-    sources=["it is not a prepared split, or"],
 )
 def no_manifest(desk: Desk) -> Attempt:
     prepare(desk)
@@ -273,9 +268,7 @@ def damaged(name: str, content: bytes) -> Callable[[Desk], Attempt]:
 
 for name, content in (("manifest.json", b"["), ("blocks.npy", b"x"), ("*.tar", bytes(2048))):
     remove = {"remove the corpus's folder and prepare it again": f"rm -r new && {PREPARE}"}
-    CASES.case(" and prepare it again", f"({next(iter(remove))})", fill=remove, sources=[next(iter(remove))])(
-        damaged(name, content)
-    )
+    CASES.case(" and prepare it again", f"({next(iter(remove))})", fill=remove)(damaged(name, content))
 
 
 @CASES.case("fewer processes, e.g. num_processes=", r"e\.g\. (\S+)\.$")
@@ -329,7 +322,6 @@ def too_many_pieces(desk: Desk) -> Attempt:
     " and the 256 bytes alone are ",
     r"Set (\S+) or more",
     r"or (character_coverage=[\d.]+):",
-    sources=[" and the 256 bytes alone are ", "or character_coverage="],
 )
 def too_small_a_vocabulary(desk: Desk) -> Attempt:
     characters = [chr(0x4E00 + number) for number in range(600)]
@@ -361,7 +353,6 @@ def no_chat_roles(desk: Desk) -> Attempt:
     "No tokenizer in ",
     r"`(bigtx tokenizer train)`",
     r"`(bigtx tokenizer import .*?)`",
-    sources=["Train one with `bigtx tokenizer train`"],
     fill={"train": f"train {TRAIN.partition('train ')[2].replace('new', 'made')}", "PATH": "m.model", "FOLDER": "made"},
 )
 def no_tokenizer(desk: Desk) -> Attempt:

@@ -44,7 +44,7 @@ def predict(desk: Desk, *records: dict[str, str], more: str = "") -> Attempt:
     return desk.command(f"bigtx predict classifier input=in.jsonl {more}")
 
 
-@CASES.case("(its fields: ", r"write ('[^']+')$", sources=["write {shlex.quote("])
+@CASES.case("(its fields: ", r"write ('[^']+')$")
 def a_field_of_another_name(desk: Desk) -> Attempt:
     return predict(desk, {"Text": "red apple"})
 
@@ -131,7 +131,6 @@ def an_evaluation_of_another_suffix(desk: Desk) -> Attempt:
     " cannot be written: ",
     r"write (output=FILE.json)",
     fill={"FILE": "other"},
-    sources=["; write output=FILE.json to name another file"],
 )
 def an_evaluation_that_cannot_be_written(desk: Desk) -> Attempt:
     desk.write("file", "")
@@ -198,7 +197,6 @@ def a_prediction_of_a_pretrained_run(desk: Desk) -> Attempt:
     r": (bigtx data prepare .*)$",
     r"^  (\S+ .*pretrain .*)$",
     fill={"output=CORPUS": "output=made num_processes=1"},
-    sources=["To train further: bigtx data prepare ", "run / 'config.yaml')} {settings("],
 )
 def an_imported_model(desk: Desk) -> Attempt:
     desk.without("transformers")
@@ -273,7 +271,6 @@ def no_adapters(desk: Desk) -> Attempt:
     "which the PEFT format leaves out",
     r"`(bigtx export .*?)`",
     fill={"FOLDER": "made --no-verify"},
-    sources=["` writes the whole model, adapters merged"],
 )
 def more_than_adapters(desk: Desk) -> Attempt:
     desk.take("mixed")

@@ -110,7 +110,7 @@ def checkpoints_that_are_gone(desk: Desk) -> Attempt:
 
 
 @CASES.case(" is smaller than the tokenizer's ", r"write (model\.vocab_size=null)")
-def too_small_a_vocabulary(desk: Desk) -> Attempt:
+def too_few_ids_of_a_model(desk: Desk) -> Attempt:
     desk.take("corpus")
     return pretrain("model.vocab_size=300")
 
@@ -247,7 +247,7 @@ def written_as(parse: Callable[[str], object], text: str) -> Callable[[Desk], At
     def make(desk: Desk) -> Attempt:
         return attempt
 
-    make.__name__ = f"a_quantity_such_as_{text[:9]}"
+    make.__name__ = f"{parse.__name__}_of_{text[:9]}"
     return make
 
 
@@ -272,7 +272,7 @@ def another_tokenizer_than_the_base(desk: Desk) -> Attempt:
     return finetune("base=decoder", "tokenizer=other_tokenizer")
 
 
-@CASES.case(": the tokenizer ", r"write (chat\.format=plain)$", sources=["; write chat.format=plain"])
+@CASES.case(": the tokenizer ", r"write (chat\.format=plain)$")
 @CASES.case(
     "has no chat role ",
     r"\(`(bigtx tokenizer train)`",
@@ -337,7 +337,6 @@ def frozen_roles(desk: Desk, *given: str) -> Attempt:
 @CASES.case(
     " was not trained on chats",
     r"; write '?(optimizer\.train_also=[^']*)",
-    sources=[" was not trained on chats"],
 )
 def roles_beside_adapters(desk: Desk) -> Attempt:
     return frozen_roles(desk, "model.lora.rank=8", "optimizer.train_also=[final_norm.*]")
@@ -395,7 +394,6 @@ def a_copied_recipe(desk: Desk) -> Attempt:
 @CASES.case(
     "Edit it, then run: ",
     r"run: (.*)$",
-    sources=["Edit it, then run: bigtx finetune", " base=RUN"],
     fill={"FILES": "records.jsonl", "runs/mine": "runs/new", "base=RUN": "base=decoder"},
 )
 def a_copied_recipe_of_a_task(desk: Desk) -> Attempt:

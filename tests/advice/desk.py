@@ -59,7 +59,6 @@ class Case(NamedTuple):
         take: finds the advice in the message, as its first group.
         fill: what is written for the words in capitals.
         value: what is written after an option that the message names alone.
-        sources: words of the texts in the source that make it.
         slow: whether it takes long.
     """
 
@@ -68,7 +67,6 @@ class Case(NamedTuple):
     take: str
     fill: Mapping[str, str]
     value: str
-    sources: Sequence[str]
     slow: bool
 
     def words(self, message: str) -> str:
@@ -88,17 +86,12 @@ class Cases(list[Case]):
         *take: str,
         fill: Mapping[str, str] | None = None,
         value: str = "",
-        sources: Sequence[str] = (),
         slow: bool = False,
     ) -> Callable[[Callable[[Desk], Attempt]], Callable[[Desk], Attempt]]:
-        """Add a case for each advice of a message; arguments as of `Case`.
-
-        Args:
-            sources: to be given where `shown` is not in the source, or where there are more.
-        """
+        """Add a case for each advice of a message; arguments as of `Case`."""
 
         def add(make: Callable[[Desk], Attempt]) -> Callable[[Desk], Attempt]:
-            self.extend(Case(shown, make, each, fill or {}, value, sources or (shown,), slow) for each in take)
+            self.extend(Case(shown, make, each, fill or {}, value, slow) for each in take)
             return make
 
         return add
@@ -120,11 +113,13 @@ class Desk:
         shelf: what takes time to make, to be copied.
         patch: changes that end with the case.
         hidden: packages that are not installed.
+        said: the messages of the case that is followed.
     """
 
     def __init__(self, folder: Path, shelf: Shelf, patch: pytest.MonkeyPatch) -> None:
         self.folder, self.shelf, self.patch = folder, shelf, patch
         self.hidden: list[str] = []
+        self.said: list[str] = []
 
     def write(self, name: str, content: str | bytes) -> Path:
         path = self.folder / name
@@ -199,6 +194,7 @@ class Desk:
         """Read the message of a case, do what it advises, and see that the message does not come again."""
         attempt = case.make(self)
         said = attempt([])
+        self.said.append(said.text)
         assert case.shown in said.text, said.text
         line = case.words(said.text)
         words = shlex.split(line)
@@ -208,6 +204,7 @@ class Desk:
             words = []
         if said.refused or words:
             after = attempt(words)
+            self.said.append(after.text)
             assert not after.refused and case.shown not in after.text, f"{line}: {after.text}"
 
     def _install(self, what: str) -> None:

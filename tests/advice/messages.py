@@ -8,12 +8,16 @@ import functools
 import io
 import re
 from collections.abc import Iterator
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import yaml
+from doors import ROOT
 
 from bigtx.cli import COMMANDS, main
 
-PACKAGE = Path(__file__).resolve().parents[2] / "bigtx"
+PACKAGE = ROOT / "bigtx"
+REGISTRY: Any = yaml.safe_load((ROOT / "tests" / "advice.yaml").read_text(encoding="utf-8"))
+"""The list of all advice, with the tests that follow it."""
 LEAD = r"(?i:\b(?:write|set|add|also|e\.g\.|mean|by|needs|or|give|so|without|then|choose|use|allow more with):?,? )"
 """What stands before a setting that is to be written."""
 
@@ -40,7 +44,19 @@ COPYABLE = re.compile(
     r"|\b(?:pip install|iconv|jq|ffmpeg|ulimit|unset) "
 )
 """What a user can copy: a setting with a value, a command, an option, or what the package writes as such."""
-NO_MESSAGES = ("add_argument", "columns", "compile", "Arguments", "parse_command_line")
+VERBS = (
+    "add|allow|ask|begin|build|change|check|choose|close|continue|convert|copy|create|delete|drop|edit|export|fetch|fix|free"
+    "|give|import|increase|install|keep|leave|let|look|lower|make|mount|move|name|need|open|pass|pick|point|prepare"
+    "|print|put|raise|read|reduce|relax|remove|rename|repair|repeat|replace|restore|resume|run|save|see|select|send"
+    "|set|shorten|show|shrink|split|start|stop|submit|take|train|try|turn|unset|update|upgrade|use|wait|write"
+)
+"""Of what a user can do."""
+IMPERATIVE = re.compile(
+    rf"(?:^[\s(;,]*|[;:.?!(][ )]|, (?:or |and |then )?|\b(?:or|and) )(?i:{VERBS}) |\bdid you mean\b|; see ",
+    re.MULTILINE,
+)
+"""Where a text tells a user to do something."""
+NO_MESSAGES = ("add_argument", "columns", "compile", "Arguments", "_corpus_parser", "parse_command_line")
 """Calls whose texts are help and patterns."""
 
 
@@ -57,14 +73,53 @@ def messages() -> list[Message]:
     return [
         Message(f"{path.relative_to(PACKAGE).as_posix()}:{number}", text)
         for path in sorted(PACKAGE.rglob("*.py"))
-        for number, text in _texts(ast.parse(path.read_text(encoding="utf-8")))
+        for number, text in texts_of(ast.parse(path.read_text(encoding="utf-8")))
     ]
 
 
 @functools.cache
 def advice() -> list[Message]:
-    """The texts that advise what can be copied."""
-    return [message for message in messages() if COPYABLE.search(message.text)]
+    """The texts that advise something."""
+    return [message for message in messages() if is_advice(message.text)]
+
+
+def is_advice(text: str) -> bool:
+    return bool(COPYABLE.search(text) or IMPERATIVE.search(text))
+
+
+@functools.cache
+def told_by(case: str) -> list[str]:
+    """The texts of the source that the list says to be followed by a case."""
+    found = []
+    for module, followed in REGISTRY["followed"].items():
+        own = {message.text for message in advice() if message.place.partition(":")[0] == module}
+        for words in (words for words, name in followed.items() if name == case):
+            found += {words} & own or [text for text in own if words in text]
+    return found
+
+
+def fixed_pieces(text: str) -> list[str]:
+    """What stands outside of the braces of a text, in its order."""
+    pieces, depth = [""], 0
+    for sign in text:
+        depth += sign == "{"
+        if not depth:
+            pieces[-1] += sign
+        elif sign == "}" and depth == 1:
+            pieces.append("")
+        depth -= sign == "}"
+    return [piece for piece in pieces if piece.strip()]
+
+
+def is_made_from(said: str, text: str) -> bool:
+    """Whether what was printed holds a text of the source, its braces filled in."""
+    place = 0
+    for piece in fixed_pieces(text):
+        place = said.find(piece, place)
+        if place < 0:
+            return False
+        place += len(piece)
+    return True
 
 
 def constants() -> Iterator[Message]:
@@ -80,7 +135,8 @@ def constants() -> Iterator[Message]:
                 yield Message(f"{path.relative_to(PACKAGE).as_posix()}:{node.lineno}", node.value)
 
 
-def _texts(node: ast.AST) -> Iterator[tuple[int, str]]:
+def texts_of(node: ast.AST) -> Iterator[tuple[int, str]]:
+    """The texts below a node that a user may see, with their lines."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Assert) or (isinstance(child, ast.Call) and _name(child.func) in NO_MESSAGES):
             continue
@@ -91,7 +147,7 @@ def _texts(node: ast.AST) -> Iterator[tuple[int, str]]:
         elif isinstance(child, ast.Constant) and isinstance(child.value, str) and " " in child.value:
             yield child.lineno, child.value
         elif not isinstance(child, ast.Dict) or not _are_titles(child):
-            yield from _texts(child)
+            yield from texts_of(child)
 
 
 def _piece(value: ast.expr) -> str:

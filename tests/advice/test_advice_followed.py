@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from advice import cases_chat, cases_commands, cases_config, cases_data, cases_models, cases_training
+from advice import cases_chat, cases_commands, cases_config, cases_data, cases_models, cases_training, cases_words
 from advice.desk import Case, Desk
+from advice.messages import is_made_from, told_by
 from advice.shelf import Shelf
 
-FILES = (cases_commands, cases_config, cases_data, cases_models, cases_chat, cases_training)
+FILES = (cases_commands, cases_config, cases_words, cases_data, cases_models, cases_chat, cases_training)
 CASES: list[Case] = [case for file in FILES for case in file.CASES]
 
 
@@ -28,4 +29,7 @@ def test_advice_is_the_right_thing(case: Case, shelf: Shelf, tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    Desk(tmp_path, shelf, monkeypatch).follow(case)
+    desk = Desk(tmp_path, shelf, monkeypatch)
+    desk.follow(case)
+    for text in told_by(case.make.__name__):
+        assert any(is_made_from(said, text) for said in desk.said), text

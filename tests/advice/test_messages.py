@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import re
-from collections.abc import Mapping
+import tomllib
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from advice.messages import OPTIONS, PACKAGE, Message, advice, constants, messages
+from advice.messages import OPTIONS, PACKAGE, REGISTRY, advice, constants, is_advice, is_made_from, messages, texts_of
 from advice.test_advice_followed import CASES
 from config.test_advice import CASES as CONFIG_CASES
 from config.test_advice import places  # noqa: F401 - a fixture
+from doors import ROOT
 
 from bigtx.cli import COMMANDS, main
 from bigtx.commands.suggestions import MEANT
@@ -19,62 +23,7 @@ from bigtx.config.schema import FinetuneConfig, PrepareConfig, PretrainConfig, T
 from bigtx.config.settings import find, leaves
 from bigtx.utils.errors import ConfigError
 
-NO_ADVICE = "names a command or a setting, and advises nothing that could be copied"
-NEEDS_A_MACHINE = "needs a machine or a program that tests do not have"
-FOLLOWED_ON_A_CLUSTER = "followed by tests/slurm and tests/test_slurm_command.py"
-EXCEPTIONS: Mapping[str, str] = {
-    "`bigtx configs list`. `bigtx configs explain KEY` explains": "the usage of commands with settings",
-    "`bigtx help COMMAND` shows the options of a command": "the usage of bigtx",
-    "usage: bigtx help [COMMAND]": "the usage of bigtx",
-    "pretrain pretrain/gpt-125m.yaml data.sources.mine.path=corpus": "the usage of bigtx slurm",
-    "tokenize only part I of N": "the usage of bigtx data prepare",
-    "finetune/imdb.yaml base=runs/mine data.train=reviews": "the usage of bigtx finetune",
-    "did you mean --ranks N?": "a launch of ranks, which these cases do not start",
-    "; /help shows the commands, Ctrl-D ends the chat": "tests/test_chat.py does so on a terminal",
-    "(train.min_steps={train.min_steps}, since train.epochs=": NO_ADVICE,
-    " would hold out fewer than ": NO_ADVICE,
-    "it is an encoder; `bigtx finetune` trains it for a task": NO_ADVICE,
-    "CORPUS is the output folder of a": NO_ADVICE,
-    " is not a manifest of `bigtx data prepare`": NO_ADVICE,
-    "Another `bigtx data` command is writing": NO_ADVICE,
-    " exists and is not a corpus of `bigtx data prepare`": NO_ADVICE,
-    "is neither a mapping nor a text; write {": NO_ADVICE,
-    "exact and fast resume needs prepared shards": NO_ADVICE,
-    "`bigtx data prepare` lists such samples and reads the others": NO_ADVICE,
-    "the corpora have no held-out text; prepare": NO_ADVICE,
-    "write it again, e.g. ffmpeg": NEEDS_A_MACHINE,
-    "raise it (ulimit -Hn)": NEEDS_A_MACHINE,
-    "It was fetched twice; check the shard": NEEDS_A_MACHINE,
-    "is not supported by this machine's": NEEDS_A_MACHINE,
-    "next: {command('bigtx', 'slurm', 'status'": FOLLOWED_ON_A_CLUSTER,
-    "to stop it with a checkpoint and resume it later": FOLLOWED_ON_A_CLUSTER,
-    "to cancel it: {command('scancel'": FOLLOWED_ON_A_CLUSTER,
-    "this SLURM job has {nodes} nodes": FOLLOWED_ON_A_CLUSTER,
-    "srun has started {nodes} copies": FOLLOWED_ON_A_CLUSTER,
-    "print the script with `bigtx slurm render`": FOLLOWED_ON_A_CLUSTER,
-    ": write a number of nodes, e.g. {name}=2": FOLLOWED_ON_A_CLUSTER,
-    "the machines of this run start different ranks": NEEDS_A_MACHINE,
-    "; write pip install '{wanted}'": NEEDS_A_MACHINE,
-    "; write ulimit -n {": NEEDS_A_MACHINE,
-    "docker run --shm-size=8g": NEEDS_A_MACHINE,
-    "is nearly out of memory: at most": NEEDS_A_MACHINE,
-    "bigtx doctor starts its own ranks": FOLLOWED_ON_A_CLUSTER,
-    "have the same GPU ({gpu})": NEEDS_A_MACHINE,
-    "if another run uses that port": NEEDS_A_MACHINE,
-    "has no device of its own": NEEDS_A_MACHINE,
-    "no API key (see `wandb login`)": NEEDS_A_MACHINE,
-    "run `wandb login --host {host}`, or set WANDB_API_KEY": NEEDS_A_MACHINE,
-    "unset WANDB_MODE, which says so": "tests/track/test_sync.py",
-    "`bigtx wandb sync` is sending this run": NO_ADVICE,
-    "as many as --ranks says": NEEDS_A_MACHINE,
-    "another launcher has started the ranks already": "tests/launch/test_world.py",
-    " has too many evaluations called ": "needs 10,000 files",
-    "the run transcribes recordings and reads no prompts": "as of a model that sorts texts",
-    "the plan covers only decoders in 16 bits": "it refuses what a recipe asks for, and names what measures that",
-    "the model reads audio (model.audio), but only models of tokens": "as of a model that sorts texts",
-}
-"""What no case follows, by words of it, and why."""
-
+NOT_FOLLOWED, WITHOUT = 204, 75
 
 SCHEMAS = (PretrainConfig, FinetuneConfig, PrepareConfig, TokenizerTrainConfig)
 SECTIONS = sorted({setting.key.split(".")[0] for schema in SCHEMAS for setting in leaves(schema) if "." in setting.key})
@@ -82,40 +31,82 @@ SETTING = re.compile(rf"(?<![\w./{{'-])(?:{'|'.join(SECTIONS)})(?:\.[a-z_]+)+(?!
 COMMAND = re.compile(r"`bigtx ([a-z]+)(?: ([a-z]+))?")
 
 
-def test_each_advice_is_followed(places: Path) -> None:  # noqa: F811
-    """A new message that advises something needs a case in this folder, or a reason above."""
-    followed = [words for case in CASES for words in case.sources]
-    said = [_said(schema, arguments) for schema, arguments in CONFIG_CASES]
-    left = [
-        f"{message.place}: {message.text}"
-        for message in advice()
-        if message.text.removeprefix("bigtx ") not in COMMANDS
-        and message.text not in MEANT.values()
-        and not any(words in message.text for words in [*followed, *EXCEPTIONS])
-        and not any(_pattern(message).search(text) for text in said)
+def entries() -> Iterator[tuple[str, str]]:
+    """Each line of the list: a module, and words of a message."""
+    for module, followed in REGISTRY["followed"].items():
+        yield from ((module, words) for words in followed)
+    for table in (*REGISTRY["reasons"].values(), REGISTRY["not_followed"]):
+        yield from ((module, words) for module, listed in table.items() for words in listed)
+
+
+def texts(module: str) -> set[str]:
+    return {message.text for message in advice() if message.place.partition(":")[0] == module}
+
+
+def meant(module: str, words: str) -> set[str]:
+    """The texts that a line of the list is about: the one that is equal, or those with these words."""
+    found = texts(module)
+    return {words} & found or {text for text in found if words in text}
+
+
+def test_each_advice_is_in_the_list_once() -> None:
+    """A new message that advises something needs a line in tests/advice.yaml, and a case that does what it says."""
+    assert len(advice()) > 500
+    counts = Counter((module, text) for module, words in entries() for text in meant(module, words))
+    missing = [f"{place}: {text}" for place, text in advice() if not counts[place.partition(":")[0], text]]
+    assert not missing, "\n".join(missing)
+    assert not [each for each, count in counts.items() if count > 1]
+
+
+def test_each_line_of_the_list_is_about_one_message() -> None:
+    assert not [(module, words) for module, words in entries() if len(meant(module, words)) != 1]
+
+
+def test_the_tests_of_the_list_are_there() -> None:
+    cases = {case.make.__name__ for case in CASES}
+    for name in {name for followed in REGISTRY["followed"].values() for name in followed.values()}:
+        file, _, function = name.partition("::")
+        there = re.search(rf"^def {function}\(", (ROOT / file).read_text(), re.MULTILINE) if function else name in cases
+        assert there, name
+
+
+def test_most_advice_is_followed() -> None:
+    """The numbers may only fall: a new message gets a case."""
+    assert sum(map(len, REGISTRY["not_followed"].values())) <= NOT_FOLLOWED
+    assert sum(len(listed) for table in REGISTRY["reasons"].values() for listed in table.values()) <= WITHOUT
+
+
+def test_what_looks_like_advice_is_found() -> None:
+    """In a module of its own, so that the search cannot become blind."""
+    source = (
+        '"""write a=1"""\ndef f(x):\n    """Return; write b=1."""\n    raise Error(f"{x} is no; write c.d={x}")\n'
+        'say("it is damaged; restore it from a copy")\nsay("5 steps")\nsay(f"no {x}; did you mean {y}?")\n'
+        'say("it is missing: pip install \'bigtx[s3]\'")\nsay("Run `bigtx data verify` of it")\n'
+    )
+    found = [text for _, text in texts_of(ast.parse(source)) if is_advice(text)]
+    assert [text[:12] for text in found] == [
+        "{x} is no; w",
+        "it is damage",
+        "no {x}; did ",
+        "it is missin",
+        "Run `bigtx d",
     ]
-    assert not left, "\n".join(left)
+
+
+def test_advice_of_configurations_is_made_from_its_texts(places: Path) -> None:  # noqa: F811
+    """As the cases of this folder do themselves."""
+    said = [_said(schema, arguments) for schema, arguments in CONFIG_CASES]
+    for module, followed in REGISTRY["followed"].items():
+        for words, name in followed.items():
+            if name.startswith("tests/config/test_advice.py"):
+                (text,) = meant(module, words)
+                assert any(is_made_from(each, text) for each in said), words
 
 
 def _said(schema: type, arguments: list[str]) -> str:
     with pytest.raises(ConfigError) as caught:
         load(schema, arguments)
     return str(caught.value)
-
-
-def _pattern(message: Message) -> re.Pattern[str]:
-    """What a text of the source looks like once its braces are filled in."""
-    pieces, depth = [""], 0
-    for sign in message.text:
-        depth += sign == "{"
-        if not depth:
-            pieces[-1] += sign
-        elif sign == "}" and depth == 1:
-            pieces.append("")
-        depth -= sign == "}"
-    if not any(len(piece) > 5 for piece in pieces):
-        return re.compile(r"(?!)")  # It says too little of its own to be told from others.
-    return re.compile(".*".join(map(re.escape, pieces)), re.DOTALL)
 
 
 def test_what_messages_name_is_there() -> None:
@@ -129,6 +120,38 @@ def test_what_messages_name_is_there() -> None:
             if first not in known or (f"{first} {second}" not in known and first not in COMMANDS and second):
                 wrong.append(f"{place}: bigtx {first} {second}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_files_and_extras_that_messages_name_are_there() -> None:
+    said = "\n".join(text for _, text in (*messages(), *constants()))
+    extras = set(re.findall(r"\bbigtx\[(\w+)\]", said))
+    assert (
+        extras
+        and extras <= tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"].keys()
+    )
+    recipes = set(re.findall(r"\b(?:pretrain|finetune|model|data|tokenizer)/[\w.-]+\.yaml\b", said))
+    assert recipes and not [name for name in recipes if not (ROOT / "configs" / name).is_file()]
+    pages = set(re.findall(r"\bdocs/[\w-]+\.md\b", said))
+    assert pages and not [name for name in pages if not (ROOT / name).is_file()]
+    targets = set(re.findall(r"`make ([a-z-]+)", said))
+    assert not [name for name in targets if f"\n{name}:" not in (ROOT / "Makefile").read_text()]
+
+
+def test_options_that_messages_name_are_known(capsys: pytest.CaptureFixture[str]) -> None:
+    """In a command that a message shows, each word with = is an option of the command or a setting."""
+    shown = re.compile(r"\bbigtx ([a-z]+(?: [a-z]+)?)((?: [^\s`;,]+)*)")
+    checked, wrong = 0, []
+    for place, text in messages():
+        for words, rest in shown.findall(text):
+            name = next((each for each in (words, words.split()[0]) if each in COMMANDS), "")
+            keys = re.findall(r"(?:^| )'?([a-z_]+(?:\.[a-z_]+)*)=", rest) if name else []
+            if keys:
+                main(["help", *name.split()])
+                options = re.findall(r"^  ([a-z_]+)=", capsys.readouterr().out, re.MULTILINE)
+                unknown = [key for key in keys if key not in options and not any(find(each, key) for each in SCHEMAS)]
+                wrong += [f"{place}: bigtx {name} {key}=" for key in unknown]
+                checked += len(keys)
+    assert checked > 3 and not wrong, "\n".join(wrong)
 
 
 def test_what_other_programs_call_a_command_leads_to_ours(capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,8 +178,3 @@ def test_numbers_of_settings_are_shown_as_they_are_written() -> None:
     grouped = re.compile(r"\b[a-z_]+\.?[a-z_.]+=\{[^{}]*:,\}")
     found = [path.name for path in PACKAGE.rglob("*.py") if grouped.search(path.read_text(encoding="utf-8"))]
     assert not found
-
-
-def test_each_exception_is_needed() -> None:
-    texts = [message.text for message in advice()]
-    assert [words for words in EXCEPTIONS if not any(words in text for text in texts)] == []

@@ -288,7 +288,8 @@ class ModelConfig:
         """Yield a problem for numbers with which no model can be built."""
         width, heads = self.hidden_size, self.num_heads
         if self.head_width is None and width % heads:
-            near = _nearby_divisors(width, heads)
+            is_halved = self.positions == "rope" and width % 2 == 0  # Heads of an odd width would be refused next.
+            near = _nearby_divisors(width // 2 if is_halved else width, heads)
             what = f"does not divide model.hidden_size={width}; {near} do, or set model.head_width"
             yield Problem("model.num_heads", str(heads), what)
         elif self.positions == "rope" and (head_width := self.head_width or width // heads) % 2:

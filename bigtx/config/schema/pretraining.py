@@ -18,7 +18,7 @@ from bigtx.config.settings import field, section
 from bigtx.config.shape import estimate_problems, outside_estimates, side_lengths
 from bigtx.utils.files import is_url, kind_of_folder, url_problem
 from bigtx.utils.shell import setting, settings
-from bigtx.utils.units import parse_range
+from bigtx.utils.units import INTERVALS, parse_range
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
@@ -245,7 +245,7 @@ class TrainConfig(RhythmConfig):
 class ValidationConfig:
     """Loss on held-out text, and samples, inside a run."""
 
-    every: str = field("500 steps", kind="duration")
+    every: str = field("500 steps", kind="duration", units=INTERVALS)
     """How often, in addition to once at the end."""
     at_start: bool = False
     """Whether to measure before the first step too."""

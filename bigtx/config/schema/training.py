@@ -15,7 +15,7 @@ from bigtx.config.settings import field, find, section, similar_keys
 from bigtx.utils.files import is_url, url_problem
 from bigtx.utils.processes import world_size
 from bigtx.utils.shell import setting
-from bigtx.utils.units import duration_of
+from bigtx.utils.units import INTERVALS, duration_of
 
 LEAST_TIMEOUT_SECONDS, LARGEST_TIMEOUT_SECONDS = 1, 30 * 86_400
 
@@ -33,13 +33,13 @@ class RhythmConfig:
     global_batch_size is used, with as many passes as a step needs."""
     gradient_clipping: float = field(1.0, minimum=0.0, change="by_name")
     """Largest global norm of the gradient; 0 disables clipping."""
-    log_every: str = field("10 steps", kind="duration", change="free")
+    log_every: str = field("10 steps", kind="duration", units=INTERVALS, change="free")
     """How often metrics are written and shown."""
-    checkpoint_every: str = field("500 steps", kind="duration", change="free")
+    checkpoint_every: str = field("500 steps", kind="duration", units=INTERVALS, change="free")
     """How often a checkpoint is written; one is always written at the end and after a stop request."""
     keep_checkpoints: int = field(2, minimum=1, change="free")
     """Newest checkpoints that are kept."""
-    keep_every: Optional[str] = field(None, kind="duration", change="free")
+    keep_every: Optional[str] = field(None, kind="duration", units=("steps", "tokens"), change="free")
     """Also keep the first checkpoint at or after each multiple of this, in steps or tokens, e.g. 10000 steps. Empty:
     none."""
     copy_checkpoints_to: Optional[str] = field(None, kind="path", change="free")
@@ -126,9 +126,9 @@ class ScheduleConfig:
 
     name: Literal["cosine", "warmup_stable_decay", "constant"] = "cosine"
     """Shape after the warm-up."""
-    warmup: str = field("1 %", kind="duration")
+    warmup: str = field("1 %", kind="duration", units=("steps", "tokens", "fraction"))
     """Linear rise from 0, as steps, tokens or % of the run."""
-    decay: str = field("20 %", kind="duration")
+    decay: str = field("20 %", kind="duration", units=("steps", "tokens", "fraction"))
     """warmup_stable_decay: length of the last part, in which the rate decreases linearly to minimum_factor."""
     minimum_factor: float = field(0.1, minimum=0.0, maximum=1.0)
     """The rate at the end, as a factor on the peak."""
@@ -181,7 +181,7 @@ class EngineConfig:
     """Reduce gradients during the backward pass, not after it (stages 1 to 3)."""
     bucket_size: int = field(50_000_000, kind="count", minimum=1)
     """Elements in one reduction or gathering (stages 1 to 3)."""
-    timeout: str = field("30 min", kind="duration")
+    timeout: str = field("30 min", kind="duration", units=("seconds",))
     """How long a collective of any process group may wait for another rank: 1 s to 30 days."""
 
     def problems(self) -> Iterator[Problem]:
@@ -228,7 +228,7 @@ class GuardsConfig:
     max_roll_backs: int = field(5, minimum=0)
     """How often a run may return to a checkpoint: for spikes, for more than train.max_skipped_steps (both only with
     roll_back), and for different copies of the weights. The next time it ends with an error."""
-    verify_replicas_every: Optional[str] = field("1000 steps", kind="duration")
+    verify_replicas_every: Optional[str] = field("1000 steps", kind="duration", units=INTERVALS)
     """How often, and before each checkpoint, ranks compare checksums of their copies of the weights; at ZeRO stage 3
     there are no copies. If they differ, the run returns to its last checkpoint. Empty: never."""
 
