@@ -34,7 +34,7 @@ from doors import (
 )
 from finetunes import RHYTHM, labelled, write_jsonl
 
-STEPS, STOP_AT = 24, 8
+STEPS, STOP_AT = 48, 8
 STATUSES = {signal.SIGTERM: 75, signal.SIGINT: 130, signal.SIGHUP: 75, signal.SIGUSR1: 75}
 """Of a command whose ranks saved and ended."""
 DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port"]
