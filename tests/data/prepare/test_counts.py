@@ -43,7 +43,7 @@ class Kept:
 def test_near_duplicates_are_found_by_their_number_in_the_whole_input(tmp_path: Path) -> None:
     """The first unit has documents 0 to 2, the second one 3 to 5; of these, 1 and 5 are near duplicates."""
     near = tmp_path / "removed"
-    near.write_bytes(bytes([0, 1, 0, 0, 0, 1]))
+    near.write_bytes(bytes([0, 1, 0, 0, 0, 1, 0, 0]))
     made: list[Any] = [Kept([10, 20, 30], [2, 0, 1]), Kept([15, 25, 35], [0, 2, 1])]
     groups = [np.array([0], np.uint32)] * 2
     chunks = Chunks(cast(list[Chunk], made), [0, 3], [(None, None)], groups, np.dtype("<u2"), 1, True, near)
