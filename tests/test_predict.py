@@ -20,8 +20,10 @@ from finetunes import finetuned, labelled, write_folders, write_jsonl, write_sam
 from terminals import Terminal
 
 import bigtx as package
+from bigtx.config.schema import FinetuneConfig
 from bigtx.data.records.record import WHOLE_FILE, Record
 from bigtx.finetuning.prediction_output import fields_of
+from bigtx.finetuning.predictions import task_config
 from bigtx.utils.errors import DataError
 from bigtx.utils.terminal import width
 
@@ -54,6 +56,14 @@ def predict(run: Path, *arguments: str, stdin: str | None = None) -> subprocess.
 
 def objects(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
+
+
+def test_settings_of_predictions_replace_those_of_the_run() -> None:
+    config = FinetuneConfig(task="translate")
+    config.translate.num_beams = 2
+    assert task_config(config, "run") == config
+    changed = task_config(config, "run", ["translate.num_beams=5"])
+    assert (changed.translate.num_beams, config.translate.num_beams) == (5, 2)
 
 
 def test_the_fields_of_a_record_that_json_can_hold() -> None:

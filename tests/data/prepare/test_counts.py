@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import pytest
 
+from bigtx.config.schema import PrepareConfig
 from bigtx.data.prepare.assemble import Plan, Task, make_tasks
-from bigtx.data.prepare.chunks import RECORD_DTYPE, Chunk, Chunks
-from bigtx.data.prepare.encode import NUM_EXAMPLES, Removed
+from bigtx.data.prepare.chunks import MAX_RANGES, RECORD_DTYPE, Chunk, Chunks, key_range, save_chunks
+from bigtx.data.prepare.encode import NUM_EXAMPLES, Removed, UnitResult
 
 
 def test_what_units_removed_is_added() -> None:
@@ -26,6 +28,23 @@ def test_processes_share_all_shards_and_none_twice() -> None:
     plan = Plan(held_out_below=0, tokens_before=[[0, 50, 121], [0, 0, 20]], block_tokens=10, shard_blocks=2)
     assert make_tasks(plan, 3) == [Task(0, 0, 2), Task(0, 2, 4), Task(0, 4, 6), Task(0, 6, 7), Task(1, 0, 1)]
     assert make_tasks(plan, 100) == [*(Task(0, first, first + 1) for first in range(7)), Task(1, 0, 1)]
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, MAX_RANGES])
+def test_each_key_is_in_one_range(count: int) -> None:
+    ranges = [key_range(number, count) for number in range(count)]
+    assert ranges[0][0] == 0 and ranges[-1][1] == 2**64 - 1
+    assert [first for first, _ in ranges[1:]] == [last + 1 for _, last in ranges[:-1]]
+    sizes = {last - first for first, last in ranges}
+    assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize(("range_bytes", "expected"), [(10_000, 1), (2000, 1), (1999, 2), (300, 7), (1, 2000)])
+def test_a_range_of_tokens_fits_into_memory(tmp_path: Path, range_bytes: int, expected: int) -> None:
+    """Two units of 400 and 600 tokens, each of 2 bytes."""
+    results = [UnitResult(number, "", 1, num_tokens=tokens) for number, tokens in enumerate((400, 600))]
+    chunks = save_chunks(tmp_path, results, PrepareConfig(), np.dtype("<u2"), near=None, range_bytes=range_bytes)
+    assert chunks.num_ranges == expected
 
 
 class Kept:
