@@ -20,6 +20,10 @@ from finetunes import finetuned, labelled, write_folders, write_jsonl, write_sam
 from terminals import Terminal
 
 import bigtx as package
+from bigtx.config.schema import FinetuneConfig
+from bigtx.data.records.record import WHOLE_FILE, Record
+from bigtx.finetuning.prediction_output import fields_of
+from bigtx.finetuning.predictions import task_config
 from bigtx.utils.errors import DataError
 from bigtx.utils.terminal import width
 
@@ -52,6 +56,21 @@ def predict(run: Path, *arguments: str, stdin: str | None = None) -> subprocess.
 
 def objects(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
+
+
+def test_settings_of_predictions_replace_those_of_the_run() -> None:
+    config = FinetuneConfig(task="translate")
+    config.translate.num_beams = 2
+    assert task_config(config, "run") == config
+    changed = task_config(config, "run", ["translate.num_beams=5"])
+    assert (changed.translate.num_beams, config.translate.num_beams) == (5, 2)
+
+
+def test_the_fields_of_a_record_that_json_can_hold() -> None:
+    held = {"id": 7, "text": "a", "score": 0.5, "is_new": False, "tag": None, "more": {"list": [1, (2, "b")]}}
+    fields = held | {"image": b"x", "inner": {"a": [b"x"]}, "day": {1, 2}}
+    assert fields_of(Record(fields, "a.parquet", 3)) == held
+    assert fields_of(Record({"text": "a"}, "a.txt", WHOLE_FILE)) == {"file": "a.txt", "text": "a"}
 
 
 def test_a_line_for_each_record_in_order(run: Path, tmp_path: Path) -> None:

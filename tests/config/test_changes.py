@@ -45,6 +45,7 @@ def test_the_same_config_has_no_changes() -> None:
         ("data.prefetch_batches=0", "free"),
         ("data.sources.wiki.weight=2", "never"),
         ("data.sources.wiki.path=moved", "by_name"),
+        ("distill.teacher=other", "by_name"),
         ("validation.max_sequences=1", "by_name"),
         ("validation.sources.v.path=x", "by_name"),
         ("track.project=x", "free"),

@@ -16,6 +16,7 @@ from bigtx.config.schema import (
     PrepareConfig,
     PretrainConfig,
     RhythmConfig,
+    ScheduleConfig,
     SftConfig,
     TokenizerTrainConfig,
     TranscribeConfig,
@@ -251,6 +252,21 @@ def test_what_hears_and_what_writes() -> None:
 def test_settings_that_do_not_fit_the_task(task: str, sections: dict[str, Any], words: str) -> None:
     (said,) = of_task(task, **sections)
     assert re.search(words, said), said
+
+
+@pytest.mark.parametrize(("max_length", "is_good"), [(None, True), (512, True), (513, False)])
+def test_a_decoder_reads_both_sides_of_a_pair(max_length: int | None, is_good: bool) -> None:
+    config = FinetuneConfig(task="translate", model=ModelConfig(max_sequence_length=1024))
+    config.data.max_length = max_length
+    said = [str(problem) for problem in config.problems() if problem.key == "data.max_length"]
+    assert said == [] if is_good else "max_length=513: is for each side" in said[0]
+
+
+def test_a_schedule_made_in_python_with_something_that_is_no_duration() -> None:
+    """The loader of a config refuses the text; this rule compares the lengths that are known."""
+    schedule = ScheduleConfig(name="warmup_stable_decay", warmup="soon", decay="15 steps")
+    (problem,) = schedule.problems(10, 10)
+    assert problem.key == "schedule.decay"
 
 
 def test_settings_of_the_task_are_good() -> None:

@@ -209,6 +209,19 @@ def test_what_pretraining_added_to_bert_is_dropped_by_name(tokenizer: Tokenizer,
         assert distance(loaded.model(tokens), theirs) < TOLERANCE
 
 
+def test_a_copy_of_a_tied_table_is_dropped(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """As releases before safetensors wrote it; of ModernBERT, the head is beside the model."""
+    foreign = make("ModernBert", tokenizer)
+    folder = save(foreign, tokenizer, tmp_path / "foreign")
+    copies = {"decoder.weight": tensors(folder)["model.embeddings.tok_embeddings.weight"].clone()}
+    save_file(tensors(folder) | copies, folder / "model.safetensors", {"format": "pt"})
+    loaded, imported = to_bigtx(folder, tmp_path / "run")
+    assert imported.match.dropped == ["decoder.weight"]
+    tokens, _ = padded_tokens((30,), tokenizer.vocab_size, tokenizer.pad_id)
+    with torch.no_grad():
+        assert distance(loaded.model(tokens), foreign(input_ids=tokens).logits) < TOLERANCE
+
+
 def test_modernbert_of_transformers_4_is_read_alike() -> None:
     """The fields of the published ModernBERT-base."""
     family = by_model_type("modernbert")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,54 @@ def test_the_load_of_experts_weighs_the_same_in_the_loss(name: str, tmp_path: Pa
 def test_every_decoder_has_a_case() -> None:
     decoders = {name for name, family in families().items() if family.auto_class == "AutoModelForCausalLM"}
     assert decoders == {model_type for model_type, _ in CASES.values()}
+
+
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("max_position_embeddings", "moe_intermediate_size", "shared_expert_intermediate_size"),
+)
+"""Fields that a decoder's config.json must have."""
+
+
+@pytest.mark.parametrize("model_type", families())
+def test_a_field_that_config_json_lacks_has_the_default_of_transformers(model_type: str) -> None:
+    family, values = by_model_type(model_type), transformers.AutoConfig.for_model(model_type).to_dict()
+    whole = family.read_config(dict(values))
+    needed = () if model_type in ("bert", "roberta", "modernbert") else SIZES
+    for name in values:
+        given = {key: value for key, value in values.items() if key != name}
+        assert name in needed or family.read_config(given) == whole, name
+
+
+@pytest.mark.parametrize(("name", "usual"), [("beta_fast", 32.0), ("beta_slow", 1.0)])
+def test_the_bounds_of_yarn_that_config_json_lacks_are_those_of_its_authors(name: str, usual: float) -> None:
+    values = make_config("llama").to_dict()
+    for given, expected in ({}, usual), ({name: 7.0}, 7.0):
+        config = by_model_type("llama").read_config(values | {"rope_parameters": YARN | given})
+        assert getattr(config.rope_scaling, name) == expected
+
+
+BIASES: dict[tuple[str, ...], set[str]] = {
+    (): {"llama", "mistral", "qwen3", "nanochat", "mixtral", "qwen2_moe", "qwen3_moe"},
+    ("attention",): {"qwen2", "qwen2_moe"},
+    ("attention", "attention_output"): {"llama", "qwen3", "nanochat", "qwen3_moe"},
+    ("mlp",): {"llama"},
+    ("attention", "attention_output", "mlp"): {"llama"},
+    # RMSNorm has no bias in any case.
+    ("attention", "attention_output", "mlp", "norm"): {"gpt2", "llama"},
+}
+"""The decoders that have exactly these biases."""
+
+
+@pytest.mark.parametrize("biases", BIASES, ids=" ".join)
+def test_biases_that_a_family_does_not_have_are_a_problem(biases: tuple[str, ...]) -> None:
+    """Otherwise an export would leave them out, or a model without them would be taken for one with them."""
+    config = by_model_type("llama").read_config(make_config("llama").to_dict())
+    config = dataclasses.replace(config, **{f"{name}_bias": True for name in biases})
+    decoders = {model_type for model_type, _ in CASES.values()}
+    assert BIASES[biases] == {
+        name for name in decoders if not any("_bias=" in text for text in by_model_type(name).problems(config))
+    }
 
 
 def test_an_export_takes_the_plainest_family(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -409,13 +409,15 @@ def test_the_comparison_finds_what_is_wrong(run: Path, tmp_path: Path, damage: s
     if damage == "tensor":
         change_tensors(out, **{key: load_file(out / "model.safetensors")[key].flip(0)})
     elif damage == "missing":
-        change_tensors(out, **{key: None})
+        keys = [f"model.layers.2.self_attn.{part}_proj.weight" for part in "kqvo"]
+        change_tensors(out, **dict.fromkeys(keys))
     elif damage == "theta":
         change_config(out, rope_parameters={"rope_type": "default", "rope_theta": 10_500.0})
     else:
         change_config(out, model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=60)
     problems = verify(*arguments, ExportSettings()).problems
     assert len(problems) == 1 and ("logits differ by" in problems[0]) == (damage != "missing")
+    assert damage != "missing" or f"'missing_keys': {sorted(keys)}" in problems[0]
 
 
 def test_a_difference_is_an_error(

@@ -112,6 +112,13 @@ def test_targets_that_find_nothing() -> None:
         config = dataclasses.replace(MODEL, lora=LoraConfig(rank=2, targets=targets), **fields)
         (problem,) = config.problems()
         assert problem.key == "model.lora.targets" and expected in str(problem), problem
+    # Similar names, or all of them if none is similar.
+    lora = LoraConfig(rank=2, targets=["atention.query", "zzz", "mlp.up"])
+    attention, mlp = [f"attention.{part}" for part in ("query", "key", "value", "output")], ["gate", "up", "down"]
+    assert useless_targets(dataclasses.replace(MODEL, lora=lora)) == {
+        "atention.query": attention[:3],
+        "zzz": [*attention, *(f"mlp.{part}" for part in mlp)],
+    }
     (problem,) = dataclasses.replace(MODEL, lora=LoraConfig(targets=["mlp.*"])).problems()
     assert "has no effect without model.lora.rank" in str(problem)
 

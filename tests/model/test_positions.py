@@ -65,6 +65,16 @@ def test_yarn() -> None:
     assert magnitude == pytest.approx(0.1 * math.log(16.0) + 1.0)
 
 
+def test_yarn_makes_rotations_larger() -> None:
+    """Equation 22: both the cosines and the sines are multiplied by the square root of 1/t."""
+    cos, sin = rotation(config(method="yarn", factor=16.0, original_length=4096), torch.tensor([[0, 3]]))
+    magnitude = 0.1 * math.log(16.0) + 1.0
+    assert cos[0, 0, 0].tolist() == pytest.approx([magnitude] * 32) and not sin[0, 0, 0].any()
+    # The first dimension is not interpolated: it turns by 1 at each position.
+    assert float(cos[0, 0, 1, 0]) == pytest.approx(magnitude * math.cos(3.0))
+    assert float(sin[0, 0, 1, 0]) == pytest.approx(magnitude * math.sin(3.0))
+
+
 def test_rotations_keep_lengths_and_see_distances_only() -> None:
     generator = torch.Generator().manual_seed(1)
     query, key = torch.randn(2, 1, 1, 1, 64, generator=generator)

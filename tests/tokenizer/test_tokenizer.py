@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 
-from bigtx.tokenizer.special import DESCRIPTION
+from bigtx.tokenizer.report import kind_of
+from bigtx.tokenizer.special import DESCRIPTION, around
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.tokenizer.words import cut
 from bigtx.utils.errors import DataError
@@ -108,6 +109,39 @@ def test_a_folder_brings_it_back(bpe: Tokenizer, tmp_path: Path) -> None:
     assert loaded.special == bpe.special
     assert loaded.origin == bpe.origin
     assert loaded.encode("def f():\n    pass") == bpe.encode("def f():\n    pass")
+
+
+def test_a_tokenizer_without_an_origin(bpe: Tokenizer, tmp_path: Path) -> None:
+    made = Tokenizer(bpe.model, bpe.special)
+    made.save(tmp_path / "tokenizer")
+    assert made.origin == {} == Tokenizer.load(tmp_path / "tokenizer").origin and bpe.origin
+
+
+@pytest.mark.parametrize(
+    ("begin", "end", "single", "pair"),
+    [
+        (5, 6, ([5, 8, 8, 6], [0, 0, 0, 0]), ([5, 8, 8, 6, 5, 9, 6], [0, 0, 0, 0, 1, 1, 1])),
+        (5, None, ([5, 8, 8], [0, 0, 0]), ([5, 8, 8, 5, 9], [0, 0, 0, 1, 1])),
+        (None, None, ([8, 8], [0, 0]), ([8, 8, 9], [0, 0, 1])),
+    ],
+)
+def test_only_the_second_text_of_a_pair_is_of_type_1(begin: int | None, end: int | None, single, pair) -> None:
+    template = around(begin, end)
+    assert template.fill([[8, 8]]) == single and template.fill([[8, 8], [9]]) == pair
+
+
+@pytest.mark.parametrize(
+    ("text", "kinds"),
+    [
+        (" return", ["letters"]),
+        ("self.", ["letters", "punctuation and signs"]),
+        ("x0", ["letters", "digits"]),
+        ("    \n", ["white space", "white space"]),
+        ("é", ["single bytes", "single bytes"]),
+    ],
+)
+def test_the_kind_of_a_piece_is_that_of_its_text(bpe: Tokenizer, text: str, kinds: list[str]) -> None:
+    assert [kind_of(bpe, i) for i in bpe.encode(text)] == kinds and kind_of(bpe, bpe.end_id) == "special"
 
 
 def test_the_fingerprint_is_of_the_kind_the_model_and_the_special_ids(

@@ -15,7 +15,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from bigtx.tokenizer import words
 from bigtx.tokenizer.tokenizer import Tokenizer
-from bigtx.tokenizer.words import Borders, WordEncoder, exact_borders
+from bigtx.tokenizer.words import Borders, WordEncoder, exact_borders, is_unspaced
 
 HARD = [
     "",
@@ -71,6 +71,20 @@ def test_any_text_has_the_ids_of_the_whole(
 ) -> None:
     if "\u2581" not in text:  # Which sentencepiece itself would take for a space.
         assert bpe.encode(text) == processor.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("first", "last"),
+    [
+        *(("\u0e00", "\u0eff"), ("\u1000", "\u109f"), ("\u1780", "\u17ff"), ("\u2e80", "\u2fdf"), ("\u3005", "\u3007")),
+        *(("\u3040", "\u30ff"), ("\u31f0", "\u31ff"), ("\u3400", "\u4dbf"), ("\u4e00", "\u9fff"), ("\uf900", "\ufaff")),
+    ],
+)
+def test_scripts_without_spaces(first: str, last: str) -> None:
+    """The blocks of Unicode from Thai to Han, from their first to their last code point."""
+    assert [is_unspaced(chr(ord(first) + step)) for step in (-1, 0)] == [False, True]
+    assert [is_unspaced(chr(ord(last) + step)) for step in (0, 1)] == [True, False]
+    assert is_unspaced("\U00020000") and not is_unspaced("\U0001ffff")
 
 
 def test_documents_end_with_the_end_id(bpe: Tokenizer, unigram: Tokenizer) -> None:

@@ -113,6 +113,28 @@ def test_a_narrow_terminal_gets_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
     terminal.close()
 
 
+class Notebook(io.StringIO):
+    """A terminal that is no file, as in some editors."""
+
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_without_a_width_has_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    shown = []
+    for columns in (0, 80):
+        terminal = Terminal(columns=columns)
+        Console(terminal.stream, total_steps=200).progress(10, 1000, FIGURES)
+        shown.append(terminal.text())
+        terminal.close()
+    notebook = Notebook()
+    Console(notebook, total_steps=200).progress(10, 1000, FIGURES)
+    assert shown[0] == shown[1] == notebook.getvalue()
+
+
 @pytest.mark.parametrize("columns", [60, 80, 100])
 def test_the_bar_and_the_time_left_are_seen_on_every_usual_terminal(
     monkeypatch: pytest.MonkeyPatch, columns: int

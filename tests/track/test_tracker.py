@@ -100,6 +100,22 @@ def test_a_resumed_run_loses_what_it_does_again_but_no_event(tmp_path: Path) -> 
     assert [line["kind"] for line in read(tmp_path / "events.jsonl")] == ["kept", "end"] * 2
 
 
+def test_lines_that_are_gone_are_reported_at_a_resume(tmp_path: Path) -> None:
+    tracker = make_tracker(tmp_path)
+    for step in (1, 2, 3):
+        tracker.log(step, step, {"train/loss": 1.0})
+    tracker.event(3, "skip")
+    tracker.close("stopped")
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    stream = io.StringIO()
+    saved = {"metrics.jsonl": {"lines": 3}, "samples.jsonl": {"lines": 0}, "events.jsonl": {"lines": 9}}
+    make_tracker(tmp_path, stream, resumed_step=3, saved=saved).close("stopped")
+    assert f"1 of 3 lines of {path} up to step 3 are missing" in stream.getvalue()
+    (found,) = [event for event in read(tmp_path / "events.jsonl") if event["kind"] == "missing_lines"]
+    assert (found["file"], found["missing"], found["of"], found["step"]) == ("metrics.jsonl", 1, 3, 3)
+
+
 def test_what_wandb_is_told_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its id, where it is, how it began; and no secret."""
     tasks: list[dict[str, Any]] = []

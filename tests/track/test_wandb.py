@@ -8,10 +8,12 @@ import math
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -375,6 +377,33 @@ def test_a_torn_log_ends_where_it_was_torn(folder: Path) -> None:
     torn = list(read_log(path))
     assert 0 < len(torn) < len(whole)
     assert torn == whole[: len(torn)]
+
+
+def log_of(records: list[bytes]) -> bytes:
+    """A log of W&B: blocks of 32,768 bytes, and a header of 7 bytes before the file and before each part of a record."""
+    log = b":W&B" + bytes(3)
+    for record in records:
+        rest, is_first = record, True
+        while is_first or rest:
+            room = 32768 - len(log) % 32768 - 7
+            if room < 0:
+                log += bytes(room + 7)
+                continue
+            part, rest = rest[:room], rest[room:]
+            kind = (1 if is_first else 4) if not rest else (2 if is_first else 3)
+            log += struct.pack("<IHB", zlib.crc32(bytes([kind]) + part), len(part), kind) + part
+            is_first = False
+    return log
+
+
+def test_a_log_has_records_in_several_blocks(tmp_path: Path) -> None:
+    records = [b"first", bytes(range(256)) * 400, b"x" * 32768, b"", b"last"]
+    (tmp_path / "run-a.wandb").write_bytes(log_of(records))
+    assert list(read_log(tmp_path / "run-a.wandb")) == records
+
+
+def test_a_run_without_a_log_has_no_step(tmp_path: Path) -> None:
+    assert last_step(tmp_path, "a") == -1
 
 
 def test_asking_whether_a_host_answers() -> None:

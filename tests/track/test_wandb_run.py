@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from bigtx.track import follower
 from bigtx.track.wandb_run import WandbRun, read_or_make_run_id
 
 
@@ -80,3 +84,37 @@ def test_an_error_at_the_end_is_said_once_in_a_line_of_ours(tmp_path: Path, monk
     assert line.startswith("warning: W&B failed (CommError: no Traceback: x)") and "\n" not in line
     assert "wandb.log" in line and [event["kind"] for event in noted] == ["wandb_error"]
     json.dumps(noted)
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_an_upload_is_waited_for_if_the_host_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """Offline nothing is uploaded: a follower that is still writing is left in the background."""
+    report = json.dumps({"mode": mode, "url": "https://wandb.ai/x", "why": "no key", "host": "wandb.ai"})
+    last = {"online": "import time; time.sleep(0.5)", "offline": "sys.stdin.read()"}[mode]
+    code = f"import sys; print({report!r}, flush=True); sys.stdin.readline(); sys.stdin.readline(); {last}"
+    real = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **options: real([sys.executable, "-c", code], **options))
+    monkeypatch.setattr("bigtx.track.wandb_run.WAIT_SECONDS", 0.0)
+    monkeypatch.setattr("bigtx.track.wandb_run.UPLOAD_SECONDS", 60.0 if mode == "online" else 1.0)
+    monkeypatch.setattr("bigtx.track.wandb_run.answers", lambda host, timeout: True)
+    said: list[str] = []
+    run = WandbRun(tmp_path, {"mode": mode}, said.append, lambda kind, **facts: None)
+    while not run.mode:
+        time.sleep(0.01)
+        run.poll()
+    run.close("finished")
+    left = [text for text in said if "in the background" in text]
+    assert left == ([] if mode == "online" else [f"W&B is still writing {tmp_path / 'wandb'}, in the background"])
+
+
+@pytest.mark.parametrize("line", [{"status": "finished", "is_complete": True}, None], ids=["reported", "killed"])
+def test_a_follower_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch, line: dict[str, Any] | None) -> None:
+    """After the training has ended, its follower ends too, even if W&B never returns."""
+    for name in ("FINISH_SECONDS", "ORPHAN_SECONDS"):
+        monkeypatch.setattr(follower, name, 0.05)
+    parent: Any = SimpleNamespace(read=lambda timeout: line, is_gone=True)
+    if not (child := os.fork()):
+        follower.Ending(parent).wait()
+        time.sleep(30)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1

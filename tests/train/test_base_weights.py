@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bigtx.config.schema import ModelConfig
+from bigtx.config.schema import FinetuneConfig, LoraConfig, ModelConfig, OptimizerConfig
+from bigtx.engine.trainable import refuse_untrained
 from bigtx.finetuning.base import plan_transfer
 from bigtx.model.transformer import Transformer
 from bigtx.utils.errors import ConfigError
@@ -101,3 +102,22 @@ def test_a_stack_of_two_keeps_its_name() -> None:
     base = {"decoder.blocks.0.a.weight": (2, 2)}
     transfer = plan_transfer({"encoder.blocks.0.a.weight": (2, 2)} | base, base, name="runs/base")
     assert transfer.stack is None and transfer.loaded == list(base) and transfer.new == ["encoder.blocks.0.a.weight"]
+
+
+@pytest.mark.parametrize(
+    ("rank", "freeze", "advice"),
+    [
+        (0, ["head.*"], "leave them out of optimizer.freeze"),
+        (2, [], "name them in optimizer.train_also"),
+        (2, ["decoder.*"], "name them in optimizer.train_also"),
+        (2, ["head.*"], "leave them out of optimizer.freeze"),
+    ],
+)
+def test_new_parameters_that_would_not_be_trained_are_refused(rank: int, freeze: list[str], advice: str) -> None:
+    config = FinetuneConfig(
+        model=ModelConfig(lora=LoraConfig(rank=rank)),
+        optimizer=OptimizerConfig(freeze=freeze),
+    )
+    refuse_untrained(["head.classes.weight"], ["decoder.norm.weight"], config)
+    with pytest.raises(ConfigError, match=f"^head.classes.weight: new in this run, .*; {advice}$"):
+        refuse_untrained(["head.classes.weight"], ["decoder.norm.weight", "head.classes.weight"], config)

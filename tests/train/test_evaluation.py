@@ -25,6 +25,7 @@ class Told:
         self.logged: dict[str, float] = {}
         self.lines: list[str] = []
         self.rows: list[dict[str, str]] = []
+        self.sampled_at: list[tuple[int, int]] = []
 
     def log(self, step: int, tokens: int, metrics: dict[str, float]) -> None:
         self.logged |= {"step": step, "tokens": tokens, **metrics}
@@ -34,6 +35,7 @@ class Told:
 
     def samples(self, step: int, tokens: int, rows: list[dict[str, str]]) -> None:
         self.rows += rows
+        self.sampled_at.append((step, tokens))
 
 
 def validation(sums: dict[str, tuple[float, int]], *, has_bytes: bool = True) -> Validation:
@@ -92,7 +94,8 @@ def test_samples_of_each_step_and_run_are_drawn_by_seeds_of_their_own(monkeypatc
     for seed, step in ((5, 1), (5, 1), (5, 2), (6, 1)):
         made.config.seed = seed
         made.engine.module.train()
-        made.report(told, RunState(step=step))  # type: ignore[arg-type]
+        made.report(told, RunState(step=step, tokens=100 * step))  # type: ignore[arg-type]
+    assert told.sampled_at == [(1, 100), (1, 100), (2, 200), (1, 100)]
     assert told.rows[:2] == [{"prompt": "a", "completion": "a!"}, {"prompt": "b", "completion": "b!"}]
     assert not told.logged and not told.lines
     first, again, later, other = (call["sampling"].seed for call in calls)

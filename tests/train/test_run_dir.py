@@ -11,7 +11,7 @@ import pytest
 from bigtx.config.schema import DistillConfig, FinetuneConfig, PretrainConfig, SourceConfig
 from bigtx.engine.checkpoint import write_manifest
 from bigtx.train.run_folder import HISTORY, MARK, WRITTEN, check_run_dir, open_run_folder
-from bigtx.utils.errors import BigtxError, CheckpointError, ConfigError
+from bigtx.utils.errors import BigtxError, CheckpointError, ConfigError, LaunchError
 from bigtx.utils.files import write_json
 
 ENVIRONMENT: dict[str, Any] = {"packages": {"bigtx": "0.1.0"}}
@@ -38,6 +38,13 @@ def test_a_folder_that_is_new_empty_or_has_other_files(folder: Path) -> None:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("mine")
     check_run_dir(PretrainConfig(run_dir=str(folder)))
+
+
+@pytest.mark.parametrize("below", ["", "run", "a/b"])
+def test_a_folder_below_a_file_cannot_be_made(tmp_path: Path, below: str) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(LaunchError, match=f"{tmp_path}/notes.txt is not a folder; name another"):
+        check_run_dir(PretrainConfig(run_dir=str(tmp_path / "notes.txt" / below)))
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,13 @@ def test_write_atomic_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["file"]
 
 
+@pytest.mark.parametrize("names", [("run.lock", "logs"), ("config.yaml", "logs"), ("config.yaml", "checkpoints")])
+def test_a_folder_of_a_run_is_known_by_two_names(names: tuple[str, str]) -> None:
+    for found in (names, (*names, "metrics.jsonl")):
+        assert files.kind_of_own("/nowhere", found) == files.RUN
+    assert [files.kind_of_own("/nowhere", [name]) for name in names] == [None, None]
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [

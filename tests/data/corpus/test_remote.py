@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 from servers import Served, cut, first, flipped, serve, status
 
-from bigtx.config.schema import DataConfig, SourceConfig
+from bigtx.config.schema import DataConfig, SourceConfig, TokenizerTrainConfig
 from bigtx.data.corpus import blocks
-from bigtx.data.corpus.blocks import open_reader
+from bigtx.data.corpus.blocks import load_tokenizer, open_reader
 from bigtx.data.corpus.manifest import Manifest, has_split
 from bigtx.data.storage import buckets, places
 from bigtx.data.storage.places import Cache, DamagedError, RemotePath, as_place
 from bigtx.data.stream.loader import Division, TrainLoader, ValidationBatches
 from bigtx.data.stream.rows import RowFormat
+from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.tokenizer.train import train
 from bigtx.utils.errors import DataError
 
 
@@ -155,6 +157,16 @@ def test_a_block_damaged_in_the_cache_is_fetched_again(tmp_path: Path, served: S
         path.write_bytes(content)
     again = Manifest.load(place(served, tmp_path / "cache") / "train")
     same_blocks(again, Manifest.load(tmp_path / "web" / "corpus" / "train"))
+
+
+def test_a_tokenizer_damaged_in_the_cache_is_fetched_again_once(tmp_path: Path, served: Served) -> None:
+    tokenizer = train(TokenizerTrainConfig(vocab_size=420), ["the quick brown fox jumps over a lazy dog"] * 20)
+    tokenizer.save(tmp_path / "web" / "corpus" / "tokenizer")
+    remote, kept = place(served, tmp_path / "cache"), tmp_path / "cache" / "tokenizers" / tokenizer.fingerprint
+    assert load_tokenizer(remote, tokenizer.fingerprint).fingerprint == tokenizer.fingerprint
+    (kept / "bigtx_tokenizer.json").write_text("{")
+    assert load_tokenizer(remote, tokenizer.fingerprint).fingerprint == tokenizer.fingerprint
+    assert Tokenizer.load(kept).fingerprint == tokenizer.fingerprint
 
 
 def test_what_is_missing_or_of_another_size_is_refused_when_the_split_is_opened(tmp_path: Path, served: Served) -> None:

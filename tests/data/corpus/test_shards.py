@@ -13,7 +13,7 @@ import pytest
 from corpora import write_split
 
 from bigtx.data.corpus.blocks import BlockReader
-from bigtx.data.corpus.manifest import Manifest
+from bigtx.data.corpus.manifest import Manifest, first_problems
 from bigtx.utils.errors import DataError
 from bigtx.utils.files import sha256_file, write_sealed
 
@@ -203,3 +203,10 @@ def test_many_shards_and_sources_need_few_open_files(tmp_path: Path, limits: tup
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode == 0) == fits, done.stderr
     assert fits or "limit of open files is too low" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("count", "said"), [(1, "0"), (5, "0; 1; 2; 3; 4"), (6, "0; 1; 2; 3; 4; and 1 more"), (12, "0; 1; 2; 3; 4; and 7 more")]
+)
+def test_of_many_problems_the_first_are_named(count: int, said: str) -> None:
+    assert first_problems([str(number) for number in range(count)]) == said

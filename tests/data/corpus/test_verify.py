@@ -165,6 +165,17 @@ def test_the_end_of_the_last_document_is_missed(corpus_copy: Path) -> None:
     assert verify(as_place(corpus_copy), 1).problems == [f"{folder}: the last document has no end"]
 
 
+def test_a_document_of_several_blocks(corpus_copy: Path) -> None:
+    """A block in which no document starts."""
+    manifest = Manifest.load(corpus_copy / "train")
+    shutil.rmtree(corpus_copy / "train")
+    documents = [np.array([*[5] * (length - 1), 3]) for length in (1500, 40)]
+    settings = {"block_tokens": 512, "shard_size": 8192, "fingerprint": manifest.tokenizer_fingerprint}
+    write_split(corpus_copy / "train", [documents], split="train", vocab_size=420, **settings)
+    assert Manifest.load(corpus_copy / "train").blocks["documents"].tolist() == [1, 0, 1, 0]
+    assert verify(as_place(corpus_copy), 1).problems == []
+
+
 def test_shards_follow_each_other(corpus_copy: Path) -> None:
     """An end where the next shard goes on with a document, or none where it begins with one."""
     folder = corpus_copy / "train"

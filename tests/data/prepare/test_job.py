@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
 import random
@@ -14,6 +15,7 @@ import time
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,7 @@ from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.tokenizer.train import train
 from bigtx.utils.errors import ConfigError, DataError
 from bigtx.utils.locks import FolderLock
+from bigtx.utils.units import clock
 
 PANGRAM = """the quick brown fox jumps over a lazy dog while seven wizards brew café and naïve 🧙 potions
 """
@@ -270,6 +273,26 @@ def test_copies_of_a_text_do_not_stand_side_by_side(tmp_path: Path, tokenizer: P
     prepare(make_config(tmp_path, tokenizer, validation_fraction=0, exact_duplicates="keep"))
     order = [text == "the same" for text in read_documents(tmp_path / "corpus" / "train", tokenizer)]
     assert sum(order) == 50 and sum(a and b for a, b in pairwise(order)) < 40
+
+
+def test_speed_and_remaining_time_are_shown(
+    tmp_path: Path, tokenizer: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock of which 4 s have passed since the tokenizing began, whenever it is asked."""
+    times = itertools.chain([100.0, 100.0], itertools.repeat(104.0))
+    lines: list[tuple[str, float]] = []
+    line = SimpleNamespace(show=lambda text, share=0.0: lines.append((text, share)), clear=lambda: None)
+    monkeypatch.setattr(prepare_module, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    monkeypatch.setattr(prepare_module, "ProgressLine", lambda: line)
+    prepare(make_config(tmp_path, tokenizer))
+    shown = [(text, share) for text, share in lines if text.startswith("tokenizing: ")]
+    assert shown
+    for text, share in shown:
+        words = text.split()
+        tokens, speed = (float(word.removesuffix("k")) * 1000 ** word.endswith("k") for word in (words[-6], words[-2]))
+        assert speed == pytest.approx(tokens / 4, rel=0.01), text
+        if share:
+            assert text.startswith(f"tokenizing: {share:.0%}, {clock(4 / share - 4)} left, "), text
 
 
 def test_blocks_and_shards_are_as_large_as_was_asked_for(tmp_path: Path, tokenizer: Path) -> None:

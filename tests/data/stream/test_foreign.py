@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import lzma
+import os
 import random
 import shutil
 import tarfile
@@ -26,6 +27,7 @@ from bigtx.data.stream.rows import IGNORED_LABEL, Batch
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.tokenizer.train import train
 from bigtx.utils.errors import DataError
+from bigtx.utils.processes import children
 
 LENGTH = 32
 WORDS = [f"{a}{b}{c}" for a in "bdklmnprst" for b in "aeiou" for c in ("", "n", "r", "st")]
@@ -122,12 +124,14 @@ def load(
         start_sequence=start,
         pad_id=0,
     )
+    workers = {process.pid for process in loader._workers._processes}
     try:
         batches = [batch for _ in range(num_steps) for batch in next(loader)]
         assert loader.next_sequence == start + 8 * num_steps
         return batches
     finally:
         loader.close()
+        assert workers and not workers & set(children(os.getpid())), "a worker outlives the loader"
 
 
 def test_batches_resume_where_they_were(tmp_path: Path, tokenizer: Path) -> None:

@@ -250,6 +250,12 @@ def test_the_share_of_masked_tokens(rate: float) -> None:
     assert batch.columns is not None and batch.columns.shape == (8, round(rate * LENGTH))
 
 
+def test_a_short_row_has_the_same_share_of_masked_tokens() -> None:
+    batch = make("masked", mask_rate=0.3).prepare(rows(2, short=True))
+    # 29 of 96 tokens and 5 of 17; the rest of the short row's columns has no label.
+    assert (batch.labels != IGNORED_LABEL).sum(dim=1).tolist() == [29, 5]
+
+
 @pytest.mark.parametrize("whole_words", [False, True])
 def test_masked_tokens(whole_words: bool) -> None:
     objective = make("masked", whole_words=whole_words, mask_rate=0.15)

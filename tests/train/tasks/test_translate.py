@@ -13,7 +13,8 @@ import torch.nn.functional as F
 
 from bigtx.config.schema import FinetuneConfig, ModelConfig, RecordsConfig, TokenizerTrainConfig, TranslateConfig
 from bigtx.data.records.record import BadRecordError, Record
-from bigtx.finetuning.tasks.translate import Translate, require_sacrebleu
+from bigtx.finetuning.tasks.translate import PairExample, Translate, require_sacrebleu
+from bigtx.model.beam import Found
 from bigtx.model.loss import IGNORED
 from bigtx.model.transformer import Transformer
 from bigtx.tokenizer.tokenizer import Tokenizer
@@ -126,6 +127,29 @@ def test_predictions(tokenizer: Tokenizer, shape: str) -> None:
         assert len(found.ids) <= len(example.source) + 2
     greedy = make(tokenizer, shape, translate=TranslateConfig(num_beams=1, max_ratio=1.0, max_added=2))
     assert task.predict_in_run(model, examples, device) == greedy.predict(model, examples, device)
+
+
+@pytest.mark.parametrize(("max_length", "limits"), [(12, [11, 8]), (None, [31, 8])])
+def test_a_translation_is_as_long_as_a_target_at_most(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, max_length: int | None, limits: list[int]
+) -> None:
+    """The end id, too, is one of the tokens of a target; a short source allows a multiple of its tokens and some more."""
+    task = make(
+        tokenizer,
+        "decoder",
+        data=RecordsConfig(max_length=max_length),
+        translate=TranslateConfig(max_ratio=2.0, max_added=4),
+    )
+    given: list[list[int]] = []
+
+    def search(*arguments: Any, max_new_tokens: list[int], **settings: Any) -> list[Found]:
+        given.append(max_new_tokens)
+        return [Found([], 0.0, 0.0)] * 2
+
+    monkeypatch.setattr("bigtx.finetuning.tasks.translate.beam_search", search)
+    examples = [PairExample(np.arange(130, 130 + length), np.zeros(0, np.int64), "", 0) for length in (20, 2)]
+    task.predict(model_of(task), examples, torch.device("cpu"))
+    assert given == [limits]
 
 
 def test_metrics_are_those_of_sacrebleu(tokenizer: Tokenizer) -> None:
