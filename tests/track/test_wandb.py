@@ -380,7 +380,7 @@ def test_a_torn_log_ends_where_it_was_torn(folder: Path) -> None:
 
 
 def log_of(records: list[bytes]) -> bytes:
-    """A log of W&B: blocks of 32,768 bytes, and a header of 7 bytes before the file and before each part of a record."""
+    """A log of W&B: blocks of 32,768 bytes, with a header before the file and one before each part of a record."""
     log = b":W&B" + bytes(3)
     for record in records:
         rest, is_first = record, True

@@ -87,7 +87,9 @@ def test_an_error_at_the_end_is_said_once_in_a_line_of_ours(tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("mode", ["online", "offline"])
-def test_an_upload_is_waited_for_if_the_host_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+def test_an_upload_is_waited_for_if_the_host_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
     """Offline nothing is uploaded: a follower that is still writing is left in the background."""
     report = json.dumps({"mode": mode, "url": "https://wandb.ai/x", "why": "no key", "host": "wandb.ai"})
     last = {"online": "import time; time.sleep(0.5)", "offline": "sys.stdin.read()"}[mode]

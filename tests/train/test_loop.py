@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -442,3 +443,23 @@ def test_a_refused_update_is_no_non_finite_step(life: Life, monkeypatch: pytest.
     monkeypatch.setattr(life, "train_step", refused)
     assert life.train()
     assert life.state.skipped_steps == 0 and life.told == [] and math.isnan(life.logged[2]["train/loss"])
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_a_profile_has_the_kernels_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_gpu: bool) -> None:
+    found: list[Any] = []
+
+    @contextlib.contextmanager
+    def profile(activities: list[Any], **settings: Any) -> Iterator[Any]:
+        found.extend(activities)
+        yield SimpleNamespace(export_chrome_trace=lambda path: Path(path).touch())
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **settings: None)
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: Path(path).touch())
+    monkeypatch.setattr(loop, "profile", profile)
+    with loop.profiled(tmp_path, enabled=True, rank=3):
+        pass
+    assert [activity.name for activity in found] == ["CPU", *["CUDA"] * has_gpu]
+    names = ["rank-00003.memory.pickle"] * has_gpu + ["rank-00003.trace.json"]
+    assert sorted(path.name for path in (tmp_path / "profile").iterdir()) == names

@@ -206,7 +206,8 @@ def test_many_shards_and_sources_need_few_open_files(tmp_path: Path, limits: tup
 
 
 @pytest.mark.parametrize(
-    ("count", "said"), [(1, "0"), (5, "0; 1; 2; 3; 4"), (6, "0; 1; 2; 3; 4; and 1 more"), (12, "0; 1; 2; 3; 4; and 7 more")]
+    ("count", "said"),
+    [(1, "0"), (5, "0; 1; 2; 3; 4"), (6, "0; 1; 2; 3; 4; and 1 more"), (12, "0; 1; 2; 3; 4; and 7 more")],
 )
 def test_of_many_problems_the_first_are_named(count: int, said: str) -> None:
     assert first_problems([str(number) for number in range(count)]) == said

@@ -425,6 +425,35 @@ def test_a_job_that_failed_goes_on_to_the_same_bytes(
     assert contents(tmp_path / "corpus") == contents(tmp_path / "one")
 
 
+class Touch:
+    """An object whose pickle makes a file when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self._path,)
+
+
+def test_a_pickle_in_the_folder_of_an_unfinished_job_is_not_executed(
+    tmp_path: Path, tokenizer: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(**facts: object) -> None:
+        raise DataError("stopped before the manifest")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(assemble, "Manifest", fail)
+        with pytest.raises(DataError, match="stopped before"):
+            prepare(make_config(tmp_path, tokenizer))
+    paths = list((tmp_path / "corpus.partial" / "work").glob("*.npy"))
+    assert paths
+    for path in paths:
+        np.save(path, np.array([Touch(tmp_path / "executed")], object), allow_pickle=True)
+    with pytest.raises((DataError, ValueError)):
+        prepare(make_config(tmp_path, tokenizer))
+    assert not (tmp_path / "executed").exists()
+
+
 def test_a_write_that_was_cut_short_is_told_in_words(
     tmp_path: Path, tokenizer: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

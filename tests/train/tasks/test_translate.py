@@ -133,7 +133,7 @@ def test_predictions(tokenizer: Tokenizer, shape: str) -> None:
 def test_a_translation_is_as_long_as_a_target_at_most(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, max_length: int | None, limits: list[int]
 ) -> None:
-    """The end id, too, is one of the tokens of a target; a short source allows a multiple of its tokens and some more."""
+    """A target has max_length tokens with its end; a short source allows a multiple of its tokens and some more."""
     task = make(
         tokenizer,
         "decoder",
