@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import json
 import shutil
 from collections import Counter
@@ -29,6 +30,7 @@ from bigtx.data.prepare.chunks import CHUNKS_NAME, Chunks, Documents, save_chunk
 from bigtx.data.prepare.encode import UnitResult
 from bigtx.data.workers import Workers, advance
 from bigtx.tokenizer.tokenizer import Tokenizer
+from bigtx.utils.errors import DataError
 from bigtx.utils.files import write_atomic, write_json
 
 PLAN_NAME = "plan.json"
@@ -170,9 +172,25 @@ def entry_path(work: Path, split: str, shard: int) -> Path:
 
 
 def _save_entry(work: Path, split: str, number: int, shard: Shard, rows: np.ndarray) -> None:
-    path = entry_path(work, split, number)
-    np.save(path.with_suffix(".npy"), rows, allow_pickle=False)
+    path, content = entry_path(work, split, number), io.BytesIO()
+    np.lib.format.write_array(content, rows, allow_pickle=False)
+    write_atomic(path.with_suffix(".npy"), content.getvalue())
     write_json(path, vars(shard))
+
+
+def _read_rows(path: Path) -> np.ndarray:
+    """Read the rows of the block table that belong to a finished shard's entry.
+
+    Raises:
+        DataError: they are damaged; the shard does not count as finished any more.
+    """
+    file = path.with_suffix(".npy")
+    try:
+        with open(file, "rb") as content:
+            return np.lib.format.read_array(content, allow_pickle=False)
+    except (OSError, EOFError, ValueError) as error:
+        path.unlink(missing_ok=True)
+        raise DataError(f"{file} is damaged ({error}); repeat the command, which writes its shard again") from None
 
 
 @functools.lru_cache(maxsize=1)
@@ -279,7 +297,7 @@ class Assembly:
             folder.rmdir()
             return
         paths = [entry_path(self._work, name, shard) for shard in range(plan.num_shards(split))]
-        rows = [np.load(path.with_suffix(".npy"), allow_pickle=False) for path in paths]
+        rows = [_read_rows(path) for path in paths]
         shards = [Shard(**json.loads(path.read_bytes())) for path in paths]
         keys = ("source", "language", "documents", "tokens", "bytes")
         groups = [

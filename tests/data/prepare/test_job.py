@@ -435,8 +435,15 @@ class Touch:
         return Path.touch, (self._path,)
 
 
-def test_a_pickle_in_the_folder_of_an_unfinished_job_is_not_executed(
-    tmp_path: Path, tokenizer: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
+def pickled(path: Path) -> None:
+    np.save(path, np.array([Touch(path.with_name("executed"))], object), allow_pickle=True)
+
+
+@pytest.mark.parametrize(
+    "damage", [pickled, Path.unlink, lambda path: path.write_bytes(b""), lambda path: os.truncate(path, 30)]
+)
+def test_a_damaged_table_of_an_unfinished_job_is_written_again(
+    tmp_path: Path, tokenizer: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch, damage: Any
 ) -> None:
     def fail(**facts: object) -> None:
         raise DataError("stopped before the manifest")
@@ -445,13 +452,18 @@ def test_a_pickle_in_the_folder_of_an_unfinished_job_is_not_executed(
         patched.setattr(assemble, "Manifest", fail)
         with pytest.raises(DataError, match="stopped before"):
             prepare(make_config(tmp_path, tokenizer))
-    paths = list((tmp_path / "corpus.partial" / "work").glob("*.npy"))
-    assert paths
-    for path in paths:
-        np.save(path, np.array([Touch(tmp_path / "executed")], object), allow_pickle=True)
-    with pytest.raises((DataError, ValueError)):
+    work = tmp_path / "corpus.partial" / "work"
+    damaged = sorted(work.glob("*.npy"))[0]
+    damage(damaged)
+    with pytest.raises(DataError, match=f"{damaged.name} is damaged .*; repeat the command"):
         prepare(make_config(tmp_path, tokenizer))
-    assert not (tmp_path / "executed").exists()
+    assert not (work / "executed").exists()
+    prepare(make_config(tmp_path, tokenizer))
+    undisturbed = make_config(tmp_path, tokenizer, output=str(tmp_path / "undisturbed"))
+    prepare(undisturbed)
+    for path in (tmp_path / "undisturbed").rglob("*"):
+        if path.is_file() and path.name != "report.json":
+            assert (tmp_path / "corpus" / path.relative_to(tmp_path / "undisturbed")).read_bytes() == path.read_bytes()
 
 
 def test_a_write_that_was_cut_short_is_told_in_words(
