@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,8 @@ from bigtx.interop.tokenizer import HARD_TEXTS, compare_tokenizers, load_tokeniz
 from bigtx.model.layers import pooling_weights
 from bigtx.model.transformer import Transformer
 from bigtx.tokenizer.tokenizer import Tokenizer
-from bigtx.utils.errors import CheckpointError, LaunchError
+from bigtx.utils import errors
+from bigtx.utils.errors import CheckpointError
 
 TOLERANCE = 1e-4
 """The limit of the largest difference, relative to the largest logit. fp32's rounding gives about 1e-6; a wrong mask,
@@ -71,11 +71,11 @@ def require(package: str, extra: str) -> None:
     Raises:
         LaunchError: it is not installed.
     """
-    if importlib.util.find_spec(package) is None:
-        raise LaunchError(
-            f"an export is compared with {package}, which is not installed: pip install 'bigtx[{extra}]', or export "
-            "without the comparison (--no-verify)"
-        )
+    errors.require(
+        package,
+        f"an export is compared with {package}, which is not installed: pip install 'bigtx[{extra}]', or export "
+        "without the comparison (--no-verify)",
+    )
 
 
 def verify(
