@@ -69,6 +69,7 @@ def parity(ranks: Ranks, cases: list[dict[str, Any]], steps: int) -> list[dict[s
 def save(ranks: Ranks, case: dict[str, Any], folder: str, before: int, after: int) -> dict[str, Any]:
     """Train, save, go on as if nothing had happened; then return to the checkpoint and do the first of that again."""
     engine, losses, skipped = run_engine(Case(**case), ranks, before)
+    Path(folder).mkdir(exist_ok=True)
     if engine.frozen:
         save_frozen(engine, ranks, Path(folder), initial_read(engine, engine.config))
     saver = Saver(engine, ranks, Path(folder), Policy(2))

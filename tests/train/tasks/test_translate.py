@@ -146,7 +146,7 @@ def test_a_translation_is_as_long_as_a_target_at_most(
         given.append(max_new_tokens)
         return [Found([], 0.0, 0.0)] * 2
 
-    monkeypatch.setattr("bigtx.finetuning.tasks.translate.beam_search", search)
+    monkeypatch.setattr("bigtx.model.beam.beam_search", search)
     examples = [PairExample(np.arange(130, 130 + length), np.zeros(0, np.int64), "", 0) for length in (20, 2)]
     task.predict(model_of(task), examples, torch.device("cpu"))
     assert given == [limits]
