@@ -259,7 +259,10 @@ def _load_blocks(path: Place, sha256: str, num_blocks: int) -> np.ndarray:
     start = io.BytesIO(content[:4096])
     if np.lib.format.read_magic(start) != (1, 0):
         raise ValueError(f"{BLOCKS_NAME} has another version")
-    shape, _, dtype = np.lib.format.read_array_header_1_0(start)
+    try:
+        shape, _, dtype = np.lib.format.read_array_header_1_0(start)
+    except Exception as error:  # numpy reads a header as Python's source, which fails in many ways.
+        raise ValueError(f"{BLOCKS_NAME} has no header that can be read: {error}") from None
     if dtype != BLOCK_DTYPE or shape != (num_blocks,):
         raise ValueError(f"{BLOCKS_NAME} holds {shape} records of {dtype}")
     return np.frombuffer(content, dtype, num_blocks, start.tell())

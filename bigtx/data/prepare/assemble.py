@@ -188,7 +188,7 @@ def _read_rows(path: Path) -> np.ndarray:
     try:
         with open(file, "rb") as content:
             return np.lib.format.read_array(content, allow_pickle=False)
-    except (OSError, EOFError, ValueError) as error:
+    except Exception as error:  # numpy reads a header as Python's source, which fails in many ways.
         path.unlink(missing_ok=True)
         raise DataError(f"{file} is damaged ({error}); repeat the command, which writes its shard again") from None
 

@@ -253,6 +253,9 @@ BLOCKS_FILE = [
     npy("[" * 9000),
     npy("{'descr': None}"),
     npy("\0\xff"),
+    npy("if 1:\n    a\n  b\n"),
+    npy("(1,"),
+    npy("'''"),
 ]
 """Files in the place of a block table that none is."""
 

@@ -440,7 +440,14 @@ def pickled(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [pickled, Path.unlink, lambda path: path.write_bytes(b""), lambda path: os.truncate(path, 30)]
+    "damage",
+    [
+        pickled,
+        Path.unlink,
+        lambda path: path.write_bytes(b""),
+        lambda path: os.truncate(path, 30),
+        lambda path: path.write_bytes(path.read_bytes()[:10] + b"(" * 118 + path.read_bytes()[128:]),
+    ],
 )
 def test_a_damaged_table_of_an_unfinished_job_is_written_again(
     tmp_path: Path, tokenizer: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch, damage: Any
