@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +26,8 @@ Step = str | Callable[[Desk], Outcome]
 """A command line, in which {} stands for what the message says; or a call."""
 
 
-def again(
+def again_in(
+    cases: Cases,
     name: str,
     shown: str,
     advice: str,
@@ -38,6 +40,7 @@ def again(
     """Add a case.
 
     Args:
+        cases: the cases of a file.
         advice: what the message says to do; a pattern with one group if the message fills it in.
         wrong: what leads to the message.
         right: what is done after it; the same if it is not given.
@@ -61,9 +64,12 @@ def again(
 
     make.__name__ = name
     if is_pattern:
-        CASES.case(shown, text)(make)
+        cases.case(shown, text)(make)
     else:
-        CASES.case(shown, f"({re.escape(text)})", fill={text: "done"})(make)
+        cases.case(shown, f"({re.escape(text)})", fill={text: "done"})(make)
+
+
+again = functools.partial(again_in, CASES)
 
 
 def take(*names: str) -> Callable[[Desk], object]:

@@ -11,6 +11,7 @@ from advice import (
     cases_chat,
     cases_commands,
     cases_config,
+    cases_copies,
     cases_data,
     cases_models,
     cases_training,
@@ -20,7 +21,17 @@ from advice.desk import Case, Desk
 from advice.messages import is_made_from, told_by
 from advice.shelf import Shelf
 
-FILES = (cases_commands, cases_config, cases_words, cases_data, cases_models, cases_chat, cases_training, cases_again)
+FILES = (
+    cases_commands,
+    cases_config,
+    cases_words,
+    cases_data,
+    cases_models,
+    cases_chat,
+    cases_training,
+    cases_again,
+    cases_copies,
+)
 CASES: list[Case] = [case for file in FILES for case in file.CASES]
 
 
