@@ -14,6 +14,7 @@ from advice import (
     cases_copies,
     cases_data,
     cases_models,
+    cases_settings,
     cases_training,
     cases_words,
 )
@@ -31,6 +32,7 @@ FILES = (
     cases_training,
     cases_again,
     cases_copies,
+    cases_settings,
 )
 CASES: list[Case] = [case for file in FILES for case in file.CASES]
 
