@@ -17,6 +17,7 @@ from advice.cases_data import PREPARE
 from advice.desk import Cases, Desk, Outcome, call
 
 from bigtx.config.load import load
+from bigtx.config.runs import shipped_folder
 from bigtx.config.schema import DataConfig, FinetuneConfig, OptimizerConfig, PretrainConfig, SourceConfig
 from bigtx.config.schema.training import RhythmConfig
 from bigtx.data.stream.mixture import Mixture, Phase
@@ -220,4 +221,50 @@ again(
     held_out("new", own_tokenizer),
     before=other_corpus,
     fix=again_with_the_tokenizer,
+)
+
+
+# Batch scripts.
+
+RENDER = "bigtx slurm render"
+JOB = "pretrain data.sources.a.path=corpus run_dir=new train.max_steps=2"
+again(
+    "a_script_of_no_job",
+    " is not a job; write bigtx slurm render ",
+    r"write bigtx slurm render (pretrain)",
+    f"{RENDER} train",
+    f"{RENDER} {JOB}",
+    before=take("corpus"),
+)
+again(
+    "parts_of_a_training",
+    " takes no parts; ",
+    "leave it out",
+    f"{RENDER} {JOB} parts=2",
+    f"{RENDER} {JOB}",
+    before=take("corpus"),
+)
+again(
+    "a_site_that_is_not_there",
+    ": no such file; copy ",
+    r"copy (\S+) and name the copy",
+    f"{RENDER} {JOB} site=mine.sh",
+    before=take("corpus"),
+    fix=lambda desk: shutil.copy(shipped_folder() / "site" / "default.sh", "mine.sh"),
+)
+again(
+    "a_sweep_without_a_file",
+    "write a sweep as FILE RUNS",
+    "FILE RUNS pretrain",
+    f"{RENDER} sweep",
+    f"{RENDER} sweep lines.txt runs {JOB}",
+    before=lambda desk: (desk.take("corpus"), desk.write("lines.txt", "seed=1\n")),
+)
+again(
+    "a_sweep_with_an_empty_line",
+    ": each line has the settings of a run",
+    "remove empty lines",
+    f"{RENDER} sweep lines.txt runs {JOB}",
+    before=lambda desk: (desk.take("corpus"), desk.write("lines.txt", "seed=1\n\nseed=2\n")),
+    fix=lambda desk: desk.write("lines.txt", "seed=1\nseed=2\n"),
 )
