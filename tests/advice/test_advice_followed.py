@@ -6,12 +6,34 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from advice import cases_chat, cases_commands, cases_config, cases_data, cases_models, cases_training, cases_words
+from advice import (
+    cases_again,
+    cases_chat,
+    cases_commands,
+    cases_config,
+    cases_copies,
+    cases_data,
+    cases_models,
+    cases_settings,
+    cases_training,
+    cases_words,
+)
 from advice.desk import Case, Desk
 from advice.messages import is_made_from, told_by
 from advice.shelf import Shelf
 
-FILES = (cases_commands, cases_config, cases_words, cases_data, cases_models, cases_chat, cases_training)
+FILES = (
+    cases_commands,
+    cases_config,
+    cases_words,
+    cases_data,
+    cases_models,
+    cases_chat,
+    cases_training,
+    cases_again,
+    cases_copies,
+    cases_settings,
+)
 CASES: list[Case] = [case for file in FILES for case in file.CASES]
 
 
