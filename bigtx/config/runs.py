@@ -34,7 +34,7 @@ def run_dir_of(folder: Path | str) -> Path:
     `checkpoints` in the run may be a link to another disk, and the folder a link to a checkpoint or a run.
     """
     folder = Path(folder).absolute()
-    while folder.parent.name != CHECKPOINTS and folder.is_symlink() and folder.exists():
+    while folder.parent.name != CHECKPOINTS and os.path.islink(folder) and os.path.exists(folder):
         # Follow one link at a time: the final target may be outside the run.
         folder = folder.parent / os.readlink(folder)
     if folder.parent.name != CHECKPOINTS:
@@ -58,7 +58,9 @@ def has_steps(run_dir: Path) -> bool:
 def newest_checkpoint(run_dir: Path) -> Path | None:
     """Return the entry of a run's folder with the name of its last checkpoint, which may be damaged; None without
     one."""
-    return max((run_dir / CHECKPOINTS).glob("step-*[0-9]"), default=None, key=lambda path: (len(path.name), path.name))
+    folder = run_dir / CHECKPOINTS
+    entries = folder.glob("step-*[0-9]") if os.path.isdir(folder) else ()
+    return max(entries, default=None, key=lambda path: (len(path.name), path.name))
 
 
 def is_run(folder: Path) -> bool:
@@ -73,7 +75,8 @@ def runs_near(folder: Path, most: int = 3) -> list[Path]:
     """Return the runs that a user may mean by another folder: that of its checkpoints, or the newest ones inside it."""
     if folder.name == CHECKPOINTS and is_run(folder.parent):
         return [folder.parent]
-    inside = [path.parent for path in folder.glob(f"*/{CONFIG}") if is_run(path.parent)]
+    configs = folder.glob(f"*/{CONFIG}") if os.path.isdir(folder) else ()
+    inside = [path.parent for path in configs if is_run(path.parent)]
     return sorted(inside, key=lambda path: path.stat().st_mtime, reverse=True)[:most]
 
 
@@ -89,11 +92,11 @@ def read_values(folder: Path | str) -> dict[str, Any]:
     Raises:
         CheckpointError: the folder does not exist, is not a run, or has a damaged config.
     """
-    if not Path(folder).is_dir():
+    if not os.path.isdir(folder):
         checkpoint = checkpoint_named(str(folder))
         advice = "name a run's folder (its run_dir) or one of its checkpoints"
         raise CheckpointError(
-            f"{folder} is not a folder; " + (f"did you mean {checkpoint}?" if checkpoint.is_dir() else advice)
+            f"{folder} is not a folder; " + (f"did you mean {checkpoint}?" if os.path.isdir(checkpoint) else advice)
         )
     path = run_dir_of(folder) / CONFIG
     try:
@@ -117,7 +120,7 @@ def why_no_run(folder: str) -> str | None:
     """Return why a folder is neither a run nor one of its checkpoints, as the end of a sentence about it; None if it
     is a run or a checkpoint.
     """
-    if not Path(folder).is_dir():
+    if not os.path.isdir(folder):
         return "no such folder; name a run or one of its checkpoints"
     try:
         read_values(folder)
@@ -137,7 +140,7 @@ def why_no_checkpoint(name: str) -> str | None:
     steps = sorted(int(path.name.removeprefix("step-")) for path in (run / CHECKPOINTS).glob("step-*[0-9]"))
     if not steps:
         return "the run has saved no checkpoint"
-    if folder.is_dir():
+    if os.path.isdir(folder):
         return None
     return f"the run has no checkpoint of that step; it has those of steps {', '.join(map(str, steps))}"
 
@@ -209,7 +212,7 @@ def find_config(name: str) -> Path | None:
     front.
     """
     path = Path(name)
-    if path.is_file():
+    if os.path.isfile(path):
         return path
     recipe = name.removeprefix("./").removeprefix("configs/")
     return shipped_folder() / recipe if recipe in shipped_configs() else None

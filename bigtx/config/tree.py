@@ -6,6 +6,7 @@ No option takes a value: settings are written KEY=VALUE.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -112,7 +113,7 @@ def _of_run(schema: type, tree: Node, path: Path) -> Node:
     if path.name != CONFIG or saved is None or not isinstance(saved.content, str) or not is_run(folder):
         return tree
     now: dict[str, Any] = {}
-    if not Path(saved.content).is_dir() or not folder.samefile(saved.content):
+    if not os.path.isdir(saved.content) or not folder.samefile(saved.content):
         now = with_moved_paths(schema, read_values(folder), Path(saved.content), folder.absolute())
         now["run_dir"] = str(folder)
     return merge(tree, from_values(now | {"allow_changes": []}, str(path)))
@@ -127,8 +128,8 @@ def _over_base_model(tree: Node, problems: list[Problem]) -> Node:
     if base is None or base.is_null or not isinstance(base.content, str):
         return tree
     source = at_home(base.content)
-    if not Path(source).is_dir() and run_dir and isinstance(run_dir.content, str):
-        if not (Path(run_dir.content) / CONFIG).is_file():
+    if not os.path.isdir(source) and run_dir and isinstance(run_dir.content, str):
+        if not os.path.isfile(Path(run_dir.content) / CONFIG):
             problems.append(Problem("base", source, "no such folder; name a run or one of its checkpoints", base.where))
             return tree
         source = run_dir.content
@@ -150,14 +151,14 @@ def _find(schema: type, name: str) -> Path:
     """Return the YAML file that an argument means; a run's folder means its config.yaml."""
     if path := find_config(name):
         return path
-    if issubclass(schema, RunConfig) and is_run(Path(name)) and (Path(name) / CONFIG).is_file():
+    if issubclass(schema, RunConfig) and is_run(Path(name)) and os.path.isfile(Path(name) / CONFIG):
         return _config_of_run(schema, Path(name))
     if kind := no_file(name):
         raise ProblemError(Problem("", "", f"{name!r} is {kind}, {NOT_A_FILE}: every rank reads it", COMMAND_LINE))
     if runs := runs_near(Path(name)) if issubclass(schema, RunConfig) else []:
         what = f"{name!r} is not a run; did you mean {' or '.join(map(str, runs))}?"
         raise ProblemError(Problem("", "", what, COMMAND_LINE))
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         keys = ("input.paths", "data.train", "data.sources.mine.path")
         key = next((key for key in keys if find(schema, key)), "run_dir")
         what = f"{name!r} is a folder, not a YAML file; did you mean {setting(key, name)}?"
@@ -219,7 +220,7 @@ def _read_file(path: Path, problems: list[Problem], above: tuple[Path, ...], vis
     for node in _base_names(base):
         assert isinstance(node.content, str)
         file = path.parent / node.content
-        if not file.is_file():
+        if not os.path.isfile(file):
             what = f"no file {file}; base: is relative to its own file"
             problems.append(Problem(BASE, node.content, what, node.where))
         else:
@@ -234,7 +235,7 @@ def _is_run(base: Node, path: Path) -> bool:
     if base.is_null or (path.name == CONFIG and is_run(path.parent)):
         return True
     name = base.content
-    return isinstance(name, str) and not (path.parent / name).is_file() and Path(name).is_dir()
+    return isinstance(name, str) and not os.path.isfile(path.parent / name) and os.path.isdir(name)
 
 
 def _base_names(base: Node | None) -> list[Node]:

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 import sys
 from collections import deque
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from bigtx.utils import shell
@@ -57,7 +57,7 @@ def may_be_value(word: str) -> bool:
 
     It may be a secret (`--api-key X`): no message repeats it.
     """
-    return not (is_option(word) or ASSIGNMENT.fullmatch(word) or Path(word).exists())
+    return not (is_option(word) or ASSIGNMENT.fullmatch(word) or os.path.exists(word))
 
 
 def take(words: Iterable[str], name: str) -> tuple[str | None, list[str]]:
@@ -264,7 +264,7 @@ class _Reader:
         action = self.names.get(name)
         if action is None and "." in key and _SETTINGS in self.options:
             self._give(self.options[_SETTINGS], [word])
-        elif action is None and Path(word).exists():
+        elif action is None and os.path.exists(word):
             self.loose.append(word)
         elif action is None:
             path = f"; a path with = in it is written {shell.command('./PATH')}" if not self._similar(key) else ""
@@ -358,7 +358,7 @@ class _Reader:
 
 def _members(value: str) -> list[str]:
     """Return the members of a list as a config writes it, `[a, b]`; any other text is one value."""
-    if not (value.startswith("[") and value.endswith("]")) or Path(value).exists():
+    if not (value.startswith("[") and value.endswith("]")) or os.path.exists(value):
         return [value]
     import yaml  # Few command lines hold a list.
 

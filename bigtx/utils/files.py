@@ -83,7 +83,7 @@ def url_problem(url: str) -> str | None:
 
 def kind_of_folder(folder: Path | str) -> str | None:
     """Return a folder's kind in words; None where its names do not show it."""
-    return next((kind for kind, names in MARKS if all((Path(folder) / name).is_file() for name in names)), None)
+    return next((kind for kind, names in MARKS if all(os.path.isfile(Path(folder) / name) for name in names)), None)
 
 
 def at_home(path: str) -> str:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import re
 import tempfile
 import textwrap
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bigtx.config.load import from_dict, load, parse_command_line, to_dict, to_yaml, with_settings
-from bigtx.config.schema import FinetuneConfig, PrepareConfig, PretrainConfig
-from bigtx.config.settings import leaves
+from bigtx.config.schema import FinetuneConfig, PrepareConfig, PretrainConfig, TokenizerTrainConfig
+from bigtx.config.settings import NAME, leaves
 from bigtx.utils.errors import ConfigError
 
 
@@ -232,6 +235,20 @@ def test_of_many_problems_the_first_are_shown_whole(tmp_path: Path) -> None:
     assert [f"train.a{number}" in line for number, line in enumerate(lines[1:-1])] == [True] * 20
     at_the_limit = refusal(*(f"train.a{number}={number}" for number in range(20))).splitlines()
     assert len(at_the_limit) == 21 and "train.a19" in at_the_limit[-1]
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "b" * 300 + "/c.yaml", "nul\0.yaml"])
+def test_a_name_that_no_file_can_have_is_refused_as_a_missing_one(tmp_path: Path, name: str) -> None:
+    """The system does not only say that there is no such file: the name is too long."""
+    assert "no file" in refusal(name)
+    assert "no file" in refusal(write(tmp_path, "own.yaml", f"base: {json.dumps(name)}\n"))
+    assert "no file" in refusal(write(tmp_path, "list.yaml", f"base: [{json.dumps(name)}]\n"))
+    for schema in (PretrainConfig, FinetuneConfig, PrepareConfig, TokenizerTrainConfig):
+        for setting in leaves(schema):
+            if setting.kind == "path" and "\0" not in name:
+                key = setting.key.replace(NAME, "a")
+                with contextlib.suppress(ConfigError):
+                    load(schema, [f"{key}=[{name}]" if typing.get_origin(setting.type) is list else f"{key}={name}"])
 
 
 def test_base_files_are_found_from_where_they_are_named(tmp_path: Path) -> None:

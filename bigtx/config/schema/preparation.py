@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, Optional
 
 from bigtx.config.nodes import Problem
@@ -246,7 +246,7 @@ class PrepareConfig:
 def path_problems(key: str, paths: Sequence[str]) -> Iterator[Problem]:
     """Yield a problem for each path or pattern that names nothing; URLs and braces are expanded when they are read."""
     for path in paths:
-        if is_url(path) or "{" in path or Path(path).exists():
+        if is_url(path) or "{" in path or os.path.exists(path):
             continue
         if not glob.has_magic(path):
             yield Problem(key, path, "no such file or folder")
@@ -258,5 +258,5 @@ def tokenizer_problems(key: str, folder: str) -> Iterator[Problem]:
     """Yield a problem for the folder of a tokenizer that is not given or does not exist."""
     if not folder:
         yield Problem(key, "", "is not given; name a folder written by `bigtx tokenizer train`")
-    elif not Path(folder).is_dir():
+    elif not os.path.isdir(folder):
         yield Problem(key, folder, "no such folder; name one written by `bigtx tokenizer train`")

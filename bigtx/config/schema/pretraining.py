@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,11 +56,11 @@ class SourceConfig:
         elif is_url(self.path):
             if problem := url_problem(self.path):
                 yield Problem(key, self.path, problem)
-        elif not folder.is_dir():
-            begun = Path(f"{self.path.rstrip('/')}.partial").is_dir()
+        elif not os.path.isdir(folder):
+            begun = os.path.isdir(f"{self.path.rstrip('/')}.partial")
             what = "is not finished yet; run its `bigtx data prepare` again" if begun else NO_CORPUS
             yield Problem(key, self.path, what)
-        elif not (folder / split / MANIFEST).is_file():
+        elif not os.path.isfile(folder / split / MANIFEST):
             yield Problem(key, self.path, _no_corpus(folder, key, split))
 
 
@@ -95,7 +96,7 @@ class ForeignConfig:
         for path in self.paths:
             if is_url(path) and (problem := url_problem(path)):
                 yield Problem("data.foreign.paths", path, problem)
-            elif not is_url(path) and "{" not in path and not Path(path).is_file():
+            elif not is_url(path) and "{" not in path and not os.path.isfile(path):
                 yield Problem("data.foreign.paths", path, "no such file")
         yield from tokenizer_problems("data.foreign.tokenizer", self.tokenizer)
 
@@ -326,9 +327,9 @@ class PretrainConfig(RunConfig):
 
 def _no_corpus(folder: Path, key: str, split: str) -> str:
     """Return why a folder is not a prepared corpus with the split, and what to write."""
-    if (folder / MANIFEST).is_file():
+    if os.path.isfile(folder / MANIFEST):
         return f"is one split of a prepared corpus; write {setting(key, folder.parent)}"
-    if any((folder / other / MANIFEST).is_file() for other in SPLITS):
+    if any(os.path.isfile(folder / other / MANIFEST) for other in SPLITS):
         return f"has no {split}/{MANIFEST}: the corpus has no {split} split; name another one"
     if kind := "empty" if not any(folder.iterdir()) else kind_of_folder(folder):
         return f"is {kind}, not a prepared corpus; name a folder written by `bigtx data prepare`"
