@@ -174,6 +174,18 @@ MISTAKES: dict[str, Mistake] = {
     "an empty file of records": finetuning("data.train=empty.jsonl", says="empty.jsonl: empty"),
     "a corpus as records": finetuning("data.train=corpus", says="corpus is a prepared corpus"),
     "records of an unknown kind": finetuning("data.train=notes", says="the format of notes is not known"),
+    **{
+        f"a name that no file can have, {command}": Mistake((*command.split(), "a" * 300, *words), ("is too long",))
+        for command, words in (
+            ("predict", ["input=" + "b" * 300]),
+            ("import", ["output=new"]),
+            ("data inspect", []),
+            ("data verify", []),
+            ("data stats", []),
+            ("tokenizer inspect", ["text=a"]),
+            ("wandb sync", []),
+        )
+    },
     # The run folder.
     **both("no run_dir", "run_dir=", says="e.g. run_dir=runs/first"),
     **both("a file as run_dir", "run_dir=notes", says=("run_dir=notes", "name another folder")),

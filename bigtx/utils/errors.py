@@ -8,6 +8,7 @@ assertion.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import importlib.util
 import os
@@ -135,6 +136,14 @@ def _status_of(main: Callable[[], int | None]) -> int:
         if not error.reported:
             log.say_error(f"{type(error).__name__}: {error}")
         return error.exit_status
+    except OSError as error:
+        # What only a name of the user's can cause, wherever it is used first.
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        log.say_error(
+            f"ConfigError: the name {str(error.filename)[:80]!r}... is too long for a file; write a shorter one"
+        )
+        return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except SystemExit as end:

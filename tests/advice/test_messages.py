@@ -23,7 +23,7 @@ from bigtx.config.schema import FinetuneConfig, PrepareConfig, PretrainConfig, T
 from bigtx.config.settings import find, leaves
 from bigtx.utils.errors import ConfigError
 
-NOT_FOLLOWED, WITHOUT = 76, 75
+NOT_FOLLOWED, WITHOUT = 77, 75
 
 SCHEMAS = (PretrainConfig, FinetuneConfig, PrepareConfig, TokenizerTrainConfig)
 SECTIONS = sorted({setting.key.split(".")[0] for schema in SCHEMAS for setting in leaves(schema) if "." in setting.key})
