@@ -29,3 +29,9 @@ def test_the_files_of_a_step(corpus: Path, tmp_path: Path) -> None:
         "files"
     ]
     assert len(traced["files"]) <= 17 and len(traced["modules"]) <= 90
+
+
+def test_files_are_few_and_short() -> None:
+    files = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in (ROOT / "bigtx").rglob("*.py")}
+    assert 100 < len(files) <= 210
+    assert [path.name for path, num_lines in files.items() if num_lines > 400] == []

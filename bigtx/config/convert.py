@@ -15,7 +15,6 @@ from typing import Any
 from bigtx.config.nodes import Node, Problem
 from bigtx.config.settings import Setting, example_list, examples, find, members, show_number, similar_keys
 from bigtx.utils import shell, units
-from bigtx.utils.files import at_home
 from bigtx.utils.secrets import HIDDEN, is_secret_key, scrub_text
 
 INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*(_[0-9]+)*)")
@@ -186,7 +185,7 @@ def _member_text(node: Node) -> str:
 
 
 def _member_path(node: Node) -> str:
-    return at_home(_member_text(node))
+    return shell.at_home(_member_text(node))
 
 
 def _refuse_filling_in(text: str) -> None:
@@ -240,7 +239,7 @@ def _text(setting: Setting, node: Node) -> str:
         raise ValueError("has no value; write '' for an empty text")
     if setting.kind == "duration":
         units.parse_duration(node.content, f"a duration such as {_either(setting)}")
-    return at_home(node.content) if setting.kind == "path" else node.content
+    return shell.at_home(node.content) if setting.kind == "path" else node.content
 
 
 def _boolean(text: str, advice: str = "") -> bool:

@@ -16,9 +16,8 @@ import yaml
 
 from bigtx.utils.arguments import ASSIGNMENT
 from bigtx.utils.errors import ConfigError
-from bigtx.utils.files import at_home
 from bigtx.utils.secrets import HIDDEN, is_secret_key, scrub_text
-from bigtx.utils.shell import setting, written
+from bigtx.utils.shell import at_home, setting, written
 
 COMMAND_LINE = "command line"
 DEEPEST = 100

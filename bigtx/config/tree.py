@@ -37,9 +37,9 @@ from bigtx.config.schema import FinetuneConfig, RunConfig
 from bigtx.config.settings import find, same_name_keys, similar_keys
 from bigtx.utils.arguments import ASSIGNMENT, is_option, may_be_value
 from bigtx.utils.errors import CheckpointError
-from bigtx.utils.files import NOT_A_FILE, at_home, no_file
+from bigtx.utils.files import NOT_A_FILE, no_file
 from bigtx.utils.secrets import is_secret_key, scrub_text
-from bigtx.utils.shell import command, setting
+from bigtx.utils.shell import at_home, command, setting
 
 BASE = "base"
 _SHORT = {"o": "output"}

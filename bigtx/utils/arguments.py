@@ -20,7 +20,6 @@ from typing import Any, NoReturn
 
 from bigtx.utils import shell
 from bigtx.utils.errors import ConfigError
-from bigtx.utils.files import at_home
 from bigtx.utils.secrets import scrub_text
 from bigtx.utils.terminal import columns, wrapped
 
@@ -272,7 +271,7 @@ class _Reader:
         elif action.nargs == 0:
             self.problems.append(f"{key} is a switch and takes no value; write {shown(action)}")
         else:
-            value = at_home(value)
+            value = shell.at_home(value)
             self._give(action, _members(value) if action.nargs in ("+", "*") else [value])
 
     def _give(self, action: argparse.Action, values: list[str]) -> None:

@@ -86,13 +86,6 @@ def kind_of_folder(folder: Path | str) -> str | None:
     return next((kind for kind, names in MARKS if all(os.path.isfile(Path(folder) / name) for name in names)), None)
 
 
-def at_home(path: str) -> str:
-    """Return a path with `~/` replaced by the home folder. A shell does this only at the start of a word, so not in
-    `input.paths=~/texts`.
-    """
-    return os.path.expanduser(path) if path.startswith("~/") else path
-
-
 def no_file(path: Path | str) -> str | None:
     """Return what is at a path where neither a file nor a folder is, in words; None where one of them is, or where
     nothing is.

@@ -1,8 +1,10 @@
-"""Commands and settings as a message shows them: bash and zsh read each of them unchanged."""
+"""Commands and settings as a message shows them: bash and zsh read each of them unchanged. And paths that a shell has
+not completed."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -41,3 +43,10 @@ def written(value: Any) -> str:
 def _member(value: Any) -> str:
     text = written(value)
     return text if _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)
+
+
+def at_home(path: str) -> str:
+    """Return a path with `~/` replaced by the home folder. A shell does this only at the start of a word, so not in
+    `input.paths=~/texts`.
+    """
+    return os.path.expanduser(path) if path.startswith("~/") else path
