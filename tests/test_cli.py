@@ -106,6 +106,12 @@ def test_the_help_of_every_command_fits_the_terminal(command: str, capsys: pytes
     assert shown.startswith("usage: ") and max(map(len, shown.splitlines())) <= 80, shown
 
 
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_the_help_of_a_training_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["help", command]) == 0
+    assert f"e.g. bigtx {command} " in capsys.readouterr().out
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["version"], ["--version"]):
         assert main(words) == 0

@@ -7,12 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from engine.ranks import OPTIMIZERS, PRECISIONS, STAGES, Saved, cases, check_parity, run_ranks
 
 from bigtx.engine import checkpoint
+from bigtx.engine.engine import Engine
 from bigtx.engine.trainable import PART_MULTIPLE
 from bigtx.utils.errors import CheckpointError
 
@@ -308,3 +311,15 @@ def test_a_pickle_in_place_of_a_checkpoint_is_never_run(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="safetensors"):
         next(checkpoint.load_weights(checkpoint.newest(tmp_path)))
     assert not canary.exists()
+
+
+def test_the_forward_passes_of_a_step_take_as_long_as_its_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two recorded passes of 20 and 40 milliseconds, and four micro batches in a step."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    begun: Any = SimpleNamespace(elapsed_time=lambda milliseconds: milliseconds)
+    engine: Any = SimpleNamespace(
+        _forwards=[(begun, 20.0), (begun, 40.0)], deepspeed=SimpleNamespace(gradient_accumulation_steps=lambda: 4)
+    )
+    assert Engine.forward_seconds(engine) == pytest.approx(0.12)
+    engine._forwards = []
+    assert Engine.forward_seconds(engine) is None

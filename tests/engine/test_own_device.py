@@ -80,6 +80,26 @@ def test_a_place_to_meet_that_does_not_answer_is_named(monkeypatch: pytest.Monke
     assert ranks.MEET_SECONDS < 60
 
 
+def test_a_rank_that_is_early_meets_the_first_one_within_half_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+
+    def connect(*given: Any, timeout: float) -> Any:
+        if now < 107.7:
+            raise ConnectionRefusedError
+        return SimpleNamespace(close=lambda: None)
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    for name, value in (("RANK", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    monkeypatch.setattr(socket, "create_connection", connect)
+    ranks.reach_first(60.0)
+    assert 107.7 <= now < 108.2
+
+
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What two ranks say of themselves."""

@@ -234,6 +234,26 @@ def test_modernbert_of_transformers_4_is_read_alike() -> None:
 
 
 @pytest.mark.parametrize(
+    ("kinds", "expected"),
+    [
+        ("full full full", {"global_attn_every_n_layers": 1}),
+        ("full sliding full", {"global_attn_every_n_layers": 2, "local_attention": 6}),
+        ("sliding sliding sliding", {"local_attention": 6}),
+    ],
+)
+def test_layers_with_a_window_are_written_for_transformers_4(
+    tokenizer: Tokenizer, kinds: str, expected: dict[str, int]
+) -> None:
+    """It assumes that every third layer has no window, unless a config says otherwise."""
+    family = by_model_type("modernbert")
+    values = {"layer_types": [f"{kind}_attention" for kind in kinds.split()], "local_attention": 6}
+    config = family.read_config(TINY | values | {"vocab_size": tokenizer.vocab_size})
+    written = family.write_config(config, tokenizer)
+    names = ("global_attn_every_n_layers", "local_attention")
+    assert {name: written[name] for name in names if name in written} == expected
+
+
+@pytest.mark.parametrize(
     ("model_type", "values", "named"),
     [
         ("bert", {"hidden_act": "relu"}, ["hidden_act='relu'"]),

@@ -20,7 +20,13 @@ from hypothesis import strategies as st
 
 from bigtx.cli import main
 from bigtx.config.schema import TokenizerTrainConfig
-from bigtx.interop.tokenizer import HARD_TEXTS, compare_tokenizers, export_tokenizer, import_tokenizer
+from bigtx.interop.tokenizer import (
+    HARD_TEXTS,
+    _first_difference,
+    compare_tokenizers,
+    export_tokenizer,
+    import_tokenizer,
+)
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.tokenizer.train import train
 from bigtx.utils.errors import DataError
@@ -403,3 +409,14 @@ def test_differences_are_lines(bpe: Tokenizer, unigram: Tokenizer, export: Expor
     assert any(line.startswith("the size of the vocabulary is 1000 in bigtx and 1500") for line in lines)
     assert 10 < len(lines) <= len(HARD_TEXTS) + 4
     assert all(line.isprintable() for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "expected"),
+    [
+        ([1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 9], "from token 2 on, bigtx has [3, 4, 5, 6, 7] and transformers [9]"),
+        ([1, 2], [1, 2, 3], "from token 2 on, bigtx has [] and transformers [3]"),
+    ],
+)
+def test_the_first_difference_of_ids(mine: list[int], theirs: list[int], expected: str) -> None:
+    assert _first_difference(mine, theirs) == expected

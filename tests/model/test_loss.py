@@ -12,7 +12,7 @@ from bigtx.config.schema import ModelConfig
 from bigtx.model import loss as loss_module
 from bigtx.model.compiled import compile_loss
 from bigtx.model.logits import soft_capped
-from bigtx.model.loss import Head
+from bigtx.model.loss import ClassifierHead, Head
 
 VOCAB_SIZE, HIDDEN, ROWS, LENGTH = 150, 24, 3, 13
 
@@ -49,6 +49,28 @@ def test_a_frozen_bias() -> None:
     head.bias.requires_grad_(False)
     head(hidden, labels).loss_sum.backward()
     assert head.bias.grad is None and head.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("form", "has_transform"), [("transform", True), ("pooler", True), ("score", True), (None, False)])
+def test_a_head_of_classes_in_each_form(form: str | None, has_transform: bool) -> None:
+    head = ClassifierHead(
+        ModelConfig(hidden_size=4, num_classes=3, class_head=form, head_transform=has_transform, norm="layer")  # type: ignore[arg-type]
+    )
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.normal_(generator=generator)
+    x = torch.randn(2, 4, generator=generator)
+    weights = dict(head.named_parameters())
+    if form == "transform":
+        expected = F.layer_norm(F.gelu(x @ weights["transform.weight"].t()), (4,), weights["norm.weight"])
+    elif form == "pooler":
+        expected = torch.tanh(x @ weights["pooler.weight"].t() + weights["pooler.bias"])
+    else:
+        expected = x
+    expected = expected @ weights["classes.weight"].t() + weights.get("classes.bias", torch.zeros(3))
+    assert ("classes.bias" in weights) == (form != "score")
+    torch.testing.assert_close(head.eval()(x), expected)
 
 
 @pytest.mark.parametrize("chunk", [1, 7 * 256, 2**20])

@@ -65,6 +65,11 @@ def test_the_share_that_is_held_out(config: FinetuneConfig, tokenizer: Tokenizer
     assert [len(splits[name].records) for name in ("train", "validation")] == [40 - count, count]
 
 
+def test_without_records_to_train_on_nothing_begins(config: FinetuneConfig, tokenizer: Tokenizer) -> None:
+    with pytest.raises(DataError, match=r"data\.train gives no records to train on"):
+        open_task_data(without(config, *range(1, 41)), tokenizer)
+
+
 @pytest.mark.parametrize("split", ["tail", "hash"])
 def test_the_others_keep_their_places(tmp_path: Path, config: FinetuneConfig, tokenizer: Tokenizer, split: str) -> None:
     config.data.split = split  # type: ignore[assignment]

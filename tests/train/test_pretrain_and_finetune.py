@@ -241,6 +241,63 @@ def test_a_fine_tuning_is_finished_once_its_best_was_measured(
     assert finetune_run.is_finished(inputs, stopped, tmp_path) == (is_finished and step == 10)
 
 
+@pytest.mark.parametrize("is_resumed", [True, False])
+def test_a_fine_tuning_resumes_where_it_has_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_resumed: bool
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def replaced(module: Any, name: str, result: Any) -> None:
+        monkeypatch.setattr(module, name, lambda *given, **named: (asked.update({name: (*given, named)}), result)[1])
+
+    config = FinetuneConfig(run_dir=str(tmp_path))
+    config.train.global_batch_size, config.validation.every, config.validation.patience = 4, "25 %", 3
+    config.schedule.warmup = "100 tokens"
+    task = SimpleNamespace(better={"loss": "lower"})
+    inputs: Any = SimpleNamespace(config=config, task=task, facts={"data": "d"}, tokenizer="tokenizer", teacher=None)
+    inputs.total_steps, inputs.mean_tokens, inputs.rows, inputs.flops_per_token = 10, 12.4, [0] * 3, lambda: 5.0
+    here, engine, state = context(tmp_path), SimpleNamespace(frozen=[]), RunState(step=3)
+    here.join_ranks, here.start_up = lambda: here.ranks, SimpleNamespace(end=lambda phase: None)
+    here.resources = SimpleNamespace(callback=lambda close: None)
+    folder = found(at(3) if is_resumed else None)
+    splits = {"validation": "validation records"}
+    replaced(start, "open_folder", folder)
+    replaced(start, "build_engine", engine)
+    for name in ("resume", "begin"):
+        replaced(finetune_run, name, (state, {"step": 70}, splits))
+    for name, result in (
+        ("open_inputs", inputs),
+        ("is_finished", False),
+        ("describe_trained", "all"),
+        ("write_description", None),
+        ("open_loader", SimpleNamespace(close=None)),
+        ("open_tracker", SimpleNamespace(wandb_run_id="w")),
+        ("Measurement", "measurement"),
+        ("with_teacher", task),
+        ("open_meter", "meter"),
+        ("open_saver", "saver"),
+        ("open_guards", "guards"),
+        ("execute", 7),
+    ):
+        replaced(finetune_run, name, result)
+    assert finetune_run.finetune(here) == 7
+    if is_resumed:
+        assert asked["resume"] == (here, inputs, engine, folder, {}) and "begin" not in asked
+    else:
+        assert asked["begin"] == (here, inputs, engine, {}) and "resume" not in asked
+    assert asked["build_engine"] == (config, "tokenizer", {})
+    assert asked["open_loader"] == (here, inputs, splits, state, {})
+    named = {"total_steps": 10, "better": task.better, "job_type": "finetune", "base": {"step": 70}}
+    assert asked["open_tracker"] == (here, config, folder, state, named)
+    assert asked["Measurement"] == (config, engine, here.ranks, task, "validation records", {})
+    assert asked["open_meter"] == (config, here.ranks, folder, 5.0, {})
+    _, run, ending = asked["execute"]
+    assert (run.schedule.total_steps, run.schedule.warmup_steps) == (10, 2)  # Of 4 x 12.4 tokens, rounded to 50.
+    assert (run.validate_every, run.patience) == ("3 steps", 3)
+    assert run.facts == {"data": "d", "wandb_run_id": "w"} and run.state is state
+    assert ending["conclude"].keywords == {"measurement": "measurement", "splits": splits, "num_rows": 3}
+
+
 @pytest.mark.parametrize(
     ("changed", "num_held_out", "is_forgotten"),
     [

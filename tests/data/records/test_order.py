@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 
@@ -43,6 +45,22 @@ def test_the_order_never_changes() -> None:
         [144, 130, 193, 11],
         [50, 113, 218, 239],
     ]
+
+
+@pytest.mark.parametrize("name", ["_permute", "_draw_window"])
+def test_one_epoch_and_one_window_are_kept_in_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw, drawn = getattr(RecordOrder, name), list[weakref.ref[np.ndarray]]()
+
+    def watched(order: RecordOrder, number: int) -> np.ndarray:
+        result = draw(order, number)
+        drawn.append(weakref.ref(result))
+        return result
+
+    monkeypatch.setattr(RecordOrder, name, watched)
+    order = RecordOrder(np.arange(300) % 7, global_batch_size=4, seed=3)
+    for number in range(8 * WINDOW_BATCHES):
+        order.batch(number)
+    assert len(drawn) >= 4 and sum(kept() is not None for kept in drawn) == 1
 
 
 class Batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -155,6 +156,17 @@ def test_spans_and_what_is_left_make_the_row(document_mask: bool) -> None:
         assert rebuilt == raw.tokens[row].tolist()
         noise += sum(map(len, spans.values()))
     assert noise == 8 * round(0.15 * LENGTH)
+
+
+def test_spans_of_the_shortest_rows() -> None:
+    """Of two tokens the second is removed; a single token is not asked for."""
+    raw = replace(rows(3), text_lengths=torch.tensor([LENGTH, 2, 1]))
+    batch, mark = make("span_corruption").prepare(raw), Words.sentinel_ids[0]
+    first, second = raw.tokens[1, :2].tolist()
+    assert batch.tokens[1, :4].tolist() == [first, mark, END, Words.pad_id]
+    assert batch.labels[1, :4].tolist() == [mark, second, END, IGNORED_LABEL]
+    assert batch.tokens[2].tolist() == [Words.pad_id] * batch.tokens.shape[1]
+    assert batch.labels[2].tolist() == [IGNORED_LABEL] * batch.labels.shape[1]
 
 
 @pytest.mark.parametrize("document_mask", [False, True])
