@@ -51,7 +51,9 @@ def test_a_frozen_bias() -> None:
     assert head.bias.grad is None and head.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize(("form", "has_transform"), [("transform", True), ("pooler", True), ("score", True), (None, False)])
+@pytest.mark.parametrize(
+    ("form", "has_transform"), [("transform", True), ("pooler", True), ("score", True), (None, False)]
+)
 def test_a_head_of_classes_in_each_form(form: str | None, has_transform: bool) -> None:
     head = ClassifierHead(
         ModelConfig(hidden_size=4, num_classes=3, class_head=form, head_transform=has_transform, norm="layer")  # type: ignore[arg-type]
