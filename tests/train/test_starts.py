@@ -134,18 +134,25 @@ def test_a_rank_that_is_gone_or_silent_is_no_fault_of_this_one(
     assert not (attempted.context.folder / "run.lock").exists()
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Broken pipe", "lost the connection"),
+        ("Timed out waiting 20000ms for recv", "another rank did not answer within engine.timeout=30 min"),
+    ],
+)
 def test_with_a_supervisor_it_is_the_supervisor_that_names_a_rank_that_is_gone(
-    told: list[str], attempt: Callable[..., Attempt], monkeypatch: pytest.MonkeyPatch
+    told: list[str], attempt: Callable[..., Attempt], monkeypatch: pytest.MonkeyPatch, text: str, message: str
 ) -> None:
     reported: dict[str, Any] = {}
     monkeypatch.setattr(log, "report", lambda **facts: reported.update(facts) or True)
     attempted = attempt()
 
     def end() -> bool:
-        raise RuntimeError("Broken pipe")
+        raise RuntimeError(text)
 
     attempted.in_loop = with_lock(attempted, end)
-    with pytest.raises(LaunchError, match="lost the connection") as raised:
+    with pytest.raises(LaunchError, match=message) as raised:
         attempted.run()
     assert raised.value.reported and not any(line.startswith("error ") for line in told)
     assert reported == {"step": 7, "lost": True, "error": str(raised.value)}
