@@ -290,6 +290,12 @@ def test_an_unfinished_checkpoint_does_not_exist(written: Path, tmp_path: Path) 
         checkpoint.newest(tmp_path)
 
 
+def test_checkpoints_on_a_disk_that_is_gone(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "disk")
+    with pytest.raises(CheckpointError, match="checkpoints is a link to .*/disk, which is missing; mount that disk"):
+        checkpoint.newest(tmp_path)
+
+
 def test_a_pickle_in_place_of_a_checkpoint_is_never_run(tmp_path: Path) -> None:
     import pickle
 

@@ -386,14 +386,16 @@ def test_a_step_that_is_not_finite_changes_nothing(fields: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_gradients_are_divided_by_the_scale(name: str) -> None:
+    """Also where the scale changes: Muon's momentum is a mixture of gradients of several steps."""
     results = []
-    for scale in (None, torch.tensor(4.0)):
+    for scales in ((None, None), (4.0, 0.5)):
         own = parameters()
         optimizer = bound(own, name=name, eps=0.25, muon_momentum=0.5)
-        optimizer.grad_scale = scale
-        for gradient in (1.0, 0.5):
+        for number, scale in enumerate(scales, 1):
+            optimizer.grad_scale = None if scale is None else torch.tensor(scale)
             for parameter in own.values():
-                parameter.grad = torch.full_like(parameter, gradient if scale is None else 4 * gradient)
+                gradient = torch.linspace(-1.0, number, parameter.numel()).view_as(parameter)
+                parameter.grad = gradient * (scale or 1.0)
             optimizer.step()
         results.append([parameter.detach() for parameter in own.values()])
     for plain, scaled in zip(*results, strict=True):

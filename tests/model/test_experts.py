@@ -111,6 +111,12 @@ def test_routing_by_its_formulas() -> None:
     assert routing.z.item() == pytest.approx(float(z), rel=1e-5)
 
 
+@pytest.mark.parametrize(("shares", "expected"), [(None, 8.0), ([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]], 3.75)])
+def test_the_balance_of_two_layers_by_hand(shares: list[list[float]] | None, expected: float) -> None:
+    probabilities = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 1.0]])
+    assert imbalance(probabilities, None if shares is None else torch.tensor(shares)).item() == expected
+
+
 def test_balance_is_one_where_the_load_is_even_and_pulls_towards_it() -> None:
     layer = filled(Experts(config_of(num_experts=4, num_active=1)))
     with torch.no_grad():
