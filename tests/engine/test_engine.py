@@ -290,6 +290,13 @@ def test_an_unfinished_checkpoint_does_not_exist(written: Path, tmp_path: Path) 
         checkpoint.newest(tmp_path)
 
 
+def test_files_that_are_gone_are_named_in_their_order(tmp_path: Path) -> None:
+    files = {f"rank-0000{rank}.safetensors": {"size": 1, "sha256": "0" * 64} for rank in (2, 0, 1)}
+    checkpoint.write_manifest(tmp_path, {"format": 1, "step": 1, "parameters": {}, "files": files})
+    with pytest.raises(CheckpointError, match="rank-00000.* is .*rank-00001.* is .*rank-00002.* is "):
+        checkpoint.Checkpoint(tmp_path)
+
+
 def test_checkpoints_on_a_disk_that_is_gone(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").symlink_to(tmp_path / "disk")
     with pytest.raises(CheckpointError, match="checkpoints is a link to .*/disk, which is missing; mount that disk"):
@@ -329,3 +336,23 @@ def test_the_forward_passes_of_a_step_take_as_long_as_its_micro_batches(monkeypa
     assert Engine.forward_seconds(engine) == pytest.approx(0.12)
     engine._forwards = []
     assert Engine.forward_seconds(engine) is None
+
+
+def test_no_guard_is_asked_about_a_step_that_is_not_finite() -> None:
+    """DeepSpeed keeps the norm of the step before where a gradient overflows."""
+    optimizer = SimpleNamespace(_global_grad_norm=1.5, overflow=False)
+    deepspeed = SimpleNamespace(optimizer=optimizer, step=lambda: None, get_global_grad_norm=lambda: 1.5)
+    engine: Any = SimpleNamespace(
+        replicated=False, reduction=None, deepspeed=deepspeed, optimizer=SimpleNamespace(refuses=None)
+    )
+    asked: list[tuple[float, float]] = []
+
+    def refuses(loss: float, norm: float) -> bool:
+        asked.append((loss, norm))
+        return True
+
+    assert Engine._update(engine, refuses, False, torch.tensor(12.0), 4) == (1.5, True, True)
+    assert asked == [(3.0, 1.5)]
+    optimizer.overflow = True
+    assert Engine._update(engine, refuses, False, torch.tensor(12.0), 4) == (1.5, False, False)
+    assert len(asked) == 1

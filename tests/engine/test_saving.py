@@ -405,6 +405,14 @@ def test_memory_that_cannot_be_locked_fails_no_later_kernel(
     assert kernels == ["cuda"] * num_kernels
 
 
+def test_a_thread_waits_for_a_copy_on_the_gpu_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    told, buffer = list[str](), torch.ones(2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: told.append(f"GPU {device}"))
+    event: Any = SimpleNamespace(synchronize=lambda: told.append("wait"))
+    assert [tensor is buffer for tensor in host_copy._after(event, buffer, 3)] == [True]
+    assert told == ["GPU 3", "wait"]
+
+
 def test_a_save_waits_for_the_previous_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held = Held(monkeypatch)
     saver = alone(tmp_path, engine_of(0, 1))

@@ -82,6 +82,7 @@ def test_a_trained_model_tells_what_its_run_recorded(tmp_path: Path, tokenizer: 
         "Tokens read in training: 40,960.",
         "| Steps | 10 |",
         "| Precision | fp32 |",
+        "| Processes | 2 |",
         "| Seed | 7 |",
         "| held/out | 8 | 4.2500 | 2.0000 |",
         "| other | 8 | nan | not recorded |",

@@ -15,7 +15,7 @@ from bigtx.config.load import load
 from bigtx.config.runs import shipped_configs, shipped_folder
 from bigtx.config.schema import ExpertsConfig, FinetuneConfig, ModelConfig, PretrainConfig
 from bigtx.config.shape import padded_vocab_size
-from bigtx.model.size import count_parameters, flops_per_token, largest_block, parameter_shapes
+from bigtx.model.size import count_parameters, flops_per_row, flops_per_token, largest_block, parameter_shapes
 from bigtx.model.transformer import Transformer
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs" / "model").glob("*.yaml"))
@@ -151,6 +151,21 @@ def test_experts(mlp: Any, shared: dict[str, Any]) -> None:
     routing = 2 * 5 * 32  # A token meets every row of the router.
     assert counts.active == own.total + routing
     assert flops_per_token(many, 100) == flops_per_token(few, 100) + 6 * routing
+
+
+@pytest.mark.parametrize(("shape", "read"), [("encoder", "source"), ("decoder", "target")])
+def test_the_arithmetic_of_attention_grows_with_the_square_of_the_length(shape: Any, read: str) -> None:
+    config = ModelConfig(shape=shape, vocab_size=100, hidden_size=64, num_layers=3, num_heads=4)
+    none, once, twice = (
+        flops_per_row(config, **({"source": 0, "target": 0} | {read: length}), predicted=0) for length in (0, 10, 20)
+    )
+    assert none == 0 and twice - 2 * once == 12 * 3 * 64 * (20**2 - 2 * 10**2)
+
+
+def test_the_arithmetic_of_pairs_of_tokens_is_a_matrix_from_their_width() -> None:
+    sizes: dict[str, Any] = {"vocab_size": 100, "hidden_size": 64, "num_layers": 3, "num_heads": 4}
+    pairs = ModelConfig(**sizes, bigram_rows=50, bigram_size=16)
+    assert flops_per_token(pairs, 10) - flops_per_token(ModelConfig(**sizes), 10) == 6 * 64 * 16
 
 
 def test_flops() -> None:

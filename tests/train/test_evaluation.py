@@ -16,6 +16,7 @@ from bigtx.config.schema import PretrainConfig
 from bigtx.model.loss import Loss
 from bigtx.pretraining.validation import Alone, Validation
 from bigtx.train.state import RunState
+from bigtx.utils.hashing import derive_seed
 
 
 class Told:
@@ -100,6 +101,7 @@ def test_samples_of_each_step_and_run_are_drawn_by_seeds_of_their_own(monkeypatc
     assert not told.logged and not told.lines
     first, again, later, other = (call["sampling"].seed for call in calls)
     assert first == again and len({first, later, other}) == 3
+    assert first == derive_seed("sample", 5, 1), "a later release draws the same"
     assert calls[0]["max_new_tokens"] == 17 and calls[0]["sampling"].temperature == 0.25
     assert calls[0]["agree"] == "agree" and calls[0]["prompts"] == (made.config.model, "tokenizer", ["a", "b"])
 

@@ -197,6 +197,12 @@ def test_a_stop_saves_at_once_and_the_next_life_measures_first(life: Life) -> No
     assert not life.saved[-1]["state"]["owes_validation"]
 
 
+def test_only_the_last_checkpoint_may_not_be_left_out(life: Life) -> None:
+    life.train_settings, life.total_steps = {"log_every": "4 steps", "checkpoint_every": "3 steps"}, 7
+    assert life.train()
+    assert [(saved["step"], saved["may_wait"]) for saved in life.saved] == [(3, True), (6, True), (7, False)]
+
+
 def test_a_stop_between_measurements_owes_none(life: Life) -> None:
     life.validate_every, life.ranks.stops_at = "2 steps", 3
     assert not life.train()

@@ -218,6 +218,7 @@ def test_a_folder_that_is_held_is_refused_before_anything_is_written(
 def test_a_run_with_nothing_left_lets_go_without_an_engine(told: list[str], attempt: Callable[..., Attempt]) -> None:
     attempted = attempt(at_end=True)
     assert attempted.run() == 0 and tail(told, 2) == ["barrier", "leave"] and attempted.engine is None
+    assert list(attempted.context.start_up.seconds)[-2:] == ["data", "folder"]
     assert not (attempted.context.folder / "run.lock").exists()
 
 

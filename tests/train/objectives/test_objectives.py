@@ -99,6 +99,10 @@ def test_a_row_is_made_the_same_in_any_batch(name: str, document_mask: bool) -> 
             assert torch.equal(part, together[key][first : first + 3]), key
 
 
+def test_only_the_causal_loss_measures_compression() -> None:
+    assert [name for name in SHAPES if make(name).bits_per_byte] == ["causal"]
+
+
 @pytest.mark.parametrize("name", ["fill_in_middle", "masked", "span_corruption"])
 def test_other_seeds_draw_otherwise(name: str) -> None:
     config = PretrainConfig(
