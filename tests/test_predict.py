@@ -22,7 +22,7 @@ from terminals import Terminal
 import bigtx as package
 from bigtx.config.schema import FinetuneConfig
 from bigtx.data.records.record import WHOLE_FILE, Record
-from bigtx.finetuning.prediction_output import fields_of
+from bigtx.finetuning.prediction_output import Output, Unread, fields_of
 from bigtx.finetuning.predictions import task_config
 from bigtx.utils.errors import DataError
 from bigtx.utils.terminal import width
@@ -343,3 +343,12 @@ def test_python_takes_plain_texts(run: Path) -> None:
     for records in ([5], "text", [None]):
         with pytest.raises(DataError, match=r"record 1 is neither|not a list of records"):
             loaded.predict(records)  # type: ignore[arg-type]
+
+
+def test_a_line_that_is_not_whole_is_removed(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    path.write_bytes(b'{"predicti')
+    output = Output(path, dict.fromkeys(Output.MUST_AGREE, "x"))
+    with path.open("r+b") as output._file:
+        assert output.known([Unread("not JSON")]) is None
+    assert path.read_bytes() == b""

@@ -80,6 +80,18 @@ def test_a_copy_is_a_run(run: Path, tmp_path: Path) -> None:
     assert not [*copy.rglob("*.partial")]
 
 
+def test_the_names_of_copied_files_survive_a_power_failure(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy, flushed = tmp_path / "copy", list[Path]()
+    monkeypatch.setattr(copies, "fsync_dir", flushed.append)
+    copier = CheckpointCopier(run, str(copy))
+    copier.submit(step(run, 20))
+    assert copier.finish(30)
+    copier.close(warn=True)
+    assert flushed == [copy, copy / "tokenizer", step(copy, 20), step(copy, 20)]
+
+
 def test_the_manifest_is_uploaded_last_and_what_is_there_only_once(run: Path, store: Any) -> None:
     copier = CheckpointCopier(run, "s3://bucket/copy/")
     for number in (10, 20):

@@ -293,13 +293,13 @@ def test_an_unfinished_checkpoint_does_not_exist(written: Path, tmp_path: Path) 
 def test_files_that_are_gone_are_named_in_their_order(tmp_path: Path) -> None:
     files = {f"rank-0000{rank}.safetensors": {"size": 1, "sha256": "0" * 64} for rank in (2, 0, 1)}
     checkpoint.write_manifest(tmp_path, {"format": 1, "step": 1, "parameters": {}, "files": files})
-    with pytest.raises(CheckpointError, match="rank-00000.* is .*rank-00001.* is .*rank-00002.* is "):
+    with pytest.raises(CheckpointError, match=r"rank-00000.* is .*rank-00001.* is .*rank-00002.* is "):
         checkpoint.Checkpoint(tmp_path)
 
 
 def test_checkpoints_on_a_disk_that_is_gone(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").symlink_to(tmp_path / "disk")
-    with pytest.raises(CheckpointError, match="checkpoints is a link to .*/disk, which is missing; mount that disk"):
+    with pytest.raises(CheckpointError, match=r"checkpoints is a link to .*/disk, which is missing; mount that disk"):
         checkpoint.newest(tmp_path)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from engine.ranks import run_ranks
 
-from bigtx.engine import ranks
+from bigtx.engine import builds, ranks
 from bigtx.utils.errors import LaunchError
 
 
@@ -98,6 +98,24 @@ def test_a_rank_that_is_early_meets_the_first_one_within_half_a_second(monkeypat
     monkeypatch.setattr(socket, "create_connection", connect)
     ranks.reach_first(60.0)
     assert 107.7 <= now < 108.2
+
+
+def test_ranks_wait_for_the_first_one_before_they_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+
+    def reach(seconds: float) -> None:
+        told.append(seconds)
+        raise LaunchError("rank 0 does not answer")
+
+    for name in ("set_environment_of_single_process", "use_own_device", "wait_in_every_group"):
+        monkeypatch.setattr(ranks, name, lambda *given: None)
+    monkeypatch.setattr(builds, "leave_out_unused", lambda: None)
+    monkeypatch.setattr(builds, "take_turns", lambda: None)
+    monkeypatch.setattr(deepspeed, "init_distributed", lambda **given: told.append("meet"))
+    monkeypatch.setattr(ranks, "reach_first", reach)
+    with pytest.raises(LaunchError, match="rank 0 does not answer"):
+        ranks.Ranks(timeout_seconds=1.0)
+    assert told == [ranks.MEET_SECONDS]
 
 
 @pytest.fixture(scope="module")

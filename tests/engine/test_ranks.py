@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -43,6 +44,12 @@ def test_the_ranks_that_wait_find_who_does_not(store: HashStore) -> None:
         store.set(f"bigtx/waited/{rank}", "")
     assert five[1].silent() == [2, 4]
     assert five[2].silent() is None  # One rank has spoken of it.
+
+
+def test_the_rank_that_speaks_gives_the_others_time(store: HashStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    late = SimpleNamespace(sleep=lambda seconds: store.set("bigtx/waited/2", ""), monotonic=time.monotonic)
+    monkeypatch.setattr(ranks, "time", late)
+    assert some_ranks(4)[1].silent() == [0, 3]
 
 
 @pytest.mark.parametrize("is_stopped", [True, False])

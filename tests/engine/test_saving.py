@@ -405,6 +405,17 @@ def test_memory_that_cannot_be_locked_fails_no_later_kernel(
     assert kernels == ["cuda"] * num_kernels
 
 
+def test_the_end_of_a_checkpoint_counts_as_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks wait as long as the count rises, and old checkpoints may take long to delete."""
+    noted: list[int] = []
+    monkeypatch.setattr(saving._Save, "note", lambda save, num_bytes: noted.append(num_bytes))
+    monkeypatch.setattr(saving, "prune", lambda *given, **named: noted.append(-1))
+    saver = alone(tmp_path, engine_of(0, 1))
+    saver.save({"step": 1})
+    saver.wait()
+    assert noted[-2:] == [1, -1] and all(num_bytes > 1 for num_bytes in noted[:-2])
+
+
 def test_a_thread_waits_for_a_copy_on_the_gpu_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     told, buffer = list[str](), torch.ones(2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: told.append(f"GPU {device}"))

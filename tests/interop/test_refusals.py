@@ -21,6 +21,7 @@ from bigtx.engine.checkpoint import newest
 from bigtx.engine.trained import find
 from bigtx.interop.exporter import ExportSettings
 from bigtx.interop.families import by_model_type, choose
+from bigtx.interop.read import ForeignWeights
 from bigtx.interop.verify import verify
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.utils.errors import CheckpointError, ConfigError
@@ -247,6 +248,7 @@ def test_a_head_of_its_own_that_is_called_tied(whole: Path, tmp_path: Path, caps
 def test_an_index_that_does_not_fit(sharded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = copied(sharded, tmp_path)
     whole_index = json.loads((folder / INDEX).read_text())
+    assert ForeignWeights(folder).shapes.keys() == whole_index["weight_map"].keys()
     key, *_, other = whole_index["weight_map"]
     for name, words in (
         ("../elsewhere.safetensors", "files outside of its folder: ../elsewhere.safetensors"),

@@ -152,6 +152,12 @@ def test_routing_of_parts_adds_up_and_padding_is_not_counted() -> None:
     assert slopes[0].abs().max() < 1e-5
 
 
+@pytest.mark.parametrize(("size", "has_gate"), [(0, False), (10, True)])
+def test_without_a_shared_expert_there_is_no_gate(size: int, has_gate: bool) -> None:
+    layer = Experts(config_of(shared_size=size, shared_gate=True))
+    assert ("shared_gate.weight" in dict(layer.named_parameters())) is has_gate
+
+
 def test_an_expert_without_tokens() -> None:
     layer = filled(Experts(config_of(num_active=1)))
     with torch.no_grad():

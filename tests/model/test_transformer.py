@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bigtx.config import shape
 from bigtx.config.schema import AudioConfig, ExpertsConfig, LoraConfig, ModelConfig, RopeScalingConfig
+from bigtx.model.layers import Bigrams
 from bigtx.model.transformer import Transformer
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -389,3 +390,14 @@ def test_feed_forwards(kind: str) -> None:
         "relu2": lambda: up.clamp(min=0) ** 2,
     }[kind]()
     torch.testing.assert_close(mlp(x), inner @ mlp.down.weight.t(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_pair_of_tokens_keeps_its_row_in_later_releases() -> None:
+    """The row of a pair is the upper part of 32 bits: of 64 rows the first 6. Before a text there is the id -1."""
+    bigrams = Bigrams(ModelConfig(vocab_size=100, hidden_size=4, bigram_rows=64, bigram_size=4))
+    with torch.no_grad():
+        bigrams.table.weight.copy_(torch.arange(64.0)[:, None].expand(64, 4))
+    pairs = [(-1, 5), (5, 7), (7, 5)]
+    expected = [((before + 1) * 0x9E3779B1 + token * 0x85EBCA77) % 2**32 // 2**26 for before, token in pairs]
+    before, tokens = torch.tensor([pairs]).unbind(-1)
+    assert bigrams(tokens, before)[0, :, 0].tolist() == expected and len(set(expected)) == 3

@@ -77,9 +77,11 @@ def test_memory_that_is_nearly_full() -> None:
     assert notice.text == (
         "the memory of a is nearly full: 4 GiB of 100 GiB are free; its largest rank is 1 with 60 GiB"
     )
+    assert (notice.kind, notice.subject, notice.badness) == ("low_memory", "memory a", 25.0)
     gpu = Report("a", 0, 0, device_peak=95 * GIB, device_total=100 * GIB)
     assert memory_warnings([gpu, replace(gpu, device_peak=0, device_total=0)]) == []
     (near,) = memory_warnings([gpu, replace(gpu, device_peak=96 * GIB)])
+    assert (near.kind, near.subject, near.badness) == ("low_device_memory", "device 1", 1.0)
     assert near.facts["rank"] == 1 and "at most 96 GiB of 100 GiB were in use" in near.text
     (retried,) = memory_warnings([replace(gpu, retries=7)])
     assert "7 allocations had to collect free memory first" in retried.text and retried.badness == 8.0

@@ -280,3 +280,14 @@ def test_a_reference_is_what_the_model_says_of_each_example_in_its_order() -> No
     assert made and set(found) == {"train", "validation"}
     assert found["train"].tolist() == [[float(number), -float(number)] for number in range(7)]
     assert found["validation"].dtype == np.float64 and found["validation"].tolist() == [[0.0, 0.0], [1.0, -1.0]]
+
+
+@pytest.mark.parametrize("generates", [True, False])
+def test_all_ranks_know_whether_texts_are_written(generates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(measure, "by_all_ranks", lambda *given, **named: asked.update(named) or ["answer"])
+    config = SimpleNamespace(train=SimpleNamespace(micro_batch_size=3))
+    measurement: Any = SimpleNamespace(config=config, engine=None, ranks=None)
+    predict: Any = None
+    assert Measurement._predict(measurement, ["example"], predict, generates=generates) == ["answer"]
+    assert asked == {"batch_size": 3, "generates": generates}

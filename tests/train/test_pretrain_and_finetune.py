@@ -30,6 +30,7 @@ from bigtx.pretraining.corpora import length_setting, with_vocabulary
 from bigtx.train import start
 from bigtx.train.start import Start
 from bigtx.train.state import RunState
+from bigtx.train.teacher import Teacher
 from bigtx.utils import log
 from bigtx.utils.errors import CheckpointError, ConfigError
 
@@ -442,3 +443,35 @@ def test_a_students_first_weights_are_the_seeds_or_its_teachers_layers() -> None
     config.distill.copy_layers = True
     assert start.initial_weights(engine, config, teacher) == "theirs" and asked[0][0] is shapes
     assert torch.equal(asked[0][1]("embedding.weight", "master", 5, 9), value[5:9])
+
+
+@pytest.mark.parametrize(("longest", "is_refused"), [(64, False), (65, True)])
+def test_a_teacher_reads_rows_as_long_as_its_learned_positions(longest: int, is_refused: bool) -> None:
+    model = ModelConfig(vocab_size=100, positions="learned", max_sequence_length=64)
+    tokenizer: Any = SimpleNamespace(fingerprint="t")
+    teacher: Any = SimpleNamespace(model=model, tokenizer=tokenizer)
+    problems = list(Teacher._problems(teacher, PretrainConfig(run_dir="unused", model=model), tokenizer, longest))
+    assert problems == ["it has 64 learned positions, and rows are up to 65 long"] * is_refused
+
+
+def test_the_files_of_a_base_are_closed_once_its_weights_are_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    source = SimpleNamespace(
+        manifest={"tokenizer": "t", "step": 70}, shapes={}, path=tmp_path, close=lambda: told.append("close")
+    )
+    transfer = SimpleNamespace(
+        initialized=[], read=lambda *given: "read", describe=lambda: "all", to_dict=lambda: {"loaded": []}
+    )
+    monkeypatch.setattr(start, "initial_weights", lambda *given: "initial")
+    monkeypatch.setattr(start, "open_other_run", lambda *given: source)
+    monkeypatch.setattr(start, "set_first_weights", lambda *given, **named: told.append(f"set {given[2]}"))
+    monkeypatch.setattr(start, "facts_of", lambda opened: {"step": 70})
+    monkeypatch.setattr(finetune_run, "other_classes", lambda *given: [])
+    monkeypatch.setattr(finetune_run, "plan_transfer", lambda *given, **named: transfer)
+    monkeypatch.setattr(finetune_run, "untrained_roles", lambda *given: None)
+    engine: Any = SimpleNamespace(shapes=dict, frozen=[])
+    inputs: Any = SimpleNamespace(config=FinetuneConfig(), teacher=None, tokenizer=SimpleNamespace(fingerprint="t"))
+    facts = finetune_run.set_first_weights(context(tmp_path), inputs, engine, "base")
+    assert facts == {"step": 70, "loaded": []} and told == ["set read", "close"]

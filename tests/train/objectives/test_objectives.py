@@ -228,6 +228,15 @@ def unmasked_labels(batch: Batch, row: int) -> list[int]:
     ]
 
 
+@pytest.mark.parametrize("name", ["span_corruption", "prefix"])
+def test_padding_of_both_sides_is_at_position_0(name: str) -> None:
+    raw = rows(2, document_mask=True)
+    batch = make(name, document_mask=True).prepare(replace(raw, text_lengths=torch.tensor([LENGTH, 17])))
+    assert batch.positions is not None and batch.target_positions is not None
+    for positions in (batch.positions, batch.target_positions):
+        assert positions[0, -5:].any() and not positions[1, -5:].any()
+
+
 def test_the_decoder_reads_its_labels_one_step_late() -> None:
     for name in ("span_corruption", "prefix"):
         batch = make(name).prepare(rows())
@@ -342,6 +351,45 @@ def pieces_of(tokens: list[int]) -> list[list[int]]:
         if token == END:
             pieces.append([])
     return pieces
+
+
+class Draws:
+    """Stands in for a generator: its draws are those of the test."""
+
+    def __init__(self, *draws: float) -> None:
+        self.draws = draws
+
+    def random(self, count: int) -> np.ndarray:
+        return np.resize(self.draws, count)
+
+
+@pytest.mark.parametrize("draw", [0.0, 0.999])
+def test_the_shortest_and_the_longest_prefix(draw: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From one token to all but one; a single token has no prefix."""
+    objective = make("prefix", shape="decoder")
+    monkeypatch.setattr(objective, "generator", lambda sequence_id: Draws(draw))
+    lengths = [LENGTH, 5, 2, 1]
+    batch = objective.prepare(replace(rows(4), text_lengths=torch.tensor(lengths)))
+    assert batch.prefix_mask is not None
+    expected = [1, 1, 1, 0] if draw == 0.0 else [LENGTH - 1, 4, 1, 0]
+    assert batch.prefix_mask.sum(dim=1).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("cuts", "expected"), [((0.0, 0.0), "suffix"), ((0.0, 0.999), "middle"), ((0.999,) * 2, "prefix")]
+)
+def test_a_document_is_cut_anywhere_from_its_begin_to_its_end(
+    cuts: tuple[float, float], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objective = make("fill_in_middle", fill_in_middle_rate=1.0, suffix_first_rate=0.0)
+    monkeypatch.setattr(objective, "generator", lambda sequence_id: Draws(0.0, 0.5, *cuts))
+    raw = rows(1)
+    raw.tokens[0, :8] = torch.tensor([200, 202, 204, 206, 208, 210, 212, END])
+    made = objective.prepare(replace(raw, text_lengths=torch.tensor([8]))).tokens[0].tolist()
+    body, marks = [200, 202, 204, 206, 208, 210, 212], [token for token in made if token in Words.sentinel_ids]
+    place = made.index(200) - 1
+    assert made[place + 1 : place + 8] == body and len(marks) == 3
+    assert made[place] == marks[["prefix", "suffix", "middle"].index(expected)]
 
 
 def test_no_document_rearranged_is_causal() -> None:

@@ -68,6 +68,8 @@ def test_texts_are_normalized_as_the_config_says() -> None:
     assert normalize(text, "none") == "Don’t PANIC, it's O'Neill's «42» -- 'quoted' हिन्दी"
     assert normalize(text, "lower") == "don’t panic, it's o'neill's «42» -- 'quoted' हिन्दी"
     assert normalize(text, "words") == "don't panic it's o'neill's 42 quoted हिन्दी"
+    assert normalize("x'y !x'y x'y! x''y 'x y'", "words") == "x'y x'y x'y x y x y"
+    assert normalize("x'y", "words") == "x'y" and normalize("'x", "words") == normalize("x'", "words") == "x"
 
 
 def test_a_path_collapses() -> None:

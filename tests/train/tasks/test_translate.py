@@ -212,6 +212,8 @@ def test_what_is_refused(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     with pytest.raises(LaunchError, match=r"bigtx\[translate\]"):
         require_sacrebleu()
+    with pytest.raises(LaunchError, match=r"bigtx\[translate\]"):
+        Translate.resolve(task.config, tokenizer, [])
 
 
 def test_batches_for_compiled_blocks_have_few_shapes(tokenizer: Tokenizer) -> None:
@@ -221,5 +223,6 @@ def test_batches_for_compiled_blocks_have_few_shapes(tokenizer: Tokenizer) -> No
     )
     batch = task.collate([task.encode(pair(*texts)) for texts in PAIRS])
     assert batch.tokens.shape[1] % 16 == batch.labels.shape[1] % 16 == 0
+    assert task.padded([], 0).shape[0] == 0
     lengths = np.array([task.encode(pair(*texts)).length for texts in PAIRS])
     assert (lengths == [max(len(tokenizer.encode(text)) for text in texts) + 1 for texts in PAIRS]).all()
