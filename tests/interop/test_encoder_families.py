@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from bigtx.cli import main
 from bigtx.config.schema import TokenizerTrainConfig
 from bigtx.config.schema.model import ExpertsConfig, ModelConfig, RopeScalingConfig
 from bigtx.interop.families import by_model_type, choose
+from bigtx.interop.importer import _converted
+from bigtx.model.initial import initial_value
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.tokenizer.train import train
 from bigtx.utils.errors import CheckpointError, ConfigError
@@ -391,3 +394,11 @@ def test_published_shapes(kind: str, fields: dict[str, Any], tokenizer: Tokenize
         theirs = foreign(input_ids=tokens, attention_mask=real.long()).logits
         ours = loaded.model(tokens, segment_ids=real.long())
     assert distance(ours[real], theirs[real]) < TOLERANCE
+
+
+def test_parameters_that_are_new_begin_with_the_values_of_seed_1() -> None:
+    config = ModelConfig(vocab_size=128, hidden_size=8)
+    link: Any = SimpleNamespace(keys=["lm_head.weight"], names=["head.weight"])
+    weights: Any = None
+    ((name, value),) = _converted([link], {}, weights, config)
+    assert name == "head.weight" and torch.equal(value, initial_value(name, (128, 8), config, seed=1))

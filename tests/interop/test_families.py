@@ -326,3 +326,26 @@ def test_realistic_shapes(model_type: str, tmp_path: Path) -> None:
     run_command("export", tmp_path / "run", "-o", tmp_path / "out", "--max-shard-size", "200 MB")
     before, after = tensors(tmp_path / "source"), tensors(tmp_path / "out")
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+NEEDED = {
+    "vocab_size": 99,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 16,
+}
+
+
+def test_mixtral_has_the_defaults_of_transformers() -> None:
+    theirs = transformers.MixtralConfig()
+    own = by_model_type("mixtral").read_config(NEEDED | {"max_position_embeddings": 64})
+    assert own.num_kv_heads == theirs.num_key_value_heads == 8
+    assert own.experts.num_experts == theirs.num_local_experts == 8
+    assert own.experts.num_active == theirs.num_experts_per_tok == 2
+
+
+def test_yarn_without_a_factor_has_the_ratio_of_both_lengths() -> None:
+    scaling = {"rope_type": "yarn", "original_max_position_embeddings": 1024}
+    config = by_model_type("llama").read_config(NEEDED | {"max_position_embeddings": 4096, "rope_scaling": scaling})
+    assert config.rope_scaling.factor == 4.0

@@ -12,6 +12,7 @@ from finetunes import labelled, write_jsonl
 
 from bigtx.config.schema import FinetuneConfig, ModelConfig, RecordsConfig, TokenizerTrainConfig
 from bigtx.data.stream.loader import Division
+from bigtx.finetuning import checks
 from bigtx.finetuning.inputs import RecordLoader
 from bigtx.finetuning.records import TABLE_FILE, TaskData, open_task_data, read_table, write_table
 from bigtx.tokenizer.tokenizer import Tokenizer
@@ -139,3 +140,11 @@ def test_a_share_of_few_records_holds_out_none(
     config.data.min_held_out, config.data.test_fraction = fewest, 0.0
     splits = open_task_data(config, tokenizer).splits
     assert [len(splits[name].records) for name in ("train", "validation")] == [40 - held_out, held_out]
+
+
+def test_records_are_checked_before_ranks_start(config: FinetuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "open_tokenizer", lambda *given: None)
+    checks.check_inputs(config, 1)
+    Path(config.data.train[0]).write_text("{broken\n")
+    with pytest.raises(DataError, match="line 1"):
+        checks.check_inputs(config, 1)

@@ -69,6 +69,11 @@ def test_the_disk_has_space_for_so_many_checkpoints(tmp_path: Path) -> None:
     assert disk_warnings(tmp_path, 0, 0)[0].facts["fits"] == 0
 
 
+def test_of_a_machine_that_says_nothing_all_memory_is_free() -> None:
+    unknown = Report("a", 0, 0)
+    assert unknown.host_free == unknown.host_total and memory_warnings([unknown]) == []
+
+
 def test_memory_that_is_nearly_full() -> None:
     full = Report("a", 0, 0, anonymous=60 * GIB, host_free=4 * GIB, host_total=100 * GIB)
     free = replace(full, anonymous=20 * GIB, host_free=5 * GIB)

@@ -246,7 +246,7 @@ def test_a_fine_tuning_is_finished_once_its_best_was_measured(
 def test_a_fine_tuning_resumes_where_it_has_a_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_resumed: bool
 ) -> None:
-    asked: dict[str, Any] = {}
+    asked, ended = dict[str, Any](), list[str]()
 
     def replaced(module: Any, name: str, result: Any) -> None:
         monkeypatch.setattr(module, name, lambda *given, **named: (asked.update({name: (*given, named)}), result)[1])
@@ -258,7 +258,7 @@ def test_a_fine_tuning_resumes_where_it_has_a_checkpoint(
     inputs: Any = SimpleNamespace(config=config, task=task, facts={"data": "d"}, tokenizer="tokenizer", teacher=None)
     inputs.total_steps, inputs.mean_tokens, inputs.rows, inputs.flops_per_token = 10, 12.4, [0] * 3, lambda: 5.0
     here, engine, state = context(tmp_path), SimpleNamespace(frozen=[]), RunState(step=3)
-    here.join_ranks, here.start_up = lambda: here.ranks, SimpleNamespace(end=lambda phase: None)
+    here.join_ranks, here.start_up = lambda: here.ranks, SimpleNamespace(end=ended.append)
     here.resources = SimpleNamespace(callback=lambda close: None)
     folder = found(at(3) if is_resumed else None)
     splits = {"validation": "validation records"}
@@ -281,7 +281,7 @@ def test_a_fine_tuning_resumes_where_it_has_a_checkpoint(
         ("execute", 7),
     ):
         replaced(finetune_run, name, result)
-    assert finetune_run.finetune(here) == 7
+    assert finetune_run.finetune(here) == 7 and ended == ["engine"]
     if is_resumed:
         assert asked["resume"] == (here, inputs, engine, folder, {}) and "begin" not in asked
     else:

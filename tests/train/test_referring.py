@@ -98,11 +98,16 @@ def test_a_resumed_run_asks_before_its_own_weights_are_read(
     monkeypatch.setattr(start, "saved_state", lambda config, found: state)
     monkeypatch.setattr(start, "load_checkpoint", lambda *_: referring.done.append("checkpoint"))
     monkeypatch.setattr(run_module, "keep_inputs", lambda *_: None)
-    made: list[bool] = []
+    made, asked = list[bool](), list[Any]()
     monkeypatch.setattr(
         run_module,
         "with_reference",
-        lambda *_, is_initial: (made.append(is_initial), referring.done.append("refer"), "referred")[-1],
+        lambda *given, is_initial: (
+            made.append(is_initial),
+            asked.append(given[:2]),
+            referring.done.append("refer"),
+            "referred",
+        )[-1],
     )
     if is_resumed:
         found = run_module.resume(referring.context, referring.inputs, referring.engine, Start({}, None, []))
@@ -110,7 +115,7 @@ def test_a_resumed_run_asks_before_its_own_weights_are_read(
     else:
         found = run_module.begin(referring.context, referring.inputs, referring.engine)
         assert referring.done == ["weights of None, kept True"] + ["refer"] * needs
-    assert made == [not is_resumed] * needs
+    assert made == [not is_resumed] * needs and asked == [(referring.context, referring.inputs)] * needs
     assert found[2] == ("referred" if needs else referring.inputs.data.splits)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from bigtx.config.schema import DistillConfig, FinetuneConfig, PretrainConfig, SourceConfig
 from bigtx.engine.checkpoint import write_manifest
-from bigtx.train.run_folder import HISTORY, MARK, WRITTEN, check_run_dir, open_run_folder
+from bigtx.train.run_folder import HISTORY, MARK, WRITTEN, _refuse_other_files, check_run_dir, open_run_folder
 from bigtx.utils.errors import BigtxError, CheckpointError, ConfigError, LaunchError
 from bigtx.utils.files import write_json
 
@@ -219,3 +219,9 @@ def test_json_that_is_no_environment_makes_no_run(folder: Path) -> None:
         (folder / "environment.json").write_text(content)
         with pytest.raises(ConfigError, match=r"environment.json, which no run wrote"):
             check_run_dir(PretrainConfig(run_dir=str(folder)))
+
+
+def test_a_link_to_nowhere_is_not_written_through(tmp_path: Path) -> None:
+    (tmp_path / "deepspeed.json").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"deepspeed\.json"):
+        _refuse_other_files(tmp_path, is_given=False)

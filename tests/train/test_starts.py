@@ -5,15 +5,17 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from train.attempts import Attempt
 
 from bigtx.config.schema import EngineConfig, PretrainConfig
+from bigtx.train import loop
 from bigtx.train.context import EarlyStop, RunContext
 from bigtx.train.state import RunState
-from bigtx.utils import log, processes
+from bigtx.utils import heartbeat, log, processes
 from bigtx.utils.errors import BigtxError, CheckpointError, LaunchError
 from bigtx.utils.locks import FolderLock
 
@@ -301,3 +303,30 @@ def test_a_checkpoint_of_other_inputs_is_refused(
     with pytest.raises(CheckpointError, match=rf"{message}.*it had other"):
         attempted.run()
     assert not (attempted.context.folder / "run.lock").exists()
+
+
+def test_the_loop_knows_the_phases_of_its_start(
+    told: list[str], attempt: Callable[..., Attempt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(loop, "train", lambda run, stop: seen.append(run.start_up) or True)
+    attempted = attempt()
+    assert attempted.run() == 0 and seen == [attempted.context.start_up]
+    assert list(attempted.context.start_up.seconds)[-1] == "tracker"
+
+
+def test_a_rank_that_ends_itself_says_that_it_is_stuck(
+    told: list[str], config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sights: list[Any] = []
+    monkeypatch.setattr("bigtx.launch.watchdog.describe", lambda culprits, seen, *_: sights.extend(seen) or "it hangs")
+    monkeypatch.setattr(heartbeat, "write_stacks", lambda *given: "stacks")
+    monkeypatch.setattr(heartbeat, "place_in", lambda *given: "loss.py")
+    monkeypatch.setattr(heartbeat, "waits_for_gpu", lambda stack: False)
+    monkeypatch.setattr("os._exit", lambda status: told.append(f"exit {status}"))
+    ranks = SimpleNamespace(rank=2, is_first_to_fail=lambda: True)
+    ended: Any = SimpleNamespace(folder=tmp_path, ranks=ranks, config=config)
+    vigil: Any = SimpleNamespace(beat=SimpleNamespace(phase="forward"), still=7.0)
+    RunContext._end_stuck(ended, vigil, "stack")
+    assert [(sight.rank, sight.is_stuck) for sight in sights] == [(2, True)]
+    assert told[0].startswith("error it hangs") and told[1:] == ["exit 1"]

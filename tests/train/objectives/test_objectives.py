@@ -14,6 +14,7 @@ from bigtx.config.shape import noise_counts
 from bigtx.data.stream.rows import IGNORED_LABEL, Batch
 from bigtx.pretraining import make_objective
 from bigtx.pretraining.objectives import Objective
+from bigtx.pretraining.source_and_target import PADDING_SEGMENT
 from bigtx.tokenizer.special import SpecialIds
 from bigtx.utils.errors import ConfigError
 
@@ -226,6 +227,22 @@ def unmasked_labels(batch: Batch, row: int) -> list[int]:
         label if label != IGNORED_LABEL else (read[index + 1] if index + 1 < len(read) else END)
         for index, label in enumerate(labels)
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "source_end", "target_end"), [("span_corruption", (8, 2), (2, 2)), ("prefix", (4, 1), (3, 2))]
+)
+def test_the_last_ids_of_both_sides_belong_to_the_document_before_them(
+    name: str, source_end: tuple[int, int], target_end: tuple[int, int]
+) -> None:
+    """Each is a column and the number of its document."""
+    raw = rows(1, document_mask=True)
+    assert raw.segment_ids is not None
+    raw.segment_ids[0, :8] = torch.tensor([0, 0, 1, 1, 1, 1, 1, 2])
+    batch = make(name, document_mask=True).prepare(replace(raw, text_lengths=torch.tensor([8])))
+    assert batch.segment_ids is not None and batch.target_segment_ids is not None
+    for segments, (column, document) in ((batch.segment_ids, source_end), (batch.target_segment_ids, target_end)):
+        assert segments[0, column] == document and segments[0, column + 1] == PADDING_SEGMENT
 
 
 @pytest.mark.parametrize("name", ["span_corruption", "prefix"])

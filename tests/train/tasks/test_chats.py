@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from bigtx.config.schema import ChatConfig, FinetuneConfig, ModelConfig, RecordsConfig, SftConfig, TokenizerTrainConfig
 from bigtx.data.records.record import BadRecordError, Record
+from bigtx.finetuning.tasks.chats import ChatFormat, Part
 from bigtx.finetuning.tasks.preference import Preference
 from bigtx.finetuning.tasks.sft import Sft, best_fit
 from bigtx.model.loss import IGNORED
@@ -238,3 +240,13 @@ def test_dpo_is_that_of_the_paper(tokenizer: Tokenizer) -> None:
     assert task.loss(model, batch).loss_sum.item() == pytest.approx(total.item(), rel=1e-5)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_turns_that_do_not_fit_are_counted() -> None:
+    """Of three turns of 3, 3 and 2 ids, the last two fit into 8 beside a begin id and an answer of 2."""
+    parts = [Part([10, 11, 12], "user", False), Part([20, 21, 22], "user", True), Part([30, 31], "assistant", False)]
+    chats: Any = SimpleNamespace(tokenizer=SimpleNamespace(begin_ids=[1]), is_plain=True, max_length=8, may_cut=True)
+    fitted = ChatFormat.fit(chats, parts, [[40, 41]])
+    assert (fitted.prompt, fitted.answers) == ([1, 20, 21, 22, 30, 31], [[40, 41]])
+    assert fitted.is_learned == [False, False, True, True, False, False]
+    assert (fitted.num_cut, fitted.num_left_out, fitted.lost_start) == (3, 1, False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -148,3 +149,16 @@ def test_a_pair_that_is_too_long(tokenizer: Tokenizer) -> None:
     short = task.encode(pair("the house of stone " * 5, "red", "green apple"))
     longer = len(tokenizer.encode("green apple")) + 1
     assert short.prompt.tolist() == [*prompt[-(10 - longer - 2) :], end, assistant] and not short.is_equal
+
+
+def test_to_predict_a_prompt_goes_before_messages() -> None:
+    names = {name: name for name in ("prompt", "messages", "chosen", "rejected")}
+    task: Any = SimpleNamespace(
+        fields=SimpleNamespace(**names),
+        format=SimpleNamespace(
+            prompt=lambda record, field: record.value(field), check=lambda messages, field: messages
+        ),
+    )
+    messages = [{"role": "user", "content": "other"}]
+    for fields, expected in (({"prompt": "one", "messages": messages}, "one"), ({"messages": messages}, messages)):
+        assert Preference.divide(task, Record(fields, "a.jsonl", 1), False) == (expected, [])

@@ -17,7 +17,7 @@ from bigtx.config.schema import AudioConfig, FinetuneConfig, ModelConfig, Record
 from bigtx.config.shape import num_columns
 from bigtx.data.recordings import AudioPlace
 from bigtx.data.records.record import BadRecordError, Record
-from bigtx.finetuning.tasks.speech import Cache
+from bigtx.finetuning.tasks.speech import Cache, _band
 from bigtx.finetuning.tasks.transcribe import Transcribe, collapse, normalize
 from bigtx.model.beam import Beam
 from bigtx.model.loss import IGNORED
@@ -282,3 +282,9 @@ def test_the_cache_holds_no_more_than_it_may() -> None:
         get(key)
     assert made == ["a", "b", "c", "b"] and cache.num_bytes == 80, "b was used longest ago when c came"
     assert get("large", 26) == 26 and "large" not in cache.held
+
+
+def test_a_band_is_anywhere_within_the_length() -> None:
+    draw = np.random.default_rng(1)
+    bands = {_band(6, 0.5, draw) for _ in range(500)}
+    assert bands == {(start, start + width) for width in range(4) for start in range(6 - width + 1)}
