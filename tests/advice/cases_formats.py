@@ -77,8 +77,8 @@ def both(*edits: Callable[[Desk], object]) -> Callable[[Desk], object]:
 
 
 def a_classifier(desk: Desk) -> None:
-    desk.take("classifier")
-    desk.done("bigtx export classifier output=foreign --no-verify")
+    desk.take("foreign_classifier")
+    Path("foreign_classifier").rename("foreign")
 
 
 LLAMA = "LlamaForSequenceClassification"
@@ -116,7 +116,8 @@ def an_imported_model_to_classify(desk: Desk) -> Attempt:
     def attempt(words: Any) -> Outcome:
         if not words:
             return desk.run("bigtx import foreign output=other")
-        return call(lambda: load(FinetuneConfig, ["base=new", "data.train=in.jsonl", "run_dir=tuned", *words]) and "")
+        settings = ["base=new", "data.train=in.jsonl", "run_dir=tuned", "train.epochs=1"]
+        return call(lambda: load(FinetuneConfig, [*settings, *words]) and "")
 
     return attempt
 
@@ -127,7 +128,7 @@ def exported(desk: Desk, *, is_apart: bool) -> Outcome:
     if not is_apart:
         special = dataclasses.replace(tokenizer.special, pad=tokenizer.end_id)
         tokenizer = Tokenizer(tokenizer.model, special, tokenizer.origin)
-    return call(lambda: describe(load_run_config(desk.shelf.classifier), tokenizer) and "")
+    return call(lambda: describe(load_run_config(desk.shelf.foreign_classifier.with_name("scored")), tokenizer) and "")
 
 
 again(

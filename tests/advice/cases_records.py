@@ -10,7 +10,7 @@ from typing import Any
 
 from advice.cases_again import TALK, Step, again_in
 from advice.cases_training import FINETUNE, sft
-from advice.desk import Cases, Desk, Outcome, call, written
+from advice.desk import Attempt, Cases, Desk, Outcome, call, written
 from advice.shelf import SHAPE
 
 from bigtx.config.load import load
@@ -113,7 +113,11 @@ def resumed(desk: Desk) -> None:
 
 
 def checked(*given: str) -> Step:
-    return lambda desk: call(lambda: check_records(load(FinetuneConfig, [*FINETUNE[::2], "base=decoder", *given])))
+    def check(desk: Desk) -> Outcome:
+        settings = [*FINETUNE[::2], "base=decoder", "task=sft", *given]
+        return call(lambda: check_records(load(FinetuneConfig, settings)))
+
+    return check
 
 
 again(
@@ -124,6 +128,14 @@ again(
     checked("data.train=in.jsonl"),
     before=lambda desk: (desk.take("decoder"), desk.write("empty.jsonl", "\n"), desk.lines("in.jsonl", *PAIRS)),
 )
+
+
+@CASES.case(" records cannot be used; repair or remove them:", r"Or leave them out: ('.*?') \(to resume")
+def a_few_unusable_records(desk: Desk) -> Attempt:
+    desk.lines("in.jsonl", *PAIRS, {}, {"prompt": "red"})
+    return lambda words: opened(*words)(desk)
+
+
 again(
     "many_unusable_records",
     "7 records cannot be used, the first 5 of them",

@@ -141,11 +141,11 @@ for name, shown, damage in (
 # Starts.
 
 
-def resume(*given: str) -> Outcome:
+def resume(*given: str, check: bool = True) -> Outcome:
     """What is said until the model is built."""
 
     def begin() -> None:
-        config = load(PretrainConfig, given)
+        config = load(PretrainConfig, given, check=check)
         context = RunContext(config)
         context.ranks = ALONE
         with context.resources:
@@ -190,14 +190,19 @@ def without_checkpoints(desk: Desk) -> None:
     shutil.rmtree("empty/checkpoints")
 
 
-again(
-    "a_fork_of_a_run_without_a_checkpoint",
-    ": the run has no checkpoint",
-    "name a run that has saved one",
-    lambda desk: resume(*ELSEWHERE, "train.max_steps=9", "fork_from=empty"),
-    lambda desk: resume(*ELSEWHERE, "train.max_steps=9", "fork_from=decoder"),
-    before=without_checkpoints,
-)
+FORK = [*ELSEWHERE, "train.max_steps=9"]
+for name, shown, is_checked in (
+    ("a_fork_of_a_run_without_a_checkpoint", ": the run has saved no checkpoint", True),
+    ("a_fork_of_a_run_that_lost_its_checkpoints", ": the run has no checkpoint", False),
+):
+    again(
+        name,
+        shown,
+        "name a run that has saved one",
+        functools.partial(lambda check, desk: resume(*FORK, "fork_from=empty", check=check), is_checked),
+        lambda desk: resume(*FORK, "fork_from=decoder"),
+        before=without_checkpoints,
+    )
 
 
 def begun(tokenizer: str, *given: str) -> Step:
