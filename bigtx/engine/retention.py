@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from bigtx.config.runs import run_dir_of
 from bigtx.engine.checkpoint import (
+    ANOTHER,
     FOLDER,
     FROZEN,
     Checkpoint,
@@ -247,7 +248,7 @@ def choose(folder: Path, ranks: Ranks, warn: Any) -> Checkpoint | None:
             checkpoint = Checkpoint(candidate, share=share)
             problems = checkpoint.verify(share)
         except CheckpointError as error:
-            problems = [str(error)]
+            problems = [str(error).removesuffix(ANOTHER)]
         problems = sorted({problem for found in ranks.gather(problems) for problem in found})
         if not problems:
             if suspects:

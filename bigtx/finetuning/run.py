@@ -294,8 +294,8 @@ def _return_to_base(context: RunContext[FinetuneConfig], inputs: Inputs, engine:
             source = start.open_other_run(context, place)
             source.close()
             is_same = source.manifest_sha256 == base.get("manifest_sha256")
-        except CheckpointError as error:
-            problem, is_same = f"the base cannot be read: {error}", False
+        except CheckpointError:  # Its advice is for a base that is named anew.
+            problem, is_same = f"{place}, the base that {BASE} names, is gone or damaged", False
         if not is_same:
             raise CheckpointError(
                 f"{context.folder}: the file with the base's log-probabilities is missing ({REFERENCE}), and it cannot "

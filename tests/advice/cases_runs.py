@@ -133,7 +133,7 @@ def base_again(desk: Desk) -> Outcome:
 
 for name, shown, damage in (
     ("a_base_that_is_another", " is not the base that base.json names", lambda desk: edit(FIFTH, wandb_run_id="a")),
-    ("a_base_that_is_gone", "the base cannot be read: ", lambda desk: shutil.rmtree(FIFTH)),
+    ("a_base_that_is_gone", ", the base that base.json names, is gone or damaged", lambda desk: shutil.rmtree(FIFTH)),
 ):
     copied(name, shown, "restore one of them", "decoder", damage, base_again)
 
