@@ -294,7 +294,7 @@ def _return_to_base(context: RunContext[FinetuneConfig], inputs: Inputs, engine:
             source = start.open_other_run(context, place)
             source.close()
             is_same = source.manifest_sha256 == base.get("manifest_sha256")
-        except CheckpointError:  # Its advice is for a base that is named anew.
+        except CheckpointError:  # Its advice is for a base that can be replaced by another one.
             problem, is_same = f"{place}, the base that {BASE} names, is gone or damaged", False
         if not is_same:
             raise CheckpointError(
