@@ -129,7 +129,7 @@ def test_damaged_frozen_weights_are_found(base: Path, records: Path, tuned: Path
     assert f"frozen/{victim.name} does not have the sha256" in problem
     done = finetune(*run_of(base, records, copy, LORA))
     assert done.returncode == 2 and f"frozen/{victim.name} does not have the sha256" in done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
+    assert f"{copy / 'frozen'} is damaged (see above)" in done.stderr and "Traceback" not in done.stderr
     victim.unlink()
     done = finetune(*run_of(base, records, copy, LORA))
     assert done.returncode == 2 and f"{victim.name} is missing" in done.stdout + done.stderr

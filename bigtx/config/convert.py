@@ -256,8 +256,7 @@ def _number(setting: Setting, text: str) -> float:
         return int(text)
     if FLOAT.fullmatch(text) and setting.type is float and math.isfinite(value := float(text)):
         return value
-    if SEXAGESIMAL.fullmatch(text):
-        raise ValueError(f"would be a number to base 60 in YAML; write a plain number, e.g. {_either(setting)}")
+    _refuse_base_60(text, f", e.g. {_either(setting)}")
     if LEADING_ZERO.fullmatch(text):
         _check_bounds(setting, int(_decimal(text)))
     _refuse_octal(text)
@@ -284,6 +283,11 @@ def _decimal(text: str) -> str:
 def _refuse_octal(text: str) -> None:
     if LEADING_ZERO.fullmatch(text):
         raise ValueError(f"would be an octal number in YAML; write {_decimal(text)}")
+
+
+def _refuse_base_60(text: str, advice: str) -> None:
+    if SEXAGESIMAL.fullmatch(text):
+        raise ValueError(f"would be a number to base 60 in YAML; write a plain number{advice}")
 
 
 def _check_bounds(setting: Setting, value: float) -> None:
@@ -313,8 +317,7 @@ def _untyped(node: Node) -> Any:
     _refuse_octal(text)
     if INTEGER.fullmatch(text):
         return int(text)
-    if SEXAGESIMAL.fullmatch(text):
-        raise ValueError("would be a number to base 60 in YAML; write a plain number, or put a text into quotes")
+    _refuse_base_60(text, ", or put a text into quotes")
     if NOT_FINITE.fullmatch(text) or (FLOAT.fullmatch(text) and math.isinf(float(text))):
         raise ValueError("is not a finite number; write one in digits, or put a text into quotes")
     return float(text) if FLOAT.fullmatch(text) else text

@@ -139,7 +139,7 @@ def why_no_checkpoint(name: str) -> str | None:
         return problem
     steps = sorted(int(path.name.removeprefix("step-")) for path in (run / CHECKPOINTS).glob("step-*[0-9]"))
     if not steps:
-        return "the run has saved no checkpoint"
+        return "the run has saved no checkpoint; name a run that has saved one"
     if os.path.isdir(folder):
         return None
     return f"the run has no checkpoint of that step; it has those of steps {', '.join(map(str, steps))}"

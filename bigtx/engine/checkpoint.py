@@ -47,6 +47,8 @@ FROZEN = "frozen"
 WEIGHT_KINDS = ("master", "ema")
 """Kinds that are weights; a frozen parameter has one value for both."""
 MANIFEST = "manifest.json"
+ANOTHER = "; use another checkpoint of the run"
+"""The end of a sentence about a damaged checkpoint."""
 EVERY = slice(None)
 """All files of a checkpoint."""
 _NAME = re.compile(r"step-(\d{8,})")
@@ -81,7 +83,7 @@ class Checkpoint:
         }
         problems = [problem for name in self._names[share] if (problem := self._size_problem(name))]
         if problems:
-            raise CheckpointError(f"{path}: {'; '.join(problems)}; use another checkpoint of the run")
+            raise CheckpointError(f"{path}: {'; '.join(problems)}{ANOTHER}")
         self.frozen = self._open_frozen(share)
         if self.frozen is not None:
             self.files |= {f"{FROZEN}/{name}": file for name, file in self.frozen.files.items()}
@@ -116,7 +118,10 @@ class Checkpoint:
             CheckpointError: the checkpoint does not have all of them.
         """
         if self.frozen is not None and self._is_frozen(name) and kind in WEIGHT_KINDS:
-            return self.frozen.read(name, "master", start, stop)
+            try:
+                return self.frozen.read(name, "master", start, stop)
+            except CheckpointError as error:
+                raise self._frozen_error(error) from None
         import torch
 
         places = [place for place in self._places(name, kind, start, stop) if place[0] < stop and place[1] > start]
@@ -152,6 +157,14 @@ class Checkpoint:
         checked = (self._problem(name) for name in sorted(self.files)[share])
         return [problem for problem in checked if problem]
 
+    def refuse_damaged(self) -> None:
+        """Raise a CheckpointError with advice if a file does not have the hash of the manifest."""
+        problems = self.verify()
+        if any(problem.startswith(f"{FROZEN}/") for problem in problems):
+            raise self._frozen_error("; ".join(problems))
+        if problems:
+            raise CheckpointError(f"{self.path}: {'; '.join(problems)}{ANOTHER}")
+
     def _problem(self, name: str) -> str | None:
         try:
             if problem := self._size_problem(name):
@@ -181,15 +194,19 @@ class Checkpoint:
         try:
             frozen = Checkpoint(folder, share=share)
         except CheckpointError as error:
-            raise CheckpointError(
-                f"{self.path} holds only what its run trains, and the other weights are damaged: {error}; restore "
-                f"{folder} from a copy"
-            ) from None
+            raise self._frozen_error(error) from None
         if frozen.manifest_sha256 != expected:
             raise CheckpointError(
                 f"{folder} does not hold the weights that {self.path} was trained with; restore it from a copy"
             )
         return frozen
+
+    def _frozen_error(self, problem: object) -> CheckpointError:
+        """Return the error for damaged frozen weights. All checkpoints of the run share them, so no other one helps."""
+        return CheckpointError(
+            f"{self.path} holds only what its run trains, and the other weights are damaged: "
+            f"{str(problem).removesuffix(ANOTHER)}; restore {run_dir_of(self.path) / FROZEN} from a copy"
+        )
 
     def _is_frozen(self, name: str) -> bool:
         return self.frozen is not None and name in self.frozen.manifest["parameters"]
@@ -215,13 +232,12 @@ class Checkpoint:
             part = self._opened(file).get_slice(key)
         except SafetensorError as error:
             raise CheckpointError(
-                f"{self.path / file} does not have the range {key[:100]!r}, which {MANIFEST} names: {error}; use "
-                "another checkpoint of the run"
+                f"{self.path / file} does not have the range {key[:100]!r}, which {MANIFEST} names: {error}{ANOTHER}"
             ) from error
         if part.get_shape() != [length]:
             raise CheckpointError(
                 f"{self.path / file}: {key[:100]!r} has the shape {part.get_shape()} instead of [{length}], which "
-                f"{MANIFEST} says; use another checkpoint of the run"
+                f"{MANIFEST} says{ANOTHER}"
             )
         return part
 
@@ -230,7 +246,8 @@ class Checkpoint:
             try:
                 self._open[file] = safe_open(self.path / file, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{self.path / file} cannot be read as safetensors: {error}") from error
+                what = f"{self.path / file} cannot be read as safetensors: {error}"
+                raise CheckpointError(f"{what}{ANOTHER}") from error
         return self._open[file]
 
     def _read_headers(self) -> dict[tuple[str, str], list[tuple[int, int, str]]]:
@@ -247,7 +264,7 @@ class Checkpoint:
                 except ValueError:
                     raise CheckpointError(
                         f"{self.path / file} holds {key[:100]!r}, which is not a range of a parameter: bigtx did not "
-                        "write this file; use another checkpoint of the run"
+                        f"write this file{ANOTHER}"
                     ) from None
         self._index = index
         return index
@@ -315,9 +332,7 @@ def load_weights(checkpoint: Path | str, kind: str = "master") -> Iterator[tuple
         CheckpointError: a file is damaged, or the checkpoint has no weights of this kind.
     """
     opened = Checkpoint(Path(checkpoint))
-    problems = opened.verify()
-    if problems:
-        raise CheckpointError(f"{checkpoint}: {'; '.join(problems)}; use another checkpoint of the run")
+    opened.refuse_damaged()
     for name, shape in opened.shapes.items():
         if kind not in opened.kinds(name):
             raise CheckpointError(
@@ -350,9 +365,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"{step_of(path)}: it is a copy under another name, or was renamed; remove it, or restore its name"
         )
     if problem := content_problem(content):
-        raise CheckpointError(
-            f"{path / MANIFEST}: {problem}; bigtx does not write such a manifest; use another checkpoint of the run"
-        )
+        raise CheckpointError(f"{path / MANIFEST}: {problem}; bigtx does not write such a manifest{ANOTHER}")
     return content
 
 
@@ -370,14 +383,7 @@ class MergedCheckpoint(Checkpoint):
         return {name: shape for name, shape in super().shapes.items() if not is_adapter(name)}
 
     def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
-        """Read the elements [start, stop) of a flattened parameter or state.
-
-        Returns:
-            fp32 [stop - start].
-
-        Raises:
-            CheckpointError: the checkpoint does not have all of them.
-        """
+        """Read the elements [start, stop) of a flattened parameter or state, as `Checkpoint.read`."""
         value = super().read(name, kind, start, stop)
         module, _, which = name.rpartition(".")
         a, b = f"{module}.adapter.a", f"{module}.adapter.b"

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bigtx.config.runs import run_dir_of
 from bigtx.engine.checkpoint import (
+    ANOTHER,
     FOLDER,
     FROZEN,
     Checkpoint,
@@ -238,7 +240,7 @@ def choose(folder: Path, ranks: Ranks, warn: Any) -> Checkpoint | None:
         CheckpointError: there are checkpoints, but all are damaged: the user must decide to start from step 0.
     """
     candidates, suspects = ranks.from_first(_candidates(folder))
-    share = slice(ranks.rank, None, ranks.world_size)
+    share, frozen, is_shared = slice(ranks.rank, None, ranks.world_size), run_dir_of(folder) / FROZEN, False
     for candidate in candidates:
         problems: list[str] = []
         checkpoint = None
@@ -246,7 +248,7 @@ def choose(folder: Path, ranks: Ranks, warn: Any) -> Checkpoint | None:
             checkpoint = Checkpoint(candidate, share=share)
             problems = checkpoint.verify(share)
         except CheckpointError as error:
-            problems = [str(error)]
+            problems = [str(error).removesuffix(ANOTHER)]
         problems = sorted({problem for found in ranks.gather(problems) for problem in found})
         if not problems:
             if suspects:
@@ -255,6 +257,12 @@ def choose(folder: Path, ranks: Ranks, warn: Any) -> Checkpoint | None:
                 warn(f"{folder}: {names}: written while steps were being skipped (not finite); {others}")
             return checkpoint
         warn(f"{candidate} is damaged and is not used: {'; '.join(problems)}")
+        is_shared = any(problem.startswith(f"{FROZEN}/") or str(frozen) in problem for problem in problems)
+    if is_shared:
+        raise CheckpointError(
+            f"{frozen} is damaged (see above), and every checkpoint of its run needs it; restore it from a copy, or "
+            "use another run"
+        )
     if candidates == [folder]:
         raise CheckpointError(f"{folder} is damaged (see above); restore it from a copy, or use another checkpoint")
     if candidates:

@@ -75,7 +75,7 @@ def is_trained(config: RunConfig, name: str, *, also: Sequence[str] = ()) -> boo
         name: the parameter's name.
         also: globs that optimizer.train_also might have in addition to its own.
     """
-    trained = [*WITH_ADAPTERS, *config.optimizer.train_also, *also] if config.model.lora.rank else ["*"]
+    trained = [*_trained_with_adapters(config), *also] if config.model.lora.rank else ["*"]
     return _matches(name, trained) and not _matches(name, config.optimizer.freeze)
 
 
@@ -95,12 +95,17 @@ def refuse_untrained(names: Iterable[str], frozen: Iterable[str], config: RunCon
     if not untrained:
         return
     shown = format_names(untrained, 5)
-    advice = (
-        "name them in optimizer.train_also"
-        if config.model.lora.rank and not any(_matches(name, config.optimizer.freeze) for name in untrained)
-        else "leave them out of optimizer.freeze"
-    )
-    raise ConfigError(f"{shown}: new in this run, so they begin from the seed, but they would not be trained; {advice}")
+    advice = []
+    if any(_matches(name, config.optimizer.freeze) for name in untrained):
+        advice.append("leave them out of optimizer.freeze")
+    if config.model.lora.rank and not all(_matches(name, _trained_with_adapters(config)) for name in untrained):
+        advice.append("name them in optimizer.train_also")
+    what = f"{shown}: new in this run, so they begin from the seed, but they would not be trained"
+    raise ConfigError(f"{what}; {' and '.join(advice)}")
+
+
+def _trained_with_adapters(config: RunConfig) -> list[str]:
+    return [*WITH_ADAPTERS, *config.optimizer.train_also]
 
 
 def _matches(name: str, globs: Iterable[str]) -> bool:

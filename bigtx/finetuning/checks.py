@@ -23,6 +23,8 @@ from bigtx.utils.shell import setting
 NUM_CHECKED = 100
 """Number of records that are checked for each path."""
 SPLITS = ("train", "validation", "test")
+ALLOWED = setting("allow_changes", ["data.leave_out"])
+"""The setting with which a resumed run may leave out records."""
 
 
 def check_inputs(config: FinetuneConfig, num_ranks: int) -> None:
@@ -85,11 +87,14 @@ def check_records(config: FinetuneConfig) -> None:
 
 def advice_about(broken: Broken, config: FinetuneConfig) -> str:
     """Return advice about records that cannot be used."""
+    resumed = f"(to resume a run, also {ALLOWED})"
     if broken.count > MAX_LISTED:
-        return "Or leave them out: name them in data.leave_out."
+        return (
+            "Or leave them out: name them, or the files and folders that hold them, in data.leave_out; then the next "
+            f"ones are listed {resumed}"
+        )
     names = [*config.data.leave_out, *(where for where, _ in broken.first)]
-    without, allowed = setting("data.leave_out", names), setting("allow_changes", ["data.leave_out"])
-    return f"Or leave them out: {without} (to resume a run, also {allowed})"
+    return f"Or leave them out: {setting('data.leave_out', names)} {resumed}"
 
 
 def lacking(record: Record, task: str, fields: FieldsConfig) -> BadRecordError | None:

@@ -22,7 +22,7 @@ from bigtx.config.schema import FinetuneConfig
 from bigtx.data.recordings import look_at
 from bigtx.data.records.read import read_records
 from bigtx.data.records.record import BadRecordError, Broken, LeftOut, Record, split_records
-from bigtx.finetuning.checks import SPLITS, advice_about
+from bigtx.finetuning.checks import ALLOWED, SPLITS, advice_about
 from bigtx.finetuning.tasks import task_type
 from bigtx.finetuning.tasks.task import Examples, Look, RecordTask
 from bigtx.tokenizer.tokenizer import Tokenizer
@@ -109,7 +109,10 @@ def arrange(table: Table, records: Iterable[Record], left_out: LeftOut) -> list[
     for place, row in enumerate(table):
         if found[place] is None and place not in changed:
             broken.add(row.name, 0, "was among the records when the run started, and is gone")
-    broken.check("A resumed run needs the records that it started with: restore them, or add them to data.leave_out.")
+    broken.check(
+        "A resumed run needs the records that it started with: restore them, or add them to data.leave_out "
+        f"(with {ALLOWED})"
+    )
     return found
 
 
@@ -182,7 +185,10 @@ def open_task_data(
     left_out = LeftOut(config.data.leave_out)
     splits = _read_splits(config, left_out, table)
     if not any(splits["train"]):
-        raise DataError("data.train gives no records to train on; see data.validation_fraction and data.test_fraction")
+        raise DataError(
+            "data.train gives no records to train on: data.leave_out names all of them, or its files are empty; name "
+            "fewer there, or other files"
+        )
     kind = task_type(config.task)
     config = kind.resolve(config, tokenizer, [record for record in splits["train"] if record])
     task = kind(config, tokenizer)

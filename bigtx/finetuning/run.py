@@ -289,12 +289,17 @@ def _return_to_base(context: RunContext[FinetuneConfig], inputs: Inputs, engine:
     """
     place = base.get("checkpoint", inputs.config.base)
     if place is not None:
-        source = start.open_other_run(context, place)
-        source.close()
-        if source.manifest_sha256 != base.get("manifest_sha256"):
+        problem = f"{place} is not the base that {BASE} names"
+        try:
+            source = start.open_other_run(context, place)
+            source.close()
+            is_same = source.manifest_sha256 == base.get("manifest_sha256")
+        except CheckpointError:  # Its advice is for a base that can be replaced by another one.
+            problem, is_same = f"{place}, the base that {BASE} names, is gone or damaged", False
+        if not is_same:
             raise CheckpointError(
-                f"{context.folder}: the file with the base's log-probabilities is missing ({REFERENCE}), and "
-                f"{place} is not the base that {BASE} names; restore one of them, or start another run_dir"
+                f"{context.folder}: the file with the base's log-probabilities is missing ({REFERENCE}), and it cannot "
+                f"be computed again, because {problem}; restore one of them, or start another run_dir"
             )
     set_first_weights(context, inputs, engine, place, keep_frozen=False)
 

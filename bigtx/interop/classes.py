@@ -159,7 +159,7 @@ def _names(values: Mapping[str, Any]) -> list[str]:
     return [names[number] for number in wanted]
 
 
-def refuse_ambiguous_end(pooling: str | None, tokenizer: Tokenizer, pad_id: int | None) -> None:
+def refuse_ambiguous_end(pooling: str | None, tokenizer: Tokenizer, pad_id: int | None, *, advice: str) -> None:
     """Refuse a decoder's classifier that would summarize a text by different tokens in transformers and in bigtx.
 
     transformers reads the last token that is not padding, bigtx the last one: these differ if the padding id ends a
@@ -168,6 +168,7 @@ def refuse_ambiguous_end(pooling: str | None, tokenizer: Tokenizer, pad_id: int 
     Args:
         pooling: the run's classify.pooling.
         pad_id: the pad_token_id of config.json.
+        advice: what to do, for the error.
 
     Raises:
         ConfigError: the tokens differ.
@@ -177,6 +178,5 @@ def refuse_ambiguous_end(pooling: str | None, tokenizer: Tokenizer, pad_id: int 
     if pooling == "last" and last:
         raise ConfigError(
             f"the id {pad_id} ends each text and is the padding too: transformers would "
-            "summarize a text by the token before it, but bigtx by this token; use a tokenizer with a separate "
-            "padding token"
+            f"summarize a text by the token before it, but bigtx by this token; {advice}"
         )

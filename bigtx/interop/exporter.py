@@ -129,8 +129,7 @@ def check_checkpoint(opened: Checkpoint, config: ModelConfig, kind: str, trained
         CheckpointError: it is damaged, does not fit the config, or does not have these weights.
     """
     path = opened.path
-    if problems := opened.verify():
-        raise CheckpointError(f"{path}: {'; '.join(problems)}; use another checkpoint of the run")
+    opened.refuse_damaged()
     if opened.shapes != parameter_shapes(config):
         raise CheckpointError(f"{path} does not fit the run's config.yaml; was it edited?")
     kinds = opened.kinds(trained)

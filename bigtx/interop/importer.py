@@ -92,7 +92,8 @@ def import_model(
     if problems := [str(problem) for problem in run.problems() if problem.key.startswith("model.")]:
         raise ConfigError(f"{source / CONFIG} describes a model that bigtx cannot build: {'; '.join(problems)}")
     tokenizer = _tokenizer_of(tokenizer_folder or source, source, values, config)
-    refuse_ambiguous_end(pooling_of(run), tokenizer, values.get("pad_token_id"))
+    advice = "name its tokenizer without that token at the end of texts: tokenizer=FOLDER"
+    refuse_ambiguous_end(pooling_of(run), tokenizer, values.get("pad_token_id"), advice=advice)
     match = _match(family, config, weights, spelled)
     facts = {
         "step": 0,

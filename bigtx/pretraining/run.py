@@ -119,6 +119,8 @@ def open_inputs(config: PretrainConfig, ranks: Ranks) -> Inputs:
     """
     teacher = start.open_teacher(config, ranks)
     data = open_run_data(config, total_steps(config), ranks.world_size, once=ranks.once)
+    if teacher and teacher.tokenizer.fingerprint != data.tokenizer.fingerprint:
+        teacher.check(config, data.tokenizer, 0)  # Before the size of its vocabulary is compared with the data's.
     config = with_vocabulary(start.complete(config, ranks, teacher), data)
     log.say(f"data: {data.description}; vocabulary {config.model.vocab_size:,}")
     objective = make_objective(config, data.tokenizer, purpose="train")

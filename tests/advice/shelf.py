@@ -90,6 +90,15 @@ class Shelf:
         return self._run("classifier", config)
 
     @functools.cached_property
+    def foreign_classifier(self) -> Path:
+        """A classifier in Hugging Face's layout."""
+        model = ModelConfig(**SHAPE, num_classes=2, class_head="score")
+        classify = ClassifyConfig(classes=["joy", "woe"], pooling="last")
+        run = self._run("scored", FinetuneConfig(task="classify", model=model, classify=classify))
+        assert main(["export", str(run), "-o", str(self.folder / "foreign_classifier"), "--no-verify"]) == 0
+        return self.folder / "foreign_classifier"
+
+    @functools.cached_property
     def chats(self) -> Path:
         """A run that was trained on chats."""
         return self._answering("chats", "chat")

@@ -13,7 +13,10 @@ from advice import (
     cases_config,
     cases_copies,
     cases_data,
+    cases_formats,
     cases_models,
+    cases_records,
+    cases_runs,
     cases_settings,
     cases_training,
     cases_words,
@@ -33,6 +36,9 @@ FILES = (
     cases_again,
     cases_copies,
     cases_settings,
+    cases_formats,
+    cases_records,
+    cases_runs,
 )
 CASES: list[Case] = [case for file in FILES for case in file.CASES]
 

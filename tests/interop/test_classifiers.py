@@ -265,7 +265,10 @@ def foreign_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_padding_that_ends_a_text_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = save_foreign(tmp_path / "source", "llama")
+    """The tokenizer is then named without that token, and both programs read the same one."""
+    folder, run = save_foreign(tmp_path / "source", "llama"), tmp_path / "run"
+    expected = piped(folder, SENTENCES, 1)
+    plain = shutil.copytree(folder, tmp_path / "plain", ignore=shutil.ignore_patterns("*.safetensors"))
     values = json.loads((folder / "config.json").read_text())
     content = json.loads((folder / "tokenizer.json").read_text())
     end = content["post_processor"]["special_tokens"]["<s>"] | {"id": "</s>", "ids": [2], "tokens": ["</s>"]}
@@ -276,8 +279,11 @@ def test_padding_that_ends_a_text_is_refused(tmp_path: Path, capsys: pytest.Capt
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "add_eos_token": True}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "config.json").write_text(json.dumps(values | {"pad_token_id": 2}))
-    assert main(["import", str(folder), "-o", str(tmp_path / "run")]) == 2
-    assert "the id 2 ends each text and is the padding too" in capsys.readouterr().err
+    assert main(["import", str(folder), "-o", str(run)]) == 2
+    said = capsys.readouterr().err
+    assert "the id 2 ends each text and is the padding too" in said and said.endswith("texts: tokenizer=FOLDER\n")
+    assert main(["import", str(folder), "-o", str(run), f"tokenizer={plain}"]) == 0
+    agree(expected, predicted(run, [{"text": text} for text in SENTENCES], tmp_path / "texts"))
 
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {

@@ -88,5 +88,6 @@ def describe(run: RunConfig, tokenizer: Tokenizer, name: str | None = None) -> t
         ConfigError: the model cannot be exported.
     """
     family = family_of(run, name)
-    refuse_ambiguous_end(pooling_of(run), tokenizer, tokenizer.pad_id)
+    advice = "train with a tokenizer that has a separate padding token"
+    refuse_ambiguous_end(pooling_of(run), tokenizer, tokenizer.pad_id, advice=advice)
     return family, family.write_config(run.model, tokenizer) | write_classes(family, run)
