@@ -14,6 +14,8 @@ from advice import (
     cases_copies,
     cases_data,
     cases_models,
+    cases_places,
+    cases_prepared,
     cases_settings,
     cases_training,
     cases_words,
@@ -33,6 +35,8 @@ FILES = (
     cases_again,
     cases_copies,
     cases_settings,
+    cases_prepared,
+    cases_places,
 )
 CASES: list[Case] = [case for file in FILES for case in file.CASES]
 

@@ -141,11 +141,6 @@ def test_without_the_mask_rows_are_plain(data: DataConfig) -> None:
     assert torch.equal(batch.tokens[:, 1:], batch.labels[:, :-1])
 
 
-def test_a_global_batch_that_does_not_divide_is_refused(data: DataConfig) -> None:
-    with pytest.raises(ConfigError, match="global_batch_size=8 cannot be divided into 3 ranks"):
-        load(data, 1, world_size=3)
-
-
 def test_a_damaged_block_reaches_the_consumer_as_it_is(tmp_path: Path, make_corpus) -> None:
     make_corpus(tmp_path)
     path = tmp_path / "train" / "000000.tar"
