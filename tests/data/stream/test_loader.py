@@ -16,7 +16,7 @@ from bigtx.data.corpus.manifest import Manifest
 from bigtx.data.stream.loader import Division, Prefetcher, TrainLoader, ValidationBatches
 from bigtx.data.stream.order import check_sources, rows_of_blocks
 from bigtx.data.stream.rows import IGNORED_LABEL, PADDING_SEQUENCE, Batch, RowFormat
-from bigtx.utils.errors import ConfigError, DataError
+from bigtx.utils.errors import DataError
 
 END_ID = 3
 LENGTH = 16
