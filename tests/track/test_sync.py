@@ -172,13 +172,9 @@ def test_what_the_command_refuses(folder: Path, tmp_path: Path) -> None:
         assert new != run_id and new == (folder / "wandb_run_id").read_text().strip()
         (folder / "wandb_run_id").write_bytes(b"\xff\0")
         assert sync(folder, url=server.url).returncode == 0 and list(server.runs) == [new]
-        task = folder / "wandb_task.json"
-        copy = task.read_bytes()
-        task.write_bytes(b"\xff\0")
+        (folder / "wandb_task.json").write_bytes(b"\xff\0")
         done = sync(folder, url=server.url)
-        assert done.returncode == 2 and "wandb_task.json is damaged; restore it from a copy, or " in done.stderr
-        task.write_bytes(copy)
-        assert sync(folder, url=server.url).returncode == 0
+        assert done.returncode == 2 and "wandb_task.json is damaged" in done.stderr
 
 
 def test_the_last_step_of_a_run_that_owes_a_measurement_is_sent_with_it(folder: Path) -> None:
