@@ -35,6 +35,7 @@ from doors import (
 
 from bigtx.track.client import read_log
 from bigtx.train.run_folder import WRITTEN
+from bigtx.utils.files import read_object, unsealed
 
 pytestmark = pytest.mark.dist
 STEPS = 24
@@ -213,6 +214,8 @@ def test_stopped_before_the_first_step(corpus: Path, tmp_path: Path) -> None:
 
 def test_a_run_is_resumed_by_its_folder_alone(corpus: Path, tmp_path: Path, uninterrupted: Path) -> None:
     shutil.copytree(uninterrupted, tmp_path / "moved")
+    task = tmp_path / "moved" / "wandb_task.json"
+    task.write_bytes(b"\xff\0")  # `bigtx wandb sync` says that training further writes it again.
     done = bigtx("pretrain", "moved", f"train.max_steps={STEPS + 2}", "--ranks", "2", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"resumed from moved/checkpoints/step-{STEPS:08d}" in done.stdout
@@ -221,6 +224,7 @@ def test_a_run_is_resumed_by_its_folder_alone(corpus: Path, tmp_path: Path, unin
     assert [(change["key"], change["old"], change["new"]) for change in changes] == [
         ("train.max_steps", STEPS, STEPS + 2)
     ]
+    assert unsealed(read_object(task))
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(

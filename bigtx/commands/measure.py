@@ -118,7 +118,7 @@ class Records(Evaluation):
             raise CheckpointError(f"task={self.config.task} compares the model with its base, but {path} names none")
         base = MergedCheckpoint(Path(facts["checkpoint"]))
         if base.manifest_sha256 != facts.get("manifest_sha256"):
-            raise CheckpointError(f"{base.path} is not the base that {path} names; restore that one")
+            raise CheckpointError(f"{base.path} is not the base that {path} names; restore that base from a copy")
         return base
 
     def report(self, broken: Broken, *, is_any_left: bool) -> None:

@@ -167,7 +167,7 @@ def send(folder: Path, *, is_new: bool) -> Result:
     from bigtx.track.client import reserve
 
     task, end = _read_task(folder), _end_of(folder)
-    with writes(folder / "wandb", "; make it writable"), reserve(folder) as is_free:
+    with writes(folder / "wandb", "; make the run folder and its files writable"), reserve(folder) as is_free:
         if not is_free:
             return Result(str(folder), "live", read_run_id(folder))
         before = _sizes(folder)
@@ -240,7 +240,7 @@ def _read_task(folder: Path) -> Record:
     task = unsealed(read_object(folder / TASK_FILE))
     if task is None:
         raise CheckpointError(
-            f"{folder / TASK_FILE} is damaged; restore it from a copy, or resume the run, which writes it again"
+            f"{folder / TASK_FILE} is damaged; restore it from a copy, or train the run further, which writes it again"
         )
     return task
 

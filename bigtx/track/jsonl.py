@@ -12,6 +12,7 @@ from typing import Any
 
 from bigtx.utils.errors import LaunchError, writes
 from bigtx.utils.files import json_value, write_atomic
+from bigtx.utils.units import counted
 
 Record = dict[str, Any]
 MODEL_EVENT = "model"
@@ -54,7 +55,7 @@ class JsonLines:
 
     def _open(self, up_to_step: float) -> None:
         path = self._path
-        with writes(path, "; repair the folder or choose another"):
+        with writes(path, "; make the folder and its files writable, or name another run_dir"):
             kept = _keep_whole_lines(path, up_to_step)
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         last_line = kept[-1] if kept else b""
@@ -168,7 +169,8 @@ def append_missing(path: Path, records: list[Record]) -> None:
 
     def refuse(text: str) -> None:
         raise LaunchError(
-            f"{path} lacks {len(missing)} lines, which a checkpoint holds: {text}. Free space on its disk"
+            f"{path} lacks {counted(len(missing), 'line')}, which a checkpoint holds: {text}. Free space on its disk, "
+            "and resume the run again"
         )
 
     # A line may have been extended since, but its time is the same.

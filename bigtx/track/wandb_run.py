@@ -100,8 +100,8 @@ class WandbRun:
         self._handle_reports()
         if self._error:
             self._show(
-                f"warning: W&B failed ({' '.join(self._error.split())}); the last data may be missing there. "
-                f"To send it: {self._later}. See {self._folder / 'logs' / 'wandb.log'}"
+                f"warning: W&B failed ({' '.join(self._error.split())}); the last data may be missing there; see "
+                f"{self._folder / 'logs' / 'wandb.log'}. To send it: {self._later}"
             )
         self._close_pipes()
         self._starter = None

@@ -15,6 +15,8 @@ from advice import (
     cases_data,
     cases_formats,
     cases_models,
+    cases_places,
+    cases_prepared,
     cases_records,
     cases_runs,
     cases_settings,
@@ -39,6 +41,8 @@ FILES = (
     cases_formats,
     cases_records,
     cases_runs,
+    cases_prepared,
+    cases_places,
 )
 CASES: list[Case] = [case for file in FILES for case in file.CASES]
 

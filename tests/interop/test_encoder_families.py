@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,9 +17,11 @@ import bigtx
 from bigtx.cli import main
 from bigtx.config.schema import TokenizerTrainConfig
 from bigtx.config.schema.model import ExpertsConfig, ModelConfig, RopeScalingConfig
+from bigtx.finetuning.base import plan_transfer
 from bigtx.interop.families import by_model_type, choose
 from bigtx.interop.importer import _converted
 from bigtx.model.initial import initial_value
+from bigtx.model.transformer import Transformer
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.tokenizer.train import train
 from bigtx.utils.errors import CheckpointError, ConfigError
@@ -158,8 +161,19 @@ def test_a_body_without_its_head_gets_a_new_one(
     body = save(foreign.base_model, tokenizer, tmp_path / "body")
     capsys.readouterr()
     assert main(["import", str(body), "-o", str(tmp_path / "run")]) == 0
-    assert "New and untrained, because the model was saved without its head: " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert re.search(
+        "New and untrained, because the model was saved without its head: .*tuning does not need this", said
+    )
     loaded = bigtx.load(tmp_path / "run", device="cpu")
+    classifier = Transformer(dataclasses.replace(loaded.model.config, num_classes=2))
+    shapes = [
+        {name: tuple(value.shape) for name, value in each.named_parameters()} for each in (classifier, loaded.model)
+    ]
+    transfer = plan_transfer(*shapes, name="run")
+    head = {name for name in shapes[1] if name.startswith("head.")}
+    assert head and set(transfer.dropped) <= head
+    assert transfer.new == ["head.classes.weight", "head.classes.bias"]
     expected, found = (dict(run.model.named_parameters()) for run in (whole, loaded))
     assert expected.keys() == found.keys()
     for name, value in found.items():

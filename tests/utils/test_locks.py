@@ -172,6 +172,8 @@ def test_where_other_hosts_see_no_lock_their_file_must_be_deleted(tmp_path: Path
     (tmp_path / LOCK_NAME).write_text(record(**ELSEWHERE))
     with pytest.raises(LaunchError, match=r"host elsewhere.*cannot check.*delete .*run\.lock"):
         FolderLock(tmp_path)
+    (tmp_path / LOCK_NAME).unlink()
+    FolderLock(tmp_path).release()
     (tmp_path / LOCK_NAME).write_text(record(process_start="another-boot/1"))
     FolderLock(tmp_path).release()
     if limited == "locks of one host":
@@ -189,13 +191,19 @@ def test_without_locks_the_file_decides(tmp_path: Path, monkeypatch: pytest.Monk
         for look in (refuse_if_held, FolderLock):
             with pytest.raises(LaunchError, match=f"in use by process {os.getpid()}"):
                 look(tmp_path)
-        lock.path.write_text(record(pid_namespace="pid:[1]"))
-        with pytest.raises(LaunchError, match=r"another container.*no locks.*delete"):
+        (tmp_path / "another").mkdir()
+        FolderLock(tmp_path / "another").release()
+    FolderLock(tmp_path).release()
+    others = {
+        record(pid_namespace="pid:[1]"): rf"another container.*no locks.*if it does not, delete {lock.path}",
+        **dict.fromkeys(("", "{", "[]", record(pid=None)), "if no run uses the folder, delete that file"),
+    }
+    for content, message in others.items():
+        lock.path.write_text(content)
+        with pytest.raises(LaunchError, match=message):
             FolderLock(tmp_path)
-        for content in ("", "{", "[]", record(pid=None)):
-            lock.path.write_text(content)
-            with pytest.raises(LaunchError, match="delete that file"):
-                FolderLock(tmp_path)
+        lock.path.unlink()
+        FolderLock(tmp_path).release()
 
 
 @pytest.mark.parametrize(

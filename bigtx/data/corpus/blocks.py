@@ -96,7 +96,8 @@ def _fetch_tokenizer(place: RemotePath, fingerprint: str) -> Tokenizer:
                 (Path(folder) / TOKENIZER).rename(kept)
     except OSError as error:
         raise DataError(
-            f"{kept.parent} cannot keep the tokenizer of {place} ({error.strerror}); set another data.cache_dir."
+            f"{kept.parent} cannot keep the tokenizer of {place} ({error.strerror}); make it writable, or set another "
+            "data.cache_dir."
         ) from error
     return tokenizer
 

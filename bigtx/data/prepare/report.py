@@ -152,7 +152,7 @@ def _sample(config: PrepareConfig, tokenizer: Tokenizer, texts: TextPreparation)
             break
     if not found.tokens:
         raise DataError(
-            f"No text in the {len(files):,} files sampled; check input.paths and the rules.{rejects.first()}"
+            f"No text in {counted(len(files), 'sampled file')}; check input.paths and the rules.{rejects.first()}"
         )
     found.sampled_bytes, found.rejects = max(1, found.sampled_bytes), rejects.count
     found.seconds = time.monotonic() - begin

@@ -141,7 +141,7 @@ class Fields:
             raise BadRowError(f"no field {self.text!r} (its fields: {keys}){self.options.see('text_field')}")
         text = _text_in(value)
         if text is None:
-            raise BadRowError(f"the field {self.text!r} is {_kind_of(value)}, not a text")
+            raise BadRowError(f"the field {self.text!r} is {kind_of(value)}, not a text")
         identity, source, language = (_label(row.fields, name) for name in self._metadata)
         if not text:
             raise BadRowError(EMPTY)
@@ -175,7 +175,7 @@ def _label(fields: Mapping[str, Any], name: str) -> str | None:
         return text
     if isinstance(value, _NUMBERS) and not isinstance(value, bool):
         return str(value)
-    raise BadRowError(f"the field {name!r} is {_kind_of(value)}, not a text or a number")
+    raise BadRowError(f"the field {name!r} is {kind_of(value)}, not a text or a number")
 
 
 def _text_in(value: Any) -> str | None:
@@ -187,7 +187,7 @@ def _text_in(value: Any) -> str | None:
     return formats.decode(value) if isinstance(value, bytes) else value if isinstance(value, str) else None
 
 
-def _kind_of(value: Any) -> str:
+def kind_of(value: Any) -> str:
     """Return the kind of a value, in the words of its format."""
     kinds = dict.fromkeys(_NUMBERS, "a number") | {bool: "true or false", list: "a list", dict: "an object"}
     return kinds.get(type(value), f"of the type {type(value).__name__}")

@@ -15,7 +15,7 @@ import xxhash
 
 from bigtx.data.raw.documents import Reject, Rejects
 from bigtx.data.raw.formats import suffix_inside
-from bigtx.data.raw.read import value_of
+from bigtx.data.raw.read import kind_of, value_of
 from bigtx.utils.errors import DataError
 from bigtx.utils.terminal import visible
 from bigtx.utils.units import counted
@@ -70,7 +70,7 @@ class Record:
             raise self.missing(name, setting=setting)
         if isinstance(value, str):
             raise BadRecordError(f"the field {name!r} is empty")
-        raise BadRecordError(f"the field {name!r} is a {type(value).__name__}, not a text; see {setting}")
+        raise BadRecordError(f"the field {name!r} is {kind_of(value)}, not a text; see {setting}")
 
     def has_text(self, name: str) -> bool:
         """Return whether a field is a non-empty text."""

@@ -142,7 +142,8 @@ class Cache:
                 self._warned = True
                 say(
                     f"warning: {self.folder} cannot keep remote data ({error.strerror}), which is fetched again each "
-                    "time; set data.cache_dir to another folder or data.cache_size to another limit"
+                    "time; make it writable, or set data.cache_dir to another folder, or data.cache_size to another "
+                    "limit"
                 )
 
     def _make_room(self, num_bytes: int) -> None:

@@ -192,7 +192,8 @@ def _unencoded(response: Any, url: str) -> Any:
     response.close()
     raise RefusedError(
         f"its server sends it compressed (Content-Encoding: {encoding[:40]}), although the plain file was "
-        "requested; switch that off for this file, or copy it and read the copy"
+        "requested; switch that off for this file, or copy it with a program that decompresses it (curl --compressed) "
+        "and read the copy"
     )
 
 

@@ -26,7 +26,6 @@ from bigtx.data.storage.places import Place, as_place
 from bigtx.data.stream.mixture import MAX_SPAN
 from bigtx.data.stream.order import Places, SkippedWindows, check_sources, make_order, rows_of_blocks
 from bigtx.data.stream.rows import Batch, Prepare, RowFormat, as_they_are, read_rows
-from bigtx.utils.errors import ConfigError
 
 _STEPS_AHEAD, _TOKENS_AHEAD = 8, 1 << 22
 """The distance at which remote blocks are prefetched: the larger of the two, with tokens counted over all ranks."""
@@ -70,9 +69,6 @@ class Division:
         global_batch_size: sequences of a step over all ranks.
         micro_batch_size: rows B of a batch.
         rank, world_size: the slice of each global batch to read.
-
-    Raises:
-        ConfigError: the global batch cannot be divided into ranks and micro batches.
     """
 
     global_batch_size: int
@@ -81,12 +77,8 @@ class Division:
     world_size: int = 1
 
     def __post_init__(self) -> None:
-        if self.global_batch_size % (self.world_size * self.micro_batch_size):
-            raise ConfigError(
-                f"train.global_batch_size={self.global_batch_size} cannot be divided into {self.world_size} ranks with "
-                f"micro batches of {self.micro_batch_size}: choose train.micro_batch_size so that their product "
-                "divides it."
-            )
+        # The config is refused where the ranks do not divide the batch, and `micro_batch_size_of` divides their share.
+        assert self.global_batch_size % (self.world_size * self.micro_batch_size) == 0, self
 
     @property
     def rows_of_step(self) -> int:

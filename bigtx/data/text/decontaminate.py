@@ -53,24 +53,27 @@ def build_contamination_index(config: DecontaminateConfig, folder: Path) -> Path
         DataError: a set cannot be read in full, or no text in them is long enough.
     """
     hashes: dict[int, list[np.ndarray]] = {}
-    num_texts = num_short = 0
+    num_texts = num_short = longest = 0
+    needed = min(config.min_words, config.ngram)
     for texts in _batches(config):
         words, counts = hash_words(texts)
         bounds = [0, *np.cumsum(counts).tolist()]
         for begin, end in pairwise(bounds):
             n = min(config.ngram, end - begin)
             num_texts += 1
-            if n < min(config.min_words, config.ngram):
+            if n < needed:
                 num_short += 1
+                longest = max(longest, n)
                 continue
             hashes.setdefault(n, []).append(hash_ngrams(words[begin:end], n))
         for parts in hashes.values():
             if sum(map(len, parts)) > _MERGE_HASHES and len(parts) > 1:
                 parts[:] = [np.unique(np.concatenate(parts))]
     if not hashes:
+        lower = f", or write decontaminate.min_words={longest}" if longest > 1 else ""
         raise DataError(
-            f"None of the {num_texts:,} texts in decontaminate.paths has {config.min_words} words, so no "
-            "n-gram can be compared; name evaluation sets with longer texts, or lower decontaminate.min_words."
+            f"None of the {num_texts:,} texts in decontaminate.paths has {needed} words, so no n-gram can be compared; "
+            f"name evaluation sets with longer texts{lower}."
         )
     index = folder / INDEX_NAME
     index.mkdir(exist_ok=True)

@@ -154,7 +154,7 @@ class _Signatures:
             if size != expected:
                 raise DataError(
                     f"{part.path} has {size:,} bytes, but its signatures need {expected:,}: it was changed after it "
-                    "was written. Remove its folder, and start again."
+                    "was written. Repeat the command; `bigtx data prepare` writes it again."
                 )
 
     def read(self, num_documents: int) -> Iterator[tuple[int, np.ndarray]]:

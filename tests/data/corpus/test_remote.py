@@ -169,6 +169,20 @@ def test_a_tokenizer_damaged_in_the_cache_is_fetched_again_once(tmp_path: Path, 
     assert Tokenizer.load(kept).fingerprint == tokenizer.fingerprint
 
 
+def test_a_tokenizer_that_cannot_be_kept_needs_another_folder(tmp_path: Path, served: Served) -> None:
+    tokenizer = train(TokenizerTrainConfig(vocab_size=420), ["the quick brown fox jumps over a lazy dog"] * 20)
+    tokenizer.save(tmp_path / "web" / "corpus" / "tokenizer")
+    barred = tmp_path / "barred"
+    barred.write_text("")
+    with pytest.raises(
+        DataError, match=r"barred/tokenizers cannot keep .*make it writable, or set another data\.cache"
+    ):
+        load_tokenizer(place(served, barred), tokenizer.fingerprint)
+    load_tokenizer(place(served, tmp_path / "another"), tokenizer.fingerprint)
+    barred.unlink()
+    load_tokenizer(place(served, barred), tokenizer.fingerprint)
+
+
 def test_what_is_missing_or_of_another_size_is_refused_when_the_split_is_opened(tmp_path: Path, served: Served) -> None:
     train = tmp_path / "web" / "corpus" / "train"
     (train / "000001.tar").unlink()
@@ -303,6 +317,12 @@ def test_a_cache_without_room_or_rights_is_done_without(tmp_path: Path, capsys: 
     for cache in (none, barred, none, barred):
         assert cache.get("a/b", lambda: b"content", lambda _: True) == b"content"
     assert "".join(capsys.readouterr()).count("cannot keep remote data") == 1
+    for advised in (Cache(tmp_path / "another", 1000), Cache(tmp_path / "file", 6)):
+        assert bytes(advised.get("a/b", lambda: b"content", lambda _: True)) == b"content"
+    (tmp_path / "file").unlink()
+    assert bytes(barred.get("a/b", lambda: b"content", lambda _: True)) == b"content"
+    assert cached_bytes(tmp_path / "another") == cached_bytes(tmp_path / "file") == 7
+    assert "cannot keep" not in "".join(capsys.readouterr())
     assert cached_bytes(tmp_path / "none") == 0
     with pytest.raises(DamagedError):
         none.get("a/b", lambda: b"content", lambda _: False)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
+import shutil
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,8 +64,9 @@ def test_braces_stand_for_several_files(server: Web) -> None:
         DataError, match=r"/012\.txt \(named in input\.paths\) cannot be read: its server responds with 4"
     ):
         texts_of(f"{server.url}/{{000..012}}.txt")
-    with pytest.raises(DataError, match="does not list its files"):
+    with pytest.raises(DataError, match=r"does not list its files\. Name them, e\.g\. with \{000\.\.010\}\."):
         texts_of(f"{server.url}/*.txt")
+    assert texts_of(f"{server.url}/{{000..010}}.txt") == [str(number) for number in range(11)]
 
 
 @pytest.mark.parametrize("ranges", ["", "no ranges"])
@@ -134,7 +138,7 @@ def test_a_server_that_compresses_unasked_is_named(server: Web, name: str, encod
         web.read_range(f"{server.url}/{name}")
 
 
-def test_mirrors_with_versions_of_their_own_are_named(server: Web) -> None:
+def test_mirrors_with_versions_of_their_own_are_named(server: Web, tmp_path: Path) -> None:
     server.files = {"/a.txt": b"the same"}
 
     def another(number: int) -> str:
@@ -144,6 +148,42 @@ def test_mirrors_with_versions_of_their_own_are_named(server: Web) -> None:
     server.faults = {"/a.txt": another}
     _, [reject] = read_all(f"{server.url}/a.txt")
     assert "different versions of it in turn (ETag), as several mirrors" in reject.reason
+    server.files["/mirror-1/a.txt"] = b"the same"
+    assert texts_of(f"{server.url}/mirror-1/a.txt") == texts_of(copy(server, "a.txt", tmp_path)) == ["the same"]
+
+
+def copy(server: Web, name: str, folder: Path) -> str:
+    """A copy that curl makes of the server, as the messages advise."""
+    words = ["curl", "--compressed", "--silent", "--show-error", "--fail", "--output", name, f"{server.url}/{name}"]
+    if shutil.which("curl") is None:
+        pytest.skip("needs curl")
+    subprocess.run(words, cwd=folder, check=True)
+    return str(folder / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "fault", "message"),
+    [
+        ("a.txt", "no ranges, no length", "does not report its size; copy it and read the copy"),
+        ("a.parquet", "no ranges", "cannot send parts of files, which parquet needs; copy it and read the copy"),
+        ("a.jsonl", "encoding gzip", r"copy it with a program that decompresses it \(curl --compressed\) and read the"),
+    ],
+)
+def test_a_copy_is_read_of_what_a_server_does_not_send_in_a_usable_form(
+    server: Web, tmp_path: Path, name: str, fault: str, message: str
+) -> None:
+    content = {"a.txt": b"one", "a.parquet": parquet([{"text": "one"}]), "a.jsonl": gz(json_lines(["one"]))}[name]
+    server.files = {f"/{name}": content}
+    server.faults = {f"/{name}": lambda _: fault}
+    try:
+        said = [reject.reason for reject in read_all(f"{server.url}/{name}")[1]]
+    except DataError as error:
+        said = [str(error)]
+    assert re.search(message, said[0]), said
+    assert texts_of(copy(server, name, tmp_path)) == ["one"]
+    if fault.startswith("encoding"):  # Switched off for this file.
+        server.files, server.faults = {f"/{name}": json_lines(["one"])}, {}
+        assert texts_of(f"{server.url}/{name}") == ["one"]
 
 
 def test_waiting_for_a_silent_place_is_said_once(

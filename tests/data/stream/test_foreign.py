@@ -367,15 +367,26 @@ def test_lists_of_shards(tmp_path: Path) -> None:
 
 
 def test_a_killed_process_is_told(tmp_path: Path, tokenizer: Path, broken: Path) -> None:
+    """A run with fewer texts in memory, as the message advises, reads on."""
     config = ForeignConfig(paths=[str(broken)], tokenizer=str(tokenizer))
-    data = DataConfig(foreign=config)
     division = Division(global_batch_size=2, micro_batch_size=2)
-    loader = ForeignLoader(data, division, sequence_length=LENGTH, seed=1, pad_id=0, start_sequence=0)
+
+    def start() -> ForeignLoader:
+        data = DataConfig(foreign=config)
+        return ForeignLoader(data, division, sequence_length=LENGTH, seed=1, pad_id=0, start_sequence=0)
+
+    loader = start()
     next(loader)
     loader._workers._processes[0].kill()
-    with pytest.raises(DataError, match="ended with status -9"):
+    with pytest.raises(
+        DataError, match=r"ended with status -9.*; lower data\.foreign\.num_workers or .*shuffle_buffer"
+    ):
         for _ in range(10_000):
             next(loader)
+    loader.close()
+    config.shuffle_buffer = 10
+    loader = start()
+    next(loader)
     loader.close()
 
 

@@ -16,7 +16,7 @@ from bigtx.data.corpus.manifest import Manifest
 from bigtx.data.stream.loader import Division, Prefetcher, TrainLoader, ValidationBatches
 from bigtx.data.stream.order import check_sources, rows_of_blocks
 from bigtx.data.stream.rows import IGNORED_LABEL, PADDING_SEQUENCE, Batch, RowFormat
-from bigtx.utils.errors import ConfigError, DataError
+from bigtx.utils.errors import DataError
 
 END_ID = 3
 LENGTH = 16
@@ -139,11 +139,6 @@ def test_without_the_mask_rows_are_plain(data: DataConfig) -> None:
     assert batch.positions is None and batch.segment_ids is None
     assert batch.tokens.dtype == batch.labels.dtype == torch.int64
     assert torch.equal(batch.tokens[:, 1:], batch.labels[:, :-1])
-
-
-def test_a_global_batch_that_does_not_divide_is_refused(data: DataConfig) -> None:
-    with pytest.raises(ConfigError, match="global_batch_size=8 cannot be divided into 3 ranks"):
-        load(data, 1, world_size=3)
 
 
 def test_a_damaged_block_reaches_the_consumer_as_it_is(tmp_path: Path, make_corpus) -> None:

@@ -118,7 +118,7 @@ def test_a_chat_that_is_too_long_loses_its_earliest_turns(tokenizer: Tokenizer) 
         ({"messages": "hello"}, "A chat is a list of messages"),
         ({"prompt": "a"}, "no field 'response'"),
         ({"prompt": "a", "response": " "}, "the field 'response' is empty"),
-        ({"prompt": 3, "response": "b"}, "the field 'prompt' is a int, not a text"),
+        ({"prompt": 3, "response": "b"}, "the field 'prompt' is a number, not a text"),
         ({}, "no field 'prompt'"),
     ],
 )

@@ -205,7 +205,7 @@ def test_what_is_refused(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) 
         (pair("der Fluss"), "no field 'target'"),
         (pair("der Fluss", "  "), "'target' is empty"),
         (pair("", "the river"), "'source' is empty"),
-        (Record({"source": "der Fluss", "target": 3}, "a.jsonl", 1), "is a int, not a text"),
+        (Record({"source": "der Fluss", "target": 3}, "a.jsonl", 1), "is a number, not a text"),
     ):
         with pytest.raises(BadRecordError, match=expected):
             task.encode(record)
