@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 import xxhash
-from corpora import DAMAGE, write_split
+from corpora import DAMAGE, END_ID, write_split
 from doors import TINY, bigtx, losses, pretrain
 from servers import flipped, serve
 
 from bigtx.cli import main
 from bigtx.config.schema import TokenizerTrainConfig
 from bigtx.data.corpus.blocks import BlockReader
+from bigtx.data.corpus.inspect import read_sample
 from bigtx.data.corpus.manifest import Manifest
 from bigtx.data.corpus.verify import verify
 from bigtx.data.storage.places import as_place
@@ -389,6 +390,16 @@ def test_stats_in_words_and_as_json(corpus_copy: Path, capsys: pytest.CaptureFix
     assert (train_split["documents"], train_split["tokens"]) == (documents, tokens)
     assert sum(bar["documents"] for bar in train_split["lengths"]["histogram"]) == documents
     assert train_split["lengths"]["mean"] == pytest.approx(tokens / documents)
+
+
+def test_the_lengths_are_those_of_the_first_blocks(tmp_path: Path) -> None:
+    """Half a block for each document: 64 blocks have 128 of them, and where the last one ends is not known."""
+    document = np.array([*range(4, 19), END_ID])
+    manifest = write_split(tmp_path / "train", [[document] * 140], block_tokens=32, shard_size=8192)
+    sample = read_sample(manifest)
+    assert len(sample.tokens) == 64 * 32
+    assert sample.lengths.tolist() == [16] * 127
+    assert sample.document(5).tolist() == list(range(4, 19))
 
 
 def test_there_must_be_a_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
