@@ -59,7 +59,8 @@ def test_the_facts_of_an_estimate() -> None:
 def test_a_sample_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The number of processes is the one that is set, or that of the cores."""
     texts = [f"number {number} of the words that are counted" for number in range(200)]
-    train(TokenizerTrainConfig(vocab_size=400), texts).save(tmp_path / "tokenizer")
+    tokenizer = train(TokenizerTrainConfig(vocab_size=400), texts)
+    tokenizer.save(tmp_path / "tokenizer")
     (tmp_path / "a.txt").write_text("\n".join(texts))
     config = PrepareConfig(
         input=InputConfig(paths=[str(tmp_path / "a.txt")], document_per_line=True),
@@ -69,4 +70,7 @@ def test_a_sample_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(report, "num_cores", lambda: 5)
     found = estimate(config)
     assert (found.documents, found.num_processes) == (200, 3)
+    assert (found.removed, found.rejects, found.text_bytes) == (0, 0, sum(map(len, texts)))
+    assert found.sampled_bytes == found.stored_bytes == found.text_bytes + 199
+    assert found.tokens == sum(len(ids) + 1 for ids in tokenizer.encode_batch(texts))
     assert estimate(dataclasses.replace(config, num_processes=0)).num_processes == 5
