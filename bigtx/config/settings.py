@@ -318,7 +318,7 @@ def examples(setting: Setting) -> list[str]:
 
 def example_list(setting: Setting) -> list[float]:
     """Return a list that a setting of numbers accepts."""
-    return list(setting.default or ([1, 2] if setting.number is int else [0.2, 0.1]))
+    return list(setting.default or [0.2, 0.1])
 
 
 def show_number(number: float) -> str:

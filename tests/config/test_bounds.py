@@ -13,7 +13,7 @@ import pytest
 from bigtx.config import schema
 from bigtx.config.load import from_dict, load
 from bigtx.config.schema import FinetuneConfig, PrepareConfig, PretrainConfig, TokenizerTrainConfig
-from bigtx.config.settings import NAME, Setting, leaves, members
+from bigtx.config.settings import NAME, Setting, example_list, leaves, members
 from bigtx.utils.errors import ConfigError
 
 TOPS = (PretrainConfig, FinetuneConfig, PrepareConfig, TokenizerTrainConfig)
@@ -105,6 +105,13 @@ def test_numbers_beyond_their_bounds_are_refused() -> None:
                 assert len(found) == 1 and re.search(r"is too (small|large)|is not a", found[0]), (setting.key, lines)
         for bound in ("minimum", "maximum"):
             load(top, [written(setting, repr(getattr(setting, bound))) for setting in settings], check=False)
+
+
+def test_the_example_of_a_list_of_numbers_is_accepted() -> None:
+    lists = [(top, setting) for top, setting in every_number() if typing.get_origin(setting.type) is list]
+    assert len(lists) > 2
+    for top, setting in lists:
+        load(top, [f"{setting.key}={example_list(setting)}"], check=False)
 
 
 def test_values_of_python_are_bounded_too() -> None:

@@ -206,6 +206,7 @@ def test_json_stands_alone(tmp_path: Path, bpe: Tokenizer, capsys: pytest.Captur
     words = [str(tmp_path / "to"), "text=two words", "text=Füße", f"file={tmp_path / 'a.txt'}"]
     shown = as_json(capsys, inspect_command, words)
     assert [text["ids"] for text in shown["texts"]] == [bpe.encode("two words"), bpe.encode("Füße")]
+    assert [text["unchanged"] for text in shown["texts"]] == [True, True]
     assert [file["bytes"] for file in shown["files"]] == [6]
 
 

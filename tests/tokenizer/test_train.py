@@ -2,13 +2,18 @@ from __future__ import annotations
 
 import random
 import re
+from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import xxhash
+from sentencepiece import sentencepiece_model_pb2
 
 from bigtx.config.schema import TokenizerTrainConfig
 from bigtx.tokenizer import report
-from bigtx.tokenizer.report import measure, remark_on_size
+from bigtx.tokenizer.report import Measures, example, measure, remark_on_size
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.tokenizer.train import HELD_OUT_BYTES, draw_sample, train
 from bigtx.utils.errors import ConfigError, DataError
@@ -137,6 +142,37 @@ def test_a_vocabulary_too_large_for_its_text_is_remarked_on(bpe: Tokenizer, text
     assert remark_on_size(large, measures, num_bytes=10_000_000) == ""
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "vocab_size", "suited"),
+    [(1000, 8000, 2), (1000, 7999, None), (1_600_000, 64_000, 16), (1_599_999, 64_000, 8), (1_600_000, 63_999, None)],
+)
+def test_the_vocabulary_that_fits_has_100_tokens_for_each_id(
+    num_tokens: int, vocab_size: int, suited: int | None
+) -> None:
+    """It is a power of two, at least 2k, and is named from four times its size on."""
+    measures = Measures(1, num_bytes=8, num_tokens=4, num_lossless=1, tokens=Counter(), seconds=1.0)
+    tokenizer: Any = SimpleNamespace(vocab_size=vocab_size)
+    remark = remark_on_size(tokenizer, measures, num_bytes=2 * num_tokens)
+    assert remark.endswith(f" vocab_size={suited}k would fit." if suited else "") and bool(remark) == bool(suited)
+
+
+def test_the_pieces_of_an_example_are_shown(bpe: Tokenizer) -> None:
+    assert example(bpe, " return") == "·return  (1 tokens)"
+    assert example(bpe, " return é return") == "·return|·|[é: 2 bytes]|·return  (5 tokens)"
+    pieces, _, count = example(bpe, "    return self.argument_default").partition("  (")
+    assert pieces.replace("|", "") == "····return·self.argument_default"
+    assert int(count.split()[0]) == pieces.count("|") + 1 > 3
+
+
+@pytest.mark.parametrize("method", ["bpe", "unigram"])
+def test_the_model_of_every_machine_is_trained_with_16_threads(
+    method: str, request: pytest.FixtureRequest
+) -> None:
+    """The number is in the file, so with another one the same text would give another fingerprint."""
+    data = request.getfixturevalue(method).model.data
+    assert sentencepiece_model_pb2.ModelProto.FromString(data).trainer_spec.num_threads == 16
+
+
 def test_the_trainer_is_silent(capfd: pytest.CaptureFixture[str], texts: list[str]) -> None:
     train(TokenizerTrainConfig(vocab_size=600), texts[:2])
     with pytest.raises(ConfigError):
@@ -150,7 +186,8 @@ def test_a_sample_has_the_size_asked_for_whatever_the_order() -> None:
     assert whole.num_documents == 2000
     assert whole.num_bytes == sum(map(len, documents))
     assert whole.training_bytes + sum(map(len, whole.held_out)) == whole.num_bytes
-    assert 10 <= len(whole.held_out) <= 60
+    places = {xxhash.xxh3_64_intdigest(text.encode(), 1): text for text in documents}
+    assert whole.held_out == [places[place] for place in sorted(places) if place % 64 == 0]
 
     part = draw_sample(documents, 50_000, seed=1)
     assert 50_000 <= part.training_bytes <= 50_000 + max(map(len, documents))
@@ -180,8 +217,6 @@ def test_a_lone_document_is_learned_from() -> None:
 
 
 def test_sums_of_unigram_scores_are_exact(unigram: Tokenizer) -> None:
-    from sentencepiece import sentencepiece_model_pb2
-
     model = sentencepiece_model_pb2.ModelProto.FromString(unigram.model.data)
     scores = {piece.score for piece in model.pieces if piece.type == piece.NORMAL}
     assert len(scores) > 100

@@ -409,6 +409,7 @@ def test_a_run_without_a_log_has_no_step(tmp_path: Path) -> None:
 def test_asking_whether_a_host_answers() -> None:
     with WandbDouble() as server:
         assert answers(server.url, timeout=30)
+        assert answers(server.url, timeout=30, proxies={"http": dead_url()})  # A server on this machine needs no proxy.
         server.silent = True
         assert not answers(server.url, timeout=0.2)
     assert not answers(dead_url(), timeout=0.2)

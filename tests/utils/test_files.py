@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from bigtx.utils import files
+from bigtx.utils.errors import ConfigError
 from bigtx.utils.files import json_value, read_object, sha256_file, write_atomic, write_json
 
 
@@ -99,3 +100,22 @@ def test_what_is_no_json_object_is_an_empty_one(tmp_path: Path, content: bytes |
     assert read_object(tmp_path / "file") == {}
     write_json(tmp_path / "file", {"a": 1})
     assert read_object(tmp_path / "file") == {"a": 1}
+
+
+def test_only_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
+    files.refuse_filled(tmp_path / "new")
+    (tmp_path / "empty").mkdir()
+    files.refuse_filled(tmp_path / "empty")
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "new")
+    for used in (tmp_path, tmp_path / "file", tmp_path / "link"):
+        with pytest.raises(ConfigError, match="is not an empty folder; name another one"):
+            files.refuse_filled(used)
+
+
+def test_a_folder_whose_names_are_not_of_bigtx_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_begin", lambda path: pytest.fail(f"{path} was read"))
+    assert files.kind_of_own("/nowhere", ["a.txt", "manifest.json"]) is None
+    partial = ["part-1-of-3", "part-12-of-30", "work", "tokenizer"]
+    assert files.kind_of_own("/nowhere/corpus.partial", partial) == "a corpus in preparation"
+    assert files.kind_of_own("/nowhere/corpus.partial", [*partial, "a.txt"]) is None

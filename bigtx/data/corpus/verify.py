@@ -62,7 +62,7 @@ class _ShardResult:
     problems: list[str] = field(default_factory=list)
 
 
-def verify(place: Place, num_processes: int = 0) -> Verified:
+def verify(place: Place, num_processes: int) -> Verified:
     """Read all of a corpus and compare it with its manifests, its tables and its tokenizer.
 
     Args:

@@ -79,6 +79,12 @@ _BUFFERS_OF_A_PROCESS = 8
 _BUFFER_BYTES = (1 << 20, 48 << 20)
 
 
+def buffer_bytes(memory: int, processes: int) -> int:
+    """Return the size of each process's buffer: its share of `memory`, between a smallest and a largest size."""
+    smallest, largest = _BUFFER_BYTES
+    return min(max(memory // (processes * _BUFFERS_OF_A_PROCESS), smallest), largest)
+
+
 @dataclass
 class Report:
     """The result of `prepare` or `merge`.
@@ -206,8 +212,7 @@ class _Job:
         self.work.mkdir(exist_ok=True)
         self.tokenizer = self._partial / "tokenizer"
         processes = config.num_processes or num_cores()
-        smallest, largest = _BUFFER_BYTES
-        self._buffer = min(max(config.memory // (processes * _BUFFERS_OF_A_PROCESS), smallest), largest)
+        self._buffer = buffer_bytes(config.memory, processes)
         self._line = ProgressLine()
         self._stored = self._done = 0
         self._tokenizing_since: float | None = None

@@ -211,3 +211,19 @@ def test_many_shards_and_sources_need_few_open_files(tmp_path: Path, limits: tup
 )
 def test_of_many_problems_the_first_are_named(count: int, said: str) -> None:
     assert first_problems([str(number) for number in range(count)]) == said
+
+
+@pytest.mark.parametrize(("size", "padded"), [(0, 0), (1, 512), (512, 512), (513, 1024)])
+def test_a_member_fills_whole_units_of_a_tar(size: int, padded: int) -> None:
+    assert padded_size(size) == padded
+
+
+def test_a_block_is_verified_once(tmp_path: Path, make_corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_corpus(tmp_path)
+    reader, verified = BlockReader(Manifest.load(tmp_path / "train")), list[int]()
+    is_block = blocks.is_block
+    monkeypatch.setattr(blocks, "is_block", lambda *of: verified.append(of[1]) or is_block(*of))
+    for block in (0, 1, 0):
+        reader.block(block)
+        reader.block.cache_clear()  # As if other blocks had been read since.
+    assert verified == [0, 1]

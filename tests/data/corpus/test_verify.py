@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import pickle
 import random
@@ -11,21 +12,25 @@ import re
 import shutil
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import xxhash
-from corpora import DAMAGE, write_split
+from corpora import DAMAGE, END_ID, write_split
 from doors import TINY, bigtx, losses, pretrain
 from servers import flipped, serve
 
 from bigtx.cli import main
 from bigtx.config.schema import TokenizerTrainConfig
+from bigtx.data.corpus import verify as verify_module
 from bigtx.data.corpus.blocks import BlockReader
+from bigtx.data.corpus.inspect import facts, length_bins, read_sample
 from bigtx.data.corpus.manifest import Manifest
 from bigtx.data.corpus.verify import verify
 from bigtx.data.storage.places import as_place
+from bigtx.data.workers import Workers
 from bigtx.tokenizer.tokenizer import Tokenizer
 from bigtx.tokenizer.train import train
 from bigtx.utils.errors import DataError
@@ -156,6 +161,36 @@ def test_wrong_content_with_right_hashes_is_found(corpus_copy: Path, block: int,
     assert any(re.search(said, problem) for problem in problems), problems
 
 
+def test_every_header_of_a_block_that_cannot_be_read_is_named(corpus_copy: Path) -> None:
+    manifest = Manifest.load(corpus_copy / "train")
+    docs = int(manifest.blocks["docs_offset"][1])
+    headers = b"\xff" * 640
+    rewrite_block(corpus_copy / "train", 1, lambda content: headers + content[640:docs] + headers + content[docs + 640 :])
+    told = "\n".join(verify(as_place(corpus_copy), 1).problems)
+    assert "the headers of 000001.tokens.npy cannot be read" in told
+    assert "the headers of 000001.docs.npy cannot be read" in told
+
+
+@pytest.mark.parametrize(("asked", "processes"), [(0, 3), (2, 2), (1000, 7)])
+def test_a_process_for_each_core_or_as_many_as_are_asked_for(
+    whole: Path, monkeypatch: pytest.MonkeyPatch, asked: int, processes: int
+) -> None:
+    """But no more than there are shards. The seconds are those of the work."""
+    made: list[int] = []
+
+    def workers(number: int, *others: Any) -> Workers:
+        made.append(number)
+        return Workers(1, *others)
+
+    monkeypatch.setattr(verify_module, "Workers", workers)
+    monkeypatch.setattr(verify_module, "num_cores", lambda: 3)
+    times = itertools.chain([100.0], itertools.repeat(104.0))
+    monkeypatch.setattr(verify_module, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    verified = verify(as_place(whole), asked)
+    assert made == [min(processes, verified.num_shards)] and verified.num_shards > 3
+    assert verified.seconds == 4.0
+
+
 def test_the_end_of_the_last_document_is_missed(corpus_copy: Path) -> None:
     """A split whose last token ends no document, and one of which the last shards are named no longer."""
     folder = corpus_copy / "train"
@@ -215,6 +250,7 @@ TABLE = [
     ("shard", 1, "not in the order of their shards"),
     ("tokens", -1, "have different counts"),
     ("documents", 1, "have different counts"),
+    ("documents", 1_000_000, "places outside its shards"),
     ("docs_offset", -1028, "places outside its shards"),
     ("offset", 512, r"block 1 \(bytes .* is damaged|not from byte"),
     ("offset", 512_000, "places outside its shards"),
@@ -389,6 +425,31 @@ def test_stats_in_words_and_as_json(corpus_copy: Path, capsys: pytest.CaptureFix
     assert (train_split["documents"], train_split["tokens"]) == (documents, tokens)
     assert sum(bar["documents"] for bar in train_split["lengths"]["histogram"]) == documents
     assert train_split["lengths"]["mean"] == pytest.approx(tokens / documents)
+
+
+def test_the_lengths_are_those_of_the_first_blocks(tmp_path: Path) -> None:
+    """Half a block for each document: 64 blocks have 128 of them, and where the last one ends is not known."""
+    document = np.array([*range(4, 19), END_ID])
+    manifest = write_split(tmp_path / "train", [[document] * 140], block_tokens=32, shard_size=8192)
+    sample = read_sample(manifest)
+    assert len(sample.tokens) == 64 * 32
+    assert sample.lengths.tolist() == [16] * 127
+    assert sample.document(5).tolist() == list(range(4, 19))
+
+
+def test_lengths_are_counted_between_powers_of_two() -> None:
+    bins = list(length_bins(np.array([4, 7, 8, 15, 16, 70])))
+    assert bins == [(4, 7, 2), (8, 15, 2), (16, 31, 1), (32, 63, 0), (64, 127, 1)]
+
+
+def test_the_split_that_was_asked_for_is_inspected(corpus_copy: Path) -> None:
+    place = as_place(corpus_copy)
+    for split in ("train", "validation"):
+        shards = facts(place, split=split, num_samples=0, seed=1)["shards"]
+        assert {Path(shard["path"]).parent.name for shard in shards} == {split}
+    shutil.rmtree(corpus_copy / "validation")
+    with pytest.raises(DataError, match=f"{place} has no split 'validation'; it has train"):
+        facts(place, split="validation", num_samples=0, seed=1)
 
 
 def test_there_must_be_a_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

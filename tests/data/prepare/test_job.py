@@ -275,11 +275,27 @@ def test_copies_of_a_text_do_not_stand_side_by_side(tmp_path: Path, tokenizer: P
     assert sum(order) == 50 and sum(a and b for a, b in pairwise(order)) < 40
 
 
+@pytest.mark.parametrize(
+    ("memory", "processes", "expected"),
+    [
+        (2 << 30, 16, 16 << 20),
+        (2 << 30, 1, 48 << 20),
+        (64 << 20, 4, 2 << 20),
+        (64 << 20, 64, 1 << 20),
+        (100_000_000, 7, 1_785_714),
+    ],
+)
+def test_the_processes_share_the_memory(memory: int, processes: int, expected: int) -> None:
+    """Each process holds 8 copies of its buffer at most."""
+    assert prepare_module.buffer_bytes(memory, processes) == expected
+
+
+@pytest.mark.parametrize("seconds", [0.5, 4])
 def test_speed_and_remaining_time_are_shown(
-    tmp_path: Path, tokenizer: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokenizer: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
-    """By a clock of which 4 s have passed since the tokenizing began, whenever it is asked."""
-    times = itertools.chain([100.0, 100.0], itertools.repeat(104.0))
+    """By a clock of which so many seconds have passed since the tokenizing began, whenever it is asked."""
+    times = itertools.chain([100.0, 100.0], itertools.repeat(100.0 + seconds))
     lines: list[tuple[str, float]] = []
     line = SimpleNamespace(show=lambda text, share=0.0: lines.append((text, share)), clear=lambda: None)
     monkeypatch.setattr(prepare_module, "time", SimpleNamespace(monotonic=lambda: next(times)))
@@ -290,9 +306,9 @@ def test_speed_and_remaining_time_are_shown(
     for text, share in shown:
         words = text.split()
         tokens, speed = (float(word.removesuffix("k")) * 1000 ** word.endswith("k") for word in (words[-6], words[-2]))
-        assert speed == pytest.approx(tokens / 4, rel=0.01), text
+        assert speed == pytest.approx(tokens / seconds, rel=0.01), text
         if share:
-            assert text.startswith(f"tokenizing: {share:.0%}, {clock(4 / share - 4)} left, "), text
+            assert text.startswith(f"tokenizing: {share:.0%}, {clock(seconds / share - seconds)} left, "), text
 
 
 def test_blocks_and_shards_are_as_large_as_was_asked_for(tmp_path: Path, tokenizer: Path) -> None:

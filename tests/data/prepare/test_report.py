@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
-from bigtx.data.prepare.report import Estimate
+import pytest
+
+from bigtx.config.schema import InputConfig, PrepareConfig, TokenizerTrainConfig
+from bigtx.data.prepare import report
+from bigtx.data.prepare.report import Estimate, estimate
+from bigtx.tokenizer.train import train
 
 SAMPLE = Estimate(
     stored_bytes=20 * 2**20,
@@ -48,3 +54,23 @@ def test_the_facts_of_an_estimate() -> None:
         "bytes_on_disk": 10_485_760,
     }
     assert facts["sample"]["tokens"] == 2**19 and facts["sample"]["rejects"] == 2
+
+
+def test_a_sample_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of processes is the one that is set, or that of the cores."""
+    texts = [f"number {number} of the words that are counted" for number in range(200)]
+    tokenizer = train(TokenizerTrainConfig(vocab_size=400), texts)
+    tokenizer.save(tmp_path / "tokenizer")
+    (tmp_path / "a.txt").write_text("\n".join(texts))
+    config = PrepareConfig(
+        input=InputConfig(paths=[str(tmp_path / "a.txt")], document_per_line=True),
+        tokenizer=str(tmp_path / "tokenizer"),
+        num_processes=3,
+    )
+    monkeypatch.setattr(report, "num_cores", lambda: 5)
+    found = estimate(config)
+    assert (found.documents, found.num_processes) == (200, 3)
+    assert (found.removed, found.rejects, found.text_bytes) == (0, 0, sum(map(len, texts)))
+    assert found.sampled_bytes == found.stored_bytes == found.text_bytes + 199
+    assert found.tokens == sum(len(ids) + 1 for ids in tokenizer.encode_batch(texts))
+    assert estimate(dataclasses.replace(config, num_processes=0)).num_processes == 5
