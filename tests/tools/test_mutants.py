@@ -125,14 +125,25 @@ def test_main():
 """
 
 
+AT_IMPORT = """
+from bigtx.utils.files import EARLY, held
+
+assert EARLY == 5
+
+def test_held():
+    assert not held(4)
+"""
+
+
 @pytest.mark.slow
 def test_a_trial_tells_what_is_held_from_what_is_not(tmp_path: Path) -> None:
     files = {
         "bigtx/__init__.py": "",
         "bigtx/utils/__init__.py": "",
-        "bigtx/utils/files.py": HELD,
+        "bigtx/utils/files.py": f"EARLY = 5\n{HELD}",
         "bigtx/utils/secrets.py": IN_ANOTHER_PROCESS,
         "tests/test_utils.py": TESTS,
+        "tests/test_import.py": AT_IMPORT,
         "pyproject.toml": "[tool.pytest.ini_options]\nmarkers = ['slow', 'gpu', 'slurm']\n",
     }
     for name, text in files.items():
@@ -154,6 +165,7 @@ def test_a_trial_tells_what_is_held_from_what_is_not(tmp_path: Path) -> None:
 
     found = {(each["function"], each["after"]): each for each in mutants()}
     assert {key: each["status"] for key, each in found.items()} == {
+        ("", "6"): "noticed",
         ("held", "(a <= 3)"): "noticed",
         ("held", "4"): "noticed",
         ("loose", "(a <= 3)"): "survived",

@@ -73,6 +73,13 @@ class _First:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Record the first failure; pytest calls this for each report."""
+        self._record(report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Record the first test file that cannot be imported; pytest calls this for each file."""
+        self._record(report)
+
+    def _record(self, report: pytest.TestReport | pytest.CollectReport) -> None:
         if report.failed and not self._file.exists():
             self._file.write_text(report.nodeid, encoding="utf-8")
 
@@ -152,7 +159,7 @@ def end(trial: Trial) -> dict[str, Any] | None:
     if code == pytest.ExitCode.OK or OUT_OF_TIME in text:
         return result | {"status": "survived", "left_out": result["left_out"] + (code != pytest.ExitCode.OK)}
     is_no_test = code == pytest.ExitCode.USAGE_ERROR and "while loading conftest" not in text
-    if is_no_test or code == pytest.ExitCode.NO_TESTS_COLLECTED:
+    if not by and (is_no_test or code == pytest.ExitCode.NO_TESTS_COLLECTED):
         return result | {"status": "error", "by": text}
     return result | {"status": "noticed", "by": by or f"status {code}"}
 
