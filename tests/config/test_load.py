@@ -158,6 +158,7 @@ def test_values(argument: str, key: str, value: Any) -> None:
         ("--verbose", "--help shows all"),
         ("--dry-runn", "did you mean --dry-run?"),
         ("train.max_steps", r"write train\.max_steps=VALUE, without spaces"),
+        ("train.max_steps=[1", r"command line: 'train.max_steps=\[1' is not YAML"),
         (tempfile.gettempdir(), r"is a folder.*did you mean data\.sources\.mine\.path="),
     ],
 )
