@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bigtx.config.load import load_run_config
-from bigtx.config.runs import run_dir_of
+from bigtx.config.runs import is_run, run_dir_of
 from bigtx.utils.errors import BigtxError, ConfigError
 
 
@@ -23,6 +23,20 @@ def test_the_run_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert run_dir_of(folder).samefile(run), folder
     monkeypatch.chdir(tmp_path)
     assert run_dir_of("run/checkpoints/step-00000001").samefile(run)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('{"packages": {"bigtx": "0.1.0"}}', True),
+        ('{"packages": {"torch": "2.13.0"}}', False),
+        ('{"packages": ["bigtx"]}', False),
+        ("{}", False),
+    ],
+)
+def test_a_description_of_another_program_makes_no_run(tmp_path: Path, content: str, expected: bool) -> None:
+    (tmp_path / "environment.json").write_text(content)
+    assert is_run(tmp_path) == expected
 
 
 @pytest.mark.parametrize(
