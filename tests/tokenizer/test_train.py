@@ -165,9 +165,7 @@ def test_the_pieces_of_an_example_are_shown(bpe: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("method", ["bpe", "unigram"])
-def test_the_model_of_every_machine_is_trained_with_16_threads(
-    method: str, request: pytest.FixtureRequest
-) -> None:
+def test_the_model_of_every_machine_is_trained_with_16_threads(method: str, request: pytest.FixtureRequest) -> None:
     """The number is in the file, so with another one the same text would give another fingerprint."""
     data = request.getfixturevalue(method).model.data
     assert sentencepiece_model_pb2.ModelProto.FromString(data).trainer_spec.num_threads == 16

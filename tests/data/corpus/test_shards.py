@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from corpora import write_split
 
+from bigtx.data.corpus import blocks
 from bigtx.data.corpus.blocks import BlockReader
-from bigtx.data.corpus.manifest import Manifest, first_problems
+from bigtx.data.corpus.manifest import Manifest, first_problems, padded_size
 from bigtx.utils.errors import DataError
 from bigtx.utils.files import sha256_file, write_sealed
 
@@ -218,9 +219,9 @@ def test_a_member_fills_whole_units_of_a_tar(size: int, padded: int) -> None:
     assert padded_size(size) == padded
 
 
-def test_a_block_is_verified_once(tmp_path: Path, make_corpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_corpus(tmp_path)
-    reader, verified = BlockReader(Manifest.load(tmp_path / "train")), list[int]()
+def test_a_block_is_verified_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = write_split(tmp_path / "train", [[np.arange(4, 40)] * 20], block_tokens=64, shard_size=4096)
+    reader, verified = BlockReader(manifest), list[int]()
     is_block = blocks.is_block
     monkeypatch.setattr(blocks, "is_block", lambda *of: verified.append(of[1]) or is_block(*of))
     for block in (0, 1, 0):
