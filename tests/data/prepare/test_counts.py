@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from bigtx.config.schema import PrepareConfig
-from bigtx.data.prepare.assemble import Plan, Task, make_tasks
+from bigtx.data.prepare.assemble import Count, Plan, Task, add_up, make_tasks
 from bigtx.data.prepare.chunks import MAX_RANGES, RECORD_DTYPE, Chunk, Chunks, key_range, save_chunks
 from bigtx.data.prepare.encode import NUM_EXAMPLES, Removed, UnitResult
 
@@ -21,6 +22,17 @@ def test_what_units_removed_is_added() -> None:
     count = NUM_EXAMPLES + 2
     assert (total.documents, total.bytes) == (2 * count, 100 * count + count * (count - 1) // 2)
     assert [example["text"] for example in total.examples] == [str(number) for number in range(NUM_EXAMPLES)]
+
+
+def test_counts_of_ranges_are_added() -> None:
+    """The smallest and the largest hash are those of any range, also of one with the hash 0."""
+    one = Count(Counter(exact=2), 0, 0, {0: np.array([[1, 5, 9], [0, 0, 0]])})
+    two = Count(Counter(exact=1, near=4), 7, 2**64 - 1, {0: np.array([[2, 3, 4], [1, 1, 1]]), 1: np.ones((2, 3))})
+    assert (add_up([one]).smallest, add_up([one]).largest) == (0, 0)
+    total = add_up([one, two])
+    assert (total.removed, total.smallest, total.largest) == ({"exact": 3, "near": 4}, 0, 2**64 - 1)
+    assert total.groups[0].tolist() == [[3, 8, 13], [1, 1, 1]] and total.groups[1].tolist() == [[1] * 3] * 2
+    assert add_up([two]).smallest == 7
 
 
 def test_processes_share_all_shards_and_none_twice() -> None:

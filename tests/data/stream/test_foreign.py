@@ -20,7 +20,7 @@ from doors import TINY, losses, pretrain
 from servers import first, serve, status
 
 from bigtx.config.schema import DataConfig, ForeignConfig, TokenizerTrainConfig
-from bigtx.data.stream.foreign import RowStream, check_shards, expand, read_texts
+from bigtx.data.stream.foreign import RowStream, check_shards, expand, num_workers, read_texts
 from bigtx.data.stream.foreign_loader import ForeignLoader
 from bigtx.data.stream.loader import Division
 from bigtx.data.stream.rows import IGNORED_LABEL, Batch
@@ -63,6 +63,15 @@ def stream(config: ForeignConfig, monkeypatch: pytest.MonkeyPatch, **place: int)
     for name, value in whose.items():
         monkeypatch.setenv(name.upper(), str(value))
     return RowStream(config, LENGTH, 1, **whose)
+
+
+@pytest.mark.parametrize(
+    ("shards", "asked", "world_size", "expected"),
+    [(8, 3, 2, 3), (8, 4, 2, 4), (8, 9, 2, 4), (8, 9, 3, 2), (1, 5, 2, 1)],
+)
+def test_a_rank_has_no_more_workers_than_shards(shards: int, asked: int, world_size: int, expected: int) -> None:
+    config = ForeignConfig(paths=[f"https://host/{{1..{shards}}}.tar"], num_workers=asked)
+    assert num_workers(config, world_size) == expected
 
 
 def texts_of_rows(rows: list[tuple[np.ndarray, np.ndarray]], tokenizer: Tokenizer) -> list[str]:
