@@ -100,7 +100,10 @@ def test_a_chat_that_is_too_long_loses_its_earliest_turns(tokenizer: Tokenizer) 
     assert example.ids.tolist() == expected and example.num_cut == len(whole.ids) - len(expected)
     # Then the beginning of what is read goes, down to a half, and the end of the answer.
     tiny = sft(tokenizer, data=RecordsConfig(max_length=8))
-    example = tiny.encode(Record({"prompt": "the house of stone " * 5, "response": "red apple tree " * 5}, "a"))
+    long = Record({"prompt": "the house of stone " * 5, "response": "red apple tree " * 5}, "a")
+    example, uncut = tiny.encode(long), sft(tokenizer).encode(long).ids.tolist()
+    answer_from = uncut.index(tokenizer.role_ids["assistant"])
+    assert example.ids.tolist() == uncut[answer_from - 3 : answer_from + 5] != uncut[:8]
     assert len(example.ids) == 8 and example.is_answer.tolist() == [False] * 4 + [True] * 4
     assert example.ids[3] == tokenizer.role_ids["assistant"]
     refusing = sft(tokenizer, data=RecordsConfig(max_length=8, too_long="refuse"))
