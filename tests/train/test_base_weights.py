@@ -105,19 +105,22 @@ def test_a_stack_of_two_keeps_its_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rank", "freeze", "advice"),
+    ("rank", "freeze", "name", "advice"),
     [
-        (0, ["head.*"], "leave them out of optimizer.freeze"),
-        (2, [], "name them in optimizer.train_also"),
-        (2, ["decoder.*"], "name them in optimizer.train_also"),
-        (2, ["head.*"], "leave them out of optimizer.freeze"),
+        (0, ["head.*"], "head.classes.weight", "leave them out of optimizer.freeze"),
+        (2, [], "embedding.weight", "name them in optimizer.train_also"),
+        (2, ["decoder.*"], "embedding.weight", "name them in optimizer.train_also"),
+        (2, ["head.*"], "head.classes.weight", "leave them out of optimizer.freeze"),
+        (2, ["emb*"], "embedding.weight", "leave them out of optimizer.freeze and name them in optimizer.train_also"),
     ],
 )
-def test_new_parameters_that_would_not_be_trained_are_refused(rank: int, freeze: list[str], advice: str) -> None:
+def test_new_parameters_that_would_not_be_trained_are_refused(
+    rank: int, freeze: list[str], name: str, advice: str
+) -> None:
     config = FinetuneConfig(
         model=ModelConfig(lora=LoraConfig(rank=rank)),
         optimizer=OptimizerConfig(freeze=freeze),
     )
-    refuse_untrained(["head.classes.weight"], ["decoder.norm.weight"], config)
-    with pytest.raises(ConfigError, match=f"^head.classes.weight: new in this run, .*; {advice}$"):
-        refuse_untrained(["head.classes.weight"], ["decoder.norm.weight", "head.classes.weight"], config)
+    refuse_untrained([name], ["decoder.norm.weight"], config)
+    with pytest.raises(ConfigError, match=f"^{name}: new in this run, .*; {advice}$"):
+        refuse_untrained([name], ["decoder.norm.weight", name], config)
