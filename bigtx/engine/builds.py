@@ -41,10 +41,11 @@ class Turn:
 
     def try_acquire(self) -> bool:
         """Wait for a turn. Returns False where another process has built the extension in the meantime."""
-        begin, said = time.monotonic(), False
+        begin, said, has_waited = time.monotonic(), False, False
         while True:
             try:
-                descriptor, is_new = open_or_make(self.path)
+                # A process that has waited makes no file: if it is gone, the extension is built.
+                descriptor, is_new = (os.open(self.path, os.O_RDWR), False) if has_waited else open_or_make(self.path)
             except FileNotFoundError:
                 return False
             # A file without the system's lock may be another program's, so `_stays` checks it for a moment.
@@ -57,8 +58,7 @@ class Turn:
                 said = True
                 say(f"waiting for another process that builds {self.path.parent.name}; it has {self.path}")
             time.sleep(POLL_SECONDS)
-            if not self.path.exists():
-                return False
+            has_waited = True
 
     def wait(self) -> None:
         """Do nothing: `try_acquire` has waited."""
