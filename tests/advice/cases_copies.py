@@ -28,7 +28,8 @@ CASES = Cases()
 again = functools.partial(again_in, CASES)
 
 
-def copied(
+def copied_in(
+    cases: Cases,
     name: str,
     shown: str,
     advice: str,
@@ -38,7 +39,14 @@ def copied(
     *,
     right: Step | None = None,
 ) -> None:
-    """Something is damaged; then the whole folder is copied again."""
+    """Add a case of a folder that is damaged, and then copied again.
+
+    Args:
+        cases: the cases of a file.
+        advice: what the message says to do.
+        what: the folder, from the shelf.
+        use: what leads to the message; `right` is done after it, and the same if it is not given.
+    """
 
     def before(desk: Desk) -> None:
         desk.take(what)
@@ -49,7 +57,10 @@ def copied(
         shutil.rmtree(what)
         shutil.copytree(f"copies/{what}", what)
 
-    again(name, shown, "=" + advice, use, right, before=before, fix=fix)
+    again_in(cases, name, shown, "=" + advice, use, right, before=before, fix=fix)
+
+
+copied = functools.partial(copied_in, CASES)
 
 
 # Corpora.

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from advice.cases_again import again_in
-from advice.cases_copies import remove
+from advice.cases_again import again_in, take
+from advice.cases_copies import copied_in
 from advice.desk import Attempt, Cases, Desk, Outcome, call
 from safetensors.torch import load_file, save_file
 
@@ -24,7 +23,9 @@ from bigtx.tokenizer.tokenizer import Tokenizer
 
 CASES = Cases()
 again = functools.partial(again_in, CASES)
+copied = functools.partial(copied_in, CASES)
 IMPORT = "bigtx import foreign output=new"
+DECODER = take("foreign")
 
 
 def foreign(
@@ -33,21 +34,18 @@ def foreign(
     advice: str,
     damage: Callable[[Desk], object],
     fix: Callable[[Desk], object] | None = None,
-    make: Callable[[Desk], object] = lambda desk: desk.take("foreign"),
+    make: Callable[[Desk], object] = DECODER,
 ) -> None:
     """An import of a changed folder, which is then mended, or replaced by what it was."""
 
-    def before(desk: Desk) -> None:
+    def change(desk: Desk) -> None:
         desk.without("transformers")
-        make(desk)
-        shutil.copytree("foreign", "copy")
         damage(desk)
 
-    def replace(desk: Desk) -> None:
-        shutil.rmtree("foreign")
-        shutil.copytree("copy", "foreign")
-
-    again(name, shown, "=" + advice, IMPORT, before=before, fix=fix or replace)
+    if fix:
+        again(name, shown, "=" + advice, IMPORT, before=lambda desk: (make(desk), change(desk)), fix=fix)
+    else:
+        copied(name, shown, advice, "foreign", change, IMPORT)
 
 
 def config(**changes: Any) -> Callable[[Desk], object]:
@@ -166,7 +164,7 @@ foreign(
     " has a form that PEFT's adapters cannot have", r"`(bigtx export .*?)`", fill={"FOLDER": "made --no-verify"}
 )
 def adapters_of_another_form(desk: Desk) -> Attempt:
-    """No family of bigtx has such a form, so the comparison of the products is told that they differ."""
+    """No family of bigtx has such a form, so the comparison of the products is replaced by one that fails."""
     desk.take("adapters")
     with desk.patch.context() as patch:
         patch.setattr(adapters.torch, "allclose", lambda *given, **options: False)
@@ -179,18 +177,13 @@ def adapters_of_another_form(desk: Desk) -> Attempt:
 def tokenizer(name: str, shown: str, change: Callable[[dict[str, Any]], object]) -> None:
     """A tokenizer whose description was edited; then its folder is copied again."""
 
-    def before(desk: Desk) -> None:
-        desk.take("tokenizer")
+    def damage(desk: Desk) -> None:
         path = Path("tokenizer/bigtx_tokenizer.json")
         content = json.loads(path.read_text())
         change(content)
         path.write_text(json.dumps(content))
 
-    def fix(desk: Desk) -> None:
-        remove("tokenizer")(desk)
-        desk.take("tokenizer")
-
-    again(name, shown, "=Copy it again from its source.", "bigtx tokenizer inspect tokenizer", before=before, fix=fix)
+    copied(name, shown, "Copy it again from its source.", "tokenizer", damage, "bigtx tokenizer inspect tokenizer")
 
 
 tokenizer("an_id_that_no_piece_has", " has the id 1000000, but ", lambda found: found["special"].update(mask=10**6))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import errno
 import functools
 import json
@@ -12,13 +10,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 from advice.cases_again import COPY, Step, again_in, damage, restore
-from advice.cases_copies import FIFTH, edit
+from advice.cases_copies import FIFTH, copied_in, edit
 from advice.cases_data import PREPARE
 from advice.desk import Attempt, Cases, Desk, Outcome, call
 from advice.shelf import TEXTS
@@ -36,28 +34,6 @@ again = functools.partial(again_in, CASES)
 # Folders.
 
 
-class _Rights(ctypes.Structure):
-    """The half of a process's capabilities that the kernel keeps in each of two words."""
-
-    _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32))
-
-
-@contextlib.contextmanager
-def as_user() -> Iterator[None]:
-    """Take the right to write where permissions forbid it from this thread, which root has."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    header, rights = (ctypes.c_uint32 * 2)(0x20080522, 0), (_Rights * 2)()
-    assert libc.capget(header, rights) == 0
-    before = rights[0].effective
-    rights[0].effective &= ~0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH.
-    assert libc.capset(header, rights) == 0
-    try:
-        yield
-    finally:
-        rights[0].effective = before
-        assert libc.capset(header, rights) == 0
-
-
 def read_only(name: str) -> None:
     Path(name).mkdir(exist_ok=True)
     Path(name).chmod(0o500)
@@ -71,9 +47,8 @@ def checked(folder: str) -> Step:
     """What `bigtx doctor FOLDER` says of the folder."""
 
     def check(desk: Desk) -> Outcome:
-        # For os.access root may write everywhere, whatever rights were taken from it.
-        desk.patch.setattr(doctor.os, "access", lambda path, mode: Path(path).name != "mine")
-        (found,) = doctor._disk(Path(folder))
+        with desk.as_user():
+            (found,) = doctor._disk(Path(folder))
         return Outcome(found.status == "failed", found.text)
 
     return check
@@ -94,7 +69,7 @@ def records(folder: str) -> Step:
 
     def write(desk: Desk) -> Outcome:
         def work() -> None:
-            with as_user():
+            with desk.as_user():
                 JsonLines(Path(folder) / "metrics.jsonl", warn=str).close()
 
         return call(work)
@@ -211,25 +186,25 @@ again(
 
 
 def preferences(desk: Desk) -> None:
-    """A run of DPO, with its base."""
-    desk.take("answers", "decoder")
+    """A run of DPO, whose base is changed later."""
+    desk.take("answers")
     path = Path("answers/config.yaml")
     config = yaml.safe_load(path.read_text())
     path.write_text(yaml.safe_dump(config | {"task": "preference", "base": "decoder"}))
     base = {"checkpoint": str(Path(FIFTH).resolve()), "manifest_sha256": MergedCheckpoint(Path(FIFTH)).manifest_sha256}
     desk.write("answers/base.json", json.dumps(base))
     desk.lines("in.jsonl", {"prompt": "red", "chosen": "apple", "rejected": "stone"})
-    shutil.copytree("decoder", "copies/decoder")
     edit(FIFTH, state={"tokens": 1})
 
 
-again(
+copied_in(
+    CASES,
     "a_base_that_has_changed",
     " is not the base that ",
     "restore that base from a copy",
+    "decoder",
+    preferences,
     "bigtx evaluate answers wandb=off data=in.jsonl",
-    before=preferences,
-    fix=lambda desk: (shutil.rmtree("decoder"), shutil.copytree("copies/decoder", "decoder")),
 )
 
 # W&B.
@@ -256,7 +231,7 @@ for name, advice, right in (
 
 
 def sent(desk: Desk) -> Outcome:
-    with as_user():
+    with desk.as_user():
         return desk.run("bigtx wandb sync mine")
 
 

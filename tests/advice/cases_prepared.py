@@ -7,7 +7,7 @@ import io
 import json
 import shutil
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +93,9 @@ def questions(*texts: str) -> str:
     return "".join(json.dumps({"text": text}) + "\n" for text in texts)
 
 
-def evaluation_sets(content: str) -> Step:
+def evaluation_sets(content: str) -> Callable[[Desk], object]:
     """A text to prepare, an evaluation set with a content, and one of long texts."""
-    return lambda desk: (  # type: ignore[return-value]
+    return lambda desk: (
         prepared(desk),
         desk.write("set.jsonl", content),
         desk.write("other.jsonl", questions("one two three four five six seven eight nine ten")),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +12,11 @@ from typing import Any
 
 import yaml
 from advice.cases_again import Step, again_in, run_folder, take
-from advice.cases_copies import FIFTH, SIXTH, chosen, cut, edit, flip_end, two_checkpoints, weights
+from advice.cases_copies import FIFTH, SIXTH, chosen, copied_in, cut, edit, flip_end, two_checkpoints, weights
 from advice.cases_data import PREPARE
 from advice.cases_data import texts as write_texts
 from advice.cases_training import ALONE, MODEL, PRETRAIN, pretrain
 from advice.desk import Attempt, Cases, Desk, Outcome, call, written
-from advice.shelf import SHAPE
 from safetensors.torch import load_file, save_file
 
 from bigtx.config.load import load
@@ -35,23 +33,7 @@ from bigtx.utils.files import sha256_file
 
 CASES = Cases()
 again = functools.partial(again_in, CASES)
-SHAPED = [f"model.{name}={value}" for name, value in SHAPE.items()]
-
-
-def copied(name: str, shown: str, advice: str, what: str, damage: Callable[[Desk], object], use: Step) -> None:
-    """Something is damaged; then the whole folder is copied again."""
-
-    def before(desk: Desk) -> None:
-        desk.take(what)
-        shutil.copytree(what, f"copies/{what}")
-        damage(desk)
-
-    def fix(desk: Desk) -> None:
-        shutil.rmtree(what)
-        shutil.copytree(f"copies/{what}", what)
-
-    again(name, shown, "=" + advice, use, before=before, fix=fix)
-
+copied = functools.partial(copied_in, CASES)
 
 # Checkpoints.
 
@@ -246,7 +228,7 @@ again(
     begun("other_tokenizer", "own.yaml"),
     begun("new/tokenizer", "own.yaml"),
     before=lambda desk: (known(desk), with_its_model(desk)),
-    fix=lambda desk: desk.done(PREPARE.replace("tokenizer=tokenizer", "tokenizer=decoder/tokenizer")),
+    fix=lambda desk: desk.done(f"{PREPARE} tokenizer=decoder/tokenizer"),
 )
 
 
@@ -278,12 +260,12 @@ def taught(*given: str) -> Step:
 def with_other_data(desk: Desk) -> None:
     desk.take("decoder", "other_tokenizer")
     write_texts(desk)
-    desk.done(f"{PREPARE} tokenizer=other_tokenizer output=corpus".replace(" tokenizer=tokenizer output=new", ""))
+    desk.done(f"{PREPARE} tokenizer=other_tokenizer output=corpus")
 
 
 def with_data_of_the_teacher(desk: Desk) -> None:
     shutil.rmtree("corpus")
-    desk.done(f"{PREPARE} tokenizer=decoder/tokenizer output=corpus".replace(" tokenizer=tokenizer output=new", ""))
+    desk.done(f"{PREPARE} tokenizer=decoder/tokenizer output=corpus")
 
 
 again(
@@ -311,8 +293,7 @@ def locked(*given: str) -> Step:
     """What is said to a user who may write only what the mode of a folder allows; root may write everything."""
 
     def attempt(desk: Desk) -> Outcome:
-        with desk.patch.context() as patch:
-            patch.setattr(os, "access", lambda path, mode: bool(os.stat(path).st_mode & 0o200))
+        with desk.as_user():
             return run_folder(*given)(desk)
 
     return attempt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib.metadata
 import io
@@ -54,7 +55,7 @@ class Case(NamedTuple):
     """A message that advises something.
 
     Attributes:
-        shown: words of it, as they stand in the source.
+        shown: words of it, as in the source.
         make: prepares a folder; gives what leads to the message.
         take: finds the advice in the message, as its first group.
         fill: what is written for the words in capitals.
@@ -98,12 +99,18 @@ class Cases(list[Case]):
 
 
 def call(function: Callable[..., object], *arguments: Any) -> Outcome:
-    """Call what raises an error that a user reads, or gives a warning ("" if there is none)."""
+    """Call what raises an error that a user reads, or returns a warning or an empty text."""
     try:
         said = function(*arguments)
     except BigtxError as error:
         return Outcome(True, str(error))
     return Outcome(False, said if isinstance(said, str) else "")
+
+
+class _Rights(ctypes.Structure):
+    """The half of a process's capabilities that the kernel keeps in each of two words."""
+
+    _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32))
 
 
 class Desk:
@@ -162,6 +169,24 @@ class Desk:
         self.hidden += packages
         for name in packages:
             self.patch.setitem(sys.modules, name, None)
+
+    @contextlib.contextmanager
+    def as_user(self) -> Iterator[None]:
+        """Obey the permissions of files in this thread, as a user other than root has to."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        header, rights = (ctypes.c_uint32 * 2)(0x20080522, 0), (_Rights * 2)()
+        assert libc.capget(header, rights) == 0
+        before = rights[0].effective
+        rights[0].effective &= ~0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH.
+        assert libc.capset(header, rights) == 0
+        try:
+            with self.patch.context() as patch:
+                # For os.access root may do everything, whatever rights were taken from it.
+                patch.setattr(os, "access", lambda path, mode: (os.stat(path).st_mode >> 6) & mode == mode)
+                yield
+        finally:
+            rights[0].effective = before
+            assert libc.capset(header, rights) == 0
 
     def run(self, line: str) -> Outcome:
         """Do what a line of a shell says."""

@@ -61,7 +61,7 @@ NO_MESSAGES = ("add_argument", "columns", "compile", "Arguments", "_corpus_parse
 
 
 class Message(NamedTuple):
-    """A text of the source; what is filled in stands in braces."""
+    """A text of the source, with braces around what is filled in."""
 
     place: str
     text: str
