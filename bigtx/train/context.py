@@ -14,6 +14,7 @@ import re
 import shutil
 import signal
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -75,6 +76,7 @@ class StopRequest:
         self.signal: signal.Signals | None = None
         self.came_early = False
         self._announce = announce
+        self._is_first = threading.Lock()
         self._is_deferred = False
         self._file: Path | None = None
         self._next_look = 0.0
@@ -110,7 +112,8 @@ class StopRequest:
                 self._file.unlink()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is None:
+        # Taken in one step: a second signal may come at each line of this handler.
+        if self._is_first.acquire(blocking=False):
             self.signal = signal.Signals(number)
             self.came_early = not self._is_deferred
             self._announce(self.came_early)

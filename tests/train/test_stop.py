@@ -42,6 +42,21 @@ def test_a_request_in_training_is_a_flag() -> None:
     assert told == ["stopping False"] and stop.requested and not stop.came_early and stop.exit_status == 130
 
 
+def test_a_signal_that_comes_while_the_first_is_handled_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    stop = StopRequest(lambda early: told.append(f"stopping {early}"))
+    stop.defer()
+
+    def named(number: int, name: type[signal.Signals] = signal.Signals) -> signal.Signals:
+        monkeypatch.setattr(stop_module.signal, "Signals", name)
+        signal.raise_signal(signal.SIGTERM)
+        return name(number)
+
+    monkeypatch.setattr(stop_module.signal, "Signals", named)
+    signal.raise_signal(signal.SIGINT)
+    assert told == ["stopping False"] and stop.exit_status == 130
+
+
 def test_where_no_handler_is_heard_signals_do_what_they_do_by_themselves() -> None:
     StopRequest(lambda _: None)
     handler = signal.getsignal(signal.SIGTERM)
