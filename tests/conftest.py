@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+import itertools
 import json
 import os
 import tarfile
@@ -49,6 +51,15 @@ def imdb_jsonl(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return path
 
 
+@pytest.fixture(scope="session")
+def imdb_reviews(test_data: Path) -> list[str]:
+    """The first 1,000 unlabelled reviews in the order of their folder or archive, which are read in a second."""
+    reviews = [text for _, text in itertools.islice(_imdb_reviews(test_data / "imdb"), 1000)]
+    if not reviews:
+        pytest.skip(f"no reviews in {test_data / 'imdb'}")
+    return reviews
+
+
 def _imdb_reviews(folder: Path) -> Iterator[tuple[int, str]]:
     for path in (folder / "train" / "unsup").glob("*.txt"):
         yield int(path.stem.partition("_")[0]), path.read_text(encoding="utf-8")
@@ -72,6 +83,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put files that start several processes first: each takes long, and the last file of all runs on one worker."""
     first = {item.path for item in items if item.get_closest_marker("dist")}
     items.sort(key=lambda item: item.path not in first)
+
+
+def pytest_collection_finish() -> None:
+    """Have the garbage collector look no more at what the imports and the collection made: a million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -30,8 +30,18 @@ from pathlib import Path
 from typing import Any, NoReturn, Self
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("numpy", "torch", "torch.distributed", "deepspeed", "omegaconf", "sentencepiece", "yaml", "wandb")
-"""What the process imports before it forks."""
+PACKAGES = (
+    "numpy",
+    "torch",
+    "torch.distributed",
+    "torch._dynamo",
+    "deepspeed",
+    "omegaconf",
+    "sentencepiece",
+    "yaml",
+    "wandb",
+)
+"""What the process imports before it forks. ZeRO 3 and deterministic kernels import torch._dynamo."""
 PARTS = ("bigtx.api", "bigtx.cli", "bigtx.launch.supervisor", "bigtx.pretraining.run", "bigtx.finetuning.run")
 """Parts of bigtx that it imports too. Python would warn about modules that commands name, such as bigtx.pretrain."""
 SENSITIVE = ("PYTHON", "LD_", "OMP_", "MKL_", "KMP_", "TORCH", "DS_", "CUDA", "LANG", "LC_", "TZ")

@@ -92,8 +92,8 @@ def told_by(case: str) -> list[str]:
     """The texts of the source that the list says to be followed by a case."""
     found = []
     for module, followed in REGISTRY["followed"].items():
-        own = {message.text for message in advice() if message.place.partition(":")[0] == module}
         for words in (words for words, name in followed.items() if name == case):
+            own = {message.text for message in advice() if message.place.partition(":")[0] == module}
             found += {words} & own or [text for text in own if words in text]
     return found
 

@@ -20,13 +20,13 @@ from bigtx.engine.trainable import PART_MULTIPLE
 from bigtx.utils.errors import CheckpointError
 
 LEAST_FALL = 0.05
-"""Of the loss in four steps. The slow tests make ten."""
+"""Of the loss in three steps. The slow tests make ten."""
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (2, 4)])
 def test_parity_with_a_plain_loop(tmp_path: Path, world_size: int, accumulation: int) -> None:
-    check_parity(run_ranks(tmp_path, world_size, "parity", cases=cases((accumulation,)), steps=4), LEAST_FALL)
+    check_parity(run_ranks(tmp_path, world_size, "parity", cases=cases((accumulation,)), steps=3), LEAST_FALL)
 
 
 @pytest.mark.dist
@@ -61,7 +61,7 @@ def test_parity_of_encoders_and_encoder_decoders_and_experts(tmp_path: Path) -> 
         for stage, shape in itertools.product(STAGES, ("encoder", "encoder_decoder", "experts"))
         for precision, optimizer in (("fp32", "muon"), ("bf16", "adamw"))
     ]
-    check_parity(run_ranks(tmp_path, 2, "parity", cases=tried, steps=4), LEAST_FALL)
+    check_parity(run_ranks(tmp_path, 2, "parity", cases=tried, steps=3), LEAST_FALL)
 
 
 @pytest.mark.slow
@@ -123,7 +123,7 @@ def test_gradients_are_reduced_while_the_backward_pass_continues(tmp_path: Path)
 def test_parity_with_gradients_that_are_sent_in_16_bits(tmp_path: Path) -> None:
     raw = {"communication_data_type": "bf16"}
     tried = [STAGE_1 | {"optimizer": optimizer, "accumulation": 2, "deepspeed": raw} for optimizer in OPTIMIZERS]
-    check_parity(run_ranks(tmp_path, 2, "parity", cases=tried, steps=4), LEAST_FALL)
+    check_parity(run_ranks(tmp_path, 2, "parity", cases=tried, steps=3), LEAST_FALL)
 
 
 PARTS: dict[str, dict[str, Any]] = {
@@ -146,7 +146,7 @@ def parts(optimizer: str, *, precision: str = "fp32", **fields: Any) -> list[dic
 
 @pytest.mark.dist
 def test_parity_where_parts_are_trained(tmp_path: Path) -> None:
-    check_parity(run_ranks(tmp_path, 2, "parity", cases=parts("muon"), steps=4), least_fall=0.003)
+    check_parity(run_ranks(tmp_path, 2, "parity", cases=parts("muon"), steps=3), least_fall=0.003)
 
 
 @pytest.mark.slow

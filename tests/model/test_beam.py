@@ -47,15 +47,17 @@ def search(model: Transformer, prompts: list[list[int]], beam: Beam, limit: int 
 
 
 @torch.no_grad()
-def log_probability(model: Transformer, prompt: list[int], text: list[int]) -> float:
-    """Of a text and its end, without a cache."""
+def log_probabilities(model: Transformer, prompt: list[int], texts: list[tuple[int, ...]]) -> list[float]:
+    """Of texts of one length and their ends, without a cache."""
     if model.config.shape == "encoder_decoder":
-        logits = model(torch.tensor([prompt]), target_tokens=torch.tensor([[START, *text]]))[0]
+        targets = torch.tensor([[START, *text] for text in texts])
+        logits = model(torch.tensor([prompt] * len(texts)), target_tokens=targets)
     else:
-        tokens = torch.tensor([[*prompt, *text]])
+        tokens = torch.tensor([[*prompt, *text] for text in texts])
         prefix = torch.arange(tokens.shape[1])[None] < len(prompt) if model.config.prefix_attention else None
-        logits = model(tokens, prefix_mask=prefix)[0, len(prompt) - 1 :]
-    return float(logits.double().log_softmax(-1)[range(len(text) + 1), [*text, END]].sum())
+        logits = model(tokens, prefix_mask=prefix)[:, len(prompt) - 1 :]
+    labels = torch.tensor([[*text, END] for text in texts])
+    return logits.double().log_softmax(-1).gather(-1, labels[..., None]).sum((1, 2)).tolist()
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 0.6, 2.0])
@@ -65,13 +67,17 @@ def test_a_beam_that_holds_all_texts_finds_the_best_of_them(variant: str, length
     beam = Beam(size=200, length_penalty=length_penalty)
     found = search(model, PROMPTS, beam, limit)
     letters = [letter for letter in range(6) if letter != END]
-    texts = [list(text) for length in range(limit + 1) for text in itertools.product(letters, repeat=length)]
+    of_each_length = [list(itertools.product(letters, repeat=length)) for length in range(limit + 1)]
     for prompt, best in zip(PROMPTS, found, strict=True):
-        scored = [(beam.score(log_probability(model, prompt, text), len(text) + 1), text) for text in texts]
-        score, text = max(scored)
-        assert best.ids == text
+        known = {
+            text: value
+            for texts in of_each_length
+            for text, value in zip(texts, log_probabilities(model, prompt, texts), strict=True)
+        }
+        score, text = max((beam.score(value, len(text) + 1), text) for text, value in known.items())
+        assert best.ids == [*text]
         assert best.score == pytest.approx(score, rel=1e-4)
-        assert best.log_probability == pytest.approx(log_probability(model, prompt, text), rel=1e-4)
+        assert best.log_probability == pytest.approx(known[text], rel=1e-4)
 
 
 @pytest.mark.parametrize("end_ids", [[END], [END, 17, 30]], ids=["one end", "three ends"])
@@ -134,7 +140,8 @@ def test_ending_early_changes_nothing(variant: str, monkeypatch: pytest.MonkeyPa
 def test_a_score_is_that_of_the_model() -> None:
     model = make_model(shape="encoder_decoder")
     for prompt, found in zip(PROMPTS, search(model, PROMPTS, Beam(size=4)), strict=True):
-        assert found.log_probability == pytest.approx(log_probability(model, prompt, found.ids), rel=1e-4)
+        (expected,) = log_probabilities(model, prompt, [tuple(found.ids)])
+        assert found.log_probability == pytest.approx(expected, rel=1e-4)
         assert found.score == pytest.approx(found.log_probability / ((6 + len(found.ids)) / 6) ** 0.6)
 
 

@@ -66,7 +66,7 @@ def sleep_long(folder: Path) -> None:
 def test_a_fault_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[Path], object], what: str
 ) -> None:
-    monkeypatch.setattr(fuzz_bytes, "CPU_SECONDS", 0.2)
+    monkeypatch.setattr(fuzz_bytes, "CPU_SECONDS", 0.2 if read is spin else 60.0)
     monkeypatch.setattr(fuzz_bytes, "WAITING_SECONDS", 1.0 if read is sleep_long else 60.0)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
