@@ -20,7 +20,7 @@ from bigtx.tokenizer.train import train
 from bigtx.utils.errors import DataError
 
 PROGRAM = Path(__file__).resolve().parents[3] / "tools" / "bench" / "long_documents.py"
-NUM_BYTES = 16_000_000
+NUM_BYTES = 8_000_000
 LEAST = 1 << 26
 """The smallest `memory`: a unigram model may see 524,288 bytes of a text with it."""
 SHORT, LONG, LONGER = "a few words", "words " * 80_000, "more words " * 60_000
