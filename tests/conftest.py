@@ -86,7 +86,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Have the garbage collector look no more at what the imports and the collection made: a million objects."""
+    """Exclude the objects of imports and of the collection, about a million, from later garbage collections."""
     gc.collect()
     gc.freeze()
 

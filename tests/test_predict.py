@@ -256,8 +256,15 @@ def test_texts_of_the_command_line(run: Path, tmp_path: Path) -> None:
         assert done.returncode == 2 and "one of them says what to predict for" in done.stderr
 
 
-@pytest.mark.parametrize("redirection", [">&-", ">/dev/full"])
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("redirection", "unbuffered"),
+    [
+        (">&-", ""),
+        (">/dev/full", "1"),
+        pytest.param(">&-", "1", marks=pytest.mark.slow),
+        pytest.param(">/dev/full", "", marks=pytest.mark.slow),
+    ],
+)
 def test_answers_that_cannot_be_written(run: Path, redirection: str, unbuffered: str) -> None:
     command = ["bash", "-c", f'exec "$@" {redirection}', "bash", sys.executable, "-m", "bigtx"]
     variables = environment(PYTHONPATH=str(ROOT), PYTHONUNBUFFERED=unbuffered)

@@ -1,11 +1,12 @@
 """Signals to every process of a training, on one machine: nothing is left behind, and nothing is lost.
 
-SIGTERM and SIGKILL to each process of `bigtx pretrain` are quick enough for every change; the whole table, with
+SIGTERM to a rank, and SIGKILL to a rank and to the command, are quick enough for every change; the whole table, with
 `bigtx finetune` and the launcher of DeepSpeed, is slow.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -144,9 +145,12 @@ def victim_of(name: str, run_dir: Path) -> Callable[[subprocess.Popen[str]], int
     return find
 
 
-SOON = [(number, victim) for number in (signal.SIGTERM, signal.SIGKILL) for victim in ("command", "rank 0", "rank 1")]
+SOON = [(signal.SIGTERM, "rank 1"), (signal.SIGKILL, "rank 1"), (signal.SIGKILL, "command")]
 LATER = [
-    (number, victim) for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1) for victim in ("command", "rank 1")
+    (signal.SIGTERM, "command"),
+    (signal.SIGTERM, "rank 0"),
+    (signal.SIGKILL, "rank 0"),
+    *itertools.product((signal.SIGINT, signal.SIGHUP, signal.SIGUSR1), ("command", "rank 1")),
 ]
 
 

@@ -95,7 +95,7 @@ def test_a_mistake_in_words_or_paths_is_answered_without_torch(tmp_path: Path) -
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_imports_no_compiler_and_nothing_that_it_does_not_use(corpus: Path, tmp_path: Path, stage: int) -> None:
     settings = [
         *TINY,

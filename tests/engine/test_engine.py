@@ -43,7 +43,10 @@ def test_ranks_and_micro_batches_change_rounding_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.dist
-def test_parity_of_encoders_and_encoder_decoders_and_experts(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("precision", "optimizer"), [("fp32", "muon"), pytest.param("bf16", "adamw", marks=pytest.mark.slow)]
+)
+def test_parity_of_encoders_and_encoder_decoders_and_experts(tmp_path: Path, precision: str, optimizer: str) -> None:
     """Tied tables too: source and target go through one, the head is the same. Experts with the losses of routing.
 
     In bf16 with AdamW: under Muon's rate the roundings of an encoder-decoder grow within ten steps to 4e-3 of a loss
@@ -59,7 +62,6 @@ def test_parity_of_encoders_and_encoder_decoders_and_experts(tmp_path: Path) -> 
             "tied": True,
         }
         for stage, shape in itertools.product(STAGES, ("encoder", "encoder_decoder", "experts"))
-        for precision, optimizer in (("fp32", "muon"), ("bf16", "adamw"))
     ]
     check_parity(run_ranks(tmp_path, 2, "parity", cases=tried, steps=3), LEAST_FALL)
 
@@ -85,7 +87,7 @@ STAGE_1: dict[str, Any] = {"stage": 1, "precision": "bf16"}
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_our_reduction_gives_what_deepspeed_s_gives(tmp_path: Path, world_size: int) -> None:
     """To the last bit without clipping: two ranks add in either order alike, and the factor between a mean and a sum is
     a power of two. Clipping divides where DeepSpeed multiplies, and takes the norm in another order."""

@@ -83,8 +83,20 @@ def padding(length: int) -> Tensor:
     return torch.arange(length) >= torch.tensor([[length], [length - 3]])
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "recompute"),
+    [
+        *((kind, "selective") for kind in KINDS),
+        ("decoder", "none"),
+        ("decoder", "full"),
+        *(
+            pytest.param(kind, recompute, marks=pytest.mark.slow)
+            for kind in KINDS
+            if kind != "decoder"
+            for recompute in ("none", "full")
+        ),
+    ],
+)
 def test_no_block_has_a_graph_break(kind: str, recompute: Any) -> None:
     layers = {} if kind == "window" else {"num_layers": 1}
     model = tiny_model(**{**layers, **KINDS[kind]}).bfloat16().train()
@@ -98,8 +110,11 @@ def test_no_block_has_a_graph_break(kind: str, recompute: Any) -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.usefixtures("sparse_kernels", "programs")
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("recompute", [pytest.param("none", marks=SLOW), "selective", pytest.param("full", marks=SLOW)])
 def test_flex_attention_breaks_no_block(recompute: Any) -> None:
     model = tiny_model(num_layers=1, num_kv_heads=2, head_width=16).train()
     model.activation_checkpointing = recompute

@@ -196,8 +196,17 @@ def test_sixteen_bits_route_in_fp32(dtype: torch.dtype, autocast: bool) -> None:
     assert all(parameter.grad.dtype == parameter.dtype for parameter in layer.parameters())
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+@pytest.mark.parametrize(
+    ("mode", "compiled"),
+    [
+        ("none", False),
+        ("full", False),
+        ("selective", False),
+        ("selective", True),
+        pytest.param("none", True, marks=pytest.mark.slow),
+        pytest.param("full", True, marks=pytest.mark.slow),
+    ],
+)
 def test_recomputed_and_compiled_blocks_give_the_same(mode: str, compiled: bool) -> None:
     """Counts too: recomputing them for the backward pass counts no token twice."""
     config = config_of(shared_size=10, shared_gate=True)

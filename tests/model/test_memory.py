@@ -74,15 +74,24 @@ def kept_bytes(config: ModelConfig, recompute: Any, stage: int) -> int:
     return sum(kept.values())
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+CHANGES: list[dict[str, Any]] = [
+    {"num_kv_heads": 1},
+    {"mlp": "relu2", "qk_norm": True},
+    {"mlp": "gelu", "norm": "layer"},
+    {"norm_scale": False, "qk_norm": True, "head_width": 96},
+]
+
+
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "recompute"),
     [
-        {},
-        {"num_kv_heads": 1},
-        {"mlp": "relu2", "qk_norm": True},
-        {"mlp": "gelu", "norm": "layer"},
-        {"norm_scale": False, "qk_norm": True, "head_width": 96},
+        *(({}, recompute) for recompute in ("none", "selective", "full")),
+        *((changes, "none") for changes in CHANGES),
+        *(
+            pytest.param(changes, recompute, marks=pytest.mark.slow)
+            for changes in CHANGES
+            for recompute in ("selective", "full")
+        ),
     ],
     ids=str,
 )

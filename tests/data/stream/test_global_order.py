@@ -87,8 +87,11 @@ def by_source(sequences: list[tuple[int, int]]) -> dict[str, list[int]]:
     }
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 8])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(3, marks=SLOW), pytest.param(4, marks=SLOW), 8])
+@pytest.mark.parametrize("micro_batch_size", [1, pytest.param(2, marks=SLOW), 8])
 @pytest.mark.parametrize("prefetch_batches", [0, 3])
 def test_ranks_micro_batches_reading_ahead_and_resumes_change_nothing(
     data: DataConfig,
