@@ -44,10 +44,11 @@ def test_a_gpu_that_torch_cannot_use_is_a_failure(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_of_the_light_phases_passes(tmp_path: Path) -> None:
-    done = run("--dry-run", "--only", "environment,kernels", OUT=str(tmp_path))
+    phases = ["environment", "kernels", "save", "resume"]
+    done = run("--dry-run", "--only", ",".join(phases), OUT=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     found = read(tmp_path / "gpu-check.jsonl")
-    assert [line["phase"] for line in found if line.get("status") == "passed"] == ["environment", "kernels"]
+    assert [line["phase"] for line in found if line.get("status") == "passed"] == phases
     assert {"versions", "reached", "causal 2x4x2x64x16", "new key lengths"} <= {line.get("label") for line in found}
     assert (tmp_path / "gpu-check.log").is_file()
     assert "kernels, causal 2x4x2x64x16: ms (default " in done.stdout and "cudnn refused: " in done.stdout

@@ -26,6 +26,7 @@ def save(job: Job) -> None:
     only = ranks()
     with _trainer(job) as made:
         alone = [_step_ms(made) for _ in range(4)][1:]
+        (job.scratch / RUN).mkdir()
         saver = Saver(made.engine, only, job.scratch / RUN, Policy(1))
         saver.save({"step": 1})
         before = made.loss(made.step())
