@@ -25,13 +25,20 @@ from bigtx.model.loss import chunk_loss_and_gradient
 from tests.model.test_shapes import T5
 from tests.model.test_transformer import random_tokens, tiny_model
 
+SLOW = pytest.mark.slow
 KINDS: dict[str, dict[str, Any]] = {
     "decoder": {},
     "grouped": {"num_kv_heads": 2, "qk_norm": True},
     "dropout": {"dropout": 0.1},
     "experts": {"experts": ExpertsConfig(num_experts=4, num_active=2, expert_size=16, shared_size=8)},
     "encoder": {"shape": "encoder", "norm": "layer", "norm_placement": "post", "positions": "learned"},
-    "window": {"shape": "encoder", "attention_window": 4, "global_attention_every": 2, "embedding_norm": True},
+    "window": {
+        "shape": "encoder",
+        "num_layers": 2,
+        "attention_window": 4,
+        "global_attention_every": 2,
+        "embedding_norm": True,
+    },
     "encoder-decoder": {"shape": "encoder_decoder", "num_kv_heads": 2},
     "T5": T5,
 }
@@ -89,17 +96,11 @@ def padding(length: int) -> Tensor:
         *((kind, "selective") for kind in KINDS),
         ("decoder", "none"),
         ("decoder", "full"),
-        *(
-            pytest.param(kind, recompute, marks=pytest.mark.slow)
-            for kind in KINDS
-            if kind != "decoder"
-            for recompute in ("none", "full")
-        ),
+        *(pytest.param(kind, recompute, marks=SLOW) for kind in [*KINDS][1:] for recompute in ("none", "full")),
     ],
 )
 def test_no_block_has_a_graph_break(kind: str, recompute: Any) -> None:
-    layers = {} if kind == "window" else {"num_layers": 1}
-    model = tiny_model(**{**layers, **KINDS[kind]}).bfloat16().train()
+    model = tiny_model(**{"num_layers": 1} | KINDS[kind]).bfloat16().train()
     model.activation_checkpointing = recompute
     for block in model.blocks:
         block.forward = torch.compile(block.forward, backend="eager", dynamic=False, fullgraph=True)
@@ -108,9 +109,6 @@ def test_no_block_has_a_graph_break(kind: str, recompute: Any) -> None:
         inputs["target_segment_ids"] = documents(16)
     model(**inputs).loss_sum.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
-
-
-SLOW = pytest.mark.slow
 
 
 @pytest.mark.usefixtures("sparse_kernels", "programs")
